@@ -26,16 +26,16 @@ if "OMP_WAIT_POLICY" not in os.environ:
 VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 
 # Options that may also precede the command.
-ANYWHERE = re.compile(r"-[qv]+|--verbose|--quiet")
+LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
 
 # 128 + SIGPIPE; Windows does not define the signal.
 PIPE_CLOSED = 141
 
 # Error numbers of a full disk.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 # Environment variable that torchrun sets.
-LAUNCHED = "TORCHELASTIC_RUN_ID"
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         argv: Arguments; None for those of the process.
         command: Name of the command; None if it is the first argument.
     """
-    if LAUNCHED in os.environ:
+    if TORCHRUN_VARIABLE in os.environ:
         from hetero_fl.federation.executors.torchrun import run_as_ranks
 
         return run_as_ranks(lambda: _run_with_sigterm(argv, command))
@@ -108,14 +108,14 @@ class Invocation:
         prog: How the command was called, for messages.
         command: Name of the command; None for `hetero-fl` itself.
         arguments: Arguments of the command.
-        typed: The whole command line, to suggest one that resumes the run.
+        command_line: The whole command line, to suggest one that resumes the run.
         is_verbose: Whether to print tracebacks.
     """
 
     prog: str
     command: str | None
     arguments: list[str]
-    typed: list[str]
+    command_line: list[str]
     is_verbose: bool
 
 
@@ -123,16 +123,16 @@ def _parse_invocation(argv: Sequence[str] | None, command: str | None) -> Invoca
     arguments = list(sys.argv[1:] if argv is None else argv)
     if command is None:
         # Move options that precede the command after it: `hetero-fl --quiet train`.
-        before = list(itertools.takewhile(ANYWHERE.fullmatch, arguments))
-        arguments = [*arguments[len(before) :][:1], *before, *arguments[len(before) + 1 :]]
+        leading = list(itertools.takewhile(LEADING_OPTIONS.fullmatch, arguments))
+        arguments = [*arguments[len(leading) :][:1], *leading, *arguments[len(leading) + 1 :]]
     is_verbose = any(map(VERBOSE.fullmatch, arguments))
-    launcher = _script_name() if command or LAUNCHED in os.environ else ["hetero-fl"]
-    typed = [*launcher, *arguments]
+    launcher = _script_name() if command or TORCHRUN_VARIABLE in os.environ else ["hetero-fl"]
+    command_line = [*launcher, *arguments]
     prog = f"{command}.py" if command else "hetero-fl"
     if command is None and arguments and not arguments[0].startswith("-"):
         command = arguments.pop(0)
         prog = f"hetero-fl {command}"
-    return Invocation(prog, command, arguments, typed, is_verbose)
+    return Invocation(prog, command, arguments, command_line, is_verbose)
 
 
 def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
@@ -148,7 +148,7 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
         _print_error("failed", error, invocation.is_verbose)
         return 1
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL_ERRORS:
             raise
         print(
             "failed: no space left on the disk; completed rounds are saved, "
@@ -156,9 +156,9 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
             file=sys.stderr,
         )
         return 1
-    except Interrupted as stop:
-        again = _resume_command(invocation, options, stop)
-        print(f"interrupted; to resume: {shlex.join(again)}", file=sys.stderr)
+    except Interrupted as interruption:
+        resume_command = _resume_command(invocation, options, interruption)
+        print(f"interrupted; to resume: {shlex.join(resume_command)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted before the first checkpoint; there is no run to resume", file=sys.stderr)
     return 130
@@ -183,28 +183,28 @@ def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
             options.update(context.params)
             context.command.invoke(context)
         return 0
-    except Exit as ended:
-        return ended.exit_code
+    except Exit as exit_request:
+        return exit_request.exit_code
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()
 
 
 def _resume_command(
-    invocation: Invocation, options: dict[str, Any], stop: Interrupted
+    invocation: Invocation, options: dict[str, Any], interruption: Interrupted
 ) -> list[str]:
     """Return the command line that resumes an interrupted run."""
-    typed = invocation.typed
+    command_line = invocation.command_line
     if invocation.command == "compare":
-        again = list(typed)
+        resume_command = list(command_line)
     else:
-        program = typed[: len(typed) - len(invocation.arguments)]
-        again = [*program, "--resume", "--out", str(stop.path)]
+        program = command_line[: len(command_line) - len(invocation.arguments)]
+        resume_command = [*program, "--resume", "--out", str(interruption.path)]
     if invocation.command == "server":
-        again += ["--server", str(options["server_file"])]
-    if options["allow_code"] and "--allow-code" not in again:
-        again.append("--allow-code")
-    return again
+        resume_command += ["--server", str(options["server_file"])]
+    if options["allow_code"] and "--allow-code" not in resume_command:
+        resume_command.append("--allow-code")
+    return resume_command
 
 
 def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
@@ -221,11 +221,11 @@ def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
 
 def _script_name() -> list[str]:
     """Return how the script was started, without its arguments: `python scripts/train.py`."""
-    typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    if LAUNCHED in os.environ:
+    command_line = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if TORCHRUN_VARIABLE in os.environ:
         # torchrun has added `python -u`.
-        return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed[2:]]
-    return typed
+        return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *command_line[2:]]
+    return command_line
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -260,10 +260,10 @@ def _describe_bad_parameter(error: BadParameter) -> str:
         expected = "an integer" if kind is click.INT else ""
     if isinstance(error, MissingParameter):
         return f"{place}: missing"
-    found = re.match(r"'?(.*?)'? is not ", error.message)
-    if not expected or found is None:
+    value = re.match(r"'?(.*?)'? is not ", error.message)
+    if not expected or value is None:
         return f"{place}: {error.message.rstrip('.')}"
-    return f"{place}: expected {expected}, got '{found[1]}'"
+    return f"{place}: expected {expected}, got '{value[1]}'"
 
 
 def _suggest_override(option: str, arguments: Sequence[str]) -> str:

@@ -119,10 +119,10 @@ def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> None:
 
     entries = verify(path, None if key is None else load_public_key(key), head)
     print(*format_entries(entries), sep="\n")
-    sums = traffic_totals(entries)
+    traffic = traffic_totals(entries)
     print(
         f"log complete: {len(entries):,} messages; "
-        f"tasks: {sums.down:,} bytes received, {sums.up:,} bytes sent"
+        f"tasks: {traffic.down:,} bytes received, {traffic.up:,} bytes sent"
     )
     print(f"head: {verified_head(path)}")
     if key is None:
@@ -200,20 +200,20 @@ def status(run: str, as_json: bool) -> None:
     from hetero_fl.deployment.monitoring import fetch_status, read_status
 
     is_address = not Path(run).exists() and ADDRESS.fullmatch(run)
-    tree = fetch_status(run) if is_address else read_status(Path(run))
+    content = fetch_status(run) if is_address else read_status(Path(run))
     if as_json:
-        print(json.dumps(tree, indent=1))
+        print(json.dumps(content, indent=1))
         return
     from jinja2 import UndefinedError
     from rich.console import Console
 
     try:
-        print_status(tree, Console(highlight=False, soft_wrap=True))
+        print_status(content, Console(highlight=False, soft_wrap=True))
     except (KeyError, TypeError, AttributeError, UndefinedError):
         raise UserError(f"{run}: the status has an unknown format; upgrade hetero_fl") from None
 
 
-def print_status(tree: Mapping[str, Any], console: Console) -> None:
+def print_status(content: Mapping[str, Any], console: Console) -> None:
     """Print the run, its metrics, a line for each node, and the latest events."""
     from rich.text import Text
 
@@ -222,9 +222,9 @@ def print_status(tree: Mapping[str, Any], console: Console) -> None:
 
     text = render(
         "status.txt",
-        status=tree,
-        scores=format_evaluation(tree),
-        width=max(map(len, tree["nodes"]), default=0),
+        status=content,
+        scores=format_evaluation(content),
+        width=max(map(len, content["nodes"]), default=0),
         now=time.time(),
     )
     console.print(Text(text), end="")

@@ -190,31 +190,31 @@ def compare(
     source = _option_or_study("config", config, loaded)
     folder = _option_or_study("out", out, loaded)
     labels = _option_or_study("algorithms", algorithms, loaded)
-    tuned = {}
+    grid_values = {}
     for entry in grid:
         key, equals, values = entry.partition("=")
         if not equals or not values:
             raise UserError(f"--grid: expected key=a,b,c, got '{entry}'")
-        tuned[key] = split_top_level(values, ",")
-    changes = [*(loaded.overrides if loaded else ()), *(overrides)]
+        grid_values[key] = split_top_level(values, ",")
+    all_overrides = [*(loaded.overrides if loaded else ()), *(overrides)]
     origins = {}
     if loaded is not None and study is not None:
-        own = loaded.overrides if algorithms else [*loaded.overrides, *loaded.algorithms]
-        origins = dict.fromkeys(own, f"study {study.name}")
+        from_study = loaded.overrides if algorithms else [*loaded.overrides, *loaded.algorithms]
+        origins = dict.fromkeys(from_study, f"study {study.name}")
     default_seeds = "0" if loaded is None else ",".join(map(str, loaded.seeds))
-    found = experiment.compare(
+    result_folder = experiment.compare(
         source,
         labels,
         parse_numbers("--seeds", seeds or default_seeds),
         out=folder,
-        overrides=changes,
-        grid=tuned,
+        overrides=all_overrides,
+        grid=grid_values,
         jobs=loaded.jobs if jobs is None and loaded is not None else jobs,
         quiet=quiet,
         origins=origins,
         allow_code=code_permission(allow_code),
     )
-    print((found / "comparison.md").read_text(encoding="utf-8"))
+    print((result_folder / "comparison.md").read_text(encoding="utf-8"))
 
 
 def _option_or_study(name: str, value: Any, study: Study | None) -> Any:
@@ -260,7 +260,7 @@ def export(
     """Export models of a finished run to ONNX or safetensors."""
     from hetero_fl import experiment
 
-    made = experiment.export(
+    exported = experiment.export(
         run,
         client,
         file_format,
@@ -269,7 +269,7 @@ def export(
         log=make_printer(quiet),
         allow_code=code_permission(allow_code),
     )
-    print(next(iter(made.values())).model.parent)
+    print(next(iter(exported.values())).model.parent)
 
 
 @command(epilog=examples("hetero-fl join runs/my-run --data new_clinic.csv --take backbone"))
@@ -346,13 +346,13 @@ def join(
     from hetero_fl.experiment.onboarding.transfer import TransferSource
     from hetero_fl.reporting.run import Run
 
-    labeled = parse_numbers("--patients", patients)
-    numbers = parse_numbers("--seeds", seeds)
+    num_patients = parse_numbers("--patients", patients)
+    seed_numbers = parse_numbers("--seeds", seeds)
     permission = code_permission(allow_code)
     loaded = Run(run, permission)
     model = model or TransferSource(loaded).most_common_model
-    named = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
-    folder = out or run / f"join-{named}"
+    folder_name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
+    folder = out or run / f"join-{folder_name}"
     experiment.join(
         loaded,
         data,
@@ -360,8 +360,8 @@ def join(
         out=folder,
         label=label,
         transfer=take,
-        patients=labeled,
-        seeds=numbers,
+        patients=num_patients,
+        seeds=seed_numbers,
         epochs=epochs,
         overrides=overrides,
         log=make_printer(quiet),
@@ -382,12 +382,12 @@ def parse_numbers(flag: str, text: str) -> list[int]:
         UserError: If the text is anything else.
     """
     try:
-        found = [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        found = []
-    if not found or min(found) < 0:
+        numbers = []
+    if not numbers or min(numbers) < 0:
         raise UserError(f"{flag}: expected integers such as 0,1,2, got '{text}'")
-    return found
+    return numbers
 
 
 @command(epilog=examples("hetero-fl check runs/my-run"))
@@ -399,11 +399,11 @@ def check(run: Path) -> None:
 
     if is_locked(run):
         raise UserError(f"{run}: in use by another process; check it after that has ended")
-    found = inspect(run)
-    for line in found.lines:
+    findings = inspect(run)
+    for line in findings.lines:
         print(f"error: {line}", file=sys.stderr)
-    for note in found.notes:
+    for note in findings.notes:
         print(f"note: {note}", file=sys.stderr)
-    if found.damage:
+    if findings.damage:
         raise Exit(2)
-    print(f"{run}: no damage found; {found.state}")
+    print(f"{run}: no damage found; {findings.state}")

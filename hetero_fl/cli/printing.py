@@ -36,7 +36,7 @@ from hetero_fl.utils.serialization import num_tensor_bytes
 from hetero_fl.utils.text import pluralize
 
 # Numbers of clients trained together for which the memory is shown.
-TOGETHER = (1, 8, 32)
+CLIENTS_TOGETHER = (1, 8, 32)
 
 UNKNOWN = "unknown"
 
@@ -97,16 +97,13 @@ def print_check(prepared: PreparedRun) -> None:
 
 
 def _memory_table(prepared: PreparedRun) -> Table:
-    """Return a table of the memory of local training by number of clients trained together.
-
-    The column "optimizer" includes gradients; "forward" is the memory of a batch's activations.
-    """
+    """Return a table of the memory of local training by number of clients trained together."""
     table = Table(
         "model",
         "weights",
-        "optimizer",
-        "forward",
-        *(pluralize(n, "client") for n in TOGETHER),
+        "gradients, optimizer",
+        "activations",
+        *(pluralize(n, "client") for n in CLIENTS_TOGETHER),
         title="approximate memory by number of clients trained together",
     )
     client_infos = prepared.federation.client_infos
@@ -119,7 +116,7 @@ def _memory_table(prepared: PreparedRun) -> Table:
             rows[names] = plan
     for names, plan in islice(rows.items(), NUM_REPRESENTATIVE):
         parts = [plan.weights, plan.gradients + plan.optimizer, plan.activations]
-        sums = [n * plan.total for n in TOGETHER]
+        sums = [n * plan.total for n in CLIENTS_TOGETHER]
         table.add_row(names, *map(format_bytes, [*parts, *sums]))
     return table
 
@@ -163,7 +160,7 @@ def print_methods(console: Console) -> None:
 
 
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
-    """Yield properties of a method: `sends parameters`, `needs one architecture`, `for regression`.
+    """Yield properties of a method, such as `sends parameters` and `needs one architecture`.
 
     They are derived from the class with its default settings.
     """
@@ -172,7 +169,7 @@ def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
     if needed := describe_needs(method):
         yield f"needs {format_needs(needed)}"
     if kinds := supported_tasks(method):
-        yield f"for {' or '.join(kinds)}"
+        yield f"supports only {' and '.join(kinds)} tasks"
 
 
 def print_method_details(names: Sequence[str], console: Console) -> None:

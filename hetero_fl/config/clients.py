@@ -241,7 +241,7 @@ class ClientGroup(ClientSettings):
     def _check_name(cls, value: str) -> str:
         """Reject the name of the server, also in another case: some file systems ignore it."""
         if value.lower() == "server":
-            raise ValueError(f"'{value}' is reserved for the server; choose another name")
+            raise ValueError(f"must differ from the reserved id of the server, got '{value}'")
         return value
 
     @model_validator(mode="after")

@@ -335,15 +335,15 @@ def _entry(line: bytes, where: str) -> Entry:
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: changed; not a JSON object")
+        raise UserError(f"{where}: expected a JSON object; the line was changed")
     for name, kind in FIELDS.items():
         if not _has_type(entry.get(name), kind) and (name in entry or name in REQUIRED):
-            found = one_line(entry[name], 60) if name in entry else "nothing"
+            found = one_line(entry[name], 60) if name in entry else "no value"
             raise UserError(
                 f"{where}: {name}: expected {kind.__name__}, got {found}; the line was changed"
             )
     if not all(isinstance(kind, str) for kind in entry.get("kinds", [])):
-        raise UserError(f"{where}: kinds: expected a list of str; the line was changed")
+        raise UserError(f"{where}: kinds: expected a list of strings; the line was changed")
     for charge in entry.get("spent", []):
         if not isinstance(charge, dict) or not all(
             _has_type(charge.get(name), kind) for name, kind in CHARGE.items()
@@ -396,7 +396,7 @@ def _check_known_head(path: Path, hashes: list[str], known_head: str) -> None:
     number, _, found = known_head.partition(":")
     if not number.isdecimal() or len(number) > MAX_NUMBER_DIGITS or len(found) != len(INITIAL_HASH):
         raise UserError(
-            f"head: expected N:HASH as printed by `hetero-fl node --audit`, "
+            f"--head: expected N:HASH as printed by `hetero-fl node --audit`, "
             f"got '{one_line(known_head, 90)}'"
         )
     if int(number) > len(hashes):
@@ -428,13 +428,15 @@ def _head(path: Path) -> tuple[int, str]:
         if not path.exists() or path.stat().st_size == 0:
             return 0, INITIAL_HASH
         raise UserError(
-            f"{path}: line 1: {head.name}, which has the number of lines, is missing"
+            f"{path}: {head.name} not found, which contains the number of lines; restore it"
         ) from None
     except OSError as error:
         raise UserError(f"{head}: cannot be read ({error.strerror})") from None
     except ValueError:
         pass
-    raise UserError(f"{path}: line 1: {head.name} was changed and cannot be read")
+    raise UserError(
+        f"{path}: {head.name}: expected a number of lines and a hash; the file was changed"
+    )
 
 
 def _head_of(path: Path) -> Path:

@@ -37,7 +37,7 @@ SERVER = "server"
 AUTHORITY = "authority"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 PORT = 9092
-KEY_KIND = "expected an ecdsa key (ssh-keygen -t ecdsa -b 384), got another kind"
+KEY_KIND = "expected an ECDSA key, got another kind; create one with ssh-keygen -t ecdsa -b 384"
 
 SERVER_FILE = """\
 # The server of a federation: its address and the nodes that may connect.
@@ -187,7 +187,7 @@ def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKe
         )
         key = load(data, None)
     except TypeError:
-        raise UserError(f"{path}: the key has a passphrase; create one without") from None
+        raise UserError(f"{path}: the key has a passphrase; create a key without one") from None
     except (ValueError, UnsupportedAlgorithm):
         raise UserError(
             f"{path}: not a private key; create one with ssh-keygen -t ecdsa -b 384"
@@ -212,7 +212,7 @@ def load_public_key(path: Path) -> PublicKey:
         )
         key = load(data)
     except (ValueError, UnsupportedAlgorithm):
-        found = "the private key; use the file ….pub" if b"PRIVATE" in data else "something else"
+        found = "the private key; use the file ….pub" if b"PRIVATE" in data else "another file"
         raise UserError(f"{path}: expected a public key, got {found}") from None
     if not isinstance(key, EllipticCurvePublicKey):
         raise UserError(f"{path}: {KEY_KIND}")
@@ -241,7 +241,7 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
             f"{files.key}: expected a private key in PEM without a passphrase"
         ) from None
     if _public_key_info(key.public_key()) != _public_key_info(certificate.public_key()):
-        raise UserError(f"{files.key}: this key does not belong to {files.certificate}")
+        raise UserError(f"{files.key}: does not match the certificate {files.certificate}")
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
@@ -250,7 +250,8 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
     for host in hosts:
         if host not in names and f"*.{host.partition('.')[2]}" not in names:
             raise UserError(
-                f"{files.certificate}: valid for {', '.join(names) or 'no host'}, not for {host}"
+                f"{files.certificate}: not valid for {host}; "
+                f"its hosts are {', '.join(names) or '[]'}"
             )
 
 
@@ -374,12 +375,12 @@ def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
     for client in clients:
         if not NAME.fullmatch(client) or client in (SERVER, AUTHORITY):
             raise UserError(
-                f"--clients: '{client}' cannot be the name of a folder; expected letters, digits, "
-                f"'_', '.' and '-', and not {SERVER} or {AUTHORITY}"
+                f"--clients: '{client}' cannot be a folder name; use letters, digits, '_', '.' and "
+                f"'-', but not {SERVER} or {AUTHORITY}"
             )
     for client in clients:
         if list(clients).count(client) > 1:
-            raise UserError(f"--clients: '{client}' is named twice")
+            raise UserError(f"--clients: duplicate client '{client}'")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already exists; choose another folder or delete it")
     server = folder / SERVER

@@ -424,7 +424,7 @@ class Connections:
         client = str(answer.head.get("client", ""))
         why = ""
         if answer.head.get("ask") != "here":
-            why = refusal_reason(answer) if "why" in answer.head else "it names no client"
+            why = refusal_reason(answer) if "why" in answer.head else "its answer names no client"
         why = why or version_mismatch(answer.head)
         if not why and client not in self.clients:
             why = "the configuration has no such client"

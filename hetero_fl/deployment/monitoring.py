@@ -363,8 +363,8 @@ def fetch_status(address: str) -> dict[str, Any]:
     except (URLError, OSError, ValueError) as error:
         why = getattr(error, "reason", error)
         raise UserError(
-            f"{address}: no answer from a server ({why}); "
-            "expected the address in metrics.port of the server's file"
+            f"{address}: no answer from a server ({why}); expected its host and the metrics.port "
+            "of its file"
         ) from None
     return dict(tree)
 

@@ -58,7 +58,7 @@ class Cipher:
         if len(key) != 32:
             raise UserError(f"{path}: expected a key of 32 bytes, got {len(key)} bytes")
         if os.name == "posix" and path.stat().st_mode & 0o077:
-            raise UserError(f"{path}: others can read this key; chmod 600 {path}")
+            raise UserError(f"{path}: other users can read this key; run chmod 600 {path}")
         return cls(key)
 
     def encrypt(self, data: bytes, name: str) -> bytes:

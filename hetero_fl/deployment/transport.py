@@ -46,21 +46,21 @@ def find_violation(envelope: Envelope, max_body_bytes: int) -> str:
     head = envelope.head
     size = 0
     if len(envelope.body) > max_body_bytes:
-        return f"a message of {len(envelope.body):,} bytes; at most {max_body_bytes:,} are read"
+        return f"message: must have <= {max_body_bytes:,} bytes, got {len(envelope.body):,}"
     if len(head) > MAX_HEAD_ENTRIES:
-        return f"a head of {len(head)} entries; at most {MAX_HEAD_ENTRIES} are read"
+        return f"head: must have <= {MAX_HEAD_ENTRIES} entries, got {len(head)}"
     for name, value in head.items():
         if not isinstance(name, str) or not isinstance(value, str | int | float | bytes):
-            return f"a head with {type(value).__name__} in it; expected plain values"
+            return f"head: expected strings, numbers and bytes, got {type(value).__name__}"
         if isinstance(value, int) and value.bit_length() > 64:
-            return f"a head with a number of {value.bit_length()} bits; expected at most 64"
+            return f"head: numbers must have <= 64 bits, got {value.bit_length()}"
         try:
             size += len(name.encode()) + len(value.encode() if isinstance(value, str) else b"")
         except UnicodeEncodeError:
-            return "a head whose text is not valid Unicode"
+            return "head: expected valid Unicode"
         size += len(value) if isinstance(value, bytes) else 8
     return (
-        f"a head of {size:,} bytes; at most {MAX_HEAD_BYTES:,} are read"
+        f"head: must have <= {MAX_HEAD_BYTES:,} bytes, got {size:,}"
         if size > MAX_HEAD_BYTES
         else ""
     )

@@ -681,7 +681,7 @@ def _validate_algorithm(
         validated = algorithm_type.model_validate(settings, context=context)
     except ValidationError as error:
         problem = describe_error(error, settings, algorithm_type, ["algorithm"])
-        raise UserError(f"{problem} (of {name})") from None
+        raise UserError(f"{problem} (algorithm.name={name})") from None
     return {"name": name, **validated.model_dump()}
 
 

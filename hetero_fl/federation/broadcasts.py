@@ -594,7 +594,7 @@ def read_broadcast(
             else:
                 estimate = links.decode_broadcast(change.number, change.body, estimate)
         if estimate is None or list(estimate.items_by_name) != [part.item]:
-            raise PayloadError(f"contains no change that results in an estimate of {part.item!r}")
+            raise PayloadError(f"broadcast: item {part.item!r}: contains no change")
         items |= estimate.items_by_name
     return Payload({**items, **others.items_by_name}, others.report)
 
@@ -620,7 +620,9 @@ def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payl
     """Return the client's estimate that a message changes."""
     known = (estimates or {}).get(part.item)
     if known is None or known["name"] != part.before.hex():
-        raise PayloadError("changes an estimate that this client does not have")
+        raise PayloadError(
+            f"broadcast: item {part.item!r}: changes an estimate that this client does not have"
+        )
     return Payload({part.item: Item(known["tensors"], kind="params")})
 
 
@@ -656,7 +658,7 @@ def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
         nonlocal start
         start += size
         if start > len(body):
-            raise PayloadError("ends within a header or a change")
+            raise PayloadError(f"broadcast: truncated: expected {start:,} bytes, got {len(body):,}")
         return body[start - size : start]
 
     parts = []
@@ -665,7 +667,7 @@ def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
         try:
             name = take(length).decode()
         except UnicodeDecodeError:
-            raise PayloadError("contains an item name that is not valid UTF-8") from None
+            raise PayloadError("broadcast: expected an item name in UTF-8") from None
         changes = []
         for _ in range(count):
             number, size = CHANGE_HEADER.unpack(take(CHANGE_HEADER.size))

@@ -41,11 +41,17 @@ def error_message(tree: dict[str, Any], *overrides: str) -> str:
         ("clients.defaults.momentun=0.9", "did you mean 'clients.defaults.optimizer.momentum'?"),
         ("server.lr=0.1", "did you mean 'server.optimizer.lr'?"),
         ("temperature=3", "did you mean 'algorithm.temperature'?"),
-        ("algorithm.rounds=3", "algorithm.rounds: unknown key; did you mean 'rounds'? (of fedmd)"),
-        ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
+        (
+            "algorithm.rounds=3",
+            "algorithm.rounds: unknown key; did you mean 'rounds'? (algorithm.name=fedmd)",
+        ),
+        ("algorithm.temprature=3", "did you mean 'temperature'? (algorithm.name=fedmd)"),
         ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
         ("runtime.qqq=1", "unknown key; choose from address, buffer, chunk, deterministic"),
-        ("algorithm.temp=3", "algorithm.temp: unknown key; did you mean 'temperature'? (of fedmd)"),
+        (
+            "algorithm.temp=3",
+            "algorithm.temp: unknown key; did you mean 'temperature'? (algorithm.name=fedmd)",
+        ),
         ("algorithm.windws=3", "algorithm.windws: unknown key; choose from "),
         (
             "data.partition.kind=non-iid",

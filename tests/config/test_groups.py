@@ -121,6 +121,6 @@ def test_clients_use_the_models_of_an_override_in_turn() -> None:
 def test_group_cannot_have_the_name_of_the_server(name: str) -> None:
     with pytest.raises(
         UserError,
-        match=rf"clients\.groups\.0\.name: '{name}' is reserved for the server",
+        match=rf"groups\.0\.name: must differ from the reserved id of the server, got '{name}'",
     ):
         expand(groups=[{"name": name}])

@@ -94,7 +94,7 @@ def refused(load: Callable[[Path], object], content: dict[str, Any], line: str, 
     [
         ("north,../south", "'../south'"),
         ("server,north", "'server'"),
-        ("a,a", "'a' is named twice"),
+        ("a,a", "duplicate client 'a'"),
         ("", "'' cannot be"),
     ],
 )

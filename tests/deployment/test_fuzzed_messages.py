@@ -320,12 +320,12 @@ def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> N
 @pytest.mark.parametrize(
     ("envelope", "expected"),
     [
-        (Envelope({}, bytes(11)), "a message of 11 bytes; at most 10 are read"),
-        (Envelope({str(i): i for i in range(99)}), "a head of 99 entries"),
-        (Envelope({"why": "x" * 10**6}), "a head of 1,000,011 bytes"),
-        (Envelope({"why": "\ud800"}), "not valid Unicode"),
-        (Envelope({"round": 2**70}), "a number of 71 bits"),
-        (Envelope({"ask": ["x"]}), "list in it"),  # type: ignore[dict-item]
+        (Envelope({}, bytes(11)), "message: must have <= 10 bytes, got 11"),
+        (Envelope({str(i): i for i in range(99)}), "entries, got 99"),
+        (Envelope({"why": "x" * 10**6}), "bytes, got 1,000,011"),
+        (Envelope({"why": "\ud800"}), "head: expected valid Unicode"),
+        (Envelope({"round": 2**70}), "head: numbers must have <= 64 bits, got 71"),
+        (Envelope({"ask": ["x"]}), "got list"),  # type: ignore[dict-item]
     ],
 )
 def test_message_out_of_bounds_is_reported(envelope: Envelope, expected: str) -> None:
@@ -389,7 +389,7 @@ CRASHES: dict[str, tuple[Answer, str]] = {
         sealed(wire({"items": {"x" * 50_000: 1}, "report": {}}, PAYLOAD)),
         "item 'xxxxx",
     ),
-    "a long head": (({"why": "x" * 10**6, "ask": "refused"}, None, False), "a head of"),
+    "a long head": (({"why": "x" * 10**6, "ask": "refused"}, None, False), "head: must have"),
 }
 
 

@@ -105,7 +105,7 @@ def test_damaged_secret_is_not_replaced(tmp_path: Path) -> None:
 def test_key_readable_by_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(bytes(32))
     (tmp_path / "key").chmod(0o644)
-    with pytest.raises(UserError, match="others can read this key; chmod 600"):
+    with pytest.raises(UserError, match="other users can read this key; run chmod 600"):
         Node(SiteConfig(client="a", encrypt=str(tmp_path / "key")), tmp_path / "site")
     (tmp_path / "short").write_bytes(bytes(31))
     (tmp_path / "short").chmod(0o600)

@@ -474,7 +474,7 @@ def test_unshared_items_are_never_sent(session: NodeSession) -> None:
             policy.check_upload(upload)
         assert str(caught.value) == expected
     policy.site = session.node.site
-    with pytest.raises(UserError, match="fedavg.train: item 'rows' is not declared in `uploads`"):
+    with pytest.raises(UserError, match=r"fedavg\.train: item 'rows' is not declared in `uploads`"):
         policy.check_upload(Payload({"rows": torch.zeros(1)}))
 
 

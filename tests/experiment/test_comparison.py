@@ -46,7 +46,8 @@ def small(**changes: Any) -> dict[str, Any]:
         ),
         (
             ["--algorithms", "fedprox:mv=1"],
-            "error: --algorithms: algorithm.mv: unknown key; did you mean 'mu'? (of fedprox)",
+            "error: --algorithms: algorithm.mv: unknown key; did you mean 'mu'? "
+            "(algorithm.name=fedprox)",
         ),
         (["rounds=two"], "error: rounds=two: rounds: expected an integer, got 'two'"),
     ],

@@ -20,7 +20,7 @@ from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.experiment.runner import default_out
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError, suggest_or_list
 
 
 def make_server_app(config: Path) -> ServerApp:
@@ -65,7 +65,7 @@ def run_in_app(
     overrides = str(settings["overrides"]).split()
     out = Path(settings["out"]) if settings["out"] else None
     if settings["resume"] and out is None:
-        raise UserError("run-config: resume needs out, the directory of the run")
+        raise UserError("run-config: resume requires out, the directory of the run")
     if settings["resume"] and out is not None and (out / "config.yaml").exists():
         source = out / "config.yaml"
     config = load_config(source, overrides, bool(settings["allow-code"]))
@@ -91,7 +91,7 @@ def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
     """Validate Flower's run configuration and add defaults."""
     for key, value in run_config.items():
         if key not in RUN_CONFIG:
-            raise UserError(f"run-config: found {key}; choose from {', '.join(RUN_CONFIG)}")
+            raise UserError(f"run-config: unknown key '{key}'{suggest_or_list(key, RUN_CONFIG)}")
         kind = type(RUN_CONFIG[key])
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"run-config: {key}: expected {kind.__name__}, got {value!r}")
@@ -103,7 +103,7 @@ def _load_keys(file: Path) -> dict[str, bytes]:
     raw = read_config_file(file)
     for client, path in raw.items():
         if not isinstance(path, str):
-            raise UserError(f"{file}: {client}: found {path!r}; expected a file with a public key")
+            raise UserError(f"{file}: {client}: expected a file with a public key, got {path!r}")
     return {
         client: public_bytes(load_public_key(file.parent / path)) for client, path in raw.items()
     }

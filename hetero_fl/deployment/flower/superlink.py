@@ -65,8 +65,8 @@ class SuperLink:
     ) -> None:
         if files is None and host not in (LOCAL, "localhost", "::1"):
             raise UserError(
-                f"server.host: {host} can be reached from other machines, which needs "
-                f"certificates; choose {LOCAL} for this machine only"
+                f"server.host: {host} can be reached from other machines and requires TLS; set "
+                f"certificates, or choose {LOCAL} for this machine only"
             )
         self.host = host
         self.port = free_port(host, port)
@@ -118,7 +118,7 @@ class SuperLink:
             return
         if time.monotonic() - self._process.started < MIN_LIFETIME:
             raise RunFailedError(
-                f"Flower's SuperLink ended within {MIN_LIFETIME:.0f} s of its start; "
+                f"flower-superlink: ended within {MIN_LIFETIME:.0f} s of its start; "
                 f"{self._process.last_output()}"
             )
         self._process.kill()

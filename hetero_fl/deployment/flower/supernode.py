@@ -99,9 +99,9 @@ class SuperNode:
             self._failing_since = now
         if now - self._failing_since > PATIENCE:
             raise UserError(
-                f"{self._server.address}: the server does not admit this node: its key is not "
-                "among those that the server was given, another node uses it, or the clocks "
-                f"differ by more than 5 s ({process.last_output()})"
+                f"{self._server.address}: the server does not admit this node "
+                f"({process.last_output()}); add its public key to nodes of the server's file, "
+                "stop other nodes with this key, or set the clock (at most 5 s may differ)"
             )
 
     def _find_problem(self) -> str:
@@ -122,12 +122,13 @@ class SuperNode:
                     return ""
         except ssl.SSLCertVerificationError as error:
             raise UserError(
-                f"{address}: the server's certificate is refused ({error.verify_message})"
+                f"{address}: the server's certificate is not valid ({error.verify_message}); "
+                "check the address and server.authority"
             ) from None
         except ssl.SSLError as error:
             if error.reason == "WRONG_VERSION_NUMBER":
                 raise UserError(
-                    f"{address}: the server does not use TLS; it was started without certificates"
+                    f"{address}: the server does not use TLS; set certificates in its file"
                 ) from None
             return f"{address}: {error.reason or error}"
         except OSError as error:
@@ -163,7 +164,7 @@ def start_prefork(folder: Path) -> FlowerCommand:
     environ = environment(folder / "home")
     command = shutil.which(COMMAND, path=environ["PATH"])
     if command is None:
-        raise UserError(f"{COMMAND}: no such command; is Flower installed completely?")
+        raise UserError(f"{COMMAND}: command not found; run pip install --force-reinstall flwr")
     (folder / CALLS).unlink(missing_ok=True)
     write_launcher(folder, command)
     module = [sys.executable, "-P", "-m", "hetero_fl.deployment.flower.prefork", str(folder)]

@@ -109,7 +109,7 @@ def run_node(
             interrupted = True
     log(f"{site.client}: stopped")
     if node.refused:
-        raise RunFailedError(f"the server refuses this site: {node.refused}")
+        raise RunFailedError(f"{site.client}: refused by the server: {node.refused}")
     return interrupted
 
 

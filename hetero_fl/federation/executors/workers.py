@@ -534,7 +534,8 @@ def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
     for client in job.clients:
         if deaths[client] >= MAX_DEATHS:
             raise RunFailedError(
-                f"{MAX_DEATHS} workers died while computing {client}; is there enough memory?"
+                f"{client}: {MAX_DEATHS} workers died during its tasks; if memory was full, reduce "
+                "runtime.workers or runtime.chunk"
             )
 
 

@@ -334,7 +334,7 @@ def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axi
     axes.set_title(tested_metric("global", metric))
     handles: list[Artist] = [*axes.get_legend_handles_labels()[0]]
     if any(len(values) > 1 for line in lines.values() for _, values in line):
-        band = {"color": style.GREY, "alpha": 0.2, "linewidth": 0}
-        handles.append(Patch(**band, label="± standard deviation\nover seeds"))
+        label = "± standard deviation\nover seeds"
+        handles.append(Patch(color=style.GREY, alpha=0.2, linewidth=0, label=label))
     figure.legend(handles=handles, loc="outside right center")
     return figure

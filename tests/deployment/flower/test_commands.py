@@ -36,7 +36,10 @@ def test_later_versions_of_flower_are_accepted(found: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("found", ["1.40.9", "0.42.0", "2.0.0"])
 def test_other_versions_of_flower_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "version", lambda _: found)
-    line = rf"flwr: expected version >= 1.41 and < 2, got {found}; run pip install 'hetero_fl\[flower\]'"
+    line = (
+        rf"flwr: expected version >= 1\.41 and < 2, got {found}; "
+        r"run pip install 'hetero_fl\[flower\]'"
+    )
     with pytest.raises(UserError, match=line):
         commands.check_installed()
 

@@ -330,17 +330,17 @@ def test_nodes_file_binds_clients_to_keys(
 
     assert "its key is not the key of client 'site_3'" in capsys.readouterr().err
     nodes.write_text("site_1: 7\n")
-    with pytest.raises(UserError, match="site_1: found 7; expected a file with a public key"):
+    with pytest.raises(UserError, match="site_1: expected a file with a public key, got 7"):
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"dedline": 3}, "run-config: found dedline; choose from out, resume"),
+        ({"dedline": 3}, "run-config: unknown key 'dedline'; did you mean 'deadline'"),
         ({"wait": "soon"}, "run-config: wait: expected float, got 'soon'"),
         ({"resume": 1}, "run-config: resume: expected bool, got 1"),
-        ({"resume": True}, "run-config: resume needs out, the directory of the run"),
+        ({"resume": True}, "run-config: resume requires out, the directory of the run"),
     ],
 )
 def test_invalid_run_config_is_named(grid: FakeGrid, settings: dict[str, Any], line: str) -> None:

@@ -141,8 +141,8 @@ def test_superlink_admits_only_known_nodes(tmp_path: Path, monkeypatch: pytest.M
             assert answer(server.transport, sent) == Envelope({"a": 1}, b"b")
 
             refusals = (
-                (server.files.authority, server.stranger, "does not admit this node: its key is"),
-                (server.other.authority, server.north, "the server's certificate is refused"),
+                (server.files.authority, server.stranger, "does not admit this node ("),
+                (server.other.authority, server.north, "the server's certificate is not valid"),
             )
             for authority, key, line in refusals:
                 with EchoNode(server.address, lambda e: e, authority, key) as refused_node:

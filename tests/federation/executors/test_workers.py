@@ -345,7 +345,8 @@ def test_three_worker_deaths_on_one_client_end_the_run(
     killed = kill_workers(pool, monkeypatch, lambda job: client in job.clients)
     with pytest.raises(
         RunFailedError,
-        match=rf"^3 workers died while computing {client}; is there enough memory\?$",
+        match=rf"^{client}: 3 workers died during its tasks; if memory was full, reduce "
+        r"runtime\.workers or runtime\.chunk$",
     ):
         rounds.run_round()
     assert len(killed) == 3

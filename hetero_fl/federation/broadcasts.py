@@ -620,9 +620,7 @@ def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payl
     """Return the client's estimate that a message changes."""
     known = (estimates or {}).get(part.item)
     if known is None or known["name"] != part.before.hex():
-        raise PayloadError(
-            f"broadcast: item {part.item!r}: changes an estimate that this client does not have"
-        )
+        raise PayloadError(f"broadcast: item {part.item!r}: changes an unknown estimate")
     return Payload({part.item: Item(known["tensors"], kind="params")})
 
 

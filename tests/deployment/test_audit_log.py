@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 from collections.abc import Callable
@@ -60,10 +61,10 @@ FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
         "line 3: changed",
     ),
     "the last is changed": (lambda ls: [*ls[:-1], changed(ls[-1])], "line 6: changed"),
-    "one is no JSON": (lambda ls: [*ls[:3], b"\n", *ls[4:]], "line 4: changed"),
+    "one is no JSON": (lambda ls: [*ls[:3], b"\n", *ls[4:]], "line 4: expected a JSON object"),
     "one is nested too deeply": (
         lambda ls: [*ls[:3], b'{"a":' * 50_000 + b"\n", *ls[4:]],
-        "line 4: changed",
+        "line 4: expected a JSON object",
     ),
     "the first is removed": (lambda ls: ls[1:], "line 1: expected number 1, got 2"),
     "one is removed": (lambda ls: [*ls[:3], *ls[4:]], "line 4: expected number 4, got 5"),
@@ -449,7 +450,7 @@ def test_node_refuses_messages_once_its_log_is_damaged(name: str, tmp_path: Path
     answer = node.handle(Envelope({"ask": "hello"}))
 
     assert answer.head["ask"] == "refused"
-    assert "line 1" in str(answer.head["why"])
+    assert re.search("line 1|audit.jsonl.head: expected a number", str(answer.head["why"]))
     assert (tmp_path / name).read_text() == "junk\n"
 
 
@@ -460,7 +461,7 @@ def test_node_refuses_numbers_with_thousands_of_digits(name: str, tmp_path: Path
     answer = node.handle(Envelope({"ask": "hello", name: 10**5000}))
 
     assert answer.head["ask"] == "refused"
-    assert "at most 64" in str(answer.head["why"])
+    assert "<= 64 bits" in str(answer.head["why"])
     assert len(verify(node.audit_log.path)) == 1
 
 

@@ -369,7 +369,7 @@ CRASHES: dict[str, tuple[Answer, str]] = {
     ),
     "a surrogate in a reason": (
         ({"ask": "refused", "why": "\ud800"}, None, False),
-        "not valid Unicode",
+        "expected valid Unicode",
     ),
     "a loss without end": (
         sealed(wire({"items": {}, "report": {"loss": 10**400}}, PAYLOAD)),

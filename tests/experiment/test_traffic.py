@@ -84,7 +84,7 @@ def test_forecasts_are_plotted_in_vehicles(finished: Run) -> None:
         "A week before",
         "Targets and forecasts",
         "squared error",
-        "In vehicles; the second weights",
+        "In vehicles. The root mean squared error gives more weight to large errors",
         "The data of this run is generated",
     ):
         assert words in report

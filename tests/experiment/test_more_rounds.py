@@ -283,8 +283,6 @@ def test_run_on_nodes_cannot_be_extended(
     path = Federation(tmp_path).serve(small(rounds=1)).path
     line = r"site_\d: the node refused the run: .* the configuration"
     with pytest.raises(RunFailedError, match=line):
-        RunFailedError, match=r"site_\d: the node refused the run: .* the configuration"
-    ):
         Federation(tmp_path).serve(small(rounds=2), resume=True)
     forgetful = [tmp_path / site for site in SITES]
 

@@ -91,7 +91,8 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         format_duration,
     )
     time.set_title("Time" if jobs == 1 else "Time\n(shared)")
-    _draw_needs(needs_axes, [method_needs(a) for a in shown.all_labels], needed)
+    needs = [method_needs(a) for a in shown.all_labels]
+    _draw_needs(needs_axes, needs, needed)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     for axes in panels:
@@ -107,8 +108,11 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
             axes.tick_params(axis="y", length=0)
     # The vertical labels of the requirements leave space for a legend at the top.
     handles = _handles(rows, shown, present)
+    if any(len(alternatives) > 1 for need in needs for alternatives in need):
+        label = "hollow: one of these is needed"
+        handles.append(Line2D([], [], markerfacecolor="white", label=label, **DOT))
     if needed:
-        figure.legend(handles=handles, loc="upper left", ncols=3)
+        figure.legend(handles=handles, loc="upper left", ncols=2)
     else:
         figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
@@ -182,6 +186,15 @@ def _bars(
     axes.spines["bottom"].set_visible(False)
 
 
+DOT: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 4.5,
+    "color": style.INK,
+    "mew": 0.9,
+    "linestyle": "none",
+}
+
+
 def _draw_needs(
     axes: Axes, needs: Sequence[Sequence[tuple[str, ...]]], needed: Sequence[str]
 ) -> None:
@@ -190,15 +203,7 @@ def _draw_needs(
         for need in needs_of_method:
             for word in need:
                 face = "white" if len(need) > 1 else style.INK
-                axes.plot(
-                    needed.index(word),
-                    row,
-                    "o",
-                    markersize=4.5,
-                    color=style.INK,
-                    markerfacecolor=face,
-                    mew=0.9,
-                )
+                axes.plot(needed.index(word), row, markerfacecolor=face, **DOT)
     axes.set_xlim(-0.6, max(len(needed), 1) - 0.4)
     axes.set_xticks(range(len(needed)), needed, rotation=90)
     axes.xaxis.tick_top()

@@ -98,8 +98,8 @@ def test_run_completes_with_a_hostile_site(tmp_path: Path) -> None:
     assert all(set(each) <= {"site_3"} for each in failed)
     assert "expected at most" in failed[0]["site_3"]
     assert "head: must have" in failed[1]["site_3"]
-    assert "at most 4,194,304" in failed[2]["site_3"]
-    assert "at most 4,194,304" in failed[3]["site_3"]
+    assert "must have <= 4,194,304 bytes" in failed[2]["site_3"]
+    assert "must have <= 4,194,304 bytes" in failed[3]["site_3"]
     assert all(
         reason.isprintable() and len(reason) < 500 for each in failed for reason in each.values()
     )

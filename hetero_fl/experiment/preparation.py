@@ -675,7 +675,7 @@ def _validate_algorithm(
     try:
         algorithm_type = register_algorithm[name]
     except UserError as error:
-        raise UserError(f"algorithm.name: {error}") from None
+        raise UserError(f"algorithm.name: {str(error).removeprefix('algorithm: ')}") from None
     settings = {key: value for key, value in section.items() if key != "name"}
     try:
         validated = algorithm_type.model_validate(settings, context=context)

@@ -37,6 +37,7 @@ from hetero_fl.reporting.plots.scores import PANELS
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import describe_attack, describe_protections
+from hetero_fl.utils.code_permission import find_references
 
 Json = dict[str, Any]
 LISTED_MODELS = 8
@@ -79,8 +80,11 @@ def _page(run: RunDirectory, log: Callable[[str], None] | None) -> str:
 
 def _repeat_command(run: RunDirectory) -> str:
     """Return the command that repeats a run with the executor that it used."""
-    folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
-    command = f"python scripts/train.py --config {folder}/config.yaml --out runs/again"
+    # A report must not reveal the folders of a machine.
+    folder = f"PATH/{run.path.name}" if run.path.is_absolute() else run.path.as_posix()
+    command = f"hetero-fl train --config {folder}/config.yaml --out runs/again"
+    if find_references(run.config()):
+        command += " --allow-code"
     configured = run.config().get("runtime", {}).get("executor")
     choice = run.environment().get("choice", {})
     if configured != "auto" or choice.get("executor") in (None, NODES):

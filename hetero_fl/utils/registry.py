@@ -79,6 +79,17 @@ class Registry(Generic[T]):
         return cast("T", found)
 
 
+def _describe_import_error(module_name: str, error: Exception) -> str:
+    packages = [module_name.rsplit(".", n)[0] for n in range(module_name.count(".") + 1)]
+    if isinstance(error, ModuleNotFoundError) and error.name in packages:
+        return (
+            f"module '{error.name}' not found in the working directory {os.getcwd()} or among the "
+            "installed packages"
+        )
+    reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
+    return f"cannot import '{module_name}': {reason}"
+
+
 def import_reference(
     reference: str, where: str, base: type | None = None, takes: str | None = None
 ) -> Any:
@@ -107,8 +118,7 @@ def import_reference(
         module = importlib.import_module(module_name)
     # A user's module may raise any exception.
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
-        raise UserError(f"{where}: cannot import '{module_name}': {reason}") from error
+        raise UserError(f"{where}: {_describe_import_error(module_name, error)}") from error
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
         raise UserError(

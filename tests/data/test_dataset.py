@@ -118,7 +118,7 @@ def test_import_reference_imports_or_explains(
     for reference, words in (
         ("python:mine_for_import", "write python:package.module:Name"),
         ("python:mine_for_import:valu", "did you mean 'value'?"),
-        ("python:no_such_module:x", "cannot import 'no_such_module'"),
+        ("python:no_such_module:x", "module 'no_such_module' not found in the working directory"),
         ("python:broken_for_import:x", "ZeroDivisionError"),
     ):
         with pytest.raises(UserError) as refused:

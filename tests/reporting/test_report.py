@@ -125,6 +125,16 @@ def test_report_command_names_the_chosen_executor(
     assert _repeat_command(run).endswith(f"--out runs/again{option}")
 
 
+def test_report_command_permits_the_code_of_the_run(made_run: MakeRun) -> None:
+    run = made_run(rounds=1)
+    run.write_config({**run.config(), "algorithm": {"name": "python:median:MedianTeacher"}})
+
+    command = _repeat_command(run)
+
+    assert command.startswith(f"hetero-fl train --config PATH/{run.path.name}/config.yaml ")
+    assert " --allow-code" in command and "PATH is the folder" in write_report(run).read_text()
+
+
 def test_report_values_match_the_summary(made_run: MakeRun) -> None:
     run = made_run()
     page, summary = read(run), run.summary()

@@ -75,8 +75,13 @@ def match_to_common(
             f"{common_set.name}; set data.categories only"
         )
     place = f"{where}: {own.name}"
+    advice = (
+        "; set preprocess.missing=indicate for all clients"
+        if owner
+        else "; if this client lacks it, list the client's columns in preprocess.columns"
+    )
     x, extra = match_columns(
-        own.train.x, own.columns, common_set, place, needed=needed, owner=owner
+        own.train.x, own.columns, common_set, place, needed=needed, owner=owner, advice=advice
     )
     detail = f" does not exist in the common set {common_set.name}"
     check_names(extra, common_set.columns, f"{place}: column", detail)
@@ -187,6 +192,7 @@ def match_columns(
     *,
     needed: Collection[str] | None = None,
     owner: str = "",
+    advice: str = "",
 ) -> tuple[Tensor, list[str]]:
     """Match columns to those of the common set.
 
@@ -200,6 +206,7 @@ def match_columns(
         where: Name of the examples, for error messages.
         needed: Columns that must exist. None means all.
         owner: Name for the owner of the columns in error messages; by default the common set.
+        advice: End of the error message for a missing column.
 
     Returns:
         The columns in the order of the common set, and the names of unknown columns.
@@ -220,9 +227,9 @@ def match_columns(
     for name in absent:
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
-            owner = owner or f"the common set {common_set.name}"
             raise UserError(
-                f"{where}: column '{column}' of {owner} not found{suggest_or_list(column, names)}"
+                f"{where}: column '{column}' not found, which {owner or 'the common data'} "
+                f"{'contains' if owner else 'contain'}{suggest_or_list(column, names)}{advice}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
     x = (
@@ -292,7 +299,7 @@ def match_blocks(
                 f"{common_set.name}, got {shape}"
             )
     required = [name for name in shapes if needed is None or name in needed]
-    detail = f" of the common set {common_set.name} not found"
+    detail = " not found, which the common data contain"
     check_names(required, parts, f"{where}: block", detail)
     return torch.cat(
         [parts.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common_set.blocks], 1

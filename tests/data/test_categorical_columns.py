@@ -181,7 +181,7 @@ def test_client_file_may_lack_unused_encoded_columns(tmp_path: Path) -> None:
     frame = pd.read_csv(tmp_path / "own.csv").drop(columns="ward")
     frame.to_csv(tmp_path / "own.csv", index=False)
 
-    with pytest.raises(UserError, match="column 'ward' of the common set table not found"):
+    with pytest.raises(UserError, match="column 'ward' not found, which the common data contain"):
         federated(tmp_path, common, own)
     rows = federated(tmp_path, common, own, missing="indicate").columns("own", "train", RAW)["x"]
     assert rows[:, 1:].isnan().all() and not rows[:, 0].isnan().any()
@@ -196,7 +196,7 @@ def test_client_file_requires_used_columns(tmp_path: Path) -> None:
 
     assert data.columns("own", "train", data.preprocess("own"))["x"].sum(1).eq(1).all()
     full.drop(columns="ward").to_csv(tmp_path / "own.csv", index=False)
-    with pytest.raises(UserError, match="column 'ward' of the common set table not found"):
+    with pytest.raises(UserError, match="column 'ward' not found, which the common data contain"):
         federated(tmp_path, common, own, columns=["ward"])
 
 

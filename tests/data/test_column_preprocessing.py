@@ -267,7 +267,7 @@ def test_external_sets_are_matched_by_name() -> None:
         (
             torch.rand(2, 4),
             (Block("genes", (4,)),),
-            "here: block 'image' of the common set common not found",
+            "here: block 'image' not found, which the common data contain",
         ),
     ):
         with pytest.raises(UserError) as refused:
@@ -278,7 +278,9 @@ def test_external_sets_are_matched_by_name() -> None:
         torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"age"}
     )
     assert x[0, [0, 2]].tolist() == [1, 0] and x[0, [1, 3]].isnan().all() and extra == ["new"]
-    with pytest.raises(UserError, match="here: column 'crp' of the common set"):
+    with pytest.raises(
+        UserError, match="here: column 'crp' not found, which the common data contain"
+    ):
         match_columns(
             torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"crp"}
         )

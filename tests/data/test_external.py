@@ -113,7 +113,7 @@ def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: 
     found = federate(table, config, THREE, 0).columns("", "proxy", PLAIN)["x"]
     assert torch.allclose(found, table.train.x[:30])
     frame.drop(columns="x3").to_csv(tmp_path / "p.csv", index=False)
-    with pytest.raises(UserError, match="column 'x3' of the common set"):
+    with pytest.raises(UserError, match="column 'x3' not found, which the common data contain"):
         federate(table, config, THREE, 0)
 
 
@@ -261,7 +261,7 @@ def test_client_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
     assert torch.equal(columns["x"][:, 0], -columns["x"][:, 1]) and columns["x"][:, 0].min() > 0
     assert torch.equal(columns["y"], columns["x"][:, 0].long() % 3)
     for change, words in (
-        (rows.rename(columns={"u": "w"}), "column 'u' of the common set table not found"),
+        (rows.rename(columns={"u": "w"}), "column 'u' not found, which the common data contain"),
         (rows.assign(w=1), "column 'w' does not exist in the common set table"),
         (
             rows.replace({"kind": {"y": "yy"}}),

@@ -52,7 +52,9 @@ def test_evaluate_matches_columns_by_name(view: dict[str, Any], tmp_path: Path) 
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
     assert evaluate(run, str(tmp_path / "turned.csv")) == evaluate(run, str(tmp_path / "t.csv"))
     if "missing" not in view:
-        with pytest.raises(UserError, match="--data: table: column 'a' of the common set of"):
+        with pytest.raises(
+            UserError, match="--data: table: column 'a' not found, which the common data contain"
+        ):
             evaluate(run, str(tmp_path / "less.csv"))
 
 

@@ -132,7 +132,7 @@ def test_report_command_permits_the_code_of_the_run(made_run: MakeRun) -> None:
     command = _repeat_command(run)
 
     assert command.startswith(f"hetero-fl train --config PATH/{run.path.name}/config.yaml ")
-    assert " --allow-code" in command and "PATH is the folder" in write_report(run).read_text()
+    assert " --allow-code" in command and "PATH is the folder" in write_report(run.path).read_text()
 
 
 def test_report_values_match_the_summary(made_run: MakeRun) -> None:

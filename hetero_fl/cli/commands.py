@@ -268,9 +268,9 @@ def _describe_bad_parameter(error: BadParameter) -> str:
 
 def _suggest_override(option: str, arguments: Sequence[str]) -> str:
     """Return `; did you mean rounds=3?` for an option that is a configuration key, else ""."""
-    from hetero_fl.config.errors import full_key
+    from hetero_fl.config.errors import nearest_key
 
-    key = full_key(option.removeprefix("--"))
+    key = nearest_key(option.removeprefix("--"))
     if key is None:
         return ""
     index = [argument.partition("=")[0] for argument in arguments].index(option)

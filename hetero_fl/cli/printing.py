@@ -47,7 +47,13 @@ def print_check(prepared: PreparedRun) -> None:
     print(prepared.headline)
     federation = prepared.federation
     table = Table(
-        "client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}"
+        "client",
+        "model",
+        "training rows",
+        "parameters",
+        "down",
+        "up",
+        title=f"cost of {prepared.name}",
     )
     config = prepared.config
     parameters = {
@@ -101,9 +107,9 @@ def _memory_table(prepared: PreparedRun) -> Table:
     table = Table(
         "model",
         "weights",
-        "gradients, optimizer",
-        "activations",
-        *(pluralize(n, "client") for n in CLIENTS_TOGETHER),
+        "gradients,\noptimizer",
+        "forward\npass",
+        *(pluralize(n, "client").replace(" ", "\n") for n in CLIENTS_TOGETHER),
         title="approximate memory by number of clients trained together",
     )
     client_infos = prepared.federation.client_infos
@@ -131,7 +137,7 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
     print(dump(config))
     clients = expand_population(config.clients)
     title = Text(f"cost of {config.algorithm.get('name')}")
-    table = Table("client", "model", "rows", "parameters", "down", "up", title=title)
+    table = Table("client", "model", "training rows", "parameters", "down", "up", title=title)
     for client in islice(clients, NUM_REPRESENTATIVE):
         table.add_row(client, Text(clients[client].model[0].name), *[UNKNOWN] * 4)
     if len(clients) > NUM_REPRESENTATIVE:

@@ -262,6 +262,24 @@ def full_key(name: str) -> str | None:
     return next((f"{key}.{kind}" for kind in ("name", "kind") if f"{key}.{kind}" in known), key)
 
 
+def nearest_key(name: str) -> str | None:
+    """Return the full path of a configuration key, or of the most similar one.
+
+    Args:
+        name: A path, or its last part, possibly misspelled.
+
+    Example:
+        >>> from hetero_fl.config.errors import nearest_key
+        >>> nearest_key("round"), nearest_key("no-such-key-at-all")
+        ('rounds', None)
+    """
+    wanted = name.replace("-", "_")
+    similar = closest(wanted, Config.model_fields) or closest(
+        wanted, [path[-1] for path in _paths(Config)]
+    )
+    return full_key(name) or (similar and full_key(similar))
+
+
 def _normalized_path(path: Sequence[str]) -> str:
     """Return a path for comparison: `proxy_size` equals `proxy.size`, a dot marks the start."""
     return "." + ".".join(path).replace("_", ".").replace("-", ".").lower().lstrip(".")

@@ -31,6 +31,10 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
         ),
         (["train", "--conifg=x.yaml"], "unknown option --conifg; did you mean '--config'?"),
         (["train", "--chekc", "-c", "x.yaml"], "unknown option --chekc; did you mean '--check'?"),
+        (
+            ["train", "-c", "x.yaml", "--round", "3"],
+            "unknown option --round; did you mean rounds=3?",
+        ),
         (["evaluate", "runs/x", "--dta", "x.npz"], "unknown option --dta; did you mean '--data'?"),
         (
             ["join", "runs/x", "--data", "y", "--take", "head"],

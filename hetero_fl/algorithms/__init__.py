@@ -20,9 +20,10 @@ from hetero_fl.algorithms.baselines import Centralized, Ensemble, Local
 from hetero_fl.algorithms.data_free import Dense, FedGen
 from hetero_fl.algorithms.ds_fl import DSFL
 from hetero_fl.algorithms.fd import FD
-from hetero_fl.algorithms.fedavg import FedAvg, FedNova, FedProx
+from hetero_fl.algorithms.fedavg import FedAvg, FedAvgFT, FedNova, FedProx
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.algorithms.fedgkt import FedGKT
+from hetero_fl.algorithms.fedlc import FedLC
 from hetero_fl.algorithms.fedmd import FedMD
 from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
 from hetero_fl.algorithms.heterofl import HeteroFL
@@ -48,6 +49,7 @@ __all__ = [
     "FedAdam",
     "FedAsync",
     "FedAvg",
+    "FedAvgFT",
     "FedAvgM",
     "FedBABU",
     "FedBN",
@@ -57,6 +59,7 @@ __all__ = [
     "FedGKT",
     "FedGen",
     "FedKD",
+    "FedLC",
     "FedMD",
     "FedMRL",
     "FedNova",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit
+from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
@@ -226,8 +226,12 @@ class Algorithm(BaseModel):
         yield from ()
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
-        """Adapt the deployed model before evaluation; the engine calls this on a copy."""
-        yield from ()
+        """Adapt the deployed model before evaluation; the engine calls this on a copy.
+
+        By default, the model is trained for the client's `fine_tune_epochs`.
+        """
+        if client.settings.fine_tune_epochs:
+            yield local_fit(client, epochs=client.settings.fine_tune_epochs, label="fine-tune")
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         """Return the client's logits, shape `[N, C]`.
@@ -238,7 +242,7 @@ class Algorithm(BaseModel):
             personal: Whether the rows follow the client's own label distribution.
         """
         logits = yield Predict("model", rows)
-        return add_log_prior(client, logits) if personal else logits
+        return adjust_to_labels(client, logits, personal)
 
     def server_model(self, server: Participant) -> str | None:
         """Return the slot of the model that the server can deploy, or None.

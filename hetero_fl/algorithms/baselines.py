@@ -11,7 +11,7 @@ from typing_extensions import override
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, register_algorithm
 from hetero_fl.algorithms.local_training import (
-    add_log_prior,
+    adjust_to_labels,
     augmentation,
     local_fit,
     objective_context,
@@ -116,7 +116,7 @@ class Ensemble(Local):
         if client.task.kind == "multilabel":
             return torch.stack([z.sigmoid() for z in logits]).mean(0).logit(eps=1e-7)
         mean = torch.stack([z.log_softmax(-1) for z in logits]).logsumexp(0)
-        return add_log_prior(client, mean) if personal else mean
+        return adjust_to_labels(client, mean, personal)
 
 
 @register_algorithm("centralized")
@@ -185,7 +185,7 @@ class Centralized(Algorithm):
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         preprocess = pooled_client(client).preprocess
         logits = yield Predict("pooled", replace(rows, preprocess=preprocess))
-        return add_log_prior(client, logits) if personal else logits
+        return adjust_to_labels(client, logits, personal)
 
     @override
     def server_model(self, server: Participant) -> str | None:

@@ -25,7 +25,7 @@ from hetero_fl.algorithms.base import (
     upload_model,
 )
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit
+from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
 from hetero_fl.algorithms.prototypes import CommonHead
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import (
@@ -273,7 +273,7 @@ class Dense(DataFreeDistillation):
             return (yield from super().predict(client, rows, personal))
         preprocess = self.reference_client(client).preprocess
         logits = yield Predict(STUDENT, replace(rows, preprocess=preprocess))
-        return add_log_prior(client, logits) if personal else logits
+        return adjust_to_labels(client, logits, personal)
 
     @override
     def server_model(self, server: Participant) -> str | None:

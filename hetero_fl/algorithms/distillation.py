@@ -17,7 +17,8 @@ from typing_extensions import override
 from hetero_fl.aggregation.teachers import TeacherKind, align_to_labels, proxy_predictions
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, Needs, may_share
-from hetero_fl.algorithms.local_training import load_objective, local_fit
+from hetero_fl.algorithms.local_training import adjust_to_labels, load_objective, local_fit
+from hetero_fl.algorithms.recalibration import proxy_sample, recalibrated_tensors, recalibrates
 from hetero_fl.core.objectives import ProxyReplay, TeacherDistillation, log_prior
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -107,6 +108,24 @@ class ProxyTraining(Algorithm):
         if PROXY_INDICES not in received:
             return None
         return self.proxy_indices(client, int(received[PROXY_INDICES]))
+
+    def predict_proxy(self, client: Participant, rows: Tensor | None) -> Plan[Tensor]:
+        """Predict proxy rows with the client's model, for an upload.
+
+        The client's settings `recalibrate` and `prior_correction` apply.
+
+        Args:
+            client: The client.
+            rows: Indices of the rows, int64 `[D]`; None for all rows.
+
+        Returns:
+            Logits, shape `[D, C]`.
+        """
+        tensors = None
+        if recalibrates(client.settings, "proxy_predictions"):
+            tensors = yield from recalibrated_tensors(client, "model", proxy_sample(client))
+        logits = yield Predict("model", Rows("proxy", rows), tensors=tensors)
+        return adjust_to_labels(client, logits, personal=False)
 
     def distill(
         self,
@@ -241,7 +260,7 @@ class ProxyDistillation(ProxyTraining):
         """
         if not may_share(client, "predictions"):
             return {}
-        logits = yield Predict("model", Rows("proxy", self.proxy_indices(client)))
+        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
         return {"logits": self.weighted_predictions(client, logits), **self.label_counts(client)}
 
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:

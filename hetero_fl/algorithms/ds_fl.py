@@ -19,7 +19,7 @@ from hetero_fl.algorithms.distillation import TEACHER, ProxyDistillation
 from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Plan, Predict, Rows
+from hetero_fl.core.plan import Plan
 from hetero_fl.core.task import Task
 
 
@@ -282,7 +282,7 @@ class DSFL(CachedPredictions):
         rows = received["ask"].cpu().long() if "ask" in received else self.proxy_indices(client)
         if (rows is not None and not len(rows)) or not may_share(client, "predictions"):
             return {}
-        logits = yield Predict("model", Rows("proxy", rows))
+        logits = yield from self.predict_proxy(client, rows)
         weighted = self.weighted_probabilities(client, logits)
         counts = self.label_counts(client)
         if self.bits is None:

@@ -23,7 +23,7 @@ from hetero_fl.algorithms.base import (
 from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.objectives import Proximal
-from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import FitReport, Plan
 
@@ -80,6 +80,30 @@ class FedAvg(Algorithm):
         else:
             average_models(server, uploads, self.server_lr)
         yield from ()
+
+
+@register_algorithm("fedavg_ft")
+class FedAvgFT(FedAvg):
+    """FedAvg whose clients fine-tune the average on their own rows before evaluation.
+
+    An alias of `fedavg` with `fine_tune_epochs: 5`, the value of FedBABU.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAvgFT
+        >>> FedAvgFT().model_dump()
+        {'weighting': 'samples', 'server_lr': 1.0}
+    """
+
+    title = "FedAvg-FT"
+    evaluated_when = (
+        "after aggregation and fine-tuning of the client's copy, on both test sets (the server's "
+        "own model: before fine-tuning)"
+    )
+
+    @override
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        clients.set_default("fine_tune_epochs", 5)
+        return super().configure(clients)
 
 
 @register_algorithm("fedprox")

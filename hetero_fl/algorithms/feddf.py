@@ -11,9 +11,11 @@ from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Items, may_share, register_algorithm, upload_part
 from hetero_fl.algorithms.distillation import COUNTS, ProxyDistillation
 from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Plan, Predict, Rows
+from hetero_fl.core.plan import Plan, Predict, Recalibrate, Rows
 
 
 @register_algorithm("feddf")
@@ -76,12 +78,13 @@ class FedDF(ProxyDistillation, FedAvg):
             and u.client_info.has_proxy
             and upload_part(self, u.client_info.settings, round_idx) is None
         ]
+        models = yield from self.received_models(server, teachers)
         rows = self.proxy_indices(server)
         logits = yield [
             Predict(
                 u.group,
                 Rows("proxy", rows, preprocess=u.client_info.preprocess),
-                tensors={**server.models[u.group], **u.payload["model"]},
+                tensors=models[u.client],
                 arch=u.client_info.arch,
             )
             for u in teachers
@@ -98,6 +101,27 @@ class FedDF(ProxyDistillation, FedAvg):
             senders = uploads.senders("model")
             yield from self.distill_into_groups(server, teacher, senders, self.distil_epochs)
             yield from self.train_student(server, teacher)
+
+    def received_models(
+        self, server: Participant, teachers: list[Upload]
+    ) -> Plan[dict[str, Tensors]]:
+        """Return the tensors of each client's model as it predicts the proxy rows."""
+        models = {u.client: {**server.models[u.group], **u.payload["model"]} for u in teachers}
+        recalibrated = [
+            u for u in teachers if recalibrates(u.client_info.settings, "proxy_predictions")
+        ]
+        statistics = yield [
+            Recalibrate(
+                u.group,
+                proxy_sample(server, u.client_info.preprocess),
+                tensors=models[u.client],
+                arch=u.client_info.arch,
+            )
+            for u in recalibrated
+        ]
+        for u, changed in zip(recalibrated, statistics, strict=True):
+            models[u.client].update(changed)
+        return models
 
     def predictions_of(self, server: Participant, upload: Upload, logits: Tensor) -> Item:
         """Return an item with the predictions of a client's model and their weight in the teacher.

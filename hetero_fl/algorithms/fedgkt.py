@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit, objective_context
+from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit, objective_context
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
@@ -214,4 +214,4 @@ class FedGKT(CommonFeatureWidth):
             return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
         logits = yield Predict(LARGE, TensorRows({"x": features}))
-        return add_log_prior(client, logits) if personal else logits
+        return adjust_to_labels(client, logits, personal)

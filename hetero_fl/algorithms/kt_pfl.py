@@ -16,7 +16,7 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import TINY, Coefficients
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
+from hetero_fl.core.plan import Fit, Plan, TensorRows
 
 # Slot of a linear layer without bias. Row k of its weight contains the coefficients of client k.
 MIX = "mix"
@@ -118,7 +118,7 @@ class KTpFL(InitialPhase):
         yield local_fit(client)
         if not may_share(client, "predictions"):
             return {}
-        logits = yield Predict("model", Rows("proxy", self.proxy_indices(client)))
+        logits = yield from self.predict_proxy(client, self.proxy_indices(client))
         return {"predictions": (logits / self.temperature).softmax(-1)}
 
     @override

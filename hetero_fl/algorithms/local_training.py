@@ -118,8 +118,35 @@ def augmentation(settings: ClientSettings) -> AugmentConfig | None:
     return None if settings.augment == AugmentConfig() else settings.augment
 
 
+def adjust_to_labels(client: Participant, logits: Tensor, personal: bool) -> Tensor:
+    """Adjust logits to the label distribution of the predicted rows.
+
+    Args:
+        client: The client. Its settings `local_prior` and `prior_correction` apply.
+        logits: Logits, shape `[N, C]`.
+        personal: Whether the rows follow the client's own label distribution.
+
+    Returns:
+        `logits + log π` for the client's own rows, if it predicts with its prior;
+        `logits - log π` for other rows, if it corrects its predictions.
+    """
+    if personal:
+        return add_log_prior(client, logits)
+    if not client.settings.prior_correction:
+        return logits
+    prior = log_prior(client.task, client.counts)
+    return logits if prior is None else logits - prior
+
+
+def uses_local_prior(settings: ClientSettings) -> bool:
+    """Return whether a client predicts its own rows with z + log π."""
+    if settings.local_prior is None:
+        return bool(settings.logit_adjustment)
+    return settings.local_prior
+
+
 def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
-    """Add the log of the client's label frequencies to logits if it uses logit adjustment.
+    """Add the log of the client's label frequencies to logits if it predicts with its prior.
 
     Example:
         >>> import torch
@@ -133,5 +160,5 @@ def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
         >>> add_log_prior(client, torch.zeros(1, 2)).exp()
         tensor([[0.7500, 0.2500]])
     """
-    prior = log_prior(client.task, client.counts) if client.settings.logit_adjustment else None
+    prior = log_prior(client.task, client.counts) if uses_local_prior(client.settings) else None
     return logits if prior is None else logits + prior

@@ -25,7 +25,7 @@ from hetero_fl.algorithms.base import (
     upload_model,
     upload_part,
 )
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit
+from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
 from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
 from hetero_fl.config.clients import ModelConfig, expand_model_name
@@ -450,4 +450,4 @@ class FedMRL(MenteeTraining):
         head = ModelSpec.from_config("linear", client.task.outputs, (r.shape[1],))
         tensors = {n: own[n] for n in ("head.weight", "head.bias")}
         logits = yield Predict("head", TensorRows({"x": r}), tensors=tensors, arch=head)
-        return add_log_prior(client, logits) if personal else logits
+        return adjust_to_labels(client, logits, personal)

@@ -8,6 +8,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
@@ -155,6 +156,7 @@ class ScannerConfig(ConfigSection):
     )
 
 
+Recalibration = Literal["proxy_predictions", "global_test", "local_test"]
 Share = choice_type("parameters", "backbone", "predictions", "statistics", "features", suffix=".")
 
 
@@ -178,8 +180,28 @@ class ClientSettings(ConfigSection):
     )
     logit_adjustment: bool | None = Field(
         None,
-        description="train on z + log π, where π are the client's label frequencies, and predict "
-        "its own rows with z + log π; `null`: the method's default",
+        description="train on z + log π, where π are the client's label frequencies; `null`: the "
+        "method's default",
+    )
+    local_prior: bool | None = Field(
+        None,
+        description="predict the client's own rows with z + log π; `null`: as `logit_adjustment`",
+    )
+    prior_correction: bool = Field(
+        False,
+        description="predict all other rows (proxy set, global test) with z − log π, for models "
+        "trained without logit adjustment",
+    )
+    recalibrate: list[Recalibration] | None = Field(
+        None,
+        description="predictions that use BatchNorm statistics recomputed on the proxy set: "
+        "`proxy_predictions`; `global_test`: of the deployed model; `local_test`: on equal numbers "
+        "of own and proxy rows; `null`: the method's default",
+    )
+    fine_tune_epochs: NonNegativeInt | None = Field(
+        None,
+        description="epochs of training on the client's own rows before evaluation; `null`: the "
+        "method's default",
     )
     objective: str | None = Field(
         None,

@@ -125,7 +125,13 @@ class OutputConfig(ConfigSection):
 
 
 # Client settings that may also be written next to `algorithm.name`.
-CLIENT_OPTIONS = ("logit_adjustment",)
+CLIENT_OPTIONS = (
+    "logit_adjustment",
+    "local_prior",
+    "prior_correction",
+    "recalibrate",
+    "fine_tune_epochs",
+)
 
 
 class Config(ConfigSection):
@@ -176,7 +182,7 @@ class Config(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _move_client_options(cls, raw: Any) -> Any:
-        """Move `algorithm.logit_adjustment` to `clients.defaults.logit_adjustment`."""
+        """Move options such as `algorithm.logit_adjustment` to `clients.defaults`."""
         algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
         clients = raw.get("clients") or {} if isinstance(raw, dict) else {}
         if not isinstance(algorithm, dict) or not isinstance(clients, dict):

@@ -270,6 +270,40 @@ class ClassSums(RecordedStep):
     key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
 
 
-Step = Fit | Predict | ClassSums
+@dataclass(frozen=True)
+class Recalibrate(RecordedStep):
+    """A step that recomputes the statistics of a model's BatchNorm layers.
+
+    Its result contains the running means and variances by tensor name; it is empty if the model has
+    no BatchNorm layers. Each statistic is the mean over the batches of one forward pass in training
+    mode, without dropout; a last batch of a single example is left out. The participant's model
+    does not change.
+
+    Args:
+        slot: Slot of the model.
+        data: The examples.
+        batch_size: Number of examples per forward pass.
+        tensors: Tensors to use instead of the slot's, for a model that another participant sent.
+        arch: Architecture of the model whose tensors are given.
+
+    Example:
+        >>> from hetero_fl.core.plan import Predict, Recalibrate, Rows
+        >>> def predict_proxy(client):
+        ...     statistics = yield Recalibrate("model", Rows("proxy"))
+        ...     tensors = {**client.models["model"], **statistics}
+        ...     return (yield Predict("model", Rows("proxy"), tensors=tensors))
+        >>> next(predict_proxy(client=None)).batch_size
+        64
+    """
+
+    slot: str
+    data: Rows | TensorRows = field(default_factory=Rows)
+    batch_size: int = 64
+    tensors: Tensors | None = None
+    arch: ModelSpec | None = None
+    key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
+
+
+Step = Fit | Predict | ClassSums | Recalibrate
 T = TypeVar("T")
 Plan = Generator[Any, Any, T]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 
 FORM = "hetero_fl model 1"
+# Prefix of the names of statistics for the client's own examples in a model file.
+LOCAL = "local_statistics/"
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
@@ -40,6 +42,12 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
     return metadata, tensors
 
 
+def split_statistics(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Split the tensors of a model file into those of the model and the local statistics."""
+    local = {n.removeprefix(LOCAL): t for n, t in tensors.items() if n.startswith(LOCAL)}
+    return {n: t for n, t in tensors.items() if not n.startswith(LOCAL)}, local
+
+
 @dataclass(frozen=True)
 class SavedModel:
     """A model of a finished run: tensors, architecture, preprocessing and task.
@@ -50,9 +58,13 @@ class SavedModel:
         preprocess: Fields of `hetero_fl.data.Preprocess`.
         task: The task.
         log_prior: Logarithm of the client's class prior, which is added to the logits for the
-            client's own examples if the method trained with logit adjustment.
+            client's own examples; None if the client predicts without its prior.
         columns: Names of the columns of raw examples, by which tables are matched.
         categories: Text columns with their values, which some of the columns encode.
+        correction: Logarithm of the client's class prior, which is subtracted from the logits for
+            other examples; None if predictions are not corrected.
+        local_statistics: BatchNorm statistics for the client's own examples, by name of the tensor
+            that each replaces.
     """
 
     tensors: Tensors
@@ -62,6 +74,8 @@ class SavedModel:
     log_prior: tuple[float, ...] | None = None
     columns: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    correction: tuple[float, ...] | None = None
+    local_statistics: Tensors = field(default_factory=dict)
 
     def __repr__(self) -> str:
         values = sum(tensor.numel() for tensor in self.tensors.values())
@@ -79,6 +93,7 @@ class SavedModel:
             "preprocess": self.preprocess,
             "task": {name: value for name, value in asdict(self.task).items() if value != ""},
             "log_prior": self.log_prior,
+            **({} if self.correction is None else {"correction": self.correction}),
             **({"columns": self.columns} if self.columns else {}),
             **({"categories": self.categories} if self.categories else {}),
         }
@@ -87,7 +102,8 @@ class SavedModel:
 
     def encode(self) -> bytes:
         """Return the content of a `.safetensors` file; equal models have equal bytes."""
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
+        local = {f"{LOCAL}{name}": t for name, t in self.local_statistics.items()}
+        tensors = {n: t.detach().cpu().contiguous() for n, t in {**self.tensors, **local}.items()}
         return save(tensors, {"hetero_fl": json.dumps(self.metadata(), sort_keys=True)})
 
     @classmethod
@@ -114,6 +130,8 @@ class SavedModel:
             )
             preprocess = {k: freeze_lists(v) for k, v in metadata["preprocess"].items()}
             prior = metadata["log_prior"]
+            correction = metadata.get("correction")
+            own, local = split_statistics(tensors)
             arch = ModelSpec.from_json(json.dumps(metadata["architecture"]))
             # Files of older versions have neither columns nor categories.
             columns = tuple(metadata.get("columns", ()))
@@ -121,27 +139,35 @@ class SavedModel:
                 (column, tuple(values)) for column, values in metadata.get("categories", ())
             )
             return cls(
-                tensors,
+                own,
                 arch,
                 preprocess,
                 task,
                 None if prior is None else tuple(prior),
                 columns,
                 categories,
+                None if correction is None else tuple(correction),
+                local,
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a saved model: {error}") from None
 
-    def module(self) -> torch.nn.Module:
-        """Build the model with the saved tensors, in evaluation mode."""
+    def module(self, personal: bool = False) -> torch.nn.Module:
+        """Build the model with the saved tensors, in evaluation mode.
+
+        Args:
+            personal: Whether it will predict the client's own examples, to which
+                `local_statistics` apply.
+        """
+        tensors = {**self.tensors, **self.local_statistics} if personal else self.tensors
         with torch.random.fork_rng(devices=[]):
             module = self.arch.build()
         counters = {
             n: t
             for n, t in module.state_dict().items()
-            if n not in self.tensors and not t.is_floating_point()
+            if n not in tensors and not t.is_floating_point()
         }
-        module.load_state_dict({**counters, **self.tensors})
+        module.load_state_dict({**counters, **tensors})
         return module.eval()
 
     @torch.no_grad()
@@ -150,19 +176,27 @@ class SavedModel:
 
         Args:
             x: Preprocessed examples.
-            personal: Whether these are the client's own examples, to which `log_prior` applies.
+            personal: Whether these are the client's own examples, to which `log_prior` and
+                `local_statistics` apply; `correction` applies to others.
             batch_size: Number of examples per forward pass.
 
         Returns:
             Logits, shape `[N, outputs]`.
         """
-        module = self.module()
+        module = self.module(personal)
         z = torch.cat([module(b).logits for b in x.split(batch_size)])
-        return (
-            z + torch.tensor(self.log_prior, dtype=z.dtype)
-            if personal and self.log_prior is not None
-            else z
-        )
+        offset = self.offset(personal)
+        return z if offset is None else z + offset.to(z.dtype)
+
+    def offset(self, personal: bool) -> Tensor | None:
+        """Return what is added to the logits, shape `[outputs]`; None for no addition.
+
+        Args:
+            personal: Whether these are logits of the client's own examples.
+        """
+        if personal:
+            return None if self.log_prior is None else torch.tensor(self.log_prior)
+        return None if self.correction is None else -torch.tensor(self.correction)
 
     def examples(self, x: Any) -> Tensor:
         """Convert raw examples to the form of the training data before preprocessing.

@@ -26,7 +26,7 @@ from hetero_fl.config.errors import describe_error
 from hetero_fl.core.metrics import MAX_METRIC_VALUE, SMALLER_IS_BETTER, Scores, metric_names
 from hetero_fl.core.model_spec import Tensors, freeze_lists
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.saved_model import SavedModel, read_model_file
+from hetero_fl.core.saved_model import SavedModel, read_model_file, split_statistics
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.preprocessing import Preprocess
@@ -333,10 +333,16 @@ def _read_model(
         except UserError:
             raise RequestRefusedError("expected a safetensors file with a header") from None
     saved = _expected_model(about, tensors, federation, client_info, method)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
+    local_shapes = {name: tuple(t.shape) for name, t in saved.local_statistics.items()}
     if any(saved.arch.shapes.get(name) != shape for name, shape in shapes.items()):
         raise RequestRefusedError(
             f"names or shapes of the tensors do not match the architecture {saved.arch.name}"
+        )
+    statistics = saved.arch.batch_norm_names - saved.arch.parameter_names
+    if any(n not in statistics or shapes.get(n) != s for n, s in local_shapes.items()):
+        raise RequestRefusedError(
+            f"local statistics do not match the architecture {saved.arch.name}"
         )
     if missing := saved.arch.parameter_names - shapes.keys():
         raise RequestRefusedError(f"tensor '{min(missing)}' is missing")
@@ -378,13 +384,27 @@ def _expected_model(
         for slot, arch in client_info.models.items()
         if slot != "model"
     }
-    prior = about["log_prior"]
-    if prior is not None:
-        prior = tuple(
-            _read_table(prior, (task.outputs,), lambda v: float(_read_number(v, -MAX_METRIC_VALUE)))
+    prior, correction = (
+        None
+        if found is None
+        else tuple(
+            _read_table(found, (task.outputs,), lambda v: float(_read_number(v, -MAX_METRIC_VALUE)))
         )
+        for found in (about["log_prior"], about.get("correction"))
+    )
+    own, local_statistics = split_statistics(tensors)
     candidates = [
-        SavedModel(tensors, arch, asdict(view), task, prior, layout.columns, layout.categories)
+        SavedModel(
+            own,
+            arch,
+            asdict(view),
+            task,
+            prior,
+            layout.columns,
+            layout.categories,
+            correction,
+            local_statistics,
+        )
         for arch, view in views
     ]
     named = about["architecture"]

@@ -12,11 +12,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.core.plan import (
-    ClassSums,
     Fit,
     FitReport,
     Plan,
     Predict,
+    Recalibrate,
     Step,
 )
 from hetero_fl.engine.templates import Templates
@@ -45,7 +45,7 @@ def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step
         raise StopIteration(plan)
     request: Step | list[Step] = plan.send(answer)
     for step in request if isinstance(request, list) else [request]:
-        if not isinstance(step, Fit | Predict | ClassSums):
+        if not isinstance(step, Step):
             raise UserError(f"{_describe_place(plan)}: {_describe_request(step)}")
         if missing := [slot for slot in model_slots(step) if slot not in participant.arch]:
             known = ", ".join(map(repr, participant.arch))
@@ -60,7 +60,7 @@ def model_slots(step: Step) -> tuple[str, ...]:
     """Return the slots of the participant's models that a step computes with."""
     if isinstance(step, Fit):
         return (*step.train, *step.frozen)
-    is_sent = isinstance(step, Predict) and step.arch is not None
+    is_sent = isinstance(step, Predict | Recalibrate) and step.arch is not None
     return () if is_sent else (step.slot,)
 
 
@@ -75,7 +75,7 @@ def _describe_request(request: Any) -> str:
     if isinstance(request, GeneratorType):
         return f"yields the plan {request.__name__}(…); write `yield from`"
     name = type(request).__name__
-    return f"expected a Fit, Predict or ClassSums step, or a list of steps, got {name}"
+    return f"expected a Fit, Predict, ClassSums or Recalibrate step, or a list of steps, got {name}"
 
 
 Work = Sequence[tuple[Participant, Step]]

@@ -17,14 +17,24 @@ import torch.nn.functional as F
 from cachetools import FIFOCache
 from torch import Tensor
 
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Rows, Step, TensorRows
+from hetero_fl.core.plan import (
+    ClassSums,
+    Fit,
+    FitReport,
+    Predict,
+    Recalibrate,
+    Rows,
+    Step,
+    TensorRows,
+)
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError, Work
 from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
 from hetero_fl.engine.training import run_fit
-from model_zoo import Outputs
+from model_zoo import Outputs, is_batch_norm
 
 
 def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
@@ -145,6 +155,8 @@ class SerialBackend:
                     results.append(self._fit(participant, step))
                 except DivergedError as failure:
                     results.append(failure)
+            elif isinstance(step, Recalibrate):
+                results.append(self.recalibrate(participant, step))
             elif (key := prediction_key(participant, step)) is not None:
                 assert isinstance(step, Predict)
                 results.append(self.predict_public(key, participant, step))
@@ -185,6 +197,37 @@ class SerialBackend:
             cached = CachedOutputs(x, tensors, self._outputs(participant, [step])[0])
             cache[key] = cached
         return cached.outputs
+
+    @torch.no_grad()
+    def recalibrate(self, participant: Participant, step: Recalibrate) -> Tensors:
+        """Return the means and variances of a model's BatchNorm layers on the step's rows.
+
+        Args:
+            participant: The participant whose model is read.
+            step: The step.
+        """
+        template = self.templates(step_model_spec(participant, step))
+        layers = {n: m for n, m in template.module.named_modules() if is_batch_norm(m)}
+        rows = step.data.columns(participant)["x"]
+        batches = [b for b in rows.split(step.batch_size) if len(b) > 1]
+        if not layers or not batches:
+            return {}
+        counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
+        module = template.load({**counters, **step_tensors(participant, step)})
+        template.set_mode(training=False)
+        momenta = {name: layer.momentum for name, layer in layers.items()}
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        for batch in batches:
+            module(self.templates.memory.keep(batch).to(self.templates.device))
+        for name, layer in layers.items():
+            layer.momentum = momenta[name]
+            layer.eval()
+        names = [f"{n}.{kind}" for n in layers for kind in ("running_mean", "running_var")]
+        device = self.templates.memory.storage_device
+        return {n: template.tensors[n].detach().to(device, copy=True) for n in names}
 
     def _output_results(self, work: Work) -> list[Any]:
         participant = work[0][0]

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
 from hetero_fl.core.participant import ClientInfo, Participant
-from hetero_fl.core.plan import ClassSums, Predict
+from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.code_permission import CODE_PREFIX
@@ -277,12 +277,12 @@ def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
 OutputStep = Predict | ClassSums
 
 
-def step_model_spec(participant: Participant, step: OutputStep) -> ModelSpec:
-    """Return the architecture of the model that a step evaluates."""
+def step_model_spec(participant: Participant, step: OutputStep | Recalibrate) -> ModelSpec:
+    """Return the architecture of the model that a step reads."""
     return getattr(step, "arch", None) or participant.arch[step.slot]
 
 
-def step_tensors(participant: Participant, step: OutputStep) -> Mapping[str, Tensor]:
-    """Return the tensors of the model that a step evaluates, from the step or from its slot."""
+def step_tensors(participant: Participant, step: OutputStep | Recalibrate) -> Mapping[str, Tensor]:
+    """Return the tensors of the model that a step reads, from the step or from its slot."""
     received: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
     return participant.models[step.slot] if received is None else received

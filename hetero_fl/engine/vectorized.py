@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import ClassSums, Fit, Predict, SampledBatches, Step
+from hetero_fl.core.plan import ClassSums, Fit, Predict, Recalibrate, SampledBatches, Step
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, Work
@@ -28,7 +28,7 @@ from hetero_fl.engine.serial import (
     prediction_key,
     select_output,
 )
-from hetero_fl.engine.templates import Templates, step_model_spec, step_tensors
+from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
 from hetero_fl.engine.vectorized_training import fit_stacked
 
 T = TypeVar("T")
@@ -138,6 +138,9 @@ class VectorizedBackend:
         seen: dict[tuple[int, str], int] = {}
         results: dict[int, Any] = {}
         for i, (participant, step) in enumerate(work):
+            if isinstance(step, Recalibrate):
+                results[i] = self.serial.recalibrate(participant, step)
+                continue
             # Public predictions are computed one model at a time: see `engine.serial`.
             key = prediction_key(participant, step)
             if key is not None:
@@ -180,6 +183,7 @@ class VectorizedBackend:
 
     def _run_vectorized(self, work: Work) -> list[Any]:
         participant, step = work[0]
+        assert not isinstance(step, Recalibrate)
         support_key = _vmap_support_key(participant, step)
         if len(work) == 1 or support_key in self._unsupported:
             return self.serial.run(work)
@@ -244,7 +248,7 @@ def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
     return [step_model_spec(participant, step)]
 
 
-def vectorization_key(participant: Participant, step: Step) -> Any:
+def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
     """Return a key that is equal for steps that can be computed together.
 
     The key is not hashable if the objective is not.
@@ -288,7 +292,7 @@ def vectorization_key(participant: Participant, step: Step) -> Any:
     )
 
 
-def _vmap_support_key(participant: Participant, step: Step) -> Any:
+def _vmap_support_key(participant: Participant, step: Fit | OutputStep) -> Any:
     """Return a key that is equal for steps that vmap either supports or not."""
     if not isinstance(step, Fit):
         return type(step), step_model_spec(participant, step), step.readout

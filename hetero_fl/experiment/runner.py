@@ -382,7 +382,7 @@ def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> Evalu
         preprocess = asdict(federation.preprocessing_of(slot))
         layout = federation.data.layout
         model = SavedModel(
-            server.models[slot],
+            trainer.server_tensors(slot),
             server.arch[slot],
             preprocess,
             federation.task,

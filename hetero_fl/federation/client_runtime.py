@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import Items, inference_model, kept_state, runs_user_code
-from hetero_fl.algorithms.local_training import add_log_prior
+from hetero_fl.algorithms.local_training import adjust_to_labels
+from hetero_fl.algorithms.recalibration import recalibrated_models, recalibrates
 from hetero_fl.communication.protocol import (
     Content,
     Message,
@@ -24,6 +25,7 @@ from hetero_fl.communication.protocol import (
     TrainingRequest,
     encoded,
 )
+from hetero_fl.config.clients import Recalibration
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload, report_with_loss
@@ -396,12 +398,15 @@ class ClientRuntime:
         self, clients: Mapping[str, Participant], details: bool
     ) -> dict[str, ClientEvaluation]:
         evaluations = {c: ClientEvaluation() for c in clients}
+        views = {
+            is_personal: self._recalibrate(clients, is_personal) for is_personal in (False, True)
+        }
         if details:
-            for c, participant in clients.items():
-                evaluations[c].model = self._save_model(participant).encode()
+            for c in clients:
+                evaluations[c].model = self._save_model(views[False][c], views[True][c]).encode()
         for name, (rows, is_personal) in EVALUATION_SETS.items():
             labels = {c: self._on_host(p.data(rows, None)["y"]) for c, p in clients.items()}
-            with_rows = {c: p for c, p in clients.items() if len(labels[c])}
+            with_rows = {c: p for c, p in views[is_personal].items() if len(labels[c])}
             plans = {
                 c: self.algorithm.predict(p, Rows(rows), is_personal) for c, p in with_rows.items()
             }
@@ -414,26 +419,52 @@ class ClientRuntime:
         self._evaluate_backdoor(clients, evaluations)
         return evaluations
 
-    def _save_model(self, participant: Participant) -> SavedModel:
+    def _recalibrate(
+        self, clients: Mapping[str, Participant], personal: bool
+    ) -> dict[str, Participant]:
+        """Return the clients with the BatchNorm statistics that an evaluation uses."""
+        prediction: Recalibration = "local_test" if personal else "global_test"
+        changed = {
+            c: p for c, p in clients.items() if p.has_proxy and recalibrates(p.settings, prediction)
+        }
+        plans = {c: recalibrated_models(p, personal) for c, p in changed.items()}
+        models = self._run(plans, changed)
+        return {c: replace(p, models=models[c]) if c in models else p for c, p in clients.items()}
+
+    def _save_model(self, participant: Participant, local: Participant) -> SavedModel:
+        """Return the model that a client deploys.
+
+        Args:
+            participant: The client.
+            local: The client with the statistics for its own rows.
+        """
         task = self.federation.task
         slot, view = inference_model(self.algorithm, participant)
         view = view or self.federation.client_infos[participant.participant_id].preprocess
-        log_prior = add_log_prior(
-            participant, torch.zeros(task.outputs, device=self.federation.memory.storage_device)
-        )
-        # The model's file must not reveal exact label frequencies of a private client.
+        zeros = torch.zeros(task.outputs, device=self.federation.memory.storage_device)
+        prior = adjust_to_labels(participant, zeros, personal=True)
+        correction = -adjust_to_labels(participant, zeros, personal=False)
+        # The model's file must not reveal the label frequencies of a private client, nor statistics
+        # of its rows.
         is_private = self.federation.privacy is not None
         may_save_prior = not is_private or self.federation.has_noisy_counts
-        prior = tuple(log_prior.tolist()) if bool(log_prior.any()) and may_save_prior else None
+        tensors = participant.models[slot]
+        statistics = {
+            name: tensor
+            for name, tensor in local.models[slot].items()
+            if tensor is not tensors[name] and not is_private
+        }
         layout = self.federation.data.layout
         return SavedModel(
-            participant.models[slot],
+            tensors,
             participant.arch[slot],
             asdict(view),
             task,
-            prior,
+            tuple(prior.tolist()) if bool(prior.any()) and may_save_prior else None,
             layout.columns,
             layout.categories,
+            tuple(correction.tolist()) if bool(correction.any()) and may_save_prior else None,
+            statistics,
         )
 
     def _add_details(

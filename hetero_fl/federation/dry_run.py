@@ -26,7 +26,16 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
-from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step, StepKey, record_steps
+from hetero_fl.core.plan import (
+    ClassSums,
+    Fit,
+    FitReport,
+    Predict,
+    Recalibrate,
+    Step,
+    StepKey,
+    record_steps,
+)
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import Work, reported_loss, run_plan, translate_user_errors
 from hetero_fl.engine.templates import Templates
@@ -65,6 +74,8 @@ class DryRunBackend:
     def _result_of_shape(self, participant: Participant, step: Step) -> Any:
         if isinstance(step, Fit):
             return FitReport(1, step.batch_size, 0.0)
+        if isinstance(step, Recalibrate):
+            return {}
         arch = getattr(step, "arch", None) or participant.arch[step.slot]
         width = (
             arch.outputs if step.readout != "features" else self.templates(arch).module.feature_dim

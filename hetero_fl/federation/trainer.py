@@ -10,12 +10,14 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast, is_user_method, runs_user_code
+from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
 from hetero_fl.communication.protocol import Content, Message, Traffic, content_size
 from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.metrics import Scores, score, summarize_clients
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
-from hetero_fl.core.plan import Predict, Rows
+from hetero_fl.core.plan import Predict, Recalibrate, Rows
 from hetero_fl.engine.driver import DivergedError, translate_user_errors
 from hetero_fl.federation.broadcasts import make_broadcasts
 from hetero_fl.federation.channel import FederationLinks
@@ -426,18 +428,36 @@ class FederatedTrainer(ABC):
             self.traffic.down += sum(sizes.values())
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
+    def server_tensors(self, slot: str) -> Tensors:
+        """Return the tensors of one of the server's models as it is deployed.
+
+        With `recalibrate: [global_test]`, its BatchNorm statistics are those of the proxy set.
+
+        Args:
+            slot: Slot of the model.
+
+        Returns:
+            Tensors by name.
+        """
+        tensors = self.server.models[slot]
+        settings = self.server.peers.main_profile.settings
+        if not self.server.has_proxy or not recalibrates(settings, "global_test"):
+            return tensors
+        rows = proxy_sample(self.server, self.federation.preprocessing_of(slot))
+        (statistics,) = self.backend.run([(self.server, Recalibrate(slot, rows))])
+        return {**tensors, **statistics}
+
     def _evaluate_server(self) -> dict[str, Scores] | None:
         slot = self.algorithm.server_model(self.server)
         if slot is None:
             return None
         view = self.federation.preprocessing_of(slot)
+        server = replace(self.server, models={slot: self.server_tensors(slot)})
         scores = {}
         for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
             y = self.server.data(rows, view)["y"].cpu()
             if len(y):
-                (logits,) = self.backend.run(
-                    [(self.server, Predict(slot, Rows(rows, preprocess=view)))]
-                )
+                (logits,) = self.backend.run([(server, Predict(slot, Rows(rows, preprocess=view)))])
                 unit = self.federation.data.extra_columns(self.server.participant_id, rows).unit
                 scores[name] = score(self.federation.task, logits.cpu(), y, unit)
         return scores

@@ -218,22 +218,21 @@ class ExportedModel(nn.Module):
         kind: Kind of task.
     """
 
-    prior: Tensor | None
+    offset: Tensor | None
 
     def __init__(self, model: SavedModel, personal: bool) -> None:
         super().__init__()
         self.inputs = inputs_of(model)
         self.kind = model.task.kind
         self.preprocessing = ExportedPreprocessing(model)
-        self.model = model.module().requires_grad_(False)
-        has_prior = personal and model.log_prior is not None
-        self.register_buffer("prior", torch.tensor(model.log_prior) if has_prior else None)
+        self.model = model.module(personal).requires_grad_(False)
+        self.register_buffer("offset", model.offset(personal))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return probabilities or values, `[N, outputs]`; NaN for invalid rows."""
         invalid = self.preprocessing.invalid_rows(inputs)
         z = self.model(self.preprocessing(inputs)).logits
-        z = z if self.prior is None else z + self.prior
+        z = z if self.offset is None else z + self.offset
         predictions: Tensor = z
         if self.kind == "multilabel":
             predictions = z.sigmoid()

@@ -1,0 +1,85 @@
+"""Recalibration: BatchNorm statistics that are recomputed on public rows before a prediction.
+
+The running statistics of a client describe its own rows. If its labels are skewed, proxy rows of
+another mix of classes look like other classes under these statistics, and consensus distillation
+amplifies the shift from round to round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hetero_fl.config.clients import ClientSettings, Recalibration
+from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.plan import Plan, Recalibrate, Rows, TensorRows
+from hetero_fl.utils.seeding import keyed_generator
+
+
+def recalibrates(settings: ClientSettings, prediction: Recalibration) -> bool:
+    """Return whether a client's predictions use recomputed statistics."""
+    return prediction in (settings.recalibrate or ())
+
+
+def recalibrated_tensors(
+    participant: Participant, slot: str, data: Rows | TensorRows
+) -> Plan[Tensors]:
+    """Return the tensors of a model with BatchNorm statistics of the given rows.
+
+    Args:
+        participant: The participant; its model does not change.
+        slot: Slot of the model.
+        data: Rows from which the statistics are computed.
+    """
+    statistics: Tensors = yield Recalibrate(slot, data)
+    return {**participant.models[slot], **statistics}
+
+
+def recalibrated_models(client: Participant, personal: bool) -> Plan[dict[str, Tensors]]:
+    """Return all models of a client with recomputed statistics, by slot.
+
+    Args:
+        client: The client; it needs the proxy set.
+        personal: Whether the models predict the client's own rows. The statistics are then those of
+            `local_sample`, otherwise those of the proxy set.
+    """
+    data = local_sample(client) if personal else proxy_sample(client)
+    models = {}
+    for slot in client.models:
+        models[slot] = yield from recalibrated_tensors(client, slot, data)
+    return models
+
+
+def proxy_sample(participant: Participant, preprocess: object = None) -> Rows:
+    """Return all proxy rows in a random order that is equal for all participants.
+
+    Args:
+        participant: The participant.
+        preprocess: Preprocessing of the rows. None is the participant's.
+    """
+    num_rows = len(participant.data("proxy", preprocess)["x"])
+    return Rows(
+        "proxy", _permutation(participant, num_rows, "recalibration"), preprocess=preprocess
+    )
+
+
+def local_sample(client: Participant) -> TensorRows:
+    """Return equal numbers of the client's training rows and of proxy rows, shuffled.
+
+    The number is that of the smaller set.
+    """
+    own = client.data("train", None)["x"]
+    proxy = client.data("proxy", None)["x"]
+    size = min(len(own), len(proxy))
+    rows = [
+        x[_permutation(client, len(x), name)[:size].to(x.device)]
+        for x, name in ((own, client.participant_id), (proxy, "recalibration"))
+    ]
+    order = _permutation(client, 2 * size, "local recalibration")
+    return TensorRows({"x": torch.cat(rows)[order.to(own.device)]})
+
+
+def _permutation(participant: Participant, num_rows: int, name: str) -> Tensor:
+    generator = keyed_generator(participant.round_context.seed, "recalibration", name)
+    return torch.randperm(num_rows, generator=generator)

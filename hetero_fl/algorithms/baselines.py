@@ -16,6 +16,7 @@ from hetero_fl.algorithms.local_training import (
     local_fit,
     objective_context,
 )
+from hetero_fl.algorithms.recalibration import evaluation_sample, recalibrates_evaluation
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import (
     ClientInfo,
@@ -24,7 +25,7 @@ from hetero_fl.core.participant import (
     scheduled_optimizer,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows
+from hetero_fl.core.plan import Fit, Plan, Predict, Recalibrate, Rows
 from hetero_fl.utils.ordering import natural_order
 
 
@@ -102,6 +103,20 @@ class Ensemble(Local):
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         models = client.state["members"]
         members = [client.peers[client_id] for client_id in natural_order(models)]
+        if recalibrates_evaluation(client, personal):
+            statistics = yield [
+                Recalibrate(
+                    member.client_id,
+                    evaluation_sample(client, personal, member.preprocess),
+                    tensors=models[member.client_id],
+                    arch=member.arch,
+                )
+                for member in members
+            ]
+            models = {
+                member.client_id: {**models[member.client_id], **changed}
+                for member, changed in zip(members, statistics, strict=True)
+            }
         logits = yield [
             Predict(
                 member.client_id,

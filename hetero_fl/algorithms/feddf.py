@@ -12,7 +12,9 @@ from hetero_fl.algorithms.base import Items, may_share, register_algorithm, uplo
 from hetero_fl.algorithms.distillation import COUNTS, ProxyDistillation
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.objectives import log_prior
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Recalibrate, Rows
@@ -61,12 +63,16 @@ class FedDF(ProxyDistillation, FedAvg):
         items: Items = yield from super().train(client, received)
         if upload_part(self, client.settings, client.round_context.round_idx) is not None:
             items |= yield from self.upload_predictions(client)
-        elif self.teacher == "contrast" and may_share(client, "statistics"):
+        elif self.needs_counts(client.settings) and may_share(client, "statistics"):
             items[COUNTS] = Item(client.counts, kind="counts")
         elif client.has_proxy:
             # Without proxy rows, the client's model does not contribute to the teacher.
             items |= self.label_counts(client)
         return items
+
+    def needs_counts(self, settings: ClientSettings) -> bool:
+        """Return whether the server needs a client's label counts to use its predictions."""
+        return self.teacher == "contrast" or settings.prior_correction
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -131,10 +137,14 @@ class FedDF(ProxyDistillation, FedAvg):
             upload: The client's upload.
             logits: Logits of the client's model on the proxy rows, shape `[D, C]`.
         """
+        counts = upload.payload.get(COUNTS)
+        if counts is not None and upload.client_info.settings.prior_correction:
+            prior = log_prior(server.task, counts.clamp(min=0))
+            logits = logits if prior is None else logits - prior
         return proxy_predictions(
             server.task,
             self.teacher,
             logits,
-            upload.payload.get(COUNTS),
+            counts,
             upload.client_info.num_rows,
         )

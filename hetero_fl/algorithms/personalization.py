@@ -277,5 +277,5 @@ class Ditto(FedAvg):
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if not personal:
-            return (yield Predict("model", rows))
+            return (yield from super().predict(client, rows, personal))
         return add_log_prior(client, (yield Predict(PERSONAL, rows)))

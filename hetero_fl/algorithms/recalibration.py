@@ -36,6 +36,30 @@ def recalibrated_tensors(
     return {**participant.models[slot], **statistics}
 
 
+def evaluation_sample(
+    client: Participant, personal: bool, preprocess: object = None
+) -> Rows | TensorRows:
+    """Return the rows whose statistics a client's models use on a test set.
+
+    Args:
+        client: The client; it needs the proxy set.
+        personal: Whether the test set is the client's own.
+        preprocess: Preprocessing of the rows. None is the client's.
+    """
+    return local_sample(client, preprocess) if personal else proxy_sample(client, preprocess)
+
+
+def recalibrates_evaluation(client: Participant, personal: bool) -> bool:
+    """Return whether a client's models use recomputed statistics on a test set.
+
+    Args:
+        client: The client.
+        personal: Whether the test set is the client's own.
+    """
+    prediction: Recalibration = "local_test" if personal else "global_test"
+    return client.has_proxy and recalibrates(client.settings, prediction)
+
+
 def recalibrated_models(client: Participant, personal: bool) -> Plan[dict[str, Tensors]]:
     """Return all models of a client with recomputed statistics, by slot.
 
@@ -44,10 +68,13 @@ def recalibrated_models(client: Participant, personal: bool) -> Plan[dict[str, T
         personal: Whether the models predict the client's own rows. The statistics are then those of
             `local_sample`, otherwise those of the proxy set.
     """
-    data = local_sample(client) if personal else proxy_sample(client)
-    models = {}
+    data = evaluation_sample(client, personal)
+    models = dict(client.models)
+    # Models of another input shape, such as a mentee, do not read these rows.
+    shape = client.arch["model"].input_shape
     for slot in client.models:
-        models[slot] = yield from recalibrated_tensors(client, slot, data)
+        if client.arch[slot].input_shape == shape:
+            models[slot] = yield from recalibrated_tensors(client, slot, data)
     return models
 
 
@@ -64,13 +91,17 @@ def proxy_sample(participant: Participant, preprocess: object = None) -> Rows:
     )
 
 
-def local_sample(client: Participant) -> TensorRows:
+def local_sample(client: Participant, preprocess: object = None) -> TensorRows:
     """Return equal numbers of the client's training rows and of proxy rows, shuffled.
 
     The number is that of the smaller set.
+
+    Args:
+        client: The client.
+        preprocess: Preprocessing of the rows. None is the client's.
     """
-    own = client.data("train", None)["x"]
-    proxy = client.data("proxy", None)["x"]
+    own = client.data("train", preprocess)["x"]
+    proxy = client.data("proxy", preprocess)["x"]
     size = min(len(own), len(proxy))
     rows = [
         x[_permutation(client, len(x), name)[:size].to(x.device)]

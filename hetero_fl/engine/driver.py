@@ -75,7 +75,7 @@ def _describe_request(request: Any) -> str:
     if isinstance(request, GeneratorType):
         return f"yields the plan {request.__name__}(…); write `yield from`"
     name = type(request).__name__
-    return f"expected a Fit, Predict, ClassSums or Recalibrate step, or a list of steps, got {name}"
+    return f"expected a step (Fit, Predict, ClassSums, Recalibrate) or a list of steps, got {name}"
 
 
 Work = Sequence[tuple[Participant, Step]]

@@ -308,6 +308,29 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "clients: {client}: class_weights: expected {run.task.outputs} numbers, one for each "
         "class of data.name, got {count}",
     ),
+    "prior_of_other_task": CompatibilityRule(
+        ("clients", "data.name"),
+        lambda run: (
+            run.task.kind != "multiclass"
+            and first(
+                f"{k.first}: {option}"
+                for k in run.profiles
+                for option in ("local_prior", "prior_correction")
+                if getattr(k.settings, option)
+            )
+        ),
+        "clients: {found}: requires a multiclass task, but data.name has a {run.task.kind} task",
+    ),
+    "correction_of_adjusted_predictions": CompatibilityRule(
+        ("prior_correction", "logit_adjustment"),
+        lambda run: first(
+            k.first
+            for k in run.profiles
+            if k.settings.prior_correction and k.settings.logit_adjustment
+        ),
+        "clients: {found}: prior_correction cannot be combined with logit_adjustment, after which "
+        "predictions contain no prior; remove one of them",
+    ),
     "negative_class_weights": CompatibilityRule(
         ("class_weights", "weights"),
         lambda run: first(

@@ -16,7 +16,7 @@ from torch import Tensor
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import Items, inference_model, kept_state, runs_user_code
 from hetero_fl.algorithms.local_training import adjust_to_labels
-from hetero_fl.algorithms.recalibration import recalibrated_models, recalibrates
+from hetero_fl.algorithms.recalibration import recalibrated_models, recalibrates_evaluation
 from hetero_fl.communication.protocol import (
     Content,
     Message,
@@ -25,7 +25,6 @@ from hetero_fl.communication.protocol import (
     TrainingRequest,
     encoded,
 )
-from hetero_fl.config.clients import Recalibration
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload, report_with_loss
@@ -423,10 +422,7 @@ class ClientRuntime:
         self, clients: Mapping[str, Participant], personal: bool
     ) -> dict[str, Participant]:
         """Return the clients with the BatchNorm statistics that an evaluation uses."""
-        prediction: Recalibration = "local_test" if personal else "global_test"
-        changed = {
-            c: p for c, p in clients.items() if p.has_proxy and recalibrates(p.settings, prediction)
-        }
+        changed = {c: p for c, p in clients.items() if recalibrates_evaluation(p, personal)}
         plans = {c: recalibrated_models(p, personal) for c, p in changed.items()}
         models = self._run(plans, changed)
         return {c: replace(p, models=models[c]) if c in models else p for c, p in clients.items()}

@@ -1,0 +1,197 @@
+"""Recalibrated BatchNorm statistics, priors at prediction and fine-tuning before evaluation."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hetero_fl
+from hetero_fl.algorithms.recalibration import local_sample, proxy_sample
+from hetero_fl.core.objectives import log_prior
+from hetero_fl.core.plan import Predict, Recalibrate, Rows
+from hetero_fl.utils.errors import UserError
+from tests.algorithms.test_equalities import history
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+
+LABEL_SKEW = {"kind": "dirichlet", "alpha": 0.2, "min_size": 30}
+PROXY = ["proxy_predictions"]
+
+
+def reference_statistics(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return BatchNorm statistics as means over batches of 64, from inputs read by hooks."""
+    module = copy.deepcopy(module).eval()
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.train()
+            layer.register_forward_hook(
+                lambda _, inputs, __, name=name: found.setdefault(name, []).append(inputs[0])
+            )
+    with torch.no_grad():
+        for batch in x.split(64):
+            if len(batch) > 1:
+                module(batch)
+    statistics = {}
+    for name, inputs in found.items():
+        means = [v.mean((0, 2, 3)) for v in inputs]
+        variances = [v.var((0, 2, 3), unbiased=True) for v in inputs]
+        statistics[f"{name}.running_mean"] = torch.stack(means).mean(0)
+        statistics[f"{name}.running_var"] = torch.stack(variances).mean(0)
+    return statistics
+
+
+@pytest.mark.usefixtures("float64")
+def test_recalibrate_matches_reference() -> None:
+    rounds = rounds_of(config("fedmd", data__proxy__size=129), held=1)
+    client = deployed(rounds, "site_1")
+    before = {n: t.clone() for n, t in client.models["model"].items()}
+
+    (found,) = rounds.backend.run([(client, Recalibrate("model", Rows("proxy")))])
+
+    module = client.arch["model"].build()
+    module.load_state_dict({**module.state_dict(), **client.models["model"]})
+    expected = reference_statistics(module, client.data("proxy", None)["x"])
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[n], expected[n], atol=1e-12) for n in found)
+    assert same_bits(before, client.models["model"])
+
+
+def test_recalibrate_returns_nothing_without_batch_norm() -> None:
+    rounds = rounds_of(config("fedmd", {"name": "cnn", "width": 4, "norm": "group"}), held=0)
+    client = deployed(rounds, "site_1")
+
+    assert rounds.backend.run([(client, Recalibrate("model", Rows("proxy")))]) == [{}]
+
+
+@pytest.mark.parametrize("method", ["fedmd", "ds_fl", "kt_pfl", "hybrid", "feddf"])
+def test_proxy_predictions_use_statistics_of_proxy_set(method: str) -> None:
+    plain = rounds_of(config(method, rounds=1, data__partition=LABEL_SKEW))
+    options: Any = {"name": method, "recalibrate": PROXY}
+    changed = rounds_of(config(method, rounds=1, data__partition=LABEL_SKEW, algorithm=options))
+
+    key = "predictions" if method == "kt_pfl" else "teacher"
+    if method == "feddf":
+        (group,) = plain.server.models
+        assert not same_bits(plain.server.models[group], changed.server.models[group])
+    else:
+        assert not torch.equal(plain.server.state[key], changed.server.state[key])
+    assert options["name"] == method
+
+
+def test_uploaded_predictions_match_reference() -> None:
+    options: Any = {"name": "fedmd", "recalibrate": PROXY, "prior_correction": True}
+    rounds = rounds_of(config("fedmd", clients=1, algorithm=options, rounds=1))
+    # The client with the model with which it predicted, before it distills the teacher.
+    client = rounds.federation.client("site", rounds.store.get("site"), 1)
+
+    (statistics,) = rounds.backend.run([(client, Recalibrate("model", proxy_sample(client)))])
+    tensors = {**client.models["model"], **statistics}
+    (logits,) = rounds.backend.run([(client, Predict("model", Rows("proxy"), tensors=tensors))])
+    prior = log_prior(client.task, client.counts)
+    assert prior is not None
+    assert torch.allclose(rounds.server.state["teacher"], logits - prior, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("align", [0.0, 0.5])
+def test_recalibrated_hybrid_without_replay_equals_recalibrated_feddf(align: float) -> None:
+    same = {"distil_epochs": 3, "recalibrate": [*PROXY, "local_test"], "align": align}
+    hybrid = {"name": "hybrid", "rehearse": 0.0, **same}
+    feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
+
+    assert history(hybrid) == history(feddf)
+    assert history({**feddf, "recalibrate": []}) != history(feddf)
+
+
+def test_local_sample_has_equal_numbers_of_own_and_proxy_rows() -> None:
+    client = deployed(rounds_of(config("fedmd", data__proxy__size=20), held=0), "site_1")
+
+    x = local_sample(client).tensors["x"]
+
+    proxy = {row.numpy().tobytes() for row in client.data("proxy", None)["x"]}
+    own = {row.numpy().tobytes() for row in client.data("train", None)["x"]}
+    found = [row.numpy().tobytes() for row in x]
+    assert len(found) == 40
+    assert sum(row in proxy for row in found) == 20
+    assert sum(row in own for row in found) == 20
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ensemble", "ditto"])
+@pytest.mark.parametrize("test_set", ["global", "personal"])
+def test_recalibration_of_one_test_set_leaves_the_other(method: str, test_set: str) -> None:
+    prediction = {"global": "global_test", "personal": "local_test"}[test_set]
+    other = {"global": "personal", "personal": "global"}[test_set]
+    options = {"name": method, "recalibrate": [prediction]}
+    plain = rounds_of(config(method, rounds=1)).evaluate().clients
+    changed = rounds_of(config(method, rounds=1, algorithm=options)).evaluate().clients
+
+    for client in plain:
+        before, after = plain[client].scores, changed[client].scores
+        assert before[other] == after[other]
+        assert before[test_set]["loss"] != after[test_set]["loss"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recalibrate": ["local_test"], "logit_adjustment": True},
+        {"recalibrate": ["global_test", "local_test"]},
+        {"recalibrate": ["global_test"], "prior_correction": True},
+    ],
+)
+def test_saved_models_reproduce_the_evaluation(options: dict[str, Any], tmp_path: Path) -> None:
+    source = config("fedavg", rounds=1, algorithm={"name": "fedavg", **options})
+
+    run = hetero_fl.run(source, out=tmp_path / "run")
+
+    trainer = rounds_of(source)
+    result = trainer.evaluate()
+    for client, evaluation in result.clients.items():
+        participant = trainer.federation.client(client, trainer.store.get(client), 1)
+        for name, rows in (("personal", "test"), ("global", "common_test")):
+            columns = participant.data(rows, None)
+            logits = run.models[client].logits(columns["x"], personal=name == "personal")
+            loss = nn.functional.cross_entropy(logits, columns["y"]).item()
+            assert abs(loss - evaluation.scores[name]["loss"]) < 1e-5
+    assert result.server is not None
+    columns = trainer.server.data("common_test", participant.data("proxy", None) and None)
+    logits = run.models["server"].logits(columns["x"])
+    loss = nn.functional.cross_entropy(logits, columns["y"]).item()
+    assert abs(loss - result.server["global"]["loss"]) < 1e-5
+
+
+def test_local_prior_is_independent_of_the_loss() -> None:
+    source = config("fedavg", rounds=1, algorithm={"name": "fedavg", "local_prior": True})
+    rounds = rounds_of(source)
+    site, client = rounds.executor.runtime, deployed(rounds, "site_1")  # type: ignore[attr-defined]
+    with_prior = site.predict(client, Rows("test"), True)
+    client.settings = client.settings.model_copy(update={"local_prior": False})
+    prior = log_prior(client.task, client.counts)
+    assert prior is not None
+
+    assert torch.allclose(with_prior - site.predict(client, Rows("test"), True), prior, atol=1e-4)
+
+
+def test_fedavg_ft_equals_fedavg_with_fine_tuning() -> None:
+    alias = rounds_of(config("fedavg_ft"))
+    fedavg = rounds_of(config("fedavg", algorithm={"name": "fedavg", "fine_tune_epochs": 5}))
+    plain = rounds_of(config("fedavg"))
+
+    tuned = deployed(alias, "site_1").models["model"]
+
+    assert same_bits(tuned, deployed(fedavg, "site_1").models["model"])
+    assert not same_bits(tuned, deployed(plain, "site_1").models["model"])
+    (group,) = plain.server.models
+    assert same_bits(plain.server.models[group], alias.server.models[group])
+
+
+def test_prior_correction_with_logit_adjustment_is_refused() -> None:
+    options = {"name": "fedmd", "logit_adjustment": True, "prior_correction": True}
+
+    with pytest.raises(UserError, match=r"prior_correction cannot be combined with logit_adj"):
+        rounds_of(config("fedmd", MIXED, algorithm=options), held=0)

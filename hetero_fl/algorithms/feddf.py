@@ -72,7 +72,7 @@ class FedDF(ProxyDistillation, FedAvg):
 
     def needs_counts(self, settings: ClientSettings) -> bool:
         """Return whether the server needs a client's label counts to use its predictions."""
-        return self.teacher == "contrast" or settings.prior_correction
+        return self.teacher == "contrast" or bool(settings.prior_correction)
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

@@ -187,16 +187,17 @@ class ClientSettings(ConfigSection):
         None,
         description="predict the client's own rows with z + log π; `null`: as `logit_adjustment`",
     )
-    prior_correction: bool = Field(
-        False,
+    prior_correction: bool | None = Field(
+        None,
         description="predict all other rows (proxy set, global test) with z − log π, for models "
-        "trained without logit adjustment",
+        "trained without logit adjustment; `null`: no",
     )
     recalibrate: list[Recalibration] | None = Field(
         None,
         description="predictions that use BatchNorm statistics recomputed on the proxy set: "
-        "`proxy_predictions`; `global_test`: of the deployed model; `local_test`: on equal numbers "
-        "of own and proxy rows; `null`: the method's default",
+        "`proxy_predictions`, for uploads; `global_test`; `local_test`, on equal numbers of own "
+        "and proxy rows. Without a proxy set or BatchNorm, it has no effect. `null`: the method's "
+        "default",
     )
     fine_tune_epochs: NonNegativeInt | None = Field(
         None,

@@ -77,8 +77,15 @@ def join_values(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# Client settings that change the loss; a method may set them.
-ADJUSTMENTS = ("logit_adjustment", "class_weights")
+# Client settings that change the loss or predictions; a method may set them.
+ADJUSTMENTS = (
+    "logit_adjustment",
+    "local_prior",
+    "prior_correction",
+    "class_weights",
+    "recalibrate",
+    "fine_tune_epochs",
+)
 
 
 def format_training(settings: Mapping[str, Any]) -> str:
@@ -90,7 +97,16 @@ def format_training(settings: Mapping[str, Any]) -> str:
     words = [
         f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None
     ]
-    words += [name.replace("_", " ") for name in ADJUSTMENTS if settings.get(name)]
+    for name in ADJUSTMENTS:
+        value = settings.get(name)
+        if not value:
+            continue
+        word = name.replace("_", " ")
+        if name == "recalibrate":
+            word += f" {' + '.join(value)}".replace("_", " ")
+        elif name == "fine_tune_epochs":
+            word += f" {value}"
+        words.append(word)
     return ", ".join(words)
 
 

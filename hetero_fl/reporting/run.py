@@ -128,8 +128,8 @@ class Run:
                 floats in [0, 1] (or in [0, 255] where that is unambiguous). Tables: `[N, F]`, or a
                 data frame, whose columns are matched by name. Series: `[N, T, F]`. Several blocks:
                 a dictionary by name; a block may be missing if the model can handle that.
-            personal: Whether the client's label frequencies are added to the logits, as in the
-                local test. Only models trained with logit adjustment have them.
+            personal: Whether the examples are the client's own, as in the local test. Its label
+                frequencies and statistics then apply, if the run used them.
             unit: For a regression with relative targets: the reference value of each row, `[N]` or
                 a number. Predictions are multiplied by it and are then in the unit of the target.
 

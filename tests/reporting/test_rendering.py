@@ -31,6 +31,10 @@ def test_training_settings_include_logit_adjustment() -> None:
     assert format_training({**settings, "logit_adjustment": False}) == "lr 0.1, epochs 2"
     adjusted = format_training({**settings, "logit_adjustment": True, "class_weights": "inverse"})
     assert adjusted == "lr 0.1, epochs 2, logit adjustment, class weights"
+    options = {"recalibrate": ["global_test", "local_test"], "fine_tune_epochs": 3}
+    assert format_training({**settings, **options}) == (
+        "lr 0.1, epochs 2, recalibrate global test + local test, fine tune epochs 3"
+    )
 
 
 @pytest.mark.parametrize("attack", ["membership", "inversion"])

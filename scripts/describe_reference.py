@@ -45,6 +45,7 @@ from hetero_fl.algorithms.requirements import (  # noqa: E402
 )
 from hetero_fl.cli.commands import APP, COMMON_OPTIONS  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
+from hetero_fl.config.clients import ClientSettings  # noqa: E402
 from hetero_fl.config.describe import (  # noqa: E402
     describe_key,
     describe_values,
@@ -52,6 +53,7 @@ from hetero_fl.config.describe import (  # noqa: E402
     section_of,
     section_summary,
 )
+from hetero_fl.config.schema import CLIENT_OPTIONS  # noqa: E402
 from hetero_fl.core.payload import ItemSpec  # noqa: E402
 from hetero_fl.deployment.config import DeploymentServerConfig, SiteConfig  # noqa: E402
 
@@ -119,9 +121,9 @@ def configuration_page() -> str:
         *_sections(Config, "", {}, "Top level"),
         "## Settings of the algorithms",
         "",
-        "Write them next to `algorithm.name`. `logit_adjustment` may be written there, too; it is",
-        "an alias of `clients.defaults.logit_adjustment`. [Methods](methods.md) lists the methods;",
-        "their pages contain the settings.",
+        "Write them next to `algorithm.name`. [Methods](methods.md) lists the methods, whose pages",
+        "contain the settings, and the",
+        "[options of all methods](methods.md#options-of-all-methods).",
         "",
     ]
     return "\n".join(lines)
@@ -268,6 +270,8 @@ FAMILIES = (
         (
             "fedavg",
             "fedprox",
+            "fedlc",
+            "fedavg_ft",
             "scaffold",
             "fednova",
             "fedavgm",
@@ -343,15 +347,10 @@ architecture* means that at least two clients have it; *single uploads* that the
 upload separately, which excludes secure aggregation. "as in the paper" refers to the paper at the
 end of each section. `--check` prints the bytes that a run will send.
 """
+OPTIONS_TEXT = """\
+Each is an alias of the setting of that name in `clients.defaults`, and can differ between clients
+in `clients.groups`. A method may set its own default."""
 COMMON_TEXT = """\
-## Settings of all methods
-
-| key | values | default | description |
-| --- | --- | --- | --- |
-| `logit_adjustment` | true or false | that of the clients | alias of \
-`clients.defaults.logit_adjustment`: train with z + log π, where π are the client's label \
-frequencies; local tests use z + log π, global tests z |
-
 A client shares what its `shares` permit: `parameters`, `backbone` (only that part), `predictions`,
 `statistics` (of classes) and `features` (of private rows). With `share_every: n`, it uploads in
 every n-th round. `clients.per_round` samples a cohort for each round; the other clients are
@@ -389,6 +388,12 @@ def methods_index() -> str:
             )
         lines += [f"## {family.title}", ""]
         lines += [*_table(("name", "title", "summary", "needs"), rows), ""]
+    rows = [
+        _setting_row(ClientSettings, name, ClientSettings.model_fields[name], {})
+        for name in CLIENT_OPTIONS
+    ]
+    lines += ["## Options of all methods", "", OPTIONS_TEXT, ""]
+    lines += [*_table(CONFIGURATION_HEADER, rows), ""]
     return "\n".join([*lines, COMMON_TEXT])
 
 

@@ -116,8 +116,8 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
         "aggregation": {
             "rule": case.rule,
             "predictions": case.predictions,
-            "liars": case.share,  # style: ok (configuration key)
-        },  # style: ok (configuration key)
+            "malicious": case.share,
+        },
         "attacks": None
         if case.attack == HONEST
         else {"name": case.attack, "share": case.share, "strength": STRENGTH.get(case.attack)},

@@ -30,7 +30,7 @@ from hetero_fl.federation.trainer import add_evaluation
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_devices.yaml"
 SMALLER = [
     "data.train_limit=4000", "data.test_limit=1000", "data.proxy.size=400",
-    "algorithm.distil_epochs=5",
+    "algorithm.distill_epochs=5",
     "evaluation.every=1", "runtime.threads=1", "runtime.executor=serial",
 ]  # fmt: skip
 ASYNC = ["runtime.mode=async", "evaluation.every=2"]

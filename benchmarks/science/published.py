@@ -42,7 +42,7 @@ class Table:
 def _fedgen(alpha: str, published: dict[str, tuple[float, float | None]]) -> list[Row]:
     """Return FedGen's table for one α."""
     proxy = f"data.proxy={{size: 3000, source: {{name: mnist, path: '{FILE}'}}}}"
-    feddf = ("algorithm.name=feddf", "algorithm.temperature=1", "algorithm.distil_epochs=1", proxy)
+    feddf = ("algorithm.name=feddf", "algorithm.temperature=1", "algorithm.distill_epochs=1", proxy)
     changes = {
         "FedAvg": ("algorithm.name=fedavg",),
         "FedProx": (

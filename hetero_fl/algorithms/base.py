@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from types import GeneratorType
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
-from hetero_fl.config.base import StalenessConfig
+from hetero_fl.config.base import StalenessConfig, rename_keys
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.participant import (
@@ -160,11 +160,17 @@ class Algorithm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     title: ClassVar[str] = ""
+    renamed_settings: ClassVar[Mapping[str, str]] = {}
     evaluated_when: ClassVar[str] = "after aggregation, as deployed with the next broadcast"
     shared: ClassVar[Part | SharedPart] = None
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
     downloads: ClassVar[Mapping[str, ItemSpec]] = {}
     needs: ClassVar[Needs] = Needs(one_architecture=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_settings(cls, raw: Any) -> Any:
+        return rename_keys(raw, cls.renamed_settings, "algorithm")
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         """Derive unset settings from the federation.

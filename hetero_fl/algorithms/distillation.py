@@ -7,7 +7,7 @@ with label frequencies, distillation steps, and the initial training phase of a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -206,6 +206,8 @@ class ProxyTraining(Algorithm):
 
 
 COUNTS = "counts"
+# Degree to which a teacher is aligned with label frequencies.
+Alignment = Annotated[float, Field(ge=0, le=1)]
 # Key of the server's state with the label counts of all uploads so far.
 LABELS = "labels"
 
@@ -234,10 +236,8 @@ class ProxyDistillation(ProxyTraining):
         description="weight of clients' predictions: equal, by samples, by contrast of each class, "
         "or by entropy of each prediction",
     )
-    align: float = Field(
+    align: Alignment = Field(
         0.0,
-        ge=0,
-        le=1,
         description="degree to which the teacher is aligned with label frequencies; 0 disables it",
     )
 

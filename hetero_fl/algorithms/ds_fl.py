@@ -222,6 +222,7 @@ class DSFL(CachedPredictions):
     """
 
     title = "DS-FL"
+    renamed_settings = {"distil_epochs": "distill_epochs"}
     shared = ()
     needs = Needs(proxy_set="required", tasks=("multiclass", "multilabel"))
     evaluated_when = (
@@ -234,7 +235,7 @@ class DSFL(CachedPredictions):
         ge=2,
         description="proxy rows sampled in each round; `null`: the whole proxy set",
     )
-    distil_epochs: PositiveInt = Field(
+    distill_epochs: PositiveInt = Field(
         1, description="epochs of distillation per round at the client"
     )
     sharpen: Sharpening = Field(
@@ -273,7 +274,7 @@ class DSFL(CachedPredictions):
         if TEACHER in received:
             rows = self.teacher_rows(client, received)
             teacher = self.cached_teacher(client, received, rows)
-            yield self.distill(client, received, self.distil_epochs, teacher)
+            yield self.distill(client, received, self.distill_epochs, teacher)
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:

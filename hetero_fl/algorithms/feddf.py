@@ -42,19 +42,20 @@ class FedDF(ProxyDistillation, FedAvg):
 
     Example:
         >>> from hetero_fl.algorithms import FedDF
-        >>> method = FedDF(teacher="contrast", distil_epochs=5)
+        >>> method = FedDF(teacher="contrast", distill_epochs=5)
         >>> method.needs.proxy_set, method.uploads["model"].use
         ('required', 'each')
     """
 
     title = "FedDF"
+    renamed_settings = {"distil_epochs": "distill_epochs"}
     uploads = {
         "model": ItemSpec("params", use="each"),
         "logits": ItemSpec("rows", use="each", private=True, share="predictions"),
         COUNTS: ItemSpec("counts", use="each", private=True, share="statistics"),
     }
 
-    distil_epochs: PositiveInt = Field(
+    distill_epochs: PositiveInt = Field(
         2, description="epochs of distillation per round into each architecture's average"
     )
 
@@ -105,7 +106,7 @@ class FedDF(ProxyDistillation, FedAvg):
         if teacher is not None:
             teacher = self.align_teacher(server, uploads, teacher)
             senders = uploads.senders("model")
-            yield from self.distill_into_groups(server, teacher, senders, self.distil_epochs)
+            yield from self.distill_into_groups(server, teacher, senders, self.distill_epochs)
             yield from self.train_student(server, teacher)
 
     def received_models(

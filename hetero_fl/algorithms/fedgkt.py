@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import (
@@ -12,7 +11,6 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    model_validator,
 )
 from torch import Tensor
 from typing_extensions import override
@@ -66,6 +64,7 @@ class FedGKT(CommonFeatureWidth):
     """
 
     title = "FedGKT"
+    renamed_settings = {"server_model": "large_model"}
     evaluated_when = (
         "after local training, by the server's model on the client's features (saved models: with "
         "clients' heads)"
@@ -95,19 +94,6 @@ class FedGKT(CommonFeatureWidth):
     inference: Literal["server", "client"] = Field(
         "server", description="predict with the large model, or with the client's head"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename_settings(cls, settings: Any) -> Any:
-        if isinstance(settings, dict) and "server_model" in settings:
-            warnings.warn(
-                "algorithm.server_model: deprecated; use algorithm.large_model",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            settings = dict(settings)
-            settings["large_model"] = settings.pop("server_model")
-        return settings
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:

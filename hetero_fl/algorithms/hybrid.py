@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from typing_extensions import override
@@ -18,9 +18,10 @@ from hetero_fl.algorithms.base import (
     register_algorithm,
     upload_model,
 )
-from hetero_fl.algorithms.distillation import TEACHER, ProxyDistillation
+from hetero_fl.algorithms.distillation import TEACHER, Alignment, ProxyDistillation
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.config.clients import Recalibration
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Plan
@@ -42,7 +43,8 @@ class Hybrid(ProxyDistillation, FedAvg):
 
     Without these options the method equals FedAvg if all clients have one architecture and there is
     no proxy set, and FedMD with KL if all architectures differ and clients distill. Without replay
-    it equals FedDF with `logit_adjustment: true`, `teacher: contrast` and the same `distil_epochs`.
+    it equals FedDF with `logit_adjustment: true`, `teacher: contrast` and the same
+    `distill_epochs`.
 
     References:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
@@ -58,19 +60,25 @@ class Hybrid(ProxyDistillation, FedAvg):
     """
 
     title = "Hybrid"
+    renamed_settings = {
+        "rehearse": "replay_weight",
+        "distil_at": "distill_at",
+        "distil_epochs": "distill_epochs",
+    }
     needs = Needs(proxy_set="optional", one_architecture=True)
 
     teacher: TeacherKind = "contrast"
+    align: Alignment = 1.0
     heads: Literal["take", "keep"] = Field(
         "take", description="whether clients take the server's head or keep their own"
     )
-    distil_at: Literal["server", "client", "both"] = Field(
+    distill_at: Literal["server", "client", "both"] = Field(
         "server", description="where the teacher is distilled"
     )
-    rehearse: NonNegativeFloat = Field(  # style: ok (configuration key)
+    replay_weight: NonNegativeFloat = Field(
         0.5, description="weight of the teacher on proxy rows in local training; 0 disables it"
     )
-    distil_epochs: PositiveInt = Field(
+    distill_epochs: PositiveInt = Field(
         3, description="epochs of distillation per round into each architecture's average"
     )
     digest_epochs: PositiveInt = Field(
@@ -92,27 +100,28 @@ class Hybrid(ProxyDistillation, FedAvg):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         clients.set_default("logit_adjustment", True)
+        clients.set_default("recalibrate", list(get_args(Recalibration)))
         return super().configure(clients)
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         items = super().broadcast(server, recipient)
-        weight = self.rehearse  # style: ok (configuration key)
+        weight = self.replay_weight
         replays = weight > 0 and recipient.purpose == "train"
-        if self.distil_at == "server" and not replays:
+        if self.distill_at == "server" and not replays:
             return items
         return {**items, **self.teacher_for(server, recipient)}
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
-        if TEACHER in received and self.distil_at != "server":
+        if TEACHER in received and self.distill_at != "server":
             yield self.distill(client, received, self.digest_epochs)
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        weight = self.rehearse  # style: ok (configuration key)
+        weight = self.replay_weight
         if TEACHER in received and weight:
             yield self.proxy_replay(client, received, weight)
         else:
@@ -126,7 +135,7 @@ class Hybrid(ProxyDistillation, FedAvg):
         teacher = self.update_teacher(server, uploads)
         if teacher is None:
             return
-        if self.distil_at != "client":
+        if self.distill_at != "client":
             senders = uploads.senders("model")
-            yield from self.distill_into_groups(server, teacher, senders, self.distil_epochs)
+            yield from self.distill_into_groups(server, teacher, senders, self.distill_epochs)
         yield from self.train_student(server, teacher)

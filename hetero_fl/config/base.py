@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -31,6 +32,35 @@ class ConfigSection(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
     )
+
+
+def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
+    """Replace former names of keys, each with a `DeprecationWarning`.
+
+    Args:
+        raw: The section as it was written; returned unchanged if it is not a mapping.
+        renamed: New names by former name.
+        section: Name of the section.
+
+    Example:
+        >>> import warnings
+        >>> from hetero_fl.config.base import rename_keys
+        >>> with warnings.catch_warnings(record=True) as found:
+        ...     rename_keys({"old": 1}, {"old": "new"}, "section")
+        {'new': 1}
+    """
+    if not isinstance(raw, Mapping) or not renamed.keys() & raw.keys():
+        return raw
+    keys = {}
+    for key in raw:
+        new = renamed.get(key, key)
+        if new in raw or new == key:
+            keys[key] = key
+            continue
+        keys[key] = new
+        message = f"{section}.{key}: deprecated; use {section}.{new}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return {keys[key]: value for key, value in raw.items()}
 
 
 @dataclass(frozen=True)

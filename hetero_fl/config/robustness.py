@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from hetero_fl.config.base import ConfigSection, choice_type
+from hetero_fl.config.base import ConfigSection, choice_type, rename_keys
 
 RULES = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "norm_bound", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
@@ -35,7 +42,7 @@ class AggregationConfig(ConfigSection):
         description="aggregation of class statistics (prototypes, mean logits); `median`: of the "
         "clients' class means",
     )
-    liars: int | float = Field(  # style: ok (configuration key)
+    malicious: int | float = Field(
         0.2,
         description="malicious clients that a robust rule tolerates: a number, or a share < 0.5 "
         "of the clients that upload",
@@ -46,7 +53,13 @@ class AggregationConfig(ConfigSection):
         "update norms",
     )
 
-    @field_validator("liars")  # style: ok (configuration key)
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_keys(cls, raw: Any) -> Any:
+        former = {"liars": "malicious"}  # style: ok (former name)
+        return rename_keys(raw, former, "aggregation")
+
+    @field_validator("malicious")
     @classmethod
     def _check_malicious(cls, value: int | float) -> int | float:
         """Check that the value is a number of clients or a minority of them."""
@@ -61,9 +74,9 @@ class AggregationConfig(ConfigSection):
 
     def num_malicious(self, num_senders: int) -> int:
         """Return how many of `num_senders` clients may be malicious; a share is rounded up."""
-        if isinstance(self.liars, int):  # style: ok (configuration key)
-            return self.liars  # style: ok (configuration key)
-        return math.ceil(self.liars * num_senders - 1e-9)  # style: ok (configuration key)
+        if isinstance(self.malicious, int):
+            return self.malicious
+        return math.ceil(self.malicious * num_senders - 1e-9)
 
 
 class AttacksConfig(ConfigSection):

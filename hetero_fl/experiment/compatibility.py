@@ -309,7 +309,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "class of data.name, got {count}",
     ),
     "prior_of_other_task": CompatibilityRule(
-        ("clients", "data.name"),
+        ("prior", "data.name"),
         lambda run: (
             run.task.kind != "multiclass"
             and first(
@@ -467,10 +467,10 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "choose another rule, or algorithm.name=fedavg or hybrid",
     ),
     "outvoted_rule": CompatibilityRule(
-        ("aggregation.rule", "aggregation.liars"),  # style: ok (configuration key)
+        ("aggregation.rule", "aggregation.malicious"),
         lambda run: run.outvoted_rule(),
         "aggregation.{key}={value} tolerates {malicious} "
-        "(aggregation.liars={run.config.aggregation.liars:g}) "  # style: ok (configuration key)
+        "(aggregation.malicious={run.config.aggregation.malicious:g}) "
         "among {least} or more clients, but {senders} upload {item}; {advice}",
     ),
     # Attacks

@@ -590,7 +590,7 @@ class RunFacts(ConfigFacts):
             return None
         most = max((f for f in range(senders) if combiner.min_clients(f) <= senders), default=0)
         if most:
-            advice = f"set aggregation.liars to {most} or less"  # style: ok (configuration key)
+            advice = f"set aggregation.malicious to {most} or less"
         else:
             advice = "use the model for more clients, or remove the rule"
         return {

@@ -17,8 +17,8 @@ OFF = {
     "logit_adjustment": False,
     "teacher": "mean",
     "heads": "take",
-    "distil_at": "client",
-    "rehearse": 0.0,  # style: ok (configuration key)
+    "distill_at": "client",
+    "replay_weight": 0.0,  # style: ok (configuration key)
 }
 
 
@@ -47,14 +47,14 @@ def test_hybrid_without_proxy_replay_equals_feddf(
     proxy_rows: int | None,
 ) -> None:
     """Compare two clients of each architecture, four of six per round."""
-    same = {"distil_epochs": 3, "proxy_rows": proxy_rows}
-    hybrid = {"name": "hybrid", "rehearse": 0.0, **same}  # style: ok (configuration key)
+    same = {"distill_epochs": 3, "proxy_rows": proxy_rows}
+    hybrid = {"name": "hybrid", "replay_weight": 0.0, **same}  # style: ok (configuration key)
     feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
 
     actual, expected = history(hybrid), history(feddf)
 
     assert actual == expected
-    assert history({**hybrid, "rehearse": 0.5}) != expected  # style: ok (configuration key)
+    assert history({**hybrid, "replay_weight": 0.5}) != expected  # style: ok (configuration key)
     assert history({**feddf, "logit_adjustment": False}) != expected
     assert history({**feddf, "teacher": "mean"}) != expected
 
@@ -96,8 +96,8 @@ def test_each_setting_changes_the_result() -> None:
         "logit_adjustment": True,
         "teacher": "contrast",
         "heads": "keep",
-        "distil_at": "both",
-        "rehearse": 0.5,  # style: ok (configuration key)
+        "distill_at": "both",
+        "replay_weight": 0.5,  # style: ok (configuration key)
     }.items():
         changed = rounds_of(config("hybrid", algorithm={**off, key: value}, rounds=3))
         assert not same_bits(plain.server.models[group], changed.server.models[group]), key

@@ -25,7 +25,7 @@ CLIP = -2.5
 
 
 def federation(method: str, models: Any, clients: int = 4, **settings: Any) -> dict[str, Any]:
-    given = {"temperature": T, "distil_epochs": 2, "proxy_batch_size": 25, **settings}
+    given = {"temperature": T, "distill_epochs": 2, "proxy_batch_size": 25, **settings}
     return config(method, models, clients, algorithm={"name": method, **given}, server=SERVER)
 
 
@@ -144,13 +144,15 @@ def test_server_student_matches_reference() -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("heads", ["take", "keep"])
-@pytest.mark.parametrize("distil_at", ["server", "both"])
+@pytest.mark.parametrize("distill_at", ["server", "both"])
 def test_hybrid_round_matches_reference(
-    distil_at: str, heads: str, monkeypatch: pytest.MonkeyPatch
+    distill_at: str, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cover logit adjustment, contrast weights, proxy replay and clients that share backbones."""
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
-    source = federation("hybrid", [BN, MLP], 5, distil_at=distil_at, heads=heads, rehearse=0.7)
+    source = federation(
+        "hybrid", [BN, MLP], 5, distill_at=distill_at, heads=heads, replay_weight=0.7
+    )
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["backbone", "predictions"]}]
     rounds = rounds_of(source, num_rounds=2)
     models, target = (
@@ -169,7 +171,7 @@ def test_hybrid_round_matches_reference(
             if full or n.startswith("backbone.")
         }
         model = module(arch, {**client.models["model"], **taken})
-        if distil_at == "both":
+        if distill_at == "both":
             sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
             for rows in index_batches(
                 60,
@@ -237,7 +239,7 @@ def test_hybrid_round_matches_reference(
 @pytest.mark.parametrize("method", ["feddf", "hybrid"])
 def test_distilling_a_single_client_changes_nothing(method: str) -> None:
     off = (
-        {"logit_adjustment": False, "teacher": "mean", "heads": "take", "rehearse": 0.0}
+        {"logit_adjustment": False, "teacher": "mean", "heads": "take", "replay_weight": 0.0}
         if method == "hybrid"
         else {}
     )

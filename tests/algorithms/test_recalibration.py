@@ -47,7 +47,7 @@ def reference_statistics(module: nn.Module, x: torch.Tensor) -> dict[str, torch.
 
 @pytest.mark.usefixtures("float64")
 def test_recalibrate_matches_reference() -> None:
-    rounds = rounds_of(config("fedmd", data__proxy__size=129), held=1)
+    rounds = rounds_of(config("fedmd", data__proxy__size=129), num_rounds=1)
     client = deployed(rounds, "site_1")
     before = {n: t.clone() for n, t in client.models["model"].items()}
 
@@ -62,7 +62,7 @@ def test_recalibrate_matches_reference() -> None:
 
 
 def test_recalibrate_returns_nothing_without_batch_norm() -> None:
-    rounds = rounds_of(config("fedmd", {"name": "cnn", "width": 4, "norm": "group"}), held=0)
+    rounds = rounds_of(config("fedmd", {"name": "cnn", "width": 4, "norm": "group"}), num_rounds=0)
     client = deployed(rounds, "site_1")
 
     assert rounds.backend.run([(client, Recalibrate("model", Rows("proxy")))]) == [{}]
@@ -100,8 +100,8 @@ def test_uploaded_predictions_match_reference() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("align", [0.0, 0.5])
 def test_recalibrated_hybrid_without_replay_equals_recalibrated_feddf(align: float) -> None:
-    same = {"distil_epochs": 3, "recalibrate": [*PROXY, "local_test"], "align": align}
-    hybrid = {"name": "hybrid", "rehearse": 0.0, **same}
+    same = {"distill_epochs": 3, "recalibrate": [*PROXY, "local_test"], "align": align}
+    hybrid = {"name": "hybrid", "replay_weight": 0.0, **same}
     feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
 
     assert history(hybrid) == history(feddf)
@@ -109,7 +109,7 @@ def test_recalibrated_hybrid_without_replay_equals_recalibrated_feddf(align: flo
 
 
 def test_local_sample_has_equal_numbers_of_own_and_proxy_rows() -> None:
-    client = deployed(rounds_of(config("fedmd", data__proxy__size=20), held=0), "site_1")
+    client = deployed(rounds_of(config("fedmd", data__proxy__size=20), num_rounds=0), "site_1")
 
     x = local_sample(client).tensors["x"]
 
@@ -194,4 +194,4 @@ def test_prior_correction_with_logit_adjustment_is_refused() -> None:
     options = {"name": "fedmd", "logit_adjustment": True, "prior_correction": True}
 
     with pytest.raises(UserError, match=r"prior_correction cannot be combined with logit_adj"):
-        rounds_of(config("fedmd", MIXED, algorithm=options), held=0)
+        rounds_of(config("fedmd", MIXED, algorithm=options), num_rounds=0)

@@ -44,17 +44,17 @@ def test_used_settings_of_another_method_are_its_defaults(label: str) -> None:
 
 def test_used_settings_name_file_variant_override_and_grid() -> None:
     found = settings_of(
-        "hybrid:rehearse=0:clients.per_round=1",  # style: ok (configuration key)
+        "hybrid:replay_weight=0:clients.per_round=1",  # style: ok (configuration key)
         ("algorithm.align=0.5",),
-        ("algorithm.distil_epochs=7",),
+        ("algorithm.distill_epochs=7",),
     )
 
     assert set(found) == {
         Setting("heads", "keep", "algorithm section of the configuration"),
         Setting("align", "0.5", "override"),
-        Setting("rehearse", "0.0", "variant"),  # style: ok (configuration key)
+        Setting("replay_weight", "0.0", "variant"),  # style: ok (configuration key)
         Setting("clients.per_round", "1", "variant"),
-        Setting("distil_epochs", "7", "grid"),
+        Setting("distill_epochs", "7", "grid"),
     }
 
 
@@ -74,7 +74,7 @@ def test_used_settings_name_the_study() -> None:
     [
         (
             FILE,
-            ["local", "hybrid", "hybrid:rehearse=0"],  # style: ok (configuration key)
+            ["local", "hybrid", "hybrid:replay_weight=0"],  # style: ok (configuration key)
             "The settings in the algorithm section of the configuration "
             "(temperature = 2.0, heads = keep) apply to Hybrid only; all other methods use their "
             "defaults.",

@@ -23,7 +23,7 @@ ASYNC = {"threads": 1, "mode": "async"}
 NOISE = {"noise_multiplier": 1.0, "delta": 1e-4}
 RECORD = {"unit": "record", "accountant": "rdp", **NOISE}
 CLIENT = {"unit": "client", **NOISE}
-MEDIAN = {"rule": "median", "liars": 1}  # style: ok (configuration key)
+MEDIAN = {"rule": "median", "malicious": 1}
 MLP = {"name": "mlp", "hidden": [8]}
 DIFFERENT = [{"name": "mlp", "hidden": [width]} for width in (8, 12, 16)]
 
@@ -129,6 +129,12 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "class_weights_of_other_task": config(
         models=MLP, data__proxy__size=0, clients__defaults__class_weights="balanced"
     ),
+    "prior_of_other_task": config(
+        models=MLP, data__proxy__size=0, clients__defaults__local_prior=True
+    ),
+    "correction_of_adjusted_predictions": config(
+        algorithm={"name": "fedavg", "prior_correction": True, "logit_adjustment": True}
+    ),
     "number_of_class_weights": weighted([1] * 9),
     "negative_class_weights": weighted([1] * 9 + [-1]),
     "class_weights_without_effect": weighted([0] * 10),
@@ -147,14 +153,14 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "rule_beside_model": robust("heterofl", models="cnn_gn_small", algorithm__masked=True),
     "exclusive_rule": robust(
         "fedmd",
-        aggregation={"predictions": "agreement", "liars": 1},  # style: ok (configuration key)
+        aggregation={"predictions": "agreement", "malicious": 1},
         data__name="synthetic_table",
     ),
     "rule_without_proxy_set": robust(
-        aggregation={"rule": "fltrust", "liars": 1}, data__proxy__size=0
+        aggregation={"rule": "fltrust", "malicious": 1}, data__proxy__size=0
     ),
-    "rule_for_whole_models": robust("fedper", aggregation={"rule": "fltrust", "liars": 1}),
-    "outvoted_rule": robust(aggregation={"rule": "median", "liars": 3}),
+    "rule_for_whole_models": robust("fedper", aggregation={"rule": "fltrust", "malicious": 1}),
+    "outvoted_rule": robust(aggregation={"rule": "median", "malicious": 3}),
     "attack_on_nothing": attacked("flipped"),
     "attack_on_factors": attacked("sign_flip", "fedkd"),
     "attack_on_classes": attacked("label_flip", data__proxy__size=0),
@@ -202,6 +208,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
 DATASETS: dict[str, Dataset] = {
     "task_of_method": make_table(kind="regression"),
     "class_weights_of_other_task": make_table(kind="regression"),
+    "prior_of_other_task": make_table(kind="regression"),
     "exclusive_rule": make_table(kind="multilabel"),
     "attack_on_classes": make_table(kind="regression"),
     "trigger_of_other_task": make_table(kind="multilabel"),

@@ -18,7 +18,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SHORT = ["rounds=2", "clients.defaults.steps=2", "runtime.threads=1", "algorithm.distil_epochs=1"]
+SHORT = ["rounds=2", "clients.defaults.steps=2", "runtime.threads=1", "algorithm.distill_epochs=1"]
 
 
 def run_two_rounds(name: str, *overrides: str) -> SynchronousTrainer:

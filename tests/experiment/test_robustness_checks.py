@@ -48,12 +48,13 @@ def test_invalid_values_raise_one_line() -> None:
     refused("attacks.name: missing", attacks={"share": 0.2})
     for count in (-1, 0.5, 1.5):
         refused(
-            f"aggregation.liars: must be an integer >= 0 or a share >= 0 and < 0.5, got {count}",
-            aggregation={"liars": count},  # style: ok (configuration key)
+            "aggregation.malicious: must be an integer >= 0 or a share >= 0 and < 0.5, "
+            f"got {count}",
+            aggregation={"malicious": count},
         )
-    assert load_config(small(aggregation={"liars": 3})).aggregation.num_malicious(9) == 3
+    assert load_config(small(aggregation={"malicious": 3})).aggregation.num_malicious(9) == 3
     shares = [
-        load_config(small(aggregation={"liars": 0.2})).aggregation.num_malicious(n)
+        load_config(small(aggregation={"malicious": 0.2})).aggregation.num_malicious(n)
         for n in (1, 5, 6, 15, 20)
     ]
     assert shares == [1, 1, 2, 3, 4]  # shares are rounded up
@@ -73,16 +74,16 @@ def test_invalid_values_raise_one_line() -> None:
 def test_rule_refuses_too_few_clients(rule: str, num_malicious: int, least: int) -> None:
     words = (
         f"aggregation.rule={rule} tolerates {num_malicious} malicious clients "
-        f"(aggregation.liars={num_malicious}) among {least} or more clients, but 7"
+        f"(aggregation.malicious={num_malicious}) among {least} or more clients, but 7"
     )
-    refused(words, aggregation={"rule": rule, "liars": num_malicious})
+    refused(words, aggregation={"rule": rule, "malicious": num_malicious})
     refused(
-        f"set aggregation.liars to {num_malicious - 1} or less",  # style: ok (configuration key)
-        aggregation={"rule": rule, "liars": num_malicious},  # style: ok (configuration key)
+        f"set aggregation.malicious to {num_malicious - 1} or less",
+        aggregation={"rule": rule, "malicious": num_malicious},
     )
     assert (
         prepare(
-            small(aggregation={"rule": rule, "liars": num_malicious - 1})
+            small(aggregation={"rule": rule, "malicious": num_malicious - 1})
         ).config.aggregation.rule
         == rule
     )
@@ -94,17 +95,17 @@ def test_rule_counts_clients_per_group_and_cohort() -> None:
         "but 4 upload backbone.1.weight of mlp",
         "fedavg",
         two,
-        aggregation={"rule": "krum", "liars": 1},  # style: ok (configuration key)
+        aggregation={"rule": "krum", "malicious": 1},
     )
-    refused("but 4 upload", aggregation={"rule": "krum", "liars": 1}, clients__per_round=4)
-    prepare(small(aggregation={"rule": "krum", "liars": 1}, clients__per_round=5))
+    refused("but 4 upload", aggregation={"rule": "krum", "malicious": 1}, clients__per_round=4)
+    prepare(small(aggregation={"rule": "krum", "malicious": 1}, clients__per_round=5))
     words = (
         "aggregation.predictions=spectral tolerates 4 malicious clients "
-        "(aggregation.liars=4) among 9 or more clients, but 7 upload logits"
+        "(aggregation.malicious=4) among 9 or more clients, but 7 upload logits"
     )
-    refused(words, "fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 4})
+    refused(words, "fedmd", MIXED, aggregation={"predictions": "spectral", "malicious": 4})
     # predictions are aggregated over all architectures
-    prepare(small("fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 3}))
+    prepare(small("fedmd", MIXED, aggregation={"predictions": "spectral", "malicious": 3}))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_rule_without_effect_is_refused(method: str, key: str) -> None:
     refused(
         f"aggregation.{key}=median has no effect: {method} does not aggregate",
         method,
-        aggregation={key: "median", "liars": 1},  # style: ok (configuration key)
+        aggregation={key: "median", "malicious": 1},
     )
 
 
@@ -153,7 +154,7 @@ def test_rule_refuses_separately_averaged_tensors() -> None:
 
 
 def test_fltrust_requires_full_models_and_a_proxy_set() -> None:
-    trust = {"rule": "fltrust", "liars": 1}  # style: ok (configuration key)
+    trust = {"rule": "fltrust", "malicious": 1}
     refused(
         "aggregation.rule=fltrust requires a proxy set",
         aggregation=trust,
@@ -165,14 +166,14 @@ def test_fltrust_requires_full_models_and_a_proxy_set() -> None:
 
 
 def test_uploads_without_a_rule_are_noted() -> None:
-    notes = prepare(small("hybrid", aggregation={"rule": "median", "liars": 1})).notes
+    notes = prepare(small("hybrid", aggregation={"rule": "median", "malicious": 1})).notes
     assert any(
         "aggregation.predictions=mean: logits of malicious clients are averaged" in note
         for note in notes
     )
     assert not any(
         "=mean: " in note
-        for note in prepare(small("fedavg", aggregation={"rule": "median", "liars": 1})).notes
+        for note in prepare(small("fedavg", aggregation={"rule": "median", "malicious": 1})).notes
     )
 
 
@@ -245,10 +246,10 @@ def test_custom_rules_and_attacks() -> None:
         aggregation={
             "rule": f"{this_module}:Largest",
             "predictions": f"{this_module}:Quiet",
-            "liars": 1,  # style: ok (configuration key)
+            "malicious": 1,
         },
         attacks={"name": f"{this_module}:Zeros"},
-        algorithm__distil_at="client",
+        algorithm__distill_at="client",
         rounds=1,
     )
     rounds = rounds_of(source)
@@ -266,7 +267,7 @@ def test_custom_rules_and_attacks() -> None:
 def test_run_reports_malicious_clients(tmp_path) -> None:
     source = small(
         "hybrid",
-        aggregation={"predictions": "down_weight", "liars": 2},  # style: ok (configuration key)
+        aggregation={"predictions": "down_weight", "malicious": 2},
         rounds=2,
         attacks={
             "name": "backdoor",

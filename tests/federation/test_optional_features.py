@@ -60,7 +60,7 @@ def test_plain_round_calls_no_optional_feature(method: str) -> None:
             "privacy/server_side.py",
         ),
         (
-            {"aggregation": {"rule": "median", "liars": 1}},  # style: ok (configuration key)
+            {"aggregation": {"rule": "median", "malicious": 1}},
             "robustness/robust_means.py",
         ),
         ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/server.py"),

@@ -102,7 +102,7 @@ def test_traffic_is_the_size_of_encoded_payloads(method: str) -> None:
 
 def test_evaluation_and_training_deploy_the_same_model() -> None:
     """Check that deploying twice is bit-identical and does not digest twice."""
-    algorithm = {"name": "hybrid", "distil_at": "both"}
+    algorithm = {"name": "hybrid", "distill_at": "both"}
     rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), num_rounds=1)
     read = deployed(rounds, "site_1").models["model"]
     found, fit = [], type(rounds.algorithm).proxy_replay

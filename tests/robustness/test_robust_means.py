@@ -75,18 +75,18 @@ def test_rule_applies_per_tensor_owner_without_weights(
         }
         for g in groups
     ]
-    got = uploads(cards, items, rules(rule="median", liars=0))  # style: ok (configuration key)
+    got = uploads(cards, items, rules(rule="median", malicious=0))
     assert got.mean_by_group("model")[large]["w"].tolist() == [3, 3]
     assert got.mean_by_group("model")[small]["w"].tolist() == [7, 7]
     assert got.weights_by_group("model")[large] == {"w": 5.0}
-    common = uploads(cards, items, rules(rule="median", liars=0), common=["w"])
+    common = uploads(cards, items, rules(rule="median", malicious=0), common=["w"])
     assert common.mean_by_group("model")[small]["w"].tolist() == [4, 4]
 
 
 def test_too_few_uploads_keep_tensors(cards: list[Any]) -> None:
     groups = [client_info.arch.spec_id for client_info in cards]
     large = max(groups, key=groups.count)
-    terms = rules(rule="krum", liars=1)  # style: ok (configuration key)
+    terms = rules(rule="krum", malicious=1)
     means = uploads(cards, [{"model": model(1.0, "w")} for _ in cards], terms).mean_by_group(
         "model"
     )
@@ -104,7 +104,7 @@ def test_parts_of_different_owners_are_separate_blocks(cards: list[Any]) -> None
             {"body": torch.full((2, 2), 1e6), "head": torch.full((2, 2), 2.0)}, 1.0, "params"
         )
     }
-    got = uploads(same_model, items, rules(rule="krum", liars=0)).mean_by_group("model")[
+    got = uploads(same_model, items, rules(rule="krum", malicious=0)).mean_by_group("model")[
         cards[0].arch.spec_id
     ]
     assert float(got["body"][0, 0]) < 10 and float(got["head"][0, 0]) <= 2
@@ -131,7 +131,7 @@ def test_class_sums_use_median_of_class_means(
     means = torch.randn(len(cards), 3, 2, generator=torch.Generator().manual_seed(0))
     means[0] = 1e9
     items = [{"features": Item(m * c, c, "class_sums")} for m, c in zip(means, counts, strict=True)]
-    terms = rules(statistics="median", liars=2)  # style: ok (configuration key)
+    terms = rules(statistics="median", malicious=2)
     got = uploads(cards, items, terms)
     mean, (total, weight) = got.mean("features"), got.total("features")
     assert torch.allclose(mean[0], means[:, 0].median(0).values) and torch.allclose(
@@ -142,7 +142,7 @@ def test_class_sums_use_median_of_class_means(
         and torch.equal(total, mean * weight)
         and not terms.too_few
     )
-    few = rules(statistics="median", liars=3)  # style: ok (configuration key)
+    few = rules(statistics="median", malicious=3)
     assert uploads(cards, items, few).total("features")[1][:, 0].tolist() == [7, 0, 7]
     assert few.too_few == {"features": ["class 1"]}
 
@@ -181,7 +181,7 @@ def test_every_rule_runs_with_every_supported_method(method: str, key: str, valu
             {"name": "mlp", "hidden": [8]},
             7,
             rounds=1,
-            aggregation={key: value, "liars": 1},  # style: ok (configuration key)
+            aggregation={key: value, "malicious": 1},
             data__partition={"kind": "iid", "min_size": 5},
             data__train_limit=200,
             data__test_limit=20,
@@ -208,7 +208,7 @@ def test_every_rule_runs_with_every_supported_method(method: str, key: str, valu
 def test_mean_rule_equals_plain_mean() -> None:
     one, other = (
         rounds_of(config("hybrid", MIXED, aggregation=a))
-        for a in ({}, {"rule": "mean", "liars": 1})  # style: ok (configuration key)
+        for a in ({}, {"rule": "mean", "malicious": 1})
     )
     assert all(
         torch.equal(one.server.models[g][n], t)
@@ -246,7 +246,7 @@ def test_rules_handle_the_largest_floats(name: str, cards: list[Any]) -> None:
         7, 6, 4, dtype=torch.float32, generator=torch.Generator().manual_seed(0)
     )
     items_sent[0], items_sent[0, :, 0] = most, -most
-    terms = rules(predictions=name, liars=1)  # style: ok (configuration key)
+    terms = rules(predictions=name, malicious=1)
     for _ in range(2):
         got = uploads(cards, [{"logits": Item(row)} for row in items_sent], terms).mean("logits")
         assert got is not None and got.dtype == torch.float32 and float(got.abs().max()) < 5

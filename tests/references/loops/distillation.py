@@ -153,7 +153,7 @@ class FedDF(FedAvg):
             module = load(self.modules[client_info.arch.spec_id], mean[client_info.arch.spec_id])
             x, s = self.data[i]["proxy"]["x"], self.method
             label = f"distil {client_info.arch.spec_id}"  # style: ok (stream label)
-            orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distil_epochs)
+            orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distill_epochs)
             with torch.enable_grad():
                 self.distill(module, x, orders)
             self.shared[client_info.arch.spec_id] = {
@@ -193,7 +193,7 @@ class Hybrid(FedDF):
                 len(public), (BATCH,), generator=self.draws(client_id, "train", "public", step)
             )
             distance = divergence(module(public[some]).logits, self.teacher[some], s.temperature)
-            return own + s.rehearse * distance  # style: ok (configuration key)
+            return own + s.replay_weight * distance  # style: ok (configuration key)
 
         self.train(i, module, loss)
         self.predictions.append(self.client_predictions(i, predicted(module, public)))

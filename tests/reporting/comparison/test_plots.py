@@ -26,7 +26,7 @@ ALL = [
 LONG = [
     "local",
     "hybrid",
-    "hybrid:distil_at=client:teacher=entropy:heads=take:rehearse=0.25",
+    "hybrid:distill_at=client:teacher=entropy:heads=take:replay_weight=0.25",
     "centralized",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from typing_extensions import override
@@ -21,7 +21,6 @@ from hetero_fl.algorithms.base import (
 from hetero_fl.algorithms.distillation import TEACHER, Alignment, ProxyDistillation
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.config.clients import Recalibration
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Plan
@@ -100,7 +99,7 @@ class Hybrid(ProxyDistillation, FedAvg):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         clients.set_default("logit_adjustment", True)
-        clients.set_default("recalibrate", list(get_args(Recalibration)))
+        clients.set_default("recalibrate", ["proxy_predictions", "local_test"])
         return super().configure(clients)
 
     @override

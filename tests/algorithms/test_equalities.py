@@ -15,7 +15,9 @@ from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, 
 
 OFF = {
     "logit_adjustment": False,
+    "recalibrate": [],
     "teacher": "mean",
+    "align": 0.0,
     "heads": "take",
     "distill_at": "client",
     "replay_weight": 0.0,  # style: ok (configuration key)
@@ -49,7 +51,14 @@ def test_hybrid_without_proxy_replay_equals_feddf(
     """Compare two clients of each architecture, four of six per round."""
     same = {"distill_epochs": 3, "proxy_rows": proxy_rows}
     hybrid = {"name": "hybrid", "replay_weight": 0.0, **same}  # style: ok (configuration key)
-    feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
+    feddf = {
+        "name": "feddf",
+        "logit_adjustment": True,
+        "recalibrate": ["proxy_predictions", "local_test"],
+        "teacher": "contrast",
+        "align": 1.0,
+        **same,
+    }
 
     actual, expected = history(hybrid), history(feddf)
 
@@ -57,6 +66,7 @@ def test_hybrid_without_proxy_replay_equals_feddf(
     assert history({**hybrid, "replay_weight": 0.5}) != expected  # style: ok (configuration key)
     assert history({**feddf, "logit_adjustment": False}) != expected
     assert history({**feddf, "teacher": "mean"}) != expected
+    assert history({**feddf, "align": 0.0}) != expected
 
 
 def history(algorithm: dict[str, Any]) -> list[Any]:
@@ -95,6 +105,7 @@ def test_each_setting_changes_the_result() -> None:
     for key, value in {
         "logit_adjustment": True,
         "teacher": "contrast",
+        "align": 1.0,
         "heads": "keep",
         "distill_at": "both",
         "replay_weight": 0.5,  # style: ok (configuration key)

@@ -208,6 +208,13 @@ class ProxyTraining(Algorithm):
 COUNTS = "counts"
 # Degree to which a teacher is aligned with label frequencies.
 Alignment = Annotated[float, Field(ge=0, le=1)]
+DistilledStatistics = Annotated[
+    Literal["proxy", "clients"],
+    Field(
+        description="BatchNorm statistics of a distilled model: those of the proxy rows, or the "
+        "mean of the clients', for proxy rows of another distribution"
+    ),
+]
 # Key of the server's state with the label counts of all uploads so far.
 LABELS = "labels"
 
@@ -223,8 +230,7 @@ class ProxyDistillation(ProxyTraining):
     With `align: λ`, the server adds λ·(log q_c − log p̄_c) to class c of the teacher, where q are
     the label frequencies of all uploads so far and p̄ is the teacher's mean prediction
     (`hetero_fl.aggregation.teachers.align_to_labels`). Without it, the consensus can lose classes
-    that few clients have. 0.5 is a good value under label skew if the proxy set has the clients'
-    mix of classes.
+    that few clients have. Use it under label skew if the proxy set has the clients' mix of classes.
 
     Both use label counts of clients whose `shares` contain `statistics`, in multi-class tasks;
     `contrast` assumes balanced classes for the others. Counts are private data and receive noise
@@ -314,7 +320,13 @@ class ProxyDistillation(ProxyTraining):
         return align_to_labels(teacher, log_q, self.align, is_adjusted)
 
     def distill_into_groups(
-        self, server: Participant, teacher: Tensor, senders: Iterable[ClientInfo], epochs: int
+        self,
+        server: Participant,
+        teacher: Tensor,
+        senders: Iterable[ClientInfo],
+        epochs: int,
+        *,
+        statistics: DistilledStatistics,
     ) -> Plan[None]:
         """Distill this round's teacher into the server's model of each architecture group.
 
@@ -323,16 +335,23 @@ class ProxyDistillation(ProxyTraining):
             teacher: Logits of the round's proxy rows, shape `[D, C]`.
             senders: Clients that uploaded a model; other groups are not trained.
             epochs: Number of epochs.
+            statistics: Which BatchNorm statistics the models have afterwards.
         """
         # The client with the lowest id determines the preprocessing of its group.
         preprocess = {
             c.arch.spec_id: c.preprocess
             for c in sorted(senders, key=lambda c: c.client_id, reverse=True)
         }
+        averages = {group: server.models[group] for group in preprocess}
         yield [
             self.server_fit(server, group, teacher, epochs, preprocess[group])
             for group in sorted(preprocess)
         ]
+        if statistics == "clients":
+            for group, average in averages.items():
+                buffers = average.keys() - server.arch[group].parameter_names
+                of_clients = {name: average[name] for name in buffers}
+                server.models[group] = {**server.models[group], **of_clients}
 
 
 DONE = "initial_phase"

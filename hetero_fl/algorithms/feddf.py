@@ -9,7 +9,7 @@ from typing_extensions import override
 from hetero_fl.aggregation.teachers import proxy_predictions
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Items, may_share, register_algorithm, upload_part
-from hetero_fl.algorithms.distillation import COUNTS, ProxyDistillation
+from hetero_fl.algorithms.distillation import COUNTS, DistilledStatistics, ProxyDistillation
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
 from hetero_fl.config.clients import ClientSettings
@@ -58,6 +58,7 @@ class FedDF(ProxyDistillation, FedAvg):
     distill_epochs: PositiveInt = Field(
         2, description="epochs of distillation per round into each architecture's average"
     )
+    distilled_statistics: DistilledStatistics = "proxy"
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -106,7 +107,9 @@ class FedDF(ProxyDistillation, FedAvg):
         if teacher is not None:
             teacher = self.align_teacher(server, uploads, teacher)
             senders = uploads.senders("model")
-            yield from self.distill_into_groups(server, teacher, senders, self.distill_epochs)
+            yield from self.distill_into_groups(
+                server, teacher, senders, self.distill_epochs, statistics=self.distilled_statistics
+            )
             yield from self.train_student(server, teacher)
 
     def received_models(

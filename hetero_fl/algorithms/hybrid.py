@@ -18,7 +18,12 @@ from hetero_fl.algorithms.base import (
     register_algorithm,
     upload_model,
 )
-from hetero_fl.algorithms.distillation import TEACHER, Alignment, ProxyDistillation
+from hetero_fl.algorithms.distillation import (
+    TEACHER,
+    Alignment,
+    DistilledStatistics,
+    ProxyDistillation,
+)
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
@@ -80,6 +85,7 @@ class Hybrid(ProxyDistillation, FedAvg):
     distill_epochs: PositiveInt = Field(
         3, description="epochs of distillation per round into each architecture's average"
     )
+    distilled_statistics: DistilledStatistics = "proxy"
     digest_epochs: PositiveInt = Field(
         1, description="epochs of distillation at the client after each broadcast"
     )
@@ -136,5 +142,7 @@ class Hybrid(ProxyDistillation, FedAvg):
             return
         if self.distill_at != "client":
             senders = uploads.senders("model")
-            yield from self.distill_into_groups(server, teacher, senders, self.distill_epochs)
+            yield from self.distill_into_groups(
+                server, teacher, senders, self.distill_epochs, statistics=self.distilled_statistics
+            )
         yield from self.train_student(server, teacher)

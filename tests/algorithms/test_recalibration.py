@@ -195,3 +195,26 @@ def test_prior_correction_with_logit_adjustment_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"prior_correction cannot be combined with logit_adj"):
         rounds_of(config("fedmd", MIXED, algorithm=options), num_rounds=0)
+
+
+@pytest.mark.parametrize("algorithm", ["feddf", "hybrid"])
+def test_distilled_model_has_the_statistics_of_clients(algorithm: str) -> None:
+    """Compare the server's model with that of FedAvg, whose clients train equally in round 1."""
+
+    def server_model(name: str, **settings: Any) -> dict[str, torch.Tensor]:
+        section = {"name": name, "logit_adjustment": True, **settings}
+        rounds = rounds_of(config(name, ["cnn_bn_small"], algorithm=section), num_rounds=1)
+        (model,) = rounds.server.models.values()
+        return dict(model)
+
+    average = server_model("fedavg")
+    replay = {"replay_weight": 0.0} if algorithm == "hybrid" else {}  # style: ok (key)
+    of_clients = server_model(algorithm, distilled_statistics="clients", **replay)
+    of_proxy = server_model(algorithm, **replay)
+
+    statistics = [name for name in average if "running" in name]
+    assert statistics and all(torch.equal(average[n], of_clients[n]) for n in statistics)
+    assert not any(torch.equal(average[n], of_proxy[n]) for n in statistics)
+    weights = [name for name in average if "running" not in name and "num" not in name]
+    assert all(torch.equal(of_proxy[n], of_clients[n]) for n in weights)
+    assert not any(torch.equal(average[n], of_clients[n]) for n in weights)

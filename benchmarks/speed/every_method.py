@@ -42,6 +42,9 @@ LOOPS: dict[str, type[Loop]] = {
     "ensemble": bounds.Ensemble,
     "centralized": bounds.Centralized,
     "fedavg": averaging.FedAvg,
+    # The rounds of FedAvg; only evaluation or the constant of the loss differ.
+    "fedavg_ft": averaging.FedAvg,
+    "fedlc": averaging.FedAvg,
     "fedprox": averaging.FedProx,
     "fedavgm": averaging.FedOpt,
     "fedadam": averaging.FedOpt,

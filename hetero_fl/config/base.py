@@ -45,7 +45,8 @@ def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
     Example:
         >>> import warnings
         >>> from hetero_fl.config.base import rename_keys
-        >>> with warnings.catch_warnings(record=True) as found:
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
         ...     rename_keys({"old": 1}, {"old": "new"}, "section")
         {'new': 1}
     """

@@ -14,12 +14,10 @@ from hetero_fl.algorithms.distillation import InitialPhase
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.experiment.facts import ConfigFacts, RunFacts, first
 from hetero_fl.federation.dry_run import check_user_method
-from hetero_fl.robustness.attacks import Attack
+from hetero_fl.robustness.attacks import import_user_classes
 from hetero_fl.robustness.robust_means import PARAMETERS
-from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule
-from hetero_fl.utils.code_permission import CODE_PREFIX
+from hetero_fl.robustness.rules import prediction_rule
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
@@ -310,15 +308,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     "prior_of_other_task": CompatibilityRule(
         ("prior", "data.name"),
-        lambda run: (
-            run.task.kind != "multiclass"
-            and first(
-                f"{k.first}: {option}"
-                for k in run.profiles
-                for option in ("local_prior", "prior_correction")
-                if getattr(k.settings, option)
-            )
-        ),
+        lambda run: run.task.kind != "multiclass" and run.prior_option(),
         "clients: {found}: requires a multiclass task, but data.name has a {run.task.kind} task",
     ),
     "correction_of_adjusted_predictions": CompatibilityRule(
@@ -688,7 +678,7 @@ def check_compatibility(run: RunFacts) -> None:
         UserError: If the features of the run cannot be combined.
         RunFailedError: If a user's method fails in a dry run.
     """
-    _load_robustness(run)
+    import_user_classes(run.config.aggregation, run.config.attacks)
     checked = {kind.arch for kind in run.profiles}
     for kind in run.profiles:
         for slot, arch in kind.models.items():
@@ -702,17 +692,3 @@ def check_compatibility(run: RunFacts) -> None:
     check_rules(RULES_AFTER_PREPARATION, run)
     if is_user_method(run.algorithm):
         check_user_method(run.algorithm, run.federation)
-
-
-def _load_robustness(run: RunFacts) -> None:
-    """Import rules and attacks that the configuration names by `python:`."""
-    aggregation = run.config.aggregation
-    references: list[tuple[str, str, type]] = [
-        ("aggregation.rule", aggregation.rule, Rule),
-        ("aggregation.predictions", aggregation.predictions, PredictionRule),
-    ]
-    if run.config.attacks is not None:
-        references.append(("attacks.name", run.config.attacks.name, Attack))
-    for key, value, base in references:
-        if value.startswith(CODE_PREFIX):
-            import_reference(value, key, base)

@@ -527,6 +527,15 @@ class RunFacts(ConfigFacts):
             )
         )
 
+    def prior_option(self) -> str | None:
+        """Return a client and its option that uses the frequencies of classes."""
+        return first(
+            f"{profile.first}: {option}"
+            for profile in self.profiles
+            for option in ("local_prior", "prior_correction")
+            if getattr(profile.settings, option)
+        )
+
     def outvoted_rule(self) -> dict[str, Any] | None:
         """Return a rule that gets too few uploads of an item in some round."""
         config = self.config.aggregation

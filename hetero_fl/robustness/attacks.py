@@ -13,14 +13,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.config.population import Population
-from hetero_fl.config.robustness import AttacksConfig
+from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, Columns
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.task import Task
+from hetero_fl.robustness.rules import PredictionRule, Rule
+from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.registry import Registry
+from hetero_fl.utils.registry import Registry, import_reference
 from hetero_fl.utils.seeding import keyed_generator, sample_numbers
 
 ActsOn = Literal["data", "updates", "rows"]
@@ -576,3 +578,20 @@ class MaliciousClients:
                         key = (name, arch, tensor, tuple(values.shape))
                         senders.setdefault(key, []).append(client_id)
         return senders
+
+
+def import_user_classes(aggregation: AggregationConfig, attacks: AttacksConfig | None) -> None:
+    """Import the rules and the attack that a configuration names by `python:`.
+
+    Raises:
+        UserError: If a class cannot be imported or has another base class.
+    """
+    references: list[tuple[str, str, type]] = [
+        ("aggregation.rule", aggregation.rule, Rule),
+        ("aggregation.predictions", aggregation.predictions, PredictionRule),
+    ]
+    if attacks is not None:
+        references.append(("attacks.name", attacks.name, Attack))
+    for key, value, base in references:
+        if value.startswith(CODE_PREFIX):
+            import_reference(value, key, base)

@@ -70,7 +70,8 @@ def test_recalibrate_returns_nothing_without_batch_norm() -> None:
 
 @pytest.mark.parametrize("method", ["fedmd", "ds_fl", "kt_pfl", "hybrid", "feddf"])
 def test_proxy_predictions_use_statistics_of_proxy_set(method: str) -> None:
-    plain = rounds_of(config(method, rounds=1, data__partition=LABEL_SKEW))
+    off: Any = {"name": method, "recalibrate": []}
+    plain = rounds_of(config(method, rounds=1, data__partition=LABEL_SKEW, algorithm=off))
     options: Any = {"name": method, "recalibrate": PROXY}
     changed = rounds_of(config(method, rounds=1, data__partition=LABEL_SKEW, algorithm=options))
 

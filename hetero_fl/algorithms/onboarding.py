@@ -44,7 +44,7 @@ class JoiningClient(ProxyTraining):
     digest_epochs: PositiveInt = Field(
         10, description="epochs on the proxy set before local training"
     )
-    replay_weight: NonNegativeFloat = Field(  # style: ok (configuration key)
+    replay_weight: NonNegativeFloat = Field(
         1.0, description="weight of the teacher on proxy rows in local training; 0 disables it"
     )
     probe: bool = Field(
@@ -70,7 +70,7 @@ class JoiningClient(ProxyTraining):
             yield self.distill(client, received, self.digest_epochs)
         elif BACKBONE in received and self.probe:
             yield replace(local_fit(client, label="head"), train={"model": HEAD})
-        weight = self.replay_weight  # style: ok (configuration key)
+        weight = self.replay_weight
         if TEACHER in received and weight > 0:
             yield self.proxy_replay(client, received, weight)
         else:

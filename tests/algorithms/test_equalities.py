@@ -20,7 +20,7 @@ OFF = {
     "align": 0.0,
     "heads": "take",
     "distill_at": "client",
-    "replay_weight": 0.0,  # style: ok (configuration key)
+    "replay_weight": 0.0,
 }
 
 
@@ -50,7 +50,7 @@ def test_hybrid_without_proxy_replay_equals_feddf(
 ) -> None:
     """Compare two clients of each architecture, four of six per round."""
     same = {"distill_epochs": 3, "proxy_rows": proxy_rows}
-    hybrid = {"name": "hybrid", "replay_weight": 0.0, **same}  # style: ok (configuration key)
+    hybrid = {"name": "hybrid", "replay_weight": 0.0, **same}
     feddf = {
         "name": "feddf",
         "logit_adjustment": True,
@@ -63,7 +63,7 @@ def test_hybrid_without_proxy_replay_equals_feddf(
     actual, expected = history(hybrid), history(feddf)
 
     assert actual == expected
-    assert history({**hybrid, "replay_weight": 0.5}) != expected  # style: ok (configuration key)
+    assert history({**hybrid, "replay_weight": 0.5}) != expected
     assert history({**feddf, "logit_adjustment": False}) != expected
     assert history({**feddf, "teacher": "mean"}) != expected
     assert history({**feddf, "align": 0.0}) != expected
@@ -108,7 +108,7 @@ def test_each_setting_changes_the_result() -> None:
         "align": 1.0,
         "heads": "keep",
         "distill_at": "both",
-        "replay_weight": 0.5,  # style: ok (configuration key)
+        "replay_weight": 0.5,
     }.items():
         changed = rounds_of(config("hybrid", algorithm={**off, key: value}, rounds=3))
         assert not same_bits(plain.server.models[group], changed.server.models[group]), key

@@ -151,7 +151,14 @@ def test_hybrid_round_matches_reference(
     """Cover logit adjustment, contrast weights, proxy replay and clients that share backbones."""
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
     source = federation(
-        "hybrid", [BN, MLP], 5, distill_at=distill_at, heads=heads, replay_weight=0.7
+        "hybrid",
+        [BN, MLP],
+        5,
+        align=0.0,
+        recalibrate=[],
+        distill_at=distill_at,
+        heads=heads,
+        replay_weight=0.7,
     )
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["backbone", "predictions"]}]
     rounds = rounds_of(source, num_rounds=2)
@@ -239,7 +246,13 @@ def test_hybrid_round_matches_reference(
 @pytest.mark.parametrize("method", ["feddf", "hybrid"])
 def test_distilling_a_single_client_changes_nothing(method: str) -> None:
     off = (
-        {"logit_adjustment": False, "teacher": "mean", "heads": "take", "replay_weight": 0.0}
+        {
+            "logit_adjustment": False,
+            "recalibrate": [],
+            "teacher": "mean",
+            "align": 0.0,
+            "replay_weight": 0.0,
+        }
         if method == "hybrid"
         else {}
     )

@@ -33,7 +33,7 @@ def run_rounds(
     method: str, rounds: int = 1, changes: dict[str, Any] | None = None, **own: Any
 ) -> SynchronousTrainer:
     source = config(method, MIXED, 4, **(changes or {}))
-    source["algorithm"].update(own)
+    source["algorithm"].update({"align": 0.0, **own})
     return rounds_of(source, num_rounds=rounds)
 
 

@@ -94,7 +94,7 @@ def test_method_name_as_in_papers_is_suggested(
 
 def test_long_list_of_methods_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "qqq"]) == 2
-    assert capsys.readouterr().err.endswith("fedmrl, … (see `hetero-fl methods`)\n")
+    assert capsys.readouterr().err.endswith("fedlc, … (see `hetero-fl methods`)\n")
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["compare", "--help"]])

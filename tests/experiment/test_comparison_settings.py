@@ -44,7 +44,7 @@ def test_used_settings_of_another_method_are_its_defaults(label: str) -> None:
 
 def test_used_settings_name_file_variant_override_and_grid() -> None:
     found = settings_of(
-        "hybrid:replay_weight=0:clients.per_round=1",  # style: ok (configuration key)
+        "hybrid:replay_weight=0:clients.per_round=1",
         ("algorithm.align=0.5",),
         ("algorithm.distill_epochs=7",),
     )
@@ -52,7 +52,7 @@ def test_used_settings_name_file_variant_override_and_grid() -> None:
     assert set(found) == {
         Setting("heads", "keep", "algorithm section of the configuration"),
         Setting("align", "0.5", "override"),
-        Setting("replay_weight", "0.0", "variant"),  # style: ok (configuration key)
+        Setting("replay_weight", "0.0", "variant"),
         Setting("clients.per_round", "1", "variant"),
         Setting("distill_epochs", "7", "grid"),
     }
@@ -74,7 +74,7 @@ def test_used_settings_name_the_study() -> None:
     [
         (
             FILE,
-            ["local", "hybrid", "hybrid:replay_weight=0"],  # style: ok (configuration key)
+            ["local", "hybrid", "hybrid:replay_weight=0"],
             "The settings in the algorithm section of the configuration "
             "(temperature = 2.0, heads = keep) apply to Hybrid only; all other methods use their "
             "defaults.",

@@ -20,6 +20,8 @@ from tests.helpers.workers import outcome
 SUMS = [
     "local",
     "fedavg",
+    "fedavg_ft",
+    "fedlc",
     "fedprox",
     "fedavgm",
     "fedadam",

@@ -31,6 +31,8 @@ METHODS = [
     "centralized",
     "ensemble",
     "fedavg",
+    "fedavg_ft",
+    "fedlc",
     "fedprox",
     "fedper",
     "lg_fedavg",

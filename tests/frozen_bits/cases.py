@@ -47,6 +47,8 @@ METHODS = [
     "fedasync",
     "fedbuff",
     "fedmrl",
+    "fedavg_ft",
+    "fedlc",
 ]
 
 _SETTINGS: Mapping[str, Config] = {

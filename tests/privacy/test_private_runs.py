@@ -454,7 +454,7 @@ def test_poisson_cohorts_vary_in_size_and_cost_less() -> None:
 
 # Local privacy
 def test_local_noise_is_added_to_uploads() -> None:
-    """Use sensitivity twice the bound (replacement), and √2 for two items."""
+    """Use sensitivity twice the bound (replacement), and √3 for three items."""
     source = private(
         "hybrid",
         {
@@ -465,11 +465,12 @@ def test_local_noise_is_added_to_uploads() -> None:
         },
     )
     rounds = rounds_of(source, num_rounds=0)
+    assert set(rounds.algorithm.uploads) == {"model", "logits", "counts"}
     site = rounds.executor.runtime  # type: ignore[attr-defined]
     body = broadcasts(rounds, ["site_1"])["site_1"]
     upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
-    expected = 2 * 3.0 * 2**0.5 * 1e-6
+    expected = 2 * 3.0 * 3**0.5 * 1e-6
     # float32 has few bits left next to the weights.
     assert abs(float(moved.std()) / expected - 1) < 0.2
     logits = upload["logits"]
@@ -484,7 +485,9 @@ def test_server_steps_do_not_reveal_participants(monkeypatch: pytest.MonkeyPatch
     """Distill into an architecture of one client, sampled or not."""
     distilled: list[set[str]] = []
 
-    def note(self: Any, server: Any, teacher: Any, senders: Any, epochs: int) -> Any:
+    def note(
+        self: Any, server: Any, teacher: Any, senders: Any, epochs: int, statistics: str
+    ) -> Any:
         distilled.append({sender.arch.spec_id for sender in senders})
         yield from ()
 

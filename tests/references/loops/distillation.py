@@ -193,7 +193,7 @@ class Hybrid(FedDF):
                 len(public), (BATCH,), generator=self.draws(client_id, "train", "public", step)
             )
             distance = divergence(module(public[some]).logits, self.teacher[some], s.temperature)
-            return own + s.replay_weight * distance  # style: ok (configuration key)
+            return own + s.replay_weight * distance
 
         self.train(i, module, loss)
         self.predictions.append(self.client_predictions(i, predicted(module, public)))

@@ -48,6 +48,17 @@ class CalibratedMargins(Supervised):
         return torch.where(has_others, total - true, 0.0)
 
 
+def label_margins(counts: Tensor, tau: float) -> Tensor:
+    """Return the margin τ·n_c^(−1/4) of each class; infinite for classes without examples.
+
+    Args:
+        counts: Number of examples of each class, shape `[C]`.
+        tau: Factor of the margins.
+    """
+    margins = tau * counts.to(torch.get_default_dtype()).clamp(min=1).pow(-0.25)
+    return margins.masked_fill(counts == 0, torch.inf)
+
+
 @register_algorithm("fedlc")
 class FedLC(FedAvg):
     """Average parameters trained with margins that are larger for classes with few examples.
@@ -86,6 +97,6 @@ class FedLC(FedAvg):
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         objective = CalibratedMargins(client.task.kind, denominator=self.denominator)
-        margins = self.tau * client.counts.to(torch.get_default_dtype()).pow(-0.25)
+        margins = label_margins(client.counts, self.tau)
         yield local_fit(client, objective, context={"margins": margins})
         return upload_model(self, client, self.weight_of(client))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hetero_fl.algorithms.fedlc import CalibratedMargins, Denominator
+from hetero_fl.algorithms.fedlc import CalibratedMargins, Denominator, label_margins
 from hetero_fl.core.objectives import Batch
 from tests.algorithms.test_references import nets_of, small_model
 from tests.helpers.small_federations import config, rounds_of, same_bits
@@ -20,7 +20,7 @@ def test_loss_matches_reference(denominator: Denominator) -> None:
     model = small_model()
     x, y = torch.randn(3, 1, 8, 8, generator=generator), torch.tensor([0, 2, 6])
     counts = [5, 0, 3, 1, 0, 0, 7, 2, 2, 1]
-    margins = 0.5 * torch.tensor(counts).to(torch.float64).pow(-0.25)
+    margins = label_margins(torch.tensor(counts), tau=0.5)
 
     loss = CalibratedMargins(denominator=denominator).loss(
         nets_of(model), Batch(x=x, y=y), {"margins": margins}
@@ -46,6 +46,10 @@ def test_gradient_is_finite_for_a_client_with_one_class(denominator: Denominator
 
     assert torch.equal(loss, torch.zeros_like(loss))
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_margin_of_a_class_without_examples_is_infinite_for_tau_zero() -> None:
+    assert label_margins(torch.tensor([0, 3]), tau=0.0).tolist() == [math.inf, 0.0]
 
 
 def test_fedlc_with_tau_zero_and_all_classes_equals_fedavg() -> None:

@@ -53,9 +53,8 @@ def test_log_names_the_kinds_of_sent_data(tmp_path: Path) -> None:
     run = Federation(tmp_path).serve(small("hybrid", MIXED))
     lines = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line["ask"] == "do"]
     sent = {line["what"]: line["kinds"] for line in lines}
-    assert set(sent["train"]) == {"model: params", "logits: rows", "training loss"} and sent[
-        "read"
-    ] == ["scores"]
+    trained = {"model: params", "logits: rows", "counts: counts", "training loss"}
+    assert set(sent["train"]) == trained and sent["read"] == ["scores"]
     assert [line["round"] for line in lines if line["what"] == "train"] == [0, 1]
     assert run.summary["rounds_completed"] == 2
 

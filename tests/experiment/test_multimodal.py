@@ -46,6 +46,8 @@ REDUCED = [
 SUPPORTED = {
     "local",
     "fedavg",
+    "fedavg_ft",
+    "fedlc",
     "fedprox",
     "scaffold",
     "fedavgm",

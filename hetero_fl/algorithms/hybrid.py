@@ -39,16 +39,15 @@ class Hybrid(ProxyDistillation, FedAvg):
     T²) into the average of each architecture. Each client chooses what it shares: its parameters,
     its backbone, its proxy predictions, or several of them.
 
-    Three defaults make distillation work under label skew: a logit-adjusted local loss (Menon et
-    al. 2021), a contrast-weighted teacher, and replay, the distillation of the teacher on proxy
-    rows during local training. They need label counts (`statistics` in `shares`) and public rows
-    that resemble the private ones. With replay, `heads: keep` and distillation at the client are
-    not needed.
+    Five defaults make distillation work under label skew: a logit-adjusted local loss (Menon et al.
+    2021), a contrast-weighted teacher, its alignment with label frequencies, BatchNorm statistics
+    that are recalibrated for predictions on proxy rows, and replay, the distillation of the teacher
+    during local training. The teacher's weights and alignment need label counts (`statistics` in
+    `shares`), and all need public rows that resemble the private ones.
 
     Without these options the method equals FedAvg if all clients have one architecture and there is
     no proxy set, and FedMD with KL if all architectures differ and clients distill. Without replay
-    it equals FedDF with `logit_adjustment: true`, `teacher: contrast` and the same
-    `distill_epochs`.
+    it equals FedDF with the same options and `distill_epochs`.
 
     References:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.

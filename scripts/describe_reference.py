@@ -586,10 +586,12 @@ MESSAGES_TEXT = """\
 The messages of errors that a user, a site or the author of a method can cause, by package; notes of
 a run are marked as such. A part in braces is replaced: `{path}` by a path, `…` by other text. Most
 messages start with the key, file or option that causes the error; where a message has none, the
-caller adds it.
+caller adds it. An `ArgumentError` names an argument of a Python function; the command line prints
+the option instead.
 """
 # Classes of errors whose messages users read.
 ERROR_CLASSES = {
+    "ArgumentError",
     "BadParameter",
     "InputError",
     "ModelError",

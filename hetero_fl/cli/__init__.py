@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
+from hetero_fl.utils.errors import ArgumentError, Interrupted, RunFailedError, UserError
 
 # Must be set before torch is imported. Without it, threads that wait for one another use spinning
 # for so long that two runs on one machine slow each other down; see benchmarks/speed/threads.py.
@@ -27,6 +27,14 @@ VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 
 # Options that may also precede the command.
 LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
+
+# Options of arguments with another name.
+OPTION_NAMES = {
+    "file_format": "format",
+    "hosts": "host",
+    "personal": "home",
+    "transfer": "take",
+}
 
 # 128 + SIGPIPE; Windows does not define the signal.
 PIPE_CLOSED = 141
@@ -216,7 +224,16 @@ def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
         cause = cause.__cause__ or cause.__context__
     for cause in reversed(chain):
         traceback.print_exception(cause, chain=False)
-    print(f"{kind}: {error}", file=sys.stderr)
+    print(f"{kind}: {_message(error)}", file=sys.stderr)
+
+
+def _message(error: BaseException) -> str:
+    """Return the message of an error, with the option in place of a function's argument."""
+    if not isinstance(error, ArgumentError):
+        return str(error)
+    argument = re.split(r"\W", str(error), maxsplit=1)[0]
+    option = OPTION_NAMES.get(argument, argument)
+    return f"--{option}{str(error).removeprefix(argument)}"
 
 
 def _script_name() -> list[str]:

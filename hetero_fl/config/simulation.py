@@ -144,7 +144,7 @@ class FaultsConfig(ConfigSection):
             if values["server"]:
                 raise ValueError(
                     "server faults are no longer simulated; remove the key 'server' "
-                    "(a run whose process is killed continues with --resume)"
+                    "(a run whose process is killed can be resumed)"
                 )
             return {key: value for key, value in values.items() if key != "server"}
         return values

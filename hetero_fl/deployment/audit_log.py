@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.hashes import SHA384
 from filelock import FileLock
 
-from hetero_fl.utils.errors import UserError, one_line, printable
+from hetero_fl.utils.errors import ArgumentError, UserError, one_line, printable
 
 # Hash before the first line.
 INITIAL_HASH = "0" * 64
@@ -395,8 +395,8 @@ def _check_known_head(path: Path, hashes: list[str], known_head: str) -> None:
     """
     number, _, found = known_head.partition(":")
     if not number.isdecimal() or len(number) > MAX_NUMBER_DIGITS or len(found) != len(INITIAL_HASH):
-        raise UserError(
-            f"--head: expected N:HASH as printed by `hetero-fl node --audit`, "
+        raise ArgumentError(
+            f"head: expected N:HASH as printed by `hetero-fl node --audit`, "
             f"got '{one_line(known_head, 90)}'"
         )
     if int(number) > len(hashes):

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import ArgumentError, UserError
 from hetero_fl.utils.serialization import write_atomically
 
 PublicKey = EllipticCurvePublicKey
@@ -102,8 +102,8 @@ def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl
         if path.exists():
             raise UserError(f"{path}: already exists; choose another folder or delete it")
     if not hosts:
-        raise UserError(
-            "--host: missing; expected the host name or address under which nodes reach the server"
+        raise ArgumentError(
+            "hosts: missing; expected the host name or address under which nodes reach the server"
         )
     root = generate_private_key(SECP384R1())
     key = generate_private_key(SECP384R1())
@@ -374,13 +374,13 @@ def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
     """
     for client in clients:
         if not NAME.fullmatch(client) or client in (SERVER, AUTHORITY):
-            raise UserError(
-                f"--clients: '{client}' cannot be a folder name; use letters, digits, '_', '.' and "
+            raise ArgumentError(
+                f"clients: '{client}' cannot be a folder name; use letters, digits, '_', '.' and "
                 f"'-', but not {SERVER} or {AUTHORITY}"
             )
     for client in clients:
         if list(clients).count(client) > 1:
-            raise UserError(f"--clients: duplicate client '{client}'")
+            raise ArgumentError(f"clients: duplicate client '{client}'")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already exists; choose another folder or delete it")
     server = folder / SERVER

@@ -38,7 +38,13 @@ from hetero_fl.reporting.run_directory import RunDirectory, check_vacant, lock_f
 from hetero_fl.reporting.summary import mean_validation_score
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores, use_one_core
-from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError, suggest_or_list
+from hetero_fl.utils.errors import (
+    ArgumentError,
+    Interrupted,
+    RunFailedError,
+    UserError,
+    suggest_or_list,
+)
 from hetero_fl.utils.processes import (
     ADVICE,
     UNGUARDED,
@@ -76,7 +82,7 @@ class Variant:
             settings = settings[2:]
         for setting in settings:
             if "=" not in setting:
-                raise UserError(f"--algorithms: {text}: expected setting=value, got '{setting}'")
+                raise ArgumentError(f"algorithms: {text}: expected setting=value, got '{setting}'")
         paths = [s if "." in s.split("=")[0] else f"algorithm.{s}" for s in settings]
         return cls(text, (f"algorithm.name={name}", *paths))
 
@@ -371,13 +377,11 @@ class _Plan:
         permission: CodePermission,
     ) -> None:
         if not seeds:
-            raise UserError(
-                "--seeds: expected integers separated by commas, such as 0,1,2; got none"
-            )
+            raise ArgumentError("seeds: expected one or more integers, got none")
         if jobs is not None and jobs < 1:
-            raise UserError(f"--jobs: must be >= 1, got {jobs}")
+            raise ArgumentError(f"jobs: must be >= 1, got {jobs}")
         if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; choose a folder")
+            raise ArgumentError(f"out: {out} is a file; choose a folder")
         config = load_config(source, base, permission)
         for seed in seeds:
             load_config(source, [*base, f"seed={seed}"], permission)
@@ -390,8 +394,8 @@ class _Plan:
             self.admitted, self.left_out = _compatible_methods(source, base, seeds[0], permission)
         self.variants = list(dict.fromkeys([*self.admitted, *listed]))
         if not self.variants:
-            raise UserError(
-                "--algorithms: expected one or more; choose from all, "
+            raise ArgumentError(
+                "algorithms: expected one or more; choose from all, "
                 f"{', '.join(register_algorithm)}"
             )
         threads = config.runtime.threads
@@ -538,16 +542,18 @@ def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodeP
     """Return the task of a run.
 
     Raises:
-        UserError: If the run is invalid; the message names the option that set the key.
+        UserError: If the run is invalid; the message names the argument that set the key.
     """
     try:
         return prepare(source, [*base, *job.overrides], allow_code=permission).federation.task
     except UserError as error:
         line = str(error)
-        for option, overrides in (("--algorithms", job.variant.overrides), ("--grid", job.point)):
+        for argument, overrides in (("algorithms", job.variant.overrides), ("grid", job.point)):
             for override in overrides:
                 if line.startswith(f"{override}: "):
-                    raise UserError(f"{option}: {line.removeprefix(f'{override}: ')}") from None
+                    raise ArgumentError(
+                        f"{argument}: {line.removeprefix(f'{override}: ')}"
+                    ) from None
         raise
 
 
@@ -580,8 +586,8 @@ def _check_same_configuration(
             noise_multiplier = recorded["privacy"].get("noise_multiplier")
             current["privacy"]["noise_multiplier"] = noise_multiplier
         if differs := describe_difference(recorded, current):
-            raise UserError(
-                f"--out: {job.out} has other settings ({differs}); choose another --out"
+            raise ArgumentError(
+                f"out: {job.out} has other settings ({differs}); choose another folder"
             )
 
 

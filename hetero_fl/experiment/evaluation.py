@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from hetero_fl.data.registry import reads_key
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission, find_references
-from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file, suggest_or_list
 from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
@@ -76,7 +78,7 @@ def evaluate(
         find_references({"--data": data})
     )
     if client is not None and client not in run.models:
-        raise UserError(f"--client: no model of '{client}'{suggest_or_list(client, run.models)}")
+        raise ArgumentError(f"client: no model of '{client}'{suggest_or_list(client, run.models)}")
     dataset = load_as(run, data, label)
     # A named source without a test split is split as a federation would split it.
     dataset_with_test = dataset if Path(data).exists() else with_test(dataset)
@@ -86,7 +88,8 @@ def evaluate(
         if client is not None and name != client:
             continue
         _check_model_fits(run, name, model, dataset, examples.x, data=data)
-        y = renumber_targets(examples.labels, dataset.task, model.task, f"--data: {data}")
+        with data_argument():
+            y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {data}")
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(preprocess(examples.x), personal)
         results[name] = score(model.task, logits, y, examples.unit)
@@ -104,29 +107,29 @@ def evaluate(
 def _check_model_fits(
     run: Run, name: str, model: SavedModel, dataset: Dataset, x: Tensor, *, data: str
 ) -> None:
-    """Raise UserError if a model cannot predict the examples of a data set."""
+    """Raise ArgumentError if a model cannot predict the examples of a data set."""
     if not are_comparable(dataset.task, model.task):
-        raise UserError(
-            f"--data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
+        raise ArgumentError(
+            f"data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
             f"but the models of {run.path} are {model.task.kind} with {model.task.outputs}"
         )
     preprocess = Preprocess(**model.preprocess)
     raw_shape = tuple(x.shape[1:])
     if preprocess.raw not in (None, raw_shape):
-        raise UserError(
-            f"--data: {data} has examples of shape {raw_shape}, "
+        raise ArgumentError(
+            f"data: {data} has examples of shape {raw_shape}, "
             f"but the model of {name} was trained on {preprocess.raw}"
         )
     input_shape = preprocess.shape(raw_shape)
     if input_shape != model.arch.input_shape:
-        raise UserError(
-            f"--data: {data} has examples of shape {input_shape} after preprocessing, "
+        raise ArgumentError(
+            f"data: {data} has examples of shape {input_shape} after preprocessing, "
             f"but the model of {name} expects {model.arch.input_shape}"
         )
     vocabulary_size = dataset.vocabulary.size if dataset.vocabulary else None
     if vocabulary_size != model.arch.vocabulary:
-        raise UserError(
-            f"--data: {data} has {_describe_tokens(vocabulary_size)}, "
+        raise ArgumentError(
+            f"data: {data} has {_describe_tokens(vocabulary_size)}, "
             f"but the model of {name} expects {_describe_tokens(model.arch.vocabulary)}"
         )
     usable = (
@@ -136,8 +139,8 @@ def _check_model_fits(
     )
     if not bool(usable.all()):
         row = int((~usable).to(torch.uint8).argmax())
-        raise UserError(
-            f"--data: {data}: row {row}: a value is missing that the model of {name} needs"
+        raise ArgumentError(
+            f"data: {data}: row {row}: a value is missing that the model of {name} needs"
         )
 
 
@@ -208,15 +211,27 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     path = Path(data)
     # Names of sources do not look like paths.
     if not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1):
-        raise UserError(f"--data: file or folder '{data}' not found{suggest_file(path)}")
+        raise ArgumentError(f"data: file or folder '{data}' not found{suggest_file(path)}")
     source = _source_as(run, data, label)
     preprocesses = [model.preprocess for model in run.models.values()]
     missing = any(p.get("missing") or p.get("spans") for p in preprocesses)
+    with data_argument():
+        return order_columns(load_source(source, CACHE.expanduser(), "data", missing), run)
+
+
+@contextmanager
+def data_argument() -> Iterator[None]:
+    """Convert errors about the argument `data` to `ArgumentError`.
+
+    The key `data.label` is the argument `label`.
+    """
     try:
-        return order_columns(load_source(source, CACHE.expanduser(), "--data", missing), run)
+        yield
     except UserError as error:
-        # The configuration key is a command-line flag here.
-        raise UserError(str(error).replace("--data.label", "--label", 1)) from None
+        message = re.sub(r"^data\.(name|path)\b", "data", str(error))
+        if not message.startswith("data"):
+            raise
+        raise ArgumentError(re.sub(r"^data\.label\b", "label", message)) from None
 
 
 def _source_as(run: Run, data: str, label: str | None) -> SourceConfig:
@@ -285,7 +300,7 @@ def order_columns(dataset: Dataset, run: Run) -> Dataset:
     found = dataset.columns
     parts: dict[str, Any] = {}
     for split, examples in dataset.splits().items():
-        x, _ = match_columns(examples.x, found, like, f"--data: {dataset.name}", needed=needed)
+        x, _ = match_columns(examples.x, found, like, f"data: {dataset.name}", needed=needed)
         parts[split] = replace(examples, x=x)
     return replace(dataset, columns=known, categories=categories, **parts)
 
@@ -297,4 +312,4 @@ def _columns(path: Path) -> list[str]:
     try:
         return list(map(str, read_frame(path).columns))
     except UserError as error:
-        raise UserError(f"--data.{error}") from None
+        raise ArgumentError(f"data.{error}") from None

@@ -186,7 +186,7 @@ def _start_or_resume(
     elif evidence := evidence_of_start(directory):
         raise UserError(
             f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
-            "restore it, or start a new run with another --out"
+            "restore it, or start a new run in another folder"
         )
     directory.rewind_metrics(trainer.completed)
     extended = _extend(directory, saved, rounds, progress)
@@ -485,11 +485,11 @@ def check_resumed_choice(path: Path, on_nodes: bool) -> dict[str, Any]:
         raise _missing_choice_error(path)
     if (started_with["executor"] == NODES) != on_nodes:
         advice = (
-            "on one machine; resume it with hetero-fl train"
+            "on one machine; resume it with `hetero-fl train`"
             if on_nodes
-            else "on nodes; resume it with hetero-fl federate or server"
+            else "on nodes; resume it with `hetero-fl federate` or `hetero-fl server`"
         )
-        raise UserError(f"{path}: --resume: this run was started {advice}")
+        raise UserError(f"{path}: cannot be resumed here: the run was started {advice}")
     return started_with
 
 
@@ -689,7 +689,7 @@ def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDi
     if differs := describe_difference(
         resume_relevant(old), resume_relevant(resolve_config(config))
     ):
-        raise UserError(f"{path}: --resume: the configuration differs: {differs}")
+        raise UserError(f"{path}: cannot be resumed: the configuration differs: {differs}")
     affordable = (
         prepared.budget.affordable_rounds() if prepared.budget is not None else config.rounds
     )

@@ -95,7 +95,7 @@ class Checkpoints:
         tree = self._load_first_undamaged(files)
         if tree is None and files:
             raise RunFailedError(
-                f"{self.folder}: all checkpoints are damaged; start a new run with another --out"
+                f"{self.folder}: all checkpoints are damaged; start a new run in another folder"
             )
         return tree
 

@@ -519,5 +519,5 @@ def _num_bytes(value: PrivateState | bytes) -> int:
 def _damaged_error(client: str, error: Exception) -> RunFailedError:
     return RunFailedError(
         f"the private state of {client} is damaged on disk ({error}); "
-        "use --resume to continue from an undamaged checkpoint"
+        "resume the run from an undamaged checkpoint"
     )

@@ -59,11 +59,11 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
         is_supported = _try_lock(lock)
     except Timeout:
         raise UserError(
-            f"{folder}: in use by another process; wait for it to end or choose another --out"
+            f"{folder}: in use by another process; wait for it to end or choose another folder"
         ) from None
     except OSError as error:
         raise UserError(
-            f"{folder}: not writable ({error.strerror}); choose another --out"
+            f"{folder}: not writable ({error.strerror}); choose another folder"
         ) from None
     warning = (
         f"{folder}: the file system has no locks; do not start a second process in this folder"
@@ -116,7 +116,7 @@ def has_run(path: Path) -> bool:
 
 
 def check_vacant(
-    path: Path, alternatives: str = ", or --resume if it is an interrupted run"
+    path: Path, alternatives: str = ", or set resume if it contains an interrupted run"
 ) -> None:
     """Check that a run directory can be created.
 
@@ -129,7 +129,7 @@ def check_vacant(
             interrupted creation.
     """
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNFINISHED):
-        raise UserError(f"{path}: already exists; choose another --out{alternatives}")
+        raise UserError(f"{path}: already exists; choose another folder{alternatives}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -137,7 +137,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be created ({error.strerror}); choose another --out"
+            f"{folder}: cannot be created ({error.strerror}); choose another folder"
         ) from None
 
 

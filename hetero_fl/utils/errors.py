@@ -41,6 +41,13 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+class ArgumentError(UserError):
+    """Raised for an invalid argument of a function that is also a command.
+
+    The message starts with the name of the argument. The command line prints the option instead.
+    """
+
+
 class RunFailedError(Exception):
     """Raised when a run fails, for example because all uploads are non-finite.
 

@@ -431,7 +431,7 @@ def test_stopped_run_without_records_and_checkpoints_is_damaged(
     assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in output), lost]
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: {output[1]}; restore it, or start a new run with another --out"
+    assert line == f"error: {output[1]}; restore it, or start a new run in another folder"
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_simulation_cannot_be_resumed_on_nodes(tmp_path: Path) -> None:
     transport = Mock()
     with pytest.raises(
         UserError,
-        match=r"--resume: this run was started on one machine; resume it with hetero-fl train",
+        match=r"the run was started on one machine; resume it with `hetero-fl train`",
     ):
         run_federation({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
     transport.close.assert_called_once_with()

@@ -206,7 +206,7 @@ def test_grid_accepts_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_compare_function_checks_its_arguments(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--jobs: must be >= 1, got 0"):
+    with pytest.raises(UserError, match="jobs: must be >= 1, got 0"):
         compare(small(), "local", out=tmp_path, jobs=0)
 
 

@@ -237,7 +237,7 @@ def test_resume_refuses_changes_other_than_rounds(
 
     assert (
         capsys.readouterr().err
-        == f"error: {short}: --resume: the configuration differs: seed: was 0, is now 3\n"
+        == f"error: {short}: cannot be resumed: the configuration differs: seed: was 0, is now 3\n"
     )
 
 

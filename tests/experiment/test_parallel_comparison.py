@@ -61,14 +61,15 @@ def test_compare_refuses_runs_with_other_settings(
     (line,) = capsys.readouterr().err.splitlines()
     folder = "out/runs/local-clients.defaults.epochs=1-seed0"
     assert line == (
-        f"error: --out: {folder} has other settings (rounds: was 1, is now 2); choose another --out"
+        f"error: --out: {folder} has other settings (rounds: was 1, is now 2); "
+        "choose another folder"
     )
     assert Path("out/log.txt").read_bytes() == log
     Path("out/runs/fedavg-clients.defaults.epochs=2-seed0").mkdir()
     Path("out/runs/fedavg-clients.defaults.epochs=2-seed0/mine.txt").write_text("")
     assert main([*finished_flags, "--algorithms", "local,fedavg"], command="compare") == 2
     assert (
-        "epochs=2-seed0: already exists; choose another --out, or --resume"
+        "epochs=2-seed0: already exists; choose another folder, or set resume"
         in capsys.readouterr().err
     )
     with lock_folder(Path("out")):

@@ -160,7 +160,7 @@ def test_resume_compares_overrides_with_the_saved_configuration(
     assert main(["train", "--resume", "--out", "a", "clients.groups.0.epochs=2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     message = (
-        "error: a: --resume: the configuration differs: "
+        "error: a: cannot be resumed: the configuration differs: "
         "clients.groups.0.epochs: was not set, is now 2"
     )
     assert line == message
@@ -173,7 +173,7 @@ def test_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
         (line,) = capsys.readouterr().err.splitlines()
         assert (
             line
-            == "error: a: in use by another process; wait for it to end or choose another --out"
+            == "error: a: in use by another process; wait for it to end or choose another folder"
         )
     assert [p.name for p in Path("a").iterdir()] == [".lock"]
 

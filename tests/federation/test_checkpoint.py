@@ -131,7 +131,7 @@ def test_missing_checkpoint_is_none_and_only_damaged_ones_fail(tmp_path: Path) -
     for i in (1, 2):
         checkpoints.save(i, {}).write_bytes(b"")
     with pytest.raises(
-        RunFailedError, match="all checkpoints are damaged; start a new run with another --out"
+        RunFailedError, match="all checkpoints are damaged; start a new run in another folder"
     ):
         checkpoints.load_newest()
     newer, older = messages

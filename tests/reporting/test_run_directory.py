@@ -39,7 +39,7 @@ def test_run_directory_round_trip(tmp_path: Path) -> None:
 
 def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="already exists; choose another --out, or --resume"):
+    with pytest.raises(UserError, match="already exists; choose another folder, or set resume"):
         create(tmp_path)
     with pytest.raises(UserError, match="already exists"):
         create(tmp_path / "notes.txt")
@@ -209,7 +209,7 @@ def test_lock_is_exclusive_and_released_by_a_kill(tmp_path: Path) -> None:
     process = context.Process(target=hold, args=(str(tmp_path / "a"), child_end))
     process.start()
     parent_end.recv()
-    words = "a: in use by another process; wait for it to end or choose another --out"
+    words = "a: in use by another process; wait for it to end or choose another folder"
     with pytest.raises(UserError, match=words), lock_folder(tmp_path / "a"):
         pass
     process.kill()

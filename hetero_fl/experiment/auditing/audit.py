@@ -30,7 +30,7 @@ from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.federation.checkpoint import read_checkpoint
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.text import pluralize
 
 CLIENTS = 2
@@ -135,7 +135,7 @@ def audit(
         )
         content["inversion"] = results
         if not results and attack == "inversion":
-            raise UserError(f"--attack: inversion does not apply: {notes[0]}")
+            raise ArgumentError(f"attack: inversion does not apply: {notes[0]}")
     content["seconds"] = time.perf_counter() - started
     # Slow to import: matplotlib.
     from hetero_fl.experiment.auditing.report import write_audit
@@ -149,16 +149,16 @@ def audit(
 def _check_arguments(attack: str, shadows: int, images: int, batch: int) -> None:
     attacks = ["membership", "inversion", "both"]
     if attack not in attacks:
-        raise UserError(f"--attack: unknown attack '{attack}'{suggest_or_list(attack, attacks)}")
+        raise ArgumentError(f"attack: unknown attack '{attack}'{suggest_or_list(attack, attacks)}")
     if shadows and (shadows < 4 or shadows % 2):
-        raise UserError(
-            f"--shadows: must be an even number >= 4, or 0 for the attack by the loss alone, "
+        raise ArgumentError(
+            f"shadows: must be an even number >= 4, or 0 for the attack by the loss alone, "
             f"got {shadows}"
         )
     if not 1 <= batch <= 4:
-        raise UserError(f"--batch: must be between 1 and 4, got {batch}")
+        raise ArgumentError(f"batch: must be between 1 and 4, got {batch}")
     if images < 1:
-        raise UserError(f"--images: must be >= 1, got {images}")
+        raise ArgumentError(f"images: must be >= 1, got {images}")
 
 
 def _chosen_clients(run: Run, clients: Sequence[str] | None) -> list[str]:
@@ -166,8 +166,8 @@ def _chosen_clients(run: Run, clients: Sequence[str] | None) -> list[str]:
     chosen = list(dict.fromkeys(clients)) if clients else ids[:CLIENTS]
     for client_id in chosen:
         if client_id not in ids:
-            raise UserError(
-                f"--clients: {run.path} has no model of '{client_id}'"
+            raise ArgumentError(
+                f"clients: {run.path} has no model of '{client_id}'"
                 f"{suggest_or_list(client_id, set(ids))}"
             )
     return chosen

@@ -30,7 +30,7 @@ from hetero_fl.data import Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import load_inherited_models
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
 
@@ -244,8 +244,8 @@ def observe_upload(
         trainer.executor.close()
     fits = [fit for fit in method.rounds[0] if MODEL in fit.train]
     if MODEL not in sent or not fits:
-        raise UserError(
-            f"--clients: '{client}' uploads no result of training on its rows with {prepared.name}"
+        raise ArgumentError(
+            f"clients: '{client}' uploads no result of training on its rows with {prepared.name}"
         )
     before = copy_tensors(prepared.federation.initial_tensors(client_info.arch))
     before |= received.get(MODEL, {})
@@ -258,8 +258,8 @@ def observe_upload(
         update = protect(update)
     gradient = {name: -tensor / rate for name, tensor in update.items()}
     if not any(bool(g.any()) for g in gradient.values()):
-        raise UserError(
-            f"--clients: '{client}': the update is all zeros, so that the upload reveals nothing"
+        raise ArgumentError(
+            f"clients: '{client}': the update is all zeros, so that the upload reveals nothing"
         )
     return ObservedUpload(client_info.arch, before, gradient, fits[-1].objective, fits[-1].context)
 

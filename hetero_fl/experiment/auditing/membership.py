@@ -21,7 +21,7 @@ from hetero_fl.data.groups import most_common_stratum
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import load_inherited_models
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
 # False positive rate at which the true positive rate is reported.
@@ -259,8 +259,8 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
     pair = torch.cat(pairs)
     pair = pair[torch.randperm(len(pair), generator=draws)[:MAX_CANDIDATES]]
     if len(pair) < MIN_CANDIDATES:
-        raise UserError(
-            f"--clients: '{client}' has only {len(pair)} pairs of a training row and another row "
+        raise ArgumentError(
+            f"clients: '{client}' has only {len(pair)} pairs of a training row and another row "
             f"of the same class, but an attack needs {MIN_CANDIDATES}; choose another client"
         )
     chosen = torch.cat([pair[:, 0], pair[:, 1]])

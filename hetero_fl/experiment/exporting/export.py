@@ -25,7 +25,7 @@ from hetero_fl.experiment.exporting.graph import (
 from hetero_fl.experiment.exporting.model_card import FORM, card_facts, card_markdown
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import sha256_of, write_atomically
 
@@ -63,9 +63,9 @@ def check_installed() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"--format: onnx needs {error.name}, which is not installed; "
-            "pip install 'hetero_fl[export]'"
+        raise ArgumentError(
+            f"file_format: onnx needs {error.name}, which is not installed; "
+            "run pip install 'hetero_fl[export]'"
         ) from None
 
 
@@ -190,20 +190,20 @@ def export(
     """
     run = Run.open(run, allow_code)
     if file_format == "torchscript":
-        raise UserError(
-            "--format: torchscript is no longer supported because PyTorch has deprecated it; "
+        raise ArgumentError(
+            "file_format: torchscript is no longer supported because PyTorch has deprecated it; "
             "use onnx"
         )
     if file_format not in SUFFIXES:
-        raise UserError(
-            f"--format: unknown format '{file_format}'{suggest_or_list(file_format, SUFFIXES)}"
+        raise ArgumentError(
+            f"file_format: unknown format '{file_format}'{suggest_or_list(file_format, SUFFIXES)}"
         )
     if client is not None and client not in run.models:
-        raise UserError(f"--client: no model of '{client}'{suggest_or_list(client, run.models)}")
+        raise ArgumentError(f"client: no model of '{client}'{suggest_or_list(client, run.models)}")
     if personal and file_format == "safetensors":
-        raise UserError(
-            "--home: cannot be combined with --format safetensors, which always includes the label "
-            "frequencies"
+        raise ArgumentError(
+            "personal: cannot be combined with the format safetensors, which always includes the "
+            "label frequencies"
         )
     if file_format == "onnx":
         check_installed()
@@ -337,4 +337,4 @@ def _write(path: Path, content: bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise UserError(f"--out: {path}: cannot be written ({error.strerror})") from None
+        raise ArgumentError(f"out: {path}: cannot be written ({error.strerror})") from None

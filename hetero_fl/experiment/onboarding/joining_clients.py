@@ -24,14 +24,20 @@ from hetero_fl.data.dataset import ColumnLayout, Examples, Vocabulary
 from hetero_fl.data.groups import most_common_stratum
 from hetero_fl.data.preprocessing import NOTHING, check_missing_values, usable_rows
 from hetero_fl.data.splits import RowSelection
-from hetero_fl.experiment.evaluation import are_comparable, load_as, order_columns, renumber_targets
+from hetero_fl.experiment.evaluation import (
+    are_comparable,
+    data_argument,
+    load_as,
+    order_columns,
+    renumber_targets,
+)
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.experiment.preparation import PreparedRun, load_config
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import check_vacant
 from hetero_fl.utils.code_permission import CodePermission, find_references
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import write_atomically
 
@@ -217,8 +223,8 @@ class JoiningClients:
         client_info = next(iter(federation.client_infos.values()))
         options: dict[str, TransferredParts] = {SCRATCH: {}}
         if requested not in (None, BACKBONE, TEACHER, BOTH):
-            raise UserError(
-                f"--take: unknown choice '{requested}'; choose from {BACKBONE}, {TEACHER}, {BOTH}"
+            raise ArgumentError(
+                f"transfer: unknown choice '{requested}'; choose from {BACKBONE}, {TEACHER}, {BOTH}"
             )
         if requested != TEACHER:
             backbone = self.source_run.backbone(client_info.arch)
@@ -229,7 +235,7 @@ class JoiningClients:
                     f"no client in {self.source_run.run.path} shared the backbone of a "
                     f"{client_info.arch.spec_id}"
                 )
-                advice = f"choose teacher, or --model {self.source_run.most_common_model}"
+                advice = f"choose teacher, or the model {self.source_run.most_common_model}"
                 self._report_missing(problem, advice, requested)
         if requested != BACKBONE:
             self._add_teacher(options, client_info.preprocess, requested)
@@ -258,7 +264,7 @@ class JoiningClients:
 
     def _report_missing(self, problem: str, advice: str, requested: str | None) -> None:
         if requested is not None:
-            raise UserError(f"--take: {problem}; {advice}")
+            raise ArgumentError(f"transfer: {problem}; {advice}")
         self.source_run.notes.append(problem)
 
     def _transfer_rows(self, preprocess: Preprocess) -> tuple[Tensor, str]:
@@ -447,29 +453,30 @@ def _joining_site(
 ) -> JoiningSite:
     task = source_run.task
     if not are_comparable(dataset.task, task):
-        raise UserError(
-            f"--data: {dataset.name} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
+        raise ArgumentError(
+            f"data: {dataset.name} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
             f"but the run's models are {task.kind} with {task.outputs}"
         )
     dataset = with_test(dataset)
     assert dataset.test is not None
     parts = []
     for examples in (dataset.train, dataset.test):
-        y = renumber_targets(examples.labels, dataset.task, task, f"--data: {dataset.name}")
+        with data_argument():
+            y = renumber_targets(examples.labels, dataset.task, task, f"data: {dataset.name}")
         parts.append(replace(examples, y=y, group=None, group_names=()))
     train, test = parts
     available = len(train) if train.patient is None else len(train.patient.unique())
     unit = "examples" if train.patient is None else "patients"
     requested = sorted(set(patients))
     if not requested or requested[0] < 2:
-        raise UserError(
-            "--patients: expected integers >= 2, such as 10,30,100; "
+        raise ArgumentError(
+            "patients: expected integers >= 2, such as 10,30,100; "
             f"got {', '.join(map(str, requested)) or 'none'}"
         )
     counts = tuple(n for n in requested if n <= available)
     if not counts:
-        raise UserError(
-            f"--patients: must be <= {available}, the number of labeled training {unit} in "
+        raise ArgumentError(
+            f"patients: must be <= {available}, the number of labeled training {unit} in "
             f"{dataset.name}; got {requested[0]}"
         )
     if len(counts) < len(requested):

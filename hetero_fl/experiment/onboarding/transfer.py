@@ -23,7 +23,7 @@ from hetero_fl.data import Preprocess
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.experiment.preparation import PreparedRun, load_config, make_algorithm, prepare
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import ArgumentError, UserError
 
 BODY = ("backbone.",)
 
@@ -122,8 +122,8 @@ class TransferSource:
             preprocess = Preprocess(**model.preprocess)
             found = preprocess.shape(tuple(x.shape[1:]), "the run's preprocessing")
             if found != model.arch.input_shape:
-                raise UserError(
-                    f"--data: examples have shape {found} after preprocessing, "
+                raise ArgumentError(
+                    f"data: examples have shape {found} after preprocessing, "
                     f"but the run's models expect {model.arch.input_shape}"
                 )
             usable.append(usable_rows(x, preprocess))

@@ -110,7 +110,7 @@ class TorchrunPool(WorkerPool):
         if result is None:
             raise RunFailedError(
                 f"rank {worker + 1} has ended, and torchrun ends all others; "
-                "run the same command with --resume"
+                "resume the run with the same command"
             )
         return worker, result
 

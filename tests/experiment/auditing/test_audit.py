@@ -136,7 +136,7 @@ def test_inversion_without_parameters_is_noted_or_refused(
     ]
     with pytest.raises(
         UserError,
-        match="--attack: inversion does not apply: local: 'site_1' uploads no model parameters",
+        match="attack: inversion does not apply: local: 'site_1' uploads no model parameters",
     ):
         audit(run, clients=["site_1"], attack="inversion", out=tmp_path)
 

@@ -211,7 +211,7 @@ def test_export_command_prints_the_folder(
         (["--format", "onx"], "--format: unknown format 'onx'; did you mean 'onnx'?"),
         (
             ["--format", "safetensors", "--home"],
-            "--home: cannot be combined with --format safetensors",
+            "--home: cannot be combined with the format safetensors",
         ),
         (["--format", "torchscript"], "--format: torchscript is no longer supported"),
         (["--format", "safetensors", "--out", "FILE/x"], "cannot be written"),
@@ -240,7 +240,7 @@ def test_missing_package_names_the_extra(
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(
         UserError,
-        match=r"onnx needs onnx, which is not installed; pip install 'hetero_fl\[export\]'",
+        match=r"onnx needs onnx, which is not installed; run pip install 'hetero_fl\[export\]'",
     ):
         hetero_fl.export(run)
 

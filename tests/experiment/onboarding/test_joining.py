@@ -185,7 +185,7 @@ def test_consensus_is_the_mean_prediction(data_folder: Folder) -> None:
 
 @pytest.mark.slow
 def test_join_without_a_shared_backbone(data_folder: Folder, tmp_path: Folder) -> None:
-    with pytest.raises(UserError, match=r"--take: no client in .* shared the backbone of a vit"):
+    with pytest.raises(UserError, match=r"transfer: no client in .* shared the backbone of a vit"):
         join(data_folder, tmp_path / "a", "vit", transfer="backbone")
     content = join(
         data_folder,
@@ -328,7 +328,7 @@ def test_join_command_prints_the_table(
         )
         == 2
     )
-    assert capsys.readouterr().err.endswith("join-mlp: already exists; choose another --out\n")
+    assert capsys.readouterr().err.endswith("join-mlp: already exists; choose another folder\n")
 
 
 def test_band_of_shares_is_clipped_at_one() -> None:

@@ -196,7 +196,7 @@ def test_report_counts_undefined_values(made_run: MakeRun) -> None:
     assert missing > 0
     page = read(run)
     assert (
-        f"undefined: {missing}"
+        f"undefined for {missing} client"
         in next(row for row in page.cells if row[0].startswith("Local test"))[4]
     )
 

@@ -68,7 +68,8 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         for r in TEST_NAMES
         if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in metrics)
     ]
-    widths = [*(2.4 for _ in metrics), 1.7, 1.7, max(0.4, 0.34 * len(needed))]
+    # The last panel is at least as wide as its title.
+    widths = [*(2.4 for _ in metrics), 1.7, 1.7, max(1.0, 0.34 * len(needed))]
     panels = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
     *scores, exchanged, time, needs_axes = panels
     for axes, metric in zip(scores, metrics, strict=True):
@@ -120,9 +121,14 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
 
 def _label(label: str) -> str:
     """Wrap the name of a method to at most three lines, without breaks within settings."""
-    name = algorithm_name(label).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    name = _short_name(label).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     lines = textwrap.wrap(name, LABEL_WIDTH, max_lines=3, placeholder=" …")
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _short_name(label: str) -> str:
+    """Return the name of a method, with keys of client settings as in the list of settings."""
+    return algorithm_name(label).replace("clients.defaults.", "")
 
 
 def _rows_of_label(rows: Sequence[Row], label: str) -> list[Row]:
@@ -329,7 +335,7 @@ def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axi
         )
         color = COLORS[place % len(COLORS)]
         dashed = (0, (4, 2)) if is_bound(label) or place >= len(COLORS) else "-"
-        name = textwrap.fill(algorithm_name(label), 44, max_lines=2, placeholder=" …")
+        name = textwrap.fill(_short_name(label), 44, max_lines=2, placeholder=" …")
         axes.plot(x, mean, color=color, linestyle=dashed, label=name)
         style.draw_band(axes, x, mean, spread, metric=metric, color=color, alpha=0.15)
     axes.set_xlabel(axis)

@@ -22,6 +22,7 @@ from hetero_fl.reporting.formatting import (
     local_test_rows,
     metric_name,
     selection_metric_of,
+    target_kind,
 )
 from hetero_fl.reporting.plots import style
 from hetero_fl.utils.text import pluralize
@@ -177,7 +178,8 @@ def plot_labels(summary: Json, details: Json) -> Figure:
     if len(names) <= 4:
         return _plot_few_labels(ids, table, share, tuple(names))
     if len(names) <= MAX_LABELS and len(ids) <= FEW:
-        return _bubbles(ids, table, names)
+        kind = "label" if target_kind(summary, details) == "multilabel" else "class"
+        return _bubbles(ids, table, names, kind)
     if len(names) <= MAX_LABELS:
         return _shares(ids, share, names)
     most = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
@@ -261,9 +263,9 @@ def _stacked_many(
     return figure
 
 
-def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
+def _bubbles(ids: list[str], table: np.ndarray, names: list[str], kind: str) -> Figure:
     clients, classes = table.shape
-    figure = style.figure(0.95 + 0.29 * clients)
+    figure = style.figure(1.15 + 0.29 * clients)
     axes = figure.subplots()
     rows, columns = np.nonzero(table)
     area = 330 * table[rows, columns] / table.max()
@@ -291,7 +293,8 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
     axes.set(
         xlim=(-0.5, classes - 0.3),
         ylim=(clients - 0.4, -0.6),
-        title="Number of training rows by label",
+        title=f"Number of training rows by {kind}",
+        xlabel=kind,
     )
     return figure
 

@@ -129,7 +129,9 @@ def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: flo
         if below:
             axes.set_xlabel("predicted class", fontsize=8)
     size = {"fraction": 0.03, "pad": 0.015, "aspect": 30}
-    bar = style.add_colorbar(figure, grid[0].images[0], grid, "fraction of the true class", **size)
+    bar = style.add_colorbar(
+        figure, grid[0].images[0], grid, "fraction of rows of the true class", **size
+    )
     bar.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
@@ -168,17 +170,21 @@ def _matrix(
         matrix = np.full((classes, classes), np.nan)
         look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.MIN_FONT_SIZE}
         axes.text(0.5, 0.5, "no test rows", transform=axes.transAxes, **look)
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    totals = matrix.sum(1, keepdims=True)
+    # The share is NaN for classes without test rows, so that they do not look like 0%.
+    share = np.where(totals > 0, matrix / np.maximum(totals, 1), np.nan)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     style.remove_axes(axes)
+    axes.set_facecolor(style.NO_DATA)
     if classes <= 4 and has_rows:
         for row, column in np.ndindex(classes, classes):
+            is_known = np.isfinite(share[row, column])
             text = (
                 f"{100 * share[row, column]:.0f}%\n{matrix[row, column]:.0f}"
-                if matrix[row].sum()
+                if is_known
                 else "no\nrows"
             )
-            color = style.text_color(share[row, column])
+            color = style.text_color(share[row, column]) if is_known else style.INK
             axes.text(
                 column,
                 row,
@@ -205,8 +211,9 @@ def _matrix(
 def plot_calibration(summary: Json, details: Json) -> Figure | None:
     """Plot reliability diagrams with the expected calibration error (ECE) of each test.
 
-    The area of a point shows the number of predictions in its bin. With more than 12 clients, the
-    figure shows all together and the 11 weakest. None for targets without classes.
+    The area of a point shows the number of predictions in its bin. Bins with a single prediction
+    are hollow points that are not part of the curve. With more than 12 clients, the figure shows
+    all clients together and the 11 weakest. None for targets without classes.
     """
     found = {i: c for i, c in _order_clients(details["calibration"], summary).items() if c}
     if not found:
@@ -243,7 +250,21 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
             label="perfectly calibrated",
         )
     )
-    figure.legend(handles=handles, loc="outside upper center", ncols=3 if columns > 1 else 1)
+    if any(1 in bins["count"] for by_test in group.values() for bins in by_test.values()):
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="none",
+                marker="o",
+                markerfacecolor="white",
+                markeredgecolor=style.GREY,
+                label="single prediction",
+            )
+        )
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols={1: 1, 2: 2}.get(columns, len(handles))
+    )
     return figure
 
 
@@ -268,8 +289,9 @@ def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None
             y,
             s=area,
             marker=style.TEST_MARKERS[test],
-            color=color,
-            linewidth=0,
+            facecolor=np.where(joined, color, "white"),
+            edgecolor=color,
+            linewidth=np.where(joined, 0, 0.8),
             zorder=3,
             clip_on=False,
         )

@@ -41,6 +41,8 @@ GREY = "#6B6B6B"
 LIGHT = "#C9CDD2"
 INK = "#222222"
 BAND = "#F4F5F7"
+# Cells without data, clearly darker than 0% in the color map `Blues`.
+NO_DATA = "#DDDDDD"
 
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

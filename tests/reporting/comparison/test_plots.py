@@ -108,6 +108,22 @@ def test_plot_shows_every_method_with_its_needs() -> None:
     assert ("Hybrid", "proxy set", True) in dots and ("FedMD", "proxy set", False) in dots
 
 
+def test_labels_omit_the_section_of_client_settings() -> None:
+    names = ["local", "fedmd:teacher=contrast:clients.defaults.logit_adjustment=true"]
+    with style.plot_style():
+        figure = draw_comparison(make_rows(names, 1), Task("multiclass", 10), 1)
+    labels = [t.get_text() for t in panels(figure)["Accuracy"].get_yticklabels()]
+    assert labels == ["Local", "FedMD\n(teacher = contrast,\nlogit_adjustment = true)"]
+
+
+@pytest.mark.parametrize("names", [["local", "fedavg"], ["local", "hybrid", "fedmd"]])
+def test_title_of_the_needs_fits_its_panel(names: list[str]) -> None:
+    with style.plot_style():
+        figure = draw_comparison(make_rows(names, 1), Task("multiclass", 2), 1)
+    title = next(t for t in texts(figure) if t.get_text() == "Needs")
+    assert title.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_baseline_is_drawn_in_all_panels() -> None:
     rows = make_rows(["fedavg", "local"], 3)
     with style.plot_style():

@@ -277,6 +277,14 @@ def test_bubble_area_is_proportional_to_counts(made_run: MakeRun) -> None:
     assert areas / areas.max() == pytest.approx(counts[counts > 0] / counts.max())
 
 
+@pytest.mark.parametrize(("kind", "name"), [("multiclass", "class"), ("multilabel", "label")])
+def test_label_plot_names_its_axis(made_run: MakeRun, kind: str, name: str) -> None:
+    run = made_run(clients=3, kind=kind, classes=8)
+    axes = drawn(clients.plot_labels, run.summary(), run.details()).axes[0]
+    assert axes.get_xlabel() == name
+    assert axes.get_title(loc="left") == f"Number of training rows by {name}"
+
+
 def test_label_plot_of_regression_shows_rows(made_run: MakeRun) -> None:
     run = made_run(kind="regression", clients=3)
     bars = [
@@ -301,7 +309,8 @@ def test_confusion_rows_are_shares_of_the_truth(made_run: MakeRun) -> None:
     details["confusion"]["hospital_1"] = {"personal": [[3, 1], [0, 0]], "global": [[8, 2], [5, 15]]}
     del details["confusion"]["hospital_2"]["personal"]
     shown = images(drawn(score_plots.plot_confusion, run.summary(), details))
-    assert shown[0].tolist() == [[0.75, 0.25], [0, 0]]
+    assert shown[0][0].tolist() == [0.75, 0.25]
+    assert np.isnan(shown[0][1]).all(), "a class without test rows"
     assert np.isnan(shown[1]).all()
     assert shown[2].tolist() == [[0.8, 0.2], [0.25, 0.75]]
 
@@ -371,6 +380,26 @@ def test_calibration_curve_omits_bins_with_a_single_prediction(made_run: MakeRun
 
     curve = lines(figure, 0, style.TEST_COLORS["global"])[0]
     assert curve.tolist() == [[0.2, 0.8], [0.4, 0.5]]
+
+
+def test_calibration_marks_bins_with_a_single_prediction(made_run: MakeRun) -> None:
+    run = made_run(clients=1)
+    details = json.loads(json.dumps(run.details()))
+    bins = {"count": [5, 1, 4], "confidence": [0.2, 0.5, 0.8], "accuracy": [0.4, 1.0, 0.5]}
+    for found in details["calibration"].values():
+        found.clear()
+        found["global"] = {"ece": 0.2, **bins}
+
+    figure = drawn(score_plots.plot_calibration, run.summary(), details)
+
+    points = figure.axes[0].collections[0]
+    assert points.get_facecolor()[1].tolist() == [1, 1, 1, 1]
+    assert points.get_linewidths()[1] > 0 == points.get_linewidths()[0]
+    assert [t.get_text() for t in figure.legends[0].get_texts()][-1] == "single prediction"
+    bins["count"] = [5, 2, 4]
+    found["global"].update(bins)
+    figure = drawn(score_plots.plot_calibration, run.summary(), details)
+    assert "single prediction" not in [t.get_text() for t in figure.legends[0].get_texts()]
 
 
 def test_calibration_omits_clients_without_test_rows(made_run: MakeRun) -> None:

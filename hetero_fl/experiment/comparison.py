@@ -25,7 +25,7 @@ from hetero_fl.config.load import Overrides, override_list, read_config_file
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.preparation import load_config, prepare
 from hetero_fl.experiment.runner import run
-from hetero_fl.experiment.used_settings import used_settings
+from hetero_fl.experiment.used_settings import add_method_defaults, used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings, rank_methods
 from hetero_fl.reporting.formatting import (
     algorithm_name,
@@ -500,7 +500,10 @@ def _write_results(
         task=plan.task,
         missing=_missing_methods(plan, failed),
         tried=tried,
-        settings=plan.settings({job.variant: job.point for job in best}, origins),
+        settings=add_method_defaults(
+            plan.settings({job.variant: job.point for job in best}, origins),
+            {job.variant.label: RunDirectory.open(job.out) for job in best},
+        ),
     )
     histories: dict[str, list[Any]] = {str(row["algorithm"]): [] for row in shown}
     for job in best:

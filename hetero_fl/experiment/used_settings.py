@@ -11,10 +11,14 @@ from hetero_fl.config.schema import CLIENT_OPTIONS, Config
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.reporting.comparison.facts import Setting, UsedSettings
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
+from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.code_permission import CodePermission
 
 if TYPE_CHECKING:
     from hetero_fl.experiment.comparison import Point, Source, Variant
+
+METHOD_DEFAULT = "default of the method"
+"""Origin of client options that a method enables itself."""
 
 SECTION = "algorithm"
 # Keys of client settings that may be written in the algorithm section.
@@ -44,6 +48,8 @@ def used_settings(
         allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
     """
     section = f"{SECTION} section of {file}"
+    client_section = f"clients section of {file}"
+    in_clients = set(CLIENT_OPTIONS) - set(raw_algorithm_section(source))
     methods = []
     for variant, point in points.items():
         written = [(override, origins.get(override, "override")) for override in base]
@@ -56,7 +62,13 @@ def used_settings(
         # A user's method may have settings without a default, which validation would refuse.
         defaults = register_algorithm[settings["name"]].model_construct().model_dump()
         found = [
-            Setting(key, _format_setting(value), _origin(f"{SECTION}.{key}", written, section))
+            Setting(
+                key,
+                _format_setting(value),
+                _origin(
+                    f"{SECTION}.{key}", written, client_section if key in in_clients else section
+                ),
+            )
             for key, value in settings.items()
             if key != "name" and value != defaults.get(key)
         ]
@@ -65,13 +77,52 @@ def used_settings(
             key, _, value = override.partition("=")
             if key.partition(".")[0] != SECTION and key not in CLIENT_KEYS:
                 found.append(Setting(key, value, origin))
-        order = [section, *(origin for _, origin in written)]
+        order = [section, client_section, *(origin for _, origin in written)]
         methods.append(
             (variant.label, tuple(sorted(found, key=lambda setting: order.index(setting.origin))))
         )
     return UsedSettings(
         tuple(methods), _note(source, section, [variant.label for variant in points])
     )
+
+
+def add_method_defaults(settings: UsedSettings, runs: Mapping[str, RunDirectory]) -> UsedSettings:
+    """Add the client options that a method enables itself, such as the logit adjustment of Hybrid.
+
+    Args:
+        settings: Settings that were written.
+        runs: A finished run of each method, by label.
+
+    Returns:
+        The settings, those of the methods first.
+    """
+    methods = []
+    for label, found in settings.methods:
+        options = _method_options(runs[label]) if label in runs else {}
+        added = [
+            Setting(name, _format_setting(value), METHOD_DEFAULT)
+            for name, value in options.items()
+            if name not in {setting.key for setting in found}
+        ]
+        methods.append((label, (*added, *found)))
+    return UsedSettings(tuple(methods), settings.note)
+
+
+def _method_options(run: RunDirectory) -> dict[str, Any]:
+    """Return the client options that all clients of a run have although none was written."""
+    clients = run.config().get("clients") or {}
+    sections = [clients.get("defaults") or {}]
+    for key in ("groups", "overrides"):
+        sections += clients.get(key) or []
+    used = [client.get("settings", {}) for client in run.details()["clients"].values()]
+    first = used[0] if used else {}
+    return {
+        name: first[name]
+        for name in CLIENT_OPTIONS
+        if name in first
+        and all(settings.get(name) == first[name] for settings in used)
+        and not any(section.get(name) is not None for section in sections)
+    }
 
 
 def _client_options(config: Config) -> dict[str, Any]:
@@ -94,6 +145,8 @@ def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> s
 def _format_setting(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_format_setting, value))}]"
     return "none" if value is None else str(value)
 
 

@@ -22,6 +22,7 @@ from hetero_fl.utils.text import pluralize
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 LATEX = {
     "\\": "\\textbackslash{}",
@@ -110,10 +111,18 @@ def format_training(settings: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+def format_code(text: str) -> Markup:
+    """Return docstring text as HTML, with code between backticks as `<code>`."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "algorithm": algorithm_name,
     "bytes": format_bytes,
     "capitalize_first": capitalize_first,
+    "code": format_code,
     "duration": format_duration,
     "latex": escape_latex,
     "metric": format_metric,

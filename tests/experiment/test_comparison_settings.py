@@ -200,3 +200,31 @@ def test_compare_lists_the_settings_of_a_custom_method(
         "- **Custom (strength = 3):** strength = 3.0 (variant)"
         in (out / "comparison.md").read_text()
     )
+
+
+def test_method_defaults_of_clients_are_listed(tmp_path: Path) -> None:
+    compare(small({"name": "local"}), "local,hybrid,fedavg_ft", out=tmp_path, jobs=1)
+
+    section = (tmp_path / "comparison.md").read_text().partition("## Settings")[2]
+    lines = [line for line in section.partition("## Methods")[0].splitlines() if line]
+    assert sorted(lines) == [
+        "- **FedAvg-FT:** fine_tune_epochs = 5 (default of the method)",
+        "- **Hybrid:** logit_adjustment = true, recalibrate = [proxy_predictions, local_test] "
+        "(default of the method)",
+        "- **Local:** defaults",
+    ]
+
+
+def test_method_defaults_leave_written_options_out(tmp_path: Path) -> None:
+    source = small({"name": "local"})
+    source["clients"]["defaults"] = {
+        **source["clients"].get("defaults", {}),
+        "logit_adjustment": True,
+        "recalibrate": ["local_test"],
+    }
+    compare(source, "local,hybrid", out=tmp_path, jobs=1)
+
+    section = (tmp_path / "comparison.md").read_text().partition("## Settings")[2]
+    lines = [line for line in section.partition("## Methods")[0].splitlines() if line]
+    written = "logit_adjustment = true, recalibrate = [local_test] (clients section of "
+    assert [line.partition(":** ")[2] for line in lines] == 2 * [f"{written}the configuration)"]

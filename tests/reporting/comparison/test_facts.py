@@ -135,6 +135,21 @@ def test_methods_are_described_by_their_docstrings(monkeypatch: pytest.MonkeyPat
     assert found["FedMD"][2] == "Evaluated: after local training, as in the paper."
 
 
+def test_report_shows_code_of_docstrings(tmp_path: Path) -> None:
+    write_comparison(tmp_path, make_rows(tmp_path), title="t", note="", task=Task("multiclass", 2))
+    page = (tmp_path / "report.html").read_text()
+    assert "upload logits, shape <code>[D, C]</code> for D proxy rows" in page
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_caption_explains_shared_time(tmp_path: Path, jobs: int) -> None:
+    rows = make_rows(tmp_path)
+    (tmp_path / "log.txt").write_text(f"2026-01-01 10:00:00  2 runs, {jobs} at a time\n")
+    write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert ("Time (shared): runs shared the machine" in text) == (jobs > 1)
+
+
 def test_reports_contain_the_facts(tmp_path: Path) -> None:
     write_comparison(tmp_path, make_rows(tmp_path), title="t", note="", task=Task("multiclass", 2))
     page = Page((tmp_path / "report.html").read_text())

@@ -76,7 +76,7 @@ def format_count(number: int) -> str:
 
 
 def summarize(name: str) -> str:
-    """Return one line about a model."""
+    """Return a one-line summary of a model."""
     prefix, colon, rest = name.partition(":")
     if not colon:
         return MODELS[name].summary

@@ -1,9 +1,7 @@
 """Consensus teachers: weighted and sharpened means of clients' predictions on the proxy set.
 
-Under label skew, the plain mean of logits is dominated by clients that over-predict their majority
-class. Contrast weights let a client contribute to a class according to how many examples of the
-class and of other classes it has seen; entropy weights let it contribute to an example according to
-its confidence. `align_to_labels` restores classes that the consensus has lost.
+Contrast weights depend on how many examples of a class a client has seen, entropy weights on its
+confidence. `align_to_labels` restores classes that the consensus has lost.
 """
 
 from __future__ import annotations

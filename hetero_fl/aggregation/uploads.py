@@ -1,9 +1,7 @@
 """The uploads of a round, combined by the weighted mean over the owners of each element.
 
-This mean covers FedAvg within an architecture, partial sharing, and the mean of predictions.
-Uploads are added in client-id order and accumulated as they come; items declared with `use="each"`
-are kept as well. Robust aggregation rules (`hetero_fl.robustness.rules`) replace the mean if they
-are configured.
+Uploads are added in the order of client ids and accumulated when they arrive; items declared with
+`use="each"` are also kept. Robust rules (`hetero_fl.robustness.rules`) can replace the mean.
 """
 
 from __future__ import annotations
@@ -318,7 +316,7 @@ class Uploads:
         return robust_means.mean if client_ids else None
 
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
-        """Return other uploads, derived from these, under the same aggregation rules."""
+        """Return new uploads that are combined by the same aggregation rules."""
         derived = Uploads(uploads, specs, rules=self._rules)
         self.aggregated_items |= {(name, "models") for name in specs}
         return derived

@@ -103,10 +103,11 @@ class Needs:
 
 @dataclass(frozen=True)
 class SharedPart:
-    """Part of a client's model that travels, for methods that need more than name prefixes.
+    """The tensors of a client's model that are exchanged, if name prefixes are not enough.
 
     Args:
-        part: Prefixes of tensor names. None is the whole model, () nothing.
+        part: Prefixes of the names of exchanged tensors. None selects the whole model, `()` no
+            tensors.
         slot: Slot of the client's model.
         received: Prefixes of the tensors that the client replaces with the server's. None
             replaces all of `part`.
@@ -343,7 +344,7 @@ def upload_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> 
 def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
     """Return the part of the model that a client replaces with the server's in a round.
 
-    It is not empty in the first round and after each upload only.
+    The part is empty except in the first round and after each upload.
     """
     if round_idx % settings.share_every != 0:
         return ()

@@ -143,7 +143,7 @@ class Centralized(Algorithm):
     rows. The model and the settings are those of the most frequent client profile. Predictions use
     its preprocessing.
 
-    The distance from `local` to this method is what a federated method can hope to close. It is not
+    The gap between `local` and this method shows how much a federated method can gain. It is not
     a strict upper bound: personal models may have a higher local test accuracy, and methods with
     more training per round may have a higher global test accuracy.
 

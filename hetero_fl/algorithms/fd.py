@@ -26,7 +26,7 @@ class FD(Algorithm):
     class; the server divides the total sums by the total counts and sends the means `[C, C]`.
 
     Use it with any models where there is no proxy set and traffic must be small. The gain over
-    `local` is small, too.
+    `local` is also small.
 
     Deviations: a client's own logits are part of its teacher, and logits are computed after local
     training.

@@ -111,8 +111,8 @@ class FedProx(FedAvg):
     """Average parameters trained with a proximal term that keeps clients close to the average.
 
     Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the model they received at the start of
-    the round (Li et al. 2020, eq. 2). The sum of squares is over all tensors. The exchange is that
-    of FedAvg.
+    the round (Li et al. 2020, eq. 2). The sum of squares is over all tensors. The exchange is
+    the same as in FedAvg.
 
     Use it where clients drift: skewed labels, many local epochs or unequal amounts of work. A large
     μ keeps clients at the received model; μ = 0 is FedAvg. The paper tunes μ between 0.001 and 1.

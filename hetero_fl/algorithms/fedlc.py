@@ -66,7 +66,7 @@ class FedLC(FedAvg):
     Clients minimize the cross-entropy of z_c − τ·n_c^(−1/4), where the client has n_c examples of
     class c (Zhang et al. 2022, eq. 5). In the paper's equation, the denominator of the softmax
     leaves out the true class. Classes without examples are dropped: their margin is infinite. The
-    exchange is that of FedAvg.
+    exchange is the same as in FedAvg.
 
     Use it where labels are skewed and all clients run one model. `logit_adjustment` is the related
     rule of Menon et al. (2021), which any method can use; it is not applied here.

@@ -59,7 +59,7 @@ class FedAvgM(ServerOptimizer):
     """Average parameters with momentum at the server.
 
     The server computes v ← β·v + Δ and θ ← θ + λ·v, where Δ = Σ w_k θ_k − θ (Hsu et al. 2019,
-    section 4.2). The momentum stays at the server; the exchange is that of FedAvg, and β = 0 is
+    section 4.2). The momentum stays at the server. The exchange is the same as in FedAvg; β = 0 is
     FedAvg.
 
     Use it in long runs whose rounds have noisy means: few clients per round, skewed labels. In runs
@@ -122,7 +122,7 @@ class AdaptiveServerOptimizer(ServerOptimizer):
         return moved
 
     def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """Return the new v.
+        """Return the second moment after the round.
 
         Args:
             v: Second moment before the round.
@@ -138,7 +138,7 @@ class FedAdam(AdaptiveServerOptimizer):
     With Δ = Σ w_k θ_k − θ, the server computes m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ² and θ ← θ
     + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). v starts at τ²; as in the paper, there is no
     bias correction. Buffers are set to the mean, as an extrapolated variance may be negative. The
-    exchange is that of FedAvg.
+    exchange is the same as in FedAvg.
 
     Use it in long runs where the updates of parameters differ much in size. λ is about the distance
     that a parameter moves in a round: tune it first, with `--grid`.

@@ -172,7 +172,7 @@ def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
     """Return the width of a client with this model, relative to the wide model.
 
     If the model is not a narrower copy of the wide one, this is a power of two near the square
-    root of the ratio of their parameters, as these grow with the square of the width.
+    root of the ratio of their numbers of parameters, which grow with the square of the width.
     """
     wide = wide_model(model, arch)
     width = _relative_width(arch, wide)

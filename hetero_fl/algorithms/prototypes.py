@@ -129,8 +129,8 @@ class FedProto(CommonFeatureWidth):
     classifies.
 
     Use it where models differ, traffic must be small and local test accuracy matters. With many
-    architectures, whose features are dissimilar, studies find it worse than `local`. The mean of a
-    class with one row is the features of that row.
+    architectures, whose features are dissimilar, studies find it worse than `local`. The
+    prototype of a class with one row equals the features of that row.
 
     References:
         Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI
@@ -221,7 +221,8 @@ def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Ten
         known: 1 for classes with a prototype, else 0, shape `[C]`.
 
     Returns:
-        −‖f − prototype_c‖₂, shape `[N, C]`; lower than all of these for other classes.
+        Logits of shape `[N, C]`: −‖f − prototype_c‖₂ for classes with a prototype, and a lower
+        value for all other classes.
 
     Example:
         >>> import torch

@@ -94,7 +94,7 @@ def proxy_sample(participant: Participant, preprocess: object = None) -> Rows:
 def local_sample(client: Participant, preprocess: object = None) -> TensorRows:
     """Return equal numbers of the client's training rows and of proxy rows, shuffled.
 
-    The number is that of the smaller set.
+    The number is the size of the smaller set.
 
     Args:
         client: The client.

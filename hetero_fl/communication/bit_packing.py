@@ -1,9 +1,7 @@
 """Pack integers into as few bits as they need, and read untrusted bytes with bounds checks.
 
-Ascending indices use the Elias-Fano code (Elias 1974; Fano 1971): the low bits as they are, the
-high bits as a unary bitmap. k of n indices take k (2 + log2(n / k)) bits, within half a bit per
-index of the entropy of a random choice, and the length depends on k and n alone. Optionally, their
-differences are compressed by LZMA if that is shorter, which is the case for clustered indices.
+Ascending indices use the Elias-Fano code (Elias 1974; Fano 1971), which takes k (2 + log2(n / k))
+bits for k of n indices. Optionally, their differences are compressed by LZMA if that is shorter.
 """
 
 from __future__ import annotations

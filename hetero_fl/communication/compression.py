@@ -131,7 +131,7 @@ class Stage(ABC):
 
     Attributes:
         sorts: The sorts of numbers to which the stage applies.
-        biased: Whether omitted values are missing in the mean, too. The sender then keeps them and
+        biased: Whether omitted values are also missing in the mean. The sender then keeps them and
             adds them to its next message.
     """
 
@@ -144,7 +144,10 @@ class Stage(ABC):
 
     @abstractmethod
     def compresses(self, layout: Layout) -> bool:
-        """Return whether the stage changes a vector of this layout; equal at both ends."""
+        """Return whether the stage changes a vector of this layout.
+
+        The sender and the receiver get the same result.
+        """
 
     @abstractmethod
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
@@ -221,7 +224,7 @@ class NumberFormat(ABC):
 
 @dataclass(frozen=True)
 class TopClasses(Stage):
-    """Keeps the k largest values of each prediction and the mean of the others.
+    """Keep the k largest values of each prediction and the mean of the others.
 
     Predictions `[N, C]` become `[N, k + 1]`. The sum of each row does not change.
 
@@ -466,11 +469,13 @@ class Quantize(NumberFormat):
 
 @dataclass(frozen=True)
 class SparseStage(Stage):
-    """Keeps some numbers of an update; the others are zero at the receiver.
+    """Base class of sparsification, which sends some numbers of an update and no others.
+
+    The receiver sets the other numbers to zero.
 
     Attributes:
-        amount: Share of the numbers if below 1, or else their number; at least one of all numbers
-            of an item is kept.
+        amount: Fraction of the numbers to keep if below 1, otherwise the number to keep. At least
+            one number of an item is kept.
     """
 
     amount: float

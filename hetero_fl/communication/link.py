@@ -1,9 +1,8 @@
 """One direction of the channel: encode payloads to bytes and decode them, compressed as configured.
 
-Each item of floating-point numbers is one stream of bits over all of its tensors. A message has the
-parts `"hfl1" | report | layout | number of streams | streams | payload of the other items`, and
-a stream the parts `item index, length, weight, bits`. The layout is empty if the receiver knows
-names, shapes and types. Parameters are compressed as their change from a reference at both ends.
+A message consists of `"hfl1" | report | layout | number of streams | streams | other items`. Each
+item of floating-point numbers is one stream, `item index, length, weight, bits`. Parameters are
+compressed as their change from a reference that sender and receiver have.
 """
 
 from __future__ import annotations
@@ -67,7 +66,10 @@ class StageChain:
             self.format = replace(self.format, nearest=True)
 
     def transforms(self, layout: Layout) -> bool:
-        """Return whether the chain changes a vector of this layout; equal at both ends."""
+        """Return whether the chain changes a vector of this layout.
+
+        The sender and the receiver get the same result.
+        """
         return not isinstance(self.format, FullPrecision) or any(
             s.compresses(layout) for s in self.reducing
         )
@@ -198,7 +200,7 @@ class ItemCodec:
         self._plain = StageChain((), "whole")
 
     def groups(self, form: ItemForm, spec: ItemSpec, base: Tensors) -> list[TensorGroup]:
-        """Divide an item into groups; equal at both ends.
+        """Divide an item into groups, in the same way at the sender and the receiver.
 
         Args:
             form: The form of the item.
@@ -370,7 +372,7 @@ class Link:
 
         Args:
             payload: The payload.
-            key: Key of the random draws; the receiver has the same.
+            key: Key of the random draws, which the receiver must also use.
             plain: Names of tensors that are not compressed, such as BatchNorm statistics.
             reference: The payload at both ends from which changes are computed; without it, the
                 message contains its layout.

@@ -70,8 +70,8 @@ class Choice:
 
     Args:
         names: Valid values.
-        prefix: Values that start with it are valid, too.
-        suffix: Values that end with it are valid, too.
+        prefix: Values that start with it are also valid.
+        suffix: Values that end with it are also valid.
         synonyms: Valid values to suggest for common other names.
     """
 
@@ -105,8 +105,8 @@ def choice_type(
 
     Args:
         *names: Valid values.
-        prefix: Values that start with it are valid, too.
-        suffix: Values that end with it are valid, too.
+        prefix: Values that start with it are also valid.
+        suffix: Values that end with it are also valid.
         synonyms: Valid values to suggest for common other names.
     """
     choice = Choice(names, prefix, suffix, synonyms or {})
@@ -221,7 +221,7 @@ class StalenessConfig(ConfigSection):
 
     @property
     def unused_keys(self) -> list[str]:
-        """The keys that are set but have no effect on this kind of weight."""
+        """The keys that are set but have no effect with this kind of weight."""
         unused = []
         if self.kind == "constant" and self.a is not None:
             unused.append("a")

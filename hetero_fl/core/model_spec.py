@@ -187,7 +187,7 @@ class ModelSpec:
         """Check that the model can be built.
 
         Raises:
-            ModelError: If it cannot.
+            ModelError: If the model cannot be built.
         """
         try:
             with torch.random.fork_rng(devices=[]):

@@ -375,7 +375,7 @@ class Participant:
 
         Args:
             slot: The slot.
-            tensors: New tensors by name; all others remain.
+            tensors: New tensors by name; other tensors of the slot are not changed.
         """
         plain = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
         self.models[slot] = {**self.models[slot], **plain}

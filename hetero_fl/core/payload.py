@@ -113,8 +113,8 @@ class ItemSpec:
             can provide; `each` if it needs the items of all clients.
         private: Whether the item is computed directly from private rows, so that it needs noise of
             its own under differential privacy.
-        share: The entry of a client's `shares` that permits the upload; None for that of the kind
-            (`SHARE_OF_KIND`).
+        share: The entry of a client's `shares` that permits the upload; None for the default of
+            the kind (`SHARE_OF_KIND`).
         ranks: Whether matrices are stacks of terms `[k, …]` whose number k depends on the values
             (see `hetero_fl.communication.compression`).
         across_architectures: Whether the tensors belong to one model that clients of all

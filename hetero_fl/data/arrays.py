@@ -625,7 +625,7 @@ def _split_arrays(
 
 
 def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """Infer the task from the labels of all splits, given its kind or not."""
+    """Infer the task from the labels of all splits, and from its kind if given."""
     widths = {y.shape[1] for y in labels}
     if len(widths) > 1:
         raise UserError(

@@ -415,7 +415,7 @@ class Examples:
 
     @property
     def labels(self) -> Tensor:
-        """`y` of examples that are known to be labeled."""
+        """The labels `y` of examples that are known to be labeled."""
         assert self.y is not None
         return self.y
 

@@ -268,7 +268,7 @@ class FederatedData:
         )
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
-        """Return whether there is a proxy set with values that a view selects."""
+        """Return whether there is a proxy set with columns that `preprocess` selects."""
         if preprocess.raw is None or "proxy" not in self.public_sets:
             return "proxy" in self.public_sets
         key = (preprocess.spans, preprocess.blocks)
@@ -355,7 +355,7 @@ class FederatedData:
         return self.public_sets[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
-        """Yield the raw x of the training rows of each client, or of the pool if they sample."""
+        """Yield the raw x of each client's training rows, or of the pool to sample from."""
         for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
                 yield share.copy_rows().x

@@ -331,7 +331,7 @@ def partition_rows(
 
     With kind `classes`, rows are left out if `shots` is set or a class has no client. User-defined
     partitions (`python:` references to functions of y, group, config, sizes, task and seed) may
-    leave rows out, too.
+    also leave rows out.
 
     Args:
         y: Targets, `[N]` or `[N, L]`.

@@ -278,9 +278,9 @@ class Preprocess:
             where: Configuration section, for error messages.
 
         Raises:
-            UserError: If `resize` or `channels` is set for examples that are not images, `missing`
-                is set for images, the number of channels cannot be converted, or the number of
-                means or standard deviations does not match the channels or columns.
+            UserError: If a setting does not apply to the examples: `resize` or `channels` without
+                images, `missing` with images, an impossible conversion of channels, or a number of
+                means or standard deviations that does not match the channels or columns.
         """
         selected = self._selected_shape(raw_shape)
         if self.missing is not None and len(selected) == 3:

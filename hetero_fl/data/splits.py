@@ -164,7 +164,7 @@ def check_categories(dataset: Dataset, config: DataConfig) -> None:
     """Check that the columns of `data.categories` are features of the common set.
 
     Raises:
-        UserError: If there is no such feature.
+        UserError: If a column is not a feature of the common set.
     """
     encoded = dict(dataset.categories)
     for column in config.categories or {}:
@@ -256,7 +256,7 @@ def split_rows_by_date(
     Args:
         rows: Sorted row indices, int64 `[M]`.
         time: Time of the last target of each row of the whole set, int64 `[N]`.
-        shares: Shares of the validation and test splits of the time that the rows cover.
+        shares: Fractions of the covered time that belong to the validation and test splits.
         span: Maximum time between the first and the last target of a row.
         where: Configuration key and client, for error messages.
 
@@ -320,7 +320,7 @@ class RandomHoldout:
         """Check that the configuration can be combined with this strategy.
 
         Raises:
-            UserError: If it cannot.
+            UserError: If the configuration cannot be combined with this strategy.
         """
 
     def split_test(self) -> tuple[Tensor, Tensor]:
@@ -405,7 +405,7 @@ class TemporalHoldout:
         """Check that the configuration can be combined with this strategy.
 
         Raises:
-            UserError: If it cannot.
+            UserError: If the configuration cannot be combined with this strategy.
         """
         name = self.dataset.name
         if config.partition.kind == "drawn":

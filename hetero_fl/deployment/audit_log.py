@@ -236,7 +236,7 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
 
 @dataclass(frozen=True)
 class TrafficTotals:
-    """Bytes of the tasks of a run. As at the server, each task counts once.
+    """Bytes of the tasks of a run. Each task is counted once, as at the server.
 
     Args:
         up: Bytes of uploads.

@@ -1,7 +1,7 @@
 """Protocol of server and nodes: requests, answers and the trees in their bodies.
 
-Requests of the server: `hello` (name the client), `terms` (configuration), `roster` (data reports
-of all clients), `keep` (initial private state), `do` (one task) and `leave`. Answers of the node:
+Requests: `hello` (name the client), `terms` (configuration), `roster` (data reports of all
+clients), `keep` (initial private state), `do` (one task) and `leave`. Answers:
 `here`, `told` (data report), `ready`, `kept`, `done` and `left`, or `lacks` (public sets missing),
 `unready` (restarted), `lost` (private state missing), `failed` (training diverged) or `refused`.
 """

@@ -71,7 +71,7 @@ def run_federation(
 ) -> Run:
     """Train with the connected nodes of a transport.
 
-    The run directory has the same files as that of a simulation.
+    The run directory has the same files as in a simulation.
 
     Args:
         source: Configuration, or path of its file.

@@ -1,9 +1,8 @@
 """The backend that computes one step after the other.
 
-Predictions on public rows are cached with the model that made them: after FedAvg all clients have
-equal models, and the global test set is predicted once. Public predictions are always computed one
-model at a time. A batch of several models changes the last bits of its outputs, so a cache hit must
-not decide which models are batched together.
+Predictions on public rows are cached: after FedAvg, all clients have equal models, and the global
+test set is predicted once. They are computed for one model at a time, because outputs of batched
+models differ in the last bits and must not depend on cache hits.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ CACHED_RECEIVED = 128
 
 
 class CachedOutputs:
-    """Outputs of a model on some rows, and what identifies both.
+    """Outputs of a model, and the rows and tensors from which they were computed.
 
     The rows are not kept alive. A tensor that was changed in place no longer matches.
 

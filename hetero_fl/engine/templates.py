@@ -88,7 +88,7 @@ class TaskCosts:
         self._measured: dict[str, float] = {}
 
     def cost_of(self, client_id: str) -> float:
-        """Return the seconds that were last measured for a client, or else an estimate."""
+        """Return the last measured seconds of a client, or an estimate before the first task."""
         measured = self._measured.get(client_id)
         return measured or training_flops(self._client_infos[client_id]) / RATE
 

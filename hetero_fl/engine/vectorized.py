@@ -293,7 +293,7 @@ def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
 
 
 def _vmap_support_key(participant: Participant, step: Fit | OutputStep) -> Any:
-    """Return a key that is equal for steps that vmap either supports or not."""
+    """Return a key; vmap supports either all steps with the same key or none of them."""
     if not isinstance(step, Fit):
         return type(step), step_model_spec(participant, step), step.readout
     archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))

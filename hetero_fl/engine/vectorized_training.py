@@ -1,9 +1,7 @@
 """The training loop on models of equal architecture, stacked along a client dimension.
 
-Only the forward pass runs under `torch.vmap`. The backward pass and the optimizer are the ordinary
-ones, on leaves of shape `[K, ...]`: the loss of a participant depends on its own slice alone, so
-the gradient of the sum of all losses contains the gradient of each participant, and elementwise
-optimizers treat a stack like single models.
+Only the forward pass runs under `torch.vmap`. The backward pass and the elementwise optimizer work
+on stacked tensors `[K, ...]`, because the loss of a participant depends on its own slice only.
 """
 
 from __future__ import annotations

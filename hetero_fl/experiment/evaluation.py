@@ -52,7 +52,8 @@ def evaluate(
         client: A client id or "server". None: all models.
         personal: Whether to predict with the client's label frequencies, as on the client's own
             examples.
-        label: The label column of a table (several: separated by commas). None: that of the run.
+        label: The label column of a table (several: separated by commas). None: the label column
+            of the run.
         allow_code: Whether code that the run's files name may run.
         log: Called with a note if rows of the data set were training rows of the run. None: the
             note is a `UserWarning`. Rows are compared only if the run's data is available.
@@ -203,7 +204,7 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     Args:
         run: The finished run.
         data: The name of a source, or a local file or folder.
-        label: The label column of a table. None: that of the run.
+        label: The label column of a table. None: the label column of the run.
 
     Raises:
         UserError: If the data set does not exist or cannot be read with these settings.

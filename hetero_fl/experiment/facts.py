@@ -93,7 +93,7 @@ class ConfigFacts:
         return "sampling=oort" if cohort.sampling == "oort" else None
 
     def num_wanted(self) -> int:
-        """Return how many uploads a round should have."""
+        """Return the number of uploads after which a round is complete."""
         return self.config.clients.per_round or len(self.clients)
 
     def num_sampled(self) -> int:
@@ -160,7 +160,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def shared(self) -> set[str]:
-        """Everything that at least one client shares."""
+        """The kinds of data that at least one client shares."""
         settings = [kind.settings for kind in self.profiles]
         named = {share for own in settings for share in own.shares}
         return named | {"parameters" for own in settings if permitted_part(own.shares)}
@@ -317,7 +317,7 @@ class RunFacts(ConfigFacts):
         return rows if rows is not None and rows < self.num_proxy else None
 
     def instant_client(self) -> dict[str, str] | None:
-        """Return a client whose tasks take no time while those of other clients do."""
+        """Return a client whose tasks take no time although the tasks of other clients do."""
         if self.federation.data.is_distributed:
             return None
         devices = Devices.from_config(self.federation, self.config.devices)

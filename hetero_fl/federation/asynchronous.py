@@ -295,7 +295,7 @@ class AsynchronousTrainer(FederatedTrainer):
     """Trainer without synchronous rounds.
 
     A client receives a task with the newest broadcast. When the task ends, its upload enters the
-    buffer, weighted by its staleness, and an idle client takes the free place. The server
+    buffer, weighted by its staleness, and an idle client receives the next task. The server
     aggregates a full buffer. A "round" has as many accepted uploads as a cohort.
 
     Faults are known when a task is assigned, so tasks in flight are computed together when the

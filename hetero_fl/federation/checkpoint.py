@@ -166,7 +166,7 @@ def checkpoint_round(path: Path) -> int:
     """Return the number of completed rounds from the file name of a checkpoint.
 
     Raises:
-        ValueError: If the file name is not that of a checkpoint.
+        ValueError: If the file is not named like a checkpoint.
     """
     match = _NAME.fullmatch(path.name)
     if match is None:

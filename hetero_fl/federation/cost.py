@@ -53,7 +53,7 @@ def communication_cost(
 ) -> CommunicationCost:
     """Estimate the bytes that a run sends, from one dry round for each kind of round.
 
-    Every sampled client counts as uploading once. Failures, repeated rounds, early stopping by
+    Every sampled client is assumed to upload once. Failures, repeated rounds, early stopping by
     `evaluation.patience` and, in asynchronous runs, the different speeds of clients are ignored.
 
     Args:

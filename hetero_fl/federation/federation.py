@@ -305,7 +305,7 @@ class FederationSpec:
         """Return the preprocessing of public examples for a model at the server.
 
         A model that clients train uses the preprocessing of the first client with its architecture;
-        any other model uses that of the server.
+        any other model uses the preprocessing of the server.
         """
         for profile in self.client_infos.profiles:
             if profile.arch.spec_id == slot:

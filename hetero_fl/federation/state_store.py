@@ -141,7 +141,7 @@ class BlobLocation(NamedTuple):
     digest: bytes
 
     def read(self) -> bytes:
-        """Read the blob, see `Segment.read`."""
+        """Read the blob (see `Segment.read`)."""
         return self.segment.read(self)
 
 
@@ -424,7 +424,7 @@ class StateStore:
         return {segment.path for segment in segments}
 
     def compact_segments(self, replaced: Path) -> None:
-        """Copy the states in use out of segments with few of them.
+        """Copy the states in use out of segments that contain few of them.
 
         Args:
             replaced: File that will be replaced, out of which all states in use are copied.

@@ -385,8 +385,8 @@ class FederatedTrainer(ABC):
     ) -> EvaluationResult:
         """Evaluate the models that the clients would deploy now, and the server's model.
 
-        The evaluated clients are those of the federation, in this round's cohort or not. They
-        receive the next broadcast, which counts as traffic.
+        All clients of the federation are evaluated, including those outside this round's cohort.
+        They receive the next broadcast, which counts as traffic.
 
         Args:
             details: Whether to compute everything that a report shows, which includes the models.

@@ -1,1 +1,1 @@
-"""Differential privacy: noise, what is released with it, and what that costs."""
+"""Differential privacy: noise, releases with noise, and their cost."""

@@ -72,7 +72,7 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
 
 
 def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
-    """Return the declarations of all items of an upload, including that of adaptive clipping."""
+    """Return the declarations of all items of an upload, including that for adaptive clipping."""
     specs = dict(algorithm.uploads)
     if federation.privacy is not None and federation.privacy.adaptive_clip is not None:
         specs[WITHIN_CLIP] = ItemSpec("counts", private=True)
@@ -183,7 +183,7 @@ class ClientPrivacy:
         Args:
             name: Name of the item.
             factor: Factor on the clipping bound C.
-            z: Noise multiplier. None uses that of the run.
+            z: Noise multiplier. None uses the multiplier of the run.
         """
         twice = 2 if self.config.unit == "local" else 1
         return (

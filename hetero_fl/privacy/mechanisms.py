@@ -101,9 +101,9 @@ class SecretNoiseSource(NoiseSource):
 
     Noise that can be predicted, or that is added to two values, can be removed again. Each
     participant therefore keeps a secret with its private state. Numbers come from an AES-256-CTR
-    keystream whose key HKDF-SHA256 derives from the secret, the purpose of the noise and the noised
-    value. Repeating a task after a crash repeats the noise, which is not a second release; any
-    other value gets new noise.
+    keystream. Its key is derived by HKDF-SHA256 from the secret, the purpose of the noise and the
+    value to which noise is added. Repeating a task after a crash repeats the noise, which is not a
+    second release; any other value gets new noise.
 
     Args:
         secret: 256 secret bits. None samples them from the operating system.
@@ -284,8 +284,8 @@ ELECTED_PROBABILITY = 0.9
 def predictions_to_votes(item: Item, norm: float) -> Item:
     """Replace predictions `[D, C]` by one-hot votes, scaled to an L2 norm.
 
-    The noisy majority of votes is PATE's GNMax (Papernot et al. 2018); it does not depend on the
-    scale.
+    The noisy majority of votes is PATE's GNMax (Papernot et al. 2018). The majority does not
+    depend on the scale.
     """
     assert isinstance(item.values, Tensor)
     votes = F.one_hot(item.values.argmax(-1), item.values.shape[-1]).to(item.values.dtype)

@@ -166,7 +166,7 @@ class SumNoise:
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the noisy mean of an item: the noisy sum divided by its weight.
 
-        Values are not divided where the weight is 0. The arguments are those of `total`.
+        Values with weight 0 are not divided. See `total` for the arguments.
         """
         values, weight = self.total(name, totals)
         mean = values / torch.where(weight > 0, weight, torch.ones_like(weight))

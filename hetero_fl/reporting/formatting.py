@@ -133,8 +133,8 @@ def time_unit(seconds: float) -> tuple[float, str]:
 def format_arrivals(record: Mapping[str, Any]) -> str:
     """Return the outcomes of invited clients: `10 invited, 7 arrived, 2 failed, 1 late`.
 
-    The text is empty if all arrived. For a round without update because training on the server
-    diverged, it is the reason.
+    The text is empty if all uploads arrived. If training on the server diverged, the text is the
+    reason.
     """
     if diverged := record.get("diverged"):
         return f"no update: {diverged}"

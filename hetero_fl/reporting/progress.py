@@ -43,7 +43,7 @@ from hetero_fl.utils.text import pluralize
 class Progress:
     """Show the progress of a run, as a context manager.
 
-    A terminal shows a live display, other streams get one line for each evaluated round. On exit
+    A terminal shows a live display; other streams get one line for each evaluated round. On exit
     the terminal is restored, and an error is written to the log.
 
     Args:

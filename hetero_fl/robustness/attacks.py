@@ -51,7 +51,7 @@ class AttackContext:
     tensor: str = ""
 
     def generator(self, client_id: str = "") -> torch.Generator:
-        """Return the random generator of a malicious client; by default that of all of them."""
+        """Return the random generator of a malicious client; without an id, a common generator."""
         return keyed_generator(
             self.seed, self.round_idx, "attack", client_id, self.item, self.tensor
         )
@@ -360,9 +360,9 @@ class GaussianNoiseAttack(UpdateAttack):
 class LittleIsEnough(UpdateAttack):
     """Send mean − z·std of the malicious clients' true updates (Baruch et al. 2019, Algorithm 3).
 
-    Mean and standard deviation are taken by coordinate; all malicious clients send the same. z is
-    `strength`, or the largest value for which enough honest clients are farther from the mean:
-    Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f.
+    Mean and standard deviation are computed for each coordinate. All malicious clients send the
+    same update. z is `strength`, or the largest value for which enough honest clients are farther
+    from the mean: Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f.
     """
 
     @override
@@ -373,7 +373,7 @@ class LittleIsEnough(UpdateAttack):
         return forged.expand_as(true_uploads)
 
     def deviations(self, n: int, num_malicious: int) -> float:
-        """Return z for n clients of which `num_malicious` are malicious."""
+        """Return the factor z for n clients, `num_malicious` of which are malicious."""
         if self.config.strength is not None:
             return self.config.strength
         honest = n - num_malicious
@@ -387,7 +387,7 @@ class InnerProduct(UpdateAttack):
     """Send −strength·mean of the malicious clients' true updates (Xie et al. 2020, section 3).
 
     The inner product of the aggregate and the true gradient becomes negative. All malicious
-    clients send the same.
+    clients send the same update.
     """
 
     strength = 8.0

@@ -383,8 +383,8 @@ class MedianPredictions(PredictionRule):
 class Spectral(PredictionRule):
     """Mean after spectral filtering, as in Cronus (Chang et al. 2019; Diakonikolas et al. 2017).
 
-    f times, the client that is farthest from the mean along the direction of largest variance is
-    removed. All rows are filtered together.
+    The client that is farthest from the mean along the direction of largest variance is removed,
+    f times. All rows are filtered together.
     """
 
     @override

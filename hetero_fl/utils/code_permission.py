@@ -105,7 +105,7 @@ class CodePermission:
         return CodePermission(everything=True)
 
     def with_granted(self, granted: Iterable[str]) -> CodePermission:
-        """Return this permission extended to further references."""
+        """Return a copy of this permission that also grants the given references."""
         extended = CodePermission(self.everything, self.granted.union(granted), self._ask)
         extended._advice = self._advice
         return extended

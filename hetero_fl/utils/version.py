@@ -187,7 +187,7 @@ RENAMED_MEMBERS = {
 
 
 def describe_new_name(error: Exception) -> str:
-    """Return a hint with the new name if an error of user code is caused by a renamed one.
+    """Return a hint with the new name if a renamed import, attribute or argument caused an error.
 
     Args:
         error: The error that an unknown import, attribute or argument raised.

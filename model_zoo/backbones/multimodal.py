@@ -94,8 +94,8 @@ class Fuse(nn.Module):
         blocks: Number of blocks.
         width: Width of the features.
         method: `concat` applies LayerNorm, a linear layer and ReLU to the concatenated branches.
-            `gated` sums the branches with softmax weights; the embedding of a missing block has a
-            weight, too.
+            `gated` sums the branches with softmax weights; the embedding of a missing block also
+            has a weight.
     """
 
     def __init__(self, blocks: int, width: int, method: Fusion) -> None:

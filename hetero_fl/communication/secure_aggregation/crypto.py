@@ -217,7 +217,7 @@ def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Fixed-point numbers: x is the integer `round(x * 2**bits)` modulo 2^64.
+    """Fixed-point numbers: x is represented by the integer `round(x * 2**bits)` modulo 2^64.
 
     Sums are exact, and masks cancel without rounding. The configuration guarantees that the sum
     over a cohort does not overflow: cohort * limit * 2^bits < 2^63.
@@ -271,7 +271,7 @@ def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -
         configured: The configured number; None for the smallest number that is secure.
 
     Returns:
-        At most `cohort - 1`, which is a complete graph.
+        At most `cohort - 1`; the graph is then complete.
     """
     if configured is not None:
         return min(configured, cohort - 1)

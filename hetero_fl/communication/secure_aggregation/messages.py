@@ -70,7 +70,8 @@ def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
     """Decode a message.
 
     Raises:
-        PayloadError: If it does not consist of the given fields with their types and shapes.
+        PayloadError: If the message does not consist of the given fields, with their types and
+            shapes.
     """
     try:
         tree = decode(data, FORM)

@@ -1,10 +1,8 @@
 """Secure aggregation as a round protocol, and the common vector layout of items.
 
-All uploads of a round are vectors of one layout, so that a sum of vectors is a sum of items. Each
-tensor has a slice for Σ w v and one for Σ w, by its owner as in `hetero_fl.aggregation.means`.
-Every client sends the whole vector, with zeros for tensors that it does not have, so that the
-length does not reveal which tensors it has. The last two numbers are the sum of training losses and
-the number of clients that report one. See docs/how_to/secure_aggregation.md.
+All uploads of a round are vectors of one layout, so that a sum of vectors is a sum of items. Every
+client sends the whole vector, so that its length does not reveal which tensors the client has. See
+docs/how_to/secure_aggregation.md.
 """
 
 from __future__ import annotations
@@ -121,7 +119,7 @@ class VectorLayout:
         return hashlib.sha256(repr((list(self.slices.items()), self.size)).encode()).digest()
 
     def digest_with(self, terms: str) -> bytes:
-        """Return the digest of the layout and of further parameters."""
+        """Return the digest of the layout and of other parameters."""
         return hashlib.sha256(self.digest + terms.encode()).digest()
 
     def _terms(

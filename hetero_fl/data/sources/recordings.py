@@ -54,7 +54,7 @@ def read_recorded(
         group: Array or column of the persons, instead of `person`.
 
     Raises:
-        UserError: If the file is malformed, with the array or column and the row.
+        UserError: If the file is malformed. The message names the array or column and the row.
     """
     if path.suffix.lower() == ".npz":
         return _read_windows(path, label or "y", group or "person", group is not None)

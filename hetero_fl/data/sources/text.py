@@ -271,7 +271,7 @@ class Writer:
         topics: Shares of the topics, shape `[6]`.
         templates: Shares of the templates, shape `[10]`.
         contacts: Names of private contacts.
-        habit: Shift of the word frequencies of things in a quarter of the messages.
+        habit: Shift of the frequencies of nouns, which applies to a quarter of the messages.
     """
 
     topics: np.ndarray

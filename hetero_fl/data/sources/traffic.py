@@ -348,8 +348,9 @@ def make_junctions() -> list[HourlySeries]:
 
     Counts are Poisson with mean `level * profile * trend * weather * incident * exp(u)`. The daily
     and weekly profile and the linear trend differ between junctions; the weather is the same for
-    all; incidents reduce the count for some hours; u is an autoregression, partly common to all
-    junctions. Cameras count three lanes; sensors count the total and measure the weather.
+    all; incidents reduce the count for some hours; u is an autoregressive process, part of which is
+    the same for all junctions. Cameras count three lanes; sensors count the total and measure the
+    weather.
     """
     hours = DAYS * 24
     town = keyed_numpy_generator("data", "traffic", 0, "town")

@@ -454,9 +454,9 @@ class InvertedBatch:
 
     Attributes:
         true: The original images.
-        found: The reconstructed images, by way of observing the upload.
+        found: The reconstructed images, by the way in which the attacker observes the upload.
         blind: The guess without an upload.
-        rows: Scores of each way.
+        rows: Scores of each way of observing the upload.
     """
 
     true: Tensor

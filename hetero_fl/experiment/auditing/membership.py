@@ -38,9 +38,9 @@ MIN_CANDIDATES = 5
 def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     """Return the model's confidence in the targets, on an approximately normal scale.
 
-    For classes this is the log-odds of the true class, `log p_y - log(1 - p_y)` (Carlini et al.
-    2022, section V.A), computed from logits so that it does not overflow; for multiple labels the
-    mean over the labels; for regression minus the logarithm of the mean squared error.
+    For classes, this is the log-odds of the true class, `log p_y - log(1 - p_y)` (Carlini et al.
+    2022, section V.A), computed from logits without overflow. For multiple labels, it is the mean
+    over the labels. For regression, it is the negative logarithm of the mean squared error.
 
     Args:
         task: The task of the model.
@@ -177,14 +177,14 @@ def _curve(ins: Tensor, outs: Tensor) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidate rows of one client: as many members as non-members, in each class too.
+    """Candidate rows of one client: as many members as non-members, also within each class.
 
     Both come from the same random split, so that only training can make a difference.
 
     Attributes:
         examples: The candidate rows.
         member: Whether a row is a training row, bool `[N]`.
-        others: All other training rows, on which every shadow trains too.
+        others: All other training rows, on which every shadow run also trains.
         unit: Patient of each row, int64 `[N]`; a patient's rows are in or out together.
         stratum: Stratum (class) of each row, int64 `[N]`.
     """

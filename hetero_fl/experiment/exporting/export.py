@@ -90,7 +90,7 @@ def export_graph(
 
     Args:
         graph: The model to export; it is switched to evaluation mode.
-        examples: Two or more of each input, with which the graph is traced.
+        examples: Two or more examples of each input, which are used to trace the graph.
         about: Description of inputs and outputs, stored in the file's metadata.
 
     Raises:

@@ -360,7 +360,7 @@ def join(
         model: Name of a model of `model_zoo`. None: the most frequent model of the run. The client
             trains with the settings of the run's clients with this model.
         out: The folder to write to.
-        label: The label column of a table. None: that of the run.
+        label: The label column of a table. None: the label column of the run.
         transfer: "backbone", "teacher" or "both". None: all that the run provides.
         patients: Numbers of labeled patients; of examples if the data has no patients.
         seeds: Seeds to repeat the training with.

@@ -95,7 +95,7 @@ def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
         executor: Name of the chosen executor.
 
     Raises:
-        UserError: If it is not available.
+        UserError: If the executor is not available.
     """
     if executor == "torchrun" and num_ranks() == 1:
         raise UserError(

@@ -222,7 +222,7 @@ class SharedMemoryBlock:
 
 
 class StringCache:
-    """Cache of the latest long strings sent in one direction; equal at both ends.
+    """Cache of the latest long strings sent in one direction, with equal content at both ends.
 
     Args:
         max_strings: Number of strings to keep.

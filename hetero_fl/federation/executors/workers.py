@@ -126,7 +126,7 @@ class JobResult:
         evaluations: Evaluation of each client.
         private: Encoded private states that changed.
         notes: What clients keep for later exchanges of the round.
-        seconds: Duration of each client's task, an equal share of that of its chunk.
+        seconds: Duration of each client's task: the duration of its chunk, divided equally.
         dropped_states: Clients whose private state the server must send again.
         error: The exception that the job raised, which ends the run.
         trace: Traceback of the error.
@@ -303,7 +303,8 @@ def run_jobs(
 
     Args:
         worker: Runs the jobs.
-        receive: Waits for the next job. An exception ends the loop after the jobs before.
+        receive: Waits for the next job. After an exception, the jobs that were received before it
+            are run.
         send: Sends a result.
     """
     received: queue.SimpleQueue[WorkerJob | Exception] = queue.SimpleQueue()
@@ -605,7 +606,7 @@ class ChunkQueue:
         return taken
 
     def requeue(self, chunks: list[list[str]]) -> None:
-        """Queue chunks again whose worker died."""
+        """Return the chunks of a worker that died to the queue."""
         self._waiting.update({chunk[0]: chunk for chunk in chunks})
         self._waiting_cost += sum(self._costs[chunk[0]] for chunk in chunks)
 

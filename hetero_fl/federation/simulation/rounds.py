@@ -132,7 +132,7 @@ class ScheduledTrainer(SynchronousTrainer):
     ) -> None:
         """Run the exchanges of a round.
 
-        Clients that do not reply are sent requests too, which count as traffic.
+        Requests are also sent to clients that do not reply, and count as traffic.
 
         Args:
             schedule: Schedule of the round.

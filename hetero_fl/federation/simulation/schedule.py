@@ -90,7 +90,7 @@ class SimulationEnvironment:
         )
 
     def notes(self) -> list[str]:
-        """Return a line for each setting that has no effect or probably not the intended one."""
+        """Return a line for each setting that has no effect, or probably an unintended one."""
         if self.devices.federation.data.is_distributed:
             return []
         policy = self.policy

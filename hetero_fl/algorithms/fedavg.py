@@ -221,7 +221,7 @@ def accumulated_steps(steps: int, optimizer: OptimizerConfig) -> float:
 
     The unit is the learning rate. With momentum ρ and τ steps it is
     (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ) (Wang et al. 2020, section 4); with Nesterov momentum, ρ²
-    replaces the first ρ. Steps of other optimizers count 1.
+    replaces the first ρ. A step of any other optimizer counts as 1.
     """
     rho = optimizer.momentum
     if not rho:

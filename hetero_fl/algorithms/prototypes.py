@@ -254,9 +254,9 @@ class FedTGP(FedProto):
     Use it where FedProto's prototypes are too similar. With few local steps per round, training can
     diverge: use more local epochs or a smaller `margin`.
 
-    The default λ is that of the authors' script; the paper uses 0.1. Deviations from the authors'
-    code: it takes for δ the largest distance of a center to its nearest neighbor, and initializes
-    P̆ from a standard normal distribution, where here it is uniform in ±1/√C.
+    The default λ is taken from the authors' script; the paper uses 0.1. Deviations: for δ, the
+    authors' code uses the largest distance of a center to its nearest neighbor. It initializes P̆
+    from a standard normal distribution, and this implementation uniformly in ±1/√C.
 
     References:
         Zhang et al., "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive

@@ -158,7 +158,7 @@ prediction_rule: Registry[type[PredictionRule]] = Registry(
 
 
 def trimmed_mean(values: Tensor, num_malicious: int | None = None) -> Tensor:
-    """Return the trimmed mean over dimension 0 by coordinate.
+    """Return the coordinate-wise trimmed mean over dimension 0.
 
     Args:
         values: Values of the clients, shape `[n, …]`.

@@ -110,7 +110,7 @@ MAX_STACK_BYTES = 16 * 2**20
 
 
 class VectorizedBackend:
-    """Computes steps on one device, equal steps together.
+    """Backend that computes equal steps of several participants together, on one device.
 
     Args:
         memory: The device.

@@ -199,7 +199,7 @@ class Collusion(PredictionAttack):
 
 
 def sample_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Return for each row of predictions `[N, C]` a random class that is not its largest, `[N]`."""
+    """Sample a class for each row of predictions `[N, C]`, other than its largest, shape `[N]`."""
     offset = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
     return (rows.argmax(-1) + offset) % rows.shape[-1]
 

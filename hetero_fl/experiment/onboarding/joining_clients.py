@@ -349,8 +349,9 @@ def join(
     """Train a client that joins a finished run, and compare with training from scratch.
 
     The client starts with the shared backbone, if clients with its architecture shared theirs, or
-    with the consensus of all models as a teacher on the run's public rows (without public rows, on
-    its training rows). It then trains on its labeled examples. Writes `join.json`, `join.md`,
+    learns from the consensus of all models first. The consensus is computed on the run's public
+    rows or, without public rows, on the client's training rows. The client then trains on its
+    labeled examples. Writes `join.json`, `join.md`,
     `join.png`, and the models of the first seed with the most labels.
 
     Args:

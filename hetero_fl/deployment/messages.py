@@ -1,9 +1,8 @@
 """Protocol of server and nodes: requests, answers and the trees in their bodies.
 
-Requests: `hello` (name the client), `terms` (configuration), `roster` (data reports of all
-clients), `keep` (initial private state), `do` (one task) and `leave`. Answers:
-`here`, `told` (data report), `ready`, `kept`, `done` and `left`, or `lacks` (public sets missing),
-`unready` (restarted), `lost` (private state missing), `failed` (training diverged) or `refused`.
+The requests are `hello`, `terms` (configuration), `roster` (data reports of all clients), `keep`
+(initial private state), `do` (one task) and `leave`. A successful answer is `here`, `told` (data
+report), `ready`, `kept`, `done` or `left`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from hetero_fl.deployment.transport import Envelope, Head
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.utils.errors import one_line
 from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
+
+# Other answers are `lacks` (public sets missing), `unready` (restarted), `lost` (private state
+# missing), `failed` (training diverged) and `refused`.
 from hetero_fl.utils.version import __version__
 
 # Version of the protocol, which must be the same at the server and at all nodes.

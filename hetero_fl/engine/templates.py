@@ -42,8 +42,8 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
 
     On CPUs, the format reduces the time of convolutions that use each weight at many positions to
     70–90%. It increases the time of wide convolutions on images of a few pixels, such as the last
-    blocks of ResNet-18 at 28x28, to 120–140%. User-defined models keep the default format, because a `view` in their code may rely on
-    it.
+    blocks of ResNet-18 at 28x28, to 120–140%. User-defined models keep the default format, because
+    a `view` in their code may rely on it.
     """
     if arch.name.startswith(CODE_PREFIX):
         return False

@@ -351,8 +351,10 @@ def join(
     The client starts with the shared backbone, if clients with its architecture shared theirs, or
     learns from the consensus of all models first. The consensus is computed on the run's public
     rows or, without public rows, on the client's training rows. The client then trains on its
-    labeled examples. Writes `join.json`, `join.md`,
-    `join.png`, and the models of the first seed with the most labels.
+    labeled examples.
+
+    Writes `join.json`, `join.md`, `join.png`, and the models of the first seed with the most
+    labels.
 
     Args:
         run: A finished run or its directory.

@@ -17,11 +17,10 @@ from hetero_fl.deployment.transport import Envelope, Head
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.utils.errors import one_line
 from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
-
-# Other answers are `lacks` (public sets missing), `unready` (restarted), `lost` (private state
-# missing), `failed` (training diverged) and `refused`.
 from hetero_fl.utils.version import __version__
 
+# Unsuccessful answers are `lacks` (public sets missing), `unready` (restarted), `lost` (private
+# state missing), `failed` (training diverged) and `refused`.
 # Version of the protocol, which must be the same at the server and at all nodes.
 PROTOCOL = 1
 # Format of message bodies: encoded trees of plain values and tensors, never pickle.

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Write the result tables and the plot of the main example, and the tables of the replication.
+"""Write the result tables of the documentation, and the plot of the main example.
 
 README.md has a summary of a few methods, docs/results/medical.md the tables of all methods,
+docs/results/hybrid.md and docs/explanation/label_skew.md those of Hybrid and its components, and
 docs/results/replication.md the replicated tables. The runs are archived in docs/results.
 
 python scripts/result_tables.py                            # write tables and plot
 python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
+python scripts/result_tables.py --archive components/ablation_medical=runs/ablation
 python scripts/result_tables.py --check                    # exit status 1 if a page is outdated
 """
 
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.science import published  # noqa: E402
+from benchmarks.science.component_tables import TABLES, component_table  # noqa: E402
 from benchmarks.science.replication_runs import jobs_of, read_record  # noqa: E402
 from benchmarks.science.replication_tables import score_table  # noqa: E402
 from hetero_fl.core.task import Task  # noqa: E402
@@ -40,7 +43,13 @@ from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
 from hetero_fl.utils.text import split_top_level  # noqa: E402
 
 ARCHIVE = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ARCHIVE / "medical.md", ARCHIVE / "replication.md")
+PAGES = (
+    ROOT / "README.md",
+    ARCHIVE / "medical.md",
+    ARCHIVE / "hybrid.md",
+    ARCHIVE / "replication.md",
+    ROOT / "docs" / "explanation" / "label_skew.md",
+)
 PICTURES = {"medical_hetero": ROOT / "docs" / "images" / "medical_hetero.png"}
 TASK = Task("multiclass", 2)
 SHORT = {"logit_adjustment=true": "LA", "teacher=contrast": "contrast teacher"}
@@ -69,18 +78,21 @@ SUMMARY_METHODS = (
 Row = dict[str, Any]
 
 
-def archive(folder: Path, commit: str) -> None:
-    """Copy the results of a comparison to docs/results, named after its configuration.
+def archive(folder: Path, commit: str, name: str = "") -> None:
+    """Copy the results of a comparison to docs/results.
 
     Args:
         folder: The folder of a finished comparison.
         commit: The commit of the runs; it becomes the last column.
+        name: Name of the archive. By default, it is that of the configuration.
     """
-    name = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()["name"]
+    if not name:
+        name = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()["name"]
     with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
         rows = [{**row, "commit": commit} for row in csv.DictReader(file)]
-    ARCHIVE.mkdir(exist_ok=True)
-    with open(ARCHIVE / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+    path = ARCHIVE / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -212,12 +224,15 @@ def written(text: str) -> str:
         kind, name = match["kind"], match["name"]
         if kind == "replication":
             made = replication(name)
+        elif kind == "components":
+            made = component_table(TABLES[name], lambda name: archived(f"components/{name}"))
         else:
             made = summary(archived(name)) if kind == "summary" else section(archived(name))
         return f"{match['begin']}\n{made.replace('{name}', name)}\n{match['end']}"
 
     return re.sub(
-        r"(?P<begin><!-- (?P<kind>results|summary|replication): (?P<name>\w+) .*?-->)\n.*?"
+        r"(?P<begin><!-- (?P<kind>results|summary|components|replication): (?P<name>\w+) .*?-->)"
+        r"\n.*?"
         r"(?P<end><!-- end of results -->)",
         replaced,
         text,
@@ -231,10 +246,10 @@ def main() -> int:
     parser.add_argument(
         "--archive",
         nargs="+",
-        type=Path,
         default=[],
-        metavar="FOLDER",
-        help="folders of finished comparisons to copy to docs/results first",
+        metavar="[NAME=]FOLDER",
+        help="folders of finished comparisons to copy to docs/results first (default of NAME: name "
+        "of the configuration)",
     )
     parser.add_argument("--commit", help="commit of the archived runs (default: current commit)")
     parser.add_argument(
@@ -243,8 +258,9 @@ def main() -> int:
         help="do not write tables; exit with status 1 if a page is outdated",
     )
     options = parser.parse_args()
-    for folder in options.archive:
-        archive(folder, options.commit or _current_commit())
+    for given in options.archive:
+        name, _, folder = given.rpartition("=")
+        archive(Path(folder), options.commit or _current_commit(), name)
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     made = {page: written(text) for page, text in texts.items()}
     if options.check:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks.science.component_tables import GLOBAL
+from benchmarks.science.component_tables import TABLES as COMPONENT_TABLES
 from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
@@ -24,9 +26,12 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MEDICAL = ROOT / "docs" / "results" / "medical.md"
 REPLICATION = ROOT / "docs" / "results" / "replication.md"
+HYBRID = ROOT / "docs" / "results" / "hybrid.md"
+LABEL_SKEW = ROOT / "docs" / "explanation" / "label_skew.md"
 ARCHIVED = sorted((ROOT / "docs" / "results").glob("*.csv"))
 MARKED = re.compile(
-    r"<!-- (results|summary|replication): (\w+) .*?-->\n(.*?)<!-- end of results -->", re.DOTALL
+    r"<!-- (results|summary|components|replication): (\w+) .*?-->\n(.*?)<!-- end of results -->",
+    re.DOTALL,
 )
 COLUMNS = {
     "Global test balanced accuracy": "global_last_balanced_accuracy",
@@ -175,7 +180,7 @@ def test_archived_runs_name_their_commit_and_the_methods_of_make_compare(path: P
 def test_result_tables_check_finds_a_changed_figure(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pages = {path: tmp_path / path.name for path in (README, MEDICAL, REPLICATION)}
+    pages = {path: tmp_path / path.name for path in (README, MEDICAL, REPLICATION, HYBRID)}
     for path, page in pages.items():
         page.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(script, "PAGES", tuple(pages.values()))
@@ -184,11 +189,56 @@ def test_result_tables_check_finds_a_changed_figure(
 
     for page in pages.values():
         text = page.read_text(encoding="utf-8")
-        figure = re.search(r"(?<= )\d\d\.\d±\d|(?<=\| )9\d\.\d\d(?= \|)", text)
+        figure = re.search(r"(?<= )\d\d\.\d ?± ?\d|(?<=\| )9\d\.\d\d(?= \|)", text)
         assert figure is not None
         page.write_text(text.replace(figure[0], "99.9±0", 1), encoding="utf-8")
         assert script.main() == 1
         page.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("table", ["lead", "global", "local", "ablation"])
+def test_component_tables_match_the_archived_runs(table: str) -> None:
+    page = HYBRID if table != "ablation" else LABEL_SKEW
+    shown = list(read_rows(marked(page)["components", table]))
+    columns = COMPONENT_TABLES[table].columns
+    archived = {
+        title: runs_of(HYBRID.parent / f"components/{n}.csv") for title, n in columns.items()
+    }
+
+    for title, runs in archived.items():
+        values = [100 * float(run[COMPONENT_TABLES[table].metric]) for run in runs["hybrid"]]
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        if table == "lead":
+            (row,) = (row for row in shown if row["Federation"] == title)
+            assert row["Hybrid"] == f"{mean:.1f}"
+            others = {
+                label: statistics.mean(100 * float(run[GLOBAL]) for run in own)
+                for label, own in runs.items()
+                if label != "hybrid" and not label.endswith("epochs=5")
+            }
+            assert row["difference of means"] == f"{mean - max(others.values()):+.1f}"
+        else:
+            text = f"{mean:.1f} ± {deviation:.1f} ({min(values):.1f})"
+            assert text in [row[title].strip("*") for row in shown]
+
+
+def test_hybrid_is_not_behind_equal_components() -> None:
+    """Check the claims of the page, per federation and per seed."""
+    for title, name in COMPONENT_TABLES["lead"].columns.items():
+        runs = {
+            label: {int(run["seed"]): 100 * float(run[GLOBAL]) for run in own}
+            for label, own in runs_of(HYBRID.parent / f"components/{name}.csv").items()
+            if not label.endswith("epochs=5")
+        }
+        hybrid = runs.pop("hybrid")
+        assert len(hybrid) == 10
+        best = max(statistics.mean(scores.values()) for scores in runs.values())
+        margin = 5.0 if "one" not in title.lower() else -1.0
+        assert statistics.mean(hybrid.values()) - best >= margin, title
+        for seed, score in hybrid.items():
+            assert score >= max(scores[seed] for scores in runs.values()) - 5.0
+            local = [scores[seed] for label, scores in runs.items() if label.startswith("local")]
+            assert score >= max(local)
 
 
 def test_result_tables_archive_keeps_every_run_and_adds_the_commit(

@@ -1,0 +1,184 @@
+"""The tables of Hybrid and its components: scores of archived comparisons, one per column.
+
+docs/results/hybrid.md and docs/explanation/label_skew.md contain them; `scripts/result_tables.py`
+writes them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_name
+from hetero_fl.utils.text import split_top_level
+
+Row = dict[str, Any]
+Scores = dict[str, dict[int, float]]  # in percent, by label and seed
+
+GLOBAL = "global_last_balanced_accuracy"
+LOCAL = "personal_last_accuracy"
+FEDERATIONS = {
+    "Digits, three architectures": "digits_three",
+    "Digits, one": "digits_one",
+    "X-rays, three architectures": "medical_hetero",
+    "X-rays, one": "medical_homogeneous",
+    "Fashion-MNIST, α 0.3": "fashion_dirichlet",
+    "Fashion-MNIST, two classes": "fashion_classes",
+}
+XRAY_PROXIES = {
+    "As published": "medical_homogeneous",
+    "100 rows": "small_medical",
+    "Other scanner": "shifted_medical",
+    "Other class mix": "skewed_medical",
+    "None": "none_medical",
+}
+FASHION_PROXIES = {
+    "As published": "fashion_dirichlet",
+    "100 rows": "small_fashion",
+    "MNIST digits": "shifted_fashion",
+    "None": "none_fashion",
+}
+SETTINGS = {
+    "logit_adjustment=true": "LA",
+    "recalibrate=[local_test]": "recalibrated local tests",
+    "recalibrate=[global_test,local_test]": "recalibrated tests",
+    "distilled_statistics=clients": "statistics of clients",
+    "align=0": "no alignment",
+    "clients.defaults.epochs=5": "five epochs",
+}
+MORE_EPOCHS = "clients.defaults.epochs=5"
+# The components of Hybrid, with the setting that switches each off.
+COMPONENTS = {
+    "LA": "logit_adjustment=false",
+    "contrast teacher": "teacher=mean",
+    "recalibration": "recalibrate=[]",
+    "alignment": "align=0",
+    "replay": "replay_weight=0",
+    "shared heads": "heads=keep",
+}
+
+
+@dataclass(frozen=True)
+class ComponentTable:
+    """A table of methods by federations.
+
+    Args:
+        columns: Names of archived comparisons, by column title.
+        metric: Column of the archive.
+        seeds: Number of seeds, from the first; None for all.
+        style: `methods` names each row's method, `components` marks the components of Hybrid, and
+            `lead` compares Hybrid with the best other method of each federation.
+    """
+
+    columns: Mapping[str, str]
+    metric: str = GLOBAL
+    seeds: int | None = None
+    style: Literal["methods", "components", "lead"] = "methods"
+
+
+TABLES = {
+    "lead": ComponentTable(FEDERATIONS, style="lead"),
+    "global": ComponentTable(FEDERATIONS),
+    "local": ComponentTable(FEDERATIONS, LOCAL),
+    "xray_proxies": ComponentTable(XRAY_PROXIES, seeds=5),
+    "fashion_proxies": ComponentTable(FASHION_PROXIES, seeds=5),
+    "ablation": ComponentTable(
+        {"X-rays, one architecture": "ablation_medical", "Fashion-MNIST": "ablation_fashion"},
+        style="components",
+    ),
+}
+
+
+def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Row]]) -> str:
+    """Return a table in Markdown.
+
+    Args:
+        table: The table.
+        archived: Returns the rows of an archived comparison, by name.
+    """
+    scores = {
+        title: _scores(archived(name), table.metric, table.seeds)
+        for title, name in table.columns.items()
+    }
+    if table.style == "lead":
+        return _lead_table(scores)
+    labels = list(dict.fromkeys(label for found in scores.values() for label in found))
+    # Methods of a single column belong to another table.
+    labels = [label for label in labels if sum(label in found for found in scores.values()) > 1]
+    if table.style == "components":
+        head = [*COMPONENTS, *scores]
+        align = [":---:"] * len(COMPONENTS) + ["---:"] * len(scores)
+        names = [["" if off in label else "×" for off in COMPONENTS.values()] for label in labels]
+    else:
+        head, align = ["Method", *scores], ["---"] + ["---:"] * len(scores)
+        names = [[method_name(label)] for label in labels]
+    best = {
+        title: max(statistics.mean(found[label].values()) for label in labels if label in found)
+        for title, found in scores.items()
+    }
+    lines = [_joined(head), _joined(align)]
+    for label, name in zip(labels, names, strict=True):
+        cells = [_cell(scores[title].get(label), best[title]) for title in scores]
+        lines.append(_joined([*name, *cells]))
+    return "\n".join(lines)
+
+
+def method_name(label: str) -> str:
+    """Return the name of a method with its components: `FedAvg + LA`."""
+    base = algorithm_base(label)
+    settings = split_top_level(label[len(base) + 1 :], ":") if label != base else []
+    return ", ".join([algorithm_name(base), *(SETTINGS[setting] for setting in settings)])
+
+
+def _scores(rows: Sequence[Row], metric: str, seeds: int | None) -> Scores:
+    kept = sorted({row["seed"] for row in rows})[:seeds]
+    scores: Scores = {}
+    for row in rows:
+        if row["seed"] in kept:
+            scores.setdefault(row["algorithm"], {})[row["seed"]] = 100 * row[metric]
+    return scores
+
+
+def _lead_table(scores: Mapping[str, Scores]) -> str:
+    """Compare Hybrid with the better of Local and FedAvg by mean, and seed by seed.
+
+    All have one local epoch.
+    """
+    head = ["Federation", "Hybrid", "best other", "difference of means", "smallest, one seed"]
+    lines = [_joined([*head, "smallest to Local"]), _joined(["---", *["---:"] * 5])]
+    for title, found in scores.items():
+        others = {
+            label: values
+            for label, values in found.items()
+            if label != "hybrid" and not label.endswith(MORE_EPOCHS)
+        }
+        means = {label: statistics.mean(values.values()) for label, values in others.items()}
+        leader = max(means, key=lambda label: means[label])
+        hybrid = found["hybrid"]
+        mean = statistics.mean(hybrid.values())
+        by_seed = [hybrid[s] - max(values[s] for values in others.values()) for s in hybrid]
+        to_local = [
+            hybrid[s] - max(v[s] for label, v in others.items() if label.startswith("local"))
+            for s in hybrid
+        ]
+        cells = [
+            f"{mean:.1f}",
+            f"{means[leader]:.1f} ({method_name(leader)})",
+            *(f"{d:+.1f}" for d in (mean - means[leader], min(by_seed), min(to_local))),
+        ]
+        lines.append(_joined([title, *cells]))
+    return "\n".join(lines)
+
+
+def _cell(values: Mapping[int, float] | None, best: float) -> str:
+    if values is None:
+        return MISSING
+    mean = statistics.mean(values.values())
+    text = f"{mean:.1f} ± {statistics.stdev(values.values()):.1f} ({min(values.values()):.1f})"
+    return f"**{text}**" if mean == best else text
+
+
+def _joined(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -54,7 +54,7 @@ class ModelConfig(ConfigSection):
         try:
             check_options(self.name, self.options)
         except ModelError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(str(error).removeprefix("model ")) from None
         return self
 
     @property

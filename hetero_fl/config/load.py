@@ -76,7 +76,11 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     algorithm = raw.get("algorithm")
     if named and isinstance(algorithm, dict) and algorithm.get("name") != named[-1]:
         raw = {**raw, "algorithm": {"name": named[-1]}}
-    for override in overrides:
+    for position, override in enumerate(overrides):
+        if "=" not in override:
+            following = overrides[position + 1 : position + 2]
+            hint = f"; did you mean '{override}={following[0]}'?" if following else ""
+            raise UserError(f"overrides: expected key.path=value, got '{override}'{hint}")
         raw = _override(raw, override)
     return raw
 
@@ -177,8 +181,8 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    key, equals, value = override.partition("=")
-    if not equals or not key:
+    key, _, value = override.partition("=")
+    if not key:
         raise UserError(f"overrides: expected key.path=value, got '{override}'")
     try:
         config = OmegaConf.create(raw)

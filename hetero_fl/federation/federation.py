@@ -374,7 +374,7 @@ def _check_model(arch: ModelSpec, where: str) -> None:
     try:
         arch.check()
     except ModelError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {str(error).removeprefix('model ')}") from None
 
 
 def describe_settings(settings: ClientSettings) -> dict[str, Any]:

@@ -193,6 +193,8 @@ def test_overrides_may_be_a_string_or_a_dictionary() -> None:
     assert config.algorithm["name"] == "fedprox" and config.algorithm["mu"] == 0.5
     with pytest.raises(UserError, match=r"overrides: expected key.path=value, got 'rounds'"):
         load_config({}, "rounds")
+    with pytest.raises(UserError, match=r"got 'rounds'; did you mean 'rounds=3'\?"):
+        load_config({}, ["seed=1", "rounds", "3"])
     with pytest.raises(UserError, match=r"overrides: expected strings key.path=value, got 3"):
         load_config({}, [3])  # type: ignore[list-item]
 

@@ -81,7 +81,7 @@ def test_overrides_of_tutorial_and_configuration_keys() -> None:
         ({"lambda": -1}, "lambda: must be > 0, got -1"),
         (
             {"model_name": "resnet81"},
-            "model: model resnet81: unknown model; did you mean",
+            "model: resnet81: unknown model; did you mean",
         ),
     ],
 )

@@ -117,7 +117,7 @@ def evaluate(
         allow_code=permission,
         log=lambda note: log(f"note: {note}"),
     )
-    unit = next(iter(loaded.models.values())).task.unit
+    unit = next(iter(loaded.load_models(client).values())).task.unit
     title = f"{run} on {data}" + (f", errors in {unit}" if unit else "")
     print_scores(results, title, Console())
     if json_file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -78,16 +78,13 @@ def evaluate(
     CodePermission.from_argument(allow_code).check_caller_references(
         find_references({"--data": data})
     )
-    if client is not None and client not in run.models:
-        raise ArgumentError(f"client: no model of '{client}'{suggest_or_list(client, run.models)}")
-    dataset = load_as(run, data, label)
+    models = run.load_models(client)
+    dataset = load_as(run, data, label, models)
     # A named source without a test split is split as a federation would split it.
     dataset_with_test = dataset if Path(data).exists() else with_test(dataset)
     examples = dataset_with_test.test or dataset_with_test.train
     results = {}
-    for name, model in run.models.items():
-        if client is not None and name != client:
-            continue
+    for name, model in models.items():
         _check_model_fits(run, name, model, dataset, examples.x, data=data)
         with data_argument():
             y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {data}")
@@ -196,7 +193,7 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
     return y[:, [given_task.names.index(name) for name in known.names]]
 
 
-def load_as(run: Run, data: str, label: str | None) -> Dataset:
+def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedModel]) -> Dataset:
     """Load a data set; a local file is read with the settings of the run's data.
 
     These are the task, the group and patient columns, and the image size.
@@ -205,6 +202,7 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
         run: The finished run.
         data: The name of a source, or a local file or folder.
         label: The label column of a table. None: the label column of the run.
+        models: The models that predict the data set.
 
     Raises:
         UserError: If the data set does not exist or cannot be read with these settings.
@@ -213,11 +211,11 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     # Names of sources do not look like paths.
     if not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1):
         raise ArgumentError(f"data: file or folder '{data}' not found{suggest_file(path)}")
-    source = _source_as(run, data, label)
-    preprocesses = [model.preprocess for model in run.models.values()]
+    source = _source_as(run, data, label, models)
+    preprocesses = [model.preprocess for model in models.values()]
     missing = any(p.get("missing") or p.get("spans") for p in preprocesses)
     with data_argument():
-        return order_columns(load_source(source, CACHE.expanduser(), "data", missing), run)
+        return order_columns(load_source(source, CACHE.expanduser(), "data", missing), run, models)
 
 
 @contextmanager
@@ -235,7 +233,9 @@ def data_argument() -> Iterator[None]:
         raise ArgumentError(re.sub(r"^data\.label\b", "label", message)) from None
 
 
-def _source_as(run: Run, data: str, label: str | None) -> SourceConfig:
+def _source_as(
+    run: Run, data: str, label: str | None, models: Mapping[str, SavedModel]
+) -> SourceConfig:
     """Return the source that reads a data set with the settings of the run's data."""
     path = Path(data)
     known = run.directory.config().get("data") or {}
@@ -250,11 +250,11 @@ def _source_as(run: Run, data: str, label: str | None) -> SourceConfig:
         cut["windows"] = known.get("windows")
     if not path.exists():
         return SourceConfig(name=data, label=label)
-    return _file_source(run, data, label, known, cut)
+    return _file_source(data, label, known, cut, next(iter(models.values())))
 
 
 def _file_source(
-    run: Run, data: str, label: str | None, known: dict[str, Any], cut: dict[str, Any]
+    data: str, label: str | None, known: dict[str, Any], cut: dict[str, Any], model: SavedModel
 ) -> SourceConfig:
     path = Path(data)
     if ("series" in cut or "windows" in cut) and path.is_file():
@@ -267,7 +267,6 @@ def _file_source(
         return SourceConfig(name="image_folder", path=data, label=label, size=known.get("size"))
     if path.suffix == ".npz":
         return SourceConfig(name="npz", path=data, label=label)
-    model = next(iter(run.models.values()))
     table = SourceConfig(name="table", path=data, label=label)
     table = source_with_task(table, model.task, categories=model.categories)
     columns = _columns(path)
@@ -275,25 +274,25 @@ def _file_source(
     return table.model_copy(update=copied)
 
 
-def order_columns(dataset: Dataset, run: Run) -> Dataset:
+def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) -> Dataset:
     """Return a data set with its columns in the order of the run's models, matched by name.
 
-    Columns that no model needs may be missing.
+    Columns that none of the given models needs may be missing.
 
     Args:
         dataset: The data set.
         run: The finished run.
+        models: The models that predict the data set.
 
     Raises:
         UserError: If a column that a model needs is missing.
     """
-    models = list(run.models.values())
-    known = next((model.columns for model in models if model.columns), ())
-    categories = next((model.categories for model in models if model.columns), ())
+    known = next((model.columns for model in models.values() if model.columns), ())
+    categories = next((model.categories for model in models.values() if model.columns), ())
     if not known or not dataset.columns or dataset.columns == known:
         return dataset
     needed: set[str] = set()
-    for model in models:
+    for model in models.values():
         preprocess = Preprocess(**model.preprocess)
         if preprocess.missing is None:
             needed.update(preprocess.names(known))

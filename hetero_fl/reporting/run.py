@@ -15,7 +15,7 @@ from hetero_fl.reporting.formatting import algorithm_name, format_final_evaluati
 from hetero_fl.reporting.integrity import CHANGED, inspect
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.serialization import sha256_of
 from hetero_fl.utils.text import pluralize
 
@@ -66,6 +66,7 @@ class Run:
         self.directory = RunDirectory.open(path)
         inspect(path, thorough=False).require_whole()
         self.permission = CodePermission.from_argument(allow_code)
+        self._loaded: dict[str, SavedModel] = {}
 
     @classmethod
     def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
@@ -101,8 +102,8 @@ class Run:
         return self.directory.metrics()
 
     @cached_property
-    def models(self) -> dict[str, SavedModel]:
-        """The models by client id; `server` is the model of the server, if it has one."""
+    def model_names(self) -> list[str]:
+        """The ids of clients with a model, and `server` if it has one; no model is read."""
         files = self.directory.model_files()
         if not files:
             if not self.directory.finished:
@@ -111,11 +112,42 @@ class Run:
                 f"{self.path}: has no models; no site uploads its own "
                 "(tells.model in a site's file)"
             )
-        sums = self.directory.checksums()
-        for name in (f"models/{f.name}" for f in files):
-            if name in sums and sha256_of(self.path / name) != sums[name]:
-                raise UserError(f"{self.path / name}: {CHANGED}")
-        return {f.stem: SavedModel.load(f, self.permission) for f in files}
+        return [file.stem for file in files]
+
+    @cached_property
+    def models(self) -> dict[str, SavedModel]:
+        """The models by client id; `server` is the model of the server, if it has one."""
+        return self.load_models()
+
+    def load_models(self, client: str | None = None) -> dict[str, SavedModel]:
+        """Return the model of a client by its id, without reading the models of others.
+
+        Args:
+            client: Client id, or `server`. None: all models.
+
+        Raises:
+            UserError: If there is no such client, or a model is damaged or names code that may not
+                run.
+        """
+        if client is not None and client not in self.model_names:
+            hint = suggest_or_list(client, self.model_names)
+            raise ArgumentError(f"client: no model of '{client}'{hint}")
+        names = self.model_names if client is None else [client]
+        for name in names:
+            if name not in self._loaded:
+                self._loaded[name] = self._read_model(name)
+        return {name: self._loaded[name] for name in names}
+
+    @cached_property
+    def _checksums(self) -> dict[str, str]:
+        return self.directory.checksums()
+
+    def _read_model(self, name: str) -> SavedModel:
+        file = self.path / "models" / f"{name}.safetensors"
+        expected = self._checksums.get(f"models/{file.name}")
+        if expected is not None and sha256_of(file) != expected:
+            raise UserError(f"{file}: {CHANGED}")
+        return SavedModel.load(file, self.permission)
 
     def predict(self, client: str, x: Any, personal: bool = True, unit: Any = None) -> Tensor:
         """Predict raw examples with the model of a client.
@@ -139,11 +171,7 @@ class Run:
         Raises:
             UserError: If there is no such client, or the model cannot process the examples.
         """
-        if client not in self.models:
-            raise UserError(
-                f"{self.path}: no model of '{client}'{suggest_or_list(client, self.models)}"
-            )
-        model = self.models[client]
+        model = self.load_models(client)[client]
         logits = model.logits(preprocess_inputs(model, x), personal)
         if model.task.kind == "multilabel":
             return logits.sigmoid()

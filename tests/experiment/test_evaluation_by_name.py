@@ -58,6 +58,31 @@ def test_evaluate_matches_columns_by_name(view: dict[str, Any], tmp_path: Path) 
             evaluate(run, str(tmp_path / "less.csv"))
 
 
+def test_evaluate_client_needs_only_the_columns_of_this_client(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 2))
+    frame = pd.DataFrame(x, columns=["a", "b"]).assign(y=(x[:, 0] > 0).astype(int))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.drop(columns="b").to_csv(tmp_path / "less.csv", index=False)
+    source = {
+        "rounds": 1,
+        "data": {"name": "table", "path": str(tmp_path / "t.csv"), "label": "y"},
+        "clients": {
+            "groups": [
+                {"name": name, "model": "mlp", "preprocess": {"columns": [name]}} for name in "ab"
+            ],
+        },
+        "algorithm": {"name": "local"},
+        "output": {"plots": False, "report": False},
+    }
+    run = hetero_fl.run(source, out=tmp_path / "run")
+
+    scores = evaluate(run, str(tmp_path / "less.csv"), "a")
+
+    assert scores == evaluate(run, str(tmp_path / "t.csv"), "a")
+    with pytest.raises(UserError, match="column 'b' not found"):
+        evaluate(run, str(tmp_path / "less.csv"), "b")
+
+
 @pytest.mark.parametrize(
     ("view", "absent"),
     [

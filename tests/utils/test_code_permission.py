@@ -516,6 +516,24 @@ def test_program_may_reuse_a_run_it_created(trap: str) -> None:
     assert set(Run("run", allow_code=True).models) == {"site_1", "site_2"}
 
 
+def test_model_of_a_client_requires_no_code_of_others(
+    trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crafted(finished, f"{trap}Net", "models")
+    shutil.copy(finished / "models" / "site_2.safetensors", "run/models")
+    directory = RunDirectory.open("run")
+    directory.finish(directory.summary())
+    evaluate = ["evaluate", "run", "--data", "digits"]
+    export = ["export", "run", "--format", "safetensors"]
+
+    for command in (evaluate, export):
+        line = refused_line([*command, "--client", "site_9"], capsys)
+        assert line.startswith("--client: no model of 'site_9'; did you mean 'site_")
+        assert "which names code" in refused_line([*command, "--client", "site_1"], capsys)
+        assert main([*command, "--client", "site_2"]) == 0 and capsys.readouterr().out
+    assert not Path("imported").exists()
+
+
 def test_report_imports_no_code(trap: str) -> None:
     assert method_class(f"{trap}Method") is None
     assert describe_methods([f"{trap}Method:lr=1"])[0][0] == "Method"

@@ -162,7 +162,7 @@ def _check_arguments(attack: str, shadows: int, images: int, batch: int) -> None
 
 
 def _chosen_clients(run: Run, clients: Sequence[str] | None) -> list[str]:
-    ids = [name for name in run.models if name != "server"]
+    ids = [name for name in run.model_names if name != "server"]
     chosen = list(dict.fromkeys(clients)) if clients else ids[:CLIENTS]
     for client_id in chosen:
         if client_id not in ids:

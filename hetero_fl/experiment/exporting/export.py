@@ -198,8 +198,7 @@ def export(
         raise ArgumentError(
             f"file_format: unknown format '{file_format}'{suggest_or_list(file_format, SUFFIXES)}"
         )
-    if client is not None and client not in run.models:
-        raise ArgumentError(f"client: no model of '{client}'{suggest_or_list(client, run.models)}")
+    models = run.load_models(client)
     if personal and file_format == "safetensors":
         raise ArgumentError(
             "personal: cannot be combined with the format safetensors, which always includes the "
@@ -209,12 +208,11 @@ def export(
         check_installed()
     folder = run.path / "export" if out is None else Path(out)
     exported = {}
-    for name, model in run.models.items():
-        if client is None or name == client:
-            exported[name] = _export_model(
-                run, name, model, file_format=file_format, folder=folder, personal=personal
-            )
-            log(f"{name}: {exported[name].model.name}{_describe_difference(exported[name])}")
+    for name, model in models.items():
+        exported[name] = _export_model(
+            run, name, model, file_format=file_format, folder=folder, personal=personal
+        )
+        log(f"{name}: {exported[name].model.name}{_describe_difference(exported[name])}")
     if file_format != "safetensors":
         _write(folder / "score.py", Path(score.__file__).read_bytes())
     return exported
@@ -290,7 +288,7 @@ def _onnx_content(name: str, model: SavedModel, personal: bool) -> bytes:
 
 def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> float:
     """Return the largest difference from the run's predictions, relative above 1."""
-    model = run.models[name]
+    model = run.load_models(name)[name]
     largest = 0.0
     for size in BATCHES:
         inputs = draw_inputs(model, size, keyed_generator("export", ROWS, size))

@@ -58,7 +58,7 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
     details = run.directory.details()
     config = run.directory.config()
     environment = run.directory.environment()
-    model = run.models[name]
+    model = run.load_models(name)[name]
     method = method_class(summary["algorithm"])
     label_frequencies = "none"
     if model.log_prior is not None:

@@ -400,9 +400,9 @@ def join(
     # A folder with results is refused, because joining cannot be resumed.
     check_vacant(out, alternatives="")
     dataset = (
-        order_columns(data, source_run.run)
+        order_columns(data, source_run.run, source_run.run.models)
         if isinstance(data, Dataset)
-        else load_as(source_run.run, data, label)
+        else load_as(source_run.run, data, label, source_run.run.models)
     )
     site = _joining_site(dataset, source_run, patients)
     model_name = model or source_run.most_common_model

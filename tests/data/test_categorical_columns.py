@@ -319,7 +319,7 @@ def test_dataset_argument_uses_encoding_of_run(finished: hetero_fl.Run, tmp_path
     source = table(tmp_path / "new.csv", 4, wards=("D", "B"))
     assert load(source).columns == ("crp", "ward=B", "ward=D")
 
-    dataset = order_columns(load(source), finished)
+    dataset = order_columns(load(source), finished, finished.models)
 
     assert dataset.columns == ("crp", "ward=A", "ward=B", "ward=C")
     assert dataset.train.x[:, 1:].tolist() == [[0, 0, 0], [0, 1, 0]] * 2

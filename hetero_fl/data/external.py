@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,24 +162,31 @@ def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
 
 
 def source_with_task(
-    source: SourceConfig, task: Task, text: TextConfig | None = None, categories: Categories = ()
+    source: SourceConfig,
+    task: Task,
+    text: TextConfig | None = None,
+    categories: Categories = (),
+    label: str | None = None,
 ) -> SourceConfig:
     """Fill in the unset options of a source from the common set.
 
     Tables get the common task, which a single file may not reveal, and the common categories. Texts
-    get the common text settings.
+    get the common text settings. Files of sources with label columns get the common label.
 
     Args:
         source: Source configuration.
         task: Common task.
         text: Common text settings.
         categories: Common categories.
+        label: Common label column.
     """
-    if reads_key(source.name, "text") and source.text is None:
-        return source.model_copy(update={"text": text})
-    if source.name != "table":
-        return source
-    shared = {"task": task.kind, "categories": dict(categories)}
+    shared: dict[str, Any] = {}
+    if reads_key(source.name, "text"):
+        shared["text"] = text
+    if source.name == "table":
+        shared |= {"task": task.kind, "categories": dict(categories)}
+    if reads_key(source.name, "label") and source.path is not None:
+        shared["label"] = label
     return source.model_copy(
         update={key: value for key, value in shared.items() if getattr(source, key) is None}
     )
@@ -547,7 +555,9 @@ def load_client_sources(
     found = ClientSources({}, [], False)
     for source, holders in clients_of.items():
         where = f"clients: '{holders[0]}': data"
-        read = source_with_task(source, common_set.task, config.text, common_set.categories)
+        read = source_with_task(
+            source, common_set.task, config.text, common_set.categories, config.label
+        )
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated

@@ -151,6 +151,25 @@ def test_client_sources_are_loaded(npz: Any, tmp_path: Path) -> None:
     assert federate(four, DataConfig(), {"a": PLAIN_CLIENT, "own": generated}, 0).simulated
 
 
+def test_label_is_inherited_by_files_next_to_a_common_file(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": range(60), "ill": [0, 1] * 30})
+    frame.to_csv(tmp_path / "common.csv", index=False)
+    frame.to_csv(tmp_path / "own.csv", index=False)
+    common = DataConfig(name="table", path=str(tmp_path / "common.csv"), label="ill")
+
+    def client(**keys: Any) -> ClientSettings:
+        return ClientSettings(data=SourceConfig(path=str(tmp_path / "own.csv"), **keys))
+
+    inherited, written = (
+        federate(
+            load_source(common, tmp_path), common, {"a": PLAIN_CLIENT, "own": client(**keys)}, 0
+        )
+        for keys in ({"name": "table"}, {"name": "table", "label": "ill"})
+    )
+
+    assert inherited.content_hash() == written.content_hash()
+
+
 def test_client_sources_are_split_with_different_draws(
     npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -431,9 +431,9 @@ def _create(
         if not is_integer(value) and not (argument == "feature_dim" and value is None):
             raise ModelError(f"{argument}: expected an integer >= 1, got {value!r}")
     prefix, _, rest = name.partition(":")
-    if prefix == "python":
+    if prefix in ("python", "object"):
         return user_models.build(
-            rest, shape, num_classes, feature_dim, pretrained=pretrained, options=valid_options
+            name, shape, num_classes, feature_dim, pretrained=pretrained, options=valid_options
         )
     if prefix in EXTERNAL:
         if shape.kind != "image":
@@ -460,8 +460,8 @@ def _find_options(name: str) -> tuple[dict[str, Any], bool]:
     if not isinstance(name, str):
         raise ModelError("expected a name")
     prefix, colon, rest = name.partition(":")
-    if prefix == "python" and colon:
-        return user_models.inspect_options(user_models.load(rest))
+    if prefix in ("python", "object") and colon:
+        return user_models.inspect_options(user_models.find_factory(name)[0])
     if prefix in EXTERNAL and colon:
         if not external.is_known(prefix, rest):
             hint = suggest_names(rest, external.model_names(prefix), f"{prefix}:")
@@ -485,7 +485,7 @@ def _validate_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise ModelError(f"unknown option '{option}'{hint}")
     if name in MODELS:
         return MODELS[name].check_options(options)
-    if name.startswith("python:"):
+    if name.startswith(("python:", "object:")):
         return dict(options)
     return {
         option: check_value(option, value, 0.0)

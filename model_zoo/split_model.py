@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -46,27 +48,53 @@ class SplitModel(nn.Module):
     Args:
         backbone: Maps inputs `[B, channels, *size]` to features `[B, feature_dim]`.
         head: Maps features to logits `[B, num_classes]`.
-        feature_dim: Width of the features.
+        feature_dim: Width of the features. By default, that of the head's first linear layer.
 
     Attributes:
         backbone: The backbone.
         head: The head.
-        feature_dim: Width of the features.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from model_zoo import SplitModel
-        >>> model = SplitModel(nn.Flatten(), nn.Linear(64, 3), feature_dim=64)
+        >>> model = SplitModel(nn.Flatten(), nn.Linear(64, 3))
         >>> model(torch.rand(2, 1, 8, 8)).logits.shape
         torch.Size([2, 3])
+        >>> model.feature_dim
+        64
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, feature_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.feature_dim = feature_dim
+        linear = next((part for part in head.modules() if isinstance(part, nn.Linear)), None)
+        if feature_dim is None and linear is not None:
+            feature_dim = linear.in_features
+        self._feature_dim = feature_dim
+
+    @property
+    def known_feature_dim(self) -> int | None:
+        """Width of the features, or None if it is not known."""
+        return self._feature_dim
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features.
+
+        Raises:
+            ModelError: If it is not known.
+        """
+        if self._feature_dim is None:
+            raise ModelError("feature_dim: not known, as the head has no linear layer; pass it")
+        return self._feature_dim
+
+    @feature_dim.setter
+    def feature_dim(self, width: int) -> None:
+        self._feature_dim = width
 
     def features(self, x: Tensor) -> Tensor:
         """Return the features of a batch, shape `[B, feature_dim]`."""
@@ -158,23 +186,30 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
         InputError: If the backbone does not accept examples of this shape.
         ModelError: If the backbone does not return features of shape `[B, D]`.
     """
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        with torch.no_grad():
+    with in_evaluation_mode(backbone), torch.no_grad():
+        try:
             features = backbone(shape.zeros(2))
-    # A module of unknown origin may raise any exception.
-    except Exception as error:
-        raise InputError(f"cannot process {shape}: {one_line(error)}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        # A module of unknown origin may raise any exception.
+        except Exception as error:
+            raise InputError(f"cannot process {shape}: {one_line(error)}") from error
     if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != 2:
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(
             f"backbone: expected features of shape (2, D) for a batch of 2 examples, got {found}"
         )
     return features.shape[1]
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Set a module to evaluation mode, and all its submodules back to their modes at the end."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def is_batch_norm(module: nn.Module) -> bool:

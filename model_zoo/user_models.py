@@ -1,4 +1,4 @@
-"""User-defined models: `python:package.module:Class`, a subclass of `torch.nn.Module`."""
+"""User-defined models: `python:package.module:Class`, or `object:NAME` of a `GivenModel`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from model_zoo.errors import ModelError, one_line, suggest_names
+from model_zoo.given_models import OBJECT_PREFIX, find_given
+from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
-from model_zoo.split_model import SplitModel, measure_feature_width
+from model_zoo.split_model import SplitModel
 
 # Arguments that `build` passes by name if the signature contains them. `input_size` is always a
 # tuple; `vocabulary` is None except for tokens.
@@ -66,8 +68,23 @@ def inspect_options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def find_factory(name: str) -> tuple[Callable[..., nn.Module], str | None]:
+    """Return the class or function that creates a model, and the path of the head if it is given.
+
+    Args:
+        name: `python:package.module:Class` or `object:NAME`.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    if name.startswith(OBJECT_PREFIX):
+        given = find_given(name)
+        return given.factory, given.head
+    return load(name.removeprefix("python:")), None
+
+
 def build(
-    path: str,
+    name: str,
     shape: Shape,
     num_classes: int,
     feature_dim: int | None,
@@ -75,21 +92,22 @@ def build(
     pretrained: bool,
     options: Mapping[str, Any],
 ) -> SplitModel:
-    """Create a model of a user's class and check it on two blank examples.
+    """Create a model of a user's class and check it on two examples.
 
     Args:
-        path: `package.module:Class`. The class is a `SplitModel` or any module with the attributes
-            `backbone` and `head`, which is wrapped in a `SplitModel`.
+        name: `python:package.module:Class` or `object:NAME`. The model is a `SplitModel` or any
+            classifier, which is split (see `split_module`).
         shape: Shape of an example.
         num_classes: Number of outputs.
         feature_dim: Required width of the features; None accepts any width.
-        pretrained: Whether to load pretrained weights.
+        pretrained: Whether to start from the weights of a given module, or to pass
+            `pretrained=True` to the class.
         options: Further keyword arguments.
 
     Raises:
         ModelError: If the model cannot be created or does not fit the arguments.
     """
-    target = load(path)
+    target, head = find_factory(name)
     parameters = inspect.signature(target).parameters
     accepts_any = inspect_options(target)[1]
     values = (num_classes, shape.channels, shape.size, feature_dim, shape.vocabulary)
@@ -114,34 +132,14 @@ def build(
         raise ModelError(
             f"cannot create the model: {type(error).__name__}: {one_line(error)}"
         ) from error
-    model = _wrap(created, shape)
+    if not isinstance(created, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(created).__name__}")
+    model = split_module(created, shape, head)
     if feature_dim not in (None, model.feature_dim):
         raise ModelError(
             f"feature_dim: expected features of width {feature_dim}, got {model.feature_dim}"
         )
     _check_head(model, num_classes)
-    return model
-
-
-def _wrap(model: Any, shape: Shape) -> SplitModel:
-    backbone = getattr(model, "backbone", None)
-    head = getattr(model, "head", None)
-    if not (
-        isinstance(model, nn.Module)
-        and isinstance(backbone, nn.Module)
-        and isinstance(head, nn.Module)
-    ):
-        raise ModelError(
-            "expected a model_zoo.SplitModel or a module with .backbone and .head, "
-            f"got {type(model).__name__}"
-        )
-    width = measure_feature_width(backbone, shape)
-    if not isinstance(model, SplitModel):
-        return SplitModel(backbone, head, width)
-    if model.feature_dim != width:
-        raise ModelError(
-            f"feature_dim is {model.feature_dim}, but the backbone returns {width} features"
-        )
     return model
 
 

@@ -1,0 +1,153 @@
+"""Models that a program passes as objects, which are then known as `object:NAME`.
+
+A name is valid as long as the program keeps its `GivenModel`. Equal models have equal names, in
+every process and on every machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+from model_zoo.errors import ModelError
+
+OBJECT_PREFIX = "object:"
+
+ModelFactory = Callable[..., nn.Module]
+
+
+class GivenModel:
+    """A module, or a class or function that creates one.
+
+    Two modules are one architecture if their classes, their `repr`, and the names and shapes of
+    their tensors agree; two functions, if their names and source texts agree.
+
+    Args:
+        model: A module, which is not modified; or a class or function, which is called with those
+            of the arguments `num_classes`, `in_channels`, `input_size` and `feature_dim` that it
+            accepts.
+        head: Path of the head in the module. By default, it is searched (`find_head`).
+
+    Attributes:
+        head: Path of the head.
+        name: Name of the model in `create_model`, such as `object:SmallNet-1f0c2a9b`.
+
+    Raises:
+        TypeError: If `model` is neither a module nor callable.
+
+    Example:
+        >>> from torch import nn
+        >>> from model_zoo import create_model
+        >>> from model_zoo.given_models import GivenModel
+        >>> given = GivenModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2)))
+        >>> create_model(given.name, num_classes=2, input_size=8).feature_dim
+        8
+    """
+
+    def __init__(self, model: nn.Module | ModelFactory, head: str | None = None) -> None:
+        if not isinstance(model, nn.Module) and not callable(model):
+            raise TypeError(
+                "model: expected a torch.nn.Module, or a class or function that creates one, got "
+                f"{type(model).__name__}"
+            )
+        self._model = model
+        self.head = head
+        described = _describe_module(model) if isinstance(model, nn.Module) else _source_of(model)
+        digest = hashlib.sha256(f"{described}\n{head}".encode()).hexdigest()[:8]
+        self.name = f"{OBJECT_PREFIX}{self.title}-{digest}"
+        _given[self.name] = self
+
+    def __repr__(self) -> str:
+        return f"GivenModel({self.title}, head={self.head!r})"
+
+    @property
+    def title(self) -> str:
+        """Name of the class or function."""
+        model = self._model
+        named = type(model) if isinstance(model, nn.Module) else model
+        return str(getattr(named, "__name__", type(named).__name__))
+
+    @property
+    def is_instance(self) -> bool:
+        """Whether the model is a module, whose weights training may start from."""
+        return isinstance(self._model, nn.Module)
+
+    @property
+    def factory(self) -> ModelFactory:
+        """A function that creates the module."""
+        return _Copy(self._model) if isinstance(self._model, nn.Module) else self._model
+
+
+class _Copy:
+    """Creates copies of a module, with its weights or with new ones."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, pretrained: bool = False) -> nn.Module:
+        module = copy.deepcopy(self._module)
+        if not pretrained:
+            redraw_weights(module)
+        return module
+
+
+def redraw_weights(module: nn.Module) -> list[str]:
+    """Draw new weights from PyTorch's global random number generator.
+
+    Args:
+        module: The module, modified in place: all submodules with a method `reset_parameters`.
+
+    Returns:
+        Names of the parameters that keep their values, as they belong to other submodules.
+
+    Example:
+        >>> from torch import nn
+        >>> from model_zoo.given_models import redraw_weights
+        >>> redraw_weights(nn.Sequential(nn.Linear(2, 3), nn.PReLU(), nn.BatchNorm1d(3)))
+        ['1.weight']
+    """
+    kept = []
+    for path, part in module.named_modules():
+        if callable(reset := getattr(part, "reset_parameters", None)):
+            reset()
+            continue
+        own = part.named_parameters(prefix=path, recurse=False)
+        kept += [name for name, parameter in own if parameter.requires_grad]
+    return kept
+
+
+_given: WeakValueDictionary[str, GivenModel] = WeakValueDictionary()
+
+
+def find_given(name: str) -> GivenModel:
+    """Return the model with a name `object:NAME`.
+
+    Raises:
+        ModelError: If this program has no such model.
+    """
+    if name not in _given:
+        raise ModelError(
+            "the model was an object of a Python program; pass it again, or use a name or "
+            "python:package.module:Class"
+        )
+    return _given[name]
+
+
+def _describe_module(module: nn.Module) -> str:
+    tensors = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    return f"{type(module).__module__}.{type(module).__qualname__}\n{module}\n{tensors}\n{frozen}"
+
+
+def _source_of(function: Any) -> str:
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+    try:
+        return f"{name}\n{inspect.getsource(function)}"
+    except (OSError, TypeError):
+        return name

@@ -1,21 +1,261 @@
 """Federated learning with heterogeneous models.
 
-`hetero_fl.run` trains a federation that a configuration file or a dictionary describes, and
-`hetero_fl.compare` compares methods on it.
+`Federation` trains clients with their own models and data; `run` and `compare` do the same for a
+configuration file.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hetero_fl.utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hetero_fl.algorithms import (
+        DSFL as DSFL,
+    )
+    from hetero_fl.algorithms import (
+        FD as FD,
+    )
+    from hetero_fl.algorithms import (
+        FML as FML,
+    )
+    from hetero_fl.algorithms import (
+        Algorithm as Algorithm,
+    )
+    from hetero_fl.algorithms import (
+        Centralized as Centralized,
+    )
+    from hetero_fl.algorithms import (
+        Dense as Dense,
+    )
+    from hetero_fl.algorithms import (
+        Ditto as Ditto,
+    )
+    from hetero_fl.algorithms import (
+        Ensemble as Ensemble,
+    )
+    from hetero_fl.algorithms import (
+        FedAdam as FedAdam,
+    )
+    from hetero_fl.algorithms import (
+        FedAsync as FedAsync,
+    )
+    from hetero_fl.algorithms import (
+        FedAvg as FedAvg,
+    )
+    from hetero_fl.algorithms import (
+        FedAvgFT as FedAvgFT,
+    )
+    from hetero_fl.algorithms import (
+        FedAvgM as FedAvgM,
+    )
+    from hetero_fl.algorithms import (
+        FedBABU as FedBABU,
+    )
+    from hetero_fl.algorithms import (
+        FedBN as FedBN,
+    )
+    from hetero_fl.algorithms import (
+        FedBuff as FedBuff,
+    )
+    from hetero_fl.algorithms import (
+        FedDF as FedDF,
+    )
+    from hetero_fl.algorithms import (
+        FedGen as FedGen,
+    )
+    from hetero_fl.algorithms import (
+        FedGH as FedGH,
+    )
+    from hetero_fl.algorithms import (
+        FedGKT as FedGKT,
+    )
+    from hetero_fl.algorithms import (
+        FedKD as FedKD,
+    )
+    from hetero_fl.algorithms import (
+        FedLC as FedLC,
+    )
+    from hetero_fl.algorithms import (
+        FedMD as FedMD,
+    )
+    from hetero_fl.algorithms import (
+        FedMRL as FedMRL,
+    )
+    from hetero_fl.algorithms import (
+        FedNova as FedNova,
+    )
+    from hetero_fl.algorithms import (
+        FedPer as FedPer,
+    )
+    from hetero_fl.algorithms import (
+        FedProto as FedProto,
+    )
+    from hetero_fl.algorithms import (
+        FedProx as FedProx,
+    )
+    from hetero_fl.algorithms import (
+        FedRep as FedRep,
+    )
+    from hetero_fl.algorithms import (
+        FedTGP as FedTGP,
+    )
+    from hetero_fl.algorithms import (
+        FedYogi as FedYogi,
+    )
+    from hetero_fl.algorithms import (
+        HeteroFL as HeteroFL,
+    )
+    from hetero_fl.algorithms import (
+        Hybrid as Hybrid,
+    )
+    from hetero_fl.algorithms import (
+        KTpFL as KTpFL,
+    )
+    from hetero_fl.algorithms import (
+        LGFedAvg as LGFedAvg,
+    )
+    from hetero_fl.algorithms import (
+        Local as Local,
+    )
+    from hetero_fl.algorithms import (
+        Scaffold as Scaffold,
+    )
+    from hetero_fl.algorithms import (
+        register_algorithm as register_algorithm,
+    )
+    from hetero_fl.config.clients import AugmentConfig as Augment
+    from hetero_fl.config.clients import ClientSettings as ClientDefaults
+    from hetero_fl.config.clients import PreprocessConfig as Preprocess
+    from hetero_fl.config.clients import ScannerConfig as Scanner
+    from hetero_fl.config.communication import ChannelConfig as Channel
+    from hetero_fl.config.optimizers import SGD, Adam, AdamW
+    from hetero_fl.config.privacy import PrivacyConfig as Privacy
+    from hetero_fl.config.robustness import AggregationConfig as Aggregation
+    from hetero_fl.config.robustness import AttacksConfig as Attacks
+    from hetero_fl.config.schema import EvaluationConfig as Evaluation
+    from hetero_fl.config.schema import OutputConfig as Output
+    from hetero_fl.config.schema import RuntimeConfig as Runtime
+    from hetero_fl.config.schema import ServerConfig as Server
+    from hetero_fl.config.simulation import CohortConfig as Cohort
+    from hetero_fl.config.simulation import DeviceConfig as Device
+    from hetero_fl.config.simulation import DevicesConfig as Devices
+    from hetero_fl.config.simulation import FaultsConfig as Faults
     from hetero_fl.experiment import audit, compare, evaluate, export, join, prepare, run
+    from hetero_fl.experiment.client import Client
+    from hetero_fl.experiment.federation import Federation
     from hetero_fl.experiment.preparation import load_config
     from hetero_fl.reporting.run import Run
+    from model_zoo import SplitModel
 
-__all__ = ["Run", "audit", "compare", "evaluate", "export", "join", "load_config", "prepare", "run"]
+__all__ = [
+    "DSFL",
+    "FD",
+    "FML",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Aggregation",
+    "Algorithm",
+    "Attacks",
+    "Augment",
+    "Centralized",
+    "Channel",
+    "Client",
+    "ClientDefaults",
+    "Cohort",
+    "Dense",
+    "Device",
+    "Devices",
+    "Ditto",
+    "Ensemble",
+    "Evaluation",
+    "Faults",
+    "FedAdam",
+    "FedAsync",
+    "FedAvg",
+    "FedAvgFT",
+    "FedAvgM",
+    "FedBABU",
+    "FedBN",
+    "FedBuff",
+    "FedDF",
+    "FedGH",
+    "FedGKT",
+    "FedGen",
+    "FedKD",
+    "FedLC",
+    "FedMD",
+    "FedMRL",
+    "FedNova",
+    "FedPer",
+    "FedProto",
+    "FedProx",
+    "FedRep",
+    "FedTGP",
+    "FedYogi",
+    "Federation",
+    "HeteroFL",
+    "Hybrid",
+    "KTpFL",
+    "LGFedAvg",
+    "Local",
+    "Output",
+    "Preprocess",
+    "Privacy",
+    "Run",
+    "Runtime",
+    "Scaffold",
+    "Scanner",
+    "Server",
+    "SplitModel",
+    "audit",
+    "compare",
+    "evaluate",
+    "export",
+    "join",
+    "load_config",
+    "prepare",
+    "register_algorithm",
+    "run",
+]
+
+# Module of each public name that is not a method, with the name there if it differs.
+_MODULES = {
+    "audit": "hetero_fl.experiment",
+    "compare": "hetero_fl.experiment",
+    "evaluate": "hetero_fl.experiment",
+    "export": "hetero_fl.experiment",
+    "join": "hetero_fl.experiment",
+    "prepare": "hetero_fl.experiment",
+    "run": "hetero_fl.experiment",
+    "Client": "hetero_fl.experiment.client",
+    "Federation": "hetero_fl.experiment.federation",
+    "load_config": "hetero_fl.experiment.preparation",
+    "Run": "hetero_fl.reporting.run",
+    "SplitModel": "model_zoo",
+    "Augment": "hetero_fl.config.clients:AugmentConfig",
+    "ClientDefaults": "hetero_fl.config.clients:ClientSettings",
+    "Preprocess": "hetero_fl.config.clients:PreprocessConfig",
+    "Privacy": "hetero_fl.config.privacy:PrivacyConfig",
+    "Channel": "hetero_fl.config.communication:ChannelConfig",
+    "Runtime": "hetero_fl.config.schema:RuntimeConfig",
+    "Evaluation": "hetero_fl.config.schema:EvaluationConfig",
+    "Output": "hetero_fl.config.schema:OutputConfig",
+    "Server": "hetero_fl.config.schema:ServerConfig",
+    "Aggregation": "hetero_fl.config.robustness:AggregationConfig",
+    "Attacks": "hetero_fl.config.robustness:AttacksConfig",
+    "Devices": "hetero_fl.config.simulation:DevicesConfig",
+    "Faults": "hetero_fl.config.simulation:FaultsConfig",
+    "Cohort": "hetero_fl.config.simulation:CohortConfig",
+    "Scanner": "hetero_fl.config.clients:ScannerConfig",
+    "Device": "hetero_fl.config.simulation:DeviceConfig",
+    "SGD": "hetero_fl.config.optimizers",
+    "Adam": "hetero_fl.config.optimizers",
+    "AdamW": "hetero_fl.config.optimizers",
+}
 
 
 def __dir__() -> list[str]:
@@ -24,16 +264,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     # Public names are imported on first use, so that `import hetero_fl` is fast.
-    if name == "load_config":
-        from hetero_fl.experiment.preparation import load_config
-
-        return load_config
-    if name == "Run":
-        from hetero_fl.reporting.run import Run
-
-        return Run
-    if name in __all__:
-        import hetero_fl.experiment
-
-        return getattr(hetero_fl.experiment, name)
-    raise AttributeError(f"module 'hetero_fl' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'hetero_fl' has no attribute {name!r}")
+    module, _, original = _MODULES.get(name, "hetero_fl.algorithms").partition(":")
+    return getattr(import_module(module), original or name)

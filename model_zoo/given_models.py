@@ -11,11 +11,14 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 from torch import nn
 
 from model_zoo.errors import ModelError
+from model_zoo.heads import split_module
+from model_zoo.shapes import Shape
+from model_zoo.split_model import SplitModel
 
 OBJECT_PREFIX = "object:"
 
@@ -61,7 +64,7 @@ class GivenModel:
         described = _describe_module(model) if isinstance(model, nn.Module) else _source_of(model)
         digest = hashlib.sha256(f"{described}\n{head}".encode()).hexdigest()[:8]
         self.name = f"{OBJECT_PREFIX}{self.title}-{digest}"
-        _given[self.name] = self
+        _given.setdefault(self.name, WeakSet()).add(self)
 
     def __repr__(self) -> str:
         return f"GivenModel({self.title}, head={self.head!r})"
@@ -82,6 +85,17 @@ class GivenModel:
     def factory(self) -> ModelFactory:
         """A function that creates the module."""
         return _Copy(self._model) if isinstance(self._model, nn.Module) else self._model
+
+    def build(self, shape: Shape) -> SplitModel:
+        """Return a copy of the module, with its weights, as a backbone and a head.
+
+        Args:
+            shape: Shape of an example.
+
+        Raises:
+            ModelError: If the module has no head, or does not accept the examples.
+        """
+        return split_module(self.factory(pretrained=True), shape, self.head)
 
 
 class _Copy:
@@ -122,7 +136,7 @@ def redraw_weights(module: nn.Module) -> list[str]:
     return kept
 
 
-_given: WeakValueDictionary[str, GivenModel] = WeakValueDictionary()
+_given: dict[str, WeakSet[GivenModel]] = {}
 
 
 def find_given(name: str) -> GivenModel:
@@ -131,12 +145,13 @@ def find_given(name: str) -> GivenModel:
     Raises:
         ModelError: If this program has no such model.
     """
-    if name not in _given:
+    given = next(iter(_given.get(name, ())), None)
+    if given is None:
         raise ModelError(
             "the model was an object of a Python program; pass it again, or use a name or "
             "python:package.module:Class"
         )
-    return _given[name]
+    return given
 
 
 def _describe_module(module: nn.Module) -> str:

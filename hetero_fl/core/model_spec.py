@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
+from model_zoo.given_models import GivenModel
+from model_zoo.shapes import make_shape
 
 Tensors = dict[str, Tensor]
 
@@ -110,6 +112,16 @@ class ModelSpec:
             vocabulary=self.vocabulary,
             **options,
         )
+
+    def build_given(self, given: GivenModel) -> Tensors:
+        """Return the tensors of a module that a program passes as a model of this architecture.
+
+        Raises:
+            ModelError: If the module is of another architecture.
+        """
+        _, channels, size, _ = self.size_arguments
+        model = given.build(make_shape(channels, size, self.vocabulary))
+        return {n: t.detach() for n, t in model.state_dict().items()}
 
     def initial_tensors(self, seed: int) -> Tensors:
         """Return the tensors with which every participant starts; they must not be modified."""

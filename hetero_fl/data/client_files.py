@@ -21,6 +21,7 @@ from hetero_fl.data.external import match_to_common
 from hetero_fl.data.preprocessing import raw_shape, required_columns
 from hetero_fl.data.registry import load_source, needs_path
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.ordering import natural_order
 
 POOLED = ("table", "npz", "image_folder")
@@ -31,6 +32,9 @@ SHARED = ("label", "group", "patient", "task", "categories", "size")
 
 def has_common_source(config: DataConfig) -> bool:
     """Return whether the configuration has a common source: a data set by name, or a path."""
+    if config.name == OBJECT_PREFIX:
+        # A federation from objects without a global test set.
+        return False
     return config.path is not None or not needs_path(config.name)
 
 
@@ -98,7 +102,7 @@ def pool_client_files(
 def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]:
     """Return the source of each client, with shared keys taken from `data`."""
     missing = f"data.path: missing; {config.name} reads a local file or folder"
-    if config.name not in POOLED:
+    if config.name not in (*POOLED, OBJECT_PREFIX):
         raise UserError(
             f"{missing}, and files of clients can be pooled only for data.name {', '.join(POOLED)}"
         )
@@ -116,7 +120,7 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
                 f"{missing}, and client '{client}' has no file of its own; set data.path, or data "
                 "for each client"
             )
-        if source.name != config.name:
+        if not source.name.startswith(OBJECT_PREFIX) and source.name != config.name:
             raise UserError(
                 f"{_config_path(client)}.name: must be {config.name} as in data.name if data.path "
                 f"is not set, got {source.name}"

@@ -13,6 +13,7 @@ from hetero_fl.data.arrays import TABLES, read_npz
 from hetero_fl.data.dataset import Dataset, check_examples
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from hetero_fl.utils.registry import call_reference
 
 Key = Literal[
@@ -125,7 +126,10 @@ def check_source(config: SourceConfig, where: str = "data") -> None:
         Traceback (most recent call last):
         hetero_fl.utils.errors.UserError: data.name: unknown source 'digit'; did you mean 'digits'?
     """
-    if not config.name.startswith(CODE_PREFIX):
+    if config.name.startswith(OBJECT_PREFIX):
+        if config.name != OBJECT_PREFIX:
+            find_object(config.name, f"{where}.name")
+    elif not config.name.startswith(CODE_PREFIX):
         _find_source(config, where)
     if config.path is not None:
         path = Path(config.path).expanduser()
@@ -160,6 +164,9 @@ def load_source(
         >>> dataset.train.x.shape, dataset.task.kind
         (torch.Size([1200, 10]), 'multiclass')
     """
+    if config.name.startswith(OBJECT_PREFIX):
+        given: Dataset = find_object(config.name, f"{where}.name")
+        return given
     if config.name.startswith(CODE_PREFIX):
         return _load_user_source(config, root, where, missing)
     name, entry = _find_source(config, where)

@@ -17,6 +17,7 @@ from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.code_permission import CODE_PREFIX
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 from model_zoo.shapes import make_shape
 
@@ -45,7 +46,7 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
     blocks of ResNet-18 at 28x28, to 120–140%. User-defined models keep the default format, because
     a `view` in their code may rely on it.
     """
-    if arch.name.startswith(CODE_PREFIX):
+    if arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
         return False
     model = describe_model(arch)
     is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0

@@ -25,7 +25,7 @@ from hetero_fl.config.load import (
     read_config_file,
     translate_tutorial,
 )
-from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
@@ -65,6 +65,19 @@ ExecutorFactory = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteEx
 """Creates an executor whose clients train on other machines."""
 
 
+@dataclass(frozen=True)
+class GivenTensors:
+    """Tensors with which a run starts, instead of those that the seed determines.
+
+    Args:
+        clients: Tensors of client models, by client id.
+        groups: Tensors of the server's models, by group.
+    """
+
+    clients: Mapping[str, Tensors]
+    groups: Mapping[str, Tensors]
+
+
 @dataclass
 class PreparedRun:
     """A run that is ready to train; nothing has been written yet.
@@ -78,6 +91,7 @@ class PreparedRun:
         inherited: Models of another run to start from, by client id.
         budget: The privacy budget; None for a run without privacy.
         headline: Data, task, method and number of clients, in one line.
+        given: Tensors with which clients and server groups start, if modules were passed.
     """
 
     config: Config
@@ -88,6 +102,7 @@ class PreparedRun:
     inherited: dict[str, SavedModel]
     budget: PrivacyBudget | None = None
     headline: str = ""
+    given: GivenTensors | None = None
 
     def __repr__(self) -> str:
         clients = pluralize(len(self.federation.client_infos), "client")

@@ -16,7 +16,12 @@ from hetero_fl.config import Config, describe_difference, resolve_config, resume
 from hetero_fl.config.load import Overrides
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset
-from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepare
+from hetero_fl.experiment.preparation import (
+    ExecutorFactory,
+    GivenTensors,
+    PreparedRun,
+    prepare,
+)
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
@@ -194,6 +199,8 @@ def _start_or_resume(
     metadata["directory"] = {**identity(directory), "rounds": rounds, "extended": extended}
     if saved is None:
         load_inherited_models(prepared.inherited, trainer)
+        if prepared.given is not None:
+            load_given_tensors(prepared.given, trainer)
         metadata["directory"]["metrics"] = directory.metrics_checksum()
         trainer.save(checkpoints, metadata)
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
@@ -411,6 +418,16 @@ def load_inherited_models(models: Mapping[str, SavedModel], trainer: FederatedTr
             if tensor.is_floating_point():
                 mean = torch.stack([m.tensors[name] for m in members]).mean(0)
                 trainer.server.models[group][name] = mean.to(tensor.device)
+
+
+def load_given_tensors(given: GivenTensors, trainer: FederatedTrainer) -> None:
+    """Initialize clients and server groups with the weights of modules that were passed."""
+    states = {c: PrivateState({"model": dict(tensors)}) for c, tensors in given.clients.items()}
+    trainer.load_client_states(states)
+    for group, tensors in given.groups.items():
+        if group in trainer.server.models:
+            device = next(iter(trainer.server.models[group].values())).device
+            trainer.server.models[group] = {n: t.to(device) for n, t in tensors.items()}
 
 
 def run(

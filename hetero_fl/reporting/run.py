@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,15 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.reporting.formatting import algorithm_name, format_final_evaluation, population
 from hetero_fl.reporting.integrity import CHANGED, inspect
-from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.serialization import sha256_of
 from hetero_fl.utils.text import pluralize
+from model_zoo import SplitModel
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Run:
@@ -67,6 +72,11 @@ class Run:
         inspect(path, thorough=False).require_whole()
         self.permission = CodePermission.from_argument(allow_code)
         self._loaded: dict[str, SavedModel] = {}
+        self._kept: list[object] = []
+
+    def keep(self, *objects: object) -> None:
+        """Keep objects alive as long as the run, such as classes that its files name."""
+        self._kept.extend(objects)
 
     @classmethod
     def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
@@ -148,6 +158,44 @@ class Run:
         if expected is not None and sha256_of(file) != expected:
             raise UserError(f"{file}: {CHANGED}")
         return SavedModel.load(file, self.permission)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each round, client and metric.
+
+        The columns are `round`, `client`, `test` (`global` or `personal`), `metric` and `value`.
+        `client` is "server" for the server's model and "mean" for the mean over the clients.
+        """
+        # Imported here because loading pandas is slow.
+        from hetero_fl.reporting.history import history_frame
+
+        return history_frame(self.metrics)
+
+    def model(self, client: str) -> SplitModel:
+        """Return the trained model of a client as a module, in evaluation mode.
+
+        Args:
+            client: Client id, or `server`.
+
+        Raises:
+            UserError: If there is no such client.
+        """
+        return self.load_models(client)[client].module(personal=False)
+
+    def save(self, path: str | Path) -> Run:
+        """Copy the run directory, and return the run there.
+
+        Args:
+            path: A folder that does not exist or is empty.
+
+        Raises:
+            UserError: If the folder is not empty.
+        """
+        check_vacant(Path(path))
+        shutil.copytree(self.path, path, dirs_exist_ok=True)
+        saved = Run(path, self.permission)
+        saved.keep(*self._kept)
+        return saved
 
     def predict(self, client: str, x: Any, personal: bool = True, unit: Any = None) -> Tensor:
         """Predict raw examples with the model of a client.

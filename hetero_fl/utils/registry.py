@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from hetero_fl.utils.version import describe_new_name, describe_renamed_hooks
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: If the name is unknown or the reference cannot be imported.
         """
-        if name.startswith(CODE_PREFIX):
+        if name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
             found: T = import_reference(name, self.kind, self._base())
             return found
         if name not in self._known:
@@ -70,6 +71,8 @@ class Registry(Generic[T]):
 
         A user-defined class is found only if its module has already been imported.
         """
+        if name.startswith(OBJECT_PREFIX):
+            return cast("T", find_object(name, self.kind))
         if not name.startswith(CODE_PREFIX):
             return self._known.get(name)
         module_name, _, attribute = name.removeprefix(CODE_PREFIX).partition(":")
@@ -93,10 +96,11 @@ def _describe_import_error(module_name: str, error: Exception) -> str:
 def import_reference(
     reference: str, where: str, base: type | None = None, takes: str | None = None
 ) -> Any:
-    """Import the class or function that `python:package.module:Name` references.
+    """Return the class or function that a reference names.
 
-    The module may be located in the working directory. The caller must check that the code may run
-    (see `hetero_fl.utils.code_permission`).
+    `python:package.module:Name` is imported; the module may be located in the working directory,
+    and the caller must check that the code may run (see `hetero_fl.utils.code_permission`).
+    `object:NAME` is an object of this program (see `hetero_fl.utils.objects`).
 
     Args:
         reference: The reference.
@@ -109,6 +113,8 @@ def import_reference(
         UserError: If the reference is malformed, cannot be imported, or is neither an accepted
             class nor an accepted function.
     """
+    if reference.startswith(OBJECT_PREFIX):
+        return find_object(reference, where)
     module_name, _, name = reference.removeprefix(CODE_PREFIX).partition(":")
     if not module_name or not name:
         raise UserError(f"{where}: found '{reference}'; write python:package.module:Name")

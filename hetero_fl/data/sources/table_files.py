@@ -416,7 +416,7 @@ PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
 
 def read_table(
     frame: pd.DataFrame,
-    path: Path,
+    path: Path | str,
     label: str,
     *,
     group: str | None = None,
@@ -436,7 +436,8 @@ def read_table(
 
     Args:
         frame: Table.
-        path: Its file, for error messages, in which rows count from 1 below the header.
+        path: Its file, or a name for it, for error messages, in which rows count from 1 below the
+            header.
         label: Column of the labels, or several separated by commas.
         group: Column of the groups.
         patient: Column of the patients.
@@ -448,7 +449,8 @@ def read_table(
         UserError: If a column or value is missing, or a cell is not a number.
     """
     labels = _label_columns(frame, label)
-    where = f"path: {path}"
+    where = f"path: {path}" if isinstance(path, Path) else path
+    title = path.name if isinstance(path, Path) else path
     owners = {
         key: column
         for key, column in (("group", group), ("patient", patient))
@@ -483,17 +485,17 @@ def read_table(
     patient_columns = indexed.get("patient", (None, ()))
     examples = Examples(x, y, *group_columns, *patient_columns)
     used = ColumnLayout(columns, (), tuple(encoded.items())).names
-    about = f"table {path.name}, {len(used)} columns" + (
+    about = f"table {title}, {len(used)} columns" + (
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
     summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
     summary += _describe_columns(used, encoded, left_out, commas)
-    notes = [f"table {path.name}: {'; '.join(summary)}"]
-    notes += [f"table {path.name}: {doubt}" for doubt in doubts]
+    notes = [f"table {title}: {'; '.join(summary)}"]
+    notes += [f"table {title}: {doubt}" for doubt in doubts]
     if patient is None and (name := _patients(rest)) is not None:
         feature = ", and the column is a feature" if name in used else ""
         notes.append(
-            f"table {path.name}: column '{name}' seems to identify patients and repeats; set "
+            f"table {title}: column '{name}' seems to identify patients and repeats; set "
             f"data.patient to keep the rows of a patient together, otherwise they are divided "
             f"between training and test{feature}"
         )

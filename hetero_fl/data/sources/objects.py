@@ -1,0 +1,200 @@
+"""Data sets from objects of a program: arrays, data frames, and data sets of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+
+from hetero_fl.core.task import Task
+from hetero_fl.data.arrays import from_arrays
+from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.utils.errors import UserError, suggest_or_list
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NO_TASK = Task("regression", 1)
+"""The task of examples without labels, which is not used."""
+KINDS = (
+    "a pair (x, y) of arrays or tensors, a pandas DataFrame with label='COLUMN', a map-style torch "
+    "Dataset, a Hugging Face Dataset, or a hetero_fl.data.Dataset"
+)
+
+
+def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) -> Dataset:
+    """Convert data of any supported type to a data set.
+
+    Arrays, tensors and the tensors of a `TensorDataset` are not copied if they already have the
+    format of `Examples`. The items of other torch data sets are read once, in order.
+
+    Args:
+        data: A pair (x, y) of arrays or tensors (see `from_arrays`); a pandas DataFrame; a
+            map-style `torch.utils.data.Dataset` of pairs (x, y); a Hugging Face `Dataset`; or a
+            `hetero_fl.data.Dataset`, which is returned unchanged.
+        where: Name of the data in error messages.
+        label: Column of the labels in a DataFrame or a Hugging Face data set.
+        **options: Arguments of `from_arrays` for pairs and torch data sets, such as `task`,
+            `num_classes` or `columns`.
+
+    Raises:
+        TypeError: If the data is of another type.
+        UserError: If the labels are missing, or the values are invalid.
+
+    Example:
+        >>> import numpy as np
+        >>> from hetero_fl.data.sources.objects import to_dataset
+        >>> x, y = np.zeros((6, 28, 28), dtype=np.uint8), np.arange(6) % 2
+        >>> to_dataset((x, y), "data").train
+        Examples(6 rows: x uint8 [1, 28, 28], y int64)
+    """
+    if isinstance(data, Dataset):
+        return data
+    if _is_frame(data):
+        return _from_frame(data, where, label)
+    if _is_hugging_face(data):
+        return _from_hugging_face(data, where, label, options)
+    if label is not None:
+        raise UserError(
+            f"{where}: label: applies to a DataFrame or a Hugging Face Dataset, got "
+            f"{type(data).__name__}"
+        )
+    if isinstance(data, torch.utils.data.Dataset):
+        x, y = _from_torch(data, where)
+    else:
+        x, y = _pair(data, where)
+    return from_arrays(x, y, name=where, **options)
+
+
+def to_examples(data: Any, where: str, label: str | None = None) -> Dataset:
+    """Convert data that may have no labels, such as a proxy set.
+
+    Args:
+        data: See `to_dataset`; or an array or tensor of examples, or a DataFrame without `label`.
+        where: Name of the data in error messages.
+        label: Column of the labels, if there are any.
+    """
+    if isinstance(data, Tensor | np.ndarray):
+        return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
+    if _is_frame(data) and label is None:
+        from hetero_fl.data.sources.table_files import features
+
+        x, columns, _ = features(data, where)
+        return Dataset(where, _NO_TASK, Examples(x), columns=columns)
+    return _unlabeled(to_dataset(data, where, label))
+
+
+def _unlabeled(dataset: Dataset) -> Dataset:
+    return replace(dataset, train=replace(dataset.train, y=None))
+
+
+def _is_frame(data: Any) -> bool:
+    return type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
+
+
+def _is_hugging_face(data: Any) -> bool:
+    return type(data).__module__.partition(".")[0] == "datasets"
+
+
+def _from_frame(frame: pd.DataFrame, where: str, label: str | None) -> Dataset:
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.table_files import read_table
+
+    if label is None:
+        columns = list(map(str, frame.columns))
+        raise UserError(
+            f"{where}: label: missing; name the column of the labels{suggest_or_list('', columns)}"
+        )
+    return read_table(frame.reset_index(drop=True), where, label)
+
+
+def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
+    """Return the examples and labels of a torch data set."""
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise TypeError(
+            f"{where}: expected a map-style torch Dataset with __len__, got "
+            f"{type(data).__name__}; collect its items in arrays"
+        )
+    if isinstance(data, TensorDataset):
+        return _two_columns(data.tensors, where)
+    if isinstance(data, Subset) and isinstance(data.dataset, TensorDataset):
+        rows = torch.as_tensor(data.indices)
+        return _two_columns([tensor[rows] for tensor in data.dataset.tensors], where)
+    if len(data) == 0:
+        raise UserError(f"{where}: has no rows")
+    # One pass over the items, which may be read from disk or augmented at random.
+    items = [_item(data[i], where, i) for i in range(len(data))]
+    x = [_as_array(x) for x, _ in items]
+    shapes = {tuple(each.shape) for each in x}
+    if len(shapes) > 1:
+        first, second, *_ = sorted(shapes)
+        raise UserError(
+            f"{where}: examples have shapes {first} and {second}; resize them to one shape in the "
+            "data set's transform"
+        )
+    return np.stack(x), np.stack([np.asarray(y) for _, y in items])
+
+
+def _two_columns(tensors: Any, where: str) -> tuple[Any, Any]:
+    if len(tensors) != 2:
+        raise UserError(f"{where}: expected tensors x and y, got {len(tensors)} tensors")
+    return tensors[0], tensors[1]
+
+
+def _item(item: Any, where: str, row: int) -> tuple[Any, Any]:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        found = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
+        raise UserError(f"{where}: row {row}: expected a pair (x, y), got {found}")
+    return item[0], item[1]
+
+
+def _as_array(x: Any) -> np.ndarray:
+    return x.numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def _pair(data: Any, where: str) -> tuple[Any, Any]:
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"{where}: got an iterator ({type(data).__name__}), which can be read only once; "
+            "collect its items in arrays"
+        )
+    if isinstance(data, Tensor | np.ndarray):
+        raise UserError(f"{where}: labels missing; pass a pair (x, y)")
+    if not isinstance(data, tuple | list):
+        raise TypeError(f"{where}: expected {KINDS}, got {type(data).__name__}")
+    if len(data) != 2:
+        raise UserError(f"{where}: expected a pair (x, y), got {len(data)} values")
+    return data[0], data[1]
+
+
+def _from_hugging_face(
+    data: Any, where: str, label: str | None, options: Mapping[str, Any]
+) -> Dataset:
+    """Convert a Hugging Face data set with an image column, or with columns of numbers."""
+    if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
+        raise TypeError(
+            f"{where}: expected a datasets.Dataset, got {type(data).__name__}; choose one split of "
+            "a DatasetDict, and collect the items of an IterableDataset"
+        )
+    kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    label = label or (labels[0] if len(labels) == 1 else None)
+    if label is None or label not in kinds:
+        raise UserError(
+            f"{where}: label: {'missing' if label is None else f'no column {label!r}'}"
+            f"{suggest_or_list(label or '', list(kinds))}"
+        )
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    if not images:
+        return _from_frame(cast("pd.DataFrame", data.to_pandas()), where, label)
+    x = [np.asarray(image) for image in data[images[0]]]
+    if len({image.shape for image in x}) > 1:
+        raise UserError(f"{where}: {images[0]}: images have several sizes; resize them first")
+    names = getattr(data.features[label], "names", None)
+    y = [names[value] for value in data[label]] if names else data[label]
+    return from_arrays(np.stack(x), np.asarray(y), name=where, **options)

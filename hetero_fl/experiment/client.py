@@ -1,0 +1,233 @@
+"""A client of a federation that is created in Python."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.config.clients import (
+    AugmentConfig,
+    ClientGroup,
+    PreprocessConfig,
+    Recalibration,
+    ScannerConfig,
+)
+from hetero_fl.config.simulation import DeviceConfig
+from hetero_fl.utils.code_permission import CODE_PREFIX
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import name_object
+from model_zoo.given_models import GivenModel, redraw_weights
+
+Model = nn.Module | type[nn.Module] | Mapping[str, Any] | str | Any
+Init = Literal["seeded", "given"]
+
+OWN_ARGUMENTS = ("name", "model", "data", "label", "validation", "test", "head", "init")
+
+
+class Client:
+    """A participant with its own data and its own model.
+
+    All arguments except the name, the model and the data have the meaning and the defaults of the
+    configuration keys with the same names (see the reference of `clients.defaults`). An argument
+    that is None is not set.
+
+    Args:
+        name: Id of the client: letters, digits, `_` and `-`.
+        model: A `torch.nn.Module`; a class or function that creates one; or a model of `model_zoo`
+            by name, or as a dictionary with its options. None is the default of the federation.
+        data: The client's examples: a pair (x, y) of arrays or tensors, a pandas DataFrame, a
+            map-style torch `Dataset`, a Hugging Face `Dataset`, a `hetero_fl.data.Dataset`, or a
+            source as in the configuration, such as `{"name": "table", "path": "clinic.csv"}`. None
+            is a part of the federation's common data.
+        label: Column of the labels in a DataFrame or a Hugging Face data set.
+        validation: Validation examples; by default they are held out of `data`.
+        test: Examples of the local test; by default they are held out of `data`.
+        head: Path of the head in the model, such as "fc". By default it is searched
+            (`model_zoo.heads.find_head`).
+        init: `given` starts from the weights of the module, `seeded` from weights that depend on
+            the seed only, with which all clients of one architecture start equal. The default is
+            `given` for modules, `seeded` for classes, functions and names.
+        optimizer: Optimizer of local training, such as `Adam(lr=1e-3)`.
+        epochs: Local epochs per round.
+        steps: Local steps per round, instead of epochs.
+        batch_size: Examples per step.
+        class_weights: Weights of the classes in the cross-entropy, or "balanced".
+        logit_adjustment: Whether to train on z + log π.
+        local_prior: Whether to predict the client's own rows with z + log π.
+        prior_correction: Whether to predict other rows with z − log π.
+        recalibrate: Predictions that use recomputed BatchNorm statistics.
+        fine_tune_epochs: Epochs on the client's rows before evaluation.
+        objective: A subclass of `Objective`, or `python:module:Class`.
+        preprocess: Preprocessing of all inputs.
+        augment: Augmentation in training.
+        scanner: Simulated properties of the device that took the images.
+        shares: What the client may upload.
+        share_every: The client uploads in every n-th round.
+        size: Amount of data relative to other clients.
+        machine: Simulated device.
+
+    Raises:
+        TypeError: If the model is of another type.
+        UserError: If an argument is invalid.
+
+    Example:
+        >>> import numpy as np
+        >>> import hetero_fl as hfl
+        >>> x, y = np.zeros((40, 28, 28), dtype=np.uint8), np.arange(40) % 2
+        >>> hfl.Client("clinic", model="cnn_bn_small", data=(x, y), epochs=2)
+        Client('clinic', model=cnn_bn_small, data=tuple, epochs=2)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Model | None = None,
+        data: Any = None,
+        *,
+        label: str | None = None,
+        validation: Any = None,
+        test: Any = None,
+        head: str | None = None,
+        init: Init | None = None,
+        optimizer: OptimizerConfig | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        class_weights: Literal["balanced"] | list[float] | None = None,
+        logit_adjustment: bool | None = None,
+        local_prior: bool | None = None,
+        prior_correction: bool | None = None,
+        recalibrate: Sequence[Recalibration] | None = None,
+        fine_tune_epochs: int | None = None,
+        objective: type | str | None = None,
+        preprocess: PreprocessConfig | None = None,
+        augment: AugmentConfig | None = None,
+        scanner: ScannerConfig | None = None,
+        shares: Sequence[str] | None = None,
+        share_every: int | None = None,
+        size: float | None = None,
+        machine: DeviceConfig | None = None,
+    ) -> None:
+        arguments = dict(locals())
+        settings = {
+            key: plain_value(value)
+            for key, value in arguments.items()
+            if key not in ("self", "settings", *OWN_ARGUMENTS) and value is not None
+        }
+        if isinstance(objective, type):
+            settings["objective"] = reference_to(objective)
+        self.name = name
+        self.data = data
+        self.label = label
+        self.validation = validation
+        self.test = test
+        self.init: Init = init or ("given" if isinstance(model, nn.Module) else "seeded")
+        self.given = given_model(model, head, self.init, f"Client({name!r}): ")
+        self.settings = settings
+        self.model = model
+        # Checks the name and the settings.
+        validated({"name": name, **settings}, f"Client({name!r})")
+
+    def __repr__(self) -> str:
+        shown = [f"model={self.title}"] if self.model is not None else []
+        shown += [] if self.data is None else [f"data={type(self.data).__name__}"]
+        shown += [f"{key}={value!r}" for key, value in self.settings.items()]
+        return f"Client({', '.join([repr(self.name), *shown])})"
+
+    @property
+    def title(self) -> str:
+        """Name of the model in tables."""
+        if self.given is not None:
+            return self.given.title
+        return str(self.model["name"] if isinstance(self.model, Mapping) else self.model)
+
+    @property
+    def model_config(self) -> Any:
+        """The model as the value of the configuration key `model`; None if it is not set."""
+        if self.given is not None and not self.given.is_instance:
+            return importable_reference(self.model) or self.given.name
+        return self.given.name if self.given is not None else self.model
+
+
+def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenModel | None:
+    """Return a model that is an object; None for a model by name.
+
+    Args:
+        model: See `Client`.
+        head: See `Client`.
+        init: See `Client`.
+        where: Prefix of error messages.
+
+    Raises:
+        TypeError: If the model is neither an object nor a name.
+        UserError: If the arguments do not apply to the model.
+    """
+    if model is None or isinstance(model, str | Mapping):
+        if head is not None:
+            raise UserError(f"{where}head: applies to a module, got the model {model!r}")
+        if init == "given":
+            raise UserError(f"{where}init: 'given' needs a module with weights, got {model!r}")
+        return None
+    try:
+        given = GivenModel(model, head)
+    except TypeError as error:
+        raise TypeError(f"{where}{error}") from None
+    if init == "given" and not given.is_instance:
+        raise UserError(
+            f"{where}init: 'given' needs a module with weights, got {given.title}; create it"
+        )
+    if init == "seeded" and given.is_instance and (kept := redraw_weights(given.factory(True))):
+        raise UserError(
+            f"{where}init: 'seeded' cannot redraw the parameter '{kept[0]}' of {given.title}; pass "
+            "the class or a function that creates the module"
+        )
+    return given
+
+
+def validated(settings: Mapping[str, Any], where: str) -> ClientGroup:
+    """Return client settings after checking them.
+
+    Raises:
+        UserError: If a setting is invalid.
+    """
+    from pydantic import ValidationError
+
+    from hetero_fl.config.errors import describe_error
+
+    try:
+        return ClientGroup.model_validate(dict(settings))
+    except ValidationError as error:
+        raise UserError(f"{where}: {describe_error(error, dict(settings))}") from None
+
+
+def plain_value(value: Any) -> Any:
+    """Return an argument as plain text, numbers, lists and dictionaries, as in a configuration."""
+    if isinstance(value, OptimizerConfig):
+        # The class determines the name, which is therefore never set.
+        return {"name": value.name, **value.model_dump(mode="json", exclude_unset=True)}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def importable_reference(value: Any) -> str | None:
+    """Return `python:package.module:Name` of a class or function, or None for a local one."""
+    module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+    found = getattr(sys.modules.get(module), name, None)
+    if module in ("__main__", "") or found is not value:
+        return None
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return None
+    return f"{CODE_PREFIX}{module}:{name}"
+
+
+def reference_to(value: Any) -> str:
+    """Return a reference to a class or function: importable, or to the object itself."""
+    return importable_reference(value) or name_object(value.__name__, value)

@@ -1,0 +1,423 @@
+"""A federation that is created in Python from clients, and trained by a method."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.load import Overrides, Source, plain
+from hetero_fl.data import Dataset
+from hetero_fl.data.dataset import Examples
+from hetero_fl.data.sources.objects import to_dataset, to_examples
+from hetero_fl.experiment.client import Client, plain_value, reference_to
+from hetero_fl.experiment.preparation import GivenTensors, PreparedRun, load_config, prepare
+from hetero_fl.experiment.runner import Callback, run_prepared
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
+
+SECTIONS = (
+    "aggregation",
+    "attacks",
+    "channel",
+    "cohort",
+    "devices",
+    "evaluation",
+    "faults",
+    "output",
+    "privacy",
+    "runtime",
+    "server",
+)
+"""Sections of the configuration that `Federation` and `train` accept as arguments."""
+
+
+class Federation:
+    """Participants with their own data and models, who train together.
+
+    Args:
+        clients: The clients.
+        test: Examples of the global test set, as for `Client.data`. By default they are held out of
+            the clients' rows.
+        validation: Examples of the global validation set.
+        proxy: Public examples on which predictions are compared: an array or tensor, or labeled
+            data of any type; or their number, which is then held out of the clients' rows.
+        label: Column of the labels in data frames of this federation and of clients without
+            `label`.
+        num_classes: Number of classes. By default, integer labels range from 0 to the largest label
+            of all clients and sets.
+        defaults: Settings of all clients that do not set them, such as `ClientDefaults(epochs=2)`.
+        per_round: Number of clients sampled in each round; None: all.
+        common: Prefixes of tensor names that are averaged across models of different architectures.
+        seed: Seed of the data splits, initial weights, sampling and batches.
+        name: Name of the federation; the prefix of run directories.
+
+    Raises:
+        TypeError: If data or a model is of an unsupported type.
+        UserError: If clients, data and settings do not fit together.
+
+    Example:
+        >>> import numpy as np
+        >>> import hetero_fl as hfl
+        >>> rng = np.random.default_rng(0)
+        >>> def patients(n):
+        ...     y = np.arange(n) % 2
+        ...     return (rng.normal(size=(n, 8)) + y[:, None]).astype("float32"), y
+        >>> federation = hfl.Federation(
+        ...     [
+        ...         hfl.Client("clinic", model="mlp", data=patients(60)),
+        ...         hfl.Client("university", model="wide_deep", data=patients(90)),
+        ...     ],
+        ...     test=patients(40),
+        ...     proxy=patients(50)[0],
+        ... )
+        >>> run = federation.train(hfl.FedMD(), rounds=2)
+        >>> sorted(run.models)
+        ['clinic', 'university']
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        *,
+        test: Any = None,
+        validation: Any = None,
+        proxy: Any = None,
+        label: str | None = None,
+        num_classes: int | None = None,
+        defaults: ClientSettings | None = None,
+        per_round: int | None = None,
+        common: Sequence[str] = (),
+        seed: int = 0,
+        name: str = "federation",
+    ) -> None:
+        self.clients = list(clients)
+        _check_names(self.clients)
+        given = {"test": test, "validation": validation, "proxy": proxy}
+        sets = {name: data for name, data in given.items() if data is not None}
+        parts = _Parts(self.clients, sets, label, num_classes)
+        self._objects: list[object] = [parts.datasets, *self.clients]
+        groups = [
+            {"name": client.name, **_model_of(client), **_data_of(client, parts), **client.settings}
+            for client in self.clients
+        ]
+        section: dict[str, Any] = {"groups": groups}
+        if defaults is not None:
+            section["defaults"] = plain_value(defaults)
+        if per_round is not None:
+            section["per_round"] = per_round
+        if common:
+            section["common"] = list(common)
+        self._config: dict[str, Any] = {
+            "name": name,
+            "seed": seed,
+            "data": parts.config(),
+            "clients": section,
+        }
+
+    @classmethod
+    def from_config(cls, source: Source, overrides: Overrides = ()) -> Federation:
+        """Create a federation from a configuration file or a dictionary.
+
+        Args:
+            source: A YAML or JSON file, or a dictionary.
+            overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
+
+        Raises:
+            UserError: If the configuration is invalid.
+        """
+        federation = cls.__new__(cls)
+        federation.clients = []
+        federation._objects = []
+        federation._config = plain(load_config(source, overrides))
+        return federation
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The federation as a dictionary with the keys of a configuration file."""
+        return self._config
+
+    def __repr__(self) -> str:
+        shown = "\n".join(f"    {client!r}," for client in self.clients)
+        listed = f"[\n{shown}\n]" if shown else repr(self._config.get("name", "run"))
+        return f"Federation({listed})"
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def prepare(
+        self,
+        method: Algorithm | type[Algorithm] | str | None = None,
+        *,
+        rounds: int | None = None,
+        overrides: Overrides = (),
+        **sections: Any,
+    ) -> PreparedRun:
+        """Check everything that a run needs, without training or writing files (see `train`)."""
+        config = self._configuration(method, rounds, sections)
+        prepared = prepare(config, overrides, allow_code=True)
+        return replace(prepared, given=_given_tensors(self.clients, prepared))
+
+    def train(
+        self,
+        method: Algorithm | type[Algorithm] | str | None = None,
+        *,
+        rounds: int | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        callbacks: Sequence[Callback] = (),
+        quiet: bool = True,
+        overrides: Overrides = (),
+        **sections: Any,
+    ) -> Run:
+        """Train the federation with a method.
+
+        Args:
+            method: A method such as `FedMD(digest_epochs=2)`, its class or its name. None is the
+                method of the configuration file, or `FedAvg()`.
+            rounds: Number of rounds. None is that of the configuration file, or 10.
+            out: The run directory. None is `runs/<name>-<time>` for a federation from a file, else
+                a temporary directory, which is deleted with the run; `Run.save` keeps it.
+            resume: Whether to continue from the newest checkpoint in `out`.
+            callbacks: Called with the record of each round.
+            quiet: Whether to hide the progress display.
+            overrides: Changes to the configuration, such as `["evaluation.every=5"]`.
+            **sections: Sections of the configuration, such as `privacy=Privacy(...)`.
+
+        Raises:
+            UserError: If the federation, the method and the settings do not fit together.
+            RunFailedError: If the run cannot continue.
+        """
+        prepared = self.prepare(method, rounds=rounds, overrides=overrides, **sections)
+        temporary = None
+        if out is None and self.clients:
+            temporary = tempfile.TemporaryDirectory(prefix="hetero_fl_")
+            out = Path(temporary.name) / prepared.config.name
+        run = run_prepared(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
+        # The run keeps the objects that its configuration names, and its directory.
+        run.keep(temporary, *self._objects, method)
+        return run
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the federation as a configuration file.
+
+        Raises:
+            UserError: If a part has no name, such as an array or a class of a notebook.
+        """
+        for key, value in _objects_in(self._config):
+            raise UserError(
+                f"{key}: {value.removeprefix(OBJECT_PREFIX)} is an object of this program, which a "
+                "file cannot contain; use a file or python:package.module:Name instead"
+            )
+        text = yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True)
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+
+    def _configuration(
+        self,
+        method: Algorithm | type[Algorithm] | str | None,
+        rounds: int | None,
+        sections: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        config = dict(self._config)
+        for key, value in sections.items():
+            if key not in SECTIONS:
+                raise TypeError(
+                    f"train() got an unexpected keyword argument '{key}'; choose from "
+                    f"{', '.join(SECTIONS)}, or use overrides"
+                )
+            config[key] = plain_value(value)
+        if method is not None:
+            config["algorithm"] = method_section(method)
+        if rounds is not None:
+            config["rounds"] = rounds
+        return config
+
+
+def method_section(method: Algorithm | type[Algorithm] | str) -> dict[str, Any]:
+    """Return a method as the section `algorithm` of a configuration.
+
+    Raises:
+        TypeError: If the argument is not a method.
+    """
+    if isinstance(method, str):
+        return {"name": method}
+    if isinstance(method, type) and issubclass(method, Algorithm):
+        return {"name": _method_name(method)}
+    if not isinstance(method, Algorithm):
+        raise TypeError(
+            f"method: expected a method such as FedAvg() or its name, got {type(method).__name__}"
+        )
+    return {"name": _method_name(type(method)), **plain_value(method)}
+
+
+def _method_name(method_type: type[Algorithm]) -> str:
+    for name in register_algorithm:
+        if register_algorithm.get_loaded(name) is method_type:
+            return name
+    return reference_to(method_type)
+
+
+def _given_tensors(clients: Sequence[Client], prepared: PreparedRun) -> GivenTensors | None:
+    """Return the weights of the modules that clients pass with `init="given"`."""
+    own: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
+    differing: list[str] = []
+    for client in clients:
+        if client.given is None or client.init != "given":
+            continue
+        arch = prepared.federation.client_infos[client.name].arch
+        tensors = arch.build_given(client.given)
+        own[client.name] = tensors
+        first = groups.setdefault(arch.group_id, tensors)
+        if any(not torch.equal(first[name], tensor) for name, tensor in tensors.items()):
+            differing.append(client.name)
+    if differing:
+        prepared.notes.append(
+            f"the modules of {', '.join(differing)} have other weights than those of the first "
+            "client with the same architecture, with which the server starts"
+        )
+    return GivenTensors(own, groups) if own else None
+
+
+class _Parts:
+    """The data sets of a federation, which are converted together.
+
+    Integer labels are class numbers from 0 to the largest one of all parts, as a client may lack
+    classes.
+
+    Args:
+        clients: The clients.
+        sets: Data of the global sets `test`, `validation` and `proxy`, by name.
+        label: Column of the labels in data frames.
+        num_classes: Number of classes, if it is given.
+
+    Attributes:
+        datasets: Data sets by the place of their data in error messages.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        sets: Mapping[str, Any],
+        label: str | None,
+        num_classes: int | None,
+    ) -> None:
+        labeled = {
+            _place(client): (client.data, client.label or label)
+            for client in clients
+            if client.data is not None and not isinstance(client.data, Mapping)
+        }
+        labeled |= {name: (sets[name], label) for name in ("test", "validation") if name in sets}
+        options = _label_options([data for data, _ in labeled.values()], num_classes)
+        self.datasets = {
+            place: to_dataset(data, place, column if _has_columns(data) else None, **options)
+            for place, (data, column) in labeled.items()
+        }
+        proxy = sets.get("proxy")
+        self._proxy_size = proxy if isinstance(proxy, int) else None
+        if proxy is not None and self._proxy_size is None:
+            column = label if _has_columns(proxy) else None
+            self.datasets["proxy"] = to_examples(proxy, "proxy", column)
+        if "test" in self.datasets:
+            self.datasets["common"] = _common_set(self.datasets)
+
+    def config(self) -> dict[str, Any]:
+        """Return the section `data`."""
+        section: dict[str, Any] = {"name": OBJECT_PREFIX}
+        if "common" in self.datasets:
+            section = self.source("common")
+            if self.datasets["common"].validation is None:
+                section["validation"] = 0.0
+        if self._proxy_size is not None:
+            section["proxy"] = {"size": self._proxy_size}
+        elif "proxy" in self.datasets:
+            section["proxy"] = {"source": self.source("proxy")}
+        return section
+
+    def source(self, place: str) -> dict[str, Any]:
+        """Return a data set as a source of the configuration."""
+        title = place.removeprefix("clients: ").replace("'", "")
+        return {"name": name_object(title, self.datasets[place])}
+
+
+def _place(client: Client) -> str:
+    return f"clients: '{client.name}': data"
+
+
+def _has_columns(data: Any) -> bool:
+    return hasattr(data, "columns") or hasattr(data, "column_names")
+
+
+def _label_options(parts: Sequence[Any], num_classes: int | None) -> dict[str, Any]:
+    """Return the number of classes of integer labels, if all labels are integers."""
+    if num_classes is not None:
+        return {"num_classes": num_classes}
+    largest = []
+    for data in parts:
+        if not isinstance(data, tuple | list) or len(data) != 2:
+            return {}
+        y = np.asarray(data[1])
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not len(y) or y.min() < 0:
+            return {}
+        largest.append(int(y.max()))
+    return {"num_classes": max(largest) + 1} if largest else {}
+
+
+def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
+    """Return the common data set: no rows to divide, and the global test and validation sets."""
+    test = datasets["test"]
+    validation = datasets.get("validation")
+    nothing = Examples(test.train.x[:0], None if test.train.y is None else test.train.y[:0])
+    return replace(
+        test,
+        train=nothing,
+        test=test.train,
+        validation=None if validation is None else validation.train,
+    )
+
+
+def _check_names(clients: Sequence[Client]) -> None:
+    if not clients:
+        raise UserError("clients: expected at least one client, got none")
+    names: set[str] = set()
+    for client in clients:
+        if not isinstance(client, Client):
+            raise TypeError(f"clients: expected Client objects, got {type(client).__name__}")
+        if client.name in names:
+            raise UserError(f"clients: two clients have the name '{client.name}'; choose another")
+        names.add(client.name)
+
+
+def _model_of(client: Client) -> dict[str, Any]:
+    return {} if client.model is None else {"model": client.model_config}
+
+
+def _data_of(client: Client, parts: _Parts) -> dict[str, Any]:
+    if client.data is None:
+        return {}
+    if isinstance(client.data, Mapping):
+        return {"data": dict(client.data)}
+    return {"data": parts.source(_place(client))}
+
+
+def _objects_in(tree: Any, path: str = "") -> Iterable[tuple[str, str]]:
+    """Yield the key and the name of each object of this program in a configuration."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _objects_in(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _objects_in(value, f"{path}.{index}")
+    elif isinstance(tree, str) and tree.startswith(OBJECT_PREFIX):
+        yield path, tree

@@ -1,0 +1,59 @@
+"""Objects of the running program that a configuration names as `object:NAME`.
+
+A notebook passes arrays, classes and functions. The configuration that is built from them, which is
+plain text, contains their names. A name is valid as long as the program keeps the object.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+from hetero_fl.utils.errors import UserError
+
+OBJECT_PREFIX = "object:"
+
+_objects: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+def name_object(title: str, value: object) -> str:
+    """Return the name of an object, `object:TITLE` or, if another object has it, `object:TITLE~2`.
+
+    Args:
+        title: Readable part of the name.
+        value: The object; the caller keeps it alive.
+
+    Example:
+        >>> from hetero_fl.utils.objects import find_object, name_object
+        >>> class Momentum:
+        ...     pass
+        >>> name_object("Momentum", Momentum)
+        'object:Momentum'
+        >>> find_object("object:Momentum", "algorithm.name") is Momentum
+        True
+    """
+    number = 1
+    name = f"{OBJECT_PREFIX}{title}"
+    while _objects.get(name, value) is not value:
+        number += 1
+        name = f"{OBJECT_PREFIX}{title}~{number}"
+    _objects[name] = value
+    return name
+
+
+def find_object(name: str, where: str) -> Any:
+    """Return the object with a name.
+
+    Args:
+        name: The name, `object:TITLE`.
+        where: Prefix of error messages.
+
+    Raises:
+        UserError: If this program has no such object.
+    """
+    if name not in _objects:
+        raise UserError(
+            f"{where}: '{name}' was an object of a Python program, which this program does not "
+            "have; create the federation from objects again"
+        )
+    return _objects[name]

@@ -66,6 +66,10 @@ class GivenModel:
         self.name = f"{OBJECT_PREFIX}{self.title}-{digest}"
         _given.setdefault(self.name, WeakSet()).add(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The source text of a function is not available in every process.
+        return _restore, (self._model, self.head, self.name)
+
     def __repr__(self) -> str:
         return f"GivenModel({self.title}, head={self.head!r})"
 
@@ -96,6 +100,13 @@ class GivenModel:
             ModelError: If the module has no head, or does not accept the examples.
         """
         return split_module(self.factory(pretrained=True), shape, self.head)
+
+
+def _restore(model: nn.Module | ModelFactory, head: str | None, name: str) -> GivenModel:
+    given = GivenModel(model, head)
+    given.name = name
+    _given.setdefault(name, WeakSet()).add(given)
+    return given
 
 
 class _Copy:

@@ -22,6 +22,7 @@ from hetero_fl.config import describe_difference, resolve_config
 from hetero_fl.config.base import ConfigSection
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import Overrides, override_list, read_config_file
+from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.preparation import load_config, prepare
 from hetero_fl.experiment.runner import run
@@ -77,9 +78,9 @@ class Variant:
         """Parse `name:setting=value`; settings belong to the algorithm or are full key paths."""
         name, *settings = split_top_level(text, ":")
         # A user's method is written python:package.module:Class:setting=value.
-        if name == "python":
-            name = ":".join([name, *settings[:2]])
-            settings = settings[2:]
+        parts = {"python": 2, "object": 1}.get(name, 0)
+        name = ":".join([name, *settings[:parts]])
+        settings = settings[parts:]
         for setting in settings:
             if "=" not in setting:
                 raise ArgumentError(f"algorithms: {text}: expected setting=value, got '{setting}'")
@@ -144,7 +145,7 @@ def run_jobs(
     schedule = _Schedule(work)
     workers: list[BaseProcess] = []
     context = _record_processes(worker_context(__name__), workers)
-    environ = (dict(os.environ),)
+    environ = (dict(os.environ), pack_objects(source))
     with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
         with ignore_interrupts_in_children():
             waiting = {
@@ -197,9 +198,10 @@ def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
     return context
 
 
-def start_worker(environ: Mapping[str, str]) -> None:
+def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
     """Prepare a worker process, which computes on one core."""
     adopt_environment(environ)
+    unpack_objects(objects)
     use_one_core()
 
 

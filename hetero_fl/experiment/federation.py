@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hetero_fl.experiment.preparation import GivenTensors, PreparedRun, load_con
 from hetero_fl.experiment.runner import Callback, run_prepared
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
+from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
 
 SECTIONS = (
     "aggregation",
@@ -214,7 +214,7 @@ class Federation:
         Raises:
             UserError: If a part has no name, such as an array or a class of a notebook.
         """
-        for key, value in _objects_in(self._config):
+        for key, value in iterate_objects(self._config):
             raise UserError(
                 f"{key}: {value.removeprefix(OBJECT_PREFIX)} is an object of this program, which a "
                 "file cannot contain; use a file or python:package.module:Name instead"
@@ -409,15 +409,3 @@ def _data_of(client: Client, parts: _Parts) -> dict[str, Any]:
     if isinstance(client.data, Mapping):
         return {"data": dict(client.data)}
     return {"data": parts.source(_place(client))}
-
-
-def _objects_in(tree: Any, path: str = "") -> Iterable[tuple[str, str]]:
-    """Yield the key and the name of each object of this program in a configuration."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _objects_in(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            yield from _objects_in(value, f"{path}.{index}")
-    elif isinstance(tree, str) and tree.startswith(OBJECT_PREFIX):
-        yield path, tree

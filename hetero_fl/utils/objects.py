@@ -6,6 +6,7 @@ plain text, contains their names. A name is valid as long as the program keeps t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -39,6 +40,28 @@ def name_object(title: str, value: object) -> str:
         name = f"{OBJECT_PREFIX}{title}~{number}"
     _objects[name] = value
     return name
+
+
+def restore_object(name: str, value: object) -> None:
+    """Make an object available under the name that it has in another process.
+
+    Args:
+        name: The name, `object:TITLE`.
+        value: The object; the caller keeps it alive.
+    """
+    _objects[name] = value
+
+
+def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the key and the name of each object that a configuration names."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from iterate_objects(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from iterate_objects(value, f"{path}.{index}" if path else str(index))
+    elif isinstance(tree, str) and tree.startswith(OBJECT_PREFIX) and tree != OBJECT_PREFIX:
+        yield path, tree
 
 
 def find_object(name: str, where: str) -> Any:

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import cloudpickle
 import torch
 from typing_extensions import override
 
@@ -26,6 +27,7 @@ from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import PayloadError
+from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import (
     MAX_MESSAGE_LENGTH,
@@ -86,6 +88,20 @@ class WorkerSetup:
     shares_memory: bool = False
     deterministic: bool = False
     owns_device: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        named = [
+            [arch.name for arch in profile.models.values()] + [profile.settings.objective]
+            for profile in self.federation.client_infos.profiles
+        ]
+        algorithm = cloudpickle.dumps(self.algorithm)
+        return {**self.__dict__, "algorithm": algorithm, "objects": pack_objects(named)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Objects are restored first, as the algorithm and the models refer to them.
+        unpack_objects(state.pop("objects"))
+        state["algorithm"] = cloudpickle.loads(state["algorithm"])
+        self.__dict__.update(state)
 
 
 @dataclass(frozen=True)

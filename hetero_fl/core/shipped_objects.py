@@ -1,0 +1,44 @@
+"""Send the objects that a configuration names to other processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cloudpickle
+
+from hetero_fl.utils.objects import find_object, iterate_objects, restore_object
+from model_zoo import ModelError
+from model_zoo.given_models import find_given
+
+_kept: list[Any] = []
+"""Objects that this process received; their names are valid until it ends."""
+
+
+def pack_objects(*trees: Any) -> bytes:
+    """Return the objects that are named in configurations, serialized.
+
+    Classes and functions of notebooks and scripts are serialized by value, those of modules by
+    reference.
+
+    Args:
+        *trees: Configurations, or parts of them.
+    """
+    names = {name for tree in trees for _, name in iterate_objects(tree)}
+    found = {name: _find(name) for name in sorted(names)}
+    return cloudpickle.dumps(found) if found else b""
+
+
+def unpack_objects(packed: bytes) -> None:
+    """Make the objects of another process available under their names."""
+    if not packed:
+        return
+    for name, value in cloudpickle.loads(packed).items():
+        restore_object(name, value)
+        _kept.append(value)
+
+
+def _find(name: str) -> Any:
+    try:
+        return find_given(name)
+    except ModelError:
+        return find_object(name, "configuration")

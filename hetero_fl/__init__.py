@@ -147,6 +147,7 @@ if TYPE_CHECKING:
     from hetero_fl.experiment.client import Client
     from hetero_fl.experiment.federation import Federation
     from hetero_fl.experiment.preparation import load_config
+    from hetero_fl.reporting.comparison.result import Comparison
     from hetero_fl.reporting.run import Run
     from model_zoo import SplitModel
 
@@ -166,6 +167,7 @@ __all__ = [
     "Client",
     "ClientDefaults",
     "Cohort",
+    "Comparison",
     "Dense",
     "Device",
     "Devices",
@@ -232,6 +234,7 @@ _MODULES = {
     "prepare": "hetero_fl.experiment",
     "run": "hetero_fl.experiment",
     "Client": "hetero_fl.experiment.client",
+    "Comparison": "hetero_fl.reporting.comparison.result",
     "Federation": "hetero_fl.experiment.federation",
     "load_config": "hetero_fl.experiment.preparation",
     "Run": "hetero_fl.reporting.run",

@@ -43,7 +43,7 @@ Row = Mapping[str, str]
 def run_channel(name: str, seeds: Sequence[int], out: Path, changes: Sequence[str]) -> list[Row]:
     """Return a row for each seed of a setting; missing runs are executed."""
     overrides = [*CHANNELS[name], "output.plots=false", "output.report=false", *changes]
-    folder = hetero_fl.compare(
+    comparison = hetero_fl.compare(
         ROOT / "configs" / "medical_hetero.yaml",
         "hybrid",
         seeds,
@@ -51,7 +51,7 @@ def run_channel(name: str, seeds: Sequence[int], out: Path, changes: Sequence[st
         overrides=overrides,
         quiet=False,
     )
-    with (folder / "comparison.csv").open(encoding="utf-8") as file:
+    with (comparison.path / "comparison.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -202,7 +202,7 @@ def compare(
         from_study = loaded.overrides if algorithms else [*loaded.overrides, *loaded.algorithms]
         origins = dict.fromkeys(from_study, f"study {study.name}")
     default_seeds = "0" if loaded is None else ",".join(map(str, loaded.seeds))
-    result_folder = experiment.compare(
+    comparison = experiment.compare(
         source,
         labels,
         parse_numbers("--seeds", seeds or default_seeds),
@@ -214,7 +214,7 @@ def compare(
         origins=origins,
         allow_code=code_permission(allow_code),
     )
-    print((result_folder / "comparison.md").read_text(encoding="utf-8"))
+    print(comparison.to_markdown())
 
 
 def _option_or_study(name: str, value: Any, study: Study | None) -> Any:

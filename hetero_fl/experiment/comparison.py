@@ -28,6 +28,7 @@ from hetero_fl.experiment.preparation import load_config, prepare
 from hetero_fl.experiment.runner import run
 from hetero_fl.experiment.used_settings import add_method_defaults, used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings, rank_methods
+from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.formatting import (
     algorithm_name,
     format_duration,
@@ -54,6 +55,7 @@ from hetero_fl.utils.processes import (
     ignore_interrupts_in_children,
     worker_context,
 )
+from hetero_fl.utils.registry import split_label
 from hetero_fl.utils.text import pluralize, split_top_level
 
 Source = str | Path | Mapping[str, Any]
@@ -76,11 +78,7 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Parse `name:setting=value`; settings belong to the algorithm or are full key paths."""
-        name, *settings = split_top_level(text, ":")
-        # A user's method is written python:package.module:Class:setting=value.
-        parts = {"python": 2, "object": 1}.get(name, 0)
-        name = ":".join([name, *settings[:parts]])
-        settings = settings[parts:]
+        name, settings = split_label(text)
         for setting in settings:
             if "=" not in setting:
                 raise ArgumentError(f"algorithms: {text}: expected setting=value, got '{setting}'")
@@ -145,7 +143,8 @@ def run_jobs(
     schedule = _Schedule(work)
     workers: list[BaseProcess] = []
     context = _record_processes(worker_context(__name__), workers)
-    environ = (dict(os.environ), pack_objects(source))
+    named = [override.partition("=")[2] for job in work for override in job.overrides]
+    environ = (dict(os.environ), pack_objects(source, named))
     with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
         with ignore_interrupts_in_children():
             waiting = {
@@ -260,7 +259,7 @@ def compare(
     quiet: bool = True,
     origins: Mapping[str, str] | None = None,
     allow_code: bool | CodePermission = False,
-) -> Path:
+) -> Comparison:
     """Run every algorithm with every seed and write a table, figures and a report into `out`.
 
     Finished runs in `out` are reused. Call this under the `__main__` guard of a script, because the
@@ -283,7 +282,7 @@ def compare(
         allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
 
     Returns:
-        The folder of the comparison.
+        The comparison.
 
     Raises:
         UserError: If a configuration is invalid, or a run in `out` has other settings. Nothing has
@@ -294,10 +293,10 @@ def compare(
         >>> from tempfile import mkdtemp
         >>> import hetero_fl
         >>> config = {"data": {"name": "digits"}, "clients": {"count": 2}, "rounds": 1}
-        >>> folder = hetero_fl.compare(config, ["local", "fedavg"], out=mkdtemp(), jobs=1)
-        >>> sorted(path.name for path in (folder / "runs").iterdir())
-        ['fedavg-seed0', 'local-seed0']
-        >>> print((folder / "comparison.md").read_text())
+        >>> comparison = hetero_fl.compare(config, ["local", "fedavg"], out=mkdtemp(), jobs=1)
+        >>> [run.summary["algorithm"] for run in comparison.runs]
+        ['fedavg', 'local']
+        >>> print(comparison.to_markdown())
         # run...
     """
     exit_if_importing()
@@ -331,7 +330,7 @@ def compare(
     if failed:
         lines = (f"{job}: {' '.join(error.split())}" for job, error in failed.items())
         raise RunFailedError("\n".join([f"{len(failed)} of {len(plan.work)} runs failed", *lines]))
-    return plan.out
+    return Comparison(plan.out)
 
 
 class _Plan:

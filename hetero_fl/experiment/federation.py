@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.config.clients import ClientSettings
@@ -20,8 +19,11 @@ from hetero_fl.data import Dataset
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.sources.objects import to_dataset, to_examples
 from hetero_fl.experiment.client import Client, plain_value, reference_to
-from hetero_fl.experiment.preparation import GivenTensors, PreparedRun, load_config, prepare
+from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
 from hetero_fl.experiment.runner import Callback, run_prepared
+from hetero_fl.experiment.starting_models import GivenModels
+from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
@@ -103,8 +105,8 @@ class Federation:
     ) -> None:
         self.clients = list(clients)
         _check_names(self.clients)
-        given = {"test": test, "validation": validation, "proxy": proxy}
-        sets = {name: data for name, data in given.items() if data is not None}
+        sets_given = {"test": test, "validation": validation, "proxy": proxy}
+        sets = {name: data for name, data in sets_given.items() if data is not None}
         parts = _Parts(self.clients, sets, label, num_classes)
         self._objects: list[object] = [parts.datasets, *self.clients]
         groups = [
@@ -124,6 +126,11 @@ class Federation:
             "data": parts.config(),
             "clients": section,
         }
+        modules = {c.name: c.given for c in self.clients if c.given and c.init == "given"}
+        if modules:
+            given = GivenModels(modules)
+            self._objects.append(given)
+            self._config["init_from"] = name_object(f"{name}: modules", given)
 
     @classmethod
     def from_config(cls, source: Source, overrides: Overrides = ()) -> Federation:
@@ -165,8 +172,7 @@ class Federation:
     ) -> PreparedRun:
         """Check everything that a run needs, without training or writing files (see `train`)."""
         config = self._configuration(method, rounds, sections)
-        prepared = prepare(config, overrides, allow_code=True)
-        return replace(prepared, given=_given_tensors(self.clients, prepared))
+        return prepare(config, overrides, allow_code=True)
 
     def train(
         self,
@@ -207,6 +213,63 @@ class Federation:
         # The run keeps the objects that its configuration names, and its directory.
         run.keep(temporary, *self._objects, method)
         return run
+
+    def compare(
+        self,
+        methods: Sequence[Algorithm | type[Algorithm] | str],
+        *,
+        rounds: int | None = None,
+        seeds: Iterable[int] = (0,),
+        out: str | Path | None = None,
+        jobs: int | None = None,
+        quiet: bool = True,
+        overrides: Overrides = (),
+        **sections: Any,
+    ) -> Comparison:
+        """Train the federation with several methods and seeds.
+
+        Each run is a process of its own. In a script, call this under the `__main__` guard.
+
+        Args:
+            methods: Methods, their classes, or names with settings such as
+                `fedavg:logit_adjustment=true`.
+            rounds: Number of rounds, see `train`.
+            seeds: Seeds of the runs of each method.
+            out: The folder of the comparison. None is a temporary directory.
+            jobs: Number of runs at a time. None: one per core, with one thread each.
+            quiet: Whether to hide the progress display.
+            overrides: Changes to the configuration.
+            **sections: Sections of the configuration, see `train`.
+
+        Raises:
+            UserError: If the federation, a method and the settings do not fit together.
+            RunFailedError: If runs failed, after the others have ended.
+
+        Example:
+            >>> import hetero_fl as hfl
+            >>> federation = hfl.Federation.from_config(
+            ...     {"data": {"name": "digits"}, "clients": {"count": 2}}
+            ... )
+            >>> comparison = federation.compare([hfl.Local(), hfl.FedAvg()], rounds=1)
+            >>> comparison.frame["algorithm"].tolist()
+            ['local', 'fedavg']
+        """
+        temporary = None
+        if out is None:
+            temporary = tempfile.TemporaryDirectory(prefix="hetero_fl_")
+            out = temporary.name
+        comparison = compare(
+            self._configuration(None, rounds, sections),
+            [_variant(method) for method in methods],
+            seeds,
+            out=out,
+            overrides=overrides,
+            jobs=jobs,
+            quiet=quiet,
+            allow_code=True,
+        )
+        comparison.keep(temporary, *self._objects, *methods)
+        return comparison
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the federation as a configuration file.
@@ -261,33 +324,20 @@ def method_section(method: Algorithm | type[Algorithm] | str) -> dict[str, Any]:
     return {"name": _method_name(type(method)), **plain_value(method)}
 
 
+def _variant(method: Algorithm | type[Algorithm] | str) -> str:
+    """Return a method as a name with settings, `fedmd:digest_epochs=2`."""
+    if isinstance(method, str):
+        return method
+    section = method_section(method)
+    settings = (f"{key}={json.dumps(value)}" for key, value in section.items() if key != "name")
+    return ":".join([section["name"], *settings])
+
+
 def _method_name(method_type: type[Algorithm]) -> str:
     for name in register_algorithm:
         if register_algorithm.get_loaded(name) is method_type:
             return name
     return reference_to(method_type)
-
-
-def _given_tensors(clients: Sequence[Client], prepared: PreparedRun) -> GivenTensors | None:
-    """Return the weights of the modules that clients pass with `init="given"`."""
-    own: dict[str, dict[str, Tensor]] = {}
-    groups: dict[str, dict[str, Tensor]] = {}
-    differing: list[str] = []
-    for client in clients:
-        if client.given is None or client.init != "given":
-            continue
-        arch = prepared.federation.client_infos[client.name].arch
-        tensors = arch.build_given(client.given)
-        own[client.name] = tensors
-        first = groups.setdefault(arch.group_id, tensors)
-        if any(not torch.equal(first[name], tensor) for name, tensor in tensors.items()):
-            differing.append(client.name)
-    if differing:
-        prepared.notes.append(
-            f"the modules of {', '.join(differing)} have other weights than those of the first "
-            "client with the same architecture, with which the server starts"
-        )
-    return GivenTensors(own, groups) if own else None
 
 
 class _Parts:

@@ -25,9 +25,8 @@ from hetero_fl.config.load import (
     read_config_file,
     translate_tutorial,
 )
-from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientDirectory
-from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.client_files import has_common_source, pool_client_files
@@ -40,6 +39,7 @@ from hetero_fl.experiment.compatibility import (
 )
 from hetero_fl.experiment.facts import ConfigFacts, RunFacts
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
+from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.channel import idle_stages
 from hetero_fl.federation.dry_run import ExpectedUploads
@@ -54,7 +54,6 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
-from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
@@ -63,19 +62,6 @@ from model_zoo import ModelError
 
 ExecutorFactory = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
 """Creates an executor whose clients train on other machines."""
-
-
-@dataclass(frozen=True)
-class GivenTensors:
-    """Tensors with which a run starts, instead of those that the seed determines.
-
-    Args:
-        clients: Tensors of client models, by client id.
-        groups: Tensors of the server's models, by group.
-    """
-
-    clients: Mapping[str, Tensors]
-    groups: Mapping[str, Tensors]
 
 
 @dataclass
@@ -88,10 +74,9 @@ class PreparedRun:
         federation: Clients, models and settings of the federation.
         data: The data of all clients.
         notes: Lines for the log.
-        inherited: Models of another run to start from, by client id.
+        start: Tensors with which clients and server start, instead of those of the seed.
         budget: The privacy budget; None for a run without privacy.
         headline: Data, task, method and number of clients, in one line.
-        given: Tensors with which clients and server groups start, if modules were passed.
     """
 
     config: Config
@@ -99,10 +84,9 @@ class PreparedRun:
     federation: FederationSpec
     data: FederatedData
     notes: list[str]
-    inherited: dict[str, SavedModel]
+    start: StartingTensors
     budget: PrivacyBudget | None = None
     headline: str = ""
-    given: GivenTensors | None = None
 
     def __repr__(self) -> str:
         clients = pluralize(len(self.federation.client_infos), "client")
@@ -285,13 +269,14 @@ def prepare(
         load_objective(objective, federation.task)
     choose_device(config.runtime.device)
     notes += SimulationEnvironment.from_config(federation, config).notes()
+    start = starting_tensors(config.init_from, federation, permission)
     return PreparedRun(
         config,
         method,
         federation,
         data,
-        notes,
-        _load_inherited_models(config.init_from, federation, permission),
+        [*notes, *start.notes],
+        start,
         budget,
         headline,
     )
@@ -365,34 +350,6 @@ def _solve_privacy(
         federation,
         replace(budget, privacy=privacy),
     )
-
-
-def _load_inherited_models(
-    path: str | None, federation: FederationSpec, permission: CodePermission
-) -> dict[str, SavedModel]:
-    """Load the models of another run that match a client of this one in id and architecture."""
-    if path is None:
-        return {}
-    try:
-        models = Run(path, permission).models
-    except UserError as error:
-        raise UserError(f"init_from: {error}") from None
-    known = sorted(
-        (position, client_id)
-        for client_id in models
-        if (position := federation.client_infos.clients.position(client_id)) is not None
-    )
-    fitting = {
-        client_id: models[client_id]
-        for _, client_id in known
-        if models[client_id].arch == federation.client_infos[client_id].arch
-    }
-    if not fitting:
-        raise UserError(
-            f"init_from: no model in {path} fits a client of this run; "
-            "client id and model must be the same"
-        )
-    return fitting
 
 
 NOTES: tuple[CompatibilityRule[RunFacts], ...] = (

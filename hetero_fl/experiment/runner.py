@@ -10,22 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hetero_fl.config import Config, describe_difference, resolve_config, resume_relevant
 from hetero_fl.config.load import Overrides
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset
-from hetero_fl.experiment.preparation import (
-    ExecutorFactory,
-    GivenTensors,
-    PreparedRun,
-    prepare,
-)
+from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepare
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
-from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
 from hetero_fl.reporting.integrity import (
     NODES,
@@ -198,9 +191,7 @@ def _start_or_resume(
     prepared.notes += extended
     metadata["directory"] = {**identity(directory), "rounds": rounds, "extended": extended}
     if saved is None:
-        load_inherited_models(prepared.inherited, trainer)
-        if prepared.given is not None:
-            load_given_tensors(prepared.given, trainer)
+        prepared.start.load_into(trainer)
         metadata["directory"]["metrics"] = directory.metrics_checksum()
         trainer.save(checkpoints, metadata)
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
@@ -399,35 +390,6 @@ def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> Evalu
         )
         save("server", model.encode())
     return result
-
-
-def load_inherited_models(models: Mapping[str, SavedModel], trainer: FederatedTrainer) -> None:
-    """Initialize clients and server with the models of another run.
-
-    Each client starts with its model, each group at the server with the mean over its members.
-    """
-    groups: dict[str, list[SavedModel]] = {}
-    for model in models.values():
-        groups.setdefault(model.arch.spec_id, []).append(model)
-    states = {
-        client_id: PrivateState({"model": model.tensors}) for client_id, model in models.items()
-    }
-    trainer.load_client_states(states)
-    for group, members in groups.items():
-        for name, tensor in trainer.server.models[group].items():
-            if tensor.is_floating_point():
-                mean = torch.stack([m.tensors[name] for m in members]).mean(0)
-                trainer.server.models[group][name] = mean.to(tensor.device)
-
-
-def load_given_tensors(given: GivenTensors, trainer: FederatedTrainer) -> None:
-    """Initialize clients and server groups with the weights of modules that were passed."""
-    states = {c: PrivateState({"model": dict(tensors)}) for c, tensors in given.clients.items()}
-    trainer.load_client_states(states)
-    for group, tensors in given.groups.items():
-        if group in trainer.server.models:
-            device = next(iter(trainer.server.models[group].values())).device
-            trainer.server.models[group] = {n: t.to(device) for n, t in tensors.items()}
 
 
 def run(

@@ -10,7 +10,7 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
-from hetero_fl.utils.text import format_list, split_top_level
+from hetero_fl.utils.text import format_list
 
 MISSING = "–"
 
@@ -51,8 +51,7 @@ _DECIMAL = {"auroc", "average_precision", "r2"}
 
 def algorithm_base(label: str) -> str:
     """Return the method of a label: `hybrid` for `hybrid:teacher=mean`."""
-    parts = split_top_level(label, ":")
-    return ":".join(parts[:3]) if parts[0] == "python" else parts[0]
+    return split_label(label)[0]
 
 
 def algorithm_name(label: str) -> str:
@@ -60,9 +59,7 @@ def algorithm_name(label: str) -> str:
     base = algorithm_base(label)
     kind = register_algorithm.get_loaded(base)
     name = (kind is not None and method_title(kind)) or base.rsplit(":", 1)[-1]
-    settings = ", ".join(
-        " = ".join(s.split("=", 1)) for s in split_top_level(label[len(base) + 1 :], ":")
-    )
+    settings = ", ".join(" = ".join(s.split("=", 1)) for s in split_label(label)[1])
     return f"{name} ({settings})" if settings else name
 
 

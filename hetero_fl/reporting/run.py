@@ -19,7 +19,6 @@ from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.serialization import sha256_of
 from hetero_fl.utils.text import pluralize
-from model_zoo import SplitModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,7 +170,7 @@ class Run:
 
         return history_frame(self.metrics)
 
-    def model(self, client: str) -> SplitModel:
+    def model(self, client: str) -> torch.nn.Module:
         """Return the trained model of a client as a module, in evaluation mode.
 
         Args:

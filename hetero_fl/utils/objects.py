@@ -64,6 +64,11 @@ def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, tree
 
 
+def get_object(name: str) -> Any:
+    """Return the object with a name, or None if this program does not have it."""
+    return _objects.get(name)
+
+
 def find_object(name: str, where: str) -> Any:
     """Return the object with a name.
 

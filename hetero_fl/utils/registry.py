@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar, cast
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
+from hetero_fl.utils.objects import OBJECT_PREFIX, find_object, get_object
+from hetero_fl.utils.text import split_top_level
 from hetero_fl.utils.version import describe_new_name, describe_renamed_hooks
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class Registry(Generic[T]):
         A user-defined class is found only if its module has already been imported.
         """
         if name.startswith(OBJECT_PREFIX):
-            return cast("T", find_object(name, self.kind))
+            return cast("T | None", get_object(name))
         if not name.startswith(CODE_PREFIX):
             return self._known.get(name)
         module_name, _, attribute = name.removeprefix(CODE_PREFIX).partition(":")
@@ -80,6 +81,21 @@ class Registry(Generic[T]):
         if not (isinstance(found, type) and issubclass(found, self._base())):
             return None
         return cast("T", found)
+
+
+def split_label(label: str) -> tuple[str, list[str]]:
+    """Split a method with settings into its name and the settings.
+
+    Example:
+        >>> from hetero_fl.utils.registry import split_label
+        >>> split_label("hybrid:teacher=mean:heads=keep")
+        ('hybrid', ['teacher=mean', 'heads=keep'])
+        >>> split_label("python:package.module:Name:mu=0.1")
+        ('python:package.module:Name', ['mu=0.1'])
+    """
+    parts = split_top_level(label, ":")
+    length = {"python": 3, "object": 2}.get(parts[0], 1)
+    return ":".join(parts[:length]), parts[length:]
 
 
 def _describe_import_error(module_name: str, error: Exception) -> str:

@@ -162,7 +162,7 @@ def test_compare_names_the_study_as_the_source(
 def test_compare_from_python_takes_settings_from_a_dictionary(
     tmp_path: Path, in_process: list[str]
 ) -> None:
-    out = compare(small(), "local,hybrid", out=tmp_path / "out", jobs=1)
+    out = compare(small(), "local,hybrid", out=tmp_path / "out", jobs=1).path
     assert (
         "heads = keep (algorithm section of the configuration)"
         in (out / "comparison.md").read_text()
@@ -194,7 +194,7 @@ def test_compare_lists_the_settings_of_a_custom_method(
     monkeypatch.syspath_prepend(str(tmp_path))
 
     labels = ["local", "python:custom_settings:Custom:strength=3"]
-    out = compare(small(), labels, out=tmp_path / "out", jobs=1, allow_code=True)
+    out = compare(small(), labels, out=tmp_path / "out", jobs=1, allow_code=True).path
 
     assert (
         "- **Custom (strength = 3):** strength = 3.0 (variant)"

@@ -97,7 +97,7 @@ def test_settings_derived_by_a_run_do_not_differ(
     name: str, changes: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
     for seeds in ([0], [0, 1]):
-        out = compare(small(**changes), [name], seeds, out=tmp_path / "out")
+        out = compare(small(**changes), [name], seeds, out=tmp_path / "out").path
     assert len(list((out / "runs").iterdir())) == 2
 
 

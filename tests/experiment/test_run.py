@@ -13,7 +13,8 @@ from hetero_fl import Run, evaluate, run
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.data import load_source, with_test
-from hetero_fl.experiment.runner import load_inherited_models
+from hetero_fl.experiment.starting_models import starting_tensors
+from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
@@ -146,17 +147,23 @@ def test_init_from_loads_the_models_of_a_run(finished: Run, tmp_path: Path) -> N
     assert not (tmp_path / "c").exists()
 
 
-def test_init_from_starts_groups_at_the_mean_of_their_members(finished: Run) -> None:
+def test_init_from_starts_groups_at_the_mean_of_their_members(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rounds = rounds_of(config("fedavg", MIXED, clients=4, data__test_limit=None), num_rounds=0)
-    models = {client_id: finished.models[client_id] for client_id in rounds.federation.client_infos}
+    models = finished.models
     group = models["site_1"].arch.spec_id
     first, second = (
-        client_id for client_id, model in models.items() if model.arch.spec_id == group
+        client_id
+        for client_id in rounds.federation.client_infos
+        if models[client_id].arch.spec_id == group
     )
     shifted = {n: t + 1 if t.is_floating_point() else t for n, t in models[second].tensors.items()}
     models[second] = replace(models[second], tensors=shifted)
+    monkeypatch.setattr(Run, "models", models)
 
-    load_inherited_models(models, rounds)
+    start = starting_tensors(str(finished.path), rounds.federation, CodePermission())
+    start.load_into(rounds)
 
     for name, tensor in models[first].tensors.items():
         if tensor.is_floating_point():

@@ -342,7 +342,7 @@ def test_compare_allows_methods_named_by_the_program(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     file = written(config("local", "mlp", 2, rounds=1, **BARE))
-    out = hetero_fl.compare(file, [f"{trap}Method"], out="all")
+    out = hetero_fl.compare(file, [f"{trap}Method"], out="all").path
     assert (out / "comparison.csv").exists()
     file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
     with pytest.raises(UserError, match="which names code; pass allow_code=True"):

@@ -29,7 +29,6 @@ from hetero_fl.core.plan import Fit, Plan, Rows, Step
 from hetero_fl.data import Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.experiment.preparation import PreparedRun
-from hetero_fl.experiment.runner import load_inherited_models
 from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
@@ -238,7 +237,7 @@ def observe_upload(
     config = prepared.config.model_copy(update={"runtime": runtime})
     trainer = replace(prepared, config=config, method=cast(Algorithm, method)).make_trainer()
     try:
-        load_inherited_models(prepared.inherited, trainer)
+        prepared.start.load_into(trainer)
         received, sent = trainer.request_upload(client, index)
     finally:
         trainer.executor.close()

@@ -20,7 +20,6 @@ from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.data.groups import most_common_stratum
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.preparation import PreparedRun
-from hetero_fl.experiment.runner import load_inherited_models
 from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
@@ -319,7 +318,7 @@ def train_shadow(
 
         trainer = shadow.make_trainer()
         try:
-            load_inherited_models(prepared.inherited, trainer)
+            prepared.start.load_into(trainer)
             while trainer.completed < rounds:
                 trainer.run_round()
             trainer.evaluate(details=True, save=save)

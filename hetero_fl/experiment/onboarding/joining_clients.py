@@ -33,6 +33,7 @@ from hetero_fl.experiment.evaluation import (
 )
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.experiment.preparation import PreparedRun, load_config
+from hetero_fl.experiment.starting_models import StartingTensors
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import check_vacant
@@ -305,7 +306,9 @@ class JoiningClients:
         """
         config = self.config(seed, SCRATCH_STEP_FACTOR if option == SCRATCH else 1)
         data, federation = self.federation(config)
-        trainer = PreparedRun(config, JoiningClient(), federation, data, [], {}).make_trainer()
+        trainer = PreparedRun(
+            config, JoiningClient(), federation, data, [], StartingTensors()
+        ).make_trainer()
         last = f"with_{self.site.counts[-1]}"
 
         def save(client_id: str, encoded: bytes) -> None:

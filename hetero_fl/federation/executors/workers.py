@@ -91,7 +91,7 @@ class WorkerSetup:
 
     def __getstate__(self) -> dict[str, Any]:
         named = [
-            [arch.name for arch in profile.models.values()] + [profile.settings.objective]
+            [*(arch.name for arch in profile.models.values()), profile.settings.objective]
             for profile in self.federation.client_infos.profiles
         ]
         algorithm = cloudpickle.dumps(self.algorithm)

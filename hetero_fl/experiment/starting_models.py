@@ -1,0 +1,134 @@
+"""The tensors with which a run starts if they are not drawn from its seed (`init_from`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
+from model_zoo import ModelError
+from model_zoo.given_models import GivenModel
+
+
+@dataclass(frozen=True)
+class GivenModels:
+    """Modules with whose weights the clients start, by client id."""
+
+    models: Mapping[str, GivenModel]
+
+
+@dataclass(frozen=True)
+class StartingTensors:
+    """Tensors with which clients and the server's groups start.
+
+    Args:
+        clients: Tensors of the clients' models, by client id.
+        groups: Tensors of the server's models, by group.
+        notes: Lines for the log.
+    """
+
+    clients: Mapping[str, Tensors] = field(default_factory=dict)
+    groups: Mapping[str, Tensors] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def load_into(self, trainer: FederatedTrainer) -> None:
+        """Initialize the models of clients and server."""
+        states = {c: PrivateState({"model": tensors}) for c, tensors in self.clients.items()}
+        trainer.load_client_states(states)
+        for group, tensors in self.groups.items():
+            if group in trainer.server.models:
+                own = trainer.server.models[group]
+                moved = {n: t.to(own[n].device) for n, t in tensors.items()}
+                trainer.server.models[group] = {**own, **moved}
+
+
+def starting_tensors(
+    init_from: str | None, federation: FederationSpec, permission: CodePermission
+) -> StartingTensors:
+    """Return the tensors that `init_from` names; none if it is not set.
+
+    Args:
+        init_from: A run directory, or `object:NAME` of `GivenModels`.
+        federation: The federation.
+        permission: The code that may run when models of a run are loaded.
+
+    Raises:
+        UserError: If no model fits, or a module does not fit its client's data.
+    """
+    if init_from is None:
+        return StartingTensors()
+    if init_from.startswith(OBJECT_PREFIX):
+        given: GivenModels = find_object(init_from, "init_from")
+        return _from_modules(given.models, federation)
+    return _from_run(init_from, federation, permission)
+
+
+def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -> StartingTensors:
+    """Start each client from its module, and each group from the module of its first client."""
+    own: dict[str, Tensors] = {}
+    groups: dict[str, Tensors] = {}
+    differing: list[str] = []
+    for client, model in given.items():
+        arch = federation.client_infos[client].arch
+        try:
+            own[client] = arch.build_given(model)
+        except ModelError as error:
+            raise UserError(f"clients: '{client}': model: {error}") from None
+        first = groups.setdefault(arch.group_id, own[client])
+        if any(not torch.equal(first[name], tensor) for name, tensor in own[client].items()):
+            differing.append(client)
+    notes: tuple[str, ...] = ()
+    if differing:
+        notes = (
+            f"modules of {', '.join(differing)} start with other weights than the first client "
+            "with the same architecture, whose weights the server starts with",
+        )
+    return StartingTensors(own, groups, notes)
+
+
+def _from_run(path: str, federation: FederationSpec, permission: CodePermission) -> StartingTensors:
+    """Start from the models that match a client in id and architecture; each group from the mean.
+
+    Raises:
+        UserError: If no model matches.
+    """
+    try:
+        models = Run(path, permission).models
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    known = sorted(
+        (position, client_id)
+        for client_id in models
+        if (position := federation.client_infos.clients.position(client_id)) is not None
+    )
+    members: dict[str, list[SavedModel]] = {}
+    clients: dict[str, Tensors] = {}
+    for _, client_id in known:
+        model = models[client_id]
+        if model.arch == federation.client_infos[client_id].arch:
+            clients[client_id] = model.tensors
+            members.setdefault(model.arch.spec_id, []).append(model)
+    if not clients:
+        raise UserError(
+            f"init_from: no model in {path} fits a client of this run; "
+            "client id and model must be the same"
+        )
+    groups = {
+        group: {
+            name: torch.stack([model.tensors[name] for model in found]).mean(0)
+            for name, tensor in found[0].tensors.items()
+            if tensor.is_floating_point()
+        }
+        for group, found in members.items()
+    }
+    return StartingTensors(clients, groups)

@@ -1,0 +1,79 @@
+"""Read a comparison from Python: one row per run, the table and the picture."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Comparison:
+    """A finished comparison, read from its folder.
+
+    Args:
+        path: The folder of the comparison.
+
+    Attributes:
+        path: The folder, with `comparison.csv`, `comparison.md`, `comparison.tex`,
+            `comparison.png`, `report.html` and the run directories in `runs/`.
+
+    Raises:
+        UserError: If the folder contains no comparison.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 2}, "rounds": 1}
+        >>> comparison = hetero_fl.compare(config, ["local", "fedavg"], out=mkdtemp(), jobs=1)
+        >>> list(comparison.frame["algorithm"])
+        ['local', 'fedavg']
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "comparison.csv").is_file():
+            raise UserError(f"{path}: contains no comparison.csv; choose a folder of a comparison")
+        self._kept: list[object] = []
+
+    def keep(self, *objects: object) -> None:
+        """Keep objects alive as long as the comparison, such as a temporary folder."""
+        self._kept.extend(objects)
+
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.path)!r})\n\n{self.to_markdown()}"
+
+    def _repr_html_(self) -> str:
+        columns = ["algorithm", "seed", *(str(c) for c in self.frame if "_last_" in str(c))]
+        shown = self.frame[columns].groupby("algorithm", sort=False).mean().drop(columns="seed")
+        return str(shown.to_html(float_format=lambda value: f"{value:.3f}"))
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The content of `comparison.csv`: one row for each run, scores as fractions."""
+        # Imported here because loading pandas is slow.
+        import pandas as pd
+
+        return pd.read_csv(self.path / "comparison.csv")
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The runs, in the order of their folders."""
+        return [Run(folder) for folder in sorted((self.path / "runs").iterdir())]
+
+    def to_markdown(self) -> str:
+        """Return the table of means and standard deviations over seeds in Markdown."""
+        return (self.path / "comparison.md").read_text(encoding="utf-8")
+
+    def to_latex(self) -> str:
+        """Return the table of means and standard deviations over seeds in LaTeX."""
+        return (self.path / "comparison.tex").read_text(encoding="utf-8")
+
+    def plot(self) -> Path:
+        """Return the path of the picture of the scores."""
+        return self.path / "comparison.png"

@@ -10,6 +10,7 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
+from hetero_fl.utils.registry import split_label
 from hetero_fl.utils.text import format_list
 
 MISSING = "–"

@@ -147,6 +147,7 @@ if TYPE_CHECKING:
     from hetero_fl.experiment.client import Client
     from hetero_fl.experiment.federation import Federation
     from hetero_fl.experiment.preparation import load_config
+    from hetero_fl.experiment.trainer import Trainer
     from hetero_fl.reporting.comparison.result import Comparison
     from hetero_fl.reporting.run import Run
     from model_zoo import SplitModel
@@ -213,6 +214,7 @@ __all__ = [
     "Scanner",
     "Server",
     "SplitModel",
+    "Trainer",
     "audit",
     "compare",
     "evaluate",
@@ -236,6 +238,7 @@ _MODULES = {
     "Client": "hetero_fl.experiment.client",
     "Comparison": "hetero_fl.reporting.comparison.result",
     "Federation": "hetero_fl.experiment.federation",
+    "Trainer": "hetero_fl.experiment.trainer",
     "load_config": "hetero_fl.experiment.preparation",
     "Run": "hetero_fl.reporting.run",
     "SplitModel": "model_zoo",

@@ -21,12 +21,15 @@ from hetero_fl.data.sources.objects import to_dataset, to_examples
 from hetero_fl.experiment.client import Client, plain_value, reference_to
 from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
-from hetero_fl.experiment.runner import Callback, run_prepared
+from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
+
+MethodLike = Algorithm | type[Algorithm] | str | None
+"""A method, its class or its name; None for that of the configuration."""
 
 SECTIONS = (
     "aggregation",
@@ -164,7 +167,7 @@ class Federation:
 
     def prepare(
         self,
-        method: Algorithm | type[Algorithm] | str | None = None,
+        method: MethodLike = None,
         *,
         rounds: int | None = None,
         overrides: Overrides = (),
@@ -176,7 +179,7 @@ class Federation:
 
     def train(
         self,
-        method: Algorithm | type[Algorithm] | str | None = None,
+        method: MethodLike = None,
         *,
         rounds: int | None = None,
         out: str | Path | None = None,
@@ -205,10 +208,7 @@ class Federation:
             RunFailedError: If the run cannot continue.
         """
         prepared = self.prepare(method, rounds=rounds, overrides=overrides, **sections)
-        temporary = None
-        if out is None and self.clients:
-            temporary = tempfile.TemporaryDirectory(prefix="hetero_fl_")
-            out = Path(temporary.name) / prepared.config.name
+        temporary, out = run_directory(self, prepared, out)
         run = run_prepared(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
         # The run keeps the objects that its configuration names, and its directory.
         run.keep(temporary, *self._objects, method)
@@ -288,7 +288,7 @@ class Federation:
 
     def _configuration(
         self,
-        method: Algorithm | type[Algorithm] | str | None,
+        method: MethodLike,
         rounds: int | None,
         sections: Mapping[str, Any],
     ) -> dict[str, Any]:
@@ -305,6 +305,24 @@ class Federation:
         if rounds is not None:
             config["rounds"] = rounds
         return config
+
+
+def run_directory(
+    federation: Federation, prepared: PreparedRun, out: str | Path | None
+) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
+    """Return the directory of a run, and the temporary directory that contains it, if any.
+
+    Args:
+        federation: The federation. If it is made from objects, the default is temporary.
+        prepared: The run.
+        out: The directory, if it is given.
+    """
+    if out is not None:
+        return None, Path(out)
+    if not federation.clients:
+        return None, default_out(prepared.config)
+    temporary = tempfile.TemporaryDirectory(prefix="hetero_fl_")
+    return temporary, Path(temporary.name) / prepared.config.name
 
 
 def method_section(method: Algorithm | type[Algorithm] | str) -> dict[str, Any]:

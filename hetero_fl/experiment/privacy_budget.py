@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.privacy import PrivacyConfig
@@ -114,6 +115,14 @@ class PrivacyBudget:
                 "remove it to derive it from the target"
             )
         return privacy
+
+    def spent(self, rounds: int) -> dict[str, Any]:
+        """Return the privacy cost of a number of rounds, as in the record of a round."""
+        return {
+            "epsilon": self.epsilon(rounds),
+            "delta": self.privacy.delta,
+            "unit": self.privacy.unit,
+        }
 
     def epsilon(self, rounds: int) -> float:
         """Return the largest ε of any client after a number of rounds."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +16,6 @@ from hetero_fl.config.load import Overrides
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepare
-from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.state_store import StateStore
@@ -45,112 +45,108 @@ if TYPE_CHECKING:
 Callback = Callable[[Record], None]
 
 
-def run_rounds(
-    prepared: PreparedRun,
-    directory: RunDirectory,
-    choice: ExecutorChoice,
-    progress: Progress,
-    *,
-    callbacks: Sequence[Callback] = (),
-    executor_factory: ExecutorFactory | None = None,
-) -> None:
-    """Run all remaining rounds and write the results.
+class RunSession:
+    """A run in its directory, which trains one round in each iteration.
 
-    Each round is committed to disk before the next one starts.
+    Each round is committed to disk before its record is yielded. The results are written last.
 
     Args:
         prepared: The run.
         directory: The run directory.
         choice: How the run computes.
         progress: Receives log lines and progress.
-        callbacks: Called with the record of each round after it was committed.
         executor_factory: Creates the executor if the clients train on other machines.
+
+    Attributes:
+        trainer: The trainer. Close its executor with `close`.
 
     Raises:
         UserError: If the run directory does not match the run.
     """
-    run_started = time.perf_counter()
-    config = prepared.config
-    store = StateStore(directory.path / "checkpoint", config.runtime.store_memory << 20)
-    trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
-    if progress.is_terminal:
-        trainer.executor.set_listener(progress.show_task)
-    try:
-        _run_remaining_rounds(
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        directory: RunDirectory,
+        choice: ExecutorChoice,
+        progress: Progress,
+        executor_factory: ExecutorFactory | None = None,
+    ) -> None:
+        self._prepared = prepared
+        self._directory = directory
+        self._choice = choice
+        self._progress = progress
+        self._started = time.perf_counter()
+        memory = prepared.config.runtime.store_memory << 20
+        store = StateStore(directory.path / "checkpoint", memory)
+        self.trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
+        if progress.is_terminal:
+            self.trainer.executor.set_listener(progress.show_task)
+
+    def close(self) -> None:
+        """Close the executor. The run can be resumed if it is not complete."""
+        self.trainer.executor.close()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Train the remaining rounds and yield the record of each."""
+        prepared, directory, trainer = self._prepared, self._directory, self.trainer
+        progress, config = self._progress, prepared.config
+        budget = prepared.budget
+        planned = config.rounds if budget is None else budget.affordable_rounds()
+        checkpoints = Checkpoints(trainer.store, progress.log)
+        metadata = _start_or_resume(
             prepared,
             directory,
             trainer,
-            choice=choice,
+            checkpoints,
+            choice=self._choice,
+            planned=planned,
             progress=progress,
-            callbacks=callbacks,
-            run_started=run_started,
         )
-    finally:
-        trainer.executor.close()
-
-
-def _run_remaining_rounds(
-    prepared: PreparedRun,
-    directory: RunDirectory,
-    trainer: FederatedTrainer,
-    *,
-    choice: ExecutorChoice,
-    progress: Progress,
-    callbacks: Sequence[Callback],
-    run_started: float,
-) -> None:
-    config = prepared.config
-    budget = prepared.budget
-    planned = config.rounds if budget is None else budget.affordable_rounds()
-    checkpoints = Checkpoints(trainer.store, progress.log)
-    metadata = _start_or_resume(
-        prepared, directory, trainer, checkpoints, choice=choice, planned=planned, progress=progress
-    )
-    listeners = list(callbacks)
-    if config.output.tensorboard:
-        listeners.append(writer_callback(directory.path))
-    patience = Patience(
-        prepared.federation.task, config.evaluation.patience, _read_history(directory)
-    )
-    setup_seconds = time.perf_counter() - run_started
-    progress.unit = prepared.federation.task.unit
-    progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
-    evaluation: EvaluationResult | None = None
-    while trainer.completed < planned and not patience.exhausted:
-        record = trainer.run_round()
-        is_last = trainer.completed == planned
-        if budget is not None:
-            record["privacy"] = _spent_privacy(budget, trainer.completed)
-        if trainer.completed % config.evaluation.every == 0 or is_last:
-            result = _evaluate(trainer, record, directory if is_last else None)
-            patience.update(record)
-            evaluation = result if is_last else None
-        directory.append_metrics(record)
-        metadata["directory"]["metrics"] = directory.metrics_checksum()
-        trainer.save(checkpoints, metadata)
-        for callback in listeners:
-            callback(record)
-        progress.finish_round(record)
-    if patience.exhausted:
-        progress.log(
-            f"stopped after round {trainer.completed}: validation has not improved for "
-            f"{config.evaluation.patience} evaluations (evaluation.patience)"
+        write_events = writer_callback(directory.path) if config.output.tensorboard else None
+        patience = Patience(
+            prepared.federation.task, config.evaluation.patience, _read_history(directory)
         )
-    if budget is not None and trainer.completed == planned < config.rounds:
-        next_epsilon = budget.epsilon(planned + 1)
-        progress.log(
-            f"stopped after round {planned}: another round would raise ε to {next_epsilon:.3g}, "
-            f"above privacy.target_epsilon={budget.privacy.target_epsilon:g}"
+        setup_seconds = time.perf_counter() - self._started
+        progress.unit = prepared.federation.task.unit
+        progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
+        evaluation: EvaluationResult | None = None
+        while trainer.completed < planned and not patience.exhausted:
+            record = trainer.run_round()
+            is_last = trainer.completed == planned
+            if budget is not None:
+                record["privacy"] = budget.spent(trainer.completed)
+            if trainer.completed % config.evaluation.every == 0 or is_last:
+                result = _evaluate(trainer, record, directory if is_last else None)
+                patience.update(record)
+                evaluation = result if is_last else None
+            directory.append_metrics(record)
+            metadata["directory"]["metrics"] = directory.metrics_checksum()
+            trainer.save(checkpoints, metadata)
+            yield record
+            if write_events is not None:
+                write_events(record)
+            progress.finish_round(record)
+        if patience.exhausted:
+            progress.log(
+                f"stopped after round {trainer.completed}: validation has not improved for "
+                f"{config.evaluation.patience} evaluations (evaluation.patience)"
+            )
+        if budget is not None and trainer.completed == planned < config.rounds:
+            next_epsilon = budget.epsilon(planned + 1)
+            progress.log(
+                f"stopped after round {planned}: another round would raise ε to {next_epsilon:.3g},"
+                f" above privacy.target_epsilon={budget.privacy.target_epsilon:g}"
+            )
+        _finish(
+            prepared,
+            directory,
+            trainer,
+            evaluation=evaluation,
+            history=_read_history(directory),
+            setup_seconds=setup_seconds,
+            progress=progress,
         )
-    _finish(
-        prepared,
-        directory,
-        trainer,
-        evaluation=evaluation,
-        history=_read_history(directory),
-        setup_seconds=setup_seconds,
-        progress=progress,
-    )
 
 
 def _start_or_resume(
@@ -197,14 +193,6 @@ def _start_or_resume(
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
     return metadata
-
-
-def _spent_privacy(budget: PrivacyBudget, rounds: int) -> dict[str, Any]:
-    return {
-        "epsilon": budget.epsilon(rounds),
-        "delta": budget.privacy.delta,
-        "unit": budget.privacy.unit,
-    }
 
 
 def _restore(
@@ -500,8 +488,48 @@ def run_prepared(
     Returns:
         The finished run.
     """
+    path = Path(out) if out is not None else default_out(prepared.config)
+    with open_session(
+        prepared,
+        path,
+        resume=resume,
+        quiet=quiet,
+        executor_factory=executor_factory,
+        console=console,
+    ) as session:
+        for record in session or ():
+            for callback in callbacks:
+                callback(record)
+    return Run(path, CodePermission(granted=find_references(prepared.config.model_dump())))
+
+
+@contextmanager
+def open_session(
+    prepared: PreparedRun,
+    path: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = True,
+    executor_factory: ExecutorFactory | None = None,
+    console: Console | None = None,
+) -> Iterator[RunSession | None]:
+    """Create or open a run directory and provide the session that trains in it.
+
+    The session is None if the run has finished already.
+
+    Args:
+        prepared: The run.
+        path: The run directory.
+        resume: Whether to continue from the newest intact checkpoint.
+        quiet: Whether to hide the progress display.
+        executor_factory: Creates the executor if the clients train on other machines.
+        console: Receives the progress display; None: the terminal.
+
+    Raises:
+        UserError: If the directory has another run, or another process uses it.
+        Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
+    """
     config = prepared.config
-    path = Path(out) if out is not None else default_out(config)
     on_nodes = executor_factory is not None
     is_resumed = resume and has_run(path)
     if not is_resumed:
@@ -523,20 +551,21 @@ def run_prepared(
                 choice = choose_executor(config, prepared.federation)
             with lock_folder(path) as lock_notes:
                 prepared.notes[:0] = lock_notes
-                _run_in_directory(
-                    path,
-                    prepared,
-                    choice,
-                    resume=resume,
-                    callbacks=callbacks,
-                    executor_factory=executor_factory,
-                    progress=Progress(path / LOG, quiet, console),
+                progress = Progress(path / LOG, quiet, console)
+                directory = _open_directory(
+                    path, prepared, choice, progress, resume=resume, on_nodes=on_nodes
                 )
+                if directory is None:
+                    yield None
+                    return
+                with progress:
+                    session = RunSession(prepared, directory, choice, progress, executor_factory)
+                    with closing(session):
+                        yield session
     except KeyboardInterrupt as stop:
         if (path / "config.yaml").exists():
             raise Interrupted(path) from stop
         raise
-    return Run(path, CodePermission(granted=find_references(config.model_dump())))
 
 
 def _recorded_choice(path: Path, record: dict[str, Any], config: Config) -> ExecutorChoice:
@@ -568,40 +597,29 @@ def choose_for_nodes(prepared: PreparedRun) -> ExecutorChoice:
     )
 
 
-def _run_in_directory(
+def _open_directory(
     path: Path,
     prepared: PreparedRun,
     choice: ExecutorChoice,
+    progress: Progress,
     *,
     resume: bool,
-    callbacks: Sequence[Callback],
-    executor_factory: ExecutorFactory | None,
-    progress: Progress,
-) -> None:
+    on_nodes: bool,
+) -> RunDirectory | None:
+    """Create or open the run directory; None if the run in it has finished."""
     config = prepared.config
-    on_nodes = executor_factory is not None
-    if resume and (path / "config.yaml").exists():
-        directory = _open_for_resume(path, prepared, on_nodes)
-        if directory.finished:
-            inspect(path).require_whole()
-            if config.rounds == directory.config().get("rounds", config.rounds):
-                write_presentation(config, directory, progress.log)
-                progress.log(f"{path}: {_finished_message(directory, prepared, on_nodes)}")
-                return
-    else:
+    if not (resume and (path / "config.yaml").exists()):
         environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
-        directory = RunDirectory.create(
-            path, config=resolve_config(config), environment=environment
-        )
-    with progress:
-        run_rounds(
-            prepared,
-            directory,
-            choice,
-            progress,
-            callbacks=callbacks,
-            executor_factory=executor_factory,
-        )
+        return RunDirectory.create(path, config=resolve_config(config), environment=environment)
+    directory = _open_for_resume(path, prepared, on_nodes)
+    if not directory.finished:
+        return directory
+    inspect(path).require_whole()
+    if config.rounds != directory.config().get("rounds", config.rounds):
+        return directory
+    write_presentation(config, directory, progress.log)
+    progress.log(f"{path}: {_finished_message(directory, prepared, on_nodes)}")
+    return None
 
 
 def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:

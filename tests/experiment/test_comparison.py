@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hetero_fl import Comparison
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare, comparison
@@ -185,10 +186,11 @@ def test_label_gives_name_and_overrides(label: str, base: str, name: str) -> Non
 def test_grid_accepts_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options_of_compare: dict[str, Any] = {}
 
-    def record_options(*_: Any, **options: Any) -> Path:
+    def record_options(*_: Any, **options: Any) -> Comparison:
         options_of_compare.update(options)
-        (tmp_path / "comparison.md").write_text("")
-        return tmp_path
+        for name in ("comparison.md", "comparison.csv"):
+            (tmp_path / name).write_text("")
+        return Comparison(tmp_path)
 
     monkeypatch.setattr("hetero_fl.experiment.compare", record_options)
     command = [

@@ -1,0 +1,159 @@
+"""Train a federation round by round."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hetero_fl.config.load import Overrides
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.experiment.federation import Federation, MethodLike, run_directory
+from hetero_fl.experiment.runner import open_session
+from hetero_fl.federation.trainer import EvaluationResult, Record, add_evaluation
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.errors import UserError, suggest_or_list
+
+
+class Trainer:
+    """Train a federation round by round, and look at the models in between.
+
+    Each iteration trains one round and returns its record. A loop may end early; the run directory
+    then has a checkpoint, from which `resume` continues.
+
+    Args:
+        federation: The federation.
+        method: The method, see `Federation.train`.
+        rounds: Number of rounds.
+        out: The run directory, see `Federation.train`.
+        resume: Whether to continue from the newest checkpoint in `out`.
+        quiet: Whether to hide the progress display.
+        overrides: Changes to the configuration.
+        **sections: Sections of the configuration.
+
+    Attributes:
+        path: The run directory.
+
+    Raises:
+        UserError: If the federation, the method and the settings do not fit together.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> federation = hfl.Federation.from_config(
+        ...     {"data": {"name": "digits"}, "clients": {"count": 2}}
+        ... )
+        >>> with hfl.Trainer(federation, hfl.FedAvg(), rounds=5, out="runs/steps") as trainer:
+        ...     for record in trainer:
+        ...         if record["round"] == 2:
+        ...             break
+        >>> record["round"], trainer.completed
+        (2, 2)
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        method: MethodLike = None,
+        *,
+        rounds: int | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        quiet: bool = True,
+        overrides: Overrides = (),
+        **sections: Any,
+    ) -> None:
+        self._prepared = federation.prepare(method, rounds=rounds, overrides=overrides, **sections)
+        temporary, self.path = run_directory(federation, self._prepared, out)
+        self._kept = [federation, method, temporary]
+        self._stack = ExitStack()
+        opened = open_session(self._prepared, self.path, resume=resume, quiet=quiet)
+        session = self._stack.enter_context(opened)
+        if session is None:
+            self._stack.close()
+            raise UserError(f"{self.path}: this run has finished; read it with Run")
+        self._records = iter(session)
+        self._trainer = session.trainer
+        # Encoded models of the last evaluation by client, and the number of rounds before it.
+        self._models: dict[str, bytes] = {}
+        self._evaluated = -1
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the training. The run can be resumed if rounds are left."""
+        self._records = iter(())
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[Record]:
+        return self
+
+    def __next__(self) -> Record:
+        try:
+            return next(self._records)
+        except StopIteration:
+            self.close()
+            raise
+
+    @property
+    def completed(self) -> int:
+        """Number of completed rounds."""
+        return self._trainer.completed
+
+    @property
+    def server(self) -> Participant:
+        """The server, with its models and its state."""
+        return self._trainer.server
+
+    def evaluate(self) -> Record:
+        """Evaluate the current models and return the scores, as in the record of a round."""
+        record: Record = {}
+        add_evaluation(record, self._evaluate())
+        return record
+
+    def model(self, client: str) -> torch.nn.Module:
+        """Return the model that a client would use now, in evaluation mode.
+
+        Args:
+            client: Client id.
+
+        Raises:
+            UserError: If there is no such client.
+        """
+        if self._evaluated != self.completed:
+            self._evaluate()
+        if client not in self._models:
+            raise UserError(f"no model of '{client}'{suggest_or_list(client, self._models)}")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{client}.safetensors"
+            file.write_bytes(self._models[client])
+            return SavedModel.load(file, allow_code=True).module()
+
+    @property
+    def run(self) -> Run:
+        """The run directory, with the results once all rounds are done."""
+        run = Run(self.path, allow_code=True)
+        run.keep(*self._kept)
+        return run
+
+    def _evaluate(self) -> EvaluationResult:
+        # An evaluation that the run does not plan must not count as its traffic.
+        down_bytes = self._trainer.traffic.down
+        result = self._trainer.evaluate(details=True, save=self._models.__setitem__)
+        self._trainer.traffic.down = down_bytes
+        self._evaluated = self.completed
+        return result

@@ -132,6 +132,7 @@ if TYPE_CHECKING:
     from hetero_fl.config.clients import ScannerConfig as Scanner
     from hetero_fl.config.communication import ChannelConfig as Channel
     from hetero_fl.config.optimizers import SGD, Adam, AdamW
+    from hetero_fl.config.partitions import IID, Classes, Dirichlet, Natural, Quantity
     from hetero_fl.config.privacy import PrivacyConfig as Privacy
     from hetero_fl.config.robustness import AggregationConfig as Aggregation
     from hetero_fl.config.robustness import AttacksConfig as Attacks
@@ -156,6 +157,7 @@ __all__ = [
     "DSFL",
     "FD",
     "FML",
+    "IID",
     "SGD",
     "Adam",
     "AdamW",
@@ -165,6 +167,7 @@ __all__ = [
     "Augment",
     "Centralized",
     "Channel",
+    "Classes",
     "Client",
     "ClientDefaults",
     "Cohort",
@@ -172,6 +175,7 @@ __all__ = [
     "Dense",
     "Device",
     "Devices",
+    "Dirichlet",
     "Ditto",
     "Ensemble",
     "Evaluation",
@@ -205,9 +209,11 @@ __all__ = [
     "KTpFL",
     "LGFedAvg",
     "Local",
+    "Natural",
     "Output",
     "Preprocess",
     "Privacy",
+    "Quantity",
     "Run",
     "Runtime",
     "Scaffold",
@@ -259,6 +265,11 @@ _MODULES = {
     "Scanner": "hetero_fl.config.clients:ScannerConfig",
     "Device": "hetero_fl.config.simulation:DeviceConfig",
     "SGD": "hetero_fl.config.optimizers",
+    "Quantity": "hetero_fl.config.partitions",
+    "Natural": "hetero_fl.config.partitions",
+    "IID": "hetero_fl.config.partitions",
+    "Dirichlet": "hetero_fl.config.partitions",
+    "Classes": "hetero_fl.config.partitions",
     "Adam": "hetero_fl.config.optimizers",
     "AdamW": "hetero_fl.config.optimizers",
 }

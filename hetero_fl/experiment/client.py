@@ -17,6 +17,7 @@ from hetero_fl.config.clients import (
     Recalibration,
     ScannerConfig,
 )
+from hetero_fl.config.data import PartitionConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError
@@ -207,9 +208,11 @@ def validated(settings: Mapping[str, Any], where: str) -> ClientGroup:
 
 def plain_value(value: Any) -> Any:
     """Return an argument as plain text, numbers, lists and dictionaries, as in a configuration."""
+    # The classes of optimizers and partitions determine a field, which is therefore never set.
     if isinstance(value, OptimizerConfig):
-        # The class determines the name, which is therefore never set.
         return {"name": value.name, **value.model_dump(mode="json", exclude_unset=True)}
+    if isinstance(value, PartitionConfig):
+        return {"kind": value.kind, **value.model_dump(mode="json", exclude_unset=True)}
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, tuple):

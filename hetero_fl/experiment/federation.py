@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.data import PartitionConfig
 from hetero_fl.config.load import Overrides, Source, plain
 from hetero_fl.data import Dataset
-from hetero_fl.data.dataset import Examples
 from hetero_fl.data.sources.objects import to_dataset, to_examples
 from hetero_fl.experiment.client import Client, plain_value, reference_to
 from hetero_fl.experiment.comparison import compare
@@ -52,8 +53,11 @@ class Federation:
 
     Args:
         clients: The clients.
-        test: Examples of the global test set, as for `Client.data`. By default they are held out of
-            the clients' rows.
+        data: Examples that are divided among the clients without data of their own: of any type
+            that `Client.data` accepts, or the name of a source such as "digits".
+        partition: How `data` is divided, such as `Dirichlet(alpha=0.5)`; by default at random.
+        test: Examples of the global test set. By default they are held out of `data`, or of the
+            clients' rows.
         validation: Examples of the global validation set.
         proxy: Public examples on which predictions are compared: an array or tensor, or labeled
             data of any type; or their number, which is then held out of the clients' rows.
@@ -73,6 +77,7 @@ class Federation:
 
     Example:
         >>> import numpy as np
+    import torch
         >>> import hetero_fl as hfl
         >>> rng = np.random.default_rng(0)
         >>> def patients(n):
@@ -95,6 +100,8 @@ class Federation:
         self,
         clients: Sequence[Client],
         *,
+        data: Any = None,
+        partition: PartitionConfig | None = None,
         test: Any = None,
         validation: Any = None,
         proxy: Any = None,
@@ -108,8 +115,8 @@ class Federation:
     ) -> None:
         self.clients = list(clients)
         _check_names(self.clients)
-        sets_given = {"test": test, "validation": validation, "proxy": proxy}
-        sets = {name: data for name, data in sets_given.items() if data is not None}
+        given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
+        sets = {name: found for name, found in given_sets.items() if found is not None}
         parts = _Parts(self.clients, sets, label, num_classes)
         self._objects: list[object] = [parts.datasets, *self.clients]
         groups = [
@@ -129,6 +136,8 @@ class Federation:
             "data": parts.config(),
             "clients": section,
         }
+        if partition is not None:
+            self._config["data"]["partition"] = plain_value(partition)
         modules = {c.name: c.given for c in self.clients if c.given and c.init == "given"}
         if modules:
             given = GivenModels(modules)
@@ -386,7 +395,12 @@ class _Parts:
             for client in clients
             if client.data is not None and not isinstance(client.data, Mapping)
         }
-        labeled |= {name: (sets[name], label) for name in ("test", "validation") if name in sets}
+        self._named = plain_source(sets.get("data"))
+        labeled |= {
+            name: (sets[name], label)
+            for name in ("data", "test", "validation")
+            if name in sets and not (name == "data" and self._named)
+        }
         options = _label_options([data for data, _ in labeled.values()], num_classes)
         self.datasets = {
             place: to_dataset(data, place, column if _has_columns(data) else None, **options)
@@ -397,15 +411,16 @@ class _Parts:
         if proxy is not None and self._proxy_size is None:
             column = label if _has_columns(proxy) else None
             self.datasets["proxy"] = to_examples(proxy, "proxy", column)
-        if "test" in self.datasets:
+        if "data" in self.datasets or "test" in self.datasets:
             self.datasets["common"] = _common_set(self.datasets)
 
     def config(self) -> dict[str, Any]:
         """Return the section `data`."""
-        section: dict[str, Any] = {"name": OBJECT_PREFIX}
+        section: dict[str, Any] = dict(self._named or {"name": OBJECT_PREFIX})
         if "common" in self.datasets:
             section = self.source("common")
-            if self.datasets["common"].validation is None:
+            common = self.datasets["common"]
+            if common.validation is None and not len(common.train):
                 section["validation"] = 0.0
         if self._proxy_size is not None:
             section["proxy"] = {"size": self._proxy_size}
@@ -442,16 +457,25 @@ def _label_options(parts: Sequence[Any], num_classes: int | None) -> dict[str, A
     return {"num_classes": max(largest) + 1} if largest else {}
 
 
+def plain_source(data: Any) -> dict[str, Any] | None:
+    """Return a source by name or as a dictionary as in a configuration; None for other data."""
+    if isinstance(data, str):
+        return {"name": data}
+    return dict(data) if isinstance(data, Mapping) else None
+
+
 def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
-    """Return the common data set: no rows to divide, and the global test and validation sets."""
-    test = datasets["test"]
-    validation = datasets.get("validation")
-    nothing = Examples(test.train.x[:0], None if test.train.y is None else test.train.y[:0])
+    """Return the common data set: the rows to divide, if any, and the global sets."""
+    given = datasets.get("data")
+    if given is None:
+        # All clients have data of their own.
+        given = datasets["test"]
+        given = replace(given, train=given.train.select_rows(torch.arange(0)))
+    test, validation = datasets.get("test"), datasets.get("validation")
     return replace(
-        test,
-        train=nothing,
-        test=test.train,
-        validation=None if validation is None else validation.train,
+        given,
+        test=given.test if test is None else test.train,
+        validation=given.validation if validation is None else validation.train,
     )
 
 

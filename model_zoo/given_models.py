@@ -132,10 +132,12 @@ def redraw_weights(module: nn.Module) -> list[str]:
         Names of the parameters that keep their values, as they belong to other submodules.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from model_zoo.given_models import redraw_weights
-        >>> redraw_weights(nn.Sequential(nn.Linear(2, 3), nn.PReLU(), nn.BatchNorm1d(3)))
-        ['1.weight']
+        >>> scale = nn.ParameterList([nn.Parameter(torch.ones(1))])
+        >>> redraw_weights(nn.Sequential(nn.Linear(2, 3), scale))
+        ['1.0']
     """
     kept = []
     for path, part in module.named_modules():

@@ -131,8 +131,9 @@ class Client:
         self.given = given_model(model, head, self.init, f"Client({name!r}): ")
         self.settings = settings
         self.model = model
-        # Checks the name and the settings.
-        validated({"name": name, **settings}, f"Client({name!r})")
+        # Checks the name, the settings and a model that is named.
+        named = {"model": model} if isinstance(model, str | Mapping) else {}
+        validated({"name": name, **named, **settings}, f"Client({name!r})")
 
     def __repr__(self) -> str:
         shown = [f"model={self.title}"] if self.model is not None else []

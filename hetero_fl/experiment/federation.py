@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -265,8 +267,8 @@ class Federation:
         """
         temporary = None
         if out is None:
-            temporary = tempfile.TemporaryDirectory(prefix="hetero_fl_")
-            out = temporary.name
+            temporary = TemporaryFolder()
+            out = temporary.path
         comparison = compare(
             self._configuration(None, rounds, sections),
             [_variant(method) for method in methods],
@@ -316,10 +318,22 @@ class Federation:
         return config
 
 
+class TemporaryFolder:
+    """A folder that is deleted with this object.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="hetero_fl_"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 def run_directory(
     federation: Federation, prepared: PreparedRun, out: str | Path | None
-) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
-    """Return the directory of a run, and the temporary directory that contains it, if any.
+) -> tuple[TemporaryFolder | None, Path]:
+    """Return the directory of a run, and the temporary folder that contains it, if any.
 
     Args:
         federation: The federation. If it is made from objects, the default is temporary.
@@ -330,8 +344,8 @@ def run_directory(
         return None, Path(out)
     if not federation.clients:
         return None, default_out(prepared.config)
-    temporary = tempfile.TemporaryDirectory(prefix="hetero_fl_")
-    return temporary, Path(temporary.name) / prepared.config.name
+    temporary = TemporaryFolder()
+    return temporary, temporary.path / prepared.config.name
 
 
 def method_section(method: Algorithm | type[Algorithm] | str) -> dict[str, Any]:
@@ -391,26 +405,25 @@ class _Parts:
         num_classes: int | None,
     ) -> None:
         labeled = {
-            _place(client): (client.data, client.label or label)
+            _place(client): (client.data, client.label or _column(client.data, label))
             for client in clients
             if client.data is not None and not isinstance(client.data, Mapping)
         }
         self._named = plain_source(sets.get("data"))
         labeled |= {
-            name: (sets[name], label)
+            name: (sets[name], _column(sets[name], label))
             for name in ("data", "test", "validation")
             if name in sets and not (name == "data" and self._named)
         }
         options = _label_options([data for data, _ in labeled.values()], num_classes)
         self.datasets = {
-            place: to_dataset(data, place, column if _has_columns(data) else None, **options)
+            place: to_dataset(data, place, column, **options)
             for place, (data, column) in labeled.items()
         }
         proxy = sets.get("proxy")
         self._proxy_size = proxy if isinstance(proxy, int) else None
         if proxy is not None and self._proxy_size is None:
-            column = label if _has_columns(proxy) else None
-            self.datasets["proxy"] = to_examples(proxy, "proxy", column)
+            self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
         if "data" in self.datasets or "test" in self.datasets:
             self.datasets["common"] = _common_set(self.datasets)
 
@@ -438,8 +451,10 @@ def _place(client: Client) -> str:
     return f"clients: '{client.name}': data"
 
 
-def _has_columns(data: Any) -> bool:
-    return hasattr(data, "columns") or hasattr(data, "column_names")
+def _column(data: Any, label: str | None) -> str | None:
+    """Return the federation's label column if the data has it."""
+    columns = getattr(data, "column_names", getattr(data, "columns", ()))
+    return label if label in list(columns) else None
 
 
 def _label_options(parts: Sequence[Any], num_classes: int | None) -> dict[str, Any]:

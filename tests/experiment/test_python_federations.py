@@ -1,0 +1,482 @@
+"""Federations from Python objects: results as from a configuration, and one-line errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
+from typing_extensions import override
+
+import hetero_fl as hfl
+from hetero_fl.algorithms import average_models
+from hetero_fl.data import from_arrays
+from hetero_fl.utils.errors import UserError
+from model_zoo import ModelError
+
+QUIET = ["runtime.executor=serial", "runtime.threads=1"]
+METHODS = [
+    hfl.Local(),
+    hfl.FedAvg(),
+    hfl.Scaffold(),
+    hfl.FedMD(digest_epochs=2),
+    hfl.FedDF(teacher="contrast"),
+    hfl.FedProto(),
+    hfl.Ditto(),
+    hfl.Hybrid(),
+]
+
+
+def images(rows: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = np.arange(rows) % classes
+    x = rng.random((rows, 8, 8)) * 80 + y[:, None, None] * 60
+    return x.astype(np.uint8), y
+
+
+def table(rows: int, seed: int) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    y = np.arange(rows) % 2
+    return pd.DataFrame({"age": rng.normal(size=rows) + y, "dose": rng.random(rows), "ill": y})
+
+
+class Net(nn.Module):
+    """A network in the style of the PyTorch tutorials."""
+
+    def __init__(self, width: int = 4, num_classes: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3)
+        self.out = nn.Linear(36 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.conv(x).relu().flatten(1))  # type: ignore[no-any-return]
+
+
+class Digits(nn.Module):
+    """A class that a configuration can name."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
+        self.head = nn.Linear(32, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))  # type: ignore[no-any-return]
+
+
+class Mean(hfl.FedAvg):
+    """Average, in a class of this test."""
+
+    title = "Mean"
+
+    @override
+    def aggregate(self, server: Any, uploads: Any) -> Any:
+        average_models(server, uploads)
+        yield from ()
+
+
+def federation(*models: Any, **settings: Any) -> hfl.Federation:
+    models = models or (Net(), Net(), Net(6))
+    clients = [
+        hfl.Client(f"site_{i}", model, images(40 + 10 * i, i)) for i, model in enumerate(models, 1)
+    ]
+    given = {"test": images(30, 9), "proxy": images(40, 8)[0], **settings}
+    return hfl.Federation(clients, **given)
+
+
+def without_seconds(run: hfl.Run) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in run.metrics]
+
+
+def same_models(first: hfl.Run, second: hfl.Run) -> bool:
+    return all(
+        torch.equal(tensor, second.models[client].tensors[name])
+        for client, model in first.models.items()
+        for name, tensor in model.tensors.items()
+    )
+
+
+def runs_from_both(method: Any, folder: Path, overrides: list[str]) -> tuple[hfl.Run, hfl.Run]:
+    """Train the same federation from objects and from a configuration."""
+    data = {"name": "digits", "train_limit": 200, "test_limit": 30}
+    names = [f"site_{i}" for i in range(1, 5)]
+    models: list[Any] = ["cnn_bn_small", Digits]
+    in_file: list[Any] = ["cnn_bn_small", f"python:{__name__}:Digits"]
+    objects = hfl.Federation(
+        [
+            hfl.Client(name, models[i % 2], optimizer=hfl.SGD(lr=0.05))
+            for i, name in enumerate(names)
+        ],
+        data=data,
+        partition=hfl.Dirichlet(alpha=0.5),
+        proxy=40,
+        seed=3,
+    )
+    first = objects.train(method, rounds=2, overrides=overrides)
+    settings = method.model_dump(exclude_unset=True)
+    groups = [
+        {"name": name, "model": in_file[i % 2], "optimizer": {"name": "sgd", "lr": 0.05}}
+        for i, name in enumerate(names)
+    ]
+    partition = {"kind": "dirichlet", "alpha": 0.5}
+    file = {
+        "name": "federation",
+        "seed": 3,
+        "data": {**data, "partition": partition, "proxy": {"size": 40}},
+        "clients": {"groups": groups},
+        "rounds": 2,
+        "algorithm": {"name": first.summary["algorithm"], **settings},
+    }
+    return first, hfl.run(file, out=folder / "run", overrides=overrides)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_objects_and_configuration_give_identical_bits(method: Any, tmp_path: Path) -> None:
+    first, second = runs_from_both(method, tmp_path, QUIET)
+
+    assert without_seconds(first) == without_seconds(second)
+    assert same_models(first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("executor", ["batched", "processes"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_executors_and_modes_give_identical_bits(
+    method: Any, executor: str, mode: str, tmp_path: Path
+) -> None:
+    if mode == "async" and isinstance(method, hfl.FedDF):
+        pytest.skip("the method has no asynchronous mode")
+    overrides = [f"runtime.executor={executor}", "runtime.threads=1", f"runtime.mode={mode}"]
+    first, second = runs_from_both(method, tmp_path, overrides)
+
+    assert without_seconds(first) == without_seconds(second)
+    assert same_models(first, second)
+
+
+@pytest.mark.parametrize("method", [hfl.FedMD(), Mean()], ids=["fedmd", "own"])
+def test_modules_and_own_methods_in_worker_processes(method: Any) -> None:
+    own = federation()
+    first, second = (
+        own.train(method, rounds=2, overrides=[f"runtime.executor={name}", "runtime.threads=1"])
+        for name in ("serial", "processes")
+    )
+
+    assert without_seconds(first) == without_seconds(second)
+    assert same_models(first, second)
+
+
+def test_resumed_training_gives_identical_bits(tmp_path: Path) -> None:
+    own = federation()
+    whole = own.train(hfl.Hybrid(), rounds=3, overrides=QUIET)
+
+    with hfl.Trainer(own, hfl.Hybrid(), rounds=3, out=tmp_path / "run", overrides=QUIET) as first:
+        next(first)
+        assert first.completed == 1 and set(first.server.models)
+        assert isinstance(first.model("site_1"), nn.Module)
+        assert first.evaluate()["global"] == whole.metrics[0]["global"]
+    with hfl.Trainer(
+        own, hfl.Hybrid(), rounds=3, out=tmp_path / "run", resume=True, overrides=QUIET
+    ) as rest:
+        assert [record["round"] for record in rest] == [2, 3]
+
+    assert without_seconds(rest.run) == without_seconds(whole)
+    assert same_models(rest.run, whole)
+
+
+def test_given_weights_are_the_start_of_each_client() -> None:
+    nets = [Net(), Net(), Net(6)]
+    own = federation(*nets)
+
+    prepared = own.prepare(hfl.Local())
+
+    start = prepared.start
+    for client, net in zip(("site_1", "site_2", "site_3"), nets, strict=True):
+        assert torch.equal(start.clients[client]["head.weight"], net.out.weight)
+        assert torch.equal(start.clients[client]["backbone.conv.weight"], net.conv.weight)
+    assert len(start.groups) == 2
+    assert any("modules of site_2 start with other weights" in note for note in prepared.notes)
+
+
+def test_seeded_clients_of_one_architecture_start_equal() -> None:
+    clients = [hfl.Client(f"site_{i}", Net, images(40, i)) for i in (1, 2)]
+    prepared = hfl.Federation(clients, test=images(30, 9)).prepare(hfl.FedAvg())
+
+    assert len({info.arch for info in prepared.federation.client_infos.values()}) == 1
+    assert not prepared.start.clients
+
+
+def test_run_reads_history_model_and_predictions(tmp_path: Path) -> None:
+    run = federation().train(hfl.FedMD(), rounds=2, overrides=QUIET)
+    x = images(5, 7)[0]
+
+    history = run.history
+    assert list(history.columns) == ["round", "client", "test", "metric", "value"]
+    assert set(history["client"]) == {"site_1", "site_2", "site_3", "mean"}
+    expected = run.metrics[1]["clients"]["site_1"]["global"]["accuracy"]
+    row = history.query("round == 2 and client == 'site_1' and metric == 'accuracy'")
+    assert row[row["test"] == "global"]["value"].item() == expected
+    module = run.model("site_1")
+    inputs = torch.from_numpy(x)[:, None].float() / 255
+    assert torch.allclose(
+        module(inputs).logits.softmax(1), run.predict("site_1", x, personal=False), atol=1e-5
+    )
+    saved = run.save(tmp_path / "kept")
+    assert saved.summary == run.summary
+
+
+def test_temporary_directory_lives_as_long_as_the_run() -> None:
+    run = federation().train(hfl.Local(), rounds=1, overrides=QUIET)
+    path = run.path
+    assert path.exists()
+
+    del run
+
+    assert not path.exists()
+
+
+def test_comparison_of_methods(tmp_path: Path) -> None:
+    comparison = federation().compare(
+        [hfl.Local(), Mean(), "fedavg:logit_adjustment=true"],
+        rounds=1,
+        seeds=range(2),
+        out=tmp_path / "out",
+    )
+
+    assert len(comparison.frame) == 6
+    assert "Mean" in comparison.to_markdown() and "tabular" in comparison.to_latex()
+    assert "<table" in comparison._repr_html_() and comparison.plot().exists()
+
+
+def test_configuration_file_of_a_federation(tmp_path: Path) -> None:
+    named = hfl.Federation(
+        [hfl.Client("a", "mlp", epochs=2), hfl.Client("b", "linear")], data="digits", proxy=30
+    )
+    named.to_yaml(tmp_path / "federation.yaml")
+
+    read = hfl.Federation.from_config(tmp_path / "federation.yaml")
+
+    assert read.config["clients"]["groups"][0]["epochs"] == 2
+    with pytest.raises(UserError, match="object of this program"):
+        federation().to_yaml(tmp_path / "objects.yaml")
+
+
+# Ways to hand over data and models
+
+
+def tensors(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    x, y = images(rows, seed)
+    return torch.from_numpy(x)[:, None], torch.from_numpy(y)
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    """A map-style data set."""
+
+    def __init__(self, rows: int, seed: int, convert: Callable[[np.ndarray], Any]) -> None:
+        self.x, self.y = images(rows, seed)
+        self.convert = convert
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[Any, Any]:
+        return self.convert(self.x[i]), int(self.y[i])
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "uint8 arrays": lambda: images(40, 1),
+    "float arrays": lambda: (images(40, 1)[0][:, None] / 255, images(40, 1)[1]),
+    "channels last": lambda: (images(40, 1)[0][..., None], images(40, 1)[1]),
+    "tensors": lambda: tensors(40, 1),
+    "list of labels": lambda: (images(40, 1)[0], images(40, 1)[1].tolist()),
+    "TensorDataset": lambda: TensorDataset(*tensors(40, 1)),
+    "Subset": lambda: Subset(TensorDataset(*tensors(60, 1)), range(40)),
+    "Dataset of arrays": lambda: Items(40, 1, lambda x: x),
+    "Dataset of tensors": lambda: Items(40, 1, lambda x: torch.from_numpy(x)[None].float() / 255),
+    "Dataset": lambda: from_arrays(*images(40, 1), name="mine", num_classes=3),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_pass_data(way: str) -> None:
+    clients = [hfl.Client("a", "mlp", WAYS[way]()), hfl.Client("b", "linear", images(40, 2))]
+    own = hfl.Federation(clients, test=images(30, 9), num_classes=3)
+    assert own.train(hfl.Local(), rounds=1, overrides=QUIET).summary["rounds_completed"] == 1
+
+
+def test_data_frames_with_a_label() -> None:
+    clients = [
+        hfl.Client("a", "mlp", table(60, 1)),
+        hfl.Client("b", "wide_deep", table(50, 2).rename(columns={"ill": "state"}), label="state"),
+    ]
+    own = hfl.Federation(
+        clients, test=table(40, 3), label="ill", proxy=table(30, 4)[["age", "dose"]]
+    )
+    assert own.train(hfl.FedMD(), rounds=1, overrides=QUIET).summary["data"]["n_proxy"] == 30
+
+
+def test_tensors_are_not_copied() -> None:
+    x, y = tensors(40, 1)
+    own = hfl.Federation([hfl.Client("a", "mlp", (x, y))], test=images(30, 9))
+    prepared = own.prepare(hfl.Local())
+    rows = prepared.data.client_rows["a"]["train"].examples
+    assert rows.x.data_ptr() == x.data_ptr()
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "module": Net,
+    "class": lambda: Net,
+    "function": lambda: lambda num_classes: Net(5, num_classes),
+    "name": lambda: "cnn_bn_small",
+    "dictionary": lambda: {"name": "cnn", "width": 4},
+    "SplitModel": lambda: hfl.SplitModel(nn.Flatten(), nn.Linear(64, 3)),
+    "sequential": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3)),
+    "default": lambda: None,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ways_to_pass_a_model(shape: str) -> None:
+    own = federation(SHAPES[shape](), "linear")
+    assert own.train(hfl.FedMD(), rounds=1, overrides=QUIET).summary["rounds_completed"] == 1
+
+
+def test_timm_module() -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("resnet10t", num_classes=3, in_chans=3)
+    clients = [
+        hfl.Client("a", net, images(20, 1), preprocess=hfl.Preprocess(resize=32, channels=3)),
+        hfl.Client("b", "mlp", images(20, 2)),
+    ]
+    own = hfl.Federation(clients, test=images(20, 9))
+    assert own.train(hfl.Local(), rounds=1, overrides=QUIET).summary["rounds_completed"] == 1
+
+
+# Mistakes
+
+X, Y = images(40, 1)
+
+MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "data without labels": (UserError, "labels missing", lambda: one_client(X)),
+    "iterator": (TypeError, "read only once", lambda: one_client(iter([X, Y]))),
+    "generator": (TypeError, "read only once", lambda: one_client(i for i in range(3))),
+    "number as data": (TypeError, "expected a pair", lambda: one_client(5)),
+    "three arrays": (UserError, "got 3 values", lambda: one_client((X, Y, Y))),
+    "rows of labels": (UserError, "rows", lambda: one_client((X, Y[:30]))),
+    "label out of range": (
+        UserError,
+        "out of range",
+        lambda: one_client((X, Y + 5), num_classes=3),
+    ),
+    "frame without label": (UserError, "label: missing", lambda: one_client(table(30, 1))),
+    "unknown label": (
+        UserError,
+        "'il' not found",
+        lambda: hfl.Federation([hfl.Client("a", "mlp", table(30, 1), label="il")]),
+    ),
+    "label of arrays": (
+        UserError,
+        "label: applies to",
+        lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y), label="y")], test=(X, Y)),
+    ),
+    "no clients": (UserError, "at least one client", lambda: hfl.Federation([])),
+    "not a client": (TypeError, "expected Client", lambda: hfl.Federation([(X, Y)])),  # type: ignore[list-item]
+    "same name": (
+        UserError,
+        "two clients have the name 'a'",
+        lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y))] * 2),
+    ),
+    "invalid name": (UserError, "name", lambda: hfl.Client("1 a", "mlp")),
+    "reserved name": (UserError, "reserved", lambda: hfl.Client("server", "mlp")),
+    "number as model": (TypeError, "expected a torch.nn.Module", lambda: hfl.Client("a", 5)),
+    "unknown model": (
+        UserError,
+        "did you mean",
+        lambda: hfl.Client("a", "cnn_bn_smal"),
+    ),
+    "head of a name": (
+        UserError,
+        "head: applies to a module",
+        lambda: hfl.Client("a", "mlp", head="fc"),
+    ),
+    "given class": (
+        UserError,
+        "'given' needs a module",
+        lambda: hfl.Client("a", Net, init="given"),
+    ),
+    "unknown head": (
+        UserError,
+        "no submodule 'ou'",
+        lambda: one_client((X, Y), model=Net(), head="ou"),
+    ),
+    "no head": (
+        UserError,
+        "no linear layer",
+        lambda: one_client((X, Y), model=nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten())),
+    ),
+    "wrong input shape": (
+        UserError,
+        "cannot process an image",
+        lambda: one_client((X, Y), model=nn.Sequential(nn.Flatten(), nn.Linear(9, 3))),
+    ),
+    "wrong number of classes": (
+        UserError,
+        "expected logits of shape",
+        lambda: one_client((X, Y), model=Net(num_classes=5)),
+    ),
+    "log softmax": (
+        UserError,
+        "outputs are not those",
+        lambda: one_client((X, Y), model=nn.Sequential(Net(), nn.LogSoftmax(1))),
+    ),
+    "not redrawable": (
+        UserError,
+        "cannot redraw",
+        lambda: hfl.Client("a", nn.ParameterList([nn.Parameter(torch.ones(1))]), init="seeded"),
+    ),
+    "failing class": (
+        UserError,
+        "cannot create the model",
+        lambda: one_client((X, Y), model=lambda: 1 / 0),
+    ),
+    "negative epochs": (UserError, "epochs", lambda: hfl.Client("a", "mlp", epochs=-1)),
+    "unknown share": (UserError, "shares", lambda: hfl.Client("a", "mlp", shares=["weights"])),
+    "unknown argument": (TypeError, "unexpected keyword", lambda: hfl.Client("a", epoch=2)),  # type: ignore[call-arg]
+    "unknown section": (
+        TypeError,
+        "unexpected keyword argument 'rounds_'",
+        lambda: federation().train(rounds_=2),
+    ),
+    "not a method": (TypeError, "expected a method", lambda: federation().train(5)),  # type: ignore[arg-type]
+    "unknown method": (UserError, "did you mean 'fedmd'", lambda: federation().train("fedmdd")),
+    "method needs a proxy set": (
+        UserError,
+        "proxy",
+        lambda: federation(proxy=None).train(hfl.FedMD()),
+    ),
+    "unknown client": (
+        UserError,
+        "no model of 'site_9'",
+        lambda: federation().train(hfl.Local(), rounds=1, overrides=QUIET).model("site_9"),
+    ),
+}
+
+
+def one_client(data: Any, model: Any = "mlp", head: str | None = None, **settings: Any) -> Any:
+    client = hfl.Client("a", model, data, head=head)
+    return hfl.Federation([client], test=(X, Y), **settings).prepare(hfl.Local())
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_raises_one_line(mistake: str) -> None:
+    kind, words, make = MISTAKES[mistake]
+    with pytest.raises(kind, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, UserError | ModelError | TypeError)

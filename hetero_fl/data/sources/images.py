@@ -9,10 +9,9 @@ import io
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from importlib.resources import as_file, files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +93,17 @@ def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
 
 @register_source("digits", task=DIGITS)
 def digits(_config: SourceConfig, _root: Path) -> Dataset:
-    """Load 1,797 handwritten digits of scikit-learn, 8x8 grayscale, without splits.
+    """Load 1,797 handwritten digits, 8x8 grayscale, without splits.
 
-    The images are the test set of "Optical Recognition of Handwritten Digits" (UCI).
+    The images are the test set of "Optical Recognition of Handwritten Digits" (UCI), as in
+    scikit-learn.
     """
-    table = _digits()
-    x = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
-    y = torch.from_numpy(table[:, -1].astype(np.int64))
+    embedded = files("hetero_fl.data") / "embedded" / "digits.npz"
+    with as_file(embedded) as path, np.load(path) as file:
+        # Pixels range from 0 to 16.
+        images, labels = file["images"] * (255 / 16), file["labels"]
+    x = torch.from_numpy(np.rint(images).astype(np.uint8))[:, None]
+    y = torch.from_numpy(labels.astype(np.int64))
     return Dataset(
         "digits",
         DIGITS,
@@ -115,22 +118,6 @@ def npz(config: SourceConfig, _root: Path) -> Dataset:
     return read_npz(
         Path(str(config.path)).expanduser(), "npz", kind=config.task, patient=config.patient
     )
-
-
-def _digits() -> np.ndarray:
-    """Return the pixels (0..16) and the class of each digit, shape `[1797, 65]`."""
-    # Reading the file directly avoids the slow import of scikit-learn.
-    library = find_spec("sklearn")
-    if library is not None and library.origin is not None:
-        # The location of the file may change between versions.
-        with suppress(OSError):
-            return np.loadtxt(
-                Path(library.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=","
-            )
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return np.column_stack([bunch.data, bunch.target])
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}

@@ -148,6 +148,7 @@ if TYPE_CHECKING:
     from hetero_fl.experiment.client import Client
     from hetero_fl.experiment.federation import Federation
     from hetero_fl.experiment.preparation import load_config
+    from hetero_fl.experiment.split import split
     from hetero_fl.experiment.trainer import Trainer
     from hetero_fl.reporting.comparison.result import Comparison
     from hetero_fl.reporting.run import Run
@@ -230,6 +231,7 @@ __all__ = [
     "prepare",
     "register_algorithm",
     "run",
+    "split",
 ]
 
 # Module of each public name that is not a method, with the name there if it differs.
@@ -245,6 +247,7 @@ _MODULES = {
     "Comparison": "hetero_fl.reporting.comparison.result",
     "Federation": "hetero_fl.experiment.federation",
     "Trainer": "hetero_fl.experiment.trainer",
+    "split": "hetero_fl.experiment.split",
     "load_config": "hetero_fl.experiment.preparation",
     "Run": "hetero_fl.reporting.run",
     "SplitModel": "model_zoo",

@@ -16,7 +16,7 @@ from weakref import WeakSet
 from torch import nn
 
 from model_zoo.errors import ModelError
-from model_zoo.heads import split_module
+from model_zoo.heads import find_head, split_module
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel
 
@@ -84,6 +84,19 @@ class GivenModel:
     def is_instance(self) -> bool:
         """Whether the model is a module, whose weights training may start from."""
         return isinstance(self._model, nn.Module)
+
+    @property
+    def head_path(self) -> str | None:
+        """Path of the head; None if it is not known before the model is created."""
+        if self.head is not None or not isinstance(self._model, nn.Module):
+            return self.head
+        parts = (getattr(self._model, "backbone", None), getattr(self._model, "head", None))
+        if all(isinstance(part, nn.Module) for part in parts):
+            return "head"
+        try:
+            return find_head(self._model)
+        except ModelError:
+            return None
 
     @property
     def factory(self) -> ModelFactory:

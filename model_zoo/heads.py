@@ -134,6 +134,7 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     setattr(module.get_submodule(parent), name, nn.Identity())
     rest = LogitsOnly(module) if hasattr(expected, "logits") else module
     split = SplitModel(rest, found, measure_feature_width(rest, shape))
+    split.head_path = path
     if not _has_logits(split, expected, shape):
         raise ModelError(
             f"head: the model's outputs are not those of its submodule '{path}'; name another "

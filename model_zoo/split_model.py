@@ -71,6 +71,7 @@ class SplitModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.head_path = "head"
         linear = next((part for part in head.modules() if isinstance(part, nn.Linear)), None)
         if feature_dim is None and linear is not None:
             feature_dim = linear.in_features

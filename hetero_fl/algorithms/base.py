@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from types import GeneratorType
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
-from hetero_fl.config.base import StalenessConfig, rename_keys
+from hetero_fl.config.base import Settings, StalenessConfig, rename_keys
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.participant import (
@@ -125,7 +125,7 @@ class SharedPart:
     local: Literal["batch_norm", "batch_norm_statistics"] | None = None
 
 
-class Algorithm(BaseModel):
+class Algorithm(Settings):
     """Base class of federated methods; its defaults average the `shared` part by architecture.
 
     Settings are pydantic fields; in a configuration they are keys next to `algorithm.name`. Hooks
@@ -157,8 +157,6 @@ class Algorithm(BaseModel):
         >>> register_algorithm["fedavg"].title
         'FedAvg'
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     title: ClassVar[str] = ""
     renamed_settings: ClassVar[Mapping[str, str]] = {}

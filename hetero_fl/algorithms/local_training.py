@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hetero_fl.config.clients import AugmentConfig, ClientSettings
-from hetero_fl.core.objectives import Objective, Supervised, log_prior
+from hetero_fl.core.objectives import LossFunction, Objective, Supervised, log_prior
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.core.task import Task
@@ -78,15 +78,25 @@ def local_fit(
 
 
 def load_objective(reference: str | None, task: Task) -> Objective:
-    """Return the supervised loss, or the objective that a `python:package.module:Name` names.
+    """Return the supervised loss, or the user's objective.
+
+    Args:
+        reference: Reference to a loss function, an `Objective` or a subclass of it; None for the
+            supervised loss.
+        task: The task.
 
     Raises:
-        UserError: If the named class does not exist.
+        UserError: If the named function or class does not exist.
     """
     if reference is None:
         return Supervised(task.kind)
-    objective: Objective = import_reference(reference, "objective", Objective)(task.kind)
-    return objective
+    found = import_reference(reference, "objective", Objective, takes="logits, y")
+    if isinstance(found, Objective):
+        return found
+    if isinstance(found, type) and issubclass(found, Objective):
+        objective_class: Callable[..., Objective] = found
+        return objective_class(task.kind)
+    return LossFunction(task.kind, function=found)
 
 
 def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:

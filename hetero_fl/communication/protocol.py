@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
-from typing import Protocol as Interface
+from typing import Any, Generic, Protocol as Interface, TypeVar
 
 from torch import Tensor
 from typing_extensions import override

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,23 +17,104 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
 
-from hetero_fl.utils.errors import suggest_or_list
+from hetero_fl.utils.code_permission import CODE_PREFIX
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.objects import OBJECT_PREFIX
+from hetero_fl.utils.registry import reference_to
 
 
-class ConfigSection(BaseModel):
-    """A section of the configuration.
+class Settings(BaseModel):
+    """Base class of configuration sections and methods, whose fields are settings.
 
-    Instances are immutable. Unknown keys, infinities and NaN are rejected.
+    Instances are immutable. Unknown settings, infinities and NaN are rejected. The fields are
+    listed as arguments in the docstring of each subclass.
+
+    Raises:
+        TypeError: If there is no such setting.
+        UserError: If the value of a setting is invalid.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            # The errors are described by means of the schema, whose sections derive from this.
+            from hetero_fl.config.errors import describe_error
+
+            for problem in error.errors():
+                if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+                    name = str(problem["loc"][0])
+                    hint = suggest_or_list(name, list(type(self).model_fields))
+                    message = f"got an unexpected keyword argument '{name}'{hint}"
+                    raise TypeError(f"{self.__repr_name__()}() {message}") from None
+            described = describe_error(error, settings, type(self))
+            raise UserError(f"{self.__repr_name__()}: {described}") from None
+
+    # Without this attribute, pydantic would call __init__ for nested sections, too, and their
+    # errors would lack the path of the key.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.__doc__ = add_arguments(cls)
+
+    def __repr_name__(self) -> str:
+        return type(self).__name__.removesuffix("Config")
+
+
+def add_arguments(model: type[BaseModel]) -> str | None:
+    """Return the docstring of a model with a section `Args` that describes its fields."""
+    described = {n: f for n, f in model.model_fields.items() if f.description}
+    if model.__doc__ is None or not described:
+        return model.__doc__
+    text, example, rest = inspect.cleandoc(model.__doc__).partition("\n\nExample:\n")
+    lines = []
+    for name, info in described.items():
+        meaning = (info.description or "").replace("`null`", "`None`")
+        default = "" if info.is_required() else f" (default: {info.get_default()!r})"
+        lines += textwrap.wrap(
+            f"{name}: {meaning}{default}",
+            width=96,
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 8,
+        )
+    return "\n".join([text, "", "Args:", *lines]) + example + rest
+
+
+class ConfigSection(Settings):
+    """A section of the configuration."""
+
+    model_config = ConfigDict(validate_default=True)
+
+
+def _check_reference(value: object) -> object:
+    """Return a callable, or a string that names one."""
+    if callable(value) or (
+        isinstance(value, str) and value.startswith((CODE_PREFIX, OBJECT_PREFIX))
+    ):
+        return value
+    raise ValueError(f"expected python:package.module:name, got {format_value(value)}")
+
+
+def _serialize_reference(value: object) -> object:
+    return value if isinstance(value, str) else reference_to(value)
+
+
+Reference = Annotated[Any, BeforeValidator(_check_reference), PlainSerializer(_serialize_reference)]
+"""A function or class: `python:package.module:name` in a file, the object itself in Python.
+
+Serialization replaces an object by its name, which is valid as long as the object is kept.
+"""
 
 
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
@@ -82,17 +165,20 @@ class Choice:
 
     def __call__(self, value: object) -> object:
         """Return the value. Raises ValueError if it is not valid."""
-        if isinstance(value, str) and (
-            value in self.names
-            or (self.prefix is not None and value.startswith(self.prefix))
-            or (self.suffix is not None and value.endswith(self.suffix))
-        ):
+        if isinstance(value, str) and (value in self.names or self._has_affix(value)):
             return value
         if isinstance(value, str) and value in self.synonyms:
             hint = f"; did you mean '{self.synonyms[value]}'?"
         else:
             hint = suggest_or_list(value, self.names)
         raise ValueError(f"unknown value {format_value(value)}{hint}")
+
+    def _has_affix(self, value: str) -> bool:
+        if self.suffix is not None and value.endswith(self.suffix):
+            return True
+        # An object of a Python program is valid where a file may name code.
+        prefixes = (CODE_PREFIX, OBJECT_PREFIX) if self.prefix == CODE_PREFIX else (self.prefix,)
+        return any(prefix is not None and value.startswith(prefix) for prefix in prefixes)
 
 
 def choice_type(
@@ -144,8 +230,10 @@ UniqueNames = Annotated[list[str], AfterValidator(_check_unique)]
 class OptimizerConfig(ConfigSection):
     """Optimizer of local training and its learning rate schedule over the rounds."""
 
-    name: choice_type("sgd", "adam", "adamw") = Field(  # type: ignore[valid-type]
-        "adam", description="optimizer of `torch.optim`; its state is reset in each round"
+    name: choice_type("sgd", "adam", "adamw", prefix=CODE_PREFIX) = Field(  # type: ignore[valid-type]
+        "adam",
+        description="optimizer of `torch.optim`, or `python:module:name` of a function that "
+        "returns an optimizer of given parameters; its state is reset in each round",
     )
     lr: PositiveFloat = Field(1e-3, description="learning rate in the first round")
     head_lr: PositiveFloat | None = Field(
@@ -180,7 +268,14 @@ class OptimizerConfig(ConfigSection):
             raise ValueError("nesterov=true requires name=sgd and momentum > 0")
         if self.momentum and self.name != "sgd":
             raise ValueError(f"momentum requires name=sgd, got name={self.name}")
+        if self.weight_decay and self.is_custom:
+            raise ValueError(f"weight_decay: not used by {self.name}; set it in that function")
         return self
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether a user's function creates the optimizer."""
+        return self.name.startswith((CODE_PREFIX, OBJECT_PREFIX))
 
 
 class OptimizerLayer(OptimizerConfig):

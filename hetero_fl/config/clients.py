@@ -20,6 +20,7 @@ from hetero_fl.config.base import (
     ConfigSection,
     OptimizerConfig,
     OptimizerLayer,
+    Reference,
     UniqueNames,
     choice_type,
 )
@@ -100,7 +101,13 @@ class Normalize(ConfigSection):
 class PreprocessConfig(ConfigSection):
     """Preprocessing of all inputs of a participant, private and public.
 
-    The steps are: select columns, resize, convert channels, normalize, handle missing values.
+    The steps are: select columns, resize, convert channels, normalize, handle missing values,
+    apply `transform`.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.Client("clinic", "cnn", preprocess=hfl.Preprocess(resize=32, channels=3))
+        Client('clinic', model=cnn, preprocess={'resize': 32, 'channels': 3})
     """
 
     columns: UniqueNames | None = Field(
@@ -126,10 +133,21 @@ class PreprocessConfig(ConfigSection):
         "an indicator (1: missing) per column, or per block of data with blocks; `null`: missing "
         "values are an error",
     )
+    transform: Reference | None = Field(
+        None,
+        description="function of a batch of inputs, applied last, that returns a batch of the same "
+        "shape; `null`: none",
+    )
 
 
 class AugmentConfig(ConfigSection):
-    """Random augmentation of training images, sampled in each step."""
+    """Random augmentation of training images, sampled in each step.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.Client("clinic", "cnn", augment=hfl.Augment(crop=2, flip=True))
+        Client('clinic', model=cnn, augment={'crop': 2, 'flip': True})
+    """
 
     crop: int = Field(
         0, ge=0, description="padding in pixels before a random crop to the original size; 0: off"
@@ -138,10 +156,22 @@ class AugmentConfig(ConfigSection):
     rotate: float = Field(
         0.0, ge=0, le=180, description="maximum rotation in degrees, in both directions"
     )
+    transform: Reference | None = Field(
+        None,
+        description="function of a batch of training images, applied last, that returns images of "
+        "the same shape, such as a transform of `torchvision.transforms.v2`; it may draw from "
+        "PyTorch's global random number generator; `null`: none",
+    )
 
 
 class ScannerConfig(ConfigSection):
-    """Simulated imaging device of a client, which changes all its images (feature shift)."""
+    """Simulated imaging device of a client, which changes all its images (feature shift).
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.Client("clinic", "cnn", scanner=hfl.Scanner(contrast=0.5, blur=1))
+        Client('clinic', model=cnn, scanner={'contrast': 0.5, 'blur': 1.0})
+    """
 
     contrast: PositiveFloat = Field(1.0, description="contrast factor around middle gray")
     brightness: float = Field(
@@ -161,7 +191,14 @@ Share = choice_type("parameters", "backbone", "predictions", "statistics", "feat
 
 
 class ClientSettings(ConfigSection):
-    """Settings that may differ between clients."""
+    """Settings that may differ between clients.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> defaults = hfl.ClientSettings(epochs=2, optimizer=hfl.SGD(lr=0.05, momentum=0.9))
+        >>> defaults.batch_size, defaults.optimizer.lr
+        (32, 0.05)
+    """
 
     model: Models = Field(
         [ModelConfig(name="cnn_bn_small")],
@@ -204,11 +241,10 @@ class ClientSettings(ConfigSection):
         description="epochs of training on the client's own rows before evaluation; `null`: the "
         "method's default",
     )
-    objective: str | None = Field(
+    objective: Reference | None = Field(
         None,
-        pattern="^python:",
-        description="user-defined local objective, `python:module:Class`; `null`: the supervised "
-        "loss",
+        description="user-defined local loss: a function of logits and targets that returns a loss "
+        "per example, or a subclass of `Objective`; `null`: the supervised loss of the task",
     )
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -206,6 +206,14 @@ class ChannelConfig(ConfigSection):
     """Compression and secure aggregation of messages between clients and server.
 
     The stages of a chain are applied in order, each to the items that it is made for.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> channel = hfl.Channel(compress=[{"quantize": 8}])
+        >>> federation.prepare(hfl.FedAvg(), channel=channel).config.channel.compress[0].quantize
+        8
     """
 
     preset: Literal["small"] | None = Field(

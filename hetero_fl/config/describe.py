@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from hetero_fl.config.base import Choice, format_value
+from hetero_fl.config.base import Choice, Reference, format_value
 from hetero_fl.config.schema import Config
 
 # Names of types in the reference and in `hetero-fl methods`.
@@ -77,8 +77,10 @@ def describe_values(
     """
     metadata = list(metadata)
     for validator in metadata:
-        if isinstance(validator, BeforeValidator) and isinstance(validator.func, Choice):
-            return _describe_choice(validator.func)
+        if isinstance(validator, BeforeValidator) and (
+            isinstance(validator.func, Choice) or validator in typing.get_args(Reference)
+        ):
+            return _describe_validator(validator)
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin is typing.Annotated:
@@ -93,7 +95,10 @@ def describe_values(
     return _describe_type(annotation, metadata, link)
 
 
-def _describe_choice(choice: Choice) -> str:
+def _describe_validator(validator: BeforeValidator) -> str:
+    choice = validator.func
+    if not isinstance(choice, Choice):
+        return "`python:module:name`"
     names = [*choice.names, *([f"{choice.prefix}…"] if choice.prefix else [])]
     return ", ".join(f"`{name}`" for name in names)
 
@@ -129,8 +134,9 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def section_summary(model: type[BaseModel]) -> str:
-    """Return the docstring of a section in one line."""
-    return " ".join(inspect.cleandoc(model.__doc__ or "").split())
+    """Return the docstring of a section in one line, without its example."""
+    text = re.split(r"\n\n(?:Args|Example):\n", inspect.cleandoc(model.__doc__ or ""))[0]
+    return " ".join(text.split())
 
 
 # Number of differences that `describe_difference` lists.

@@ -26,7 +26,18 @@ class AdaptiveClipConfig(ConfigSection):
 
 
 class PrivacyConfig(ConfigSection):
-    """Differential privacy for training rows or clients."""
+    """Differential privacy for training rows or clients.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> privacy = hfl.Privacy(target_epsilon=8.0, delta=1e-3)
+        >>> defaults = ["clients.defaults.model=mlp"]
+        >>> prepared = federation.prepare(hfl.FedAvg(), privacy=privacy, overrides=defaults)
+        >>> round(prepared.config.privacy.noise_multiplier, 1)
+        0.5
+    """
 
     unit: choice_type("record", "client", "local") = Field(  # type: ignore[valid-type]
         "record",

@@ -27,6 +27,14 @@ class AggregationConfig(ConfigSection):
     """Aggregation of uploads.
 
     All rules but `mean` give clients equal weights, as a client could claim any number of rows.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> aggregation = hfl.Aggregation(rule="median")
+        >>> federation.prepare(hfl.FedAvg(), aggregation=aggregation).config.aggregation.rule
+        'median'
     """
 
     rule: choice_type(*RULES, prefix="python:") = Field(  # type: ignore[valid-type]
@@ -80,7 +88,16 @@ class AggregationConfig(ConfigSection):
 
 
 class AttacksConfig(ConfigSection):
-    """Simulated attacks. Reported metrics are means over the honest clients."""
+    """Simulated attacks. Reported metrics are means over the honest clients.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> attacks = hfl.Attacks(name="sign_flip", share=0.25)
+        >>> federation.prepare(hfl.FedAvg(), attacks=attacks).config.attacks.name
+        'sign_flip'
+    """
 
     name: choice_type(*ATTACKS, prefix="python:") = Field(  # type: ignore[valid-type]
         description="attack; on training rows: `label_flip`, `backdoor`; on all uploads: "

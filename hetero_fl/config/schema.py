@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from hetero_fl.config.base import ConfigSection, OptimizerConfig, StalenessConfig, choice_type
+from hetero_fl.config.base import (
+    ConfigSection,
+    OptimizerConfig,
+    Reference,
+    StalenessConfig,
+    choice_type,
+)
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
+from hetero_fl.utils.text import format_list
 
+STATISTIC_SUFFIXES = ("_std", "_worst", "_undefined")
+"""Suffixes of the statistics of a metric over the clients in `metrics.jsonl`."""
 Executor = choice_type("auto", "serial", "batched", "processes", "ray", "torchrun")
 Device = choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:", synonyms={"gpu": "cuda"})
 
 
 class ServerConfig(ConfigSection):
-    """Training at the server, and an optional student model."""
+    """Training at the server, and an optional student model.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> server = hfl.Server(optimizer=hfl.Adam(lr=1e-4))
+        >>> federation.prepare(hfl.FedAvg(), server=server).config.server.optimizer.lr
+        0.0001
+    """
 
     model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
@@ -31,7 +57,16 @@ class ServerConfig(ConfigSection):
 
 
 class EvaluationConfig(ConfigSection):
-    """Evaluation schedule and early stopping."""
+    """Evaluation schedule and early stopping.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> prepared = federation.prepare(hfl.FedAvg(), evaluation=hfl.Evaluation(every=5))
+        >>> prepared.config.evaluation.every
+        5
+    """
 
     every: PositiveInt = Field(
         1, description="rounds between two evaluations; the last round is always evaluated"
@@ -46,10 +81,36 @@ class EvaluationConfig(ConfigSection):
         description="number of clients whose models are evaluated, sampled once; `null`: all, or "
         "100 of more than 1,000",
     )
+    metrics: dict[str, Reference] = Field(
+        {},
+        description="further metrics by name: functions of predictions (probabilities, or values "
+        "for a regression) and targets that return a number",
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metric_names(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Check that no name looks like a statistic of another metric."""
+        for name in metrics:
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name.endswith(STATISTIC_SUFFIXES):
+                raise ValueError(
+                    "a name must consist of lower-case letters, digits and '_' and not end in "
+                    f"{format_list(STATISTIC_SUFFIXES)}, got '{name}'"
+                )
+        return metrics
 
 
 class RuntimeConfig(ConfigSection):
-    """Execution of a run: synchronous or asynchronous, processes, device and precision."""
+    """Execution of a run: synchronous or asynchronous, processes, device and precision.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> runtime = hfl.Runtime(executor="serial", threads=1)
+        >>> federation.prepare(hfl.FedAvg(), runtime=runtime).config.runtime.executor
+        'serial'
+    """
 
     mode: choice_type("sync", "async") = Field(  # type: ignore[valid-type]
         "sync",
@@ -113,7 +174,16 @@ class RuntimeConfig(ConfigSection):
 
 
 class OutputConfig(ConfigSection):
-    """Optional output files of a run."""
+    """Optional output files of a run.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> run = federation.train(hfl.FedAvg(), output=hfl.Output(plots=False, report=False))
+        >>> (run.path / "report.html").exists()
+        False
+    """
 
     plots: bool = Field(True, description="write figures to `plots/*.png`")
     report: bool = Field(True, description="write `report.html`")

@@ -75,7 +75,13 @@ class AvailabilityConfig(ConfigSection):
 
 
 class DeviceConfig(ConfigSection):
-    """Simulated device of a client. By default it takes no time and is always available."""
+    """Simulated device of a client. By default it takes no time and is always available.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.Client("phone", "mlp", machine=hfl.Device(up=1e5))
+        Client('phone', model=mlp, machine={'up': {'median': 100000.0, 'sigma': 0.0}})
+    """
 
     speed: Quantity | None = Field(
         None,
@@ -108,6 +114,14 @@ class DevicesConfig(DeviceConfig):
     """Simulated devices of all clients.
 
     Settings in `clients.groups[].machine` and `clients.overrides[].machine` take precedence.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> devices = hfl.Devices(speed={"median": 1e9, "sigma": 0.5}, up=1e6)
+        >>> federation.prepare(hfl.FedAvg(), devices=devices).config.devices.speed.median
+        1000000000.0
     """
 
     file: str | None = Field(
@@ -119,7 +133,15 @@ class DevicesConfig(DeviceConfig):
 
 
 class FaultsConfig(ConfigSection):
-    """Simulated faults by their probability per task. A task has at most one fault."""
+    """Simulated faults by their probability per task. A task has at most one fault.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> federation.prepare(hfl.FedAvg(), faults=hfl.Faults(lost=0.1)).config.faults.lost
+        0.1
+    """
 
     before: Chance = Field(0.0, description="probability that the client fails before training")
     during: Chance = Field(0.0, description="probability that the client fails during training")
@@ -165,7 +187,16 @@ class FaultsConfig(ConfigSection):
 
 
 class CohortConfig(ConfigSection):
-    """Sampling of the clients of a round, its deadline, and what happens if uploads are missing."""
+    """Sampling of the clients of a round, its deadline, and what happens if uploads are missing.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 4}, "rounds": 1}
+        >>> federation = hfl.Federation.from_config(config)
+        >>> cohort = hfl.Cohort(least=2)
+        >>> federation.prepare(hfl.FedAvg(), cohort=cohort).config.cohort.least
+        2
+    """
 
     sampling: choice_type("uniform", "available", "oort") = Field(  # type: ignore[valid-type]
         "uniform",

@@ -17,6 +17,8 @@ from torch.nn import functional
 from hetero_fl.core.task import Task
 
 Scores = dict[str, float | None]
+MetricFunction = Callable[[Tensor, Tensor], Any]
+"""A user's metric: a function of predictions and targets that returns a number."""
 
 CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "average_precision", "loss")
 REGRESSION = ("mae", "rmse", "r2")
@@ -135,6 +137,36 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
             outputs.softmax(1).T[[task.rare]], (y == task.rare)[None]
         )[1][0]
     return dict(zip(names, _finite([found[name] for name in names]), strict=True))
+
+
+def apply_metric(function: MetricFunction, task: Task, logits: Tensor, y: Tensor) -> float | None:
+    """Return the value of a user's metric; None without examples or if it is not finite.
+
+    Args:
+        function: Function of predictions `[N, C]` (probabilities, or values for a regression) and
+            targets, `[N]` or `[N, C]`.
+        task: The task.
+        logits: Outputs, shape `[N, C]`.
+        y: Targets, shape `[N]` (classes) or `[N, C]`.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.metrics import apply_metric
+        >>> from hetero_fl.core.task import Task
+        >>> def top_probability(predictions, y):
+        ...     return predictions.max(1).values.mean()
+        >>> apply_metric(top_probability, Task("multiclass", 2), torch.zeros(3, 2), torch.zeros(3))
+        0.5
+    """
+    if not len(y):
+        return None
+    predictions = logits.detach()
+    if task.kind == "multiclass":
+        predictions = predictions.softmax(1)
+    elif task.kind == "multilabel":
+        predictions = predictions.sigmoid()
+    value = float(function(predictions, y.to(predictions.device)))
+    return value if abs(value) <= MAX_METRIC_VALUE else None
 
 
 def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 from model_zoo.given_models import GivenModel
@@ -141,7 +142,7 @@ class ModelSpec:
     @property
     def display_name(self) -> str:
         """Name in tables and reports."""
-        return self.label or self.name
+        return self.label or self.name.removeprefix(OBJECT_PREFIX)
 
     @cached_property
     def group_id(self) -> str:
@@ -167,6 +168,11 @@ class ModelSpec:
     def feature_width(self) -> int:
         """Width of the features."""
         return _measure(self).width
+
+    @property
+    def head_path(self) -> str:
+        """Path of the head in the user's module."""
+        return _measure(self).head_path
 
     def to_json(self) -> str:
         """Return the specification as JSON text, which is stored with saved tensors."""
@@ -219,6 +225,7 @@ class _ModelFacts:
 
     parameters: frozenset[str]
     width: int
+    head_path: str
     shapes: Mapping[str, tuple[int, ...]]
     batch_norm: frozenset[str]
 
@@ -232,6 +239,7 @@ def _measure(arch: ModelSpec) -> _ModelFacts:
     return _ModelFacts(
         frozenset(n for n, _ in module.named_parameters()),
         int(module.feature_dim),
+        module.head_path,
         {n: tuple(t.shape) for n, t in module.state_dict().items()},
         frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),
     )

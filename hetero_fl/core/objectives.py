@@ -7,6 +7,7 @@ equal objectives can be trained in one batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -285,6 +286,48 @@ class Supervised(Objective):
         return self.loss_of_outputs(
             nets[self.slot](batch.x), batch, context, "mean"
         ) + self.penalty(nets, context)
+
+
+@dataclass(frozen=True)
+class LossFunction(Supervised):
+    """A user's loss function in place of the supervised loss.
+
+    Args:
+        function: Function of logits `[B, C]` and targets that returns the loss of each example,
+            `[B]` or `[B, ...]`. The reduction of a loss of `torch.nn` is switched off.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.objectives import Batch, LossFunction
+        >>> from model_zoo import Outputs
+        >>> smoothed = LossFunction(function=torch.nn.CrossEntropyLoss(label_smoothing=0.1))
+        >>> batch = Batch(y=torch.tensor([0, 1]))
+        >>> smoothed.loss_of_outputs(Outputs(torch.zeros(2, 4), torch.zeros(2, 8)), batch, {})
+        tensor([1.3863, 1.3863])
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+    @override
+    def loss_of_outputs(
+        self, outputs: Outputs, batch: Batch, context: Context, reduction: str = "none"
+    ) -> Tensor:
+        function = self.function
+        if getattr(function, "reduction", "none") != "none":
+            function = copy.copy(function)
+            function.reduction = "none"  # type: ignore[attr-defined]
+        logits = outputs.logits + context["log_prior"] if "log_prior" in context else outputs.logits
+        losses = function(logits, batch.y)
+        if losses.ndim > 1:
+            losses = losses.flatten(1).mean(1)
+        if losses.shape != logits.shape[:1]:
+            raise ValueError(
+                f"the loss must have one value per example, shape {tuple(logits.shape[:1])}, got "
+                f"shape {tuple(losses.shape)}; use reduction='none'"
+            )
+        if "class_weights" in context:
+            losses = losses * context["class_weights"][batch.y]
+        return losses.mean() if reduction == "mean" else losses
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
             metadata: dict[str, Any] = json.loads((file.metadata() or {})["hetero_fl"])
             # The file is not a dictionary and cannot be iterated.
             tensors = {n: file.get_tensor(n) for n in list(file.keys())}
-        if metadata["form"] != FORM:
-            raise UserError(f"{path}: expected {FORM!r}, got {metadata['form']!r}")
+        form = metadata["form"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a saved model: {error}") from None
+    if form != FORM:
+        raise UserError(f"{path}: expected {FORM!r}, got {form!r}")
     return metadata, tensors
 
 
@@ -117,9 +118,9 @@ class SavedModel:
         Raises:
             UserError: If the file is not a saved model, or needs code that is not permitted.
         """
+        metadata, tensors = read_model_file(path)
+        CodePermission.from_argument(allow_code).check(find_references(metadata), str(path))
         try:
-            metadata, tensors = read_model_file(path)
-            CodePermission.from_argument(allow_code).check(find_references(metadata), str(path))
             fields = metadata["task"]
             task = Task(
                 fields["kind"],
@@ -149,7 +150,7 @@ class SavedModel:
                 None if correction is None else tuple(correction),
                 local,
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a saved model: {error}") from None
 
     def module(self, personal: bool = False) -> torch.nn.Module:

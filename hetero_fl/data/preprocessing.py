@@ -33,6 +33,7 @@ from hetero_fl.data.dataset import (
 )
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.registry import call_reference
 
 if TYPE_CHECKING:
     from hetero_fl.data.client_rows import ClientRows
@@ -63,6 +64,7 @@ class Preprocess:
             `missing` is set.
         missing: With "indicate", NaN becomes 0 after normalization, and an indicator per column (or
             per block) is appended. A block is missing if all of its values are missing.
+        transform: Reference to a function of a batch that is applied last.
 
     Example:
         >>> import torch
@@ -83,6 +85,7 @@ class Preprocess:
     spans: Spans | None = None
     blocks: tuple[Block, ...] = ()
     missing: Literal["indicate"] | None = None
+    transform: str | None = None
 
     def __post_init__(self) -> None:
         # Files store blocks as plain tuples.
@@ -107,7 +110,9 @@ class Preprocess:
         Raises:
             UserError: If a column or block is unknown.
         """
-        view = cls(config.resize, config.channels, missing=config.missing)
+        view = cls(
+            config.resize, config.channels, missing=config.missing, transform=config.transform
+        )
         if config.columns is None and not layout.blocks and config.missing is None:
             return view
         spans = None if config.columns is None else layout.spans(config.columns, f"{where}.columns")
@@ -217,7 +222,10 @@ class Preprocess:
             else:
                 indicators = is_missing
             x = torch.cat([x.masked_fill(is_missing, 0.0), indicators.to(x.dtype)], dim=-1)
-        return (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
+        x = (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
+        if self.transform is None:
+            return x
+        return apply_transform(self.transform, x, "preprocess.transform")
 
     def _values(self, x_raw: Tensor) -> Tensor:
         """Return the selected values in their output shape, before normalization."""
@@ -317,8 +325,30 @@ class Preprocess:
         return (self.channels or channels, self.resize or height, self.resize or width)
 
 
+def apply_transform(reference: str, x: Tensor, where: str) -> Tensor:
+    """Apply a user's function to a batch.
+
+    Args:
+        reference: Reference to the function.
+        x: The batch.
+        where: Prefix of error messages.
+
+    Raises:
+        UserError: If the function fails or returns a batch of another shape or type.
+    """
+    transformed = call_reference(reference, where, "x", (x,))
+    if not isinstance(transformed, Tensor):
+        raise UserError(f"{where}: expected a tensor, got {type(transformed).__name__}")
+    if transformed.shape != x.shape or transformed.dtype != x.dtype:
+        raise UserError(
+            f"{where}: expected {x.dtype} of shape {tuple(x.shape)} as its input, got "
+            f"{transformed.dtype} of shape {tuple(transformed.shape)}"
+        )
+    return transformed
+
+
 def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Randomly crop, flip and rotate each image of a batch.
+    """Randomly crop, flip and rotate each image of a batch, then apply the user's transform.
 
     Pixels outside an image repeat its edge.
 
@@ -349,6 +379,11 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
     if config.rotate:
         degrees = (2 * torch.rand(batch, generator=generator) - 1) * config.rotate
         x = _rotate(x, (degrees * (math.pi / 180)).to(x.device, x.dtype))
+    if config.transform is not None:
+        devices = [] if x.is_cpu else [x.device]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            x = apply_transform(config.transform, x, "augment.transform")
     return x
 
 

@@ -234,8 +234,9 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
     certificate = _read_certificate(files.certificate, "the server's certificate")
     _check_dates(files.authority, authority)
     _check_dates(files.certificate, certificate)
+    private = _read(files.key, "the server's private key")
     try:
-        key = serialization.load_pem_private_key(_read(files.key, "the server's private key"), None)
+        key = serialization.load_pem_private_key(private, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(
             f"{files.key}: expected a private key in PEM without a passphrase"
@@ -265,8 +266,9 @@ def check_authority(path: Path) -> None:
 
 
 def _read_certificate(path: Path, what: str) -> x509.Certificate:
+    data = _read(path, what)
     try:
-        return x509.load_pem_x509_certificate(_read(path, what))
+        return x509.load_pem_x509_certificate(data)
     except ValueError:
         raise UserError(f"{path}: expected a certificate in PEM") from None
 

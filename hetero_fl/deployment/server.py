@@ -200,6 +200,8 @@ def check_deployable(config: Config) -> None:
     """
     if config.attacks is not None:
         raise UserError("attacks: available in simulations only; remove it")
+    if config.evaluation.metrics:
+        raise UserError("evaluation.metrics: available in simulations only; remove it")
     name = config.algorithm["name"]
     if is_bound(register_algorithm[name]):
         raise UserError(

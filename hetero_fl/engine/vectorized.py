@@ -260,6 +260,9 @@ def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
             # Without rows there is no output to compute together.
             return object()
         return (type(step), step_model_spec(participant, step), *plain, _tree_structure(x[:0]))
+    if step.optimizer.is_custom:
+        # A user's optimizer may combine the elements of a tensor, for example in a norm.
+        return object()
     data: Any
     if isinstance(step.data, SampledBatches):
         rows = data = step.data.size

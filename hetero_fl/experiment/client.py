@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import (
@@ -19,13 +19,19 @@ from hetero_fl.config.clients import (
 )
 from hetero_fl.config.data import PartitionConfig
 from hetero_fl.config.simulation import DeviceConfig
-from hetero_fl.utils.code_permission import CODE_PREFIX
-from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.objects import name_object
+from hetero_fl.core.objectives import Objective
+from hetero_fl.data.dataset import Dataset
+from hetero_fl.reporting.notebook import html_items
+from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.objects import OBJECT_PREFIX
+from hetero_fl.utils.registry import importable_reference, reference_to
+from hetero_fl.utils.text import pluralize
 from model_zoo.given_models import GivenModel, redraw_weights
 
 Model = nn.Module | type[nn.Module] | Mapping[str, Any] | str | Any
 Init = Literal["seeded", "given"]
+OptimizerFunction = Callable[..., torch.optim.Optimizer]
+LossLike = Callable[[Tensor, Tensor], Tensor]
 
 OWN_ARGUMENTS = ("name", "model", "data", "label", "validation", "test", "head", "init")
 
@@ -53,7 +59,9 @@ class Client:
         init: `given` starts from the weights of the module, `seeded` from weights that depend on
             the seed only, with which all clients of one architecture start equal. The default is
             `given` for modules, `seeded` for classes, functions and names.
-        optimizer: Optimizer of local training, such as `Adam(lr=1e-3)`.
+        optimizer: Optimizer of local training: `Adam(lr=1e-3)`, or a function or class that returns
+            a `torch.optim.Optimizer` of given parameters, such as
+            `lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3)`.
         epochs: Local epochs per round.
         steps: Local steps per round, instead of epochs.
         batch_size: Examples per step.
@@ -63,9 +71,12 @@ class Client:
         prior_correction: Whether to predict other rows with z − log π.
         recalibrate: Predictions that use recomputed BatchNorm statistics.
         fine_tune_epochs: Epochs on the client's rows before evaluation.
-        objective: A subclass of `Objective`, or `python:module:Class`.
-        preprocess: Preprocessing of all inputs.
-        augment: Augmentation in training.
+        objective: Loss of local training: a function of logits and targets, such as
+            `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`; a subclass of `Objective`; or
+            `python:module:name`.
+        preprocess: Preprocessing of all inputs. `Preprocess(transform=...)` applies a function.
+        augment: Augmentation in training. `Augment(transform=...)` applies a function, such as a
+            transform of torchvision.
         scanner: Simulated properties of the device that took the images.
         shares: What the client may upload.
         share_every: The client uploads in every n-th round.
@@ -81,7 +92,7 @@ class Client:
         >>> import hetero_fl as hfl
         >>> x, y = np.zeros((40, 28, 28), dtype=np.uint8), np.arange(40) % 2
         >>> hfl.Client("clinic", model="cnn_bn_small", data=(x, y), epochs=2)
-        Client('clinic', model=cnn_bn_small, data=tuple, epochs=2)
+        Client('clinic', model=cnn_bn_small, data=tuple of 40 rows, epochs=2)
     """
 
     def __init__(
@@ -95,7 +106,7 @@ class Client:
         test: Any = None,
         head: str | None = None,
         init: Init | None = None,
-        optimizer: OptimizerConfig | None = None,
+        optimizer: OptimizerConfig | OptimizerFunction | None = None,
         epochs: int | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
@@ -105,7 +116,7 @@ class Client:
         prior_correction: bool | None = None,
         recalibrate: Sequence[Recalibration] | None = None,
         fine_tune_epochs: int | None = None,
-        objective: type | str | None = None,
+        objective: LossLike | type[Objective] | str | None = None,
         preprocess: PreprocessConfig | None = None,
         augment: AugmentConfig | None = None,
         scanner: ScannerConfig | None = None,
@@ -120,8 +131,8 @@ class Client:
             for key, value in arguments.items()
             if key not in ("self", "settings", *OWN_ARGUMENTS) and value is not None
         }
-        if isinstance(objective, type):
-            settings["objective"] = reference_to(objective)
+        if callable(optimizer):
+            settings["optimizer"] = optimizer_section(optimizer, f"Client({name!r}): ")
         self.name = name
         self.data = data
         self.label = label
@@ -131,15 +142,33 @@ class Client:
         self.given = given_model(model, head, self.init, f"Client({name!r}): ")
         self.settings = settings
         self.model = model
+        # The settings name these objects, which are kept as long as the client.
+        self._named = (optimizer, objective, preprocess, augment)
         # Checks the name, the settings and a model that is named.
         named = {"model": model} if isinstance(model, str | Mapping) else {}
         validated({"name": name, **named, **settings}, f"Client({name!r})")
 
     def __repr__(self) -> str:
-        shown = [f"model={self.title}"] if self.model is not None else []
-        shown += [] if self.data is None else [f"data={type(self.data).__name__}"]
-        shown += [f"{key}={value!r}" for key, value in self.settings.items()]
-        return f"Client({', '.join([repr(self.name), *shown])})"
+        arguments = (f"{key}={value}" for key, value in self.describe().items())
+        return f"Client({', '.join([repr(self.name), *arguments])})"
+
+    def _repr_html_(self) -> str:
+        return html_items(f"Client {self.name}", self.describe())
+
+    def describe(self) -> dict[str, str]:
+        """Return the arguments that are set, as text by name, and the head that was found."""
+        described = {}
+        if self.model is not None:
+            described["model"] = self.title
+        if self.given is not None and self.given.head_path is not None:
+            described["head"] = repr(self.given.head_path)
+        if self.data is not None:
+            described["data"] = _describe_data(self.data)
+        settings = {key: repr(value) for key, value in self.settings.items()}
+        return described | {
+            key: re.sub(rf"'{OBJECT_PREFIX}([^'~]+)[^']*'", r"\1", value)
+            for key, value in settings.items()
+        }
 
     @property
     def title(self) -> str:
@@ -154,6 +183,17 @@ class Client:
         if self.given is not None and not self.given.is_instance:
             return importable_reference(self.model) or self.given.name
         return self.given.name if self.given is not None else self.model
+
+
+def _describe_data(data: Any) -> str:
+    """Return the type of a client's data, and the number of rows if it is known."""
+    title = type(data).__name__
+    if isinstance(data, Mapping):
+        return repr(dict(data))
+    rows: Any = data[1] if isinstance(data, tuple | list) and len(data) == 2 else data
+    if isinstance(rows, Dataset):
+        rows = rows.train
+    return f"{title} of {pluralize(len(rows), 'row')}" if hasattr(rows, "__len__") else title
 
 
 def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenModel | None:
@@ -191,6 +231,30 @@ def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenMo
     return given
 
 
+def optimizer_section(create: OptimizerFunction, where: str) -> dict[str, Any]:
+    """Return the section `optimizer` for a function that creates an optimizer.
+
+    Args:
+        create: The function. It is called once to read the learning rate.
+        where: Prefix of error messages.
+
+    Raises:
+        TypeError: If the function does not return an optimizer.
+        UserError: If the function fails.
+    """
+    try:
+        optimizer = create([torch.zeros(1, requires_grad=True)])
+    # A user's function may raise any exception.
+    except Exception as error:
+        raise UserError(f"{where}optimizer: {one_line(error)}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"{where}optimizer: expected a function that returns a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}"
+        )
+    return {"name": reference_to(create), "lr": float(optimizer.param_groups[0]["lr"])}
+
+
 def validated(settings: Mapping[str, Any], where: str) -> ClientGroup:
     """Return client settings after checking them.
 
@@ -218,20 +282,4 @@ def plain_value(value: Any) -> Any:
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, tuple):
         return list(value)
-    return value
-
-
-def importable_reference(value: Any) -> str | None:
-    """Return `python:package.module:Name` of a class or function, or None for a local one."""
-    module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
-    found = getattr(sys.modules.get(module), name, None)
-    if module in ("__main__", "") or found is not value:
-        return None
-    if not (inspect.isclass(value) or inspect.isfunction(value)):
-        return None
-    return f"{CODE_PREFIX}{module}:{name}"
-
-
-def reference_to(value: Any) -> str:
-    """Return a reference to a class or function: importable, or to the object itself."""
-    return importable_reference(value) or name_object(value.__name__, value)
+    return reference_to(value) if callable(value) else value

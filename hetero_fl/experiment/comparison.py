@@ -169,9 +169,8 @@ def run_jobs(
                     failed[job] = str(error)
                 result = f"failed: {failed[job]}" if job in failed else _format_scores(job.out)
                 mark = " (finished before)" if job in schedule.finished_before else ""
-                progress.log(
-                    f"{done}/{len(work)} {job}{mark}: {result} {schedule.remaining_after(job)}"
-                )
+                line = f"{job}{mark}: {result} {schedule.remaining_after(job)}"
+                progress.finish_job(line, done, len(work))
         except BaseException:
             # This includes a closed output. Runs can be resumed from their newest checkpoints.
             for worker in workers:
@@ -256,7 +255,7 @@ def compare(
     overrides: Overrides = (),
     grid: Mapping[str, Sequence[str]] | None = None,
     jobs: int | None = None,
-    quiet: bool = True,
+    quiet: bool | None = None,
     origins: Mapping[str, str] | None = None,
     allow_code: bool | CodePermission = False,
 ) -> Comparison:
@@ -276,7 +275,7 @@ def compare(
         grid: Values to try, by key. Each algorithm uses the point with the best mean validation
             score over the seeds.
         jobs: Number of runs at a time. None: one per core, with one thread each.
-        quiet: Whether to hide the progress display.
+        quiet: Whether to hide the progress display. None shows it in notebooks only.
         origins: Where entries of `algorithms` and `overrides` were written, by entry; shown with
             the settings.
         allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).

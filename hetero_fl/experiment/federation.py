@@ -8,46 +8,65 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import yaml
+from typing_extensions import Unpack
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.data import PartitionConfig
+from hetero_fl.config.communication import ChannelConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.config.load import Overrides, Source, plain
+from hetero_fl.config.population import expand_population
+from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
+from hetero_fl.config.schema import (
+    Config,
+    EvaluationConfig,
+    OutputConfig,
+    RuntimeConfig,
+    ServerConfig,
+)
+from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.data import Dataset
 from hetero_fl.data.sources.objects import to_dataset, to_examples
-from hetero_fl.experiment.client import Client, plain_value, reference_to
+from hetero_fl.experiment.client import Client, plain_value
 from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
 from hetero_fl.reporting.comparison.result import Comparison
+from hetero_fl.reporting.notebook import html_items, html_table
 from hetero_fl.reporting.run import Run
+from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
+from hetero_fl.utils.registry import reference_to
+from hetero_fl.utils.text import pluralize
 
 MethodLike = Algorithm | type[Algorithm] | str | None
 """A method, its class or its name; None for that of the configuration."""
 
-SECTIONS = (
-    "aggregation",
-    "attacks",
-    "channel",
-    "cohort",
-    "devices",
-    "evaluation",
-    "faults",
-    "output",
-    "privacy",
-    "runtime",
-    "server",
-)
-"""Sections of the configuration that `Federation` and `train` accept as arguments."""
+
+class Sections(TypedDict, total=False):
+    """Sections of the configuration, which `Federation.train` accepts as arguments."""
+
+    aggregation: AggregationConfig | None
+    attacks: AttacksConfig | None
+    channel: ChannelConfig | None
+    cohort: CohortConfig | None
+    devices: DevicesConfig | None
+    evaluation: EvaluationConfig | None
+    faults: FaultsConfig | None
+    output: OutputConfig | None
+    privacy: PrivacyConfig | None
+    runtime: RuntimeConfig | None
+    server: ServerConfig | None
 
 
 class Federation:
@@ -67,7 +86,7 @@ class Federation:
             `label`.
         num_classes: Number of classes. By default, integer labels range from 0 to the largest label
             of all clients and sets.
-        defaults: Settings of all clients that do not set them, such as `ClientDefaults(epochs=2)`.
+        defaults: Settings of all clients that do not set them, such as `ClientSettings(epochs=2)`.
         per_round: Number of clients sampled in each round; None: all.
         common: Prefixes of tensor names that are averaged across models of different architectures.
         seed: Seed of the data splits, initial weights, sampling and batches.
@@ -79,7 +98,6 @@ class Federation:
 
     Example:
         >>> import numpy as np
-    import torch
         >>> import hetero_fl as hfl
         >>> rng = np.random.default_rng(0)
         >>> def patients(n):
@@ -120,7 +138,7 @@ class Federation:
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
         parts = _Parts(self.clients, sets, label, num_classes)
-        self._objects: list[object] = [parts.datasets, *self.clients]
+        self._objects: list[object] = [parts.datasets, defaults, *self.clients]
         groups = [
             {"name": client.name, **_model_of(client), **_data_of(client, parts), **client.settings}
             for client in self.clients
@@ -140,6 +158,7 @@ class Federation:
         }
         if partition is not None:
             self._config["data"]["partition"] = plain_value(partition)
+        self._allow_code: bool | CodePermission = True
         modules = {c.name: c.given for c in self.clients if c.given and c.init == "given"}
         if modules:
             given = GivenModels(modules)
@@ -147,20 +166,34 @@ class Federation:
             self._config["init_from"] = name_object(f"{name}: modules", given)
 
     @classmethod
-    def from_config(cls, source: Source, overrides: Overrides = ()) -> Federation:
+    def from_config(
+        cls,
+        source: Source,
+        overrides: Overrides = (),
+        allow_code: bool | CodePermission = False,
+    ) -> Federation:
         """Create a federation from a configuration file or a dictionary.
 
         Args:
             source: A YAML or JSON file, or a dictionary.
             overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
+            allow_code: Whether code that a file names (`python:package.module:Name`) may run.
 
         Raises:
             UserError: If the configuration is invalid.
+
+        Example:
+            >>> import hetero_fl as hfl
+            >>> config = {"data": {"name": "digits"}, "clients": {"count": 3}}
+            >>> hfl.Federation.from_config(config)
+            Federation('run', data=digits, 3 clients)
         """
         federation = cls.__new__(cls)
+        config = load_config(source, overrides, allow_code)
         federation.clients = []
         federation._objects = []
-        federation._config = plain(load_config(source, overrides))
+        federation._config = plain(config)
+        federation._allow_code = allow_code
         return federation
 
     @property
@@ -169,12 +202,29 @@ class Federation:
         return self._config
 
     def __repr__(self) -> str:
+        if not self.clients:
+            source = self._config.get("data", {}).get("name", DataConfig().name)
+            clients = pluralize(len(self), "client")
+            return f"Federation({self._config.get('name', 'run')!r}, data={source}, {clients})"
         shown = "\n".join(f"    {client!r}," for client in self.clients)
-        listed = f"[\n{shown}\n]" if shown else repr(self._config.get("name", "run"))
-        return f"Federation({listed})"
+        return f"Federation([\n{shown}\n])"
+
+    def _repr_html_(self) -> str:
+        title = f"Federation {self._config.get('name', 'run')}"
+        if not self.clients:
+            return html_items(title, {key: str(value) for key, value in self._config.items()})
+        described = [client.describe() for client in self.clients]
+        columns = list(dict.fromkeys(key for each in described for key in each))
+        rows = [
+            [client.name, *(each.get(key, "") for key in columns)]
+            for client, each in zip(self.clients, described, strict=True)
+        ]
+        return f"<b>{escape(title)}</b>{html_table(['client', *columns], rows)}"
 
     def __len__(self) -> int:
-        return len(self.clients)
+        if self.clients:
+            return len(self.clients)
+        return len(expand_population(Config.model_validate(self._config).clients))
 
     def prepare(
         self,
@@ -182,11 +232,21 @@ class Federation:
         *,
         rounds: int | None = None,
         overrides: Overrides = (),
-        **sections: Any,
+        **sections: Unpack[Sections],
     ) -> PreparedRun:
-        """Check everything that a run needs, without training or writing files (see `train`)."""
+        """Check everything that a run needs, without training or writing files.
+
+        Args:
+            method: See `train`.
+            rounds: See `train`.
+            overrides: See `train`.
+            **sections: Sections of the configuration, see `train`.
+
+        Raises:
+            UserError: If the federation, the method and the settings do not fit together.
+        """
         config = self._configuration(method, rounds, sections)
-        return prepare(config, overrides, allow_code=True)
+        return prepare(config, overrides, allow_code=self._allow_code)
 
     def train(
         self,
@@ -196,9 +256,19 @@ class Federation:
         out: str | Path | None = None,
         resume: bool = False,
         callbacks: Sequence[Callback] = (),
-        quiet: bool = True,
+        quiet: bool | None = None,
         overrides: Overrides = (),
-        **sections: Any,
+        aggregation: AggregationConfig | None = None,
+        attacks: AttacksConfig | None = None,
+        channel: ChannelConfig | None = None,
+        cohort: CohortConfig | None = None,
+        devices: DevicesConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
+        faults: FaultsConfig | None = None,
+        output: OutputConfig | None = None,
+        privacy: PrivacyConfig | None = None,
+        runtime: RuntimeConfig | None = None,
+        server: ServerConfig | None = None,
     ) -> Run:
         """Train the federation with a method.
 
@@ -210,19 +280,42 @@ class Federation:
                 a temporary directory, which is deleted with the run; `Run.save` keeps it.
             resume: Whether to continue from the newest checkpoint in `out`.
             callbacks: Called with the record of each round.
-            quiet: Whether to hide the progress display.
+            quiet: Whether to hide the progress display. None shows it in notebooks only.
             overrides: Changes to the configuration, such as `["evaluation.every=5"]`.
-            **sections: Sections of the configuration, such as `privacy=Privacy(...)`.
+            aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
+            attacks: Simulated attacks.
+            channel: Compression and secure aggregation.
+            cohort: Sampling of the clients of a round.
+            devices: Simulated devices.
+            evaluation: Evaluation schedule and further metrics.
+            faults: Simulated faults.
+            output: Optional output files.
+            privacy: Differential privacy.
+            runtime: Execution: synchronous or asynchronous, executor, device.
+            server: Training at the server.
 
         Raises:
             UserError: If the federation, the method and the settings do not fit together.
             RunFailedError: If the run cannot continue.
         """
+        sections: Sections = {
+            "aggregation": aggregation,
+            "attacks": attacks,
+            "channel": channel,
+            "cohort": cohort,
+            "devices": devices,
+            "evaluation": evaluation,
+            "faults": faults,
+            "output": output,
+            "privacy": privacy,
+            "runtime": runtime,
+            "server": server,
+        }
         prepared = self.prepare(method, rounds=rounds, overrides=overrides, **sections)
         temporary, out = run_directory(self, prepared, out)
         run = run_prepared(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
         # The run keeps the objects that its configuration names, and its directory.
-        run.keep(temporary, *self._objects, method)
+        run.keep(temporary, *self._objects, method, sections)
         return run
 
     def compare(
@@ -233,9 +326,19 @@ class Federation:
         seeds: Iterable[int] = (0,),
         out: str | Path | None = None,
         jobs: int | None = None,
-        quiet: bool = True,
+        quiet: bool | None = None,
         overrides: Overrides = (),
-        **sections: Any,
+        aggregation: AggregationConfig | None = None,
+        attacks: AttacksConfig | None = None,
+        channel: ChannelConfig | None = None,
+        cohort: CohortConfig | None = None,
+        devices: DevicesConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
+        faults: FaultsConfig | None = None,
+        output: OutputConfig | None = None,
+        privacy: PrivacyConfig | None = None,
+        runtime: RuntimeConfig | None = None,
+        server: ServerConfig | None = None,
     ) -> Comparison:
         """Train the federation with several methods and seeds.
 
@@ -248,9 +351,19 @@ class Federation:
             seeds: Seeds of the runs of each method.
             out: The folder of the comparison. None is a temporary directory.
             jobs: Number of runs at a time. None: one per core, with one thread each.
-            quiet: Whether to hide the progress display.
+            quiet: Whether to hide the progress display. None shows it in notebooks only.
             overrides: Changes to the configuration.
-            **sections: Sections of the configuration, see `train`.
+            aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
+            attacks: Simulated attacks.
+            channel: Compression and secure aggregation.
+            cohort: Sampling of the clients of a round.
+            devices: Simulated devices.
+            evaluation: Evaluation schedule and further metrics.
+            faults: Simulated faults.
+            output: Optional output files.
+            privacy: Differential privacy.
+            runtime: Execution: synchronous or asynchronous, executor, device.
+            server: Training at the server.
 
         Raises:
             UserError: If the federation, a method and the settings do not fit together.
@@ -265,6 +378,19 @@ class Federation:
             >>> comparison.frame["algorithm"].tolist()
             ['local', 'fedavg']
         """
+        sections: Sections = {
+            "aggregation": aggregation,
+            "attacks": attacks,
+            "channel": channel,
+            "cohort": cohort,
+            "devices": devices,
+            "evaluation": evaluation,
+            "faults": faults,
+            "output": output,
+            "privacy": privacy,
+            "runtime": runtime,
+            "server": server,
+        }
         temporary = None
         if out is None:
             temporary = TemporaryFolder()
@@ -277,9 +403,9 @@ class Federation:
             overrides=overrides,
             jobs=jobs,
             quiet=quiet,
-            allow_code=True,
+            allow_code=self._allow_code,
         )
-        comparison.keep(temporary, *self._objects, *methods)
+        comparison.keep(temporary, *self._objects, *methods, sections)
         return comparison
 
     def to_yaml(self, path: str | Path) -> None:
@@ -301,16 +427,12 @@ class Federation:
         self,
         method: MethodLike,
         rounds: int | None,
-        sections: Mapping[str, Any],
+        sections: Sections,
     ) -> dict[str, Any]:
         config = dict(self._config)
         for key, value in sections.items():
-            if key not in SECTIONS:
-                raise TypeError(
-                    f"train() got an unexpected keyword argument '{key}'; choose from "
-                    f"{', '.join(SECTIONS)}, or use overrides"
-                )
-            config[key] = plain_value(value)
+            if value is not None:
+                config[key] = plain_value(value)
         if method is not None:
             config["algorithm"] = method_section(method)
         if rounds is not None:

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.base import shared_part_of
-from hetero_fl.algorithms.local_training import load_objective
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import (
@@ -40,6 +39,7 @@ from hetero_fl.experiment.compatibility import (
 from hetero_fl.experiment.facts import ConfigFacts, RunFacts
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
+from hetero_fl.experiment.user_code import check_user_code
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.channel import idle_stages
 from hetero_fl.federation.dry_run import ExpectedUploads
@@ -57,6 +57,7 @@ from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
@@ -259,14 +260,14 @@ def prepare(
     facts = RunFacts(config, method, federation)
     check_compatibility(facts)
     notes = [*data.notes, *derived, *compatibility_notes(NOTES, facts)]
+    notes += _describe_user_models(federation.client_infos)
     if facts.is_async:
         config, federation = _set_asynchronous(facts)
     config, federation, budget = _solve_privacy(config, method, federation)
     if budget is not None:
         notes.append(budget.description())
     notes += compatibility_notes(LATER_NOTES, facts)
-    for objective in {profile.settings.objective for profile in clients.profiles}:
-        load_objective(objective, federation.task)
+    check_user_code(federation)
     choose_device(config.runtime.device)
     notes += SimulationEnvironment.from_config(federation, config).notes()
     start = starting_tensors(config.init_from, federation, permission)
@@ -280,6 +281,20 @@ def prepare(
         budget,
         headline,
     )
+
+
+def _describe_user_models(client_infos: ClientDirectory) -> list[str]:
+    """Return a line with the head of each model that is the user's own."""
+    own = {
+        profile.arch: None
+        for profile in client_infos.profiles
+        if profile.arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX))
+    }
+    return [
+        f"model {arch.display_name}: the head is '{arch.head_path}', "
+        f"on {pluralize(arch.feature_width, 'feature')}"
+        for arch in own
+    ]
 
 
 def _models_of_clients(

@@ -388,7 +388,7 @@ def run(
     overrides: Overrides = (),
     callbacks: Sequence[Callback] = (),
     dataset: Dataset | None = None,
-    quiet: bool = True,
+    quiet: bool | None = None,
     allow_code: bool | CodePermission = False,
 ) -> Run:
     """Train a federation as configured and write the run directory.
@@ -401,7 +401,7 @@ def run(
         callbacks: Called with the record of each round (a line of `metrics.jsonl`) after it was
             committed to disk.
         dataset: Examples in memory that replace `data.name`.
-        quiet: Whether to hide the progress display.
+        quiet: Whether to hide the progress display. None shows it in notebooks only.
         allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in
             a dictionary or in `overrides` are always allowed.
 
@@ -470,7 +470,7 @@ def run_prepared(
     out: str | Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
-    quiet: bool = True,
+    quiet: bool | None = None,
     executor_factory: ExecutorFactory | None = None,
     console: Console | None = None,
 ) -> Run:
@@ -481,7 +481,7 @@ def run_prepared(
         out: The run directory. None: `runs/<name>-<time>`.
         resume: Whether to continue from the newest intact checkpoint in `out`.
         callbacks: Called with the record of each round after it was committed to disk.
-        quiet: Whether to hide the progress display.
+        quiet: Whether to hide the progress display. None shows it in notebooks only.
         executor_factory: Creates the executor if the clients train on other machines.
         console: Receives the progress display; None: the terminal.
 
@@ -509,7 +509,7 @@ def open_session(
     path: Path,
     *,
     resume: bool = False,
-    quiet: bool = True,
+    quiet: bool | None = None,
     executor_factory: ExecutorFactory | None = None,
     console: Console | None = None,
 ) -> Iterator[RunSession | None]:
@@ -521,7 +521,7 @@ def open_session(
         prepared: The run.
         path: The run directory.
         resume: Whether to continue from the newest intact checkpoint.
-        quiet: Whether to hide the progress display.
+        quiet: Whether to hide the progress display. None shows it in notebooks only.
         executor_factory: Creates the executor if the clients train on other machines.
         console: Receives the progress display; None: the terminal.
 

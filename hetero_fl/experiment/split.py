@@ -49,7 +49,7 @@ def split(
         >>> [client.name for client in clients]
         ['client_1', 'client_2', 'client_3']
         >>> clients[1]
-        Client('client_2', model=linear, data=Dataset)
+        Client('client_2', model=linear, data=Dataset of 27 rows)
     """
     if isinstance(clients, int):
         names = [f"client_{i}" for i in range(1, clients + 1)]

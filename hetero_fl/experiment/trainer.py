@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
+from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.load import Overrides
+from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
+from hetero_fl.config.schema import EvaluationConfig, OutputConfig, RuntimeConfig, ServerConfig
+from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.experiment.federation import Federation, MethodLike, run_directory
+from hetero_fl.experiment.federation import Federation, MethodLike, Sections, run_directory
 from hetero_fl.experiment.runner import open_session
 from hetero_fl.federation.trainer import EvaluationResult, Record, add_evaluation
 from hetero_fl.reporting.run import Run
@@ -33,9 +37,19 @@ class Trainer:
         rounds: Number of rounds.
         out: The run directory, see `Federation.train`.
         resume: Whether to continue from the newest checkpoint in `out`.
-        quiet: Whether to hide the progress display.
+        quiet: Whether to hide the progress display. None shows it in notebooks only.
         overrides: Changes to the configuration.
-        **sections: Sections of the configuration.
+        aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
+        attacks: Simulated attacks.
+        channel: Compression and secure aggregation.
+        cohort: Sampling of the clients of a round.
+        devices: Simulated devices.
+        evaluation: Evaluation schedule and further metrics.
+        faults: Simulated faults.
+        output: Optional output files.
+        privacy: Differential privacy.
+        runtime: Execution: synchronous or asynchronous, executor, device.
+        server: Training at the server.
 
     Attributes:
         path: The run directory.
@@ -64,13 +78,36 @@ class Trainer:
         rounds: int | None = None,
         out: str | Path | None = None,
         resume: bool = False,
-        quiet: bool = True,
+        quiet: bool | None = None,
         overrides: Overrides = (),
-        **sections: Any,
+        aggregation: AggregationConfig | None = None,
+        attacks: AttacksConfig | None = None,
+        channel: ChannelConfig | None = None,
+        cohort: CohortConfig | None = None,
+        devices: DevicesConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
+        faults: FaultsConfig | None = None,
+        output: OutputConfig | None = None,
+        privacy: PrivacyConfig | None = None,
+        runtime: RuntimeConfig | None = None,
+        server: ServerConfig | None = None,
     ) -> None:
+        sections: Sections = {
+            "aggregation": aggregation,
+            "attacks": attacks,
+            "channel": channel,
+            "cohort": cohort,
+            "devices": devices,
+            "evaluation": evaluation,
+            "faults": faults,
+            "output": output,
+            "privacy": privacy,
+            "runtime": runtime,
+            "server": server,
+        }
         self._prepared = federation.prepare(method, rounds=rounds, overrides=overrides, **sections)
         temporary, self.path = run_directory(federation, self._prepared, out)
-        self._kept = [federation, method, temporary]
+        self._kept = [federation, method, temporary, sections]
         self._stack = ExitStack()
         opened = open_session(self._prepared, self.path, resume=resume, quiet=quiet)
         session = self._stack.enter_context(opened)

@@ -519,7 +519,7 @@ class ClientRuntime:
                 self._shared_scores.clear()
             known = self._shared_scores[id(logits)] = (
                 logits,
-                score(self.federation.task, logits, y, unit),
+                self.federation.score(logits, y, unit),
             )
         return known[1]
 

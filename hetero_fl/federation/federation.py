@@ -16,6 +16,7 @@ from hetero_fl.config.population import Population
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.config.schema import Config
+from hetero_fl.core.metrics import MetricFunction, Scores, apply_metric, score
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.participant import (
     ClientDirectory,
@@ -28,10 +29,12 @@ from hetero_fl.core.participant import (
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
+from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, noisy_label_counts
 from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.seeding import Key, sample_numbers
 from model_zoo import ModelError, model_options
 
@@ -67,6 +70,7 @@ class FederationSpec:
         privacy: Differential privacy, if any.
         noise: Source of privacy noise. In a deployment, participants draw it from the operating
             system.
+        metrics: References to the user's metrics, by name.
         memory: Where participants store their tensors.
     """
 
@@ -87,6 +91,7 @@ class FederationSpec:
     malicious: MaliciousClients | None = None
     privacy: PrivacyConfig | None = None
     noise: NoiseSource = field(default_factory=lambda: KeyedNoiseSource(0))
+    metrics: Mapping[str, str] = field(default_factory=dict)
     memory: DeviceMemory = field(default_factory=lambda: DeviceMemory(CPU), repr=False)
     _initial: dict[str, Tensors] = field(default_factory=dict, repr=False)
 
@@ -155,7 +160,26 @@ class FederationSpec:
             malicious=malicious,
             privacy=config.privacy,
             noise=KeyedNoiseSource(config.seed),
+            metrics=config.evaluation.metrics,
         )
+
+    def score(self, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
+        """Compute the metrics of the task and the user's metrics.
+
+        Args:
+            logits: Outputs, shape `[N, C]`.
+            y: Targets, shape `[N]` (classes) or `[N, C]`.
+            unit: Factors for outputs and targets of a regression by example, shape `[N]`.
+
+        Raises:
+            RunFailedError: If a user's metric raises an exception.
+        """
+        scores = score(self.task, logits, y, unit)
+        for name, reference in self.metrics.items():
+            function = load_metric(name, reference)
+            with translate_user_errors():
+                scores[name] = apply_metric(function, self.task, logits, y)
+        return scores
 
     def with_models(
         self, models: Sequence[Mapping[str, ModelSpec]] | Mapping[str, Mapping[str, ModelSpec]]
@@ -316,6 +340,22 @@ class FederationSpec:
 def attempt_key(attempt: int) -> tuple[Key, ...]:
     """Return the part of a random stream's key that distinguishes repeated rounds."""
     return ("attempt", attempt) if attempt else ()
+
+
+def load_metric(name: str, reference: str) -> MetricFunction:
+    """Return a user's metric.
+
+    Args:
+        name: Name of the metric.
+        reference: Reference to the function.
+
+    Raises:
+        UserError: If the function does not exist.
+    """
+    function: MetricFunction = import_reference(
+        reference, f"evaluation.metrics.{name}", takes="predictions, targets"
+    )
+    return function
 
 
 def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) -> ModelSpec:

@@ -13,7 +13,7 @@ from hetero_fl.algorithms.base import call_broadcast, is_user_method, runs_user_
 from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
 from hetero_fl.communication.protocol import Content, Message, Traffic, content_size
 from hetero_fl.config.simulation import CohortConfig
-from hetero_fl.core.metrics import Scores, score, summarize_clients
+from hetero_fl.core.metrics import Scores, summarize_clients
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
@@ -459,7 +459,7 @@ class FederatedTrainer(ABC):
             if len(y):
                 (logits,) = self.backend.run([(server, Predict(slot, Rows(rows, preprocess=view)))])
                 unit = self.federation.data.extra_columns(self.server.participant_id, rows).unit
-                scores[name] = score(self.federation.task, logits.cpu(), y, unit)
+                scores[name] = self.federation.score(logits.cpu(), y, unit)
         return scores
 
     def state_dict(self) -> dict[str, Any]:

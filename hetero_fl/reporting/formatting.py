@@ -8,6 +8,7 @@ from typing import Any
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
+from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
 from hetero_fl.utils.registry import split_label
@@ -80,7 +81,13 @@ def format_metric(value: float | None, metric: str) -> str:
 
 def metric_name(metric: str, unit: str = "") -> str:
     """Return the name of a metric, errors with their unit: `mean absolute error (vehicles)`."""
-    return f"{METRICS[metric]} ({unit})" if unit and metric in _IN_UNIT else METRICS[metric]
+    name = METRICS.get(metric, metric.replace("_", " "))
+    return f"{name} ({unit})" if unit and metric in _IN_UNIT else name
+
+
+def is_metric(name: str) -> bool:
+    """Return whether a key of the scores is a metric, not a statistic over the clients."""
+    return not name.endswith(STATISTIC_SUFFIXES)
 
 
 def tested_metric(test: str, metric: str, unit: str = "") -> str:

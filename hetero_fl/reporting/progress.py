@@ -1,10 +1,11 @@
-"""Show progress in the terminal, log it to a file and write TensorBoard events.
+"""Show progress, log it to a file and to the logger `hetero_fl`, and write TensorBoard events.
 
-All output goes to stderr, so that stdout stays free for results.
+In a terminal, all output goes to stderr, so that stdout stays free for results.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +21,9 @@ from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Progress as Bar,
     TextColumn,
     TimeElapsedColumn,
-)
-from rich.progress import (
-    Progress as Bar,
 )
 from rich.text import Text
 
@@ -36,19 +35,23 @@ from hetero_fl.reporting.formatting import (
     format_evaluation,
     format_final_evaluation,
 )
+from hetero_fl.reporting.notebook import ProgressBar, in_notebook
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.text import pluralize
+
+logger = logging.getLogger("hetero_fl")
 
 
 class Progress:
     """Show the progress of a run, as a context manager.
 
-    A terminal shows a live display; other streams get one line for each evaluated round. On exit
-    the terminal is restored, and an error is written to the log.
+    A terminal shows a live display, a notebook a progress bar; other streams get one line for each
+    evaluated round. On exit the terminal is restored, and an error is written to the log.
 
     Args:
         log_path: File that log lines are appended to; None writes no log.
-        quiet: Whether to show nothing. The log is still written.
+        quiet: Whether to show nothing. The log is still written. None shows progress in notebooks
+            only.
         console: Console to print to; by default stderr.
 
     Attributes:
@@ -58,12 +61,13 @@ class Progress:
     def __init__(
         self,
         log_path: str | os.PathLike[str] | None = None,
-        quiet: bool = False,
+        quiet: bool | None = False,
         console: Console | None = None,
     ) -> None:
-        self._console = console or Console(
-            stderr=True, highlight=False, soft_wrap=True, quiet=quiet
-        )
+        notebook = console is None and in_notebook() and not quiet
+        self._notebook = ProgressBar() if notebook else None
+        hide = notebook or quiet is not False
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=hide)
         self._log_path = log_path
         self._log: TextIO | None = None
         self._live: Live | None = None
@@ -119,6 +123,8 @@ class Progress:
         self._first = done
         self._completed = done
         self._started = time.monotonic()
+        if self._notebook is not None:
+            self._notebook.update("", done, rounds)
         resumed = f", {done} of them already completed" if done else ""
         self.log(f"{pluralize(clients, 'client')}, {pluralize(rounds, 'round')}{resumed}")
         if self.is_terminal:
@@ -154,6 +160,8 @@ class Progress:
             self._bar.update(self._bar_task, completed=self._completed, left=self._time_left())
         if "personal" in record:
             self._show_evaluation(record)
+        elif self._notebook is not None:
+            self._notebook.update(self._time_left(), self._completed)
 
     def _show_evaluation(self, record: Mapping[str, Any]) -> None:
         scores = format_evaluation(record, self.unit)
@@ -161,8 +169,11 @@ class Progress:
             return
         line = f"round {self._completed}/{self._rounds}  {scores}"
         self._write(line)
-        if self._live is None:
-            left = self._time_left()
+        left = self._time_left()
+        if self._notebook is not None:
+            text = f"{capitalize_first(scores)}{f' ({left})' if left else ''}"
+            self._notebook.update(text, self._completed)
+        elif self._live is None:
             self._print(line + (f"  ({left})" if left else ""))
         self._scores.plain = capitalize_first(scores)
 
@@ -179,7 +190,22 @@ class Progress:
         up = format_bytes(summary["communication"]["up_bytes"])
         down = format_bytes(summary["communication"]["down_bytes"])
         line = f"done: {rounds} in {duration}, {up} up and {down} down"
-        self.log(f"{line}; {scores}" if scores else line)
+        line = f"{line}; {scores}" if scores else line
+        self.log(line)
+        if self._notebook is not None:
+            self._notebook.finish(capitalize_first(line))
+
+    def finish_job(self, line: str, done: int, total: int) -> None:
+        """Report a finished run of a comparison.
+
+        Args:
+            line: The result of the run.
+            done: Number of finished runs.
+            total: Number of all runs.
+        """
+        self.log(f"{done}/{total} {line}")
+        if self._notebook is not None:
+            self._notebook.update(line, done, total)
 
     def log(self, line: str) -> None:
         """Print one line and append it to the log file."""
@@ -198,6 +224,7 @@ class Progress:
         self._console.print(Text(line))
 
     def _write(self, line: str) -> None:
+        logger.info("%s", line)
         if self._log is not None:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 

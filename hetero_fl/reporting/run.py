@@ -12,8 +12,18 @@ from torch import Tensor
 
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.inference import preprocess_inputs
-from hetero_fl.reporting.formatting import algorithm_name, format_final_evaluation, population
+from hetero_fl.reporting.formatting import (
+    TEST_NAMES,
+    algorithm_name,
+    format_bytes,
+    format_final_evaluation,
+    format_metric,
+    is_metric,
+    metric_name,
+    population,
+)
 from hetero_fl.reporting.integrity import CHANGED, inspect
+from hetero_fl.reporting.notebook import Picture, html_items, html_table
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
@@ -78,6 +88,11 @@ class Run:
         self._kept.extend(objects)
 
     @classmethod
+    def load(cls, path: str | Path, allow_code: bool | CodePermission = False) -> Run:
+        """Return the run in a directory, as the constructor does."""
+        return cls(path, allow_code)
+
+    @classmethod
     def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
         """Return the run at a path; an open run is returned unless `allow_code` differs."""
         if isinstance(run, Run) and (not allow_code or run.permission is allow_code):
@@ -94,6 +109,31 @@ class Run:
         clients = pluralize(population(summary, details), "client")
         scores = format_final_evaluation(summary, details.get("unit", ""))
         return f"Run({str(self.path)!r}: {about}, {clients}, seed {summary['seed']};\n    {scores})"
+
+    def _repr_html_(self) -> str:
+        if not (self.path / "summary.json").exists():
+            return html_items("Run", {"directory": str(self.path), "state": "not finished"})
+        summary = self.summary
+        unit = self.directory.details().get("unit", "")
+        traffic = summary["communication"]
+        items = {
+            "method": algorithm_name(summary["algorithm"]),
+            "data": summary["data"]["name"],
+            "rounds": f"{summary['rounds_completed']}, seed {summary['seed']}",
+            "exchanged": f"{format_bytes(traffic['up_bytes'])} up, "
+            f"{format_bytes(traffic['down_bytes'])} down",
+            "directory": str(self.path),
+        }
+        tests = {test: summary[test]["last"] for test in TEST_NAMES if summary[test]}
+        metrics = list(dict.fromkeys(m for last in tests.values() for m in last if is_metric(m)))
+        rows = [
+            [TEST_NAMES[test], *(format_metric(last.get(m), m) for m in metrics)]
+            for test, last in tests.items()
+        ]
+        table = html_table(["test", *(metric_name(m, unit) for m in metrics)], rows)
+        curves = self.path / "plots" / "curves.png"
+        picture = Picture(curves)._repr_html_() if curves.is_file() else ""
+        return f"{html_items('Run', items)}{table}{picture}"
 
     @property
     def path(self) -> Path:
@@ -233,3 +273,19 @@ class Run:
         from hetero_fl.reporting.plots import write_plots
 
         return write_plots(self.path)
+
+    def picture(self, name: str = "curves") -> Picture:
+        """Return a plot of the run, which a notebook displays.
+
+        Args:
+            name: Name of the plot, such as `curves`, `clients` or `labels`.
+
+        Raises:
+            UserError: If there is no such plot.
+        """
+        files = {path.stem: path for path in (self.path / "plots").glob("*.png")}
+        if not files:
+            files = {path.stem: path for path in self.plot()}
+        if name not in files:
+            raise ArgumentError(f"name: no plot '{name}'{suggest_or_list(name, sorted(files))}")
+        return Picture(files[name])

@@ -350,8 +350,9 @@ class RunDirectory:
 
     def config(self) -> Json:
         """Return the resolved configuration in `config.yaml` as plain values."""
+        text = self.read_text("config.yaml")
         try:
-            content = _parse_yaml(self.read_text("config.yaml"))
+            content = _parse_yaml(text)
         # ValueError: an invalid date or a number with too many digits.
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path / 'config.yaml'}: not valid YAML ({error})") from None
@@ -390,8 +391,9 @@ class RunDirectory:
             raise UserError(f"{self.path / name}: cannot be read ({why})") from None
 
     def _json(self, name: str) -> Json:
+        text = self.read_text(name)
         try:
-            content = json.loads(self.read_text(name))
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path / name}: not valid JSON ({error})") from None
         if not isinstance(content, dict):

@@ -27,7 +27,7 @@ _LIBRARY_PREFIXES = (
 )
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Raised for an invalid configuration, file, data set or option.
 
     The message is one line that names the place, the value found and what is valid. The command

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.objects import OBJECT_PREFIX, find_object, get_object
+from hetero_fl.utils.objects import OBJECT_PREFIX, find_object, get_object, name_object
 from hetero_fl.utils.text import split_top_level
 from hetero_fl.utils.version import describe_new_name, describe_renamed_hooks
 
@@ -160,6 +160,43 @@ def import_reference(
     accepted = [] if takes is None else [f"a function of ({takes}) that '{module_name}' defines"]
     accepted += [f"a subclass of {base.__module__}.{base.__qualname__}"] if base is not None else []
     raise UserError(f"{where}: '{reference}' is not {' or '.join(accepted)}")
+
+
+def importable_reference(value: Any) -> str | None:
+    """Return `python:package.module:Name` of a class or function, or None for a local one.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.utils.registry import importable_reference
+        >>> importable_reference(torch.optim.RMSprop)
+        'python:torch.optim.rmsprop:RMSprop'
+    """
+    if not isinstance(value, type | types.FunctionType):
+        return None
+    module = value.__module__
+    name = value.__qualname__
+    if module == "__main__" or getattr(sys.modules.get(module), name, None) is not value:
+        return None
+    return f"{CODE_PREFIX}{module}:{name}"
+
+
+def reference_to(value: Any) -> str:
+    """Return a reference to a class, a function or another callable.
+
+    The reference is `python:package.module:Name` if the object can be imported, else
+    `object:NAME`, which is valid as long as the caller keeps the object.
+
+    Raises:
+        UserError: If the object cannot be referenced.
+    """
+    reference = importable_reference(value)
+    if reference is not None:
+        return reference
+    title = getattr(value, "__name__", type(value).__name__)
+    try:
+        return name_object(title, value)
+    except TypeError:
+        raise UserError(f"{title}: cannot be referenced; wrap it in a function") from None
 
 
 def call_reference(

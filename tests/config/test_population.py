@@ -8,8 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from hetero_fl.config import expand_population
 from hetero_fl.config.population import GroupMembers, OverrideLayer, Population

@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from hetero_fl.config.data import (
     DataConfig,

@@ -20,8 +20,8 @@ from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, decode_arrays
 from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
 from hetero_fl.config.communication import ChannelConfig
-from hetero_fl.core.payload import FORM as PAYLOAD
 from hetero_fl.core.payload import (
+    FORM as PAYLOAD,
     Item,
     ItemSpec,
     Payload,

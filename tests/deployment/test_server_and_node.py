@@ -20,8 +20,7 @@ from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.flower.worker import LoggedNode, handle_termination
 from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.server import _handle_termination as _server_ending
-from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.server import _handle_termination as _server_ending, run_federation
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run

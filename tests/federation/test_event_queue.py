@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TaskQueue
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome

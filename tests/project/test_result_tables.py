@@ -13,8 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.science.component_tables import GLOBAL
-from benchmarks.science.component_tables import TABLES as COMPONENT_TABLES
+from benchmarks.science.component_tables import GLOBAL, TABLES as COMPONENT_TABLES
 from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title

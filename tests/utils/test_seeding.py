@@ -6,8 +6,7 @@ import traceback
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hetero_fl.utils.seeding import sample_numbers, seed_torch, stream_key
 from tests.helpers.small_federations import config, rounds_of

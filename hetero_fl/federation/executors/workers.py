@@ -90,12 +90,16 @@ class WorkerSetup:
     owns_device: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        named = [
-            [*(arch.name for arch in profile.models.values()), profile.settings.objective]
+        models = [
+            [arch.name for arch in profile.models.values()]
             for profile in self.federation.client_infos.profiles
         ]
+        settings = [
+            profile.settings.model_dump() for profile in self.federation.client_infos.profiles
+        ]
+        objects = pack_objects(models, settings, self.federation.metrics)
         algorithm = cloudpickle.dumps(self.algorithm)
-        return {**self.__dict__, "algorithm": algorithm, "objects": pack_objects(named)}
+        return {**self.__dict__, "algorithm": algorithm, "objects": objects}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Objects are restored first, as the algorithm and the models refer to them.

@@ -21,7 +21,7 @@ from hetero_fl.reporting.comparison.tables import (
     make_tuning_table,
     seconds_note,
 )
-from hetero_fl.reporting.formatting import METRICS, MISSING, TEST_NAMES
+from hetero_fl.reporting.formatting import MISSING, TEST_NAMES, is_metric
 from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import render
@@ -45,7 +45,7 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         for moment, name in (("last", "last"), ("best", "best_by_validation")):
             for metric, value in ((summary[test] or {}).get(name) or {}).items():
                 of_worst = test == "personal" and metric.endswith("_worst")
-                if metric in METRICS or of_worst:
+                if is_metric(metric) or of_worst:
                     row[f"{test}_{moment}_{metric}"] = value
     exchanged = summary["communication"]
     return row | {

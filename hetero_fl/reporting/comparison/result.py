@@ -6,11 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hetero_fl.reporting.formatting import algorithm_name, tested_metric
+from hetero_fl.reporting.notebook import Picture
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+SHOWN = ("global_last_", "personal_last_")
+"""Prefixes of the columns that a notebook shows."""
 
 
 class Comparison:
@@ -49,9 +55,16 @@ class Comparison:
         return f"Comparison({str(self.path)!r})\n\n{self.to_markdown()}"
 
     def _repr_html_(self) -> str:
-        columns = ["algorithm", "seed", *(str(c) for c in self.frame if "_last_" in str(c))]
-        shown = self.frame[columns].groupby("algorithm", sort=False).mean().drop(columns="seed")
-        return str(shown.to_html(float_format=lambda value: f"{value:.3f}"))
+        scores = [str(c) for c in self.frame if str(c).startswith(SHOWN) and self.frame[c].any()]
+        methods = self.frame.assign(algorithm=self.frame["algorithm"].map(algorithm_name))
+        means = methods.groupby("algorithm", sort=False)[scores].mean()
+        means.columns = [
+            tested_metric(*str(c).split("_last_"))
+            for c in means.columns  # personal_last_auroc
+        ]
+        means.index.name = "method, mean over seeds"
+        table = means.to_html(float_format=lambda value: f"{value:.3f}")
+        return f"{table}{self.plot()._repr_html_()}"
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -74,6 +87,6 @@ class Comparison:
         """Return the table of means and standard deviations over seeds in LaTeX."""
         return (self.path / "comparison.tex").read_text(encoding="utf-8")
 
-    def plot(self) -> Path:
-        """Return the path of the picture of the scores."""
-        return self.path / "comparison.png"
+    def plot(self) -> Picture:
+        """Return the picture of the scores, which a notebook displays."""
+        return Picture(self.path / "comparison.png")

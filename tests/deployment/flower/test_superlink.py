@@ -21,8 +21,7 @@ from hetero_fl.deployment.certificates import (
     make_server_files,
     public_bytes,
 )
-from hetero_fl.deployment.flower import superlink as superlink_module
-from hetero_fl.deployment.flower import supernode as supernode_module
+from hetero_fl.deployment.flower import superlink as superlink_module, supernode as supernode_module
 from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError, UserError

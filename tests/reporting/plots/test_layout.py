@@ -11,8 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from hetero_fl.reporting.plots import clients as client_plots
-from hetero_fl.reporting.plots import rounds, scores, style
+from hetero_fl.reporting.plots import clients as client_plots, rounds, scores, style
 from hetero_fl.reporting.run_directory import RunDirectory
 
 LONG = "university_hospital_of_north_rhine_"

@@ -14,9 +14,13 @@ from matplotlib.patches import StepPatch
 
 from hetero_fl.reporting import report
 from hetero_fl.reporting.formatting import METRICS, capitalize_first
-from hetero_fl.reporting.plots import clients, style, write_plots
-from hetero_fl.reporting.plots import rounds as round_plots
-from hetero_fl.reporting.plots import scores as score_plots
+from hetero_fl.reporting.plots import (
+    clients,
+    rounds as round_plots,
+    scores as score_plots,
+    style,
+    write_plots,
+)
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError

@@ -1,0 +1,121 @@
+"""Display in notebooks: a progress bar, tables of scores and pictures."""
+
+from __future__ import annotations
+
+import base64
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+PICTURE_WIDTH = 800
+"""Maximum width of a picture in CSS pixels."""
+
+
+def in_notebook() -> bool:
+    """Return whether this code runs in a notebook.
+
+    Example:
+        >>> from hetero_fl.reporting.notebook import in_notebook
+        >>> in_notebook()
+        False
+    """
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class ProgressBar:
+    """A progress bar in the output of a notebook cell, with a line of text below it."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._done = 0
+        self._total = 0
+
+    def update(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """Show the bar.
+
+        Args:
+            text: The line below the bar.
+            done: Number of completed rounds or runs; None: as before.
+            total: Number of all rounds or runs; None: as before.
+        """
+        self._done = self._done if done is None else done
+        self._total = self._total if total is None else total
+        bar = f'<progress value="{self._done}" max="{max(self._total, 1)}"></progress>'
+        count = f" {self._done}/{self._total}" if self._total else ""
+        self.show(f"<div>{bar}{count}</div><div><small>{escape(text)}</small></div>")
+
+    def finish(self, text: str) -> None:
+        """Replace the bar by a line of text."""
+        self.show(f"<div><small>{escape(text)}</small></div>")
+
+    def show(self, html: str) -> None:
+        """Show or replace the output."""
+        from IPython.display import HTML, display
+
+        if self._handle is None:
+            self._handle = display(HTML(html), display_id=True)
+        else:
+            self._handle.update(HTML(html))
+
+
+class Picture:
+    """A picture in a file, which a notebook displays.
+
+    Args:
+        path: Path of the PNG file.
+
+    Attributes:
+        path: Path of the PNG file.
+
+    Example:
+        >>> from hetero_fl.reporting.notebook import Picture
+        >>> Picture("plots/curves.png")
+        Picture('plots/curves.png')
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"Picture({str(self.path)!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self.path.read_bytes()).decode()
+        style = f"max-width: min({PICTURE_WIDTH}px, 100%)"
+        source = f"data:image/png;base64,{data}"
+        return f'<img alt="{escape(self.path.stem)}" style="{style}" src="{source}">'
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells by row.
+    """
+    titles = "".join(f"<th>{escape(title)}</th>" for title in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def html_items(title: str, items: Mapping[str, str]) -> str:
+    """Return a title and a list of named values in HTML.
+
+    Args:
+        title: The title.
+        items: Values by name.
+    """
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in items.items()
+    )
+    return f"<b>{escape(title)}</b><table><tbody>{rows}</tbody></table>"

@@ -1,6 +1,8 @@
 """Log the rounds of a run to MLflow (`pip install mlflow`).
 
-python examples/mlflow_logger.py
+Run this example from the root of a checkout:
+
+    python examples/mlflow_logger.py
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ from typing import Any
 
 
 def mlflow_logger(**settings: Any) -> Callable[[Mapping[str, Any]], None]:
-    """Return a callback for `hetero_fl.run`; `settings` are passed to `mlflow.start_run`."""
+    """Return a callback for `hetero_fl.run` that logs each round to MLflow.
+
+    Args:
+        **settings: Arguments of `mlflow.start_run`.
+    """
     import mlflow
 
     mlflow.start_run(**settings)
@@ -22,9 +28,13 @@ def mlflow_logger(**settings: Any) -> Callable[[Mapping[str, Any]], None]:
 
 
 def round_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of a round: means over clients, mean training loss and bytes."""
-    # Local test, global test, and the server's model. A metric is None if it is not defined, for
-    # example because a class is missing.
+    """Return the metrics of a round: means over clients, the mean training loss and the bytes.
+
+    Args:
+        record: Record of the round that `hetero_fl.run` passes to callbacks.
+    """
+    # `personal` is the local test, `global` is the global test, and `server` is the server's model.
+    # A metric is None if it is not defined, for example because a class is missing.
     metrics = {
         f"{evaluation}/{metric}": value
         for evaluation in ("personal", "global", "server")

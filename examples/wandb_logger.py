@@ -1,6 +1,8 @@
 """Log the rounds of a run to Weights & Biases (`pip install wandb`).
 
-python examples/wandb_logger.py
+Run this example from the root of a checkout:
+
+    python examples/wandb_logger.py
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ from typing import Any
 
 
 def wandb_logger(**settings: Any) -> Callable[[Mapping[str, Any]], None]:
-    """Return a callback for `hetero_fl.run`; `settings` are passed to `wandb.init`."""
+    """Return a callback for `hetero_fl.run` that logs each round to Weights & Biases.
+
+    Args:
+        **settings: Arguments of `wandb.init`.
+    """
     import wandb
 
     logged = wandb.init(**settings)
@@ -22,9 +28,13 @@ def wandb_logger(**settings: Any) -> Callable[[Mapping[str, Any]], None]:
 
 
 def round_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of a round: means over clients, mean training loss and bytes."""
-    # Local test, global test, and the server's model. A metric is None if it is not defined, for
-    # example because a class is missing.
+    """Return the metrics of a round: means over clients, the mean training loss and the bytes.
+
+    Args:
+        record: Record of the round that `hetero_fl.run` passes to callbacks.
+    """
+    # `personal` is the local test, `global` is the global test, and `server` is the server's model.
+    # A metric is None if it is not defined, for example because a class is missing.
     metrics = {
         f"{evaluation}/{metric}": value
         for evaluation in ("personal", "global", "server")

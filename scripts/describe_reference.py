@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Write the generated pages of docs/reference.
 
-They describe the configuration, the files of a deployment, the methods, the command line, the
-messages and the modules.
+These pages describe the configuration, the files of a deployment, the methods, the command line,
+the messages and the modules.
 
-python scripts/describe_reference.py            # write the pages
-python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
+    python scripts/describe_reference.py            # write the pages
+    python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ REFERENCE = ROOT / "docs" / "reference"
 
 
 def all_pages() -> dict[str, str]:
-    """Return the text of each generated page by its path below docs/reference."""
+    """Return the text of each generated page, by path below docs/reference."""
     pages = {
         "configuration.md": configuration_page(),
         "deployment_files.md": deployment_files_page(),
@@ -158,12 +158,14 @@ def deployment_files_page() -> str:
 def _sections(
     model: type[BaseModel], path: str, seen: dict[type[BaseModel], str], title: str = ""
 ) -> list[str]:
-    """Return the section of a part of the schema and those of its parts at their first use.
+    """Return the lines of the page section for a model of the schema.
+
+    The sections of nested models follow, each at the first use of the model.
 
     Args:
-        model: The part of the schema.
-        path: Its key, empty for the whole schema.
-        seen: Links to known parts; new parts are added.
+        model: The pydantic model.
+        path: Key of the model in the configuration; empty for the whole configuration.
+        seen: Links to the models that have a section. New models are added.
         title: Heading of the section if `path` is empty.
     """
     seen[model] = _section_link(path)
@@ -220,7 +222,7 @@ def _further_keys(
 
 
 def _section_link(path: str) -> str:
-    # GitHub's anchor of a heading.
+    # GitHub derives the anchor from the heading.
     return f"[`{path}`](#{path.replace('.', '').lower()})"
 
 
@@ -228,14 +230,14 @@ def _section_link(path: str) -> str:
 
 
 class Family(NamedTuple):
-    """A page of methods.
+    """Family of methods that one page describes.
 
     Args:
         page: Name of the page.
         title: Title of the page.
-        text: Introduction.
+        text: Introduction of the page.
         methods: Names of the methods.
-        notes: Base classes of methods of the page, whose docstrings are printed, by heading.
+        notes: Base classes whose docstrings are printed, by heading.
     """
 
     page: str
@@ -366,7 +368,7 @@ CONTENTS = {
 
 
 def built_in_methods() -> dict[str, type[Algorithm]]:
-    """Return the methods of this package by name."""
+    """Return the built-in methods by name."""
     methods = {name: register_algorithm[name] for name in register_algorithm}
     return {n: kind for n, kind in methods.items() if kind.__module__.startswith("hetero_fl.")}
 
@@ -442,9 +444,9 @@ def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
 
 
 def exchanged_items(method: Algorithm) -> list[tuple[str, ...]]:
-    """Return (item, direction, content, share) of the items that a method declares.
+    """Return the table rows (item, direction, content, share) of the items of a method.
 
-    Settings have their defaults; some settings add items.
+    Other settings of the method may add items.
     """
     shared = shared_part_of(method)
     rows: list[tuple[str, ...]] = []
@@ -589,7 +591,7 @@ messages start with the key, file or option that causes the error; where a messa
 caller adds it. An `ArgumentError` names an argument of a Python function; the command line prints
 the option instead.
 """
-# Classes of errors whose messages users read.
+# Classes of errors whose messages are addressed to users.
 ERROR_CLASSES = {
     "ArgumentError",
     "BadParameter",
@@ -608,7 +610,7 @@ ERROR_CLASSES = {
 RULE_CLASS = "CompatibilityRule"
 RULE_ERRORS = {RULE_CLASS: "UserError"}
 SOURCES = ("hetero_fl", "model_zoo")
-# Functions whose results are described by their first argument.
+# Functions whose results are named after their first argument in a message.
 TRANSPARENT = {"str", "repr", "list", "sorted", "tuple", "set", "format_value", "printable", "len"}
 
 
@@ -631,7 +633,7 @@ def messages_page() -> str:
 
 
 def collect_messages() -> dict[str, set[tuple[str, str, str]]]:
-    """Return (message, class of the error, module) of all errors in the source by package."""
+    """Return tuples (message, error class, module) for all errors in the source, by package."""
     found: dict[str, set[tuple[str, str, str]]] = {}
     for source in SOURCES:
         for path in sorted((ROOT / source).rglob("*.py")):
@@ -644,7 +646,7 @@ def collect_messages() -> dict[str, set[tuple[str, str, str]]]:
 
 
 def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield (message, class of the error) of each error that a module creates."""
+    """Yield a tuple (message, error class) for each error that a module creates."""
     constants = _assigned_texts(tree.body)
     scopes: list[tuple[ast.AST, dict[str, list[ast.expr]]]] = [(tree, constants)]
     for node in ast.walk(tree):
@@ -657,7 +659,8 @@ def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
         if isinstance(statement, ast.AnnAssign) and _name_of(statement.target).endswith("NOTES")
         for call in ast.walk(statement)
     }
-    # Inner functions come last in a walk and know the most names.
+    # Inner functions come last in a walk. They are searched first, because the most names are
+    # defined in their scopes.
     for scope, names in reversed(scopes):
         for node in ast.walk(scope):
             if not isinstance(node, ast.Call) or node in seen:
@@ -672,7 +675,7 @@ def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _assigned_texts(body: list[ast.stmt] | list[ast.AST]) -> dict[str, list[ast.expr]]:
-    """Return the text expressions that are assigned to each name."""
+    """Return the text expressions that are assigned to each variable, by name."""
     found: dict[str, list[ast.expr]] = {}
     for node in body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
@@ -685,7 +688,7 @@ def _assigned_texts(body: list[ast.stmt] | list[ast.AST]) -> dict[str, list[ast.
 
 
 def _texts(node: ast.expr, names: dict[str, list[ast.expr]]) -> list[str]:
-    """Return the texts that an expression can have, with names of values in braces."""
+    """Return all texts to which an expression may evaluate, with variable names in braces."""
     if isinstance(node, ast.Constant):
         return [node.value] if isinstance(node.value, str) else []
     if isinstance(node, ast.JoinedStr):
@@ -697,14 +700,14 @@ def _texts(node: ast.expr, names: dict[str, list[ast.expr]]) -> list[str]:
         rights = _texts(node.right, names) or [_placeholder(node.right)]
         return [left + right for left in lefts for right in rights]
     if isinstance(node, ast.Name) and node.id in names:
-        own = names[node.id]
+        values = names[node.id]
         others = {key: value for key, value in names.items() if key != node.id}
-        return [text for value in own for text in _texts(value, others)]
+        return [text for value in values for text in _texts(value, others)]
     return []
 
 
 def _part(node: ast.expr) -> str:
-    """Return a part of a formatted string."""
+    """Return the text of one part of a formatted string."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     assert isinstance(node, ast.FormattedValue)
@@ -716,7 +719,7 @@ def _placeholder(node: ast.expr) -> str:
 
 
 def _name_of(node: ast.AST) -> str:
-    """Return a short name of a value: of a variable, an attribute or the called function."""
+    """Return a short name for a value: the name of a variable, an attribute or a function."""
     name = ""
     if isinstance(node, ast.Name):
         name = node.id
@@ -734,8 +737,8 @@ def _name_of(node: ast.AST) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a text as code for the cell of a table."""
-    # Rules format attributes, such as {run.config.clients.per_round:g}.
+    """Return a text as Markdown code for a table cell."""
+    # Messages of rules contain attributes, such as {run.config.clients.per_round:g}.
     short = re.sub(r"\{(?:\w+\.)*(\w+)(?:\[\w+\])?(?::[^}]*)?\}", r"{\1}", text)
     line = " ".join(short.split()).replace("|", "\\|")
     return f"`` {line} ``" if "`" in line else f"`{line}`"
@@ -774,7 +777,7 @@ def modules_page() -> str:
 
 
 def first_sentence(path: Path) -> str:
-    """Return the first sentence of a module's docstring for the cell of a table."""
+    """Return the first sentence of a module's docstring for a table cell."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first = " ".join(docstring.partition("\n\n")[0].split())
     first = re.split(r"(?<=\.)(?<!et al\.) ", first)[0]

@@ -22,12 +22,12 @@ OUTPUT = Path(__file__).resolve().parents[1] / "hetero_fl" / "data" / "embedded"
 
 
 def stratified(labels: np.ndarray, count: int, split: str) -> np.ndarray:
-    """Draw rows in the proportions of the classes.
+    """Sample rows in the proportions of the classes.
 
     Args:
         labels: Labels of all rows, shape `[N]`.
-        count: Number of rows to draw.
-        split: Name of the split, part of the key of the draws.
+        count: Number of rows to sample.
+        split: Name of the split, which is part of the random seed.
 
     Returns:
         Sorted row indices, shape `[count]`.
@@ -43,7 +43,14 @@ def stratified(labels: np.ndarray, count: int, split: str) -> np.ndarray:
 
 
 def select_rows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the arrays of the embedded data set."""
+    """Select the rows of the embedded data set.
+
+    Args:
+        arrays: Images `[N, H, W]` and labels `[N, 1]` of each split, in the MedMNIST layout.
+
+    Returns:
+        The selected rows, in the same layout.
+    """
     smaller = {}
     for split in ("train", "val", "test"):
         images = arrays[f"{split}_images"]
@@ -59,7 +66,7 @@ def select_rows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Read the source, select rows and write the output."""
+    """Read the input file, select rows and write the output file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "source", type=Path, help="PneumoniaMNIST, 28x28 pixels, as a MedMNIST .npz file"

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Write the result tables of the documentation, and the plot of the main example.
+"""Write the result tables of the documentation and the plot of the main example.
 
-README.md has a summary of a few methods, docs/results/medical.md the tables of all methods,
-docs/results/hybrid.md and docs/explanation/label_skew.md those of Hybrid and its components, and
-docs/results/replication.md the replicated tables. The runs are archived in docs/results.
+README.md contains a summary of a few methods, and docs/results/medical.md contains the tables of
+all methods. The tables of Hybrid and its components are in docs/results/hybrid.md and
+docs/explanation/label_skew.md, and the replicated tables are in docs/results/replication.md. The
+runs are archived in docs/results.
 
-python scripts/result_tables.py                            # write tables and plot
-python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
-python scripts/result_tables.py --archive components/ablation_medical=runs/ablation
-python scripts/result_tables.py --check                    # exit status 1 if a page is outdated
+    python scripts/result_tables.py                            # write tables and plot
+    python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
+    python scripts/result_tables.py --archive components/ablation_medical=runs/ablation
+    python scripts/result_tables.py --check                    # exit status 1 if a page is outdated
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ ADJUSTED = "*With LA*"
 BOUNDS = "*Bounds*"
 WORST = "Worst client, local test"
 TEXT = ("algorithm", "commit")
-# The columns and methods of the summary in README.md. FedAvg and FedDF with a contrast teacher are
-# better than Hybrid in some columns.
+# Columns and methods of the summary in README.md. They include FedAvg and FedDF with a contrast
+# teacher, which are better than Hybrid in some columns.
 SUMMARY_COLUMNS = tuple(
     f"{test}_last_{metric}"
     for test in ("global", "personal")
@@ -82,9 +83,9 @@ def archive(folder: Path, commit: str, name: str = "") -> None:
     """Copy the results of a comparison to docs/results.
 
     Args:
-        folder: The folder of a finished comparison.
-        commit: The commit of the runs; it becomes the last column.
-        name: Name of the archive. By default, it is that of the configuration.
+        folder: Folder of a finished comparison.
+        commit: Commit of the runs, which becomes the last column.
+        name: Name of the archive. If empty, the name of the configuration is used.
     """
     if not name:
         name = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()["name"]
@@ -115,11 +116,11 @@ def _value(key: str, text: str) -> Any:
 
 
 def section(rows: list[Row]) -> str:
-    """Return the table of the last round, with a line on p-values and origin.
+    """Return the table of the last round, followed by a line with the p-values and the commit.
 
-    It has the columns of `comparison.md` without the server's model, p-values, seconds and needs,
-    so that it fits the width of a GitHub page. Methods with logit adjustment are a separate group,
-    to tell the effect of this component from the effect of a method.
+    The table has the columns of `comparison.md` without those for the server's model, p-values,
+    seconds and needs, so that it fits the width of a GitHub page. Methods with logit adjustment
+    are a separate group, which separates the effect of this component from the effect of a method.
     """
     table = make_table(rows, TASK, "last")
     kept = [
@@ -143,9 +144,9 @@ def section(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Return the table for README.md: a few methods, balanced accuracy, AUROC and bytes.
+    """Return the table for README.md with the scores and the bytes of a few methods.
 
-    Bold marks the best of all methods, not only of those that are shown.
+    Bold marks the best of all methods, including methods that are not shown.
     """
     table = make_table(rows, TASK, "last")
     kept = [
@@ -166,7 +167,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def replication(name: str) -> str:
-    """Return a replicated table from the recorded runs."""
+    """Return the replicated table `name`, computed from the recorded runs."""
     table = published.TABLES[name]
     record = read_record(ARCHIVE / "replication.json")
     return score_table(table, jobs_of([table], None, "", ARCHIVE, record))
@@ -179,13 +180,13 @@ def _joined(cells: list[str]) -> str:
 def _cell(cell: TableCell, key: str) -> str:
     text = cell.text.replace(" ± ", "±")
     if key.endswith("_worst") and cell.mean is not None and cell.deviation is not None:
-        # The accuracy of a single client with as few as 18 rows: decimals are not significant.
+        # A single client may have as few as 18 rows, so decimals are not significant.
         text = f"{100 * cell.mean:.0f}±{100 * cell.deviation:.0f}"
     return f"**{text}**" if cell.best else text
 
 
 def _name(label: str) -> str:
-    """Return the name of a method with short settings: `FedDF + LA + contrast teacher`."""
+    """Return the name of a method with short settings, such as `FedDF + LA + contrast teacher`."""
     base = algorithm_base(label)
     settings = split_top_level(label[len(base) + 1 :], ":")
     if all(setting in SHORT for setting in settings):
@@ -223,12 +224,12 @@ def written(text: str) -> str:
     def replaced(match: re.Match[str]) -> str:
         kind, name = match["kind"], match["name"]
         if kind == "replication":
-            made = replication(name)
+            table = replication(name)
         elif kind == "components":
-            made = component_table(TABLES[name], lambda name: archived(f"components/{name}"))
+            table = component_table(TABLES[name], lambda name: archived(f"components/{name}"))
         else:
-            made = summary(archived(name)) if kind == "summary" else section(archived(name))
-        return f"{match['begin']}\n{made.replace('{name}', name)}\n{match['end']}"
+            table = summary(archived(name)) if kind == "summary" else section(archived(name))
+        return f"{match['begin']}\n{table.replace('{name}', name)}\n{match['end']}"
 
     return re.sub(
         r"(?P<begin><!-- (?P<kind>results|summary|components|replication): (?P<name>\w+) .*?-->)"
@@ -258,14 +259,14 @@ def main() -> int:
         help="do not write tables; exit with status 1 if a page is outdated",
     )
     options = parser.parse_args()
-    for given in options.archive:
-        name, _, folder = given.rpartition("=")
+    for argument in options.archive:
+        name, _, folder = argument.rpartition("=")
         archive(Path(folder), options.commit or _current_commit(), name)
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    made = {page: written(text) for page, text in texts.items()}
+    updated = {page: written(text) for page, text in texts.items()}
     if options.check:
-        return int(made != texts)
-    for page, text in made.items():
+        return int(updated != texts)
+    for page, text in updated.items():
         page.write_text(text, encoding="utf-8")
     for name, path in PICTURES.items():
         with style.plot_style():

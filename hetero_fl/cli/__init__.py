@@ -1,4 +1,4 @@
-"""The `hetero-fl` command line and its exit statuses. The scripts run its commands."""
+"""The command line `hetero-fl` and the exit statuses of its commands."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any, NoReturn, TextIO
 
 from hetero_fl.utils.errors import ArgumentError, Interrupted, RunFailedError, UserError
 
-# Must be set before torch is imported. Without it, threads that wait for one another use spinning
-# for so long that two runs on one machine slow each other down; see benchmarks/speed/threads.py.
+# This variable must be set before torch is imported. Without it, waiting threads spin for so long
+# that two runs on one machine slow each other down; see benchmarks/speed/threads.py.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -28,7 +28,7 @@ VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 # Options that may also precede the command.
 LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
 
-# Options of arguments with another name.
+# Options whose names differ from those of the function arguments.
 OPTION_NAMES = {
     "file_format": "format",
     "hosts": "host",
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Run a command and return its exit status.
 
     The status is 0 for success, 1 if the run failed, 2 for invalid input, 130 if the run was
-    interrupted, and 141 if the reader of the output closed the pipe.
-    Under torchrun, the first process runs the command and the others are its workers.
+    interrupted, and 141 if the reader of the output closed the pipe. Under torchrun, the first
+    process runs the command, and the other processes are its workers.
 
     Args:
-        argv: Arguments; None for those of the process.
-        command: Name of the command; None if it is the first argument.
+        argv: Arguments; None for the arguments of the process.
+        command: Name of the command; None if the first argument is the name.
     """
     if TORCHRUN_VARIABLE in os.environ:
         from hetero_fl.federation.executors.torchrun import run_as_ranks
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 
 def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
-    """Call `_main` and treat SIGTERM like Ctrl-C: clusters stop jobs with it."""
+    """Call `_main` and treat SIGTERM, with which clusters stop jobs, like Ctrl-C."""
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _main(argv, command)
@@ -83,7 +83,7 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
         is_from_rich = isinstance(error, SystemExit) and isinstance(
             error.__context__, BrokenPipeError
         )
-        # A pipe to another process may be broken, too.
+        # The broken pipe may be one to another process.
         if not is_from_rich and (isinstance(error, SystemExit) or not closed):
             raise
         # Discard buffered output, so that flushing it on exit does not fail.
@@ -110,13 +110,13 @@ def _is_closed(stream: TextIO | None) -> bool:
 
 @dataclass(frozen=True)
 class Invocation:
-    """A command with its arguments.
+    """Command with its arguments.
 
-    Attributes:
-        prog: How the command was called, for messages.
-        command: Name of the command; None for `hetero-fl` itself.
+    Args:
+        prog: Name under which the command was called, for messages.
+        command: Name of the command; None for `hetero-fl` without a command.
         arguments: Arguments of the command.
-        command_line: The whole command line, to suggest one that resumes the run.
+        command_line: Whole command line, from which the command to resume the run is derived.
         is_verbose: Whether to print tracebacks.
     """
 
@@ -144,7 +144,7 @@ def _parse_invocation(argv: Sequence[str] | None, command: str | None) -> Invoca
 
 
 def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
-    """Run a command and print one line for each kind of error. Other exceptions are raised."""
+    """Run a command, and print expected errors in one line; other exceptions are raised."""
     invocation = _parse_invocation(argv, command)
     options: dict[str, Any] = {}
     try:
@@ -177,7 +177,7 @@ def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
 
     Args:
         invocation: The command and its arguments.
-        options: Receives the parsed options, also if the command fails.
+        options: Dictionary to which the parsed options are added, even if the command fails.
 
     Returns:
         The exit status.
@@ -216,7 +216,10 @@ def _resume_command(
 
 
 def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
-    """Print an error in one line, after the tracebacks of the error and its causes if verbose."""
+    """Print an error in one line.
+
+    If `verbose` is set, the tracebacks of the error and its causes are printed first.
+    """
     chain: list[BaseException] = []
     cause: BaseException | None = error if verbose else None
     while cause is not None and cause not in chain:
@@ -228,7 +231,7 @@ def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
 
 
 def _message(error: BaseException) -> str:
-    """Return the message of an error, with the option in place of a function's argument."""
+    """Return the message of an error, with the name of an argument replaced by the option."""
     if not isinstance(error, ArgumentError):
         return str(error)
     argument = re.split(r"\W", str(error), maxsplit=1)[0]
@@ -237,7 +240,7 @@ def _message(error: BaseException) -> str:
 
 
 def _script_name() -> list[str]:
-    """Return how the script was started, without its arguments: `python scripts/train.py`."""
+    """Return the command that started this script, such as `python scripts/train.py`."""
     command_line = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     if TORCHRUN_VARIABLE in os.environ:
         # torchrun has added `python -u`.

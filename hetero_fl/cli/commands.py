@@ -172,11 +172,11 @@ COMMON_OPTIONS = (
         help="Print the tracebacks of errors and their causes.",
     ),
 )
-"""Options of all commands, including those on which they have no effect."""
+"""Options that all commands accept, including commands on which an option has no effect."""
 
 
 class OrderedGroup(Group):
-    """A group that lists its commands in the order in which they were added."""
+    """Group that lists the commands in the order in which they were added."""
 
     @override
     def list_commands(self, ctx: Context) -> list[str]:
@@ -217,8 +217,8 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
     """Parse the arguments of a command and return the context in which to invoke it.
 
     Args:
-        prog: How the command was called, for messages.
-        name: Name of the command; None for `hetero-fl` itself.
+        prog: Name under which the command was called, for messages.
+        name: Name of the command; None for `hetero-fl` without a command.
         arguments: Arguments of the command.
 
     Raises:
@@ -245,7 +245,7 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
 
 
 def _describe_bad_parameter(error: BadParameter) -> str:
-    """Return the option or argument, the value found and what is valid."""
+    """Describe the option or argument, the value found and the valid values."""
     parameter = error.param
     if parameter is None or error.ctx is None:
         return error.message.rstrip(".")
@@ -267,7 +267,11 @@ def _describe_bad_parameter(error: BadParameter) -> str:
 
 
 def _suggest_override(option: str, arguments: Sequence[str]) -> str:
-    """Return `; did you mean rounds=3?` for an option that is a configuration key, else ""."""
+    """Suggest an override for an option that is a configuration key.
+
+    Returns:
+        A suggestion such as `; did you mean rounds=3?`, or an empty string.
+    """
     from hetero_fl.config.errors import nearest_key
 
     key = nearest_key(option.removeprefix("--"))

@@ -372,14 +372,14 @@ def join(
 
 
 def parse_numbers(flag: str, text: str) -> list[int]:
-    """Parse one or more non-negative integers that are separated by commas.
+    """Parse a comma-separated list of one or more non-negative integers.
 
     Args:
         flag: Name of the option, for the error message.
         text: Value of the option.
 
     Raises:
-        UserError: If the text is anything else.
+        UserError: If the text is not such a list.
     """
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]

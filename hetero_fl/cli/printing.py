@@ -1,4 +1,4 @@
-"""Print the output of `--check`, `hetero-fl methods` and `hetero-fl evaluate`."""
+"""Output of `--check`, `hetero-fl methods` and `hetero-fl evaluate`."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.serialization import num_tensor_bytes
 from hetero_fl.utils.text import pluralize
 
-# Numbers of clients trained together for which the memory is shown.
+# Numbers of clients trained together for which the memory is printed.
 CLIENTS_TOGETHER = (1, 8, 32)
 
 UNKNOWN = "unknown"
 
 
 def print_check(prepared: PreparedRun) -> None:
-    """Print the resolved configuration of a run, its expected cost and its memory."""
+    """Print the resolved configuration of a run, the expected cost and the expected memory."""
     print(dump(prepared.config))
     print(prepared.headline)
     federation = prepared.federation
@@ -103,7 +103,7 @@ def print_check(prepared: PreparedRun) -> None:
 
 
 def _memory_table(prepared: PreparedRun) -> Table:
-    """Return a table of the memory of local training by number of clients trained together."""
+    """Return a table of the memory for training several clients together."""
     table = Table(
         "model",
         "weights",
@@ -128,11 +128,13 @@ def _memory_table(prepared: PreparedRun) -> Table:
 
 
 def print_draft(config: Config, refused: Mapping[str, str]) -> None:
-    """Print a configuration with code that may not run, so that no sizes are known.
+    """Print a configuration that references code that may not run.
+
+    The sizes of models and data are unknown.
 
     Args:
         config: The configuration.
-        refused: References to code that may not run, with the keys that contain them.
+        refused: References to code that may not run, mapped to the keys that contain them.
     """
     print(dump(config))
     clients = expand_population(config.clients)
@@ -154,7 +156,7 @@ def _num_parameters(arch: ModelSpec) -> int:
 
 
 def print_methods(console: Console) -> None:
-    """Print the summary of each method, and what it uploads, requires and supports."""
+    """Print the summary, the uploads, the requirements and the supported tasks of each method."""
     table = Table.grid("name", "summary", padding=(0, 2))
     table.columns[0].no_wrap = True
     for name in sorted(register_algorithm):
@@ -168,7 +170,7 @@ def print_methods(console: Console) -> None:
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
     """Yield properties of a method, such as `sends parameters` and `needs one architecture`.
 
-    They are derived from the class with its default settings.
+    The properties are those of the method with default settings.
     """
     method = kind.model_construct()
     yield f"sends {', '.join(shared_kinds(method)) or 'nothing'}"
@@ -179,7 +181,15 @@ def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
 
 
 def print_method_details(names: Sequence[str], console: Console) -> None:
-    """Print the docstrings and settings of methods. Raises UserError for an unknown name."""
+    """Print the docstrings and settings of methods.
+
+    Args:
+        names: Names of the methods.
+        console: Console for the output.
+
+    Raises:
+        UserError: If a method does not exist.
+    """
     for name, kind in [(name, register_algorithm[name]) for name in names]:
         console.print(Text(name, style="bold"))
         for paragraph in method_paragraphs(kind):
@@ -204,12 +214,13 @@ def print_scores(
 ) -> None:
     """Print a table of metrics without truncation.
 
-    The table has a row for each model, or in a narrow terminal a row for each metric of a model.
+    The table has a row for each model. In a narrow terminal, it has a row for each metric of each
+    model.
 
     Args:
-        results: Metrics by model and name.
+        results: Values of the metrics, by model and metric.
         title: Title of the table.
-        console: Where to print.
+        console: Console for the output.
     """
     names = list(next(iter(results.values())))
     wide = Table("model", *(n.replace("_", " ") for n in names), title=title)
@@ -221,7 +232,7 @@ def print_scores(
         wide.add_row(model, *values)
         for name, value in zip(names, values, strict=True):
             long.add_row(model, name.replace("_", " "), value)
-    # Without a limit, the minimum width of a table is that of its longest words.
+    # With unlimited width, the minimum width of a table depends on its longest words only.
     unbounded = console.options.update(width=10_000)
     fits = Measurement.get(console, unbounded, wide).minimum <= console.width
     console.print(wide if fits else long)

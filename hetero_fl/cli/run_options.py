@@ -1,4 +1,4 @@
-"""Options that several commands share, and the common part of `train`, `federate` and `server`."""
+"""Options of several commands, and the common code of `train`, `federate` and `server`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ command = partial(
 
 
 def examples(*lines: str, hint: str = "") -> str:
-    """Return the epilog of a help page: examples, which click does not rewrap, and a hint."""
+    """Return the epilog of a help page.
+
+    Args:
+        *lines: Examples, which click does not rewrap.
+        hint: Hint below the examples.
+    """
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines), "", hint])
 
 
@@ -60,7 +65,7 @@ run_argument = click.argument(
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of commands that train: configuration, overrides, run directory."""
+    """Add the options of commands that train, such as the configuration and the run directory."""
     for add in (
         quiet_option,
         allow_code_option,
@@ -86,11 +91,12 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def training_command(*lines: str) -> Callable[[Callable[..., Run]], click.Command]:
-    """Return a decorator that converts a function that trains into a command.
+    """Return a decorator that converts a training function into a command.
 
-    The command has the options of `run_options`. The function receives the configuration, options
-    of its own, and `out`, `resume`, `overrides`, `quiet` and `allow_code` as for `hetero_fl.run`;
-    it returns the finished run. With `--check` it is not called.
+    The command has the options of `run_options`. The function receives the path of the
+    configuration, the additional options of the command, and `out`, `resume`, `overrides`, `quiet`
+    and `allow_code` as for `hetero_fl.run`. The function must return the finished run. With
+    `--check`, the function is not called.
 
     Args:
         *lines: Examples for the help page.
@@ -153,7 +159,11 @@ def make_printer(quiet: bool) -> Callable[[str], None]:
 
 
 def code_permission(allow_code: bool) -> CodePermission:
-    """Return the permission given by `--allow-code`, or a prompt for it in a terminal."""
+    """Return the permission to run code; in a terminal, the user is asked if necessary.
+
+    Args:
+        allow_code: Whether `--allow-code` is set, which permits all code.
+    """
     in_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
     return CodePermission(everything=allow_code, ask=_ask_permission if in_terminal else None)
 
@@ -180,19 +190,22 @@ def load_checked_run(
     permission: CodePermission,
     log: Callable[[str], None],
 ) -> Path | None:
-    """Return the configuration file of the run to start or resume; None after `--check`.
+    """Check the options of a training command and return the configuration file of the run.
 
     Args:
         config: Value of `--config`.
         overrides: Overrides of the configuration.
         out: Value of `--out`.
         resume: Whether `--resume` is set.
-        check: Whether `--check` is set: print the configuration and the expected cost.
-        permission: Permission to run code that the configuration names.
+        check: Whether `--check` is set, which prints the configuration and the expected cost.
+        permission: Permission to run code that the configuration references.
         log: Function that prints a line.
 
+    Returns:
+        The configuration file of the run to start or resume, or None with `--check`.
+
     Raises:
-        UserError: If the options do not determine a run.
+        UserError: If an option is missing or `out` is not a run directory.
     """
     from hetero_fl.reporting.run_directory import has_run
 
@@ -225,7 +238,7 @@ def load_checked_run(
 
 
 def _similar_run(out: Path) -> str:
-    """Return a suggestion of a run directory with a similar name; empty if there is none."""
+    """Suggest a run directory with a similar name; return an empty string if there is none."""
     runs = [file.parent.name for file in out.parent.glob("*/environment.json")]
     match = closest(out.name, runs)
     return "" if match is None else f"; did you mean {out.parent / match}?"

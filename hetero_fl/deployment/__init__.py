@@ -1,1 +1,1 @@
-"""Federated runs across machines: the server, the nodes of the sites, and their messages."""
+"""Federated runs across machines: the server, the nodes of the sites and their messages."""

@@ -1,8 +1,8 @@
-"""Tamper-evident audit log of a site, and the privacy and traffic usage computed from it.
+"""Tamper-evident audit log of a site, and the privacy and traffic usage computed from the log.
 
-Each message is one JSON line that contains the SHA-256 hash of the previous line and is signed with
-the node's key. A `.head` file contains the number of lines and the last hash, which reveals a
-truncated log.
+Each answered message is one JSON line that contains the SHA-256 hash of the previous line and is
+signed with the node's key. A `.head` file contains the number of lines and the hash of the last
+line, so that a truncated log is detected.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from hetero_fl.utils.errors import ArgumentError, UserError, one_line, printable
 
 # Hash before the first line.
 INITIAL_HASH = "0" * 64
-# Size of the head file in bytes; fixed, so that a single write replaces it.
+# Size of the head file in bytes. The size is fixed, so that a single write replaces the content.
 HEAD_BYTES = 96
-# Prefix of the signed bytes, so that the signature of another message is not valid for a line.
+# Prefix of the signed bytes, so that signatures of other data are not valid for a line.
 SIGNATURE_CONTEXT = b"hetero_fl audit line\n"
 # Separator between the content of a line and its signature in hexadecimal digits.
 SIGNATURE_FIELD = b', "signature": "'
@@ -74,7 +74,7 @@ class AuditLog:
 
     Args:
         path: Path of the log.
-        key: Private key of the node, which signs the lines. None: lines are not signed.
+        key: Private key of the node, which signs the lines. If None, lines are not signed.
 
     Raises:
         UserError: If the log was changed.
@@ -98,7 +98,7 @@ class AuditLog:
             **fields: Fields of the line.
 
         Returns:
-            The entry.
+            The written entry.
 
         Raises:
             OSError: If the line cannot be written.
@@ -148,9 +148,10 @@ class AuditLog:
 
     def _catch_up(self, known_head: str | None = None, since: int | None = None) -> None:
         _, self._count, self._last = _read(self.path, self._public, known_head, since)
-        if self.path.exists() and self.path.stat().st_size > (whole := _complete_length(self.path)):
+        length = _complete_length(self.path)
+        if self.path.exists() and self.path.stat().st_size > length:
             # Remove the incomplete line of a killed process, whose answer was never sent.
-            os.truncate(self.path, whole)
+            os.truncate(self.path, length)
         self._stamp = _file_identity(self.path)
 
     def _write(self, line: bytes) -> None:
@@ -190,9 +191,9 @@ def verify(
 
     Args:
         path: Path of the log.
-        key: Public key of the node that wrote the log. None: forged lines at the end of the log are
-            not detected.
-        head: An earlier head, `N:HASH`, which the log must contain.
+        key: Public key of the node that wrote the log. If None, forged lines at the end of the log
+            are not detected.
+        head: Earlier head, `N:HASH`, which the log must contain.
 
     Raises:
         UserError: If a line was changed, removed, moved or not signed with the key. The message
@@ -205,16 +206,20 @@ def verify(
 
 
 def verified_head(path: Path) -> str:
-    """Verify a log and return its head, `N:HASH`."""
+    """Verify a log and return its head, `N:HASH`.
+
+    Raises:
+        UserError: If the log was changed.
+    """
     return ":".join(map(str, _read(path)[1:]))
 
 
 def format_entries(entries: Iterable[Entry]) -> list[str]:
-    """Return a readable line for each entry."""
+    """Format each entry as a readable line."""
     lines = []
     for entry in entries:
         what = " ".join(str(entry[name]) for name in ("ask", "what") if entry.get(name))
-        # Models are evaluated after a round, with the index of the next one.
+        # An evaluation after a round has the index of the next round.
         round_idx = entry.get("round")
         round_name = ""
         if isinstance(round_idx, int):
@@ -236,7 +241,9 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
 
 @dataclass(frozen=True)
 class TrafficTotals:
-    """Bytes of the tasks of a run. Each task is counted once, as at the server.
+    """Numbers of bytes exchanged for tasks.
+
+    Each task is counted once, in the same way as at the server.
 
     Args:
         up: Bytes of uploads.
@@ -248,13 +255,13 @@ class TrafficTotals:
 
 
 def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficTotals:
-    """Return the traffic of the tasks in a log.
+    """Return the numbers of bytes exchanged for the tasks in a log.
 
     Repeated broadcasts and uploads of the same task are not counted.
 
     Args:
         entries: Entries of the log.
-        run: ID of a run. None: all runs.
+        run: ID of a run. None selects all runs.
     """
     received: dict[str, int] = {}
     sent: dict[str, int] = {}
@@ -284,13 +291,16 @@ def _read(
 
     Args:
         path: Path of the log.
-        key: Public key of the site.
-        known_head: An earlier head, `N:HASH`, which the log must contain.
-        since: Number of a line after which every line must be signed. None: only the last line must
-            be signed, because its signature covers all lines before it.
+        key: Public key of the site. If None, signatures are not checked.
+        known_head: Earlier head, `N:HASH`, which the log must contain.
+        since: Number of a line after which every line must be signed. If None, only the last line
+            must be signed, because its signature covers all lines before it.
 
     Returns:
         The entries, the number of lines, and the hash of the last line.
+
+    Raises:
+        UserError: If the log was changed.
     """
     lines = _bytes(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
@@ -356,7 +366,7 @@ def _entry(line: bytes, where: str) -> Entry:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """Return whether a value has the given type; integers must fit into 64 bits."""
+    """Return whether a value is of type `kind`; integers must fit into 64 bits."""
     if isinstance(value, bool):
         return False
     if isinstance(value, int):
@@ -446,10 +456,10 @@ def _head_of(path: Path) -> Path:
 def _file_identity(path: Path) -> tuple[int, int, int] | None:
     """Return the inode, size and modification time of a file; None if it does not exist."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _bytes(path: Path) -> bytes:
@@ -483,24 +493,24 @@ def _now() -> str:
 TRAIN = "train"
 # Outcomes of a completed task.
 ANSWERED = ("done", "failed")
-# Maximum number of tasks of which the server's task name is stored.
+# Maximum number of tasks whose names are stored.
 MAX_KNOWN_TASKS = 1024
 
-# Sorted triples of noise multiplier, sampling rate and number of steps.
+# Sorted tuples (noise multiplier, sampling rate, number of steps).
 Spent = tuple[tuple[float, float, int], ...]
 
 
 @dataclass
 class SiteUsage:
-    """Completed tasks of a site in one run, and its privacy and traffic usage over all runs.
+    """Completed tasks of a site in one run, and privacy and traffic usage of the site in all runs.
 
     Args:
         run: ID of the run.
         sent: Number of bytes of all answers in all runs.
         answered: Digests of the completed tasks of this run.
         trained: Digests of the completed training tasks of this run.
-        tasks: Digest of each task by the server's task name, most recent last.
-        one_time_charges: Names of charges that apply once per run and have been made.
+        tasks: Digest of each task, by the name that the server assigned, newest last.
+        one_time_charges: Names of the one-time charges that have been made in this run.
         steps: Number of steps in all runs by (noise multiplier, sampling rate).
     """
 
@@ -514,7 +524,12 @@ class SiteUsage:
 
     @classmethod
     def from_log(cls, entries: Iterable[Entry], run: str) -> SiteUsage:
-        """Compute the usage from the entries of a log."""
+        """Compute the usage from the entries of a log.
+
+        Args:
+            entries: Entries of the log, oldest first.
+            run: ID of the run.
+        """
         usage = cls(run)
         for entry in entries:
             usage.add_entry(entry)
@@ -538,7 +553,14 @@ class SiteUsage:
                 self.trained.add(digest)
 
     def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
-        """Return the mechanisms applied so far together with additional charges."""
+        """Return the mechanisms of all runs including additional charges.
+
+        Args:
+            charges: Additional charges, as in entries of the log.
+
+        Returns:
+            Sorted tuples (noise multiplier, sampling rate, number of steps).
+        """
         total = add_steps(self.steps, charges)
         return tuple(sorted((*mechanism, count) for mechanism, count in total.items()))
 

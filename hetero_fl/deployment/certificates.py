@@ -70,9 +70,9 @@ tells: {{labels: false, details: false, model: false}}
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """Paths of the server's certificate and key.
+    """Paths of the certificates and the key of a server.
 
-    Attributes:
+    Args:
         authority: Certificate of the authority that signed the server's certificate.
         certificate: The server's certificate.
         key: The server's private key.
@@ -86,13 +86,16 @@ class ServerFiles:
 def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl") -> ServerFiles:
     """Create a certificate authority and a server certificate.
 
-    Nodes need `authority.pem`. `authority.key` can sign more certificates; store it on another
-    machine.
+    Nodes need `authority.pem`. The file `authority.key` can sign more certificates. Store this file
+    on another machine.
 
     Args:
         folder: Output folder.
         hosts: Host names and addresses at which nodes reach the server.
         name: Prefix of the name of the authority.
+
+    Returns:
+        Paths of the certificates and of the server's key.
 
     Raises:
         UserError: If a file already exists or `hosts` is empty.
@@ -133,7 +136,14 @@ def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl
 
 
 def make_node_key(path: Path, comment: str = "") -> EllipticCurvePrivateKey:
-    """Create the private key of a node at `path` and the public key at `path`.pub.
+    """Create the key pair of a node.
+
+    Args:
+        path: Path of the private key. The path of the public key has the additional suffix `.pub`.
+        comment: Comment in the file of the public key.
+
+    Returns:
+        The private key.
 
     Raises:
         UserError: If the file already exists.
@@ -167,7 +177,7 @@ def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKe
 
     Args:
         path: Path of the key in PEM or OpenSSH format.
-        whose: Owner of the key in error messages.
+        whose: Owner of the key, for error messages.
 
     Raises:
         UserError: If Flower does not support the key or other users can read the file.
@@ -223,12 +233,13 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
     """Check that the server's certificates and key are valid and match.
 
     Args:
-        files: Paths of the certificates and the key.
+        files: Paths of the certificates and of the key.
         hosts: Host names and addresses for which the certificate must be valid.
 
     Raises:
-        UserError: If a file is invalid, a certificate is not valid now or for a host, or the key or
-            the authority does not match the certificate.
+        UserError: If a file is invalid, a certificate has expired or is not valid yet, the server's
+            certificate is not valid for a host, or the key or the authority does not match this
+            certificate.
     """
     authority = _read_certificate(files.authority, "the authority's certificate")
     certificate = _read_certificate(files.certificate, "the server's certificate")
@@ -260,7 +271,8 @@ def check_authority(path: Path) -> None:
     """Check the certificate with which a node verifies the server.
 
     Raises:
-        UserError: If the file is not a certificate or the certificate is not valid now.
+        UserError: If the file is not a certificate, or the certificate has expired or is not valid
+            yet.
     """
     _check_dates(path, _read_certificate(path, "the authority's certificate"))
 
@@ -372,7 +384,8 @@ def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
         Paths of the written files.
 
     Raises:
-        UserError: If the folder is not empty, or a client name is not a valid folder name.
+        UserError: If the folder is not empty, or a client name occurs twice or is not a valid
+            folder name.
     """
     for client in clients:
         if not NAME.fullmatch(client) or client in (SERVER, AUTHORITY):

@@ -101,7 +101,7 @@ class DisclosureConfig(ConfigSection):
 
 
 class ServerConnectionConfig(ConfigSection):
-    """Connection of a site to the server. Paths are relative to the site's file."""
+    """Connection of a site to the server. Paths are relative to the site file."""
 
     address: str = Field(description="host:port")
     authority: str | None = Field(
@@ -223,7 +223,10 @@ def load_site_config(
 
 
 class CertificatesConfig(ConfigSection):
-    """Certificate files of a server (see `hetero-fl certificates`), relative to its file."""
+    """Certificates and key of a server. Paths are relative to the server file.
+
+    `hetero-fl certificates` creates these files.
+    """
 
     authority: str = Field(
         "authority.pem", description="certificate of the authority, which nodes have too"
@@ -273,10 +276,10 @@ class DeploymentServerConfig(ConfigSection):
     )
 
     def check_clients(self, clients: Collection[str], where: Path) -> None:
-        """Check that every client of the configuration has a key.
+        """Check that every client in the configuration of the run has a key.
 
         Args:
-            clients: The clients of the configuration.
+            clients: Names of the clients in the configuration.
             where: Path of the server file, for error messages.
 
         Raises:

@@ -1,8 +1,8 @@
 """Concurrent conversations of the server with nodes.
 
-A conversation is a generator that yields a message for a node and receives the answer. If the node
-disconnects, the conversation restarts after the node reconnects; the node then answers completed
-tasks from its storage.
+A conversation is a generator that yields messages for a node and receives the answers. If the node
+disconnects, the conversation is restarted when the node reconnects. The node then answers completed
+tasks from storage.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ POLL_SECONDS = 0.5
 # Number of attempts at a conversation before its client is treated as absent.
 MAX_ATTEMPTS = 8
 
+# Yields messages, receives the answers and returns the last answer.
 Conversation = Generator[Envelope, Envelope, Envelope]
+# A client, and the last answer or the reason why there is no answer.
 End = tuple[str, Envelope | ClientAbsentError]
 
 
 @dataclass
 class PendingConversation:
-    """A conversation that has not finished.
+    """Conversation that has not finished.
 
     Args:
-        factory: Creates the conversation; called once per attempt.
+        factory: Function that creates the conversation. It is called once per attempt.
         deadline: Time of the monotonic clock at which the conversation expires.
         seconds: Time limit in seconds.
         attempts: Number of attempts so far.
@@ -52,7 +54,14 @@ class PendingConversation:
 
 @dataclass
 class MessageInFlight:
-    """A sent message of a conversation whose answer is pending."""
+    """Message that was sent to a node and has not been answered yet.
+
+    Args:
+        client: Client of the node.
+        conversation: Conversation to which the message belongs.
+        node: Number of the node.
+        number: Number of the message.
+    """
 
     client: str
     conversation: Conversation
@@ -65,9 +74,9 @@ class Conversations:
 
     Args:
         connections: Connections to the nodes.
-        required: Minimum number of clients that the caller needs. While fewer are connected or
-            have answered, the server waits for disconnected nodes until their conversation expires;
-            otherwise it waits for at most `connections.patience` seconds.
+        required: Minimum number of clients that the caller needs. While fewer clients are connected
+            or have answered, disconnected nodes may reconnect until their conversations expire.
+            Otherwise, they may reconnect within `connections.patience` seconds.
     """
 
     def __init__(self, connections: Connections, required: int = 0) -> None:
@@ -85,25 +94,25 @@ class Conversations:
         return len(self._pending) + len(self._finished)
 
     def add(self, client: str, factory: Callable[[], Conversation], seconds: float) -> None:
-        """Add a conversation. A client has at most one at a time.
+        """Add a conversation with a client, which must not have another pending conversation.
 
         Args:
-            client: The client.
-            factory: Creates the conversation; called once per attempt.
+            client: Name of the client.
+            factory: Function that creates the conversation. It is called once per attempt.
             seconds: Time limit in seconds.
         """
         self._pending[client] = PendingConversation(factory, time.monotonic() + seconds, seconds)
         self._waiting[client] = None
 
     def next_finished(self, wait: float = float("inf")) -> End | None:
-        """Wait for the next conversation to finish.
+        """Wait until a conversation finishes.
 
         Args:
             wait: Maximum number of seconds to wait.
 
         Returns:
-            The client and the last answer, or the error if there is no answer. None if no
-            conversation finishes in time or none is pending.
+            The client, and the last answer or the error if there is no answer. None if no
+            conversation finishes in time or no conversation is pending.
         """
         deadline = time.monotonic() + wait
         while not self._finished and self._pending:
@@ -208,7 +217,7 @@ class Conversations:
 PATIENCE = 60.0
 # Maximum number of seconds to notify nodes of the end of a run.
 LEAVE_SECONDS = 15.0
-# Seconds after which a greeting without an answer is repeated.
+# Seconds after which a greeting that was not answered is repeated.
 GREETING_SECONDS = 60.0
 # Seconds until a node that did not name a client is greeted again.
 GREETING_RETRY_SECONDS = 10.0
@@ -219,13 +228,14 @@ HEAD_PATTERN = re.compile(r"(\d{1,12}):[0-9a-f]{64}")
 
 
 class LogHeads:
-    """The heads of the sites' audit logs.
+    """Heads of the audit logs of all sites.
 
-    Every answer of a node contains the head of its audit log. A log that was truncated or rewritten
-    does not match the head stored here.
+    Every answer of a node contains the head of the site's audit log, which consists of the number
+    of lines and the hash of the last line. If a site truncates or rewrites its log, the new head
+    contradicts an earlier head.
 
     Args:
-        log: Called with a line for each head that contradicts an earlier one.
+        log: Function that is called with a line for each head that contradicts an earlier head.
 
     Attributes:
         longest: The head with the most lines, by client.
@@ -238,7 +248,7 @@ class LogHeads:
         self._last: dict[str, str] = {}
 
     def update(self, client: str, answer: Envelope) -> None:
-        """Compare the head in a client's answer with earlier heads and store it if it is longer."""
+        """Compare the head in a client's answer with earlier heads, and store the longer head."""
         head = str(answer.head.get(LOG, ""))
         if HEAD_PATTERN.fullmatch(head) is None:
             return
@@ -270,15 +280,16 @@ class Connections:
     Args:
         transport: Transport for the messages.
         clients: The expected clients; nodes of other clients are refused.
-        log: Called with a line for each node that connects, disconnects or is refused.
+        log: Function that is called with a line for each node that connects, disconnects or is
+            refused.
         patience: Seconds to wait for a disconnected node while other nodes are connected.
-        keys: Public key of each client's node in PEM format. None: a client belongs to the first
-            node that claims it, until that node disconnects.
+        keys: Public key of each client's node in PEM format. If None, a client belongs to the first
+            node that claims to be the client, until that node disconnects.
 
     Attributes:
-        node_of: Node number of each connected client.
+        node_of: Number of the node of each connected client.
         reports: Report of each client that has connected at least once.
-        refusals: Reason of each refusal, by node number and claimed client.
+        refusals: Reason for each refusal, by node number and claimed client.
         log_heads: Heads of the sites' audit logs.
     """
 
@@ -326,7 +337,7 @@ class Connections:
         return []
 
     def refresh(self) -> None:
-        """Update which nodes are connected."""
+        """Update the list of connected nodes."""
         self.greet_new_nodes()
         self.pull_answers((), 0.0)
 
@@ -336,16 +347,16 @@ class Connections:
         seconds: float,
         required: int = 0,
     ) -> Iterator[tuple[str, Envelope | ClientAbsentError]]:
-        """Converse with several clients concurrently.
+        """Run conversations with several clients concurrently.
 
         Args:
-            conversations: Function that creates the conversation of each client.
+            conversations: Functions that create the conversations, by client.
             seconds: Time limit of each conversation in seconds.
             required: Minimum number of clients, see `Conversations`.
 
         Yields:
-            The client and its last answer, or the error if there is no answer, as each conversation
-            finishes.
+            For each conversation that finishes, the client, and the last answer or the error if
+            there is no answer.
         """
         running = Conversations(self, min(required, len(conversations)))
         for client, factory in conversations.items():
@@ -359,8 +370,8 @@ class Connections:
         """Disconnect from all nodes.
 
         Args:
-            is_complete: Whether the run is complete. Nodes of an interrupted run are not notified
-                and wait until it is resumed.
+            is_complete: Whether the run is complete. If not, the nodes are not notified and wait
+                until the run is resumed.
         """
         if is_complete:
             messages = {
@@ -374,13 +385,13 @@ class Connections:
 
     @property
     def has_pending_greeting(self) -> bool:
-        """Whether a connected node has not yet named its client."""
+        """Whether a greeting of a connected node has not been answered yet."""
         return any(
             time.monotonic() - sent < GREETING_SECONDS for _, sent in self._greetings.values()
         )
 
     def seconds_disconnected(self, client: str) -> float:
-        """Return for how many seconds a client has been disconnected; 0 if it is connected."""
+        """Return the number of seconds since a client disconnected, or 0 if it is connected."""
         if client in self.node_of:
             return 0.0
         return time.monotonic() - self._disconnected.get(client, self._created)
@@ -408,7 +419,7 @@ class Connections:
                 self._greetings[number] = (node, now)
 
     def forget_node(self, node: int) -> None:
-        """Forget a node that disconnected or lost a message; greet it again if it is connected."""
+        """Forget a node that disconnected or lost a message; if connected, it is greeted again."""
         client = self._client_of.pop(node, "")
         self._greet_again.pop(node, None)
         if client and self.node_of.get(client) == node:
@@ -420,7 +431,7 @@ class Connections:
             self.log(f"{client} disconnected")
 
     def _register_node(self, node: int, answer: Envelope) -> None:
-        """Register a node for the client that it names, or refuse the node."""
+        """Register a node for the client that its answer names, or refuse the node."""
         client = str(answer.head.get("client", ""))
         why = ""
         if answer.head.get("ask") != "here":
@@ -454,7 +465,7 @@ class Connections:
         self.log(f"{client} {event}")
 
     def _key_mismatch(self, node: int, client: str) -> str:
-        """Return why a node's key is not the key of a client, or an empty string."""
+        """Return why a node's key is not the key of a client; an empty string if it is."""
         key = self._key_of.get(node, b"")
         if self._are_keys_known and client not in self._keys:
             return f"no key is known for client '{client}'"
@@ -463,7 +474,7 @@ class Connections:
         return ""
 
     def pull_answers(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Return answers to messages, and register the nodes that answered a greeting.
+        """Return the answers to messages, and register nodes that answered a greeting.
 
         Args:
             numbers: Numbers of the messages with a pending answer.

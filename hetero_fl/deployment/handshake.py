@@ -72,10 +72,10 @@ class Handshake:
     Args:
         connections: Connections to the nodes.
         config: Configuration, including the settings that sites define.
-        public: Data that the server and all nodes have.
+        public: Data sets that the server and all nodes have.
         run: Unique ID of the run.
-        settings: Settings that the site of each client defines.
-        remote_info: Data report of each client's node.
+        settings: Settings that the sites define, by client.
+        remote_info: Data reports of the nodes, by client.
     """
 
     connections: Connections
@@ -86,7 +86,7 @@ class Handshake:
     remote_info: dict[str, RemoteDataInfo] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a restarted server needs to resume, as plain values."""
+        """Return the state that a restarted server needs to resume the run, as plain values."""
         infos = {client: data_info_tree(info) for client, info in self.remote_info.items()}
         return {"run": self.run, "settings": self.settings, "told": infos}
 
@@ -130,7 +130,7 @@ class Handshake:
                 "data report: the rows of the site changed since the start of the run; restore "
                 "them, or start a new run"
             )
-        # Keep the first report, because nodes accept only one set of reports per run.
+        # Keep the first report, because nodes accept only one version of the reports per run.
         self.remote_info.setdefault(client, info)
         return answer
 
@@ -143,7 +143,7 @@ class Handshake:
         return read_data_info(tree, self.public.task.outputs, self.public.own_view(client))
 
     def request_ready(self) -> Conversation:
-        """Send all data reports to a client's node and request that it prepares for the run."""
+        """Send all data reports to a client's node and ask the node to prepare for the run."""
         return (yield message("roster", self._client_directory, run=self.run))
 
     def prepare_restarted_node(self, client: str) -> Conversation:
@@ -170,13 +170,13 @@ def perform_handshake(
         connections: Connections to the nodes.
         wait: Seconds to wait for all clients.
         state: For a resumed run, the result of `Handshake.state_dict`. At least one node must then
-            be connected; others may connect later.
+            be connected. The other nodes may connect later.
 
     Returns:
         The handshake, after every connected node has prepared for the run.
 
     Raises:
-        UserError: If the configuration or the data of the server are invalid.
+        UserError: If the configuration or the data of the server is invalid.
         RunFailedError: If a node is missing or refuses the run.
     """
     clients = list(expand_population(config.clients))
@@ -258,11 +258,11 @@ def _read_client_settings(
 def _converse_with_all(
     connections: Connections, conversations: Mapping[str, Callable[[], Conversation]], expected: str
 ) -> None:
-    """Converse with the node of each client and check the kind of the last answer.
+    """Run a conversation with the node of each client and check the kind of the last answer.
 
     Args:
         connections: Connections to the nodes.
-        conversations: Function that creates the conversation of each client.
+        conversations: Functions that create the conversations, by client.
         expected: Expected kind of the last answer.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Protocol of server and nodes: requests, answers and the trees in their bodies.
+"""Protocol between the server and the nodes: requests, answers and their bodies.
 
 The requests are `hello`, `terms` (configuration), `roster` (data reports of all clients), `keep`
-(initial private state), `do` (one task) and `leave`. A successful answer is `here`, `told` (data
-report), `ready`, `kept`, `done` or `left`.
+(initial private state), `do` (one task) and `leave`. The successful answers are `here`, `told`
+(data report), `ready`, `kept`, `done` and `left`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hetero_fl.utils.errors import one_line
 from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
 from hetero_fl.utils.version import __version__
 
-# Unsuccessful answers are `lacks` (public sets missing), `unready` (restarted), `lost` (private
-# state missing), `failed` (training diverged) and `refused`.
+# The unsuccessful answers are `lacks` (public sets missing), `unready` (node restarted), `lost`
+# (private state missing), `failed` (training diverged) and `refused`.
 # Version of the protocol, which must be the same at the server and at all nodes.
 PROTOCOL = 1
 # Format of message bodies: encoded trees of plain values and tensors, never pickle.
@@ -39,10 +39,10 @@ MALFORMED_ERRORS = (
 
 
 class RequestRefusedError(Exception):
-    """Raised for a message that is malformed or requests more than is allowed.
+    """Raised when a message is malformed or requests something that is not allowed.
 
     Args:
-        message: Reason of the refusal; shortened to one printable line.
+        message: Reason for the refusal, which is shortened to one printable line.
     """
 
     def __init__(self, message: object) -> None:
@@ -50,11 +50,11 @@ class RequestRefusedError(Exception):
 
 
 def message(kind: str, body: Any = None, **head: Any) -> Envelope:
-    """Return a message with a tree as its body.
+    """Create a message whose body is an encoded tree.
 
     Args:
         kind: Kind of the message, such as "hello".
-        body: Tree of plain values and tensors. None: empty body.
+        body: Tree of plain values and tensors. If None, the body is empty.
         **head: Additional entries of the head.
     """
     return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
@@ -92,7 +92,7 @@ def head_value(head: Head, name: str, kind: type) -> Any:
 
 
 def refusal_reason(answer: Envelope) -> str:
-    """Return the reason in a refusing answer as one short printable line."""
+    """Return the reason in an unsuccessful answer as one short printable line."""
     return one_line(answer.head.get("why", answer.head.get("ask")))
 
 
@@ -102,7 +102,11 @@ def versions() -> dict[str, Any]:
 
 
 def version_mismatch(head: Head) -> str:
-    """Describe the first version in a head that differs from the local one; empty if none does."""
+    """Describe the first version in a head that differs from the local version.
+
+    Returns:
+        The description, or an empty string if all versions are equal.
+    """
     for name, expected in versions().items():
         if head.get(name) != expected:
             return f"{name}: expected version {expected!r}, got {head.get(name)!r:.60}"
@@ -116,6 +120,6 @@ def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
 
 
 def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
-    """Return an evaluation as plain values, with its model as a tensor of bytes."""
+    """Return an evaluation as plain values, with the model as a tensor of bytes."""
     tree = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
     return {**tree, "model": as_tensor(evaluation.model) if evaluation.model else None}

@@ -38,7 +38,7 @@ class EventLog:
     Args:
         line_format: "text", or "json" for one object per line with `time` (UTC), `message` and
             fields such as `run`, `round` and `client`.
-        stream: Output stream. None: stderr.
+        stream: Output stream; None for stderr.
         **fields: Fields that are added to all lines.
 
     Attributes:
@@ -58,7 +58,7 @@ class EventLog:
         """Log an event.
 
         Args:
-            line: The message.
+            line: Message of the event.
             **fields: Additional fields.
         """
         line = one_line(line, MAX_MESSAGE_CHARS)
@@ -110,7 +110,7 @@ class RunStatus:
     """Current status of a run at the server, written to a file after every change.
 
     Args:
-        path: Run directory. The status file is written once the directory exists.
+        path: Run directory. The status file is not written until the directory exists.
         clients: The expected clients.
     """
 
@@ -144,8 +144,8 @@ class RunStatus:
         """Update entries of the status.
 
         Args:
-            **known: `phase` (waiting, running, stopping, done, interrupted or failed), `run`,
-                `name` and others.
+            **known: New values, by entry, such as `phase` (waiting, running, stopping, done,
+                interrupted or failed), `run` and `name`.
         """
         with self._changing:
             self._tree |= known
@@ -216,7 +216,7 @@ class RunStatus:
         return generate_latest(self).decode()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the available metrics (collector protocol of prometheus_client)."""
+        """Yield the available metrics, as the collector protocol of prometheus_client requires."""
         from prometheus_client import Metric
 
         tree = self.to_dict()
@@ -283,7 +283,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def _is_process_alive(tree: Mapping[str, Any]) -> bool:
-    """Return whether the server process runs, which is assumed on other machines."""
+    """Return whether the server process is running; on other machines, assume that it is."""
     if tree["host"] != socket.gethostname():
         return True
     return is_process_running(int(tree["pid"]))
@@ -303,7 +303,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
         port: Port to listen on; 0 for any free port.
 
     Yields:
-        The port.
+        The port on which the server listens.
 
     Raises:
         UserError: If the port is not available.
@@ -311,7 +311,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            """Answer a request."""
+            """Answer a GET request."""
             pages = {"/healthz": _health, "/metrics": _metrics, "/status": _status}
             page = pages.get(self.path.split("?")[0])
             code, kind, text = (
@@ -326,7 +326,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
         @override
         def log_message(self, *args: Any) -> None:
-            """Suppress the log of requests."""
+            """Do not log requests."""
 
     try:
         server = ThreadingHTTPServer((host, port), Handler)
@@ -370,7 +370,7 @@ def fetch_status(address: str) -> dict[str, Any]:
 
 
 def _health(status: RunStatus) -> tuple[int, str, str]:
-    """Return status 503 for a failed run and 200 otherwise, including while it waits for nodes."""
+    """Return HTTP status 503 for a failed run and 200 otherwise, including a waiting run."""
     tree = status.to_dict()
     return (
         503 if tree["phase"] == "failed" else 200,

@@ -1,4 +1,4 @@
-"""The node process: answer the server with the site's data, models and state."""
+"""Node of a site, which answers the messages of the server."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ from hetero_fl.utils.errors import (
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 
 MAX_THREADS = 1024
-# File in the folder of a run with the site's model after the last round.
+# Name of the file in a run's folder that contains the site's model after the last round.
 MODEL_FILE = "model.safetensors"
 
 
 @dataclass
 class ParticipatingRun:
-    """A run in which a node participates.
+    """Run in which a node participates.
 
     Args:
         run: ID of the run.
         config: Configuration of the run.
         data: Data of the site and the public sets.
         storage: Files of the run.
-        usage: Completed tasks, privacy and traffic usage of the site.
+        usage: Completed tasks, and privacy and traffic usage of the site.
         noise: Source of privacy noise.
         worker: Worker that runs the tasks. None before `prepare`.
         policy: Limits of the site. None before `prepare`.
@@ -99,11 +99,12 @@ class ParticipatingRun:
         Args:
             site: Configuration of the site.
             tree: Data reports of all clients and the server's fingerprint.
-            review_upload: Called with the client and its upload before the upload is encoded.
+            review_upload: Function that is called with the client and the upload before the upload
+                is encoded.
 
         Raises:
-            RequestRefusedError: If the fingerprint differs from the server's, or the data reports
-                changed during the run.
+            RequestRefusedError: If the fingerprint differs from the server's, the data reports
+                changed during the run, or the number of threads is out of range.
         """
         outputs = self.data.task.outputs
         infos = {
@@ -111,7 +112,7 @@ class ParticipatingRun:
             for client_id, report in tree["told"].items()
         }
         prepared = prepare(self.config, data=restrict_to_holder(self.data, site.client, infos))
-        if (found := federation_fingerprint(prepared)) != tree["fingerprint"]:
+        if (fingerprint := federation_fingerprint(prepared)) != tree["fingerprint"]:
             raise RequestRefusedError(
                 "fingerprint: the method, seed, clients or models at this site differ from the "
                 "server's; use the same code and data reports at both"
@@ -139,7 +140,7 @@ class ParticipatingRun:
         self.worker = Worker(setup, 0)
         self.policy = Policy(site, prepared, self.usage)
         self.worker.runtime.review_upload = review_upload
-        return found
+        return fingerprint
 
 
 def begin_run(
@@ -156,13 +157,13 @@ def begin_run(
     Args:
         site: Configuration of the site.
         folder: Folder of the site.
-        cipher: Cipher for the site's files. None: files are not encrypted.
+        cipher: Cipher for the site's files. If None, files are not encrypted.
         entries: Entries of the site's audit log.
         run: ID of the run.
         tree: Configuration of the run, and the public sets or their hash.
 
     Returns:
-        The run and the site's data report. None if the site does not have the public sets.
+        The run and the site's data report, or None if the site does not have the public sets.
 
     Raises:
         RequestRefusedError: If the site does not allow the configuration, or the configuration or
@@ -217,7 +218,10 @@ def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
     """Read the public sets from the message or from the site's folder.
 
     Returns:
-        The public sets with the hash in the message. None if the site does not have them.
+        The public sets with the hash in the message, or None if the site does not have them.
+
+    Raises:
+        RequestRefusedError: If the public sets in the message are malformed or have another hash.
     """
     public = str(tree["public"])
     data = (
@@ -258,13 +262,13 @@ class Node:
     Args:
         site: Configuration of the site.
         folder: Folder for private state and the audit log.
-        log: Called with a line for each event, such as a refused message.
-        key: Private key of the site, which signs the audit log. None: the log is not signed.
+        log: Function that is called with a line for each event, such as a refused message.
+        key: Private key of the site, which signs the audit log. If None, the log is not signed.
 
     Attributes:
         audit_log: Audit log of the site.
-        joined: The current run. None between runs.
-        left: Reason for which the server ended the last run; empty if the run completed. None
+        joined: The current run, or None between runs.
+        left: Reason for which the server ended the last run; empty if the run completed, and None
             before the first run ends.
 
     Raises:
@@ -295,7 +299,7 @@ class Node:
         self._jobs = 0
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a message. Errors are returned as answers."""
+        """Answer a message; errors are returned as answers."""
         handlers = {
             "hello": self._hello,
             "terms": self._describe_data,
@@ -362,7 +366,7 @@ class Node:
     def _describe_data(self, envelope: Envelope) -> Envelope:
         """Join a run and answer with the data report of the site."""
         run = head_value(envelope.head, "run", str)
-        found = begin_run(
+        result = begin_run(
             self.site,
             self.folder,
             self.cipher,
@@ -370,9 +374,9 @@ class Node:
             run=run,
             tree=decode_body(envelope),
         )
-        if found is None:
+        if result is None:
             return message("lacks")
-        self.joined, info = found
+        self.joined, info = result
         self._line["kinds"] = [
             "numbers of rows",
             "a hash of them",
@@ -382,14 +386,14 @@ class Node:
         return message("told", data_info_tree(info))
 
     def _prepare(self, envelope: Envelope) -> Envelope:
-        """Prepare for the tasks of the run with the data reports of all clients."""
+        """Prepare for the tasks of the run, given the data reports of all clients."""
         joined = self._current_run(envelope)
-        found = joined.prepare(self.site, decode_body(envelope), self._check_upload)
+        fingerprint = joined.prepare(self.site, decode_body(envelope), self._check_upload)
         self.log(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
             f"{joined.config.rounds} rounds"
         )
-        return message("ready", fingerprint=found)
+        return message("ready", fingerprint=fingerprint)
 
     def _end_run(self, envelope: Envelope) -> Envelope:
         self.left = one_line(envelope.head.get("why", ""))
@@ -475,7 +479,8 @@ class Node:
             request: Request of the server.
             base: Name of the private state from which the task starts.
             task: Name of the task.
-            protected: Names of states that the server's checkpoints refer to.
+            protected: Names of states that must not be deleted, because the server's checkpoints
+                refer to these states.
         """
         assert (
             self.joined is not None
@@ -502,7 +507,7 @@ class Node:
         reply = done.replies[client]
         if isinstance(reply, NoUploadError):
             return message("failed", why=str(reply), task=task)
-        # `_check_upload` has already set it for an upload.
+        # For an upload, `_check_upload` has already recorded the contents.
         self._line.setdefault("kinds", [reply.kind])
         self.joined.policy.check_size(len(reply.body), upload=True)
         # Only training changes the state.

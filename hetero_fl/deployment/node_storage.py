@@ -1,8 +1,9 @@
-"""Files of a node, optionally encrypted: private states, notes of a round, last answer, secrets.
+"""Files of a node, optionally encrypted: states, notes of a round, the last answer and secrets.
 
 States are immutable and named by their SHA-256 digest. Each task names the state from which it
-starts, so server and node stay consistent after a crash or a repeated round. Unlike in the server's
-`federation/state_store.py`, several states of a client exist at a time, in separate files.
+starts, so the server and the node remain consistent after a crash or a repeated round. Unlike
+`hetero_fl.federation.state_store`, this module stores several states of a client, in separate
+files.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Cipher:
 
     @classmethod
     def from_key_file(cls, path: Path) -> Cipher:
-        """Create a cipher from a key file, which is created if it does not exist.
+        """Return a cipher with the key in a file, which is created if it does not exist.
 
         Raises:
             UserError: If the file is not a key, or other users can read it.
@@ -93,7 +94,7 @@ class NodeStorage:
 
     Args:
         folder: The folder, which is created if it does not exist.
-        cipher: Cipher for the files. None: files are not encrypted.
+        cipher: Cipher for the files. If None, files are not encrypted.
     """
 
     def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
@@ -107,6 +108,9 @@ class NodeStorage:
 
         Args:
             name: Name of the state; empty for no state.
+
+        Returns:
+            The encoded state; empty for no state.
 
         Raises:
             StateLostError: If the state is missing or damaged.
@@ -124,7 +128,8 @@ class NodeStorage:
     def save_state(self, data: bytes, protected: Collection[str] = ()) -> str:
         """Save a private state and return its name.
 
-        The least recently used states beyond `MAX_STATES` are deleted, except `protected` ones.
+        If there are more than `MAX_STATES` states, the least recently used states are deleted,
+        except those in `protected`.
 
         Args:
             data: The encoded state.

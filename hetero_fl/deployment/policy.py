@@ -1,4 +1,4 @@
-"""Permissions of a site, checked before a task and before anything leaves the site.
+"""Permissions of a site, checked before a task runs and before data leave the site.
 
 The limits are defined in the site file. Before a task runs, a dry run of the method's plan computes
 the number of training steps and the privacy charges. Each item of an upload is checked again before
@@ -42,7 +42,8 @@ from hetero_fl.privacy.client_side import WITHIN_CLIP
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
-# Client settings that must not differ from the site file if they are set there.
+# Client settings that must be the same in the configuration and the site file if the latter has
+# them.
 SITE_KEYS = ("model", "preprocess", "augment")
 
 
@@ -172,10 +173,10 @@ def check_limit(what: str, found: float | None, key: str, limit: float | None) -
     """Check a number against a limit of the site.
 
     Args:
-        what: Name of the number in the error message.
-        found: The number. None: not defined, and therefore not checked.
+        what: Name of the number, for the error message.
+        found: Number to check. If None, nothing is checked.
         key: Key of the limit in `allows`.
-        limit: Maximum value. None: no limit.
+        limit: Maximum value; None for no limit.
 
     Raises:
         RequestRefusedError: If the number exceeds the limit.
@@ -256,12 +257,12 @@ class StepCountingBackend(DryRunBackend):
 
 @dataclass
 class Policy:
-    """Enforces the limits of a site in one run.
+    """Checks that enforce the limits of a site in one run.
 
     Args:
         site: Configuration of the site.
         prepared: The prepared run.
-        usage: Completed tasks, privacy and traffic usage of the site.
+        usage: Completed tasks, and privacy and traffic usage of the site.
     """
 
     site: SiteConfig
@@ -286,7 +287,7 @@ class Policy:
             kind: "answer" for an exchange of the protocol, "read" for an evaluation.
             request: Request of the server.
             digest: Digest of the task, see `task_digest`.
-            load_state: Loads the encoded private state from which the task starts.
+            load_state: Function that loads the encoded private state from which the task starts.
 
         Returns:
             Privacy charges of the task as entries of the audit log.
@@ -295,7 +296,7 @@ class Policy:
             RequestRefusedError: If the site does not allow the task.
         """
         rounds = self.prepared.config.rounds
-        # The number of versions of an asynchronous run is not known in advance.
+        # An asynchronous run counts model versions, whose number is not known in advance.
         is_synchronous = self.prepared.config.runtime.mode == "sync"
         last = rounds if is_synchronous else request.round_idx
         if not 0 <= request.round_idx <= last or request.attempt < 0:
@@ -342,8 +343,8 @@ class Policy:
         """Check the number of training steps and epochs of a task if the site limits them.
 
         Args:
-            dry_run: Function that runs the task's plan on the step counter.
-            work: Requested share of the steps.
+            dry_run: Function that runs the plan of the task on the step counter.
+            work: Requested share of the training steps.
 
         Raises:
             RequestRefusedError: If a limit is exceeded or the dry run fails.
@@ -422,9 +423,9 @@ class Policy:
     def _check_budget(
         self, charges: Iterable[PrivacyCharge], budget: BudgetConfig
     ) -> list[dict[str, Any]]:
-        """Return the charges of a task as entries of the audit log.
+        """Check the privacy budget and return the charges of a task as entries of the audit log.
 
-        One-time charges that were already made are omitted.
+        One-time charges that have already been made are omitted.
 
         Raises:
             RequestRefusedError: If the budget would be exceeded.
@@ -458,12 +459,13 @@ class Policy:
         """Check an upload before it is encoded.
 
         Raises:
-            UserError: If the upload contains an item that the site does not share.
+            UserError: If the upload contains an item that the method does not declare or that the
+                site does not share.
         """
         shares = (
             self.site.shares if self.site.shares is not None else self.client_info.settings.shares
         )
-        # This item counts updates within the clipping bound; the server adds noise to the count.
+        # This item counts the updates within the clipping bound; the server adds noise to the sum.
         items = {name: item for name, item in payload.items_by_name.items() if name != WITHIN_CLIP}
         for name in items:
             if name not in self.specs:
@@ -496,7 +498,7 @@ class Policy:
         )
 
     def shared_kinds(self, payload: Payload) -> list[str]:
-        """Return the contents of an upload for the audit log."""
+        """Describe the contents of an upload for the audit log."""
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
         kinds = items + (["training loss"] if payload.report else [])
         return [f"masked sum of {', '.join(kinds)}"] if self.secure else kinds

@@ -1,7 +1,7 @@
 """Executor whose clients are nodes on other machines.
 
-Nodes store the private states; the server's store and checkpoints contain only their names (see
-`node_storage.py`). The rest of a run is the same as in a simulation.
+The nodes store the private states (see `node_storage.py`). The server's store and checkpoints
+contain only the names of the states. The rest of a run is the same as in a simulation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hetero_fl.utils.errors import RunFailedError, one_line
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import as_tensor
 
-# Key in the server's store for the name of a client's state.
+# Key of the name of a client's state in the server's store.
 STATE_KEY = "at"
 # Number of attempts at a task if the node restarts or loses its state.
 MAX_ATTEMPTS = 3
@@ -239,15 +239,15 @@ class NodeExecutor(RemoteExecutor):
     ) -> Conversation:
         """Send a task to a node.
 
-        A restarted node is prepared first. If a node has lost its private state, it starts without
-        state and the request, which may depend on the lost state, is created again.
+        A restarted node is prepared first. A node that has lost its private state starts without
+        state, and the request is created again because it may depend on the lost state.
 
         Args:
             client: The client.
             kind: "answer" for an exchange of the protocol, "read" for an evaluation.
             request: The request.
             make_request: Function that creates the request again.
-            nonce: String that makes the task unique. Empty: the node recognizes a repeated task.
+            nonce: String that makes the task unique. If empty, the node recognizes a repeated task.
             about: Additional entries of the message's head.
         """
         if self._listener is not None:

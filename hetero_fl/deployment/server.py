@@ -1,4 +1,4 @@
-"""Server of a federation: train with nodes on other machines."""
+"""Server of a federation that trains with nodes on other machines."""
 
 from __future__ import annotations
 
@@ -82,13 +82,14 @@ def run_federation(
         wait: Seconds to wait for all clients of the configuration.
         deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
         patience: Seconds to wait for a disconnected node while enough other nodes are connected.
-        callbacks: Called with the record of each round.
+        callbacks: Functions that are called with the record of each round.
         quiet: Whether to hide progress.
-        keys: Public key of each client's node in PEM format. None: a client belongs to the first
-            node that claims it, until that node disconnects.
-        log: Called with a line for each node that connects, disconnects or is refused.
-        status: Status of the run, which is updated during the run.
-        console: Console for progress. None: the terminal.
+        keys: Public key of each client's node in PEM format. If None, a client belongs to the first
+            node that claims to be the client, until that node disconnects.
+        log: Function that is called with a line for each node that connects, disconnects or is
+            refused.
+        status: Status of the run, which is updated during the run. If None, a status is created.
+        console: Console for progress; None for the terminal.
         message_bytes: Maximum size of a node's answer in bytes.
 
     Returns:
@@ -96,8 +97,8 @@ def run_federation(
 
     Raises:
         UserError: If the configuration, the data or an argument is invalid.
-        RunFailedError: If a node is missing or refuses before the first round, or the run cannot
-            continue.
+        RunFailedError: If a node is missing or refuses the run before the first round, or the run
+            cannot continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
     is_complete = False
@@ -241,12 +242,12 @@ def run_server(
     """Train with nodes on other machines.
 
     SIGTERM stops the run after the current round, with a checkpoint. A second SIGTERM, or Ctrl-C,
-    stops it immediately; the checkpoint is then that of the previous round.
+    stops the run immediately. The last checkpoint is then that of the previous round.
 
     Args:
-        source: The configuration.
+        source: Configuration, or path of its file.
         file: Path of the server file.
-        out: Run directory. None: `runs/<name>-<time>`.
+        out: Run directory; None for `runs/<name>-<time>`.
         resume: Whether to continue from the newest complete checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
         allow_code: Whether the server may run the code that the configuration references (see
@@ -258,7 +259,7 @@ def run_server(
 
     Raises:
         UserError: If a file is invalid, Flower is not installed, or a port is in use.
-        RunFailedError: If a node is missing or refuses, or the run cannot continue.
+        RunFailedError: If a node is missing or refuses the run, or the run cannot continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
     server = load_server_config(file)
@@ -322,7 +323,7 @@ def _check_distinct(keys: Mapping[str, bytes], file: Path) -> None:
 
 
 class _RunLog(EventLog):
-    """Log whose lines have the run, the round and the client as fields.
+    """Log in which each line has the run, the round, the phase and the client as fields.
 
     Args:
         line_format: "text" or "json", see `EventLog`.
@@ -346,7 +347,7 @@ class _RunLog(EventLog):
         )
 
     def log_round(self, record: Record) -> None:
-        """Log a completed round in JSON format; as text, the console shows the results."""
+        """Log a completed round if the format is JSON; as text, the console shows the results."""
         if self.line_format == "json":
             tree = self._status.to_dict()
             names = ("seconds", "epsilon", "personal", "global", "server")
@@ -366,7 +367,11 @@ class _RunLog(EventLog):
 
 @contextmanager
 def _handle_termination(status: RunStatus, log: EventLog) -> Iterator[Callable[[Record], None]]:
-    """Finish the current round on SIGTERM and yield a callback to call after each round."""
+    """Stop the run after the current round on SIGTERM.
+
+    Yields:
+        Callback for each round, which stops the run if a SIGTERM has arrived.
+    """
     is_stopping = False
 
     def handle_signal(_number: int, _frame: FrameType | None) -> None:

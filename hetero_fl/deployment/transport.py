@@ -1,6 +1,6 @@
-"""Transport interface for the messages between server and nodes.
+"""Transport interface for the messages between the server and the nodes.
 
-This module imports only the standard library, so that processes which forward messages start
+This module imports only the standard library, so that processes that forward messages start
 quickly.
 """
 
@@ -20,10 +20,10 @@ MAX_HEAD_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message between server and node.
+    """Message between the server and a node.
 
     Args:
-        head: Names and plain values.
+        head: Plain values by name.
         body: Encoded content.
     """
 
@@ -35,13 +35,16 @@ Handle = Callable[[Envelope], Envelope]
 
 
 def find_violation(envelope: Envelope, max_body_bytes: int) -> str:
-    """Describe how a message exceeds the limits; return an empty string if it does not.
+    """Describe how a message violates the limits.
 
     A head must consist of a limited number of plain values that can be encoded as UTF-8.
 
     Args:
         envelope: The received message.
         max_body_bytes: Maximum size of the body in bytes.
+
+    Returns:
+        The description, or an empty string if the message does not violate a limit.
     """
     head = envelope.head
     size = 0
@@ -76,13 +79,13 @@ class UnreadableAnswer(Envelope):
 
 
 class Transport(Protocol):
-    """Connection of the server to nodes, which answer each message with one message."""
+    """Connection of the server to the nodes, which answer each message with one message."""
 
     def nodes(self) -> Mapping[int, bytes]:
         """Return the public keys of the connected nodes in PEM format, by node number.
 
-        Keys are empty if the transport does not authenticate nodes. The number of a node may change
-        when it restarts.
+        Keys are empty if the transport does not authenticate nodes. A node that restarts may have
+        a new number.
         """
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
@@ -95,14 +98,14 @@ class Transport(Protocol):
         """
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Return the answers that have arrived, waiting up to `wait` seconds for the first.
+        """Return the answers that have arrived, by message number.
 
         An answer is None if it will never arrive, because the message expired or the node
         disconnected or failed.
 
         Args:
             numbers: Numbers of the messages.
-            wait: Maximum number of seconds to wait.
+            wait: Maximum number of seconds to wait for the first answer.
 
         Raises:
             RunFailedError: If the transport fails.
@@ -113,7 +116,7 @@ class Transport(Protocol):
 
 
 class BoundedTransport:
-    """Transport that replaces answers which exceed the limits by `UnreadableAnswer`.
+    """Transport that replaces answers that violate the limits by `UnreadableAnswer`.
 
     Args:
         transport: The wrapped transport.

@@ -1,7 +1,7 @@
-"""Validate the reports of nodes: settings, data reports and evaluations.
+"""Validation of the reports of nodes: settings, data reports and evaluations.
 
-Structure, types and bounds are checked. The server cannot verify that scores are correct, because
-it does not have the test rows.
+The structure, types and bounds are checked. The server cannot verify that scores are correct,
+because it does not have the test rows.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
     Args:
         tree: Report of the node.
         outputs: Number of outputs of the task.
-        own: Preprocessing of the client without mean and standard deviation, which only the node
-            knows. None if the node does not report its preprocessing.
+        own: Preprocessing of the client without the mean and the standard deviation, which only
+            the node can compute. None if the node does not report its preprocessing.
 
     Raises:
         RequestRefusedError: If the report is invalid.
@@ -178,11 +178,11 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
 def read_evaluation(
     tree: Any, client: str, federation: FederationSpec, method: Algorithm
 ) -> ClientEvaluation:
-    """Validate a client's evaluation of its model.
+    """Validate the evaluation of a client's model.
 
     Args:
         tree: Report of the node.
-        client: The client.
+        client: Name of the client.
         federation: The federation.
         method: The method of the run.
 
@@ -360,7 +360,7 @@ def _expected_model(
     client_info: ClientInfo,
     method: Algorithm,
 ) -> SavedModel:
-    """Return the received tensors with the server's metadata of the model that the client names.
+    """Return the received tensors with the server's metadata for the model of the client.
 
     Args:
         about: The received metadata.
@@ -422,7 +422,7 @@ def _expected_model(
 
 @contextmanager
 def _prefix_errors(place: str) -> Iterator[None]:
-    """Put the place of a value before the message of an error."""
+    """Prefix the messages of errors with the place of a value."""
     try:
         yield
     except RequestRefusedError as error:

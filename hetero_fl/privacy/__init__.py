@@ -1,1 +1,1 @@
-"""Differential privacy: noise, releases with noise, and their cost."""
+"""Differential privacy: mechanisms, private training and privacy accounting."""

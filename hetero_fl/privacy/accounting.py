@@ -24,13 +24,17 @@ MIN_NOISE_MULTIPLIER = 0.05
 
 @dataclass(frozen=True, order=True)
 class PrivacyCharge:
-    """Privacy cost of Gaussian mechanisms with noise of standard deviation scale·z·sensitivity.
+    """Privacy charge of one or more Gaussian mechanisms.
+
+    The noise has the standard deviation scale·z·sensitivity, where z is the noise multiplier of the
+    run.
 
     Args:
-        rate: Probability of each row in the Poisson sample of a step.
-        steps: Number of mechanisms.
-        scale: Factor on the noise multiplier z of the run.
-        once: Name of a release that is made, and charged, only once; "" for other releases.
+        rate: Probability with which each row is in the Poisson sample of a step.
+        steps: Number of mechanisms, such as training steps.
+        scale: Factor on the noise multiplier z.
+        once: Name of a release that is charged only the first time; "" for releases that are
+            charged each time.
     """
 
     rate: float
@@ -44,7 +48,7 @@ History = tuple[tuple[float, float, int], ...]
 
 
 def add_charges(history: History, charges: Iterable[PrivacyCharge]) -> History:
-    """Return the history with additional charges.
+    """Return a participant's history with additional charges.
 
     Example:
         >>> from hetero_fl.privacy.accounting import PrivacyCharge, add_charges
@@ -60,13 +64,13 @@ def add_charges(history: History, charges: Iterable[PrivacyCharge]) -> History:
 
 
 def epsilon_of_history(history: History, z: float, delta: float, accountant: str = "prv") -> float:
-    """Return ε of a history.
+    """Compute the ε of a participant's history.
 
     Args:
-        history: Charges of a participant.
+        history: Charges of the participant.
         z: Noise multiplier of the run.
         delta: δ of the guarantee.
-        accountant: "prv" or "rdp".
+        accountant: Accountant of opacus, "prv" or "rdp".
 
     Raises:
         UserError: If opacus is not installed.
@@ -81,14 +85,18 @@ def worst_epsilon(
 ) -> float:
     """Return the largest ε of several histories.
 
-    The PRV accountant takes half a second per history. RDP is much faster and never smaller, so
-    histories are evaluated in descending order of RDP until no other can be the largest.
+    The PRV accountant takes half a second per history. The RDP accountant is much faster and
+    returns an upper bound. Histories are therefore evaluated in descending order of this bound
+    until none of the remaining histories can have the largest ε.
 
     Args:
         histories: Histories of participants.
         z: Noise multiplier of the run.
         delta: δ of the guarantee.
-        accountant: "prv" or "rdp".
+        accountant: Accountant of opacus, "prv" or "rdp".
+
+    Raises:
+        UserError: If opacus is not installed.
     """
     bounds = sorted(
         (
@@ -114,10 +122,13 @@ def solve_noise_multiplier(
         histories: Histories of participants.
         target: Largest permitted ε.
         delta: δ of the guarantee.
-        accountant: "prv" or "rdp".
+        accountant: Accountant of opacus, "prv" or "rdp".
 
     Returns:
         The noise multiplier, with a relative tolerance of 1e-3.
+
+    Raises:
+        UserError: If opacus is not installed.
     """
     distinct = set(histories)
     if not any(distinct):
@@ -144,17 +155,21 @@ def solve_noise_multiplier(
 
 
 def _fast_accountant(history: History, accountant: str) -> str:
-    """Return a fast accountant that bounds ε: the exact formula without sampling, else RDP."""
+    """Return the name of a fast accountant that computes an upper bound of ε.
+
+    Without sampling, "prv" is fast, because `epsilon_of_mechanisms` uses an exact formula.
+    """
     return accountant if all(rate == 1 for _, rate, _ in history) else "rdp"
 
 
 def _smallest_multiplier(
     epsilon_at: Callable[[float], float], target: float, low: float, high: float
 ) -> float:
-    """Return the smallest noise multiplier between `low` and `high` with ε up to the target.
+    """Return the smallest noise multiplier between `low` and `high` whose ε is at most the target.
 
-    ε exceeds the target at `low`. It is expensive to compute and nearly linear on a logarithmic
-    scale, so this uses the Illinois variant of regula falsi there.
+    At `low`, ε must exceed the target. Because ε is expensive to compute and log ε is nearly linear
+    in the logarithm of the multiplier, this function uses the Illinois variant of the regula falsi
+    on the logarithms.
     """
     a = math.log(low)
     b = math.log(high)
@@ -168,27 +183,28 @@ def _smallest_multiplier(
         middle = min(
             max(b - below * (b - a) / (below - above), a + 0.01 * (b - a)), b - 0.01 * (b - a)
         )
-        found = math.log(max(epsilon_at(math.exp(middle)), 1e-300) / target)
-        if found <= 0:
+        value = math.log(max(epsilon_at(math.exp(middle)), 1e-300) / target)
+        if value <= 0:
             b = middle
-            below = found
-            last_below = found
+            below = value
+            last_below = value
             above = above / 2
         else:
             a = middle
-            above = found
+            above = value
             below = below / 2
     return math.exp(b)
 
 
 @lru_cache(maxsize=4096)
 def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "prv") -> float:
-    """Return ε of composed mechanisms.
+    """Compute the ε of a composition of Gaussian mechanisms.
 
     Args:
         mechanisms: Sorted tuples (noise multiplier, rate, steps).
         delta: δ of the guarantee.
-        accountant: "prv" or "rdp".
+        accountant: Accountant of opacus, "prv" or "rdp". Without sampling, "prv" uses an exact
+            formula.
 
     Raises:
         UserError: If opacus is not installed.
@@ -211,7 +227,7 @@ def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "
 
 
 def _rdp_epsilon(mechanisms: History, delta: float) -> float:
-    """Return ε by the RDP accountant of opacus, with cached divergences of single steps."""
+    """Compute ε with the RDP accountant of opacus; the divergences of single steps are cached."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
@@ -247,7 +263,7 @@ def opacus_accountants() -> dict[str, Any]:
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
-    """Return δ of a Gaussian mechanism, Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ).
+    """Compute the δ of a Gaussian mechanism at ε, Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ).
 
     The formula is theorem 8 of Balle and Wang 2018.
 
@@ -263,7 +279,11 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the smallest ε of a Gaussian mechanism at δ.
+    """Compute the smallest ε at which a Gaussian mechanism is (ε, δ)-differentially private.
+
+    Args:
+        mu: Sensitivity divided by the standard deviation of the noise.
+        delta: δ of the guarantee.
 
     Example:
         >>> from hetero_fl.privacy.accounting import gaussian_epsilon

@@ -1,8 +1,8 @@
 """Differential privacy at the client: private training and clipped or noisy uploads.
 
-With `privacy.unit: record`, training is DP-SGD (`hetero_fl.privacy.dp_sgd`). With `local`, uploads
-are clipped and noised here. With `client`, they are clipped here, and the server adds noise to the
-sum (`hetero_fl.privacy.server_side`).
+With `privacy.unit: record`, clients train with DP-SGD (`hetero_fl.privacy.dp_sgd`). With `local`,
+clients clip their uploads and add noise. With `client`, clients clip their uploads, and the server
+adds noise to the sum (`hetero_fl.privacy.server_side`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from hetero_fl.privacy.mechanisms import (
     predictions_to_votes,
 )
 
-# Item with one bit per uploaded item: whether its norm was within the clipping bound.
+# Name of the item with one bit per uploaded item, which is set if the norm of the update was within
+# the clipping bound.
 WITHIN_CLIP = "within_clip"
-# Prefix of an item's name in the report of a broadcast; the value is the factor on its bound.
+# Prefix of the names of report values that are factors on clipping bounds. The name of the item
+# follows the prefix.
 FACTOR = "clip "
 
 
 def received_factors(received: Payload) -> dict[str, float]:
-    """Return the factors on clipping bounds that a broadcast contains, by item."""
+    """Return the factors on the clipping bounds in a broadcast, by item name."""
     return {
         name.removeprefix(FACTOR): float(str(value))
         for name, value in received.report.items()
@@ -47,7 +49,7 @@ def received_factors(received: Payload) -> dict[str, float]:
 
 
 class PrivateFederation(Protocol):
-    """The attributes of a federation that privacy uses."""
+    """Attributes of a federation that differential privacy requires."""
 
     task: Task
     data: FederatedData
@@ -58,7 +60,7 @@ class PrivateFederation(Protocol):
 
 
 def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
-    """Return the declarations of the items that at least one client may upload."""
+    """Return the declarations of the items that at least one client may upload, by name."""
     settings = [profile.settings for profile in federation.client_infos.profiles]
     allowed = {share for s in settings for share in s.shares}
     allowed |= {"parameters" for s in settings if permitted_part(s.shares)}
@@ -72,7 +74,10 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
 
 
 def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
-    """Return the declarations of all items of an upload, including that for adaptive clipping."""
+    """Return the declarations of all items of an upload, by name.
+
+    With adaptive clipping, the item `within_clip` is included.
+    """
     specs = dict(algorithm.uploads)
     if federation.privacy is not None and federation.privacy.adaptive_clip is not None:
         specs[WITHIN_CLIP] = ItemSpec("counts", private=True)
@@ -86,9 +91,9 @@ class ClientPrivacy:
     Args:
         config: The `privacy` section of the configuration.
         noise: Source of noise.
-        specs: Declarations of all items of an upload.
-        items: Sorted names of the items that clients of this federation upload.
-        task_kind: Kind of the task.
+        specs: Declarations of all items of an upload, by name.
+        items: Sorted names of the items that clients of this federation may upload.
+        task_kind: Kind of the task, such as "multiclass".
     """
 
     config: PrivacyConfig
@@ -101,7 +106,7 @@ class ClientPrivacy:
     def from_federation(
         cls, algorithm: Algorithm, federation: PrivateFederation
     ) -> ClientPrivacy | None:
-        """Create an instance for a federation; None if it has no `privacy` section."""
+        """Return an instance for a federation, or None if there is no `privacy` section."""
         if federation.privacy is None:
             return None
         return cls(
@@ -113,24 +118,24 @@ class ClientPrivacy:
         )
 
     def make_backend(self, clients: Iterable[Participant], backend: Backend) -> Backend:
-        """Return the backend that trains these clients."""
+        """Return the backend that trains these clients; with `unit: record`, it adds noise."""
         if self.config.unit != "record":
             return backend
         return PrivacyBackend(backend, self.config, self.noise, list(clients))
 
     def make_ledger(self, backend: Backend) -> PrivacyLedger | None:
-        """Return a backend that records the privacy charges of steps; None if there are none."""
+        """Return a backend that records the charges of steps, or None without `unit: record`."""
         return PrivacyLedger(backend, self.config) if self.config.unit == "record" else None
 
     def charges(
         self, steps: Sequence[PrivacyCharge], counts_read: bool, sent: bool
     ) -> tuple[PrivacyCharge, ...]:
-        """Return the privacy charges of a round for one client.
+        """Return the privacy charges of one client in a round.
 
         Args:
-            steps: Charges of its training steps.
-            counts_read: Whether its label counts were read.
-            sent: Whether it sent an upload.
+            steps: Charges of the client's training steps.
+            counts_read: Whether the client's label counts were read.
+            sent: Whether the client sent an upload.
         """
         if self.config.unit != "record":
             return (PrivacyCharge(1.0),) if sent else ()
@@ -138,12 +143,12 @@ class ClientPrivacy:
         return (*steps, *counts)
 
     def release_upload(self, client: Participant, upload: Payload, received: Payload) -> Payload:
-        """Apply votes, clipping and noise to an upload, as configured.
+        """Return the upload to send: with votes, clipping and noise, as configured.
 
         Args:
             client: The client.
             upload: Upload returned by the method.
-            received: Received items, from which updates start.
+            received: Payload that the client received. Updates are the differences from its items.
         """
         privacy = self.config
         if privacy.unit == "record":
@@ -178,12 +183,13 @@ class ClientPrivacy:
     def deviation(self, name: str, factor: float = 1.0, z: float | None = None) -> float:
         """Return the standard deviation z·√m·C of the noise on one of m items.
 
-        It is twice that with `unit: local`, where an upload may be replaced by any other.
+        With `unit: local`, the standard deviation is twice as large, because the guarantee covers
+        the replacement of an upload by any other upload.
 
         Args:
             name: Name of the item.
             factor: Factor on the clipping bound C.
-            z: Noise multiplier. None uses the multiplier of the run.
+            z: Noise multiplier. If None, the multiplier of the run is used.
         """
         twice = 2 if self.config.unit == "local" else 1
         return (
@@ -196,5 +202,8 @@ class ClientPrivacy:
 
     @staticmethod
     def factors_item(factors: Mapping[str, float]) -> dict[str, str]:
-        """Return the factors on clipping bounds as report values, exactly and with fixed width."""
+        """Format factors on clipping bounds as report values, without rounding errors.
+
+        All values have the same width, so that the size of a report does not vary.
+        """
         return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}

@@ -1,4 +1,4 @@
-"""DP-SGD, and a backend that adds noise to all steps on private rows."""
+"""DP-SGD, and a backend that adds noise to the results of all steps on private rows."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from hetero_fl.privacy.mechanisms import NoiseSource
 from hetero_fl.utils.errors import UserError
 from model_zoo import Outputs
 
-# Bytes of per-example gradients computed at a time.
+# Maximum size in bytes of the per-example gradients that are computed at a time.
 MEMORY = 64 * 2**20
-# Difference of the dropout keys of subsequent examples in a step.
+# Difference between the dropout keys of consecutive examples in a step.
 ROW_KEY_STRIDE = 0x85EBCA6B
 
 
@@ -44,9 +44,12 @@ def sampling_plan(
 
     Args:
         n: Number of rows.
-        fit: The step. An epoch consists of round(1 / rate) training steps.
-        work: Share of the steps that is computed.
-        rate: Sampling rate. None is the batch size divided by n.
+        fit: The fit. An epoch consists of round(1 / rate) training steps.
+        work: Share of the training steps that is run.
+        rate: Sampling rate. If None, the batch size divided by `n` is used.
+
+    Returns:
+        The sampling rate and the number of training steps, which is at least 1.
 
     Example:
         >>> from hetero_fl.core.objectives import Supervised
@@ -61,14 +64,14 @@ def sampling_plan(
 
 
 class PoissonBatches(Batches):
-    """Poisson-sampled batches, to which each row belongs independently with probability `rate`.
+    """Poisson-sampled batches: each row is in a batch independently with probability `rate`.
 
     Args:
         participant: The client.
-        fit: The step.
+        fit: The fit.
         memory: Memory of the device.
         noise: Source of random numbers.
-        rate: Sampling rate. None is the batch size divided by the number of rows.
+        rate: Sampling rate. If None, the batch size divided by the number of rows is used.
     """
 
     def __init__(
@@ -99,15 +102,16 @@ class PoissonBatches(Batches):
 class PrivateGradients:
     """DP-SGD gradients for `run_fit` (Abadi et al. 2016, Algorithm 1), for any objective.
 
-    Gradients of single examples are clipped, summed, noised and divided by the expected batch
-    size. Terms of the objective that do not depend on private rows are not clipped. Models that
-    `vmap` does not support, and large ones, are computed row by row.
+    Per-example gradients are clipped and summed. Noise is added to the sum, which is then divided
+    by the expected batch size. Gradients of terms of the objective that do not depend on private
+    rows are not clipped. For large models and models that `vmap` does not support, the gradients
+    are computed row by row.
 
     Args:
         clip: Clipping norm of per-example gradients.
         z: Noise multiplier.
         noise: Source of noise.
-        rate: Sampling rate. None is the batch size divided by the number of rows.
+        rate: Sampling rate. If None, the batch size divided by the number of rows is used.
     """
 
     def __init__(
@@ -117,23 +121,27 @@ class PrivateGradients:
         self.z = z
         self.noise = noise
         self.rate = rate
-        self._refused: set[Any] = set()
+        self._unsupported: set[Any] = set()
 
     def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> PoissonBatches:
         """Return the Poisson-sampled batches of a fit."""
         return PoissonBatches(participant, fit, memory, self.noise, self.rate)
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
-        """Set the gradients of the parameters: (Σ clipped + N(0, (z·clip)²)) / expected + public.
+        """Set the gradients of the parameters.
+
+        These are (Σ g_i + N(0, (z·clip)²)) / B + g_public, where g_i are the clipped gradients of
+        the rows, B is the expected batch size, and g_public is the gradient of the terms of the
+        objective that do not depend on private rows.
 
         Args:
             state: State of the fit.
             step: Index of the training step.
-            dropout_key: Key of the step's dropout.
+            dropout_key: Key of the dropout masks in this step.
             batch: The batch.
 
         Returns:
-            A loss of 0, as the true loss would be a release without noise.
+            A loss of 0, because the true loss has no noise and must not be released.
         """
         assert isinstance(state.batches, PoissonBatches)
         total = self._clipped_sum(state, dropout_key, batch)
@@ -168,7 +176,7 @@ class PrivateGradients:
         for begin in range(0, count, size):
             part = {n: t[begin : begin + size] for n, t in columns.items()}
             part_keys = keys[begin : begin + size]
-            if len(part_keys) > 1 and support_key not in self._refused:
+            if len(part_keys) > 1 and support_key not in self._unsupported:
                 try:
                     self._add_clipped(total, _gradients_vectorized(state, part, extra, part_keys))
                     continue
@@ -176,7 +184,7 @@ class PrivateGradients:
                     raise
                 except (RuntimeError, UserWarning):
                     # vmap does not support an operation of the model.
-                    self._refused.add(support_key)
+                    self._unsupported.add(support_key)
             for i, key in enumerate(part_keys):
                 row = {n: t[i : i + 1] for n, t in part.items()}
                 self._add_clipped(total, _gradient_of_row(state, row, extra, key))
@@ -184,12 +192,15 @@ class PrivateGradients:
 
     @torch.no_grad()
     def _add_clipped(self, total: TrainableTensors, each: TrainableTensors) -> None:
-        """Clip per-example gradients `[rows, …]` by their norm over all tensors, and add them."""
+        """Clip per-example gradients `[rows, …]` and add their sum to `total`.
+
+        The gradients of a row are clipped by their norm over all tensors.
+        """
         squares = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0)
         factor = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         is_finite = squares.isfinite()
         if not bool(is_finite.all()):
-            # A row with an infinite gradient would end the fit and so reveal itself; leave it out.
+            # Rows with infinite gradients would abort the fit, which reveals their presence.
             factor = factor.where(is_finite, 0)
             each = {n: g.where(_broadcast_rows(is_finite, g), 0) for n, g in each.items()}
         for name, gradients in each.items():
@@ -205,9 +216,9 @@ def _gradients_vectorized(
     extra_batch: Mapping[str, Tensor],
     keys: list[int],
 ) -> TrainableTensors:
-    """Return the gradients of all rows, `[rows, …]`, computed at once.
+    """Return the gradients of all rows, `[rows, …]`, computed with `vmap`.
 
-    Each row has its own leaf tensors, as in `hetero_fl.engine.vectorized_training`.
+    Each row has separate leaf tensors, as in `hetero_fl.engine.vectorized_training`.
     """
     device = next(iter(state.trainable.values())).device
     leaves = {
@@ -222,9 +233,9 @@ def _gradients_vectorized(
     if state.uses_dropout:
         state.dropout.seed(keys)
 
-    def loss(own: TrainableTensors, row: Mapping[str, Tensor], index: Tensor) -> Tensor:
+    def loss(trainable: TrainableTensors, row: Mapping[str, Tensor], index: Tensor) -> Tensor:
         tensors = {slot: dict(rest) for slot, rest in fixed.items()}
-        for name, tensor in own.items():
+        for name, tensor in trainable.items():
             slot, parameter = split_name(name)
             tensors[slot][parameter] = tensor
         nets = ModelViews(
@@ -248,7 +259,7 @@ def _gradients_vectorized(
 def _gradient_of_row(
     state: FitState, columns: Mapping[str, Tensor], extra_batch: Mapping[str, Tensor], key: int
 ) -> TrainableTensors:
-    """Return the gradient of one row, `[1, …]`."""
+    """Return the gradients of a single row, `[1, …]`."""
     if state.uses_dropout:
         state.dropout.seed([key])
     batch = Batch({**columns, **extra_batch})
@@ -264,13 +275,14 @@ def _broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _vmap_support_key(state: FitState) -> Any:
-    """Return a key of fits that vmap either all supports or all does not."""
+    """Return a key of the models and the objective, which determine whether `vmap` works."""
     return tuple(map(id, state.modules.values())), repr(state.fit.objective)
 
 
-# With `privacy.unit: record`, results of steps on private rows have noise: fits are DP-SGD, and
-# class sums are clipped and noised. Other access to private rows is refused.
+# With `privacy.unit: record`, the results of all steps on private rows are noisy: fits use DP-SGD,
+# and noise is added to clipped class sums. Any other access to private rows raises an error.
 
+# Maps the name of a data set and a preprocessing to the columns of the data set.
 StepData = Callable[[str, Any], Columns]
 
 
@@ -288,7 +300,7 @@ def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) ->
         privacy: The `privacy` section of the configuration.
 
     Raises:
-        UserError: If the step predicts single rows, which would be useless with noise.
+        UserError: If the step returns predictions of single rows, which noise would make useless.
     """
     assert isinstance(step.data, Rows)
     n = len(next(iter(step.data.columns(participant).values())))
@@ -303,14 +315,15 @@ def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) ->
 
 
 class PrivacyLedger:
-    """Backend that records the privacy charges of steps and delegates them to another backend.
+    """Backend that records the privacy charges of steps and runs the steps on another backend.
 
     Args:
-        backend: Backend that runs the steps. With a dry backend, charges are computed in advance.
+        backend: Backend that runs the steps. With a backend for dry runs, charges are computed
+            in advance.
         privacy: The `privacy` section of the configuration.
 
     Attributes:
-        charges: Charges by participant.
+        charges: Charges by participant id.
     """
 
     def __init__(self, backend: Backend, privacy: PrivacyConfig) -> None:
@@ -320,7 +333,7 @@ class PrivacyLedger:
 
     @property
     def templates(self) -> Templates:
-        """Templates of the wrapped backend."""
+        """Model templates of the wrapped backend."""
         return self.backend.templates
 
     def run(self, work: Work) -> list[Any]:
@@ -337,13 +350,14 @@ class PrivacyLedger:
 
 
 class PrivacyBackend(PrivacyLedger):
-    """Backend that runs steps on private rows with noise and delegates others.
+    """Backend that runs steps on private rows with noise and delegates all other steps.
 
     Args:
         backend: Backend that runs steps on public rows.
         privacy: The `privacy` section of the configuration.
         noise: Source of noise.
-        clients: Clients whose plans are run. Afterwards, only steps can read their private rows.
+        clients: Clients whose plans are run. Their `data` functions are replaced, so that only
+            steps can read private rows.
     """
 
     def __init__(
@@ -364,7 +378,6 @@ class PrivacyBackend(PrivacyLedger):
             self._data[client.participant_id] = client.data
             client.data = without_private_data(client.data)
 
-    @override
     @override
     def run(self, work: Work) -> list[Any]:
         with_data = [
@@ -388,14 +401,14 @@ class PrivacyBackend(PrivacyLedger):
             report = run_fit(participant, step, self.templates, self._gradients)
         except DivergedError as failure:
             return failure
-        # The loss has no noise and must not be released.
+        # The true loss has no noise and must not be released.
         return replace(report, loss=math.nan)
 
     def _class_sums(self, participant: Participant, step: ClassSums) -> tuple[Tensor, Tensor]:
-        """Return sums of clipped outputs by class and counts, both with noise.
+        """Return noisy sums of clipped outputs by class, and noisy counts of rows by class.
 
-        A row adds a vector v of norm up to C to the sum and 1 to the count of its class. The norm
-        of (v/C, 1), and so the sensitivity, is at most √2.
+        A row adds a vector v of norm at most C to the sum of its class and 1 to the count. The
+        norm of (v/C, 1), and therefore the sensitivity, is at most √2.
         """
         clip = self.privacy.statistics_clip
         classes = participant.task.outputs
@@ -403,7 +416,7 @@ class PrivacyBackend(PrivacyLedger):
         predict = Predict(step.slot, step.data, readout, step.batch_size)
         (raw,) = self.backend.run([(participant, predict)])
         values = select_output(step, Outputs(logits=raw, features=raw))
-        # A row with infinite outputs would make the sum infinite and so reveal itself.
+        # A row with infinite outputs would make the sum infinite, which reveals its presence.
         values = values.where(values.norm(dim=-1, keepdim=True).isfinite(), 0)
         values = values * (clip / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
         sums, counts = class_sums(values, step.data.columns(participant)["y"], classes)
@@ -417,7 +430,7 @@ class PrivacyBackend(PrivacyLedger):
 
 
 def without_private_data(data: StepData) -> StepData:
-    """Wrap a client's data so that reading private sets raises a UserError."""
+    """Wrap a client's data function so that it raises a `UserError` for private data sets."""
 
     def public_data(name: str, preprocess: Any) -> Columns:
         if name not in PUBLIC:

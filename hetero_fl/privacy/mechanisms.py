@@ -1,4 +1,4 @@
-"""Privacy mechanisms: Gaussian noise, clipped uploads, noisy votes, noisy label counts."""
+"""Privacy mechanisms: Gaussian noise, clipped uploads, noisy votes and noisy label counts."""
 
 from __future__ import annotations
 
@@ -26,38 +26,41 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.utils.seeding import Key, keyed_generator
 
-# Numbers generated at a time; a block of half a megabyte stays in the CPU cache.
+# Numbers generated at a time; a block of half a megabyte fits in the CPU cache.
 BLOCK = 2**16
 # Spacing of uniform numbers in [0, 1) with 53 bits.
 TINY = 2.0**-53
 
 
 class NoiseStream(Protocol):
-    """A stream of random numbers, each of which is used once."""
+    """Stream of random numbers, which returns each number only once."""
 
     def normal(self, like: Tensor, deviation: float) -> Tensor:
-        """Sample from N(0, deviation²), with the shape, dtype and device of a tensor."""
+        """Sample from N(0, deviation²) with the shape, dtype and device of `like`."""
 
     def uniform(self, count: int) -> Tensor:
-        """Sample uniformly from [0, 1), float64 `[count]`."""
+        """Sample `count` float64 numbers uniformly from [0, 1)."""
 
 
 class NoiseSource(Protocol):
-    """A source of noise streams, keyed by their purpose."""
+    """Source of noise with a separate stream for each purpose."""
 
     def stream(self, *parts: Key) -> NoiseStream:
-        """Return the stream of the current task with this key."""
+        """Return the stream with the key `parts` in the current task."""
 
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
-        """Sample noise for a value that is released once.
+        """Sample Gaussian noise for a value to be released.
+
+        Repeated calls with the same arguments return the same noise, also in different tasks, so
+        that repeating a release does not reveal more about the value.
 
         Args:
-            value: The value, whose shape, dtype and device the noise has.
+            value: Value to be released.
             deviation: Standard deviation of the noise.
-            *parts: Key of the noise.
+            *parts: Key of the noise, which names its purpose.
 
         Returns:
-            Noise that is the same for the same value and key, whatever the task.
+            Noise with the shape, dtype and device of `value`.
         """
 
 
@@ -82,7 +85,11 @@ class KeyedNoiseSource(NoiseSource):
 
 @dataclass(frozen=True)
 class KeyedNoiseStream(NoiseStream):
-    """Noise of a PyTorch generator, which is fast but predictable."""
+    """Stream of random numbers from a PyTorch generator, which is fast but predictable.
+
+    Args:
+        generator: The generator.
+    """
 
     generator: torch.Generator
 
@@ -99,15 +106,16 @@ class KeyedNoiseStream(NoiseStream):
 class SecretNoiseSource(NoiseSource):
     """Unpredictable noise for deployments.
 
-    Noise that can be predicted, or that is added to two values, can be removed again. Each
-    participant therefore keeps a secret with its private state. Numbers come from an AES-256-CTR
-    keystream. Its key is derived by HKDF-SHA256 from the secret, the purpose of the noise and the
-    value to which noise is added. Repeating a task after a crash repeats the noise, which is not a
-    second release; any other value gets new noise.
+    An attacker could remove noise that is predictable or that is added to two different values.
+    Each participant therefore stores a secret with its private state. Random numbers come from an
+    AES-256-CTR keystream, whose key is derived with HKDF-SHA256 from the secret, the purpose of the
+    noise, and the current task or the value to which noise is added. If a task is repeated after a
+    crash, the same value receives the same noise, which is not a second release. A different value
+    receives different noise.
 
     Args:
-        secret: 256 secret bits. None samples them from the operating system.
-        task: Identifier of the current task, part of the key of each stream.
+        secret: Secret of 256 bits. If None, the operating system generates a secret.
+        task: Identifier of the current task, which is part of the key of each stream.
     """
 
     def __init__(self, secret: bytes | None = None, task: bytes = b"") -> None:
@@ -132,9 +140,9 @@ class SecretNoiseSource(NoiseSource):
 
 
 class SecretNoiseStream(NoiseStream):
-    """Random numbers from an AES-256-CTR keystream.
+    """Stream of random numbers from an AES-256-CTR keystream.
 
-    Each number uses 53 bits of eight bytes. Gaussian numbers are computed in float64 by the method
+    Each number uses 53 of 64 bits. Gaussian numbers are computed in float64 with the transform
     of Box and Muller (1958).
 
     Args:
@@ -172,30 +180,31 @@ class SecretNoiseStream(NoiseStream):
         return (np.frombuffer(stream, "<u8") >> np.uint64(11)).astype(np.float64)
 
 
-# Each item i of an upload is clipped to a norm C_i and, where m items may be sent, noised with
-# z·√m·C_i. Scaled by 1/C_i and concatenated, the items are one vector of norm at most √m with noise
-# z·√m: one Gaussian mechanism with multiplier z (McMahan et al. 2018, section 3, "per-layer
-# clipping").
+# Each item i of an upload with up to m items is clipped to a norm C_i and receives noise with a
+# standard deviation of z·√m·C_i. Scaled by 1/C_i and concatenated, the items are one vector of norm
+# at most √m with noise z·√m. This is one Gaussian mechanism with multiplier z (McMahan et al. 2018,
+# section 3, "per-layer clipping").
 
 VALUES = "values"
 WEIGHT = "weight"
-# Maps a tensor, a standard deviation and the name of a part of the item to noise.
+# Maps a tensor, a standard deviation and the name of the tensor in the item to noise.
 NoiseFunction = Callable[[Tensor, float, str], Tensor]
 
 
 def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bool]:
-    """Clip the update in an item to an L2 norm and set its weight to 1.
+    """Clip the update in an item to a maximum L2 norm and set the weight of the item to 1.
 
-    The update of "params" is the difference from what the client received; of other items it is
-    the value. The weights of "class_sums", counts of rows, are part of the clipped vector.
+    The update in an item of kind "params" is the difference from the received parameters. The
+    update in any other item is the values. The weights of "class_sums", which are counts of rows,
+    are part of the clipped vector.
 
     Args:
         item: The item.
         received: Received item of the same name; None if there is none.
-        bound: Largest norm.
+        bound: Maximum L2 norm.
 
     Returns:
-        The clipped item, and whether its norm was within the bound.
+        The clipped item, and whether the norm of the update was within the bound.
     """
     reference = reference_tensors(item, received)
     parts = {n: t - reference[n] for n, t in _flatten_item(item).items()}
@@ -210,12 +219,14 @@ def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bo
 
 
 def add_noise(item: Item, deviation: float, sample: NoiseFunction) -> Item:
-    """Add noise to all numbers of an item; noisy weights of class sums are clipped to at least 0.
+    """Return an item with noise added to all its numbers.
+
+    Noisy counts, which include the weights of class sums, are clamped to at least 0.
 
     Args:
         item: The item.
         deviation: Standard deviation of the noise.
-        sample: Returns the noise.
+        sample: Function that samples the noise for a tensor of the item.
     """
     noisy = {n: t + sample(t, deviation, n) for n, t in _flatten_item(item).items()}
     return _unflatten_item(item, noisy)
@@ -231,12 +242,13 @@ def clip_upload(
 
     Args:
         payload: The upload.
-        received: Received items.
-        bounds: Returns the clipping bound of an item.
-        noise: Returns an item with noise, given its name and the clipped item.
+        received: Payload that the client received.
+        bounds: Function that maps the name of an item to the clipping bound.
+        noise: Function that adds noise to a clipped item, given its name and the item. If None, no
+            noise is added.
 
     Returns:
-        The upload, and by item whether its norm was within the bound.
+        The clipped upload, and for each item whether the norm of the update was within the bound.
     """
     items = {}
     within = {}
@@ -248,7 +260,7 @@ def clip_upload(
 
 
 def _flatten_item(item: Item) -> Tensors:
-    """Return all numbers of an item that its receiver uses as named tensors."""
+    """Return all numbers of an item that the receiver uses, as named tensors."""
     if isinstance(item.values, Mapping):
         return dict(item.values)
     if item.kind == "class_sums":
@@ -267,7 +279,7 @@ def _unflatten_item(like: Item, vector: Tensors) -> Item:
 def reference_tensors(item: Item, received: Item | None) -> Tensors:
     """Return the tensors from which the update in an item starts.
 
-    These are the received parameters if their shapes are equal, and zeros otherwise.
+    These are the received parameters of the same name and shape, or zeros if there are none.
     """
     known = received.tensors if received is not None and item.kind == "params" else {}
     vector = _flatten_item(item)
@@ -277,15 +289,19 @@ def reference_tensors(item: Item, received: Item | None) -> Tensors:
     }
 
 
-# Probability of the elected class in a teacher made from votes.
+# Probability that the teacher assigns to the class with the most votes.
 ELECTED_PROBABILITY = 0.9
 
 
 def predictions_to_votes(item: Item, norm: float) -> Item:
     """Replace predictions `[D, C]` by one-hot votes, scaled to an L2 norm.
 
-    The noisy majority of votes is PATE's GNMax (Papernot et al. 2018). The majority does not
-    depend on the scale.
+    The class with the most votes after noise is added is the result of GNMax (Papernot et al.
+    2018). This class does not depend on the scale of the votes and the noise.
+
+    Args:
+        item: Item with the predictions.
+        norm: L2 norm of the votes of all rows.
     """
     assert isinstance(item.values, Tensor)
     votes = F.one_hot(item.values.argmax(-1), item.values.shape[-1]).to(item.values.dtype)
@@ -293,11 +309,11 @@ def predictions_to_votes(item: Item, norm: float) -> Item:
 
 
 def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
-    """Return the teacher of the class with most noisy votes in each row.
+    """Return teacher predictions for the class with the most votes in each row.
 
     Args:
-        votes: Sum of noisy votes, shape `[D, C]`.
-        prediction_kind: "probabilities" or "logits", the form of the result.
+        votes: Noisy sum of votes, shape `[D, C]`.
+        prediction_kind: Form of the result, "probabilities" or "logits".
 
     Returns:
         Probabilities or log probabilities, shape `[D, C]`.
@@ -308,12 +324,12 @@ def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
     return p if prediction_kind == "probabilities" else p.log()
 
 
-# Name of the release of label counts, and key of its noise.
+# Name of the release of label counts, and key of the noise on them.
 COUNTS = "label counts"
 
 
 def label_counts_charge(kind: str, privacy: PrivacyConfig) -> list[PrivacyCharge]:
-    """Return the privacy charge of label counts; empty for regression, which has none."""
+    """Return the privacy charges for releasing label counts; empty for regression tasks."""
     if kind == "regression":
         return []
     return [PrivacyCharge(1.0, scale=privacy.statistics_noise, once=COUNTS)]
@@ -322,20 +338,21 @@ def label_counts_charge(kind: str, privacy: PrivacyConfig) -> list[PrivacyCharge
 def noisy_label_counts(
     counts: Tensor, kind: str, privacy: PrivacyConfig, noise: NoiseSource, client: str
 ) -> Tensor:
-    """Return label counts with noise; repeated calls return the same noise and are one release.
+    """Return noisy label counts.
 
-    One row changes one count by 1, or in a multi-label task up to `outputs` counts. The number of
-    rows is not private, so the counts of a regression task are not noised.
+    Repeated calls add the same noise and are one release. A row changes one count by 1, and in a
+    multi-label task up to `outputs` counts. The number of rows is not private, so no noise is added
+    to the counts of a regression task.
 
     Args:
         counts: Label counts, shape `[outputs]`.
-        kind: Kind of the task.
+        kind: Kind of the task, such as "multiclass".
         privacy: The `privacy` section of the configuration.
         noise: Source of noise.
         client: Id of the client.
 
     Returns:
-        Counts of at least 0, shape `[outputs]`.
+        Noisy counts, at least 0, shape `[outputs]`.
     """
     if kind == "regression":
         return counts

@@ -22,16 +22,17 @@ from hetero_fl.privacy.client_side import WITHIN_CLIP, ClientPrivacy, PrivateFed
 from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
 from hetero_fl.utils.errors import UserError
 
-# Maps a noised value, a standard deviation and a key to noise.
+# Maps a value, a standard deviation and the parts of a key to noise for the value.
 Normal = Callable[..., Tensor]
 
 
 @dataclass
 class SharedTensor:
-    """A tensor that several clients may send.
+    """Tensor that several clients may send.
 
     Args:
-        starts: Tensors from which clients' updates start, by kind of client.
+        starts: Values to which clients add their updates, by kind of client. Clients of one kind
+            have equal settings and models.
         expected: Expected number of clients that send the tensor.
     """
 
@@ -40,7 +41,7 @@ class SharedTensor:
 
     @property
     def example(self) -> Tensor:
-        """A tensor with the same shape, dtype and device."""
+        """Tensor with the shape, dtype and device of the shared tensor."""
         return next(iter(self.starts.values()))
 
     def mean_start(self, senders_by_kind: Mapping[str, int]) -> Tensor:
@@ -62,24 +63,27 @@ class SharedTensor:
 
 @dataclass
 class SumNoise:
-    """Noise on the sums of one round, and their denominators; repeated requests give equal results.
+    """Noise on the sums of one round, and the denominators of noisy means.
 
-    Noise is added to the sum of clipped updates Δ_k of weight one, and the sum is divided by the
-    expected number of clients (McMahan et al. 2018, Algorithm 1, fixed denominator). With the mean
-    μ of the uploads, their number Σw and the mean reference ref, this is
+    Noise is added to the sum of the clipped updates Δ_k, which have weight 1, and the sum is
+    divided by the expected number of clients (McMahan et al. 2018, Algorithm 1, fixed denominator).
+    With the mean μ of the uploads, the number Σw of the uploads and the mean ref of the values that
+    clients received, the noisy mean is
 
         ref + (μ − ref)·Σw / expected + N(0, deviation²) / expected
             = ref + (ΣΔ_k + N(0, deviation²)) / expected,
 
-    which can be computed after secure aggregation as well. Clients that share a tensor may have
-    received different values of it; the same noisy update is then added to the tensor of each
-    group, because only updates are clipped.
+    which can also be computed after secure aggregation. Repeated requests return equal results.
+
+    Clients that share a tensor may have received different values. Because only updates are
+    clipped, the same noisy update is then added to the received value of each group.
 
     Args:
-        deviation: Returns the standard deviation of the noise on the sum of an item.
-        normal: Returns keyed noise.
-        kind: Returns the name of a client's kind.
-        postprocess: Transforms the noisy mean of an item.
+        deviation: Function that returns the standard deviation of the noise on the sum of an item.
+        normal: Function that returns keyed noise.
+        kind: Function that returns the kind of a client. Clients of one kind have equal settings
+            and models.
+        postprocess: Function that transforms the noisy mean of an item.
     """
 
     deviation: Callable[[str], float]
@@ -89,7 +93,7 @@ class SumNoise:
     _singles: dict[str, SharedTensor] = field(default_factory=dict)
     # Zeros in the shape of the weights of class sums, by item.
     _weights: dict[str, Tensor] = field(default_factory=dict)
-    # One client by item and kind.
+    # One client of each kind, by item and kind.
     _senders: dict[str, dict[str, ClientInfo]] = field(default_factory=dict)
     _owned: dict[str, dict[Owner, SharedTensor]] = field(default_factory=dict)
     _groups: dict[str, dict[str, dict[str, tuple[Owner, str]]]] = field(default_factory=dict)
@@ -109,12 +113,12 @@ class SumNoise:
 
         Args:
             name: Name of the item.
-            like: An item of the same form.
-            received: Received item of this name; None if there is none.
-            count: Expected number of these clients.
+            like: Item with tensors of the same names, shapes and dtypes.
+            received: Item of this name that the clients received; None if there is none.
+            count: Expected number of these clients in the round.
             client_info: One of these clients.
             group: Architecture group of the item's tensors.
-            common: Prefixes of tensors that are averaged across architectures.
+            common: Prefixes of the names of tensors that are averaged across architectures.
         """
         kind = self.kind(client_info)
         self._senders.setdefault(name, {})[kind] = client_info
@@ -144,15 +148,15 @@ class SumNoise:
         return name in self._singles
 
     def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the noisy sum of an item's values, and the sum of weights.
+        """Return the noisy sum of an item's values, and the sum of the weights.
 
         Args:
-            name: Name of the item, a single tensor.
+            name: Name of the item, which has a single tensor.
             totals: Sums of values and weights without noise; None if no client sent the item.
 
         Returns:
-            Σ values·weight with noise, and the expected number of clients. For class sums, the
-            latter is the noisy sum of the weights, which are counts of rows.
+            The noisy sum of values times weights, and the expected number of clients. For class
+            sums, the second element is the noisy sum of the weights, which are counts of rows.
         """
         shared = self._singles[name]
         values = shared.example if totals is None else totals[0]
@@ -164,9 +168,9 @@ class SumNoise:
         return values, weight.clamp(min=0)
 
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the noisy mean of an item: the noisy sum divided by its weight.
+        """Return the noisy mean of an item: the noisy sum divided by the sum of the weights.
 
-        Values with weight 0 are not divided. See `total` for the arguments.
+        Where the sum of the weights is 0, the noisy sum is returned. See `total` for the arguments.
         """
         values, weight = self.total(name, totals)
         mean = values / torch.where(weight > 0, weight, torch.ones_like(weight))
@@ -183,8 +187,8 @@ class SumNoise:
 
         Args:
             name: Name of the item.
-            means: Means without noise by group; groups that sent nothing are missing.
-            weights: Weights of these means.
+            means: Means without noise, by group and tensor. Groups that sent nothing are missing.
+            weights: Weights of these means, by group and tensor.
             senders: Clients that sent the item.
         """
         updates: dict[Owner, Tensor] = {}
@@ -211,7 +215,7 @@ class SumNoise:
         }
 
     def _noise(self, name: str, owner: Owner, update: Tensor | None) -> Tensor:
-        """Return the noise on a mean update, which is None if no client sent the tensor."""
+        """Return the noise on a mean update; `update` is None if no client sent the tensor."""
         one = self._owned[name][owner]
         like = torch.zeros_like(one.example) if update is None else update.to(one.example.dtype)
         return self.normal(like, self.deviation(name) / one.expected, name, *map(str, owner))
@@ -221,7 +225,7 @@ class SumNoise:
         return start if update is None else start + update
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the expected number of clients of each mean."""
+        """Return the expected number of clients for each mean, by group and tensor."""
         owned = self._owned.get(name, {})
         groups = self._groups.get(name, {})
         return {
@@ -230,7 +234,8 @@ class SumNoise:
         }
 
 
-# Maps a client, its broadcast and the round to the form of its upload.
+# Maps a client, the broadcast to the client and the round index to items with the names, shapes and
+# dtypes of the client's upload.
 ExpectedItems = Callable[[ClientInfo, Payload, int], Mapping[str, Item]]
 
 
@@ -240,13 +245,14 @@ class ServerPrivacy:
     Args:
         client: Differential privacy at the clients.
         federation: The federation.
-        expected_items: Returns the form of a client's upload.
-        per_round: Number of clients in a round. None is all.
+        expected_items: Function that returns items with the names, shapes and dtypes of a client's
+            upload.
+        per_round: Number of clients in a round. None selects all clients.
 
     Attributes:
         cohort: Expected number of clients in a round.
-        share: Probability of each client to be sampled in a round.
-        factors: Factors on the clipping bounds by item; 1 without adaptive clipping.
+        share: Probability with which each client is sampled in a round.
+        factors: Factors on the clipping bounds, by item; 1 without adaptive clipping.
     """
 
     def __init__(
@@ -273,16 +279,16 @@ class ServerPrivacy:
         expected_items: ExpectedItems,
         per_round: int | None,
     ) -> ServerPrivacy | None:
-        """Create an instance for a run; None if the server adds no noise.
+        """Return an instance for a run, or None if the server adds no noise.
 
-        The arguments are those of the class.
+        The arguments are the same as those of the class.
         """
         if client is None or client.config.unit != "client":
             return None
         return cls(client, federation, expected_items, per_round)
 
     def add_bounds(self, broadcast: Payload) -> Payload:
-        """Add the round's clipping bounds to a broadcast if they are adaptive."""
+        """Add the factors on the clipping bounds to a broadcast if the bounds are adaptive."""
         if self.config.adaptive_clip is not None:
             broadcast.report = {**broadcast.report, **self.client.factors_item(self.factors)}
         return broadcast
@@ -291,7 +297,7 @@ class ServerPrivacy:
         """Return the noise on the sums of a round.
 
         Args:
-            received_by: Returns what a client received.
+            received_by: Function that returns the payload that a client received.
             round_idx: Index of the round.
         """
         privacy = self.config
@@ -341,10 +347,11 @@ class ServerPrivacy:
         return noise
 
     def check_count_noise(self) -> None:
-        """Check that adaptive clipping leaves budget for the updates.
+        """Check that adaptive clipping does not use the whole privacy budget.
 
         Raises:
-            UserError: If counting the updates within bounds spends the whole budget.
+            UserError: If releasing the number of updates within bounds leaves no budget for the
+                updates.
         """
         privacy = self.config
         if privacy.adaptive_clip is None:
@@ -357,7 +364,10 @@ class ServerPrivacy:
             )
 
     def count_noise(self) -> float:
-        """Return σ_b, the noise on the number of updates within bounds (Andrew et al. 2021)."""
+        """Return σ_b, the standard deviation of the noise on the number of updates within bounds.
+
+        The notation is that of Andrew et al. 2021.
+        """
         assert self.config.adaptive_clip is not None
         return self.config.adaptive_clip.noise or self.cohort / 20
 
@@ -372,9 +382,11 @@ class ServerPrivacy:
         return float((multiplier**-2 - (2 * self.count_noise()) ** -2) ** -0.5)
 
     def adapt_bounds(self, uploads: Uploads) -> None:
-        """Multiply each bound by exp(−η·(b − γ)), where b is the noisy share of updates within it.
+        """Adapt the clipping bounds to the norms of the updates in a round.
 
-        This is Algorithm 1 of Andrew et al. 2021, with the target quantile γ.
+        Each bound is multiplied by exp(−η·(b − γ)), where η is the setting `lr`, b is the noisy
+        share of updates within the bound, and γ is the setting `quantile` (Andrew et al. 2021,
+        Algorithm 1).
         """
         config = self.config.adaptive_clip
         if config is None:
@@ -386,9 +398,9 @@ class ServerPrivacy:
             self.factors[name] *= math.exp(-config.lr * (share - config.quantile))
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state for a checkpoint, the factors on clipping bounds."""
+        """Return the factors on the clipping bounds, for a checkpoint."""
         return dict(self.factors)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the state of a checkpoint."""
+        """Restore the factors on the clipping bounds from a checkpoint."""
         self.factors = dict(state)

@@ -1,4 +1,4 @@
-"""Simulated attacks on updates, predictions and training rows, and the malicious clients."""
+"""Simulated attacks by malicious clients on updates, predictions and training data."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ ActsOn = Literal["data", "updates", "rows"]
 
 @dataclass(frozen=True)
 class AttackContext:
-    """Round and participants of an attack.
+    """Context of an attack: the round, the malicious clients and the attacked tensor.
 
     Args:
         task: Task of the federation.
         seed: Seed of the run.
         round_idx: Index of the round.
-        malicious: Ids of the malicious clients.
-        senders: Number of clients that sent the item, malicious clients included.
+        malicious: Ids of the malicious clients, in the order of the first dimension of the
+            attacked tensors.
+        senders: Number of clients that sent an upload, including malicious clients.
         item: Name of the attacked item.
         tensor: Name of the attacked tensor in the item.
     """
@@ -51,23 +52,28 @@ class AttackContext:
     tensor: str = ""
 
     def generator(self, client_id: str = "") -> torch.Generator:
-        """Return the random generator of a malicious client; without an id, a common generator."""
+        """Return a random generator for one malicious client, or for all of them.
+
+        Args:
+            client_id: Id of the client. An empty id selects the generator that all malicious
+                clients share.
+        """
         return keyed_generator(
             self.seed, self.round_idx, "attack", client_id, self.item, self.tensor
         )
 
 
 class Attack:
-    """Base class of attacks, for simulations only.
+    """Base class of simulated attacks.
 
     Args:
         config: The `attacks` section of the configuration.
 
     Attributes:
-        acts_on: The attacked parts: training rows ("data"), parameters and class sums ("updates"),
-            or predictions on proxy rows ("rows"). Other parts are not changed.
+        acts_on: Parts that the attack changes: training rows ("data"), parameters and class sums
+            ("updates"), or predictions and other items with one row per example ("rows").
         strength: Default of the setting `strength`.
-        factor: The setting `strength`, or its default.
+        factor: Value of the setting `strength`, or the default.
 
     Example:
         >>> from hetero_fl.config.robustness import AttacksConfig
@@ -85,16 +91,24 @@ class Attack:
         self.factor = config.strength or self.strength
 
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        """Return the training rows of a malicious client, given its true rows."""
+        """Return the poisoned training rows of a malicious client.
+
+        Args:
+            columns: True training rows of the client, by column.
+            context: Round and malicious client.
+
+        Returns:
+            Poisoned training rows, by column.
+        """
         return columns
 
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         """Return the updates that malicious clients send.
 
         Args:
-            true_uploads: True updates of L malicious clients, relative to what they received,
-                shape `[L, …]`.
-            context: Round and participants.
+            true_uploads: True updates of L malicious clients, shape `[L, …]`. For parameters, these
+                are the differences from the received parameters.
+            context: Round, malicious clients and attacked tensor.
 
         Returns:
             Poisoned updates, shape `[L, …]`.
@@ -106,7 +120,7 @@ class Attack:
 
         Args:
             true_uploads: True predictions of L malicious clients, shape `[L, N, C]`.
-            context: Round and participants.
+            context: Round, malicious clients and attacked tensor.
 
         Returns:
             Poisoned predictions, shape `[L, N, C]`.
@@ -114,9 +128,13 @@ class Attack:
         return true_uploads
 
     def triggered_rows(self, columns: Columns, context: AttackContext) -> Columns | None:
-        """Return test rows with the trigger, which a successful attack assigns to `config.target`.
+        """Return test rows with the trigger added, or None if the attack has no trigger.
 
-        Returns None if the attack has no trigger.
+        If the attack succeeds, the model assigns these rows to the class `config.target`.
+
+        Args:
+            columns: Test rows, by column.
+            context: Round of the attack.
         """
         return None
 
@@ -128,7 +146,7 @@ class PredictionAttack(Attack):
     """Base class of attacks on predictions.
 
     Predictions are replaced by `strength` times the result of `poison_logits`. For multi-class
-    tasks, the mean of each row is subtracted before and added afterwards, so that poisoned
+    tasks, the mean of each row is subtracted before and added back afterwards, so that poisoned
     probabilities sum to one.
     """
 
@@ -145,13 +163,21 @@ class PredictionAttack(Attack):
         return level + self.factor * self.poison_logits(true_uploads - level, context)
 
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        """Return the poisoned predictions of L malicious clients, shape `[L, N, C]`."""
+        """Return the poisoned predictions of L malicious clients.
+
+        Args:
+            rows: True predictions, shape `[L, N, C]`. For multi-class tasks, each row has mean 0.
+            context: Round, malicious clients and attacked tensor.
+
+        Returns:
+            Poisoned predictions before scaling, shape `[L, N, C]`.
+        """
         raise TypeError(f"{type(self).__name__} does not define poison_logits")
 
 
 @attack("flipped")
 class FlippedPredictions(PredictionAttack):
-    """Send the negative of the predictions."""
+    """Attack that negates the predictions."""
 
     @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
@@ -160,9 +186,9 @@ class FlippedPredictions(PredictionAttack):
 
 @attack("confident_wrong")
 class ConfidentWrong(PredictionAttack):
-    """Predict a random wrong class with the confidence of the predicted one.
+    """Attack that swaps the largest prediction of each row with that of a random other class.
 
-    Each malicious client samples its own classes.
+    Each malicious client samples the classes independently.
     """
 
     @override
@@ -179,7 +205,7 @@ class ConfidentWrong(PredictionAttack):
 
 @attack("targeted")
 class TargetedPredictions(PredictionAttack):
-    """Predict the class `target` with the confidence of the predicted one."""
+    """Attack that swaps the largest prediction of each row with that of the class `target`."""
 
     @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
@@ -189,7 +215,11 @@ class TargetedPredictions(PredictionAttack):
 
 @attack("collusion")
 class Collusion(PredictionAttack):
-    """Send the same confident wrong predictions, based on the mean of all malicious clients."""
+    """Attack in which all malicious clients send the same wrong predictions.
+
+    These are the mean predictions of the malicious clients. In each row, the largest value is
+    swapped with that of a random other class.
+    """
 
     @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
@@ -199,7 +229,15 @@ class Collusion(PredictionAttack):
 
 
 def sample_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample a class for each row of predictions `[N, C]`, other than its largest, shape `[N]`."""
+    """Sample a class other than the predicted class for each row.
+
+    Args:
+        rows: Predictions, shape `[N, C]`.
+        generator: Random generator.
+
+    Returns:
+        Class indices, shape `[N]`.
+    """
     offset = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
     return (rows.argmax(-1) + offset) % rows.shape[-1]
 
@@ -209,7 +247,7 @@ def swap_with_largest(rows: Tensor, target: Tensor) -> Tensor:
 
     Args:
         rows: Predictions, shape `[N, C]`.
-        target: Class of each row, shape `[N]`.
+        target: Target class of each row, shape `[N]`.
 
     Example:
         >>> import torch
@@ -225,9 +263,10 @@ def swap_with_largest(rows: Tensor, target: Tensor) -> Tensor:
 
 @attack("label_flip")
 class LabelFlip(Attack):
-    """Replace training labels y by C − 1 − y, or by `pairs` (Tolpegin et al. 2020).
+    """Attack that replaces each training label y by C − 1 − y (Tolpegin et al. 2020).
 
-    Multi-label targets are inverted.
+    C is the number of classes. If the setting `pairs` is set, only the labels in this mapping are
+    replaced, by the mapped values. Multi-label targets are inverted.
     """
 
     acts_on = frozenset({"data"})
@@ -247,9 +286,10 @@ class LabelFlip(Attack):
 
 @attack("backdoor")
 class Backdoor(Attack):
-    """Add a trigger and the target label to a share of the training images (Gu et al. 2017).
+    """Attack that stamps training images with a trigger and relabels them (Gu et al. 2017).
 
-    With a `strength` other than 1, updates are scaled as well (Bagdasaryan et al. 2020).
+    The share `stamped` of the images receives the trigger and the label `target`. With a `strength`
+    other than 1, updates are scaled as well (Bagdasaryan et al. 2020).
     """
 
     def __init__(self, config: AttacksConfig) -> None:
@@ -274,7 +314,7 @@ class Backdoor(Attack):
 
         Args:
             images: Images, shape `[n, C, H, W]`.
-            all_images: Images whose largest value is the brightness of the square.
+            all_images: Images whose maximum value is the brightness of the square.
         """
         stamped = images.clone()
         side = self.config.trigger
@@ -297,8 +337,9 @@ class Backdoor(Attack):
 class UpdateAttack(Attack):
     """Base class of attacks on updates, tensor by tensor.
 
-    Malicious clients train honestly and know each other's updates. They do not change buffers, as
-    a negative BatchNorm variance would reveal them. Predictions are attacked in the same way.
+    Malicious clients train on their true data and share their updates with each other. Buffers are
+    not changed, because a negative BatchNorm variance would reveal the attack. Predictions are
+    attacked in the same way as updates.
     """
 
     acts_on = frozenset({"updates", "rows"})
@@ -310,7 +351,7 @@ class UpdateAttack(Attack):
 
 @attack("sign_flip")
 class SignFlip(UpdateAttack):
-    """Send −strength·u in place of the update u."""
+    """Attack that sends −strength·u in place of the update u."""
 
     strength = 4.0
 
@@ -321,7 +362,7 @@ class SignFlip(UpdateAttack):
 
 @attack("scaled")
 class ScaledUpdate(UpdateAttack):
-    """Send strength·u in place of the update u."""
+    """Attack that sends strength·u in place of the update u."""
 
     strength = 10.0
 
@@ -332,10 +373,10 @@ class ScaledUpdate(UpdateAttack):
 
 @attack("gaussian")
 class GaussianNoiseAttack(UpdateAttack):
-    """Send Gaussian noise in place of the update (Blanchard et al. 2017, section 5).
+    """Attack that sends Gaussian noise in place of the update (Blanchard et al. 2017, section 5).
 
-    The standard deviation is `strength` times the root mean square of the tensor. Each malicious
-    client samples its own noise.
+    The standard deviation of the noise is `strength` times the root mean square of the true update
+    of the tensor. Each malicious client samples the noise independently.
     """
 
     strength = 10.0
@@ -358,11 +399,12 @@ class GaussianNoiseAttack(UpdateAttack):
 
 @attack("little_is_enough")
 class LittleIsEnough(UpdateAttack):
-    """Send mean − z·std of the malicious clients' true updates (Baruch et al. 2019, Algorithm 3).
+    """Attack that sends mean − z·std of the true updates (Baruch et al. 2019, Algorithm 3).
 
-    Mean and standard deviation are computed for each coordinate. All malicious clients send the
-    same update. z is `strength`, or the largest value for which enough honest clients are farther
-    from the mean: Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f.
+    The mean and the standard deviation are computed over the malicious clients for each coordinate.
+    All malicious clients send the same update. The factor z is `strength` if set. Otherwise, it is
+    the largest value for which enough honest clients are expected to be farther from the mean:
+    Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f, where f of n clients are malicious.
     """
 
     @override
@@ -373,7 +415,12 @@ class LittleIsEnough(UpdateAttack):
         return forged.expand_as(true_uploads)
 
     def deviations(self, n: int, num_malicious: int) -> float:
-        """Return the factor z for n clients, `num_malicious` of which are malicious."""
+        """Return the factor z on the standard deviation.
+
+        Args:
+            n: Number of clients that sent an upload.
+            num_malicious: Number of malicious clients among them.
+        """
         if self.config.strength is not None:
             return self.config.strength
         honest = n - num_malicious
@@ -384,10 +431,10 @@ class LittleIsEnough(UpdateAttack):
 
 @attack("inner_product")
 class InnerProduct(UpdateAttack):
-    """Send −strength·mean of the malicious clients' true updates (Xie et al. 2020, section 3).
+    """Attack that sends −strength times the mean of the true updates (Xie et al. 2020, section 3).
 
-    The inner product of the aggregate and the true gradient becomes negative. All malicious
-    clients send the same update.
+    The mean is computed over the malicious clients, which all send the same update. The goal is a
+    negative inner product of the aggregate and the true gradient.
     """
 
     strength = 8.0
@@ -397,13 +444,13 @@ class InnerProduct(UpdateAttack):
         return (-self.factor * true_uploads.mean(0)).expand_as(true_uploads)
 
 
-# Maps the name of a data set and a preprocessing (or None) to columns.
+# Maps the name of a data set and a preprocessing (or None) to the columns of the data set.
 DataFunction = Callable[[str, Any], Columns]
 # Returns the label counts of training rows, shape `[outputs]`.
 CountsFunction = Callable[[], Tensor]
-# Name of the data set of test rows with the trigger.
+# Name of the data set that contains the test rows with the trigger.
 TRIGGERED = "triggered"
-# Returns what a client received under an item's name; {} if nothing.
+# Returns the tensors that a client received in the named item; {} if it received none.
 ReferenceTensors = Callable[[ClientInfo, str], Tensors]
 # Returns the names of the parameters of the model in an item.
 TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
@@ -453,7 +500,7 @@ class MaliciousClients:
 
     @cached_property
     def attack(self) -> Attack:
-        """The attack."""
+        """Attack of the malicious clients."""
         return attack[self.config.name](self.config)
 
     @property
@@ -463,11 +510,11 @@ class MaliciousClients:
 
     @property
     def has_trigger(self) -> bool:
-        """Whether the attack has test rows with a trigger."""
+        """Whether the attack can add a trigger to test rows."""
         return type(self.attack).triggered_rows is not Attack.triggered_rows
 
     def is_malicious(self, client_id: str, round_idx: int) -> bool:
-        """Return whether a client is malicious in a round (counted from 0)."""
+        """Return whether a client is malicious in round `round_idx`, counted from 0."""
         return client_id in self.ids and round_idx + 1 >= self.config.from_round
 
     def poison_data(
@@ -475,16 +522,16 @@ class MaliciousClients:
     ) -> tuple[DataFunction, CountsFunction]:
         """Wrap a client's data so that malicious clients train on poisoned rows.
 
-        All clients also get the data set `triggered`, the global test rows with the trigger.
+        All clients also receive the data set `triggered`, the global test rows with the trigger.
 
         Args:
-            client_id: The client.
-            data: Returns the client's data sets.
-            label_counts: Returns the label counts of its training rows.
+            client_id: Id of the client.
+            data: Function that returns the client's data sets.
+            label_counts: Function that returns the label counts of the client's training rows.
             round_idx: Index of the round.
 
         Returns:
-            Replacements of `data` and `label_counts`.
+            Functions that replace `data` and `label_counts`.
         """
         is_poisoned = self.is_malicious(client_id, round_idx) and "data" in self.attack.acts_on
         cache: dict[Any, Columns] = {}
@@ -524,17 +571,20 @@ class MaliciousClients:
         reference: ReferenceTensors,
         trained_names: TrainedNames,
     ) -> dict[str, Payload]:
-        """Return the uploads that the malicious clients of a round send.
+        """Return the poisoned uploads of the malicious clients in a round.
 
-        Malicious clients with the same architecture, and so with equal tensors, know each other's
-        uploads. Weights and reports are not changed.
+        Tensors of malicious clients with the same architecture are poisoned together. Item weights
+        and reports are not changed.
 
         Args:
-            true_uploads: Malicious clients by id, with their true uploads.
+            true_uploads: Malicious clients and their true uploads, by client id.
             round_idx: Index of the round.
-            senders: Number of clients that sent an upload.
-            reference: Returns what a client received.
-            trained_names: Returns the names of a model's parameters.
+            senders: Number of clients that sent an upload, including malicious clients.
+            reference: Function that returns the tensors that a client received in an item.
+            trained_names: Function that returns the names of the trained parameters in an item.
+
+        Returns:
+            Poisoned uploads, by client id.
         """
         poisoned = {c: dict(payload.items_by_name) for c, (_, payload) in true_uploads.items()}
         for (name, _, tensor, _), ids in self._attacked_tensors(true_uploads).items():
@@ -564,7 +614,10 @@ class MaliciousClients:
     def _attacked_tensors(
         self, true_uploads: Mapping[str, tuple[ClientInfo, Payload]]
     ) -> dict[tuple[str, str, str, tuple[int, ...]], list[str]]:
-        """Return the senders of each tensor by item, architecture, name and shape."""
+        """Return the ids of the senders of each attacked tensor.
+
+        The keys are tuples (item, architecture, tensor name, shape).
+        """
         senders: dict[tuple[str, str, str, tuple[int, ...]], list[str]] = {}
         for client_id in natural_order(true_uploads):
             client_info, payload = true_uploads[client_id]
@@ -581,10 +634,10 @@ class MaliciousClients:
 
 
 def import_user_classes(aggregation: AggregationConfig, attacks: AttacksConfig | None) -> None:
-    """Import the rules and the attack that a configuration names by `python:`.
+    """Import user-defined aggregation rules and attacks, written `python:package.module:Name`.
 
     Raises:
-        UserError: If a class cannot be imported or has another base class.
+        UserError: If a class cannot be imported or does not have the required base class.
     """
     references: list[tuple[str, str, type]] = [
         ("aggregation.rule", aggregation.rule, Rule),

@@ -1,4 +1,7 @@
-"""Robust replacements of `ItemSum` and `OwnerMeans`, which keep uploads and apply a robust rule."""
+"""Robust aggregation of uploads in place of the means in `hetero_fl.aggregation.means`.
+
+Unlike a mean, a robust rule needs all uploads at once, so these classes store them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.robustness.rules import Rule, UploadBlock, prediction_rule, rule, trimmed_mean
 
 PARAMETERS = ("params", "update")
-# Returns what a client received under an item's name; {} if nothing.
+# Returns the tensors that a client received in the named item; {} if it received none.
 ReferenceTensors = Callable[[ClientInfo, str], Tensors]
 # Returns the names of the parameters of the model in an item.
 TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
@@ -25,16 +28,16 @@ TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 @dataclass
 class AggregationRules:
-    """Aggregation rules of a run, and their state.
+    """Aggregation rules of a run and their state.
 
     Args:
         config: The `aggregation` section of the configuration.
         task: Task of the federation.
-        reference: Returns what a client received.
-        trained: Returns the names of a model's parameters.
-        memory: State of the rules that is kept between rounds and in checkpoints.
-        too_few: Names of tensors by item (or "") that did not change, because fewer clients sent
-            them than the rule needs.
+        reference: Function that returns the tensors that a client received in an item.
+        trained: Function that returns the names of the trained parameters in an item.
+        memory: State of the rules that is kept between rounds and saved in checkpoints.
+        too_few: Names of tensors and classes, by item, that were not updated because fewer clients
+            sent them than the rule needs. The name "" stands for predictions.
     """
 
     config: AggregationConfig
@@ -46,30 +49,30 @@ class AggregationRules:
 
     @property
     def of_parameters(self) -> Rule:
-        """Rule for parameters."""
+        """Rule for parameters and updates."""
         return rule[self.config.rule](self.config)
 
     def applies_to(self, spec: ItemSpec) -> bool:
-        """Return whether items of this kind are combined by a rule other than the mean."""
+        """Return whether items with this declaration are combined by a rule other than the mean."""
         config = self.config
         rules = {"rows": config.predictions, "class_sums": config.statistics, "counts": "mean"}
         return rules.get(spec.kind, config.rule) != "mean"
 
 
 class RobustModelMeans:
-    """Named tensors of several clients, combined by a robust rule instead of `OwnerMeans`.
+    """Combination of the named tensors of several clients by a robust rule.
 
-    Tensors of a group that were sent by the same clients form one block, over which rules measure
-    distances.
+    This class replaces `OwnerMeans`. The tensors of an architecture group that the same clients
+    sent form one block. Rules compute distances and norms over all tensors of a block.
 
     Args:
         name: Name of the item.
         rules: Rules of the run.
         senders: Clients in the order in which their tensors are added.
-        common: Prefixes of tensors that are averaged across architectures.
+        common: Prefixes of the names of tensors that are averaged across architectures.
 
     Attributes:
-        roots: Reference models of the server by group, for rules with `uses_root`.
+        roots: Models trained by the server, by architecture group, for rules with `uses_root`.
     """
 
     def __init__(
@@ -92,8 +95,8 @@ class RobustModelMeans:
 
         Args:
             group: Architecture group of the sender.
-            tensors: Named tensors.
-            weight: Ignored, as all clients have equal weight.
+            tensors: Tensors by name.
+            weight: Ignored, because all clients have equal weight.
         """
         client_info = self.senders[len(self._sent)]
         reference: Tensors = {}
@@ -117,21 +120,21 @@ class RobustModelMeans:
         }
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """Return the weight of each combined tensor, the number of clients that sent it."""
+        """Return the weight of each combined tensor: the number of clients that sent it."""
         return {
             group: {name: float(count) for name, count in named.items()}
             for group, named in self.counts_by_group().items()
         }
 
     def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """Return the number of clients that sent each combined tensor."""
+        """Return the number of clients that sent each combined tensor, by group and name."""
         return {
             group: {name: count for name, (_, count) in named.items()}
             for group, named in self._results_by_group().items()
         }
 
     def _results_by_group(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
-        """Return the combined tensors of each group, with the number of clients that sent them."""
+        """Return each combined tensor with the number of senders, by group and name."""
         combined = self._combined()
         results: dict[str, dict[str, tuple[Tensor, int]]] = {}
         for group, tensors, _ in self._sent:
@@ -144,41 +147,46 @@ class RobustModelMeans:
     def _combined(self) -> dict[Owner, tuple[Tensor, int]]:
         if self._results is None:
             self._results = {}
-            for (_, members), owners in self.blocks().items():
-                self._combine(members, owners)
+            for (_, positions), owners in self.blocks().items():
+                self._combine_block(positions, owners)
         return self._results
 
     def blocks(self) -> dict[tuple[str, tuple[int, ...]], list[Owner]]:
-        """Return the owners of each block by group and the positions of its senders."""
-        members: dict[Owner, list[int]] = {}
-        for place, (group, tensors, _) in enumerate(self._sent):
-            for owner in owners_of(tensors, group, self.common).values():
-                members.setdefault(owner, []).append(place)
-        found: dict[tuple[str, tuple[int, ...]], list[Owner]] = {}
-        for owner, places in members.items():
-            found.setdefault((owner[2], tuple(places)), []).append(owner)
-        return found
+        """Return the tensors of each block.
 
-    def _combine(self, members: Sequence[int], owners: Sequence[Owner]) -> None:
+        The keys are tuples (group, positions of the senders), and the values are lists of the
+        tensors' owners (see `hetero_fl.core.model_spec.owners_of`).
+        """
+        positions_by_owner: dict[Owner, list[int]] = {}
+        for position, (group, tensors, _) in enumerate(self._sent):
+            for owner in owners_of(tensors, group, self.common).values():
+                positions_by_owner.setdefault(owner, []).append(position)
+        blocks: dict[tuple[str, tuple[int, ...]], list[Owner]] = {}
+        for owner, positions in positions_by_owner.items():
+            blocks.setdefault((owner[2], tuple(positions)), []).append(owner)
+        return blocks
+
+    def _combine_block(self, positions: Sequence[int], owners: Sequence[Owner]) -> None:
         assert self._results is not None
         robust_rule = self.rules.of_parameters
         names = [owner[0] for owner in owners]
-        num_malicious = self.rules.config.num_malicious(len(members))
-        if len(members) < robust_rule.min_clients(num_malicious):
+        num_malicious = self.rules.config.num_malicious(len(positions))
+        if len(positions) < robust_rule.min_clients(num_malicious):
             self.rules.too_few.setdefault(self.name, []).extend(names)
             return
-        sent = [{name: self._sent[i][1][name] for name in names} for i in members]
-        references = [self._sent[i][2] for i in members]
-        trained = self.rules.trained(self.senders[members[0]], self.name)
-        root = self.roots.get(self._sent[members[0]][0])
+        sent = [{name: self._sent[i][1][name] for name in names} for i in positions]
+        references = [self._sent[i][2] for i in positions]
+        trained = self.rules.trained(self.senders[positions[0]], self.name)
+        root = self.roots.get(self._sent[positions[0]][0])
         combined = robust_rule.combine(UploadBlock(sent, references, trained, root), num_malicious)
-        self._results.update({owner: (combined[owner[0]], len(members)) for owner in owners})
+        self._results.update({owner: (combined[owner[0]], len(positions)) for owner in owners})
 
 
 class RobustItemMeans:
-    """Predictions `[N, C]` or class sums of several clients, combined by a robust rule.
+    """Combination of the predictions or class sums of several clients by a robust rule.
 
-    Weights are ignored, except those of class sums, which are the divisors of the class means.
+    This class replaces `ItemSum`. The weights of predictions `[N, C]` are ignored. The weights of
+    class sums `[C, …]` are the numbers of rows, by which the sums are divided.
 
     Args:
         name: Name of the item.
@@ -200,13 +208,17 @@ class RobustItemMeans:
 
     @property
     def mean(self) -> Tensor | None:
-        """Combined tensor; None if too few clients sent the item."""
+        """Combined tensor, or None if too few clients sent the item."""
         combined = self._combined()
         return None if combined is None else combined[0]
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:
-        """Combined tensor times weight, and the weight: the number of clients, or by class."""
+        """Combined tensor times its weight, and the weight.
+
+        The weight is the number of clients that sent the item. For class sums, there is a weight
+        for each class, which is the number of clients that have rows of the class.
+        """
         combined = self._combined()
         if combined is None:
             values = self._items[0].values
@@ -224,9 +236,9 @@ class RobustItemMeans:
         return self._results
 
     def _class_means(self) -> tuple[Tensor, Tensor]:
-        """Return the median of the clients' means of each class, and the number of clients.
+        """Return the median over clients of each class mean, and the number of clients by class.
 
-        A class is left out if half or more of the clients that have it may be malicious.
+        Both are 0 for a class if half or more of the clients that have the class may be malicious.
         """
         values = torch.stack(
             [item.values for item in self._items if isinstance(item.values, Tensor)]
@@ -236,15 +248,15 @@ class RobustItemMeans:
         )
         num_malicious = self.rules.config.num_malicious(len(values))
         means = torch.zeros_like(values[0])
-        owners = (counts > 0).sum(0).to(values.dtype)
+        num_clients = (counts > 0).sum(0).to(values.dtype)
         for c in range(len(means)):
-            has = (counts[:, c] > 0).reshape(len(values), -1).all(1)
-            if int(has.sum()) > 2 * num_malicious:
-                means[c] = trimmed_mean(values[has, c] / counts[has, c])
+            has_class = (counts[:, c] > 0).reshape(len(values), -1).all(1)
+            if int(has_class.sum()) > 2 * num_malicious:
+                means[c] = trimmed_mean(values[has_class, c] / counts[has_class, c])
             else:
-                owners[c] = 0
+                num_clients[c] = 0
                 self.rules.too_few.setdefault(self.name, []).append(f"class {c}")
-        return means, owners
+        return means, num_clients
 
     def _predictions(self) -> tuple[Tensor, Tensor] | None:
         robust_rule = prediction_rule[self.rules.config.predictions](self.rules.config)
@@ -252,7 +264,7 @@ class RobustItemMeans:
             [item.values for item in self._items if isinstance(item.values, Tensor)]
         )
         dtype = predictions.dtype
-        # In double precision, sums and squares of the largest valid uploads stay finite.
+        # In double precision, sums and squares of the largest valid uploads are finite.
         predictions = predictions.double()
         num_malicious = self.rules.config.num_malicious(len(predictions))
         if len(predictions) < robust_rule.min_clients(num_malicious):
@@ -267,6 +279,6 @@ class RobustItemMeans:
         client_ids = [client_info.client_id for client_info in self.senders]
         combined = robust_rule.combine(predictions - level, num_malicious, client_ids, memory)
         if is_centered:
-            # Probabilities then sum to one again.
+            # Restore the mean of each row, so that probabilities sum to one.
             combined = combined - combined.mean(-1, keepdim=True) + trimmed_mean(level)
         return combined.to(dtype), torch.tensor(float(len(predictions)), dtype=dtype)

@@ -1,7 +1,8 @@
-"""Byzantine-robust aggregation rules: medians, trimmed means, Krum, norm bounds, FLTrust.
+"""Byzantine-robust aggregation rules: medians, trimmed means, Krum, norm bounds and FLTrust.
 
-All rules give equal weight to all clients. In a configuration, `python:package.module:Name` in
-place of a rule's name selects a user-defined class with the same methods.
+All rules for parameters give equal weight to all clients. In a configuration,
+`python:package.module:Name` in place of a rule's name selects a user-defined subclass of `Rule` or
+`PredictionRule`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from hetero_fl.utils.registry import Registry
 
 
 class UploadBlock:
-    """Named tensors sent by the same n clients in one item, in the order of client ids.
+    """Named tensors that the same n clients sent in one item, ordered by client id.
 
     Args:
-        sent: Tensors of each client; all have the same names and shapes.
-        references: Tensors that each client received under these names; missing ones are zero.
-        parameters: Names of the trained tensors. Others are buffers (BatchNorm statistics), which
-            distances and norms ignore. None: all tensors are trained.
-        root: The server's own update of the reference, for rules with `uses_root`.
+        sent: Tensors of each client, which all have the same names and shapes.
+        references: Tensors that each client received under the same names. Missing tensors count
+            as zero.
+        parameters: Names of the trained tensors; None if all tensors are trained. The others are
+            buffers (BatchNorm statistics).
+        root: Tensors trained by the server, for rules with `uses_root`.
 
     Attributes:
         names: Names of all tensors.
@@ -54,16 +56,19 @@ class UploadBlock:
         return len(self.sent)
 
     def stack(self, name: str) -> Tensor:
-        """Return a tensor of all clients, shape `[n, …]`."""
+        """Return the tensors `name` that the clients sent, stacked to shape `[n, …]`."""
         return torch.stack([tensors[name] for tensors in self.sent])
 
     def start(self, name: str) -> Tensor:
-        """Return what each client received of a tensor, shape `[n, …]`."""
+        """Return the tensors `name` that the clients received, stacked to shape `[n, …]`."""
         pairs = zip(self.sent, self.references, strict=True)
         return torch.stack([r[name] if name in r else torch.zeros_like(t[name]) for t, r in pairs])
 
     def distances(self) -> Tensor:
-        """Return squared Euclidean distances between the clients' parameters, float64 `[n, n]`."""
+        """Return the squared Euclidean distances between the clients' tensors, float64 `[n, n]`.
+
+        Buffers are ignored, unless the block consists of buffers only.
+        """
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
         for name in self.parameters or self.names:
             flat = self.stack(name).double().flatten(1)
@@ -71,7 +76,7 @@ class UploadBlock:
         return total
 
     def norms(self, names: Sequence[str]) -> Tensor:
-        """Return the Euclidean norms of the clients' updates of these tensors, float64 `[n]`."""
+        """Return the norm of each client's update of the tensors `names`, float64 `[n]`."""
         squares = torch.zeros(len(self), dtype=torch.float64)
         for name in names:
             squares += (self.stack(name) - self.start(name)).double().flatten(1).square().sum(1)
@@ -79,7 +84,7 @@ class UploadBlock:
 
 
 class RobustRule:
-    """Base class of rules for parameters and rules for predictions.
+    """Base class of all robust aggregation rules.
 
     Args:
         config: The `aggregation` section of the configuration.
@@ -89,7 +94,7 @@ class RobustRule:
         self.config = config
 
     def min_clients(self, num_malicious: int) -> int:
-        """Return the number of clients that the rule needs to tolerate `num_malicious` of them."""
+        """Return how many clients the rule needs to tolerate `num_malicious` malicious clients."""
         return 2 * num_malicious + 1
 
 
@@ -97,8 +102,8 @@ class Rule(RobustRule):
     """Base class of rules for parameters and updates.
 
     Attributes:
-        uses_reference: Whether the rule needs what clients received.
-        uses_root: Whether the rule needs an update computed by the server.
+        uses_reference: Whether the rule needs the tensors that clients received.
+        uses_root: Whether the rule needs a model trained by the server.
 
     Example:
         >>> import torch
@@ -114,15 +119,24 @@ class Rule(RobustRule):
     uses_root: ClassVar[bool] = False
 
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
-        """Return one tensor for each name of the block, in the dtype of the uploads."""
+        """Combine the tensors of n clients.
+
+        Args:
+            block: Tensors of the clients.
+            num_malicious: Number of malicious clients to tolerate.
+
+        Returns:
+            One tensor for each name in the block, in the dtype of the uploads.
+        """
         raise TypeError(f"{type(self).__name__} does not define combine")
 
 
 class PredictionRule(RobustRule):
     """Base class of rules for predictions on proxy rows.
 
-    Predictions are logits, log probabilities or probabilities. For multi-class tasks, the mean over
-    the classes is subtracted from each row, as a constant does not change the meaning of logits.
+    Predictions are logits, log probabilities or probabilities. For multi-class tasks, the caller
+    subtracts the mean over the classes from each row, because the softmax of logits does not depend
+    on it.
 
     Attributes:
         exclusive: Whether the rule is for multi-class tasks only.
@@ -143,7 +157,7 @@ class PredictionRule(RobustRule):
             predictions: Predictions of the clients, shape `[n, N, C]`.
             num_malicious: Number of malicious clients to tolerate.
             clients: Ids of the clients.
-            memory: State of the rule, which is kept between rounds: numbers by client id.
+            memory: State of the rule, which is kept between rounds, such as a score by client id.
 
         Returns:
             Combined predictions, shape `[N, C]`.
@@ -162,7 +176,11 @@ def trimmed_mean(values: Tensor, num_malicious: int | None = None) -> Tensor:
 
     Args:
         values: Values of the clients, shape `[n, …]`.
-        num_malicious: Number of lowest and of highest values to leave out. None returns the median.
+        num_malicious: Number of lowest values and number of highest values to leave out. None
+            returns the median.
+
+    Returns:
+        Trimmed mean, shape `[…]`.
 
     Example:
         >>> import torch
@@ -186,7 +204,11 @@ class Median(Rule):
 
 @rule("trimmed_mean")
 class TrimmedMean(Rule):
-    """Coordinate-wise mean without the f lowest and f highest values (Yin et al. 2018, Def. 2)."""
+    """Coordinate-wise trimmed mean (Yin et al. 2018, Definition 2).
+
+    The f lowest and the f highest values are left out, where f is the number of malicious clients
+    to tolerate.
+    """
 
     @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
@@ -194,11 +216,17 @@ class TrimmedMean(Rule):
 
 
 def krum_scores(distances: Tensor, num_malicious: int) -> Tensor:
-    """Return the sum of squared distances of each client to its n − f − 2 nearest others, `[n]`.
+    """Return the Krum scores of n clients (Blanchard et al. 2017).
+
+    The score of a client is the sum of the squared distances to the n − f − 2 nearest other
+    clients.
 
     Args:
         distances: Squared distances between clients, shape `[n, n]`.
         num_malicious: Number f of malicious clients to tolerate.
+
+    Returns:
+        Scores, shape `[n]`.
     """
     n = len(distances)
     others = distances.masked_fill(torch.eye(n, dtype=torch.bool), torch.inf)
@@ -207,9 +235,11 @@ def krum_scores(distances: Tensor, num_malicious: int) -> Tensor:
 
 @rule("krum")
 class Krum(Rule):
-    """Upload of the client that is closest to its n − f − 2 nearest others (Blanchard et al. 2017).
+    """Upload of the client with the lowest Krum score (Blanchard et al. 2017).
 
-    Ties are resolved in favor of the first client by id.
+    The score of one of n clients is the sum of the squared distances to the n − f − 2 nearest other
+    clients, where f is the number of malicious clients to tolerate. Among clients with equal
+    scores, the first client by id is selected.
     """
 
     @override
@@ -223,7 +253,10 @@ class Krum(Rule):
 
 @rule("multi_krum")
 class MultiKrum(Krum):
-    """Mean of the n − f clients with the lowest Krum scores (Blanchard et al. 2017, section 5)."""
+    """Mean of the uploads with the lowest Krum scores (Blanchard et al. 2017, section 5).
+
+    Of n uploads, n − f are averaged, where f is the number of malicious clients to tolerate.
+    """
 
     @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
@@ -236,8 +269,9 @@ class MultiKrum(Krum):
 class Bulyan(Rule):
     """Bulyan (El Mhamdi et al. 2018, section 4).
 
-    Krum repeatedly selects one client until there are n − 2f. Each coordinate is the mean of the
-    n − 4f values nearest to their median.
+    Krum is applied repeatedly and selects n − 2f of n clients, one at a time, where f is the number
+    of malicious clients to tolerate. Each coordinate of the result is the mean of the n − 4f
+    selected values nearest to their median.
     """
 
     @override
@@ -264,7 +298,7 @@ class Bulyan(Rule):
 
 
 def mean_nearest_to_median(values: Tensor, keep: int) -> Tensor:
-    """Return the coordinate-wise mean of the `keep` values nearest to the median, over dim 0."""
+    """Return the coordinate-wise mean of the `keep` values nearest to the median over dim 0."""
     ordered = values.sort(0).values
     n = len(ordered)
     median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
@@ -272,6 +306,7 @@ def mean_nearest_to_median(values: Tensor, keep: int) -> Tensor:
     return ordered.gather(0, nearest).mean(0)
 
 
+# Lower bound of divisors.
 TINY = 1e-12
 
 
@@ -281,7 +316,7 @@ class NormBound(Rule):
 
     The bound is the setting `bound`, or the median of the clients' norms. Updates of buffers are
     clipped separately, always to the median of their norms, so that a clipped buffer lies between
-    the received and the sent one.
+    the received value and the sent value.
     """
 
     uses_reference = True
@@ -301,13 +336,12 @@ class NormBound(Rule):
 class FLTrust(Rule):
     """FLTrust (Cao et al. 2021, Algorithm 2).
 
-    Updates are scaled to the norm of the server's update and weighted by the ReLU of their cosine
-    similarity with it. If all weights are 0, the model does not change. Buffers have the same
-    weights, but their updates are never enlarged.
+    Each update is scaled to the norm of the server's update and weighted by the ReLU of the cosine
+    similarity with the server's update. If all weights are 0, the model does not change. Updates of
+    buffers have the same weights, but are never enlarged.
 
-    Deviation: the paper's server trains on labeled rows. Here its update is the result of
-    distilling the median of the uploaded models' predictions on the unlabeled proxy set
-    (`root_models`).
+    Deviation from the paper: the server does not train on labeled rows. It distills the median of
+    the predictions of the uploaded models on the unlabeled proxy set (`root_models`).
     """
 
     uses_reference = True
@@ -325,11 +359,11 @@ class FLTrust(Rule):
 
     @staticmethod
     def trust_scores(block: UploadBlock) -> tuple[Tensor, Tensor]:
-        """Return the trust score of each client, and the norm of the server's update.
+        """Return the trust score of each client and the norm of the server's update.
 
         Returns:
-            The ReLU of the cosine similarity of each client's update with the server's, shape
-            `[n]`, and the norm, a scalar.
+            The ReLU of the cosine similarity between the update of each client and that of the
+            server, shape `[n]`, and the norm, a scalar tensor.
         """
         assert block.root is not None
         dots = torch.zeros(len(block), dtype=torch.float64)
@@ -345,12 +379,12 @@ class FLTrust(Rule):
 
 
 def scale_updates(block: UploadBlock, names: list[str], factors: Tensor) -> Tensors:
-    """Add the scaled updates of all clients to the mean of what they received.
+    """Return the mean of the received tensors plus the sum of the scaled updates.
 
     Args:
-        block: The uploads.
-        names: Names of the tensors.
-        factors: Factor of each client's update, shape `[n]`.
+        block: Tensors of the clients.
+        names: Names of the tensors to combine.
+        factors: Factor on the update of each client, shape `[n]`.
     """
     combined = {}
     for name in names:
@@ -360,7 +394,7 @@ def scale_updates(block: UploadBlock, names: list[str], factors: Tensor) -> Tens
     return combined
 
 
-# η of `DownWeight`: a client at twice the median distance loses a factor e^-2 per round.
+# η of `DownWeight`: at twice the median distance, a weight shrinks by a factor of e^-2 per round.
 RATE = 2.0
 
 
@@ -383,8 +417,9 @@ class MedianPredictions(PredictionRule):
 class Spectral(PredictionRule):
     """Mean after spectral filtering, as in Cronus (Chang et al. 2019; Diakonikolas et al. 2017).
 
-    The client that is farthest from the mean along the direction of largest variance is removed,
-    f times. All rows are filtered together.
+    The predictions of a client for all rows form one vector. In each of f steps, the client that is
+    farthest from the mean along the direction of largest variance is removed, where f is the number
+    of malicious clients to tolerate.
     """
 
     @override
@@ -411,8 +446,9 @@ class Spectral(PredictionRule):
 class DownWeight(PredictionRule):
     """Mean with exponential weights exp(−η·s), as in ExpGuard (Roux et al. 2025).
 
-    s is a client's sum over all rounds of max(0, d/d̃ − 1), where d is the mean distance of its
-    rows to the clients' coordinate-wise median and d̃ is the median of all d.
+    The score s of a client is the sum over all rounds of max(0, d/d̃ − 1). Here, d is the mean
+    distance of the client's predictions from the coordinate-wise median over all clients, and d̃ is
+    the median of d over all clients.
     """
 
     @override
@@ -437,9 +473,10 @@ class DownWeight(PredictionRule):
 class Agreement(PredictionRule):
     """Mean weighted by the number of other clients that predict the same class, row by row.
 
-    The weight is 0 if fewer than f others agree, as malicious clients alone cannot agree more than
-    that. Predictions are clipped to the median norm. Rows without agreement are the coordinate-wise
-    median.
+    The weight is 0 if fewer than f other clients agree, where f is the number of malicious clients
+    to tolerate, because a malicious client can agree with at most f − 1 other malicious clients.
+    Predictions are clipped to the median norm of the row. If all weights of a row are 0, the result
+    is the coordinate-wise median.
     """
 
     exclusive = True
@@ -470,17 +507,17 @@ TEMPERATURE = 2.0
 def root_models(
     server: Participant, sent: Sequence[tuple[ClientInfo, Tensors]]
 ) -> Plan[dict[str, Tensors]]:
-    """Train the server's models on the proxy set, as reference for rules with `uses_root`.
+    """Train the server's models on the proxy set for rules with `uses_root`.
 
-    The median of the predictions of all uploaded models, of any architecture, is distilled for one
-    epoch into the model of each architecture group.
+    The median of the predictions of all uploaded models, regardless of their architecture, is
+    distilled into the model of each architecture group for one epoch.
 
     Args:
-        server: A copy of the server, whose models the plan changes.
+        server: Copy of the server. The plan trains the models of this copy.
         sent: Clients with proxy rows, and the tensors that they sent.
 
     Returns:
-        The trained models by group.
+        Plan that returns the trained models by architecture group.
     """
     predictions = yield [
         Predict(

@@ -1,1 +1,1 @@
-"""Federations over Flower."""
+"""Federated runs over Flower."""

@@ -1,4 +1,4 @@
-"""Write a configuration as a Flower app, for `flwr run` on an existing federation."""
+"""Export of a configuration as a Flower app, for `flwr run` on an existing federation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connect Flower's ServerApp process with `hetero-fl server` or `hetero-fl federate`.
+"""Connection between Flower's ServerApp and `hetero-fl server` or `hetero-fl federate`.
 
 The command runs the federation in its own process, with its console, signal handlers and callbacks.
 Flower runs the ServerApp in another process, which forwards messages until the command closes the
@@ -56,7 +56,8 @@ def limit_memory(message_bytes: int) -> None:
     """Limit the memory of this process to a few messages.
 
     A small Flower message can expand to a large one, because an array may refer to the same chunk
-    several times. With the limit, only the reading of that message fails.
+    several times. With the limit, reading such a message fails, but other messages are not
+    affected.
 
     Args:
         message_bytes: Maximum size of a message in bytes.
@@ -101,7 +102,7 @@ def _answer(transport: Transport, connection: Connection, call: Envelope) -> Non
 
 
 class RemoteTransport:
-    """Transport that calls `serve_transport` over a connection.
+    """Transport whose calls are executed by `serve_transport` in another process.
 
     The methods raise EOFError or ConnectionError if the connection is lost.
 

@@ -1,7 +1,8 @@
 """ClientApp that forwards each message to the worker process of its site.
 
-Flower starts a new process for every message. To start quickly, this process does not import torch
-or load data; the worker (see `worker.py`) is started at the first message and keeps both in memory.
+Flower starts a new process for every message. To start quickly, this process neither imports torch
+nor loads data. The worker (see `worker.py`) is started at the first message and keeps both in
+memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ app = ClientApp()
 
 @app.query()
 def handle_query(message: Message, context: Context) -> Message:
-    """Forward a message to the site's worker and return its answer."""
+    """Forward a message to the site's worker and return the worker's answer."""
     envelope = from_message(message)
     if envelope is None:
         answer = _refusal("not a message of hetero_fl")
@@ -43,7 +44,7 @@ def handle_query(message: Message, context: Context) -> Message:
         try:
             answer = forward(envelope, Path(site), allow_code)
         except WorkerError as error:
-            # The error may contain names of files, so it is logged at the site only.
+            # The error may contain file names, so it is logged at the site only.
             print(error, file=sys.stderr, flush=True)
             answer = _refusal("its worker did not start; the log of its SuperNode says why")
     return Message(to_content(answer), reply_to=message)

@@ -1,4 +1,4 @@
-"""Run Flower's commands as child processes that end with this process."""
+"""Commands of Flower, run as child processes that end with this process."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ class FlowerCommand:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def terminate(self) -> None:
-        """Request that the process ends; kill it if it does not end in time."""
+        """Ask the process to end, and kill it if it does not end in time."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.write(b"\n")
@@ -130,7 +130,7 @@ class FlowerCommand:
         """Wait until the process is ready.
 
         Args:
-            is_ready: Returns whether the process is ready.
+            is_ready: Function that returns whether the process is ready.
 
         Raises:
             RunFailedError: If the process ends or is not ready in time.
@@ -197,7 +197,7 @@ def is_listening(host: str, port: int) -> bool:
 
 
 def free_port(host: str, port: int = 0) -> int:
-    """Return a port that is available.
+    """Return an available port.
 
     Args:
         host: Address to listen on.

@@ -1,8 +1,8 @@
-"""Forward requests of nodes on other machines to a SuperLink; runs as a process.
+"""Process that forwards requests of nodes on other machines to a SuperLink.
 
-A SuperLink serves three APIs on one port. Nodes use /v1/fleet, which authenticates them. The other
-APIs control runs and nodes without authentication, so the SuperLink only listens on this machine
-and this process only forwards requests to /v1/fleet.
+A SuperLink serves three APIs on one port. Nodes use /v1/fleet, which authenticates the nodes. The
+other APIs control runs and nodes without authentication. Therefore, the SuperLink listens on this
+machine only, and this process forwards only requests to /v1/fleet.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import uvicorn
 PREFIX = "/v1/fleet/"
 # Maximum size of a request in bytes; Flower splits larger messages.
 REQUEST_BYTES = 64 * 2**20
+# Headers that apply to a single connection and are not forwarded.
 HOP_HEADERS = {b"connection", b"content-length", b"host", b"keep-alive", b"transfer-encoding"}
 # Maximum number of concurrent connections.
 CONNECTIONS = 1000
@@ -43,7 +44,7 @@ class Gateway:
         self._client = httpx.AsyncClient(base_url=url, verify=context, timeout=TIMEOUT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
+        """Forward a request or refuse it (ASGI interface)."""
         if scope["type"] != "http":
             return
         if scope["method"] != "POST" or not scope["path"].startswith(PREFIX):

@@ -18,7 +18,7 @@ from hetero_fl.utils.errors import RunFailedError, one_line
 # Records of a Flower message.
 HEAD = "head"
 BODY = "body"
-# Bodies up to this size are sent in a ConfigRecord, which takes 8 instead of 14 calls.
+# Bodies up to this size are sent in a ConfigRecord, which takes 8 instead of 14 remote calls.
 SMALL_BODY_BYTES = 2**16
 # Bounds and growth of the interval in seconds at which answers are polled.
 MIN_PAUSE = 0.05
@@ -46,7 +46,7 @@ def from_message(message: Message) -> Envelope | None:
     """Extract the envelope from a Flower message.
 
     Returns:
-        The envelope. None if the message reports an error or was not created by `to_content`.
+        The envelope, or None if the message reports an error or was not created by `to_content`.
     """
     if not message.has_content():
         return None
@@ -64,9 +64,10 @@ def from_message(message: Message) -> Envelope | None:
 class GridTransport:
     """Transport over the grid of a running ServerApp.
 
-    A node that restarts keeps its Flower ID but loses the messages that it has received, so it gets
-    a new node number. Each answer is pulled separately and in a thread, because Flower returns an
-    answer only once, even if it cannot be decoded, and blocks while a node is sending it.
+    A node that restarts keeps its Flower ID but loses the messages that it has received, so the
+    node gets a new number. Each answer is pulled separately in a thread, because Flower blocks
+    while a node is sending an answer and returns each answer only once, even if the answer cannot
+    be decoded.
 
     Args:
         grid: The grid that Flower passes to the ServerApp.
@@ -166,7 +167,7 @@ class GridTransport:
             threading.Thread(target=self._pull, args=(number,), daemon=True).start()
 
     def _pull(self, number: str) -> None:
-        """Pull an answer; runs in a thread."""
+        """Pull an answer in a thread."""
         result: PullResult
         try:
             result = [from_message(message) for message in self._grid.pull_messages([number])]
@@ -180,7 +181,7 @@ class GridTransport:
         self._results.put((number, result))
 
     def _collect_results(self, seconds: float) -> None:
-        """Collect the results of the threads until the first answer or the end of the time."""
+        """Collect results of the threads until an answer arrives or `seconds` have passed."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -197,7 +198,7 @@ class GridTransport:
                     deadline = 0.0
 
     def _lost_messages(self, numbers: Collection[str]) -> dict[str, Envelope | None]:
-        """Return the messages whose nodes have disconnected or restarted."""
+        """Return None for each message whose node has disconnected or restarted."""
         present = self.nodes()
         lost = [n for n in numbers if n in self._awaited and self._awaited[n] not in present]
         for number in lost:

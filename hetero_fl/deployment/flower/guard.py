@@ -1,8 +1,8 @@
-"""Run a command, and kill it and its child processes when stdin is closed; runs as a script.
+"""Script that runs a command, and kills it and its child processes when stdin is closed.
 
-No process of the command survives its parent, even if the parent is killed. A byte on stdin
-terminates the command. The first argument is a folder that is deleted if the parent has died, or
-empty. This script imports only the standard library.
+No process of the command outlives the parent of this script, even if the parent is killed. A byte
+on stdin terminates the command. The first argument is a folder to delete if the parent has ended,
+or an empty string. This script imports only the standard library.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-# Seconds that child processes have to end after the command has ended.
+# Seconds that child processes may take to end after the command has ended.
 GRACE_SECONDS = 1.0
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     parent = os.getppid()
     command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_read_requests, args=(command,), daemon=True).start()
-    # The child processes end by themselves when they notice that the command has ended.
+    # The child processes end on their own after the command has ended.
     command.wait()
     time.sleep(GRACE_SECONDS)
     if scratch and os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""Federation of a server and one process per client on this machine."""
+"""Federated runs with a server and one process per client on this machine."""
 
 from __future__ import annotations
 
@@ -57,13 +57,16 @@ def run_local_federation(
 
     Args:
         source: Configuration, or path of its file.
-        out: Run directory. None: `runs/<name>-<time>`.
+        out: Run directory; None for `runs/<name>-<time>`.
         resume: Whether to continue from the newest checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
-        callbacks: Called with the record of each round.
+        callbacks: Functions that are called with the record of each round.
         quiet: Whether to hide progress.
         allow_code: Whether the server and the clients may run the code that the configuration
             references.
+
+    Returns:
+        The finished run.
 
     Raises:
         UserError: If the configuration, the data or an argument is invalid, or Flower is not
@@ -125,7 +128,7 @@ class LocalNodes:
 
     Args:
         sites: Paths of the site files, each in a separate folder.
-        folder: Scratch folder that contains these folders.
+        folder: Scratch folder that contains the folders of the site files.
     """
 
     def __init__(self, sites: Sequence[Path], folder: Path) -> None:

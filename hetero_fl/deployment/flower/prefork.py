@@ -1,8 +1,9 @@
-"""Start `flwr-clientapp` without importing Flower every time; runs as a process.
+"""Process that runs `flwr-clientapp` without importing Flower every time.
 
-A SuperNode runs this command for every message, and imports take most of its time. This process
-imports Flower once and forks for each message. A launcher with the name of the command, first in
-the SuperNode's search path, requests a fork and runs Flower's command if this process has ended.
+A SuperNode runs the command for every message, and imports take most of the time. This process
+imports Flower once and forks for each message. A launcher script with the name of the command is
+first in the SuperNode's search path. The launcher requests a fork, or runs Flower's command if this
+process has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from hetero_fl.deployment.flower.worker_socket import listen
 
 COMMAND = "flwr-clientapp"
-# Socket in the folder of the launcher.
+# Name of the socket in the folder of the launcher.
 CALLS = "calls"
 
 LAUNCHER = """\
@@ -63,7 +64,7 @@ def serve(folder: Path) -> None:
     command = run.load()
     import hetero_fl.deployment.flower.client_app  # noqa: F401
 
-    # The system removes child processes that have ended.
+    # Let the system remove child processes that have ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = listen(folder / CALLS)
     while True:

@@ -99,7 +99,7 @@ def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_keys(file: Path) -> dict[str, bytes]:
-    """Load the public key of each client's node. Paths are relative to the file."""
+    """Load the public key of each client's node; paths are relative to the file."""
     raw = read_config_file(file)
     for client, path in raw.items():
         if not isinstance(path, str):

@@ -1,4 +1,4 @@
-"""Run Flower's SuperLink as a child process, and the transport over its ServerApp."""
+"""Flower's SuperLink as a child process, and the transport over a ServerApp of the SuperLink."""
 
 from __future__ import annotations
 
@@ -48,11 +48,12 @@ class SuperLink:
     Args:
         host: Address at which nodes connect.
         port: Port at which nodes connect; 0 for any free port.
-        files: Certificate and key of the server. None: no encryption.
-        nodes: Files with the public keys of the nodes; used only with `files`.
+        files: Certificates and key of the server. If None, connections are not encrypted.
+        nodes: Files with the public keys of the nodes, used only with `files`.
 
     Raises:
-        UserError: If the port is not available.
+        UserError: If the port is not available, or `host` can be reached from other machines
+            without `files`.
         RunFailedError: If a process does not start.
     """
 
@@ -97,7 +98,7 @@ class SuperLink:
 
     @property
     def is_running(self) -> bool:
-        """Whether the SuperLink runs."""
+        """Whether the SuperLink is running."""
         return self._process.is_running
 
     def revive_gateway(self) -> None:
@@ -133,11 +134,11 @@ class SuperLink:
         run_flwr(self._environment, "run", str(app), NAME)
 
     def last_output(self) -> str:
-        """Return the last error or line in the log of the SuperLink."""
+        """Return the last error in the log of the SuperLink, or the last line without an error."""
         return self._process.last_output()
 
     def close(self) -> None:
-        """Kill the processes and delete the folder."""
+        """Kill all processes and delete the scratch folder."""
         for process in (self._gateway, getattr(self, "_process", None)):
             if process is not None:
                 process.kill()
@@ -243,7 +244,7 @@ class FlowerTransport:
         return {f"{current}{number}": answer for number, answer in pulled.items()}
 
     def close(self) -> None:
-        """Stop the app and the SuperLink. Nodes continue trying to connect."""
+        """Stop the app and the SuperLink; nodes keep trying to connect."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -252,7 +253,7 @@ class FlowerTransport:
         self._superlink.close()
 
     def _call(self, call: Callable[[RemoteTransport], T]) -> T:
-        """Call the app, which is restarted without pending messages if it has ended.
+        """Call the app; if it has ended, restart it without the pending messages.
 
         Raises:
             RunFailedError: If the app reports an error, or ends shortly after its start.

@@ -1,4 +1,4 @@
-"""Run Flower's SuperNode as a child process of a site's process."""
+"""Flower's SuperNode as a child process of a site's process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hetero_fl.utils.errors import UserError
 
 # Seconds between attempts to reach the server or to start the SuperNode.
 RETRY_SECONDS = 2.0
-# Seconds after which a running SuperNode is considered to be admitted by the server.
+# Seconds after which a running SuperNode counts as admitted by the server.
 ADMITTED_SECONDS = 30.0
-# Seconds after which a SuperNode that keeps ending is no longer restarted.
+# Seconds after which a SuperNode that ends repeatedly is no longer restarted.
 PATIENCE = 120.0
 
 
@@ -32,7 +32,7 @@ class SuperNode:
         worker: Path of the socket of the site's process.
         folder: Scratch folder.
         log: Log for connection problems and the end of the SuperNode.
-        launcher: Folder of a launcher (see `prefork.py`). None: a new launcher is started.
+        launcher: Folder of a launcher (see `prefork.py`). If None, a new launcher is started.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class SuperNode:
             )
 
     def _find_problem(self) -> str:
-        """Return why the server cannot be reached, or an empty string.
+        """Return why the server cannot be reached, or an empty string if it can be reached.
 
         Raises:
             UserError: If the server's certificate is not valid, or the server does not use TLS.
@@ -149,14 +149,17 @@ class SuperNode:
         return FlowerCommand(command, self._environment, log, scratch)
 
     def _log_once(self, line: str) -> None:
-        """Log a line unless it equals the previous line."""
+        """Log a line unless it is equal to the previous line."""
         if line and line != self._last_line:
             self._log(line)
         self._last_line = line
 
 
 def start_prefork(folder: Path) -> FlowerCommand:
-    """Start the process that forks ClientApps and write its launcher to a folder.
+    """Start the process that forks for each message, and write the launcher (see `prefork.py`).
+
+    Args:
+        folder: Folder for the launcher and the socket of the process.
 
     Raises:
         UserError: If the command `flwr-clientapp` is not found.

@@ -1,8 +1,7 @@
-"""The worker process of a site, which answers messages and keeps models and data in memory.
+"""Worker process of a site, which answers messages and keeps models and data in memory.
 
-The command `hetero-fl node` is such a process and runs Flower's SuperNode as a child process. If a
-SuperNode is started without `hetero-fl node`, `worker_socket.py` starts the worker at the first
-message.
+`hetero-fl node` is a worker that runs Flower's SuperNode as a child process. If a SuperNode is
+started without `hetero-fl node`, `worker_socket.py` starts the worker at the first message.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 
-# Seconds between checks whether to stop.
+# Seconds between checks for a request to stop.
 POLL_SECONDS = 0.2
 # Seconds that Flower may take to send the last answer.
 DELIVERY_SECONDS = 3.0
-# Seconds between checks whether the parent process is running.
+# Seconds between checks that the parent process is running.
 PARENT_SECONDS = 0.5
 
 
@@ -52,9 +51,10 @@ def run_node(
     launcher: Path | None = None,
     scratch: Path | None = None,
 ) -> bool:
-    """Run a site with a SuperNode until SIGTERM, and finish the current task.
+    """Run a site with a SuperNode.
 
-    A second SIGTERM, or Ctrl-C, stops the site immediately.
+    SIGTERM stops the site after the current task. A second SIGTERM, or Ctrl-C, stops the site
+    immediately.
 
     Args:
         path: Path of the site file.
@@ -62,12 +62,12 @@ def run_node(
         allow_code: Whether the site may run the code that the site file references, including
             `allows.own_code`.
         quiet: Whether to suppress the log on stderr.
-        launcher: Folder of a launcher (see `prefork.py`) that several sites share. None: a new
+        launcher: Folder of a launcher (see `prefork.py`) that several sites share. If None, a new
             launcher is started.
-        scratch: Folder for Flower's files. None: a temporary folder.
+        scratch: Folder for Flower's files. If None, a temporary folder is used.
 
     Returns:
-        Whether the site was interrupted, so that a task may be unfinished.
+        Whether the site was stopped immediately, so that a task may be unfinished.
 
     Raises:
         UserError: If the site file or a file that it names is invalid, Flower is not installed, or
@@ -116,7 +116,7 @@ def run_node(
 def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False) -> None:
     """Answer messages on a socket until another process ends.
 
-    Prints `listening` when the socket is ready, and writes the log to stderr.
+    The function prints `listening` when the socket is ready, and writes the log to stderr.
 
     Args:
         path: Path of the site file.
@@ -169,12 +169,12 @@ class LoggedNode:
     Args:
         node: The node.
         log: Log with a line for each task.
-        stop: Event that is set if the server refuses the node and, with `once`, at the end of a
-            run.
+        stop: Event that is set if the server refuses the node or, with `once`, at the end of a run.
         once: Whether to participate in one run only.
 
     Attributes:
-        refused: Reason for which the server refused the node or ended the run, or an empty string.
+        refused: Reason for which the server refused the node or ended the run; empty if there is
+            none.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class LoggedNode:
         what = one_line(request.head.get("what"), 20)
         run = one_line(request.head.get("run", ""), 64)
         round_idx = request.head.get("round")
-        # Models are evaluated after a round, with the index of the next one.
+        # An evaluation after a round has the index of the next round.
         number = round_idx + (what != "read") if isinstance(round_idx, int) else 0
         sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
         line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
@@ -276,7 +276,7 @@ def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
 
 
 def _end_with(parent: int, address: Path) -> None:
-    """End this process when its parent process ends. All answers are stored on disk."""
+    """End this process when the process `parent` ends; all answers are stored on disk."""
     while is_process_running(parent):
         time.sleep(PARENT_SECONDS)
     address.unlink(missing_ok=True)
@@ -284,7 +284,7 @@ def _end_with(parent: int, address: Path) -> None:
 
 
 def main() -> int:
-    """Run as a process; see `worker_socket.py`."""
+    """Run the worker in this process, which `worker_socket.py` starts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("site", type=Path)
     parser.add_argument("socket", type=Path)

@@ -1,7 +1,7 @@
-"""Connect to the worker process of a site over a Unix socket, and start the worker if needed.
+"""Connection to the worker process of a site over a Unix socket; the worker is started if needed.
 
-Flower starts a process for every message, so this module imports only the standard library and
-filelock.
+Flower starts a process for every message. To start quickly, this module imports only the standard
+library and filelock.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ ALLOW_CODE = "allow-code"
 SOCKET = "socket"
 # Line that a worker prints when its socket is ready.
 LISTENING = "listening"
-# Longest path of a Unix socket that all systems accept.
+# Maximum length of the path of a Unix socket in bytes that all systems accept.
 MAX_PATH_BYTES = 100
 
 
 class WorkerError(Exception):
-    """Raised if the worker of a site cannot be started; the message is one line."""
+    """Raised if the worker of a site cannot be started.
+
+    The message is one line.
+    """
 
 
 @contextmanager
@@ -112,13 +115,13 @@ def ask(envelope: Envelope, address: Path) -> Envelope:
     """Send a message to the worker that listens at a socket and return the answer.
 
     Raises:
-        EOFError, OSError: If no worker listens, or it ends before it answers.
+        EOFError, OSError: If no worker listens, or the worker ends before it answers.
     """
     return _exchange(connect(address), envelope)
 
 
 def send(connection: Connection, envelope: Envelope) -> None:
-    """Write a message to a connection: its head as JSON, then its body."""
+    """Write a message to a connection: first the head as JSON, then the body."""
     head = {
         name: {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
         for name, value in envelope.head.items()
@@ -153,7 +156,8 @@ def _connect_or_start(site: Path, address: Path, allow_code: bool) -> Connection
 def _start_worker(site: Path, address: Path, allow_code: bool) -> None:
     """Start a site's worker and wait until its socket is ready.
 
-    The worker ends with the parent of this process, which Flower's SuperNode starts and stops.
+    The worker ends when the parent of this process ends. Flower's SuperNode starts and stops this
+    parent process.
     """
     arguments = [str(site), str(address), str(os.getppid())]
     if allow_code:

@@ -1,7 +1,8 @@
-"""The training loop on models of equal architecture, stacked along a client dimension.
+"""Training loop for models of equal architecture, stacked along a client dimension.
 
-Only the forward pass runs under `torch.vmap`. The backward pass and the elementwise optimizer work
-on stacked tensors `[K, ...]`, because the loss of a participant depends on its own slice only.
+Only the forward pass runs under `torch.vmap`. The backward pass and the elementwise optimizer use
+stacked tensors `[K, ...]`, because the loss of a participant depends only on the participant's own
+slice.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from model_zoo.split_model import is_batch_norm
 
 
 def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
-    """Stack trees of equal structure leaf by leaf.
+    """Stack the tensors of trees with equal structure.
 
     Returns:
-        The stacked tree, and the `in_dims` of `torch.vmap` for it. A tensor that all trees share is
-        not stacked; its dimension is None.
+        The stacked tree, and a tree with the `in_dims` of `torch.vmap`. A tensor that all trees
+        share is not stacked, and its dimension is None.
     """
     first = trees[0]
     if isinstance(first, Mapping):
@@ -57,21 +58,21 @@ def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
     return torch.stack(list(trees)), 0
 
 
-def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
+def select_participants(tree: Any, dims: Any, selected: Tensor | slice) -> Any:
     """Return the slices of some participants from a stacked tree.
 
     Args:
         tree: The stacked tree.
-        dims: Its dimensions, from `stack_trees`.
-        who: Indices of the participants.
+        dims: The dimensions of the tree, from `stack_trees`.
+        selected: Indices of the participants.
     """
     if isinstance(tree, Mapping):
-        return {k: select_participants(v, dims[k], who) for k, v in tree.items()}
-    return tree if dims is None else tree[who]
+        return {k: select_participants(v, dims[k], selected) for k, v in tree.items()}
+    return tree if dims is None else tree[selected]
 
 
 def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
-    """Stack the states of optimizers, whose step counters are equal (see `vectorization_key`)."""
+    """Stack the states of optimizers. Their step counters must be equal."""
     return {
         key: {
             n: v if n == "step" else torch.stack([s[key][n] for s in saved])
@@ -98,8 +99,9 @@ class StackedOps(TorchFunctionMode):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear` with a backward pass that is faster under `torch.vmap`.
 
-    The batching rule of torch returns the gradient of stacked weights transposed, and copying it
-    takes as long as computing it. For small layers the overhead of this function is larger.
+    The batching rule of PyTorch returns a transposed gradient of stacked weights, and copying the
+    gradient takes as long as computing it. Layers with fewer than `LARGE` weights use `F.linear`,
+    because the overhead of this function would be larger.
 
     Args:
         x: Inputs, shape `[..., in]`.
@@ -117,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The product x Wᵀ of one participant; under vmap, of all participants."""
+    """The product x Wᵀ of one participant; under vmap, the products of all participants."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -167,14 +169,14 @@ class _StackedLinear(torch.autograd.Function):
 
 
 class StackedBatches:
-    """The batches of equal fits of several participants, gathered in one operation per step.
+    """The batches of equal fits of several participants, one stacked batch per step.
 
     A batch that is smaller than others of the same step is padded with copies of its first row,
     which have weight zero.
 
     Args:
-        runs: The batches of each participant, in descending order of their number, so that the
-            participants that are still training are always a prefix.
+        runs: The batches of each participant, in descending order of the number of batches, so that
+            the participants that are still training are always a prefix.
     """
 
     def __init__(self, runs: Sequence[Batches]) -> None:
@@ -192,7 +194,7 @@ class StackedBatches:
         self._starts = (torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)).to(device)
         self._table = torch.where(is_real, table, table[:, :1]).to(device)
         self._weights = is_real.to(torch.get_default_dtype()).to(device)
-        # All rows of all participants, and whether the participants share them.
+        # Rows of all participants by column, and whether all participants have the same rows.
         self._columns: dict[str, tuple[Tensor, bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)
@@ -209,37 +211,37 @@ class StackedBatches:
             return [self.fit.data.size] * active
         return [sizes[step] for sizes in self._sizes[:active]]
 
-    def members(self, who: Tensor | slice) -> Sequence[int]:
+    def members(self, selected: Tensor | slice) -> Sequence[int]:
         """Return the indices of the selected participants as integers."""
-        return range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
+        return range(len(self.runs))[selected] if isinstance(selected, slice) else selected.tolist()
 
-    def dropout_keys(self, step: int, who: Tensor | slice) -> list[int]:
+    def dropout_keys(self, step: int, selected: Tensor | slice) -> list[int]:
         """Return the seed of the dropout masks of each selected participant in a step."""
-        return [self.runs[i].dropout_key_at(step) for i in self.members(who)]
+        return [self.runs[i].dropout_key_at(step) for i in self.members(selected)]
 
     def batch_at(
-        self, step: int, who: Tensor | slice, sizes: Sequence[int]
+        self, step: int, selected: Tensor | slice, sizes: Sequence[int]
     ) -> tuple[Columns, Tensor | None]:
         """Return the batches of the selected participants in a step.
 
         Args:
-            step: Index of the step.
-            who: Indices of the participants.
-            sizes: Batch size of each of them.
+            step: Index of the step, from 0.
+            selected: Indices of the participants.
+            sizes: Batch size of each of these participants.
 
         Returns:
-            Columns, shape `[K, B, ...]`, and weights of the rows, shape `[K, B]`, or None if all
-            sizes are equal.
+            Columns by name, shape `[K, B, ...]` each, and weights of the rows, shape `[K, B]`, or
+            None instead of the weights if all sizes are equal.
         """
-        members = self.members(who)
+        members = self.members(selected)
         weight = None
         if isinstance(self.fit.data, SampledBatches):
             columns = _stack([self.runs[i].sampled_batch(step) for i in members])
         else:
-            place = self._starts[who] + step
+            place = self._starts[selected] + step
             longest = max(sizes)
             rows = self._table[place, :longest]
-            offset_rows = rows + self._offsets[who, None]
+            offset_rows = rows + self._offsets[selected, None]
             columns = {
                 name: all_rows[rows if shared else offset_rows]
                 for name, (all_rows, shared) in self._columns.items()
@@ -267,10 +269,14 @@ Work = Sequence[tuple[Participant, Fit]]
 
 
 def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedError]:
-    """Train equal fits of several participants in place.
+    """Train models of several participants in place, which have equal fits.
+
+    Args:
+        work: Pairs of participant and fit.
+        templates: The modules by architecture and slot.
 
     Returns:
-        The report of each fit in order, or its `DivergedError`.
+        The report of each fit in order. The result of a fit that diverges is a `DivergedError`.
 
     Raises:
         RuntimeError: If `torch.vmap` does not support the models or the objective. The models and
@@ -285,7 +291,7 @@ def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedEr
 
 
 class _StackedFits:
-    """Equal fits in progress, in descending order of their number of steps."""
+    """Equal fits in progress, in descending order of the number of steps."""
 
     def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
         self.work = work
@@ -355,7 +361,7 @@ class _StackedFits:
         self._keep(0, active, self.optimizer, self.leaves)
 
     def _narrow(self, active: int, before: int) -> None:
-        """Continue with the first `active` participants on the same storage."""
+        """Restrict training to the first `active` participants, without copying tensors."""
         old = self.optimizer
         leaves = self.leaves
         self.leaves = {
@@ -389,24 +395,28 @@ class _StackedFits:
             return
         parts: list[tuple[Tensor, TrainableTensors]] = []
         for size in sorted(set(sizes)):
-            who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
-            tensors = {s: {n: t[who] for n, t in own.items()} for s, own in self.tensors.items()}
+            selected = torch.tensor(
+                [i for i, s in enumerate(sizes) if s == size], device=self.device
+            )
+            tensors = {
+                s: {n: t[selected] for n, t in own.items()} for s, own in self.tensors.items()
+            }
             leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
-            self._backward(step, who, [size] * len(who), tensors)
-            parts.append((who, leaves))
-            # Indexing has copied the buffers: write their new values back.
+            self._backward(step, selected, [size] * len(selected), tensors)
+            parts.append((selected, leaves))
+            # Indexing has copied the buffers, so their new values are written back.
             for s in self.fit.train:
                 for n, t in self.tensors[s].items():
                     if n not in self.templates[s].parameters:
-                        t[who] = tensors[s][n]
+                        t[selected] = tensors[s][n]
         for key, leaf in self.leaves.items():
             leaf.grad = None
-            grads = [(who, leaves[key].grad) for who, leaves in parts]
+            grads = [(selected, leaves[key].grad) for selected, leaves in parts]
             if all(grad is not None for _, grad in grads):
                 leaf.grad = torch.empty_like(leaf)
-                for who, grad in grads:
+                for selected, grad in grads:
                     assert grad is not None
-                    leaf.grad[who] = grad
+                    leaf.grad[selected] = grad
 
     @staticmethod
     def _with_leaves(
@@ -418,15 +428,15 @@ class _StackedFits:
         return tensors
 
     def _backward(
-        self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
+        self, step: int, selected: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
         """Compute the losses of the selected participants and the gradients of their leaves."""
-        columns, weight = self.batches.batch_at(step, who, sizes)
+        columns, weight = self.batches.batch_at(step, selected, sizes)
         place = None
         if self.drops:
-            self.dropout.seed(self.batches.dropout_keys(step, who), self.fit.batch_size)
+            self.dropout.seed(self.batches.dropout_keys(step, selected), self.fit.batch_size)
             place = torch.arange(len(sizes), device=self.device)
-        context = select_participants(self.context, self.context_dims, who)
+        context = select_participants(self.context, self.context_dims, selected)
         dims = (
             0,
             0,
@@ -438,7 +448,7 @@ class _StackedFits:
             tensors, columns, place, context, weight
         )
         losses.sum().backward()
-        self.totals[who] += losses.detach()
+        self.totals[selected] += losses.detach()
 
     def _loss(
         self,
@@ -473,7 +483,7 @@ class _StackedFits:
         optimizer: torch.optim.Optimizer | None,
         leaves: TrainableTensors,
     ) -> None:
-        """Store the optimizer state of the participants from `begin` to `end`, which finish now."""
+        """Store the optimizer states of participants that finish: those from `begin` to `end`."""
         if self.fit.keep and optimizer is not None:
             state = snapshot_optimizer(optimizer, leaves, self.storage_device)
             for i in range(begin, end):
@@ -493,7 +503,7 @@ class _StackedFits:
             s: {n: t.to(self.storage_device) for n, t in self.tensors[s].items()}
             for s in self.fit.train
         }
-        # The participants change last: a fit that runs out of memory is repeated.
+        # The participants are changed last, because a fit that runs out of memory is repeated.
         models = [
             {s: {n: t[i].clone() for n, t in own.items()} for s, own in tensors.items()}
             for i in range(len(self.work))

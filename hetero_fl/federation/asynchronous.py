@@ -107,7 +107,7 @@ class TaskQueue:
         return self._ends[0][0] if self._ends else math.inf
 
     def push(self, task: ClientTask) -> None:
-        """Add a task. Its client must not have another task."""
+        """Add a task of a client that has no other task."""
         self._tasks[task.number] = task
         if task.end < math.inf:
             self.set_end(task)
@@ -147,7 +147,7 @@ class TaskQueue:
         return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. A broadcast of several tasks is stored once."""
+        """Return the state for a checkpoint. A broadcast of several tasks is stored only once."""
         broadcasts: dict[bytes, int] = {}
         rows = []
         for t in self:
@@ -176,7 +176,7 @@ class TaskQueue:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], outcome_of: Any) -> TaskQueue:
-        """Return a queue with the tasks of a saved one.
+        """Restore a queue from `state_dict`.
 
         Args:
             state: The return value of `state_dict`.
@@ -399,9 +399,10 @@ class AsynchronousTrainer(FederatedTrainer):
         return self.queue.pop()
 
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
-        """Return the number of idle clients, and a function that maps a rank to a position.
+        """Return the number of idle clients, and a function that returns the position of each.
 
-        The function returns the position among all clients of the idle client with the rank.
+        The argument of the function is a client's rank among the idle clients, from 0. The result
+        is the client's position among all clients.
         """
         return len(self.ids) - len(self.queue), self.queue.idle_position
 
@@ -489,7 +490,7 @@ class AsynchronousTrainer(FederatedTrainer):
         """Return the decoded upload of a task.
 
         Raises:
-            TaskFailedError: If no upload arrives, or if it is damaged or malformed.
+            TaskFailedError: If no upload arrives, or if the upload is damaged or malformed.
         """
         if task.fault.is_failure:
             self.count_traffic(up=task.up_bytes if task.fault.kind == "lost" else 0)

@@ -101,7 +101,7 @@ class Broadcasts(ABC):
 
         Returns:
             A replacement for the message on which the client trains, which can be decoded without
-            private state; None if the original message can be decoded as well.
+            private state; None if no replacement is needed.
         """
         return None
 
@@ -229,7 +229,9 @@ class Estimate:
         archs: Iterable[ModelSpec],
         version: int,
     ) -> EstimateStep:
-        """Return the step toward a model, the same step in all calls for one server version.
+        """Return the step toward a model.
+
+        Repeated calls for the same model and server version return the same step.
 
         Args:
             links: The links that encode and decode the change.
@@ -303,7 +305,7 @@ class Estimate:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Estimate:
-        """Return an estimate with the state from `state_dict`."""
+        """Restore an estimate from `state_dict`."""
         estimate = cls()
         estimate._names = deque(map(bytes.fromhex, state["names"]), KEPT_CHANGES + 1)
         estimate._changes.extend(Change(n, as_bytes(body)) for n, body in state["changes"])

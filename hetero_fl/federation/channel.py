@@ -80,7 +80,7 @@ class FederationLinks:
             round_idx: Index of the round, from 0.
             payload: The upload.
             received: The broadcast on which the client trained.
-            memory: The client's private state, to which compression errors are added.
+            memory: The client's private state, in which compression errors are stored.
             attempt: Number of times that the client has already trained in this round. It is part
                 of the key of random draws.
         """

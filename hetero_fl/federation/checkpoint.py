@@ -108,7 +108,8 @@ class Checkpoints:
         The private states are put into the store.
 
         Args:
-            completed: Number of completed rounds. The checkpoint has fewer.
+            completed: Number of completed rounds. Only checkpoints with fewer rounds are
+                considered.
 
         Returns:
             The rest of the run's state, or None if there is no such checkpoint. The store is then
@@ -185,8 +186,9 @@ class SavedState(NamedTuple):
 
     Attributes:
         tree: State of the run, except for private states.
-        locations: Location of each client's committed private state.
-        staged_locations: Location of each client's staged private state; None for an empty state.
+        locations: Location of each client's committed private state, by client id.
+        staged_locations: Location of each client's staged private state, by client id; None for an
+            empty state.
     """
 
     tree: dict[str, Any]
@@ -240,7 +242,7 @@ def _decode_head(path: Path) -> dict[str, Any]:
 def _encode_locations(
     locations: Mapping[str, BlobLocation], numbers: Mapping[Segment, int]
 ) -> dict[str, Any]:
-    """Encode locations as tables with one row per client, which refer to files by number."""
+    """Encode locations as tables with one row per client, in which files have numbers."""
     rows = [(numbers[blob.segment], blob.offset, blob.length) for blob in locations.values()]
     return {
         "clients": list(locations),

@@ -139,8 +139,8 @@ def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[s
     Args:
         task: The learning task.
         rows: The rows, with their times and the outputs of the baselines.
-        y: Targets of the rows.
-        predicted: Predictions for the rows.
+        y: Targets of the rows, shape `[N, outputs]`.
+        predicted: Predictions for the rows, shape `[N, outputs]`.
 
     Returns:
         Times of the rows and, for each output, lists of values in the unit of the target. Empty if
@@ -251,7 +251,7 @@ class ClientRuntime:
             requests: The request to each client, by client id.
 
         Returns:
-            The reply of each client, by client id; a `DivergedError` if its training diverged.
+            The reply of each client, by client id. It is a `DivergedError` if training diverged.
 
         Raises:
             PayloadError: If a broadcast is malformed.
@@ -448,7 +448,7 @@ class ClientRuntime:
 
         Args:
             participant: The client.
-            local: The client with the BatchNorm statistics of its own rows.
+            local: The client with the BatchNorm statistics for predictions on its own rows.
         """
         task = self.federation.task
         slot, view = inference_model(self.algorithm, participant)
@@ -540,7 +540,7 @@ class ClientRuntime:
         return known[1]
 
     def predict(self, participant: Participant, rows: Rows, personal: bool) -> Tensor:
-        """Return a deployed client's logits on the CPU.
+        """Return the logits of a deployed client on the CPU, shape `[N, outputs]`.
 
         Args:
             participant: The client, as returned by `deploy_clients`.

@@ -65,7 +65,7 @@ def communication_cost(
         every: Number of rounds between evaluations. The last round is always evaluated.
 
     Returns:
-        The expected bytes, by client.
+        The expected bytes, by client id.
 
     Raises:
         UserError: If the method does not support this federation.
@@ -104,7 +104,7 @@ class ExchangeCost(NamedTuple):
 
 
 class DryRun:
-    """Run without computation, to determine the sizes of messages in each kind of round.
+    """Run without computation, which determines the sizes of messages in each kind of round.
 
     Rounds in which clients with the same settings send and receive items of the same names and
     shapes form a phase. Each phase is run once. The first round is a phase of its own, because it
@@ -156,7 +156,7 @@ class DryRun:
         return self._exchanges[key, down]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
-        """Return the bytes sent to a client that is evaluated before a round."""
+        """Return the bytes sent to a client for an evaluation before a round."""
         self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
         received = call_broadcast(self.algorithm, self.server, client_info)
@@ -178,7 +178,7 @@ class DryRun:
         run_plan(plan, self.server, self.expectations.backend)
 
     def _begin_round(self, round_idx: int) -> tuple[int, ...]:
-        """Set the server's round, and return the phase of that round."""
+        """Set the round of the server, and return the phase of the round."""
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
         return (min(round_idx, 1), *self.expectations.round_phase(round_idx))

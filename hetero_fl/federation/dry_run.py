@@ -191,9 +191,9 @@ class ExpectedUploads:
         return upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
 
     def round_phase(self, round_idx: int) -> tuple[int, ...]:
-        """Return the upload phase of a round for each value of `share_every`, in ascending order.
+        """Return the phases of a round, one for each value of `share_every` among the clients.
 
-        The values are those in the clients' settings.
+        The phases are in ascending order of these values.
         """
         profiles = self.federation.client_infos.profiles
         intervals = sorted({profile.settings.share_every for profile in profiles})
@@ -344,7 +344,7 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
 
 
 def _user_functions(algorithm_class: type) -> list[FunctionType]:
-    """Return the functions defined by a class and those of its bases outside this package."""
+    """Return the functions that a class and its base classes outside this package define."""
     bases = [b for b in algorithm_class.__mro__ if not b.__module__.startswith("hetero_fl.")]
     return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
 

@@ -185,7 +185,7 @@ class FederationSpec:
         return replace(self, memory=memory, _initial={})
 
     def initial_tensors(self, arch: ModelSpec) -> Tensors:
-        """Return the initial tensors of an architecture, which must not be modified in place."""
+        """Return the initial tensors of an architecture. They must not be modified in place."""
         if arch.spec_id not in self._initial:
             tensors = self.memory.to_storage(arch.initial_tensors(self.seed))
             self._initial[arch.spec_id] = tensors
@@ -212,7 +212,7 @@ class FederationSpec:
             attempt: Number of earlier attempts at the round.
 
         Returns:
-            Client ids, sorted.
+            Client ids, sorted in natural order.
         """
         ids = self.client_infos.clients.ids
         if count is not None and self.privacy is not None and self.privacy.poisson_cohorts:
@@ -274,7 +274,9 @@ class FederationSpec:
         return self.privacy is not None and self.privacy.unit == "record"
 
     def label_counts(self, client_id: str) -> Tensor:
-        """Return the label counts of a client's training rows, with noise if `has_noisy_counts`.
+        """Return the label counts of a client's training rows.
+
+        The counts are noisy if `has_noisy_counts` is true.
 
         Returns:
             Label counts in the default dtype, shape `[outputs]`.

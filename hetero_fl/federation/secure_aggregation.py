@@ -34,7 +34,7 @@ MAX_LAYOUTS = 8
 
 
 class DerivedSetup:
-    """Setup of secure aggregation that the server and each client derive on their own.
+    """Setup of secure aggregation that the server and each client derive independently.
 
     The layout of the vectors in a round follows from a dry run of one client of each profile.
 
@@ -53,7 +53,7 @@ class DerivedSetup:
         self._layouts: BoundedCache[VectorLayout] = BoundedCache(MAX_LAYOUTS)
 
     def layout(self, round_idx: int) -> VectorLayout:
-        """Return the layout of the vectors in a round. All rounds of a phase have the same one."""
+        """Return the layout of the vectors in a round. Rounds of the same phase share a layout."""
         phase = self.expectations.round_phase(round_idx)
         if phase not in self._layouts:
             forms = [
@@ -130,7 +130,7 @@ class DerivedSetup:
 
 
 def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
-    """Return the protocol by which uploads reach the server: secure aggregation or direct."""
+    """Return the protocol by which uploads reach the server, with or without secure aggregation."""
     config = federation.channel.secure_sum
     if config is None or not algorithm.uploads:
         return DirectProtocol()

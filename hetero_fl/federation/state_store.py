@@ -1,7 +1,7 @@
 """Storage of clients' private state between rounds, in append-only segment files.
 
-State is staged while a round runs and committed when the server has used the client's upload. The
-round's checkpoint (see `checkpoint.py`) then seals the segment.
+The new state of a client is staged after training and committed when the server has used the
+client's upload. The checkpoint of the round (see `checkpoint.py`) then seals the segment.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Segment:
         """Return the head of a sealed segment.
 
         Raises:
-            CodecError: If any byte of magic, head or trailer is damaged.
+            CodecError: If the magic bytes, the head or the trailer are damaged.
         """
         with open(self.path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
@@ -224,8 +224,8 @@ class PrivateState:
     """Private state of one client.
 
     Attributes:
-        models: Tensors of models, by slot.
-        state: Tree of tensors and plain values.
+        models: Tensors of the models that the client keeps, by slot.
+        state: Further state: nested dictionaries and lists of tensors and plain values.
     """
 
     models: dict[str, Tensors] = field(default_factory=dict)
@@ -235,12 +235,12 @@ class PrivateState:
         return bool(self.models or self.state)
 
     def encode(self) -> bytes:
-        """Encode the state for disk and other processes; an empty state becomes an empty string."""
+        """Encode the state for disk and other processes; an empty state is encoded as `b""`."""
         return encode({"models": self.models, "state": self.state}, FORM) if self else b""
 
     @classmethod
     def decode(cls, data: bytes, bounded: bool = False) -> PrivateState:
-        """Decode a state from `encode`.
+        """Decode the return value of `encode`.
 
         Args:
             data: The encoded state.
@@ -281,7 +281,7 @@ class StateVersion:
 
 
 class StateStore:
-    """Store of clients' private states. Clients without private state need no memory.
+    """Store of clients' private states. Clients without private state take no memory.
 
     Cached states equal the states on disk, so results depend neither on the size of the cache nor
     on whether a run is resumed.
@@ -293,8 +293,8 @@ class StateStore:
 
     Attributes:
         open_segment: The segment to which states are written; None without a folder.
-        notes: Data that clients keep between the exchanges of a round, by client id. They are not
-            written to disk.
+        notes: Data that clients keep between the exchanges of a round, by client id; not written to
+            disk.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
@@ -320,10 +320,10 @@ class StateStore:
         return int(self._cache.currsize)
 
     def get(self, client: str) -> PrivateState:
-        """Return the committed state of a client, which must not be modified in place.
+        """Return the committed state of a client.
 
         Returns:
-            The state, empty if the client has none.
+            The state, which must not be modified in place. It is empty if the client has no state.
 
         Raises:
             RunFailedError: If the state is damaged on disk.
@@ -338,7 +338,7 @@ class StateStore:
         return state
 
     def encoded(self, client: str) -> bytes | None:
-        """Return the encoded committed state of a client, or None if it has none.
+        """Return the encoded committed state of a client; None if the client has no state.
 
         Raises:
             RunFailedError: If the state is damaged on disk.
@@ -350,7 +350,7 @@ class StateStore:
         return state if isinstance(state, bytes) else state.encode()
 
     def stamp(self, client: str) -> int | None:
-        """Return a number that changes with the client's committed state; None if it has none."""
+        """Return a number that changes when a new state is committed; None if there is no state."""
         version = self._committed.get(client)
         return None if version is None else version.stamp
 
@@ -392,7 +392,7 @@ class StateStore:
         self._remove_from_cache(self._staged.pop(client, None))
 
     def commit(self, clients: Collection[str] | None = None) -> None:
-        """Commit staged states.
+        """Commit staged states, which replace the clients' previous states.
 
         Args:
             clients: Ids of the clients whose uploads were used; None for all.
@@ -425,7 +425,7 @@ class StateStore:
         }
 
     def staged_locations(self) -> dict[str, BlobLocation | None]:
-        """Return the location of each client's staged state, by client id; None if it is empty."""
+        """Return the location of each client's staged state by client id, None for empty states."""
         return {
             client: None if version is None else version.location
             for client, version in sorted(self._staged.items())
@@ -507,7 +507,7 @@ class StateStore:
         self._committed_size = 0 if self.open_segment is None else self.open_segment.size
 
     def _load(self, client: str, version: StateVersion) -> PrivateState | bytes:
-        """Return a version from the cache, or its bytes from disk."""
+        """Return a state from the cache, or the encoded state from disk."""
         cached = self._cache.get(version.stamp)
         if cached is not None:
             return cached

@@ -212,7 +212,11 @@ class FederatedTrainer(ABC):
         return ""
 
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
-        """Set the initial private states of clients, by client id."""
+        """Set the initial private states of clients.
+
+        Args:
+            states: Private states by client id.
+        """
         for client_id, state in states.items():
             self.store.stage(client_id, state)
         self.store.commit()
@@ -293,7 +297,7 @@ class FederatedTrainer(ABC):
         return payload
 
     def count_traffic(self, up: int = 0, down: int = 0) -> None:
-        """Add to the traffic, unless the method is a reference method without communication.
+        """Count bytes as traffic, unless the method is a reference method without communication.
 
         Args:
             up: Bytes uploaded by clients.
@@ -309,7 +313,7 @@ class FederatedTrainer(ABC):
             raise RunFailedError(f"round {self.completed + 1}: {client_id} diverged: {error}")
 
     def update_server(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
-        """Update the server, and restore it if its training diverges.
+        """Update the server, and restore its state if training at the server diverges.
 
         Args:
             aggregate: Function that updates the server, the state of the aggregation rules and the
@@ -434,7 +438,7 @@ class FederatedTrainer(ABC):
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
     def server_tensors(self, slot: str) -> Tensors:
-        """Return the tensors of one of the server's models as it is deployed.
+        """Return the tensors with which one of the server's models is deployed.
 
         With `recalibrate: [global_test]`, the model's BatchNorm statistics are computed on the
         proxy set.

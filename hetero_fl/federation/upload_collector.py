@@ -45,7 +45,8 @@ class UploadCollector:
 
     Attributes:
         uploads: The uploads that the method aggregates.
-        losses: Training loss by client id; with secure aggregation, only the mean, as "mean".
+        losses: Training loss by client id; with secure aggregation, only the mean, under the key
+            "mean".
         logged: Values that clients logged, by client id and name.
         failed: Reasons why clients sent no usable upload, by client id.
         late: Ids of clients that had not replied when the round ended.
@@ -201,7 +202,7 @@ class UploadCollector:
             self.uploads.add(Upload(client_info, payload))
 
     def _poison(self) -> None:
-        """Add all waiting uploads, after the attack has replaced those of malicious clients."""
+        """Replace the uploads of malicious clients by the attack, and add all waiting uploads."""
         attacks = self.trainer.federation.malicious
         assert attacks is not None
         client_infos = self.trainer.federation.client_infos
@@ -218,7 +219,7 @@ class UploadCollector:
             self.uploads.add(Upload(client_infos[client_id], payload))
 
     def _open_sum(self, aggregated: AggregatedUploads) -> None:
-        """Set the uploads from their securely aggregated sum."""
+        """Set `uploads` to the result of secure aggregation."""
         protocol = self.trainer.protocol
         assert isinstance(protocol, SecureAggregation)
         client_infos = [self.trainer.federation.client_infos[c] for c in aggregated.clients]

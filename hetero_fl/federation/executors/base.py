@@ -1,6 +1,6 @@
 """Interface of executors, which run the tasks of clients, and an executor in this process.
 
-Clients are computed in chunks that depend only on client ids and architectures, neither on the
+Clients are processed in chunks that depend only on client ids and architectures, neither on the
 number of workers nor on the duration of tasks, so that results are reproducible bit by bit.
 """
 
@@ -84,7 +84,7 @@ class Executor(Protocol):
         """
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        """Set a function that is called with a message when a task begins; None for none."""
+        """Set a function that is called with a message when a task begins; None removes it."""
 
     def close(self) -> None:
         """Release all resources. The executor cannot be used afterwards."""
@@ -127,7 +127,7 @@ class RemoteExecutor(Executor, Protocol):
         """
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
-        """Return the next reply to a dispatched request; None after `wait` seconds without one."""
+        """Return the next reply to a dispatched request; None if none arrives in `wait` seconds."""
 
     def send_states(self, states: Mapping[str, PrivateState]) -> None:
         """Send clients their initial private states, and stage these states.
@@ -151,7 +151,7 @@ class InProcessExecutor(Executor):
 
     Args:
         runtime: Runtime that executes the clients' plans.
-        chunk: Number of clients of one architecture that are computed together.
+        chunk: Number of clients of one architecture that are processed together.
     """
 
     takes_payload = True
@@ -219,7 +219,7 @@ def drain(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
 def client_chunks(
     client_ids: Iterable[str], client_infos: Mapping[str, ClientInfo], size: int
 ) -> list[list[str]]:
-    """Divide clients into chunks that are computed together.
+    """Divide clients into chunks that are processed together.
 
     Args:
         client_ids: The clients.
@@ -238,7 +238,7 @@ def client_chunks(
     chunks = [
         members[i : i + size] for members in groups.values() for i in range(0, len(members), size)
     ]
-    # Results are yielded in the order of ids, so the first clients are computed first.
+    # Results are yielded in the order of ids, so the first clients are processed first.
     positions = {client_id: i for i, client_id in enumerate(client_ids)}
     return sorted(chunks, key=lambda chunk: positions[chunk[0]])
 

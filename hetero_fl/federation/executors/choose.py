@@ -66,13 +66,13 @@ LARGE_STEP = 5e7
 WORKER_GAIN = 0.9
 # Maximum number of threads of a process. Typical models do not benefit from more.
 MAX_THREADS = 4
-# On a CPU, clients of one architecture are computed together if there are at least
+# On a CPU, clients of one architecture are processed together if there are at least
 # MIN_VECTORIZED_CLIENTS, the forward pass of a batch takes at most SMALL_STEP floating-point
 # operations, and the model has at most SMALL_MODEL parameters.
 MIN_VECTORIZED_CLIENTS = 8
 SMALL_STEP = 2e7
 SMALL_MODEL = 1_000_000
-# Maximum number of clients computed together, to limit the use of memory.
+# Maximum number of clients processed together, to limit the use of memory.
 MAX_CHUNK = 128
 # Minimum number of chunks into which a group of clients is divided for workers.
 MIN_CHUNKS = 8
@@ -164,7 +164,7 @@ class ExecutorChoice:
         device: Device on which clients train.
         threads: Number of threads of each process that trains clients.
         server_threads: Number of threads of the server's process.
-        chunk: Number of clients of one architecture that are computed together.
+        chunk: Number of clients of one architecture that are processed together.
         precision: "float32" or "bfloat16".
         deterministic: Whether to use deterministic algorithms.
         workers: Number of workers.
@@ -214,7 +214,7 @@ class RunLoad:
         cohort: Number of clients in a round.
         seconds: Duration of training in all rounds on one core, in seconds.
         model_bytes: Bytes of parameters per second of training.
-        busy: Number of workers that can be busy at the same time, because each client is computed
+        busy: Number of workers that can be busy at the same time, because each client is processed
             by a single worker.
         step: Floating-point operations of the forward pass of a batch of the most expensive client.
         thread_speedup: Speedup of a process by several threads, relative to one thread.
@@ -365,7 +365,7 @@ def _measure_if_undecided(
 def _choose_chunk(
     config: RuntimeConfig, federation: FederationSpec, device: torch.device, executor: str
 ) -> tuple[int, list[str]]:
-    """Return the number of clients computed together, and the reason if it is automatic."""
+    """Return the number of clients processed together, and the reason if it is automatic."""
     if executor == "serial":
         return 1, []
     if executor == "batched" and config.chunk is None and device.type == "cuda":
@@ -387,7 +387,7 @@ def _select_executor(
 
     Args:
         load: Estimated amount of training.
-        group: Number of clients that are worth computing together.
+        group: Number of clients that are worth processing together.
         device: Device of the clients.
         available: Number of cores of this machine.
         threads_per_process: Configured number of threads of each process, or None.
@@ -444,7 +444,7 @@ def _choose_threads(
 
 
 def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
-    """Return the number of clients of a round that are worth computing together.
+    """Return the number of clients of a round that are worth processing together.
 
     These are the clients with the most frequent architecture among those that benefit from
     vectorization. The result is 0 if there are too few of them, or if less than half of all clients
@@ -470,7 +470,7 @@ def plan_memory(client_info: ClientInfo) -> MemoryPlan:
 
 
 def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple[int, str]:
-    """Return the number of clients that are computed together on a device, and the reason."""
+    """Return the number of clients that are processed together on a device, and the reason."""
     client_infos = federation.client_infos
     largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
     # The rest of the memory caches copies of the host's tensors.
@@ -483,7 +483,7 @@ def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:
-    """Return the average number of clients of a round that can be computed together, at least 1."""
+    """Return the average number of clients in a round that can be processed together (>= 1)."""
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
         if not is_recurrent(profile.arch):

@@ -128,7 +128,7 @@ class RayActor:
         self._worker = Worker(setup, index)
 
     def is_ready(self) -> bool:
-        """Return True. The call returns when the actor has started."""
+        """Return True once the actor has started."""
         return True
 
     def run_job(self, job: WorkerJob) -> JobResult:

@@ -42,7 +42,7 @@ _listeners: list[threading.Thread] = []
 
 
 def num_ranks() -> int:
-    """Return the number of processes that torchrun started, including this one; 1 if none."""
+    """Return the number of processes that torchrun has started; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

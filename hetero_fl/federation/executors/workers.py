@@ -47,7 +47,7 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 
 # Maximum number of bytes of private state that a worker keeps for later rounds.
 MAX_HELD_STATE_BYTES = 256 * 2**20
-# The run fails after this number of workers have died while computing the same client.
+# The run fails after this number of workers have died while processing the same client.
 MAX_DEATHS = 3
 # In a large cohort, only the first unfinished chunks may start: this number per worker.
 CHUNKS_AHEAD = 4
@@ -70,9 +70,9 @@ class WorkerSetup:
         federation: The federation.
         threads: Number of threads of a worker.
         devices: Devices, which are assigned to workers in turn.
-        chunk: Number of clients of one architecture that are computed together.
-        precision: Precision of training.
-        dtype: Default data type.
+        chunk: Number of clients of one architecture that are processed together.
+        precision: "float32" or "bfloat16".
+        dtype: Default dtype of PyTorch.
         shares_memory: Whether workers share memory with the server's process.
         deterministic: Whether to use deterministic algorithms.
         owns_device: Whether each worker has a device of its own.
@@ -111,7 +111,7 @@ class WorkerJob:
     Attributes:
         number: Number of the job.
         kind: "answer" to execute requests, "read" to evaluate models.
-        chunks: Ids of the clients, in chunks that are computed together.
+        chunks: Ids of the clients, in chunks that are processed together.
         requests: Request to each client, by client id.
         private: Encoded private states that the worker does not have, by client id; None for an
             empty state.
@@ -146,7 +146,7 @@ class JobResult:
         seconds: Duration of each client's task in seconds, by client id. The duration of a chunk is
             divided equally among its clients.
         dropped_states: Ids of clients whose private state the server must send again.
-        error: The exception that the job raised, or None. It ends the run.
+        error: The exception with which the job failed, which ends the run; otherwise None.
         trace: Traceback of the error.
     """
 
@@ -194,7 +194,7 @@ class Worker:
 
     @cached_property
     def runtime(self) -> ClientRuntime:
-        """The clients' runtime, created during the first job, whose result contains any error."""
+        """The clients' runtime. The first job creates it, so that errors are part of a result."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
         use_deterministic_algorithms(device, self.setup.deterministic)
         algorithm = self.setup.algorithm
@@ -287,7 +287,7 @@ def _transferable_error(error: Exception) -> Exception:
 
 
 class RemoteTracebackError(Exception):
-    """Cause of an exception from a worker. The message is the traceback in the worker's process."""
+    """Cause of an error in a worker. The message is the traceback in the worker's process."""
 
 
 class WorkerPool(Protocol):
@@ -355,7 +355,7 @@ class WorkerExecutor(Executor):
         client_infos: Information on each client, by client id.
         store: The clients' private state.
         backend: Backend for the server's plans.
-        chunk: Number of clients of one architecture that are computed together.
+        chunk: Number of clients of one architecture that are processed together.
     """
 
     takes_payload = False
@@ -555,7 +555,7 @@ def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
     """Count the death of a worker for all clients of its job, any of which may be the cause.
 
     Raises:
-        RunFailedError: If `MAX_DEATHS` workers have died while computing the same client.
+        RunFailedError: If `MAX_DEATHS` workers have died while processing the same client.
     """
     deaths.update(job.clients)
     for client in job.clients:
@@ -614,7 +614,7 @@ class ChunkQueue:
         Jobs become smaller toward the end, so that workers finish at about the same time.
 
         Args:
-            may_compute: Function that returns whether the worker may compute a client, because no
+            may_compute: Function that returns whether the worker may process a client, because no
                 other worker has the client's state.
         """
         near = [chunk for chunk in islice(self._order, self._num_near) if chunk[0] in self._waiting]

@@ -415,7 +415,7 @@ class Timing:
             up_bytes: Bytes of the upload.
             at: Time of the assignment in seconds.
             task: Number of the task, which keys the jitter.
-            step_share: Fraction of the local steps that the client makes.
+            step_share: Fraction of the local steps that the client performs.
         """
         device = self.devices.device(client_id)
         received = device.finish_time(at, down_bytes / device.down)

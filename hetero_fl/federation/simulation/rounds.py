@@ -194,7 +194,7 @@ class ScheduledTrainer(SynchronousTrainer):
         return self.executor.run(clients, request)
 
     def time_record(self, start: float) -> dict[str, Any]:
-        """Return the entries of the record on the time of the round.
+        """Return the entries of the round's record for start and end times.
 
         Args:
             start: Time at which the round began, in seconds.
@@ -202,7 +202,7 @@ class ScheduledTrainer(SynchronousTrainer):
         return {}
 
     def task_record(self) -> dict[str, Any]:
-        """Return the entries of the record on the tasks of all attempts."""
+        """Return the entries of the round's record for the tasks of all attempts."""
         counts: Counter[str] = sum((attempt.counts for attempt in self._attempts), Counter())
         names = ("invited", "arrived", "failed", "late")
         record: dict[str, Any] = {"counts": {name: counts[name] for name in names}}
@@ -235,7 +235,7 @@ class SimulatedTrainer(ScheduledTrainer):
 
     @override
     def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
-        """Collect the uploads that arrive in time; the others are not computed."""
+        """Collect the uploads that arrive in time. Other uploads are not computed."""
         cohort = collector.cohort
         task = task_number(self.round_idx, number)
         sizes = {client_id: self._sizes(client_id, len(cohort)) for client_id in cohort}

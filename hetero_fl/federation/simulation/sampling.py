@@ -68,7 +68,8 @@ class ClientSampler:
             at: Current time in seconds.
 
         Returns:
-            Client ids in order, and the time at which the clients are available, in seconds.
+            Client ids in natural order, and the time at which the clients are available, in
+            seconds.
 
         Raises:
             RunFailedError: If no client is available for two days.

@@ -187,7 +187,7 @@ class ScheduledTask:
     Attributes:
         client: The client's id.
         outcome: The fault of the task.
-        step_share: Fraction of the local steps that the client makes.
+        step_share: Fraction of the local steps that the client performs.
         end: Time at which the server observes the end of the task, in seconds; infinite if the
             server does not observe it.
     """
@@ -207,7 +207,7 @@ class Schedule:
         start: Time at which the round begins, in seconds.
         end: Time at which the round ends, in seconds.
         computing: Ids of clients whose uploads arrive in time, including corrupted uploads. Only
-            these clients are computed.
+            the tasks of these clients are computed.
         failed: Reasons why clients fail, by client id.
         late: Ids of clients whose uploads arrive too late.
     """
@@ -226,7 +226,10 @@ class Schedule:
 
     @property
     def protocol_clients(self) -> set[str]:
-        """Ids of clients that do not fail before training and take part in earlier exchanges."""
+        """Ids of the clients that take part in the exchanges before training.
+
+        These are all clients that do not fail before training.
+        """
         return {client for client, task in self.tasks.items() if task.outcome.kind != "before"}
 
     @property

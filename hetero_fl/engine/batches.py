@@ -1,4 +1,4 @@
-"""Batches of each training step, which are the same on every machine and with every backend."""
+"""Batches of training steps, which are the same on every machine and with every backend."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Batches:
 
     @cached_property
     def columns(self) -> Columns:
-        """The columns of all rows, on the device."""
+        """The columns of all rows on the device, by name."""
         return {n: self.memory.keep(t).to(self.device) for n, t in self.source.items()}
 
     @cached_property

@@ -162,7 +162,7 @@ def free_bytes(device: torch.device) -> int:
 class MemoryPlan:
     """Estimated memory for the local training of one participant, in bytes.
 
-    The estimate does not include the workspace of convolutions, the batch, and the gradients of
+    The estimate does not include the workspace of convolutions, the batch, or the gradients of
     single examples in differentially private training.
 
     Attributes:
@@ -180,7 +180,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
+        """Sum of all parts in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     @classmethod

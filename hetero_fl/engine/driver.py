@@ -1,4 +1,4 @@
-"""Execution of plans in lockstep: steps that plans yield are computed and results sent back."""
+"""Execution of plans in lockstep: compute the steps that plans yield and send back the results."""
 
 from __future__ import annotations
 

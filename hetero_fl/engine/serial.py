@@ -37,7 +37,12 @@ from model_zoo import Outputs, is_batch_norm
 
 
 def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
-    """Return the output of a model that a step uses, shape `[B, ...]`."""
+    """Select the output that a step uses, shape `[B, ...]`.
+
+    Args:
+        step: The step.
+        outputs: Outputs of the model for a batch.
+    """
     is_log = step.readout == "log_probabilities"
     selected = F.log_softmax(outputs.logits, -1) if is_log else getattr(outputs, step.readout)
     minimum = getattr(step, "at_least", None)
@@ -73,8 +78,8 @@ CACHED_RECEIVED = 128
 class CachedOutputs:
     """Outputs of a model, and the rows and tensors from which they were computed.
 
-    The cache does not keep the rows alive. Outputs no longer match after one of the model's tensors
-    has been modified in place.
+    The rows are referenced weakly. Outputs no longer match after one of the model's tensors has
+    been modified in place.
 
     Args:
         x: Inputs, shape `[N, ...]`.

@@ -251,7 +251,7 @@ SLOW_STEP = 0.5
 def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
     """Measure the duration of a training step on the CPU.
 
-    A step consists of a forward pass, a backward pass and an SGD update on examples that are zero.
+    A step consists of a forward pass, a backward pass and an SGD update on examples of zeros.
 
     Args:
         arch: The architecture.

@@ -128,11 +128,14 @@ def restore_optimizer(
 
 
 def move_to_device(memory: DeviceMemory, value: Any) -> Any:
-    """Return a tree of dictionaries with tensors that are detached and on the device.
+    """Detach the tensors of a tree and move them to the device.
 
     Args:
         memory: The device. Copies of tensors are cached.
-        value: A tensor or a tree of dictionaries and tensors.
+        value: A tensor, or nested dictionaries of tensors and other values.
+
+    Returns:
+        The new tree. The original is not modified.
     """
     if isinstance(value, Tensor):
         return memory.keep(value).detach().to(memory.device)
@@ -180,9 +183,9 @@ class FitState:
 
 
 class Gradients(Protocol):
-    """Interface of alternatives to the gradient of the mean loss, such as for private training.
+    """Interface for custom gradients, such as the gradients of DP-SGD.
 
-    An implementation draws the batches and computes the gradients.
+    An implementation draws the batches of a fit and computes the gradients.
     """
 
     def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> Batches:
@@ -279,7 +282,7 @@ def run_fit(
 
 
 def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, Tensor]]:
-    """Return pairs of a trained parameter and its correction in `Fit.drift`, if there is one."""
+    """Return each trained parameter that has a correction in `Fit.drift`, with the correction."""
     named = [(*split_name(key), p) for key, p in trainable.items()]
     return [
         (p, fit.drift[slot][name].to(p))

@@ -329,7 +329,7 @@ def make_backend(
 
     Args:
         memory: The device and its cached tensors.
-        chunk: Number of clients that are computed together; 1 for the serial backend.
+        chunk: Number of clients that are processed together; 1 for the serial backend.
         precision: "float32" or "bfloat16".
         log: Function that is called with a message for each architecture that cannot be vectorized.
     """

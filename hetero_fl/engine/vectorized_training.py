@@ -58,17 +58,17 @@ def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
     return torch.stack(list(trees)), 0
 
 
-def select_participants(tree: Any, dims: Any, selected: Tensor | slice) -> Any:
+def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
     """Return the slices of some participants from a stacked tree.
 
     Args:
         tree: The stacked tree.
         dims: The dimensions of the tree, from `stack_trees`.
-        selected: Indices of the participants.
+        who: Indices of the participants.
     """
     if isinstance(tree, Mapping):
-        return {k: select_participants(v, dims[k], selected) for k, v in tree.items()}
-    return tree if dims is None else tree[selected]
+        return {k: select_participants(v, dims[k], who) for k, v in tree.items()}
+    return tree if dims is None else tree[who]
 
 
 def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
@@ -211,37 +211,37 @@ class StackedBatches:
             return [self.fit.data.size] * active
         return [sizes[step] for sizes in self._sizes[:active]]
 
-    def members(self, selected: Tensor | slice) -> Sequence[int]:
+    def members(self, who: Tensor | slice) -> Sequence[int]:
         """Return the indices of the selected participants as integers."""
-        return range(len(self.runs))[selected] if isinstance(selected, slice) else selected.tolist()
+        return range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
 
-    def dropout_keys(self, step: int, selected: Tensor | slice) -> list[int]:
+    def dropout_keys(self, step: int, who: Tensor | slice) -> list[int]:
         """Return the seed of the dropout masks of each selected participant in a step."""
-        return [self.runs[i].dropout_key_at(step) for i in self.members(selected)]
+        return [self.runs[i].dropout_key_at(step) for i in self.members(who)]
 
     def batch_at(
-        self, step: int, selected: Tensor | slice, sizes: Sequence[int]
+        self, step: int, who: Tensor | slice, sizes: Sequence[int]
     ) -> tuple[Columns, Tensor | None]:
         """Return the batches of the selected participants in a step.
 
         Args:
             step: Index of the step, from 0.
-            selected: Indices of the participants.
+            who: Indices of the participants.
             sizes: Batch size of each of these participants.
 
         Returns:
             Columns by name, shape `[K, B, ...]` each, and weights of the rows, shape `[K, B]`, or
             None instead of the weights if all sizes are equal.
         """
-        members = self.members(selected)
+        members = self.members(who)
         weight = None
         if isinstance(self.fit.data, SampledBatches):
             columns = _stack([self.runs[i].sampled_batch(step) for i in members])
         else:
-            place = self._starts[selected] + step
+            place = self._starts[who] + step
             longest = max(sizes)
             rows = self._table[place, :longest]
-            offset_rows = rows + self._offsets[selected, None]
+            offset_rows = rows + self._offsets[who, None]
             columns = {
                 name: all_rows[rows if shared else offset_rows]
                 for name, (all_rows, shared) in self._columns.items()
@@ -269,7 +269,9 @@ Work = Sequence[tuple[Participant, Fit]]
 
 
 def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedError]:
-    """Train models of several participants in place, which have equal fits.
+    """Train models of several participants in place.
+
+    All fits must be equal (see `vectorization_key`).
 
     Args:
         work: Pairs of participant and fit.
@@ -331,7 +333,7 @@ class _StackedFits:
         self.totals = torch.zeros(len(work), device=self.device)
         self.kept: list[OptimizerSnapshot] = [{} for _ in work]
         self.leaves: TrainableTensors = {}
-        # Tensors of all participants that are still training, leaves included.
+        # Tensors of all participants that are still training, including the leaf tensors.
         self.active_tensors: dict[str, dict[str, Tensor]] = {}
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -386,7 +388,7 @@ class _StackedFits:
             restore_optimizer(self.optimizer, self.leaves, stack_optimizer_states(saved))
 
     def _gradients(self, step: int, active: int) -> None:
-        """Set the gradients of the leaves and add the losses to the totals."""
+        """Set the gradients of the leaf tensors, and add the losses to the totals."""
         sizes = self.batches.batch_sizes(step, active)
         if not self.equal_sizes or len(set(sizes)) == 1:
             for leaf in self.leaves.values():
@@ -395,28 +397,24 @@ class _StackedFits:
             return
         parts: list[tuple[Tensor, TrainableTensors]] = []
         for size in sorted(set(sizes)):
-            selected = torch.tensor(
-                [i for i, s in enumerate(sizes) if s == size], device=self.device
-            )
-            tensors = {
-                s: {n: t[selected] for n, t in own.items()} for s, own in self.tensors.items()
-            }
+            who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
+            tensors = {s: {n: t[who] for n, t in own.items()} for s, own in self.tensors.items()}
             leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
-            self._backward(step, selected, [size] * len(selected), tensors)
-            parts.append((selected, leaves))
+            self._backward(step, who, [size] * len(who), tensors)
+            parts.append((who, leaves))
             # Indexing has copied the buffers, so their new values are written back.
             for s in self.fit.train:
                 for n, t in self.tensors[s].items():
                     if n not in self.templates[s].parameters:
-                        t[selected] = tensors[s][n]
+                        t[who] = tensors[s][n]
         for key, leaf in self.leaves.items():
             leaf.grad = None
-            grads = [(selected, leaves[key].grad) for selected, leaves in parts]
+            grads = [(who, leaves[key].grad) for who, leaves in parts]
             if all(grad is not None for _, grad in grads):
                 leaf.grad = torch.empty_like(leaf)
-                for selected, grad in grads:
+                for who, grad in grads:
                     assert grad is not None
-                    leaf.grad[selected] = grad
+                    leaf.grad[who] = grad
 
     @staticmethod
     def _with_leaves(
@@ -428,15 +426,15 @@ class _StackedFits:
         return tensors
 
     def _backward(
-        self, step: int, selected: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
+        self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
-        """Compute the losses of the selected participants and the gradients of their leaves."""
-        columns, weight = self.batches.batch_at(step, selected, sizes)
+        """Compute the losses of the selected participants and the gradients of leaf tensors."""
+        columns, weight = self.batches.batch_at(step, who, sizes)
         place = None
         if self.drops:
-            self.dropout.seed(self.batches.dropout_keys(step, selected), self.fit.batch_size)
+            self.dropout.seed(self.batches.dropout_keys(step, who), self.fit.batch_size)
             place = torch.arange(len(sizes), device=self.device)
-        context = select_participants(self.context, self.context_dims, selected)
+        context = select_participants(self.context, self.context_dims, who)
         dims = (
             0,
             0,
@@ -448,7 +446,7 @@ class _StackedFits:
             tensors, columns, place, context, weight
         )
         losses.sum().backward()
-        self.totals[selected] += losses.detach()
+        self.totals[who] += losses.detach()
 
     def _loss(
         self,
@@ -483,7 +481,7 @@ class _StackedFits:
         optimizer: torch.optim.Optimizer | None,
         leaves: TrainableTensors,
     ) -> None:
-        """Store the optimizer states of participants that finish: those from `begin` to `end`."""
+        """Store the optimizer states of participants `begin` to `end - 1`, which have finished."""
         if self.fit.keep and optimizer is not None:
             state = snapshot_optimizer(optimizer, leaves, self.storage_device)
             for i in range(begin, end):

@@ -1,4 +1,4 @@
-"""Keyed batches: the examples of each training step, equal on every machine and backend."""
+"""Batches of training steps, which are the same on every machine and with every backend."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hetero_fl.data.preprocessing import augment
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
+# Dropout keys have 32 bits.
 MASK = 0xFFFFFFFF
 # Difference between the dropout keys of two consecutive steps.
 GOLDEN = 0x9E3779B9
@@ -26,14 +27,14 @@ def index_batches(
     """Return the row indices of each step, shape `[B]` each.
 
     With `fit.epochs`, each epoch is a permutation of the rows, split into batches. A last batch of
-    one example is merged with the batch before it, because BatchNorm needs at least two. With
-    `fit.steps`, permutations follow each other without end and all batches are full.
+    one example is merged with the batch before it, because BatchNorm needs at least two examples.
+    With `fit.steps`, an endless sequence of permutations is split into full batches.
 
     Args:
         n: Number of rows.
-        fit: Batch size and number of epochs or steps.
+        fit: The fit, which specifies the batch size and the number of epochs or steps.
         stream: Key of the random draws.
-        step_share: Share of the steps to compute, between 0 and 1; at least one step remains.
+        step_share: Fraction of the steps to compute. At least one step is computed.
     """
     size = min(fit.batch_size, n)
     if fit.steps is None:
@@ -53,12 +54,12 @@ def index_batches(
 
 
 def step_count(n: int, fit: Fit, step_share: float = 1.0) -> int:
-    """Return the number of batches of `index_batches` without drawing them.
+    """Return the number of batches that `index_batches` returns, without drawing them.
 
     Args:
         n: Number of rows.
-        fit: Batch size and number of epochs or steps.
-        step_share: Share of the steps to compute, between 0 and 1.
+        fit: The fit, which specifies the batch size and the number of epochs or steps.
+        step_share: Fraction of the steps to compute. At least one step is computed.
     """
     return max(1, int(full_step_count(n, fit.batch_size, fit.epochs, fit.steps) * step_share))
 
@@ -68,9 +69,9 @@ def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> 
 
     Args:
         n: Number of rows.
-        batch_size: Examples per step.
-        epochs: Passes over the rows; ignored if `steps` is given.
-        steps: Number of steps, or None to count epochs.
+        batch_size: Number of examples per step.
+        epochs: Number of passes over the rows. Ignored if `steps` is not None.
+        steps: Number of steps; None if the number of epochs determines it.
     """
     if steps is not None:
         return steps
@@ -82,7 +83,7 @@ def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> 
 
 
 class Batches:
-    """The steps of one fit: an iterable of (dropout key, batch).
+    """Batches of a fit. Iterating yields the dropout key and the batch of each step.
 
     Args:
         participant: The participant that is trained.
@@ -91,9 +92,9 @@ class Batches:
 
     Attributes:
         count: Number of steps.
-        examples: Number of examples of all steps.
-        source: The columns of all rows, on the host; not set for sampled batches.
-        indices: Row indices of each step, shape `[B]` each; not set for sampled batches.
+        examples: Total number of examples in all steps.
+        source: The columns of all rows on the CPU, by name; not set for `SampledBatches`.
+        indices: Row indices of each step, shape `[B]` each; not set for `SampledBatches`.
     """
 
     def __init__(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> None:
@@ -119,13 +120,13 @@ class Batches:
 
     @cached_property
     def columns(self) -> Columns:
-        """The columns of all rows, on the device."""
+        """The columns of all rows on the device, by name."""
         return {n: self.memory.keep(t).to(self.device) for n, t in self.source.items()}
 
     @cached_property
     def device_indices(self) -> Sequence[Tensor]:
         """The row indices of each step, on the device."""
-        # One copy for the whole fit.
+        # All indices are copied to the device at once.
         lengths = [len(rows) for rows in self.indices]
         return torch.cat(self.indices).to(self.device).split(lengths)
 
@@ -157,18 +158,26 @@ class Batches:
         return batch
 
     def sampled_batch(self, step: int) -> Columns:
-        """Draw the batch of a step of a fit on `SampledBatches`."""
+        """Draw the batch of a step. The data of the fit must be a `SampledBatches`."""
         assert isinstance(self.fit.data, SampledBatches)
         columns = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
         return {n: t.to(self.device) for n, t in columns.items()}
 
     def augment_batch(self, x: Tensor, step: int) -> Tensor:
-        """Return randomly augmented images of a step, shape `[B, C, H, W]`."""
+        """Augment the images of a step at random.
+
+        Args:
+            x: Images, shape `[B, C, H, W]`.
+            step: Index of the step, from 0.
+
+        Returns:
+            Augmented images, shape `[B, C, H, W]`.
+        """
         assert self.fit.augment is not None
         return augment(x, self.fit.augment, keyed_generator(*self.stream, "augment", step))
 
     def extra_batch(self, step: int) -> Columns:
-        """Draw the extra batches of a step, named `<extra batch>_<column>` for the objective."""
+        """Draw the extra batches of a step, with columns named `<extra batch>_<column>`."""
         columns: Columns = {}
         for name, draws in self.fit.extra_batches.items():
             drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)

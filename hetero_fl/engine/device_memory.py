@@ -1,4 +1,4 @@
-"""Device memory: cached copies of host tensors, and estimates of what training needs."""
+"""Device memory: cached copies of CPU tensors, and estimates of the memory for training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from hetero_fl.utils.caching import BoundedCache
 from model_zoo.shapes import make_shape
 
 CPU = torch.device("cpu")
-# Share of the memory that is free when the first tensor is copied.
+# Maximum size of the cache, as a fraction of the memory that is free when the first tensor is
+# copied.
 CACHE_SHARE = 0.5
-# Share of the memory that is free when the first private state is stored.
+# Maximum size of private states on the device, as a fraction of the memory that is free when the
+# first state is stored.
 STATE_SHARE = 0.25
 # Batch sizes of the two forward passes that are compared; BatchNorm needs at least two examples.
 SMALL_BATCH = 2
@@ -30,7 +32,13 @@ LARGE_BATCH = 4
 
 
 class DeviceCopy(NamedTuple):
-    """A copy of a tensor on the device, with the version of the original that was copied."""
+    """A copy of a tensor on the device.
+
+    Attributes:
+        copy: The copy.
+        original: Weak reference to the original tensor.
+        version: Version of the original tensor that was copied.
+    """
 
     copy: Tensor
     original: weakref.ref[Tensor]
@@ -38,20 +46,22 @@ class DeviceCopy(NamedTuple):
 
 
 class DeviceMemory:
-    """A device, and a cache of the host tensors that were copied to it.
+    """A device with a cache for copies of CPU tensors.
 
-    Rows are read in every round but copied to the device only once. A copy does not keep its
-    original alive and is removed together with it.
+    The rows of a data set, for example, are used in every round but copied to the device only once.
+    A copy does not keep the original tensor alive, and is removed together with the original.
 
     Args:
         device: The device. If it is the CPU, nothing is copied.
-        keeps_copies: Whether copies are cached. A user-defined method may change a tensor without
-            a change of its version (`.data`, `.numpy()`); its tensors are copied each time.
+        keeps_copies: Whether copies are cached. Must be False if tensors may be modified without a
+            new version number (by `.data` or `.numpy()`), as in user-defined methods. All tensors
+            are then copied each time.
         stores_tensors: Whether the tensors of participants (models, state, rows, predictions and
             messages within the process) are stored on the device if it is a GPU.
 
     Attributes:
-        storage_device: Where the tensors of participants are stored: the device or the CPU.
+        device: The device.
+        storage_device: Device on which the tensors of participants are stored: `device` or the CPU.
     """
 
     def __init__(
@@ -62,21 +72,23 @@ class DeviceMemory:
         self.device = device
         self.storage_device = device if stores_tensors and device.type == "cuda" else CPU
         self._keeps_copies = keeps_copies
-        # Bytes that private state may take; None until it is first needed.
-        self._state_room: int | None = None
+        # Maximum number of bytes of private states; None before it is needed.
+        self._max_state_bytes: int | None = None
         self._copies: BoundedCache[DeviceCopy] | None = None
         # Cache keys of tensors that no longer exist.
-        self._gone: list[int] = []
+        self._dead_keys: list[int] = []
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return a cached, detached copy of a tensor on the device.
 
-        The tensor itself is returned if it is on the device already or does not fit. Callers must
-        therefore still move the result to the device, and must not change it in place.
+        The tensor itself is returned if it is already on the device, does not fit into the cache or
+        cannot be cached. Callers must therefore still move the result to the device, and must not
+        modify it in place.
 
         Args:
-            tensor: Any tensor. If it was changed in place, it is copied again; changes that do not
-                increment its version (`.data`, `.numpy()`, fused optimizers) go unnoticed.
+            tensor: Any tensor. If it was modified in place, it is copied again. Modifications that
+                do not increment the version of the tensor (by `.data`, `.numpy()` or fused
+                optimizers) are not detected.
         """
         if tensor.device.type == self.device.type or not self._keeps_copies:
             return tensor
@@ -86,39 +98,43 @@ class DeviceMemory:
         if self._copies is None:
             room = int(CACHE_SHARE * free_bytes(self.device))
             self._copies = BoundedCache(max(1, room), lambda entry: entry.copy.nbytes)
-        while self._gone:
-            self._copies.pop(self._gone.pop(), None)
+        while self._dead_keys:
+            self._copies.pop(self._dead_keys.pop(), None)
         if tensor.nbytes > self._copies.maxsize:
             return tensor
         key = id(tensor)
         known = self._copies.get(key)
         if known is None or known.original() is not tensor or known.version != tensor._version:
-            # The entry is removed later: the callback may run while the cache is being changed.
-            original = weakref.ref(tensor, lambda _: self._gone.append(key))
+            # The entry is removed later, because the callback may run while the cache is modified.
+            original = weakref.ref(tensor, lambda _: self._dead_keys.append(key))
             copy = tensor.detach().to(self.device)
             known = self._copies[key] = DeviceCopy(copy, original, tensor._version)
         return known.copy
 
     def to_storage(self, tree: Any) -> Any:
-        """Return a tree of dictionaries, lists and tensors, moved to the storage device."""
+        """Return a tree of dictionaries and lists with all tensors on the storage device."""
         return move_tree(tree, self.storage_device)
 
     def columns_to_storage(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return columns of rows on the storage device, or unchanged if they do not fit."""
+        """Return the columns of a data set on the storage device; unchanged if they do not fit.
+
+        Args:
+            columns: Tensors by column name.
+        """
         if self.storage_device.type == "cpu":
             return dict(columns)
         return {name: self.keep(column) for name, column in columns.items()}
 
     def has_room_for_state(self, num_bytes: int) -> bool:
-        """Return whether private state of `num_bytes` in total fits on the storage device."""
+        """Return whether private states of `num_bytes` in total fit on the storage device."""
         if self.storage_device.type == "cpu":
             return True
-        if self._state_room is None:
-            self._state_room = int(STATE_SHARE * free_bytes(self.device))
-        return num_bytes <= self._state_room
+        if self._max_state_bytes is None:
+            self._max_state_bytes = int(STATE_SHARE * free_bytes(self.device))
+        return num_bytes <= self._max_state_bytes
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the tensors stacked on the device; a repeated tensor is copied once."""
+        """Return tensors stacked on the device. A tensor that occurs repeatedly is copied once."""
         return torch.stack([self.keep(t).detach().to(self.device) for t in tensors])
 
     @property
@@ -127,7 +143,7 @@ class DeviceMemory:
         return bool(self._copies)
 
     def disable_cache(self) -> None:
-        """Free all cached copies and cache no more, to leave the memory to training."""
+        """Free all cached copies and stop caching, so that training can use the memory."""
         self._keeps_copies = False
         self._copies = None
         if self.device.type == "cuda":
@@ -144,16 +160,17 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Estimated bytes of the local training of one participant.
+    """Estimated memory for the local training of one participant, in bytes.
 
-    Not counted are the workspace of convolutions, the batch, and the gradients per example that
-    differentially private training needs.
+    The estimate does not include the workspace of convolutions, the batch, or the gradients of
+    single examples in differentially private training.
 
     Attributes:
-        weights: Parameters and buffers of the models.
-        gradients: Gradients of all parameters.
-        optimizer: Momentum, or both moments of Adam.
-        activations: Tensors that the forward pass of a batch saves for the backward pass.
+        weights: Bytes of the parameters and buffers of the models.
+        gradients: Bytes of the gradients of all parameters.
+        optimizer: Bytes of the optimizer's state: momentum, or both moments of Adam.
+        activations: Bytes of the tensors that the forward pass of a batch saves for the backward
+            pass.
     """
 
     weights: int
@@ -163,7 +180,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
+        """Sum of all parts in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     @classmethod
@@ -175,7 +192,7 @@ class MemoryPlan:
         Args:
             models: The models by slot.
             optimizer: Settings of the optimizer.
-            batch_size: Examples per step.
+            batch_size: Number of examples per step.
         """
         size = torch.finfo(torch.get_default_dtype()).bits // 8
         archs = models.values()
@@ -193,9 +210,10 @@ class MemoryPlan:
 
 
 def activation_bytes(arch: ModelSpec) -> int:
-    """Return the bytes per example that a forward pass in training saves for the backward pass.
+    """Return the bytes per example that a forward pass saves for the backward pass.
 
-    They are measured from two forward passes with different batch sizes, in the default dtype.
+    The number is measured in two forward passes in training mode with different batch sizes, in the
+    default dtype.
     """
     return _measure_activation_bytes(arch, torch.get_default_dtype())
 
@@ -209,7 +227,7 @@ def _measure_activation_bytes(arch: ModelSpec, _dtype: torch.dtype) -> int:
 
 def _saved_bytes(arch: ModelSpec, examples: int) -> int:
     sizes: dict[int, int] = {}
-    # Keeps the tensors alive, so that no two of them get the same memory.
+    # The list keeps the tensors alive, so that no two of them have the same address.
     saved: list[Tensor] = []
 
     def count(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run plans in lockstep: collect the steps that they yield and send back the results."""
+"""Execution of plans in lockstep: compute the steps that plans yield and send back the results."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ T = TypeVar("T")
 
 
 def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step | list[Step]:
-    """Send a plan the result of its last step and return the next step or list of steps.
+    """Send the result of the last step to a plan, and return the next step or list of steps.
 
-    A hook that computes nothing may be an ordinary function; `plan` is then its result.
+    A hook that yields no steps may be an ordinary function. `plan` is then the return value of the
+    function.
 
     Args:
-        participant: The participant that the plan belongs to.
+        participant: The participant to which the plan belongs.
         plan: The return value of a hook, usually a generator.
-        answer: The result of the last step, a list of results, or None at first.
+        answer: The result of the last step, or a list of results; None for the first step.
 
     Raises:
-        StopIteration: When the plan returns; `value` is its return value.
+        StopIteration: If the plan returns. The attribute `value` is the return value of the plan.
         UserError: If the plan yields an object that is not a step, or a step on a model that the
             participant does not have.
     """
@@ -57,7 +58,7 @@ def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step
 
 
 def model_slots(step: Step) -> tuple[str, ...]:
-    """Return the slots of the participant's models that a step computes with."""
+    """Return the slots of the participant's models that a step uses."""
     if isinstance(step, Fit):
         return (*step.train, *step.frozen)
     is_sent = isinstance(step, Predict | Recalibrate) and step.arch is not None
@@ -79,7 +80,7 @@ def _describe_request(request: Any) -> str:
 
 
 Work = Sequence[tuple[Participant, Step]]
-# Called with (participant id, label of the fit that begins).
+# Function that is called with a participant's id and the label of the fit that begins.
 Listener = Callable[[str, str], None]
 
 
@@ -88,14 +89,24 @@ class DivergedError(NoUploadError):
 
 
 class Backend(Protocol):
-    """Computes steps; it may change the participants' models."""
+    """Interface of backends, which compute the steps of plans.
+
+    A fit changes the participant's models and state.
+    """
 
     @property
     def templates(self) -> Templates:
-        """The modules of the backend, on its device."""
+        """The modules on the device of the backend, by architecture and slot."""
 
     def run(self, work: Work) -> list[Any]:
-        """Return the result of each step in order, or the `DivergedError` of a fit."""
+        """Compute steps and return their results in order.
+
+        Args:
+            work: Pairs of participant and step.
+
+        Returns:
+            The result of each step. The result of a fit that diverges is a `DivergedError`.
+        """
 
 
 @dataclass
@@ -126,21 +137,23 @@ class PlanOutcome(Generic[T]):
 def run_plans(
     plans: Sequence[tuple[Participant, Plan[T]]], backend: Backend, watch: Listener | None = None
 ) -> list[PlanOutcome[T]]:
-    """Run plans to their ends in lockstep.
+    """Run plans to completion in lockstep.
 
     Each plan advances by one step or list of steps at a time, so that the backend can compute equal
     steps of several participants together.
 
     Args:
         plans: The participants and their plans.
-        backend: Computes the steps.
-        watch: Called when a fit begins, with the participant's id and the label of the fit.
+        backend: Backend that computes the steps.
+        watch: Function that is called when a fit begins, with the participant's id and the label of
+            the fit.
 
     Returns:
         The outcomes in the order of `plans`.
 
     Raises:
-        UserError: If a plan yields an object that is not a step.
+        UserError: If a plan yields an object that is not a step, or a step on a model that the
+            participant does not have.
     """
     outcomes: list[PlanOutcome[T]] = [PlanOutcome() for _ in plans]
     answers: dict[int, Any] = dict.fromkeys(range(len(plans)))
@@ -203,30 +216,33 @@ def _compute(
 def run_plan(
     plan: Plan[T], participant: Participant, backend: Backend
 ) -> tuple[T, list[tuple[str, FitReport]]]:
-    """Run one plan to its end.
+    """Run one plan to completion.
 
     Args:
         plan: The plan.
-        participant: The participant that the plan belongs to.
-        backend: Computes the steps.
+        participant: The participant to which the plan belongs.
+        backend: Backend that computes the steps.
 
     Returns:
         The return value of the plan, and the label and report of each fit.
 
     Raises:
-        DivergedError: If a fit diverged.
+        DivergedError: If a fit diverges.
     """
     (outcome,) = run_plans([(participant, plan)], backend)
     return outcome.result(), outcome.reports
 
 
 def reported_loss(reports: list[tuple[str, FitReport]]) -> float | None:
-    """Return the loss that a client reports: the loss of its last fit on local data."""
+    """Return the loss that a client reports: the loss of the last fit with the label "train".
+
+    The result is None if there is no such fit.
+    """
     losses = [report.loss for label, report in reports if label == "train"]
     return losses[-1] if losses else None
 
 
-# Characters of a quoted error message.
+# Maximum length of a quoted error message in characters.
 MAX_MESSAGE_LENGTH = 300
 
 

@@ -1,7 +1,7 @@
 """Dropout with masks from a generator that is seeded for each step and participant.
 
-A mask depends on the step, the participant and the position of the layer, but neither on the global
-generator nor on the participants that are trained together.
+A mask depends on the step, the participant and the position of the layer. It depends neither on the
+global generator nor on the other participants that are trained at the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-# Difference between the seeds of two masks of a step; it must differ from the one between steps.
+# Difference between the seeds of two consecutive masks of a step. It must not equal the difference
+# between two steps.
 STRIDE = 0x7F4A7C15
 # Number of seeds that the CPU generator of torch distinguishes.
 SEEDS = 2**32
@@ -26,8 +27,8 @@ LEVELS = 2**16
 class DropoutStreams:
     """The dropout masks of a step, for one participant or for each participant of a stack.
 
-    Each mask has its own seed and is drawn for a full batch; a smaller batch takes the first rows.
-    Therefore padding a batch to the size of another participant's batch changes no mask.
+    Each mask has its own seed and is drawn for a full batch. A smaller batch uses the first rows of
+    the mask, so padding a batch to the size of another participant's batch does not change masks.
 
     Args:
         device: The device on which masks are drawn.
@@ -48,13 +49,18 @@ class DropoutStreams:
             batch_size: Number of examples of a full batch.
         """
         self._keys = keys
-        # A last batch of one example is merged with the batch before it.
+        # A batch can have one more example: a last batch of one example is merged with the batch
+        # before it.
         self._most_rows = batch_size + 1
         self._num_masks = 0
 
     @contextmanager
     def stacked(self, place: Tensor) -> Iterator[None]:
-        """Draw a mask for each participant; `place` is the index that `torch.vmap` batches."""
+        """Draw a mask for each participant of a stack within the context.
+
+        Args:
+            place: Index of the participant under `torch.vmap`, a scalar.
+        """
         self._place = place
         try:
             yield
@@ -62,7 +68,18 @@ class DropoutStreams:
             self._place = None
 
     def mask(self, x: Tensor, p: float) -> Tensor:
-        """Return the next mask in the shape of `x`, with values 0 and `1 / (1 - p)`."""
+        """Return the next mask.
+
+        Args:
+            x: Tensor that determines shape, dtype and device of the mask, shape `[B, ...]`.
+            p: Probability that an element is zeroed.
+
+        Returns:
+            Mask in the shape of `x`, with values 0 and `1 / (1 - p)`.
+
+        Raises:
+            RuntimeError: If no step has begun.
+        """
         if not self._keys:
             raise RuntimeError("dropout in training mode was used outside a training step")
         self._num_masks += 1
@@ -72,7 +89,12 @@ class DropoutStreams:
         return self._draw(x, self._keys[0], p)
 
     def draw_stacked(self, like: Tensor, p: float) -> Tensor:
-        """Return the masks of all participants in the shape of `like`, `[K, B, ...]`."""
+        """Return the masks of all participants.
+
+        Args:
+            like: Tensor in the shape of the masks, `[K, B, ...]`.
+            p: Probability that an element is zeroed.
+        """
         return torch.stack(
             [self._draw(rows, k, p) for rows, k in zip(like, self._keys, strict=True)]
         )
@@ -84,7 +106,7 @@ class DropoutStreams:
         rows = -(-len(like) // self._most_rows) * self._most_rows
         shape = (rows, *like.shape[1:])
         self._generator.manual_seed((key + self._num_masks * STRIDE) % SEEDS)
-        # Drawing four 16-bit levels at once takes a tenth of the time of `bernoulli_`.
+        # Drawing four 16-bit integers at once takes a tenth of the time of `bernoulli_`.
         draws = torch.empty(-(-prod(shape) // 4), dtype=torch.int64, device=like.device)
         draws.random_(-(2**63), None, generator=self._generator)
         levels = draws.view(torch.int16)[: prod(shape)].view(shape)
@@ -118,7 +140,7 @@ class KeyedDropout(nn.Dropout):
     """`nn.Dropout` with masks from `DropoutStreams`.
 
     Args:
-        p: Probability of an element to be zeroed.
+        p: Probability that an element is zeroed.
         streams: The masks of the current step.
     """
 
@@ -134,7 +156,15 @@ class KeyedDropout(nn.Dropout):
 
 
 def use_keyed_dropout(module: nn.Module, streams: DropoutStreams) -> bool:
-    """Replace the dropout layers of a model and return whether any of them drops elements."""
+    """Replace the dropout layers of a model in place.
+
+    Args:
+        module: The model.
+        streams: The masks of the new layers.
+
+    Returns:
+        Whether any dropout layer has a positive probability.
+    """
     found = False
     for parent in list(module.modules()):
         # `_modules` also lists a layer that is used twice.

@@ -1,8 +1,8 @@
-"""The backend that computes one step after the other.
+"""Backend that computes one step after the other.
 
-Predictions on public rows are cached: after FedAvg, all clients have equal models, and the global
-test set is predicted once. They are computed for one model at a time, because outputs of batched
-models differ in the last bits and must not depend on cache hits.
+Predictions on public rows are cached. After FedAvg, for example, all clients have equal models, and
+the global test set is predicted once. These predictions are computed for one model at a time: the
+outputs of stacked models differ in the last bits, and results must not depend on cache hits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ from model_zoo import Outputs, is_batch_norm
 
 
 def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
-    """Return the output that the step reads, shape `[B, ...]`."""
+    """Select the output that a step uses, shape `[B, ...]`.
+
+    Args:
+        step: The step.
+        outputs: Outputs of the model for a batch.
+    """
     is_log = step.readout == "log_probabilities"
     selected = F.log_softmax(outputs.logits, -1) if is_log else getattr(outputs, step.readout)
     minimum = getattr(step, "at_least", None)
@@ -55,7 +60,7 @@ def class_sums(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Ten
     Returns:
         Sums, shape `[C, D]`, and counts, shape `[C]`.
     """
-    # On a GPU the order of the additions of `index_add_` and `bincount` is not defined.
+    # On a GPU, `index_add_` and `bincount` add values in an undefined order.
     if values.is_cuda:
         classes = torch.arange(num_classes, device=values.device)
         members = (y.to(values.device)[:, None] == classes).to(values.dtype)
@@ -64,16 +69,17 @@ def class_sums(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Ten
     return sums, torch.bincount(y, minlength=num_classes).to(values.dtype)
 
 
-# Cached predictions, each with the model that made it.
+# Maximum number of cached predictions. Each entry keeps the tensors of the model in memory.
 CACHED_PREDICTIONS = 16
-# Cached predictions of received models; their participant keeps all of those models anyway.
+# Maximum number of cached predictions of received models, which participants keep in memory anyway.
 CACHED_RECEIVED = 128
 
 
 class CachedOutputs:
     """Outputs of a model, and the rows and tensors from which they were computed.
 
-    The rows are not kept alive. A tensor that was changed in place no longer matches.
+    The rows are referenced weakly. Outputs no longer match after one of the model's tensors has
+    been modified in place.
 
     Args:
         x: Inputs, shape `[N, ...]`.
@@ -88,9 +94,13 @@ class CachedOutputs:
         self._tensors = {n: (t, t._version) for n, t in tensors.items() if t.is_floating_point()}
 
     def matches(self, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether the outputs are those of these rows and an equal model.
+        """Return whether the outputs were computed from these rows and an equal model.
 
-        Integer buffers are not compared, because evaluation does not read them.
+        Integer buffers are not compared, because they do not affect the outputs in evaluation mode.
+
+        Args:
+            x: Inputs, shape `[N, ...]`; compared by identity.
+            tensors: The model's tensors by name; compared by value.
         """
         if self._x() is not x or self.outputs._version != self._version:
             return False
@@ -108,9 +118,9 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def prediction_key(participant: Participant, step: Step) -> Any:
-    """Return the cache key of a prediction on public rows, or None for any other step.
+    """Return the cache key of a prediction on public rows; None for any other step.
 
-    The values of the rows and of the model's tensors are not part of the key.
+    The key contains neither the values of the rows nor the tensors of the model.
     """
     if not isinstance(step, Predict) or not isinstance(step.data, Rows):
         return None
@@ -118,7 +128,7 @@ def prediction_key(participant: Participant, step: Step) -> Any:
     if rows.name not in PUBLIC or rows.rows is not None:
         return None
     shape = tuple(participant.data(rows.name, rows.preprocess)["x"].shape)
-    # The slot tells the members of a received ensemble apart.
+    # The slot distinguishes the members of a received ensemble.
     received_slot = None if step.tensors is None else step.slot
     return (
         step_model_spec(participant, step),
@@ -131,10 +141,10 @@ def prediction_key(participant: Participant, step: Step) -> Any:
 
 
 class SerialBackend:
-    """Computes one step after the other on one device.
+    """Backend that computes one step after the other on one device.
 
     Args:
-        memory: The device.
+        memory: The device and its cached tensors.
         precision: "float32" or "bfloat16".
     """
 
@@ -144,7 +154,14 @@ class SerialBackend:
         self._received: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_RECEIVED)
 
     def run(self, work: Work) -> list[Any]:
-        """Return the result of each step in order, or the `DivergedError` of a fit."""
+        """Compute steps and return their results in order.
+
+        Args:
+            work: Pairs of participant and step.
+
+        Returns:
+            The result of each step. The result of a fit that diverges is a `DivergedError`.
+        """
         results: list[Any] = []
         while len(results) < len(work):
             begin = len(results)
@@ -160,7 +177,7 @@ class SerialBackend:
                 assert isinstance(step, Predict)
                 results.append(self.predict_public(key, participant, step))
             else:
-                # Consecutive outputs of one model on the same rows take one forward pass.
+                # Consecutive steps with the same model and rows share one forward pass.
                 end = begin + 1
                 while end < len(work) and share_forward_pass(work[begin], work[end]):
                     end += 1
@@ -168,7 +185,7 @@ class SerialBackend:
         return results
 
     def _fit(self, participant: Participant, fit: Fit) -> FitReport:
-        """Train; if memory runs out, free the cached copies and train again."""
+        """Run a fit. If the device runs out of memory, free the cached copies and try again."""
         uses = dict(participant.stream_uses)
         try:
             return run_fit(participant, fit, self.templates)
@@ -181,12 +198,17 @@ class SerialBackend:
         return run_fit(participant, fit, self.templates)
 
     def predict_public(self, key: Any, participant: Participant, step: Predict) -> Tensor:
-        """Return a prediction on public rows; several participants may get the same tensor.
+        """Return a prediction on public rows, from the cache if possible.
+
+        Several participants may receive the same tensor, which must not be modified in place.
 
         Args:
             key: The return value of `prediction_key`.
             participant: The participant whose model predicts.
-            step: The prediction.
+            step: The step.
+
+        Returns:
+            Outputs of the model, shape `[N, ...]`.
         """
         x = step.data.columns(participant)["x"]
         tensors = step_tensors(participant, step)
@@ -199,11 +221,14 @@ class SerialBackend:
 
     @torch.no_grad()
     def recalibrate(self, participant: Participant, step: Recalibrate) -> Tensors:
-        """Return the means and variances of a model's BatchNorm layers on the step's rows.
+        """Return the running means and variances of BatchNorm layers on the rows of a step.
 
         Args:
-            participant: The participant whose model is read.
+            participant: The participant whose model is used.
             step: The step.
+
+        Returns:
+            Tensors by name; empty if the model has no BatchNorm layers or there are too few rows.
         """
         template = self.templates(step_model_spec(participant, step))
         layers = {n: m for n, m in template.module.named_modules() if is_batch_norm(m)}
@@ -230,7 +255,7 @@ class SerialBackend:
 
     def _output_results(self, work: Work) -> list[Any]:
         participant = work[0][0]
-        # `run` passes no fits.
+        # `run` does not pass fits.
         steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]
         results: list[Any] = []
         for step, outputs in zip(steps, self._outputs(participant, steps), strict=True):
@@ -261,7 +286,7 @@ class SerialBackend:
 
 
 def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:
-    """Return whether both steps read outputs of the same model on the same rows."""
+    """Return whether two steps use outputs of the same model on the same rows."""
     participant, a = one
     other_participant, b = other
     if participant is not other_participant or isinstance(a, Fit) or isinstance(b, Fit):

@@ -1,4 +1,4 @@
-"""Modules by architecture into which tensors are loaded, and estimates of training time."""
+"""Modules into which the tensors of participants are loaded, and estimates of training time."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ from hetero_fl.utils.objects import OBJECT_PREFIX
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 from model_zoo.shapes import make_shape
 
-# Estimates decide which executor a run gets, and are the same on every machine. Measured times only
-# decide the order in which clients start, which does not change results.
+# Estimates of operations are the same on every machine. The measured durations of tasks affect only
+# the order in which clients start, which does not change results.
 
 # Assumed floating-point operations per second of one core; converts estimates to seconds.
 RATE = 2e10
-# Operations per parameter and example above which a convolutional model uses channels-last memory.
+# Floating-point operations per parameter and example from which a convolutional model uses the
+# channels-last memory format.
 INTENSE = 10
 
 
 @cache
 def describe_model(arch: ModelSpec) -> ModelDescription:
-    """Return the number of parameters and operations of a model."""
+    """Return the description of a model, with the numbers of parameters and operations."""
     return describe(
         arch.name, *arch.size_arguments, vocabulary=arch.vocabulary, **dict(arch.options)
     )
 
 
 def prefers_channels_last(arch: ModelSpec) -> bool:
-    """Return whether a model is faster in the channels-last memory format.
+    """Return whether a model is likely to be faster in the channels-last memory format.
 
     On CPUs, the format reduces the time of convolutions that use each weight at many positions to
     70–90%. It increases the time of wide convolutions on images of a few pixels, such as the last
-    blocks of ResNet-18 at 28x28, to 120–140%. User-defined models keep the default format, because
-    a `view` in their code may rely on it.
+    blocks of ResNet-18 at 28x28, to 120–140%. User-defined models use the default format, because
+    a `view` in their code may depend on it.
     """
     if arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
         return False
@@ -81,7 +82,7 @@ class TaskCosts:
     """Estimated or measured duration of each client's task.
 
     Args:
-        client_infos: The clients by id.
+        client_infos: Information on each client, by client id.
     """
 
     def __init__(self, client_infos: Mapping[str, ClientInfo]) -> None:
@@ -89,12 +90,12 @@ class TaskCosts:
         self._measured: dict[str, float] = {}
 
     def cost_of(self, client_id: str) -> float:
-        """Return the last measured seconds of a client, or an estimate before the first task."""
+        """Return the last measured duration of a client's task, or an estimate, in seconds."""
         measured = self._measured.get(client_id)
         return measured or training_flops(self._client_infos[client_id]) / RATE
 
     def update(self, seconds: Mapping[str, float]) -> None:
-        """Record measured durations by client id."""
+        """Record measured durations in seconds, by client id."""
         self._measured.update(seconds)
 
 
@@ -103,13 +104,13 @@ class Template:
 
     Args:
         arch: The architecture.
-        memory: The device.
+        memory: The device and its cached tensors.
         precision: "float32" or "bfloat16".
         dropout: The masks of the dropout layers.
 
     Attributes:
         module: The module.
-        drops: Whether the module has dropout layers.
+        drops: Whether the module has dropout layers with a positive probability.
         tensors: The module's parameters and buffers by name.
         parameters: The module's parameters by name.
     """
@@ -132,13 +133,14 @@ class Template:
             self.module.to(memory_format=torch.channels_last)
         self.tensors: Mapping[str, Tensor] = self.module.state_dict(keep_vars=True)
         self._handed_over: set[str] = set()
-        # cuDNN expects the weights of a recurrent layer in one block of memory, so the module keeps
-        # its memory and hands over copies.
+        # cuDNN expects the weights of a recurrent layer in one block of memory, so `hand_over`
+        # returns copies of the module's tensors.
         self._keeps_memory = device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.module.modules()
         )
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
-        # `module.training` alone does not suffice: a model's `train` may do more than set it.
+        # `module.training` is not sufficient, because the `train` method of a model may do more
+        # than set this attribute.
         self._mode: bool | None = None
 
     @torch.no_grad()
@@ -158,16 +160,17 @@ class Template:
         return self.module
 
     def set_mode(self, training: bool) -> None:
-        """Set training or evaluation mode, if it differs from the current mode."""
-        # `train` takes half a millisecond, because it visits every layer.
+        """Set the module to training or evaluation mode, unless it is already in this mode."""
+        # A call of `train` takes half a millisecond, because it visits every layer.
         if self._mode is not training or self.module.training is not training:
             self.module.train(training)
             self._mode = training
 
     def hand_over(self) -> Tensors:
-        """Return the module's tensors, contiguous and on the storage device.
+        """Return the module's tensors by name, contiguous and on the storage device.
 
-        They are not copied if possible; the next `load` then gives the module new memory.
+        The tensors are copied only if necessary. For tensors that are not copied, the next `load`
+        allocates new memory in the module.
         """
         # Unlike `detach()`, `data` does not share its version counter with the module's tensor.
         tensors = {
@@ -184,7 +187,11 @@ class Template:
         return tensors
 
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
-        """Return the module as a function of the given tensors; the module does not change."""
+        """Return the module as a function that uses other tensors, without changing the module.
+
+        Args:
+            tensors: Parameters and buffers by name.
+        """
         head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
         return ModelView(
             lambda x: functional_call(self.module, dict(tensors), (x,)),
@@ -194,12 +201,12 @@ class Template:
 
 
 class Templates:
-    """The templates of a process by architecture and slot.
+    """The templates of a process by architecture and slot, which are created on request.
 
-    Calling it returns a template; two slots of one fit have two modules.
+    Models in different slots have different modules, even if their architectures are equal.
 
     Args:
-        memory: The device.
+        memory: The device and its cached tensors.
         precision: "float32" or "bfloat16".
 
     Attributes:
@@ -237,20 +244,23 @@ def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
 
 # Seconds after which no further step is timed.
 MEASURED_SECONDS = 0.1
-# Seconds of a first step from which on no second one is timed.
+# If the first step takes at least this number of seconds, no second step is timed.
 SLOW_STEP = 0.5
 
 
 def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
-    """Return the seconds of a training step on the CPU.
+    """Measure the duration of a training step on the CPU.
 
-    A step consists of a forward pass, a backward pass and an SGD update on blank examples. The
-    result is the minimum of several steps without the first, or the first step of a slow model.
+    A step consists of a forward pass, a backward pass and an SGD update on examples of zeros.
 
     Args:
         arch: The architecture.
-        batch_size: Examples per step.
+        batch_size: Number of examples per step.
         threads: Number of CPU threads.
+
+    Returns:
+        Duration in seconds: the minimum of several steps without the first one. For a slow model,
+        the duration of the first step.
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -279,11 +289,11 @@ OutputStep = Predict | ClassSums
 
 
 def step_model_spec(participant: Participant, step: OutputStep | Recalibrate) -> ModelSpec:
-    """Return the architecture of the model that a step reads."""
+    """Return the architecture of the model that a step uses."""
     return getattr(step, "arch", None) or participant.arch[step.slot]
 
 
 def step_tensors(participant: Participant, step: OutputStep | Recalibrate) -> Mapping[str, Tensor]:
-    """Return the tensors of the model that a step reads, from the step or from its slot."""
+    """Return the tensors of the model that a step uses, from the step or the participant."""
     received: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
     return participant.models[step.slot] if received is None else received

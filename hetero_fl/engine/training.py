@@ -1,6 +1,6 @@
-"""The training loop for one participant at a time, and the optimizers.
+"""Training loop for one participant at a time, and optimizers.
 
-`vectorized_training` contains the loop for several participants at once.
+The module `vectorized_training` contains the training loop for several participants at once.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def split_name(key: str) -> tuple[str, str]:
 def make_optimizer(
     config: OptimizerConfig, trainable: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
-    """Return a torch optimizer for the given tensors.
+    """Return a PyTorch optimizer.
 
     Args:
         config: Settings of the optimizer; heads may have a different learning rate.
-        trainable: The tensors by "slot:name".
+        trainable: The tensors to optimize, by "slot:name".
     """
     heads = [key for key in trainable if config.head_lr and split_name(key)[1].startswith("head.")]
     groups: list[dict[str, Any]] = [
@@ -98,7 +98,7 @@ def _make_custom_optimizer(
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every learning rate to its initial value times a factor."""
+    """Set each learning rate to its initial value multiplied by a factor."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("first_lr", group["lr"]) * factor
 
@@ -110,7 +110,7 @@ def snapshot_optimizer(
 
     Args:
         optimizer: The optimizer.
-        trainable: The tensors that it updates, by "slot:name".
+        trainable: The tensors that the optimizer updates, by "slot:name".
         device: The device of the copy.
     """
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
@@ -135,7 +135,7 @@ def restore_optimizer(
 
     Args:
         optimizer: The optimizer.
-        trainable: The tensors that it updates, by "slot:name".
+        trainable: The tensors that the optimizer updates, by "slot:name".
         saved: The return value of `snapshot_optimizer`.
     """
     for name, state in saved.items():
@@ -149,7 +149,15 @@ def restore_optimizer(
 
 
 def move_to_device(memory: DeviceMemory, value: Any) -> Any:
-    """Return a tree of dictionaries and tensors, detached and on the device; copies are cached."""
+    """Detach the tensors of a tree and move them to the device.
+
+    Args:
+        memory: The device. Copies of tensors are cached.
+        value: A tensor, or nested dictionaries of tensors and other values.
+
+    Returns:
+        The new tree. The original is not modified.
+    """
     if isinstance(value, Tensor):
         return memory.keep(value).detach().to(memory.device)
     if isinstance(value, Mapping):
@@ -158,7 +166,12 @@ def move_to_device(memory: DeviceMemory, value: Any) -> Any:
 
 
 def divergence_error(fit: Fit, loss: float) -> DivergedError:
-    """Return the error for a fit that diverged; `loss` is the mean over its steps."""
+    """Return the error for a fit that diverged.
+
+    Args:
+        fit: The fit.
+        loss: Mean loss over the steps.
+    """
     return DivergedError(f"'{fit.label}' is no longer finite (loss {loss:g})")
 
 
@@ -169,8 +182,8 @@ class FitState:
     Attributes:
         fit: The fit.
         modules: The modules by slot.
-        trainable: The trained parameters.
-        nets: The models as the objective calls them.
+        trainable: The trained parameters by "slot:name".
+        nets: The models in the form that is passed to the objective.
         context: The tensors that the objective reads, on the device.
         batches: The batches of the fit.
         dropout: The masks of the dropout layers.
@@ -191,7 +204,10 @@ class FitState:
 
 
 class Gradients(Protocol):
-    """Draws batches and computes gradients, in place of the gradient of the mean loss."""
+    """Interface for custom gradients, such as the gradients of DP-SGD.
+
+    An implementation draws the batches of a fit and computes the gradients.
+    """
 
     def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> Batches:
         """Return the batches of a fit.
@@ -199,40 +215,40 @@ class Gradients(Protocol):
         Args:
             participant: The participant that is trained.
             fit: The fit.
-            memory: The device.
+            memory: The device to which batches are moved.
         """
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
         """Set the gradients of the trained parameters.
 
         Args:
-            state: The fit; all gradients are None.
-            step: Index of the step.
+            state: State of the fit, in which all gradients are None.
+            step: Index of the step, from 0.
             dropout_key: Seed of the dropout masks.
             batch: The examples.
 
         Returns:
-            The loss, or a value in its place if the loss must not be revealed.
+            The loss, or a substitute if the loss must not be revealed; a scalar.
         """
 
 
 def run_fit(
     participant: Participant, fit: Fit, templates: Templates, gradients: Gradients | None = None
 ) -> FitReport:
-    """Train the fit's slots of the participant in place.
+    """Train models of a participant in place.
 
     Args:
         participant: The participant.
-        fit: The fit.
-        templates: The modules.
-        gradients: Draws batches and computes gradients; by default, the gradient of the mean loss.
+        fit: The fit, which specifies the models to train.
+        templates: The modules by architecture and slot.
+        gradients: Source of batches and gradients; None for the gradient of the mean loss.
 
     Returns:
-        The number of steps and examples and the mean loss over the steps.
+        The number of steps, the number of examples, and the mean loss over the steps.
 
     Raises:
-        DivergedError: If the loss or a trained tensor is no longer finite. The participant is
-            unchanged.
+        DivergedError: If the loss or a trained tensor is no longer finite. The participant's models
+            and state are then unchanged.
     """
     modules = {slot: templates(participant.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
     trainable = _prepare(participant, fit, modules)
@@ -275,7 +291,7 @@ def run_fit(
                 )
             total += loss.detach()
     mean_loss = _finite_mean_loss(fit, total, parameters, len(batches))
-    # The participant changes last: a fit that runs out of memory is repeated.
+    # The participant is changed last, because a fit that runs out of memory is repeated.
     snapshot = None
     if fit.keep:
         snapshot = snapshot_optimizer(optimizer, trainable, templates.memory.storage_device)
@@ -287,7 +303,7 @@ def run_fit(
 
 
 def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, Tensor]]:
-    """Return each trained parameter that drifts, with its drift per unit of learning rate."""
+    """Return each trained parameter that has a correction in `Fit.drift`, with the correction."""
     named = [(*split_name(key), p) for key, p in trainable.items()]
     return [
         (p, fit.drift[slot][name].to(p))
@@ -299,9 +315,9 @@ def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, 
 def _finite_mean_loss(
     fit: Fit, total: Tensor, parameters: Sequence[Tensor], num_steps: int
 ) -> float:
-    """Return the mean loss; raise DivergedError if it or a parameter is not finite."""
+    """Return the mean loss; raise DivergedError if the loss or a parameter is not finite."""
     norms = torch._foreach_norm([p.detach() for p in parameters])
-    # One synchronization with the device instead of one for each tensor.
+    # Synchronize with the device once, not for each tensor.
     loss_sum, *magnitudes = torch.stack([total, *(n.to(total) for n in norms)]).tolist()
     if not all(map(math.isfinite, [loss_sum, *magnitudes])):
         raise divergence_error(fit, loss_sum / num_steps)
@@ -311,7 +327,7 @@ def _finite_mean_loss(
 def _prepare(
     participant: Participant, fit: Fit, modules: Mapping[str, Template]
 ) -> TrainableTensors:
-    """Load the models, set modes and `requires_grad`, and return the trained parameters."""
+    """Load the models, set their modes and `requires_grad`, and return the trained parameters."""
     trainable: TrainableTensors = {}
     for slot, template in modules.items():
         template.load(participant.models[slot])

@@ -1,8 +1,9 @@
-"""The backend that computes equal steps of many participants at once.
+"""Backend that computes equal steps of several participants at once with `torch.vmap`.
 
-Steps are equal if their `vectorization_key` is: the same architectures, objective, optimizer and
-shapes; the number of rows may differ. Steps that `torch.vmap` does not support (recurrent networks,
-dropout of whole channels or paths, data-dependent branches) run serially.
+Steps are equal if they have the same `vectorization_key`, that is, the same architectures,
+objective, optimizer and shapes. The number of rows may differ. Steps that `torch.vmap` does not
+support run serially: recurrent networks, dropout of whole channels or paths, and branches that
+depend on data.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
 @torch.no_grad()
 def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
-    """Return the results of equal `Predict` or `ClassSums` steps in order.
+    """Compute equal `Predict` or `ClassSums` steps together, and return their results in order.
+
+    Args:
+        work: Pairs of participant and step.
+        templates: The modules by architecture and slot.
 
     Raises:
         RuntimeError: If `torch.vmap` does not support the model.
@@ -53,12 +58,12 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
 
 
 def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -> list[Tensor]:
-    """Return the outputs of each model on its rows, shape `[N, ...]`."""
+    """Return the outputs of each participant's model on the rows of the step, shape `[N, ...]`."""
     step = work[0][1]
     device = templates.device
     template = templates(step_model_spec(*work[0]), "")
     module = template.module.eval()
-    # Models with the most rows come first, so that the active ones are always a prefix.
+    # Models with the most rows come first, so that those with remaining rows are always a prefix.
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
     models = [step_tensors(*work[i]) for i in order]
     # Integer counters are not transmitted, and evaluation ignores them.
@@ -98,9 +103,9 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
 #     lenet                           0.94 / 0.57
 #     fedavg_cnn      0.98 / 0.57     0.99 / 1.13
 #
-# With batch size 32, images of 28x28 pixels use the whole CPU also without vectorization
+# With batch size 32, images of 28x28 pixels use the whole CPU even without vectorization
 # (cnn_bn_small 0.94 / 0.75, cnn_gn_small 0.79 / 0.86). Groups of two clients are mostly slower (0.9
-# to 3.3), and so are models of more than a million parameters, which exceed the CPU cache together.
+# to 3.3), and so are models of more than a million parameters, which together exceed the CPU cache.
 # There were few measurements on a shared machine, so the second digit is not reliable.
 
 # Maximum bytes of a stacked tensor on a CPU. Above 32 MB, glibc requests new memory from the system
@@ -113,8 +118,8 @@ class VectorizedBackend:
     """Backend that computes equal steps of several participants together, on one device.
 
     Args:
-        memory: The device.
-        log: Called once with a line for each architecture that cannot be vectorized.
+        memory: The device and its cached tensors.
+        log: Function that is called with a message for each architecture that cannot be vectorized.
         precision: "float32" or "bfloat16".
     """
 
@@ -133,7 +138,14 @@ class VectorizedBackend:
         self._max_group_sizes: dict[Any, int] = {}
 
     def run(self, work: Work) -> list[Any]:
-        """Return the result of each step in order, or the `DivergedError` of a fit."""
+        """Compute steps and return their results in order.
+
+        Args:
+            work: Pairs of participant and step.
+
+        Returns:
+            The result of each step. The result of a fit that diverges is a `DivergedError`.
+        """
         groups: dict[Any, list[int]] = {}
         seen: dict[tuple[int, str], int] = {}
         results: dict[int, Any] = {}
@@ -141,14 +153,14 @@ class VectorizedBackend:
             if isinstance(step, Recalibrate):
                 results[i] = self.serial.recalibrate(participant, step)
                 continue
-            # Public predictions are computed one model at a time: see `engine.serial`.
+            # Predictions on public rows are computed for one model at a time (see `engine.serial`).
             key = prediction_key(participant, step)
             if key is not None:
                 assert isinstance(step, Predict)
                 results[i] = self.serial.predict_public(key, participant, step)
                 continue
-            # Fits of one participant with the same label draw from one stream in the order of the
-            # work, so they run in successive waves.
+            # Fits of one participant with the same label draw from one random stream in the order
+            # of the work, so they run in successive waves.
             wave = 0
             if isinstance(step, Fit):
                 wave = seen[id(participant), step.label] = (
@@ -158,7 +170,7 @@ class VectorizedBackend:
             try:
                 hash(equal)
             except TypeError:
-                # A user-defined objective without a hash is equal to no other.
+                # A user-defined objective that is not hashable counts as different from all others.
                 equal = i
             groups.setdefault((wave, equal), []).append(i)
         for _, members in sorted(groups.items(), key=lambda group: group[0][0]):
@@ -195,8 +207,8 @@ class VectorizedBackend:
         uses = [dict(p.stream_uses) for p, _ in work]
         try:
             with warnings.catch_warnings():
-                # For an operation without a batching rule, vmap loops over the participants, which
-                # is slower than the serial backend.
+                # If an operation has no batching rule, vmap loops over the participants, which is
+                # slower than the serial backend.
                 warnings.filterwarnings("error", message="There is a performance drop")
                 # All steps are of the type of the first one.
                 if isinstance(step, Fit):
@@ -251,7 +263,7 @@ def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
 def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
     """Return a key that is equal for steps that can be computed together.
 
-    The key is not hashable if the objective is not.
+    The key is not hashable if the objective is not hashable.
     """
     if not isinstance(step, Fit):
         x = step.data.columns(participant)["x"]
@@ -319,10 +331,10 @@ def make_backend(
     """Return a serial or a vectorized backend.
 
     Args:
-        memory: The device.
-        chunk: Number of clients that are computed together; 1 for the serial backend.
+        memory: The device and its cached tensors.
+        chunk: Number of clients that are processed together; 1 for the serial backend.
         precision: "float32" or "bfloat16".
-        log: Called with a line for each architecture that cannot be vectorized.
+        log: Function that is called with a message for each architecture that cannot be vectorized.
     """
     if chunk == 1:
         return SerialBackend(memory, precision)

@@ -1,7 +1,8 @@
-"""The training loop on models of equal architecture, stacked along a client dimension.
+"""Training loop for models of equal architecture, stacked along a client dimension.
 
-Only the forward pass runs under `torch.vmap`. The backward pass and the elementwise optimizer work
-on stacked tensors `[K, ...]`, because the loss of a participant depends on its own slice only.
+Only the forward pass runs under `torch.vmap`. The backward pass and the elementwise optimizer use
+stacked tensors `[K, ...]`, because the loss of a participant depends only on the participant's own
+slice.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from model_zoo.split_model import is_batch_norm
 
 
 def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
-    """Stack trees of equal structure leaf by leaf.
+    """Stack the tensors of trees with equal structure.
 
     Returns:
-        The stacked tree, and the `in_dims` of `torch.vmap` for it. A tensor that all trees share is
-        not stacked; its dimension is None.
+        The stacked tree, and a tree with the `in_dims` of `torch.vmap`. A tensor that all trees
+        share is not stacked, and its dimension is None.
     """
     first = trees[0]
     if isinstance(first, Mapping):
@@ -62,7 +63,7 @@ def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
 
     Args:
         tree: The stacked tree.
-        dims: Its dimensions, from `stack_trees`.
+        dims: The dimensions of the tree, from `stack_trees`.
         who: Indices of the participants.
     """
     if isinstance(tree, Mapping):
@@ -71,7 +72,7 @@ def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
 
 
 def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
-    """Stack the states of optimizers, whose step counters are equal (see `vectorization_key`)."""
+    """Stack the states of optimizers. Their step counters must be equal."""
     return {
         key: {
             n: v if n == "step" else torch.stack([s[key][n] for s in saved])
@@ -98,8 +99,9 @@ class StackedOps(TorchFunctionMode):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear` with a backward pass that is faster under `torch.vmap`.
 
-    The batching rule of torch returns the gradient of stacked weights transposed, and copying it
-    takes as long as computing it. For small layers the overhead of this function is larger.
+    The batching rule of PyTorch returns a transposed gradient of stacked weights, and copying the
+    gradient takes as long as computing it. Layers with fewer than `LARGE` weights use `F.linear`,
+    because the overhead of this function would be larger.
 
     Args:
         x: Inputs, shape `[..., in]`.
@@ -117,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The product x Wᵀ of one participant; under vmap, of all participants."""
+    """The product x Wᵀ of one participant; under vmap, the products of all participants."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -167,14 +169,14 @@ class _StackedLinear(torch.autograd.Function):
 
 
 class StackedBatches:
-    """The batches of equal fits of several participants, gathered in one operation per step.
+    """The batches of equal fits of several participants, one stacked batch per step.
 
     A batch that is smaller than others of the same step is padded with copies of its first row,
     which have weight zero.
 
     Args:
-        runs: The batches of each participant, in descending order of their number, so that the
-            participants that are still training are always a prefix.
+        runs: The batches of each participant, in descending order of the number of batches, so that
+            the participants that are still training are always a prefix.
     """
 
     def __init__(self, runs: Sequence[Batches]) -> None:
@@ -192,7 +194,7 @@ class StackedBatches:
         self._starts = (torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)).to(device)
         self._table = torch.where(is_real, table, table[:, :1]).to(device)
         self._weights = is_real.to(torch.get_default_dtype()).to(device)
-        # All rows of all participants, and whether the participants share them.
+        # Rows of all participants by column, and whether all participants have the same rows.
         self._columns: dict[str, tuple[Tensor, bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)
@@ -223,13 +225,13 @@ class StackedBatches:
         """Return the batches of the selected participants in a step.
 
         Args:
-            step: Index of the step.
+            step: Index of the step, from 0.
             who: Indices of the participants.
-            sizes: Batch size of each of them.
+            sizes: Batch size of each of these participants.
 
         Returns:
-            Columns, shape `[K, B, ...]`, and weights of the rows, shape `[K, B]`, or None if all
-            sizes are equal.
+            Columns by name, shape `[K, B, ...]` each, and weights of the rows, shape `[K, B]`, or
+            None instead of the weights if all sizes are equal.
         """
         members = self.members(who)
         weight = None
@@ -267,10 +269,16 @@ Work = Sequence[tuple[Participant, Fit]]
 
 
 def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedError]:
-    """Train equal fits of several participants in place.
+    """Train models of several participants in place.
+
+    All fits must be equal (see `vectorization_key`).
+
+    Args:
+        work: Pairs of participant and fit.
+        templates: The modules by architecture and slot.
 
     Returns:
-        The report of each fit in order, or its `DivergedError`.
+        The report of each fit in order. The result of a fit that diverges is a `DivergedError`.
 
     Raises:
         RuntimeError: If `torch.vmap` does not support the models or the objective. The models and
@@ -285,7 +293,7 @@ def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedEr
 
 
 class _StackedFits:
-    """Equal fits in progress, in descending order of their number of steps."""
+    """Equal fits in progress, in descending order of the number of steps."""
 
     def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
         self.work = work
@@ -325,7 +333,7 @@ class _StackedFits:
         self.totals = torch.zeros(len(work), device=self.device)
         self.kept: list[OptimizerSnapshot] = [{} for _ in work]
         self.leaves: TrainableTensors = {}
-        # Tensors of all participants that are still training, leaves included.
+        # Tensors of all participants that are still training, including the leaf tensors.
         self.active_tensors: dict[str, dict[str, Tensor]] = {}
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -355,7 +363,7 @@ class _StackedFits:
         self._keep(0, active, self.optimizer, self.leaves)
 
     def _narrow(self, active: int, before: int) -> None:
-        """Continue with the first `active` participants on the same storage."""
+        """Restrict training to the first `active` participants, without copying tensors."""
         old = self.optimizer
         leaves = self.leaves
         self.leaves = {
@@ -380,7 +388,7 @@ class _StackedFits:
             restore_optimizer(self.optimizer, self.leaves, stack_optimizer_states(saved))
 
     def _gradients(self, step: int, active: int) -> None:
-        """Set the gradients of the leaves and add the losses to the totals."""
+        """Set the gradients of the leaf tensors, and add the losses to the totals."""
         sizes = self.batches.batch_sizes(step, active)
         if not self.equal_sizes or len(set(sizes)) == 1:
             for leaf in self.leaves.values():
@@ -394,7 +402,7 @@ class _StackedFits:
             leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
             self._backward(step, who, [size] * len(who), tensors)
             parts.append((who, leaves))
-            # Indexing has copied the buffers: write their new values back.
+            # Indexing has copied the buffers, so their new values are written back.
             for s in self.fit.train:
                 for n, t in self.tensors[s].items():
                     if n not in self.templates[s].parameters:
@@ -420,7 +428,7 @@ class _StackedFits:
     def _backward(
         self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
-        """Compute the losses of the selected participants and the gradients of their leaves."""
+        """Compute the losses of the selected participants and the gradients of leaf tensors."""
         columns, weight = self.batches.batch_at(step, who, sizes)
         place = None
         if self.drops:
@@ -473,7 +481,7 @@ class _StackedFits:
         optimizer: torch.optim.Optimizer | None,
         leaves: TrainableTensors,
     ) -> None:
-        """Store the optimizer state of the participants from `begin` to `end`, which finish now."""
+        """Store the optimizer states of participants `begin` to `end - 1`, which have finished."""
         if self.fit.keep and optimizer is not None:
             state = snapshot_optimizer(optimizer, leaves, self.storage_device)
             for i in range(begin, end):
@@ -493,7 +501,7 @@ class _StackedFits:
             s: {n: t.to(self.storage_device) for n, t in self.tensors[s].items()}
             for s in self.fit.train
         }
-        # The participants change last: a fit that runs out of memory is repeated.
+        # The participants are changed last, because a fit that runs out of memory is repeated.
         models = [
             {s: {n: t[i].clone() for n, t in own.items()} for s, own in tensors.items()}
             for i in range(len(self.work))

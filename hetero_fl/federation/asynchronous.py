@@ -1,6 +1,6 @@
 """Asynchronous training: clients train continuously, and the server aggregates buffered uploads.
 
-Events are simulated in order of time (FedAsync: Xie et al. 2019; FedBuff: Nguyen et al. 2022).
+See FedAsync (Xie et al. 2019) and FedBuff (Nguyen et al. 2022).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import sample_numbers
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-# The run ends after this many faults per concurrent task in a row.
+# The run fails after this number of consecutive faults, times the number of concurrent tasks.
 MAX_FAULTS_PER_PLACE = 100
 
 
@@ -44,16 +44,16 @@ class ClientTask:
     Attributes:
         number: Number of the task in the run.
         client: The client's id.
-        place: Position of the client among all ids.
+        place: Position of the client's id among all client ids.
         version: The server's version at the assignment.
         attempt: Number of earlier tasks of the client for the same version.
         start: Time of the assignment in seconds.
-        end: Time of the end in seconds; infinite while it is not known.
+        end: End time in seconds; infinite while it is unknown.
         broadcast: The encoded broadcast.
-        up_bytes: Expected bytes of the upload.
+        up_bytes: Expected size of the upload in bytes.
         fault: The simulated fault.
-        upload: The upload, once computed.
-        diverged: Why the task produced no upload, once computed.
+        upload: The upload; None before it is computed.
+        diverged: Reason why training produced no upload, or None.
     """
 
     number: int
@@ -76,38 +76,38 @@ class ClientTask:
 
     @property
     def is_computed(self) -> bool:
-        """Whether no computation is needed. Tasks that fail by a fault are never computed."""
+        """Whether no computation is needed. Tasks that fail because of a fault are not computed."""
         return self.fault.is_failure or self.upload is not None or self.diverged is not None
 
 
 class TaskQueue:
-    """Priority queue of the tasks in flight, at most one per client, by the time of their end.
+    """Priority queue of the tasks in flight, ordered by end time.
 
-    Tasks that end at the same time are ordered by their number. The cost of an operation grows
-    with the number of tasks in flight, not with the number of clients.
+    Each client has at most one task. Tasks that end at the same time are ordered by number. The
+    cost of an operation grows with the number of tasks in flight, not with the number of clients.
     """
 
     def __init__(self) -> None:
         self._ends: list[tuple[float, int]] = []
         self._tasks: dict[int, ClientTask] = {}
         self._uncomputed: dict[int, ClientTask] = {}
-        # Places of the clients with a task, sorted.
+        # Positions of the clients with a task, sorted.
         self._busy: list[int] = []
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def __iter__(self) -> Iterator[ClientTask]:
-        """Iterate over all tasks in the order of their assignment."""
+        """Iterate over all tasks in the order of assignment."""
         return iter(self._tasks.values())
 
     @property
     def next_end(self) -> float:
-        """Time at which the next task ends; infinite if it is not known of any."""
+        """Time at which the next task ends, in seconds; infinite if no end time is known."""
         return self._ends[0][0] if self._ends else math.inf
 
     def push(self, task: ClientTask) -> None:
-        """Add a task, whose client must be idle."""
+        """Add a task of a client that has no other task."""
         self._tasks[task.number] = task
         if task.end < math.inf:
             self.set_end(task)
@@ -116,7 +116,7 @@ class TaskQueue:
             self._uncomputed[task.number] = task
 
     def set_end(self, task: ClientTask) -> None:
-        """Set the time of a task's end, once it is known."""
+        """Schedule a task by its end time, once `task.end` is known."""
         heapq.heappush(self._ends, (task.end, task.number))
 
     @property
@@ -133,17 +133,21 @@ class TaskQueue:
         return task
 
     def pop_uncomputed(self) -> list[ClientTask]:
-        """Return the tasks to compute in the order of their assignment, each of them only once."""
+        """Return the tasks that need computation and were not returned before, in order."""
         tasks = list(self._uncomputed.values())
         self._uncomputed.clear()
         return tasks
 
     def idle_position(self, rank: int) -> int:
-        """Return the place of the idle client at a position among the idle clients."""
+        """Return the position of an idle client among all clients.
+
+        Args:
+            rank: Position of the client among the idle clients, from 0.
+        """
         return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, in which each broadcast is stored once."""
+        """Return the state for a checkpoint. A broadcast of several tasks is stored only once."""
         broadcasts: dict[bytes, int] = {}
         rows = []
         for t in self:
@@ -175,9 +179,9 @@ class TaskQueue:
         """Restore a queue from `state_dict`.
 
         Args:
-            state: The state.
-            outcome_of: Returns the fault of a task, given its client and number. Faults are not
-                saved, because they depend only on keyed random draws.
+            state: The return value of `state_dict`.
+            outcome_of: Function that returns the fault of a task from its client id and number.
+                Faults are not saved, because they depend only on keyed random draws.
         """
         queue = cls()
         broadcasts = {int(idx): as_bytes(body) for idx, body in state["broadcasts"].items()}
@@ -205,16 +209,16 @@ class TaskQueue:
 
 @dataclass
 class BufferRecord:
-    """Record of an asynchronous round, which has as many uploads as a cohort.
+    """Record of an asynchronous round.
 
     Attributes:
         start: Time at which the round began, in seconds.
-        cohort: Clients whose uploads were accepted, in the order of arrival.
-        failed: Why the last task of a client failed, by client.
-        losses: Training loss of the last upload, by client.
-        logged: Values that clients logged, by client and name.
-        staleness: Number of accepted uploads by their age in versions.
-        tasks: Client, start, end and outcome of each task.
+        cohort: Ids of the clients whose uploads were accepted, in the order of arrival.
+        failed: Reason why the last failed task of a client failed, by client id.
+        losses: Training loss of the last upload, by client id.
+        logged: Values that clients logged, by client id and name.
+        staleness: Number of accepted uploads, by staleness.
+        tasks: Client id, start and end in seconds, and outcome of each task.
     """
 
     start: float
@@ -231,7 +235,7 @@ class BufferRecord:
         Args:
             task: The task.
             payload: The upload.
-            versions: Age of the upload in versions of the server.
+            versions: Staleness of the upload: number of aggregations since the assignment.
         """
         self.cohort.append(task.client)
         self.tasks.append([task.client, task.start, task.end, "arrived"])
@@ -247,9 +251,9 @@ class BufferRecord:
         self.tasks.append([task.client, task.start, task.end, "failed"])
 
     def record(self, now: float, version: int, time_kind: str) -> Record:
-        """Return the round's entries of `metrics.jsonl`.
+        """Return the entries of the round in `metrics.jsonl`.
 
-        No client is late, because an upload can always enter the next version.
+        No client is late, because an upload can always be used in the next aggregation.
 
         Args:
             now: Time at which the round ends, in seconds.
@@ -283,7 +287,7 @@ class TaskFailedError(Exception):
 
     Args:
         reason: The reason, for the record.
-        cause: "fate" for a random fault, "client" for a failure that would repeat.
+        cause: "fate" for a random fault, "client" for a failure that would occur again.
     """
 
     def __init__(self, reason: str, cause: str) -> None:
@@ -292,21 +296,22 @@ class TaskFailedError(Exception):
 
 
 class AsynchronousTrainer(FederatedTrainer):
-    """Trainer without synchronous rounds.
+    """Trainer that aggregates uploads asynchronously.
 
-    A client receives a task with the newest broadcast. When the task ends, its upload enters the
-    buffer, weighted by its staleness, and an idle client receives the next task. The server
-    aggregates a full buffer. A "round" has as many accepted uploads as a cohort.
+    The server assigns tasks to clients, each with the newest broadcast. When a task ends, its
+    upload is added to a buffer with a weight that depends on its staleness, and an idle client
+    receives the next task. The server aggregates the uploads whenever the buffer is full. A "round"
+    consists of as many accepted uploads as there are concurrent tasks.
 
-    Faults are known when a task is assigned, so tasks in flight are computed together when the
-    first of them ends. The results do not depend on when they are computed.
+    In a simulation, the faults of a task are known when it is assigned. All tasks in flight can
+    therefore be computed together when the first of them ends, without an effect on the results.
 
     Args:
-        *args: Arguments of `FederatedTrainer`. `per_round` is the number of tasks in flight.
+        *args: Arguments of `FederatedTrainer`. `per_round` is the number of concurrent tasks.
         environment: Simulated devices, faults and timing.
-        buffer: Number of uploads per aggregation if the method does not set it; None for as many as
-            tasks in flight.
-        staleness: Weight of stale uploads if the method does not set it.
+        buffer: Number of uploads per aggregation, unless the method sets it; None for the number
+            of concurrent tasks.
+        staleness: Weights of stale uploads, unless the method sets them.
         **options: Keyword arguments of `FederatedTrainer`.
 
     Attributes:
@@ -337,15 +342,15 @@ class AsynchronousTrainer(FederatedTrainer):
         self.goal = policy.buffer_size or buffer or self.places
         self.staleness = policy.staleness or staleness or StalenessConfig()
         self.num_tasks = 0
-        # Client, upload and weight by staleness.
+        # Client id, upload and staleness weight of each accepted upload.
         self._buffer: list[tuple[str, Payload, float]] = []
-        # Number of tasks of this version, by client.
+        # Number of tasks of this version, by client id.
         self._attempts: Counter[str] = Counter()
-        # How often free places have been assigned in this version.
-        self._fillings = 0
+        # Number of samples of clients drawn in this version.
+        self._num_samples = 0
         # Number of failed tasks since the last accepted upload, by cause.
         self._num_failed: Counter[str] = Counter()
-        # Why training at the server diverged in the latest aggregation of this round.
+        # Reason of the latest divergence of training at the server in this round, or empty.
         self._server_diverged = ""
 
     @property
@@ -385,8 +390,8 @@ class AsynchronousTrainer(FederatedTrainer):
         }
 
     def _next_task(self) -> ClientTask:
-        """Assign free places, and return the next task to end."""
-        # Tasks that end at the same time are finished before places are assigned.
+        """Assign new tasks, and return the task that ends next."""
+        # Tasks that end at the same time are all finished before new ones are assigned.
         if not len(self.queue) or self.queue.next_end > self.now:
             self._assign_tasks()
         if not self.queue.first.is_computed:
@@ -394,26 +399,30 @@ class AsynchronousTrainer(FederatedTrainer):
         return self.queue.pop()
 
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
-        """Return the number of idle clients, and a function from position to place."""
+        """Return the number of idle clients, and a function that returns the position of each.
+
+        The argument of the function is a client's rank among the idle clients, from 0. The result
+        is the client's position among all clients.
+        """
         return len(self.ids) - len(self.queue), self.queue.idle_position
 
     def _assign_tasks(self) -> None:
-        """Give every free place to an idle client, sampled without replacement."""
+        """Sample idle clients and assign tasks to them, up to the number of concurrent tasks."""
         num_idle, place_of = self._idle_clients()
         num_free = min(self.places - len(self.queue), num_idle)
         if not num_free:
             return
         self._set_round_context(self.version)
         # The first sample of a version equals that of a synchronous cohort.
-        repeated = (self._fillings,) if self._fillings else ()
+        repeated = (self._num_samples,) if self._num_samples else ()
         key = (self.federation.seed, self.version, "cohort", *repeated)
         ranks = sample_numbers(num_idle, num_free, *key)
-        self._fillings += 1
+        self._num_samples += 1
         for place in [place_of(rank) for rank in ranks]:
             self.queue.push(self._make_task(self.ids[place], place))
 
     def _make_task(self, client: str, place: int) -> ClientTask:
-        """Return a client's next task, with its fault and end."""
+        """Return the next task of a client."""
         number = self.num_tasks
         attempt = self._attempts[client]
         client_info = self.federation.client_infos[client]
@@ -430,7 +439,7 @@ class AsynchronousTrainer(FederatedTrainer):
         )
 
     def _end_time(self, client: str, down: int, up: int, number: int, fault: FaultOutcome) -> float:
-        """Return the time at which a task that is assigned now will end."""
+        """Return the time at which a task that is assigned now will end, in seconds."""
         stages = self.environment.timing.task_times(client, down, up, self.now, number)
         return {
             "before": stages.received,
@@ -439,7 +448,7 @@ class AsynchronousTrainer(FederatedTrainer):
         }.get(fault.kind, stages.arrived + fault.delay)
 
     def _compute(self) -> None:
-        """Compute all tasks in flight that will not fail by a fault."""
+        """Compute the tasks in flight, except those that will fail because of a fault."""
         tasks = {task.client: task for task in self.queue.pop_uncomputed()}
         for client, reply in self.executor.run(list(tasks), lambda client: tasks[client].request):
             if isinstance(reply, Message):
@@ -448,7 +457,7 @@ class AsynchronousTrainer(FederatedTrainer):
                 tasks[client].diverged = str(reply)
 
     def _finish_task(self, task: ClientTask, buffer_record: BufferRecord) -> None:
-        """Add the upload of a task to the buffer and commit the client's state, if it succeeded.
+        """Buffer the upload of a task and commit the client's state, or record the failure.
 
         Raises:
             RunFailedError: If too many tasks have failed in a row.
@@ -481,7 +490,7 @@ class AsynchronousTrainer(FederatedTrainer):
         """Return the decoded upload of a task.
 
         Raises:
-            TaskFailedError: If no upload arrives, or if it is damaged or malformed.
+            TaskFailedError: If no upload arrives, or if the upload is damaged or malformed.
         """
         if task.fault.is_failure:
             self.count_traffic(up=task.up_bytes if task.fault.kind == "lost" else 0)
@@ -525,11 +534,12 @@ class AsynchronousTrainer(FederatedTrainer):
         )
         self._buffer.clear()
         if diverged:
-            # The version stays, and so do the committed states, on which clients may train already.
+            # Neither the version nor the committed states change: clients may already train on
+            # them.
             self._server_diverged = diverged
             return
         self._attempts.clear()
-        self._fillings = 0
+        self._num_samples = 0
         self.version += 1
         self._set_round_context(self.version)
 
@@ -543,7 +553,7 @@ class AsynchronousTrainer(FederatedTrainer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "now": self.now,
-            "count": [self.version, self.num_tasks, self._fillings],
+            "count": [self.version, self.num_tasks, self._num_samples],
             "asked": dict(self._attempts),
             "barren": dict(self._num_failed),
             "buffer": [
@@ -555,7 +565,7 @@ class AsynchronousTrainer(FederatedTrainer):
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.version, self.num_tasks, self._fillings = state["count"]
+        self.version, self.num_tasks, self._num_samples = state["count"]
         self.queue = TaskQueue.from_state_dict(state["queue"], self.environment.faults.outcome)
         super().load_state_dict(state)
         self.now = state["now"]

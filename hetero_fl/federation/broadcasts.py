@@ -1,7 +1,8 @@
-"""Encode the server's broadcasts, either whole or as changes of the models that clients have.
+"""Encoding of the server's broadcasts, either in full or as changes to models that clients have.
 
-With a sparse or low-rank stage in `channel.compress_down`, messages contain compressed differences
-to an estimate of each model (EF21-P: Gruntkowska, Tyurin and Richtárik 2023, Algorithm 1).
+With a sparse or low-rank stage in `channel.compress_down`, a message contains the compressed
+difference between each model and an estimate of the model that the clients have (EF21-P:
+Gruntkowska, Tyurin and Richtárik 2023, Algorithm 1).
 """
 
 from __future__ import annotations
@@ -26,18 +27,25 @@ from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-KEPT_CHANGES = 16  # a client that missed more is sent the whole estimate
-ESTIMATES_KEY = "received"  # of a client's private state: its estimates, by item
-NO_ESTIMATE = bytes(8)  # name of an estimate before the first change
-COUNT = struct.Struct(">B")  # models in a message
-# Bytes of the item's name, names of the estimates before and after, number of changes.
+# Number of changes that the server keeps. A client that missed more receives the whole estimate.
+KEPT_CHANGES = 16
+# Key of a client's private state under which its estimates are stored, by item.
+ESTIMATES_KEY = "received"
+# Name of an estimate before the first change.
+NO_ESTIMATE = bytes(8)
+# Number of models in a message.
+COUNT = struct.Struct(">B")
+# Header of a model: length of the item's name in bytes, names of the estimates before and after,
+# number of changes.
 HEADER = struct.Struct(">B8s8sB")
-CHANGE_HEADER = struct.Struct(">II")  # number and bytes of a change
-WHOLE = 0  # number of a change that replaces the estimate, uncompressed
+# Header of a change: number and size in bytes.
+CHANGE_HEADER = struct.Struct(">II")
+# Number of a change that replaces the estimate by a model without compression.
+WHOLE = 0
 
 
 class Broadcasts(ABC):
-    """Base class of encoders of the server's broadcasts.
+    """Base class for encoders of the server's broadcasts.
 
     Args:
         links: The links that encode and decode messages.
@@ -53,13 +61,13 @@ class Broadcasts(ABC):
         archs: Iterable[ModelSpec],
         training: Collection[str] = (),
     ) -> None:
-        """Begin a round and drop the messages of earlier ones.
+        """Begin a round and drop the messages of earlier rounds.
 
         Args:
-            round_idx: Index of the round, which keys random draws.
-            version: Number of completed rounds, or of aggregations in an asynchronous run.
+            round_idx: Index of the round, from 0, which keys random draws.
+            version: Number of completed rounds; in an asynchronous run, number of aggregations.
             archs: Architectures of the server's models.
-            training: Clients that still train on an earlier version.
+            training: Ids of clients that still train on an earlier version.
         """
         self._round_idx = round_idx
         self._version = version
@@ -76,15 +84,15 @@ class Broadcasts(ABC):
 
     @abstractmethod
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
-        """Return what a client decodes from the message."""
+        """Return the payload that a client decodes from its message."""
 
     @abstractmethod
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        """Return what a client decoded from an earlier message, on which it still trains.
+        """Return the payload that a client decoded from an earlier message and still trains on.
 
         Args:
             client_id: The client.
-            round_idx: Index of the round of the message.
+            round_idx: Index of the round in which the message was sent, from 0.
             body: The message.
         """
 
@@ -92,8 +100,8 @@ class Broadcasts(ABC):
         """Record that a client has lost its private state.
 
         Returns:
-            A message that replaces the one on which the client trains and that it can decode
-            without private state; None if the original message will do.
+            A replacement for the message on which the client trains, which can be decoded without
+            private state; None if no replacement is needed.
         """
         return None
 
@@ -102,7 +110,10 @@ class Broadcasts(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state from `state_dict`, after the clients' states have been loaded."""
+        """Restore the state from `state_dict`.
+
+        The clients' private states must be loaded before.
+        """
         return
 
 
@@ -111,8 +122,8 @@ class PlainBroadcasts(Broadcasts):
 
     Args:
         links: The links that encode and decode messages.
-        hand_over: Whether clients in this process take payloads without encoding. Has no effect if
-            broadcasts are compressed.
+        hand_over: Whether payloads are passed to clients in this process without encoding. Has no
+            effect if broadcasts are compressed.
     """
 
     def __init__(self, links: FederationLinks, hand_over: bool = False) -> None:
@@ -148,10 +159,10 @@ class PlainBroadcasts(Broadcasts):
 
 
 class Change(NamedTuple):
-    """The part of a message that changes one estimate of a model into the next.
+    """The part of a message that updates an estimate of a model.
 
     Attributes:
-        number: Position among the model's changes, from 1, which keys random draws; or `WHOLE`.
+        number: Number of the change, from 1, which keys random draws; or `WHOLE`.
         body: The encoded difference, or the encoded estimate if `number` is `WHOLE`.
     """
 
@@ -166,7 +177,7 @@ class ModelPart(NamedTuple):
         item: Name of the item.
         before: Name of the estimate that the client has.
         after: Name of the estimate after the changes.
-        changes: The changes.
+        changes: The changes from one estimate to the other, in order.
     """
 
     item: str
@@ -177,14 +188,14 @@ class ModelPart(NamedTuple):
 
 @dataclass
 class EstimateStep:
-    """A step of an estimate towards a model.
+    """A step of an estimate toward a model.
 
     Attributes:
         version: The server's version.
         digest: Digest of the model.
         name: Name of the estimate after the step.
         payload: The estimate after the step, as a payload of one item.
-        change: The change that leads to it; None if the step has been made.
+        change: The change that leads to this estimate; None once the step has been applied.
     """
 
     version: int
@@ -195,13 +206,18 @@ class EstimateStep:
 
 
 class Estimate:
-    """The model that clients decode from all changes so far, and the latest of these changes."""
+    """Estimate of a model: the model that clients decode from all changes so far.
+
+    After each change, the estimate has a new name, which is a hash of all changes. The latest
+    changes are kept for clients that missed them.
+    """
 
     def __init__(self) -> None:
         # Names of the estimates before, between and after the kept changes.
         self._names = deque([NO_ESTIMATE], KEPT_CHANGES + 1)
         self._changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
-        self._number = 0  # changes so far
+        # Number of changes so far.
+        self._number = 0
         self._last: EstimateStep | None = None
         self._next: EstimateStep | None = None
 
@@ -213,7 +229,9 @@ class Estimate:
         archs: Iterable[ModelSpec],
         version: int,
     ) -> EstimateStep:
-        """Return the step towards a model, one for each version of the server.
+        """Return the step toward a model.
+
+        Repeated calls for the same model and server version return the same step.
 
         Args:
             links: The links that encode and decode the change.
@@ -234,7 +252,11 @@ class Estimate:
         return self._next
 
     def apply(self, step: EstimateStep) -> EstimateStep:
-        """Apply a step to the estimate unless it has been applied; return it without its change."""
+        """Apply a step to the estimate, unless it has already been applied.
+
+        Returns:
+            The applied step, without the change.
+        """
         if step.change is not None:
             self._number = step.change.number
             self._changes.append(step.change)
@@ -245,14 +267,15 @@ class Estimate:
         return self._last
 
     def changes_to(self, step: EstimateStep, before: bytes) -> list[Change]:
-        """Return the changes from a client's estimate to that after a step.
+        """Return the changes that update a client's estimate to the estimate after a step.
 
         Args:
             step: The step.
             before: Name of the client's estimate.
 
         Returns:
-            The missed changes, or the whole estimate where it is shorter.
+            The changes that the client does not have, in order; or the whole estimate, if it is
+            shorter or some changes are no longer kept.
         """
         whole = step.payload.encoded_size
         if before in self._names:
@@ -265,7 +288,7 @@ class Estimate:
         return [Change(WHOLE, step.payload.encode())]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; requires `has_moved`."""
+        """Return the state for a checkpoint. `has_moved` must be true."""
         assert self._last is not None
         return {
             "names": [name.hex() for name in self._names],
@@ -302,11 +325,11 @@ class SentBroadcast:
     """The broadcast on which a client trains.
 
     Attributes:
-        names: Names of the estimates, by item.
-        received: What the client decoded.
+        names: Names of the estimates after the broadcast, by item.
+        received: The payload that the client decodes.
         rest: The part of the message that contains no models.
-        stamp: Stamp of the client's private state at that time.
-        version: The server's version at that time.
+        stamp: Stamp of the client's private state when the broadcast was sent.
+        version: The server's version when the broadcast was sent.
     """
 
     names: dict[str, bytes]
@@ -317,16 +340,19 @@ class SentBroadcast:
 
 
 class ClientEstimates:
-    """The estimates that each client has.
+    """Record of the estimates that each client has.
 
-    A client stores estimates in its private state, which is committed once its upload is used.
+    A client stores estimates in its private state, which is committed once the server has used the
+    client's upload. The estimates of a broadcast therefore count only after the commit.
 
     Args:
-        stamp: Returns a number that changes with each commit of a client's private state.
+        stamp: Function that returns a number that changes with each commit of a client's private
+            state.
 
     Attributes:
         names: Names of the estimates that each client has, by client id and item.
-        sent: The broadcast that each client was sent last, until its private state is committed.
+        sent: The last broadcast to each client, by client id. An entry is removed when the private
+            state of the client has been committed.
     """
 
     def __init__(self, stamp: Callable[[str], int | None]) -> None:
@@ -349,8 +375,8 @@ class ClientEstimates:
 
         Args:
             client_id: The client.
-            names: Names of the estimates, by item.
-            received: What the client decodes.
+            names: Names of the estimates after the broadcast, by item.
+            received: The payload that the client decodes.
             rest: The part of the message that contains no models.
             version: The server's version.
         """
@@ -358,7 +384,12 @@ class ClientEstimates:
         self.sent[client_id] = SentBroadcast(names, received, rest, self._stamp(client_id), version)
 
     def drop_unused(self, version: int, training: Collection[str]) -> None:
-        """Drop broadcasts of earlier versions, except those on which clients still train."""
+        """Drop broadcasts of earlier versions, except those on which clients still train.
+
+        Args:
+            version: The server's current version.
+            training: Ids of clients that still train on an earlier version.
+        """
         for client_id in list(self.sent):
             self.names_of(client_id)
             sent = self.sent.get(client_id)
@@ -372,20 +403,22 @@ class ClientEstimates:
 
 
 class EstimateBroadcasts(Broadcasts):
-    """Broadcasts as compressed changes of estimates that server and clients keep.
+    """Broadcasts that contain compressed changes to estimates of the models.
 
-    The estimate of a model is what a client decodes from all messages so far. A message compresses
-    the difference between model and estimate, and both sides add the result to the estimate. All
-    recipients of a model share its estimate; a client that missed changes is sent all of them
-    or the whole estimate. A broadcast for evaluation does not change the estimates.
+    The estimate of a model is the model that a client decodes from all messages so far. A message
+    contains the compressed difference between the model and the estimate, which both the server and
+    the client add to the estimate. All recipients of a model share one estimate. A client that
+    missed changes receives all of these changes or the whole estimate. Broadcasts for evaluation do
+    not change the estimates.
 
     Args:
         links: The links that encode and decode messages.
-        stamp: Returns a number that changes with each commit of a client's private state.
+        stamp: Function that returns a number that changes with each commit of a client's private
+            state.
 
     Attributes:
-        known: The estimates that each client has.
-        estimates: The estimates by item and group of clients, see `estimate_group`.
+        known: Record of the estimates that each client has.
+        estimates: The estimates by item and group of clients (see `estimate_group`).
     """
 
     def __init__(self, links: FederationLinks, stamp: Callable[[str], int | None]) -> None:
@@ -464,10 +497,10 @@ class EstimateBroadcasts(Broadcasts):
     def _steps(
         self, client_info: ClientInfo, models: Payload
     ) -> dict[tuple[str, str], EstimateStep]:
-        """Return the steps towards the models that a client is sent, by item and group.
+        """Return the steps toward the models in a client's broadcast, by item and group.
 
         Raises:
-            UserError: If clients that should share an estimate are sent different models.
+            UserError: If the models differ between clients that share an estimate.
         """
         group = estimate_group(self._links.algorithm, client_info)
         steps = {}
@@ -487,7 +520,7 @@ class EstimateBroadcasts(Broadcasts):
         return steps
 
     def _decoded(self, steps: Mapping[tuple[str, str], EstimateStep], others: Payload) -> Payload:
-        """Return what clients decode, one object for all of them."""
+        """Return the payload that clients decode; clients with the same broadcast share it."""
         rest, decoded = self._others(others)
         key = tuple((place, step.name) for place, step in steps.items()), rest
         if key not in self._received:
@@ -550,8 +583,8 @@ def make_broadcasts(
 
     Args:
         links: The links that encode and decode messages.
-        stamp: Returns the stamp of a client's private state, see `StateStore.stamp`.
-        hand_over: Whether clients in this process take payloads without encoding.
+        stamp: Function that returns the stamp of a client's private state (`StateStore.stamp`).
+        hand_over: Whether payloads are passed to clients in this process without encoding.
     """
     if links.sends_changes:
         return EstimateBroadcasts(links, stamp)
@@ -574,11 +607,11 @@ def read_broadcast(
         links: The links that decode messages.
         round_idx: Index of the round, from 0.
         body: The message.
-        estimates: The client's estimates (`ESTIMATES_KEY` of its private state), or None.
+        estimates: The client's estimates (`ESTIMATES_KEY` of the private state), or None.
 
     Raises:
-        PayloadError: If the message is malformed, or changes an estimate that the client does not
-            have.
+        PayloadError: If the message is malformed, or contains changes to an estimate that the
+            client does not have.
     """
     if not links.sends_changes:
         return links.decode_broadcast(round_idx, body)
@@ -607,7 +640,7 @@ def updated_estimates(
     Args:
         body: The message.
         received: The decoded message.
-        estimates: The client's estimates before the message.
+        estimates: The client's estimates before the message, or None.
     """
     after = dict(estimates or {})
     for part in _unpack(body)[0]:
@@ -617,7 +650,11 @@ def updated_estimates(
 
 
 def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payload:
-    """Return the client's estimate that a message changes."""
+    """Return the client's estimate to which a part of a message applies.
+
+    Raises:
+        PayloadError: If the client does not have this estimate.
+    """
     known = (estimates or {}).get(part.item)
     if known is None or known["name"] != part.before.hex():
         raise PayloadError(f"broadcast: item {part.item!r}: changes an unknown estimate")
@@ -625,11 +662,11 @@ def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payl
 
 
 def message_bytes(models: Mapping[str, Sequence[int]], rest: int) -> int:
-    """Return the bytes of a message.
+    """Return the size of a message in bytes.
 
     Args:
-        models: Bytes of each change, by item.
-        rest: Bytes of everything else.
+        models: Sizes of the changes of each model in bytes, by item.
+        rest: Size of the part of the message that contains no models, in bytes.
     """
     parts = sum(
         HEADER.size + len(n.encode()) + sum(CHANGE_HEADER.size + size for size in sizes)
@@ -649,7 +686,11 @@ def _pack(parts: Sequence[ModelPart], rest: bytes) -> bytes:
 
 
 def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
-    """Return the parts of a message that concern models, and the rest."""
+    """Return the parts of a message that concern models, and the rest of the message.
+
+    Raises:
+        PayloadError: If the message is malformed.
+    """
     start = 0
 
     def take(size: int) -> bytes:

@@ -25,7 +25,7 @@ CACHED_SIZES = 64
 class FederationLinks:
     """Encoder and decoder of the messages between clients and server.
 
-    Messages of a reference method without communication are not compressed.
+    Messages of reference methods, which do not need communication, are not compressed.
 
     Args:
         algorithm: The method.
@@ -33,11 +33,11 @@ class FederationLinks:
         bound: Whether to encode messages at their largest possible size.
 
     Attributes:
-        is_upper_bound: Whether the size of messages depends on their values and `bound` is set.
-        up: Link for uploads; None if they are not compressed.
-        down: Link for broadcasts; None if they are not compressed.
-        sends_changes: Whether broadcasts contain changes of an estimate that clients keep, see
-            `EstimateBroadcasts`.
+        is_upper_bound: Whether `bound` is set and the size of messages depends on their values.
+        up: Link for uploads; None if uploads are not compressed.
+        down: Link for broadcasts; None if broadcasts are not compressed.
+        sends_changes: Whether broadcasts contain changes to estimates of the models, which clients
+            keep (see `EstimateBroadcasts`).
     """
 
     def __init__(
@@ -80,8 +80,9 @@ class FederationLinks:
             round_idx: Index of the round, from 0.
             payload: The upload.
             received: The broadcast on which the client trained.
-            memory: The client's private state, which keeps compression errors.
-            attempt: How often the client has already trained in this round; keys random draws.
+            memory: The client's private state, in which compression errors are stored.
+            attempt: Number of times that the client has already trained in this round. It is part
+                of the key of random draws.
         """
         if self.up is None:
             return payload.encode()
@@ -114,9 +115,10 @@ class FederationLinks:
             client_info: The sender.
             round_idx: Index of the round, from 0.
             data: The encoded upload.
-            like: Items of the expected form.
+            like: Items with the expected names, shapes and dtypes.
             received: The broadcast on which the client trained.
-            attempt: How often the client has already trained in this round; keys random draws.
+            attempt: Number of times that the client has already trained in this round. It is part
+                of the key of random draws.
 
         Raises:
             PayloadError: If the upload is malformed.
@@ -144,10 +146,12 @@ class FederationLinks:
         """Encode a broadcast on the server.
 
         Args:
-            round_idx: Index of the round, from 0; with a reference, the number of the change.
+            round_idx: Index of the round, from 0, or the number of the change if there is a
+                reference.
             payload: The broadcast.
             archs: Architectures of the server's models.
-            reference: The estimate that clients already have; None to encode the payload itself.
+            reference: The estimate that clients already have, from which the difference is encoded;
+                None to encode the payload itself.
         """
         if self.down is None:
             return payload.encode()
@@ -174,7 +178,7 @@ class FederationLinks:
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
     ) -> Payload:
-        """Encode and decode a broadcast, and return what clients decode.
+        """Encode and decode a broadcast, to obtain the payload that clients decode.
 
         Args:
             round_idx: Index of the round, from 0.
@@ -197,12 +201,12 @@ class FederationLinks:
 
 
 class UploadSizes:
-    """Expected bytes of uploads, exact up to the digits of an item's weight.
+    """Expected sizes of uploads in bytes, exact except for the number of digits of item weights.
 
     Args:
         algorithm: The method.
         federation: The federation.
-        expectations: The expected form of uploads.
+        expectations: The expected structure of uploads.
     """
 
     def __init__(
@@ -210,11 +214,12 @@ class UploadSizes:
     ) -> None:
         self._expectations = expectations
         self._links = FederationLinks(algorithm, federation, bound=True)
-        # Keyed by the identity of the expected items, which clients of the same form share.
+        # Keyed by the identity of the expected items, an object that clients with uploads of the
+        # same structure share.
         self._sizes: BoundedCache[tuple[Mapping[str, Item], int]] = BoundedCache(CACHED_SIZES)
 
     def __call__(self, client_info: ClientInfo, received: Payload, round_idx: int) -> int:
-        """Return the bytes of a client's upload with its report.
+        """Return the expected size of a client's upload in bytes, including the report.
 
         Args:
             client_info: The client.
@@ -231,7 +236,7 @@ class UploadSizes:
 
 
 def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
-    """Return a line for each compression setting that has no effect.
+    """Return a message for each compression setting that has no effect.
 
     Args:
         name: Name of the method.

@@ -1,8 +1,8 @@
 """Incremental checkpoints of a run, of which the two newest are kept.
 
-A checkpoint is a segment (see `state_store.py`) with the private states that changed in the round,
-the rest of the run's state, and a head with the locations of both. Unchanged states stay in older
-files, which are kept while one of the two newest checkpoints refers to them.
+A checkpoint is a segment (see `state_store.py`) with the private states that have changed since the
+previous one, the rest of the run's state, and a head with the locations of both. Unchanged states
+stay in older files, which are kept as long as one of the two newest checkpoints refers to them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from hetero_fl.utils.serialization import (
 )
 
 FORM = "hetero_fl checkpoint 3"
-# Larger trees, in bytes, are written and read in pieces, so that they are not in memory twice.
+# Maximum size in bytes of a tree that is written and read as a whole. A larger tree is split into
+# pieces, so that it is not in memory twice.
 PIECE = 16 << 20
 KEPT_CHECKPOINTS = 2
 _NAME = re.compile(r"round-(\d{6,})\.ckpt")
@@ -36,13 +37,13 @@ _NAME = re.compile(r"round-(\d{6,})\.ckpt")
 class Checkpoints:
     """Checkpoints of a run, in the folder of its store.
 
-    If less than a quarter of a file is in use, the next checkpoint copies the part in use. With
-    full participation there are therefore two complete files; with cohorts, the files take up to
-    about four times the bytes of the state.
+    If less than a quarter of a file is in use, the next checkpoint copies the part in use, and the
+    file is removed later. If all clients train in every round, there are therefore two complete
+    files. If clients are sampled, the files take up to about four times the size of the state.
 
     Args:
         store: The clients' private state.
-        log: Called with a line for each damaged checkpoint.
+        log: Function that is called with a message for each damaged checkpoint.
 
     Raises:
         ValueError: If the store has no folder.
@@ -81,7 +82,9 @@ class Checkpoints:
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Load the newest undamaged checkpoint, and put its private states into the store.
+        """Load the newest undamaged checkpoint, including its private states.
+
+        The private states are put into the store.
 
         Returns:
             The rest of the run's state, or None if there is no checkpoint.
@@ -100,12 +103,13 @@ class Checkpoints:
         return tree
 
     def load_before(self, completed: int) -> dict[str, Any] | None:
-        """Load the newest undamaged checkpoint of fewer rounds, and remove later checkpoints.
+        """Load the newest undamaged checkpoint before a round, and remove later checkpoints.
 
-        Its private states are put into the store.
+        The private states are put into the store.
 
         Args:
-            completed: The checkpoint has fewer completed rounds than this.
+            completed: Number of completed rounds. Only checkpoints with fewer rounds are
+                considered.
 
         Returns:
             The rest of the run's state, or None if there is no such checkpoint. The store is then
@@ -155,7 +159,10 @@ def checkpoint_name(completed: int) -> str:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first; files with other names are ignored."""
+    """Return the paths of the checkpoints in a folder, oldest first.
+
+    Files that are not named like checkpoints are ignored.
+    """
     return sorted(
         (path for path in folder.glob("round-*.ckpt") if _NAME.fullmatch(path.name)),
         key=checkpoint_round,
@@ -179,8 +186,9 @@ class SavedState(NamedTuple):
 
     Attributes:
         tree: State of the run, except for private states.
-        locations: Location of each client's committed private state.
-        staged_locations: Location of each client's staged private state; None for an empty state.
+        locations: Location of each client's committed private state, by client id.
+        staged_locations: Location of each client's staged private state, by client id; None for an
+            empty state.
     """
 
     tree: dict[str, Any]
@@ -192,7 +200,7 @@ def read_checkpoint(path: Path) -> SavedState:
     """Read and verify a checkpoint, including private states in older files.
 
     Raises:
-        CodecError: If any byte of the checkpoint is damaged, in this or an older file.
+        CodecError: If any byte of the checkpoint is damaged, in this file or in an older one.
         OSError: If a file is missing or cannot be read.
     """
     head = _decode_head(path)
@@ -234,7 +242,7 @@ def _decode_head(path: Path) -> dict[str, Any]:
 def _encode_locations(
     locations: Mapping[str, BlobLocation], numbers: Mapping[Segment, int]
 ) -> dict[str, Any]:
-    """Encode locations as tables with one row per client, which refer to files by number."""
+    """Encode locations as tables with one row per client, in which files have numbers."""
     rows = [(numbers[blob.segment], blob.offset, blob.length) for blob in locations.values()]
     return {
         "clients": list(locations),
@@ -253,7 +261,11 @@ def _decode_locations(table: Mapping[str, Any], segments: list[Segment]) -> dict
 
 
 def _write_tree(tree: Any, segment: OpenSegment) -> Any:
-    """Write a tree, and return its location; by key if the tree is larger than `PIECE`."""
+    """Write a tree and return its location.
+
+    If the tree is larger than `PIECE`, its values are written separately, and their locations are
+    returned by key.
+    """
     if isinstance(tree, dict) and num_tensor_bytes(tree) > PIECE:
         return {key: _write_tree(value, segment) for key, value in tree.items()}
     location = segment.append(encode(tree, FORM))

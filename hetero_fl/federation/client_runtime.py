@@ -1,4 +1,4 @@
-"""The client side of a run: run plans for training, deployment and evaluation.
+"""Client side of a run: execution of plans for training, deployment and evaluation.
 
 The same code runs in simulations and on the nodes of a deployment.
 """
@@ -46,18 +46,18 @@ from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.privacy.client_side import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 
-# Number of cached broadcasts; most federations have at most this many architectures.
+# Number of cached broadcasts. Most federations do not have more architectures.
 MAX_BROADCASTS = 8
-# Number of rows in the plot of a forecast: a week of hours.
+# Number of rows in the plot of a forecast: one week of hourly values.
 FORECAST_ROWS = 168
-# Rows of each evaluation, and whether they follow the client's own label distribution.
+# Data set of each evaluation, and whether it follows the client's own label distribution.
 EVALUATION_SETS = {
     "personal": ("test", True),
     "global": ("common_test", False),
     "validation_personal": ("validation", True),
     "validation_global": ("common_validation", False),
 }
-# Confusion matrices of more classes are too large to read and to keep for every client.
+# Confusion matrices of more classes are too large to read and to store for every client.
 MAX_CONFUSION_CLASSES = 100
 # Number of cached logits and labels that several clients may share.
 MAX_SHARED = 64
@@ -74,11 +74,11 @@ class ReceivedBroadcast(NamedTuple):
 class BroadcastCache:
     """Cache of the broadcasts of a round, so that each message is decoded and validated once.
 
-    Clients that received the same message share its tensors, as does a server in the same process.
-    No method of this package modifies them in place.
+    Clients that receive the same message share its tensors, also with a server in the same process.
+    The methods of this package do not modify these tensors in place.
 
     Args:
-        decode: Decodes a message, given client id, round index and message.
+        decode: Function that decodes a message from client id, round index and message.
         max_entries: Number of messages to keep; 0 for methods that may modify tensors in place.
     """
 
@@ -114,7 +114,7 @@ class BroadcastCache:
 
 
 def copy_dictionaries(payload: Payload) -> Payload:
-    """Return a copy of a payload that shares its tensors."""
+    """Return a copy of a payload with new dictionaries, which contain the original tensors."""
     items = {
         name: replace(i, values=dict(i.values) if isinstance(i.values, dict) else i.values)
         for name, i in payload.items_by_name.items()
@@ -123,7 +123,7 @@ def copy_dictionaries(payload: Payload) -> Payload:
 
 
 def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
-    """Return the scores of each baseline on these rows, by name.
+    """Return the scores of each baseline, by name.
 
     Args:
         task: The learning task.
@@ -139,12 +139,12 @@ def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[s
     Args:
         task: The learning task.
         rows: The rows, with their times and the outputs of the baselines.
-        y: Targets of the rows.
-        predicted: Predictions for the rows.
+        y: Targets of the rows, shape `[N, outputs]`.
+        predicted: Predictions for the rows, shape `[N, outputs]`.
 
     Returns:
-        Lists of values for each output, in the unit of the target. Empty if the rows have no time
-        or the task is not a regression.
+        Times of the rows and, for each output, lists of values in the unit of the target. Empty if
+        the rows have no time or the task is not a regression.
     """
     if rows.time is None or task.kind != "regression":
         return {}
@@ -169,16 +169,17 @@ def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[s
 class ClientEvaluation:
     """Evaluation of one client.
 
-    In a deployment, only scores leave the client; everything else serves reports of simulations.
+    In a deployment, only the scores are sent to the server. All other attributes are used in
+    reports of simulations.
 
     Attributes:
-        scores: Scores by name of the evaluation, see `EVALUATION_SETS`.
+        scores: Scores by name of the evaluation (see `EVALUATION_SETS`).
         confusion: Confusion matrices by name of the evaluation.
         calibration: Calibration by name of the evaluation.
-        baselines: Scores by name of the evaluation and of the baseline.
-        forecast: Latest rows of the local test set, see `forecast`.
-        triggered: Fraction of the global test rows with a backdoor's trigger that are classified as
-            the backdoor's target; None without a backdoor.
+        baselines: Scores by name of the evaluation and name of the baseline.
+        forecast: Forecast for the latest rows of the local test set (see `forecast`).
+        triggered: Success rate of a backdoor: the fraction of global test rows with the trigger
+            that are classified as the target class; None without a backdoor.
         model: The deployed model, encoded by `SavedModel.encode`.
     """
 
@@ -192,22 +193,25 @@ class ClientEvaluation:
 
 
 class ClientRuntime:
-    """Runner of clients' plans on their data and private state, for several clients together.
+    """Runtime that executes the plans of clients on their data and private state.
+
+    The plans of several clients can be executed together.
 
     Args:
         algorithm: The method.
-        federation: Clients and data.
+        federation: The federation.
         store: The clients' private state.
         backend: Backend that runs the steps.
-        protocol: How uploads reach the server.
-        local: Whether the server is in this process. Uploads are then passed on without encoding
-            where possible. Those of user-defined methods, which may modify tensors after the
-            upload, are always encoded.
+        protocol: Protocol by which uploads reach the server.
+        local: Whether the server is in this process. If so, uploads are passed to the server
+            without encoding where possible. Uploads of user-defined methods are always encoded,
+            because such methods may modify tensors after the upload.
 
     Attributes:
-        hands_over: Whether uploads are passed on without encoding.
-        listener: Called with a line for each step when it begins.
-        review_upload: Called with client id and upload before encoding; may raise to refuse it.
+        hands_over: Whether uploads are passed to the server without encoding.
+        listener: Function that is called with a message when a step begins, or None.
+        review_upload: Function that is called with client id and upload before encoding, or None.
+            It may raise an exception to refuse the upload.
     """
 
     def __init__(
@@ -241,10 +245,16 @@ class ClientRuntime:
         self._shared_scores: dict[int, tuple[Tensor, Scores]] = {}
 
     def run(self, requests: Mapping[str, Message]) -> dict[str, Reply]:
-        """Run the request of each client.
+        """Execute one request for each client.
+
+        Args:
+            requests: The request to each client, by client id.
 
         Returns:
-            The reply of each client, or a `DivergedError` if its training diverged.
+            The reply of each client, by client id. It is a `DivergedError` if training diverged.
+
+        Raises:
+            PayloadError: If a broadcast is malformed.
         """
         replies: dict[str, Reply] = {}
         training: dict[str, TrainingRequest] = {}
@@ -307,7 +317,7 @@ class ClientRuntime:
     def _estimates(
         self, client_id: str, content: Content, received: Payload
     ) -> dict[str, Any] | None:
-        """Return the client's estimates after a broadcast; None if broadcasts need none."""
+        """Return the client's estimates after a broadcast; None if broadcasts use no estimates."""
         if not self.links.sends_changes:
             return None
         return updated_estimates(
@@ -362,8 +372,11 @@ class ClientRuntime:
         """Return copies of clients with the personalized models that they would deploy now.
 
         Args:
-            received: The broadcast to each client.
+            received: The decoded broadcast of each client, by client id.
             round_idx: Index of the round, from 0.
+
+        Returns:
+            The clients by id.
 
         Raises:
             DivergedError: If training for deployment diverges.
@@ -376,12 +389,15 @@ class ClientRuntime:
     def evaluate(
         self, broadcasts: Mapping[str, Content], round_idx: int, details: bool = False
     ) -> dict[str, ClientEvaluation]:
-        """Evaluate clients' models on local and global test and validation rows.
+        """Evaluate clients' models on local and global test and validation sets.
 
         Args:
-            broadcasts: The message to each client.
+            broadcasts: The message to each client, by client id.
             round_idx: Index of the round, from 0.
-            details: Whether to compute everything that a report shows.
+            details: Whether to compute all results that a report shows.
+
+        Returns:
+            The evaluation of each client, by client id.
 
         Raises:
             DivergedError: If training for deployment diverges.
@@ -432,7 +448,7 @@ class ClientRuntime:
 
         Args:
             participant: The client.
-            local: The client with the statistics for its own rows.
+            local: The client with the BatchNorm statistics for predictions on its own rows.
         """
         task = self.federation.task
         slot, view = inference_model(self.algorithm, participant)
@@ -524,10 +540,10 @@ class ClientRuntime:
         return known[1]
 
     def predict(self, participant: Participant, rows: Rows, personal: bool) -> Tensor:
-        """Return a deployed client's logits on the CPU.
+        """Return the logits of a deployed client on the CPU, shape `[N, outputs]`.
 
         Args:
-            participant: The client, see `deploy_clients`.
+            participant: The client, as returned by `deploy_clients`.
             rows: The rows to predict.
             personal: Whether the rows follow the client's own label distribution.
         """

@@ -1,4 +1,4 @@
-"""Estimate of the bytes that a run will send."""
+"""Estimate of the communication of a run in bytes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from hetero_fl.privacy.accounting import PrivacyCharge
 
 @dataclass
 class CommunicationCost:
-    """Expected bytes of a run by client.
+    """Expected communication of a run in bytes.
 
     Attributes:
-        up: Bytes of uploads, by client.
-        down: Bytes of broadcasts for training, by client.
-        evaluation: Bytes of broadcasts for evaluation only, by client.
-        is_upper_bound: Whether sizes depend on learned values; they are then the largest possible.
+        up: Bytes of uploads, by client id.
+        down: Bytes of broadcasts for training, by client id.
+        evaluation: Bytes of broadcasts for evaluation only, by client id.
+        is_upper_bound: Whether the numbers are upper bounds, because sizes of messages depend on
+            learned values.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -51,7 +52,7 @@ def communication_cost(
     per_round: int | None = None,
     every: int = 1,
 ) -> CommunicationCost:
-    """Estimate the bytes that a run sends, from one dry round for each kind of round.
+    """Estimate the bytes that a run sends, from one dry run of each kind of round.
 
     Every sampled client is assumed to upload once. Failures, repeated rounds, early stopping by
     `evaluation.patience` and, in asynchronous runs, the different speeds of clients are ignored.
@@ -64,7 +65,7 @@ def communication_cost(
         every: Number of rounds between evaluations. The last round is always evaluated.
 
     Returns:
-        Expected bytes by client.
+        The expected bytes, by client id.
 
     Raises:
         UserError: If the method does not support this federation.
@@ -103,11 +104,11 @@ class ExchangeCost(NamedTuple):
 
 
 class DryRun:
-    """Run without computation that determines the size of messages in each kind of round.
+    """Run without computation, which determines the sizes of messages in each kind of round.
 
     Rounds in which clients with the same settings send and receive items of the same names and
-    shapes form a phase, and each phase is run once. The first round is a separate phase, because
-    it precedes any aggregation.
+    shapes form a phase. Each phase is run once. The first round is a phase of its own, because it
+    precedes any aggregation.
 
     Args:
         algorithm: The method.
@@ -122,15 +123,15 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        # By item and group of clients.
+        # Estimates of models, by item and group of clients.
         self._estimates: dict[tuple[str, str], ExpectedEstimate] = {}
-        # Number of the last change that a client received, by client and item.
+        # Number of the last change that a client received, by client id and item.
         self._received: dict[tuple[str, str], int] = {}
         self._uploads: dict[Any, tuple[int, tuple[PrivacyCharge, ...]]] = {}
         self._exchanges: dict[Any, ExchangeCost] = {}
-        # Bytes of encoded broadcasts and of their parts.
+        # Sizes of encoded broadcasts and of their parts, in bytes.
         self._lengths: dict[Any, int] = {}
-        # Phases whose server part has been run.
+        # Phases for which the server's part has been run.
         self._aggregated: set[tuple[int, ...]] = set()
 
     def exchange_cost(self, client_id: str, round_idx: int) -> ExchangeCost:
@@ -155,7 +156,7 @@ class DryRun:
         return self._exchanges[key, down]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
-        """Return the bytes sent to a client that is evaluated before a round."""
+        """Return the bytes sent to a client for an evaluation before a round."""
         self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
         received = call_broadcast(self.algorithm, self.server, client_info)
@@ -177,7 +178,7 @@ class DryRun:
         run_plan(plan, self.server, self.expectations.backend)
 
     def _begin_round(self, round_idx: int) -> tuple[int, ...]:
-        """Set the server's round, and return the phase of that round."""
+        """Set the round of the server, and return the phase of the round."""
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
         return (min(round_idx, 1), *self.expectations.round_phase(round_idx))
@@ -187,7 +188,10 @@ class DryRun:
         return profile.first, payload_structure(received)
 
     def _broadcast_bytes(self, client_info: ClientInfo, payload: Payload, round_idx: int) -> int:
-        """Return the bytes of a broadcast, and record the estimates of a client that trains."""
+        """Return the size of a broadcast in bytes.
+
+        If the client trains, the estimates that it will have are recorded.
+        """
         if not self.links.sends_changes:
             return self._length(payload, round_idx)
         models, others = split_models(payload)
@@ -215,13 +219,13 @@ class DryRun:
         return message_bytes(sizes, self._length(others, round_idx))
 
     def _length(self, payload: Payload, round_idx: int, form: str = "first") -> int:
-        """Return the bytes of a payload.
+        """Return the size of an encoded payload in bytes.
 
         Args:
             payload: The payload.
             round_idx: Index of the round, from 0.
-            form: "first" for a message without reference, "change" for the difference to a payload
-                of the same form, "whole" for a message without compression.
+            form: "first" for a compressed payload, "change" for the compressed difference to a
+                payload of the same structure, "whole" for a payload without compression.
         """
         key = tensor_structure(payload), min(round_idx, 1), form
         if key not in self._lengths:
@@ -237,7 +241,7 @@ class DryRun:
 
 @dataclass
 class ExpectedEstimate:
-    """Size information on an estimate that clients have of a model.
+    """Counterpart of `broadcasts.Estimate` in a dry run, without tensors.
 
     Attributes:
         number: Number of changes so far.

@@ -1,4 +1,4 @@
-"""Dry runs of plans, which determine the form of uploads before training and check user methods."""
+"""Dry runs of plans, to determine the structure of uploads and to check user-defined methods."""
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ from hetero_fl.privacy.client_side import ClientPrivacy, upload_specs
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 
-# Similarity above which a name counts as a misspelled hook: `agregate`, but not `deployed`.
+# Minimum similarity of a name to that of a hook to count as a misspelling: `agregate` does,
+# `deployed` does not.
 MIN_HOOK_SIMILARITY = 0.88
 # Number of elements up to which `compact_zeros` returns an ordinary, writable tensor.
 MAX_DENSE_ZEROS = 2**24
 
 
 class DryRunBackend:
-    """Backend whose results have the right shapes but are all zero; fits leave models unchanged.
+    """Backend that returns zeros of the right shapes and does not train.
 
-    Large results take the memory of one number, because the number of rows is reported by clients
-    and cannot be trusted.
+    Large results take the memory of a single element, because their number of rows is reported by
+    clients and cannot be trusted.
 
     Attributes:
-        templates: Modules of the architectures.
-        computed: Keys of the steps that were run.
+        templates: Modules by architecture.
+        computed: Keys of the steps that have been run.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class DryRunBackend:
         self.computed: set[StepKey] = set()
 
     def run(self, work: Work) -> list[Any]:
-        """Return results of the right shapes, in the order of `work`."""
+        """Return a placeholder for the result of each step, in order."""
         self.computed.update(step.key for _, step in work)
         return [self._result_of_shape(participant, step) for participant, step in work]
 
@@ -88,7 +89,7 @@ class DryRunBackend:
 
 
 class PlaceholderClient(Participant):
-    """Client without private data.
+    """Client with placeholders for its private data.
 
     Attributes:
         counts_accessed: Whether the label counts have been read.
@@ -103,7 +104,9 @@ class PlaceholderClient(Participant):
 
 
 class ExpectedUploads:
-    """Expected names, shapes and dtypes of each client's upload, from a dry run of its plan.
+    """Expected structure of uploads: the names, shapes and dtypes of their items.
+
+    The structure of a client's upload is determined by a dry run of the client's plan.
 
     Args:
         algorithm: The method.
@@ -111,9 +114,9 @@ class ExpectedUploads:
 
     Attributes:
         is_user_method: Whether the method is defined outside this package.
-        backend: The backend of dry runs.
-        specs: Specifications of the upload's items.
-        privacy: Client side of differential privacy, or None.
+        backend: The backend of the dry runs.
+        specs: Specification of each item of the uploads, by name.
+        privacy: Client side of differential privacy; None without differential privacy.
     """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -128,14 +131,15 @@ class ExpectedUploads:
     def expected_items(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
     ) -> Mapping[str, Item]:
-        """Return items of the form expected of a client's upload, with meaningless values.
-
-        Clients with uploads of the same form share one object.
+        """Return the expected items of a client's upload, with placeholder values.
 
         Args:
             client_info: The client.
             broadcast: The broadcast on which the client trains.
             round_idx: Index of the round, from 0.
+
+        Returns:
+            Items by name. Clients with uploads of the same structure share one object.
 
         Raises:
             UserError: If the method's `train` returns undeclared items, or if an upload does not
@@ -170,23 +174,27 @@ class ExpectedUploads:
         return self._known[key]
 
     def trained_names(self, client_info: ClientInfo, item: str) -> frozenset[str]:
-        """Return the parameter names of the model that an item contains.
+        """Return the names of the parameters of the model that an item contains.
 
-        This is the model in the slot of the item's name, or the client's main model.
+        An item with the name of a slot contains the model in that slot; any other item contains
+        the client's main model.
         """
         return client_info.models.get(item, client_info.arch).parameter_names
 
     def upload_phase(self, share_every: int, round_idx: int) -> int:
-        """Return a number that is equal for rounds whose uploads have the same form.
+        """Return the phase of a round: uploads have the same structure in all rounds of a phase.
 
-        Uploads of a user-defined method may differ in every round.
+        With a user-defined method, the structure may change in every round.
         """
         if self.is_user_method:
             return round_idx
         return upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
 
     def round_phase(self, round_idx: int) -> tuple[int, ...]:
-        """Return the upload phase of a round for each `share_every` of the clients, sorted."""
+        """Return the phases of a round, one for each value of `share_every` among the clients.
+
+        The phases are in ascending order of these values.
+        """
         profiles = self.federation.client_infos.profiles
         intervals = sorted({profile.settings.share_every for profile in profiles})
         return tuple(self.upload_phase(interval, round_idx) for interval in intervals)
@@ -194,7 +202,7 @@ class ExpectedUploads:
     def dry_run_upload(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
     ) -> tuple[Payload, tuple[PrivacyCharge, ...]]:
-        """Run a client's plan without computation.
+        """Run a client's plan without computation and return the upload.
 
         Args:
             client_info: The client.
@@ -202,7 +210,8 @@ class ExpectedUploads:
             round_idx: Index of the round, from 0.
 
         Returns:
-            An upload with the size of the real one, report included, and its privacy charges.
+            An upload of the same size as the real one, including the report, and its privacy
+            charges.
 
         Raises:
             UserError: If the method's `train` returns undeclared items.
@@ -239,10 +248,13 @@ class ExpectedUploads:
 
     @contextmanager
     def check_yields(self, hook: str) -> Iterator[None]:
-        """Raise UserError if a user-defined hook creates a step without yielding it.
+        """Check that a user-defined hook yields all steps that it creates within the context.
 
         Args:
-            hook: Name of the hook, for the message.
+            hook: Name of the hook, for the error message.
+
+        Raises:
+            UserError: If a step is created but not yielded.
         """
         if not self.is_user_method:
             yield
@@ -258,7 +270,7 @@ class ExpectedUploads:
                 )
 
     def placeholder_client(self, client_info: ClientInfo, round_idx: int) -> PlaceholderClient:
-        """Return a client with real proxy rows, and empty placeholders for its private rows."""
+        """Return a client with the real proxy rows and placeholders for its private rows."""
         federation = self.federation
 
         def data(name: str, preprocess: Any) -> Columns:
@@ -298,8 +310,8 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
     """Run the hooks of a user-defined method without computation, to find mistakes before training.
 
     Raises:
-        UserError: If the name of a hook is misspelled, a plan is never run, a step is never yielded
-            or an uploaded item is not declared.
+        UserError: If the name of a hook is misspelled, `deploy` is not a generator, a plan is never
+            run, a step is never yielded or an uploaded item is not declared.
         RunFailedError: If a hook raises an exception.
     """
     _check_hook_names(type(algorithm))
@@ -332,13 +344,13 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
 
 
 def _user_functions(algorithm_class: type) -> list[FunctionType]:
-    """Return the functions that a user's class and its bases outside this package define."""
+    """Return the functions that a class and its base classes outside this package define."""
     bases = [b for b in algorithm_class.__mro__ if not b.__module__.startswith("hetero_fl.")]
     return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
 
 
 def _check_hook_names(algorithm_class: type) -> None:
-    """Raise UserError if a function's name is similar to that of a hook."""
+    """Raise UserError if the name of a function looks like a misspelled hook."""
     hooks = [name for name in vars(Algorithm) if not name.startswith("_")]
     for function in _user_functions(algorithm_class):
         name = function.__name__
@@ -378,14 +390,14 @@ def _creates_plan(node: ast.expr, algorithm_class: type, function: FunctionType)
 
 
 def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Return zeros; a large tensor is read-only and takes the memory of one number."""
+    """Return a tensor of zeros; a large one is read-only and takes the memory of one element."""
     if math.prod(shape) <= MAX_DENSE_ZEROS:
         return torch.zeros(shape, dtype=dtype)
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
 def payload_structure(payload: Payload) -> tuple[Any, ...]:
-    """Return the name of each item with its shape or its number of named tensors."""
+    """Return the name of each item, with the shape of its tensor or its number of tensors."""
     return tuple(
         (name, tuple(values.shape) if isinstance(values, Tensor) else len(values))
         for name, values in payload.items()

@@ -1,4 +1,4 @@
-"""The fixed facts of a federation: clients, their models and their data."""
+"""Specification of a federation: its clients, their models and their data."""
 
 from __future__ import annotations
 
@@ -46,32 +46,34 @@ NUM_REPRESENTATIVE = 100
 
 @dataclass
 class FederationSpec:
-    """The fixed facts of a run: clients, models, data and settings.
+    """Specification of a federation: clients, models, data and settings.
 
-    Participants are created from them for each task and dropped afterwards.
+    The specification does not change during a run. Participants are created from it for each task
+    and dropped afterwards.
 
     Attributes:
         task: The learning task.
         data: The data of all clients and the server.
-        client_infos: What is known of each client.
-        server_settings: Settings of the server's training.
-        server_preprocess: How the server preprocesses examples.
-        student: The model that the server trains; None if the method trains none.
+        client_infos: Information on each client, by client id.
+        server_settings: Settings for training at the server.
+        server_preprocess: Preprocessing of examples at the server.
+        student: The model that the server trains; None if the method does not train at the server.
         seed: Seed of the run.
         num_rounds: Number of rounds of the run.
         common: Prefixes of the names of tensors that all architectures share.
         cohort: Number of clients sampled for a round.
-        evaluated_clients: The clients whose models are evaluated, in order of the configuration.
-        representative_clients: The clients that stand for all where it would be too slow to inspect
-            every client. Includes all clients of a federation of up to `MAX_EVALUATED`.
+        evaluated_clients: Ids of the clients whose models are evaluated, in the order of the
+            configuration.
+        representative_clients: Ids of a sample of clients, used where it would be too slow to
+            inspect every client. Contains all clients if there are at most `MAX_EVALUATED`.
         channel: Compression of messages.
         aggregation: Aggregation rules.
-        malicious: The malicious clients, if any.
-        privacy: Differential privacy, if any.
-        noise: Source of privacy noise. In a deployment, participants draw it from the operating
-            system.
+        malicious: The malicious clients, or None.
+        privacy: Settings of differential privacy, or None.
+        noise: Source of the noise for differential privacy. In a deployment, the noise is drawn
+            from the random number generator of the operating system.
         metrics: References to the user's metrics, by name.
-        memory: Where participants store their tensors.
+        memory: Memory in which participants store their tensors.
     """
 
     task: Task
@@ -103,9 +105,9 @@ class FederationSpec:
         clients: Mapping[str, ClientSettings],
         student: bool = True,
     ) -> FederationSpec:
-        """Build the federation of a configuration and check every architecture once.
+        """Build the federation that a configuration describes.
 
-        Models of malicious clients are not evaluated.
+        Each architecture is built once to check it. Models of malicious clients are not evaluated.
 
         Args:
             config: The configuration of the run.
@@ -114,8 +116,9 @@ class FederationSpec:
             student: Whether the method can train a model at the server.
 
         Raises:
-            UserError: If the model of a client or of the server cannot be built, or if
-                `evaluation.clients` is larger than the number of clients.
+            UserError: If the model of a client or of the server cannot be built, if
+                `evaluation.clients` is larger than the number of clients, or if every evaluated
+                client is malicious.
         """
         population = Population.from_settings(clients)
         archs: list[ModelSpec] = []
@@ -206,7 +209,7 @@ class FederationSpec:
         return replace(self, memory=memory, _initial={})
 
     def initial_tensors(self, arch: ModelSpec) -> Tensors:
-        """Return the initial tensors of an architecture, which must not be modified in place."""
+        """Return the initial tensors of an architecture. They must not be modified in place."""
         if arch.spec_id not in self._initial:
             tensors = self.memory.to_storage(arch.initial_tensors(self.seed))
             self._initial[arch.spec_id] = tensors
@@ -217,20 +220,23 @@ class FederationSpec:
 
         Args:
             round_idx: Index of the round, from 0.
-            attempt: How often the participant has already trained in this round.
+            attempt: Number of times that the participant has already trained in this round.
         """
         return RoundContext(self.seed, round_idx, self.num_rounds, attempt)
 
     def sample_cohort(self, count: int | None, round_idx: int, attempt: int = 0) -> list[str]:
-        """Return the clients of a round, in id order.
+        """Sample the clients of a round.
 
         With `privacy.poisson_cohorts`, each client is sampled independently.
 
         Args:
-            count: Number of clients to sample; the expected number for Poisson sampling; None for
+            count: Number of clients to sample, or its expectation for Poisson sampling; None for
                 all clients.
             round_idx: Index of the round, from 0.
-            attempt: How often the round has already been tried.
+            attempt: Number of earlier attempts at the round.
+
+        Returns:
+            Client ids, sorted in natural order.
         """
         ids = self.client_infos.clients.ids
         if count is not None and self.privacy is not None and self.privacy.poisson_cohorts:
@@ -251,7 +257,7 @@ class FederationSpec:
             client_id: The client.
             state: The client's private state.
             round_idx: Index of the round, from 0.
-            attempt: How often the client has already trained in this round.
+            attempt: Number of times that the client has already trained in this round.
         """
         client_info = self.client_infos[client_id]
         memory = self.memory
@@ -288,11 +294,13 @@ class FederationSpec:
 
     @property
     def has_noisy_counts(self) -> bool:
-        """Whether clients see only noisy label counts, which holds if privacy protects records."""
+        """Whether label counts are noisy, which is the case if privacy protects single records."""
         return self.privacy is not None and self.privacy.unit == "record"
 
     def label_counts(self, client_id: str) -> Tensor:
-        """Return the label counts of a client's training rows, with noise if records are private.
+        """Return the label counts of a client's training rows.
+
+        The counts are noisy if `has_noisy_counts` is true.
 
         Returns:
             Label counts in the default dtype, shape `[outputs]`.
@@ -303,7 +311,7 @@ class FederationSpec:
         return noisy_label_counts(counts, self.task.kind, self.privacy, self.noise, client_id)
 
     def server(self) -> Participant:
-        """Return the server before the first round, with a model for each architecture."""
+        """Return the server in its initial state, with a model for each architecture."""
         archs = {profile.arch.spec_id: profile.arch for profile in self.client_infos.profiles}
         models = {slot: dict(self.initial_tensors(arch)) for slot, arch in sorted(archs.items())}
         if self.student is not None:
@@ -338,7 +346,7 @@ class FederationSpec:
 
 
 def attempt_key(attempt: int) -> tuple[Key, ...]:
-    """Return the part of a random stream's key that distinguishes repeated rounds."""
+    """Return the part of a random stream's key that distinguishes attempts at a round."""
     return ("attempt", attempt) if attempt else ()
 
 
@@ -363,7 +371,7 @@ def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) 
 
     Args:
         model: Configuration of the model.
-        data: The data, which determine input shape, number of outputs and vocabulary.
+        data: The federated data, which determine the input shape, number of outputs and vocabulary.
         view: Preprocessing of the participant that uses the model.
     """
     return ModelSpec.from_config(

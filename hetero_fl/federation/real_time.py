@@ -1,4 +1,4 @@
-"""Trainers in real time, whose clients are on other machines and may connect and disconnect."""
+"""Trainers in real time for clients on other machines, which may connect and disconnect."""
 
 from __future__ import annotations
 
@@ -29,38 +29,43 @@ from hetero_fl.federation.trainer import Record
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
 
-# Seconds between two searches for newly connected clients.
+# Seconds between checks for newly connected clients.
 POLL_INTERVAL = 1.0
 # Kinds of replies that contain an upload.
 UPLOADS = ("upload", "train")
 
 
 class Stopwatch:
-    """Clock of a run's real time, which excludes the time between a crash and a resume.
+    """Stopwatch for the wall-clock time of a run.
+
+    The time between a crash and the resumption of the run does not count.
 
     Args:
-        elapsed: Seconds to start from.
+        elapsed: Time that has elapsed before the start, in seconds.
     """
 
     def __init__(self, elapsed: float = 0.0) -> None:
         self._start = time.monotonic() - elapsed
 
     def elapsed(self) -> float:
-        """Return the seconds since the run began."""
+        """Return the elapsed time of the run in seconds."""
         return time.monotonic() - self._start
 
 
 def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
-    """Return the entry of a round's record on clients that lost their private state."""
+    """Return an entry for a round's record with the clients that lost their private state.
+
+    The entry is empty if no client has lost its private state since the last call.
+    """
     clients = executor.pop_reset_clients()
     return {"anew": clients} if clients else {}  # style: ok (file key)
 
 
 class RemoteSynchronousTrainer(ScheduledTrainer):
-    """Trainer of synchronous rounds with clients on other machines.
+    """Synchronous trainer with clients on other machines.
 
-    A round ends when enough uploads have arrived or its deadline has passed. Takes the arguments
-    of `ScheduledTrainer`.
+    A round ends when enough uploads have arrived or its deadline has passed. The arguments are the
+    same as those of `ScheduledTrainer`.
     """
 
     executor: RemoteExecutor
@@ -98,7 +103,7 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
     def _in_time(
         self, schedule: Schedule, clients: Sequence[str], arrivals: Iterator[tuple[str, Reply]]
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield replies until enough uploads have arrived; the other clients are late."""
+        """Yield replies until enough uploads have arrived, then an error for each late client."""
         tasks = schedule.tasks
         running = dict.fromkeys(clients)
         num_required = min(len(tasks), self.per_round or len(tasks))
@@ -142,11 +147,12 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
 
 
 class RemoteAsynchronousTrainer(AsynchronousTrainer):
-    """Asynchronous trainer in real time, with clients on other machines.
+    """Asynchronous trainer with clients on other machines.
 
-    Clients are sampled among those connected. The samples depend only on the order in which uploads
-    arrive, so the same order reproduces the run bit by bit. After a crash of the server, tasks in
-    flight are sent again unchanged. Takes the arguments of `AsynchronousTrainer`.
+    Clients are sampled among those that are connected. If the same clients are connected and their
+    uploads arrive in the same order, a run is reproduced bit by bit. After a crash of the server,
+    tasks in flight are sent again unchanged. The arguments are the same as those of
+    `AsynchronousTrainer`.
     """
 
     executor: RemoteExecutor
@@ -156,8 +162,9 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
         super().__init__(*args, **options)
         self.executor.on_reset = self._resend_model
         self.stopwatch = Stopwatch()
-        # Clients that did not answer, with the reason; they are not sampled for a while.
-        self._resting: dict[str, str] = {}
+        # Clients that did not answer since the last aggregation, and the reasons. They are not
+        # sampled.
+        self._unresponsive: dict[str, str] = {}
 
     @override
     def run_round(self) -> Record:
@@ -199,7 +206,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
             else:
                 task.diverged = str(reply)
                 if isinstance(reply, ClientAbsentError):
-                    self._resting[client] = task.diverged
+                    self._unresponsive[client] = task.diverged
             task.end = self.stopwatch.elapsed()
             self.queue.set_end(task)
         return self.queue.pop()
@@ -208,7 +215,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
         return task.request
 
     def _resend_model(self, client: str) -> None:
-        """Put the whole model into the next request to a client that has lost its state."""
+        """Include the whole model in the next request to a client that has lost its state."""
         body = self.broadcasts.reset(client)
         for task in self.queue:
             if task.client == client and body is not None:
@@ -218,13 +225,13 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
     @override
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
         # Clients that did not answer are sampled again after the next aggregation, or if no other
-        # client is connected.
+        # clients are connected.
         connected = set(self.executor.connected_clients())
         busy = {task.client for task in self.queue}
-        if not busy and not connected - self._resting.keys():
+        if not busy and not connected - self._unresponsive.keys():
             time.sleep(POLL_INTERVAL)
-            self._resting.clear()
-        idle = connected - busy - self._resting.keys()
+            self._unresponsive.clear()
+        idle = connected - busy - self._unresponsive.keys()
         places = [place for place, client_id in enumerate(self.ids) if client_id in idle]
         return len(places), places.__getitem__
 
@@ -234,11 +241,11 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
 
     @override
     def _receive_upload(self, task: ClientTask) -> Payload:
-        if task.client in self._resting and task.diverged is not None:
+        if task.client in self._unresponsive and task.diverged is not None:
             raise TaskFailedError(task.diverged, "fate")
         return super()._receive_upload(task)
 
     @override
     def _aggregate(self) -> None:
         super()._aggregate()
-        self._resting.clear()
+        self._unresponsive.clear()

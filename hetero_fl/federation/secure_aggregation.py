@@ -1,4 +1,4 @@
-"""Secure aggregation of a federation: layout of the summed vectors, and sums as uploads."""
+"""Secure aggregation in a federation: layout of the vectors, and conversion of sums to uploads."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ MAX_LAYOUTS = 8
 
 
 class DerivedSetup:
-    """Setup of secure aggregation that clients and server derive independently.
+    """Setup of secure aggregation that the server and each client derive independently.
 
-    The layout of a round follows from dry runs of the plan of one client of each profile.
+    The layout of the vectors in a round follows from a dry run of one client of each profile.
 
     Args:
         algorithm: The method.
         federation: The federation.
 
     Attributes:
-        expectations: The expected form of uploads.
+        expectations: The expected structure of uploads.
     """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -53,7 +53,7 @@ class DerivedSetup:
         self._layouts: BoundedCache[VectorLayout] = BoundedCache(MAX_LAYOUTS)
 
     def layout(self, round_idx: int) -> VectorLayout:
-        """Return the layout of all clients' uploads in a round; rounds of one phase share it."""
+        """Return the layout of the vectors in a round. Rounds of the same phase share a layout."""
         phase = self.expectations.round_phase(round_idx)
         if phase not in self._layouts:
             forms = [
@@ -66,10 +66,10 @@ class DerivedSetup:
         return self._layouts[phase]
 
     def upload_form(self, client: str, round_idx: int) -> Mapping[str, Item]:
-        """Return items of the form of a client's upload in a round.
+        """Return the expected items of a client's upload in a round, with placeholder values.
 
-        They are derived from the server before the first round, as the form must not depend on
-        received uploads.
+        The items are derived from the server in its initial state, because the layout must not
+        depend on received uploads.
         """
         client_info = self.federation.client_infos[client]
         self.server.round_context = self.federation.round_context(round_idx)
@@ -80,7 +80,7 @@ class DerivedSetup:
 
     @cached_property
     def server(self) -> Participant:
-        """The server before the first round."""
+        """The server in its initial state."""
         server = self.federation.server()
         self.algorithm.setup(server)
         return server
@@ -94,18 +94,19 @@ class DerivedSetup:
     ) -> np.ndarray | None:
         """Return a client's share of the privacy noise on sums (`privacy.distributed`).
 
-        The noise is N(0, deviation**2 / shares) for every element of the vector to which the server
-        would otherwise add noise, whether or not the client uploads it.
+        The noise is drawn from N(0, deviation**2 / shares) for every element of the vector to which
+        the server would otherwise add noise, whether or not the client uploads the element.
 
         Args:
             client: The client.
             round_idx: Index of the round, from 0.
             layout: Layout of the vector.
             unit: Value of one unit of the vector.
-            shares: Number of shares whose sum is sufficient noise.
+            shares: Number of shares that add up to the required noise.
 
         Returns:
-            The noise in units, or None if noise is not distributed.
+            The noise in units of the vector, shape `[layout.size]`, or None if clients do not add
+            noise.
         """
         privacy = self.expectations.privacy
         if privacy is None or not privacy.config.distributed:
@@ -129,7 +130,7 @@ class DerivedSetup:
 
 
 def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
-    """Return the protocol by which uploads reach the server: secure aggregation, or direct."""
+    """Return the protocol by which uploads reach the server, with or without secure aggregation."""
     config = federation.channel.secure_sum
     if config is None or not algorithm.uploads:
         return DirectProtocol()
@@ -145,17 +146,17 @@ def open_sums(
 ) -> tuple[Uploads, float | None]:
     """Convert a securely aggregated sum to the uploads of a round.
 
-    Elements with a total weight of zero were sent by no client and are left out.
+    Tensors with a total weight of zero were not sent by any client and are left out.
 
     Args:
         aggregated: The sum.
         layout: Layout of the summed vectors.
         fixed: Fixed-point representation of the sum.
-        forms: Each client in the sum with the items of the expected form of its upload.
+        forms: The clients in the sum, each with the expected items of its upload.
         noise: Privacy noise on the sums, or None.
 
     Returns:
-        The uploads, and the mean training loss.
+        The uploads, and the mean training loss or None.
     """
     vector = fixed.decode(aggregated.total)
     common = layout.common

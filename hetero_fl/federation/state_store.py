@@ -1,7 +1,7 @@
 """Storage of clients' private state between rounds, in append-only segment files.
 
-State is staged while a round runs and committed when the server has used the client's upload. The
-round's checkpoint (see `checkpoint.py`) then seals the segment.
+The new state of a client is staged after training and committed when the server has used the
+client's upload. The checkpoint of the round (see `checkpoint.py`) then seals the segment.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from hetero_fl.utils.serialization import (
 )
 
 MAGIC = b"HFLCKPT2"
-# Bytes in memory while a blob is verified or copied.
+# Number of bytes that are in memory at a time while a blob is verified or copied.
 CHUNK = 1 << 20
 # Bytes after the head: its length and a SHA-256 checksum.
 TRAILER = 8 + 32
 FORM = "private state 1"
-# Bytes of cached states.
+# Default size of the cache of states in bytes.
 MEMORY = 1 << 30
-# A segment of which less than one part in COMPACT is in use is copied and removed.
+# If less than 1 / COMPACT of a segment is in use, this part is copied and the segment is removed.
 COMPACT = 4
 
 
 class Segment:
-    """File of blobs.
+    """File that contains blobs, which are byte strings such as encoded states.
 
     A segment consists of 8 magic bytes, the blobs, the head, the length of the head (8 bytes,
-    little-endian), and the SHA-256 checksum of head and length. Locations and checksums of blobs
-    are stored in a head. Blob locations refer to the segment object, so they stay valid when the
-    file is renamed.
+    little-endian), and the SHA-256 checksum of head and length. The head contains the locations and
+    checksums of blobs in this and older segments. Blob locations refer to the segment object, so
+    they remain valid when the file is renamed.
 
     Args:
         path: Path of the file.
@@ -70,7 +70,7 @@ class Segment:
         return cls(path, path.stat().st_size)
 
     def read(self, location: BlobLocation) -> bytes:
-        """Read a blob.
+        """Return a blob.
 
         Raises:
             CodecError: If the blob is damaged.
@@ -97,7 +97,7 @@ class Segment:
             raise CodecError(f"a checksum in {self.path.name} does not match")
 
     def verify(self, location: BlobLocation) -> None:
-        """Verify the checksum of a blob, with one chunk in memory at a time.
+        """Verify the checksum of a blob. Only one chunk is in memory at a time.
 
         Raises:
             CodecError: If the blob is damaged.
@@ -110,7 +110,7 @@ class Segment:
         """Return the head of a sealed segment.
 
         Raises:
-            CodecError: If any byte of magic, head or trailer is damaged.
+            CodecError: If the magic bytes, the head or the trailer are damaged.
         """
         with open(self.path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
@@ -141,30 +141,35 @@ class BlobLocation(NamedTuple):
     digest: bytes
 
     def read(self) -> bytes:
-        """Read the blob (see `Segment.read`)."""
+        """Return the blob (see `Segment.read`)."""
         return self.segment.read(self)
 
 
 class OpenSegment(Segment):
-    """Segment that is being written under a temporary name.
+    """Segment that is being written, under a temporary name.
 
-    Sealing renames the file, so a sealed segment is always complete. No file handle is kept open,
-    because the process may be killed at any time.
+    The file is renamed when it is sealed, so that a sealed segment is always complete. It is not
+    kept open between calls, because the process may be killed at any time.
 
     Args:
         folder: Folder of the file.
     """
 
     def __init__(self, folder: Path) -> None:
-        # The name is always the same, so that files left by crashes do not accumulate.
+        # The name is always the same, so that files do not accumulate after crashes.
         super().__init__(folder / ".next.ckpt.tmp", 0)
 
     def append(self, data: bytes) -> BlobLocation:
-        """Append a blob. If writing fails, the next blob overwrites the incomplete one."""
+        """Append a blob and return its location.
+
+        If writing fails, the next blob overwrites the incomplete one.
+        """
         return self._append([data], hashlib.sha256(data).digest())
 
     def copy(self, location: BlobLocation) -> BlobLocation:
-        """Append a blob of another segment, with one chunk in memory at a time.
+        """Append a blob of another segment and return its new location.
+
+        Only one chunk is in memory at a time.
 
         Raises:
             CodecError: If the blob is damaged in the other segment.
@@ -192,7 +197,14 @@ class OpenSegment(Segment):
             self.size = size
 
     def seal(self, path: Path, head: bytes) -> None:
-        """Append the head, flush the file to disk and rename it. No blob can be appended then."""
+        """Append the head, flush the file to disk and rename it.
+
+        No blobs can be appended afterwards.
+
+        Args:
+            path: New path of the file.
+            head: The encoded head.
+        """
         length = len(head).to_bytes(8, "little")
         self.append(head)
         with open(self.path, "r+b") as file:
@@ -212,8 +224,8 @@ class PrivateState:
     """Private state of one client.
 
     Attributes:
-        models: Tensors of models, by slot.
-        state: Tree of tensors and plain values.
+        models: Tensors of the models that the client keeps, by slot.
+        state: Further state: nested dictionaries and lists of tensors and plain values.
     """
 
     models: dict[str, Tensors] = field(default_factory=dict)
@@ -223,26 +235,26 @@ class PrivateState:
         return bool(self.models or self.state)
 
     def encode(self) -> bytes:
-        """Encode the state for disk and other processes; an empty state has no bytes."""
+        """Encode the state for disk and other processes; an empty state is encoded as `b""`."""
         return encode({"models": self.models, "state": self.state}, FORM) if self else b""
 
     @classmethod
     def decode(cls, data: bytes, bounded: bool = False) -> PrivateState:
-        """Decode a state from `encode`.
+        """Decode the return value of `encode`.
 
         Args:
-            data: The bytes.
-            bounded: Whether the bytes are untrusted, see `serialization.decode`.
+            data: The encoded state.
+            bounded: Whether the bytes are untrusted (see `serialization.decode`).
 
         Raises:
             CodecError: If the bytes are malformed.
-            TypeError: If they encode something else.
+            TypeError: If the bytes encode another object.
         """
         return cls(**decode(data, FORM, bounded)) if data else cls()
 
     @property
     def num_bytes(self) -> int:
-        """Number of bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return num_tensor_bytes([self.models, self.state])
 
     def on_cpu(self) -> PrivateState:
@@ -251,7 +263,7 @@ class PrivateState:
         return PrivateState(move_tree(self.models, cpu), move_tree(self.state, cpu))
 
     def normalized(self) -> PrivateState:
-        """Return a copy as if it had been encoded and decoded, with contiguous tensors."""
+        """Return a copy with contiguous tensors, as if the state had been encoded and decoded."""
         return PrivateState(**copy_tree({"models": self.models, "state": self.state}))
 
 
@@ -260,7 +272,7 @@ class StateVersion:
     """Staged or committed version of a client's state.
 
     Attributes:
-        stamp: Unique number of the version in this process.
+        stamp: Number of the version, which is unique in this process.
         location: Location on disk; None if the store has no folder.
     """
 
@@ -269,19 +281,20 @@ class StateVersion:
 
 
 class StateStore:
-    """Store of clients' private states. Clients without private state need no memory.
+    """Store of clients' private states. Clients without private state take no memory.
 
-    A state always equals its decoded bytes, so results do not depend on the size of the cache or on
-    resuming.
+    Cached states equal the states on disk, so results depend neither on the size of the cache nor
+    on whether a run is resumed.
 
     Args:
         folder: Folder to which states are written when they are staged. Without a folder, all
             states stay in memory.
-        memory: Largest number of bytes of cached states if there is a folder.
+        memory: Maximum size of the cache in bytes if there is a folder.
 
     Attributes:
         open_segment: The segment to which states are written; None without a folder.
-        notes: What clients keep between the exchanges of a round, by client id. Never on disk.
+        notes: Data that clients keep between the exchanges of a round, by client id; not written to
+            disk.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
@@ -289,12 +302,12 @@ class StateStore:
         self.memory = memory
         self.open_segment: OpenSegment | None = None
         self.notes: dict[str, bytes] = {}
-        # By stamp.
+        # Cached states by stamp.
         self._cache: LRUCache[int, PrivateState | bytes] = LRUCache(
             math.inf if folder is None else memory, getsizeof=_num_bytes
         )
         self._committed: dict[str, StateVersion] = {}
-        # None for a client whose new state is empty.
+        # The value is None for a client whose new state is empty.
         self._staged: dict[str, StateVersion | None] = {}
         self._stamps = itertools.count()
         # Size of the open segment at the last commit.
@@ -303,14 +316,14 @@ class StateStore:
 
     @property
     def cached_bytes(self) -> int:
-        """Number of bytes in memory."""
+        """Size of the cached states in bytes."""
         return int(self._cache.currsize)
 
     def get(self, client: str) -> PrivateState:
-        """Return the committed state of a client, which must not be modified in place.
+        """Return the committed state of a client.
 
         Returns:
-            The state, empty if the client has none.
+            The state, which must not be modified in place. It is empty if the client has no state.
 
         Raises:
             RunFailedError: If the state is damaged on disk.
@@ -325,7 +338,7 @@ class StateStore:
         return state
 
     def encoded(self, client: str) -> bytes | None:
-        """Return the encoded committed state of a client, or None if it has none.
+        """Return the encoded committed state of a client; None if the client has no state.
 
         Raises:
             RunFailedError: If the state is damaged on disk.
@@ -337,12 +350,12 @@ class StateStore:
         return state if isinstance(state, bytes) else state.encode()
 
     def stamp(self, client: str) -> int | None:
-        """Return a number that changes with the client's committed state; None if it has none."""
+        """Return a number that changes when a new state is committed; None if there is no state."""
         version = self._committed.get(client)
         return None if version is None else version.stamp
 
     def num_bytes(self, client: str) -> int:
-        """Return the number of bytes of a client's committed state in memory."""
+        """Return the size of a client's committed state in memory, in bytes."""
         version = self._committed.get(client)
         return 0 if version is None else _num_bytes(self._load(client, version))
 
@@ -351,14 +364,14 @@ class StateStore:
         return sorted(self._committed)
 
     def stage(self, client: str, private: PrivateState | bytes) -> int | None:
-        """Stage the new state of a client, until its upload has been used.
+        """Stage the new state of a client, which is committed when the client's upload is used.
 
         Args:
             client: The client's id.
             private: The state, encoded if it comes from another process.
 
         Returns:
-            The stamp of the state once it is committed; None if the state is empty.
+            The stamp that the state will have once it is committed; None if the state is empty.
         """
         self.discard_client(client)
         if not private:
@@ -379,10 +392,10 @@ class StateStore:
         self._remove_from_cache(self._staged.pop(client, None))
 
     def commit(self, clients: Collection[str] | None = None) -> None:
-        """Commit staged states.
+        """Commit staged states, which replace the clients' previous states.
 
         Args:
-            clients: The clients whose uploads were used; None for all.
+            clients: Ids of the clients whose uploads were used; None for all.
         """
         used = list(self._staged)
         if clients is not None:
@@ -404,7 +417,7 @@ class StateStore:
             self.open_segment.truncate(self._committed_size)
 
     def locations(self) -> dict[str, BlobLocation]:
-        """Return the location of each client's committed state."""
+        """Return the location of each client's committed state on disk, by client id."""
         return {
             client: version.location
             for client, version in sorted(self._committed.items())
@@ -412,22 +425,22 @@ class StateStore:
         }
 
     def staged_locations(self) -> dict[str, BlobLocation | None]:
-        """Return the location of each client's staged state; None for an empty state."""
+        """Return the location of each client's staged state by client id, None for empty states."""
         return {
             client: None if version is None else version.location
             for client, version in sorted(self._staged.items())
         }
 
     def files(self) -> set[Path]:
-        """Return the files with committed or staged states."""
+        """Return the paths of the files that contain committed or staged states."""
         segments = {location.segment for _, _, location in self._stored_versions()}
         return {segment.path for segment in segments}
 
     def compact_segments(self, replaced: Path) -> None:
-        """Copy the states in use out of segments that contain few of them.
+        """Copy the states in use from segments that contain few of them to the open segment.
 
         Args:
-            replaced: File that will be replaced, out of which all states in use are copied.
+            replaced: File that will be replaced. All states in use are copied from this file.
 
         Raises:
             RunFailedError: If a state is damaged on disk.
@@ -462,11 +475,12 @@ class StateStore:
         locations: Mapping[str, BlobLocation],
         staged_locations: Mapping[str, BlobLocation | None],
     ) -> None:
-        """Replace all states by those of a checkpoint.
+        """Replace all states by the states of a checkpoint.
 
         Args:
-            locations: Location of each client's committed state.
-            staged_locations: Location of each client's staged state; None for an empty state.
+            locations: Location of each client's committed state, by client id.
+            staged_locations: Location of each client's staged state, by client id; None for an
+                empty state.
         """
         self._cache.clear()
         self._committed = {
@@ -493,7 +507,7 @@ class StateStore:
         self._committed_size = 0 if self.open_segment is None else self.open_segment.size
 
     def _load(self, client: str, version: StateVersion) -> PrivateState | bytes:
-        """Return a version from the cache, or its bytes from disk."""
+        """Return a state from the cache, or the encoded state from disk."""
         cached = self._cache.get(version.stamp)
         if cached is not None:
             return cached

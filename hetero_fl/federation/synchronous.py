@@ -15,7 +15,7 @@ from hetero_fl.federation.upload_collector import UploadCollector
 
 
 class SynchronousTrainer(FederatedTrainer):
-    """Trainer whose rounds wait for their cohort (McMahan et al. 2017, Algorithm 1)."""
+    """Trainer that waits for the cohort in each round (McMahan et al. 2017, Algorithm 1)."""
 
     @override
     def run_round(self) -> Record:
@@ -35,7 +35,7 @@ class SynchronousTrainer(FederatedTrainer):
         return collector.record(traffic, time.perf_counter() - started)
 
     def sample_cohort(self, round_idx: int) -> list[str]:
-        """Return the clients of a round, in id order: all, or a sample of `per_round`."""
+        """Return the ids of the clients in a round, sorted; all clients if `per_round` is None."""
         return self.federation.sample_cohort(self.per_round, round_idx)
 
     def collect(self, cohort: list[str]) -> UploadCollector:
@@ -51,7 +51,11 @@ class SynchronousTrainer(FederatedTrainer):
         return collector
 
     def aggregate(self, collector: UploadCollector) -> str:
-        """Aggregate the uploads; return why training at the server diverged, or an empty string."""
+        """Aggregate the uploads.
+
+        Returns:
+            Reason why training at the server diverged; empty if it did not.
+        """
 
         def aggregate() -> None:
             if collector.rules is not None:

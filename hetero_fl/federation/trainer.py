@@ -44,10 +44,11 @@ class EvaluationResult:
     """Result of an evaluation of all clients and the server.
 
     Attributes:
-        clients: Evaluation of each client, by id.
+        clients: Evaluation of each client, by client id.
         server: Scores of the server's model on the global test and validation sets, by name; None
             if the server has no model.
-        absent_clients: Why clients could not be evaluated, by id. They are excluded from all means.
+        absent_clients: Reasons why clients could not be evaluated, by client id. These clients are
+            excluded from all means.
     """
 
     clients: dict[str, ClientEvaluation]
@@ -85,27 +86,29 @@ def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
 
 
 class FederatedTrainer(ABC):
-    """Base class of trainers, with the server, the clients' state, traffic and evaluation.
+    """Base class of trainers, which run the rounds of a federation and evaluate its models.
 
-    The state of a run consists of the server, the store and the traffic; everything else follows
-    from the configuration.
+    The state of a run consists of the server, the clients' private state and the traffic.
+    Everything else follows from the configuration.
 
     Args:
         algorithm: The method.
         federation: The clients, their models and data.
-        executor: Runs the clients' tasks.
+        executor: Executor that runs the clients' tasks.
         per_round: Number of clients in a round; None for all.
         stop_on_divergence: Whether the run ends if training of a client or the server diverges.
-        policy: How cohorts are sampled and how rounds with too few uploads are treated.
+        policy: Policy for the sampling of cohorts and for rounds with too few uploads.
 
     Attributes:
-        keeps_requests: Whether requests outlive the server's version and are part of checkpoints.
-        hands_over: Whether clients in this process receive broadcasts without encoding.
-            User-defined methods may modify what they receive in place, so their broadcasts are
-            always encoded.
+        keeps_requests: Whether requests are still in use after the server has changed, and are part
+            of checkpoints.
+        hands_over: Whether broadcasts are passed to clients in this process without encoding.
+            Broadcasts of user-defined methods are always encoded, because such methods may modify
+            received tensors in place.
         traffic: Bytes sent so far.
         completed: Number of completed rounds.
-        now: Simulated or measured seconds since the run began; 0.0 in trainers without a clock.
+        now: Simulated or measured time since the start of the run, in seconds; 0.0 in trainers
+            without a clock.
     """
 
     keeps_requests = False
@@ -142,9 +145,9 @@ class FederatedTrainer(ABC):
             self.expectations.privacy, federation, self.expectations.expected_items, per_round
         )
         self.traffic = Traffic()
-        # None if uploads are combined by their plain mean.
+        # None if uploads are aggregated by the plain mean.
         self.rules_config = None if federation.aggregation.is_plain_mean else federation.aggregation
-        # State that aggregation rules keep between rounds.
+        # State of the aggregation rules that is kept between rounds.
         self.rule_memory: dict[str, Any] = {}
         self.now = 0.0
         self.completed = 0
@@ -171,12 +174,12 @@ class FederatedTrainer(ABC):
 
         Raises:
             RunFailedError: If no upload can be used, or a user-defined method fails. The clients'
-                state is then that before the round.
+                private state is then the same as before the round.
         """
 
     @contextmanager
     def rollback_on_error(self) -> Iterator[None]:
-        """Restore store, traffic and clock if the round in this context fails."""
+        """Restore private states, traffic and clock if the round in this context fails."""
         traffic = replace(self.traffic)
         now = self.now
         try:
@@ -193,14 +196,14 @@ class FederatedTrainer(ABC):
         """Write a checkpoint of the run.
 
         Args:
-            checkpoints: Where to write it.
+            checkpoints: The checkpoints of the run.
             about: Further entries of the checkpoint, which describe the run.
         """
         checkpoints.save(self.completed, {"run": self.state_dict(), **about})
         self.on_checkpoint()
 
     def on_checkpoint(self) -> None:
-        """React to a checkpoint that was written or loaded; a hook for subclasses."""
+        """Handle a checkpoint that was written or loaded. Subclasses may override this method."""
         return
 
     @property
@@ -209,15 +212,20 @@ class FederatedTrainer(ABC):
         return ""
 
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
-        """Set the initial private states of clients."""
+        """Set the initial private states of clients.
+
+        Args:
+            states: Private states by client id.
+        """
         for client_id, state in states.items():
             self.store.stage(client_id, state)
         self.store.commit()
 
     def broadcast(self, client_info: ClientInfo) -> Payload:
-        """Return what the server sends to a client.
+        """Return the payload of the server's broadcast to a client.
 
-        May be called several times and in any order, because random draws are keyed by the client.
+        The method may be called several times and in any order of clients, because random draws are
+        keyed by the client.
         """
         server = replace(
             self.server,
@@ -245,7 +253,7 @@ class FederatedTrainer(ABC):
         )
 
     def clients_in_training(self) -> Collection[str]:
-        """Return the clients that still train on an earlier version of the server."""
+        """Return the ids of clients that still train on an earlier version of the server."""
         return ()
 
     def _set_round_context(self, round_idx: int) -> None:
@@ -263,17 +271,17 @@ class FederatedTrainer(ABC):
         round_idx: int,
         attempt: int = 0,
     ) -> Payload:
-        """Decode an upload and validate it against the form expected of this client.
+        """Decode an upload and validate its structure.
 
         Args:
             client_info: The sender.
             content: The upload, encoded or as a payload.
-            received: What the client received.
+            received: The broadcast on which the client trained.
             round_idx: Index of the round, from 0.
-            attempt: How often the client has already trained in this round.
+            attempt: Number of times that the client has already trained in this round.
 
         Raises:
-            PayloadError: If the upload is malformed or does not have the expected form.
+            PayloadError: If the upload is malformed or does not have the expected structure.
         """
         expected = self.expectations.expected_items(client_info, received, round_idx)
         specs = self.expectations.specs
@@ -289,7 +297,7 @@ class FederatedTrainer(ABC):
         return payload
 
     def count_traffic(self, up: int = 0, down: int = 0) -> None:
-        """Add to the traffic, unless the method is a reference without communication.
+        """Count bytes as traffic, unless the method is a reference method without communication.
 
         Args:
             up: Bytes uploaded by clients.
@@ -305,19 +313,20 @@ class FederatedTrainer(ABC):
             raise RunFailedError(f"round {self.completed + 1}: {client_id} diverged: {error}")
 
     def update_server(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
-        """Update the server, and restore it if its training diverges.
+        """Update the server, and restore its state if training at the server diverges.
 
         Args:
-            aggregate: Updates the server, the state of aggregation rules and the privacy bounds.
-            magnitudes: Norm of each upload, by client.
+            aggregate: Function that updates the server, the state of the aggregation rules and the
+                privacy bounds.
+            magnitudes: Norm of each upload, by client id.
 
         Returns:
-            Why training at the server diverged; empty if it did not.
+            Reason why training at the server diverged; empty if it did not.
 
         Raises:
-            RunFailedError: If training at the server has diverged in `MAX_DIVERGED_ROUNDS`
-                successive rounds, in every round of a shorter run, or if `runtime.divergence` is
-                "stop".
+            RunFailedError: If training at the server diverges and `runtime.divergence` is "stop",
+                or if it has diverged in `MAX_DIVERGED_ROUNDS` successive rounds (in all rounds of a
+                shorter run).
         """
         # Free memory for the aggregation.
         self._clear_broadcasts()
@@ -356,14 +365,14 @@ class FederatedTrainer(ABC):
 
     @translate_user_errors()
     def request_upload(self, client_id: str, round_idx: int) -> tuple[Payload, Payload]:
-        """Train one client for a round without keeping any state, and return its upload.
+        """Train one client in a round, discard its new private state, and return the upload.
 
         Returns:
-            What the client received, and its upload as the server decodes it.
+            The broadcast that the client received, and the upload as the server decodes it.
 
         Raises:
             RunFailedError: If the client sends no upload.
-            PayloadError: If the upload does not have the expected form.
+            PayloadError: If the upload does not have the expected structure.
         """
         self._set_round_context(round_idx)
         client_info = self.federation.client_infos[client_id]
@@ -385,13 +394,13 @@ class FederatedTrainer(ABC):
     ) -> EvaluationResult:
         """Evaluate the models that the clients would deploy now, and the server's model.
 
-        All clients of the federation are evaluated, including those outside this round's cohort.
-        They receive the next broadcast, which counts as traffic.
+        All clients in `federation.evaluated_clients` are evaluated, including clients outside the
+        cohort of the round. They receive the next broadcast, which counts as traffic.
 
         Args:
-            details: Whether to compute everything that a report shows, which includes the models.
-            save: Called with the id and the model of each client, encoded by `SavedModel.encode`.
-                The models are then not part of the result.
+            details: Whether to compute all results that a report shows, including the models.
+            save: Function that is called with the id and the model of each client, encoded by
+                `SavedModel.encode`. If given, the models are not part of the result.
 
         Raises:
             RunFailedError: If a model cannot be evaluated.
@@ -429,9 +438,10 @@ class FederatedTrainer(ABC):
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
     def server_tensors(self, slot: str) -> Tensors:
-        """Return the tensors of one of the server's models as it is deployed.
+        """Return the tensors with which one of the server's models is deployed.
 
-        With `recalibrate: [global_test]`, its BatchNorm statistics are those of the proxy set.
+        With `recalibrate: [global_test]`, the model's BatchNorm statistics are computed on the
+        proxy set.
 
         Args:
             slot: Slot of the model.
@@ -463,7 +473,7 @@ class FederatedTrainer(ABC):
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state from which another process can resume, except for the store."""
+        """Return the state for a checkpoint, except for the clients' private state."""
         state: dict[str, Any] = {
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},

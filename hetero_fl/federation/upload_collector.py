@@ -1,4 +1,4 @@
-"""Collect the uploads of a round: validate them, add them to the aggregation, record failures."""
+"""Collection of the uploads of a round, which are validated and added to the aggregation."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ DAMAGED = "upload refused: its bytes are not those that were sent"
 class UploadCollector:
     """Collector of the replies of one cohort.
 
-    Each upload is added to the aggregation when it arrives, so that only one is in memory at a
-    time. From the first upload of a simulated malicious client on, uploads are kept until all have
-    arrived, because an attack may depend on all of them.
+    Each upload is added to the aggregation when it arrives, so that only one upload is in memory at
+    a time. Once the upload of a simulated malicious client has arrived, this upload and all later
+    ones are kept until the end of the round, because an attack may depend on all of them.
 
     Args:
         trainer: The trainer.
@@ -45,15 +45,16 @@ class UploadCollector:
 
     Attributes:
         uploads: The uploads that the method aggregates.
-        losses: Training loss by client; with secure aggregation, only their "mean".
-        logged: Values that clients logged, by client and name.
-        failed: Why clients sent no usable upload, by client.
-        late: Clients that had not replied when the round ended.
-        magnitudes: Norm of each upload, by client.
-        malicious: Simulated malicious clients whose uploads arrived.
-        abandoned: Why the round was abandoned, or None.
-        attempts: Number of attempts at the round.
-        diverged: Why training at the server diverged; empty if it did not.
+        losses: Training loss by client id; with secure aggregation, only the mean, under the key
+            "mean".
+        logged: Values that clients logged, by client id and name.
+        failed: Reasons why clients sent no usable upload, by client id.
+        late: Ids of clients that had not replied when the round ended.
+        magnitudes: Norm of each upload, by client id.
+        malicious: Ids of simulated malicious clients whose uploads arrived.
+        abandoned: Error with which the round was abandoned, or None.
+        attempts: Number of attempts at the round, including this one.
+        diverged: Reason why training at the server diverged; empty if it did not.
         up_bytes: Bytes uploaded in the round.
     """
 
@@ -82,11 +83,11 @@ class UploadCollector:
         self.attempts = 1
         self.diverged = ""
         self.up_bytes = 0
-        # By exchange and client.
+        # Bytes sent to clients, by kind of the exchange and client id.
         self._sent_bytes: dict[tuple[str, str], int] = {}
-        # Broadcasts to clients that have not replied.
+        # Broadcasts to clients that have not replied, by client id.
         self._sent: dict[str, Payload] = {}
-        # Uploads that are kept until those of all malicious clients have arrived.
+        # Uploads that are kept until the uploads of all malicious clients have arrived.
         self._waiting: dict[str, Payload] = {}
 
     @property
@@ -96,15 +97,15 @@ class UploadCollector:
 
     @property
     def is_sufficient(self) -> bool:
-        """Whether enough uploads arrived to aggregate.
+        """Whether enough uploads arrived for an aggregation.
 
-        Always true for an empty cohort, which `privacy.poisson_cohorts` can sample: the sum of its
-        uploads is noise.
+        Always true for an empty cohort, which can be sampled with `privacy.poisson_cohorts`. The
+        sum of its uploads consists of noise only.
         """
         return not self.cohort or len(self.uploads) >= self.trainer.policy.least
 
     def shortage(self) -> RunFailedError:
-        """Return the error that describes why there are too few uploads."""
+        """Return an error that describes why there are too few uploads."""
         if self.abandoned is not None:
             return self.abandoned
         least = self.trainer.policy.least
@@ -121,10 +122,10 @@ class UploadCollector:
         return RunFailedError(line)
 
     def exchanges(self, clients: Sequence[str] | None = None) -> Iterator[Exchange]:
-        """Yield the exchanges of the round, each after the replies to the previous one.
+        """Yield the exchanges of the round, each after the replies to the previous exchange.
 
         Args:
-            clients: The participating clients of the cohort; None for all.
+            clients: Ids of the clients of the cohort that participate; None for all.
         """
         clients = self.cohort if clients is None else clients
         try:
@@ -138,7 +139,7 @@ class UploadCollector:
             self._poison()
 
     def request(self, exchange: Exchange, client_id: str) -> Message:
-        """Return the encoded request to a client; repeated requests are counted once."""
+        """Return the request to a client. The traffic of a repeated request is counted once."""
         message = exchange.request(client_id, self._broadcast_to)
         self._sent_bytes[exchange.kind, client_id] = message.size
         return replace(message, round_idx=self.round_idx)
@@ -201,7 +202,7 @@ class UploadCollector:
             self.uploads.add(Upload(client_info, payload))
 
     def _poison(self) -> None:
-        """Add all waiting uploads, after the attack has replaced those of malicious clients."""
+        """Replace the uploads of malicious clients by the attack, and add all waiting uploads."""
         attacks = self.trainer.federation.malicious
         assert attacks is not None
         client_infos = self.trainer.federation.client_infos
@@ -218,7 +219,7 @@ class UploadCollector:
             self.uploads.add(Upload(client_infos[client_id], payload))
 
     def _open_sum(self, aggregated: AggregatedUploads) -> None:
-        """Set the uploads from their securely aggregated sum."""
+        """Set `uploads` to the result of secure aggregation."""
         protocol = self.trainer.protocol
         assert isinstance(protocol, SecureAggregation)
         client_infos = [self.trainer.federation.client_infos[c] for c in aggregated.clients]
@@ -273,7 +274,7 @@ class UploadCollector:
         return self.trainer.as_received(client_info, self.trainer.broadcast(client_info))
 
     def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
-        """Return the named tensors that a client received as an item, or an empty dictionary."""
+        """Return the tensors of an item that a client received, by name; empty if none."""
         item = self._received_by(client_info).items_by_name.get(name)
         if item is None or item.kind != "params" or not isinstance(item.values, dict):
             return {}
@@ -283,8 +284,8 @@ class UploadCollector:
         """Return the round's line in `metrics.jsonl`.
 
         Args:
-            traffic: Bytes of the round, including all attempts.
-            seconds: Wall time of the round in seconds.
+            traffic: Bytes sent in the round, including all attempts.
+            seconds: Wall-clock time of the round in seconds.
         """
         record = {
             "round": self.round_idx + 1,

@@ -1,1 +1,1 @@
-"""Executors: in this process, worker processes, Ray actors and ranks of torchrun."""
+"""Executors that run clients in this process, worker processes, Ray actors or torchrun ranks."""

@@ -1,7 +1,7 @@
-"""Interface of executors, which run the tasks of a cohort, and the executor in this process.
+"""Interface of executors, which run the tasks of clients, and an executor in this process.
 
-Clients are computed in chunks that depend only on ids and architectures, not on the number of
-workers or on time, so that results are reproducible bit by bit.
+Clients are processed in chunks that depend only on client ids and architectures, neither on the
+number of workers nor on the duration of tasks, so that results are reproducible bit by bit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ class ClientLateError(ClientAbsentError):
 
 
 class Executor(Protocol):
-    """Runner of clients' tasks.
+    """Interface of executors, which run the tasks of clients.
 
     Attributes:
-        store: The clients' private state. A task's new state is staged before its reply is yielded.
+        store: The clients' private state. The new state of a client is staged before its reply is
+            yielded.
         backend: Backend in this process for the server's plans.
         takes_payload: Whether clients run in this process, so that requests may contain broadcasts
-            without encoding.
+            that are not encoded.
     """
 
     store: StateStore
@@ -47,11 +48,17 @@ class Executor(Protocol):
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield each client's reply to one request, in the order of `clients`.
+        """Yield the reply of each client to a request, in the order of `clients`.
+
+        Clients that do not reply are left out.
 
         Args:
-            clients: Client ids. Clients without any reply are left out.
-            request: Returns the request to a client. Called each time the request is sent.
+            clients: Client ids.
+            request: Function that returns the request to a client. It is called each time the
+                request is sent.
+
+        Yields:
+            Client ids and replies.
         """
 
     def evaluate(
@@ -65,16 +72,19 @@ class Executor(Protocol):
 
         Args:
             clients: Client ids.
-            broadcast: Returns the broadcast to a client.
+            broadcast: Function that returns the broadcast to a client.
             round_idx: Index of the next round, from 0.
-            details: Whether to compute everything that a report shows.
+            details: Whether to compute all results that a report shows.
+
+        Yields:
+            Client ids and evaluations.
 
         Raises:
-            DivergedError: If a model cannot be deployed.
+            DivergedError: If training for deployment diverges.
         """
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        """Set the function that is called with a line for each task that begins."""
+        """Set a function that is called with a message when a task begins; None removes it."""
 
     def close(self) -> None:
         """Release all resources. The executor cannot be used afterwards."""
@@ -84,8 +94,8 @@ class RemoteExecutor(Executor, Protocol):
     """Executor whose clients are on other machines and may connect and disconnect at any time.
 
     Attributes:
-        on_reset: Called with a client that has lost its private state, before its request is
-            created again.
+        on_reset: Function that is called with the id of a client that has lost its private state,
+            before the request to the client is created again.
     """
 
     on_reset: Callable[[str], object]
@@ -93,48 +103,55 @@ class RemoteExecutor(Executor, Protocol):
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield each client's reply to one request, in the order of arrival.
+        """Yield the reply of each client to a request, in the order of arrival.
 
         Args:
             clients: Client ids.
-            request: Returns the request to a client. Called each time the request is sent.
+            request: Function that returns the request to a client. It is called each time the
+                request is sent.
+
+        Yields:
+            Client ids and replies.
         """
 
     def connected_clients(self) -> Collection[str]:
-        """Return the clients that are connected now."""
+        """Return the ids of the clients that are connected now."""
 
     def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
-        """Begin one client's task while others are running.
+        """Start the task of a client without waiting for the reply.
 
         Args:
             client: The client.
-            make_request: Returns the request; called again if the client has lost its private
-                state.
+            make_request: Function that returns the request to the client. It is called again if
+                the client has lost its private state.
         """
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
-        """Return the next reply to a dispatched request; None after `wait` seconds without one."""
+        """Return the next reply to a dispatched request; None if none arrives in `wait` seconds."""
 
     def send_states(self, states: Mapping[str, PrivateState]) -> None:
-        """Send clients their initial private states, and stage them.
+        """Send clients their initial private states, and stage these states.
+
+        Args:
+            states: Private states by client id.
 
         Raises:
             RunFailedError: If a client cannot be reached.
         """
 
     def on_checkpoint(self) -> None:
-        """Have clients keep the states of a checkpoint, in case the run falls back to it."""
+        """Instruct clients to keep their states at a checkpoint, to which the run may fall back."""
 
     def pop_reset_clients(self) -> list[str]:
-        """Return the clients that have lost their private state since the last call."""
+        """Return the ids of clients that have lost their private state since the last call."""
 
 
 class InProcessExecutor(Executor):
-    """Executor in this process.
+    """Executor that runs clients in this process.
 
     Args:
-        runtime: Runs the clients' plans.
-        chunk: Number of clients of one architecture that are computed together.
+        runtime: Runtime that executes the clients' plans.
+        chunk: Number of clients of one architecture that are processed together.
     """
 
     takes_payload = True
@@ -202,12 +219,12 @@ def drain(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
 def client_chunks(
     client_ids: Iterable[str], client_infos: Mapping[str, ClientInfo], size: int
 ) -> list[list[str]]:
-    """Divide clients into chunks that are computed together.
+    """Divide clients into chunks that are processed together.
 
     Args:
         client_ids: The clients.
-        client_infos: What is known of each client.
-        size: Largest number of clients in a chunk.
+        client_infos: Information on each client, by client id.
+        size: Maximum number of clients in a chunk.
 
     Returns:
         Chunks of clients with the same architecture, sorted by the id of their first client.
@@ -221,13 +238,18 @@ def client_chunks(
     chunks = [
         members[i : i + size] for members in groups.values() for i in range(0, len(members), size)
     ]
-    # Results are yielded in id order, so the first ones are computed first.
+    # Results are yielded in the order of ids, so the first clients are processed first.
     positions = {client_id: i for i, client_id in enumerate(client_ids)}
     return sorted(chunks, key=lambda chunk: positions[chunk[0]])
 
 
 def in_order(clients: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-    """Yield arrivals in the order of `clients`; clients without an arrival are left out."""
+    """Yield pairs of client id and value in the order of `clients`, as soon as possible.
+
+    Args:
+        clients: Client ids.
+        arrivals: Pairs of client id and value in any order. Clients that do not occur are left out.
+    """
     waiting: dict[str, T] = {}
     source = iter(arrivals)
     for client_id in clients:

@@ -1,8 +1,8 @@
-"""Choice of how a run is computed: executor, workers, threads and device.
+"""Choice of the executor, workers, threads and device of a run.
 
-The rule considers architectures, rows, rounds, cores and the device; steps are timed where these do
-not decide whether workers are worthwhile. A resumed run keeps its choice. See
-docs/explanation/limits.md.
+The choice depends on the architectures, the numbers of rows, rounds and cores, and the device. If
+these do not decide whether workers are worthwhile, training steps are timed. A resumed run keeps
+its choice. See docs/explanation/limits.md.
 """
 
 from __future__ import annotations
@@ -54,31 +54,31 @@ LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.exe
 START_SECONDS = 4.5
 # Estimates from the number of operations are wrong by up to this factor, in either direction.
 ESTIMATE_FACTOR = 10
-# Number of architectures whose steps are timed, those with the largest part of the training.
+# Maximum number of architectures whose steps are timed, starting with the most expensive.
 MAX_MEASURED = 4
-# Parameters are copied to workers and back. Workers are worthwhile up to these bytes per second of
-# training.
+# Parameters are copied to workers and back. Workers are worthwhile only if this takes at most this
+# number of bytes per second of training.
 MAX_TRAFFIC = 3e8
-# Floating-point operations of a forward step from which a second thread helps
+# Floating-point operations of the forward pass of a batch from which a second thread helps
 # (benchmarks/speed/threads.py).
 LARGE_STEP = 5e7
-# Fraction of a core's time that one more worker gains.
+# Speedup by each worker, relative to training on one core without workers.
 WORKER_GAIN = 0.9
-# Threads of a process; typical models gain nothing from more.
+# Maximum number of threads of a process. Typical models do not benefit from more.
 MAX_THREADS = 4
-# On a CPU, clients of one architecture are computed together if there are at least
-# MIN_VECTORIZED_CLIENTS, a forward step takes at most SMALL_STEP floating-point operations, and the
-# model has at most SMALL_MODEL parameters.
+# On a CPU, clients of one architecture are processed together if there are at least
+# MIN_VECTORIZED_CLIENTS, the forward pass of a batch takes at most SMALL_STEP floating-point
+# operations, and the model has at most SMALL_MODEL parameters.
 MIN_VECTORIZED_CLIENTS = 8
 SMALL_STEP = 2e7
 SMALL_MODEL = 1_000_000
-# Number of clients computed together, which bounds memory.
+# Maximum number of clients processed together, to limit the use of memory.
 MAX_CHUNK = 128
-# Number of chunks, at least, into which a group is divided for workers.
+# Minimum number of chunks into which a group of clients is divided for workers.
 MIN_CHUNKS = 8
 # Executors that run clients in this process.
 IN_PROCESS = ("serial", "batched")
-# Executors to which a key of `runtime` applies.
+# Executors to which each key of `runtime` applies.
 EXECUTOR_KEYS = {
     "workers": ("processes", "ray"),
     "chunk": ("batched", "processes", "ray", "torchrun"),
@@ -88,7 +88,7 @@ EXECUTOR_KEYS = {
 
 @contextmanager
 def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
-    """Provide what an executor needs during a run: processes of torchrun, or a Ray cluster.
+    """Check that an executor is available, and connect to its Ray cluster within the context.
 
     Args:
         config: The runtime settings.
@@ -122,13 +122,13 @@ def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
 def worker_count(
     executor: str, requested: int | None, threads: int, most: int, available: int
 ) -> tuple[int, str]:
-    """Return the number of workers of an executor, and the reason.
+    """Return the number of workers of an executor, and the reason for it.
 
     Args:
         executor: Name of the executor.
-        requested: The configured number, or None.
+        requested: Configured number of workers, or None.
         threads: Number of threads per worker.
-        most: Upper bound, unless a number is configured.
+        most: Maximum number of workers, unless a number is configured.
         available: Number of cores of this machine.
 
     Raises:
@@ -154,17 +154,18 @@ def worker_count(
 
 @dataclass(frozen=True)
 class ExecutorChoice:
-    """Choice of how a run is computed.
+    """Executor of a run, with its device and settings.
 
-    All attributes except `workers` affect the bits of the results, and a resumed run keeps them.
+    All attributes except `workers` and `reasons` can affect the last bits of the results, so a
+    resumed run keeps them.
 
     Attributes:
         executor: "serial" or "batched" in this process, or "processes", "ray" or "torchrun".
-        device: Device of the clients.
-        threads: Number of threads of each process that computes clients.
-        server_threads: Number of threads of the process that computes the server.
-        chunk: Number of clients of one architecture that are computed together.
-        precision: Precision of training.
+        device: Device on which clients train.
+        threads: Number of threads of each process that trains clients.
+        server_threads: Number of threads of the server's process.
+        chunk: Number of clients of one architecture that are processed together.
+        precision: "float32" or "bfloat16".
         deterministic: Whether to use deterministic algorithms.
         workers: Number of workers.
         reasons: Reasons for the choice, for the log.
@@ -181,15 +182,15 @@ class ExecutorChoice:
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
     def record(self) -> dict[str, Any]:
-        """Return the choice in the form stored with results and in checkpoints."""
+        """Return the choice as a dictionary, to be stored with the results and in checkpoints."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], config: RuntimeConfig) -> ExecutorChoice:
-        """Restore the choice of a resumed run, except for the number of workers.
+        """Restore the choice of a resumed run, and determine the number of workers again.
 
         Args:
-            record: The recorded choice, see `record`.
+            record: The return value of `record`.
             config: The runtime settings.
 
         Raises:
@@ -211,11 +212,12 @@ class RunLoad:
 
     Attributes:
         cohort: Number of clients in a round.
-        seconds: Seconds of training in all rounds on one core.
+        seconds: Duration of training in all rounds on one core, in seconds.
         model_bytes: Bytes of parameters per second of training.
-        busy: Number of workers that can be busy, given that a client is computed by one worker.
-        step: Floating-point operations of a forward step of the most expensive client.
-        thread_speedup: Speedup of a process by the threads that it would have.
+        busy: Number of workers that can be busy at the same time, because each client is processed
+            by a single worker.
+        step: Floating-point operations of the forward pass of a batch of the most expensive client.
+        thread_speedup: Speedup of a process by several threads, relative to one thread.
     """
 
     cohort: int
@@ -244,11 +246,12 @@ class RunLoad:
         )
 
     def measure(self, federation: FederationSpec, threads: int) -> RunLoad:
-        """Return the load with the time of steps measured on this machine.
+        """Return the load, corrected by the duration of training steps on this machine.
 
         Args:
-            federation: The federation. The architectures with the most training are measured.
-            threads: Number of threads of a process that computes all clients.
+            federation: The federation. Only the architectures that take the most training are
+                measured.
+            threads: Number of threads of a process that trains all clients.
         """
         flops: dict[tuple[ModelSpec, int], float] = defaultdict(float)
         for client_id in federation.representative_clients:
@@ -276,15 +279,18 @@ class RunLoad:
 def choose_executor(
     config: Config, federation: FederationSpec, measure: bool = True
 ) -> ExecutorChoice:
-    """Choose how a new run is computed, as configured or by a rule.
+    """Choose the executor of a new run, with its device and settings.
+
+    Settings that are not configured are chosen automatically.
 
     Args:
         config: The configuration of the run.
         federation: The federation.
-        measure: Whether steps may be timed where the rule depends on it.
+        measure: Whether training steps may be timed if the choice depends on their duration.
 
     Raises:
-        UserError: If the device is not available.
+        UserError: If the device or the executor is not available, or if runtime settings
+            contradict each other.
     """
     runtime = config.runtime
     device = choose_device(runtime.device)
@@ -299,10 +305,12 @@ def choose_executor(
     executor = runtime.executor
     executor_reason = "runtime.executor"
     if executor == "auto":
-        own_threads = runtime.threads or thread_limit()
+        threads_per_process = runtime.threads or thread_limit()
         if measure:
-            load = _measure_if_open(load, federation, device, available, own_threads)
-        executor, executor_reason = _select_executor(load, group, device, available, own_threads)
+            load = _measure_if_undecided(load, federation, device, available, threads_per_process)
+        executor, executor_reason = _select_executor(
+            load, group, device, available, threads_per_process
+        )
     chunk, chunk_reason = _choose_chunk(runtime, federation, device, executor)
     together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
     threads, server_threads, thread_reason = _choose_threads(
@@ -338,26 +346,26 @@ def choose_executor(
     )
 
 
-def _measure_if_open(
+def _measure_if_undecided(
     load: RunLoad,
     federation: FederationSpec,
     device: torch.device,
     available: int,
-    own_threads: int | None,
+    threads_per_process: int | None,
 ) -> RunLoad:
     """Return the load, measured if the estimate does not decide whether workers are worthwhile."""
-    short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
-    if device.type != "cpu" or available == 1 or load.cohort == 1 or short:
+    is_short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
+    if device.type != "cpu" or available == 1 or load.cohort == 1 or is_short:
         return load
     is_large = load.step >= LARGE_STEP
-    threads = own_threads or (min(MAX_THREADS, available) if is_large else 1)
+    threads = threads_per_process or (min(MAX_THREADS, available) if is_large else 1)
     return load.measure(federation, threads)
 
 
 def _choose_chunk(
     config: RuntimeConfig, federation: FederationSpec, device: torch.device, executor: str
 ) -> tuple[int, list[str]]:
-    """Return the number of clients computed together, and the reason if it is automatic."""
+    """Return the number of clients processed together, and the reason if it is automatic."""
     if executor == "serial":
         return 1, []
     if executor == "batched" and config.chunk is None and device.type == "cuda":
@@ -373,13 +381,13 @@ def _select_executor(
     available: int,
     threads_per_process: int | None = None,
 ) -> tuple[str, str]:
-    """Return the name of the best executor, and the reason.
+    """Return the name of the fastest executor, and the reason for the choice.
 
-    A configured number of workers is ignored, because it does not affect results.
+    The configured number of workers is ignored, so that it does not affect the results.
 
     Args:
         load: Estimated amount of training.
-        group: Number of clients that are worth computing together.
+        group: Number of clients that are worth processing together.
         device: Device of the clients.
         available: Number of cores of this machine.
         threads_per_process: Configured number of threads of each process, or None.
@@ -398,7 +406,7 @@ def _select_executor(
 
 
 def _reason_against_workers(load: RunLoad, available: int, threads_per_process: int | None) -> str:
-    """Return why worker processes are not worthwhile; empty if they are."""
+    """Return the reason why worker processes are not worthwhile; empty if they are."""
     workers = min(max(1, available // (threads_per_process or 1)), load.busy)
     speedup_of_each = load.thread_speedup if threads_per_process else 1.0
     with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)
@@ -417,7 +425,7 @@ def _reason_against_workers(load: RunLoad, available: int, threads_per_process: 
 def _choose_threads(
     config: RuntimeConfig, load: RunLoad, group_size: int, executor: str, available: int
 ) -> tuple[int, int, str]:
-    """Return the threads of a process that computes clients and of the server's, and the reason."""
+    """Return the number of threads for clients, the number for the server, and the reason."""
     limit = thread_limit()
     if config.threads is not None:
         reason = f"{pluralize(config.threads, 'thread')}: runtime.threads"
@@ -436,9 +444,11 @@ def _choose_threads(
 
 
 def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
-    """Return how many clients of a round share an architecture.
+    """Return the number of clients of a round that are worth processing together.
 
-    The result is 0 unless vectorization is worthwhile for most of the cohort.
+    These are the clients with the most frequent architecture among those that benefit from
+    vectorization. The result is 0 if there are too few of them, or if less than half of all clients
+    would benefit.
     """
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
@@ -460,7 +470,7 @@ def plan_memory(client_info: ClientInfo) -> MemoryPlan:
 
 
 def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple[int, str]:
-    """Return how many clients are computed together on a device, and the reason."""
+    """Return the number of clients that are processed together on a device, and the reason."""
     client_infos = federation.client_infos
     largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
     # The rest of the memory caches copies of the host's tensors.
@@ -473,7 +483,7 @@ def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:
-    """Return how many clients of a round can be computed together on average, at least 1."""
+    """Return the average number of clients in a round that can be processed together (>= 1)."""
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
         if not is_recurrent(profile.arch):
@@ -506,14 +516,14 @@ def make_executor(
     store: StateStore | None = None,
     log: Callable[[str], None] = lambda _line: None,
 ) -> Executor:
-    """Create the executor of a choice, and set the number of threads of this process.
+    """Create the chosen executor, and set the number of threads of this process.
 
     Args:
-        choice: How the run is computed.
+        choice: The choice of the executor.
         algorithm: The method.
         federation: The federation.
-        store: The clients' private state; by default a new store in memory.
-        log: Called with a line on each limitation of the chosen backend.
+        store: The clients' private state; None for a new store in memory.
+        log: Function that is called with a message on each limitation of the backend.
     """
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)

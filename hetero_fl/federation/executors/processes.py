@@ -1,4 +1,4 @@
-"""Workers in processes on this machine, with messages in shared memory."""
+"""Worker processes on this machine, which exchange messages through shared memory."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from hetero_fl.utils.processes import (
     worker_context,
 )
 
-# Bytes from which a byte string is sent through shared memory; tensors always are.
+# Minimum length in bytes of byte strings that are sent through shared memory; tensors always are.
 LONG = 2**16
-# Number of broadcasts that both ends cache, as most clients of a worker receive the same one.
+# Number of broadcasts that both ends cache, because many clients receive the same broadcast.
 BROADCASTS = 2
 # Types of values that need no conversion.
 PLAIN = (str, int, float, bool, type(None))
@@ -86,13 +86,13 @@ class TensorReference:
 class SharedMemoryConnection:
     """One end of a connection between two processes that answer messages in order.
 
-    Messages are sent through a pipe, except for tensors and long byte strings, which are copied
-    through shared memory: a pipe is slow for large messages and blocks both processes. A string
-    that the other end has cached, such as the broadcast of another client, is not sent again.
-    Without room in shared memory, everything is sent through the pipe. Messages are dictionaries,
-    lists, dataclasses and payloads, which may contain byte strings and tensors.
+    Messages are sent through a pipe, except for tensors and long byte strings. These are copied
+    through shared memory, because a pipe is slow for large messages and blocks both processes. If
+    shared memory is full, everything is sent through the pipe. A string that the other end has
+    cached, such as the same broadcast to another client, is not sent again. Messages are
+    dictionaries, lists, dataclasses and payloads, which may contain byte strings and tensors.
 
-    Messages are written to two blocks of shared memory in turn, so one end may send a second
+    Messages are written to two blocks of shared memory in turn. One end may therefore send a second
     message before the first is answered, but not a third.
 
     Args:
@@ -117,6 +117,7 @@ class SharedMemoryConnection:
         Raises:
             OSError: If the other process has ended.
         """
+        # Bytes to be written to shared memory.
         new: list[memoryview] = []
         message = map_values(message, lambda value: self._to_reference(value, new))
         update = next(self._outgoing).fill(new)
@@ -124,7 +125,7 @@ class SharedMemoryConnection:
         self.connection.send((update, message))
 
     def receive(self) -> Any:
-        """Wait for the next message.
+        """Wait for the next message and return it.
 
         Raises:
             EOFError: If the other end is closed.
@@ -140,7 +141,7 @@ class SharedMemoryConnection:
         return message
 
     def _to_reference(self, value: Any, new: list[memoryview]) -> Any:
-        """Replace a tensor or long string by a reference, and add its bytes to `new` if needed."""
+        """Return a reference in place of a tensor or long string, and add new bytes to `new`."""
         start = sum(map(len, new))
         if isinstance(value, Tensor):
             array = value.detach().cpu().contiguous().numpy()
@@ -155,7 +156,7 @@ class SharedMemoryConnection:
         return StringReference(self._sent.add(value), start, start + len(value))
 
     def _from_reference(self, value: Any, block: memoryview) -> Any:
-        # Copies: a later message overwrites the block.
+        # The bytes are copied, because a later message overwrites the block.
         if type(value) is TensorReference:
             data = bytearray(block[value.start : value.stop])
             return torch.from_numpy(np.frombuffer(data, value.dtype).reshape(value.shape))
@@ -171,7 +172,7 @@ def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
 
     Args:
         value: The message.
-        change: Returns the replacement of a value.
+        change: Function that returns the replacement of a value.
     """
     if type(value) in PLAIN:
         return value
@@ -197,9 +198,9 @@ class SharedMemoryBlock:
         """Write byte strings one after the other.
 
         Returns:
-            What the other process needs to read them: the memory if it has been replaced, the
-            joined strings if there is no room for them (the shared memory of a container may be
-            limited to 64 MB), else None.
+            Information that the other process needs to read the strings: the new block if it has
+            been replaced, the joined strings if they do not fit into shared memory (which may be
+            limited to 64 MB in a container), or None.
         """
         size = sum(map(len, strings))
         replaced = None
@@ -222,10 +223,10 @@ class SharedMemoryBlock:
 
 
 class StringCache:
-    """Cache of the latest long strings sent in one direction, with equal content at both ends.
+    """Cache of the latest long strings sent in one direction, with the same content at both ends.
 
     Args:
-        max_strings: Number of strings to keep.
+        max_strings: Maximum number of strings to keep between messages.
 
     Attributes:
         strings: The strings by number.
@@ -234,7 +235,7 @@ class StringCache:
     def __init__(self, max_strings: int) -> None:
         self.max_strings = max_strings
         self.strings: OrderedDict[int, bytes] = OrderedDict()
-        # By identity, which is unique because the cache keeps references to the strings.
+        # Numbers of the strings by identity, which is unique while the cache keeps them alive.
         self._numbers: dict[int, int] = {}
         self._next_number = 0
 
@@ -251,16 +252,16 @@ class StringCache:
         return self._numbers.get(id(string))
 
     def trim(self) -> None:
-        """Drop the oldest strings. Called between messages, as a message needs all its strings."""
+        """Drop the oldest strings. Call it only between messages, which need all their strings."""
         while len(self.strings) > self.max_strings:
             _, string = self.strings.popitem(last=False)
             del self._numbers[id(string)]
 
 
 class ProcessPool(WorkerPool):
-    """Pool of worker processes on this machine, which are replaced when they die.
+    """Pool of worker processes on this machine. Processes that die are replaced.
 
-    The examples are in shared memory and are not copied.
+    The data sets are moved to shared memory, which all workers read without a copy.
 
     Args:
         setup: Setup of the workers.
@@ -324,10 +325,11 @@ class ProcessPool(WorkerPool):
 
     @contextlib.contextmanager
     def _communicate_with(self, worker: int) -> Iterator[SharedMemoryConnection]:
-        """Provide the connection to a worker. A dead worker is ignored, as `receive` reports it.
+        """Return a context in which to use the connection to a worker.
 
-        If this process is interrupted, the worker is replaced: after an incomplete message, both
-        ends would wait for each other or read the wrong block of memory.
+        A dead worker is ignored here, because `receive` reports it. If this process is interrupted,
+        the worker is replaced: after an incomplete message, both ends would wait for each other or
+        read the wrong block of memory.
         """
         process, connection = self._workers[worker]
         try:
@@ -341,7 +343,7 @@ class ProcessPool(WorkerPool):
             raise
 
     def _replace(self, worker: int) -> tuple[int, None]:
-        """Replace a worker; return what `receive` returns for a dead worker."""
+        """Replace a worker, and return the result of `receive` for a dead worker."""
         self._end(worker)
         self._workers[worker] = self._start(worker)
         return worker, None
@@ -360,11 +362,11 @@ class ProcessPool(WorkerPool):
         return process, SharedMemoryConnection(parent_end, sent_strings=BROADCASTS)
 
     def _check_exit(self, index: int) -> None:
-        """Check why a worker has died; one that was killed by a signal can be replaced.
+        """Check why a worker has died. A worker that was killed by a signal can be replaced.
 
         Raises:
             UserError: If the user's script lacks the `__main__` guard.
-            RunFailedError: If the worker ended by itself, as its replacement would.
+            RunFailedError: If the worker ended by itself, because its replacement would end, too.
         """
         process, _ = self._workers[index]
         # The pipe breaks slightly before the exit status is known.

@@ -1,6 +1,7 @@
 """Workers as actors on a Ray cluster.
 
-The federation is put into the object store once, where the actors of a node read it without a copy.
+The federation is put into the object store once. The actors of a node read it from there without a
+copy.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CONNECT_TIMEOUT = 10.0
 
 
 class RayActorPool(WorkerPool):
-    """Pool of Ray actors. An actor whose process or node is lost is replaced.
+    """Pool of Ray actors. Actors whose process or node is lost are replaced.
 
     Args:
         setup: Setup of the workers.
@@ -56,8 +57,8 @@ class RayActorPool(WorkerPool):
         self._stack = ExitStack()
         self._stack.enter_context(connect(None, size * setup.threads))
         self._setup = _store_setup(setup)
-        # By worker, in order. Only the first task is waited for, because a later and smaller result
-        # may arrive earlier.
+        # Tasks of each worker in order. `receive` waits only for the first one, because a smaller
+        # result of a later task may arrive earlier.
         self._tasks: list[deque[Any]] = [deque() for _ in range(size)]
         self._workers = [self._start(i, setup.threads) for i in range(size)]
 
@@ -103,7 +104,7 @@ class RayActorPool(WorkerPool):
         return actor, actor.is_ready.remote(), time.monotonic()
 
     def _check_room(self) -> None:
-        """Raise RunFailedError if an actor has not been started for too long."""
+        """Raise RunFailedError if the cluster has not started an actor within the time limit."""
         for worker, (_, ready, since) in enumerate(self._workers):
             if not self._tasks[worker]:
                 continue
@@ -116,7 +117,7 @@ class RayActorPool(WorkerPool):
 
 
 class RayActor:
-    """Worker in an actor's process, which can use only the GPU that Ray assigns to it.
+    """Worker in the process of an actor, which can use only the GPU that Ray assigns to the actor.
 
     Args:
         setup: Setup of the workers.
@@ -127,11 +128,11 @@ class RayActor:
         self._worker = Worker(setup, index)
 
     def is_ready(self) -> bool:
-        """Return as soon as the actor has started."""
+        """Return True once the actor has started."""
         return True
 
     def run_job(self, job: WorkerJob) -> JobResult:
-        """Run a job, see `Worker.run_job`; messages of the result have checksums."""
+        """Run a job (see `Worker.run_job`) and return its result with checksums of the messages."""
         return self._worker.run_job(job).with_checksums()
 
 
@@ -140,9 +141,10 @@ def connect(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to a Ray cluster. An existing connection is reused and stays open.
 
     Args:
-        address: Address of the cluster. By default the one in RAY_ADDRESS; without it, a cluster is
-            started on this machine and stopped afterwards.
-        cpus: Number of CPUs of a cluster that is started.
+        address: Address of the cluster; None for the address in the environment variable
+            RAY_ADDRESS. If neither is set, a cluster is started on this machine and stopped
+            afterwards.
+        cpus: Number of CPUs of the cluster if it is started on this machine.
 
     Raises:
         UserError: If no cluster answers at the address.
@@ -195,7 +197,7 @@ def cluster_cpus() -> int:
 
 @contextmanager
 def _keep_signal_handlers() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which Ray replaces."""
+    """Restore the handler of SIGTERM at the end of the context, because Ray replaces it."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -205,7 +207,7 @@ def _keep_signal_handlers() -> Iterator[None]:
 
 
 def _store_setup(setup: WorkerSetup) -> Any:
-    """Put the setup into the object store, with tensors as arrays, and return a reference."""
+    """Put the setup into the object store, with tensors as NumPy arrays; return a reference."""
     register_serializer(torch.Tensor, serializer=torch.Tensor.numpy, deserializer=_to_tensor)
     try:
         return ray.put(setup)

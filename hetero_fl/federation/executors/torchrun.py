@@ -1,8 +1,8 @@
-"""Workers as ranks launched by torchrun: rank 0 runs the command, the others run its jobs.
+"""Workers as torchrun ranks: rank 0 runs the command, and the other ranks run jobs for it.
 
-Jobs are sent by torch.distributed with gloo, because NCCL sends only tensors on a GPU. Rank 0 waits
-for each of the others in a thread, so that its main thread still receives Ctrl-C. When a rank dies,
-torchrun ends all of them.
+Jobs are sent with the gloo backend of torch.distributed, because NCCL can send only tensors on a
+GPU. Rank 0 waits for each other rank in a separate thread, so that its main thread still receives
+Ctrl-C. When a rank dies, torchrun ends all ranks.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from hetero_fl.federation.executors.workers import (
 )
 from hetero_fl.utils.errors import RunFailedError
 
-# A rank waits as long as another one works; torchrun itself notices when one dies.
+# Ranks wait for each other without a time limit, because torchrun detects ranks that have died.
 NO_TIMEOUT = timedelta(days=20)
 # Time within which all ranks must be connected.
 START_TIMEOUT = timedelta(minutes=10)
-# Seconds within which ranks must end.
+# Seconds to wait for the end of the other ranks.
 EXIT_SECONDS = 10.0
 # Sent instead of a job at the end of the run.
 END = None
@@ -42,18 +42,18 @@ _listeners: list[threading.Thread] = []
 
 
 def num_ranks() -> int:
-    """Return the number of processes that torchrun started, including this one; 1 without it."""
+    """Return the number of processes that torchrun has started; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def run_as_ranks(lead: Callable[[], int]) -> int:
-    """Run a command in rank 0 and its jobs in the other ranks, which end with rank 0.
+    """Run a command in rank 0, and its jobs in the other ranks until the command has ended.
 
     Args:
-        lead: Runs the command and returns its exit status.
+        lead: Function that runs the command and returns its exit status.
 
     Returns:
-        The exit status.
+        The exit status of this rank.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         # Rank 0 handles interrupts and ends the others.
@@ -69,7 +69,7 @@ def run_as_ranks(lead: Callable[[], int]) -> int:
     try:
         return lead()
     finally:
-        # The command has ended, so signals have no effect any more.
+        # The command has ended, so signals are ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         for other in range(1, size):
@@ -84,7 +84,7 @@ def run_as_ranks(lead: Callable[[], int]) -> int:
 class TorchrunPool(WorkerPool):
     """Pool of the ranks that torchrun started. Worker i is rank i + 1.
 
-    A command creates a single pool for its run.
+    Each command creates only one pool.
 
     Args:
         setup: Setup of the workers.
@@ -138,7 +138,7 @@ def _receive_object(source: int) -> Any:
 
 
 def _serve_rank_zero() -> None:
-    """Run jobs until rank 0 ends. If it is killed, end this process even during a job."""
+    """Run jobs until rank 0 ends. If rank 0 is killed, end this process even during a job."""
     setup = _receive_object(0)
     if setup is END:
         return
@@ -147,7 +147,7 @@ def _serve_rank_zero() -> None:
 
 
 def _receive_job() -> Any:
-    """Wait for the next job; end this process if there is none."""
+    """Wait for the next job and return it; end this process if there are no more jobs."""
     try:
         job = _receive_object(0)
     except RuntimeError:

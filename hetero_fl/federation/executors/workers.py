@@ -1,8 +1,8 @@
 """Distribution of clients' tasks to workers: processes, Ray actors or ranks of torchrun.
 
-Only tasks and results are exchanged, never code: a worker creates the plans from the method and the
-federation that it receives once. A client's result depends only on its task, and chunks depend only
-on the cohort, so the number of workers, their order and their failures do not change results.
+A worker receives the method and the federation once, and then only tasks. The result of a client
+depends only on its task, and the chunks of clients depend only on the cohort. The number of
+workers, their order and their failures therefore do not change the results.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-# Bytes of private state that a worker keeps for later rounds.
+# Maximum number of bytes of private state that a worker keeps for later rounds.
 MAX_HELD_STATE_BYTES = 256 * 2**20
-# The run ends after this number of workers died while they computed the same client.
+# The run fails after this number of workers have died while processing the same client.
 MAX_DEATHS = 3
-# In a large cohort, number of chunks per worker that may start before the first unfinished one.
+# In a large cohort, only the first unfinished chunks may start: this number per worker.
 CHUNKS_AHEAD = 4
-# Number of chunks whose results are sent together.
+# Maximum number of chunks in a job, whose results are sent together.
 MAX_CHUNKS_PER_JOB = 2
-# Number of chunks per worker from which a cohort is large.
+# A cohort is large if it has more than this number of chunks per worker.
 LARGE_COHORT = 16
-# One job runs and one waits, so that a worker is never idle.
+# Number of jobs per worker: one job runs and the next one waits, so that workers are not idle.
 JOBS_PER_WORKER = 2
 # Exceptions that another process can unpickle.
 _TRANSFERABLE_ERRORS = (UserError, RunFailedError, DivergedError, PayloadError)
@@ -70,12 +70,12 @@ class WorkerSetup:
         federation: The federation.
         threads: Number of threads of a worker.
         devices: Devices, which are assigned to workers in turn.
-        chunk: Number of clients of one architecture that are computed together.
-        precision: Precision of training.
-        dtype: Default data type.
-        shares_memory: Whether the worker shares memory with the server's process.
+        chunk: Number of clients of one architecture that are processed together.
+        precision: "float32" or "bfloat16".
+        dtype: Default dtype of PyTorch.
+        shares_memory: Whether workers share memory with the server's process.
         deterministic: Whether to use deterministic algorithms.
-        owns_device: Whether no other worker uses the worker's device.
+        owns_device: Whether each worker has a device of its own.
     """
 
     algorithm: Algorithm
@@ -114,12 +114,13 @@ class WorkerJob:
 
     Attributes:
         number: Number of the job.
-        kind: "answer" to run requests, "read" to evaluate models.
-        chunks: Clients that are computed together.
-        requests: Request to each client.
-        private: Encoded private state of clients whose state the worker does not have.
-        details: Whether an evaluation computes everything that a report shows.
-        notes: What clients keep from earlier exchanges of the round.
+        kind: "answer" to execute requests, "read" to evaluate models.
+        chunks: Ids of the clients, in chunks that are processed together.
+        requests: Request to each client, by client id.
+        private: Encoded private states that the worker does not have, by client id; None for an
+            empty state.
+        details: Whether an evaluation computes all results that a report shows.
+        notes: Data that clients keep from earlier exchanges of the round, by client id.
     """
 
     number: int
@@ -132,7 +133,7 @@ class WorkerJob:
 
     @property
     def clients(self) -> list[str]:
-        """All clients of the job, in order."""
+        """Ids of all clients of the job, in order."""
         return [client for chunk in self.chunks for client in chunk]
 
 
@@ -142,13 +143,14 @@ class JobResult:
 
     Attributes:
         job: Number of the job.
-        replies: Reply of each client.
-        evaluations: Evaluation of each client.
-        private: Encoded private states that changed.
-        notes: What clients keep for later exchanges of the round.
-        seconds: Duration of each client's task: the duration of its chunk, divided equally.
-        dropped_states: Clients whose private state the server must send again.
-        error: The exception that the job raised, which ends the run.
+        replies: Reply of each client, by client id.
+        evaluations: Evaluation of each client, by client id.
+        private: Encoded private states that changed, by client id.
+        notes: Data that clients keep for later exchanges of the round, by client id.
+        seconds: Duration of each client's task in seconds, by client id. The duration of a chunk is
+            divided equally among its clients.
+        dropped_states: Ids of clients whose private state the server must send again.
+        error: The exception with which the job failed, which ends the run; otherwise None.
         trace: Traceback of the error.
     """
 
@@ -163,7 +165,7 @@ class JobResult:
     trace: str = ""
 
     def with_checksums(self) -> JobResult:
-        """Return a copy whose messages have checksums, for sending to another machine."""
+        """Return a copy in which messages have checksums, to be sent to another machine."""
         replies = {
             client: reply.with_checksum() if isinstance(reply, Message) else reply
             for client, reply in self.replies.items()
@@ -179,7 +181,7 @@ class Worker:
         index: Index of the worker.
 
     Attributes:
-        store: Private state of clients.
+        store: The clients' private state.
     """
 
     def __init__(self, setup: WorkerSetup, index: int) -> None:
@@ -190,18 +192,18 @@ class Worker:
         self.store = StateStore()
         # Clients whose state is in the store, least recently used first.
         self._used: OrderedDict[str, None] = OrderedDict()
-        # Clients whose state is dropped after the next job, unless that job includes them: it may
-        # have been sent already.
-        self._leaving: list[str] = []
+        # Clients whose state is dropped after the next job. The state is kept if the next job,
+        # which may already have been sent, includes the client.
+        self._to_drop: list[str] = []
 
     @cached_property
     def runtime(self) -> ClientRuntime:
-        """The clients' runtime, created by the first job so that its result reports errors."""
+        """The clients' runtime. The first job creates it, so that errors are part of a result."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
         use_deterministic_algorithms(device, self.setup.deterministic)
         algorithm = self.setup.algorithm
         federation = self.setup.federation
-        # If workers share a device, each would use half of its memory for copies.
+        # Workers that share a device would each use half of the device's memory for copies.
         keeps_copies = self.setup.owns_device and not runs_user_code(
             algorithm, federation.client_infos
         )
@@ -217,7 +219,7 @@ class Worker:
         )
 
     def run_job(self, job: WorkerJob) -> JobResult:
-        """Run a job. Exceptions are returned with the result, not raised."""
+        """Run a job and return its result. Exceptions are part of the result and not raised."""
         result = JobResult(job.number)
         try:
             for chunk in job.chunks:
@@ -252,7 +254,9 @@ class Worker:
                 result.private[client] = self.store.encoded(client) or b""
 
     def _drop_oldest_states(self, clients: list[str]) -> list[str]:
-        """Select the least recently used clients whose state exceeds the limit, and drop the last.
+        """Drop the previously selected states, and select the least recently used states to drop.
+
+        States are selected if the total size of all states exceeds the limit.
 
         Args:
             clients: The clients of the finished job.
@@ -260,7 +264,7 @@ class Worker:
         Returns:
             The clients whose state is dropped after the next job, unless that job includes them.
         """
-        for client in set(self._leaving).difference(clients):
+        for client in set(self._to_drop).difference(clients):
             self.store.stage(client, b"")
         self.store.commit()
         for client in clients:
@@ -268,12 +272,12 @@ class Worker:
             if self.store.stamp(client) is not None:
                 self._used[client] = None
         excess = self.store.cached_bytes - MAX_HELD_STATE_BYTES
-        self._leaving = []
+        self._to_drop = []
         while excess > 0 and self._used:
             client, _ = self._used.popitem(last=False)
             excess -= self.store.num_bytes(client)
-            self._leaving.append(client)
-        return self._leaving
+            self._to_drop.append(client)
+        return self._to_drop
 
 
 def _transferable_error(error: Exception) -> Exception:
@@ -287,11 +291,11 @@ def _transferable_error(error: Exception) -> Exception:
 
 
 class RemoteTracebackError(Exception):
-    """Cause of an exception from a worker, with the traceback in the worker's process."""
+    """Cause of an error in a worker. The message is the traceback in the worker's process."""
 
 
 class WorkerPool(Protocol):
-    """Pool of workers, numbered from 0. Each worker runs its jobs in order.
+    """Pool of workers, which are numbered from 0. Each worker runs its jobs in order.
 
     Attributes:
         size: Number of workers.
@@ -300,14 +304,14 @@ class WorkerPool(Protocol):
     size: int
 
     def send(self, worker: int, job: WorkerJob) -> None:
-        """Send a job to a worker that has fewer than `JOBS_PER_WORKER` jobs."""
+        """Send a job to a worker, which must have fewer than `JOBS_PER_WORKER` jobs."""
 
     def receive(self) -> tuple[int, JobResult | None]:
         """Wait for the next result.
 
         Returns:
-            The worker and its result. The result is None if the worker died and was replaced; its
-            jobs are then lost.
+            The worker and the result. The result is None if the worker has died and was replaced;
+            its jobs are then lost.
         """
 
     def close(self) -> None:
@@ -317,15 +321,16 @@ class WorkerPool(Protocol):
 def run_jobs(
     worker: Worker, receive: Callable[[], WorkerJob], send: Callable[[JobResult], None]
 ) -> None:
-    """Run jobs in order, and receive the next one while a job runs.
+    """Run jobs in order, and receive the next job while a job runs.
 
-    Otherwise both processes could block, one sending a long job and the other a long result.
+    If jobs were received only between runs, both processes could block: one while sending a long
+    job, the other while sending a long result.
 
     Args:
-        worker: Runs the jobs.
-        receive: Waits for the next job. After an exception, the jobs that were received before it
-            are run.
-        send: Sends a result.
+        worker: Worker that runs the jobs.
+        receive: Function that waits for the next job and returns it. If it raises an exception, the
+            jobs received before are run, and the exception is raised.
+        send: Function that sends a result.
     """
     received: queue.SimpleQueue[WorkerJob | Exception] = queue.SimpleQueue()
 
@@ -351,10 +356,10 @@ class WorkerExecutor(Executor):
 
     Args:
         pool: The workers.
-        client_infos: What is known of each client.
+        client_infos: Information on each client, by client id.
         store: The clients' private state.
         backend: Backend for the server's plans.
-        chunk: Number of clients of one architecture that are computed together.
+        chunk: Number of clients of one architecture that are processed together.
     """
 
     takes_payload = False
@@ -373,9 +378,9 @@ class WorkerExecutor(Executor):
         self.backend = backend
         self.chunk = chunk
         self.costs = TaskCosts(client_infos)
-        # By client: the worker that has its state, and the stamp of that state.
+        # By client id: the worker that has the client's state, and the stamp of that state.
         self._holders: dict[str, tuple[int, int]] = {}
-        # By worker, in order. Jobs may belong to a round that was abandoned.
+        # Unfinished jobs of each worker, in order. They may belong to an abandoned round.
         self._running: defaultdict[int, deque[WorkerJob]] = defaultdict(deque)
         self._num_jobs = 0
         self._listener: Callable[[str], None] | None = None
@@ -418,7 +423,7 @@ class WorkerExecutor(Executor):
         request: Callable[[str], Message],
         details: bool = False,
     ) -> Iterator[JobResult]:
-        """Run all tasks; yield results as they arrive, with private state staged."""
+        """Run all tasks, and yield each result on arrival, after staging its private states."""
         chunks = client_chunks(clients, self.client_infos, self.chunk)
         waiting = ChunkQueue(chunks, self.costs, self.pool.size)
         deaths: Counter[str] = Counter()
@@ -426,7 +431,8 @@ class WorkerExecutor(Executor):
         last_old_job = self._num_jobs
 
         def may_wait_behind(job: WorkerJob) -> bool:
-            # An old job may change private state after the next one was created without it.
+            # The next job is created with the present private states, which an old job may still
+            # change.
             return job.number > last_old_job and waiting.keeps_workers_busy(job)
 
         def make_job(worker: int, chunks: list[list[str]]) -> WorkerJob:
@@ -442,7 +448,7 @@ class WorkerExecutor(Executor):
                 continue
             finished = self._running[worker].popleft()
             if finished.number <= last_old_job or result.error is not None:
-                # The worker's states are not the committed ones.
+                # The worker's states differ from the committed ones.
                 self._forget_states(worker, [*finished.clients, *result.dropped_states])
             if finished.number <= last_old_job:
                 send_jobs()
@@ -464,7 +470,7 @@ class WorkerExecutor(Executor):
         may_wait_behind: Callable[[WorkerJob], bool],
         make_job: Callable[[int, list[list[str]]], WorkerJob],
     ) -> None:
-        """Send waiting chunks to workers, first to idle ones."""
+        """Send waiting chunks to workers, to idle workers first."""
         for num_jobs in range(JOBS_PER_WORKER):
             for worker in range(self.pool.size):
                 jobs = self._running[worker]
@@ -482,7 +488,7 @@ class WorkerExecutor(Executor):
     def _requeue_lost_jobs(
         self, worker: int, last_old_job: int, waiting: ChunkQueue, deaths: Counter[str]
     ) -> None:
-        """Queue the jobs of a dead worker again; it had none if it was idle."""
+        """Put the unfinished chunks of a dead worker back into the queue."""
         self._forget_states(worker, list(self._holders))
         lost = [job for job in self._running.pop(worker, ()) if job.number > last_old_job]
         if lost:
@@ -500,7 +506,7 @@ class WorkerExecutor(Executor):
         details: bool,
     ) -> WorkerJob:
         clients = [client for chunk in chunks for client in chunk]
-        # Creating a request may call a hook of the method and fail, so it comes before any change.
+        # Requests are created before anything changes, because hooks of the method may fail.
         requests = {client: request(client) for client in clients}
         private: dict[str, bytes | None] = {}
         for client in clients:
@@ -518,7 +524,7 @@ class WorkerExecutor(Executor):
         return WorkerJob(self._num_jobs, kind, chunks, requests, private, details, notes)
 
     def _accept(self, worker: int, job: WorkerJob, result: JobResult) -> None:
-        """Stage private state, and record notes and costs."""
+        """Stage private states, and record notes and costs."""
         for client, private in result.private.items():
             self._record_holder(worker, client, self.store.stage(client, private))
         for client in job.clients:
@@ -550,7 +556,11 @@ class WorkerExecutor(Executor):
 
 
 def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
-    """Count a worker's death for all clients of its job, any of which may have caused it."""
+    """Count the death of a worker for all clients of its job, any of which may be the cause.
+
+    Raises:
+        RunFailedError: If `MAX_DEATHS` workers have died while processing the same client.
+    """
     deaths.update(job.clients)
     for client in job.clients:
         if deaths[client] >= MAX_DEATHS:
@@ -561,15 +571,15 @@ def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
 
 
 def _needs_state(kind: str, request: Message) -> bool:
-    """Return whether a task needs private state, unlike the setup exchanges of a protocol."""
+    """Return whether a task needs private state. The setup exchanges of a protocol do not."""
     return kind == "read" or request.kind == "train"
 
 
 class ChunkQueue:
-    """Queue of unfinished chunks, in which the most expensive ones start first.
+    """Queue of unfinished chunks, of which the most expensive ones start first.
 
-    In a large cohort, only the next chunks in order may start, so that few results have to wait for
-    earlier ones.
+    In a large cohort, only the first unfinished chunks may start, so that few results have to wait
+    for earlier ones.
 
     Args:
         chunks: The chunks in order.
@@ -580,7 +590,7 @@ class ChunkQueue:
     def __init__(self, chunks: list[list[str]], costs: TaskCosts, workers: int) -> None:
         # Unfinished chunks in order.
         self._order = deque(chunks)
-        # Chunks that have not started, by first client.
+        # Chunks that have not started, by the id of their first client.
         self._waiting = {chunk[0]: chunk for chunk in chunks}
         self._finished: set[str] = set()
         self._costs = {chunk[0]: sum(map(costs.cost_of, chunk)) for chunk in chunks}
@@ -588,27 +598,28 @@ class ChunkQueue:
         self._num_near = CHUNKS_AHEAD * workers if is_large else len(chunks)
         self._waiting_cost = sum(self._costs.values())
         self._workers = workers
-        # A job contains at most this fraction of the waiting cost, if it has several chunks.
+        # A job with several chunks has at most this part, `1 / _num_shares`, of the waiting cost.
         self._num_shares = LARGE_COHORT * workers
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def keeps_workers_busy(self, job: WorkerJob) -> bool:
-        """Return whether the waiting chunks keep all workers busy for longer than the job takes.
+        """Return whether the waiting chunks keep all workers busy for longer than a job takes.
 
-        If not, another worker may become idle before this one can begin a second job.
+        Otherwise, a chunk that waits for the end of the job could start earlier on another worker.
         """
         cost = sum(self._costs.get(chunk[0], 0.0) for chunk in job.chunks)
         return self._waiting_cost > self._workers * cost
 
     def take(self, may_compute: Callable[[str], bool]) -> list[list[str]]:
-        """Remove and return the next chunks for a worker: an expensive one, or a few small ones.
+        """Remove and return the next chunks for a worker: an expensive one or a few small ones.
 
-        Jobs become smaller towards the end, so that workers finish at about the same time.
+        Jobs become smaller toward the end, so that workers finish at about the same time.
 
         Args:
-            may_compute: Returns whether no other worker has a client's state.
+            may_compute: Function that returns whether the worker may process a client, because no
+                other worker has the client's state.
         """
         near = [chunk for chunk in islice(self._order, self._num_near) if chunk[0] in self._waiting]
         near.sort(key=lambda chunk: (not may_compute(chunk[0]), -self._costs[chunk[0]]))
@@ -626,7 +637,7 @@ class ChunkQueue:
         return taken
 
     def requeue(self, chunks: list[list[str]]) -> None:
-        """Return the chunks of a worker that died to the queue."""
+        """Put the chunks of a dead worker back into the queue."""
         self._waiting.update({chunk[0]: chunk for chunk in chunks})
         self._waiting_cost += sum(self._costs[chunk[0]] for chunk in chunks)
 

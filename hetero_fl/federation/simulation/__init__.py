@@ -1,1 +1,1 @@
-"""Simulated devices, faults and time."""
+"""Simulation of devices, faults and time."""

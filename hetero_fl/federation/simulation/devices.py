@@ -25,7 +25,7 @@ from hetero_fl.utils.seeding import Key, stream_key
 DURATION_FIELDS = ("speed", "up", "down")
 NUMBERS = (*DURATION_FIELDS, "jitter", "failure")
 COLUMNS = ("client", *NUMBERS, "online")
-# Valid values by column, for messages.
+# Description of the valid values by column, for error messages.
 VALID_VALUES = {
     **dict.fromkeys(DURATION_FIELDS, "a number > 0, such as 1.0e+8"),
     "jitter": f"a number from 0 to {WIDEST:g}",
@@ -34,19 +34,22 @@ VALID_VALUES = {
 }
 # Sorted, disjoint intervals [start, end) in seconds of the day.
 Spans = tuple[tuple[float, float], ...]
-# Parsed row of a file of devices, by column.
+# Parsed row of a device file, by column.
 Trace = dict[str, Any]
 # Seconds of a day.
 DAY = 86400.0
-# Number of client ids among which the closest to a misspelled one is searched.
+# Number of client ids that are compared with a misspelled one to suggest a correction.
 MAX_SUGGESTED_FROM = 20
 
 
 def read_traces(path: str) -> list[Trace]:
-    """Read a CSV file of devices.
+    """Read a device file in CSV format.
+
+    Args:
+        path: Path of the file.
 
     Returns:
-        The rows, each with the values that are present.
+        The rows, without missing values.
 
     Raises:
         UserError: If the file cannot be read or a value is invalid.
@@ -157,7 +160,7 @@ class Device:
     """Simulated machine of a client.
 
     Attributes:
-        speed: Speed of training in FLOP/s; infinite if it takes no time.
+        speed: Speed of training in FLOP/s; infinite if training takes no time.
         up: Upload bandwidth in bytes/s.
         down: Download bandwidth in bytes/s.
         jitter: Standard deviation of the logarithm of the training time.
@@ -175,15 +178,17 @@ class Device:
     day: float = DAY
 
     def next_online(self, at: float) -> float:
-        """Return the earliest time from `at` on at which the device is online, in seconds."""
+        """Return the earliest time, not before `at`, at which the device is online, in seconds."""
         return self.finish_time(at, 0.0)
 
     def finish_time(self, at: float, busy: float) -> float:
-        """Return when work is finished that pauses while the device is offline.
+        """Return the time at which work is finished, in seconds.
+
+        The work pauses while the device is offline.
 
         Args:
             at: Time at which the work begins, in seconds.
-            busy: Duration of the work in seconds.
+            busy: Duration of the work without pauses, in seconds.
         """
         if not self.online:
             return at + busy
@@ -218,13 +223,13 @@ class Device:
 class Devices:
     """Simulated machines of all clients, computed on request.
 
-    A client's settings take precedence over the file of devices, and the file over the
-    configuration.
+    The settings of a client take precedence over the device file, and the device file takes
+    precedence over the configuration of devices.
 
     Args:
         federation: The federation.
         config: The configuration of devices.
-        traces: Rows of the file of devices. Rows without a client id are assigned at random.
+        traces: Rows of the device file. Rows without a client id are assigned at random.
     """
 
     def __init__(
@@ -239,8 +244,12 @@ class Devices:
     def from_config(cls, federation: FederationSpec, config: DevicesConfig | None) -> Devices:
         """Return the machines of a federation; without a configuration, tasks take no time.
 
+        Args:
+            federation: The federation.
+            config: The configuration of devices, or None.
+
         Raises:
-            UserError: If the file of devices cannot be read or contradicts the configuration.
+            UserError: If the device file cannot be read or contradicts the configuration.
         """
         config = config or DevicesConfig()
         traces = read_traces(config.file) if config.file is not None else []
@@ -295,16 +304,18 @@ class Devices:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content of the file of devices; empty without a file."""
+        """Hash of the content of the device file; empty without a file."""
         rows = sorted(self._named.items()), self._drawn
         return hashlib.sha256(repr(rows).encode()).hexdigest() if any(rows) else ""
 
     def timing_of_profiles(self) -> Iterator[tuple[str, bool, bool]]:
-        """Yield the timing of each client profile with each row that it may have in the file.
+        """Yield the timing for each combination of a client profile and a row of the device file.
+
+        Only rows that may apply to a client of the profile are considered.
 
         Yields:
-            Id of a client, whether its tasks take time while it is online, and whether it is always
-            online.
+            Id of a client, whether tasks take time while the client is online, and whether the
+            client is always online.
         """
         client_infos = self.federation.client_infos
         num_named = Counter(client_infos.profile(client_id).first for client_id in self._named)
@@ -346,13 +357,13 @@ def _online_hours(hours: AvailabilityConfig, random_phase: float) -> Spans:
 
 @dataclass(frozen=True)
 class TaskTimes:
-    """Times at which the stages of a task are finished, in simulated seconds.
+    """Times of the stages of a task, in simulated seconds.
 
     Attributes:
-        sampled: The client is sampled.
-        received: The client has received the broadcast.
-        trained: Training is finished.
-        arrived: The upload has arrived at the server, unless a fault prevents it.
+        sampled: Time at which the client is sampled.
+        received: Time at which the client has received the broadcast.
+        trained: Time at which the client has finished training.
+        arrived: Time at which the upload arrives at the server, unless a fault prevents it.
     """
 
     sampled: float
@@ -364,8 +375,8 @@ class TaskTimes:
 class Timing:
     """Durations of clients' tasks, from their machines and the sizes of their messages.
 
-    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds while its client
-    is online.
+    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds, not counting the
+    time in which the client is offline.
 
     Args:
         devices: The clients' machines.
@@ -376,7 +387,7 @@ class Timing:
         self.federation = devices.federation
 
     def training_seconds(self, client_id: str, task: int) -> float:
-        """Return the seconds of a client's local training while it is online.
+        """Return the duration of a client's local training in seconds, without offline time.
 
         Args:
             client_id: The client.
@@ -404,7 +415,7 @@ class Timing:
             up_bytes: Bytes of the upload.
             at: Time of the assignment in seconds.
             task: Number of the task, which keys the jitter.
-            step_share: Fraction of the local steps that the client makes.
+            step_share: Fraction of the local steps that the client performs.
         """
         device = self.devices.device(client_id)
         received = device.finish_time(at, down_bytes / device.down)

@@ -52,11 +52,11 @@ NO_FAULT = FaultOutcome()
 
 
 class Faults:
-    """Faults of all tasks, drawn by the keys of client and task.
+    """Faults of all tasks, drawn from a random stream for each client and task.
 
     Args:
         config: Probabilities of faults; None for no faults.
-        devices: Devices of the clients, which may fail in addition.
+        devices: Devices of the clients, which have failure probabilities of their own.
     """
 
     def __init__(self, config: FaultsConfig | None, devices: Devices) -> None:
@@ -64,7 +64,12 @@ class Faults:
         self.devices = devices
 
     def outcome(self, client_id: str, task: int) -> FaultOutcome:
-        """Return the fault of a client's task with a number, the same in every call."""
+        """Return the fault of a task; repeated calls return the same fault.
+
+        Args:
+            client_id: The client.
+            task: Number of the task.
+        """
         seed = self.devices.federation.seed
         share = uniform(seed, "fate", client_id, task, "share")
         if (
@@ -89,12 +94,12 @@ class Faults:
 def inject_faults(
     replies: Iterator[tuple[str, Reply]], outcomes: Mapping[str, FaultOutcome], *parts: Key
 ) -> Iterator[tuple[str, Reply]]:
-    """Yield the replies as they arrive: corrupted, twice, or unchanged.
+    """Yield the replies that arrive at the server: corrupted, twice or unchanged.
 
     Args:
         replies: Client ids and replies.
-        outcomes: Fault of each client's task.
-        *parts: Key of the tasks, for random draws.
+        outcomes: Fault of each client's task, by client id.
+        *parts: Key of the random draws.
     """
     for client, reply in replies:
         kind = outcomes[client].kind
@@ -121,10 +126,10 @@ def drop_duplicates(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str,
 
 
 def flip_bytes(body: bytes, *parts: Key) -> bytes:
-    """Return a copy of `body` with between 1 and `MAX_CHANGED_BYTES` changed bytes.
+    """Return a copy of a byte string in which 1 to `MAX_CHANGED_BYTES` bytes are changed.
 
     Args:
-        body: The bytes. An empty body becomes a zero byte.
+        body: The byte string. If it is empty, a zero byte is returned.
         *parts: Key of the random draws.
     """
     if not body:
@@ -134,6 +139,6 @@ def flip_bytes(body: bytes, *parts: Key) -> bytes:
         position = stream_key(*parts, i, "place") % len(changed)
         changed[position] ^= 1 + stream_key(*parts, i, "bits") % 255
     if bytes(changed) == body:
-        # Two changes of one byte can cancel each other.
+        # Two changes of the same byte can cancel each other.
         return bytes([body[0] ^ 1]) + body[1:]
     return bytes(changed)

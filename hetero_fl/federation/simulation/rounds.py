@@ -1,4 +1,4 @@
-"""Trainers of synchronous rounds whose tasks take time, simulated or real, and may be repeated."""
+"""Trainers of synchronous rounds that take simulated or real time and may be repeated."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RoundAttempt:
     """One attempt at a round.
 
     Attributes:
-        schedule: Times of its tasks.
-        failed: Why clients failed, by id.
+        schedule: Schedule of the tasks.
+        failed: Reasons why clients failed, by client id.
     """
 
     schedule: Schedule
@@ -50,7 +50,10 @@ class RoundAttempt:
 
 
 class ScheduledTrainer(SynchronousTrainer):
-    """Trainer of synchronous rounds in which sampling, timing and repetition follow an environment.
+    """Synchronous trainer under the conditions of an environment.
+
+    The environment determines how cohorts are sampled, how much time tasks take, and whether rounds
+    with too few uploads are repeated.
 
     Args:
         *args: Arguments of `SynchronousTrainer`.
@@ -93,14 +96,17 @@ class ScheduledTrainer(SynchronousTrainer):
 
     @override
     def collect(self, cohort: list[str]) -> UploadCollector:
-        """Collect the uploads of a cohort, or of new cohorts while the policy repeats the round."""
+        """Collect the uploads of a cohort, and repeat the round if the policy requires it.
+
+        A repeated round has a newly sampled cohort. The uploads of the last attempt are returned.
+        """
         self._attempts = []
         collector = self.collect_attempt(cohort, 0)
         while not collector.is_sufficient and self.on_too_few == "repeat":
             number = len(self._attempts)
             if number == self.policy.attempts:
                 break
-            # Free its uploads before the next attempt.
+            # Free the uploads before the next attempt.
             del collector
             self.store.discard()
             self._set_round_context(self.round_idx)
@@ -108,7 +114,7 @@ class ScheduledTrainer(SynchronousTrainer):
         return collector
 
     def collect_attempt(self, cohort: list[str], number: int) -> UploadCollector:
-        """Make one attempt at the round, and return its uploads.
+        """Make one attempt at the round, and return the collected uploads.
 
         Args:
             cohort: Ids of the clients.
@@ -122,7 +128,12 @@ class ScheduledTrainer(SynchronousTrainer):
         return collector
 
     def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
-        """Collect the uploads of a cohort, and return the schedule of its tasks."""
+        """Collect the uploads of a cohort, and return the schedule of the tasks.
+
+        Args:
+            collector: Collector of the uploads.
+            number: Number of earlier attempts.
+        """
         schedule = immediate_schedule(collector.cohort, self._sampled_at)
         self.exchange(schedule, collector, collector.cohort, task=0)
         return schedule
@@ -137,8 +148,8 @@ class ScheduledTrainer(SynchronousTrainer):
         Args:
             schedule: Schedule of the round.
             collector: Collector of the replies.
-            clients: The participating clients of the cohort.
-            task: Number of the tasks, for random draws.
+            clients: Ids of the clients of the cohort that participate.
+            task: Number of the tasks, which keys random draws.
         """
         for exchange in collector.exchanges(clients):
             present: Collection[str] = schedule.computing
@@ -163,14 +174,17 @@ class ScheduledTrainer(SynchronousTrainer):
         clients: Sequence[str],
         task: int,
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield the replies of an exchange, in order of the clients.
+        """Yield the replies of an exchange, in the order of `clients`.
 
         Args:
             schedule: Schedule of the round.
             collector: Collector that creates the requests.
             exchange: The exchange.
-            clients: The clients that reply.
-            task: Number of the tasks, for random draws.
+            clients: Ids of the clients that reply.
+            task: Number of the tasks, which keys random draws.
+
+        Yields:
+            Client ids and replies.
         """
 
         def request(client_id: str) -> Message:
@@ -180,11 +194,15 @@ class ScheduledTrainer(SynchronousTrainer):
         return self.executor.run(clients, request)
 
     def time_record(self, start: float) -> dict[str, Any]:
-        """Return the record's entries on the time of a round that began at `start`."""
+        """Return the entries of the round's record for start and end times.
+
+        Args:
+            start: Time at which the round began, in seconds.
+        """
         return {}
 
     def task_record(self) -> dict[str, Any]:
-        """Return the record's entries on the tasks of all attempts."""
+        """Return the entries of the round's record for the tasks of all attempts."""
         counts: Counter[str] = sum((attempt.counts for attempt in self._attempts), Counter())
         names = ("invited", "arrived", "failed", "late")
         record: dict[str, Any] = {"counts": {name: counts[name] for name in names}}
@@ -206,9 +224,9 @@ class ScheduledTrainer(SynchronousTrainer):
 
 
 class SimulatedTrainer(ScheduledTrainer):
-    """Trainer in simulated time, whose tasks take time on the clients' machines and may fail.
+    """Synchronous trainer in simulated time, in which tasks take time and may fail.
 
-    Takes the arguments of `ScheduledTrainer`.
+    The arguments are the same as those of `ScheduledTrainer`.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -217,7 +235,7 @@ class SimulatedTrainer(ScheduledTrainer):
 
     @override
     def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
-        """Collect the uploads that arrive in time; the others are not computed."""
+        """Collect the uploads that arrive in time. Other uploads are not computed."""
         cohort = collector.cohort
         task = task_number(self.round_idx, number)
         sizes = {client_id: self._sizes(client_id, len(cohort)) for client_id in cohort}
@@ -235,7 +253,7 @@ class SimulatedTrainer(ScheduledTrainer):
             requested = cohort if self.protocol.setup else schedule.computing
             self.exchange(schedule, collector, requested, task)
         else:
-            # There are too few uploads to aggregate, so none is computed.
+            # There are too few uploads for an aggregation, so none is computed.
             for client_id in schedule.computing:
                 if schedule.tasks[client_id].outcome.kind == "corrupted":
                     collector.failed[client_id] = DAMAGED
@@ -262,7 +280,7 @@ class SimulatedTrainer(ScheduledTrainer):
         )
 
     def _sizes(self, client_id: str, cohort_size: int) -> dict[str, tuple[int, int]]:
-        """Return the expected bytes down and up of all exchanges with a client."""
+        """Return the expected bytes sent to a client and by the client in each exchange."""
         client_info = self.federation.client_infos[client_id]
         payload = self.broadcast(client_info)
         upload = 0
@@ -274,7 +292,7 @@ class SimulatedTrainer(ScheduledTrainer):
     def _count_unseen_traffic(
         self, schedule: Schedule, sizes: dict[str, dict[str, tuple[int, int]]], seen: set[str]
     ) -> None:
-        """Count the traffic of messages that were not computed or not used."""
+        """Count the traffic of messages that the simulation did not create or did not use."""
         wasted = sum(sizes[client_id]["train"][1] for client_id in schedule.wasted_uploads)
         totals = {
             client_id: total_bytes(sizes[client_id].values())

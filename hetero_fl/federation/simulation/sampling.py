@@ -14,21 +14,23 @@ from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import sample_numbers
 
-# Number of clients whose availability is checked: at least the first, and the second times the
-# size of the cohort.
+# Number of clients whose availability is checked: at least MIN_CANDIDATES, and at least
+# CANDIDATES_PER_CLIENT times the size of the cohort.
 MIN_CANDIDATES = 1000
 CANDIDATES_PER_CLIENT = 20
-# Real seconds for which the server waits for connected clients, and between two checks.
+# Seconds of real time for which the server waits for connected clients, and between two checks.
 MAX_WAIT = 2 * DAY
 POLL_INTERVAL = 1.0
-# Simulated time between two checks for online clients, as a fraction of a day, and their number.
+# Simulated time between two checks for online clients, as a fraction of a day, and maximum number
+# of checks.
 WAIT_SHARE = 1 / 24
 MAX_WAITS = 48
 # Fraction of new clients in the first round, its factor per round, and its minimum (Oort).
 EXPLORATION = 0.9
 EXPLORATION_DECAY = 0.98
 MIN_EXPLORATION = 0.2
-# Clients with less than this fraction of the last selected utility are not sampled (Oort).
+# To select n known clients, those below this fraction of the n-th largest utility are excluded
+# (Oort).
 UTILITY_CUTOFF = 0.95
 # Exponent of the penalty for slow clients (Oort's alpha).
 PENALTY = 2.0
@@ -38,16 +40,18 @@ class ClientSampler:
     """Sampler of the cohorts of a run: uniform, among available clients, or by utility.
 
     Sampling by utility follows Oort (Lai et al. 2021, Algorithm 1), except that the utility of a
-    client is n * loss: the paper uses n times the root mean squared loss of its examples, which
-    clients do not report. The utility of clients slower than the deadline, or than the median
-    without one, is multiplied by (T/t)**2, and that of clients not sampled for a long time is
-    increased. New clients are sampled uniformly.
+    client with n examples is n * loss: the paper uses n times the root mean squared loss of the
+    examples, which clients do not report. Let T be the deadline or, without a deadline, the median
+    duration of tasks. The utility of a client that takes t > T seconds is multiplied by (T/t)**2,
+    and the utility of clients that were not sampled for a long time is increased. New clients are
+    sampled uniformly.
 
     Args:
         environment: Devices and policy.
 
     Attributes:
-        known: Utility, seconds and round of the clients sampled so far, by id (Oort only).
+        known: Utility, duration of the task in seconds, and index of the last round of each client
+            sampled so far, by client id (Oort only).
     """
 
     def __init__(self, environment: SimulationEnvironment) -> None:
@@ -60,11 +64,12 @@ class ClientSampler:
 
         Args:
             round_idx: Index of the round, from 0.
-            attempt: How often the round has already been tried.
-            at: Time in seconds.
+            attempt: Number of earlier attempts at the round.
+            at: Current time in seconds.
 
         Returns:
-            Client ids in order, and the time at which they were available.
+            Client ids in natural order, and the time at which the clients are available, in
+            seconds.
 
         Raises:
             RunFailedError: If no client is available for two days.
@@ -94,10 +99,10 @@ class ClientSampler:
     def _available_clients(
         self, count: int, round_idx: int, attempt: int, at: float
     ) -> tuple[list[str], float]:
-        """Return available clients of a large sample, and the time at which they are available.
+        """Return the available clients in a large sample, and the time of their availability.
 
-        Waits until there are as many as a round needs, or in a simulation returns the first
-        available clients if there never are.
+        The server waits until as many clients are available as a round needs. If there are never
+        enough clients in a simulation, the first non-empty set of available clients is returned.
         """
         if self.environment.connected_clients is not None:
             return self._connected_cohort(self.environment.connected_clients, round_idx), at
@@ -129,7 +134,7 @@ class ClientSampler:
 
     @property
     def _min_clients(self) -> int:
-        """Number of clients that a round needs at least."""
+        """Minimum number of clients that a round needs."""
         secret = self.federation.channel.secure_sum
         return max(
             self.environment.policy.least,
@@ -178,9 +183,13 @@ class ClientSampler:
         return chosen
 
     def utilities(self, client_ids: Sequence[str], round_idx: int) -> dict[str, float]:
-        """Return the utility of clients that were sampled before.
+        """Return the utilities of clients that were sampled before, by client id.
 
-        Statistical utilities are divided by the largest of all known clients.
+        The product of loss and number of examples is divided by its maximum over all known clients.
+
+        Args:
+            client_ids: Ids of the clients.
+            round_idx: Index of the round, from 0.
         """
         if not client_ids:
             return {}
@@ -199,11 +208,11 @@ class ClientSampler:
         return utilities
 
     def update(self, schedule: Schedule, losses: Mapping[str, float], round_idx: int) -> None:
-        """Update the utilities after a round; does nothing unless sampling is by utility.
+        """Update the utilities after a round. Has no effect unless sampling is by utility.
 
         Args:
             schedule: Schedule of the round.
-            losses: Training loss by client.
+            losses: Training loss by client id.
             round_idx: Index of the round, from 0.
         """
         if self.environment.policy.sampling != "oort":
@@ -215,7 +224,7 @@ class ClientSampler:
                 if client_id in losses
                 else before[0]
             )
-            # A task whose end was not seen counts as twice as long as the round.
+            # A task whose end was not observed counts as if it took twice as long as the round.
             end = task.end if task.end < math.inf else 2 * schedule.end - schedule.start
             self.known[client_id] = [
                 utility,

@@ -13,10 +13,10 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Devices, Timing, local_steps, uniform
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults
 
-# Number of clients checked against a deadline.
+# Maximum number of clients for which a deadline is checked.
 MAX_CHECKED = 1000
 
-# Maps a client id to the bytes down and up.
+# Maps a client id to the bytes sent to the client and the bytes sent by the client.
 Sizes = Callable[[str], tuple[int, int]]
 
 
@@ -25,13 +25,14 @@ class SimulationEnvironment:
     """Conditions of a run: devices, faults, and the policy of rounds.
 
     Attributes:
-        policy: How cohorts are sampled and how rounds deal with too few uploads.
+        policy: Policy for the sampling of cohorts and for rounds with too few uploads.
         devices: Devices of the clients.
         timing: Durations of tasks.
         faults: Faults of tasks.
         per_round: Number of uploads that a round waits for; None for all.
-        simulated: Whether rounds take simulated time and arrivals are counted.
-        connected_clients: Returns the connected clients, if clients are on other machines.
+        simulated: Whether time and faults are simulated.
+        connected_clients: Function that returns the ids of the connected clients, if clients are on
+            other machines; otherwise None.
     """
 
     policy: CohortConfig
@@ -56,10 +57,11 @@ class SimulationEnvironment:
         Args:
             federation: The federation.
             config: The configuration.
-            connected_clients: Returns the connected clients, if clients are on other machines.
+            connected_clients: Function that returns the ids of the connected clients. Used only if
+                clients are on other machines.
 
         Raises:
-            UserError: If the file of devices is missing or malformed.
+            UserError: If the device file is missing or malformed.
         """
         policy = config.cohort
         is_distributed = federation.data.is_distributed
@@ -90,7 +92,7 @@ class SimulationEnvironment:
         )
 
     def notes(self) -> list[str]:
-        """Return a line for each setting that has no effect, or probably an unintended one."""
+        """Return a message for each setting that has no effect or probably an unintended one."""
         if self.devices.federation.data.is_distributed:
             return []
         policy = self.policy
@@ -133,7 +135,7 @@ class SimulationEnvironment:
         return [line for applies, line in rules if applies] + self._unreachable_deadline()
 
     def _unreachable_deadline(self) -> list[str]:
-        """Return a line if no client can train before the deadline."""
+        """Return a message if no client can finish training before the deadline."""
         policy = self.policy
         client_infos = self.devices.federation.client_infos
         if policy.deadline is None:
@@ -162,7 +164,14 @@ def _has_own_machines(federation: FederationSpec) -> bool:
 
 
 def unused_simulation_keys(federation: FederationSpec, config: Config) -> list[str]:
-    """Return a line on settings of simulations, which have no effect in a deployment."""
+    """Return a message that lists the simulation settings, which a deployment does not use.
+
+    The returned list is empty if there are no such settings.
+
+    Args:
+        federation: The federation.
+        config: The configuration of the deployment.
+    """
     unused = [name for name in ("devices", "faults") if getattr(config, name) is not None]
     if _has_own_machines(federation):
         unused.append("machine")
@@ -178,9 +187,9 @@ class ScheduledTask:
     Attributes:
         client: The client's id.
         outcome: The fault of the task.
-        step_share: Fraction of the local steps that the client makes.
-        end: Time at which the server sees the end of the task, in simulated seconds; infinite if it
-            never does.
+        step_share: Fraction of the local steps that the client performs.
+        end: Time at which the server observes the end of the task, in seconds; infinite if the
+            server does not observe it.
     """
 
     client: str
@@ -194,13 +203,13 @@ class Schedule:
     """Schedule of a round's tasks.
 
     Attributes:
-        tasks: Task of each client, by id.
+        tasks: Task of each client, by client id.
         start: Time at which the round begins, in seconds.
         end: Time at which the round ends, in seconds.
-        computing: Clients whose uploads arrive in time, including corrupted ones. Only these are
-            computed.
-        failed: Why clients fail, by id.
-        late: Clients whose uploads arrive too late.
+        computing: Ids of clients whose uploads arrive in time, including corrupted uploads. Only
+            the tasks of these clients are computed.
+        failed: Reasons why clients fail, by client id.
+        late: Ids of clients whose uploads arrive too late.
     """
 
     tasks: dict[str, ScheduledTask]
@@ -217,14 +226,17 @@ class Schedule:
 
     @property
     def protocol_clients(self) -> set[str]:
-        """Clients that take part in the protocol until training, as they do not fail before it."""
+        """Ids of the clients that take part in the exchanges before training.
+
+        These are all clients that do not fail before training.
+        """
         return {client for client, task in self.tasks.items() if task.outcome.kind != "before"}
 
     @property
     def wasted_uploads(self) -> list[str]:
-        """Clients whose uploads have no effect: lost, delayed or duplicated.
+        """Ids of clients with an upload that has no effect: lost, delayed or duplicated.
 
-        Slow clients are not among them, because they stop when the round ends.
+        Slow clients are not included, because they stop when the round ends.
         """
         sent = [
             c
@@ -237,7 +249,7 @@ class Schedule:
         """Return each task as `[client, start, end, outcome]`, in seconds.
 
         Args:
-            failed: Clients that failed, including those whose uploads were refused.
+            failed: Ids of clients that failed or whose uploads were refused.
         """
         rows: list[list[object]] = []
         for client, task in self.tasks.items():
@@ -252,7 +264,12 @@ class Schedule:
 
 
 def immediate_schedule(cohort: Sequence[str], at: float = 0.0) -> Schedule:
-    """Return a schedule in which tasks take no time and all clients are on time."""
+    """Return a schedule in which tasks take no time and all uploads arrive.
+
+    Args:
+        cohort: Ids of the clients.
+        at: Time at which the round begins and ends, in seconds.
+    """
     return Schedule(
         {client: ScheduledTask(client, end=at) for client in cohort}, at, at, list(cohort)
     )
@@ -263,16 +280,16 @@ def make_schedule(
 ) -> Schedule:
     """Return the schedule of a round.
 
-    The round ends when as many usable uploads have arrived as required, when the outcome of all
-    tasks is known, or at the deadline. The server sees a failure when it happens. It sees a lost
-    upload at the time of its expected arrival, or never if there is a deadline.
+    The round ends when enough usable uploads have arrived, when the outcomes of all tasks are
+    known, or at the deadline. The server observes a failure when it happens. It observes the loss
+    of an upload when the upload should have arrived, or not at all if there is a deadline.
 
     Args:
         cohort: Ids of the clients.
         environment: The conditions of the run.
-        sizes: Returns the bytes down and up of a client.
+        sizes: Function that returns the bytes sent to a client and by the client.
         at: Time at which the round begins, in seconds.
-        number: Number of the tasks, for random draws.
+        number: Number of the tasks, which keys random draws.
     """
     policy = environment.policy
     deadline = math.inf if policy.deadline is None else at + policy.deadline
@@ -322,7 +339,7 @@ def _schedule_task(
             # There is no time for a single step.
             return ScheduledTask(client_id, fault, 0.0, math.inf)
     stages = timing.task_times(client_id, *size, at, number, step_share=step_share)
-    # Rounding errors must not make a client late that fits its work to the deadline.
+    # Rounding errors must not make a client late whose work was reduced to meet the deadline.
     arrived = min(stages.arrived, deadline) if step_share < 1 else stages.arrived
     ends = {
         "before": stages.received,

@@ -16,7 +16,10 @@ from hetero_fl.utils.text import format_list
 MISSING = "–"
 
 FEW_ROWS = 20
-"""Scores on fewer test rows are marked as uncertain: one row changes them by over 5 points."""
+"""Number of test rows below which scores are marked as uncertain.
+
+With fewer rows, a single row changes the accuracy by more than 5 percentage points.
+"""
 
 TEST_NAMES = {"personal": "local test", "global": "global test", "server": "server"}
 
@@ -41,7 +44,7 @@ METRICS = {
 }
 
 BALANCED = ("balanced_accuracy", "auroc")
-"""Metrics of a one-line summary for tasks with few classes."""
+"""Metrics in one-line summaries of tasks with few classes."""
 
 MAX_DECIMALS = 20
 
@@ -51,12 +54,12 @@ _DECIMAL = {"auroc", "average_precision", "r2"}
 
 
 def algorithm_base(label: str) -> str:
-    """Return the method of a label: `hybrid` for `hybrid:teacher=mean`."""
+    """Return the method in a label, such as `hybrid` for `hybrid:teacher=mean`."""
     return split_label(label)[0]
 
 
 def algorithm_name(label: str) -> str:
-    """Return the title of a method, followed by the settings of the label."""
+    """Return the display name of a method, followed by the settings in the label."""
     base = algorithm_base(label)
     kind = register_algorithm.get_loaded(base)
     name = (kind is not None and method_title(kind)) or base.rsplit(":", 1)[-1]
@@ -70,7 +73,7 @@ def capitalize_first(text: str) -> str:
 
 
 def format_metric(value: float | None, metric: str) -> str:
-    """Format a metric: `84.7%`, `0.944` or, for errors and losses, three significant digits."""
+    """Format a metric as `84.7%` or `0.944`, or errors and losses with three significant digits."""
     if value is None:
         return MISSING
     if metric in _PERCENT:
@@ -79,17 +82,17 @@ def format_metric(value: float | None, metric: str) -> str:
 
 
 def metric_name(metric: str, unit: str = "") -> str:
-    """Return the name of a metric, errors with their unit: `mean absolute error (vehicles)`."""
+    """Return the name of a metric, with the unit of errors: `mean absolute error (vehicles)`."""
     return f"{METRICS[metric]} ({unit})" if unit and metric in _IN_UNIT else METRICS[metric]
 
 
 def tested_metric(test: str, metric: str, unit: str = "") -> str:
-    """Return the name of a metric on a test: `Global test accuracy`."""
+    """Return the name of a metric on a test, such as `Global test accuracy`."""
     return capitalize_first(f"{TEST_NAMES[test]} {metric_name(metric, unit)}")
 
 
 def format_significant(value: float, count: int = 3) -> str:
-    """Format a number with `count` significant digits, without exponent: 0.0341, 2.80, 1234."""
+    """Format a number with `count` significant digits and no exponent: 0.0341, 2.80, 1234."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
     return f"{value:.{min(max(0, count - before), MAX_DECIMALS)}f}"
 
@@ -102,7 +105,7 @@ def format_bytes(count: float) -> str:
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
-    """Return a suitable decimal unit for byte counts up to `largest`, as (bytes, name)."""
+    """Return a decimal unit for byte counts up to `largest`, as (bytes per unit, name)."""
     units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
     return next(
         ((factor, unit) for factor, unit in units if largest >= 0.9995 * factor), (1.0, "B")
@@ -121,7 +124,7 @@ def format_duration(seconds: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Return a suitable unit for simulated times up to `seconds`, as (seconds, name)."""
+    """Return a unit for simulated times up to `seconds`, as (seconds per unit, name)."""
     units = [(2 * 86400.0, 86400.0, "days"), (3600.0, 3600.0, "hours"), (300.0, 60.0, "minutes")]
     return next(
         ((factor, name) for least, factor, name in units if seconds >= least), (1.0, "seconds")
@@ -131,8 +134,8 @@ def time_unit(seconds: float) -> tuple[float, str]:
 def format_arrivals(record: Mapping[str, Any]) -> str:
     """Return the outcomes of invited clients: `10 invited, 7 arrived, 2 failed, 1 late`.
 
-    The text is empty if all uploads arrived. If training on the server diverged, the text is the
-    reason.
+    The text is empty if all uploads arrived. If the training on the server diverged, the text
+    contains the reason instead.
     """
     if diverged := record.get("diverged"):
         return f"no update: {diverged}"
@@ -166,7 +169,7 @@ def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """Return the kind of target: `multiclass`, `multilabel` or `regression`."""
     if "kind" in details:
         return str(details["kind"])
-    # Older runs do not record it; multilabel targets have a 2 × 2 confusion matrix for each label.
+    # Older runs do not record the kind. Multilabel tasks have a 2 × 2 confusion matrix per label.
     if is_regression(last_scores(summary)):
         return "regression"
     matrices = (
@@ -182,7 +185,7 @@ def client_score(client: Mapping[str, Any], test: str, metric: str) -> float | N
 
 
 def selection_metric_of(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the metric by which rounds are selected, the leading one of reports and plots."""
+    """Return the metric that selects the best round and comes first in reports and plots."""
     kind: Any = target_kind(summary, details)
     return selection_metric(Task(kind, len(details["labels"]), rare=details.get("rare")))[0]
 
@@ -198,7 +201,7 @@ def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> 
 
 
 def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
-    """Return the number of clients; the summary lists only those that were evaluated."""
+    """Return the number of all clients. The summary lists only evaluated clients."""
     return int(details.get("population", len(summary["clients"])))
 
 
@@ -208,7 +211,7 @@ def local_test_rows(details: Mapping[str, Any]) -> dict[str, int]:
 
 
 def format_range(counts: Iterable[int]) -> str:
-    """Format the range of counts: `24 to 102`, or `60` if all are equal."""
+    """Format the range of counts, such as `24 to 102`, or `60` if all counts are equal."""
     known = list(counts)
     low = min(known)
     high = max(known)
@@ -224,15 +227,15 @@ def small_test_note(rows: Mapping[str, int]) -> str:
 
 
 def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
-    """Return the scores of a round in one line, the same metrics for every test.
+    """Format the scores of a round in one line, with the same metrics for all tests.
 
-    For example `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
-    71.0%, AUROC 0.930`. A metric that is undefined on one test is shown as `undefined`; one
-    that is undefined on all tests is omitted.
+    For example, `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
+    71.0%, AUROC 0.930`. If a metric is undefined on one test, the text contains `undefined`. A
+    metric that is undefined on all tests is omitted.
 
     Args:
         record: A line of `metrics.jsonl`.
-        unit: Unit of errors.
+        unit: Unit of errors in a regression.
     """
     scored = {name: record[test] for test, name in TEST_NAMES.items() if record.get(test)}
     wanted = short_metrics(next(iter(scored.values()))) if scored else ()
@@ -255,18 +258,18 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
 
 
 def format_final_evaluation(summary: Mapping[str, Any], unit: str = "") -> str:
-    """Return the scores after the last round in one line (see `format_evaluation`)."""
+    """Format the scores after the last round in one line (see `format_evaluation`)."""
     last = {test: (summary[test] or {}).get("last") for test in TEST_NAMES}
     return format_evaluation({**last, "privacy": summary.get("privacy")}, unit)
 
 
 def format_privacy(privacy: Mapping[str, Any]) -> str:
-    """Format a privacy budget: `ε 7.98 at δ 1e-05`."""
+    """Format a privacy budget, such as `ε 7.98 at δ 1e-05`."""
     return f"ε {format_significant(privacy['epsilon'])} at δ {privacy['delta']:g}"
 
 
 def short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the metrics of a one-line summary; the leading one is first."""
+    """Return the metrics for a one-line summary, the most important metric first."""
     if is_regression(scores):
         return ("mae",)
     if "top3_accuracy" in scores:

@@ -25,7 +25,7 @@ LOCK = ".lock"
 LOG = "log.txt"
 CHECKSUMS = "SHA256SUMS"
 METRICS = "metrics.jsonl"
-# Files that every finished run has, besides its summary.
+# Files that every finished run has, in addition to its summary.
 ALWAYS = ("config.yaml", "environment.json", METRICS, "details.json")
 # Files that can be created again from the others.
 DERIVED = ("report.html", "plots/*.png")
@@ -77,7 +77,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
 def _try_lock(lock: BaseFileLock) -> bool:
     """Acquire a lock; return False if the file system has no locks."""
     with warnings.catch_warnings():
-        # The caller logs this.
+        # The caller logs a different warning.
         warnings.filterwarnings("ignore", message="flock not supported")
         lock.acquire()
     # A lock that is a plain file would remain after a crash.
@@ -106,7 +106,7 @@ def has_run(path: Path) -> bool:
     """Return whether a folder contains a run, finished or not.
 
     Raises:
-        UserError: If it contains results, but no configuration.
+        UserError: If the folder contains results but no configuration.
     """
     if (path / "config.yaml").is_file():
         return True
@@ -144,14 +144,14 @@ def _make_folder(folder: Path) -> None:
 class RunDirectory:
     """The folder of a run.
 
-    It contains `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line for each
-    round), `summary.json`, `details.json` (facts about each client for the report), `log.txt`,
-    `plots/`, `models/`, `checkpoint/` and `report.html`. `environment.json` contains the version of
-    the layout and marks a folder as a run directory. `SHA256SUMS` contains the checksums of a
-    finished run. `summary.json` is written last and marks the run as finished.
+    It contains `config.yaml` (the resolved configuration), `environment.json`, `metrics.jsonl` (one
+    line per round), `summary.json`, `details.json` (facts about each client for the report),
+    `log.txt`, `plots/`, `models/`, `checkpoint/` and `report.html`. `environment.json` contains the
+    version of the layout and marks the folder as a run directory. `SHA256SUMS` contains the
+    checksums of a finished run. `summary.json` is written last and marks the run as finished.
 
     Args:
-        path: The folder. It is not accessed before a method needs it.
+        path: The folder. It is not accessed until a method needs it.
 
     Attributes:
         path: The folder.
@@ -194,7 +194,7 @@ class RunDirectory:
         """Open an existing run directory.
 
         Raises:
-            UserError: If there is none, or its version is not supported.
+            UserError: If the path is not a run directory, or if its version is not supported.
         """
         run = cls(path)
         if not run.path.is_dir():
@@ -259,14 +259,17 @@ class RunDirectory:
         return self._hash_of_metrics().hexdigest()
 
     def rewind_metrics(self, completed: int) -> None:
-        """Keep the lines of the first `completed` rounds; a resumed run writes the others again."""
+        """Remove all lines of `metrics.jsonl` after the first `completed` rounds.
+
+        A resumed run writes the removed lines again.
+        """
         kept = b"".join(self.lines()[:completed])
         if (self.path / METRICS).exists():
             write_atomically(self.path / METRICS, kept)
         self._metrics_hash = hashlib.sha256(kept)
 
     def lines(self) -> list[bytes]:
-        """Return the complete lines of `metrics.jsonl` as bytes; none if the file is missing.
+        """Return the complete lines of `metrics.jsonl` as bytes; empty if the file is missing.
 
         Raises:
             UserError: If the file cannot be read.
@@ -352,16 +355,16 @@ class RunDirectory:
         """Return the resolved configuration in `config.yaml` as plain values."""
         try:
             content = _parse_yaml(self.read_text("config.yaml"))
-        # ValueError: an invalid date or a number with too many digits.
+        # A ValueError is raised for an invalid date or a number with too many digits.
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path / 'config.yaml'}: not valid YAML ({error})") from None
         return deepcopy(content) if isinstance(content, dict) else {}
 
     def metrics(self) -> list[Json]:
-        """Return the records of `metrics.jsonl` in order, without an incomplete last line.
+        """Return the records in `metrics.jsonl` in order. An incomplete last line is ignored.
 
         Raises:
-            UserError: If the file cannot be read, or a line is not the record of its round.
+            UserError: If the file cannot be read, or if a line is not the record of its round.
         """
         complete_lines = self.read_text(METRICS).split("\n")[:-1]
         records = []
@@ -381,7 +384,7 @@ class RunDirectory:
         """Return the text of a file.
 
         Raises:
-            UserError: If the file is missing or not text.
+            UserError: If the file is missing or is not UTF-8 text.
         """
         try:
             return (self.path / name).read_text(encoding="utf-8")
@@ -407,5 +410,8 @@ def _json_text(content: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=4)
 def _parse_yaml(text: str) -> Any:
-    """Parse YAML, cached because a run reads its configuration several times; do not modify."""
+    """Parse YAML and cache the result, because a run reads its configuration several times.
+
+    The result is shared and must not be modified.
+    """
     return yaml.safe_load(text)

@@ -85,9 +85,9 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         raise ScoringError(f"--data: file '{path}' not found")
     try:
         if path.suffix == ".npz":
-            found = _npz(path, inputs)
+            found = _read_npz(path, inputs)
         elif path.suffix == ".csv":
-            found = _csv(path, inputs)
+            found = _read_csv(path, inputs)
         else:
             raise ScoringError(f"--data: expected a .npz or .csv file, got {path.name}")
     except (OSError, ValueError) as error:
@@ -104,7 +104,7 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     return arrays
 
 
-def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
+def _read_npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     with np.load(path, allow_pickle=False) as file:
         names = [spec["name"] for spec in inputs]
         if len(inputs) > 1:
@@ -131,7 +131,7 @@ def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         return {names[0]: file[chosen]}
 
 
-def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
+def _read_csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     spec = inputs[0]
     if len(inputs) > 1 or spec["kind"] not in ("row", "tokens"):
         names = ", ".join(i["name"] for i in inputs)

@@ -361,8 +361,8 @@ def join(
 ) -> dict[str, Any]:
     """Train a client that joins a finished run, and compare it with training from scratch.
 
-    With a backbone, the client starts from the mean backbone of the clients that shared a model of
-    the same architecture. With a teacher, the client is first distilled from the consensus of all
+    With a backbone, the client starts from the mean of the backbones that clients with the same
+    architecture shared. With a teacher, the client is first distilled from the consensus of all
     models, computed on the public rows of the run or, without public rows, on the client's own
     training rows. The client then trains on its labeled examples.
 

@@ -94,7 +94,9 @@ def _metric_table(content: Json, metric: str) -> str:
     rows = []
     for count in content["patients"]:
         cells = {e["begins"]: e for e in content["table"] if e["patients"] == count}
-        rows.append([str(count), *(_cell(cells[way], cells[SCRATCH], metric) for way in ways)])
+        rows.append(
+            [str(count), *(_format_cell(cells[way], cells[SCRATCH], metric) for way in ways)]
+        )
     columns = ["labeled", *(WORDS[way] for way in ways)]
     return markdown_table(columns, rows, ["right"] * len(columns))
 
@@ -116,7 +118,7 @@ def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str)
     return bool(gain > values[1] + values[3])
 
 
-def _cell(entry: Json, scratch: Json, metric: str) -> str:
+def _format_cell(entry: Json, scratch: Json, metric: str) -> str:
     text = format_single(entry[metric], metric)
     if entry[f"{metric}_std"] is not None:
         text += f" ± {format_single(entry[f'{metric}_std'], metric)}"

@@ -365,7 +365,8 @@ class _Plan:
         permission: The code that may be executed.
 
     Attributes:
-        source: The configuration. A file has been read, so that later changes have no effect.
+        source: The configuration. The content of a file is read at the beginning, so that later
+            changes to the file have no effect.
         file: The name of the configuration file.
         out: The folder of the comparison.
         title: The name of the configuration.
@@ -652,7 +653,7 @@ def _validation_score(finished: Run, task: Task) -> float:
 
 
 class Study(ConfigSection):
-    """Arguments of a comparison that are read from a file, so that it can be repeated.
+    """Arguments of a comparison, read from a file so that the comparison can be repeated.
 
     Attributes:
         config: The configuration file. In the file of the study, its path is relative to the

@@ -34,7 +34,7 @@ MAX_IN_ONE_PLACE = 10_000
 """Largest number of clients for methods that collect all rows or models in one place."""
 
 BOUNDED = ("client", "local")
-"""Values of `privacy.unit` for which each upload is clipped as a whole."""
+"""Values of `privacy.unit` for which the norms of uploaded items are clipped."""
 
 Facts = TypeVar("Facts", bound=ConfigFacts)
 
@@ -682,7 +682,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
 def check_compatibility(run: RunFacts) -> None:
     """Check that the data, models, method and settings of a prepared run can be combined.
 
-    All models are built once, and user-defined methods are also checked in a dry run.
+    All auxiliary models are built once, and user-defined methods are also checked in a dry run.
 
     Args:
         run: Facts about the run.

@@ -51,8 +51,8 @@ def evaluate(
         data: Name of a data source, or path of a local file (a table, or `.npz` in the MedMNIST
             layout) or image folder.
         client: A client id or "server". None: all models.
-        personal: Whether to predict with the client's label frequencies, as on the client's own
-            examples.
+        personal: Whether models predict with the label frequencies of their client, as on the
+            client's own examples.
         label: Label column of a table, or several columns separated by commas. None: the label
             column of the run.
         allow_code: Whether code that the files of the run refer to may be executed.

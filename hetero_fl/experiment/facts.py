@@ -78,10 +78,7 @@ class ConfigFacts:
         self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
 
     def single_uploads(self) -> str | None:
-        """Return a setting that requires individual uploads at the server, as `key=value`.
-
-        Returns None if there is no such setting.
-        """
+        """Return a setting, `key=value`, that requires individual uploads at the server, if any."""
         for key in ROBUST_KEYS:
             if (value := getattr(self.config.aggregation, key)) != "mean":
                 return f"aggregation.{key}={value}"
@@ -89,7 +86,7 @@ class ConfigFacts:
         return None if attacks is None else f"attacks.name={attacks.name}"
 
     def choosing_setting(self) -> str | None:
-        """Return a setting of `cohort` that prefers some of the clients to others, if any."""
+        """Return a setting of `cohort` that prefers some clients over others, if any."""
         cohort = self.config.cohort
         if cohort.over_selection > 1:
             return "over_selection"
@@ -109,7 +106,7 @@ class ConfigFacts:
         return 0 if secure_sum is None else secure_sum.min_survivors(self.num_sampled())
 
     def rare_sender(self) -> dict[str, Any] | None:
-        """Return a client that does not upload in every round and its `share_every`, if any."""
+        """Return a client that does not upload in every round, with its `share_every`, if any."""
         for profile in self.clients.profiles:
             if profile.settings.share_every > 1:
                 return {"client": profile.first, "every": profile.settings.share_every}
@@ -272,7 +269,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def class_weights(self) -> dict[str, list[float]]:
-        """Numeric class weights by the first client of each profile, without other profiles."""
+        """Class weights that are set as numbers, by the first client of each profile."""
         weights = {profile.first: profile.settings.class_weights for profile in self.profiles}
         return {client: found for client, found in weights.items() if isinstance(found, list)}
 
@@ -326,10 +323,7 @@ class RunFacts(ConfigFacts):
         return rows if rows is not None and rows < self.num_proxy else None
 
     def instant_client(self) -> dict[str, str] | None:
-        """Return a client whose tasks take no time although other clients have to be waited for.
-
-        Returns None if there is no such client.
-        """
+        """Return a client whose tasks take no time while time passes for other clients, if any."""
         if self.federation.data.is_distributed:
             return None
         devices = Devices.from_config(self.federation, self.config.devices)
@@ -378,7 +372,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def expectations(self) -> ExpectedUploads:
-        """Form of the uploads of each client, from dry runs."""
+        """Expected form of each client's upload, determined by dry runs."""
         return ExpectedUploads(self.algorithm, self.federation)
 
     @cached_property
@@ -697,7 +691,7 @@ def _lone_owners(
 
     Args:
         sent: Each profile with the keys of the uploaded tensors.
-        test: `all` or `any`: whether this must be true for all or for any of the keys.
+        test: `all` to require this of all tensors of a profile, `any` of at least one tensor.
     """
     owners = Counter[Any]()
     for profile, keys in sent:

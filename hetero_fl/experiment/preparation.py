@@ -514,7 +514,7 @@ class DraftConfig:
         """Return an error whose message is prefixed with the origin of the key.
 
         If the key is a whole section, the origin is the last override within the section without
-        which the error disappears. If several overrides cause the error, it is the last of them.
+        which the error disappears, or the last of several overrides that cause the error.
 
         Args:
             line: Error message that begins with a key.

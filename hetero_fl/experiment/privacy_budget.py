@@ -1,8 +1,8 @@
 """Compute the privacy budget of a run before training.
 
-The cohorts of all rounds are known in advance because they depend only on the seed, and dry runs
-show which private rows the clients read. The actual privacy cost is lower if clients drop out. The
-formulas are in `hetero_fl.privacy.accounting`.
+The cohorts of all rounds are known in advance because sampling depends only on the seed, and dry
+runs show which private rows the clients read. The actual privacy cost is lower if clients drop out.
+The formulas are in `hetero_fl.privacy.accounting`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class PrivacyBudget:
         )
 
     def affordable_rounds(self) -> int:
-        """Return the number of rounds that do not exceed the target ε; all without a target."""
+        """Return the number of rounds within the target ε, or of all rounds without a target."""
         target = self.privacy.target_epsilon
         planned = len(self.histories)
         if target is None or self.epsilon(planned) <= target:

@@ -66,8 +66,8 @@ def audit(
         clients: Ids of the clients to attack. None: the first two.
         attack: "membership", "inversion" or "both". With "both", an attack that does not apply is
             skipped with a note.
-        shadows: Number of shadow runs, which repeat the run with other training rows. It must be an
-            even number >= 4, or 0 for an attack that uses the loss alone.
+        shadows: Number of shadow runs, which repeat the run with different training rows. It must
+            be an even number >= 4, or 0 for an attack that uses the loss alone.
         images: Number of training steps to invert for each client.
         batch: Number of images in each step, 1 to 4.
         seed: Seed of the audit.

@@ -180,7 +180,7 @@ def _curve(ins: Tensor, outs: Tensor) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows of one client whose membership in the training set is attacked.
+    """Rows of one client whose membership in the training set is to be inferred.
 
     Members are training rows, non-members are validation and test rows. Both have the same number
     of rows and the same class frequencies.
@@ -288,7 +288,7 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
 def train_shadow(
     prepared: PreparedRun, train: Mapping[str, Examples], seed: int, rounds: int
 ) -> dict[str, SavedModel]:
-    """Repeat a run with other training rows of some clients and other random draws.
+    """Repeat a run with different training rows of some clients and different random draws.
 
     Initial weights, cohorts, batches and noise are drawn again.
 

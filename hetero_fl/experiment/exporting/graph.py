@@ -322,5 +322,5 @@ class ExportedPreprocessing(nn.Module):
 
 
 def _num_channels(x: Tensor) -> Tensor:
-    """Return the number of channels as a tensor, because an integer would be traced as constant."""
+    """Return the number of channels as a tensor, because tracing would make an integer constant."""
     return torch.ones_like(x[0, :, 0, 0], dtype=torch.int64).sum()

@@ -31,7 +31,7 @@ Arrays = dict[str, Any]
 
 
 class ScoringError(Exception):
-    """Invalid arguments or files of the user, reported in one line."""
+    """Error in the arguments or files of the user, reported in one line."""
 
 
 def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:

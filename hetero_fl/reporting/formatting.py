@@ -73,7 +73,11 @@ def capitalize_first(text: str) -> str:
 
 
 def format_metric(value: float | None, metric: str) -> str:
-    """Format a metric as `84.7%` or `0.944`, or errors and losses with three significant digits."""
+    """Format the value of a metric.
+
+    Accuracies and F1 scores are formatted as percentages (`84.7%`), AUROC, average precision and R²
+    with three decimals (`0.944`), and errors and losses with three significant digits.
+    """
     if value is None:
         return MISSING
     if metric in _PERCENT:
@@ -82,7 +86,7 @@ def format_metric(value: float | None, metric: str) -> str:
 
 
 def metric_name(metric: str, unit: str = "") -> str:
-    """Return the name of a metric, with the unit of errors: `mean absolute error (vehicles)`."""
+    """Return the name of a metric, with a unit for errors: `mean absolute error (vehicles)`."""
     return f"{METRICS[metric]} ({unit})" if unit and metric in _IN_UNIT else METRICS[metric]
 
 
@@ -156,17 +160,17 @@ def is_better(metric: str, a: float, b: float) -> bool:
 
 
 def is_regression(metrics: Mapping[str, Any]) -> bool:
-    """Return whether the metrics are those of a regression."""
+    """Return whether the metrics belong to a regression task."""
     return "mae" in metrics
 
 
 def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of the last round on the first test that has any."""
+    """Return the scores in the last round on the first test that has scores."""
     return next((summary[test]["last"] for test in TEST_NAMES if summary[test]), {})
 
 
 def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the kind of target: `multiclass`, `multilabel` or `regression`."""
+    """Return the kind of task: `multiclass`, `multilabel` or `regression`."""
     if "kind" in details:
         return str(details["kind"])
     # Older runs do not record the kind. Multilabel tasks have a 2 × 2 confusion matrix per label.
@@ -201,7 +205,7 @@ def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> 
 
 
 def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
-    """Return the number of all clients. The summary lists only evaluated clients."""
+    """Return the number of clients, including clients that were not evaluated."""
     return int(details.get("population", len(summary["clients"])))
 
 
@@ -219,7 +223,7 @@ def format_range(counts: Iterable[int]) -> str:
 
 
 def small_test_note(rows: Mapping[str, int]) -> str:
-    """Return a sentence on clients with few local test rows; empty if there are none."""
+    """Return a sentence about clients with few local test rows; empty if there are none."""
     few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
     if not few:
         return ""
@@ -229,9 +233,9 @@ def small_test_note(rows: Mapping[str, int]) -> str:
 def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
     """Format the scores of a round in one line, with the same metrics for all tests.
 
-    For example, `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
-    71.0%, AUROC 0.930`. If a metric is undefined on one test, the text contains `undefined`. A
-    metric that is undefined on all tests is omitted.
+    An example is `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
+    71.0%, AUROC 0.930`. A metric that is undefined on only one of the tests is shown as
+    `undefined`. A metric that is undefined on all tests is omitted.
 
     Args:
         record: A line of `metrics.jsonl`.

@@ -26,7 +26,7 @@ from hetero_fl.utils.text import pluralize
 
 # Executor of a run on several machines, whose sites do not have to upload their models.
 NODES = "nodes"
-# Fields of the executor's record in `environment.json` that do not affect results.
+# Fields of the executor choice in `environment.json` that do not affect results.
 IRRELEVANT_CHOICES = ("workers", "reasons")
 CHANGED = "modified since the run wrote it"
 MISSING = "missing"
@@ -38,7 +38,7 @@ _LOGGED_START = re.compile(r"^\S+ \S+  [\d,]+ clients?, [\d,]+ rounds?\b", re.MU
 
 @dataclass
 class Inspection:
-    """The result of `inspect`.
+    """Result of the inspection of a run directory.
 
     Attributes:
         path: The run directory.
@@ -236,7 +236,7 @@ def _missing_derived(directory: RunDirectory) -> list[str]:
 
 
 def _missing_optional(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
-    """Return notes on a missing log or older checkpoint, which the run does not need."""
+    """Return notes on a missing log or a missing older checkpoint, which the run does not need."""
     notes = []
     rounds = {checkpoint_round(path) for path in checkpoints}
     older = max(rounds, default=0) - 1
@@ -406,7 +406,7 @@ def _state(directory: RunDirectory, rounds: int) -> str:
 
 
 def _result_relevant(choice: Any) -> Any:
-    """Return the fields of the executor's record that affect results."""
+    """Return the fields of the recorded executor choice that affect results."""
     if not isinstance(choice, Mapping):
         return choice
     return {key: value for key, value in choice.items() if key not in IRRELEVANT_CHOICES}

@@ -166,7 +166,11 @@ def _worst_client(summary: Json, test: str, metric: str) -> Json | None:
 
 
 def _compare_with_rules(summary: Json, details: Json, metric: str) -> list[Json]:
-    """Return the local test score of each simple rule and how many client models are better."""
+    """Compare the client models with simple baseline rules on the local test.
+
+    Returns:
+        The score of each rule, and the number of client models that are better.
+    """
     compared = []
     for rule, scores in summary.get("baselines", {}).items():
         known = []

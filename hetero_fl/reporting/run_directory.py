@@ -1,4 +1,4 @@
-"""Write, read and lock the files of a run, which stay readable after a crash at any time."""
+"""Write, read and lock the files of a run, which remain readable after a crash at any time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
     """Create a folder if necessary and lock it against other processes.
 
     The operating system releases the lock when the process ends; the empty file `.lock` remains.
-    On file systems without locks the folder is not locked.
+    On file systems without locks, the folder is not locked.
 
     Args:
         folder: The folder.
@@ -51,7 +51,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
         Lines for the log: a warning if the file system has no locks.
 
     Raises:
-        UserError: If another process has locked the folder, or it is not writable.
+        UserError: If another process has locked the folder, or if the folder is not writable.
     """
     _make_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0)
@@ -176,7 +176,7 @@ class RunDirectory:
         Args:
             path: The folder.
             config: The resolved configuration.
-            environment: Versions, machine and identity of the run.
+            environment: Versions, machine and id of the run.
 
         Raises:
             UserError: If the path exists and is neither an empty folder nor the result of an
@@ -348,7 +348,7 @@ class RunDirectory:
         return self._json("details.json")
 
     def environment(self) -> Json:
-        """Return the content of `environment.json`: versions, machine, version of the layout."""
+        """Return the content of `environment.json`: versions, machine and layout version."""
         return self._json("environment.json")
 
     def config(self) -> Json:

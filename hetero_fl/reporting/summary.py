@@ -171,7 +171,7 @@ def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
 def baseline_summary(
     evaluation: EvaluationResult,
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Return the scores of simple rules, summarized over clients, by rule and test."""
+    """Return the scores of simple baseline rules, summarized over clients, by rule and test."""
     clients = evaluation.clients.items()
     names = dict.fromkeys(
         name for _, client in clients for scores in client.baselines.values() for name in scores
@@ -208,7 +208,7 @@ def summarize(
         history: Records of all rounds.
         traffic: Bytes exchanged in the run.
         setup_seconds: Seconds before the first round.
-        evaluation: The last evaluation, for the scores of simple rules.
+        evaluation: The last evaluation, which contains the scores of simple baseline rules.
 
     Raises:
         RunFailedError: If no round was evaluated.

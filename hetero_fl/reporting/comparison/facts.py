@@ -67,7 +67,7 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column with scores.
+    """A column of scores in a comparison table.
 
     Attributes:
         key: Key of the values in a row.
@@ -86,7 +86,12 @@ class Column:
 
 @dataclass(frozen=True)
 class ComparedMethods:
-    """Labels of the methods in the order of display: federated methods, then bounds."""
+    """Labels of the compared methods, in the order of display.
+
+    Attributes:
+        federated: Labels of all methods except bounds.
+        bounds: Labels of bounds, methods with the rows or models of all clients in one place.
+    """
 
     federated: tuple[str, ...]
     bounds: tuple[str, ...]
@@ -186,7 +191,7 @@ class Setting:
     Attributes:
         key: Key of the setting.
         value: Value as text.
-        origin: Where the setting was set, such as `grid`.
+        origin: Origin of the setting, such as `grid`.
     """
 
     key: str
@@ -242,7 +247,7 @@ class ComparisonFacts:
         facts: Facts as pairs of name and text.
         warning: A sentence about generated data; empty for real data.
         command: The command line or the Python call.
-        jobs: Number of runs at a time on the machine; None if unknown.
+        jobs: Number of runs that were executed in parallel; None if unknown.
         local_test_note: A sentence about the number of local test rows.
     """
 
@@ -256,7 +261,7 @@ class ComparisonFacts:
 def gather_facts(
     out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None
 ) -> ComparisonFacts:
-    """Gather the facts about a comparison from its rows and from those of its files that exist.
+    """Gather the facts about a comparison from the rows and, if they exist, the files of the runs.
 
     Args:
         out: The folder of the comparison.
@@ -314,7 +319,7 @@ def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
 
 
 def _finished_runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
-    """Return the finished runs of the rows, federated methods first."""
+    """Return the directories of the finished runs of the rows, with bounds last."""
     wanted = {(algorithm_base(str(row["algorithm"])), row["seed"]) for row in rows}
     found = []
     for folder in sorted((out / "runs").glob("*")):
@@ -345,7 +350,7 @@ def _describe_clients(summary: Json, details: Json, config: Json) -> str:
 
 
 def _own_model(client: Json, details: Json) -> str:
-    """Return the configured model of a client, not the model that some methods replace it with."""
+    """Return the configured model of a client, which the method may have replaced."""
     configured = details["clients"].get(client["id"], {}).get("settings", {}).get("model")
     return str(configured[0]["name"] if configured else client["model"])
 

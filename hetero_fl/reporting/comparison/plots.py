@@ -49,7 +49,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     Args:
         rows: One row for each run.
         task: Task of the runs.
-        jobs: Number of runs at a time on the machine; None if unknown.
+        jobs: Number of runs that were executed in parallel; None if unknown.
     """
     shown = compared_methods(rows)
     metrics = [

@@ -135,7 +135,7 @@ class ComparisonTable:
         lines: Rows of the table, bounds last.
         caption: Text below the table.
         tested: Whether there is a column with p-values.
-        jobs: Number of runs at a time on the machine; None if unknown.
+        jobs: Number of runs that were executed in parallel; None if unknown.
     """
 
     title: str
@@ -197,7 +197,7 @@ def make_table(
         rows: One row for each run.
         task: Task of the runs.
         moment: `last`, or `best` for the selected round.
-        jobs: Number of runs at a time on the machine; None if unknown.
+        jobs: Number of runs that were executed in parallel; None if unknown.
         local_test_note: A sentence about the local test rows, for the caption.
     """
     columns = columns_of(rows, task, moment)
@@ -251,9 +251,9 @@ def make_table(
 
 
 def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]:
-    """Return the titles of local test columns that are omitted because they are never defined.
+    """Return the titles of local test columns that are omitted because all values are undefined.
 
-    The metrics are undefined if the local test rows lack a class in all runs.
+    AUROC and average precision are undefined if the test rows lack a class.
     """
     if task.kind == "regression" or not any(f"personal_{moment}_loss" in row for row in rows):
         return []

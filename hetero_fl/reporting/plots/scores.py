@@ -357,7 +357,7 @@ def _merge_bins(a: Json, b: Json) -> Json:
 
 
 def _order_clients(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
-    """Sort values by client in the order of the summary."""
+    """Sort a dictionary of clients in the order of the summary."""
     return {row["id"]: by_client[row["id"]] for row in summary["clients"] if row["id"] in by_client}
 
 
@@ -404,8 +404,8 @@ LAST_DATE = 253_402_300_799
 def plot_forecasts(summary: Json, details: Json) -> Figure | None:
     """Plot targets and forecasts on the latest local test rows of each client.
 
-    The plot shows the last output, which has the longest forecast horizon, and the simple rule with
-    the smallest error.
+    The plot shows the last output, which has the longest forecast horizon, and the forecast of the
+    simple baseline rule with the smallest error.
 
     Args:
         summary: Content of `summary.json`.

@@ -182,7 +182,7 @@ def run_jobs(
                     f"{done}/{len(work)} {job}{mark}: {result} {schedule.remaining_after(job)}"
                 )
         except BaseException:
-            # Any exception stops the workers, such as a closed output. Their runs can be resumed.
+            # Even an error from a closed output stops the workers. Their runs can be resumed.
             for worker in workers:
                 worker.terminate()
             pool.shutdown(cancel_futures=True)

@@ -44,7 +44,7 @@ class CompatibilityRule(Generic[Facts]):
     """Rule against a combination of settings that cannot work or may not be intended.
 
     Args:
-        keys: The two configuration keys that cannot be combined.
+        keys: The two configuration keys that the rule concerns.
         violation: Function of the facts about a run. It returns a false value if the run satisfies
             the rule. Otherwise, it returns a description of the violation, or a list of
             descriptions if there are several violations.
@@ -688,7 +688,7 @@ def check_compatibility(run: RunFacts) -> None:
         run: Facts about the run.
 
     Raises:
-        UserError: If they cannot be combined, or if user-defined code cannot be imported.
+        UserError: If a rule is violated, or if user-defined code is invalid.
         RunFailedError: If a user-defined method fails in the dry run.
     """
     import_user_classes(run.config.aggregation, run.config.attacks)

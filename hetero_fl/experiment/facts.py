@@ -222,7 +222,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def clients_alone(self) -> list[ClientProfile]:
-        """Profiles of clients that upload no tensor in common with another client.
+        """Profiles of clients that share no uploaded tensor with another client.
 
         The list is empty if the clients upload items other than averaged models.
         """
@@ -441,7 +441,7 @@ class RunFacts(ConfigFacts):
         return {"item": unknown, "hint": suggest_or_list(unknown, uploads)}
 
     def item_without_start(self) -> str | None:
-        """Return an item of parameters that are not relative to a broadcast, if any."""
+        """Return an uploaded item with parameters that are not relative to a broadcast, if any."""
         with translate_user_errors():
             for info, received in self.broadcasts:
                 for name, item in self.expectations.expected_items(info, received, 0).items():

@@ -176,7 +176,7 @@ def load_federated_data(
             f"got {config.data.proxy.size}"
         )
     preprocesses = [profile.settings.preprocess for profile in clients.profiles]
-    # In this case, `federate` checks the columns of each client for missing values.
+    # If missing values are allowed here, `federate` checks the columns of each client.
     allows_missing = any(p.missing or p.columns for p in preprocesses)
     server_preprocess = (
         config.server.preprocess
@@ -615,7 +615,7 @@ def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
 
 
 def _find_error(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """Return the first error in a configuration that does not refer to code, or None."""
+    """Return the first error in a configuration without references to code, or None."""
     try:
         values = apply_overrides(raw, overrides)
         _validate_algorithm(Config.model_validate(values).algorithm)

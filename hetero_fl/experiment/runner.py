@@ -161,7 +161,11 @@ def _start_or_resume(
     planned: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Restore the newest checkpoint or save the first one, and return metadata for checkpoints."""
+    """Restore the newest checkpoint or save the first one.
+
+    Returns:
+        Metadata to save in later checkpoints.
+    """
     rounds = prepared.config.rounds
     metadata: dict[str, Any] = {
         "data": prepared.data.content_hash(),

@@ -63,7 +63,7 @@ def used_settings(
         written += [(override, grid) for override in point]
         config = load_config(source, [override for override, _ in written], allow_code)
         settings = config.algorithm | _client_options(config)
-        # A user's method may have settings without a default, which validation would refuse.
+        # A user-defined method may have settings without a default, which validation would reject.
         defaults = register_algorithm[settings["name"]].model_construct().model_dump()
         found = [
             Setting(

@@ -255,7 +255,10 @@ class RunDirectory:
         metrics_hash.update(line)
 
     def metrics_checksum(self) -> str:
-        """Return the SHA-256 of the lines of `metrics.jsonl` that this process read and wrote."""
+        """Return the SHA-256 checksum of the lines of `metrics.jsonl` that the run has committed.
+
+        Later changes to the file by other processes do not affect the checksum.
+        """
         return self._hash_of_metrics().hexdigest()
 
     def rewind_metrics(self, completed: int) -> None:

@@ -184,7 +184,7 @@ def _draw_scores(
 def _bars(
     axes: Axes, values: Sequence[Sequence[float]], format_value: Callable[[float], str]
 ) -> None:
-    """Draw the mean of each method as a bar, labeled with its value."""
+    """Draw the mean of each method as a bar, labeled with the value."""
     means = [float(np.mean(v)) for v in values]
     axes.barh(range(len(means)), means, 0.6, color=style.LIGHT)
     for place, mean in enumerate(means):

@@ -53,7 +53,7 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
         b: Scores of the second method by seed.
 
     Returns:
-        The p-value as text; a dash if the methods have fewer than 5 seeds in common.
+        The p-value as text; a dash if the methods share fewer than 5 seeds.
     """
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < MIN_SEEDS:
@@ -152,7 +152,7 @@ class ComparisonTable:
 
     @property
     def others(self) -> list[str]:
-        """Titles of the columns after the scores."""
+        """Titles of the columns that follow the scores."""
         shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
         return [*(["p"] if self.tested else []), "MB", f"Seconds{shared}", "Needs"]
 

@@ -171,7 +171,7 @@ def _grid(
     figure = style.figure(
         rows * (side + between) + around, min(style.WIDTH, columns * (side + 0.2) + around)
     )
-    # Removes the space between square panels.
+    # The compressed layout removes the space between square panels.
     figure.set_layout_engine("compressed")
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for axes in grid[count:]:

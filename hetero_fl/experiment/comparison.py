@@ -1,4 +1,4 @@
-"""Run several methods over several seeds, with tuning, and compare them."""
+"""Compare several methods over several seeds, with optional tuning of their settings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ from hetero_fl.utils.text import pluralize, split_top_level
 
 Source = str | Path | Mapping[str, Any]
 Point = tuple[str, ...]
-"""A point of a grid: `key=value` for each key."""
+"""A point of a tuning grid, as one string `key=value` for each key."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Variant:
     """An algorithm with settings, such as `hybrid:teacher=mean:heads=take`.
 
     Args:
-        label: The variant as the user writes it.
-        overrides: Its changes to the configuration, `key.path=value`.
+        label: The variant as written by the user.
+        overrides: Changes to the configuration, `key.path=value`.
     """
 
     label: str
@@ -77,7 +77,13 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """Parse `name:setting=value`; settings belong to the algorithm or are full key paths."""
+        """Parse a variant such as `name:setting=value`.
+
+        The key of a setting is a key of the algorithm, or a full key path if it contains a dot.
+
+        Raises:
+            UserError: If a setting has no value.
+        """
         name, settings = split_label(text)
         for setting in settings:
             if "=" not in setting:
@@ -104,7 +110,7 @@ class ComparisonJob:
 
     @property
     def overrides(self) -> list[str]:
-        """Changes of this run to the configuration."""
+        """Changes to the configuration for this run, `key.path=value`."""
         return [*self.variant.overrides, *self.point, f"seed={self.seed}"]
 
     def __str__(self) -> str:
@@ -122,8 +128,7 @@ def run_jobs(
 ) -> dict[ComparisonJob, str]:
     """Execute runs in worker processes.
 
-    For each run that ends, one line with its scores or its error, and the estimated time left, is
-    logged.
+    When a run ends, a line with the scores or the error and the estimated time left is logged.
 
     Args:
         source: The configuration.
@@ -131,10 +136,14 @@ def run_jobs(
         work: The runs; finished ones are skipped.
         jobs: Number of runs at a time.
         progress: Receives log lines.
-        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
+        allow_code: Whether code that a file refers to may be executed (see
+            `hetero_fl.load_config`).
 
     Returns:
-        The errors of the runs that failed.
+        The error message of each run that failed.
+
+    Raises:
+        UserError: If the calling script has no `__main__` guard.
     """
     failed: dict[ComparisonJob, str] = {}
     pool_size = min(jobs, len(work))
@@ -157,7 +166,7 @@ def run_jobs(
                 try:
                     future.result()
                 except BrokenProcessPool:
-                    # Exit codes are known after the shutdown.
+                    # Exit codes are only known after the shutdown.
                     pool.shutdown()
                     if any(worker.exitcode == UNGUARDED for worker in workers):
                         raise UserError(ADVICE) from None
@@ -172,7 +181,7 @@ def run_jobs(
                 line = f"{job}{mark}: {result} {schedule.remaining_after(job)}"
                 progress.finish_job(line, done, len(work))
         except BaseException:
-            # This includes a closed output. Runs can be resumed from their newest checkpoints.
+            # Even an error from a closed output stops the workers. Their runs can be resumed.
             for worker in workers:
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
@@ -197,14 +206,19 @@ def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
 
 
 def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
-    """Prepare a worker process, which computes on one core."""
+    """Initialize a worker process, which uses a single core.
+
+    Args:
+        environ: Environment variables of the parent process.
+        objects: Packed objects that the configuration refers to.
+    """
     adopt_environment(environ)
     unpack_objects(objects)
     use_one_core()
 
 
 class _Schedule:
-    """Estimate of the time left, from the runs that have finished."""
+    """Estimate of the remaining time, based on the runs that have finished."""
 
     def __init__(self, work: Sequence[ComparisonJob]) -> None:
         self.finished_before = {job for job in work if RunDirectory(job.out).finished}
@@ -213,9 +227,9 @@ class _Schedule:
         self._num_finished = 0
 
     def remaining_after(self, job: ComparisonJob) -> str:
-        """Return `(about 3 min 20 s left)` after a run has ended.
+        """Return the remaining time after a run has ended, such as `(about 3 min 20 s left)`.
 
-        The text is empty before the first run has finished and after the last one.
+        The text is empty before the first run has finished and after the last run has ended.
         """
         if job in self._todo:
             self._todo.remove(job)
@@ -235,13 +249,14 @@ def _format_scores(out: Path) -> str:
 def run_job(
     source: Source, overrides: list[str], out: Path, allow_code: bool | CodePermission = False
 ) -> None:
-    """Execute one run; an interrupted run is resumed, a finished one is skipped.
+    """Execute one run. An interrupted run is resumed, and a finished run is skipped.
 
     Args:
         source: The configuration.
-        overrides: Changes to the configuration.
+        overrides: Changes to the configuration, `key.path=value`.
         out: The run directory.
-        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
+        allow_code: Whether code that a file refers to may be executed (see
+            `hetero_fl.load_config`).
     """
     run(source, out=out, resume=True, overrides=overrides, allow_code=allow_code)
 
@@ -267,26 +282,29 @@ def compare(
     Args:
         source: A configuration file or a dictionary.
         algorithms: Names or variants (`hybrid:teacher=mean`). "all" stands for all methods that
-            this configuration supports; the table is then sorted by score and lists the other
-            methods with the reason.
+            support this configuration. In this case, the table is sorted by score, and the other
+            methods are listed with the reasons why they do not support the configuration.
         seeds: Seeds of the runs of each algorithm.
         out: The folder of the comparison.
         overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        grid: Values to try, by key. Each algorithm uses the point with the best mean validation
-            score over the seeds.
+        grid: Values to try, by key. Each algorithm uses the grid point with the best mean
+            validation score over the seeds.
         jobs: Number of runs at a time. None: one per core, with one thread each.
         quiet: Whether to hide the progress display. None shows it in notebooks only.
-        origins: Where entries of `algorithms` and `overrides` were written, by entry; shown with
-            the settings.
-        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
+        origins: Where entries of `algorithms` and `overrides` were set, by entry. The report shows
+            the origins next to the settings.
+        allow_code: Whether code that a file refers to may be executed (see
+            `hetero_fl.load_config`).
 
     Returns:
         The comparison.
 
     Raises:
-        UserError: If a configuration is invalid, or a run in `out` has other settings. Nothing has
-            been run then.
-        RunFailedError: If runs failed, after the others have ended; one line for each.
+        UserError: If a configuration is invalid, or if a run in `out` has different settings. No
+            run is started in this case.
+        RunFailedError: If runs failed. The error is raised after all other runs have ended, and its
+            message has one line for each failed run.
+        Interrupted: After a `KeyboardInterrupt`. The comparison can be continued.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -333,32 +351,34 @@ def compare(
 
 
 class _Plan:
-    """The runs of a comparison, all checked before the first one starts.
+    """The runs of a comparison, all of which are checked before the first one starts.
 
     Args:
         source: The configuration.
-        algorithms: Names or variants, and "all".
+        algorithms: Names, variants or "all" (see `compare`).
         seeds: Seeds of the runs of each algorithm.
         out: The folder of the comparison.
         base: Overrides for all runs.
         grid: Values to try, by key.
         jobs: Number of runs at a time. None: one per core.
-        permission: Which code may run.
+        permission: The code that may be executed.
 
     Attributes:
-        source: The values of the configuration, so that its file may change during the comparison.
+        source: The configuration. The content of a file is read at the beginning, so that later
+            changes to the file have no effect.
         file: The name of the configuration file.
         out: The folder of the comparison.
         title: The name of the configuration.
         base: Overrides for all runs.
         variants: The variants to compare.
         admitted: The variants that "all" stands for.
-        left_out: Why methods do not support this configuration, by method.
-        points: Grid points, each tried with all variants; one empty point without a grid.
-        work: One run for each seed, variant and point.
+        left_out: Reasons why methods do not support this configuration, by method.
+        points: Grid points, each of which is tried with all variants. Without a grid, there is one
+            empty point.
+        work: One run for each seed, variant and grid point.
         jobs: Number of runs at a time.
         task: The task of all runs.
-        permission: Which code may run.
+        permission: The code that may be executed.
 
     Raises:
         UserError: If any of the runs is invalid.
@@ -513,7 +533,7 @@ def _write_results(
 
 
 def _missing_methods(plan: _Plan, failed: Mapping[ComparisonJob, str]) -> dict[str, str]:
-    """Return why methods and runs are missing in the table, by name."""
+    """Return the reasons why methods and runs are missing from the table, by name."""
     missing = {algorithm_name(name): reason for name, reason in plan.left_out.items()}
     for job, reason in failed.items():
         name = ", ".join([algorithm_name(job.variant.label), *job.point, f"seed {job.seed}"])
@@ -524,7 +544,7 @@ def _missing_methods(plan: _Plan, failed: Mapping[ComparisonJob, str]) -> dict[s
 def _compatible_methods(
     source: Source, base: list[str], seed: int, permission: CodePermission
 ) -> tuple[list[Variant], dict[str, str]]:
-    """Return the methods that support this configuration, and why the others do not."""
+    """Return the methods that support the configuration, and why the others do not."""
     compatible = []
     left_out = {}
     for name in register_algorithm:
@@ -536,7 +556,7 @@ def _compatible_methods(
         except UserError as error:
             left_out[name] = str(error)
     if not compatible:
-        # The configuration is invalid whatever the method.
+        # The configuration is invalid for every method.
         raise UserError(next(iter(left_out.values())))
     return compatible, left_out
 
@@ -545,7 +565,7 @@ def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodeP
     """Return the task of a run.
 
     Raises:
-        UserError: If the run is invalid; the message names the argument that set the key.
+        UserError: If the run is invalid. The message names the argument that set the invalid key.
     """
     try:
         return prepare(source, [*base, *job.overrides], allow_code=permission).federation.task
@@ -563,14 +583,14 @@ def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodeP
 def _check_same_configuration(
     source: Source, base: list[str], work: list[ComparisonJob], permission: CodePermission
 ) -> None:
-    """Raise UserError if an existing run directory has other settings."""
+    """Raise UserError if an existing run directory has different settings."""
     for job in work:
         if not (job.out / "config.yaml").exists():
             check_vacant(job.out)
             continue
         recorded = RunDirectory.open(job.out).config()
         current = resolve_config(load_config(source, [*base, *job.overrides], permission))
-        # Open settings of the algorithm were derived from the federation.
+        # Settings of the algorithm that are None were derived from the federation.
         derived = {
             key: value
             for key, value in recorded.get("algorithm", {}).items()
@@ -580,7 +600,7 @@ def _check_same_configuration(
         # Asynchronous methods override the configured mode.
         if needs_of(register_algorithm[current["algorithm"]["name"]]).asynchronous is not None:
             current["runtime"]["mode"] = "async"
-        # The noise was derived from the target.
+        # The noise multiplier was derived from the target ε.
         if (
             current["privacy"] is not None
             and current["privacy"]["noise_multiplier"] is None
@@ -608,7 +628,7 @@ def _point_values(point: Point) -> dict[str, str]:
 def _mean_validation_scores(
     finished: list[ComparisonJob], task: Task
 ) -> dict[tuple[Variant, Point], float]:
-    """Return the mean validation score over seeds, by variant and grid point; larger is better."""
+    """Return the mean validation score over seeds by variant and grid point; larger is better."""
     scores: dict[tuple[Variant, Point], list[float]] = {}
     for job in finished:
         scores.setdefault((job.variant, job.point), []).append(
@@ -620,27 +640,28 @@ def _mean_validation_scores(
 def _choose(
     scores: Mapping[tuple[Variant, Point], float], variants: list[Variant], points: list[Point]
 ) -> dict[Variant, Point]:
-    """Return the grid point with the best validation score of each variant, the first of equals."""
+    """Return the grid point of each variant with the best validation score, the first in a tie."""
     return {v: max(points, key=lambda p: scores.get((v, p), float("-inf"))) for v in variants}
 
 
 def _validation_score(finished: Run, task: Task) -> float:
-    """Return the mean local and global validation score of the last evaluation."""
+    """Return the mean of the local and global validation scores in the last evaluation."""
     last = [r for r in finished.metrics if r.get("validation")][-1]
     score = mean_validation_score(task, last)
     return float("-inf") if score is None else score
 
 
 class Study(ConfigSection):
-    """A comparison as a file, so that one command repeats it.
+    """Arguments of a comparison, read from a file so that the comparison can be repeated.
 
     Attributes:
-        config: The configuration file, relative to the study's folder.
+        config: The configuration file. In the file of the study, its path is relative to the
+            folder of the study.
         algorithms: Names or variants of the methods to compare.
         seeds: Seeds of the runs of each algorithm.
         overrides: Changes to the configuration, `key.path=value`.
-        jobs: Number of runs at a time; None: one per core.
-        out: The folder of the comparison; by default `runs/<name of the study>`.
+        jobs: Number of runs at a time. None: one per core.
+        out: The folder of the comparison. The default is `runs/<name of the study>`.
     """
 
     config: Path

@@ -1,6 +1,8 @@
-"""Rules on which features can be combined, each with its two configuration keys.
+"""Rules that reject combinations of settings that cannot work.
 
-`RULES_ON_LOADING` are checked before data is loaded, `RULES_AFTER_PREPARATION` before training.
+The rules in `RULES_ON_LOADING` need only the configuration and are checked before data is loaded.
+The rules in `RULES_AFTER_PREPARATION` also need the data and the models and are checked before
+training.
 """
 
 from __future__ import annotations
@@ -22,27 +24,33 @@ from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
 ROUNDING = ("quantize", "half")
-"""Compression stages that keep all values, so that compressed uploads can be summed."""
+"""Kinds of compression that keep all tensor elements, so that compressed uploads can be summed."""
 MIN_CLIENTS_IN_SUM = 3
-"""Smallest cohort of secure aggregation; in a sum of two, each client knows the other's part."""
+"""Smallest cohort for secure aggregation.
+
+If two clients are summed, each can compute the upload of the other.
+"""
 MAX_IN_ONE_PLACE = 10_000
-"""Largest number of clients whose rows or models a method may need in one place."""
+"""Largest number of clients for methods that collect all rows or models in one place."""
 
 BOUNDED = ("client", "local")
-"""Units of privacy under which whole uploads are bounded."""
+"""Values of `privacy.unit` for which the norms of uploaded items are clipped."""
 
 Facts = TypeVar("Facts", bound=ConfigFacts)
 
 
 @dataclass(frozen=True)
 class CompatibilityRule(Generic[Facts]):
-    """A combination of settings that cannot work or may not be intended.
+    """Rule against a combination of settings that cannot work or may not be intended.
 
     Args:
-        keys: The two configuration keys.
-        violation: Returns a true value if a run violates the rule, or a list of several.
-        message: The error message, a format string. `{run}` is the facts; `{found}`, or the keys of
-            a mapping, is what `violation` returns.
+        keys: The two configuration keys that the rule concerns.
+        violation: Function of the facts about a run. It returns a false value if the run satisfies
+            the rule. Otherwise, it returns a description of the violation, or a list of
+            descriptions if there are several violations.
+        message: Format string of the error message. The field `{run}` contains the facts. If a
+            description is a mapping, its keys are further fields; any other description is the
+            field `{found}`.
     """
 
     keys: tuple[str, str]
@@ -50,7 +58,7 @@ class CompatibilityRule(Generic[Facts]):
     message: str
 
     def lines(self, run: Facts) -> list[str]:
-        """Return the message for each violation, usually none or one."""
+        """Return one message for each violation; empty if the run satisfies the rule."""
         found = self.violation(run)
         if not found:
             return []
@@ -672,11 +680,16 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
 
 
 def check_compatibility(run: RunFacts) -> None:
-    """Check a prepared run before it trains: custom code, models, rules and a dry run.
+    """Check that the data, models, method and settings of a prepared run can be combined.
+
+    All auxiliary models are built once, and user-defined methods are also checked in a dry run.
+
+    Args:
+        run: Facts about the run.
 
     Raises:
-        UserError: If the features of the run cannot be combined.
-        RunFailedError: If a user's method fails in a dry run.
+        UserError: If a rule is violated, or if user-defined code is invalid.
+        RunFailedError: If a user-defined method fails in the dry run.
     """
     import_user_classes(run.config.aggregation, run.config.attacks)
     checked = {kind.arch for kind in run.profiles}

@@ -42,27 +42,30 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Compute the metrics of a finished run's models on a data set.
 
-    The test split is used, or all rows of a local file without one. Classes and targets are matched
-    by name if both sides have names, otherwise by position.
+    The models are evaluated on the test split, or on all rows of a local file without a test split.
+    Classes and targets are matched by name if the data set and the models name them, otherwise by
+    position.
 
     Args:
         run: A finished run or its directory.
-        data: The name of a source, or a local file (`.npz` in the MedMNIST layout, a table) or
-            image folder.
+        data: Name of a data source, or path of a local file (a table, or `.npz` in the MedMNIST
+            layout) or image folder.
         client: A client id or "server". None: all models.
-        personal: Whether to predict with the client's label frequencies, as on the client's own
-            examples.
-        label: The label column of a table (several: separated by commas). None: the label column
-            of the run.
-        allow_code: Whether code that the run's files name may run.
-        log: Called with a note if rows of the data set were training rows of the run. None: the
-            note is a `UserWarning`. Rows are compared only if the run's data is available.
+        personal: Whether models predict with the label frequencies of their client, as on the
+            client's own examples.
+        label: Label column of a table, or several columns separated by commas. None: the label
+            column of the run.
+        allow_code: Whether code that the files of the run refer to may be executed.
+        log: Function called with a warning if rows of the data set were training rows of the run.
+            None: a `UserWarning` is issued. Rows are compared only if the data of the run is
+            available.
 
     Returns:
-        Metrics by client id or "server".
+        The metrics of each model, by client id or "server".
 
     Raises:
-        UserError: If the data set does not fit the models.
+        UserError: If the data set does not exist or does not fit the models, or if there is no
+            model of `client`.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -105,7 +108,7 @@ def evaluate(
 def _check_model_fits(
     run: Run, name: str, model: SavedModel, dataset: Dataset, x: Tensor, *, data: str
 ) -> None:
-    """Raise ArgumentError if a model cannot predict the examples of a data set."""
+    """Raise ArgumentError if a model cannot process the examples of a data set."""
     if not are_comparable(dataset.task, model.task):
         raise ArgumentError(
             f"data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
@@ -149,9 +152,13 @@ def _describe_tokens(vocabulary_size: int | None) -> str:
 
 
 def are_comparable(found: Task, known: Task) -> bool:
-    """Return whether targets of one task can be mapped to those of another.
+    """Return whether the targets of one task can be mapped to the targets of another.
 
-    Unnamed labels may be the integers that the classes of `known` are named after.
+    Unnamed labels can be mapped to classes whose names are integers.
+
+    Args:
+        found: Task of the targets.
+        known: Task to map the targets to.
     """
     if found.kind == known.kind == "multiclass" and known.numbers and not found.names:
         return True
@@ -159,19 +166,22 @@ def are_comparable(found: Task, known: Task) -> bool:
 
 
 def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Tensor:
-    """Return targets with classes or columns in the order of a model's task.
+    """Reorder the classes or columns of targets to match a model's task.
 
-    They are matched by name if both tasks have names. Unnamed labels are matched with the classes
-    of the model if those are named after integers.
+    Classes and columns are matched by name if both tasks have names. Unnamed labels are matched
+    with classes whose names are integers.
 
     Args:
         y: Class indices `[N]`, or targets `[N, outputs]`.
-        given_task: The task of the targets.
-        known: The task of the model.
-        where: The place for error messages.
+        given_task: Task of the targets.
+        known: Task of the model.
+        where: Prefix of error messages.
+
+    Returns:
+        Targets in the order of the model's task, in the shape of `y`.
 
     Raises:
-        UserError: If a name exists on one side only.
+        UserError: If a name exists in only one of the tasks.
     """
     if known.numbers and not given_task.names:
         return classes_from_labels(y, known, where)
@@ -194,14 +204,15 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
 
 
 def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedModel]) -> Dataset:
-    """Load a data set; a local file is read with the settings of the run's data.
+    """Load a data set for the models of a run.
 
-    These are the task, the group and patient columns, and the image size.
+    A local file is read with the task, the group and patient columns, and the image size of the
+    run's data.
 
     Args:
         run: The finished run.
-        data: The name of a source, or a local file or folder.
-        label: The label column of a table. None: the label column of the run.
+        data: Name of a data source, or path of a local file or folder.
+        label: Label column of a table. None: the label column of the run.
         models: The models that predict the data set.
 
     Raises:
@@ -220,9 +231,9 @@ def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedMo
 
 @contextmanager
 def data_argument() -> Iterator[None]:
-    """Convert errors about the argument `data` to `ArgumentError`.
+    """Convert errors about configuration keys to errors about arguments.
 
-    The key `data.label` is the argument `label`.
+    The keys `data.name` and `data.path` become `data`, and `data.label` becomes `label`.
     """
     try:
         yield
@@ -275,9 +286,9 @@ def _file_source(
 
 
 def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) -> Dataset:
-    """Return a data set with its columns in the order of the run's models, matched by name.
+    """Reorder the columns of a data set to match the models of a run, by name.
 
-    Columns that none of the given models needs may be missing.
+    Columns that none of the models needs may be missing.
 
     Args:
         dataset: The data set.

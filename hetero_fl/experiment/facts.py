@@ -1,7 +1,7 @@
-"""Facts about a run before training, which the rules of `compatibility` check.
+"""Facts about a run that the rules in `compatibility` check before training.
 
-`ConfigFacts` depend on the configuration only, `RunFacts` on the prepared federation. Facts that
-need a dry round of the method are computed on first use.
+`ConfigFacts` are derived from the configuration, `RunFacts` from the data and models as well. Facts
+that require a dry run of the method are computed on first use.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ from hetero_fl.utils.text import format_list
 from model_zoo import is_batch_norm, model_options
 
 ROBUST_KEYS = ("rule", "predictions", "statistics")
-"""Keys of `aggregation`, each a rule for another kind of item."""
+"""Keys of `aggregation` that select a rule, each for a different kind of item."""
 
 T = TypeVar("T")
 
 
 def first(elements: Iterable[T]) -> T | None:
-    """Return the first element, or None if there is none."""
+    """Return the first element of an iterable, or None if it is empty."""
     return next(iter(elements), None)
 
 
 class ConfigFacts:
-    """Facts that depend on the configuration only.
+    """Facts about a run that depend on its configuration only.
 
     Args:
         config: The configuration.
-        clients: The clients.
-        method: The method, before settings are derived from the federation.
+        clients: The population of clients.
+        method: The method, before any settings are derived from the federation.
     """
 
     def __init__(self, config: Config, clients: Population, method: Algorithm) -> None:
@@ -78,7 +78,7 @@ class ConfigFacts:
         self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
 
     def single_uploads(self) -> str | None:
-        """Return the setting, `key=value`, that needs single uploads at the server."""
+        """Return a setting, `key=value`, that requires individual uploads at the server, if any."""
         for key in ROBUST_KEYS:
             if (value := getattr(self.config.aggregation, key)) != "mean":
                 return f"aggregation.{key}={value}"
@@ -86,34 +86,34 @@ class ConfigFacts:
         return None if attacks is None else f"attacks.name={attacks.name}"
 
     def choosing_setting(self) -> str | None:
-        """Return the key of `cohort` that chooses among more clients than a round needs."""
+        """Return a setting of `cohort` that prefers some clients over others, if any."""
         cohort = self.config.cohort
         if cohort.over_selection > 1:
             return "over_selection"
         return "sampling=oort" if cohort.sampling == "oort" else None
 
     def num_wanted(self) -> int:
-        """Return the number of uploads after which a round is complete."""
+        """Return the number of uploads that complete a round."""
         return self.config.clients.per_round or len(self.clients)
 
     def num_sampled(self) -> int:
-        """Return how many clients are sampled for a round."""
+        """Return the number of clients sampled for a round."""
         return self.config.cohort.num_sampled(self.config.clients.per_round, len(self.clients))
 
     def min_survivors(self) -> int:
-        """Return how many clients must complete a secure sum; 0 without secure aggregation."""
+        """Return the number of clients that must complete secure aggregation; 0 if disabled."""
         secure_sum = self.config.channel.secure_sum
         return 0 if secure_sum is None else secure_sum.min_survivors(self.num_sampled())
 
     def rare_sender(self) -> dict[str, Any] | None:
-        """Return a client that does not share in every round."""
-        for kind in self.clients.profiles:
-            if kind.settings.share_every > 1:
-                return {"client": kind.first, "every": kind.settings.share_every}
+        """Return a client that does not upload in every round, with its `share_every`, if any."""
+        for profile in self.clients.profiles:
+            if profile.settings.share_every > 1:
+                return {"client": profile.first, "every": profile.settings.share_every}
         return None
 
     def waiting_setting(self) -> str | None:
-        """Return a key of `cohort` that is not at its default."""
+        """Return a key of `cohort` with a value other than the default, if any."""
         cohort = self.config.cohort
         default = type(cohort)()
         names = [n for n in type(default).model_fields if getattr(cohort, n) != getattr(default, n)]
@@ -121,12 +121,12 @@ class ConfigFacts:
 
 
 class RunFacts(ConfigFacts):
-    """Facts that depend on the data and the models.
+    """Facts about a run that depend on its data and models.
 
     Args:
         config: The configuration.
         algorithm: The method with all its settings.
-        federation: The federation.
+        federation: The clients with their data and models.
     """
 
     def __init__(self, config: Config, algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -148,39 +148,39 @@ class RunFacts(ConfigFacts):
         self.attack = f"attacks.name={config.attacks.name}" if config.attacks else None
 
     def takes_time(self) -> bool:
-        """Return whether clients' tasks take time, simulated or real."""
+        """Return whether the tasks of clients take simulated or real time."""
         if self.config.devices is not None or self.federation.data.is_distributed:
             return True
         return any(profile.settings.machine != DeviceConfig() for profile in self.profiles)
 
     @cached_property
     def declared(self) -> dict[str, ItemSpec]:
-        """Declared uploads without label counts, which accompany other items."""
+        """Items that the method declares as uploads, except label counts."""
         return {n: spec for n, spec in self.algorithm.uploads.items() if spec.kind != "counts"}
 
     @cached_property
     def shared(self) -> set[str]:
-        """The kinds of data that at least one client shares."""
-        settings = [kind.settings for kind in self.profiles]
+        """Kinds of data that at least one client shares, as in the setting `shares`."""
+        settings = [profile.settings for profile in self.profiles]
         named = {share for own in settings for share in own.shares}
         return named | {"parameters" for own in settings if permitted_part(own.shares)}
 
     @cached_property
     def uploadable(self) -> dict[str, ItemSpec]:
-        """Items that at least one client may upload."""
+        """Items that at least one client may upload, by name."""
         return uploadable_items(self.algorithm, self.federation)
 
     def items_used_singly(self) -> str:
-        """Return the names of items that the method needs singly, not summed."""
+        """Return the names of items that the method needs from each client, not as a sum."""
         return ", ".join(n for n, spec in self.algorithm.uploads.items() if spec.use == "each")
 
     def missing_shares(self) -> str | None:
-        """Return what the method needs clients to share, if no client shares any of it."""
+        """Return the kinds of data that the method requires, if no client shares any of them."""
         needed = {spec.needed_share for spec in self.declared.values()}
         return " or ".join(sorted(needed)) if needed and not needed & self.shared else None
 
     def unknown_prefix(self) -> dict[str, str] | None:
-        """Return a configured prefix that no tensor has, with its key."""
+        """Return a configured prefix that matches no tensor name, if any, and its key."""
         prefixes = dict.fromkeys(self.federation.common, "clients.common") | self._named_parts
         names = self._tensor_names if prefixes else set()
         for prefix, key in prefixes.items():
@@ -191,13 +191,16 @@ class RunFacts(ConfigFacts):
         return None
 
     def part_of_other_model(self) -> str | None:
-        """Return a shared part, if the model that the method averages has no such part."""
+        """Return a prefix in `shares` that matches no tensor of the averaged model, if any.
+
+        Only methods that average an auxiliary model are checked.
+        """
         slot = shared_part_of(self.algorithm).slot
         if not self._named_parts or slot == "model":
             return None
-        for kind in self.profiles:
-            arch = kind.models[slot]
-            part = shared_part(self.algorithm, kind.settings)
+        for profile in self.profiles:
+            arch = profile.models[slot]
+            part = shared_part(self.algorithm, profile.settings)
             if any(part is None or name.startswith(part) for name in arch.shapes):
                 return None
         return first(self._named_parts)
@@ -205,21 +208,24 @@ class RunFacts(ConfigFacts):
     @cached_property
     def _named_parts(self) -> dict[str, str]:
         return {
-            part: f"clients: {kind.first}: shares"
-            for kind in self.profiles
-            for part in map(str, kind.settings.shares)
+            part: f"clients: {profile.first}: shares"
+            for profile in self.profiles
+            for part in map(str, profile.settings.shares)
             if part.endswith(".")
         }
 
     @cached_property
     def _tensor_names(self) -> set[str]:
-        archs = {kind.arch for kind in self.profiles}
+        archs = {profile.arch for profile in self.profiles}
         tensors = [floating_tensors(self.federation.initial_tensors(arch)) for arch in archs]
         return {name for own in tensors for name in own}
 
     @cached_property
     def clients_alone(self) -> list[ClientProfile]:
-        """Clients that upload no tensor that another client uploads, if models are averaged."""
+        """Profiles of clients that share no uploaded tensor with another client.
+
+        The list is empty if the clients upload items other than averaged models.
+        """
         travel = {
             spec.kind
             for spec in self.declared.values()
@@ -232,43 +238,43 @@ class RunFacts(ConfigFacts):
             return []
         common = self.federation.common
         sent = []
-        for kind in self.profiles:
-            group = kind.arch.group_id
-            # As in `hetero_fl.aggregation.means`.
+        for profile in self.profiles:
+            group = profile.arch.group_id
+            # Tensors with equal keys are averaged (see `hetero_fl.aggregation.means`).
             own: set[tuple[str, tuple[int, ...], str]] = set()
-            for name, tensor in self.shareable_tensors(kind).items():
+            for name, tensor in self.shareable_tensors(profile).items():
                 is_common = bool(common) and name.startswith(common)
                 own.add((name, tuple(tensor.shape), "") if is_common else (name, (), group))
-            sent.append((kind, own))
+            sent.append((profile, own))
         return _lone_owners(sent, all)
 
-    def shareable_tensors(self, kind: ClientProfile) -> Mapping[str, Tensor]:
-        """Return the tensors of the model that a client uploads."""
-        part = shared_part(self.algorithm, kind.settings)
-        initial = self.federation.initial_tensors(kind.arch)
-        return shareable_tensors(self.algorithm, kind.arch, initial, part)
+    def shareable_tensors(self, profile: ClientProfile) -> Mapping[str, Tensor]:
+        """Return the tensors of their own model that the clients of a profile upload."""
+        part = shared_part(self.algorithm, profile.settings)
+        initial = self.federation.initial_tensors(profile.arch)
+        return shareable_tensors(self.algorithm, profile.arch, initial, part)
 
     def architectures_alone(self) -> dict[str, str] | None:
-        """Return the architectures of clients that average with no other client."""
-        groups = dict.fromkeys(kind.arch.spec_id for kind in self.clients_alone)
+        """Return the architectures of `clients_alone` and a matching verb, if there are any."""
+        groups = dict.fromkeys(profile.arch.spec_id for profile in self.clients_alone)
         if not groups:
             return None
         return {"groups": ", ".join(groups), "verb": "has" if len(groups) == 1 else "have"}
 
     def num_evaluated(self) -> int | None:
-        """Return how many clients are evaluated, if not all that are not malicious."""
+        """Return the number of evaluated clients, or None if all honest clients are evaluated."""
         evaluated = len(self.federation.evaluated_clients)
         malicious = len(self.malicious.ids) if self.malicious else 0
         return evaluated if evaluated < self.num_clients - malicious else None
 
     @cached_property
     def class_weights(self) -> dict[str, list[float]]:
-        """Class weights as numbers, by the first client of each profile."""
-        weights = {kind.first: kind.settings.class_weights for kind in self.profiles}
+        """Class weights that are set as numbers, by the first client of each profile."""
+        weights = {profile.first: profile.settings.class_weights for profile in self.profiles}
         return {client: found for client, found in weights.items() if isinstance(found, list)}
 
     def weightless_client(self) -> dict[str, Any] | None:
-        """Return a client whose training rows all have weight 0."""
+        """Return a client whose training rows all have class weight 0, if any."""
         infos = self.federation.client_infos
         for leader, weights in self.class_weights.items():
             for client_id in self.federation.representative_clients if min(weights) == 0 else ():
@@ -280,44 +286,44 @@ class RunFacts(ConfigFacts):
         return None
 
     def batch_of_one(self) -> dict[str, str] | None:
-        """Return the setting that trains a model with BatchNorm on batches of one row."""
+        """Return a setting that trains a model with BatchNorm on batches of one row, if any."""
         for key, arch in self._batches_of_one():
             if arch in self.batch_norm_models:
                 return {"key": key, "model": arch.name}
         return None
 
     def _batches_of_one(self) -> Iterator[tuple[str, ModelSpec]]:
-        for kind in self.profiles:
-            if kind.settings.batch_size == 1:
-                for arch in kind.models.values():
-                    yield f"clients: {kind.first}: batch_size: got 1", arch
+        for profile in self.profiles:
+            if profile.settings.batch_size == 1:
+                for arch in profile.models.values():
+                    yield f"clients: {profile.first}: batch_size: got 1", arch
         for client_id in self.federation.data.client_rows.clients_with_one_row():
             for arch in self.federation.client_infos[client_id].models.values():
                 yield f"clients: {client_id}: data: has 1 training row", arch
         size = getattr(self.algorithm, "proxy_batch_size", None)
         if size is not None and self.num_proxy and min(size, self.num_proxy) == 1:
             key = "algorithm.proxy_batch_size: got 1" if size == 1 else "data.proxy: has 1 row"
-            for kind in self.profiles:
-                yield key, kind.arch
+            for profile in self.profiles:
+                yield key, profile.arch
             if self.federation.student is not None:
                 yield key, self.federation.student
 
     @cached_property
     def batch_norm_models(self) -> set[ModelSpec]:
-        """Models with BatchNorm."""
-        models = {m for kind in self.profiles for m in kind.models.values()}
+        """Models that contain BatchNorm layers."""
+        models = {m for profile in self.profiles for m in profile.models.values()}
         if self.federation.student is not None:
             models.add(self.federation.student)
         with torch.random.fork_rng(devices=[]):
             return {m for m in models if any(map(is_batch_norm, m.build().modules()))}
 
     def drawn_proxy_rows(self) -> int | None:
-        """Return how many proxy rows are sampled in each round, if not all of them."""
+        """Return the number of proxy rows sampled in each round, or None if all are used."""
         rows = getattr(self.algorithm, "proxy_rows", None)
         return rows if rows is not None and rows < self.num_proxy else None
 
     def instant_client(self) -> dict[str, str] | None:
-        """Return a client whose tasks take no time although the tasks of other clients do."""
+        """Return a client whose tasks take no time while time passes for other clients, if any."""
         if self.federation.data.is_distributed:
             return None
         devices = Devices.from_config(self.federation, self.config.devices)
@@ -333,12 +339,12 @@ class RunFacts(ConfigFacts):
 
     @property
     def staleness(self) -> StalenessConfig:
-        """Staleness settings of the method, otherwise of the configuration."""
+        """Staleness settings of the method or, if it has none, of `runtime.staleness`."""
         return self.policy.staleness or self.config.runtime.staleness
 
     @property
     def staleness_key(self) -> str:
-        """Configuration section of `staleness`."""
+        """Configuration section that contains the settings in `staleness`."""
         return "runtime.staleness" if self.policy.staleness is None else "algorithm"
 
     def needed_neighbors(self) -> int | None:
@@ -349,30 +355,33 @@ class RunFacts(ConfigFacts):
         return needed if self.secure_sum.neighbours < needed else None
 
     def clients_alone_in_sum(self) -> str:
-        """Return the clients with a tensor in a sum that no other client uploads."""
+        """Describe the clients with an uploaded tensor that is summed with no other client's.
+
+        The text is empty if there are no such clients.
+        """
         derived = DerivedSetup(self.algorithm, self.federation)
         layout = VectorLayout(derived.expectations.specs, self.federation.common)
         sent = []
-        for kind in self.profiles:
-            # A round in which the client shares.
-            form = derived.upload_form(kind.first, kind.settings.share_every - 1)
-            keys: set[TensorKey] = set(layout.tensor_keys(kind.arch.spec_id, form))
-            sent.append((kind, keys))
+        for profile in self.profiles:
+            # The first round in which the client uploads.
+            form = derived.upload_form(profile.first, profile.settings.share_every - 1)
+            keys: set[TensorKey] = set(layout.tensor_keys(profile.arch.spec_id, form))
+            sent.append((profile, keys))
         alone = _lone_owners(sent, any)
         return self.federation.client_infos.format_clients(alone) if alone else ""
 
     @cached_property
     def expectations(self) -> ExpectedUploads:
-        """Expected uploads."""
+        """Expected form of each client's upload, determined by dry runs."""
         return ExpectedUploads(self.algorithm, self.federation)
 
     @cached_property
     def broadcasts(self) -> list[tuple[ClientInfo, Payload]]:
-        """First broadcast to one client of each profile."""
+        """First client of each profile, with the first broadcast to this client."""
         with translate_user_errors():
             server = self.federation.server()
             self.algorithm.setup(server)
-            infos = [self.federation.client_infos[kind.first] for kind in self.profiles]
+            infos = [self.federation.client_infos[profile.first] for profile in self.profiles]
             return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
 
     def trains_before_evaluation(self) -> bool:
@@ -392,7 +401,7 @@ class RunFacts(ConfigFacts):
         return False
 
     def unaccountable_training(self) -> str | None:
-        """Return why a client's training cannot be accounted for."""
+        """Return why the privacy cost of a client's training cannot be computed, or None."""
         with translate_user_errors():
             for info, received in self.broadcasts:
                 try:
@@ -402,25 +411,28 @@ class RunFacts(ConfigFacts):
         return None
 
     def mixing_model(self) -> dict[str, str] | None:
-        """Return a model in which the gradient of one row depends on the whole batch."""
-        for kind in self.profiles:
-            for slot, arch in kind.models.items():
+        """Return a model in which the gradient of one row depends on the whole batch, if any."""
+        for profile in self.profiles:
+            for slot, arch in profile.models.items():
                 if arch in self.batch_norm_models:
-                    own = f"clients: {kind.first}: model"
+                    own = f"clients: {profile.first}: model"
                     return {"key": own if slot == "model" else f"algorithm.{slot}", **_other(arch)}
         return None
 
     def noised_statistics(self) -> dict[str, str] | None:
-        """Return a client that would upload BatchNorm statistics, which noise makes useless."""
+        """Return a client that uploads BatchNorm statistics, if any.
+
+        Noise would make the statistics useless.
+        """
         if not any(spec.kind == "params" for spec in self.uploadable.values()):
             return None
-        for kind in self.profiles:
-            if set(self.shareable_tensors(kind)) - kind.arch.parameter_names:
-                return {"client": kind.first, **_other(kind.arch)}
+        for profile in self.profiles:
+            if set(self.shareable_tensors(profile)) - profile.arch.parameter_names:
+                return {"client": profile.first, **_other(profile.arch)}
         return None
 
     def unknown_clip(self) -> dict[str, str] | None:
-        """Return an item in `privacy.clip` that the method does not upload."""
+        """Return an item in `privacy.clip` that the method does not upload, if any."""
         clip = self.privacy.clip if self.privacy else None
         uploads = self.algorithm.uploads
         unknown = first(n for n in clip if n not in uploads) if isinstance(clip, dict) else None
@@ -429,7 +441,7 @@ class RunFacts(ConfigFacts):
         return {"item": unknown, "hint": suggest_or_list(unknown, uploads)}
 
     def item_without_start(self) -> str | None:
-        """Return uploaded parameters that are not relative to a broadcast."""
+        """Return an uploaded item with parameters that are not relative to a broadcast, if any."""
         with translate_user_errors():
             for info, received in self.broadcasts:
                 for name, item in self.expectations.expected_items(info, received, 0).items():
@@ -438,9 +450,9 @@ class RunFacts(ConfigFacts):
         return None
 
     def weakly_protected(self) -> str | None:
-        """Return what is protected, if δ is too large for its number.
+        """Describe the protected rows or clients if δ is too large for their number.
 
-        A mechanism that publishes one of n rows or clients at random satisfies δ = 1/n.
+        A mechanism that publishes one of n rows or clients at random satisfies (0, 1/n)-DP.
         """
         if self.privacy is None:
             return None
@@ -456,20 +468,24 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def dry_round(self) -> tuple[dict[str, Mapping[str, Item]], set[tuple[str, str]]]:
-        """First round with uploads of all: items by client, and what the server combined."""
+        """Result of a dry run of the first round in which all clients upload.
+
+        The first element contains the uploaded items by the first client of each profile. The
+        second element contains the name and the kind of each item that the server aggregates.
+        """
         with translate_user_errors():
-            intervals = {kind.settings.share_every for kind in self.profiles}
+            intervals = {profile.settings.share_every for profile in self.profiles}
             index = min(math.lcm(*intervals), self.federation.num_rounds) - 1
             server = self.federation.server()
             server.round_context = self.federation.round_context(index)
             self.algorithm.setup(server)
             sent = {}
             uploads = []
-            for kind in self.profiles:
-                info = self.federation.client_infos[kind.first]
+            for profile in self.profiles:
+                info = self.federation.client_infos[profile.first]
                 broadcast = call_broadcast(self.algorithm, server, info)
                 items = self.expectations.expected_items(info, broadcast, index)
-                sent[kind.first] = items
+                sent[profile.first] = items
                 uploads.append(Upload(info, Payload(dict(items))))
             received = Uploads(uploads, self.algorithm.uploads, self.federation.common)
             run_plan(self.algorithm.aggregate(server, received), server, self.expectations.backend)
@@ -477,13 +493,13 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def rules(self) -> dict[str, str]:
-        """Rules of `aggregation` other than the mean, by key."""
+        """Aggregation rules other than the mean, by key of `aggregation`."""
         values = {key: str(getattr(self.config.aggregation, key)) for key in ROBUST_KEYS}
         return {key: value for key, value in values.items() if value != "mean"}
 
     @cached_property
     def items_by_rule(self) -> dict[str, list[str]]:
-        """Items that each key of `aggregation` applies to."""
+        """Names of the items that each key of `aggregation` applies to."""
         combined = self.dry_round[1]
         kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
         return {key: sorted(n for n, how in combined if how == kinds[key]) for key in ROBUST_KEYS}
@@ -497,7 +513,7 @@ class RunFacts(ConfigFacts):
         ]
 
     def idle_rule(self) -> dict[str, str] | None:
-        """Return a rule that applies to no item."""
+        """Return a rule that applies to no item, if any."""
         described = {
             "rule": "parameters",
             "predictions": "predictions",
@@ -510,12 +526,12 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def uses_root(self) -> bool:
-        """Whether the rule needs an update that the server computes on the proxy set."""
+        """Whether the rule for parameters needs an update that the server computes."""
         return "rule" in self.rules and bool(rule[self.rules["rule"]].uses_root)
 
     def averages_parts(self) -> bool:
-        """Return whether the method averages anything but whole models by architecture."""
-        infos = [self.federation.client_infos[kind.first] for kind in self.profiles]
+        """Return whether the method averages anything but whole models of equal architecture."""
+        infos = [self.federation.client_infos[profile.first] for profile in self.profiles]
         return (
             self.items_by_rule["rule"] != ["model"]
             or bool(self.federation.common)
@@ -528,7 +544,7 @@ class RunFacts(ConfigFacts):
         )
 
     def prior_option(self) -> str | None:
-        """Return a client and its option that uses the frequencies of classes."""
+        """Return a client and an option of this client that uses class frequencies, if any."""
         return first(
             f"{profile.first}: {option}"
             for profile in self.profiles
@@ -537,7 +553,7 @@ class RunFacts(ConfigFacts):
         )
 
     def outvoted_rule(self) -> dict[str, Any] | None:
-        """Return a rule that gets too few uploads of an item in some round."""
+        """Return a rule that receives too few uploads of an item in some round, if any."""
         config = self.config.aggregation
         combiners: dict[str, Rule | PredictionRule] = {}
         for key, value in self.rules.items():
@@ -546,7 +562,7 @@ class RunFacts(ConfigFacts):
             elif key == "predictions":
                 combiners[key] = prediction_rule[value](config)
             else:
-                # The requirements of the median.
+                # The median requires as many clients as the base class.
                 combiners[key] = Rule(config)
         for cohort in self._cohorts():
             for key, combiner in combiners.items():
@@ -557,7 +573,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def _cohorts(self) -> Iterator[Counter[str]]:
-        """Yield the distinct compositions of cohorts: the number of clients of each profile."""
+        """Yield the number of clients of each profile, for each distinct composition of cohorts."""
         seen: set[frozenset[tuple[str, int]]] = set()
         per_round = self.config.clients.per_round
         for index in range(self.federation.num_rounds if per_round is not None else 1):
@@ -569,7 +585,16 @@ class RunFacts(ConfigFacts):
                 yield count
 
     def _senders(self, item: str, key: str, cohort: Counter[str]) -> Iterator[tuple[str, int]]:
-        """Yield each separately combined piece of an item, and how many of a cohort upload it."""
+        """Yield the separately aggregated parts of an item.
+
+        Args:
+            item: Name of the item.
+            key: Key of the rule in `aggregation`.
+            cohort: Number of clients of each profile, by the first client of the profile.
+
+        Yields:
+            A description of the part, and the number of clients in the cohort that upload it.
+        """
         sent = self.dry_round[0]
         senders = [client for client in sent if item in sent[client]]
         if key != "rule":
@@ -612,23 +637,23 @@ class RunFacts(ConfigFacts):
 
     @property
     def acts_on(self) -> frozenset[str]:
-        """The objects that the attack changes: data, rows or updates."""
+        """Kinds of objects that the attack changes: `data`, `rows` or `updates`."""
         return self.malicious.attack.acts_on if self.malicious else frozenset()
 
     @property
     def has_trigger(self) -> bool:
-        """Whether the attack stamps images."""
+        """Whether the attack adds a trigger pattern to images."""
         return self.malicious is not None and self.malicious.has_trigger
 
     def named_malicious(self) -> dict[str, Any] | None:
-        """Return how many clients are malicious, and the first of them."""
+        """Return the number of malicious clients and the ids of the first ones, if any."""
         if self.malicious is None:
             return None
         ids = self.malicious.sorted_ids
         return {"count": len(ids), "ids": format_list(ids, 6)}
 
     def missing_targets(self) -> str | None:
-        """Return what an attack changes, if clients upload none of it."""
+        """Describe the objects that the attack changes, if no client uploads any of them."""
         items = [item for sent in self.dry_round[0].values() for item in sent.values()]
         present = {"data"}
         for item in items:
@@ -642,13 +667,13 @@ class RunFacts(ConfigFacts):
         return " and ".join(described[kind] for kind in sorted(self.acts_on))
 
     def small_image(self) -> int | None:
-        """Return the shortest image side in pixels, if smaller than the trigger."""
+        """Return the shortest image side in pixels, if it is smaller than the trigger."""
         attacks = self.config.attacks
-        sides = [side for kind in self.profiles for side in kind.arch.input_shape[1:]]
+        sides = [side for profile in self.profiles for side in profile.arch.input_shape[1:]]
         return min(sides) if attacks is not None and attacks.trigger > min(sides) else None
 
     def unknown_class(self) -> dict[str, Any] | None:
-        """Return a class of the attack that the data does not have."""
+        """Return a class in the settings of the attack that does not exist in the data, if any."""
         attacks = self.config.attacks
         if attacks is None or self.task.kind != "multiclass":
             return None
@@ -662,20 +687,25 @@ class RunFacts(ConfigFacts):
 def _lone_owners(
     sent: list[tuple[ClientProfile, set[Any]]], test: Callable[[Iterable[bool]], bool]
 ) -> list[ClientProfile]:
-    """Return the clients of whose keys all, or any, are uploaded by no other client."""
+    """Return the profiles of clients that upload tensors that no other client uploads.
+
+    Args:
+        sent: Each profile with the keys of the uploaded tensors.
+        test: `all` to require this of all tensors of a profile, `any` of at least one tensor.
+    """
     owners = Counter[Any]()
-    for kind, keys in sent:
-        owners.update(dict.fromkeys(keys, kind.count))
-    return [kind for kind, keys in sent if test(owners[key] == 1 for key in keys)]
+    for profile, keys in sent:
+        owners.update(dict.fromkeys(keys, profile.count))
+    return [profile for profile, keys in sent if test(owners[key] == 1 for key in keys)]
 
 
 def _other(arch: ModelSpec) -> dict[str, str]:
-    """Return the name of a model and of its variant with GroupNorm."""
+    """Return the name of a model and the configuration of its variant with GroupNorm."""
     return {"model": arch.name, "other": group_norm_variant(arch.name)}
 
 
 def group_norm_variant(name: str) -> str:
-    """Return the configuration value of a model with GroupNorm instead of BatchNorm."""
+    """Return the configuration of a similar model with GroupNorm instead of BatchNorm."""
     if "_bn_" in name:
         return name.replace("_bn_", "_gn_")
     if "norm" in model_options(name):

@@ -1,4 +1,4 @@
-"""Prepare a run: load and check its configuration, data and method together."""
+"""Load the configuration, data and method of a run, and check that they fit together."""
 
 from __future__ import annotations
 
@@ -62,22 +62,22 @@ from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
 ExecutorFactory = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
-"""Creates an executor whose clients train on other machines."""
+"""Function that creates an executor for clients that train on other machines."""
 
 
 @dataclass
 class PreparedRun:
-    """A run that is ready to train; nothing has been written yet.
+    """A run that is ready to train. No files have been written.
 
     Args:
-        config: The configuration, with everything that preparation derived.
+        config: The configuration, including the settings that were derived from the data.
         method: The algorithm, configured for these clients.
         federation: Clients, models and settings of the federation.
         data: The data of all clients.
         notes: Lines for the log.
-        start: Tensors with which clients and server start, instead of those of the seed.
+        start: Initial tensors of the clients and the server that replace the random ones.
         budget: The privacy budget; None for a run without privacy.
-        headline: Data, task, method and number of clients, in one line.
+        headline: Data, task, method and number of clients in one line.
     """
 
     config: Config
@@ -106,14 +106,17 @@ class PreparedRun:
         log: Callable[[str], None] = lambda _line: None,
         executor_factory: ExecutorFactory | None = None,
     ) -> FederatedTrainer:
-        """Create the trainer, which runs the rounds. Close its executor afterwards.
+        """Create the trainer that runs the rounds. Its executor must be closed after use.
 
         Args:
-            choice: How the run computes. None: chosen automatically.
-            store: Where state and checkpoints are kept. None: in memory.
-            log: Called with log lines.
-            executor_factory: Creates the executor if the clients train on other machines. None:
-                they train on this machine.
+            choice: Executor, device and threads to use. None: chosen automatically.
+            store: Storage of the clients' state. None: in memory.
+            log: Function called with each log line.
+            executor_factory: Function that creates the executor if the clients train on other
+                machines. None: the clients train on this machine.
+
+        Returns:
+            The trainer for the mode of the run and the location of the clients.
         """
         choice = choice or choose_executor(self.config, self.federation)
         clients = self.config.clients
@@ -174,7 +177,7 @@ def load_federated_data(
             f"got {config.data.proxy.size}"
         )
     preprocesses = [profile.settings.preprocess for profile in clients.profiles]
-    # If so, `federate` checks the columns of each client for missing values.
+    # If missing values are allowed here, `federate` checks the columns of each client.
     allows_missing = any(p.missing or p.columns for p in preprocesses)
     server_preprocess = (
         config.server.preprocess
@@ -217,9 +220,9 @@ def prepare(
         source: A configuration file, a dictionary or a configuration.
         overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
         dataset: Examples in memory that replace `data.name`.
-        data: Data that was loaded before from the same configuration, of all clients or of those
-            on this machine.
-        allow_code: Whether code that a file names may run (see `load_config`).
+        data: Data that has already been loaded from the same configuration, for all clients or
+            only for the clients on this machine.
+        allow_code: Whether code that a file refers to may be executed (see `load_config`).
 
     Returns:
         The run, ready to train.
@@ -310,7 +313,7 @@ def _models_of_clients(
 
 
 def _headline(config: Config, dataset: Dataset | None, task: Task, clients: int) -> str:
-    """Return data, task, method and number of clients in one line that marks defaults."""
+    """Return data, task, method and number of clients in one line, with defaults marked."""
     explicit_keys = {"name", "count", "groups"}
     data = f"data: {config.data.name if dataset is None else dataset.name}"
     if dataset is None and not explicit_keys & config.data.model_fields_set:
@@ -326,9 +329,10 @@ def _headline(config: Config, dataset: Dataset | None, task: Task, clients: int)
 
 
 def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec]:
-    """Return configuration and federation of an asynchronous run.
+    """Return the configuration and the federation of an asynchronous run.
 
-    Its number of rounds, which learning rate schedules use, is the number of server versions.
+    The number of rounds in the federation, which learning rate schedules use, is set to the number
+    of server versions.
     """
     runtime = run.config.runtime.model_copy(update={"mode": "async"})
     versions = max(1, math.ceil(run.num_uploads / run.buffer_size))
@@ -339,7 +343,12 @@ def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec]:
 def _solve_privacy(
     config: Config, method: Algorithm, federation: FederationSpec
 ) -> tuple[Config, FederationSpec, PrivacyBudget | None]:
-    """Solve for the noise of a private run, and return its budget too (None without privacy)."""
+    """Compute the noise multiplier and the privacy budget of a run.
+
+    Returns:
+        The configuration and the federation with the noise multiplier, and the budget; None
+        without privacy.
+    """
     if config.privacy is None:
         return config, federation, None
     privacy = config.privacy
@@ -451,7 +460,7 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         "devices: not set, so tasks take no time and tasks that start together end together",
     ),
 )
-"""Notes on combinations that work but may not be intended."""
+"""Notes on combinations of settings that work but may not be intended."""
 
 LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
@@ -477,20 +486,20 @@ LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
 
 
 def compatibility_notes(notes: Iterable[CompatibilityRule[RunFacts]], run: RunFacts) -> list[str]:
-    """Return a line for each combination that works but may not be intended."""
+    """Return a line for each note that applies to a run."""
     return [line for note in notes for line in note.lines(run)]
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """A configuration that was checked without importing the code that it names.
+    """A configuration that was checked without importing the code that it refers to.
 
     Args:
-        config: The configuration; the settings of its algorithm are not checked yet.
+        config: The configuration. The settings of the algorithm have not been checked.
         raw: The configuration as plain values, with overrides.
-        overrides: The overrides.
-        source: The file, for error messages.
-        written: Plain values of the file, without overrides.
+        overrides: The overrides, `key.path=value`.
+        source: Name of the configuration file, for error messages.
+        written: The configuration as plain values, without overrides.
     """
 
     config: Config
@@ -509,7 +518,7 @@ class DraftConfig:
         }
 
     def key_source(self, key: str) -> str:
-        """Return where a key was set: the last override that names it, else the file."""
+        """Return where a key was set: the last override that contains the key, or else the file."""
         where = self.source
         for override in self.overrides:
             named = override.partition("=")[0]
@@ -517,10 +526,13 @@ class DraftConfig:
         return where
 
     def error(self, line: str) -> UserError:
-        """Return the error for a message that begins with a key, prefixed with the key's origin.
+        """Return an error whose message is prefixed with the origin of the key.
 
-        If the error is about a whole section, this is the last override within the section
-        without which the error disappears, or the last one within it if several cause the error.
+        If the key is a whole section, the origin is the last override within the section without
+        which the error disappears, or the last of several overrides that cause the error.
+
+        Args:
+            line: Error message that begins with a key.
         """
         key = line.partition(": ")[0]
         where = self.key_source(key)
@@ -548,14 +560,15 @@ def load_config(
 ) -> Config:
     """Load and check a configuration.
 
-    A file with the keys of the classic tutorial (see `hetero_fl.config.load`) is translated. If an
-    override names another algorithm than the file, the algorithm settings of the file are dropped.
+    If an override selects a different algorithm than the file, the algorithm settings in the file
+    are ignored. JSON files in the format of a well-known tutorial (see `hetero_fl.config.load`) are
+    translated.
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.
         overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in
-            a dictionary or in `overrides` are always allowed.
+        allow_code: Whether code that a file refers to (`python:package.module:Name`) may be
+            executed. References in a dictionary or in `overrides` are always allowed.
 
     Returns:
         The validated configuration, with all defaults.
@@ -592,7 +605,7 @@ def load_config(
 
 
 def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
-    """Read a configuration and check it, without importing the code that it names.
+    """Read and check a configuration without importing the code that it refers to.
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.
@@ -617,7 +630,7 @@ def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
 
 
 def _find_error(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """Return the first error in a configuration that names no code, or None."""
+    """Return the first error in a configuration without references to code, or None."""
     try:
         values = apply_overrides(raw, overrides)
         _validate_algorithm(Config.model_validate(values).algorithm)
@@ -629,10 +642,10 @@ def _find_error(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
 
 
 def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> dict[str, Any]:
-    """Return the algorithm's settings with all defaults.
+    """Return the settings of the algorithm with all defaults.
 
     Raises:
-        UserError: If a setting is invalid; the message says where it was set.
+        UserError: If a setting is invalid. The message contains where it was set.
     """
     try:
         settings = _validate_algorithm(draft.config.algorithm)
@@ -673,7 +686,7 @@ def _validate_algorithm(
 
 
 def _method_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Return the setting names of the algorithm in a configuration that may be invalid."""
+    """Return the names of the algorithm's settings; empty if the algorithm is unknown."""
     section = raw.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else None
     return (

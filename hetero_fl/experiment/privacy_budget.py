@@ -1,8 +1,8 @@
-"""The privacy budget of a run, computed before training.
+"""Compute the privacy budget of a run before training.
 
-Cohorts are drawn by keyed randomness, and a dry run of one round of each phase shows which private
-rows a plan reads. A run spends this budget, or less if clients drop out. The formulas are in
-`hetero_fl.privacy.accounting`.
+The cohorts of all rounds are known in advance because sampling depends only on the seed, and dry
+runs show which private rows the clients read. The actual privacy cost is lower if clients drop out.
+The formulas are in `hetero_fl.privacy.accounting`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ PROTECTED = {
 
 @dataclass(frozen=True)
 class PrivacyBudget:
-    """The privacy that a run spends in each round.
+    """Privacy cost of a run after each round.
 
     Args:
-        privacy: The configuration section.
-        histories: For each round, the distinct histories of charges of all clients after it.
+        privacy: Section `privacy` of the configuration.
+        histories: For each round, the distinct charge histories of all clients up to and including
+            this round.
     """
 
     privacy: PrivacyConfig
@@ -57,11 +58,11 @@ class PrivacyBudget:
         """Compute the budget of a run.
 
         Args:
-            privacy: The configuration section.
+            privacy: Section `privacy` of the configuration.
             algorithm: The algorithm.
             federation: The federation.
             rounds: Number of rounds.
-            per_round: Clients sampled in each round. None: all.
+            per_round: Number of clients sampled in each round. None: all.
 
         Raises:
             UserError: If the method reads private rows without noise.
@@ -78,7 +79,7 @@ class PrivacyBudget:
         for round_idx in range(rounds):
             cohort = federation.sample_cohort(per_round, round_idx)
             charged = {c: run.exchange_cost(c, round_idx).charges for c in cohort}
-            # With Poisson sampling every client is charged for the chance of being sampled.
+            # With Poisson sampling, every client is charged for the chance of being sampled.
             if poisson_clients:
                 charged = dict.fromkeys(poisson_clients, (PrivacyCharge(rate),))
             for client_id, charges in charged.items():
@@ -94,15 +95,17 @@ class PrivacyBudget:
         return cls(privacy, tuple(histories))
 
     def solved_privacy(self) -> PrivacyConfig:
-        """Return the section with its noise multiplier, solved for if only the target ε is set.
+        """Return the privacy settings with a noise multiplier.
+
+        If the noise multiplier is not set, it is computed from the target ε.
 
         Raises:
-            UserError: If the first round costs more than the target.
+            UserError: If the first round exceeds the target ε.
         """
         target = self.privacy.target_epsilon
         privacy = self.privacy
         if privacy.noise_multiplier is None:
-            # The schema requires one of the two.
+            # The schema requires a noise multiplier or a target.
             assert target is not None
             noise_multiplier = solve_noise_multiplier(
                 self.histories[-1], target, privacy.delta, privacy.accountant
@@ -117,7 +120,7 @@ class PrivacyBudget:
         return privacy
 
     def spent(self, rounds: int) -> dict[str, Any]:
-        """Return the privacy cost of a number of rounds, as in the record of a round."""
+        """Return the privacy cost of the first `rounds` rounds, as saved in `metrics.jsonl`."""
         return {
             "epsilon": self.epsilon(rounds),
             "delta": self.privacy.delta,
@@ -125,7 +128,7 @@ class PrivacyBudget:
         }
 
     def epsilon(self, rounds: int) -> float:
-        """Return the largest ε of any client after a number of rounds."""
+        """Return the largest ε of any client after `rounds` rounds."""
         if rounds == 0:
             return 0.0
         privacy = self.privacy
@@ -147,7 +150,7 @@ class PrivacyBudget:
         )
 
     def affordable_rounds(self) -> int:
-        """Return the number of rounds within the target; all if there is no target."""
+        """Return the number of rounds within the target ε, or of all rounds without a target."""
         target = self.privacy.target_epsilon
         planned = len(self.histories)
         if target is None or self.epsilon(planned) <= target:

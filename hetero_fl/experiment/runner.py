@@ -1,4 +1,4 @@
-"""Run one experiment: from a configuration to a finished run directory."""
+"""Run an experiment, from a configuration to a finished run directory."""
 
 from __future__ import annotations
 
@@ -46,22 +46,20 @@ Callback = Callable[[Record], None]
 
 
 class RunSession:
-    """A run in its directory, which trains one round in each iteration.
+    """Training session of a run, an iterable that trains one round per iteration.
 
-    Each round is committed to disk before its record is yielded. The results are written last.
+    Each round is committed to disk before its record is yielded. The models, the summary and the
+    report are written after the last round.
 
     Args:
         prepared: The run.
         directory: The run directory.
-        choice: How the run computes.
+        choice: Executor, device and threads to use.
         progress: Receives log lines and progress.
-        executor_factory: Creates the executor if the clients train on other machines.
+        executor_factory: Function that creates the executor if the clients train on other machines.
 
     Attributes:
-        trainer: The trainer. Close its executor with `close`.
-
-    Raises:
-        UserError: If the run directory does not match the run.
+        trainer: The trainer. Its executor must be closed with `close`.
     """
 
     def __init__(
@@ -84,11 +82,15 @@ class RunSession:
             self.trainer.executor.set_listener(progress.show_task)
 
     def close(self) -> None:
-        """Close the executor. The run can be resumed if it is not complete."""
+        """Close the executor. An unfinished run can be resumed later."""
         self.trainer.executor.close()
 
     def __iter__(self) -> Iterator[Record]:
-        """Train the remaining rounds and yield the record of each."""
+        """Train the remaining rounds and yield the record of each round.
+
+        Raises:
+            UserError: If the run directory does not match the run.
+        """
         prepared, directory, trainer = self._prepared, self._directory, self.trainer
         progress, config = self._progress, prepared.config
         budget = prepared.budget
@@ -159,7 +161,11 @@ def _start_or_resume(
     planned: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Restore the newest checkpoint, or save the first one; return the metadata of checkpoints."""
+    """Restore the newest checkpoint or save the first one.
+
+    Returns:
+        Metadata to save in later checkpoints.
+    """
     rounds = prepared.config.rounds
     metadata: dict[str, Any] = {
         "data": prepared.data.content_hash(),
@@ -213,11 +219,11 @@ def _restore(
         directory: The run directory.
         trainer: The trainer to restore.
         checkpoints: All checkpoints of the run.
-        metadata: What the checkpoint must match.
+        metadata: Metadata that the checkpoint must match.
         planned: Total number of rounds.
 
     Raises:
-        UserError: If the checkpoint was written with other data or devices.
+        UserError: If the checkpoint was written with different data or devices.
     """
     config = prepared.config
     check_resumable(directory, saved)
@@ -241,10 +247,10 @@ def _restore(
 def _reopen_directory(
     directory: RunDirectory, checkpoints: Checkpoints, saved: dict[str, Any], every: int
 ) -> dict[str, Any]:
-    """Prepare a run directory for more rounds and return the checkpoint that they start from.
+    """Prepare a run directory for additional rounds and return the checkpoint to continue from.
 
     The last round of the shorter run was evaluated regardless of `evaluation.every`. If the longer
-    run does not evaluate that round, it is repeated from the checkpoint before it.
+    run does not evaluate this round, the round is repeated from the previous checkpoint.
     """
     directory.reopen()
     completed = saved["run"]["completed"]
@@ -256,7 +262,7 @@ def _reopen_directory(
 def _extend(
     directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: int, progress: Progress
 ) -> list[str]:
-    """Write a larger number of rounds to `config.yaml` and return a line for each extension."""
+    """Write the number of rounds to `config.yaml` and return a note on each extension so far."""
     recorded = directory.config()
     if recorded.get("rounds") != rounds:
         directory.write_config({**recorded, "rounds": rounds})
@@ -276,7 +282,7 @@ def _extend(
 
 
 def _read_history(directory: RunDirectory) -> list[Record]:
-    """Return the records so far, which are read from disk so that long runs need no memory."""
+    """Read the records of all rounds so far from disk, where they are kept to save memory."""
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
@@ -285,7 +291,10 @@ def _evaluate(
 ) -> EvaluationResult:
     """Evaluate the current models and add the result to the record of the round.
 
-    The last evaluation passes `directory`, where the models are then saved.
+    Args:
+        trainer: The trainer.
+        record: Record of the round, which is modified.
+        directory: Where to save the models; None except in the last evaluation.
     """
     started = time.perf_counter()
     down_bytes = trainer.traffic.down
@@ -306,7 +315,7 @@ def _finish(
     setup_seconds: float,
     progress: Progress,
 ) -> None:
-    """Write the models, summary, plots and report of a run whose rounds are done."""
+    """Write the models, summary, plots and report of a run after the last round."""
     if evaluation is None:
         # The run stopped early, or the process was killed after the last round. The models were
         # evaluated before, so the traffic of this evaluation is not counted.
@@ -333,12 +342,12 @@ def _finish(
 def write_presentation(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> None:
     """Write the plots and the report, unless they exist.
 
-    An error while drawing does not fail the run; it is logged in one line.
+    Errors while drawing are logged and do not fail the run.
 
     Args:
         config: The configuration of the run.
         directory: The run directory.
-        log: Called with log lines.
+        log: Function called with each log line.
     """
     if (directory.path / "report.html").exists():
         return
@@ -353,10 +362,10 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
 
 
 def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
-    """Evaluate with all details of the report, and save each model as soon as it is evaluated."""
+    """Evaluate with all details for the report, and save each model when it is evaluated."""
 
     def save(name: str, model: bytes) -> None:
-        # A remote client may keep its model to itself, which is then empty.
+        # The model is empty if a remote client does not upload it.
         if model:
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
@@ -398,12 +407,12 @@ def run(
         out: The run directory. None: `runs/<name>-<time>`.
         resume: Whether to continue from the newest intact checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        callbacks: Called with the record of each round (a line of `metrics.jsonl`) after it was
-            committed to disk.
+        callbacks: Functions called with the record of each round (a line of `metrics.jsonl`) after
+            the round has been committed to disk.
         dataset: Examples in memory that replace `data.name`.
         quiet: Whether to hide the progress display. None shows it in notebooks only.
-        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in
-            a dictionary or in `overrides` are always allowed.
+        allow_code: Whether code that a file refers to (`python:package.module:Name`) may be
+            executed. References in a dictionary or in `overrides` are always allowed.
 
     Returns:
         The finished run.
@@ -442,10 +451,15 @@ def default_out(config: Config) -> Path:
 
 
 def check_resumed_choice(path: Path, on_nodes: bool) -> dict[str, Any]:
-    """Return the executor, threads and device that a run to be resumed was started with.
+    """Return the recorded executor, threads and device of a run that is to be resumed.
+
+    Args:
+        path: The run directory.
+        on_nodes: Whether the run is resumed on several machines.
 
     Raises:
-        UserError: If it was started on nodes and is resumed on one machine, or vice versa.
+        UserError: If the run was started on several machines and is resumed on one machine, or
+            vice versa, or if the record is missing.
     """
     started_with = RunDirectory.open(path).environment().get("choice")
     if not isinstance(started_with, dict) or not isinstance(started_with.get("executor"), str):
@@ -480,13 +494,19 @@ def run_prepared(
         prepared: The run, from `prepare`.
         out: The run directory. None: `runs/<name>-<time>`.
         resume: Whether to continue from the newest intact checkpoint in `out`.
-        callbacks: Called with the record of each round after it was committed to disk.
+        callbacks: Functions called with the record of each round after the round has been
+            committed to disk.
         quiet: Whether to hide the progress display. None shows it in notebooks only.
-        executor_factory: Creates the executor if the clients train on other machines.
-        console: Receives the progress display; None: the terminal.
+        executor_factory: Function that creates the executor if the clients train on other machines.
+        console: Receives the progress display. None: the terminal.
 
     Returns:
         The finished run.
+
+    Raises:
+        UserError: If the directory contains a different run, or if another process uses it.
+        RunFailedError: If the run cannot continue.
+        Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
     """
     path = Path(out) if out is not None else default_out(prepared.config)
     with open_session(
@@ -513,20 +533,21 @@ def open_session(
     executor_factory: ExecutorFactory | None = None,
     console: Console | None = None,
 ) -> Iterator[RunSession | None]:
-    """Create or open a run directory and provide the session that trains in it.
-
-    The session is None if the run has finished already.
+    """Create or open a run directory and yield the session that trains the run.
 
     Args:
         prepared: The run.
         path: The run directory.
         resume: Whether to continue from the newest intact checkpoint.
         quiet: Whether to hide the progress display. None shows it in notebooks only.
-        executor_factory: Creates the executor if the clients train on other machines.
-        console: Receives the progress display; None: the terminal.
+        executor_factory: Function that creates the executor if the clients train on other machines.
+        console: Receives the progress display. None: the terminal.
+
+    Yields:
+        The session; None if the run has already finished.
 
     Raises:
-        UserError: If the directory has another run, or another process uses it.
+        UserError: If the directory contains a different run, or if another process uses it.
         Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
     """
     config = prepared.config
@@ -536,7 +557,7 @@ def open_session(
         check_vacant(path)
     if resume and not is_resumed:
         prepared.notes.insert(0, f"{path}: no run to resume; starting a new one")
-    # Identical results need the same executor, threads and device, whatever this machine prefers.
+    # Identical results require the same executor, threads and device as before the interruption.
     started_with = check_resumed_choice(path, on_nodes) if is_resumed else None
     try:
         executor = NODES if on_nodes else config.runtime.executor
@@ -576,9 +597,9 @@ def _recorded_choice(path: Path, record: dict[str, Any], config: Config) -> Exec
 
 
 def choose_for_nodes(prepared: PreparedRun) -> ExecutorChoice:
-    """Return how the nodes of a deployed run compute.
+    """Choose the executor settings for a run in which each client trains on its own node.
 
-    Each node trains one client, with as many threads as a simulation would use on this machine.
+    Each node uses as many threads as a simulation would use on this machine.
     """
     config = prepared.config
     executor = (
@@ -606,7 +627,7 @@ def _open_directory(
     resume: bool,
     on_nodes: bool,
 ) -> RunDirectory | None:
-    """Create or open the run directory; None if the run in it has finished."""
+    """Create or open the run directory, or return None if the run in it has finished."""
     config = prepared.config
     if not (resume and (path / "config.yaml").exists()):
         environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
@@ -623,7 +644,7 @@ def _open_directory(
 
 
 def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:
-    """Return a line that the run has finished, and how to extend it if that is possible."""
+    """Return a line that says that the run has finished and, if possible, how to extend it."""
     completed = directory.summary()["rounds_completed"]
     planned = prepared.config.rounds
     rounds = (
@@ -642,7 +663,7 @@ def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: 
 def _reason_not_extendable(
     directory: RunDirectory, prepared: PreparedRun, planned: int, on_nodes: bool
 ) -> str:
-    """Return why a run cannot have more rounds than planned; empty if it can."""
+    """Return why a run cannot be extended to more rounds; empty if it can."""
     config = prepared.config
     if prepared.method.needs.one_upload:
         return f"{prepared.name} is a one-shot method, whose runs cannot be extended"
@@ -666,10 +687,11 @@ def _reason_not_extendable(
 
 
 def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDirectory:
-    """Open the directory of a run to resume or extend it.
+    """Open the directory of a run to resume or extend the run.
 
     Raises:
-        UserError: If the configuration differs; the message names the keys.
+        UserError: If the configuration differs from the recorded one, or if the run cannot be
+            extended to this number of rounds.
     """
     directory = RunDirectory.open(path)
     config = prepared.config

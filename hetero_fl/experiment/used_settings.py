@@ -1,4 +1,4 @@
-"""The settings of compared methods that differ from their defaults, and where they were written."""
+"""Find the settings of compared methods that differ from the defaults, and where they were set."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from hetero_fl.experiment.comparison import Point, Source, Variant
 
 METHOD_DEFAULT = "default of the method"
-"""Origin of client options that a method enables itself."""
+"""Origin of client options that a method enables by default."""
 
 SECTION = "algorithm"
-# Keys of client settings that may be written in the algorithm section.
+# Client settings that can also be set in the algorithm section, with their key there.
 CLIENT_KEYS = {f"clients.defaults.{name}": f"{SECTION}.{name}" for name in CLIENT_OPTIONS}
 
 
@@ -35,17 +35,21 @@ def used_settings(
     grid: str = "grid",
     allow_code: bool | CodePermission = False,
 ) -> UsedSettings:
-    """Return the settings of every variant that differ from the method's defaults, with origins.
+    """Return the settings of each variant that differ from the method's defaults.
 
     Args:
         source: The configuration of the comparison.
         base: Overrides for all runs.
         points: The grid point of each variant; empty without a grid.
-        origins: Where variants and overrides were written, by label or override, if not in the
-            call; for example the name of a study.
-        file: The name of the configuration file.
-        grid: The origin to show for settings of a grid point.
-        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
+        origins: Where variants and overrides were set, by label or override, if not in the call.
+            For example, the name of a study.
+        file: Name of the configuration file.
+        grid: Origin of settings from a grid point.
+        allow_code: Whether code that a file refers to may be executed (see
+            `hetero_fl.load_config`).
+
+    Returns:
+        The settings with their origins.
     """
     section = f"{SECTION} section of {file}"
     client_section = f"clients section of {file}"
@@ -59,7 +63,7 @@ def used_settings(
         written += [(override, grid) for override in point]
         config = load_config(source, [override for override, _ in written], allow_code)
         settings = config.algorithm | _client_options(config)
-        # A user's method may have settings without a default, which validation would refuse.
+        # A user-defined method may have settings without a default, which validation would reject.
         defaults = register_algorithm[settings["name"]].model_construct().model_dump()
         found = [
             Setting(
@@ -87,14 +91,14 @@ def used_settings(
 
 
 def add_method_defaults(settings: UsedSettings, runs: Mapping[str, RunDirectory]) -> UsedSettings:
-    """Add the client options that a method enables itself, such as the logit adjustment of Hybrid.
+    """Add the client options that methods enable by default, such as logit adjustment in Hybrid.
 
     Args:
-        settings: Settings that were written.
+        settings: The settings from `used_settings`.
         runs: A finished run of each method, by label.
 
     Returns:
-        The settings, those of the methods first.
+        The settings of each method, starting with the added options.
     """
     methods = []
     for label, found in settings.methods:
@@ -109,7 +113,7 @@ def add_method_defaults(settings: UsedSettings, runs: Mapping[str, RunDirectory]
 
 
 def _method_options(run: RunDirectory) -> dict[str, Any]:
-    """Return the client options that all clients of a run have although none was written."""
+    """Return the client options that the method, not the configuration, set for all clients."""
     clients = run.config().get("clients") or {}
     sections = [clients.get("defaults") or {}]
     for key in ("groups", "overrides"):
@@ -126,14 +130,14 @@ def _method_options(run: RunDirectory) -> dict[str, Any]:
 
 
 def _client_options(config: Config) -> dict[str, Any]:
-    """Return the client defaults that may be written in the algorithm section, if set."""
+    """Return the client options in `clients.defaults` that are set."""
     defaults = config.clients.defaults
     options = {name: getattr(defaults, name, None) for name in CLIENT_OPTIONS}
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> str:
-    """Return the origin of the last override that sets the key or a part of it."""
+    """Return the origin of the last override of a key or of a part of it, else `otherwise`."""
     for override, origin in reversed(overrides):
         written_key = override.partition("=")[0]
         target = CLIENT_KEYS.get(written_key, written_key)
@@ -151,7 +155,10 @@ def _format_setting(value: Any) -> str:
 
 
 def _note(source: Source, section: str, labels: Sequence[str]) -> str:
-    """Return a sentence on which method uses the algorithm section; empty if it has no settings."""
+    """Return a sentence about the method that uses the settings in the algorithm section.
+
+    The text is empty if the section has no settings.
+    """
     written = raw_algorithm_section(source)
     settings = ", ".join(
         f"{key} = {_format_setting(value)}" for key, value in written.items() if key != "name"

@@ -17,7 +17,10 @@ from hetero_fl.utils.text import format_list
 MISSING = "–"
 
 FEW_ROWS = 20
-"""Scores on fewer test rows are marked as uncertain: one row changes them by over 5 points."""
+"""Number of test rows below which scores are marked as uncertain.
+
+With fewer rows, a single row changes the accuracy by more than 5 percentage points.
+"""
 
 TEST_NAMES = {"personal": "local test", "global": "global test", "server": "server"}
 
@@ -42,7 +45,7 @@ METRICS = {
 }
 
 BALANCED = ("balanced_accuracy", "auroc")
-"""Metrics of a one-line summary for tasks with few classes."""
+"""Metrics in one-line summaries of tasks with few classes."""
 
 MAX_DECIMALS = 20
 
@@ -52,12 +55,12 @@ _DECIMAL = {"auroc", "average_precision", "r2"}
 
 
 def algorithm_base(label: str) -> str:
-    """Return the method of a label: `hybrid` for `hybrid:teacher=mean`."""
+    """Return the method in a label, such as `hybrid` for `hybrid:teacher=mean`."""
     return split_label(label)[0]
 
 
 def algorithm_name(label: str) -> str:
-    """Return the title of a method, followed by the settings of the label."""
+    """Return the display name of a method, followed by the settings in the label."""
     base = algorithm_base(label)
     kind = register_algorithm.get_loaded(base)
     name = (kind is not None and method_title(kind)) or base.rsplit(":", 1)[-1]
@@ -71,7 +74,11 @@ def capitalize_first(text: str) -> str:
 
 
 def format_metric(value: float | None, metric: str) -> str:
-    """Format a metric: `84.7%`, `0.944` or, for errors and losses, three significant digits."""
+    """Format the value of a metric.
+
+    Accuracies and F1 scores are formatted as percentages (`84.7%`), AUROC, average precision and R²
+    with three decimals (`0.944`), and errors and losses with three significant digits.
+    """
     if value is None:
         return MISSING
     if metric in _PERCENT:
@@ -80,7 +87,7 @@ def format_metric(value: float | None, metric: str) -> str:
 
 
 def metric_name(metric: str, unit: str = "") -> str:
-    """Return the name of a metric, errors with their unit: `mean absolute error (vehicles)`."""
+    """Return the name of a metric, with a unit for errors: `mean absolute error (vehicles)`."""
     name = METRICS.get(metric, metric.replace("_", " "))
     return f"{name} ({unit})" if unit and metric in _IN_UNIT else name
 
@@ -91,12 +98,12 @@ def is_metric(name: str) -> bool:
 
 
 def tested_metric(test: str, metric: str, unit: str = "") -> str:
-    """Return the name of a metric on a test: `Global test accuracy`."""
+    """Return the name of a metric on a test, such as `Global test accuracy`."""
     return capitalize_first(f"{TEST_NAMES[test]} {metric_name(metric, unit)}")
 
 
 def format_significant(value: float, count: int = 3) -> str:
-    """Format a number with `count` significant digits, without exponent: 0.0341, 2.80, 1234."""
+    """Format a number with `count` significant digits and no exponent: 0.0341, 2.80, 1234."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
     return f"{value:.{min(max(0, count - before), MAX_DECIMALS)}f}"
 
@@ -109,7 +116,7 @@ def format_bytes(count: float) -> str:
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
-    """Return a suitable decimal unit for byte counts up to `largest`, as (bytes, name)."""
+    """Return a decimal unit for byte counts up to `largest`, as (bytes per unit, name)."""
     units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
     return next(
         ((factor, unit) for factor, unit in units if largest >= 0.9995 * factor), (1.0, "B")
@@ -128,7 +135,7 @@ def format_duration(seconds: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Return a suitable unit for simulated times up to `seconds`, as (seconds, name)."""
+    """Return a unit for simulated times up to `seconds`, as (seconds per unit, name)."""
     units = [(2 * 86400.0, 86400.0, "days"), (3600.0, 3600.0, "hours"), (300.0, 60.0, "minutes")]
     return next(
         ((factor, name) for least, factor, name in units if seconds >= least), (1.0, "seconds")
@@ -138,8 +145,8 @@ def time_unit(seconds: float) -> tuple[float, str]:
 def format_arrivals(record: Mapping[str, Any]) -> str:
     """Return the outcomes of invited clients: `10 invited, 7 arrived, 2 failed, 1 late`.
 
-    The text is empty if all uploads arrived. If training on the server diverged, the text is the
-    reason.
+    The text is empty if all uploads arrived. If the training on the server diverged, the text
+    contains the reason instead.
     """
     if diverged := record.get("diverged"):
         return f"no update: {diverged}"
@@ -160,20 +167,20 @@ def is_better(metric: str, a: float, b: float) -> bool:
 
 
 def is_regression(metrics: Mapping[str, Any]) -> bool:
-    """Return whether the metrics are those of a regression."""
+    """Return whether the metrics belong to a regression task."""
     return "mae" in metrics
 
 
 def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of the last round on the first test that has any."""
+    """Return the scores in the last round on the first test that has scores."""
     return next((summary[test]["last"] for test in TEST_NAMES if summary[test]), {})
 
 
 def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the kind of target: `multiclass`, `multilabel` or `regression`."""
+    """Return the kind of task: `multiclass`, `multilabel` or `regression`."""
     if "kind" in details:
         return str(details["kind"])
-    # Older runs do not record it; multilabel targets have a 2 × 2 confusion matrix for each label.
+    # Older runs do not record the kind. Multilabel tasks have a 2 × 2 confusion matrix per label.
     if is_regression(last_scores(summary)):
         return "regression"
     matrices = (
@@ -189,7 +196,7 @@ def client_score(client: Mapping[str, Any], test: str, metric: str) -> float | N
 
 
 def selection_metric_of(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the metric by which rounds are selected, the leading one of reports and plots."""
+    """Return the metric that selects the best round and comes first in reports and plots."""
     kind: Any = target_kind(summary, details)
     return selection_metric(Task(kind, len(details["labels"]), rare=details.get("rare")))[0]
 
@@ -205,7 +212,7 @@ def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> 
 
 
 def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
-    """Return the number of clients; the summary lists only those that were evaluated."""
+    """Return the number of clients, including clients that were not evaluated."""
     return int(details.get("population", len(summary["clients"])))
 
 
@@ -215,7 +222,7 @@ def local_test_rows(details: Mapping[str, Any]) -> dict[str, int]:
 
 
 def format_range(counts: Iterable[int]) -> str:
-    """Format the range of counts: `24 to 102`, or `60` if all are equal."""
+    """Format the range of counts, such as `24 to 102`, or `60` if all counts are equal."""
     known = list(counts)
     low = min(known)
     high = max(known)
@@ -223,7 +230,7 @@ def format_range(counts: Iterable[int]) -> str:
 
 
 def small_test_note(rows: Mapping[str, int]) -> str:
-    """Return a sentence on clients with few local test rows; empty if there are none."""
+    """Return a sentence about clients with few local test rows; empty if there are none."""
     few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
     if not few:
         return ""
@@ -231,15 +238,15 @@ def small_test_note(rows: Mapping[str, int]) -> str:
 
 
 def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
-    """Return the scores of a round in one line, the same metrics for every test.
+    """Format the scores of a round in one line, with the same metrics for all tests.
 
-    For example `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
-    71.0%, AUROC 0.930`. A metric that is undefined on one test is shown as `undefined`; one
-    that is undefined on all tests is omitted.
+    An example is `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
+    71.0%, AUROC 0.930`. A metric that is undefined on only one of the tests is shown as
+    `undefined`. A metric that is undefined on all tests is omitted.
 
     Args:
         record: A line of `metrics.jsonl`.
-        unit: Unit of errors.
+        unit: Unit of errors in a regression.
     """
     scored = {name: record[test] for test, name in TEST_NAMES.items() if record.get(test)}
     wanted = short_metrics(next(iter(scored.values()))) if scored else ()
@@ -262,18 +269,18 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
 
 
 def format_final_evaluation(summary: Mapping[str, Any], unit: str = "") -> str:
-    """Return the scores after the last round in one line (see `format_evaluation`)."""
+    """Format the scores after the last round in one line (see `format_evaluation`)."""
     last = {test: (summary[test] or {}).get("last") for test in TEST_NAMES}
     return format_evaluation({**last, "privacy": summary.get("privacy")}, unit)
 
 
 def format_privacy(privacy: Mapping[str, Any]) -> str:
-    """Format a privacy budget: `ε 7.98 at δ 1e-05`."""
+    """Format a privacy budget, such as `ε 7.98 at δ 1e-05`."""
     return f"ε {format_significant(privacy['epsilon'])} at δ {privacy['delta']:g}"
 
 
 def short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the metrics of a one-line summary; the leading one is first."""
+    """Return the metrics for a one-line summary, the most important metric first."""
     if is_regression(scores):
         return ("mae",)
     if "top3_accuracy" in scores:

@@ -24,9 +24,9 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, sha256_of
 from hetero_fl.utils.text import pluralize
 
-# Executor of a run across machines, whose sites may keep their models.
+# Executor of a run on several machines, whose sites do not have to upload their models.
 NODES = "nodes"
-# Fields of the executor's record in `environment.json` that do not affect results.
+# Fields of the executor choice in `environment.json` that do not affect results.
 IRRELEVANT_CHOICES = ("workers", "reasons")
 CHANGED = "modified since the run wrote it"
 MISSING = "missing"
@@ -38,13 +38,13 @@ _LOGGED_START = re.compile(r"^\S+ \S+  [\d,]+ clients?, [\d,]+ rounds?\b", re.MU
 
 @dataclass
 class Inspection:
-    """The result of `inspect`.
+    """Result of the inspection of a run directory.
 
     Attributes:
         path: The run directory.
-        state: Whether the run has finished, and its number of rounds.
+        state: Text that says whether the run has finished, and after how many rounds.
         damage: Descriptions of missing and damaged files, by file name.
-        notes: Remarks that are not about damage, or say how to repair it.
+        notes: Other remarks, such as how to repair the damage.
     """
 
     path: Path
@@ -54,11 +54,11 @@ class Inspection:
 
     @property
     def lines(self) -> list[str]:
-        """The damage, one line for each file."""
+        """Descriptions of the damage, one line for each file."""
         return [f"{self.path / name}: {what}" for name, what in self.damage.items()]
 
     def require_whole(self) -> None:
-        """Raise UserError with the first damaged file, if there is any."""
+        """Raise UserError for the first damaged file, if there is any."""
         if not self.damage:
             return
         more = f", and {len(self.damage) - 1} more" if len(self.damage) > 1 else ""
@@ -70,16 +70,16 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
 
     Args:
         path: The directory of a finished or unfinished run.
-        thorough: Whether to read models and checkpoints. Otherwise models only have to exist,
-            and checkpoints are not checked.
+        thorough: Whether to read models and checkpoints. Otherwise, models only have to exist, and
+            checkpoints are not checked.
 
     Raises:
-        UserError: If the path is no run directory.
+        UserError: If the path is not a run directory.
     """
     directory = RunDirectory.open(path)
     inspection = Inspection(directory.path)
-    # Listed before the other files: an active run writes each line before its checkpoint, and the
-    # checksums before the summary.
+    # The checkpoints and the summary are looked up first, because an active run writes each line of
+    # metrics before the checkpoint, and the checksums before the summary.
     checkpoints = checkpoint_files(directory.path / "checkpoint")
     finished = directory.finished
     sums: dict[str, str] = {}
@@ -124,7 +124,7 @@ def check_resumable(directory: RunDirectory, saved: Mapping[str, Any]) -> None:
         saved: The state dict of the checkpoint.
 
     Raises:
-        UserError: If it belongs to another run, or a file was modified.
+        UserError: If the checkpoint belongs to a different run, or if a file was modified.
     """
     inspection = Inspection(directory.path)
     completed = saved["run"]["completed"]
@@ -133,14 +133,14 @@ def check_resumable(directory: RunDirectory, saved: Mapping[str, Any]) -> None:
 
 
 def evidence_of_start(directory: RunDirectory) -> str:
-    """Return which file shows that a run wrote its first checkpoint; empty if none does."""
+    """Describe a file that shows that the run wrote a first checkpoint; empty if there is none."""
     if evidence := _evidence_of_rounds(directory):
         return evidence
     return f"{LOG} shows that the run has started" if _LOGGED_START.search(_log(directory)) else ""
 
 
 def identity(directory: RunDirectory) -> dict[str, Any]:
-    """Return the id and configuration of a run, which checkpoints contain."""
+    """Return the id and the configuration of a run, which are stored in its checkpoints."""
     return {
         "run": directory.environment().get("run"),
         "config": json.dumps(resume_relevant(directory.config())),
@@ -236,7 +236,7 @@ def _missing_derived(directory: RunDirectory) -> list[str]:
 
 
 def _missing_optional(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
-    """Return notes on a missing log or older checkpoint, which the run does not need."""
+    """Return notes on a missing log or a missing older checkpoint, which the run does not need."""
     notes = []
     rounds = {checkpoint_round(path) for path in checkpoints}
     older = max(rounds, default=0) - 1
@@ -249,7 +249,7 @@ def _missing_optional(directory: RunDirectory, checkpoints: list[Path]) -> list[
 
 
 def _remedy(directory: RunDirectory, checkpoints: list[Path], inspection: Inspection) -> list[str]:
-    """Return a note on how to repair the damage; none if there is no damage."""
+    """Return notes on how to repair the damage; empty if there are no instructions."""
     if not inspection.damage:
         return []
     if METRICS in inspection.damage:
@@ -272,7 +272,7 @@ def _remedy(directory: RunDirectory, checkpoints: list[Path], inspection: Inspec
 
 
 def _lines(directory: RunDirectory, inspection: Inspection) -> list[bytes]:
-    """Return the lines of `metrics.jsonl`; none if it cannot be read, which is damage."""
+    """Return the lines of `metrics.jsonl`. A file that cannot be read is added to the damage."""
     try:
         return directory.lines()
     except UserError as error:
@@ -281,7 +281,7 @@ def _lines(directory: RunDirectory, inspection: Inspection) -> list[bytes]:
 
 
 def _evidence_of_rounds(directory: RunDirectory) -> str:
-    """Return which file shows that a run has completed a round; empty if none does."""
+    """Describe a file that shows that the run completed a round; empty if there is none."""
     metrics = directory.path / METRICS
     if metrics.is_file() and metrics.stat().st_size > 0:
         return f"{METRICS} has rounds"
@@ -312,9 +312,9 @@ def _check_checkpoints(
 
     Args:
         directory: The run directory.
-        files: Its checkpoints, the newest last.
-        least: The earliest round that the newest checkpoint may have.
-        inspection: The result, to which damage is added.
+        files: Checkpoints of the run, the newest last.
+        least: Smallest valid round of the newest checkpoint.
+        inspection: The inspection, to which damage is added.
     """
     newest = max(map(checkpoint_round, files), default=-1)
     if newest < least:
@@ -340,7 +340,14 @@ def _reason(error: CodecError | OSError) -> str:
 def _compare(
     directory: RunDirectory, saved: Mapping[str, Any], name: str, inspection: Inspection
 ) -> None:
-    """Compare a run directory with the facts about it in a checkpoint."""
+    """Compare a run directory with the facts that were recorded in a checkpoint.
+
+    Args:
+        directory: The run directory.
+        saved: The state dict of the checkpoint.
+        name: File name of the checkpoint.
+        inspection: The inspection, to which damage and notes are added.
+    """
     known = saved.get("directory")
     completed = saved["run"]["completed"]
     if known is None:
@@ -399,7 +406,7 @@ def _state(directory: RunDirectory, rounds: int) -> str:
 
 
 def _result_relevant(choice: Any) -> Any:
-    """Return the fields of the executor's record that affect results."""
+    """Return the fields of the recorded executor choice that affect results."""
     if not isinstance(choice, Mapping):
         return choice
     return {key: value for key, value in choice.items() if key not in IRRELEVANT_CHOICES}

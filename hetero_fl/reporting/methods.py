@@ -1,4 +1,4 @@
-"""Describe methods by their docstrings and declarations."""
+"""Describe methods, based on their docstrings and declared requirements."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def method_class(label: str) -> type[Algorithm] | None:
 
 
 def is_bound(label: str) -> bool:
-    """Return whether a method is a bound, which competes with no other method."""
+    """Return whether a method is a reference bound, which is not ranked with other methods."""
     kind = method_class(label)
     return kind is not None and requirements.is_bound(kind)
 
 
 def is_baseline(label: str) -> bool:
-    """Return whether a method is the baseline without federation."""
+    """Return whether a method is a baseline, which trains each client alone."""
     kind = method_class(label)
     return kind is not None and requirements.is_baseline(kind)
 
@@ -38,7 +38,7 @@ def method_needs(label: str) -> list[requirements.Need]:
     try:
         return requirements.describe_needs(kind.model_validate(settings))
     except ValidationError:
-        # Settings that are no plain values, or a required setting without a value.
+        # A setting of the label is not a plain value, or a required setting has no value.
         return requirements.describe_needs(kind.model_construct())
 
 
@@ -55,7 +55,10 @@ def docstring_paragraph(label: str, number: int = 0) -> str:
 
 
 def describe_methods(labels: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """Return (name, summary, details, time of evaluation) of each method, once for all settings."""
+    """Return the name, summary, details and time of evaluation of each method.
+
+    Labels of the same method with different settings give a single entry.
+    """
     described = []
     for base in dict.fromkeys(map(algorithm_base, labels)):
         kind = method_class(base)

@@ -1,4 +1,4 @@
-"""Fill the templates of reports and format tables in Markdown."""
+"""Render the templates of reports and format tables in Markdown."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LATEX = {
     "”": "''",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
-"""Characters that have to be escaped or replaced in LaTeX."""
+"""Characters that must be escaped or replaced in LaTeX, with their replacements."""
 
 
 def escape_latex(text: str) -> str:
@@ -54,7 +54,7 @@ def markdown_table(
 
     Args:
         columns: Names of the columns.
-        rows: Cells of each row; short rows are filled with empty cells.
+        rows: Cells of each row. Short rows are padded with empty cells.
         alignment: `left` or `right` for each column.
 
     Returns:
@@ -78,7 +78,7 @@ def join_values(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# Client settings that change the loss or predictions; a method may set them.
+# Client settings that change the loss or the predictions and that methods may enable.
 ADJUSTMENTS = (
     "logit_adjustment",
     "local_prior",
@@ -90,7 +90,7 @@ ADJUSTMENTS = (
 
 
 def format_training(settings: Mapping[str, Any]) -> str:
-    """Format the training settings of a client in `details.json` as one line."""
+    """Format the training settings of a client, as recorded in `details.json`, as one line."""
     own = {
         **settings.get("optimizer", {}),
         **{key: settings[key] for key in ("epochs", "steps", "batch_size") if key in settings},
@@ -112,7 +112,7 @@ def format_training(settings: Mapping[str, Any]) -> str:
 
 
 def format_code(text: str) -> Markup:
-    """Return docstring text as HTML, with code between backticks as `<code>`."""
+    """Convert docstring text to HTML, with `<code>` elements for text in backticks."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
@@ -156,10 +156,10 @@ def _environment() -> Environment:
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill a template of this package; values are escaped in HTML pages."""
+    """Render a template of this package. Values are escaped in HTML pages."""
     return _environment().get_template(template).render(**content)
 
 
 def render_line(template: str, **content: Any) -> str:
-    """Fill a template of this package and return its text as one line."""
+    """Render a template of this package as a single line of text."""
     return " ".join(render(template, **content).split())

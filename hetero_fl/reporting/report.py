@@ -1,4 +1,4 @@
-"""Write the report of a run: a self-contained HTML file that works offline."""
+"""Write the report of a run, a self-contained HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ LISTED_MODELS = 8
 def write_report(run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None) -> Path:
     """Write the `report.html` of a finished run and return its path.
 
-    The report contains the plots in `plots/`; if there are none, they are drawn.
+    The report contains the plots in `plots/`. If there are no plots, they are drawn.
 
     Args:
         run_dir: The run directory.
-        log: Called with a line for each plot or report that cannot be created; None raises the
-            error instead.
+        log: Function called with a line for each plot or report that cannot be created. None: the
+            error is raised instead.
 
     Raises:
-        UserError: If the folder is no finished run.
+        UserError: If the folder does not contain a finished run.
     """
     run = RunDirectory.open(run_dir)
     with plots.report_errors("the report cannot be written", log):
@@ -79,8 +79,8 @@ def _page(run: RunDirectory, log: Callable[[str], None] | None) -> str:
 
 
 def _repeat_command(run: RunDirectory) -> str:
-    """Return the command that repeats a run with the executor that it used."""
-    # A report must not reveal the folders of a machine.
+    """Return the command that repeats a run with the same executor."""
+    # A report must not reveal folder names of the machine.
     folder = f"PATH/{run.path.name}" if run.path.is_absolute() else run.path.as_posix()
     command = f"hetero-fl train --config {folder}/config.yaml --out runs/again"
     if find_references(run.config()):
@@ -147,7 +147,7 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
 
 
 def _client_metrics(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the columns of the table of clients as (test, metric)."""
+    """Return the columns of the table of clients as pairs of test and metric."""
     names = REGRESSION if is_regression(scores) else short_metrics(scores)
     if names == BALANCED:
         names = ("accuracy", "balanced_accuracy")
@@ -156,7 +156,7 @@ def _client_metrics(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _worst_client(summary: Json, test: str, metric: str) -> Json | None:
-    """Return the client with the worst score; None if fewer than two have one."""
+    """Return the client with the worst score; None if fewer than two clients have a score."""
     scores = {c["id"]: client_score(c, test, metric) for c in summary["clients"]}
     known = {client: score for client, score in scores.items() if score is not None}
     if len(known) < 2:
@@ -166,7 +166,11 @@ def _worst_client(summary: Json, test: str, metric: str) -> Json | None:
 
 
 def _compare_with_rules(summary: Json, details: Json, metric: str) -> list[Json]:
-    """Return the score of each simple rule and how many client models beat it on the local test."""
+    """Compare the client models with simple baseline rules on the local test.
+
+    Returns:
+        The score of each rule, and the number of client models that are better.
+    """
     compared = []
     for rule, scores in summary.get("baselines", {}).items():
         known = []

@@ -1,4 +1,4 @@
-"""Write, read and lock the files of a run, which stay readable after a crash at any time."""
+"""Write, read and lock the files of a run, which remain readable after a crash at any time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOCK = ".lock"
 LOG = "log.txt"
 CHECKSUMS = "SHA256SUMS"
 METRICS = "metrics.jsonl"
-# Files that every finished run has, besides its summary.
+# Files that every finished run has, in addition to its summary.
 ALWAYS = ("config.yaml", "environment.json", METRICS, "details.json")
 # Files that can be created again from the others.
 DERIVED = ("report.html", "plots/*.png")
@@ -42,7 +42,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
     """Create a folder if necessary and lock it against other processes.
 
     The operating system releases the lock when the process ends; the empty file `.lock` remains.
-    On file systems without locks the folder is not locked.
+    On file systems without locks, the folder is not locked.
 
     Args:
         folder: The folder.
@@ -51,7 +51,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
         Lines for the log: a warning if the file system has no locks.
 
     Raises:
-        UserError: If another process has locked the folder, or it is not writable.
+        UserError: If another process has locked the folder, or if the folder is not writable.
     """
     _make_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0)
@@ -77,7 +77,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
 def _try_lock(lock: BaseFileLock) -> bool:
     """Acquire a lock; return False if the file system has no locks."""
     with warnings.catch_warnings():
-        # The caller logs this.
+        # The caller logs a different warning.
         warnings.filterwarnings("ignore", message="flock not supported")
         lock.acquire()
     # A lock that is a plain file would remain after a crash.
@@ -106,7 +106,7 @@ def has_run(path: Path) -> bool:
     """Return whether a folder contains a run, finished or not.
 
     Raises:
-        UserError: If it contains results, but no configuration.
+        UserError: If the folder contains results but no configuration.
     """
     if (path / "config.yaml").is_file():
         return True
@@ -144,14 +144,14 @@ def _make_folder(folder: Path) -> None:
 class RunDirectory:
     """The folder of a run.
 
-    It contains `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line for each
-    round), `summary.json`, `details.json` (facts about each client for the report), `log.txt`,
-    `plots/`, `models/`, `checkpoint/` and `report.html`. `environment.json` contains the version of
-    the layout and marks a folder as a run directory. `SHA256SUMS` contains the checksums of a
-    finished run. `summary.json` is written last and marks the run as finished.
+    It contains `config.yaml` (the resolved configuration), `environment.json`, `metrics.jsonl` (one
+    line per round), `summary.json`, `details.json` (facts about each client for the report),
+    `log.txt`, `plots/`, `models/`, `checkpoint/` and `report.html`. `environment.json` contains the
+    version of the layout and marks the folder as a run directory. `SHA256SUMS` contains the
+    checksums of a finished run. `summary.json` is written last and marks the run as finished.
 
     Args:
-        path: The folder. It is not accessed before a method needs it.
+        path: The folder. It is not accessed until a method needs it.
 
     Attributes:
         path: The folder.
@@ -176,7 +176,7 @@ class RunDirectory:
         Args:
             path: The folder.
             config: The resolved configuration.
-            environment: Versions, machine and identity of the run.
+            environment: Versions, machine and id of the run.
 
         Raises:
             UserError: If the path exists and is neither an empty folder nor the result of an
@@ -194,7 +194,7 @@ class RunDirectory:
         """Open an existing run directory.
 
         Raises:
-            UserError: If there is none, or its version is not supported.
+            UserError: If the path is not a run directory, or if its version is not supported.
         """
         run = cls(path)
         if not run.path.is_dir():
@@ -255,18 +255,24 @@ class RunDirectory:
         metrics_hash.update(line)
 
     def metrics_checksum(self) -> str:
-        """Return the SHA-256 of the lines of `metrics.jsonl` that this process read and wrote."""
+        """Return the SHA-256 checksum of the lines of `metrics.jsonl` that the run has committed.
+
+        Later changes to the file by other processes do not affect the checksum.
+        """
         return self._hash_of_metrics().hexdigest()
 
     def rewind_metrics(self, completed: int) -> None:
-        """Keep the lines of the first `completed` rounds; a resumed run writes the others again."""
+        """Remove all lines of `metrics.jsonl` after the first `completed` rounds.
+
+        A resumed run writes the removed lines again.
+        """
         kept = b"".join(self.lines()[:completed])
         if (self.path / METRICS).exists():
             write_atomically(self.path / METRICS, kept)
         self._metrics_hash = hashlib.sha256(kept)
 
     def lines(self) -> list[bytes]:
-        """Return the complete lines of `metrics.jsonl` as bytes; none if the file is missing.
+        """Return the complete lines of `metrics.jsonl` as bytes; empty if the file is missing.
 
         Raises:
             UserError: If the file cannot be read.
@@ -345,7 +351,7 @@ class RunDirectory:
         return self._json("details.json")
 
     def environment(self) -> Json:
-        """Return the content of `environment.json`: versions, machine, version of the layout."""
+        """Return the content of `environment.json`: versions, machine and layout version."""
         return self._json("environment.json")
 
     def config(self) -> Json:
@@ -353,16 +359,16 @@ class RunDirectory:
         text = self.read_text("config.yaml")
         try:
             content = _parse_yaml(text)
-        # ValueError: an invalid date or a number with too many digits.
+        # A ValueError is raised for an invalid date or a number with too many digits.
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path / 'config.yaml'}: not valid YAML ({error})") from None
         return deepcopy(content) if isinstance(content, dict) else {}
 
     def metrics(self) -> list[Json]:
-        """Return the records of `metrics.jsonl` in order, without an incomplete last line.
+        """Return the records in `metrics.jsonl` in order. An incomplete last line is ignored.
 
         Raises:
-            UserError: If the file cannot be read, or a line is not the record of its round.
+            UserError: If the file cannot be read, or if a line is not the record of its round.
         """
         complete_lines = self.read_text(METRICS).split("\n")[:-1]
         records = []
@@ -382,7 +388,7 @@ class RunDirectory:
         """Return the text of a file.
 
         Raises:
-            UserError: If the file is missing or not text.
+            UserError: If the file is missing or is not UTF-8 text.
         """
         try:
             return (self.path / name).read_text(encoding="utf-8")
@@ -409,5 +415,8 @@ def _json_text(content: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=4)
 def _parse_yaml(text: str) -> Any:
-    """Parse YAML, cached because a run reads its configuration several times; do not modify."""
+    """Parse YAML and cache the result, because a run reads its configuration several times.
+
+    The result is shared and must not be modified.
+    """
     return yaml.safe_load(text)

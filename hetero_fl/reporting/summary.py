@@ -29,7 +29,7 @@ MAX_NAMED_ATTACKERS = 6
 
 
 def collect_protections(federation: FederationSpec) -> dict[str, Any]:
-    """Return facts about compression, secure aggregation and robust rules for `details.json`."""
+    """Return the compression, secure aggregation and robust rules of a run for `details.json`."""
     channel = federation.channel
     aggregation = federation.aggregation
     rules = {
@@ -50,7 +50,7 @@ def _format_stage(stage: Json) -> str:
 
 
 def describe_protections(summary: Json, details: Json) -> list[str]:
-    """Return a sentence on each protection; the first says whether there was privacy."""
+    """Return a sentence about each protection, the first one about differential privacy."""
     privacy = summary["privacy"]
     text = render(
         "protections.txt",
@@ -62,7 +62,7 @@ def describe_protections(summary: Json, details: Json) -> list[str]:
 
 
 def describe_attack(attacks: Json | None) -> str:
-    """Return a sentence on malicious clients; empty if there were none."""
+    """Return a sentence about malicious clients; empty if there were none."""
     return render_line("attack.txt", attacks=attacks, named=MAX_NAMED_ATTACKERS)
 
 
@@ -73,6 +73,9 @@ def validation_score(task: Task, record: Record, which: str) -> float | None:
         task: The task, which determines the metric.
         record: Record of a round.
         which: `personal`, `global` or `server`.
+
+    Returns:
+        The score; None if the record has no validation score.
     """
     name, sign = selection_metric(task)
     value = ((record.get("validation") or {}).get(which) or {}).get(name)
@@ -80,21 +83,23 @@ def validation_score(task: Task, record: Record, which: str) -> float | None:
 
 
 def mean_validation_score(task: Task, record: Record) -> float | None:
-    """Return the mean of the local and global validation score; larger is better."""
+    """Return the mean of the local and global validation scores in a record; larger is better."""
     both = [validation_score(task, record, which) for which in ("personal", "global")]
     known = [score for score in both if score is not None]
     return sum(known) / len(known) if known else None
 
 
 def best_round(task: Task, history: Sequence[Record], which: str) -> Record | None:
-    """Return the record with the best validation score, the earlier one in a tie.
-
-    Without validation scores it is the last evaluated record.
+    """Return the record with the best validation score, the first one in a tie.
 
     Args:
         task: The task, which determines the metric.
         history: Records of the rounds.
         which: `personal`, `global` or `server`.
+
+    Returns:
+        The best record. Without validation scores, the last evaluated record; None if no round was
+        evaluated.
     """
     evaluated = [r for r in history if r.get(which)]
     scored = [r for r in evaluated if validation_score(task, r, which) is not None]
@@ -104,16 +109,17 @@ def best_round(task: Task, history: Sequence[Record], which: str) -> Record | No
 
 
 class Patience:
-    """Early stopping by the mean of the local and global validation score.
+    """Early stopping based on the mean of the local and global validation scores.
 
     Args:
         task: The task, which determines the metric.
-        limit: Number of evaluations without improvement before the run stops; None never stops.
-        history: Records of the rounds before a resume.
+        limit: Number of evaluations without improvement after which the run stops. None disables
+            early stopping.
+        history: Records of the rounds before the run was resumed.
 
     Attributes:
-        best: The best score so far.
-        without: Number of evaluations since then.
+        best: The best score so far; None before the first score.
+        without: Number of evaluations without improvement since the best score.
     """
 
     def __init__(self, task: Task, limit: int | None, history: Sequence[Record]) -> None:
@@ -143,9 +149,10 @@ class Patience:
 
 
 def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
-    """Return the duration of a run with arrival times, and the outcomes of all invitations.
+    """Return the duration of a run and the number of invited clients with each outcome.
 
-    The key is `simulated`, or `wall` in a real federation. Runs without arrival times have none.
+    The result has a single key, `simulated`, or `wall` for a run on several machines. It is empty
+    for runs that do not record arrival times.
     """
     timed = [r for r in history if "counts" in r]
     if not timed:
@@ -164,7 +171,7 @@ def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
 def baseline_summary(
     evaluation: EvaluationResult,
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Return the scores of simple rules by name and test, summarized over clients."""
+    """Return the scores of simple baseline rules, summarized over clients, by rule and test."""
     clients = evaluation.clients.items()
     names = dict.fromkeys(
         name for _, client in clients for scores in client.baselines.values() for name in scores
@@ -201,7 +208,7 @@ def summarize(
         history: Records of all rounds.
         traffic: Bytes exchanged in the run.
         setup_seconds: Seconds before the first round.
-        evaluation: The last evaluation, for the scores of simple rules.
+        evaluation: The last evaluation, which contains the scores of simple baseline rules.
 
     Raises:
         RunFailedError: If no round was evaluated.
@@ -259,10 +266,10 @@ def summarize(
 
 
 def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dict[str, Any]:
-    """Return the attack and its clients; empty if there are no malicious clients.
+    """Return the attack and the malicious clients; empty if there are none.
 
-    `success` is the success rate of a backdoor at the last evaluation: the fraction of global test
-    rows with the trigger that the models of the other clients assign to the target class.
+    `success` is the success rate of a backdoor in the last evaluation, the fraction of global test
+    rows with the trigger that the models of the honest clients assign to the target class.
     """
     malicious = federation.malicious
     if malicious is None:
@@ -281,9 +288,9 @@ def collect_details(
     notes: Sequence[str],
     method: Algorithm,
 ) -> dict[str, Any]:
-    """Return the content of `details.json`, the facts about each client in the report.
+    """Return the content of `details.json`, which contains facts about each client for the report.
 
-    Label counts of private runs are omitted because the privacy budget does not cover them.
+    Label counts of private runs are omitted, because the privacy budget does not include them.
 
     Args:
         federation: The clients, their data and their protections.

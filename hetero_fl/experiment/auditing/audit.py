@@ -66,24 +66,24 @@ def audit(
         clients: Ids of the clients to attack. None: the first two.
         attack: "membership", "inversion" or "both". With "both", an attack that does not apply is
             skipped with a note.
-        shadows: Number of shadow runs, which repeat the run with other training rows: an even
-            number >= 4, or 0 for the attack by the loss alone.
-        images: Number of training steps to invert, for each client.
-        batch: Images in each step, 1 to 4.
+        shadows: Number of shadow runs, which repeat the run with different training rows. It must
+            be an even number >= 4, or 0 for an attack that uses the loss alone.
+        images: Number of training steps to invert for each client.
+        batch: Number of images in each step, 1 to 4.
         seed: Seed of the audit.
-        protect: Changes an update (named tensors, sent minus received) before the attacker sees it;
-            shown as a further variant.
-        dataset: The run's examples, if it was trained on examples in memory.
+        protect: Function that modifies an update (the sent minus the received tensors, by name)
+            before the attacker sees it. The results are reported as an additional variant.
+        dataset: The examples of the run, if it was trained on examples in memory.
         out: The folder to write to. None: `audit` in the run directory.
-        log: Called with progress lines.
-        allow_code: Whether code that the run's files name may run.
+        log: Function called with each line of progress.
+        allow_code: Whether code that the files of the run refer to may be executed.
 
     Returns:
         The content of `audit.json`.
 
     Raises:
-        UserError: If the run is not finished, its data has changed, an argument is invalid, or the
-            only requested attack does not apply.
+        UserError: If the run is not finished, if its data has changed, if an argument is invalid,
+            or if inversion is the only requested attack and does not apply.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -174,7 +174,7 @@ def _chosen_clients(run: Run, clients: Sequence[str] | None) -> list[str]:
 
 
 def _check_data(run: Run, prepared: PreparedRun) -> None:
-    """Raise UserError if the data is not that of the run, which decides who is a member."""
+    """Raise UserError if the data differs from the data that the run was trained on."""
     checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
     if not checkpoints:
         return

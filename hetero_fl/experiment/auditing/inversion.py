@@ -1,8 +1,9 @@
-"""Gradient inversion: reconstruct images from one upload.
+"""Gradient inversion attacks, which reconstruct training images from a client's upload.
 
-Labels are read off the gradient of the head (iDLG, Zhao et al. 2020). The input of a fully
-connected first layer is exact (Phong et al. 2018; Geiping et al. 2020, proposition 3.1). Otherwise
-descent matches the direction of the gradient (Geiping et al. 2020, equation 4).
+The label is computed from the gradient of the head (iDLG, Zhao et al. 2020). If the first layer is
+fully connected, its input is computed exactly (Phong et al. 2018; Geiping et al. 2020, proposition
+3.1). Otherwise, images are optimized until the direction of their gradient matches the direction of
+the observed gradient (Geiping et al. 2020, equation 4).
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
 
 MODEL = "model"
-# Descent steps and learning rate.
+# Number of optimization steps and learning rate.
 STEPS = 800
 RATE = 0.1
-# Weights of the total variation, one for each start.
+# Weights of the total variation, one for each random start.
 SMOOTH = (0.01, 0.05, 0.2)
-# Cosine distance below which no further start is tried.
+# Cosine distance below which no further random start is tried.
 ENOUGH = 1e-3
 Protect = Callable[[Tensors], Tensors]
-"""Changes an update (named tensors, sent minus received)."""
+"""Function that modifies an update (the sent minus the received tensors, by name)."""
 Log = Callable[[str], None]
 
 
 def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
-    """Return the mean PSNR and SSIM over a batch of images in 0..1, `[B, C, H, W]`."""
+    """Return the mean PSNR in dB and the mean SSIM of images in [0, 1], `[B, C, H, W]`."""
     pairs = list(zip(found, true, strict=True))
     return {
         "psnr": sum(psnr(a, b) for a, b in pairs) / len(pairs),
@@ -56,7 +57,7 @@ def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
 
 
 def psnr(found: Tensor, true: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of images in 0..1 in dB, at most 100."""
+    """Return the peak signal-to-noise ratio of images in [0, 1], in dB and at most 100."""
     return float(-10 * (found - true).square().mean().clamp(min=1e-10).log10())
 
 
@@ -64,12 +65,12 @@ def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
     """Return the structural similarity of two images (Wang et al. 2004, equation 13).
 
     Args:
-        found: An image in 0..1, `[C, H, W]`.
-        true: An image in 0..1, `[C, H, W]`.
-        window: Side of the windows, in pixels.
+        found: An image in [0, 1], `[C, H, W]`.
+        true: An image in [0, 1], `[C, H, W]`.
+        window: Side length of the windows in pixels.
 
     Returns:
-        The mean over all windows; 1 for equal images.
+        The mean over all windows, 1 for equal images.
     """
     window = min(window, *true.shape[-2:])
     a = found[None].double()
@@ -92,14 +93,16 @@ def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
 
 
 def match_order(found: Tensor, true: Tensor) -> Tensor:
-    """Reorder reconstructions to match the originals, because a batch gradient has no order.
+    """Reorder reconstructed images to match the original images.
+
+    This is necessary because the gradient of a batch does not depend on the order of the examples.
 
     Args:
-        found: Reconstructions, `[B, C, H, W]`.
-        true: Originals, `[B, C, H, W]`.
+        found: Reconstructed images, `[B, C, H, W]`.
+        true: Original images, `[B, C, H, W]`.
 
     Returns:
-        The order of reconstructions with the smallest squared error.
+        The reconstructed images in the order with the smallest squared error, `[B, C, H, W]`.
     """
     cost = (found[:, None] - true[None]).square().flatten(2).mean(2)
     orders = permutations(range(len(true)))
@@ -113,8 +116,9 @@ class ObservedUpload:
 
     Attributes:
         arch: Architecture of the client's model.
-        model: Tensors before the step: those of the broadcast, otherwise the initial ones.
-        gradient: Gradient of the loss for the parameters in the upload.
+        model: Tensors of the model before the step. Tensors that are not in the broadcast have
+            their initial values.
+        gradient: Gradient of the loss with respect to the uploaded parameters, by name.
         objective: The client's loss, which the attacker is assumed to know.
         context: The context of the loss.
     """
@@ -127,15 +131,15 @@ class ObservedUpload:
 
 
 class SingleStepMethod:
-    """Wrapper of a method whose clients take one step of SGD on given training rows.
+    """Wrapper of a method that limits local training to one step of SGD on fixed rows.
 
     Args:
-        method: The method; everything but `train` is delegated to it.
+        method: The method. All attributes except `train` are delegated to it.
         rows: Indices of the training rows, int64 `[B]`.
         rate: Learning rate.
 
     Attributes:
-        rounds: The training steps of each call of `train`; the first may be a dry run.
+        rounds: The limited training steps in each call of `train`. The first call may be a dry run.
     """
 
     def __init__(self, method: Algorithm, rows: Tensor, rate: float) -> None:
@@ -214,18 +218,19 @@ def observe_upload(
     rows: Tensor,
     protect: Callable[[Tensors], Tensors] | None = None,
 ) -> ObservedUpload:
-    """Let a client train one step in its first round with an upload, and observe that upload.
+    """Run one training step of a client and return what the server observes.
 
-    Compression, privacy and secure aggregation apply as configured.
+    The step is run in the first round in which the client uploads. Compression, privacy and secure
+    aggregation are applied as configured.
 
     Args:
         prepared: The run.
         client: Id of the client.
-        rows: Indices of training rows, int64 `[B]`.
-        protect: Changes the update (sent minus received) in addition.
+        rows: Indices of the training rows, int64 `[B]`.
+        protect: Function that modifies the update (sent minus received tensors) in addition.
 
     Raises:
-        UserError: If the upload does not depend on the step.
+        UserError: If the upload does not depend on the training step.
     """
     client_info = prepared.federation.client_infos[client]
     rate = client_info.settings.optimizer.lr
@@ -264,12 +269,12 @@ def observe_upload(
 
 
 class Inverter:
-    """Descent from random images towards the images of an upload. Pixels are in 0..1.
+    """Reconstruction of images by gradient matching.
 
     Args:
-        upload: What the attacker knows.
-        labels: Labels of the images, `[B]` or `[B, C]`.
-        to_input: Maps pixels `[B, C, H, W]` to the inputs of the model.
+        upload: Knowledge of the attacker.
+        labels: Labels of the images, `[B]` or `[B, outputs]`.
+        to_input: Function that maps pixels in [0, 1], `[B, C, H, W]`, to inputs of the model.
     """
 
     def __init__(
@@ -293,11 +298,14 @@ class Inverter:
         self.models = ModelViews({"model": ModelView.from_module(self.module)})
 
     def distance(self, pixels: Tensor, create_graph: bool = False) -> Tensor:
-        """Return 1 - cosine similarity of the gradient of images and the gradient of the upload.
+        """Return the cosine distance between the gradient of images and the observed gradient.
 
         Args:
-            pixels: Images in 0..1, `[B, C, H, W]`.
+            pixels: Images in [0, 1], `[B, C, H, W]`.
             create_graph: Whether the result must be differentiable with respect to the pixels.
+
+        Returns:
+            1 minus the cosine similarity, a scalar.
         """
         batch = Batch(x=self.to_input(pixels), y=self.labels)
         loss = self.upload.objective.total_loss(self.models, batch, self.upload.context)
@@ -313,13 +321,13 @@ class Inverter:
         return 1 - F.cosine_similarity(flat, self.target_gradient, dim=0, eps=1e-12)
 
     def descend(self, start: Tensor, smooth: float = SMOOTH[0], steps: int = STEPS) -> Tensor:
-        """Minimize the distance plus total variation.
+        """Minimize the sum of the gradient distance and the weighted total variation.
 
-        Adam uses the sign of the gradient, and its learning rate is lowered three times (Geiping et
-        al. 2020, section 5).
+        The optimizer is Adam on the sign of the gradient, with a learning rate that is reduced
+        three times (Geiping et al. 2020, section 5).
 
         Args:
-            start: Initial images in 0..1, `[B, C, H, W]`.
+            start: Initial images in [0, 1], `[B, C, H, W]`.
             smooth: Weight of the total variation.
             steps: Number of steps.
 
@@ -348,18 +356,19 @@ class Inverter:
     def invert_from_starts(
         self, shape: tuple[int, ...], *key: Key, steps: int = STEPS
     ) -> tuple[Tensor, float]:
-        """Reconstruct images from several random starts and return the best.
+        """Reconstruct images from several random starts and return the best result.
 
-        The smoothness of the images is unknown, so each start uses another weight of the total
-        variation.
+        Each start uses a different weight of the total variation, because the smoothness of the
+        images is unknown. A single image is also computed from the gradient of the first layer if
+        that layer is fully connected.
 
         Args:
             shape: Shape of an image, `(C, H, W)`.
-            key: Key of the random starts.
-            steps: Descent steps for each start.
+            key: Random seed key of the starts.
+            steps: Number of optimization steps for each start.
 
         Returns:
-            Images in 0..1, `[B, *shape]`, and their distance.
+            Images in [0, 1], `[B, C, H, W]`, and their gradient distance.
         """
         found: list[tuple[float, Tensor]] = []
         exact = (
@@ -384,17 +393,18 @@ class Inverter:
 
 
 def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
-    """Read the label of a batch of one off the gradient of the head's bias.
+    """Compute the label of a single example from the gradient of the head's bias.
 
-    The gradient of cross-entropy is p - y there, which is negative only for the true classes.
+    The gradient of the cross-entropy with respect to the bias is p - y, which is negative only for
+    the true classes.
 
     Args:
-        upload: What the attacker knows.
+        upload: Knowledge of the attacker.
         kind: The kind of task: "multiclass", "multilabel" or "regression".
 
     Returns:
-        The label, `[1]` (classes) or `[1, C]`. None for regression, or if the upload does not
-        contain the head's bias.
+        The class index, `[1]`, or the labels of a multilabel task, `[1, outputs]`. None for
+        regression, or if the upload does not contain the bias of the head.
     """
     if kind == "regression":
         return None
@@ -414,16 +424,18 @@ def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
 
 
 def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
-    """Compute the input of a batch of one to a model whose first layer is fully connected.
+    """Compute the input of a model from the gradient of its fully connected first layer.
 
-    It is the gradient of a unit's weights divided by the gradient of its bias.
+    For a single example, the input equals the gradient of the weights of any unit divided by the
+    gradient of the unit's bias.
 
     Args:
         module: The model.
-        gradient: Gradient by parameter name.
+        gradient: Gradient of a single example by parameter name.
 
     Returns:
-        The flat input. None if the first layer is of another type.
+        The flattened input. None if the first layer is of a different type, or if its gradient is
+        missing or zero.
     """
     first = next(
         (
@@ -443,19 +455,28 @@ def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
 
 
 def total_variation(pixels: Tensor) -> Tensor:
-    """Return the mean absolute difference of neighboring pixels of images `[B, C, H, W]`."""
+    """Return the total variation of images, averaged over pixels.
+
+    Args:
+        pixels: Images, `[B, C, H, W]`.
+
+    Returns:
+        The sum of the mean absolute differences between horizontal and between vertical neighbors.
+    """
     return (pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()).nan_to_num()
 
 
 @dataclass(frozen=True)
 class InvertedBatch:
-    """Reconstruction of the images of one training step. Images are in 0..1, `[B, C, H, W]`.
+    """Reconstructed images of one training step.
+
+    Images are in [0, 1] and have the shape `[B, C, H, W]`.
 
     Attributes:
         true: The original images.
-        found: The reconstructed images, by the way in which the attacker observes the upload.
-        blind: The guess without an upload.
-        rows: Scores of each way of observing the upload.
+        found: The reconstructed images, by variant of the attack.
+        blind: The blind guess of an attacker who does not see the upload.
+        rows: Scores of the blind guess and of each variant.
     """
 
     true: Tensor
@@ -473,18 +494,22 @@ def invert(
     seed: int,
     log: Log,
 ) -> Iterator[InvertedBatch]:
-    """Yield the reconstruction of each of several training steps of a client.
+    """Attack several training steps of a client and yield the reconstructed images.
 
-    Labels are read off the upload if possible, and assumed to be known otherwise. The blind guess
-    is the mean image of the global test set.
+    The label of a single image is computed from the upload if possible. Otherwise, the attacker is
+    assumed to know the labels. The blind guess is the mean image of the global test set.
 
     Args:
-        ways: Ways of observing the upload: a run and a function that changes the update, by name.
+        ways: Variants of the attack by name, each with a prepared run and a function that modifies
+            the update, or None.
         client: Id of the client.
-        images: Number of steps.
-        batch: Images in each step.
+        images: Number of training steps.
+        batch: Number of images in each step.
         seed: Seed of the audit.
-        log: Called with progress lines.
+        log: Function called with each line of progress.
+
+    Yields:
+        The reconstructed images of one training step.
     """
     prepared, _ = next(iter(ways.values()))
     data = prepared.data
@@ -535,7 +560,7 @@ def _label_source(read: Tensor | None, true: Tensor) -> str:
 
 
 def _value_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Return black and white after a client's preprocessing, `[1, C, H, W]` each."""
+    """Return a black and a white image after a client's preprocessing, `[1, C, H, W]` each."""
     white = 255.0 if x.dtype == torch.uint8 else max(1.0, float(x.max()))
     black = min(0.0, float(x.min()))
     return preprocess(torch.full_like(x[:1], black)), preprocess(torch.full_like(x[:1], white))
@@ -550,6 +575,6 @@ def _draw_rows(y: Tensor, count: int, *key: Key) -> Tensor:
     if y.ndim > 1:
         return order[:count]
     labels = pd.Series(y[order].numpy())
-    # The first row of each class, then the second.
+    # Choose the first row of each class, then the second row of each class, and so on.
     place_in_class = labels.groupby(labels).cumcount().to_numpy()
     return order[place_in_class.argsort(kind="stable")[:count]]

@@ -1,4 +1,4 @@
-"""Membership inference attacks by the loss and with shadow runs."""
+"""Membership inference attacks that use the loss or shadow runs."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ FALSE_ALARMS = 0.01
 RESAMPLES = 1000
 # Lower bound of variances and squared errors.
 MIN_VARIANCE = 1e-12
-# Candidate rows of a client: largest number of members, and of non-members.
+# Largest and smallest number of members among the candidate rows of a client. There are equally
+# many non-members.
 MAX_CANDIDATES = 1000
 MIN_CANDIDATES = 5
 
 
 def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """Return the model's confidence in the targets, on an approximately normal scale.
+    """Return the confidence of a model in the targets, on a scale that is approximately normal.
 
-    For classes, this is the log-odds of the true class, `log p_y - log(1 - p_y)` (Carlini et al.
-    2022, section V.A), computed from logits without overflow. For multiple labels, it is the mean
-    over the labels. For regression, it is the negative logarithm of the mean squared error.
+    For a multiclass task, this is the log-odds of the true class, `log p_y - log(1 - p_y)` (Carlini
+    et al. 2022, section V.A), computed from logits without overflow. For a multilabel task, it is
+    the mean of the log-odds over the labels. For regression, it is the negative logarithm of the
+    mean squared error.
 
     Args:
         task: The task of the model.
@@ -59,7 +61,7 @@ def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 
 
 def loss_score(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """Return minus the loss, which is larger for members (Yeom et al. 2018).
+    """Return the negative loss, which is typically larger for members (Yeom et al. 2018).
 
     Args:
         task: The task of the model.
@@ -75,19 +77,20 @@ def loss_score(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
     """Return the log-likelihood ratio of membership, up to a positive factor.
 
-    LiRA (Carlini et al. 2022) compares N(φ; μ_in, σ²_in) with N(φ; μ_out, σ²_out). A few shadow
-    models do not suffice to estimate the gap μ_in - μ_out and the variance of each example, so both
-    are estimated over all examples (section VI.D of the paper does so for the variance); only the
-    level μ = (μ_in + μ_out) / 2 is that of the example. The ratio is then gap · (φ - μ) / σ².
+    LiRA (Carlini et al. 2022) compares N(φ; μ_in, σ²_in) with N(φ; μ_out, σ²_out), where φ is the
+    confidence of the attacked model. Because a few shadow models do not suffice to estimate the gap
+    μ_in - μ_out and the variance of each example, both are assumed to be equal for all examples
+    (section VI.D of the paper does so for the variance). Only μ = (μ_in + μ_out) / 2 is estimated
+    for each example. The log-likelihood ratio is then gap · (φ - μ) / σ².
 
     Args:
         target: Confidence of the attacked model, `[N]`.
         shadows: Confidence of the shadow models, `[S, N]`.
-        inside: Whether a shadow model was trained on the example, bool `[S, N]`; at least two were
-            and two were not.
+        inside: Whether each shadow model was trained on each example, bool `[S, N]`. Each example
+            requires at least two shadow models that were trained on it and two that were not.
 
     Returns:
-        (φ - μ) / σ, `[N]`; larger for members.
+        (φ - μ) / σ, `[N]`; typically larger for members.
     """
     means = []
     squares = torch.zeros((), dtype=target.dtype)
@@ -101,14 +104,15 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttackScore:
-    """Scores of an attack.
+    """Scores of a membership inference attack.
 
     Attributes:
         auroc: Area under the ROC curve.
-        auroc_se: Its standard error.
+        auroc_se: Standard error of `auroc`.
         hits: True positive rate at a false positive rate of 1%.
-        hits_se: Its standard error.
-        curve: ROC curve as [false positive rate, true positive rate], from (0, 0) to (1, 1).
+        hits_se: Standard error of `hits`.
+        curve: ROC curve as a list of [false positive rate, true positive rate], from [0, 0] to
+            [1, 1].
     """
 
     auroc: float
@@ -119,20 +123,20 @@ class AttackScore:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the area is within two standard errors of 0.5."""
+        """Whether `auroc` differs from 0.5 by at most two standard errors."""
         return abs(self.auroc - 0.5) <= 2 * self.auroc_se
 
 
 def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
     """Compute how well scores separate members from non-members.
 
-    Standard errors come from a bootstrap over members and over non-members; they do not include the
+    Standard errors are estimated by bootstrapping members and non-members. They do not include the
     randomness of training.
 
     Args:
         scores: Scores, larger for members, `[N]`.
         member: Whether each example is a member, bool `[N]`.
-        key: Key of the bootstrap's random draws.
+        key: Random seed key of the bootstrap.
     """
     ins = scores[member]
     outs = scores[~member].sort().values
@@ -160,14 +164,14 @@ def _roc_area(ins: Tensor, outs: Tensor) -> float:
 def _true_positive_rate(ins: Tensor, outs: Tensor) -> float:
     """Return the true positive rate at a false positive rate of 1%; `outs` is sorted.
 
-    With fewer than a hundred non-members no false positive is allowed.
+    With fewer than 100 non-members, no false positive is allowed.
     """
     allowed = int(FALSE_ALARMS * len(outs))
     return float((ins > outs[len(outs) - 1 - allowed]).double().mean())
 
 
 def _curve(ins: Tensor, outs: Tensor) -> list[list[float]]:
-    """Return the corners of the ROC curve."""
+    """Return the points of the ROC curve as [false positive rate, true positive rate]."""
     levels = torch.cat([ins, outs]).unique().flip(0)
     hits = [(ins >= level).double().mean() for level in levels]
     alarms = [(outs >= level).double().mean() for level in levels]
@@ -176,16 +180,18 @@ def _curve(ins: Tensor, outs: Tensor) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidate rows of one client: as many members as non-members, also within each class.
+    """Rows of one client whose membership in the training set is to be inferred.
 
-    Both come from the same random split, so that only training can make a difference.
+    Members are training rows, non-members are validation and test rows. Both have the same number
+    of rows and the same class frequencies.
 
     Attributes:
         examples: The candidate rows.
-        member: Whether a row is a training row, bool `[N]`.
-        others: All other training rows, on which every shadow run also trains.
-        unit: Patient of each row, int64 `[N]`; a patient's rows are in or out together.
-        stratum: Stratum (class) of each row, int64 `[N]`.
+        member: Whether each row is a training row, bool `[N]`.
+        others: All other training rows, which all shadow runs use for training.
+        unit: Index of the patient of each row, int64 `[N]`. A shadow run uses all candidate rows of
+            a patient for training, or none.
+        stratum: Index of the stratum (class) of each row, int64 `[N]`.
     """
 
     examples: Examples
@@ -195,18 +201,18 @@ class Candidates:
     stratum: Tensor
 
     def shadow_assignments(self, shadows: int, seed: int, client: str) -> Tensor:
-        """Return the rows that each shadow trains on.
+        """Choose the candidate rows on which each shadow run trains.
 
-        Shadows come in pairs. The first trains on a random half of each class, the second on the
-        other half, so that every row is in half of the shadows.
+        Shadow runs come in pairs. The first one trains on a random half of each class, the second
+        one on the other half, so that each row is used by half of the shadow runs.
 
         Args:
-            shadows: Number of shadows, even.
+            shadows: Number of shadow runs, even.
             seed: Seed of the audit.
             client: Id of the client.
 
         Returns:
-            Whether a shadow trains on a row, bool `[shadows, N]`.
+            Whether each shadow run trains on each row, bool `[shadows, N]`.
         """
         unit = self.unit.unique(return_inverse=True)[1]
         label = most_common_stratum(self.stratum, unit)
@@ -217,7 +223,7 @@ class Candidates:
                 generator=keyed_generator("audit", seed, "halves", client, pair),
                 dtype=torch.float64,
             )
-            # Class by class, in random order within each.
+            # Sort by class, in random order within each class.
             order = torch.argsort(label.double() + tiebreak)
             chosen = torch.zeros(len(label), dtype=torch.bool)
             chosen[order[pair % 2 :: 2]] = True
@@ -225,14 +231,18 @@ class Candidates:
         return torch.stack(assignments)
 
     def shadow_rows(self, inside: Tensor) -> Examples:
-        """Return the training rows of a shadow, about as many as the client has."""
+        """Return the training rows of a shadow run.
+
+        Args:
+            inside: Whether the shadow run trains on each candidate row, bool `[N]`.
+        """
         return concatenate_examples(
             [self.others, self.examples.select_rows(inside.nonzero().squeeze(1))]
         )
 
 
 def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
-    """Select as many training rows as test and validation rows of each class.
+    """Select equally many training rows and other rows of each class at random.
 
     Args:
         data: The data of the run.
@@ -240,7 +250,7 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
         seed: Seed of the audit.
 
     Raises:
-        UserError: If too few rows are left after matching classes.
+        UserError: If too few rows remain after the classes are matched.
     """
     train = unprocessed_rows(data, client, ["train"])
     holdout = unprocessed_rows(data, client, ["test", "validation"])
@@ -278,7 +288,7 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
 def train_shadow(
     prepared: PreparedRun, train: Mapping[str, Examples], seed: int, rounds: int
 ) -> dict[str, SavedModel]:
-    """Repeat a run with other training rows of some clients and other random draws.
+    """Repeat a run with different training rows of some clients and different random draws.
 
     Initial weights, cohorts, batches and noise are drawn again.
 
@@ -289,7 +299,7 @@ def train_shadow(
         rounds: Number of rounds.
 
     Returns:
-        The final models of these clients.
+        The final models of these clients, by client id.
     """
     client_rows = prepared.data.client_rows
     resampled = {
@@ -336,11 +346,11 @@ def shadow_seed(seed: int, shadow: int) -> int:
 
 
 def client_logits(model: SavedModel, examples: Examples) -> Tensor:
-    """Return the personalized logits of a client's saved model for its rows, `[N, outputs]`."""
+    """Return the personalized logits of a saved model for raw examples, `[N, outputs]`."""
     return model.logits(Preprocess(**model.preprocess)(examples.x), personal=True)
 
 
 def targets(examples: Examples) -> Tensor:
-    """Return the labels in the data type that losses expect."""
+    """Return the labels of examples in the data type that the losses expect."""
     y = examples.labels
     return y.to(torch.get_default_dtype()) if y.is_floating_point() else y

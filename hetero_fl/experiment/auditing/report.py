@@ -31,13 +31,14 @@ INVERSION = ("client", "step", "upload", "PSNR (dB)", "SSIM", "label")
 
 
 def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
-    """Write the three files of an audit.
+    """Write `audit.json`, `audit.png` and `audit.html`.
 
     Args:
         folder: The folder to write to.
         content: The content of `audit.json`.
-        pictures: One dictionary for each inverted step, with images in 0..1, `[B, C, H, W]`:
-            `true`, and `found` by way of observing the upload.
+        pictures: One dictionary for each attacked training step, with the keys `client` and `step`,
+            the original images under `true`, and the reconstructed images by variant of the attack
+            under `found`. Images are in [0, 1], `[B, C, H, W]`.
     """
     directory = RunDirectory(folder)
     directory.write_json("audit.json", content)
@@ -67,7 +68,7 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
 
 
 def membership_rows(content: Json) -> list[list[str]]:
-    """Return one table row for each attack, with the columns `MEMBERSHIP`."""
+    """Return one table row for each client and attack, with the columns `MEMBERSHIP`."""
     return [
         [
             r["client"],
@@ -88,7 +89,7 @@ def _verdict(row: Json) -> str:
 
 
 def inversion_rows(content: Json) -> list[list[str]]:
-    """Return one table row for each step and way, with the columns `INVERSION`."""
+    """Return one table row for each step and variant, with the columns `INVERSION`."""
     return [
         [
             r["client"],
@@ -103,7 +104,7 @@ def inversion_rows(content: Json) -> list[list[str]]:
 
 
 def draw_audit(content: Json, pictures: list[Json]) -> bytes:
-    """Draw the audit as PNG: ROC curves at the top, original and reconstructed images below."""
+    """Draw the audit as PNG, with ROC curves above the original and reconstructed images."""
     columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MAX_COLUMNS]
     ways = list(pictures[0]["found"]) if pictures else []
     grid = 0.55 + (len(ways) + 1) * 0.98 if columns else 0.0

@@ -1,4 +1,4 @@
-"""Export models to ONNX or safetensors files and check that they predict as in the run."""
+"""Export models to ONNX or safetensors files, and check the predictions of ONNX files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import sha256_of, write_atomically
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
-# Key of the description in an ONNX file's metadata.
+# Key of the metadata of an ONNX file that contains the description of inputs and outputs.
 ABOUT = "hetero_fl"
 # Number of examples with which a graph is traced.
 TRACED_EXAMPLES = 3
@@ -43,12 +43,13 @@ Log = Callable[[str], None]
 
 
 class ExportedFile(NamedTuple):
-    """An exported model.
+    """Files of an exported model.
 
     Attributes:
-        model: The model file.
-        card: The model card.
-        largest_difference: Largest difference from the run's predictions; None for safetensors.
+        model: Path of the model file.
+        card: Path of the model card in Markdown.
+        largest_difference: Largest difference from the predictions of `Run.predict`, relative for
+            predictions above 1. None for safetensors files, which are not checked.
     """
 
     model: Path
@@ -57,7 +58,7 @@ class ExportedFile(NamedTuple):
 
 
 def check_installed() -> None:
-    """Raise UserError if a package that writes or runs ONNX files is missing."""
+    """Raise UserError if a package for writing or running ONNX files is not installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -70,7 +71,11 @@ def check_installed() -> None:
 
 
 def load_scorer(content: bytes) -> Scorer:
-    """Load an ONNX file as a function of raw inputs that runs on the CPU."""
+    """Return a function that runs an ONNX model on raw inputs on the CPU.
+
+    Args:
+        content: Content of the ONNX file.
+    """
     from onnxruntime import InferenceSession
 
     session = InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -86,12 +91,15 @@ def load_scorer(content: bytes) -> Scorer:
 def export_graph(
     graph: ExportedModel, examples: tuple[Tensor, ...], about: Mapping[str, Any]
 ) -> bytes:
-    """Return the content of an ONNX file with the graph of a model.
+    """Export a model to ONNX.
 
     Args:
-        graph: The model to export; it is switched to evaluation mode.
-        examples: Two or more examples of each input, which are used to trace the graph.
-        about: Description of inputs and outputs, stored in the file's metadata.
+        graph: The model to export, which is switched to evaluation mode.
+        examples: Two or more examples of each input, with which the graph is traced.
+        about: Description of the inputs and outputs, stored in the metadata of the file.
+
+    Returns:
+        The content of the ONNX file.
 
     Raises:
         Exception: If torch cannot export the model; the type depends on the model.
@@ -118,9 +126,9 @@ def export_graph(
             external_data=False,
             verbose=False,
         )
-    # Only None if a file name is given.
+    # The result is only None if a file name is passed.
     assert program is not None
-    # The metadata of nodes contains paths of this machine.
+    # The metadata of nodes contains file paths of this machine, which must not be published.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
     program.model.metadata_props[ABOUT] = json.dumps(about, sort_keys=True)
@@ -129,7 +137,7 @@ def export_graph(
 
 @contextmanager
 def _ignore_export_warnings() -> Iterator[None]:
-    """Ignore warnings of torch's exporter that do not concern the result."""
+    """Ignore warnings of the torch exporter that do not affect the result."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
         warnings.filterwarnings(
@@ -154,12 +162,15 @@ def export(
     log: Log = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> dict[str, ExportedFile]:
-    """Export models of a finished run as files that work without this package.
+    """Export models of a finished run to files that can be used without this package.
 
-    ONNX files include the preprocessing: they map raw examples, in batches of any size, to
-    probabilities or, for regression, values. Each file must agree with `Run.predict` within 1e-5.
-    `NAME.md` and `NAME.json` describe the model, and `score.py` predicts with it without hetero_fl.
-    A safetensors file contains the tensors only, for `model_zoo`.
+    An ONNX file includes the preprocessing. The exported model maps raw examples, in batches of any
+    size, to probabilities, or to values for regression. Its predictions must not differ by more
+    than 1e-5 from the predictions of `Run.predict`. The script `score.py`, which is written next to
+    the models, computes predictions from a `.csv` or `.npz` file without hetero_fl.
+
+    A safetensors file contains only the tensors of a model from `model_zoo`. In both formats, a
+    model card (`NAME.md`, `NAME.json`) describes each model.
 
     Args:
         run: A finished run or its directory.
@@ -167,16 +178,16 @@ def export(
         file_format: "onnx" or "safetensors".
         out: The folder to write to. None: `export` in the run directory.
         personal: Whether to include the client's label frequencies, as `Run.predict` does by
-            default; the file is then named `NAME-home`.
-        log: Called with a line for each exported model.
-        allow_code: Whether code that the run's files name may run.
+            default. The file is then named `NAME-home`.
+        log: Function called with a line for each exported model.
+        allow_code: Whether code that the files of the run refer to may be executed.
 
     Returns:
         The exported files by client id or "server".
 
     Raises:
-        UserError: If a model does not exist, cannot be exported in this format, or predicts
-            differently when exported.
+        UserError: If a model does not exist or cannot be exported in this format, or if the
+            predictions of the exported model differ.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -250,19 +261,19 @@ def _export_model(
 
 
 def _other_formats(card_path: Path, source: str) -> list[dict[str, Any]]:
-    """Return the entries of an existing card for the same model in other formats."""
+    """Return the file entries of an existing card if it describes the same model."""
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
         if (card["form"], card["source_sha256"]) != (FORM, source):
             return []
         return [file for file in card["files"] if file["format"] in SUFFIXES]
     except (OSError, ValueError, TypeError, KeyError):
-        # The file does not exist or is not a card.
+        # The file does not exist or is not a model card.
         return []
 
 
 def interface(model: SavedModel) -> dict[str, Any]:
-    """Describe the inputs and outputs of an exported model; the file contains the description."""
+    """Return the description of a model's inputs and outputs that exported files contain."""
     return {
         "inputs": [spec.record() for spec in inputs_of(model)],
         "output": {
@@ -280,14 +291,18 @@ def _onnx_content(name: str, model: SavedModel, personal: bool) -> bytes:
     try:
         return export_graph(ExportedModel(model, personal), examples, interface(model))
     except Exception as error:
-        # A user's model may use any operation that ONNX lacks.
+        # A user-defined model may use operations that ONNX does not support.
         raise UserError(
             f"{name}: {model.arch.name} cannot be exported to onnx: {_root_cause(error)}"
         ) from error
 
 
 def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> float:
-    """Return the largest difference from the run's predictions, relative above 1."""
+    """Return the largest difference from the run's predictions, relative for predictions above 1.
+
+    Raises:
+        UserError: If the exported model fails, or if the difference exceeds the tolerance.
+    """
     model = run.load_models(name)[name]
     largest = 0.0
     for size in BATCHES:
@@ -318,7 +333,7 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the type and the first line of the innermost cause of an error."""
+    """Return the type of the innermost cause of an error and the first line of its message."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

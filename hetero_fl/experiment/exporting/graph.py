@@ -1,7 +1,7 @@
-"""A model with its preprocessing as one module that torch can export.
+"""Combine a model and its preprocessing in one module that torch can export.
 
-An exported graph cannot raise an error. For a row that `Run.predict` refuses (infinity, a missing
-value that the model does not support, pixels outside 0..1, tokens out of range) it returns NaN.
+An exported graph cannot raise errors. It returns NaN for rows that `Run.predict` rejects: rows with
+infinity, unsupported missing values, pixels outside [0, 1] or tokens out of range.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Input:
 
     Args:
         name: Name of the input.
-        kind: What an example is.
-        shape: Shape without the batch; a name stands for a dynamic size.
+        kind: Kind of data.
+        shape: Shape without the batch dimension. A string is the name of a dynamic size.
         columns: Names along the last axis, if known.
-        allows_missing: Whether NaN stands for a missing value; otherwise it is invalid.
-        tokens: Size of the vocabulary.
-        categories: Text columns that some of the columns encode, with their values.
+        allows_missing: Whether NaN stands for a missing value. Otherwise, NaN is invalid.
+        tokens: Size of the vocabulary; 0 for inputs other than tokens.
+        categories: Text columns that are encoded as indicator columns, with their values.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Input:
 
     @property
     def meaning(self) -> str:
-        """Description of the values."""
+        """Description of the values, for model cards."""
         return _MEANINGS[self.kind].format(
             last_token=self.tokens - 1,
             encoded=_ENCODED if self.categories else "",
@@ -67,7 +67,7 @@ class Input:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the input as plain fields, for JSON."""
+        """Return the description of the input as a dictionary for JSON."""
         optional = {
             "columns": list(self.columns),
             "categories": {column: list(values) for column, values in self.categories},
@@ -85,13 +85,13 @@ class Input:
 
 
 def are_blocks_flattened(preprocess: Preprocess) -> bool:
-    """Return whether the model reads its blocks as one flat row."""
+    """Return whether the blocks of an example are flattened and concatenated into one row."""
     blocks = preprocess.blocks
     return bool(blocks) and (len(blocks) > 1 or preprocess.missing is not None)
 
 
 def inputs_of(model: SavedModel) -> tuple[Input, ...]:
-    """Return the inputs of the exported graph: one, or one for each block."""
+    """Return the inputs of the exported graph: a single input, or one for each block."""
     preprocess = Preprocess(**model.preprocess)
     input_shape = model.arch.input_shape
     allows_missing = preprocess.missing is not None
@@ -141,7 +141,7 @@ def to_predict_inputs(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
         arrays: One tensor for each input of the graph, `[N, *shape]`.
 
     Returns:
-        Blocks by name, or raw rows `[N, ...]` with NaN in columns that the model does not read.
+        Blocks by name, or raw rows `[N, ...]` with NaN in columns that the model does not use.
     """
     preprocess = Preprocess(**model.preprocess)
     if are_blocks_flattened(preprocess):
@@ -157,8 +157,8 @@ def to_predict_inputs(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
 def draw_inputs(model: SavedModel, size: int, draws: torch.Generator) -> tuple[Tensor, ...]:
     """Draw random examples for tracing and checking a graph.
 
-    Values have the scale of the client's data, and are missing at random where the model supports
-    it. Dynamic image sizes depend on `size`.
+    Values have the scale of the client's data. If the model supports missing values, some values
+    are missing at random. Dynamic image sizes depend on `size`.
 
     Args:
         model: The saved model.
@@ -195,7 +195,7 @@ def _draw_input(spec: Input, preprocess: Preprocess, size: int, draws: torch.Gen
 
 
 def _concrete_shape(spec: Input, preprocess: Preprocess, size: int) -> list[int]:
-    """Return a shape with numbers for dynamic sizes, which alternate with the batch size."""
+    """Return the shape of an input, with dynamic sizes chosen depending on the batch size."""
     side = preprocess.resize or 0
     channels = (1, 3 if preprocess.channels in (None, 1) else preprocess.channels)
     sizes = {
@@ -207,14 +207,14 @@ def _concrete_shape(spec: Input, preprocess: Preprocess, size: int) -> list[int]
 
 
 class ExportedModel(nn.Module):
-    """A model with preprocessing, from raw inputs to the predictions of `Run.predict`.
+    """Module that maps raw inputs to the predictions of `Run.predict`.
 
     Args:
         model: The saved model.
         personal: Whether to include the client's label frequencies.
 
     Attributes:
-        inputs: Inputs of `forward`.
+        inputs: Descriptions of the inputs of `forward`.
         kind: Kind of task.
     """
 
@@ -229,7 +229,7 @@ class ExportedModel(nn.Module):
         self.register_buffer("offset", model.offset(personal))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return probabilities or values, `[N, outputs]`; NaN for invalid rows."""
+        """Return probabilities, or values for regression, `[N, outputs]`; NaN for invalid rows."""
         invalid = self.preprocessing.invalid_rows(inputs)
         z = self.model(self.preprocessing(inputs)).logits
         z = z if self.offset is None else z + self.offset
@@ -242,7 +242,9 @@ class ExportedModel(nn.Module):
 
 
 class ExportedPreprocessing(nn.Module):
-    """`hetero_fl.data.Preprocess` with dynamic sizes and without branches on values.
+    """Exportable version of `hetero_fl.data.Preprocess`.
+
+    It supports dynamic sizes and has no branches that depend on values.
 
     Args:
         model: The saved model.
@@ -264,9 +266,9 @@ class ExportedPreprocessing(nn.Module):
             self.register_buffer(name, numbers)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return the input of the model."""
+        """Convert raw inputs to the input of the model."""
         if self.inputs[0].kind == "tokens":
-            # Rows with tokens out of range become NaN later; the other rows must still work.
+            # Later, NaN replaces the predictions for rows with tokens out of range.
             return inputs[0].clamp(0, self.inputs[0].tokens - 1)
         if are_blocks_flattened(self.preprocess):
             x = torch.cat([part.flatten(1) for part in inputs], dim=1)
@@ -281,7 +283,7 @@ class ExportedPreprocessing(nn.Module):
         return x.transpose(1, 2) if x.ndim == 3 else x
 
     def invalid_rows(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return which rows are not valid examples, bool `[N]`."""
+        """Return a mask of the rows that are not valid examples, bool `[N]`."""
         invalid = [
             self._invalid_values(part, spec).flatten(1).any(1)
             for part, spec in zip(inputs, self.inputs, strict=True)
@@ -320,5 +322,5 @@ class ExportedPreprocessing(nn.Module):
 
 
 def _num_channels(x: Tensor) -> Tensor:
-    """Return the number of channels as a tensor, because tracing would fix an integer."""
+    """Return the number of channels as a tensor, because tracing would make an integer constant."""
     return torch.ones_like(x[0, :, 0, 0], dtype=torch.int64).sum()

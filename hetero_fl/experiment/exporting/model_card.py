@@ -47,12 +47,12 @@ Json = dict[str, Any]
 
 
 def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
-    """Return the content of `NAME.json`, from the records of the run and the exported files.
+    """Return the facts about an exported model, the content of `NAME.json`.
 
     Args:
         run: The finished run.
         name: A client id, or "server".
-        exported: The exported files and their inputs and outputs.
+        exported: Facts about the exported files and their inputs and outputs.
     """
     summary = run.summary
     details = run.directory.details()
@@ -111,7 +111,7 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
 
 
 def _last_scores(summary: Json, details: Json, name: str) -> Json:
-    """Return a model's scores and the number of rows of each test set in the last round."""
+    """Return a model's scores in the last round with the number of test rows, by test set."""
     client = next((c for c in summary["clients"] if c["id"] == name), None)
     scores = {
         "at home": None,  # style: ok (file key)
@@ -132,7 +132,7 @@ def _last_scores(summary: Json, details: Json, name: str) -> Json:
 
 
 def card_markdown(content: Mapping[str, Any]) -> str:
-    """Return the card as Markdown, from the content of `NAME.json`."""
+    """Format the content of `NAME.json` as a model card in Markdown."""
     return render(
         "card.md",
         **content,

@@ -31,14 +31,18 @@ Arrays = dict[str, Any]
 
 
 class ScoringError(Exception):
-    """An error of the user, shown in one line."""
+    """Error in the arguments or files of the user, reported in one line."""
 
 
 def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
-    """Load a model.
+    """Load an exported model.
+
+    Args:
+        path: The `.onnx` file.
 
     Returns:
-        The description of its inputs and outputs, and a function of arrays by input name.
+        The description of the inputs and outputs, and a function that computes the outputs from
+        arrays by input name.
 
     Raises:
         ScoringError: If the file is not an exported model.
@@ -65,7 +69,14 @@ def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
 
 
 def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
-    """Read the examples of a file as inputs of the model.
+    """Read examples from a file and convert them to inputs of the model.
+
+    Args:
+        path: A `.npz` or `.csv` file.
+        inputs: Descriptions of the inputs.
+
+    Returns:
+        The inputs by name.
 
     Raises:
         ScoringError: If the file does not contain valid examples.
@@ -74,9 +85,9 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         raise ScoringError(f"--data: file '{path}' not found")
     try:
         if path.suffix == ".npz":
-            found = _npz(path, inputs)
+            found = _read_npz(path, inputs)
         elif path.suffix == ".csv":
-            found = _csv(path, inputs)
+            found = _read_csv(path, inputs)
         else:
             raise ScoringError(f"--data: expected a .npz or .csv file, got {path.name}")
     except (OSError, ValueError) as error:
@@ -93,7 +104,7 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     return arrays
 
 
-def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
+def _read_npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     with np.load(path, allow_pickle=False) as file:
         names = [spec["name"] for spec in inputs]
         if len(inputs) > 1:
@@ -120,7 +131,7 @@ def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         return {names[0]: file[chosen]}
 
 
-def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
+def _read_csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     spec = inputs[0]
     if len(inputs) > 1 or spec["kind"] not in ("row", "tokens"):
         names = ", ".join(i["name"] for i in inputs)
@@ -156,7 +167,7 @@ def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
 def _add_indicator_columns(
     path: Path, spec: dict[str, Any], header: list[str], lines: list[list[str]]
 ) -> None:
-    """Append the columns NAME=VALUE of each text column that the model encodes, in place."""
+    """Append columns NAME=VALUE for each text column that the model encodes, in place."""
     for name, categories in spec.get("categories", {}).items():
         if name in header:
             place = header.index(name)
@@ -173,19 +184,24 @@ def _missing_column(path: Path, name: str, header: list[str]) -> ScoringError:
 
 
 def _normalize_cell(cell: str, categories: list[str]) -> str:
-    """Strip spaces, and write 1.0 as 1 unless 1.0 is a category."""
+    """Remove surrounding spaces, and replace 1.0 with 1 unless 1.0 is a category."""
     cell = cell.strip()
     whole = re.fullmatch(r"([+-]?\d+)\.0*", cell)
     return whole[1] if whole and cell not in categories else cell
 
 
 def to_input(x: Any, spec: dict[str, Any], where: str) -> Any:
-    """Convert an array to an input of the model: data type, channels first, bytes divided by 255.
+    """Convert an array of examples to the shape and data type of a model input.
+
+    Images are converted to channels first, and integer pixels are divided by 255.
 
     Args:
         x: Array of examples.
         spec: Description of the input.
-        where: Place for error messages.
+        where: Prefix of error messages.
+
+    Returns:
+        The input, `[N, ...]`.
 
     Raises:
         ScoringError: If the array does not contain valid examples.
@@ -240,17 +256,17 @@ def _invalid_values(x: Any, spec: dict[str, Any]) -> Any:
 
 def _shapes_match(found: tuple[int, ...], expected: list[int | str]) -> bool:
     sizes_match = all(isinstance(e, str) or f == e for f, e in zip(found, expected, strict=False))
-    # With dynamic sizes only the number of channels shows which axis is which.
+    # With dynamic sizes, only the number of channels identifies the axis of the channels.
     channels_match = "channels" not in expected or (len(found) == 3 and found[0] in (1, 3))
     return len(found) == len(expected) and sizes_match and channels_match
 
 
 def write(scores: Any, about: dict[str, Any], out: Path | None) -> None:
-    """Write one row per example, numbered from 1.
+    """Write the scores as CSV, with one row per example, numbered from 1.
 
     Args:
         scores: Model outputs, `[N, outputs]`.
-        about: Description of the model's outputs.
+        about: Description of the model outputs.
         out: The file to write. None: standard output.
 
     Raises:
@@ -272,7 +288,11 @@ def write(scores: Any, about: dict[str, Any], out: Path | None) -> None:
 
 
 def main() -> int:
-    """Run the command line and return its exit status: 0, or 2 for an error of the user."""
+    """Run the command-line interface.
+
+    Returns:
+        The exit status: 0, or 2 for invalid arguments or files.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

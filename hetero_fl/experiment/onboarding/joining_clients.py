@@ -1,4 +1,4 @@
-"""Evaluate how much a finished run helps a client that joins later."""
+"""Train clients that join a finished run, and compare them with training from scratch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from hetero_fl.utils.serialization import write_atomically
 MIN_STEPS = 60
 # Factor for the number of steps when training from scratch.
 SCRATCH_STEP_FACTOR = 4
-# Settings of a client in the run that the joining client does not adopt.
+# Client settings of the run that the joining client does not adopt.
 NOT_ADOPTED_SETTINGS = {
     "scanner",
     "data",
@@ -62,21 +62,21 @@ SEEDS = (0, 1, 2, 3, 4)
 EPOCHS = 10
 
 TransferredParts = dict[str, Tensors | Tensor]
-"""What the joining client receives, by name."""
+"""Tensors that a joining client receives: the backbone, the teacher's predictions, or both."""
 
 
 @dataclass(frozen=True)
 class JoiningSite:
-    """The data of the joining client.
+    """Data of a joining client.
 
     Args:
         train: Training rows.
         test: Test rows.
-        counts: Numbers of labeled patients or examples to try, increasing.
-        unit: "patients" or "examples".
+        counts: Numbers of labeled patients or examples to try, in increasing order.
+        unit: Unit of the numbers, "patients" or "examples".
         task: The task of the run.
         layout: Columns of the data.
-        vocabulary: Vocabulary of texts.
+        vocabulary: Vocabulary of texts; None for other data.
     """
 
     train: Examples
@@ -88,14 +88,17 @@ class JoiningSite:
     vocabulary: Vocabulary | None = None
 
     def rows(self, count: int, seed: int) -> Tensor:
-        """Return the training rows of `count` patients in a random order.
+        """Return the indices of the training rows of `count` randomly chosen patients.
 
-        The order is stratified by label, so that every count has the label distribution of all
-        rows, and a larger count includes the patients of a smaller one.
+        The choice is stratified by label, so that the label distribution is similar for all counts.
+        For one seed, a larger count includes the patients of a smaller count.
 
         Args:
-            count: Number of patients.
-            seed: Seed of the order.
+            count: Number of patients, or of examples if the data has no patients.
+            seed: Seed of the choice.
+
+        Returns:
+            Indices of training rows, int64 `[N]`.
         """
         unit = torch.arange(len(self.train)) if self.train.patient is None else self.train.patient
         unit = unit.unique(return_inverse=True)[1]
@@ -115,19 +118,19 @@ class JoiningSite:
 
 
 class JoiningClients:
-    """Joining clients with different numbers of labels, each of which trains alone.
+    """Joining clients with different numbers of labels, which train independently.
 
     Args:
         source_run: The finished run.
         site: The data of the joining client.
         name: Name of the data set.
         model: Name of the model.
-        epochs: Epochs of fine-tuning.
-        overrides: Client settings, `key=value`, or settings of `runtime`.
+        epochs: Number of epochs of fine-tuning.
+        overrides: Client settings, or settings of `runtime`, as `key=value`.
 
     Attributes:
-        transfer: Raw rows on which the teacher predicts; None without a teacher.
-        teacher_on: Description of these rows; empty without a teacher.
+        transfer: Raw rows on which the teacher predicts. None without a teacher.
+        teacher_on: Description of the rows on which the teacher predicts. Empty without a teacher.
     """
 
     def __init__(
@@ -159,7 +162,12 @@ class JoiningClients:
         self.teacher_on = ""
 
     def config(self, seed: int, times: int = 1) -> Config:
-        """Return the configuration of the joining clients, with `times` the number of steps."""
+        """Return the configuration of the joining clients.
+
+        Args:
+            seed: Seed of the run.
+            times: Factor for the number of training steps.
+        """
         batch = int(self.defaults.get("batch_size", ClientSettings().batch_size))
         groups = [
             {"name": f"with_{n}", "steps": times * max(MIN_STEPS, self.epochs * -(-n // batch))}
@@ -212,13 +220,15 @@ class JoiningClients:
         )
 
     def transfer_options(self, requested: str | None) -> dict[str, TransferredParts]:
-        """Return what a joining client may start with, by name; "scratch" is always included.
+        """Return the tensors for each possible starting point, by name.
+
+        The starting point "scratch" has no tensors and is always included.
 
         Args:
             requested: "backbone", "teacher" or "both". None: all that the run provides.
 
         Raises:
-            UserError: If the run does not provide what is requested.
+            UserError: If the run does not provide the requested starting point.
         """
         _, federation = self.federation(self.config(0))
         client_info = next(iter(federation.client_infos.values()))
@@ -296,13 +306,13 @@ class JoiningClients:
     def run_transfer(
         self, seed: int, option: str, parts: TransferredParts, save_path: Path | None
     ) -> list[dict[str, Any]]:
-        """Train the joining clients and return their test scores for each number of labels.
+        """Train the joining clients and return the test scores for each number of labels.
 
         Args:
             seed: Seed of the run.
-            option: What the clients start with.
-            parts: The tensors that they receive.
-            save_path: Where to save the model with the most labels. None: do not save it.
+            option: Name of the starting point.
+            parts: Tensors that the clients receive.
+            save_path: Where to save the model with the most labels. None: the model is not saved.
         """
         config = self.config(seed, SCRATCH_STEP_FACTOR if option == SCRATCH else 1)
         data, federation = self.federation(config)
@@ -349,38 +359,40 @@ def join(
     log: Callable[[str], None] = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> dict[str, Any]:
-    """Train a client that joins a finished run, and compare with training from scratch.
+    """Train a client that joins a finished run, and compare it with training from scratch.
 
-    The client starts with the shared backbone, if clients with its architecture shared theirs, or
-    learns from the consensus of all models first. The consensus is computed on the run's public
-    rows or, without public rows, on the client's training rows. The client then trains on its
-    labeled examples.
+    With a backbone, the client starts from the mean of the backbones that clients with the same
+    architecture shared. With a teacher, the client is first distilled from the consensus of all
+    models, computed on the public rows of the run or, without public rows, on the client's own
+    training rows. The client then trains on its labeled examples.
 
     Writes `join.json`, `join.md`, `join.png`, and the models of the first seed with the most
     labels.
 
     Args:
         run: A finished run or its directory.
-        data: A local file, the name of a source or a data set, with training rows and a test set
-            (otherwise a fifth of the rows).
-        model: Name of a model of `model_zoo`. None: the most frequent model of the run. The client
-            trains with the settings of the run's clients with this model.
+        data: Data of the client: a local file, the name of a data source, or a data set. Without a
+            test set, a fifth of the rows is used for testing.
+        model: Name of a model in `model_zoo`. None: the most frequent model of the run. The client
+            uses the settings of the clients in the run that have this model.
         out: The folder to write to.
-        label: The label column of a table. None: the label column of the run.
+        label: Label column of a table. None: the label column of the run.
         transfer: "backbone", "teacher" or "both". None: all that the run provides.
-        patients: Numbers of labeled patients; of examples if the data has no patients.
-        seeds: Seeds to repeat the training with.
-        epochs: Epochs of fine-tuning, at least 60 steps; four times as many from scratch.
+        patients: Numbers of labeled patients to try, or of labeled examples if the data has no
+            patients.
+        seeds: Seeds of the repetitions.
+        epochs: Number of epochs of fine-tuning, but at least 60 steps. Training from scratch takes
+            four times as many steps.
         overrides: Client settings, such as `optimizer.lr=0.0005`, or settings of `runtime`.
-        log: Called with progress lines.
-        allow_code: Whether code that the run's files name may run.
+        log: Function called with each line of progress.
+        allow_code: Whether code that the files of the run refer to may be executed.
 
     Returns:
         The content of `join.json`.
 
     Raises:
-        UserError: If the data, model or settings do not fit the run, or the run does not provide
-            the requested transfer.
+        UserError: If the data, the model or the settings do not fit the run, or if the run does not
+            provide the requested transfer.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -400,7 +412,7 @@ def join(
     CodePermission.from_argument(allow_code).check_caller_references(
         find_references({"--data": data, "--model": model, "overrides": overrides})
     )
-    # A folder with results is refused, because joining cannot be resumed.
+    # A folder with results is rejected, because joining cannot be resumed.
     check_vacant(out, alternatives="")
     dataset = (
         order_columns(data, source_run.run, source_run.run.models)

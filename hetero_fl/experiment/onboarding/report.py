@@ -37,11 +37,11 @@ Json = dict[str, Any]
 
 
 def write_join(out: Path, content: Json, task: Task) -> None:
-    """Write the three files of a joining client.
+    """Write `join.json`, `join.md` and `join.png`.
 
     Args:
         out: The folder to write to.
-        content: The results of `hetero_fl.join`; the table over seeds is added.
+        content: The results of `hetero_fl.join`. The entry `table` is added in place.
         task: The task of the run.
     """
     directory = RunDirectory(out)
@@ -53,7 +53,7 @@ def write_join(out: Path, content: Json, task: Task) -> None:
 
 
 def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
-    """Return mean and sample standard deviation over seeds, by start and number of labels."""
+    """Return the means and standard deviations over seeds, by starting point and label count."""
     table = []
     for way in dict.fromkeys(row["begins"] for row in content["rows"]):
         for count in content["patients"]:
@@ -68,12 +68,12 @@ def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
 
 
 def shown_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
-    """Return the metrics to show, without undefined ones."""
+    """Return the metrics to show, without metrics that are undefined in all rows."""
     return [m for m in _SHOWN[task.kind] if any(row[m] is not None for row in content["rows"])]
 
 
 def join_markdown(content: Json, task: Task) -> str:
-    """Return a page with the setting and a table for each metric."""
+    """Return the results as Markdown, with a table for each metric."""
     return render(
         "join.md",
         **content,
@@ -94,16 +94,20 @@ def _metric_table(content: Json, metric: str) -> str:
     rows = []
     for count in content["patients"]:
         cells = {e["begins"]: e for e in content["table"] if e["patients"] == count}
-        rows.append([str(count), *(_cell(cells[way], cells[SCRATCH], metric) for way in ways)])
+        rows.append(
+            [str(count), *(_format_cell(cells[way], cells[SCRATCH], metric) for way in ways)]
+        )
     columns = ["labeled", *(WORDS[way] for way in ways)]
     return markdown_table(columns, rows, ["right"] * len(columns))
 
 
 def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
-    """Return whether a start beats training from scratch by more than the sum of both deviations.
+    """Return whether a starting point is clearly better than training from scratch.
+
+    The difference of the means must exceed the sum of the standard deviations.
 
     Args:
-        entry: Means and standard deviations of the start.
+        entry: Means and standard deviations with the starting point.
         scratch: Means and standard deviations of training from scratch.
         metric: The metric to compare.
     """
@@ -114,7 +118,7 @@ def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str)
     return bool(gain > values[1] + values[3])
 
 
-def _cell(entry: Json, scratch: Json, metric: str) -> str:
+def _format_cell(entry: Json, scratch: Json, metric: str) -> str:
     text = format_single(entry[metric], metric)
     if entry[f"{metric}_std"] is not None:
         text += f" ± {format_single(entry[f'{metric}_std'], metric)}"
@@ -122,7 +126,7 @@ def _cell(entry: Json, scratch: Json, metric: str) -> str:
 
 
 def draw_join(content: Json, task: Task) -> Figure:
-    """Draw the mean and standard deviation over seeds against the number of labels."""
+    """Plot the mean and standard deviation of each metric against the number of labels."""
     metrics = shown_metrics(content, task)
     figure = style.figure(2.7)
     panels: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False)[0]

@@ -32,11 +32,12 @@ BODY = ("backbone.",)
 class TransferSource:
     """A finished run from which a joining client starts.
 
-    Only what the clients shared is available: the uploaded part of their models, and predictions.
+    Only information that clients shared is used: the uploaded parts of their models, and the
+    predictions of the models.
 
     Args:
         run: The finished run.
-        notes: Lines for the results.
+        notes: Notes to report with the results.
     """
 
     run: Run
@@ -73,14 +74,14 @@ class TransferSource:
 
     @property
     def most_common_model(self) -> str:
-        """Name of the most frequent model; of equals, the first client's."""
+        """Name of the most frequent model. In a tie, the model of the first client is used."""
         names = Counter(self.clients[client_id].model[0].name for client_id in self.models)
         return names.most_common(1)[0][0]
 
     def settings_for(self, name: str) -> tuple[ClientSettings, bool]:
-        """Return the settings for a client with a model, and whether a client of the run has it.
+        """Return client settings for a model, and whether a client of the run has this model.
 
-        The settings are those of the first client with the model, otherwise the defaults.
+        The settings of the first client with the model are returned, or else the default settings.
         """
         for client_id in self.models:
             if self.clients[client_id].model[0].name == name:
@@ -103,15 +104,15 @@ class TransferSource:
     def consensus(self, x: Tensor) -> Tensor:
         """Combine the predictions of all clients' models on raw rows.
 
-        Each model uses its client's preprocessing. A model is skipped for rows in which values that
-        it needs are missing.
+        Each model uses the preprocessing of its client. A model is skipped for rows that lack
+        values that the model needs.
 
         Args:
             x: Raw rows, `[N, ...]`.
 
         Returns:
-            The logarithm of the mean probability (for regression the mean), `[N, outputs]`; NaN
-            for rows that no model can use.
+            Logits of the mean probabilities, or the mean predictions for regression,
+            `[N, outputs]`. NaN for rows that no model can use.
 
         Raises:
             UserError: If the rows do not fit the models.
@@ -143,7 +144,10 @@ class TransferSource:
 
     @cached_property
     def data(self) -> PreparedRun | None:
-        """The run prepared again with its data; None, with a note, if it is not available."""
+        """The run, prepared again with its data.
+
+        None if the data is not available or has changed, in which case a note is added to `notes`.
+        """
         known: dict[str, Any] = self.run.summary["data"]
         try:
             prepared = prepare(self.config)
@@ -164,7 +168,7 @@ class TransferSource:
 
     @property
     def public(self) -> Tensor | None:
-        """Raw public rows of the run; None if it has none or they are not available."""
+        """Raw public rows of the run; None if there are none or the data is not available."""
         return (
             self.data.data.raw_examples("proxy")
             if self.data is not None and self.data.data.n_proxy
@@ -172,7 +176,7 @@ class TransferSource:
         )
 
     def num_seen(self, x: Tensor) -> int:
-        """Return how many of the raw rows were training rows in the run."""
+        """Return the number of raw rows that were training rows in the run."""
         if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
             return 0
         given = rows_as_bytes(x)
@@ -187,8 +191,8 @@ class TransferSource:
 
         Args:
             x: Raw rows, `[N, ...]`.
-            rows: Description of the rows.
-            description: Whose scores are too high because of them.
+            rows: Description of the rows, for the note.
+            description: Description of the models whose scores are too optimistic, for the note.
         """
         count = self.num_seen(x)
         verb = "is also in the run's" if count == 1 else "are also in the run's"
@@ -200,7 +204,7 @@ class TransferSource:
 
 
 def rows_as_bytes(x: Tensor) -> list[bytes]:
-    """Return the bytes of each row."""
+    """Return the bytes of each row of a tensor."""
     flat = np.ascontiguousarray(x.flatten(1).numpy())
     row_type = np.dtype((np.void, flat.itemsize * flat.shape[1]))
     found: list[bytes] = flat.view(row_type)[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""Facts about a comparison: columns, data, and the settings of each method."""
+"""Facts about a comparison: columns, data and the settings of each method."""
 
 from __future__ import annotations
 
@@ -38,7 +38,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _ShownMetrics:
-    """Metrics shown for a kind of task: on both tests, for the worst client, for the server."""
+    """Metrics of a kind of task that comparisons show.
+
+    Attributes:
+        metrics: Metrics on the global and the local test.
+        worst: Metric of the worst client on the local test.
+        server: Metric of the server's model.
+    """
 
     metrics: tuple[str, ...]
     worst: str
@@ -61,7 +67,7 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column with scores.
+    """A column of scores in a comparison table.
 
     Attributes:
         key: Key of the values in a row.
@@ -80,7 +86,12 @@ class Column:
 
 @dataclass(frozen=True)
 class ComparedMethods:
-    """Labels of the methods in the order of display: federated methods, then bounds."""
+    """Labels of the compared methods, in the order of display.
+
+    Attributes:
+        federated: Labels of all methods except bounds.
+        bounds: Labels of bounds, methods with the rows or models of all clients in one place.
+    """
 
     federated: tuple[str, ...]
     bounds: tuple[str, ...]
@@ -97,15 +108,16 @@ class ComparedMethods:
 
 
 def compared_methods(rows: Sequence[Row]) -> ComparedMethods:
-    """Return the methods of the rows, in the same order."""
+    """Return the methods of the rows, in the order of the rows."""
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     return ComparedMethods(
-        tuple(a for a in labels if not is_bound(a)), tuple(a for a in labels if is_bound(a))
+        tuple(label for label in labels if not is_bound(label)),
+        tuple(label for label in labels if is_bound(label)),
     )
 
 
 def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
-    """Sort rows by their method's mean in the first column of the tables, the best first."""
+    """Sort rows by the mean score of their method in the first column of the tables, best first."""
     columns = columns_of(rows, task, "last")
     if not columns:
         return list(rows)
@@ -120,7 +132,7 @@ def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
     return sorted(rows, key=lambda row: rank[str(row["algorithm"])])
 
 
-def _kind(task: Task) -> str:
+def _task_kind(task: Task) -> str:
     if task.kind != "multiclass":
         return task.kind
     if task.rare is not None:
@@ -132,22 +144,22 @@ def _kind(task: Task) -> str:
 
 def metrics_of(task: Task) -> tuple[str, ...]:
     """Return the metrics that a comparison shows for the global and the local test."""
-    return _SHOWN[_kind(task)].metrics
+    return _SHOWN[_task_kind(task)].metrics
 
 
 def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:
-    """Return the columns for a task that have a value in any row.
+    """Return the columns with scores for a task, without columns that are empty in all rows.
 
     Args:
         rows: One row for each run.
         task: Task of the runs.
-        moment: `last` or `best`.
+        moment: `last`, or `best` for the round selected by validation.
     """
-    shown = _SHOWN[_kind(task)]
+    shown = _SHOWN[_task_kind(task)]
     columns = []
     for test in ("global", "personal"):
         for metric in shown.metrics:
-            columns.append(_column(f"{test}_{moment}_{metric}", test, metric))
+            columns.append(_make_column(f"{test}_{moment}_{metric}", test, metric))
     name = metric_name(shown.worst)
     columns.append(
         Column(
@@ -158,11 +170,11 @@ def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ..
             short=f"Worst client's {name}",
         )
     )
-    columns.append(_column(f"server_{moment}_{shown.server}", "server", shown.server))
+    columns.append(_make_column(f"server_{moment}_{shown.server}", "server", shown.server))
     return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
 
 
-def _column(key: str, test: str, metric: str) -> Column:
+def _make_column(key: str, test: str, metric: str) -> Column:
     name = metric_name(metric)
     group = capitalize_first(TEST_NAMES[test])
     title = f"Server's {name}" if test == "server" else tested_metric(test, metric)
@@ -178,8 +190,8 @@ class Setting:
 
     Attributes:
         key: Key of the setting.
-        value: Its value as text.
-        origin: Where it was set, such as `grid`.
+        value: Value as text.
+        origin: Origin of the setting, such as `grid`.
     """
 
     key: str
@@ -192,15 +204,18 @@ class UsedSettings:
     """The settings of the methods of a comparison.
 
     Attributes:
-        methods: Settings by label of the method.
-        note: A sentence on the settings in the section `algorithm` of the configuration.
+        methods: The label and the settings of each method.
+        note: A sentence about the settings in the section `algorithm` of the configuration.
     """
 
     methods: tuple[tuple[str, tuple[Setting, ...]], ...] = ()
     note: str = ""
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return (methods, settings) as text; methods with defaults share the first line."""
+        """Return the names and the settings of methods as text.
+
+        Methods that only use default settings share the first line.
+        """
         default = [algorithm_name(label) for label, settings in self.methods if not settings]
         tuned = [
             (algorithm_name(label), format_settings(settings))
@@ -221,7 +236,7 @@ def format_settings(settings: Sequence[Setting]) -> str:
 Json = dict[str, Any]
 
 NAMED = 6
-"""Maximum number of clients with one model that are all named; otherwise, some are omitted."""
+"""Maximum number of clients with the same model that are listed without omissions."""
 
 
 @dataclass(frozen=True)
@@ -229,11 +244,11 @@ class ComparisonFacts:
     """Facts about a comparison.
 
     Attributes:
-        facts: Facts as (name, text).
-        warning: A sentence on generated data; empty for real data.
+        facts: Facts as pairs of name and text.
+        warning: A sentence about generated data; empty for real data.
         command: The command line or the Python call.
-        jobs: Number of runs that shared the machine; None if unknown.
-        local_test_note: A sentence on the number of local test rows.
+        jobs: Number of runs that were executed in parallel; None if unknown.
+        local_test_note: A sentence about the number of local test rows.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -246,17 +261,17 @@ class ComparisonFacts:
 def gather_facts(
     out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None
 ) -> ComparisonFacts:
-    """Gather the facts about a comparison from its files, as far as they exist.
+    """Gather the facts about a comparison from the rows and, if they exist, the files of the runs.
 
     Args:
         out: The folder of the comparison.
         rows: One row for each run.
         missing: Reasons why methods or runs are not among the rows.
     """
-    runs = _runs(out, rows)
+    runs = _finished_runs(out, rows)
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    jobs = _jobs(out)
+    jobs = _parallel_runs(out)
     facts = {}
     local_test_note = ""
     warning = ""
@@ -265,7 +280,7 @@ def gather_facts(
         details = runs[0].details()
         about = details.get("about", "")
         facts["Data"] = render_line("comparison_data.txt", data=summary["data"], about=about)
-        facts["Clients"] = _clients(summary, details, runs[0].config())
+        facts["Clients"] = _describe_clients(summary, details, runs[0].config())
         if note := _local_test_note([local_test_rows(run.details()) for run in runs]):
             facts["Local test rows"] = note
             local_test_note = f"Local test: {note}"
@@ -286,12 +301,12 @@ def gather_facts(
     if jobs is not None:
         facts["Parallel runs"] = str(jobs)
     facts |= {f"Without {name}": why for name, why in (missing or {}).items()}
-    command = _command() or _call(labels, seeds)
+    command = _command_line() or _python_call(labels, seeds)
     return ComparisonFacts(tuple(facts.items()), warning, command, jobs, local_test_note)
 
 
 def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
-    """Return a sentence on the number of local test rows; empty if there are none."""
+    """Return a sentence about the number of local test rows; empty if there are none."""
     counts = [count for rows in tested for count in rows.values()]
     if not any(counts):
         return ""
@@ -303,8 +318,8 @@ def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
     return f"{note} {small_test_note(fewest)}".strip()
 
 
-def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
-    """Return the finished runs of the rows, federated methods first."""
+def _finished_runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
+    """Return the directories of the finished runs of the rows, with bounds last."""
     wanted = {(algorithm_base(str(row["algorithm"])), row["seed"]) for row in rows}
     found = []
     for folder in sorted((out / "runs").glob("*")):
@@ -320,7 +335,7 @@ def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
-def _clients(summary: Json, details: Json, config: Json) -> str:
+def _describe_clients(summary: Json, details: Json, config: Json) -> str:
     clients_by_model: dict[str, list[str]] = {}
     for client in summary["clients"]:
         clients_by_model.setdefault(_own_model(client, details), []).append(client["id"])
@@ -335,12 +350,12 @@ def _clients(summary: Json, details: Json, config: Json) -> str:
 
 
 def _own_model(client: Json, details: Json) -> str:
-    """Return the configured model of a client, which some methods replace."""
+    """Return the configured model of a client, which the method may have replaced."""
     configured = details["clients"].get(client["id"], {}).get("settings", {}).get("model")
     return str(configured[0]["name"] if configured else client["model"])
 
 
-def _jobs(out: Path) -> int | None:
+def _parallel_runs(out: Path) -> int | None:
     """Return the largest number of parallel runs in the log; None without a log."""
     try:
         text = (out / "log.txt").read_text(encoding="utf-8")
@@ -353,8 +368,8 @@ def _jobs(out: Path) -> int | None:
     return max(found, default=None)
 
 
-def _command() -> str:
-    """Return the command line of this process with short paths; empty if it is no comparison."""
+def _command_line() -> str:
+    """Return the command line of this process with short paths; empty if it is not a comparison."""
     program, *rest = sys.argv or [""]
     name = Path(program).name
     if Path(program).resolve() == PACKAGE.resolve().parent / "scripts" / "compare.py":
@@ -365,7 +380,7 @@ def _command() -> str:
 
 
 def _shorten_path(argument: str) -> str:
-    """Replace an absolute path in an argument by a relative path or the name of the file."""
+    """Replace an absolute path in an argument by a relative path or the file name."""
     key, equals, value = argument.rpartition("=")
     path = Path(value).expanduser()
     if not path.is_absolute():
@@ -374,5 +389,5 @@ def _shorten_path(argument: str) -> str:
     return key + equals + (os.path.relpath(path) if inside else path.name)
 
 
-def _call(labels: Sequence[str], seeds: Sequence[int]) -> str:
+def _python_call(labels: Sequence[str], seeds: Sequence[int]) -> str:
     return f'hetero_fl.compare(source, "{",".join(labels)}", seeds={list(seeds)}, out=…)'

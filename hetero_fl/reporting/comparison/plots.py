@@ -37,36 +37,38 @@ LABEL_WIDTH = 25
 """Maximum number of characters of a method's name on one line."""
 
 MANY = 16
-"""With more methods, the rows of the plot are closer together."""
+"""Number of methods above which the rows of the plot are closer together."""
 
 
 def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     """Plot the scores, bytes, time and requirements of each method.
 
-    Scores are those of the last round, with mean and standard deviation over seeds; faint points
-    are single seeds. The baseline is dotted, and bounds are below a dashed line.
+    Scores are from the last round and are shown as mean and standard deviation over seeds; faint
+    points are single seeds. A dotted line marks the baseline. Bounds are below a dashed line.
 
     Args:
         rows: One row for each run.
         task: Task of the runs.
-        jobs: Number of runs that shared the machine; None if unknown.
+        jobs: Number of runs that were executed in parallel; None if unknown.
     """
     shown = compared_methods(rows)
     metrics = [
         m
         for m in metrics_of(task)
-        if any(row.get(f"{r}_last_{m}") is not None for row in rows for r in TEST_NAMES)
+        if any(row.get(f"{test}_last_{m}") is not None for row in rows for test in TEST_NAMES)
     ]
-    labels = [_label(a) for a in shown.all_labels]
-    wanted = Counter(word for a in shown.all_labels for need in method_needs(a) for word in need)
+    labels = [_wrap_name(label) for label in shown.all_labels]
+    wanted = Counter(
+        word for label in shown.all_labels for need in method_needs(label) for word in need
+    )
     needed = [word for word, _ in wanted.most_common()]
     pitch, line = (0.2, 0.14) if len(labels) <= MANY else (0.12, 0.13)
     height = 1.2 + pitch * len(labels) + line * sum(label.count("\n") + 1 for label in labels)
     figure = style.figure(height + (0.07 * max(map(len, needed)) if needed else 0))
     present = [
-        r
-        for r in TEST_NAMES
-        if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in metrics)
+        test
+        for test in TEST_NAMES
+        if any(row.get(f"{test}_last_{m}") is not None for row in rows for m in metrics)
     ]
     # The last panel is at least as wide as its title.
     widths = [*(2.4 for _ in metrics), 1.7, 1.7, max(1.0, 0.34 * len(needed))]
@@ -80,19 +82,22 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     _bars(
         exchanged,
         [
-            [row["up_bytes"] + row["down_bytes"] for row in _rows_of_label(rows, a)]
-            for a in shown.all_labels
+            [row["up_bytes"] + row["down_bytes"] for row in _rows_of_label(rows, label)]
+            for label in shown.all_labels
         ],
         format_bytes,
     )
     exchanged.set_title("Bytes")
     _bars(
         time,
-        [[row["seconds_total"] for row in _rows_of_label(rows, a)] for a in shown.all_labels],
+        [
+            [row["seconds_total"] for row in _rows_of_label(rows, label)]
+            for label in shown.all_labels
+        ],
         format_duration,
     )
     time.set_title("Time" if jobs == 1 else "Time\n(shared)")
-    needs = [method_needs(a) for a in shown.all_labels]
+    needs = [method_needs(label) for label in shown.all_labels]
     _draw_needs(needs_axes, needs, needed)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
@@ -119,15 +124,15 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     return figure
 
 
-def _label(label: str) -> str:
-    """Wrap the name of a method to at most three lines, without breaks within settings."""
+def _wrap_name(label: str) -> str:
+    """Wrap the name of a method to at most three lines, without line breaks within settings."""
     name = _short_name(label).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     lines = textwrap.wrap(name, LABEL_WIDTH, max_lines=3, placeholder=" …")
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _short_name(label: str) -> str:
-    """Return the name of a method, with keys of client settings as in the list of settings."""
+    """Return the display name of a method, with short keys of client settings."""
     return algorithm_name(label).replace("clients.defaults.", "")
 
 
@@ -179,7 +184,7 @@ def _draw_scores(
 def _bars(
     axes: Axes, values: Sequence[Sequence[float]], format_value: Callable[[float], str]
 ) -> None:
-    """Draw the mean of each method as a bar, labeled with its value."""
+    """Draw the mean of each method as a bar, labeled with the value."""
     means = [float(np.mean(v)) for v in values]
     axes.barh(range(len(means)), means, 0.6, color=style.LIGHT)
     for place, mean in enumerate(means):
@@ -252,9 +257,10 @@ COLORS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
 def write_curves(
     path: Path, histories: Mapping[str, Sequence[History]], task: Task, timed: bool = False
 ) -> None:
-    """Plot the global test score of each method by round, with mean and deviation over seeds.
+    """Plot the global test score of each method, as mean and standard deviation over seeds.
 
-    Nothing is written for too many methods, or without methods evaluated in several rounds.
+    Nothing is written if there are more than 10 methods, or if no method was evaluated in several
+    rounds.
 
     Args:
         path: The PNG file.
@@ -262,16 +268,16 @@ def write_curves(
         task: Task of the runs.
         timed: Whether the x axis is simulated hours instead of rounds.
     """
-    metric = _metric(task)
+    metric = _curve_metric(task)
     lines = {
         label: line
         for label, runs in histories.items()
-        if (line := _line(runs, metric, timed)) or not timed
+        if (line := _curve_points(runs, metric, timed)) or not timed
     }
     if len(lines) <= MANY_CURVES and any(len(line) > 1 for line in lines.values()):
         with style.plot_style():
             path.write_bytes(
-                style.to_png(_draw(lines, metric, "simulated hours" if timed else "round"))
+                style.to_png(_draw_curves(lines, metric, "simulated hours" if timed else "round"))
             )
 
 
@@ -285,12 +291,13 @@ def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, f
         task: Task of the runs.
 
     Returns:
-        A column name with hours for each run; empty if a run has no simulated time or scores.
+        A dictionary for each run that contains the hours, with the column name as key. All
+        dictionaries are empty if any run has no simulated time or no scores.
     """
-    metric = _metric(task)
+    metric = _curve_metric(task)
     sign = -1 if metric in SMALLER_IS_BETTER else 1
     curves = [
-        [(x, values[0]) for x, values in _line([history], metric, timed=True)]
+        [(x, values[0]) for x, values in _curve_points([history], metric, timed=True)]
         for history in histories
     ]
     if not curves or not all(curves):
@@ -301,16 +308,22 @@ def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, f
     return [{name: next(x for x, value in curve if sign * value >= target)} for curve in curves]
 
 
-def _metric(task: Task) -> str:
+def _curve_metric(task: Task) -> str:
     return (
         "accuracy" if task.kind == "multiclass" and task.outputs > 2 else selection_metric(task)[0]
     )
 
 
-def _line(
+def _curve_points(
     runs: Sequence[History], metric: str, timed: bool = False
 ) -> list[tuple[float, list[float]]]:
-    """Return the round, or the mean simulated hours, and the scores of the seeds."""
+    """Return the points of a learning curve, each with the scores of all seeds.
+
+    Args:
+        runs: Records of the runs of a method.
+        metric: The metric.
+        timed: Whether the position of a point is the mean of the simulated hours, not the round.
+    """
     values: dict[int, list[float]] = {}
     hours: dict[int, list[float]] = {}
     for history in runs:
@@ -324,7 +337,9 @@ def _line(
     return [(float(np.mean(hours[round_idx])), values[round_idx]) for round_idx in sorted(values)]
 
 
-def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axis: str) -> Figure:
+def _draw_curves(
+    lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axis: str
+) -> Figure:
     figure = style.figure(3.2)
     axes = figure.subplots()
     for place, (label, line) in enumerate(lines.items()):

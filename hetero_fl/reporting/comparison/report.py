@@ -36,9 +36,9 @@ NEEDS_NOTE = (
 def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of a run from the content of its `summary.json`.
 
-    Its keys are `algorithm`, `seed`, `{personal,global,server}_{last,best}_{metric}` as far as
-    there are scores, `personal_{last,best}_{metric}_worst` for the worst client, `up_bytes`,
-    `down_bytes`, `seconds_total`, and `simulated_hours` with simulated time.
+    The keys are `algorithm`, `seed`, `{personal,global,server}_{last,best}_{metric}` for existing
+    scores, `personal_{last,best}_{metric}_worst` for the worst client, `up_bytes`, `down_bytes`,
+    `seconds_total` and, for runs with simulated time, `simulated_hours`.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
     for test in TEST_NAMES:
@@ -71,17 +71,17 @@ def write_comparison(
     tried: Sequence[Candidate] = (),
     settings: UsedSettings | None = None,
 ) -> None:
-    """Write the tables, plot and report of a comparison.
+    """Write the tables, the plot and the report of a comparison.
 
-    Methods keep the order of the rows, with bounds last. Facts about the comparison are read from
-    `runs/` and `log.txt` in `out_dir`, as far as they exist.
+    Methods are listed in the order of the rows, with bounds last. Facts about the comparison are
+    read from `runs/` and `log.txt` in `out_dir` if they exist.
 
     Args:
         out_dir: Folder of the comparison.
-        rows: One row for each run, from `comparison_row`. `algorithm` may contain settings
-            (`hybrid:teacher=mean`).
+        rows: One row for each run, from `comparison_row`. The value of `algorithm` may contain
+            settings (`hybrid:teacher=mean`).
         title: Title of the report.
-        note: A sentence on the tuning, shown below the title and in LaTeX captions.
+        note: A sentence about the tuning, shown below the title and in LaTeX captions.
         task: Task of the runs.
         missing: Reasons why methods or runs are not among the rows.
         tried: Candidates of a tuning grid.
@@ -137,7 +137,7 @@ def write_comparison(
 
 
 def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
-    """Return the columns of `comparison.csv`, those beyond the standard columns last."""
+    """Return the columns of `comparison.csv`, with additional columns after the standard ones."""
     names = ["algorithm", "seed"]
     names += [
         f"{test}_{moment}_{metric}"

@@ -33,17 +33,28 @@ from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
 MIN_SEEDS = 5
-"""Fewest seeds for a paired t-test. With fewer, its power is low and it depends on normality."""
+"""Minimum number of seeds for a paired t-test.
+
+With fewer seeds, the test has little power and depends strongly on normality.
+"""
 
 UNDEFINED_WITHOUT_A_CLASS = ("auroc", "average_precision")
 """Metrics that are undefined if the test rows lack a class."""
 
 BELOW = "↓"
-"""Mark of scores that are worse than those of the baseline."""
+"""Mark of scores that are worse than the score of the baseline."""
 
 
 def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
-    """Return the p-value of a two-sided paired t-test over common seeds; a dash if too few."""
+    """Compute the p-value of a two-sided paired t-test over the seeds of two methods.
+
+    Args:
+        a: Scores of the first method by seed.
+        b: Scores of the second method by seed.
+
+    Returns:
+        The p-value as text; a dash if the methods share fewer than 5 seeds.
+    """
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < MIN_SEEDS:
         return MISSING
@@ -59,7 +70,7 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
 
 
 def seconds_note(jobs: int | None) -> str:
-    """Return a sentence on what the column “Seconds” measures."""
+    """Return a sentence that explains what the column “Seconds” measures."""
     return render_line("seconds.txt", jobs=jobs)
 
 
@@ -70,9 +81,9 @@ class TableCell:
     Attributes:
         mean: Mean over seeds; None without scores.
         deviation: Sample standard deviation over seeds; None for a single seed.
-        text: Both as text.
+        text: Mean and standard deviation as text.
         best: Whether the score is the best in its column.
-        below: Whether it is worse than the score of the baseline.
+        below: Whether the score is worse than the score of the baseline.
     """
 
     mean: float | None
@@ -91,14 +102,14 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableLine:
-    """A row of the table.
+    """A row of a comparison table.
 
     Attributes:
         algorithm: Label of the method.
-        name: Name of the method.
+        name: Display name of the method.
         bound: Whether the method is a bound.
-        cells: Scores.
-        p: p-value against the best method; empty for bounds.
+        cells: Scores, in the order of the columns.
+        p: p-value of the difference from the best method; empty for bounds.
         megabytes: Megabytes exchanged per run.
         seconds: Seconds per run.
         needs: Requirements of the method.
@@ -120,11 +131,11 @@ class ComparisonTable:
 
     Attributes:
         title: Title of the table.
-        columns: Columns with scores; p-values compare the first one.
+        columns: Columns with scores. The p-values are computed for the first column.
         lines: Rows of the table, bounds last.
         caption: Text below the table.
         tested: Whether there is a column with p-values.
-        jobs: Number of runs that shared the machine; None if unknown.
+        jobs: Number of runs that were executed in parallel; None if unknown.
     """
 
     title: str
@@ -141,18 +152,18 @@ class ComparisonTable:
 
     @property
     def others(self) -> list[str]:
-        """Titles of the columns after the scores."""
+        """Titles of the columns that follow the scores."""
         shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
         return [*(["p"] if self.tested else []), "MB", f"Seconds{shared}", "Needs"]
 
     @property
     def groups(self) -> list[tuple[str, list[str]]]:
-        """Names of tests in the order of the columns, each with the titles of its columns."""
+        """Names of the tests in the order of the columns, each with the titles of its columns."""
         by_group = groupby(self.columns, key=lambda column: column.group)
         return [(group, [column.short for column in columns]) for group, columns in by_group]
 
     def markdown(self) -> str:
-        """Return the table in GitHub Markdown, with a separate line above the bounds."""
+        """Return the table in GitHub Markdown, with a subheading above the bounds."""
         rows = []
         for line in self.lines:
             if line.bound and ["*Bounds*"] not in rows:
@@ -164,7 +175,7 @@ class ComparisonTable:
         return markdown_table(self.header, rows, ("left", *numbers, "left"))
 
     def latex(self, label: str, note: str = "") -> str:
-        """Return the table in LaTeX, for the packages booktabs and graphicx.
+        """Return the table in LaTeX, which requires the packages booktabs and graphicx.
 
         Args:
             label: Label for references, without the prefix `tab:`.
@@ -180,14 +191,14 @@ def make_table(
     jobs: int | None = None,
     local_test_note: str = "",
 ) -> ComparisonTable:
-    """Return the table of the last round or of the round that validation selected.
+    """Return the table for the last round or for the round selected by validation.
 
     Args:
         rows: One row for each run.
         task: Task of the runs.
-        moment: `last` or `best`.
-        jobs: Number of runs that shared the machine; None if unknown.
-        local_test_note: A sentence on the local test rows, for the caption.
+        moment: `last`, or `best` for the selected round.
+        jobs: Number of runs that were executed in parallel; None if unknown.
+        local_test_note: A sentence about the local test rows, for the caption.
     """
     columns = columns_of(rows, task, moment)
     shown = compared_methods(rows)
@@ -212,8 +223,10 @@ def make_table(
                 algorithm_name(label) + short,
                 is_bound(label),
                 tuple(column[index] for column in cells),
-                "" if leader is None or is_bound(label) else _p(frame, columns[0], label, leader),
-                _megabytes((own["up_bytes"] + own["down_bytes"]).mean() / 1e6),
+                ""
+                if leader is None or is_bound(label)
+                else _p_value_of(frame, columns[0], label, leader),
+                _format_megabytes((own["up_bytes"] + own["down_bytes"]).mean() / 1e6),
                 format_significant(own["seconds_total"].mean()),
                 format_needs(label) or MISSING,
             )
@@ -238,7 +251,10 @@ def make_table(
 
 
 def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]:
-    """Return the titles of local test columns that are omitted for lack of a class in all runs."""
+    """Return the titles of local test columns that are omitted because all values are undefined.
+
+    AUROC and average precision are undefined if the test rows lack a class.
+    """
     if task.kind == "regression" or not any(f"personal_{moment}_loss" in row for row in rows):
         return []
     keys = {metric: f"personal_{moment}_{metric}" for metric in metrics_of(task)}
@@ -252,7 +268,7 @@ def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]
 def _make_column(
     column: Column, means: pd.Series, deviations: pd.Series, shown: ComparedMethods
 ) -> list[TableCell]:
-    """Return the cells of a column; scores that look equal to the best are marked as best."""
+    """Return the cells of a column. Scores that round to the best score are also marked as best."""
     metric = column.metric
     best = _best_method(column, means, shown)
     best_mean = math.nan if best is None else float(means[best])
@@ -264,20 +280,20 @@ def _make_column(
         if math.isnan(mean):
             cells.append(TableCell(None, None, MISSING))
             continue
-        printed = _number(mean, metric)
+        printed = _format_score(mean, metric)
         has_spread = not math.isnan(deviation)
         is_ranked = label in shown.federated
         cells.append(
             TableCell(
                 mean,
                 deviation if has_spread else None,
-                f"{printed} ± {_number(deviation, metric)}" if has_spread else printed,
+                f"{printed} ± {_format_score(deviation, metric)}" if has_spread else printed,
                 best=is_ranked
                 and len(shown.federated) > 1
-                and printed == _number(best_mean, metric),
+                and printed == _format_score(best_mean, metric),
                 below=is_ranked
                 and is_better(metric, baseline, mean)
-                and printed != _number(baseline, metric),
+                and printed != _format_score(baseline, metric),
             )
         )
     return cells
@@ -291,8 +307,8 @@ def _best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> st
     return str(known.idxmin() if column.metric in SMALLER_IS_BETTER else known.idxmax())
 
 
-def _p(frame: pd.DataFrame, column: Column, label: str, leader: str) -> str:
-    """Return the p-value of a method against the best one in a column."""
+def _p_value_of(frame: pd.DataFrame, column: Column, label: str, leader: str) -> str:
+    """Return the p-value of the difference between a method and the best method in a column."""
     if label == leader:
         return "best"
     values = frame[["seed", column.key]].dropna()
@@ -303,16 +319,16 @@ def _p(frame: pd.DataFrame, column: Column, label: str, leader: str) -> str:
     return p_value(by_method.get(label, {}), by_method[leader])
 
 
-def _megabytes(value: float) -> str:
+def _format_megabytes(value: float) -> str:
     return format_significant(value, 3 if value >= 1 else 2) if value else "0"
 
 
 def format_single(value: float | None, metric: str) -> str:
     """Format the score of one run as in the tables."""
-    return MISSING if value is None else _number(value, metric)
+    return MISSING if value is None else _format_score(value, metric)
 
 
-def _number(value: float, metric: str) -> str:
+def _format_score(value: float, metric: str) -> str:
     if metric in ("loss", "perplexity", "mae", "rmse"):
         return format_significant(value)
     return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
@@ -325,7 +341,7 @@ class Candidate:
     Attributes:
         algorithm: Label of the method.
         point: Settings as `key=value`.
-        score: Mean validation score over seeds, larger is better; None without one.
+        score: Mean validation score over seeds, larger is better; None if there is no score.
         chosen: Whether the candidate was chosen.
     """
 
@@ -342,7 +358,8 @@ class TuningTable:
     Attributes:
         title: Title of the table.
         header: Titles of the columns.
-        lines: Method, settings, validation score and whether it was chosen, for each candidate.
+        lines: The method, the settings, the validation score and whether the candidate was chosen,
+            for each candidate.
         caption: Text below the table.
     """
 

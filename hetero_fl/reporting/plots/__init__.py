@@ -29,15 +29,19 @@ NAMES = (
 
 
 def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> dict[str, bytes]:
-    """Return the plots of a finished run as PNG by name, in the order of the report.
+    """Draw the plots of a finished run.
 
     Plots that do not apply to the run are omitted: `communication` without exchanged bytes, `time`
-    and `tasks` without simulated time, `staleness` of synchronous runs, `privacy` without privacy,
-    `forecasts` without dates, `confusion` and `calibration` without classes.
+    and `tasks` without simulated time, `staleness` for synchronous runs, `privacy` without privacy,
+    `forecasts` without timestamps, `confusion` and `calibration` without classes.
 
     Args:
         run: The finished run.
-        log: Called with a line for each plot that cannot be drawn; None raises the error instead.
+        log: Function called with a line for each plot that cannot be drawn. None: the error is
+            raised instead.
+
+    Returns:
+        The plots as PNG by name, in the order of the report.
 
     Raises:
         UserError: If a file of the run is missing.
@@ -69,7 +73,7 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
 
 @contextmanager
 def report_errors(subject: str, log: Callable[[str], None] | None) -> Iterator[None]:
-    """Log an error in one line that begins with `subject`; without `log` it is raised."""
+    """Log an error as one line that begins with `subject`, or raise it if `log` is None."""
     try:
         yield
     except Exception as error:
@@ -81,14 +85,14 @@ def report_errors(subject: str, log: Callable[[str], None] | None) -> Iterator[N
 def write_plots(
     run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None
 ) -> list[Path]:
-    """Draw the plots of a finished run into its folder `plots/` and return their paths.
+    """Draw the plots of a finished run, save them in its folder `plots/` and return their paths.
 
     Args:
         run_dir: The run directory.
         log: See `draw_plots`.
 
     Raises:
-        UserError: If the folder is no finished run.
+        UserError: If the folder does not contain a finished run.
     """
     run = RunDirectory.open(run_dir)
     pictures = draw_plots(run, log)

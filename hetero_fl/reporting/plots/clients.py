@@ -1,4 +1,4 @@
-"""Plots of clients: scores on local and global test, and label distributions."""
+"""Plots of clients: scores on the local and the global test, and label distributions."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from hetero_fl.utils.text import pluralize
 Json = dict[str, Any]
 
 FEW = 40
-"""Maximum number of clients that are named individually."""
+"""Maximum number of clients that are plotted with their ids."""
 
 MAX_LABELS = 20
-"""Maximum number of labels that are named individually."""
+"""Maximum number of labels that are plotted with their names."""
 
 
 def plot_client_scores(summary: Json, details: Json) -> Figure:
-    """Plot two metrics of each client's model on local and global test after the last round.
+    """Plot two metrics of each client's model after the last round, on the local and global test.
 
-    Each of up to 40 clients has a line with two points and the number n of local test rows. With
-    more clients, a scatter plot shows global against local test scores. Hollow points have fewer
-    than 20 local test rows.
+    Up to 40 clients are plotted as lines between two points, labeled with the number n of local
+    test rows. With more clients, a scatter plot shows global against local test scores. Clients
+    with fewer than 20 local test rows have hollow points.
     """
     rows = summary["clients"]
     tested = local_test_rows(details)
     first = selection_metric_of(summary, details)
-    # AUROC is no second metric, because it is undefined on local tests that lack a class.
+    # AUROC is not used as the second metric, because it is undefined if test rows lack a class.
     second = {"mae": "rmse", "auroc": "balanced_accuracy", "accuracy": "top3_accuracy"}
     pair = (first, second.get(first, "accuracy"))
     if details.get("rare") is not None:
@@ -89,7 +89,8 @@ def _hollow_handle(tested: dict[str, int]) -> Line2D | None:
 
 def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) -> None:
     values = np.array(
-        [[client_score(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
+        [[client_score(row, test, name) for test in ("personal", "global")] for row in rows],
+        dtype=float,
     )
     positions = np.arange(len(rows))
     few = _has_few_rows(rows, tested)
@@ -124,7 +125,7 @@ def _scatter(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
     few = _has_few_rows(rows, tested)
     for axes, name in zip(panels, pair, strict=True):
         values = np.array(
-            [[client_score(row, r, name) for r in ("personal", "global")] for row in rows],
+            [[client_score(row, test, name) for test in ("personal", "global")] for row in rows],
             dtype=float,
         )
         for model in models if colors else [None]:
@@ -164,9 +165,10 @@ def _scatter(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
 def plot_labels(summary: Json, details: Json) -> Figure:
     """Plot the label distribution of each client.
 
-    Up to 40 clients have stacked bars for up to 4 classes, or bubbles for up to 20. With more
-    clients or classes, a heat map shows the fraction of each of the 20 most frequent labels. If
-    there are no classes or label counts, the plot shows the number of rows in each split.
+    For up to 40 clients, stacked bars show up to 4 classes, and bubbles show up to 20 classes. With
+    more clients or classes, stacked areas show up to 4 classes, and a heat map shows the fractions
+    of the 20 most frequent classes. Without classes or label counts, the plot shows the number of
+    rows in each split.
     """
     counts = details["label_counts"]
     names = details["labels"]
@@ -181,9 +183,9 @@ def plot_labels(summary: Json, details: Json) -> Figure:
         kind = "label" if target_kind(summary, details) == "multilabel" else "class"
         return _bubbles(ids, table, names, kind)
     if len(names) <= MAX_LABELS:
-        return _shares(ids, share, names)
+        return _label_heat_map(ids, share, names)
     most = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
-    figure = _shares(ids, share[:, most], [names[c] for c in most])
+    figure = _label_heat_map(ids, share[:, most], [names[c] for c in most])
     figure.axes[0].set_title(f"The {MAX_LABELS} most frequent of {len(names)} labels")
     return figure
 
@@ -192,22 +194,22 @@ def _plot_split_sizes(rows: dict[str, dict[str, int]]) -> Figure:
     splits = ("train", "validation", "test")
     table = np.array([[counts[split] for split in splits] for counts in rows.values()], dtype=float)
     if len(table) <= FEW:
-        return _stacked(list(rows), table, splits, "rows")
+        return _stacked_bars(list(rows), table, splits, "rows")
     order = np.argsort(-table.sum(1), kind="stable")
-    return _stacked_many(table, splits, "rows", order, "largest first")
+    return _stacked_areas(table, splits, "rows", order, "largest first")
 
 
 def _plot_few_labels(
     ids: list[str], table: np.ndarray, share: np.ndarray, names: tuple[str, ...]
 ) -> Figure:
     if len(ids) <= FEW:
-        return _stacked(ids, table, names, "training rows")
+        return _stacked_bars(ids, table, names, "training rows")
     order = np.lexsort(share.T[::-1])
     unit = "fraction of the client's training rows"
-    return _stacked_many(share, names, unit, order, f"ordered by their fraction of {names[0]}")
+    return _stacked_areas(share, names, unit, order, f"ordered by their fraction of {names[0]}")
 
 
-def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
+def _stacked_bars(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
     figure = style.figure(1.35 + 0.24 * len(ids))
     axes = figure.subplots()
     positions = np.arange(len(ids))
@@ -234,7 +236,7 @@ def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: st
     return figure
 
 
-def _stacked_many(
+def _stacked_areas(
     table: np.ndarray, names: tuple[str, ...], unit: str, order: np.ndarray, order_text: str
 ) -> Figure:
     figure = style.figure(3.0)
@@ -299,9 +301,9 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str], kind: str) -> 
     return figure
 
 
-def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
+def _label_heat_map(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
     clients, classes = share.shape
-    # Clients with the same main label are neighbors, which makes the label skew visible.
+    # Neighboring clients have the same most frequent label, which makes the label skew visible.
     order = np.lexsort((-share.max(1), share.argmax(1)))
     figure = style.figure(4.4)
     axes = figure.subplots()

@@ -32,9 +32,14 @@ Json = dict[str, Any]
 
 
 def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
-    """Plot the selection metric and a second one by round, on all tests.
+    """Plot the selection metric and a second metric by round, on all tests.
 
     Curves are means over clients; bands are one standard deviation over clients.
+
+    Args:
+        summary: Content of `summary.json`.
+        records: Records of the rounds.
+        details: Content of `details.json`.
     """
     figure = style.figure(3.1)
     rounds = [r for r in records if r.get("personal") or r.get("global")]
@@ -61,7 +66,16 @@ def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure
 
 
 def plot_communication(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
-    """Plot the selection metric against the total exchanged bytes; None if there are none."""
+    """Plot the selection metric against the cumulative number of exchanged bytes.
+
+    Args:
+        summary: Content of `summary.json`.
+        records: Records of the rounds.
+        details: Content of `details.json`.
+
+    Returns:
+        The figure; None if no bytes were exchanged.
+    """
     total = list(accumulate(r["up_bytes"] + r["down_bytes"] for r in records))
     if not total or not total[-1]:
         return None
@@ -96,12 +110,12 @@ def _draw_tests(
     summary: Json,
     band: bool = True,
 ) -> None:
-    """Draw a curve for each test, with marks at the last and the selected round.
+    """Draw a curve for each test, with markers at the last and the selected round.
 
     Args:
         axes: The axes.
-        metric: The metric; rounds in which it is undefined are omitted.
-        x: Position of each round.
+        metric: The metric. Rounds in which the metric is undefined are omitted.
+        x: Position of each round on the x axis.
         rounds: Records of the rounds.
         summary: Content of `summary.json`.
         band: Whether to draw the standard deviation over clients.
@@ -158,20 +172,20 @@ def tests_legend(figure: Figure, summary: Json, bands: bool, more: Sequence[Arti
     Args:
         figure: The figure.
         summary: Content of `summary.json`.
-        bands: Whether the figure has bands.
+        bands: Whether the figure has bands of one standard deviation.
         more: Additional entries.
     """
     handles: list[Artist] = [
         Line2D(
             [],
             [],
-            color=style.TEST_COLORS[r],
-            marker=style.TEST_MARKERS[r],
+            color=style.TEST_COLORS[test],
+            marker=style.TEST_MARKERS[test],
             markersize=4,
             label=text,
         )
-        for r, text in TEST_DESCRIPTIONS.items()
-        if summary[r]
+        for test, text in TEST_DESCRIPTIONS.items()
+        if summary[test]
     ]
     if bands:
         handles.append(
@@ -197,7 +211,7 @@ def tests_legend(figure: Figure, summary: Json, bands: bool, more: Sequence[Arti
 
 
 def plot_privacy(summary: Json, records: Sequence[Json]) -> Figure | None:
-    """Plot the largest ε of any client by round; None for runs without privacy."""
+    """Plot the largest ε of any client by round, or return None for runs without privacy."""
     if not summary.get("privacy"):
         return None
     points = [
@@ -233,7 +247,7 @@ TASK_CLIENTS = 30
 """Maximum number of clients in the plot of tasks."""
 
 TASK_ROUNDS = 15
-"""Number of rounds in the plot of tasks."""
+"""Maximum number of rounds in the plot of tasks."""
 
 
 def timed_records(records: Sequence[Json]) -> list[Json]:
@@ -245,7 +259,13 @@ def timed_records(records: Sequence[Json]) -> list[Json]:
 def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
     """Plot the selection metric by simulated time, and the outcomes of invited clients by round.
 
-    Returns None without simulated time.
+    Args:
+        summary: Content of `summary.json`.
+        records: Records of the rounds.
+        details: Content of `details.json`.
+
+    Returns:
+        The figure; None for runs without simulated time.
     """
     timed = timed_records(records)
     if not timed:
@@ -311,7 +331,8 @@ def _outcome_handles(records: Sequence[Json]) -> list[Patch | Line2D]:
 def plot_tasks(records: Sequence[Json]) -> Figure | None:
     """Plot a Gantt chart of the tasks in the first rounds, for the clients invited most often.
 
-    Returns None without simulated time.
+    Returns:
+        The figure; None for runs without simulated time.
     """
     timed = timed_records(records)[:TASK_ROUNDS]
     tasks = [task for record in timed for task in record["tasks"]]
@@ -355,7 +376,7 @@ def plot_tasks(records: Sequence[Json]) -> Figure | None:
 
 
 def plot_staleness(records: Sequence[Json]) -> Figure | None:
-    """Plot a histogram of the staleness of uploads; None for synchronous runs."""
+    """Plot a histogram of the staleness of uploads, or return None for synchronous runs."""
     counts = Counter[int]()
     for record in records:
         counts.update(

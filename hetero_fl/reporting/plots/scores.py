@@ -1,4 +1,4 @@
-"""Plots of errors: confusion matrices, calibration, forecasts."""
+"""Plots of errors: confusion matrices, calibration and forecasts."""
 
 from __future__ import annotations
 
@@ -24,21 +24,32 @@ from hetero_fl.reporting.plots import style
 Json = dict[str, Any]
 
 PANELS = 12
-"""Most panels of a figure. With more clients, all together and the weakest are shown."""
+"""Maximum number of panels in a figure.
+
+With more clients, the figure shows all clients together and the clients with the lowest scores.
+"""
 
 MAX_LABELS = 16
-"""Most matrices of a multilabel task."""
+"""Maximum number of labels of a multilabel task that have a confusion matrix."""
 
 ALL = "all clients"
 
 
 def plot_confusion(summary: Json, details: Json) -> Figure | None:
-    """Plot confusion matrices after the last round; None for targets without classes.
+    """Plot confusion matrices after the last round, normalized by true class.
 
-    Each row of a matrix is normalized by its true class. Up to 6 clients have a matrix for the
-    local test, with the number n of rows, above one for the global test. Up to 12 clients have a
-    matrix for the global test. With more, the figure shows all clients together and the 11 weakest.
-    Multilabel targets have a matrix for each of the first 16 labels, for all clients together.
+    For up to 6 clients, the figure shows a matrix for the local test of each client, labeled with
+    the number n of test rows, above a matrix for the global test. For up to 12 clients, it shows a
+    matrix for the global test of each client. With more clients, it shows a matrix for all clients
+    together and the matrices of the 11 clients with the lowest scores. For multilabel tasks, it
+    shows a matrix for each of the first 16 labels, for all clients together.
+
+    Args:
+        summary: Content of `summary.json`.
+        details: Content of `details.json`.
+
+    Returns:
+        The figure; None for tasks without classes.
     """
     by_client = _order_clients(details["confusion"], summary)
     local_test, global_test = (
@@ -79,8 +90,16 @@ def _panels_by_client(
     num_rows: Mapping[str, int],
     columns: int,
 ) -> list[Panel]:
-    """Return rows of panels, alternately for the local and the global test."""
-    # Titles of narrow panels have to be short.
+    """Return the panels row by row, with alternate rows for the local and the global test.
+
+    Args:
+        ids: Ids of the clients.
+        local_test: Confusion matrices on the local test, by client id.
+        global_test: Confusion matrices on the global test, by client id.
+        num_rows: Number of local test rows, by client id.
+        columns: Number of panels in a row.
+    """
+    # Titles of narrow panels must be short.
     count = "n" if columns > 4 else "local test n"
     panels: list[Panel] = []
     for first in range(0, len(ids), columns):
@@ -100,13 +119,13 @@ def _panels_by_client(
 
 
 Panel = tuple[str, str, "np.ndarray | None"]
-"""Title of one or two lines, label at the left of the row, counts `[true, predicted]`.
+"""Title of one or two lines, label to the left of the row, and counts `[true, predicted]`.
 
 The counts are None for a client without test rows.
 """
 
 NO_PANEL: Panel = ("", "", None)
-"""Fills the last row of a grid; its axes are hidden."""
+"""Placeholder with hidden axes that fills the last row of a grid."""
 
 
 def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: float) -> Figure:
@@ -119,7 +138,7 @@ def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: flo
         left = index % columns == 0
         below = index + columns >= len(panels) or panels[index + columns] == NO_PANEL
         name, *more = full_title.split("\n")
-        # The number of letters that fit the width of a panel.
+        # The number of characters that fit the width of a panel.
         length = 14 if side < 1.5 else 18
         title = "\n".join([style.shorten(name, length), *more])
         axes.set_title(title, fontsize=7 if narrow else 8, loc="center")
@@ -152,7 +171,7 @@ def _grid(
     figure = style.figure(
         rows * (side + between) + around, min(style.WIDTH, columns * (side + 0.2) + around)
     )
-    # Removes the space between square panels.
+    # The compressed layout removes the space between square panels.
     figure.set_layout_engine("compressed")
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for axes in grid[count:]:
@@ -166,7 +185,7 @@ def _matrix(
     classes = len(names)
     has_rows = matrix is not None
     if matrix is None:
-        # NaN is transparent.
+        # NaN is drawn as transparent.
         matrix = np.full((classes, classes), np.nan)
         look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.MIN_FONT_SIZE}
         axes.text(0.5, 0.5, "no test rows", transform=axes.transAxes, **look)
@@ -211,11 +230,22 @@ def _matrix(
 def plot_calibration(summary: Json, details: Json) -> Figure | None:
     """Plot reliability diagrams with the expected calibration error (ECE) of each test.
 
-    The area of a point shows the number of predictions in its bin. Bins with a single prediction
-    are hollow points that are not part of the curve. With more than 12 clients, the figure shows
-    all clients together and the 11 weakest. None for targets without classes.
+    The area of a point is proportional to the number of predictions in its bin. Bins with a single
+    prediction are drawn as hollow points that are not part of the curve. With more than 12 clients,
+    the figure shows all clients together and the 11 clients with the lowest scores.
+
+    Args:
+        summary: Content of `summary.json`.
+        details: Content of `details.json`.
+
+    Returns:
+        The figure; None for tasks without classes.
     """
-    found = {i: c for i, c in _order_clients(details["calibration"], summary).items() if c}
+    found = {
+        client_id: by_test
+        for client_id, by_test in _order_clients(details["calibration"], summary).items()
+        if by_test
+    }
     if not found:
         return None
     group = _with_all(found, summary, details, _merge_calibrations)
@@ -234,11 +264,11 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
         Line2D(
             [],
             [],
-            color=style.TEST_COLORS[r],
-            marker=style.TEST_MARKERS[r],
-            label=TEST_NAMES[r],
+            color=style.TEST_COLORS[test],
+            marker=style.TEST_MARKERS[test],
+            label=TEST_NAMES[test],
         )
-        for r in ("personal", "global")
+        for test in ("personal", "global")
     ]
     handles.append(
         Line2D(
@@ -280,7 +310,7 @@ def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None
         x = np.array(found["confidence"], dtype=float)[kept]
         y = np.array(found["accuracy"], dtype=float)[kept]
         color = style.TEST_COLORS[test]
-        # The accuracy of a single prediction is 0 or 1, which would make the curve a zigzag.
+        # The accuracy of a single prediction is 0 or 1, which would distort the curve.
         joined = count[kept] > 1
         axes.plot(x[joined], y[joined], color=color, linewidth=1.1, zorder=2)
         area = 4 + 50 * count[kept] / count.sum()
@@ -297,7 +327,7 @@ def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None
         )
         rows = f" (n = {num_rows})" if test == "personal" else ""
         lines.append((f"{TEST_NAMES[test]} ECE {found['ece']:.3f}{rows}", color))
-    # Offsets in points keep the text off the title at any size.
+    # Offsets in points keep a distance between the text and the title at any size.
     for line_idx, (text, color) in enumerate(reversed(lines)):
         at: dict[str, Any] = {
             "xycoords": "axes fraction",
@@ -327,16 +357,23 @@ def _merge_bins(a: Json, b: Json) -> Json:
 
 
 def _order_clients(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
-    """Sort values by client in the order of the summary."""
+    """Sort a dictionary of clients in the order of the summary."""
     return {row["id"]: by_client[row["id"]] for row in summary["clients"] if row["id"] in by_client}
 
 
 def _with_all(
     by_client: Mapping[str, Any], summary: Json, details: Json, merge: Any
 ) -> dict[str, Any]:
-    """Return all clients if they fit, or else the merged clients and the weakest ones.
+    """Return the values for each panel: all clients, or the merged clients and the weakest ones.
 
-    The weakest have the lowest scores on the global test, or on the local test without one.
+    The weakest clients have the lowest scores on the global test, or on the local test if there is
+    no global test.
+
+    Args:
+        by_client: Values to plot, by client id.
+        summary: Content of `summary.json`.
+        details: Content of `details.json`.
+        merge: Function that merges the values of two clients.
     """
     if len(by_client) <= PANELS:
         return dict(by_client)
@@ -348,25 +385,34 @@ def _with_all(
         row["id"]: client_score(row, ranked_by, selection_metric_of(summary, details))
         for row in summary["clients"]
     }
-    weakest = sorted(by_client, key=lambda i: (scores[i] is None, scores[i] or 0.0))[: PANELS - 1]
-    return {ALL: total} | {i: by_client[i] for i in weakest}
+    weakest = sorted(by_client, key=lambda client: (scores[client] is None, scores[client] or 0.0))[
+        : PANELS - 1
+    ]
+    return {ALL: total} | {client_id: by_client[client_id] for client_id in weakest}
 
 
 FORECAST_PANELS = 8
-"""Most clients in the plot of forecasts; the first ones are shown."""
+"""Maximum number of clients in the plot of forecasts. The first clients are shown."""
 
 FIRST_DATE = 315_532_800
-"""The year 1980 in seconds. Smaller times are counts, not dates."""
+"""Start of the year 1980 in Unix time. Smaller values are counts of steps, not dates."""
 
 LAST_DATE = 253_402_300_799
-"""The end of the year 9999 in seconds, the last date that can be represented."""
+"""End of the year 9999 in Unix time, the last date that can be represented."""
 
 
 def plot_forecasts(summary: Json, details: Json) -> Figure | None:
     """Plot targets and forecasts on the latest local test rows of each client.
 
-    The plot shows the last output, which is furthest ahead, and the simple rule with the smallest
-    error. None without dates.
+    The plot shows the last output, which has the longest forecast horizon, and the forecast of the
+    simple baseline rule with the smallest error.
+
+    Args:
+        summary: Content of `summary.json`.
+        details: Content of `details.json`.
+
+    Returns:
+        The figure; None for data without timestamps.
     """
     found = details.get("forecast", {})
     shown = [row["id"] for row in summary["clients"] if found.get(row["id"], {}).get("time")][

@@ -1,4 +1,4 @@
-"""Style of all plots: sizes for printing and colors for color-blind readers."""
+"""Style of all plots, with sizes for printing and colors for color-blind readers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DPI = 300
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
 GREEN = "#009E73"
-# Colors of classes, splits and models. They differ from the colors of tests.
+# Colors of classes, splits and models, which differ from the colors of test sets.
 CATEGORIES = ("#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#000000")
 TEST_COLORS = {"personal": BLUE, "global": VERMILION, "server": GREEN}
 TEST_MARKERS = {"personal": "o", "global": "s", "server": "^"}
@@ -76,20 +76,20 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Use this style for figures; matplotlib's settings are restored on exit."""
+    """Apply this style to figures in a context. Matplotlib's settings are restored on exit."""
     with matplotlib.rc_context(_SETTINGS):
         yield
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
-    """Create an empty figure without pyplot; sizes are in inches."""
+    """Create an empty figure without pyplot. Sizes are in inches."""
     made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(made)
     return made
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a cropped PNG; equal figures give equal bytes."""
+    """Render a figure as a cropped PNG. Equal figures give equal bytes."""
     buffer = BytesIO()
     figure.savefig(
         buffer,
@@ -109,7 +109,7 @@ def embed_picture(picture: bytes) -> dict[str, Any]:
 
 
 def shorten(text: str, length: int = 18) -> str:
-    """Shorten a label in the middle, because similar names differ at their ends."""
+    """Shorten a label in the middle, because similar names often differ only at the end."""
     if len(text) <= length:
         return text
     tail = (length - 1) // 2
@@ -117,12 +117,12 @@ def shorten(text: str, length: int = 18) -> str:
 
 
 def ticks(most: int = 5) -> MaxNLocator:
-    """Return a locator for at most `most` intervals of 1, 2 or 5 times a power of ten."""
+    """Return a tick locator for at most `most` intervals of 1, 2 or 5 times a power of ten."""
     return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
 def remove_axes(axes: Axes) -> None:
-    """Remove grid and frame, for images of cells."""
+    """Remove the grid, the frame and the tick marks, for plots of matrices."""
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -130,7 +130,11 @@ def remove_axes(axes: Axes) -> None:
 
 
 def text_color(shade: float) -> str:
-    """Return the text color on a cell of the color map `Blues` at a shade in [0, 1]."""
+    """Return a readable color for text on a cell of the color map `Blues`.
+
+    Args:
+        shade: Position of the cell in the color map, in [0, 1].
+    """
     return "white" if shade > 0.55 else INK
 
 
@@ -152,10 +156,10 @@ def draw_band(
 
     Args:
         axes: Axes of the curve.
-        x: Positions.
+        x: Positions of the points on the x axis.
         mean: Values of the curve.
         deviation: Standard deviations.
-        metric: The metric; bands of metrics in [0, 1] are clipped.
+        metric: The metric. Bands of metrics in [0, 1] are clipped.
         color: Color of the curve.
         alpha: Opacity of the band.
     """
@@ -173,7 +177,7 @@ def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **plac
     Args:
         figure: The figure.
         image: The image.
-        axes: The axes, or a list of them, next to the color bar.
+        axes: The axes, or a list of axes, next to which the color bar is placed.
         label: Label of the color bar.
         place: Size and padding, passed to `Figure.colorbar`.
     """
@@ -184,5 +188,5 @@ def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **plac
 
 
 def evenly_spaced_positions(count: int, max_labels: int) -> range:
-    """Return at most `max_labels` evenly spaced positions out of `count`."""
+    """Return at most `max_labels` evenly spaced positions from 0 to `count` - 1."""
     return range(0, count, -(-count // max_labels))

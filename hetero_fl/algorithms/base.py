@@ -145,7 +145,7 @@ class Algorithm(BaseModel):
             tensor names, or a `SharedPart`.
         uploads: Declarations of the items that clients upload, by name.
         downloads: Declarations of broadcast items, by name. Only items whose compression differs
-            from the default of their kind need one.
+            from the default of their kind need a declaration.
         needs: Requirements of the method.
 
     Example:

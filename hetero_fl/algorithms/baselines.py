@@ -59,8 +59,8 @@ class Ensemble(Local):
 
     The ensemble shows what distillation can gain. It is a reference, neither a model to deploy nor
     an upper bound: under label skew, the mean is dominated by models that over-predict their own
-    classes. The teachers of FedMD and FedDF differ from it, as they are mean logits of federated
-    models.
+    classes. The teachers of FedMD and FedDF differ from this ensemble, because they are mean logits
+    of federated models.
 
     Example:
         >>> from hetero_fl.algorithms import Ensemble

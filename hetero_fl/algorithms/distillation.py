@@ -149,7 +149,7 @@ class ProxyTraining(Algorithm):
             client: The client.
             received: Received items, which include the teacher.
             epochs: Number of epochs.
-            teacher: Logits that replace the received ones, shape `[D, C]`.
+            teacher: Logits of the teacher, shape `[D, C]`. None uses the received logits.
             **objective: Further fields of `TeacherDistillation`.
         """
         loss = TeacherDistillation(client.task.kind, self.temperature, **objective)
@@ -297,7 +297,7 @@ class ProxyDistillation(ProxyTraining):
         """Compute, store and return the teacher, the mean of uploaded logits.
 
         Returns:
-            Logits of shape `[D, C]`; None if no client uploaded any.
+            Logits of shape `[D, C]`; None if no client uploaded logits.
         """
         teacher = uploads.mean("logits")
         if teacher is not None:

@@ -114,7 +114,7 @@ class CachedPredictions(ProxyDistillation):
 
     @staticmethod
     def consensus_rounds(server: Participant) -> Tensor:
-        """Return the round in which each row's consensus was computed, int64 `[D]`; -1 for none."""
+        """Return the round of each row's consensus, int64 `[D]`; -1 for rows without one."""
         made: Tensor | None = server.state.get(CONSENSUS_ROUNDS)
         if made is None:
             return torch.full((len(server.data("proxy", None)["x"]),), -1)
@@ -122,7 +122,7 @@ class CachedPredictions(ProxyDistillation):
         return made.cpu()
 
     def cache_update(self, server: Participant, client_info: ClientInfo) -> Items:
-        """Return the items to broadcast: the requested rows, and teacher rows the client lacks."""
+        """Return the items to broadcast: requested rows, and teacher rows that the client lacks."""
         if not client_info.has_proxy:
             return {}
         items: Items = {}
@@ -351,7 +351,7 @@ class DSFL(CachedPredictions):
         return self.align_teacher(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
 
     def sharpened_teacher(self, task: Task, mean: Tensor) -> Tensor:
-        """Return the teacher's logits from the mean of the (log) probabilities."""
+        """Sharpen the mean of the (log) probabilities and return the teacher's logits."""
         p = mean.softmax(-1) if self.averages_logarithms(task) else mean
         strength = self.era_temperature if self.sharpen == "era" else self.beta
         return sharpen(task, p, self.sharpen, strength)

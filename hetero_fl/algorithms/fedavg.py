@@ -114,8 +114,9 @@ class FedProx(FedAvg):
     of the round (Li et al. 2020, eq. 2). The norm includes all parameters. The exchange is the same
     as in FedAvg.
 
-    Use it where clients drift: skewed labels, many local epochs or unequal amounts of work. A large
-    μ keeps clients at the received model; μ = 0 is FedAvg. The paper tunes μ between 0.001 and 1.
+    Use it where the models of clients drift apart because of skewed labels, many local epochs or
+    unequal amounts of work. A large μ keeps them at the received model; μ = 0 is FedAvg. The paper
+    tunes μ between 0.001 and 1.
 
     References:
         Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020.

@@ -30,8 +30,8 @@ class FedMD(InitialPhase, ProxyDistillation):
 
     Deviations: the default distance is the KL divergence with T = 2; the authors' code uses the
     mean absolute error of logits. The paper's initial phase is off by default (`initial_phase`), so
-    that the proxy set needs no labels. If it is enabled, local training in the first round follows
-    it, and there is no early stopping.
+    that the proxy set needs no labels. The initial phase has no early stopping, and local training
+    follows it in the first round.
 
     References:
         Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019.

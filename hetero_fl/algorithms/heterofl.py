@@ -123,7 +123,7 @@ def choose_widths(
 
 
 def _match_widths(configured: Mapping[str, float], client_ids: Sequence[str]) -> dict[str, float]:
-    """Return the width of each client, that of the first pattern that matches the client's id."""
+    """Return the width of each client, set by the first pattern that matches the client's id."""
     for pattern in configured:
         if not any(fnmatchcase(client_id, pattern) for client_id in client_ids):
             raise UserError(
@@ -236,7 +236,7 @@ def pack_head(weight: Tensor, bias: Tensor, width: int, mask: Tensor) -> tuple[T
 
 
 def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
-    """Return the head of the wide model, replaced by the mean of packed heads where one exists.
+    """Return the wide model's head, with values replaced by the mean of packed heads.
 
     Args:
         model: The wide model.

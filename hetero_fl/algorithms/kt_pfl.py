@@ -168,7 +168,7 @@ class KTpFL(InitialPhase):
         Args:
             server: The server.
             mix: Coefficients of the K participants, shape `[K, K]`.
-            p: Their predictions, shape `[K, D, C]`.
+            p: Predictions of the participants, shape `[K, D, C]`.
 
         Returns:
             The new coefficients, shape `[K, K]`.

@@ -63,7 +63,7 @@ DEFAULT_MENTEES = {
 
 
 class MenteeTraining(Algorithm):
-    """Base class of methods that train a small shared model, the mentee, with each client's own.
+    """Base class of methods that train a small shared model, the mentee, with each client's model.
 
     Only the mentee is exchanged and averaged over all clients; m parameters take 4·m bytes per
     round in each direction. The mentee has the same architecture for all clients. In local
@@ -231,7 +231,7 @@ FULL_ENERGY = 2.0
 
 @register_algorithm("fedkd")
 class FedKD(MenteeTraining):
-    """Train each client's model and a small shared model mutually, with low-rank updates.
+    """Distill each client's model and a small shared model into each other, with low-rank updates.
 
     Distillation terms are divided by the sum of the task losses of both models. Updates of the
     shared model, the mentee, are truncated singular value decompositions that keep a share of the

@@ -33,7 +33,7 @@ class FedPer(FedAvg):
     """Average the backbone; each client keeps its own head (Arivazhagan et al. 2019).
 
     Backbone and head are trained together. In the paper, one or more of the last layers stay at the
-    client; here, this is the head.
+    client; here, the head does.
 
     Use it where clients' labels differ and local test accuracy matters. It is the simplest
     personalized method. The global test accuracy is low, because a head does not predict classes
@@ -164,8 +164,8 @@ class FedRep(FedPer):
 class FedBABU(FedPer):
     """Train and average the backbone with a frozen head; clients fine-tune before evaluation.
 
-    All clients keep the same initial head during training. Each fine-tunes a copy of the model
-    before it is evaluated (Oh et al. 2022, Algorithm 1 and section 5).
+    All clients keep the same initial head during training. Before evaluation, each client
+    fine-tunes a copy of the model (Oh et al. 2022, Algorithm 1 and section 5).
 
     Use it where labels differ and clients, including new ones, can fine-tune the model before they
     use it. All results of clients, also on the global test set, are those of the fine-tuned copies.

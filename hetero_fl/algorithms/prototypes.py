@@ -122,12 +122,12 @@ MISSING_PROTOTYPE_MARGIN = 20.0
 class FedProto(CommonFeatureWidth):
     """Exchange class prototypes; clients train features that are close to their prototype.
 
-    The loss is cross-entropy plus λ·MSE between a feature and the prototype of its class, the mean
-    feature over all clients' rows. Examples are assigned to the nearest prototype (Tan et al. 2022,
-    Algorithm 1). Clients upload sums of features `[C, d]` and counts `[C]` by class after local
-    training and receive prototypes `[C, d]`. A class that no client uploads in a round keeps its
-    prototype; a class without a prototype is never predicted. Before the first aggregation, the
-    head classifies.
+    The loss is cross-entropy plus λ·MSE between a feature and the prototype of its class. The
+    prototype of a class is the mean feature over all clients' rows of the class, and examples are
+    assigned to the nearest prototype (Tan et al. 2022, Algorithm 1). After local training, clients
+    upload sums of features `[C, d]` and counts `[C]` by class, and they receive prototypes `[C, d]`
+    with the next broadcast. A class that no client uploads in a round keeps its prototype; a class
+    without a prototype is never predicted. Before the first aggregation, the head classifies.
 
     Use it where models differ, traffic must be small and local test accuracy matters. Published
     comparisons find it worse than `local` with many architectures, whose features are dissimilar.
@@ -247,11 +247,11 @@ PROTOTYPES = "prototypes"
 class FedTGP(FedProto):
     """Train separated class prototypes at the server; clients train as in FedProto.
 
-    The prototypes are P̂_c = F(P̆_c), where F is linear, ReLU, linear (Zhang et al. 2024, Algorithm
-    1). The server trains P̆ and F, starting from those of the last round, so that each client's
-    class means are nearest to the prototype of their class by a margin δ = min(largest distance
-    between two class centers, τ). A class center is the unweighted mean of the clients' class
-    means.
+    The prototypes are P̂_c = F(P̆_c), where F consists of a linear layer, ReLU and a second linear
+    layer (Zhang et al. 2024, Algorithm 1). In each round, the server continues to train P̆ and F so
+    that each client's class means are nearest to the prototype of their class by a margin δ =
+    min(largest distance between two class centers, τ). A class center is the unweighted mean of the
+    clients' class means.
 
     Use it where FedProto's prototypes are too similar. With few local steps per round, training can
     diverge: use more local epochs or a smaller `margin`.

@@ -153,11 +153,11 @@ def mean_of_items(items: Sequence[Item]) -> Tensor:
 class OwnerMeans:
     """The mean of each named tensor over its owners, accumulated as models arrive.
 
-    A tensor is averaged within its architecture group, or across all groups with equal name and
-    shape if its name starts with a prefix in `common`.
+    A tensor is averaged within its architecture group. If its name starts with a prefix in
+    `common`, it is averaged with the tensors of the same name and shape in all groups.
 
     Args:
-        common: Prefixes of tensors that are averaged across groups.
+        common: Prefixes of the names of tensors that are averaged across groups.
     """
 
     def __init__(self, common: Sequence[str] = ()) -> None:
@@ -166,7 +166,7 @@ class OwnerMeans:
         self._groups: dict[str, dict[str, Owner]] = {}
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Add a model or a part of one.
+        """Add a model, or a part of a model, to the means.
 
         Args:
             group: Architecture group of the model.
@@ -177,7 +177,9 @@ class OwnerMeans:
             self._means.setdefault(owner, RunningMean()).add(tensors[name], weight)
 
     def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
-        """Set the mean of a tensor over all of its owners; call it once per group.
+        """Set the mean of a tensor over all of its owners.
+
+        Call this method once for each group that has the tensor.
 
         Args:
             group: Architecture group.
@@ -318,7 +320,7 @@ def add_updates(
 
     Args:
         current: The current tensors by name.
-        mean: Means over the owners of some or all of them.
+        mean: Means of some or all tensors over their owners.
         owners: Number of owners K of each tensor.
         factor: Factor of the updates.
         parameters: Names of the parameters; all other tensors are buffers.

@@ -48,6 +48,8 @@ def proxy_predictions(
 ) -> Item:
     """Return an item with a client's predictions and their weight in the consensus.
 
+    The values and weights depend on `kind`:
+
     - "mean": logits with weight 1.
     - "samples": logits with weight `n`.
     - "contrast": log-probabilities, at least -8, with `contrast_weights`; like "samples" for
@@ -56,7 +58,7 @@ def proxy_predictions(
 
     Args:
         task: The task.
-        kind: How predictions are weighted.
+        kind: Weighting of the predictions, see above.
         logits: Logits, shape `[N, C]`.
         counts: Number of the client's examples of each class, shape `[C]`. None if the client does
             not share them; the classes are then assumed to be balanced.
@@ -120,6 +122,8 @@ def _exp_negative_entropy(logits: Tensor) -> Tensor:
 
 def sharpen(task: Task, p: Tensor, method: Sharpening, strength: float) -> Tensor:
     """Return the logits of sharpened probabilities.
+
+    The sharpened probabilities depend on `method`:
 
     - "era": softmax(p / T), entropy reduction aggregation (Itahara et al. 2020, DS-FL).
     - "power": p^β / Σ p^β (Azuma et al. 2025, SCARLET).

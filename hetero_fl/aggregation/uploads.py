@@ -1,4 +1,4 @@
-"""The uploads of a round, combined by the weighted mean over the owners of each element.
+"""The uploads of a round, and their weighted means over the owners of each element.
 
 Uploads are accumulated in the order of client ids as they arrive; items declared with `use="each"`
 are also kept individually. Robust rules (`hetero_fl.robustness.rules`) can replace the mean.
@@ -79,12 +79,12 @@ class Upload:
 
     @property
     def client(self) -> str:
-        """The client's id."""
+        """Id of the client."""
         return self.client_info.client_id
 
     @property
     def group(self) -> str:
-        """The architecture group of the client's model."""
+        """Architecture group of the client's model."""
         return self.client_info.arch.spec_id
 
 
@@ -95,7 +95,7 @@ class Uploads:
         uploads: Uploads, which are added in the order of client ids. Further uploads can be added
             later.
         specs: The items that the method declares, by name.
-        common: Prefixes of tensors that are averaged across architectures.
+        common: Prefixes of the names of tensors that are averaged across architectures.
         rules: Robust aggregation rules that replace the mean.
         noise: Noise that is added to every sum.
 
@@ -137,7 +137,7 @@ class Uploads:
         specs: Mapping[str, ItemSpec],
         noise: CombineNoise | None = None,
     ) -> Uploads:
-        """Create the uploads of a round from sums, where single uploads are not known.
+        """Create the uploads of a round from sums, if individual uploads are not known.
 
         Args:
             count: Number of clients.
@@ -295,14 +295,14 @@ class Uploads:
         return self._models[name].counts_by_group() if name in self._models else {}
 
     def consensus(self, name: str, predictions: Mapping[str, Item]) -> Tensor | None:
-        """Return the mean of predictions that the server computed from single uploads.
+        """Return the mean of predictions that the server computed from individual uploads.
 
         Args:
             name: Name of the item, under which robust aggregation rules keep their state.
             predictions: Predictions of each client by id, shape `[N, C]`.
 
         Returns:
-            The mean as for items of kind "rows", or None without predictions.
+            The mean, computed as for items of kind "rows"; None without predictions.
         """
         self.aggregated_items.add((name, "rows"))
         client_ids = natural_order(predictions)

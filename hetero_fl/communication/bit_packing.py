@@ -61,7 +61,7 @@ class ByteReader:
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes of `count` packed integers of `bits` bits."""
+    """Return the number of bytes that `count` packed integers of `bits` bits occupy."""
     return count * (bits // 8) + (count * (bits % 8) + 7) // 8
 
 
@@ -170,7 +170,7 @@ def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
         Ascending indices, int64, shape `[count]`.
 
     Raises:
-        PayloadError: If the bytes are malformed or the indices are not ascending and below `total`.
+        PayloadError: If the bytes are malformed, or the indices do not ascend or reach `total`.
     """
     code = bytes(source.take(1))
     if code == FANO:

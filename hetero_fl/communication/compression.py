@@ -133,15 +133,15 @@ class Stage(ABC):
 
     Attributes:
         sorts: The sorts of numbers to which the stage applies.
-        biased: Whether the expected value of the decompressed vector differs from the vector. The
-            sender then stores the difference and adds it to its next message (error feedback).
+        biased: Whether the sender must store the values that the stage omits and add them to its
+            next message (error feedback). Otherwise, the error of the mean would accumulate.
     """
 
     sorts: ClassVar[frozenset[Sort]]
     biased: ClassVar[bool]
 
     def with_worst_case_size(self) -> Stage:
-        """Return a stage with the maximum message size of this one, independent of the values."""
+        """Return a stage whose messages always have the maximum size of this stage's messages."""
         return self
 
     @abstractmethod
@@ -157,8 +157,8 @@ class Stage(ABC):
 
         Args:
             numbers: The vector.
-            layout: Its layout.
-            draw: Source of random numbers.
+            layout: Layout of the vector.
+            draw: Function that returns a random generator for a label.
 
         Returns:
             The remaining numbers, their layout, and the side information for the receiver.
@@ -173,7 +173,7 @@ class Stage(ABC):
         Args:
             source: The bytes.
             layout: Layout of the uncompressed vector.
-            draw: Source of random numbers.
+            draw: Function that returns a random generator for a label.
 
         Returns:
             The layout of the remaining numbers, and the argument of `decompress`.
@@ -206,8 +206,8 @@ class NumberFormat(ABC):
 
         Args:
             numbers: The vector.
-            layout: Its layout.
-            draw: Source of random numbers.
+            layout: Layout of the vector.
+            draw: Function that returns a random generator for a label.
         """
 
     @abstractmethod
@@ -425,7 +425,7 @@ class Quantize(NumberFormat):
         return torch.cat(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
 
     def _encode_levels(self, normalized: Tensor, chance: Tensor | None) -> Tensor:
-        """Round numbers in [-1, 1] to levels, counted from the lowest one."""
+        """Round numbers in [-1, 1] to levels, counted from the lowest level."""
         if self.bits == 1:
             level = normalized.add_(1).div_(2)
             if chance is None:
@@ -601,7 +601,7 @@ STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
 def with_worst_case_size(
     stages: Sequence[Stage | NumberFormat],
 ) -> tuple[Stage | NumberFormat, ...]:
-    """Return a chain with the maximum message size of this one, independent of the values."""
+    """Return a chain whose messages always have the maximum size of this chain's messages."""
     return tuple(
         stage.with_worst_case_size() if isinstance(stage, Stage) else stage for stage in stages
     )
@@ -610,7 +610,7 @@ def with_worst_case_size(
 def build_stages(
     chain: Sequence[StageConfig], entropy: bool, has_feedback: bool = False
 ) -> tuple[Stage | NumberFormat, ...]:
-    """Return the stages of a configured chain, in its order.
+    """Return the stages of a configured chain, in order.
 
     Args:
         chain: The configuration.

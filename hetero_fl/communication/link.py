@@ -81,8 +81,8 @@ class StageChain:
 
         Args:
             numbers: The vector, shape `[n]`.
-            layout: Its layout.
-            draw: Source of random numbers.
+            layout: Layout of the vector.
+            draw: Function that returns a random generator for a label.
         """
         parts = []
         for stage in self.reducing:
@@ -98,7 +98,7 @@ class StageChain:
             source: The bytes.
             layout: Layout of the vector.
             dtype: Type of the numbers.
-            draw: Source of random numbers.
+            draw: Function that returns a random generator for a label.
 
         Raises:
             PayloadError: If the bytes are malformed.
@@ -524,7 +524,7 @@ def _json(raw: bytes) -> dict[str, Any]:
 
 
 def _item_forms(layout: bytes) -> dict[str, ItemForm | None]:
-    """Return the form of each item from the layout in a message."""
+    """Decode the layout in a message, and return the form of each item."""
     try:
         raw = zlib.decompressobj().decompress(layout, MAX_LAYOUT_BYTES)
     except zlib.error:

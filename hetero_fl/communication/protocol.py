@@ -108,7 +108,7 @@ class Exchange(Interface):
         """Return the request to a client; `broadcast_to` returns the broadcast for a client id."""
 
     def accept(self, client_id: str, reply: Message) -> Content | None:
-        """Process a reply; return the upload that it contains, or None if the server sees none."""
+        """Process a reply; return its upload, or None if the server may not see the upload."""
 
 
 Exchanges = Generator[Exchange, None, AggregatedUploads | None]
@@ -225,7 +225,7 @@ def _upload(content: Content) -> Message:
 
 
 def total_bytes(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return the total bytes down and up of several exchanges."""
+    """Return the total number of bytes of several exchanges, as a pair (down, up)."""
     down, up = zip(*sizes, strict=True)
     return sum(down), sum(up)
 

@@ -260,7 +260,7 @@ def pair_mask(
         public: Both public keys of the other client.
         number: Number of the client.
         other: Number of the other client.
-        tag: Identifies the round.
+        tag: Bytes that identify the round.
 
     Returns:
         The key of the mask, and whether the client subtracts the mask. The client with the lower

@@ -105,6 +105,9 @@ def encrypt(key: bytes, plain: bytes, associated_data: bytes) -> bytes:
         key: The key.
         plain: The plaintext.
         associated_data: Data that is authenticated but not encrypted.
+
+    Returns:
+        The nonce, followed by the ciphertext and the authentication tag.
     """
     nonce = os.urandom(NONCE)
     return nonce + AESGCM(key).encrypt(nonce, plain, associated_data)
@@ -115,7 +118,7 @@ def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
 
     Args:
         key: The key.
-        sealed: The ciphertext.
+        sealed: The return value of `encrypt`.
         associated_data: The data that was authenticated but not encrypted.
 
     Raises:
@@ -197,9 +200,9 @@ def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
 def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
     """Add masks to a vector or subtract them, modulo 2^64 and in place.
 
-    A mask is the keystream of AES-256 in counter mode, which is faster here than ChaCha20 (1.1 and
-    1.3 ms for 8 MB in blocks; 10 ms without blocks). Each key is used for one mask of one round, so
-    the counter starts at 0.
+    A mask is the keystream of AES-256 in counter mode, which was faster than ChaCha20 in a
+    benchmark (1.1 ms and 1.3 ms for 8 MB in blocks; 10 ms without blocks). Each key is used for one
+    mask of one round, so the counter starts at 0.
 
     Args:
         vector: The vector, shape `[L]`.
@@ -284,8 +287,8 @@ def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -
 def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
     """Draw the neighborhood of each client (Bell et al. 2020, SecAgg+, section 3).
 
-    Clients are placed on a circle in random order and are neighbors of the `degree / 2` clients on
-    either side, a Harary graph with random labels.
+    Clients are placed on a circle in random order, and each client is a neighbor of the
+    `degree / 2` clients on either side. This is a Harary graph with random labels.
 
     Args:
         clients: Numbers of the clients.

@@ -78,7 +78,7 @@ class VectorLayout:
 
     Args:
         specs: The items that the method declares, by name.
-        common: Prefixes of tensors that are averaged across architectures.
+        common: Prefixes of the names of tensors that are averaged across architectures.
         slices: Position of each tensor.
         size: Length of the vector.
     """
@@ -101,7 +101,7 @@ class VectorLayout:
             forms: Architecture group and items of each form of upload; the values of the items do
                 not matter.
             specs: The items that the method declares, by name.
-            common: Prefixes of tensors that are averaged across architectures.
+            common: Prefixes of the names of tensors that are averaged across architectures.
         """
         layout = cls(specs, tuple(common))
         shapes: dict[TensorKey, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -122,7 +122,7 @@ class VectorLayout:
         return hashlib.sha256(repr((list(self.slices.items()), self.size)).encode()).digest()
 
     def digest_with(self, terms: str) -> bytes:
-        """Return the digest of the layout and of other parameters."""
+        """Return the digest of the layout and of `terms`, a text of further parameters."""
         return hashlib.sha256(self.digest + terms.encode()).digest()
 
     def _terms(

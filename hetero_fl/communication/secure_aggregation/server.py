@@ -47,7 +47,7 @@ class SecureExchange:
     """One exchange of the protocol.
 
     Args:
-        secure_round: The round that the exchange belongs to.
+        secure_round: The round to which the exchange belongs.
         kind: Kind of the request.
         numbers: Numbers of the clients that receive a request.
         arrays: Function that returns the content of the request to a client.

@@ -1,4 +1,4 @@
-"""Convert arrays of users to images `[N, C, H, W]`, uint8 or floats in [0, 1].
+"""Convert users' arrays to images `[N, C, H, W]`, uint8 or floats in [0, 1].
 
 Arrays that can be interpreted in more than one way are rejected.
 """

@@ -28,7 +28,7 @@ def freeze_lists(value: Any) -> Any:
 class ModelSpec:
     """The specification of a model: its name and everything that determines its shapes.
 
-    Equal specifications have tensors of equal names and shapes.
+    Models with equal specifications have tensors with equal names and shapes.
 
     Args:
         name: Name of the model, see `model_zoo.create_model`.
@@ -37,7 +37,7 @@ class ModelSpec:
         feature_dim: Width of the features; None keeps the model's own width.
         options: Options of the model as sorted pairs.
         pretrained: Whether training starts from published weights.
-        vocabulary: Number of different tokens; None for other examples.
+        vocabulary: Number of different tokens; None for numeric examples.
         label: Name in tables and reports; if empty, `name` is used. The label is neither compared
             nor stored.
         group: Name of the group of models that are averaged with this one; if empty, `spec_id` is
@@ -85,7 +85,7 @@ class ModelSpec:
             feature_dim: Width of the features; None keeps the model's own width.
             options: Options of the model by name; lists are converted to tuples.
             pretrained: Whether training starts from published weights.
-            vocabulary: Number of different tokens; None for other examples.
+            vocabulary: Number of different tokens; None for numeric examples.
         """
         pairs = tuple(sorted((k, freeze_lists(v)) for k, v in (options or {}).items()))
         return cls(name, outputs, tuple(input_shape), feature_dim, pairs, pretrained, vocabulary)

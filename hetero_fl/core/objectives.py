@@ -158,8 +158,8 @@ class Objective:
 def supervised_loss(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
     """Compute the loss of a task.
 
-    The loss is cross-entropy for classes, binary cross-entropy (mean over labels) for labels, and
-    squared error (mean over targets) for regression.
+    The loss is cross-entropy for multiclass tasks, binary cross-entropy (mean over labels) for
+    multilabel tasks, and squared error (mean over outputs) for regression.
 
     Args:
         kind: Kind of the task.
@@ -467,8 +467,8 @@ def log_prior(task: Task, counts: Tensor) -> Tensor | None:
 class SupervisedDistillation(Supervised):
     """The supervised loss plus distillation from the column `teacher` (FedGKT, He et al. 2020).
 
-    If the batch has a column `log_prior` `[B, C]`, it is added to the logits. This allows rows of
-    several clients with different class priors in one batch.
+    If the batch has a column `log_prior` `[B, C]`, its values are added to the logits. A batch can
+    therefore contain rows of several clients with different class priors.
 
     Args:
         weight: Weight of the distillation loss.

@@ -296,7 +296,7 @@ class Participant:
         label_counts: Function that returns the number of training rows by class.
         num_rows: Number of training rows.
         has_proxy: Whether the participant can use the proxy set.
-        peers: All clients, as far as the participant knows them.
+        peers: All clients, with the properties that the participant can access.
         common: Prefixes of the names of tensors that are averaged across architectures.
         state: Private state that the method keeps between rounds.
         round_context: The current round of the run.
@@ -355,9 +355,10 @@ class Participant:
         return self.label_counts()
 
     def log(self, name: str, value: float) -> None:
-        """Log a value, which the record of the round lists by client in the field `logged`.
+        """Log a value in the record of this round.
 
-        The value is sent with the upload, unless uploads are private or only their sum is revealed.
+        The record lists logged values by client in the field `logged`. A client's values are sent
+        with its upload, unless uploads are private or only their sum is revealed.
 
         Args:
             name: Name of the value.

@@ -195,8 +195,8 @@ class Payload(Mapping[str, Any]):
             specs: Declarations against which the items are validated; None skips the validation.
 
         Raises:
-            PayloadError: If the result is not a dictionary of items, or an item does not match its
-                declaration.
+            PayloadError: If the return value is not a dictionary of items, or an item does not
+                match its declaration.
         """
         if not isinstance(items, Mapping):
             raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
@@ -246,7 +246,7 @@ class Payload(Mapping[str, Any]):
         return self.items_by_name[name]
 
     def to(self, device: torch.device) -> Payload:
-        """Return the payload with all tensors on a device, without a copy if they already are."""
+        """Return the payload with all tensors on a device; itself if they already are there."""
         weights = [i.weight for i in self.items_by_name.values() if isinstance(i.weight, Tensor)]
         tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         if all(t.device == device for t in [*tensors, *weights]):

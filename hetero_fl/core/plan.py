@@ -65,7 +65,7 @@ class Rows:
             `common_validation`.
         rows: Indices of the rows to use, int64 `[N]`; None for all rows.
         extra_columns: Further columns, aligned with the selected rows, such as a teacher's logits.
-        preprocess: Preprocessing to use instead of the participant's.
+        preprocess: Preprocessing of the rows. None uses that of the participant.
 
     Example:
         >>> import torch
@@ -138,7 +138,7 @@ class Fit(RecordedStep):
     """A step that minimizes an objective. Its result is a `FitReport`.
 
     Args:
-        train: The part of the model to train, by slot; None trains all of it.
+        train: The part of the model to train, by slot; None trains the whole model.
         objective: The objective.
         data: The examples.
         epochs: Number of passes over the data.
@@ -223,7 +223,7 @@ class Predict(RecordedStep):
         readout: The output to return, `logits` or `features`.
         batch_size: Number of examples per forward pass.
         tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model whose tensors are given.
+        arch: Architecture of the model to which `tensors` belong.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Rows
@@ -289,7 +289,7 @@ class Recalibrate(RecordedStep):
         data: The examples.
         batch_size: Number of examples per forward pass.
         tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model whose tensors are given.
+        arch: Architecture of the model to which `tensors` belong.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Recalibrate, Rows

@@ -90,7 +90,7 @@ class ClientIds:
         series: The series.
 
     Raises:
-        ValueError: If two series contain the same id, which is the message.
+        ValueError: If two series contain the same id. The message is this id.
     """
 
     def __init__(self, series: Sequence[IdSeries]) -> None:

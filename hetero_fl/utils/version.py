@@ -228,7 +228,8 @@ def describe_renamed_hooks(cls: type) -> str:
         cls: The user's class.
 
     Returns:
-        Comma-separated text; empty if the class defines no old name.
+        Text such as `Class.old is now new`, separated by commas; empty if the class defines no old
+        name.
     """
     bases = [base.__name__ for base in cls.__mro__ if _is_internal(base)]
     renamed = {old: new for base in bases for old, new in RENAMED_MEMBERS.get(base, {}).items()}

@@ -68,7 +68,7 @@ class ModelDescription:
 
 
 def format_count(number: int) -> str:
-    """Return a number with three digits and a metric prefix: `1.23 M` for 1234567."""
+    """Return a number with three significant digits and a metric prefix, such as `1.23 M`."""
     for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= power:
             return f"{number / power:.3g} {letter}"

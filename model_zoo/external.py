@@ -253,7 +253,7 @@ def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool)
 
 
 def remove_classifier(model: nn.Module) -> bool:
-    """Replace the last linear layer of the classifier by the identity.
+    """Replace the last linear layer of the classifier with the identity.
 
     The classifier is the submodule `fc`, `classifier`, `head` or `heads`. If it has no linear
     layer, its last convolution is replaced (SqueezeNet ends with a 1x1 convolution).

@@ -229,8 +229,8 @@ def is_batch_norm(module: nn.Module) -> bool:
 def batch_norm_buffers(model: nn.Module) -> set[str]:
     """Return the names of the running means and variances of all BatchNorm layers.
 
-    These are averaged together with the weights. The integer buffer `num_batches_tracked` is not
-    included.
+    In federated learning, these buffers are averaged together with the weights. The integer buffer
+    `num_batches_tracked` is not included.
 
     Example:
         >>> from torch import nn

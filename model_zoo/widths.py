@@ -69,7 +69,7 @@ def narrow_options(
             HeteroFL, ICLR 2021, section 3).
 
     Returns:
-        The arguments `name` and `options` of `create_model`.
+        The name of the general model, such as `cnn`, and all options of the copy.
 
     Raises:
         ModelError: If the model has no narrow copies.

@@ -100,7 +100,8 @@ def cnn(
             the third four times as many.
         norm: Normalization layer.
         dropout: Dropout rate of the features.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
 
     def block(in_channels: int, out_channels: int) -> list[nn.Module]:

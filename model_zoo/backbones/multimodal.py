@@ -195,7 +195,7 @@ def multimodal(
     drop: float = 0.3,
     dropout: float = 0.0,
 ) -> Body:
-    """Build a branch for each block of a row and the fusion of the branches.
+    """Build a backbone with a branch for each block of a row, and a fusion of the branches.
 
     The names of tensors begin with `backbone.NAME.` for the branch of a block and with
     `backbone.fusion.` for the fusion. A learned embedding replaces a missing block. Hiding blocks

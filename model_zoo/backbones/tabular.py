@@ -53,7 +53,7 @@ def wide_deep(
     Args:
         shape: Shape of a table row.
         hidden: Widths of the perceptron's layers.
-        crosses: Whether to add the products of all `pairs` of columns.
+        crosses: `pairs` adds the products of all pairs of columns, `none` adds no products.
         dropout: Dropout rate of the perceptron.
     """
     layers: list[nn.Module] = []
@@ -154,8 +154,9 @@ def mlp(
         shape: Shape of an example.
         hidden: Widths of the hidden layers, each followed by ReLU.
         dropout: Dropout rate after each ReLU.
-        norm: Whether BatchNorm precedes each ReLU.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        norm: `batch` adds BatchNorm before each ReLU, `none` adds no normalization.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
     layers: list[nn.Module] = [nn.Flatten()]
     width = shape.num_values
@@ -198,7 +199,8 @@ def tabular(
         width: Width of the features.
         blocks: Number of residual blocks.
         dropout: Dropout rate.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
     layers = [_TableBlock(width, dropout) for _ in range(blocks)]
     backbone = nn.Sequential(

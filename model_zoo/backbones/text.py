@@ -122,7 +122,8 @@ def text_cnn(
         layers: Number of convolutions.
         kernel: Kernel size.
         dropout: Dropout rate.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
     stack = [
         _CausalLayer(width, kernel, 2 ** min(i, MAX_DOUBLINGS), dropout) for i in range(layers)

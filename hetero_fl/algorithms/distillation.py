@@ -239,8 +239,8 @@ class ProxyDistillation(ProxyTraining):
     With `align: λ`, the server adds λ·(log q_c − log p̄_c) to class c of the teacher, where q are
     the label frequencies of all uploads so far and p̄ is the teacher's mean prediction
     (`hetero_fl.aggregation.teachers.align_to_labels`). Without alignment, the consensus can lose
-    classes that few clients have. Use it under label skew if the classes of the proxy set are
-    distributed like those of all clients together.
+    classes that few clients have. Use alignment under label skew, if the classes of the proxy set
+    are distributed like the classes of all clients together.
 
     Contrast weights and alignment use the label counts of clients whose `shares` contain
     `statistics`, in multi-class tasks only. For other clients, `contrast` assumes balanced classes.

@@ -220,9 +220,10 @@ class FedNova(Algorithm):
 def accumulated_steps(steps: int, optimizer: OptimizerConfig) -> float:
     """Return ‖a‖₁, the sum of the coefficients of all gradients in a client's update.
 
-    Coefficients are multiples of the learning rate. With momentum ρ and τ steps, the sum is
+    Coefficients are multiples of the learning rate. For SGD without momentum and for all other
+    optimizers, the sum is the number of steps τ. With momentum ρ, it is
     (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ) (Wang et al. 2020, section 4); with Nesterov momentum, ρ²
-    replaces the first ρ. A step of any other optimizer counts as 1.
+    replaces the first ρ.
     """
     rho = optimizer.momentum
     if not rho:

@@ -320,8 +320,8 @@ class Uploads:
         """Create uploads that are aggregated by the same robust rules.
 
         Args:
-            uploads: The uploads, for example decompressed versions of these.
-            specs: Declarations of their items, by name.
+            uploads: The uploads, for example decompressed copies of the present ones.
+            specs: Declarations of the items of these uploads, by name.
         """
         derived = Uploads(uploads, specs, rules=self._rules)
         self.aggregated_items |= {(name, "models") for name in specs}

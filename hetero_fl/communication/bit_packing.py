@@ -170,7 +170,7 @@ def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
         Ascending indices, int64, shape `[count]`.
 
     Raises:
-        PayloadError: If the bytes are malformed, or the indices do not ascend or reach `total`.
+        PayloadError: If the bytes are malformed, or the indices are not ascending below `total`.
     """
     code = bytes(source.take(1))
     if code == FANO:

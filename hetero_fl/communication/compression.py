@@ -133,8 +133,8 @@ class Stage(ABC):
 
     Attributes:
         sorts: The sorts of numbers to which the stage applies.
-        biased: Whether the sender must store the values that the stage omits and add them to its
-            next message (error feedback). Otherwise, the error of the mean would accumulate.
+        biased: Whether the stage omits values that the sender must store and add to its next
+            message (error feedback).
     """
 
     sorts: ClassVar[frozenset[Sort]]

@@ -64,7 +64,7 @@ def new_seed() -> bytes:
 
 
 def public_key(private: bytes) -> bytes:
-    """Return the public key of a private key."""
+    """Return the public key that belongs to a private key."""
     return load_private_key(private).public_key().public_bytes_raw()
 
 

@@ -269,8 +269,8 @@ def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[str, Any]:
     """Compute the expected calibration error with bins of equal width (Guo et al., ICML 2017).
 
-    The confidence is the probability of the predicted class. In multilabel tasks, each label is a
-    prediction of its own.
+    The confidence is the probability of the predicted class. In multilabel tasks, each label counts
+    as a separate prediction.
 
     Args:
         task: The task.

@@ -516,8 +516,8 @@ class Coefficients(Objective):
 def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Return whether `to_shape` can convert examples of one shape to another.
 
-    This is the case if the shapes are equal, or if both are shapes of images with the same number
-    of channels or of which at least one has a single channel.
+    This is the case if the shapes are equal, or if both are shapes of images and their numbers of
+    channels are equal or one of them is 1.
     """
     images = len(shape) == len(other) == 3
     return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)

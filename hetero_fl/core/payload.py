@@ -246,7 +246,7 @@ class Payload(Mapping[str, Any]):
         return self.items_by_name[name]
 
     def to(self, device: torch.device) -> Payload:
-        """Return the payload with all tensors on a device; itself if they already are there."""
+        """Return a payload with all tensors on a device: this payload if they already are."""
         weights = [i.weight for i in self.items_by_name.values() if isinstance(i.weight, Tensor)]
         tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         if all(t.device == device for t in [*tensors, *weights]):

@@ -1,4 +1,4 @@
-"""Start child processes: signal handling and a fork server."""
+"""Helpers for child processes: signal handling and a fork server."""
 
 from __future__ import annotations
 

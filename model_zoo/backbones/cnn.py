@@ -127,7 +127,7 @@ def cnn(
 class ChannelDropout(nn.Module):
     """Dropout of whole channels of images `[B, C, H, W]`.
 
-    Like `nn.Dropout2d`, but `nn.Dropout` draws the random numbers.
+    The module is equivalent to `nn.Dropout2d`, but draws its random numbers with `nn.Dropout`.
 
     Args:
         p: Probability of dropping a channel in training.

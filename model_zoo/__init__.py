@@ -1,6 +1,6 @@
 """Neural networks by name, each split into a backbone and a head.
 
-Every model returns logits and features, and both parts can be called, trained and shared
+Every model returns logits and features. The backbone and the head can be called, trained and shared
 separately. `python -m model_zoo` prints a table of the models. The package does not depend on
 hetero_fl.
 

@@ -12,7 +12,7 @@ from model_zoo.description import describe, format_count
 from model_zoo.errors import ModelError
 from model_zoo.registry import MODELS, list_models
 
-# Vocabulary with which text models are measured.
+# Size of the vocabulary with which text models are measured.
 VOCABULARY_SIZE = 1000
 
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = list_models(args.pattern)
         if not names:
             raise ModelError(f"PATTERN: no model matches '{args.pattern}'")
-        # Building about a thousand models of another library would take hours.
+        # Building all models of another library, about a thousand, would take hours.
         if ":" in args.pattern:
             console.print("\n".join(names), markup=False, highlight=False)
             return 0

@@ -30,9 +30,9 @@ class ModelDescription:
         feature_dim: Width of the features.
         forward_flops: Floating-point operations of the forward pass of one example; a
             multiply-add counts as two.
-        convolution_flops: The part of `forward_flops` that belongs to convolutions.
+        convolution_flops: The part of `forward_flops` that is due to convolutions.
         has_batch_norm: Whether the model contains BatchNorm layers.
-        summary: One line about the architecture.
+        summary: One-line description of the architecture.
 
     Example:
         >>> from model_zoo import describe
@@ -68,7 +68,7 @@ class ModelDescription:
 
 
 def format_count(number: int) -> str:
-    """Return a number with three digits and a metric prefix: `1.23 M` for 1234567."""
+    """Return a number with three significant digits and a metric prefix, such as `1.23 M`."""
     for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= power:
             return f"{number / power:.3g} {letter}"
@@ -103,13 +103,16 @@ def describe(
     The state of the global random number generator does not change.
 
     Args:
-        name: See `create_model`.
-        num_classes: See `create_model`.
-        in_channels: See `create_model`.
-        input_size: See `create_model`.
-        feature_dim: See `create_model`.
-        vocabulary: See `create_model`.
-        **options: Options of the model.
+        name: Name of the model, see `create_model`.
+        num_classes: Number of outputs.
+        in_channels: Channels of an image or series, or columns of a table row.
+        input_size: Size of an example, see `create_model`.
+        feature_dim: Width of the features; None keeps the backbone's width.
+        vocabulary: Number of different tokens, for text models.
+        **options: Options of the model, see `model_options`.
+
+    Returns:
+        The size and the cost of the model.
 
     Raises:
         ModelError: If the model cannot be created.
@@ -149,8 +152,8 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def _count_flops(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
-    # With oneDNN an LSTM is one kernel that the counter does not know. Disabling oneDNN may warn
-    # about TF32 on CPUs.
+    # With oneDNN, an LSTM is a single kernel that the counter does not support. Disabling oneDNN
+    # may emit a warning about TF32 on CPUs.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with (

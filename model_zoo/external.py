@@ -1,8 +1,8 @@
 """Image classifiers of torchvision and timm as backbones.
 
-Both libraries are imported on first use. Models that do not accept small images receive them
-enlarged to the smallest accepted multiple of 32 pixels. Stochastic depth is disabled, so that
-dropout is the only source of randomness.
+Both libraries are imported on first use. Images that are too small for a model are enlarged to the
+smallest multiple of 32 pixels that the model accepts. Stochastic depth is disabled, so that dropout
+is the only source of randomness.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, measure_feature_width
 
-# Options of each library's models. None keeps the model's default. Some models lack the option.
+# Options of each library's models, which some models do not support. None keeps the default of the
+# model.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "torchvision": {"dropout": None},
     "timm": {"drop_rate": None},
@@ -74,8 +75,8 @@ def external_backbone(
 ) -> Body:
     """Return a library's model without its classifier, and the width of its features.
 
-    The size to which images are enlarged, if necessary, is determined by running the model on two
-    blank images.
+    If necessary, images are enlarged. The size is determined by running the model on two blank
+    images.
 
     Args:
         library_name: `torchvision` or `timm`.
@@ -85,7 +86,8 @@ def external_backbone(
         **options: Options of the model, see `OPTIONS`.
 
     Raises:
-        ModelError: If the model accepts no size, lacks an option, or its weights cannot be loaded.
+        ModelError: If the model accepts none of the tested sizes, does not support an option, or
+            its weights cannot be loaded.
     """
     make = _make_torchvision if library_name == "torchvision" else _make_timm
     first_error: ModelError | None = None
@@ -110,9 +112,9 @@ def external_backbone(
 
 
 def _candidate_sizes(shape: Shape) -> list[tuple[int, ...]]:
-    """Return the image's size and eight larger ones of about the same aspect ratio.
+    """Return the size of the image and eight larger sizes with about the same aspect ratio.
 
-    The shorter sides of the larger sizes are the next multiples of 32.
+    The shorter sides of the larger sizes are the next eight multiples of 32.
     """
     shorter = min(shape.size)
     first = (shorter // 32 + 1) * 32
@@ -127,7 +129,7 @@ def _make_torchvision(
 ) -> nn.Module:
     models = import_library("torchvision")
     arguments = dict(options)
-    # The auxiliary classifiers of these models need larger images.
+    # The auxiliary classifiers of these models do not accept small images.
     if name in ("googlenet", "inception_v3"):
         arguments["aux_logits"] = False
         if not pretrained:
@@ -189,7 +191,7 @@ def _check_patches(shape: Shape, patch: tuple[int, int]) -> None:
 
 @contextlib.contextmanager
 def _translate_errors(pretrained: bool) -> Iterator[None]:
-    """Convert the library's errors and silence its output while weights are downloaded."""
+    """Convert a library's errors to ModelError, and hide its output while it loads weights."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     try:
@@ -215,9 +217,9 @@ def _translate_errors(pretrained: bool) -> Iterator[None]:
 def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool) -> None:
     """Change the number of input channels of an RGB model in place.
 
-    Pretrained weights are adapted as in timm: summed over the colors for one channel, otherwise
-    repeated and scaled by 3 / channels, which preserves the activations of gray images. Other
-    weights are drawn with the standard deviation of the old ones.
+    Pretrained weights are adapted as in timm: they are summed over the colors for one channel, and
+    otherwise repeated and scaled by 3 / channels, which preserves the activations of gray images.
+    Weights that are not pretrained are drawn again with the same standard deviation.
 
     Args:
         model: A model with three input channels.
@@ -251,7 +253,7 @@ def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool)
 
 
 def remove_classifier(model: nn.Module) -> bool:
-    """Replace the last linear layer of the classifier by the identity.
+    """Replace the last linear layer of the classifier with the identity.
 
     The classifier is the submodule `fc`, `classifier`, `head` or `heads`. If it has no linear
     layer, its last convolution is replaced (SqueezeNet ends with a 1x1 convolution).
@@ -273,7 +275,7 @@ def remove_classifier(model: nn.Module) -> bool:
 def disable_stochastic_depth(model: nn.Module) -> None:
     """Disable stochastic depth and in-place dropout.
 
-    Afterwards `F.dropout` is the only operation that draws random numbers in training.
+    Afterwards, `F.dropout` is the only operation that draws random numbers in training.
     """
     for module in model.modules():
         class_name = type(module).__name__

@@ -1,4 +1,4 @@
-"""The registry of models by name: their options, groups of models, and `create_model`."""
+"""The registry of models by name, with their options, groups of models, and `create_model`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ KIND_NAMES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model of this package.
+    """The registry's entry for a model of this package.
 
     Attributes:
-        summary: One line about the architecture.
-        build: `build(shape, *, option=default, …)` returns the backbone and its width. A builder
-            with the argument `pretrained` has pretrained weights.
+        summary: One-line description of the architecture.
+        build: Function `build(shape, *, option=default, …)` that returns the backbone and the width
+            of its features. Pretrained weights exist if it has an argument `pretrained`.
         kinds: Kinds of examples that the model accepts.
         min_size: Minimum height and width of an image in pixels.
         fixed: Options that the name of the model determines.
@@ -74,7 +74,7 @@ class CatalogEntry:
             )
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return valid options with lists converted to tuples; raise ModelError for others."""
+        """Return the options with lists converted to tuples; raise ModelError for invalid ones."""
         hints = typing.get_type_hints(self.build)
         return {
             name: check_value(name, value, self.options[name], hints[name])
@@ -85,14 +85,17 @@ class CatalogEntry:
 def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
     """Return the value of an option if it is valid.
 
-    The type of the default determines which values are valid: an integer of at least 1, a tuple of
-    these, a dropout rate, or one of several names.
+    The type of the default determines which values are valid: an integer of at least 1, a sequence
+    of such integers, a number in [0, 1), or one of several names.
 
     Args:
         name: Name of the option, for the error message.
         value: The value to check.
         default: Default of the option.
         hint: Type hint of the option, which lists the valid names.
+
+    Returns:
+        The value, with sequences converted to tuples.
 
     Raises:
         ModelError: If the value is not valid.
@@ -235,8 +238,8 @@ MODELS: dict[str, CatalogEntry] = {
 
 # Groups of models for federations with heterogeneous clients.
 #
-# The HtFE and HtM groups follow HtFLlib (github.com/TsingZ0/HtFLlib, `system/main.py`, also named
-# HtFE-img-2 …; Zhang et al., FedTGP, AAAI 2024) with three differences: `fedavg_cnn` pads its
+# The HtFE and HtM groups follow HtFLlib (github.com/TsingZ0/HtFLlib, `system/main.py`, there also
+# named HtFE-img-2 …; Zhang et al., FedTGP, AAAI 2024) with three differences: `fedavg_cnn` pads its
 # convolutions (McMahan et al., 2017), `mobilenet_v2` comes from torchvision, and a common feature
 # width is obtained by a projection (`feature_dim=512`) instead of pooling. As in HtFLlib, the
 # vision transformers of HtM10 need images whose sides are multiples of 32.
@@ -303,7 +306,7 @@ def list_models(pattern: str = "*") -> list[str]:
             `torchvision:` lists the models of that library, with the prefix.
 
     Raises:
-        ModelError: If the pattern begins with another prefix or the library is not installed.
+        ModelError: If the pattern begins with an unknown prefix or the library is not installed.
 
     Example:
         >>> from model_zoo import list_models
@@ -325,8 +328,8 @@ def list_models(pattern: str = "*") -> list[str]:
 def model_options(name: str) -> dict[str, Any]:
     """Return the options of a model, which `create_model` accepts as keywords, with their defaults.
 
-    None represents the library's default for `timm:` and `torchvision:` models, and a required
-    option for `python:` models.
+    A value of None means the library's default for `timm:` and `torchvision:` models, and no
+    default, i.e. a required option, for `python:` models.
 
     Raises:
         ModelError: If the model does not exist.
@@ -383,9 +386,9 @@ def create_model(
         feature_dim: Width of the features. If the backbone has another width, it ends with a
             projection (linear layer and ReLU) to this width. None keeps the backbone's width.
         pretrained: Whether to load published weights (`resnet18`, torchvision and timm).
-        vocabulary: Number of different tokens, for text models. `input_size` is `(L,)`, and the
-            model accepts int64 inputs of shape `[B, L]` in `[0, vocabulary)`; 0 is the padding,
-            which precedes shorter texts.
+        vocabulary: Number of different tokens, for text models. `input_size` is then `(L,)`, and
+            the model accepts int64 inputs of shape `[B, L]` in `[0, vocabulary)`. Token 0 is the
+            padding, which precedes texts that are shorter than L.
         **options: Options of the model, see `model_options`.
 
     Raises:
@@ -456,7 +459,7 @@ def _create(
 
 
 def _find_options(name: str) -> tuple[dict[str, Any], bool]:
-    """Return the options of a model and whether it accepts any others."""
+    """Return the options of a model, and whether it accepts further options."""
     if not isinstance(name, str):
         raise ModelError("expected a name")
     prefix, colon, rest = name.partition(":")

@@ -13,7 +13,7 @@ import torch
 from model_zoo.errors import ModelError
 
 Kind = Literal["table", "series", "image", "tokens"]
-# Kinds of numeric examples; the index is the number of dimensions besides the channels.
+# Kinds of numeric examples. The index of a kind is its number of dimensions besides the channels.
 KINDS: tuple[Kind, ...] = ("table", "series", "image")
 
 
@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of different tokens, 0 for numeric examples."""
+        """Number of different tokens; 0 for numeric examples."""
         return self.vocabulary or 0
 
     @property
@@ -48,9 +48,9 @@ class Shape:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Number of steps and width of a step of the example as a sequence.
+        """Number of steps and width of a step, if the example is treated as a sequence.
 
-        An image is a sequence of rows, a series a sequence of points.
+        The steps are the rows of an image or the points of a series.
         """
         return self.size[0], self.channels * math.prod(self.size[1:])
 
@@ -84,9 +84,10 @@ def make_shape(
     """Return the shape of an example after checking the arguments.
 
     Args:
-        in_channels: See `create_model`.
-        input_size: See `create_model`.
-        vocabulary: See `create_model`.
+        in_channels: Channels of an image or series, or columns of a table row; 1 for tokens.
+        input_size: `S` for images of S x S pixels, `(H, W)` for images, `(L,)` for series or tokens
+            of length L, `()` for table rows.
+        vocabulary: Number of different tokens; None for numeric examples.
 
     Raises:
         ModelError: If an argument is not valid.

@@ -23,8 +23,8 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: Logits, shape `[B, num_classes]`.
-        features: Output of the backbone, from which the head computes the logits,
-            shape `[B, feature_dim]`.
+        features: Features, the output of the backbone and the input of the head, shape
+            `[B, feature_dim]`.
 
     Example:
         >>> import torch
@@ -46,9 +46,10 @@ class SplitModel(nn.Module):
     The names of all parameters begin with `backbone.` or `head.`.
 
     Args:
-        backbone: Maps inputs `[B, channels, *size]` to features `[B, feature_dim]`.
-        head: Maps features to logits `[B, num_classes]`.
-        feature_dim: Width of the features. By default, that of the head's first linear layer.
+        backbone: Module that maps inputs `[B, channels, *size]` to features `[B, feature_dim]`.
+        head: Module that maps features to logits `[B, num_classes]`.
+        feature_dim: Width of the features. None uses the input width of the head's first linear
+            layer.
 
     Attributes:
         backbone: The backbone.
@@ -87,7 +88,7 @@ class SplitModel(nn.Module):
         """Width of the features.
 
         Raises:
-            ModelError: If it is not known.
+            ModelError: If the width is not known.
         """
         if self._feature_dim is None:
             raise ModelError("feature_dim: not known, as the head has no linear layer; pass it")
@@ -109,7 +110,7 @@ class SplitModel(nn.Module):
 
 
 class DropoutLinear(nn.Linear):
-    """A linear head with dropout on its input, which leaves the returned features unchanged.
+    """A linear head with dropout on its input; the features that the model returns do not change.
 
     Args:
         in_features: Width of the features.
@@ -127,7 +128,7 @@ class DropoutLinear(nn.Linear):
 
 
 def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitModel:
-    """Return a model with a linear head on a backbone.
+    """Return a model that consists of a backbone and a linear head.
 
     Args:
         body: The backbone, the width of its features and, optionally, the dropout rate of the head.
@@ -152,12 +153,13 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
 def scale_outputs(backbone: nn.Module, share: float) -> nn.Module:
     """Divide the outputs of all convolutions and linear layers of a backbone by `share`.
 
-    A narrow copy of a model sums over fewer channels; the division preserves the size of the sums
-    (the scaler of Diao et al., HeteroFL, ICLR 2021, section 3).
+    Layers of a narrow copy of a model sum over fewer channels. The division preserves the magnitude
+    of the sums (the scaler of Diao et al., HeteroFL, ICLR 2021, section 3).
 
     Args:
         backbone: The backbone, modified in place.
-        share: The copy's share of the channels; 0 leaves the backbone unchanged.
+        share: Share of the wide model's channels that the copy has; 0 leaves the backbone
+            unchanged.
 
     Returns:
         The backbone.
@@ -180,7 +182,7 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
     change.
 
     Args:
-        backbone: A module of any origin.
+        backbone: The backbone, which may be any module.
         shape: Shape of an example.
 
     Raises:
@@ -203,7 +205,7 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
 
 @contextmanager
 def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Set a module to evaluation mode, and all its submodules back to their modes at the end."""
+    """Set a module to evaluation mode inside the `with` block, and restore all modes afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -228,8 +230,8 @@ def is_batch_norm(module: nn.Module) -> bool:
 def batch_norm_buffers(model: nn.Module) -> set[str]:
     """Return the names of the running means and variances of all BatchNorm layers.
 
-    These are averaged together with the weights. The integer buffer `num_batches_tracked` is not
-    included.
+    In federated learning, these buffers are averaged together with the weights. The integer buffer
+    `num_batches_tracked` is not included.
 
     Example:
         >>> from torch import nn

@@ -1,4 +1,4 @@
-"""User-defined models: `python:package.module:Class`, or `object:NAME` of a `GivenModel`."""
+"""User-defined models: `python:package.module:Class` for a class, `object:NAME` for an object."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def load(path: str) -> type[nn.Module]:
 
 
 def inspect_options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Return the options of a constructor and whether it accepts other keywords (`**kwargs`).
+    """Return the options of a constructor, and whether it accepts further keywords (`**kwargs`).
 
-    The options are the arguments other than `STANDARD_ARGUMENTS` and `pretrained`, with their
-    defaults; None if there is no default.
+    The options are all arguments except `STANDARD_ARGUMENTS` and `pretrained`, with their defaults.
+    The default of a required argument is None.
     """
     parameters = inspect.signature(target).parameters.values()
     named = {
@@ -69,7 +69,7 @@ def inspect_options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 def find_factory(name: str) -> tuple[Callable[..., nn.Module], str | None]:
-    """Return the class or function that creates a model, and the path of the head if it is given.
+    """Return the class or function that creates a model, and the path of its head if specified.
 
     Args:
         name: `python:package.module:Class` or `object:NAME`.
@@ -92,20 +92,20 @@ def build(
     pretrained: bool,
     options: Mapping[str, Any],
 ) -> SplitModel:
-    """Create a model of a user's class and check it on two examples.
+    """Create a user-defined model and check it on two examples.
 
     Args:
-        name: `python:package.module:Class` or `object:NAME`. The model is a `SplitModel` or any
-            classifier, which is split (see `split_module`).
+        name: `python:package.module:Class` or `object:NAME`. The model is a `SplitModel`, or any
+            classifier, which is then split (see `split_module`).
         shape: Shape of an example.
         num_classes: Number of outputs.
         feature_dim: Required width of the features; None accepts any width.
-        pretrained: Whether to start from the weights of a given module, or to pass
-            `pretrained=True` to the class.
-        options: Further keyword arguments.
+        pretrained: Whether to start from pretrained weights, or from the weights of a module that
+            the user passed.
+        options: Further keyword arguments of the class or function.
 
     Raises:
-        ModelError: If the model cannot be created or does not fit the arguments.
+        ModelError: If the model cannot be created or does not match the arguments.
     """
     target, head = find_factory(name)
     parameters = inspect.signature(target).parameters

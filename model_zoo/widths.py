@@ -1,8 +1,8 @@
 """Narrow copies of a model: the same layers with a share of the channels.
 
-Tensors of a copy have the names of the wide model's tensors and are at most as large in every
-dimension, so each is a leading slice. This requires layers in which every output channel is one row
-of a weight; fused gates (gru, lstm) and fused queries, keys and values (transformer, vit) are not.
+Each tensor of a copy has the same name as a tensor of the wide model and the shape of a leading
+slice of it. This requires layers in which every output channel is one row of a weight. Models with
+fused gates (gru, lstm) or fused queries, keys and values (transformer, vit) cannot be narrowed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from model_zoo.backbones import cnn, resnet, tabular, text
 from model_zoo.errors import ModelError
 from model_zoo.registry import MODELS
 
-# For each builder the name of its general model and the option that sets the width.
+# Name of the general model and of the option that sets the width, for each builder.
 _WIDTH_OPTIONS = {
     cnn.cnn: ("cnn", "width"),
     resnet.resnet: ("resnet", "widths"),
@@ -37,9 +37,9 @@ def can_narrow(name: str) -> bool:
 
 
 def resolve_general_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the general model of which `name` is a preset, with all options.
+    """Return the general model of which `name` is a preset, and all of its options.
 
-    For example, `cnn_bn_small` is `cnn` with `width=8` and `norm="batch"`.
+    For example, `cnn_bn_small` is the general model `cnn` with `width=8` and `norm="batch"`.
 
     Raises:
         ModelError: If the model has no narrow copies.
@@ -59,14 +59,17 @@ def resolve_general_model(name: str, options: Mapping[str, Any]) -> tuple[str, d
 def narrow_options(
     name: str, options: Mapping[str, Any], share: float, scaler: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """Return name and options of the narrow copy with a share of every width, rounded up.
+    """Return the name and options of a narrow copy with a share of every width, rounded up.
 
     Args:
         name: Name of the wide model.
         options: Options of the wide model.
         share: Share of the channels, greater than 0 and at most 1.
-        scaler: Whether the outputs of the copy's layers are divided by the share (Diao et al.,
+        scaler: Whether the outputs of the copy's layers are divided by `share` (Diao et al.,
             HeteroFL, ICLR 2021, section 3).
+
+    Returns:
+        The name of the general model, such as `cnn`, and all options of the copy.
 
     Raises:
         ModelError: If the model has no narrow copies.
@@ -95,7 +98,7 @@ def narrow_options(
 def share_of(
     name: str, options: Mapping[str, Any], wide: str, wide_options: Mapping[str, Any]
 ) -> float | None:
-    """Return the share of a wide model's widths that another model has.
+    """Return the width of a narrow model as a share of the width of a wide model.
 
     Args:
         name: Name of the narrow model.
@@ -104,7 +107,8 @@ def share_of(
         wide_options: Options of the wide model.
 
     Returns:
-        The share, 1 for equal models; None if the model is not a narrow copy of the wide one.
+        The share, which is 1 for equal models; None if the first model is not a narrow copy of the
+        second.
 
     Example:
         >>> from model_zoo import share_of

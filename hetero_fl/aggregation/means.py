@@ -1,6 +1,7 @@
 """Weighted means over the owners of each tensor, accumulated as uploads arrive.
 
-The memory needed is that of one upload, not of the cohort. The module also discounts stale uploads.
+The owners of a tensor are the clients whose models contain it. The means need memory for one
+upload, not for all uploads of a round. The module also discounts stale uploads.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ SUMS = ("class_sums", "counts")
 class RunningMean:
     """The weighted mean of tensors of one shape, with scalar weights.
 
-    The mean starts as the first term and is interpolated towards each further term by that term's
-    share of the weight so far. It is therefore bit-identical to its terms if they are all equal or
-    if there is only one. While all weights are zero, it is the unweighted mean.
+    The mean starts as the first term and is interpolated towards each further term by the term's
+    share of the total weight so far. The mean is therefore bit-identical to its terms if they are
+    all equal or if there is only one. As long as all weights are zero, it is the unweighted mean.
 
     Attributes:
         weight: Sum of the weights.
@@ -41,7 +42,7 @@ class RunningMean:
 
     @classmethod
     def from_mean(cls, value: Tensor, weight: float, count: int) -> RunningMean:
-        """Return a running mean with a given state.
+        """Create a running mean with a given state.
 
         Args:
             value: The mean.
@@ -56,12 +57,12 @@ class RunningMean:
 
     @property
     def value(self) -> Tensor | None:
-        """The mean so far, or None without terms; further terms do not change this tensor."""
+        """The mean so far, or None without terms; adding terms does not change this tensor."""
         self._is_owned = False
         return self._value
 
     def add(self, value: Tensor, weight: float) -> None:
-        """Add a term; `value` is never changed in place."""
+        """Add a term to the mean; `value` is not changed in place."""
         self.count += 1
         if weight == 0 and self.weight > 0:
             return
@@ -83,7 +84,7 @@ class RunningMean:
 
 
 class ItemSum:
-    """The mean and the totals of single-tensor items of one name.
+    """The mean and the totals of single-tensor items with the same name.
 
     Scalar weights are accumulated in a running mean. If a weight is a tensor, or the values are
     sums already (`class_sums`, `counts`), the sums of values and weights are accumulated instead.
@@ -117,7 +118,7 @@ class ItemSum:
 
     @classmethod
     def from_total(cls, total: Tensor, weight: Tensor) -> ItemSum:
-        """Return the sum of items with the given totals of weighted values and weights."""
+        """Create a sum from the totals of weighted values and of weights."""
         item_sum = cls()
         item_sum._sums = (total, weight)
         return item_sum
@@ -152,11 +153,11 @@ def mean_of_items(items: Sequence[Item]) -> Tensor:
 class OwnerMeans:
     """The mean of each named tensor over its owners, accumulated as models arrive.
 
-    A tensor is averaged within its architecture group, or across all groups with equal name and
-    shape if its name starts with a prefix in `common`.
+    A tensor is averaged within its architecture group. If its name starts with a prefix in
+    `common`, it is averaged with the tensors of the same name and shape in all groups.
 
     Args:
-        common: Prefixes of tensors that are averaged across groups.
+        common: Prefixes of the names of tensors that are averaged across groups.
     """
 
     def __init__(self, common: Sequence[str] = ()) -> None:
@@ -165,7 +166,7 @@ class OwnerMeans:
         self._groups: dict[str, dict[str, Owner]] = {}
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Add a model or a part of one.
+        """Add a model, or a part of a model, to the means.
 
         Args:
             group: Architecture group of the model.
@@ -176,7 +177,9 @@ class OwnerMeans:
             self._means.setdefault(owner, RunningMean()).add(tensors[name], weight)
 
     def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
-        """Set the mean of a tensor over all of its owners; call it once per group.
+        """Set the mean of a tensor over all of its owners.
+
+        Call this method once for each group that has the tensor.
 
         Args:
             group: Architecture group.
@@ -194,7 +197,7 @@ class OwnerMeans:
         return owners
 
     def by_group(self) -> dict[str, Tensors]:
-        """Return the means of the tensors that the members of each group sent."""
+        """Return the means of the tensors that each group sent, by group and tensor name."""
         return {
             group: {
                 name: mean
@@ -205,14 +208,14 @@ class OwnerMeans:
         }
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """Return the sum of the weights of each mean."""
+        """Return the sum of the weights in each mean, by group and tensor name."""
         return {
             group: {name: self._means[owner].weight for name, owner in owners.items()}
             for group, owners in self._groups.items()
         }
 
     def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """Return the number of uploads in each mean."""
+        """Return the number of uploads in each mean, by group and tensor name."""
         return {
             group: {name: self._means[owner].count for name, owner in owners.items()}
             for group, owners in self._groups.items()
@@ -224,16 +227,17 @@ def tie_common_tensors(
     common: Sequence[str],
     updated: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> None:
-    """Replace equal-named tensors shared by several groups by one of them, in place.
+    """Make tensors that several groups share equal in all of these groups, in place.
 
-    Methods that add updates need this: means of models are equal in all groups, but sums of updates
-    are equal only if the groups start from equal tensors.
+    Tensors are shared if they have the same name and shape. Methods that add updates to a model
+    need this function: means of models are equal in all groups, but sums of updates are equal only
+    if the groups start from equal tensors.
 
     Args:
         models: Tensors by group.
         common: Prefixes of the names of common tensors.
-        updated: Names of updated tensors by group; the first updated tensor is taken, or else the
-            tensor of the first group.
+        updated: Names of updated tensors by group. All groups receive the first updated tensor, or
+            the tensor of the first group if none was updated.
     """
     first: dict[tuple[str, torch.Size], Tensor] = {}
     for group, names in [*updated.items(), *models.items()]:
@@ -252,15 +256,16 @@ def leading_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> Tensors:
-    """Return the weighted mean of each element over the members that own it.
+    """Return the weighted mean of each element over the members whose tensors contain it.
 
     Args:
         current: The current tensors by name.
-        members: Tensors and weight of each member; a tensor is a leading slice of the current one.
+        members: Tensors and weight of each member. Each tensor is a leading slice of the current
+            tensor with the same name.
 
     Returns:
-        The means of the tensors that at least one member sent. Elements without owner keep their
-        current value.
+        The means of the tensors that at least one member sent. Elements that no member sent keep
+        their current value.
     """
     means: Tensors = {}
     weights: dict[str, Tensor] = {}
@@ -288,7 +293,7 @@ def interpolate_model(
 
     Args:
         current: The current tensors by name.
-        mean: Means of some or all of them.
+        mean: Means of some or all tensors.
         rate: Server learning rate; with 1, the result is the mean without rounding.
         parameters: Names of the parameters; all other tensors are buffers.
     """
@@ -315,7 +320,7 @@ def add_updates(
 
     Args:
         current: The current tensors by name.
-        mean: Means over the owners of some or all of them.
+        mean: Means of some or all tensors over their owners.
         owners: Number of owners K of each tensor.
         factor: Factor of the updates.
         parameters: Names of the parameters; all other tensors are buffers.
@@ -329,7 +334,7 @@ def add_updates(
 
 
 def discount_upload(payload: Payload, factor: float) -> Payload:
-    """Return an upload whose weights, and values that are sums, are multiplied by a factor."""
+    """Return an upload with all weights, and all values that are sums, multiplied by a factor."""
     if factor == 1:
         return payload
     return Payload(

@@ -1,7 +1,7 @@
 """Consensus teachers: weighted and sharpened means of clients' predictions on the proxy set.
 
-Contrast weights depend on how many examples of a class a client has seen, entropy weights on its
-confidence. `align_to_labels` restores classes that the consensus has lost.
+Contrast weights depend on the number of examples of a class that a client has, entropy weights on
+the confidence of each prediction. `align_to_labels` restores classes that the consensus has lost.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from hetero_fl.core.task import Task
 
 TeacherKind = Literal["mean", "samples", "contrast", "entropy"]
 Sharpening = Literal["era", "power", "none"]
-# Minimum log-probability: limits the influence of a client on a class that it has never seen.
+# Minimum log-probability, which limits the influence of a client on classes without examples.
 CLIP = -8.0
-# Minimum weight: a class without contrast at any client falls back to the plain mean.
+# Minimum contrast weight. If all clients have this weight for a class, the mean is unweighted.
 FLOOR = 0.1
 # Minimum of a class probability before its logarithm is taken.
 TINY = 1e-12
@@ -31,7 +31,7 @@ CERTAIN = 1e-6
 def contrast_weights(counts: Tensor) -> Tensor:
     """Return the weight of a client for each class, `n_c * (1 - n_c / n) + 0.1`.
 
-    The weight is large if the client has many examples of the class and of other classes.
+    The weight is large if the client has many examples of the class and many of other classes.
 
     Args:
         counts: Number of the client's examples n_c of each class, shape `[C]`.
@@ -46,7 +46,9 @@ def contrast_weights(counts: Tensor) -> Tensor:
 def proxy_predictions(
     task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor | None, n: int
 ) -> Item:
-    """Return a client's predictions as a weighted item of the consensus.
+    """Return an item with a client's predictions and their weight in the consensus.
+
+    The values and weights depend on `kind`:
 
     - "mean": logits with weight 1.
     - "samples": logits with weight `n`.
@@ -56,10 +58,10 @@ def proxy_predictions(
 
     Args:
         task: The task.
-        kind: How predictions are weighted.
+        kind: Weighting of the predictions, see above.
         logits: Logits, shape `[N, C]`.
         counts: Number of the client's examples of each class, shape `[C]`. None if the client does
-            not share them; its examples then count as evenly distributed over the classes.
+            not share them; the classes are then assumed to be balanced.
         n: Number of the client's examples.
     """
     if kind == "contrast" and task.kind == "multiclass":
@@ -72,7 +74,9 @@ def proxy_predictions(
 
 
 def certainty_weights(task: Task, logits: Tensor) -> Tensor:
-    """Return `exp(-H(p))` of each prediction: 1 if it is certain, 1 / C if it is uniform.
+    """Return `exp(-H(p))` for the entropy H of each prediction.
+
+    The weight is 1 for a certain prediction and 1 / C for a uniform distribution over C classes.
 
     Args:
         task: The task.
@@ -91,17 +95,18 @@ def align_to_labels(teacher: Tensor, log_q: Tensor, strength: float, balanced: b
     """Align the mean prediction of a teacher with the label frequencies.
 
     The bias `strength * (log q_c - log p_c)` is added to each class, where p is the mean prediction
-    over all rows and q are the label frequencies. Without it, a class that the consensus has lost
-    is no longer learned by any client, and the next consensus is even worse. See distribution
-    alignment (Berthelot et al., ICLR 2020, section 3.1: on probabilities, with strength 1); p = q
-    is a fixed point of the EM algorithm of Saerens et al. (Neural Computation 2002).
+    over all rows and q are the label frequencies. Without alignment, a class that the consensus has
+    lost is no longer learned by any client, and the next consensus is even worse. The function
+    resembles distribution alignment (Berthelot et al., ICLR 2020, section 3.1), which scales
+    probabilities and has strength 1; p = q is also a fixed point of the EM algorithm of Saerens et
+    al. (Neural Computation 2002).
 
     Args:
         teacher: Logits, shape `[N, C]`.
         log_q: Logarithms of the label frequencies, shape `[C]`.
         strength: Factor of the bias.
-        balanced: Whether the teacher contains no prior, as after training with logit adjustment;
-            log q is then added to compute p.
+        balanced: Whether the logits do not include the class prior, as after training with logit
+            adjustment. `log_q` is then added to the logits to compute p.
 
     Returns:
         Logits, shape `[N, C]`.
@@ -118,16 +123,18 @@ def _exp_negative_entropy(logits: Tensor) -> Tensor:
 def sharpen(task: Task, p: Tensor, method: Sharpening, strength: float) -> Tensor:
     """Return the logits of sharpened probabilities.
 
+    The sharpened probabilities depend on `method`:
+
     - "era": softmax(p / T), entropy reduction aggregation (Itahara et al. 2020, DS-FL).
     - "power": p^β / Σ p^β (Azuma et al. 2025, SCARLET).
     - "none": p.
 
-    In multi-label tasks, each label is a distribution over two outcomes.
+    In multi-label tasks, each label is treated as a distribution over two outcomes.
 
     Args:
         task: The task.
         p: Probabilities, shape `[N, C]`.
-        method: How to sharpen.
+        method: "era", "power" or "none", see above.
         strength: Temperature T of "era" or exponent β of "power".
 
     Returns:

@@ -1,7 +1,7 @@
-"""The uploads of a round, combined by the weighted mean over the owners of each element.
+"""The uploads of a round, and their weighted means over the owners of each element.
 
-Uploads are added in the order of client ids and accumulated when they arrive; items declared with
-`use="each"` are also kept. Robust rules (`hetero_fl.robustness.rules`) can replace the mean.
+Uploads are accumulated in the order of client ids as they arrive; items declared with `use="each"`
+are also kept individually. Robust rules (`hetero_fl.robustness.rules`) can replace the mean.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from hetero_fl.utils.ordering import natural_order
 
 
 class CombineNoise(Protocol):
-    """Noise on the sums of a round with client-level differential privacy."""
+    """Interface for the noise of client-level differential privacy on the sums of a round."""
 
     def expects(self, name: str) -> bool:
-        """Return whether clients may send single tensors under this item name."""
+        """Return whether clients may send a single tensor as the item with this name."""
 
     def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the noised totals of values and weights; `totals` is None without uploads."""
+        """Return the totals of values and weights with noise; `totals` is None without uploads."""
 
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the noised mean."""
+        """Return the mean with noise; `totals` is None without uploads."""
 
     def by_group(
         self,
@@ -47,17 +47,17 @@ class CombineNoise(Protocol):
         weights: Mapping[str, Mapping[str, float]],
         senders: Sequence[ClientInfo],
     ) -> dict[str, Tensors]:
-        """Return the noised means of every group whose clients may have sent the item.
+        """Return the means with noise, for every group whose clients may have sent the item.
 
         Args:
             name: Name of the item.
-            means: Means by group and tensor, of the groups that sent any.
+            means: Means by group and tensor name, for groups that sent the item.
             weights: Sum of the weights of each mean.
             senders: The clients that sent the item.
         """
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the expected number of clients in each of these means."""
+        """Return the expected number of clients in each mean, by group and tensor name."""
 
     def senders(self, name: str) -> list[ClientInfo]:
         """Return one client of each profile that may send the item."""
@@ -70,7 +70,7 @@ class Upload:
     Attributes:
         client_info: The client.
         payload: The items.
-        staleness_weight: Factor by which staleness has reduced every weight.
+        staleness_weight: Factor by which all weights were multiplied because of staleness.
     """
 
     client_info: ClientInfo
@@ -79,27 +79,28 @@ class Upload:
 
     @property
     def client(self) -> str:
-        """The client's id."""
+        """Id of the client."""
         return self.client_info.client_id
 
     @property
     def group(self) -> str:
-        """The architecture group of the client's model."""
+        """Architecture group of the client's model."""
         return self.client_info.arch.spec_id
 
 
 class Uploads:
-    """The uploads of a round.
+    """The uploads of a round and their means and sums.
 
     Args:
-        uploads: Uploads to add in client-id order; more can be added later.
+        uploads: Uploads, which are added in the order of client ids. Further uploads can be added
+            later.
         specs: The items that the method declares, by name.
-        common: Prefixes of tensors that are averaged across architectures.
+        common: Prefixes of the names of tensors that are averaged across architectures.
         rules: Robust aggregation rules that replace the mean.
         noise: Noise that is added to every sum.
 
     Attributes:
-        aggregated_items: Items of which an aggregate was read, as pairs of name and kind.
+        aggregated_items: Items whose mean or sum has been requested, as pairs of name and kind.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Uploads:
         specs: Mapping[str, ItemSpec],
         noise: CombineNoise | None = None,
     ) -> Uploads:
-        """Return the uploads of a round of which only sums are known.
+        """Create the uploads of a round from sums, if individual uploads are not known.
 
         Args:
             count: Number of clients.
@@ -201,7 +202,7 @@ class Uploads:
             self._models[name].add(group, item.values, float(item.weight))
 
     def _prepare_aggregate(self, name: str) -> None:
-        """Accumulate kept uploads of an item if its aggregate is read for the first time."""
+        """Accumulate the kept uploads of an item when its mean or sum is first requested."""
         self._check_declared(name)
         if (
             self._spec(name).use == "each"
@@ -277,16 +278,16 @@ class Uploads:
         return self._noise.by_group(name, means, weights, self._senders.get(name, []))
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the sum of the weights of each tensor of `mean_by_group`."""
+        """Return the sum of the weights of each tensor that `mean_by_group` returns."""
         self._prepare_aggregate(name)
         if self._noise is not None:
             return self._noise.weights_by_group(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
     def counts_by_group(self, name: str) -> Mapping[str, Mapping[str, float]]:
-        """Return the number of uploads of each tensor of `mean_by_group`.
+        """Return the number of uploads of each tensor that `mean_by_group` returns.
 
-        With noise, return the expected number.
+        With noise, this is the expected number.
         """
         self._prepare_aggregate(name)
         if self._noise is not None:
@@ -294,14 +295,14 @@ class Uploads:
         return self._models[name].counts_by_group() if name in self._models else {}
 
     def consensus(self, name: str, predictions: Mapping[str, Item]) -> Tensor | None:
-        """Return the mean of predictions that the server computed from single uploads.
+        """Return the mean of predictions that the server computed from individual uploads.
 
         Args:
-            name: Name under which aggregation rules keep their state.
+            name: Name of the item, under which robust aggregation rules keep their state.
             predictions: Predictions of each client by id, shape `[N, C]`.
 
         Returns:
-            The mean as for items of kind "rows", or None without predictions.
+            The mean, computed as for items of kind "rows"; None without predictions.
         """
         self.aggregated_items.add((name, "rows"))
         client_ids = natural_order(predictions)
@@ -316,16 +317,21 @@ class Uploads:
         return robust_means.mean if client_ids else None
 
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
-        """Return new uploads that are combined by the same aggregation rules."""
+        """Create uploads that are aggregated by the same robust rules.
+
+        Args:
+            uploads: The uploads, for example decompressed copies of the present ones.
+            specs: Declarations of the items of these uploads, by name.
+        """
         derived = Uploads(uploads, specs, rules=self._rules)
         self.aggregated_items |= {(name, "models") for name in specs}
         return derived
 
     def prepare(self, server: Participant) -> Plan[None]:
-        """Compute what aggregation rules need in advance.
+        """Train the root models that some robust rules need, before models are aggregated.
 
         Args:
-            server: A copy of the server; do not use it afterwards.
+            server: A copy of the server, which must not be used afterwards.
         """
         for models in self._models.values():
             if isinstance(models, RobustModelMeans) and models.rules.of_parameters.uses_root:
@@ -333,7 +339,7 @@ class Uploads:
 
     @property
     def each(self) -> Sequence[Upload]:
-        """The single uploads, with the items that were declared with `use="each"`.
+        """The individual uploads, with the items that are declared with `use="each"`.
 
         Raises:
             UserError: If no item is declared with `use="each"`.
@@ -343,7 +349,7 @@ class Uploads:
         return tuple(self._kept)
 
     def containing(self, name: str) -> list[Upload]:
-        """Return the single uploads that contain an item declared with `use="each"`.
+        """Return the individual uploads that contain an item declared with `use="each"`.
 
         Raises:
             UserError: If the item is not declared with `use="each"`.

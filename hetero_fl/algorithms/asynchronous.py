@@ -27,9 +27,10 @@ from hetero_fl.core.plan import Plan
 
 
 class StalenessWeighted(Algorithm):
-    """Base class of asynchronous methods that weight stale uploads.
+    """Base class of asynchronous methods that reduce the weight of stale uploads.
 
-    Tensors that architectures share (`clients.common`) stay equal in all models of the server.
+    Tensors that several architectures share (`clients.common`) are kept equal in all models of the
+    server.
     """
 
     staleness: Kind = Field(
@@ -43,7 +44,7 @@ class StalenessWeighted(Algorithm):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
-        """The requirement of one architecture, and the policy for stale uploads."""
+        """Requirements of the method: one architecture, and the policy for stale uploads."""
         staleness = StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
         return Needs(one_architecture=True, asynchronous=AsyncPolicy(1, staleness))
 
@@ -54,17 +55,17 @@ class StalenessWeighted(Algorithm):
 
 @register_algorithm("fedasync")
 class FedAsync(StalenessWeighted):
-    """Mix every upload into the server's model on arrival, with a weight that falls with staleness.
+    """Mix every upload into the server's model on arrival; its weight decreases with staleness.
 
     The server computes θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k, where the staleness τ is the number of
     server versions since the client received its model (Xie et al. 2019, Algorithm 1). With several
-    architectures, an upload updates the model of its architecture. s(τ) = 1/(1 + τ) is the
-    polynomial with a = 1. BatchNorm statistics move with the weights. The method always runs
-    asynchronously, whatever `runtime.mode` is.
+    architectures, an upload updates the model of its architecture. The setting `staleness` selects
+    the function s; the default is the polynomial s(τ) = (1 + τ)^−a. BatchNorm statistics are mixed
+    in the same way as weights. The method always runs asynchronously, regardless of `runtime.mode`.
 
-    Use it where clients' speeds differ and no client should wait. With strongly skewed labels and a
-    large α, each upload pulls the model towards the labels of one client; `fedbuff` averages
-    several first. The paper uses α from 0.6 to 0.9 and ρ from 0.005 to 0.01.
+    Use it where clients differ in speed and no client should wait for another. With strongly skewed
+    labels and a large α, each upload pulls the model towards the labels of one client; `fedbuff`
+    averages several uploads first. The paper uses α from 0.6 to 0.9 and ρ from 0.005 to 0.01.
 
     References:
         Xie et al., "Asynchronous Federated Optimization", OPT 2020.
@@ -105,7 +106,7 @@ class FedAsync(StalenessWeighted):
 
 
 BUFFERS = "buffers"
-# K in the paper.
+# Buffer size K in the paper's experiments.
 PAPER_BUFFER_SIZE = 10
 
 
@@ -114,13 +115,13 @@ class FedBuff(StalenessWeighted):
     """Collect updates in a buffer and apply their staleness-weighted mean when it is full.
 
     Clients upload Δ_k = θ_k − θ. After every K uploads the server computes θ ← θ + λ·Σ s(τ_k)·Δ_k /
-    K with s(τ) = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1). With several architectures, sum and
-    divisor are those of each architecture in the buffer. BatchNorm statistics are interpolated
-    towards the clients' with the same weights, as an added change could make a variance negative.
-    The method always runs asynchronously.
+    K with s(τ) = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1). With several architectures, the
+    sum and its divisor are computed separately for each architecture in the buffer. BatchNorm
+    statistics are interpolated towards those of the clients with the same weights, because adding a
+    change could make a variance negative. The method always runs asynchronously.
 
-    Use it like `fedasync`, with many clients or skewed labels. With K close to the number of
-    clients, it waits almost as long as synchronous rounds.
+    Use it like `fedasync`, with many clients or skewed labels. If K is close to the number of
+    clients, the server waits almost as long as in synchronous rounds.
 
     References:
         Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022.
@@ -144,7 +145,7 @@ class FedBuff(StalenessWeighted):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
-        """The requirements of asynchronous methods, with the buffer size K."""
+        """Requirements of the method: those of the base class, with the buffer size K."""
         needs = super().needs
         assert needs.asynchronous is not None
         return replace(needs, asynchronous=replace(needs.asynchronous, buffer_size=self.buffer))
@@ -198,9 +199,10 @@ class FedBuff(StalenessWeighted):
 
 
 def mean_weights(uploads: Uploads, name: str) -> dict[str, dict[str, float]]:
-    """Return Σ s / K of each tensor by group, where K is the number of clients that sent it.
+    """Return the mean staleness weight Σ s / K of each tensor, by architecture group.
 
-    Multiplying the weighted mean by this factor gives Σ s·Δ / K.
+    K is the number of clients that sent the tensor. The weighted mean of the updates, multiplied by
+    this factor, is Σ s·Δ / K.
     """
     counts = uploads.counts_by_group(name)
     return {

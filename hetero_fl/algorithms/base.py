@@ -1,4 +1,4 @@
-"""Base class of federated methods: its declarations, its hooks, and helpers for method authors."""
+"""Base class of federated methods, declarations of their properties, and helpers for subclasses."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from hetero_fl.utils.registry import Registry
 
 # Slot of the student model that the server trains.
 STUDENT = "student"
-# Item names to an `Item`, a tensor or named tensors.
+# Content of an upload or a broadcast by item name: an `Item`, a tensor, or tensors by name.
 Items = dict[str, Any]
-# Decorator that registers a method: `@register_algorithm("name")`. Indexing returns the class.
+# Decorator that registers a method: `@register_algorithm("name")`. `register_algorithm["name"]`
+# returns the class.
 register_algorithm: Registry[type[Algorithm]] = Registry(
     "algorithm", lambda: Algorithm, all_of="`hetero-fl methods`"
 )
@@ -60,21 +61,22 @@ class AsyncPolicy:
 
 @dataclass(frozen=True)
 class Needs:
-    """Requirements of a method, used by the checks before a run and in tables.
+    """Requirements of a method, which are checked before a run and listed in tables.
 
     Args:
-        proxy_set: Whether the method trains on a proxy set, and whether it needs its labels.
+        proxy_set: Use of a proxy set, a public data set on which clients exchange predictions.
+            `labeled` means that the method requires the proxy set and its labels.
         tasks: Supported kinds of task.
-        one_architecture: Whether parameters are averaged within each architecture. A client whose
-            architecture no other client has then learns nothing from the others.
-        all_clients: Whether the rows or models of all clients are in one place. Tables list this
-            method as a reference, not as a competitor.
+        one_architecture: Whether parameters are averaged within each architecture. A client with a
+            unique architecture then learns nothing from other clients.
+        all_clients: Whether the rows or models of all clients are collected in one place. Tables
+            list such a method as a reference, not as a competitor.
         counts_traffic: Whether the bytes sent count as communication cost.
-        one_upload: Whether clients upload only once, in the last round. More rounds cannot be
-            added to such a run.
+        one_upload: Whether clients upload only once, in the last round. Such a run cannot be
+            extended by further rounds.
         models_per_client: Whether clients with equal settings may have different models.
         asynchronous: Policy of a method that only runs asynchronously.
-        largest_uploads: Settings that give the largest uploads, for methods whose upload size
+        largest_uploads: Settings that result in the largest uploads, for methods whose upload size
             depends on the training.
         also: Descriptions of further requirements, as printed in tables.
 
@@ -103,15 +105,16 @@ class Needs:
 
 @dataclass(frozen=True)
 class SharedPart:
-    """The tensors of a client's model that are exchanged, if name prefixes are not enough.
+    """The exchanged part of a client's model, for methods that need more than name prefixes.
 
     Args:
         part: Prefixes of the names of exchanged tensors. None selects the whole model, `()` no
             tensors.
-        slot: Slot of the client's model.
-        received: Prefixes of the tensors that the client replaces with the server's. None
-            replaces all of `part`.
-        local: Tensors that never leave the client.
+        slot: Slot of the model, the name under which the client stores it.
+        received: Prefixes of the names of tensors that the client replaces with those of the
+            server. None replaces all of `part`.
+        local: BatchNorm tensors that never leave the client: all tensors of these layers, or only
+            their running statistics. None exchanges BatchNorm layers like all others.
 
     Example:
         >>> from hetero_fl.algorithms import SharedPart
@@ -126,19 +129,23 @@ class SharedPart:
 
 
 class Algorithm(Settings):
-    """Base class of federated methods; its defaults average the `shared` part by architecture.
+    """Base class of federated methods.
 
-    Settings are pydantic fields; in a configuration they are keys next to `algorithm.name`. Hooks
-    that compute are plans (see `hetero_fl.core.plan`); other hooks may be ordinary functions.
-    Decorate a subclass with `@register_algorithm("name")` to make it available under a name.
+    By default, clients train locally, and the server averages the `shared` part of their models by
+    architecture. Settings are pydantic fields; in a configuration they are keys next to
+    `algorithm.name`. Hooks that train models or compute predictions are generators, called plans
+    (see `hetero_fl.core.plan`); other hooks are ordinary functions. Decorate a subclass with
+    `@register_algorithm("name")` to make it available under a name.
 
     Attributes:
         title: Display name. The first sentence of the docstring is the one-line summary.
+        renamed_settings: New names of renamed settings, by former name.
         evaluated_when: Description of the evaluated model, for tables.
-        shared: Part of the model that travels: None for all, () for nothing, prefixes of tensor
-            names, or a `SharedPart`.
-        uploads: Items that clients send, by name.
-        downloads: Properties of broadcast items that compression needs.
+        shared: Part of the model that is exchanged: None for all, () for nothing, prefixes of
+            tensor names, or a `SharedPart`.
+        uploads: Declarations of the items that clients upload, by name.
+        downloads: Declarations of broadcast items, by name. Only items whose compression differs
+            from the default of their kind need a declaration.
         needs: Requirements of the method.
 
     Example:
@@ -174,7 +181,8 @@ class Algorithm(Settings):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         """Derive unset settings from the federation.
 
-        Called once, before models are built. The run's `config.yaml` contains the result.
+        This hook is called once, before models are built. The run's `config.yaml` contains the
+        result.
 
         Args:
             clients: All clients of the federation.
@@ -188,10 +196,10 @@ class Algorithm(Settings):
         return self, []
 
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        """Return the models of a client by slot; "model" is the slot of its own model.
+        """Return the architectures of a client's models by slot.
 
-        Called once for all clients with equal settings, or for each client if
-        `needs.models_per_client` is set.
+        The client's own model is in the slot `model`. This hook is called once for all clients with
+        equal settings, or once for each client if `needs.models_per_client` is set.
         """
         return {"model": client.arch}
 
@@ -212,7 +220,7 @@ class Algorithm(Settings):
         return {"model": shareable_tensors(self, recipient.arch, model, part)}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        """Prepare the model that the client would use now, from the received items."""
+        """Update the client's models with the received items, so that the client can predict."""
         slot = shared_part_of(self).slot
         if slot in received:
             client.load(slot, received[slot])
@@ -231,9 +239,10 @@ class Algorithm(Settings):
         yield from ()
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
-        """Adapt the deployed model before evaluation; the engine calls this on a copy.
+        """Adapt the deployed model to the client's own rows before evaluation.
 
-        By default, the model is trained for the client's `fine_tune_epochs`.
+        The engine calls this hook on a copy of the client. By default, the model is trained for the
+        number of epochs in the client's setting `fine_tune_epochs`.
         """
         if client.settings.fine_tune_epochs:
             yield local_fit(client, epochs=client.settings.fine_tune_epochs, label="fine-tune")
@@ -252,8 +261,8 @@ class Algorithm(Settings):
     def server_model(self, server: Participant) -> str | None:
         """Return the slot of the model that the server can deploy, or None.
 
-        This is the student if there is one, else the global model if all clients have the same
-        architecture and at least one shares its whole model.
+        By default, this is the student if there is one, otherwise the global model if all clients
+        have the same architecture and at least one client shares its whole model.
         """
         if STUDENT in server.models:
             return STUDENT
@@ -268,9 +277,9 @@ class Algorithm(Settings):
 
 
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
-    """Return whether the method or an objective is defined outside this package.
+    """Return whether the method or a client's objective is defined outside this package.
 
-    User code may modify its arguments in place.
+    Such code may modify its arguments in place.
     """
     return is_user_method(algorithm) or any(
         profile.settings.objective is not None for profile in client_infos.profiles
@@ -335,14 +344,14 @@ def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
 
 
 def upload_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return the part of the model that a client uploads in a round; () if it uploads nothing."""
+    """Return the part of the model that a client uploads in a round; () without an upload."""
     return shared_part(method, settings) if uploads_in_round(settings, round_idx) else ()
 
 
 def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return the part of the model that a client replaces with the server's in a round.
+    """Return the part of its model that a client replaces with the server's model in a round.
 
-    The part is empty except in the first round and after each upload.
+    The part is empty except in the first round and in the round after each upload.
     """
     if round_idx % settings.share_every != 0:
         return ()
@@ -350,11 +359,11 @@ def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -
 
 
 def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds: int) -> int:
-    """Return the phase of a round; uploads of rounds with equal phases have the same form.
+    """Return a number that is equal for all rounds in which uploads have the same form.
 
     Args:
         method: The method.
-        share_every: The client's setting of that name.
+        share_every: The client's setting `share_every`.
         round_idx: Index of the round.
         num_rounds: Number of rounds of the run.
     """
@@ -375,7 +384,7 @@ def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
 def shareable_tensors(
     method: Algorithm, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
 ) -> Tensors:
-    """Return the floating-point tensors of a part that travel between client and server.
+    """Return the floating-point tensors of a part that client and server exchange.
 
     Args:
         method: The method.
@@ -406,7 +415,7 @@ def may_share(client: Participant, share: str) -> bool:
 
     Args:
         client: The client.
-        share: "predictions", "statistics" or "features", as in a client's `shares`.
+        share: The kind, "predictions", "statistics" or "features", as in a client's `shares`.
 
     Example:
         >>> from hetero_fl.algorithms import may_share
@@ -426,12 +435,15 @@ def may_share(client: Participant, share: str) -> bool:
 def describe_unshared(
     items: Mapping[str, Item], specs: Mapping[str, ItemSpec], shares: Sequence[str]
 ) -> str:
-    """Describe the first item of an upload that the client does not share; empty if there is none.
+    """Describe the first item of an upload that the client's settings do not permit.
 
     Args:
         items: The upload.
         specs: The method's declarations of the items.
-        shares: The client's `shares`.
+        shares: The client's setting `shares`.
+
+    Returns:
+        The description, or an empty string if all items are permitted.
     """
     part = permitted_part(shares)
     for name, item in items.items():
@@ -447,11 +459,11 @@ def describe_unshared(
 def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     """Return the model with which a deployed client predicts its own rows.
 
-    This is the model whose logits `predict` requests first. If `predict` combines several models,
-    it is the client's own.
+    This is the model whose logits `predict` requests in its first step. If that step requests
+    anything else, for example the outputs of several models, it is the client's own model.
 
     Returns:
-        The slot, and the preprocessing if it differs from the client's own.
+        The slot of the model, and the preprocessing of its inputs or None for that of the client.
     """
     # Use a copy, as a plan that draws random numbers would advance the client's streams.
     plan = method.predict(replace(client, stream_uses={}), Rows("test"), True)
@@ -465,7 +477,9 @@ def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
 
 
 def upload_model(method: Algorithm, client: Participant, weight: float | None = None) -> Items:
-    """Return the upload of the client's shared part; empty if it shares nothing in this round.
+    """Return an upload with the shared part of a client's model.
+
+    The upload is empty if the client shares nothing in this round.
 
     Args:
         method: The method.
@@ -501,7 +515,7 @@ def upload_model(method: Algorithm, client: Participant, weight: float | None = 
 
 
 def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
-    """Move each group's model towards the mean of the uploaded models, tensor by tensor.
+    """Move the model of each architecture group towards the mean of the uploaded models.
 
     Args:
         server: The server.
@@ -534,9 +548,9 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
 
 
 def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
-    """Add the scaled sum of all clients' updates to each group's model.
+    """Add the scaled sum of the clients' updates to the model of each architecture group.
 
-    Uploads must have weight 1, or 1 times their staleness weight.
+    Each upload must have weight 1, or its staleness weight in an asynchronous run.
 
     Args:
         server: The server.

@@ -1,4 +1,4 @@
-"""Reference methods: local training, the ensemble of all models, training on pooled data."""
+"""Reference methods: local training, an ensemble of all models, and training on pooled data."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Local(Algorithm):
     """Train every client alone, without communication.
 
     This is the baseline that a federated method has to improve on. Include it in every comparison:
-    under label skew, several published methods have a lower local test accuracy. Its global test
-    accuracy is low where clients lack classes.
+    under label skew, several published methods have a lower local test accuracy. The global test
+    accuracy of local models is low where clients lack classes.
 
     Example:
         >>> from hetero_fl.algorithms import Local
@@ -57,10 +57,10 @@ class Ensemble(Local):
     Each model predicts with its own preprocessing. For regression, outputs are averaged. Every
     client uploads its model and, for evaluation only, receives the models of all others.
 
-    The ensemble shows how much there is to distill. It is a reference, not a model to deploy and
-    not an upper bound: under label skew, the mean is dominated by models that over-predict their
-    own classes. It is also not the teacher of FedMD or FedDF, which average logits of federated
-    models.
+    The ensemble shows what distillation can gain. It is a reference, neither a model to deploy nor
+    an upper bound: under label skew, the mean is dominated by models that over-predict their own
+    classes. The teachers of FedMD and FedDF differ from this ensemble, because they are mean logits
+    of federated models.
 
     Example:
         >>> from hetero_fl.algorithms import Ensemble
@@ -140,8 +140,8 @@ class Centralized(Algorithm):
 
     Each round runs the clients' local training on the pooled rows (without the proxy set) with a
     new optimizer. This is the same computation as FedAvg with λ = 1 and one client that has all
-    rows. The model and the settings are those of the most frequent client profile. Predictions use
-    its preprocessing.
+    rows. The model, the settings and the preprocessing are those of the most frequent client
+    profile.
 
     The gap between `local` and this method shows how much a federated method can gain. It is not
     a strict upper bound: personal models may have a higher local test accuracy, and methods with
@@ -208,5 +208,5 @@ class Centralized(Algorithm):
 
 
 def pooled_client(participant: Participant) -> ClientInfo:
-    """Return the first client of the most frequent profile, whose settings the pooled model has."""
+    """Return the first client of the most frequent profile; the pooled model has its settings."""
     return participant.peers[participant.peers.main_profile.first]

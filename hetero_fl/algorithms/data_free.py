@@ -80,13 +80,13 @@ class DataFreeDistillation(Algorithm):
     )
 
     def generator(self, shape: tuple[int, ...]) -> ModelSpec:
-        """Return the generator, which maps noise to examples of a shape."""
+        """Return the specification of a generator that maps noise to examples of the shape."""
         name = f"python:{Generator.__module__}:{Generator.__name__}"
         options = {"shape": shape}
         return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
 
     def sample_noise(self, server: Participant) -> Columns:
-        """Sample a batch of noise and labels."""
+        """Sample a batch of noise `x`, shape `[B, noise]`, and labels `y`, shape `[B]`."""
         generator = keyed_generator(*server.stream("noise"))
         x = torch.randn(self.synthetic_batch, self.noise, generator=generator)
         y = torch.randint(server.task.outputs, (self.synthetic_batch,), generator=generator)
@@ -117,7 +117,7 @@ class DataFreeDistillation(Algorithm):
 
         Args:
             server: The server.
-            x: All generated examples so far.
+            x: All examples generated so far, shape `[N, *shape]`.
             teacher: Logits of the teachers' ensemble, shape `[N, C]`.
         """
         return Fit(
@@ -136,19 +136,26 @@ class DataFreeDistillation(Algorithm):
 class Dense(DataFreeDistillation):
     """Upload every model once after local training and distill them all on generated examples.
 
-    Clients train alone and upload their parameters in the last round. The server alternates between
-    a generator, which minimizes CE + λ₁·(distance of BatchNorm statistics) − λ₂·KL on one batch,
-    with the KL divergence where student and teachers disagree, and a student, which learns the
-    teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
+    Clients train alone and upload their parameters in the last round; the server then uses their
+    models as teachers and alternates between two steps (Zhang et al. 2022, Algorithm 1). First, a
+    generator minimizes CE + λ₁·BN − λ₂·KL on one batch, where BN is the distance of the batch from
+    the BatchNorm statistics of the teachers, and KL is the divergence between teachers and student
+    on the examples for which they predict different classes. Then, a student learns the mean logits
+    of the teachers on all batches generated so far.
 
     The student has the architecture of one client, and all clients use it afterwards. Before the
-    last round, each client uses its own model, as with Local; a run that stops early trains no
+    last round, each client uses its own model, as with `local`. A run that stops early trains no
     student.
 
     Use it where clients can be reached only once and there is no proxy set. It is weak where
-    clients have different classes or models without BatchNorm. Deviations from the authors' code:
-    smaller defaults, one generator for all batches, no augmentation, and the distance of statistics
-    is averaged over teachers.
+    clients have different classes or models without BatchNorm.
+
+    Deviations from the authors' code: defaults are smaller, one generator is used for all batches,
+    images are not augmented, and BN is averaged over the teachers.
+
+    References:
+        Zhang et al., "DENSE: Data-Free One-Shot Federated Learning", NeurIPS 2022.
+            https://arxiv.org/abs/2112.12371
 
     Example:
         >>> from hetero_fl.algorithms import Dense
@@ -292,7 +299,7 @@ class Dense(DataFreeDistillation):
 
 
 def preprocessing_of(client_info: ClientInfo) -> View:
-    """Return the input shape, mean and standard deviation with which a client sees examples."""
+    """Return the shape, mean and standard deviation of the inputs of a client's model."""
     return client_info.arch.input_shape, client_info.preprocess.mean, client_info.preprocess.std
 
 
@@ -300,18 +307,18 @@ def preprocessing_of(client_info: ClientInfo) -> View:
 class FedGen(CommonHead, FedAvg):
     """Average parameters; clients also train on features from a generator at the server.
 
-    The method is FedAvg within each architecture, with a generator G(y, ε) of features on which
-    clients train their heads in addition to their own rows (Zhu et al. 2021, Algorithm 1). The
-    server trains G so that the clients' heads classify its features as class y; each head is
-    weighted by its client's share of the class. The server sends the model, the generator and the
-    round's label counts.
+    The method is FedAvg within each architecture, extended by a generator G(y, ε) that maps a class
+    y and noise ε to features. Clients train their heads on generated features in addition to their
+    own rows (Zhu et al. 2021, Algorithm 1). The server trains G so that the clients' heads classify
+    a generated feature as class y; each head is weighted by its client's share of the examples of
+    that class. The server sends the model, the generator and the label counts of the round.
 
-    Heads of all architectures train the same generator, which is linear, BatchNorm, ReLU, linear. A
-    client that does not share label counts is treated as if its classes were balanced; one that
-    does not share its head does not contribute.
+    All architectures share one generator, which consists of a linear layer, BatchNorm, ReLU and a
+    second linear layer. A client that does not share label counts is treated as if its classes were
+    balanced; one that does not share its head does not contribute.
 
-    Use it under label skew without a proxy set. The authors' code uses weight 10 and latent_weight
-    10, both with decay 0.98.
+    Use it under label skew without a proxy set. The authors' code sets `weight` and `latent_weight`
+    to 10, with a `decay` of 0.98.
 
     References:
         Zhu et al., "Data-Free Knowledge Distillation for Heterogeneous Federated Learning", ICML
@@ -354,7 +361,7 @@ class FedGen(CommonHead, FedAvg):
     )
 
     def generator(self, classes: int) -> ModelSpec:
-        """Return the generator, which maps a one-hot class and noise to features."""
+        """Return the specification of a generator from a one-hot class and noise to features."""
         options = {"hidden": [self.generator_hidden], "norm": "batch"}
         return ModelSpec.from_config(
             "mlp", self.feature_dim or 1, (classes + self.noise_dim,), options=options
@@ -410,7 +417,8 @@ class FedGen(CommonHead, FedAvg):
         )
         batches = {"fake": SampledBatches(self.sample_inputs(labels), self.generator_batch_size)}
         if self.latent_weight:
-            # A last batch with a single example is merged into the previous one.
+            # A last batch with a single example is merged into the previous one, so a batch may
+            # have one more example.
             size = client.settings.batch_size + 1
             batches["noise"] = SampledBatches(
                 lambda g, size: {"x": torch.randn(size, self.noise_dim, generator=g)}, size
@@ -421,10 +429,10 @@ class FedGen(CommonHead, FedAvg):
         )
 
     def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Columns]:
-        """Return a sampler of the generator's inputs, one-hot classes and noise.
+        """Return a function that samples inputs of the generator: one-hot classes and noise.
 
         Args:
-            labels: Frequencies of the classes, shape `[C]`.
+            labels: Relative frequencies with which classes are sampled, shape `[C]`.
         """
         # Random generators are on the CPU.
         labels = labels.cpu()

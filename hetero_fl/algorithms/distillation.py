@@ -1,7 +1,7 @@
 """Base classes of methods that distill on a proxy set.
 
-They provide the selection of proxy rows, the teacher from clients' predictions and its alignment
-with label frequencies, distillation steps, and the initial training phase of a client.
+They select proxy rows, compute a teacher from clients' predictions and align it with label
+frequencies, create distillation steps, and implement the initial training phase of a client.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ class ProxyTraining(Algorithm):
     """Base class of methods that distill a teacher on the proxy set (Hinton et al. 2015).
 
     The loss is the mean of KL(softmax(z_teacher/T) ‖ softmax(z/T))·T² over the batch; the teacher
-    is constant. `data.proxy` reserves rows of the training set or names another data set. D proxy
-    rows and C classes take 4·D·C bytes per client and round in each direction, whatever the size of
-    the models.
+    is constant. The setting `data.proxy` reserves rows of the training set as the proxy set or
+    names another data set. With D proxy rows and C classes, predictions take 4·D·C bytes per client
+    and round in each direction, regardless of the size of the models.
 
-    With `proxy_rows`, each round uses a sample of the proxy set, which server and clients draw with
-    the same key, so no indices are sent. A teacher from an earlier round is distilled on the rows
-    of that round.
+    With `proxy_rows`, each round uses a sample of the proxy set. Server and clients draw the same
+    sample from equally seeded generators, so indices are not sent. A teacher from an earlier round
+    is distilled on the rows of that round.
 
-    `server.model: NAME` adds a student of any architecture, which the server trains on the proxy
-    set towards the consensus for `student_epochs`. Its results are `server`, its parameters
-    `models/server.safetensors`.
+    The setting `server.model: NAME` adds a student of any architecture to the server. In each
+    round, the server distills the consensus of the clients into the student on the proxy set for
+    `student_epochs`. Reports list the results of the student as `server`, and its parameters are
+    saved as `models/server.safetensors`.
     """
 
     needs = Needs(proxy_set="required")
@@ -68,7 +69,7 @@ class ProxyTraining(Algorithm):
     ) -> Tensor | None:
         """Return the indices of a round's proxy rows, int64 `[D]`; None for all rows.
 
-        Client and server sample with the same key, so indices are not sent.
+        Client and server draw them from equally seeded generators, so indices are not sent.
 
         Args:
             participant: The client or the server.
@@ -87,7 +88,14 @@ class ProxyTraining(Algorithm):
         return torch.randperm(total, generator=generator)[: self.proxy_rows].sort().values
 
     def store_teacher(self, server: Participant, **content: object) -> None:
-        """Store the teacher or other values, and the round, in the server's state."""
+        """Store values such as the teacher in the server's state.
+
+        If each round samples its proxy rows, the index of the round is stored as well.
+
+        Args:
+            server: The server.
+            **content: The values by name.
+        """
         server.state.update(content)
         if self.proxy_rows is not None:
             server.state[PROXY_INDICES] = torch.tensor([server.round_context.round_idx])
@@ -96,7 +104,7 @@ class ProxyTraining(Algorithm):
     def teacher_for(server: Participant, client_info: ClientInfo) -> Items:
         """Return the items to broadcast: the teacher and the round of its proxy rows.
 
-        The result is empty before the first teacher and for clients without proxy rows.
+        The result is empty before the first teacher exists and for clients without proxy rows.
         """
         if not client_info.has_proxy:
             return {}
@@ -141,7 +149,7 @@ class ProxyTraining(Algorithm):
             client: The client.
             received: Received items, which include the teacher.
             epochs: Number of epochs.
-            teacher: Logits that replace the received ones, shape `[D, C]`.
+            teacher: Logits of the teacher, shape `[D, C]`. None uses the received logits.
             **objective: Further fields of `TeacherDistillation`.
         """
         loss = TeacherDistillation(client.task.kind, self.temperature, **objective)
@@ -190,7 +198,7 @@ class ProxyTraining(Algorithm):
             slot: Slot of the model. The student keeps its optimizer state between rounds.
             teacher: Logits of the round's proxy rows, shape `[D, C]`.
             epochs: Number of epochs.
-            preprocess: Preprocessing of the rows. None is the server's.
+            preprocess: Preprocessing of the rows. None uses that of the server.
         """
         rows = self.proxy_indices(server)
         return Fit(
@@ -222,19 +230,21 @@ LABELS = "labels"
 class ProxyDistillation(ProxyTraining):
     """Base class of methods whose teacher is the consensus of clients' predictions.
 
-    The teacher is the mean of logits over clients, with weights `teacher`: equal (`mean`), the
-    numbers of rows n_k (`samples`), exp(−entropy) of each prediction (`entropy`), or by class
-    (`contrast`): the mean of max(log p, −8) with weights n_kc·(1 − n_kc/n_k) + 0.1, where client k
-    has n_kc rows of class c. DS-FL averages probabilities instead of logits.
+    The teacher is the weighted mean of the clients' logits. The setting `teacher` selects the
+    weights: equal weights (`mean`), the number of rows n_k of client k (`samples`), exp(−entropy)
+    of each prediction (`entropy`), or weights by class (`contrast`). With `contrast`, the values
+    max(log p, −8) are averaged instead, with weights n_kc·(1 − n_kc/n_k) + 0.1, where client k has
+    n_kc rows of class c. DS-FL averages probabilities instead of logits.
 
     With `align: λ`, the server adds λ·(log q_c − log p̄_c) to class c of the teacher, where q are
     the label frequencies of all uploads so far and p̄ is the teacher's mean prediction
-    (`hetero_fl.aggregation.teachers.align_to_labels`). Without it, the consensus can lose classes
-    that few clients have. Use it under label skew if the proxy set has the clients' mix of classes.
+    (`hetero_fl.aggregation.teachers.align_to_labels`). Without alignment, the consensus can lose
+    classes that few clients have. Use alignment under label skew, if the classes of the proxy set
+    are distributed like the classes of all clients together.
 
-    Both use label counts of clients whose `shares` contain `statistics`, in multi-class tasks;
-    `contrast` assumes balanced classes for the others. Counts are private data and receive noise
-    under `privacy`.
+    Contrast weights and alignment use the label counts of clients whose `shares` contain
+    `statistics`, in multi-class tasks only. For other clients, `contrast` assumes balanced classes.
+    Label counts are private data and receive noise under `privacy`.
     """
 
     teacher: TeacherKind = Field(
@@ -287,7 +297,7 @@ class ProxyDistillation(ProxyTraining):
         """Compute, store and return the teacher, the mean of uploaded logits.
 
         Returns:
-            Logits of shape `[D, C]`; None if no client uploaded any.
+            Logits of shape `[D, C]`; None if no client uploaded logits.
         """
         teacher = uploads.mean("logits")
         if teacher is not None:
@@ -333,9 +343,10 @@ class ProxyDistillation(ProxyTraining):
         Args:
             server: The server.
             teacher: Logits of the round's proxy rows, shape `[D, C]`.
-            senders: Clients that uploaded a model; other groups are not trained.
+            senders: Clients that uploaded a model. Groups without such a client are not trained.
             epochs: Number of epochs.
-            statistics: Which BatchNorm statistics the models have afterwards.
+            statistics: Source of the models' BatchNorm statistics: `proxy` keeps those of the proxy
+                rows, `clients` restores the mean of the clients' statistics.
         """
         # The client with the lowest id determines the preprocessing of its group.
         preprocess = {
@@ -360,10 +371,10 @@ DONE = "initial_phase"
 class InitialPhase(ProxyTraining):
     """Base class of methods with an initial training phase before a client's first round.
 
-    Clients train on the labeled proxy set (FedMD) and then on their own rows, in the first round in
-    which they participate. This is recorded in their private state; the phase is repeated only if
-    that round fails. Models evaluated earlier have not been trained. The number of epochs is fixed,
-    where the authors stop early, and the optimizer is the client's own.
+    In the first round in which a client participates, it trains on the labeled proxy set (FedMD)
+    and then on its own rows. The client's private state records the phase, which is repeated only
+    if that round fails. Models that are evaluated before that round are untrained. The number of
+    epochs is fixed, where the authors stop early, and clients use their own optimizers.
 
     FedMD needs `data.proxy.labels: true`, unless `initial_public_epochs` is 0. The phase
     cannot be combined with `privacy.unit: record`, and simulated time does not include it.
@@ -379,8 +390,8 @@ class InitialPhase(ProxyTraining):
     def initial_training(self, client: Participant, public_epochs: int = 0) -> Plan[None]:
         """Run the initial phase of a client, if it is enabled and has not been run.
 
-        The loss on proxy rows uses neither logit adjustment nor class weights, as these depend on
-        the client's own rows.
+        The loss on proxy rows uses neither logit adjustment nor class weights, because both depend
+        on the client's own rows.
 
         Args:
             client: The client.

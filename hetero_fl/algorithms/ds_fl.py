@@ -78,7 +78,7 @@ def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
     return levels.to(packed.device)
 
 
-# Key of the server's state with the round of each cached row.
+# Key of the server's state for the round in which each cached row was computed.
 CONSENSUS_ROUNDS = "made"
 
 
@@ -86,9 +86,9 @@ class CachedPredictions(ProxyDistillation):
     """Base class of methods that cache the consensus on proxy rows (SCARLET, Azuma et al. 2025).
 
     Rows are requested and sent only if the receiver lacks them or they have expired. The server
-    caches the `teacher`, shape `[D, C]`, the round in which each row was computed, and for each
-    client the last round in which it was up to date (`held`). Clients keep a `cache`, shape
-    `[D, C]`.
+    stores the `teacher`, shape `[D, C]`, the round in which each of its rows was computed, and for
+    each client the last round in which the client's cache was up to date. Clients store a `cache`,
+    shape `[D, C]`.
     """
 
     cache_life: PositiveInt | None = Field(
@@ -105,7 +105,7 @@ class CachedPredictions(ProxyDistillation):
         return self
 
     def requested_rows(self, server: Participant) -> Tensor:
-        """Return the indices of the round's rows that are not cached or have expired, int64."""
+        """Return the indices (int64) of the round's rows that are not cached or have expired."""
         assert self.cache_life is not None
         made = self.consensus_rounds(server)
         rows = self.proxy_indices(server)
@@ -114,7 +114,7 @@ class CachedPredictions(ProxyDistillation):
 
     @staticmethod
     def consensus_rounds(server: Participant) -> Tensor:
-        """Return the round in which each row's consensus was computed, int64 `[D]`, or -1."""
+        """Return the round of each row's consensus, int64 `[D]`; -1 for rows without one."""
         made: Tensor | None = server.state.get(CONSENSUS_ROUNDS)
         if made is None:
             return torch.full((len(server.data("proxy", None)["x"]),), -1)
@@ -122,7 +122,7 @@ class CachedPredictions(ProxyDistillation):
         return made.cpu()
 
     def cache_update(self, server: Participant, client_info: ClientInfo) -> Items:
-        """Return the requested rows, and the rows of the teacher that the client lacks."""
+        """Return the items to broadcast: requested rows, and teacher rows that the client lacks."""
         if not client_info.has_proxy:
             return {}
         items: Items = {}
@@ -146,7 +146,7 @@ class CachedPredictions(ProxyDistillation):
             teacher: Logits of the requested rows; None if no client predicted them.
 
         Returns:
-            Logits of all of the round's rows; None if some were requested but not predicted.
+            Logits of all rows of the round; None if some were requested but not predicted.
         """
         requested = self.requested_rows(server)
         now = server.round_context.round_idx
@@ -199,13 +199,14 @@ class DSFL(CachedPredictions):
     as does the server's student (Itahara et al. 2020, Algorithm 1). The teacher is broadcast as
     logits.
 
-    `sharpen: era` (entropy reduction) is softmax(p̄ / T) on probabilities; `power` is p̄^β / Σ p̄^β
-    (SCARLET, Azuma et al. 2025). With `cache_life`, rows are sent only if the receiver lacks them
-    or they have expired (SCARLET; the authors use 50 rounds). With `bits`, clients upload quantized
-    probabilities (CFD, Sattler et al. 2020): with b bits, multiples of 1/(2^b − 1).
+    The setting `sharpen` selects how the mean p̄ is sharpened: `era` (entropy reduction) computes
+    softmax(p̄ / T), and `power` computes p̄^β / Σ p̄^β (SCARLET, Azuma et al. 2025). With
+    `cache_life`, rows are sent only if the receiver lacks them or they have expired (SCARLET; the
+    authors use 50 rounds). With `bits`, clients upload probabilities that are quantized to
+    multiples of 1/(2^b − 1) for b bits (CFD, Sattler et al. 2020).
 
-    Use it where the mean prediction is uncertain, with cache and bits to save traffic. Where the
-    mean is confident and wrong, sharpening makes it worse.
+    Use it where the mean prediction is uncertain; set `cache_life` and `bits` to reduce traffic.
+    Where the mean prediction is confident but wrong, sharpening makes it worse.
 
     References:
         Itahara et al., "Distillation-Based Semi-Supervised Federated Learning for
@@ -213,7 +214,8 @@ class DSFL(CachedPredictions):
             2023. https://arxiv.org/abs/2008.06180
         Sattler et al., "Communication-Efficient Federated Distillation", 2020.
             https://arxiv.org/abs/2012.00632
-        Azuma et al., "SCARLET", 2025.
+        Azuma et al., "Soft-Label Caching and Sharpening for Communication-Efficient Federated
+            Distillation", 2025. https://arxiv.org/abs/2504.19602
 
     Example:
         >>> from hetero_fl.algorithms import DSFL
@@ -253,7 +255,7 @@ class DSFL(CachedPredictions):
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
         """Probabilities or their codes, and label counts if the teacher is aligned."""
-        # Codes cannot be summed, and the cache needs to know which clients sent predictions.
+        # Codes cannot be summed, and the cache records which clients sent predictions.
         can_sum = self.bits is None and self.cache_life is None
         use: Literal["each", "sum"] = "sum" if can_sum else "each"
         name = "probabilities" if self.bits is None else "codes"
@@ -335,7 +337,7 @@ class DSFL(CachedPredictions):
         return uploads.consensus("codes", predictions)
 
     def align_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
-        """Return the mean after alignment with label frequencies, which precedes sharpening.
+        """Align the mean prediction with the label frequencies, before it is sharpened.
 
         Args:
             server: The server.
@@ -349,7 +351,7 @@ class DSFL(CachedPredictions):
         return self.align_teacher(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
 
     def sharpened_teacher(self, task: Task, mean: Tensor) -> Tensor:
-        """Return the teacher's logits from the mean of the (log) probabilities."""
+        """Sharpen the mean of the (log) probabilities and return the teacher's logits."""
         p = mean.softmax(-1) if self.averages_logarithms(task) else mean
         strength = self.era_temperature if self.sharpen == "era" else self.beta
         return sharpen(task, p, self.sharpen, strength)

@@ -1,4 +1,4 @@
-"""FD: federated distillation without a proxy set, by mean logits of each class."""
+"""FD: federated distillation of the mean logits of each class, without a proxy set."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class FD(Algorithm):
     (Jeong et al. 2018, Algorithm 1). Clients upload sums of logits `[C, C]` and counts `[C]` by
     class; the server divides the total sums by the total counts and sends the means `[C, C]`.
 
-    Use it with any models where there is no proxy set and traffic must be small. The gain over
-    `local` is also small.
+    Use it where models differ, there is no proxy set and traffic must be small. Expect a small gain
+    over `local`.
 
     Deviations: a client's own logits are part of its teacher, and logits are computed after local
     training.
@@ -75,7 +75,11 @@ class FD(Algorithm):
         return {"class_logits": (yield from self.class_statistics(client))}
 
     def class_statistics(self, client: Participant) -> Plan[Item]:
-        """Return the sums of the client's logits by true class, `[C, C]`, weighted by counts."""
+        """Return an item with the sums of the client's outputs by true class, shape `[C, C]`.
+
+        The outputs are logits or, with `teacher: contrast`, clipped log-probabilities that are
+        multiplied by the contrast weight of the class.
+        """
         if self.teacher == "mean":
             sums, counts = yield ClassSums("model")
             return Item(sums, counts[:, None], "class_sums")

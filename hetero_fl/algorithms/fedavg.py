@@ -33,16 +33,16 @@ class FedAvg(Algorithm):
     """Average the parameters of all clients with the same model.
 
     The server computes θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1). With several
-    architectures, clients are averaged within each architecture, and across architectures where
-    `clients.common` names a common part. BatchNorm statistics are averaged with the weights;
-    integer buffers are not sent.
+    architectures, models are averaged within each architecture, and tensors that `clients.common`
+    names are averaged across architectures. BatchNorm statistics are averaged like weights; integer
+    buffers are not sent.
 
     `weighting: sum` adds the clients' updates instead of averaging them: θ ← θ + λ·Σ(θ_k − θ). With
     K uploads this equals uniform weights and a server learning rate of λ·K, except that buffers
     never move beyond the mean.
 
-    Use it where clients run one model and have similar labels. With skewed labels and many local
-    epochs, clients drift apart.
+    Use it where clients have the same model and similar labels. With skewed labels and many local
+    epochs, the models of the clients drift apart.
 
     References:
         McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
@@ -84,9 +84,9 @@ class FedAvg(Algorithm):
 
 @register_algorithm("fedavg_ft")
 class FedAvgFT(FedAvg):
-    """FedAvg whose clients fine-tune the average on their own rows before evaluation.
+    """Average parameters; clients fine-tune the average on their own rows before evaluation.
 
-    An alias of `fedavg` with `fine_tune_epochs: 5`, the value of FedBABU.
+    This is an alias of `fedavg` with `fine_tune_epochs: 5`, the value of FedBABU.
 
     Example:
         >>> from hetero_fl.algorithms import FedAvgFT
@@ -110,12 +110,13 @@ class FedAvgFT(FedAvg):
 class FedProx(FedAvg):
     """Average parameters trained with a proximal term that keeps clients close to the average.
 
-    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the model they received at the start of
-    the round (Li et al. 2020, eq. 2). The sum of squares is over all tensors. The exchange is
-    the same as in FedAvg.
+    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the model that they received at the start
+    of the round (Li et al. 2020, eq. 2). The norm includes all parameters. The exchange is the same
+    as in FedAvg.
 
-    Use it where clients drift: skewed labels, many local epochs or unequal amounts of work. A large
-    μ keeps clients at the received model; μ = 0 is FedAvg. The paper tunes μ between 0.001 and 1.
+    Use it where the models of clients drift apart because of skewed labels, many local epochs or
+    unequal amounts of work. A large μ keeps them at the received model; μ = 0 is FedAvg. The paper
+    tunes μ between 0.001 and 1.
 
     References:
         Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020.
@@ -147,14 +148,14 @@ class FedNova(Algorithm):
     """Average updates normalized by each client's number of local steps.
 
     The server computes θ ← θ + λ·τ_eff·Σ w_k (θ_k − θ)/‖a_k‖₁ with τ_eff = Σ w_k ‖a_k‖₁ (Wang et
-    al., NeurIPS 2020, eqs. 3, 6 and 13). ‖a_k‖₁, the item `path`, is the number τ of local steps;
-    with momentum ρ it is (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ), where the first ρ is ρ² with Nesterov's
-    momentum. If it is equal for all clients, the method is FedAvg. Buffers (BatchNorm statistics)
-    are averaged without normalization.
+    al., NeurIPS 2020, eqs. 3, 6 and 13). Without momentum, ‖a_k‖₁ is the number τ of local steps.
+    With momentum ρ, it is (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ), where ρ² replaces the first ρ for
+    Nesterov momentum. Clients upload it as the item `path`. If ‖a_k‖₁ is equal for all clients, the
+    method equals FedAvg. Buffers (BatchNorm statistics) are averaged without normalization.
 
-    Use it where clients take unequal numbers of steps, because their sizes differ or a deadline
-    cuts some short. FedAvg then minimizes another objective. The theory covers SGD; a step of
-    another optimizer counts as one.
+    Use it where clients take unequal numbers of steps, because their data sets differ in size or a
+    deadline stops some of them early; FedAvg then minimizes a different objective. The theory
+    covers SGD. A step of any other optimizer counts as 1.
 
     References:
         Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
@@ -219,9 +220,10 @@ class FedNova(Algorithm):
 def accumulated_steps(steps: int, optimizer: OptimizerConfig) -> float:
     """Return ‖a‖₁, the sum of the coefficients of all gradients in a client's update.
 
-    The unit is the learning rate. With momentum ρ and τ steps it is
+    Coefficients are multiples of the learning rate. For SGD without momentum and for all other
+    optimizers, the sum is the number of steps τ. With momentum ρ, it is
     (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ) (Wang et al. 2020, section 4); with Nesterov momentum, ρ²
-    replaces the first ρ. A step of any other optimizer counts as 1.
+    replaces the first ρ.
     """
     rho = optimizer.momentum
     if not rho:

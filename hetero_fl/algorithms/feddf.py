@@ -24,14 +24,14 @@ from hetero_fl.core.plan import Plan, Predict, Recalibrate, Rows
 class FedDF(ProxyDistillation, FedAvg):
     """Average models by architecture, then distill the ensemble of all clients into each average.
 
-    The teacher is the mean of all clients' logits on the proxy set; the server distills it into the
+    The teacher is the mean of all clients' logits on the proxy set. The server distills it into the
     average of each architecture and sends the result (Lin et al. 2020, Algorithm 3). Clients that
-    do not share their whole model upload proxy logits, which gives the same teacher. Label counts
-    are uploaded only for the contrast-weighted or the aligned teacher.
+    do not share their whole model upload their logits on the proxy set, which results in the same
+    teacher. Label counts are uploaded only for a contrast-weighted or an aligned teacher.
 
-    Use it where clients may send parameters and the server has public rows and compute. The server
-    evaluates each uploaded model, which excludes secure aggregation. Under label skew, set
-    `teacher: contrast` or `align` and `logit_adjustment`.
+    Use it where clients may send parameters and the server has public rows and enough compute.
+    Secure aggregation is not possible, because the server evaluates each uploaded model. Under
+    label skew, set `logit_adjustment` and either `teacher: contrast` or `align`.
 
     Deviations from the authors' defaults (T = 1, batches of 128, up to 10,000 steps with early
     stopping): T = 2, batches of 32 and a fixed number of epochs with a constant learning rate.
@@ -115,7 +115,17 @@ class FedDF(ProxyDistillation, FedAvg):
     def received_models(
         self, server: Participant, teachers: list[Upload]
     ) -> Plan[dict[str, Tensors]]:
-        """Return the tensors of each client's model as it predicts the proxy rows."""
+        """Return the tensors with which each client's model predicts the proxy rows.
+
+        Clients' BatchNorm statistics are recomputed on proxy rows if their settings require it.
+
+        Args:
+            server: The server.
+            teachers: Uploads with a whole model.
+
+        Returns:
+            The tensors of the models by client id.
+        """
         models = {u.client: {**server.models[u.group], **u.payload["model"]} for u in teachers}
         recalibrated = [
             u for u in teachers if recalibrates(u.client_info.settings, "proxy_predictions")

@@ -1,4 +1,4 @@
-"""FedGKT: split training of client models and a large server model by mutual distillation."""
+"""FedGKT: mutual distillation between client models and a large model at the server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelError
 
-# Slot of the server's model on features.
+# Slot of the server's model, whose inputs are features.
 LARGE = "large"
 # Uploaded items by name, and the columns of the server's training set that they become.
 ROWS = {"features": "x", "logits": "teacher", "labels": "y"}
@@ -38,19 +38,19 @@ ROWS = {"features": "x", "logits": "teacher", "labels": "y"}
 class FedGKT(CommonFeatureWidth):
     """Train a large server model on clients' features, with mutual distillation of logits.
 
-    Clients train on CE + λ·KL·T² towards the server's logits of their rows and upload the features,
-    logits and label of every training row. The server trains its model on all features with the
-    same loss towards the clients' logits and returns its logits (He et al. 2020, Algorithm 1). For
-    evaluation, clients receive the large model. A client that did not participate receives the
-    logits of its last round.
+    Clients minimize CE + λ·KL·T² with the server's logits for their rows as teacher and upload the
+    features, logits and label of every training row. The server trains its model on all features
+    with the same loss and the clients' logits as teacher, and sends its logits back (He et al.
+    2020, Algorithm 1). For evaluation, clients receive the large model. A client that missed rounds
+    receives the logits of the last round in which it participated.
 
     Uploaded features and labels reveal information about each training row. Clients without
     `features` in `shares` upload nothing. Use it where clients have little compute and the server
     may see features.
 
-    Deviations: the server's model takes feature vectors, where the paper's takes feature maps; the
-    clients' models may differ. The backbone of a client's model, with features of the common width,
-    is its extractor.
+    Deviations: the inputs of the server's model are feature vectors, where the paper uses feature
+    maps, and the models of clients may differ. The feature extractor is the backbone of a client's
+    model, whose features have the common width.
 
     References:
         He et al., "Group Knowledge Transfer: Federated Learning of Large CNNs at the Edge", NeurIPS
@@ -109,7 +109,7 @@ class FedGKT(CommonFeatureWidth):
         ]
 
     def large_model_spec(self, outputs: int) -> ModelSpec:
-        """Return the server's model, which maps features to logits."""
+        """Return the specification of the server's model, which maps features to logits."""
         assert self.feature_dim is not None, "set by configure"
         config = self.large_model
         return ModelSpec.from_config(
@@ -184,9 +184,9 @@ class FedGKT(CommonFeatureWidth):
 
     @staticmethod
     def log_prior_of(server: Participant, upload: Upload) -> Tensor:
-        """Return the log prior of the client for each of its rows, shape `[n, C]`.
+        """Return a client's log class prior, repeated for each of its rows, shape `[n, C]`.
 
-        It is 0 if the client does not use logit adjustment.
+        All values are 0 if the client does not use logit adjustment.
         """
         labels = upload.payload["labels"]
         counts = torch.bincount(labels, minlength=server.task.outputs)

@@ -24,12 +24,14 @@ Denominator = Literal["others", "all"]
 
 @dataclass(frozen=True)
 class CalibratedMargins(Supervised):
-    """The cross-entropy of logits reduced by a margin for each class (FedLC, eq. 5).
+    """The cross-entropy of logits from which a margin is subtracted for each class (FedLC, eq. 5).
 
-    In the context, `margins` `[C]` are τ·n_c^(-1/4), infinite for classes without examples.
+    The entry `margins` of the context, shape `[C]`, contains the margins τ·n_c^(-1/4), which are
+    infinite for classes without examples.
 
     Args:
-        denominator: `others` leaves the true class out of the denominator of the softmax.
+        denominator: Classes in the denominator of the softmax: `others` excludes the true class,
+            `all` includes it.
     """
 
     denominator: Denominator = "others"
@@ -42,7 +44,7 @@ class CalibratedMargins(Supervised):
         is_true = torch.arange(logits.shape[-1], device=logits.device) == batch.y[:, None]
         others = logits.masked_fill(is_true, -torch.inf)
         true = logits.gather(-1, batch.y[:, None]).squeeze(-1)
-        # Rows of a client with a single class have no other class and no loss.
+        # If the client has a single class, the denominator is empty and the loss is 0.
         has_others = others.isfinite().any(-1)
         total = torch.where(has_others[:, None], others, 0.0).logsumexp(-1)
         return torch.where(has_others, total - true, 0.0)
@@ -65,14 +67,16 @@ class FedLC(FedAvg):
 
     Clients minimize the cross-entropy of z_c − τ·n_c^(−1/4), where the client has n_c examples of
     class c (Zhang et al. 2022, eq. 5). In the paper's equation, the denominator of the softmax
-    leaves out the true class. Classes without examples are dropped: their margin is infinite. The
-    exchange is the same as in FedAvg.
+    excludes the true class. The margin of classes without examples is infinite, which removes them
+    from the softmax. The exchange is the same as in FedAvg.
 
-    Use it where labels are skewed and all clients run one model. `logit_adjustment` is the related
-    rule of Menon et al. (2021), which any method can use; it is not applied here.
+    Use it where labels are skewed and all clients have the same model. The related rule of Menon et
+    al. (2021) is available for other methods as the setting `logit_adjustment`, which is not
+    applied here.
 
-    Unverified: no code of the authors is known, and the paper does not state τ. Implementations of
-    others use 0.1 and 1, and the usual denominator (`all`).
+    The implementation has not been compared with the authors' code, which does not seem to be
+    public, and the paper does not state τ. Other implementations use 0.1 or 1, and the usual
+    denominator (`all`).
 
     References:
         Zhang et al., "Federated Learning with Label Distribution Skew via Logits Calibration", ICML

@@ -25,13 +25,13 @@ class FedMD(InitialPhase, ProxyDistillation):
     classes, and receive the mean. Labels of the proxy set are not used.
 
     Use it where all models differ and no parameter may leave a client. It needs public rows that
-    resemble the private ones. Under label skew, set `teacher: contrast` or `align` and
-    `logit_adjustment`.
+    resemble the private ones. Under label skew, set `logit_adjustment` and either
+    `teacher: contrast` or `align`.
 
     Deviations: the default distance is the KL divergence with T = 2; the authors' code uses the
     mean absolute error of logits. The paper's initial phase is off by default (`initial_phase`), so
-    that the proxy set needs no labels. With it, the first round has its local epochs as well, and
-    there is no early stopping.
+    that the proxy set needs no labels. The initial phase has no early stopping, and local training
+    follows it in the first round.
 
     References:
         Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019.
@@ -66,7 +66,7 @@ class FedMD(InitialPhase, ProxyDistillation):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
-        """The requirement of a proxy set, with labels for the initial phase."""
+        """Requirements of the method: a proxy set, with labels for the initial phase."""
         reads_labels = self.initial_phase and self.initial_public_epochs > 0
         return Needs(proxy_set="labeled" if reads_labels else "required")
 

@@ -18,11 +18,11 @@ from hetero_fl.core.plan import Plan
 
 
 class ServerOptimizer(FedAvg):
-    """Base class of methods with a server optimizer on the update Δ = Σ w_k θ_k − θ.
+    """Base class of methods that apply an optimizer to the mean update Δ = Σ w_k θ_k − θ.
 
     Each architecture has its own optimizer state, which stays at the server. Tensors that no client
-    uploads in a round, and their state, do not change. Buffers are set to the mean, as an
-    extrapolated variance may be negative.
+    uploads in a round do not change, nor does their optimizer state. Buffers are set to the mean,
+    because an extrapolated variance could be negative.
     """
 
     weighting: Literal["samples", "uniform"] = Field(
@@ -44,12 +44,12 @@ class ServerOptimizer(FedAvg):
     def server_step(
         self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
     ) -> Tensors:
-        """Return the parameters after the step.
+        """Return the parameters after one step of the optimizer.
 
         Args:
             model: Current model of the server.
             mean: Mean of the clients' parameters.
-            optimizer_state: Tensors by kind and name; updated in place.
+            optimizer_state: State of the optimizer by kind and tensor name; updated in place.
         """
         raise TypeError(f"{type(self).__name__} has no server optimizer")
 
@@ -62,8 +62,8 @@ class FedAvgM(ServerOptimizer):
     section 4.2). The momentum stays at the server. The exchange is the same as in FedAvg; β = 0 is
     FedAvg.
 
-    Use it in long runs whose rounds have noisy means: few clients per round, skewed labels. In runs
-    of a few rounds it helps little. Tune λ together with β.
+    Use it in long runs in which the mean update is noisy, because few clients participate in a
+    round or labels are skewed. It helps little in runs of a few rounds. Tune λ together with β.
 
     References:
         Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
@@ -96,8 +96,8 @@ class FedAvgM(ServerOptimizer):
 class AdaptiveServerOptimizer(ServerOptimizer):
     """Base class of server optimizers with second moments (Reddi et al. 2021, Algorithm 2).
 
-    The server computes m ← β₁m + (1 − β₁)Δ and θ ← θ + λ·m/(√v + τ). The subclass computes v from
-    Δ²; its initial value is τ². As in the paper, there is no bias correction.
+    The server computes m ← β₁m + (1 − β₁)Δ and θ ← θ + λ·m/(√v + τ). A subclass computes the second
+    moment v from Δ²; the initial value of v is τ². As in the paper, there is no bias correction.
     """
 
     server_lr: PositiveFloat = Field(0.01, description="server learning rate λ")
@@ -136,12 +136,12 @@ class FedAdam(AdaptiveServerOptimizer):
     """Apply the mean update with the Adam optimizer at the server.
 
     With Δ = Σ w_k θ_k − θ, the server computes m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ² and θ ← θ
-    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). v starts at τ²; as in the paper, there is no
-    bias correction. Buffers are set to the mean, as an extrapolated variance may be negative. The
-    exchange is the same as in FedAvg.
+    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). The initial value of v is τ²; as in the paper,
+    there is no bias correction. Buffers are set to the mean, because an extrapolated variance could
+    be negative. The exchange is the same as in FedAvg.
 
-    Use it in long runs where the updates of parameters differ much in size. λ is about the distance
-    that a parameter moves in a round: tune it first, with `--grid`.
+    Use it in long runs where the updates of different parameters differ much in size. Tune λ first,
+    for example with `--grid`; it is roughly the distance that a parameter moves per round.
 
     References:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295
@@ -165,8 +165,8 @@ class FedYogi(AdaptiveServerOptimizer):
     """Apply the mean update with the Yogi optimizer at the server.
 
     The method is FedAdam with the second moment v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large
-    update does not dominate v (Reddi et al. 2021, Algorithm 2). It is the more stable of the two
-    where the size of updates changes over the run.
+    update does not dominate v (Reddi et al. 2021, Algorithm 2). Prefer it to FedAdam if the size of
+    the updates changes over the run.
 
     References:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295

@@ -50,7 +50,7 @@ DEFAULT_MODELS = {
 
 
 def choose_model(client_infos: ClientDirectory) -> ModelConfig:
-    """Return the wide model: the widest of the model family that most clients use.
+    """Return the wide model: the widest model of the family that most clients use.
 
     A family consists of a model and its narrower copies. Of equally frequent families, the one with
     the widest model is chosen. If no client's model can be narrowed, the choice depends on the
@@ -123,7 +123,7 @@ def choose_widths(
 
 
 def _match_widths(configured: Mapping[str, float], client_ids: Sequence[str]) -> dict[str, float]:
-    """Return each client's width: that of the first pattern that matches its id."""
+    """Return the width of each client, set by the first pattern that matches the client's id."""
     for pattern in configured:
         if not any(fnmatchcase(client_id, pattern) for client_id in client_ids):
             raise UserError(
@@ -169,10 +169,11 @@ def describe_widths(
 
 
 def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
-    """Return the width of a client with this model, relative to the wide model.
+    """Return the width of a client with this architecture, relative to the wide model.
 
-    If the model is not a narrower copy of the wide one, this is a power of two near the square
-    root of the ratio of their numbers of parameters, which grow with the square of the width.
+    If the architecture is not a narrower copy of the wide model, the width is the power of two from
+    1/16 to 1 that is nearest to the square root of the ratio of their numbers of parameters. The
+    number of parameters grows with the square of the width.
     """
     wide = wide_model(model, arch)
     width = _relative_width(arch, wide)
@@ -235,12 +236,13 @@ def pack_head(weight: Tensor, bias: Tensor, width: int, mask: Tensor) -> tuple[T
 
 
 def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
-    """Replace the head of the wide model by the mean of packed heads, where its weight is not 0.
+    """Return the wide model's head, with values replaced by the mean of packed heads.
 
     Args:
         model: The wide model.
         mean: Mean of the packed heads, shape `[C, width + 1]`.
-        weight: Total weight of each value, shape `[C, width + 1]`.
+        weight: Total weight of each value, shape `[C, width + 1]`. Values without weight keep their
+            current value.
 
     Returns:
         The new weight and bias by name.
@@ -257,13 +259,14 @@ class HeteroFL(FedAvg):
 
     A wide model replaces the clients' models; each client trains, uploads and receives the leading
     channels up to its width (Diao et al. 2021, Algorithm 1). All clients have equal weight, as in
-    the authors' code. BatchNorm is static: batches are normalized with their own statistics,
-    running statistics stay at the client, and scales and shifts are averaged. Each client is
-    evaluated with its own slice and its scaler; the wide model is evaluated only if it has no
+    the authors' code. BatchNorm is static, as in the paper: batches are normalized with their own
+    statistics, running statistics stay at the client, and scales and shifts are averaged. Each
+    client is evaluated with its own slice and scaler. The wide model is evaluated only if it has no
     BatchNorm.
 
-    Use it where clients differ in compute only. At least one client must have the full width.
-    `widths` supports at most 1,000 clients; for more, give the groups models of these widths.
+    Use it where clients differ in compute only. At least one client must have the full width. The
+    setting `widths` supports at most 1,000 clients; for more clients, set models of these widths
+    for the groups of clients.
 
     Deviation: the mask of absent classes is off by default. It reveals a client's classes to the
     server and requires `statistics` in `shares`.
@@ -308,7 +311,7 @@ class HeteroFL(FedAvg):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
-        """The requirement of one model family."""
+        """Requirements of the method: one model family."""
         return Needs(also=("one model family",), models_per_client=self.widths is not None)
 
     @override
@@ -377,7 +380,7 @@ class HeteroFL(FedAvg):
 
     @staticmethod
     def present_classes(client: Participant) -> Tensor:
-        """Return 1 for each class of the client's training rows and 0 for others, shape `[C]`.
+        """Return 1 for classes in the client's training rows and 0 for all others, shape `[C]`.
 
         All values are 1 if the client does not share statistics.
         """

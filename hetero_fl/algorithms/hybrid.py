@@ -1,4 +1,4 @@
-"""Hybrid, the method of this project: parameter averaging and ensemble distillation in one."""
+"""Hybrid, the method of this project: parameter averaging combined with ensemble distillation."""
 
 from __future__ import annotations
 
@@ -35,19 +35,21 @@ from hetero_fl.core.plan import Plan
 class Hybrid(ProxyDistillation, FedAvg):
     """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
-    The server averages each tensor over the clients that share it and distills the consensus (KL ·
-    T²) into the average of each architecture. Each client chooses what it shares: its parameters,
-    its backbone, its proxy predictions, or several of them.
+    The server averages each tensor over the clients that share it and distills the consensus of all
+    clients into the average of each architecture, with the loss KL·T². The setting `shares` of each
+    client determines what it uploads: its parameters, its backbone, its predictions on the proxy
+    set, or several of them.
 
     Five defaults make distillation work under label skew: a logit-adjusted local loss (Menon et al.
-    2021), a contrast-weighted teacher, its alignment with label frequencies, BatchNorm statistics
-    that are recalibrated for predictions on proxy rows, and replay, the distillation of the teacher
-    during local training. The teacher's weights and alignment need label counts (`statistics` in
-    `shares`), and all need public rows that resemble the private ones.
+    2021), a contrast-weighted teacher, the alignment of the teacher with label frequencies,
+    BatchNorm statistics that are recomputed for predictions on proxy rows, and replay, the
+    distillation of the teacher during local training. The weights and the alignment of the teacher
+    need label counts (`statistics` in `shares`). Distillation needs public rows that resemble the
+    private ones.
 
-    Without these options the method equals FedAvg if all clients have one architecture and there is
-    no proxy set, and FedMD with KL if all architectures differ and clients distill. Without replay
-    it equals FedDF with the same options and `distill_epochs`.
+    Without these defaults, the method equals FedAvg if all clients have the same architecture and
+    there is no proxy set, and FedMD with the KL divergence if all architectures differ and clients
+    distill. Without replay, it equals FedDF with the same settings.
 
     References:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
@@ -92,7 +94,7 @@ class Hybrid(ProxyDistillation, FedAvg):
     @property
     @override
     def shared(self) -> SharedPart:  # type: ignore[override]  # depends on a setting
-        """The whole model; with `heads: keep`, clients replace their backbone only."""
+        """The whole model; with `heads: keep`, clients receive the backbone only."""
         return SharedPart(received=("backbone.",) if self.heads == "keep" else None)
 
     @property

@@ -18,7 +18,7 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, TensorRows
 
-# Slot of a linear layer without bias. Row k of its weight contains the coefficients of client k.
+# Slot of a linear layer whose bias is 0. Column k of its weight has the coefficients of client k.
 MIX = "mix"
 
 
@@ -35,14 +35,16 @@ class KTpFL(InitialPhase):
     mixtures of their predictions. The server keeps a coefficient for each pair of clients seen so
     far.
 
-    Use it where clients form groups, not with very many clients. Deviations: the authors normalize
-    c with a softmax and use the mean squared error for distillation. They train each model on its
-    own rows before the first round; here this is off by default (`initial_phase`), and the first
-    round has its local epochs as well.
+    Use it where clients form groups with similar data. It is not suited to very many clients, as
+    the number of coefficients grows with the square of the number of clients.
+
+    Deviations: the authors normalize c with a softmax and use the mean squared error for
+    distillation. They train each model on its client's rows before the first round. Here, this
+    phase is off by default (`initial_phase`) and followed by local training in the first round.
 
     References:
         Zhang et al., "Parameterized Knowledge Transfer for Personalized Federated Learning",
-            NeurIPS 2021.
+            NeurIPS 2021. https://arxiv.org/abs/2111.02862
 
     Example:
         >>> from hetero_fl.algorithms import KTpFL
@@ -73,7 +75,7 @@ class KTpFL(InitialPhase):
 
     @staticmethod
     def coefficient_indices(server: Participant, client_ids: list[str]) -> Tensor:
-        """Return the rows of clients in the coefficients, int64 `[K]`."""
+        """Return the indices of clients in the matrix of coefficients, int64 `[K]`."""
         index = {client_id: i for i, client_id in enumerate(server.state["seen"])}
         return torch.tensor([index[client_id] for client_id in client_ids])
 
@@ -140,12 +142,12 @@ class KTpFL(InitialPhase):
 
     @staticmethod
     def extend_coefficients(server: Participant, client_ids: list[str], p: Tensor) -> Tensor:
-        """Add clients to those seen and return the coefficients of all of them.
+        """Add clients to the clients seen so far and return the extended coefficients.
 
         Args:
             server: The server.
             client_ids: Participants of the round.
-            p: Predictions, whose device and dtype the result has.
+            p: Predictions, which determine the device and dtype of the result.
 
         Returns:
             Coefficients of the S clients seen so far, shape `[S, S]`.
@@ -166,7 +168,7 @@ class KTpFL(InitialPhase):
         Args:
             server: The server.
             mix: Coefficients of the K participants, shape `[K, K]`.
-            p: Their predictions, shape `[K, D, C]`.
+            p: Predictions of the participants, shape `[K, D, C]`.
 
         Returns:
             The new coefficients, shape `[K, K]`.
@@ -191,7 +193,7 @@ class KTpFL(InitialPhase):
 
 
 def normalize_rows(weights: Tensor) -> Tensor:
-    """Divide each row by its sum; a row whose sum is 0 becomes uniform."""
+    """Divide each row by its sum; rows with sum 0 become uniform."""
     total = weights.sum(-1, keepdim=True)
     return torch.where(
         total > 0, weights / total.clamp(min=TINY), torch.full_like(weights, 1 / weights.shape[-1])

@@ -64,7 +64,7 @@ def local_fit(
         fields |= {"epochs": settings.epochs, "steps": settings.steps}
     if data.name == "train":
         fields["augment"] = augmentation(settings)
-    # Read the label counts only if they are used: with private rows, reading them costs budget.
+    # Read the label counts only if they are used, because reading them may spend privacy budget.
     extra = {}
     is_weighted = bool(settings.logit_adjustment) or settings.class_weights is not None
     if is_weighted and client.task.kind == "multiclass" and isinstance(objective, Supervised):
@@ -78,15 +78,15 @@ def local_fit(
 
 
 def load_objective(reference: str | None, task: Task) -> Objective:
-    """Return the supervised loss, or the user's objective.
+    """Return the objective of a client.
 
     Args:
-        reference: Reference to a loss function, an `Objective` or a subclass of it; None for the
+        reference: Reference to a loss function, an `Objective` or a subclass of it. None is the
             supervised loss.
-        task: The task.
+        task: The task, whose kind is passed to a subclass.
 
     Raises:
-        UserError: If the named function or class does not exist.
+        UserError: If the reference cannot be imported or is not an objective.
     """
     if reference is None:
         return Supervised(task.kind)
@@ -108,7 +108,7 @@ def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> d
         settings: Settings of the client; `logit_adjustment` and `class_weights` are used.
 
     Returns:
-        "log_prior" and "class_weights", each of shape `[C]`, as far as the settings require them.
+        The entries "log_prior" and "class_weights", each of shape `[C]`, that the settings require.
     """
     context = {}
     prior = log_prior(task, counts) if settings.logit_adjustment else None
@@ -137,8 +137,8 @@ def adjust_to_labels(client: Participant, logits: Tensor, personal: bool) -> Ten
         personal: Whether the rows follow the client's own label distribution.
 
     Returns:
-        `logits + log π` for the client's own rows, if it predicts with its prior;
-        `logits - log π` for other rows, if it corrects its predictions.
+        With the class prior π of the client, `logits + log π` for the client's own rows and
+        `logits - log π` for other rows, if the settings require it; otherwise `logits`.
     """
     if personal:
         return add_log_prior(client, logits)
@@ -149,14 +149,17 @@ def adjust_to_labels(client: Participant, logits: Tensor, personal: bool) -> Ten
 
 
 def uses_local_prior(settings: ClientSettings) -> bool:
-    """Return whether a client predicts its own rows with z + log π."""
+    """Return whether the log class prior is added to the logits of a client's own rows."""
     if settings.local_prior is None:
         return bool(settings.logit_adjustment)
     return settings.local_prior
 
 
 def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
-    """Add the log of the client's label frequencies to logits if it predicts with its prior.
+    """Add the client's log class prior to logits, if the client's settings require it.
+
+    The class prior consists of the relative label frequencies in the training rows, smoothed by
+    adding 1 to each count.
 
     Example:
         >>> import torch

@@ -63,13 +63,14 @@ DEFAULT_MENTEES = {
 
 
 class MenteeTraining(Algorithm):
-    """Base class of methods that train a small shared model, the mentee, with each client's own.
+    """Base class of methods that train a small shared model, the mentee, with each client's model.
 
-    Only the mentee travels, which is averaged over all clients: m parameters take 4·m bytes in each
-    direction. It has the same architecture for all clients and sees the same augmented batches as
-    the client's own model. Images of another shape are resized to the mentee's, and their channels
-    averaged or repeated. A client's own model is evaluated on the local test set, the mentee on the
-    global test set. Local training includes both models.
+    Only the mentee is exchanged and averaged over all clients; m parameters take 4·m bytes per
+    round in each direction. The mentee has the same architecture for all clients. In local
+    training, a client's own model and its mentee are trained on the same augmented batches. Images
+    of another shape are resized to the mentee's input shape, and their channels are averaged or
+    repeated. A client's own model is evaluated on the local test set, the mentee on the global test
+    set.
 
     With `shares: [backbone]`, only the mentee's backbone is shared; a client that shares no
     parameters trains its mentee alone.
@@ -156,7 +157,7 @@ class MenteeTraining(Algorithm):
         return self.upload_mentee(client)
 
     def objective(self, task: Task) -> MutualDistillation:
-        """Return the objective of the own model and the mentee."""
+        """Return the objective that trains a client's own model and the mentee."""
         raise TypeError(f"{type(self).__name__} does not define objective")
 
     def upload_mentee(self, client: Participant) -> Items:
@@ -194,8 +195,8 @@ class FML(MenteeTraining):
     mentee ("meme model" in the paper), which minimizes β·CE + (1 − β)·KL to those of the own model.
     The server averages the mentee (Shen et al. 2020, Algorithm 1).
 
-    Use it where you need a shared model and personal models of any architecture. A mentee that is
-    too small for the task is a poor teacher, and the global test accuracy is its own.
+    Use it where you need a shared model and personal models of any architecture. The global test
+    accuracy is that of the mentee. A mentee that is too small for the task is also a poor teacher.
 
     References:
         Shen et al., "Federated Mutual Learning", 2020. https://arxiv.org/abs/2006.16765
@@ -222,7 +223,7 @@ class FML(MenteeTraining):
         return MutualDistillation(task.kind, alpha=self.alpha, beta=self.beta)
 
 
-# Slot of the projection W from the mentee's features to those of the own model.
+# Slot of the projection W from the mentee's features to the features of the client's own model.
 HIDDEN = "hidden"
 # An energy above 1 disables the truncation, so that updates have their largest size.
 FULL_ENERGY = 2.0
@@ -230,20 +231,21 @@ FULL_ENERGY = 2.0
 
 @register_algorithm("fedkd")
 class FedKD(MenteeTraining):
-    """Mutually distill each client's model and a small shared model sent as truncated SVDs.
+    """Distill each client's model and a small shared model into each other, with low-rank updates.
 
-    Distillation terms are divided by the sum of both models' task losses. Updates of the shared
-    model, the mentee, are truncated to a share of their energy that rises over the rounds (Wu et
-    al. 2022, Algorithm 1). The server applies the truncated mean update, so that its mentee equals
-    that of the clients. Clients that missed a round receive the whole mentee. Tensors that
+    Distillation terms are divided by the sum of the task losses of both models. Updates of the
+    shared model, the mentee, are truncated singular value decompositions that keep a share of the
+    energy, the sum of squared singular values. The share rises over the rounds (Wu et al. 2022,
+    Algorithm 1). The server applies the truncated mean update to its mentee, which thus equals the
+    mentee of the clients. Clients that missed a round receive the whole mentee. Tensors that
     truncation would not make smaller are sent unchanged.
 
-    Use it like FML where traffic must be small. Ranks depend on the training, so `--check` prints
-    an upper bound.
+    Use it like FML where traffic must be small. The ranks depend on the training, so `--check`
+    prints an upper bound of the traffic.
 
-    Deviations: the denominator of the distillation terms is detached, as its gradient would reward
-    errors, and the mean squared error of the features is counted once, where the authors' code
-    counts it for each model.
+    Deviations: the denominator of the distillation terms is detached, because its gradient would
+    reward errors, and the mean squared error of the features is counted once, where the authors'
+    code counts it once for each model.
 
     References:
         Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature
@@ -355,7 +357,7 @@ class FedKD(MenteeTraining):
 
 
 def add_low_rank(tensors: Tensors, change: Mapping[str, Tensor]) -> Tensors:
-    """Return the tensors with a compressed change added."""
+    """Return tensors to which a low-rank change has been added."""
     restored = reconstruct_low_rank(change, tensors)
     return {**tensors, **{n: tensors[n] + d for n, d in restored.items()}}
 
@@ -374,16 +376,18 @@ PROJECTION = "projection"
 class FedMRL(MenteeTraining):
     """Train each client's model and a small shared model on nested projections of their features.
 
-    Only the shared model G is averaged (Yi et al. 2024, Algorithm 1). Its features have width d₁,
-    those of the client's model F width d₂ > d₁. A private linear projection maps both to width d₂;
-    F's head uses all of it, G's head the first d₁ components, and the losses are added. A mentee
-    that is not narrower than the clients' models gets half of the smallest width.
+    Only the shared model G, the mentee, is averaged (Yi et al. 2024, Algorithm 1). The features of
+    G have width d₁, and those of the client's model F have width d₂ > d₁. A private linear
+    projection maps the concatenation of both to width d₂. The head of F uses the whole projection,
+    the head of G uses its first d₁ components, and the two losses are added. If the mentee is not
+    narrower than all clients' models, its feature width is set to half of the smallest width.
 
-    Clients predict with F's head on the projected features, on local and global test sets. A
+    Clients predict with the head of F on the projected features, on local and global test sets. A
     prediction needs G, F and the projection; the saved models contain only F.
 
     References:
         Yi et al., "Federated Model Heterogeneous Matryoshka Representation Learning", NeurIPS 2024.
+            https://arxiv.org/abs/2406.00488
 
     Example:
         >>> from hetero_fl.algorithms import FedMRL

@@ -26,14 +26,14 @@ HEAD = ("head.",)
 class JoiningClient(ProxyTraining):
     """Train one new client on its own rows, starting from a shared backbone, a teacher or both.
 
-    The new head on a received backbone is trained before the backbone changes: by distilling the
-    teacher if there is one, else by training the head alone (linear probing followed by
-    fine-tuning, Kumar et al. 2022). If there is a teacher, local training replays it so that the
-    client does not forget it.
+    If the client receives a teacher, it distills the teacher before local training, and local
+    training replays the teacher on proxy rows to preserve what the model has learned. If it
+    receives only a backbone, it trains the new head alone before it trains the whole model (linear
+    probing followed by fine-tuning, Kumar et al. 2022).
 
-    The server's state contains `backbone` (named tensors), `teacher` (logits of the proxy rows,
+    The server's state contains `backbone` (tensors by name), `teacher` (logits of the proxy rows,
     shape `[D, outputs]`), both or neither; the client receives them once. The method is not
-    registered because it is not meant for runs of several rounds.
+    registered, because it is not meant for runs of several rounds.
     """
 
     evaluated_when = "after local training"

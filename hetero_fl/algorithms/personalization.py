@@ -32,11 +32,12 @@ HEAD = ("head.",)
 class FedPer(FedAvg):
     """Average the backbone; each client keeps its own head (Arivazhagan et al. 2019).
 
-    Backbone and head are trained together. The paper keeps one or more last layers; here it is the
-    head.
+    Backbone and head are trained together. In the paper, one or more of the last layers stay at the
+    client; here, the head does.
 
-    Use it where clients' labels differ and local test accuracy matters: it is the simplest personal
-    method. Global test accuracy is low, as a head does not predict classes that its client lacks.
+    Use it where clients' labels differ and local test accuracy matters. It is the simplest
+    personalized method. The global test accuracy is low, because a head does not predict classes
+    that its client lacks.
 
     References:
         Arivazhagan et al., "Federated Learning with Personalization Layers", 2019.
@@ -56,12 +57,12 @@ class FedPer(FedAvg):
 class LGFedAvg(FedAvg):
     """Average the head; each client keeps its own backbone (Liang et al. 2020).
 
-    Backbone and head are trained together. Few parameters travel. With a common `feature_dim` and
-    `clients.common: [head.]`, heads are averaged across architectures as well.
+    Backbone and head are trained together. Few parameters are exchanged. With a common
+    `feature_dim` and `clients.common: [head.]`, heads are averaged across architectures as well.
 
-    Use it where clients' inputs differ. It is not suited to clients with little data, as their
-    backbones learn nothing from others. Deviation: the authors start from a model trained with
-    FedAvg; set `init_from` to do so.
+    Use it where clients' inputs differ. It is not suited to clients with little data, because their
+    backbones learn nothing from other clients. Deviation: the authors start from a model that was
+    trained with FedAvg; set `init_from` to do so.
 
     References:
         Liang et al., "Think Locally, Act Globally: Federated Learning with Local and Global
@@ -78,7 +79,7 @@ class LGFedAvg(FedAvg):
 
 
 def fit_part(client: Participant, part: tuple[str, ...], **changes: Any) -> Plan[None]:
-    """Train one part of the model, if the model has it (`linear` has no backbone).
+    """Train one part of the model, unless the part is empty, like the backbone of `linear`.
 
     Args:
         client: The client.
@@ -93,11 +94,12 @@ def fit_part(client: Participant, part: tuple[str, ...], **changes: Any) -> Plan
 class FedBN(FedAvg):
     """Average all layers except BatchNorm, which each client keeps for its own data.
 
-    Local are whole BatchNorm layers (Li et al. 2021, Algorithm 1) or only their running statistics
-    (SiloBN, Andreux et al. 2020). The layers are found by type.
+    Clients keep whole BatchNorm layers (Li et al. 2021, Algorithm 1) or only their running
+    statistics (SiloBN, Andreux et al. 2020). The layers are identified by their type.
 
-    Use it where inputs differ between clients (scanners, stains). Models without BatchNorm are
-    averaged as in FedAvg. Clients that never train have the BatchNorm layers of a new model.
+    Use it where inputs differ between clients, for example images of different scanners. Models
+    without BatchNorm are averaged as in FedAvg. Clients that never train keep the BatchNorm layers
+    of the initial model.
 
     References:
         Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization",
@@ -129,8 +131,8 @@ class FedRep(FedPer):
     The backbone is frozen while the head is trained, and vice versa (Collins et al. 2021, Algorithm
     1). The paper trains heads for 10 epochs.
 
-    Use it like `fedper`, for many clients with little data each. The head epochs add to the local
-    training time.
+    Use it like `fedper`, for many clients with little data each. The epochs of the head add to the
+    time of local training.
 
     References:
         Collins et al., "Exploiting Shared Representations for Personalized Federated Learning",
@@ -162,12 +164,12 @@ class FedRep(FedPer):
 class FedBABU(FedPer):
     """Train and average the backbone with a frozen head; clients fine-tune before evaluation.
 
-    All clients keep the same initial head during training. Each fine-tunes a copy of the model
-    before it is evaluated (Oh et al. 2022, Algorithm 1 and section 5).
+    All clients keep the same initial head during training. Before evaluation, each client
+    fine-tunes a copy of the model (Oh et al. 2022, Algorithm 1 and section 5).
 
-    Use it where labels differ and clients can fine-tune before use, new clients included. All
-    results of clients, also on the global test set, are those of the fine-tuned copies; `server` is
-    the model before fine-tuning.
+    Use it where labels differ and clients, including new ones, can fine-tune the model before they
+    use it. All results of clients, also on the global test set, are those of the fine-tuned copies.
+    The results of `server` are those of the model before fine-tuning.
 
     References:
         Oh et al., "FedBABU: Towards Enhanced Representation for Federated Image Classification",

@@ -28,13 +28,13 @@ from hetero_fl.utils.errors import UserError
 class CommonFeatureWidth(Algorithm):
     """Base class of methods that need the same feature width for all clients.
 
-    Models with another feature width end in a projection to the common one, the most frequent width
-    by default and the largest of equally frequent ones. C classes and d features take 4·C·(d + 1)
-    bytes per client and round. Class statistics are computed from private rows and require
-    `statistics` in `shares`.
+    Models with another feature width are extended by a projection to the common width. By default,
+    this is the most frequent width, or the largest of several equally frequent widths. Class
+    statistics for C classes and d features take 4·C·(d + 1) bytes per client and round. They are
+    computed from private rows and require `statistics` in `shares`.
 
     Attributes:
-        features_leave: Whether clients upload features, by row or as means of classes.
+        features_leave: Whether clients upload features, by row or as class means.
     """
 
     needs = Needs(one_architecture=True, also=("one feature width",))
@@ -83,11 +83,11 @@ class CommonHead(CommonFeatureWidth):
 
 
 def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
-    """Check that a model learns its features, as uploaded inputs would reveal the client's data.
+    """Check that the features of a model are not its inputs, which would reveal the client's data.
 
     Args:
-        client_id: The client.
-        arch: Its model.
+        client_id: The client's id, for the error message.
+        arch: Architecture of the client's model.
         width: Common feature width.
 
     Raises:
@@ -113,7 +113,8 @@ def require_linear_head(client_id: str, arch: ModelSpec) -> None:
         )
 
 
-# Difference of the logits of the farthest prototype and a class without one, a factor e^-20.
+# Difference between the logit of the farthest prototype and that of a class without a prototype,
+# which makes such a class less probable by a factor of e^-20.
 MISSING_PROTOTYPE_MARGIN = 20.0
 
 
@@ -121,16 +122,16 @@ MISSING_PROTOTYPE_MARGIN = 20.0
 class FedProto(CommonFeatureWidth):
     """Exchange class prototypes; clients train features that are close to their prototype.
 
-    The loss is cross-entropy plus λ·MSE between a feature and the prototype of its class, the mean
-    feature over all clients' rows. Examples are assigned to the nearest prototype (Tan et al. 2022,
-    Algorithm 1). Clients upload sums of features `[C, d]` and counts `[C]` by class after local
-    training and receive prototypes `[C, d]`. A class that no client uploads in a round keeps its
-    prototype; a class without a prototype is never predicted. Until there are prototypes, the head
-    classifies.
+    The loss is cross-entropy plus λ·MSE between a feature and the prototype of its class. The
+    prototype of a class is the mean feature over all clients' rows of the class, and examples are
+    assigned to the nearest prototype (Tan et al. 2022, Algorithm 1). After local training, clients
+    upload sums of features `[C, d]` and counts `[C]` by class, and they receive prototypes `[C, d]`
+    with the next broadcast. A class that no client uploads in a round keeps its prototype; a class
+    without a prototype is never predicted. Before the first aggregation, the head classifies.
 
-    Use it where models differ, traffic must be small and local test accuracy matters. With many
-    architectures, whose features are dissimilar, studies find it worse than `local`. The
-    prototype of a class with one row equals the features of that row.
+    Use it where models differ, traffic must be small and local test accuracy matters. Published
+    comparisons find it worse than `local` with many architectures, whose features are dissimilar.
+    The prototype of a class with one row reveals the features of that row.
 
     References:
         Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI
@@ -246,17 +247,18 @@ PROTOTYPES = "prototypes"
 class FedTGP(FedProto):
     """Train separated class prototypes at the server; clients train as in FedProto.
 
-    The prototypes are P̂_c = F(P̆_c), where F is linear, ReLU, linear (Zhang et al. 2024, Algorithm
-    1). The server trains P̆ and F, starting from those of the last round, so that each client's
-    class means are nearest to the prototype of their class by a margin δ = min(largest distance of
-    two class centers, τ). A class center is the unweighted mean of the clients' class means.
+    The prototypes are P̂_c = F(P̆_c), where F consists of a linear layer, ReLU and a second linear
+    layer (Zhang et al. 2024, Algorithm 1). In each round, the server continues to train P̆ and F so
+    that each client's class means are nearest to the prototype of their class by a margin δ =
+    min(largest distance between two class centers, τ). A class center is the unweighted mean of the
+    clients' class means.
 
     Use it where FedProto's prototypes are too similar. With few local steps per round, training can
     diverge: use more local epochs or a smaller `margin`.
 
     The default λ is taken from the authors' script; the paper uses 0.1. Deviations: for δ, the
-    authors' code uses the largest distance of a center to its nearest neighbor. It initializes P̆
-    from a standard normal distribution, and this implementation uniformly in ±1/√C.
+    authors' code uses the largest distance between a center and its nearest neighbor. The authors
+    initialize P̆ from a standard normal distribution; here it is uniform in ±1/√C.
 
     References:
         Zhang et al., "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive
@@ -323,7 +325,7 @@ class FedTGP(FedProto):
 
 
 def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
-    """Return the class means of K clients, and which of them exist.
+    """Return the class means of K clients, and a mask of the means that exist.
 
     Args:
         items: Sums and counts of features by class, one item per client.
@@ -337,14 +339,13 @@ def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
 
 
 def largest_center_distance(means: Tensor, has: Tensor) -> Tensor:
-    """Return the largest Euclidean distance of two class centers.
+    """Return the largest Euclidean distance between two class centers, a scalar.
+
+    A class center is the mean over the clients that have the class.
 
     Args:
         means: Class means of K clients, shape `[K, C, d]`.
         has: Mask of existing class means, shape `[K, C]`.
-
-    Returns:
-        A scalar. A class center is the mean over the clients that have the class.
     """
     mask = has[..., None].to(means.dtype)
     centers = (means * mask).sum(0) / mask.sum(0).clamp(min=1)
@@ -360,15 +361,16 @@ HEAD = "head"
 class FedGH(CommonHead):
     """Train a shared head at the server on clients' mean features of each class.
 
-    Clients of any architecture replace their head by the server's, train on their own rows, and
-    keep their backbone (Yi et al. 2023, Algorithm 1). They upload sums of features `[C, d]` and
-    counts `[C]` by class after local training and receive the head. The server trains on one
-    example per client and class, its mean. Models are evaluated with the new head. Before the first
+    Clients of any architecture replace their head with the server's head, train on their own rows,
+    and keep their backbone (Yi et al. 2023, Algorithm 1). After local training, they upload sums of
+    features `[C, d]` and counts `[C]` by class. The server trains the head on one example per
+    client and class, the mean feature. Models are evaluated with the new head. Before the first
     aggregation, clients keep their own heads.
 
     Use it where backbones differ and all clients have all classes; otherwise the head predicts
     classes that a client's features do not separate. Deviation: the server trains for 100 epochs
-    per round, as a head with little training reduces accuracy; the paper uses each example once.
+    per round, because a head with little training reduces accuracy. The paper uses each example
+    once.
 
     References:
         Yi et al., "FedGH: Heterogeneous Federated Learning with Generalized Global Header", ACM MM

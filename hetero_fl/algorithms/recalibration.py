@@ -1,8 +1,8 @@
-"""Recalibration: BatchNorm statistics that are recomputed on public rows before a prediction.
+"""Recalibration: recomputing BatchNorm statistics on public rows before a prediction.
 
-The running statistics of a client describe its own rows. If its labels are skewed, proxy rows of
-another mix of classes look like other classes under these statistics, and consensus distillation
-amplifies the shift from round to round.
+The running statistics of a client describe its own rows. If the client's labels are skewed,
+predictions on proxy rows, whose classes are distributed differently, are biased with these
+statistics, and consensus distillation amplifies the bias from round to round.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hetero_fl.utils.seeding import keyed_generator
 
 
 def recalibrates(settings: ClientSettings, prediction: Recalibration) -> bool:
-    """Return whether a client's predictions use recomputed statistics."""
+    """Return whether a client recomputes BatchNorm statistics for a kind of prediction."""
     return prediction in (settings.recalibrate or ())
 
 
 def recalibrated_tensors(
     participant: Participant, slot: str, data: Rows | TensorRows
 ) -> Plan[Tensors]:
-    """Return the tensors of a model with BatchNorm statistics of the given rows.
+    """Return the tensors of a model, with BatchNorm statistics recomputed on rows.
 
     Args:
         participant: The participant; its model does not change.
@@ -39,18 +39,18 @@ def recalibrated_tensors(
 def evaluation_sample(
     client: Participant, personal: bool, preprocess: object = None
 ) -> Rows | TensorRows:
-    """Return the rows whose statistics a client's models use on a test set.
+    """Return the rows on which BatchNorm statistics are recomputed before a test set is predicted.
 
     Args:
-        client: The client; it needs the proxy set.
+        client: The client, which must have the proxy set.
         personal: Whether the test set is the client's own.
-        preprocess: Preprocessing of the rows. None is the client's.
+        preprocess: Preprocessing of the rows. None uses that of the client.
     """
     return local_sample(client, preprocess) if personal else proxy_sample(client, preprocess)
 
 
 def recalibrates_evaluation(client: Participant, personal: bool) -> bool:
-    """Return whether a client's models use recomputed statistics on a test set.
+    """Return whether a client recomputes BatchNorm statistics before a test set is predicted.
 
     Args:
         client: The client.
@@ -61,16 +61,16 @@ def recalibrates_evaluation(client: Participant, personal: bool) -> bool:
 
 
 def recalibrated_models(client: Participant, personal: bool) -> Plan[dict[str, Tensors]]:
-    """Return all models of a client with recomputed statistics, by slot.
+    """Return all models of a client with recomputed BatchNorm statistics, by slot.
 
     Args:
-        client: The client; it needs the proxy set.
-        personal: Whether the models predict the client's own rows. The statistics are then those of
-            `local_sample`, otherwise those of the proxy set.
+        client: The client, which must have the proxy set.
+        personal: Whether the models predict the client's own rows. The statistics are then computed
+            on `local_sample`, otherwise on the proxy set.
     """
     data = evaluation_sample(client, personal)
     models = dict(client.models)
-    # Models of another input shape, such as a mentee, do not read these rows.
+    # Models with another input shape, such as a mentee, cannot process these rows.
     shape = client.arch["model"].input_shape
     for slot in client.models:
         if client.arch[slot].input_shape == shape:
@@ -79,11 +79,11 @@ def recalibrated_models(client: Participant, personal: bool) -> Plan[dict[str, T
 
 
 def proxy_sample(participant: Participant, preprocess: object = None) -> Rows:
-    """Return all proxy rows in a random order that is equal for all participants.
+    """Return all proxy rows in a random order, which is the same for all participants.
 
     Args:
         participant: The participant.
-        preprocess: Preprocessing of the rows. None is the participant's.
+        preprocess: Preprocessing of the rows. None uses that of the participant.
     """
     num_rows = len(participant.data("proxy", preprocess)["x"])
     return Rows(
@@ -92,13 +92,13 @@ def proxy_sample(participant: Participant, preprocess: object = None) -> Rows:
 
 
 def local_sample(client: Participant, preprocess: object = None) -> TensorRows:
-    """Return equal numbers of the client's training rows and of proxy rows, shuffled.
+    """Return equal numbers of the client's training rows and proxy rows, shuffled.
 
-    The number is the size of the smaller set.
+    Each number is the size of the smaller of the two sets.
 
     Args:
         client: The client.
-        preprocess: Preprocessing of the rows. None is the client's.
+        preprocess: Preprocessing of the rows. None uses that of the client.
     """
     own = client.data("train", preprocess)["x"]
     proxy = client.data("proxy", preprocess)["x"]

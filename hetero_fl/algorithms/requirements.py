@@ -1,4 +1,4 @@
-"""Titles, summaries and requirements of methods as text for tables, read from their classes."""
+"""Titles, summaries and requirements of methods as text, for tables and generated pages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def needs_of(method_class: type[Algorithm]) -> Needs:
 
 
 def is_bound(method_class: type[Algorithm]) -> bool:
-    """Return whether the method is a reference that has all rows or all models in one place."""
+    """Return whether the method is a reference that collects all rows or models in one place."""
     return needs_of(method_class).all_clients
 
 
@@ -49,7 +49,7 @@ def is_baseline(method_class: type[Algorithm]) -> bool:
 
 
 def describe_needs(method: Algorithm) -> list[Need]:
-    """Return the requirements of a method, the most important first."""
+    """Return the requirements of a method in descending order of importance."""
     needs = method.needs
     found: list[Need] = [(ALL_CLIENTS,)] if needs.all_clients else []
     if needs.proxy_set == "optional" and needs.one_architecture:
@@ -83,12 +83,12 @@ def supported_tasks(method: Algorithm) -> list[str]:
 
 
 def format_needs(needs: list[Need]) -> str:
-    """Join requirements to a text such as `proxy set, single uploads`; empty if there are none."""
+    """Join requirements into a text such as `proxy set, single uploads`; empty without any."""
     return ", ".join(" or ".join(need) for need in needs)
 
 
 def method_paragraphs(method_class: type[Algorithm]) -> list[str]:
-    """Return the paragraphs of the docstring, each as one line, without its sections."""
+    """Return the paragraphs of the docstring before its first section, each as one line."""
     docstring = inspect.cleandoc(method_class.__doc__ or "")
     text = re.split(rf"\n\n(?:{'|'.join(SECTIONS)}):\n", docstring, maxsplit=1)[0]
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
@@ -106,7 +106,7 @@ def method_references(method_class: type[Algorithm]) -> list[str]:
 def method_summary(method_class: type[Algorithm]) -> str:
     """Return the first sentence of the docstring; empty if there is none."""
     summary, stop, rest = method_paragraphs(method_class)[0].partition(". ")
-    # The point of an abbreviation, as in `et al. 2017`, does not end the sentence.
+    # The period of an abbreviation, as in `et al. 2017`, does not end the sentence.
     while stop and not rest[:1].isupper():
         part, stop, rest = rest.partition(". ")
         summary = f"{summary}. {part}"

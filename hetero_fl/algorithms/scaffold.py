@@ -36,18 +36,19 @@ CONTROL = "control"
 class Scaffold(FedAvg):
     """Average parameters; control variates correct the drift of each client's local steps.
 
-    Each local step is corrected by c − c_k, the difference of the mean gradients of the federation
-    and of the client (Karimireddy et al. 2020, Algorithm 1, option II). After K steps with learning
-    rate η from x to y, c_k⁺ = c_k − c + (x − y)/(Kη). The server adds |S|/N times the weighted mean
-    of c_k⁺ − c_k, where |S| of the N clients participated. The server also sends c and clients
-    upload the change of c_k: twice the traffic of FedAvg.
+    Each local step is corrected by c − c_k, where the control variates c and c_k estimate the mean
+    gradients of the federation and of client k (Karimireddy et al. 2020, Algorithm 1, option II).
+    If K steps with learning rate η lead from x to y, the client computes c_k⁺ = c_k − c + (x −
+    y)/(Kη). The server adds |S|/N times the weighted mean of c_k⁺ − c_k to c, where |S| of the N
+    clients participated. As the server also sends c and clients upload the change of c_k, the
+    traffic is twice that of FedAvg.
 
-    Use it where clients participate often; an old c_k corrects in the wrong direction.
+    Use it where clients participate often; an outdated c_k corrects in the wrong direction.
 
-    Deviations: the mean has the weights of the models (the paper: uniform), and the correction is
-    applied after the optimizer step, as momentum would accumulate a correction of the gradient.
-    Clients whose optimizer is not SGD train with SGD, because Kη does not describe the path of
-    adaptive optimizers.
+    Deviations: the mean uses the weights of the models, where the paper uses uniform weights. The
+    correction is applied after the optimizer step, because momentum would accumulate a correction
+    of the gradient. Clients whose optimizer is not SGD train with SGD, because Kη does not describe
+    the length of an adaptive optimizer's path.
 
     References:
         Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML
@@ -167,7 +168,7 @@ class Scaffold(FedAvg):
         yield from ()
 
     def num_owners(self, server: Participant, group: str, name: str) -> int:
-        """Return the number of clients in the federation that share a tensor with a group.
+        """Return the number of clients whose tensor is averaged with that of a group.
 
         Args:
             server: The server.

@@ -1,7 +1,7 @@
 """Pack integers into as few bits as they need, and read untrusted bytes with bounds checks.
 
 Ascending indices use the Elias-Fano code (Elias 1974; Fano 1971), which takes k (2 + log2(n / k))
-bits for k of n indices. Optionally, their differences are compressed by LZMA if that is shorter.
+bits for k of n indices. Optionally, their differences are compressed with LZMA if that is shorter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from hetero_fl.core.payload import PayloadError
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
-# First byte of encoded indices: the code.
+# First byte of encoded indices: Elias-Fano code, or compressed differences.
 FANO = b"\0"
 GAPS = b"\1"
 # Differences from this value on are escaped: written separately, in 32 bits.
@@ -23,7 +23,7 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb
 
 
 class ByteReader:
-    """Reads untrusted bytes from front to back.
+    """A reader that consumes untrusted bytes from front to back.
 
     Args:
         data: The bytes.
@@ -61,15 +61,15 @@ class ByteReader:
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes of `count` packed integers of `bits` bits."""
+    """Return the number of bytes that `count` packed integers of `bits` bits occupy."""
     return count * (bits // 8) + (count * (bits % 8) + 7) // 8
 
 
 def pack_bits(values: Numbers, bits: int) -> bytes:
     """Pack integers into `bits` bits each.
 
-    Whole low bytes are written in planes, one byte of all values after the other; the remaining
-    high bits are packed.
+    First, whole low bytes are written in planes: the lowest byte of all values, then the second
+    byte of all values, and so on. The remaining high bits follow, packed without gaps.
 
     Args:
         values: Integers from 0 to 2^bits - 1, shape `[N]`.
@@ -96,7 +96,7 @@ def pack_bits(values: Numbers, bits: int) -> bytes:
 
 
 def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
-    """Unpack integers from `pack_bits`.
+    """Unpack integers that were packed by `pack_bits`.
 
     Args:
         source: The bytes.
@@ -136,12 +136,12 @@ def _low_bits(total: int, count: int) -> int:
 
 
 def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
-    """Encode ascending indices without their number.
+    """Encode ascending indices; the number of indices is not part of the code.
 
     Args:
         indices: At least one index, int64, shape `[K]`.
-        total: Upper bound; all indices are smaller.
-        entropy: Whether to compress differences by LZMA if that is shorter.
+        total: Exclusive upper bound of the indices.
+        entropy: Whether to compress differences with LZMA if that is shorter.
     """
     low = _low_bits(total, len(indices))
     bitmap = np.zeros(len(indices) + (total - 1 >> low) + 1, bool)
@@ -159,18 +159,18 @@ def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
 
 
 def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
-    """Decode indices from `write_indices`.
+    """Decode indices that were encoded by `write_indices`.
 
     Args:
         source: The bytes.
         count: Number of indices.
-        total: Upper bound; all indices are smaller.
+        total: Exclusive upper bound of the indices.
 
     Returns:
         Ascending indices, int64, shape `[count]`.
 
     Raises:
-        PayloadError: If the bytes are malformed or the indices are not ascending and below `total`.
+        PayloadError: If the bytes are malformed, or the indices are not ascending below `total`.
     """
     code = bytes(source.take(1))
     if code == FANO:

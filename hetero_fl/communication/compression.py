@@ -1,7 +1,7 @@
-"""Stages of compression: top-k, quantization, half precision, low rank, top classes.
+"""Stages of compression: top-k, random-k, low rank, top classes, quantization, half precision.
 
-A chain of stages works on one vector of numbers: each `Stage` reduces it to fewer numbers and some
-side information, and a `NumberFormat` at the end writes the remaining numbers.
+A chain of stages processes one vector of numbers. Each `Stage` reduces the vector to fewer numbers
+and some side information, and a `NumberFormat` at the end encodes the remaining numbers as bytes.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import PayloadError
 
-# What the numbers of an item are: an update, a complete model, predictions (one per row), other
-# rows, or sums by class.
+# Meaning of the numbers of an item: an update ("change"), a complete model ("whole"), predictions
+# (one per row), or other rows and sums by class ("rows").
 Sort = Literal["change", "whole", "predictions", "rows"]
-# Shapes of the tensors that are concatenated to one vector.
+# Shapes of the tensors that are concatenated into one vector.
 Layout = tuple[tuple[int, ...], ...]
-# Returns a generator for a label; sender and receiver draw the same numbers.
+# Returns a random generator for a label, equally seeded at the sender and the receiver.
 Draw = Callable[[str], torch.Generator]
 # Largest exponent of the power of two by which half precision scales a tensor; float32 has as many.
 MAX_SHIFT = 126
-# An energy above 1, which no truncation keeps: the matrix is sent unfactored.
+# An energy above 1, which no truncated SVD reaches, so that matrices are sent unfactored.
 WHOLE = 2.0
 
 
 def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
     """Approximate matrices by a truncated SVD (Wu et al. 2022, FedKD, eq. 8).
 
-    A tensor of two or more dimensions is a matrix `[m, n]`: its first dimension against all others.
-    It becomes a tensor `[k, m + n]` with one rank-one term per row, scaled by the singular value.
-    If k terms are not smaller than the matrix, its values are packed into rows of m + n, padded
-    with zeros; the number of rows tells both cases apart. Vectors do not change.
+    A tensor of two or more dimensions is treated as a matrix `[m, n]`, where m is the size of the
+    first dimension. The matrix becomes a tensor `[k, m + n]` of k rank-one terms. Each row contains
+    a left singular vector, scaled by its singular value, and a right singular vector. If k such
+    rows are not smaller than the matrix, its values are packed into rows of length m + n, padded
+    with zeros; the number of rows distinguishes the two cases. Vectors do not change.
 
     Args:
         tensors: Finite tensors by name.
@@ -61,7 +62,7 @@ def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
 
 
 def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
-    """Reconstruct tensors from `compress_low_rank` in the shapes of `like`."""
+    """Reconstruct tensors from the result of `compress_low_rank`, with the shapes of `like`."""
     return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
 
 
@@ -104,7 +105,7 @@ def num_values(layout: Layout) -> int:
 
 
 def split_vector(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """Yield views of the tensors of a vector."""
+    """Yield views of the tensors that are concatenated in a vector."""
     for flat, shape in zip(numbers.split([prod(shape) for shape in layout]), layout, strict=True):
         yield flat.view(shape)
 
@@ -115,7 +116,7 @@ def read_numbers(source: ByteReader, count: int, dtype: torch.dtype) -> Tensor:
     Args:
         source: The bytes.
         count: Number of values.
-        dtype: Their type.
+        dtype: Type of the values.
 
     Raises:
         PayloadError: If there are too few bytes.
@@ -125,28 +126,29 @@ def read_numbers(source: ByteReader, count: int, dtype: torch.dtype) -> Tensor:
 
 
 class Stage(ABC):
-    """Reduces a vector to fewer numbers.
+    """Base class of stages, which reduce a vector to fewer numbers.
 
-    Vectors have shape `[n]`, a floating type, and the order of their layout.
+    Vectors have shape `[n]` and a floating-point type. The layout of a vector consists of the
+    shapes of the tensors that are concatenated in it.
 
     Attributes:
         sorts: The sorts of numbers to which the stage applies.
-        biased: Whether omitted values are also missing in the mean. The sender then keeps them and
-            adds them to its next message.
+        biased: Whether the stage omits values that the sender must store and add to its next
+            message (error feedback).
     """
 
     sorts: ClassVar[frozenset[Sort]]
     biased: ClassVar[bool]
 
     def with_worst_case_size(self) -> Stage:
-        """Return a stage with the maximum message size of this one, independent of the values."""
+        """Return a stage whose messages always have the maximum size of this stage's messages."""
         return self
 
     @abstractmethod
     def compresses(self, layout: Layout) -> bool:
         """Return whether the stage changes a vector of this layout.
 
-        The sender and the receiver get the same result.
+        The result depends on the layout only, so it is the same at the sender and the receiver.
         """
 
     @abstractmethod
@@ -155,8 +157,8 @@ class Stage(ABC):
 
         Args:
             numbers: The vector.
-            layout: Its layout.
-            draw: Source of random numbers.
+            layout: Layout of the vector.
+            draw: Function that returns a random generator for a label.
 
         Returns:
             The remaining numbers, their layout, and the side information for the receiver.
@@ -171,7 +173,7 @@ class Stage(ABC):
         Args:
             source: The bytes.
             layout: Layout of the uncompressed vector.
-            draw: Source of random numbers.
+            draw: Function that returns a random generator for a label.
 
         Returns:
             The layout of the remaining numbers, and the argument of `decompress`.
@@ -192,7 +194,7 @@ class Stage(ABC):
 
 
 class NumberFormat(ABC):
-    """Writes numbers as bytes at the end of a chain."""
+    """Base class of number formats, which encode the numbers at the end of a chain as bytes."""
 
     sorts: ClassVar[frozenset[Sort]] = frozenset({"change", "whole", "predictions", "rows"})
 
@@ -200,12 +202,12 @@ class NumberFormat(ABC):
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         """Encode a vector.
 
-        If it contains values that are not finite, so does the decoded vector.
+        If the vector contains values that are not finite, so does the decoded vector.
 
         Args:
             numbers: The vector.
-            layout: Its layout.
-            draw: Source of random numbers.
+            layout: Layout of the vector.
+            draw: Function that returns a random generator for a label.
         """
 
     @abstractmethod
@@ -224,9 +226,9 @@ class NumberFormat(ABC):
 
 @dataclass(frozen=True)
 class TopClasses(Stage):
-    """Keep the k largest values of each prediction and the mean of the others.
+    """A stage that keeps the k largest values of each prediction and the mean of the others.
 
-    Predictions `[N, C]` become `[N, k + 1]`. The sum of each row does not change.
+    Predictions `[N, C]` become `[N, k + 1]`. Decompression preserves the sum of each row.
 
     Attributes:
         k: Number of classes to keep.
@@ -310,7 +312,7 @@ class HalfPrecision(NumberFormat):
 
 @dataclass(frozen=True)
 class FullPrecision(NumberFormat):
-    """All bits of each number: the default number format."""
+    """Full precision, the default number format: all bits of each number."""
 
     @override
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
@@ -323,10 +325,12 @@ class FullPrecision(NumberFormat):
 
 @dataclass(frozen=True)
 class LowRank(Stage):
-    """Approximates each matrix of an update by few rank-one terms (see `compress_low_rank`).
+    """A stage that approximates each matrix of an update by a few rank-one terms.
+
+    See `compress_low_rank`.
 
     Attributes:
-        energy: Share of the energy to keep, 0 to 1.
+        energy: Share of the sum of squared singular values to keep, 0 to 1.
     """
 
     energy: float
@@ -385,15 +389,16 @@ class Quantize(NumberFormat):
     """Quantization to equidistant levels between -m and m, where m is the largest magnitude.
 
     With b bits there are 2^b - 1 levels including zero; one bit is the sign (Alistarh et al. 2017,
-    QSGD, with the maximum norm). Numbers are rounded stochastically, so that the mean over draws is
-    the number itself.
+    QSGD, with the maximum norm). Numbers are rounded stochastically, so that the expected value of
+    a decoded number is the number itself.
 
     Attributes:
         bits: Bits per number.
-        bucket: Numbers that share a scale; None for whole tensors.
-        nearest: Round to the nearest level, for a sender that keeps the remainder. With two or more
-            bits, the remainder is exact in floating point (Sterbenz lemma). One bit is then the
-            sign times the mean magnitude, because the largest would exceed most numbers by far.
+        bucket: Number of values that share a scale m; None for one scale per tensor.
+        nearest: Whether to round to the nearest level, for a sender that adds the remainder to its
+            next message. With two or more bits, the remainder is exact in floating point (Sterbenz
+            lemma). With one bit, the scale is then the mean magnitude, because the largest
+            magnitude is much larger than most numbers.
     """
 
     bits: int
@@ -420,7 +425,7 @@ class Quantize(NumberFormat):
         return torch.cat(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
 
     def _encode_levels(self, normalized: Tensor, chance: Tensor | None) -> Tensor:
-        """Round numbers in [-1, 1] to levels, counted from the lowest one."""
+        """Round numbers in [-1, 1] to levels, counted from the lowest level."""
         if self.bits == 1:
             level = normalized.add_(1).div_(2)
             if chance is None:
@@ -453,7 +458,7 @@ class Quantize(NumberFormat):
         return max(1, 2 ** (self.bits - 1) - 1)
 
     def _block_shapes(self, layout: Layout) -> Iterator[tuple[int, int]]:
-        """Yield the shapes `[rows, width]` of blocks whose rows have a scale each."""
+        """Yield the shapes `[rows, width]` of blocks in which each row has its own scale."""
         for size in map(prod, layout):
             width = min(size, self.bucket or size)
             if size:
@@ -469,13 +474,13 @@ class Quantize(NumberFormat):
 
 @dataclass(frozen=True)
 class SparseStage(Stage):
-    """Base class of sparsification, which sends some numbers of an update and no others.
+    """Base class of stages that send a subset of the numbers of an update.
 
-    The receiver sets the other numbers to zero.
+    The receiver sets all other numbers to zero.
 
     Attributes:
-        amount: Fraction of the numbers to keep if below 1, otherwise the number to keep. At least
-            one number of an item is kept.
+        amount: How many numbers to keep: a fraction if less than 1, otherwise a count. At least one
+            number is kept.
     """
 
     amount: float
@@ -499,10 +504,10 @@ class SparseStage(Stage):
 
 @dataclass(frozen=True)
 class TopK(SparseStage):
-    """Keeps the k numbers of largest magnitude, with their indices (Stich et al. 2018).
+    """A stage that keeps the k numbers of largest magnitude and their indices (Stich et al. 2018).
 
     Attributes:
-        entropy: Whether to compress indices by LZMA if that is shorter.
+        entropy: Whether to compress indices with LZMA if that is shorter.
     """
 
     entropy: bool = False
@@ -529,11 +534,15 @@ class TopK(SparseStage):
 
 @dataclass(frozen=True)
 class RandomK(SparseStage):
-    """Keeps k of n numbers, drawn with a key that both ends know, so that no indices are sent.
+    """A stage that keeps k of n numbers, which are selected at random.
+
+    Sender and receiver draw the same indices from equally seeded generators, so indices are not
+    sent.
 
     Attributes:
-        scaled: Whether to divide the kept numbers by the sampling rate k / n, so that the mean over
-            draws is the vector itself. False if omitted values are part of the next message.
+        scaled: Whether to divide the kept numbers by the sampling rate k / n, so that the expected
+            value of the decompressed vector is the vector itself. False if omitted values are added
+            to the next message.
     """
 
     scaled: bool = True
@@ -578,7 +587,7 @@ def largest_indices(numbers: Tensor, k: int) -> Tensor:
     return torch.from_numpy(indices)
 
 
-# Stages by their name in the configuration, from the settings and `entropy`.
+# Functions that create a stage from its settings and `entropy`, by name in the configuration.
 STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
     "topk": lambda c, entropy: TopK(c.topk or 0, entropy),
     "randk": lambda c, _entropy: RandomK(c.randk or 0),
@@ -592,7 +601,7 @@ STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
 def with_worst_case_size(
     stages: Sequence[Stage | NumberFormat],
 ) -> tuple[Stage | NumberFormat, ...]:
-    """Return a chain whose message size is the maximum of this chain, independent of the values."""
+    """Return a chain whose messages always have the maximum size of this chain's messages."""
     return tuple(
         stage.with_worst_case_size() if isinstance(stage, Stage) else stage for stage in stages
     )
@@ -601,12 +610,12 @@ def with_worst_case_size(
 def build_stages(
     chain: Sequence[StageConfig], entropy: bool, has_feedback: bool = False
 ) -> tuple[Stage | NumberFormat, ...]:
-    """Return the stages of a configured chain, in its order.
+    """Return the stages of a configured chain, in order.
 
     Args:
         chain: The configuration.
-        entropy: Whether to compress indices by LZMA if that is shorter.
-        has_feedback: Whether omitted values are part of the next message. Kept values are then not
+        entropy: Whether to compress indices with LZMA if that is shorter.
+        has_feedback: Whether omitted values are added to the next message. Kept values are then not
             divided by the sampling rate.
     """
     stages = tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)

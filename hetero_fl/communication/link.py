@@ -1,8 +1,8 @@
-"""One direction of the channel: encode payloads to bytes and decode them, compressed as configured.
+"""One direction of the channel: encode payloads as compressed bytes, and decode them.
 
 A message consists of `"hfl1" | report | layout | number of streams | streams | other items`. Each
-item of floating-point numbers is one stream, `item index, length, weight, bits`. Parameters are
-compressed as their change from a reference that sender and receiver have.
+compressed item is one stream, `item index, length, weight, bits`. Parameters are compressed as
+their change from a reference that both sender and receiver have.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ MARK = b"hfl1"
 WEIGHT = "weight 1"
 # Maximum bytes of the JSON layout.
 MAX_LAYOUT_BYTES = 1 << 22
-# Maximum number of values in a message with a layout: few sent values can stand for many.
+# Maximum number of values in a message with a layout, as a short message can describe many values.
 MAX_NUMBERS = 1 << 30
-# Key of the sender's private state for values that it has not sent yet.
+# Key of the sender's private state for values that have not been sent yet.
 UNSENT = "unsent"
 
 
@@ -54,7 +54,9 @@ class StageChain:
         sort: The sort of numbers.
 
     Attributes:
-        biased: Whether the sender must keep the values that were not sent.
+        reducing: The stages that reduce the vector, in their order.
+        format: The number format that encodes the remaining numbers.
+        biased: Whether the sender must store the values that are not sent.
     """
 
     def __init__(self, stages: Sequence[Stage | NumberFormat], sort: Sort) -> None:
@@ -68,7 +70,7 @@ class StageChain:
     def transforms(self, layout: Layout) -> bool:
         """Return whether the chain changes a vector of this layout.
 
-        The sender and the receiver get the same result.
+        The result depends on the layout only, so it is the same at the sender and the receiver.
         """
         return not isinstance(self.format, FullPrecision) or any(
             s.compresses(layout) for s in self.reducing
@@ -79,8 +81,8 @@ class StageChain:
 
         Args:
             numbers: The vector, shape `[n]`.
-            layout: Its layout.
-            draw: Source of random numbers.
+            layout: Layout of the vector.
+            draw: Function that returns a random generator for a label.
         """
         parts = []
         for stage in self.reducing:
@@ -90,13 +92,13 @@ class StageChain:
         return b"".join([*parts, self.format.encode(numbers, layout, draw)])
 
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype, draw: Draw) -> Tensor:
-        """Decode a vector from `encode`.
+        """Decode a vector that was encoded by `encode`.
 
         Args:
             source: The bytes.
             layout: Layout of the vector.
             dtype: Type of the numbers.
-            draw: Source of random numbers.
+            draw: Function that returns a random generator for a label.
 
         Raises:
             PayloadError: If the bytes are malformed.
@@ -115,7 +117,7 @@ class StageChain:
 
 @dataclass(frozen=True)
 class ItemForm:
-    """The form of an item, without its values.
+    """The kind, dtype and shapes of an item, without its values.
 
     Attributes:
         kind: Kind of the item.
@@ -145,7 +147,7 @@ class ItemForm:
 
     @classmethod
     def from_json(cls, content: Any) -> ItemForm:
-        """Return the form from the result of `to_json`.
+        """Create a form from the result of `to_json`.
 
         Raises:
             PayloadError: If the content is malformed.
@@ -170,13 +172,13 @@ class ItemForm:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors of an item that a chain encodes as one vector.
+    """Tensors of an item that a chain of stages encodes as one vector.
 
     Attributes:
         chain: The chain.
         names: Names of the tensors.
-        layout: Their shapes.
-        change: Whether to encode the change from the reference, if the item has one.
+        layout: Shapes of the tensors.
+        change: Whether to encode the change from the reference, if there is one.
     """
 
     chain: StageChain
@@ -186,7 +188,7 @@ class TensorGroup:
 
 
 class ItemCodec:
-    """Encodes and decodes items with the stages of one direction.
+    """An encoder and decoder of items, with the stages of one direction.
 
     Args:
         stages: The configured stages.
@@ -200,11 +202,11 @@ class ItemCodec:
         self._plain = StageChain((), "whole")
 
     def groups(self, form: ItemForm, spec: ItemSpec, base: Tensors) -> list[TensorGroup]:
-        """Divide an item into groups, in the same way at the sender and the receiver.
+        """Divide the tensors of an item into groups, equally at the sender and the receiver.
 
         Args:
             form: The form of the item.
-            spec: Its declaration.
+            spec: Declaration of the item.
             base: The reference tensors by name.
 
         Returns:
@@ -264,7 +266,8 @@ class ItemCodec:
             item: The item.
             base: The reference tensors by name.
             key: Key of the random draws.
-            unsent: Values that earlier messages omitted, by tensor; None if the sender keeps none.
+            unsent: Values that earlier messages omitted, by tensor name; None if the sender does
+                not store them.
 
         Returns:
             The stream, and the values that biased chains omit from each tensor, which are exactly
@@ -339,13 +342,13 @@ def value_kinds(spec: ItemSpec) -> set[Sort]:
 
 
 class Link:
-    """Encodes and decodes the payloads of one direction.
+    """An encoder and decoder of the payloads of one direction.
 
     Args:
         stages: The configured stages.
-        specs: The declared items by name; for broadcasts, only those with a declaration.
+        specs: Declarations of items by name. Broadcasts may contain items without a declaration.
         outputs: Number of outputs of the task, the width of predictions.
-        includes_layout: Whether messages contain their layout even if both ends have a reference.
+        includes_layout: Whether messages contain their layout even if there is a reference.
     """
 
     def __init__(
@@ -374,10 +377,10 @@ class Link:
             payload: The payload.
             key: Key of the random draws, which the receiver must also use.
             plain: Names of tensors that are not compressed, such as BatchNorm statistics.
-            reference: The payload at both ends from which changes are computed; without it, the
-                message contains its layout.
-            memory: The sender's private state. Values that a biased chain omits are kept there and
-                added to the next message.
+            reference: A payload that sender and receiver have, from which changes are computed.
+                Without a reference, the message contains its layout.
+            memory: The sender's private state, which stores the values that a biased chain omits,
+                so that they are added to the next message.
         """
         forms: dict[str, ItemForm] = {}
         bodies = {}
@@ -423,7 +426,7 @@ class Link:
         reference: Payload | None = None,
         like: Mapping[str, Item] | None = None,
     ) -> Payload:
-        """Decode a payload from `send` without allocating more memory than expected.
+        """Decode a payload that was encoded by `send`, with bounded memory.
 
         Args:
             data: The message.
@@ -521,7 +524,7 @@ def _json(raw: bytes) -> dict[str, Any]:
 
 
 def _item_forms(layout: bytes) -> dict[str, ItemForm | None]:
-    """Return the form of each item from the layout in a message."""
+    """Decode the layout in a message, and return the form of each item."""
     try:
         raw = zlib.decompressobj().decompress(layout, MAX_LAYOUT_BYTES)
     except zlib.error:

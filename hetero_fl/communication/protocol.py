@@ -15,17 +15,17 @@ from hetero_fl.utils.errors import NoUploadError
 
 T = TypeVar("T")
 
-# Encoded, or the payload itself if sender and receiver are in one process.
+# Encoded content, or the payload itself if sender and receiver are in the same process.
 Content = bytes | Payload
 
 
 def encoded(content: Content) -> bytes:
-    """Return the encoded content."""
+    """Return the content as bytes, encoded if necessary."""
     return content if isinstance(content, bytes) else content.encode()
 
 
 def content_size(content: Content) -> int:
-    """Return the bytes of the encoded content."""
+    """Return the number of bytes of the encoded content."""
     return len(content) if isinstance(content, bytes) else content.encoded_size
 
 
@@ -35,14 +35,14 @@ class Message:
 
     Args:
         kind: Kind of the request or reply, such as "train" or "upload".
-        content: The encoded content, or the payload if the receiver is in this process. Its tensors
-            must not be modified in place.
-        round_idx: The round of the task; in an asynchronous run, the server's version. Together
-            with `attempt`, it is the key of the client's random draws.
+        content: The encoded content, or the payload if the receiver is in this process. The tensors
+            of a payload must not be modified in place.
+        round_idx: Index of the round; in an asynchronous run, the server's version. Together with
+            `attempt`, it is part of the key of the client's random streams.
         attempt: In asynchronous runs, the number of earlier requests to the client in that round.
         step_share: Share of the local steps that the client computes.
-        checksum: SHA-256 of `body` at the sender, if the message leaves the machine or a simulated
-            fault may change it. Not counted as traffic.
+        checksum: SHA-256 digest of `body` at the sender, if the message leaves the machine or a
+            simulated fault may change it. It is not counted as traffic.
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Message:
 
     @property
     def is_intact(self) -> bool:
-        """Whether the body matches the checksum; true without one."""
+        """Whether the body matches the checksum; true without a checksum."""
         return self.checksum is None or self.checksum == hashlib.sha256(self.body).digest()
 
 
@@ -81,8 +81,8 @@ class AggregatedUploads:
 
     Args:
         clients: The clients in the sum.
-        total: Integers modulo 2^64, uint64, shape `[L]`.
-        unit: Unit of the weights in `total`.
+        total: Sum of the clients' vectors, integers modulo 2^64, uint64, shape `[L]`.
+        unit: Factor by which the decoded sum is multiplied, as clients divide their vectors by it.
         dropouts: The reasons why other clients are not in the sum, by client id.
     """
 
@@ -93,7 +93,7 @@ class AggregatedUploads:
 
 
 class Exchange(Interface):
-    """One request to each of some clients, and the processing of their replies.
+    """Interface for an exchange: one request to each of several clients, and their replies.
 
     Attributes:
         kind: Kind of the request.
@@ -104,10 +104,10 @@ class Exchange(Interface):
     clients: Sequence[str]
 
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        """Return the request to a client; `broadcast_to` returns the client's broadcast."""
+        """Return the request to a client; `broadcast_to` returns the broadcast for a client id."""
 
     def accept(self, client_id: str, reply: Message) -> Content | None:
-        """Process a reply and return the upload in it, if the server may see it."""
+        """Process a reply; return its upload, or None if the server may not see the upload."""
 
 
 Exchanges = Generator[Exchange, None, AggregatedUploads | None]
@@ -118,8 +118,8 @@ class TrainingRequest:
     """A request to train.
 
     Attributes:
-        broadcast: The broadcast.
-        reply: Returns the reply that contains an upload.
+        broadcast: The broadcast on which the client trains.
+        reply: Function that converts an upload to the reply.
     """
 
     broadcast: Content
@@ -127,10 +127,10 @@ class TrainingRequest:
 
 
 class RoundProtocol(Interface):
-    """The protocol by which the uploads of a round reach the server.
+    """Interface for the protocol by which the uploads of a round reach the server.
 
     Attributes:
-        setup: Kinds of the exchanges before training (the exchange "train").
+        setup: Kinds of the exchanges that precede the exchange "train", in which clients train.
         takes_payload: Whether broadcasts and uploads need not be encoded within a process, because
             the protocol does not read their bytes.
     """
@@ -156,26 +156,32 @@ class RoundProtocol(Interface):
         Args:
             client_id: The client.
             message: The request.
-            round_idx: The round.
+            round_idx: Index of the round.
             notes: State of clients between the exchanges of a round, by client id.
+
+        Returns:
+            The reply, or a request to train.
         """
 
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
-        """Return the bytes (down, up) per client of each exchange, without dropouts.
+        """Return the message sizes of each exchange if no client drops out.
 
         Args:
             cohort: Number of clients.
-            round_idx: The round.
+            round_idx: Index of the round.
             broadcast: Bytes of the broadcast alone.
             upload: Bytes of the upload alone.
+
+        Returns:
+            The bytes per client, as pairs (down, up) by kind of exchange.
         """
 
 
 @dataclass
 class TrainExchange(Exchange):
-    """The exchange of a broadcast and an upload."""
+    """The exchange in which clients receive a broadcast and send an upload."""
 
     clients: Sequence[str]
     kind: str = "train"
@@ -190,7 +196,7 @@ class TrainExchange(Exchange):
 
 
 class DirectProtocol(RoundProtocol):
-    """One exchange: every client trains on its broadcast and sends its upload."""
+    """The protocol with a single exchange: clients receive a broadcast, train, and upload."""
 
     setup: tuple[str, ...] = ()
     takes_payload = True
@@ -218,27 +224,32 @@ def _upload(content: Content) -> Message:
 
 
 def total_bytes(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return the total bytes down and up of several exchanges."""
+    """Return the total number of bytes of several exchanges, as a pair (down, up)."""
     down, up = zip(*sizes, strict=True)
     return sum(down), sum(up)
 
 
 @dataclass
 class Traffic:
-    """Bytes of encoded messages, uploads and broadcasts."""
+    """The number of bytes of encoded messages, by direction.
+
+    Attributes:
+        up: Bytes from clients to the server.
+        down: Bytes from the server to clients.
+    """
 
     up: int = 0
     down: int = 0
 
 
 class EncodeCache(Generic[T]):
-    """Encodes equal payloads once.
+    """A cache that encodes equal payloads only once.
 
     Clients of one group receive the same tensors, so the encoding of the first payload is reused.
-    Payloads are equal if their reports are equal and their tensors are the same memory.
+    Payloads are equal if their reports are equal and their tensors share the same memory.
 
     Args:
-        encode: Encodes a payload.
+        encode: Function that encodes a payload.
         max_entries: Number of encodings to keep.
     """
 

@@ -1,4 +1,4 @@
-"""Conversion of users' arrays to images `[N, C, H, W]`, uint8 or floats in [0, 1].
+"""Convert users' arrays to images `[N, C, H, W]`, uint8 or floats in [0, 1].
 
 Arrays that can be interpreted in more than one way are rejected.
 """
@@ -16,11 +16,11 @@ from hetero_fl.utils.errors import UserError
 
 # Usual numbers of channels: gray and RGB.
 USUAL_CHANNELS = (1, 3)
-# A longer axis is not the axis of channels if the other candidate is shorter.
+# Of two candidates for the axis of channels, one that is longer than this is ruled out.
 MAX_CHANNELS = 16
 # Tolerance for rounding errors of images scaled to [0, 1].
 SCALE_TOLERANCE = 1e-3
-# Floats with a maximum between this value and 255 are bytes.
+# Floats with a maximum between this value and 255 are interpreted as bytes.
 MIN_BYTE_MAXIMUM = 128
 
 
@@ -92,12 +92,12 @@ def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
     Args:
         x: The images.
         where: Prefix of error messages.
-        documented: The order, `first` or `last`, that the documentation of the data source
-            specifies; it decides if neither order results in one or three channels.
+        documented: The position of the channels, `first` or `last`, that the documentation of the
+            data source specifies. It is used if neither position results in one or three channels.
 
     Raises:
-        UserError: If both orders result in one or three channels, and neither or both in square
-            images.
+        UserError: If both positions result in one or three channels, and the images are square for
+            neither or for both.
     """
     _, first, middle, last = x.shape
     if {first, last} <= set(USUAL_CHANNELS) and first * middle * last > 1:
@@ -120,12 +120,12 @@ def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
 def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     """Convert the floating-point images of a data set to the range [0, 1].
 
-    Floats with a maximum between 128 and 255 are bytes: they are divided by 255, or converted to
-    uint8 if all are integers. All parts of the data set are treated equally.
+    Floats with a maximum between 128 and 255 are interpreted as bytes: they are divided by 255, or
+    converted to uint8 if all values are integers. All parts of the data set are treated equally.
 
     Args:
-        images: Images `[N, C, H, W]` by the name for error messages. Images with NaN or infinity
-            are not changed, because `check_examples` rejects them.
+        images: Images `[N, C, H, W]` by name, which error messages quote. Images with NaN or
+            infinity are not changed, because `check_examples` rejects them later.
 
     Returns:
         The images, and whether they were bytes.

@@ -1,7 +1,7 @@
-"""Metrics of one model, and their mean, spread and worst value over clients.
+"""Metrics of one model, and their mean, standard deviation and worst value over clients.
 
-All metrics are fractions, or in the unit of the target for errors, computed in float64. A metric
-that is undefined is None, never NaN.
+Metrics are computed in float64. Scores are fractions, not percentages, and errors of a regression
+have the unit of the target. An undefined metric is None, never NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MANY = (
     "average_precision",
     "loss",
 )
-# Metrics of larger magnitude are undefined. Others can be squared and summed in float32.
+# Metrics of larger magnitude are undefined; all others can be squared and summed in float32.
 MAX_METRIC_VALUE = 1e18
 SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
 
@@ -68,29 +68,36 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
 
     Multiclass:
 
-    - `accuracy`.
-    - `balanced_accuracy`: mean recall over the classes in y.
-    - `macro_f1`: over the classes that are in y or predicted (the default of scikit-learn).
-    - `auroc`: of class 1 for two classes, otherwise the one-vs-rest mean; None unless all classes
-      are in y.
-    - `average_precision`: one-vs-rest mean over the classes in y, None if y contains one class
-      only; for a task with a `rare` class that of this class.
+    - `accuracy`: fraction of correct predictions.
+    - `balanced_accuracy`: mean recall over the classes in `y`.
+    - `macro_f1`: mean F1 score over the classes that occur in `y` or are predicted (the default of
+      scikit-learn).
+    - `auroc`: area under the ROC curve of class 1 for two classes, otherwise the one-vs-rest mean;
+      None unless all classes occur in `y`.
+    - `average_precision`: one-vs-rest mean over the classes in `y`, None if `y` contains only one
+      class. For a task with a `rare` class, the average precision of this class.
     - `loss`: mean cross-entropy.
-    - `top3_accuracy` and `perplexity` (exponential of the loss): for tasks with many classes.
+    - `top3_accuracy` and `perplexity` (exponential of the loss): only for tasks with many classes.
 
-    Multilabel, with decisions at probability 0.5: the same names, computed by label and averaged
-    over the labels for which they are defined; `accuracy` and `loss` are means over all decisions.
+    Multilabel: the same metrics, computed for each label with a threshold of 0.5 on probabilities
+    and averaged over the labels for which they are defined. `accuracy` and `loss` are means over
+    all pairs of an example and a label.
 
-    Regression: `mae`, `rmse` and `r2`, averaged over outputs (`r2` over those whose targets vary).
+    Regression: `mae`, `rmse` and `r2`, averaged over the outputs. `r2` is averaged over the outputs
+    whose targets vary.
 
-    All metrics are None without examples or if the outputs contain NaN or infinity. A metric whose
-    magnitude exceeds `MAX_METRIC_VALUE` is None.
+    All metrics are None if there are no examples or the outputs contain NaN or infinity. A metric
+    whose magnitude exceeds `MAX_METRIC_VALUE` is None.
 
     Args:
         task: The task.
         logits: Outputs, shape `[N, C]`.
         y: Targets, shape `[N]` (classes) or `[N, C]`.
-        unit: Factors for outputs and targets of a regression by example, shape `[N]`.
+        unit: Factor of each example by which outputs and targets of a regression are multiplied,
+            shape `[N]`.
+
+    Returns:
+        The metrics by name, in the order of `metric_names`.
 
     Raises:
         ValueError: If the shapes do not match the task.
@@ -234,8 +241,8 @@ def _regression(outputs: Tensor, y: Tensor) -> list[Tensor | None]:
 def _ranking(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the area under the ROC curve and the average precision of each row.
 
-    Equal scores share one threshold: the area counts ties half (the Mann-Whitney U statistic with
-    midranks), and each positive example has the precision at the end of its run of ties.
+    Equal scores share one threshold: the area counts ties as one half (the Mann-Whitney U statistic
+    with midranks), and each positive example has the precision at the end of its run of ties.
 
     Args:
         scores: Scores, shape `[R, N]`.
@@ -264,7 +271,7 @@ def _ranking(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """Compute the confusion matrix; rows are true classes, columns predicted ones.
+    """Compute the confusion matrix; rows are true classes, columns are predicted classes.
 
     Args:
         task: The task.
@@ -294,7 +301,8 @@ def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[str, Any]:
     """Compute the expected calibration error with bins of equal width (Guo et al., ICML 2017).
 
-    The confidence is the probability of the predicted class, or of each decision for multilabel.
+    The confidence is the probability of the predicted class. In multilabel tasks, each label counts
+    as a separate prediction.
 
     Args:
         task: The task.
@@ -303,8 +311,9 @@ def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[s
         bins: Number of bins (i / bins, (i + 1) / bins].
 
     Returns:
-        A dictionary with `ece`, which is None without examples or probabilities, and by bin the
-        mean `confidence` and the `accuracy`, which are None for empty bins, and the `count`.
+        A dictionary with the error `ece`, which is None if there are no examples or probabilities
+        are not finite, and lists with one value per bin: the mean `confidence` and the `accuracy`,
+        which are None for empty bins, and the `count` of predictions.
 
     Raises:
         ValueError: If the task is a regression or the shapes do not match the task.
@@ -358,7 +367,7 @@ def _finite(values: list[Tensor | None] | tuple[Tensor, ...]) -> list[float | No
 def summarize_clients(
     values: Mapping[str, Mapping[str, float | None]],
 ) -> dict[str, float | int | None]:
-    """Compute mean, population standard deviation and worst value of each metric over clients.
+    """Compute the mean, population standard deviation and worst value of metrics over clients.
 
     The result does not depend on the order of the clients.
 
@@ -366,9 +375,9 @@ def summarize_clients(
         values: Metrics by client and name.
 
     Returns:
-        For each metric m the mean as `m`, the standard deviation as `m_std` and the worst value as
-        `m_worst`; all are None if the metric is undefined for all clients. Undefined values, and
-        those beyond `MAX_METRIC_VALUE`, are excluded and counted as `m_undefined`.
+        For each metric m, the mean as `m`, the standard deviation as `m_std` and the worst value as
+        `m_worst`; all three are None if the metric is undefined for all clients. Undefined values,
+        including those beyond `MAX_METRIC_VALUE`, are excluded; their number is `m_undefined`.
 
     Example:
         >>> from hetero_fl.core.metrics import summarize_clients

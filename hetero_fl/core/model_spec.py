@@ -29,7 +29,7 @@ def freeze_lists(value: Any) -> Any:
 class ModelSpec:
     """The specification of a model: its name and everything that determines its shapes.
 
-    Equal specifications have tensors of equal names and shapes.
+    Models with equal specifications have tensors with equal names and shapes.
 
     Args:
         name: Name of the model, see `model_zoo.create_model`.
@@ -38,10 +38,11 @@ class ModelSpec:
         feature_dim: Width of the features; None keeps the model's own width.
         options: Options of the model as sorted pairs.
         pretrained: Whether training starts from published weights.
-        vocabulary: Number of different tokens; None for other examples.
-        label: Name in tables and reports; empty for `name`. It is not compared or stored.
-        group: Group of models with which the tensors are averaged; empty for `spec_id`. It is not
-            compared or stored.
+        vocabulary: Number of different tokens; None for numeric examples.
+        label: Name in tables and reports; if empty, `name` is used. The label is neither compared
+            nor stored.
+        group: Name of the group of models that are averaged with this one; if empty, `spec_id` is
+            used. The group is neither compared nor stored.
 
     Example:
         >>> from hetero_fl.core.model_spec import ModelSpec
@@ -79,13 +80,13 @@ class ModelSpec:
         """Create a specification from the plain values of a configuration.
 
         Args:
-            name: See `ModelSpec`.
-            outputs: See `ModelSpec`.
-            input_shape: See `ModelSpec`.
-            feature_dim: See `ModelSpec`.
+            name: Name of the model.
+            outputs: Number of outputs.
+            input_shape: Shape of an example.
+            feature_dim: Width of the features; None keeps the model's own width.
             options: Options of the model by name; lists are converted to tuples.
-            pretrained: See `ModelSpec`.
-            vocabulary: See `ModelSpec`.
+            pretrained: Whether training starts from published weights.
+            vocabulary: Number of different tokens; None for numeric examples.
         """
         pairs = tuple(sorted((k, freeze_lists(v)) for k, v in (options or {}).items()))
         return cls(name, outputs, tuple(input_shape), feature_dim, pairs, pretrained, vocabulary)
@@ -97,10 +98,10 @@ class ModelSpec:
         return self.outputs, channels, tuple(size), self.feature_dim
 
     def build(self, pretrained: bool = False) -> SplitModel:
-        """Build a module whose weights are drawn from the global random number generator.
+        """Build a module with initial weights from the global random number generator.
 
         Args:
-            pretrained: Whether to load the published weights instead.
+            pretrained: Whether to load published weights instead.
 
         Raises:
             ModelError: If the model cannot be created.
@@ -115,22 +116,22 @@ class ModelSpec:
         )
 
     def build_given(self, given: GivenModel) -> Tensors:
-        """Return the tensors of a module that a program passes as a model of this architecture.
+        """Return the tensors of a user's module that is passed as a model of this architecture.
 
         Raises:
-            ModelError: If the module is of another architecture.
+            ModelError: If the module has another architecture.
         """
         _, channels, size, _ = self.size_arguments
         model = given.build(make_shape(channels, size, self.vocabulary))
         return {n: t.detach() for n, t in model.state_dict().items()}
 
     def initial_tensors(self, seed: int) -> Tensors:
-        """Return the tensors with which every participant starts; they must not be modified."""
+        """Return the initial tensors for a seed; the tensors must not be modified."""
         return dict(_initial_tensors(self, seed, torch.get_default_dtype()))
 
     @cached_property
     def spec_id(self) -> str:
-        """One line that identifies the architecture."""
+        """A line of text that identifies the architecture."""
         detail = [f"{'x'.join(map(str, self.input_shape))}->{self.outputs}"]
         detail += [f"vocabulary={self.vocabulary}"] if self.vocabulary else []
         detail += [f"feature_dim={self.feature_dim}"] if self.feature_dim else []
@@ -146,7 +147,7 @@ class ModelSpec:
 
     @cached_property
     def group_id(self) -> str:
-        """Name of the group of models with which this one is averaged, a slot of the server."""
+        """Name of the group of models that are averaged with this one, a slot of the server."""
         return self.group or self.spec_id
 
     @cached_property
@@ -175,7 +176,7 @@ class ModelSpec:
         return _measure(self).head_path
 
     def to_json(self) -> str:
-        """Return the specification as JSON text, which is stored with saved tensors."""
+        """Return the specification as JSON text, which is stored together with saved tensors."""
         stored = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return json.dumps(stored, sort_keys=True)
 
@@ -212,7 +213,7 @@ class ModelSpec:
                 self.build()
         except ModelError:
             raise
-        # An invalid option may fail anywhere inside torch.
+        # An invalid option may cause any error inside PyTorch.
         except Exception as error:
             raise ModelError(
                 f"model {self.name}: cannot be built with {dict(self.options)}: {error}"

@@ -1,8 +1,8 @@
 """Training objectives: a loss per example and a separate penalty on the parameters.
 
-The separation allows exact weighting of ragged batches, per-example clipping (the penalty is never
-clipped) and vectorized training of many clients. Objectives are frozen dataclasses; clients with
-equal objectives can be trained in one batch.
+The separation allows exact weighting of padded batches, per-example gradient clipping (the penalty
+is never clipped) and vectorized training of many clients. Objectives are frozen dataclasses, so
+clients with equal objectives can be trained together.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ MIN_LOSS_SUM = 1e-12
 
 
 class ModelView:
-    """A model as objectives see it: a callable that returns `Outputs(logits, features)`.
+    """A callable view of a model that objectives use; it returns `Outputs(logits, features)`.
 
-    The module may be an ordinary one or one of several that are trained together with `vmap`.
+    The model is an ordinary module, or one of several models that are trained together with `vmap`.
 
     Args:
-        forward: Maps inputs to outputs.
-        head: Maps features to logits.
+        forward: Function that maps inputs to outputs.
+        head: Function that maps features to logits.
         parameters: Trainable tensors by name.
 
     Attributes:
-        head: Maps features to logits.
+        head: Function that maps features to logits.
         parameters: Trainable tensors by name.
     """
 
@@ -66,7 +66,7 @@ class ModelView:
 
 
 class AttributeDict(dict[str, T]):
-    """A dictionary whose values are also attributes."""
+    """A dictionary whose values can also be accessed as attributes."""
 
     kind: ClassVar[str]
     hint: ClassVar[str]
@@ -93,8 +93,7 @@ class Batch(AttributeDict[Tensor]):
     """The columns of a batch; `batch.x` is `batch["x"]`.
 
     Attributes:
-        weight: 1 for examples and 0 for the padding of a ragged batch, shape `[B]`; None if there
-            is no padding.
+        weight: 1 for examples and 0 for padding, shape `[B]`; None if there is no padding.
     """
 
     kind = "column"
@@ -137,18 +136,19 @@ class Objective:
         raise TypeError(f"{type(self).__name__} does not implement loss")
 
     def penalty(self, nets: ModelViews, context: Context) -> Tensor | float:
-        """Return a scalar that depends on parameters only; it is never clipped or weighted."""
+        """Return a scalar penalty on the parameters, which is neither clipped nor weighted."""
         return 0.0
 
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         """Return the part of the loss that depends on private rows, shape `[B]`.
 
-        DP-SGD clips its gradients and adds noise to them. By default it is the whole loss.
+        DP-SGD clips the gradients of this part and adds noise to them. By default, this is the
+        whole loss.
         """
         return self.loss(nets, batch, context)
 
     def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor | float:
-        """Return the part of the loss, a scalar, that depends on `Fit.extra_batches` only."""
+        """Return the part of the loss that depends on `Fit.extra_batches` only, a scalar."""
         return 0.0
 
     def total_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
@@ -159,8 +159,8 @@ class Objective:
 def supervised_loss(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
     """Compute the loss of a task.
 
-    The loss is cross-entropy for classes, binary cross-entropy (mean over labels) for labels, and
-    squared error (mean over targets) for regression.
+    The loss is cross-entropy for multiclass tasks, binary cross-entropy (mean over labels) for
+    multilabel tasks, and squared error (mean over outputs) for regression.
 
     Args:
         kind: Kind of the task.
@@ -169,7 +169,7 @@ def supervised_loss(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "non
         reduction: `none` or `mean`.
 
     Returns:
-        Loss per example, shape `[B]`, or their mean.
+        Loss per example, shape `[B]`, or the mean over examples, a scalar.
 
     Example:
         >>> import torch
@@ -191,10 +191,11 @@ def distillation_loss(
 ) -> Tensor:
     """Compute the distillation loss of a student with respect to a teacher.
 
-    For classes it is `T**2 * KL(softmax(teacher / T) || softmax(student / T))` (Hinton et al.
-    2015, section 2); its mean over examples equals `batchmean`. For labels it is the sum of the
-    same divergence between Bernoulli distributions, for regression the squared error. The teacher
-    is detached.
+    For multiclass tasks, the loss is `T**2 * KL(softmax(teacher / T) || softmax(student / T))`
+    (Hinton et al. 2015, section 2), whose mean over examples equals the reduction `batchmean` of
+    PyTorch. For multilabel tasks, it is the sum over labels of the same divergence between
+    Bernoulli distributions, and for regression the mean squared error over outputs. The teacher is
+    detached.
 
     Args:
         kind: Kind of the task.
@@ -237,8 +238,9 @@ def squared_distance(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tens
 class Supervised(Objective):
     """The supervised loss of the task.
 
-    Two entries of the context modify it: `log_prior` `[C]` is added to the logits (logit
-    adjustment, Menon et al. 2021, eq. 10), and `class_weights` `[C]` weights examples by class.
+    Two optional entries of the context modify the loss: `log_prior` `[C]` is added to the logits
+    (logit adjustment, Menon et al. 2021, eq. 10), and `class_weights` `[C]` weights examples by
+    class.
 
     Args:
         kind: Kind of the task.
@@ -264,7 +266,7 @@ class Supervised(Objective):
     def loss_of_outputs(
         self, outputs: Outputs, batch: Batch, context: Context, reduction: str = "none"
     ) -> Tensor:
-        """Return the loss of given outputs.
+        """Return the loss of outputs that have already been computed.
 
         Args:
             outputs: Outputs of the model.
@@ -334,8 +336,8 @@ class LossFunction(Supervised):
 class Masked(Supervised):
     """The supervised loss with the logits of missing classes set to 0.
 
-    This is the masked loss of HeteroFL (Diao et al. 2021, section 3).
-    In the context, `present` `[C]` is 1 for classes of the client and 0 for others.
+    This is the masked loss of HeteroFL (Diao et al. 2021, section 3). In the context, `present`
+    `[C]` is 1 for classes that the client has and 0 for others.
     """
 
     @override
@@ -401,8 +403,9 @@ class TeacherDistillation(Objective):
 class ProxyReplay(Supervised):
     """The supervised loss plus a distillation loss on public rows.
 
-    While a client trains on its private rows, it keeps what it learned about other clients'
-    classes. The public rows are the columns `public_x` and `public_teacher` (logits).
+    The distillation loss preserves what a client's model has learned about other clients' classes
+    while it is trained on private rows. The columns `public_x` and `public_teacher` contain the
+    public examples and the logits of the teacher.
 
     Args:
         weight: Weight of the distillation loss.
@@ -507,7 +510,8 @@ def log_prior(task: Task, counts: Tensor) -> Tensor | None:
 class SupervisedDistillation(Supervised):
     """The supervised loss plus distillation from the column `teacher` (FedGKT, He et al. 2020).
 
-    A column `log_prior` adjusts the logits by example, for rows of several clients.
+    If the batch has a column `log_prior` `[B, C]`, its values are added to the logits. A batch can
+    therefore contain rows of several clients with different class priors.
 
     Args:
         weight: Weight of the distillation loss.
@@ -529,11 +533,11 @@ class SupervisedDistillation(Supervised):
 class Coefficients(Objective):
     """The loss of the knowledge coefficients of KT-pFL (Zhang et al. 2021).
 
-    For client k it is `T**2 * KL(Σ_j c_kj p_j || p_k) + ρ ‖c_k - 1/K‖²`, with the divergence
-    averaged over D public examples. Each example of a batch is a client: column `x` `[B, K]` is its
-    one-hot index, which the slot `mix` maps to c_k, and column `own` is the index k. In the
-    context, `predictions` `[K, D, C]` are the softened probabilities p. Unlike in distillation the
-    gradient passes through the mixture.
+    The loss of client k is `T**2 * KL(Σ_j c_kj p_j || p_k) + ρ ‖c_k - 1/K‖²`, with the divergence
+    averaged over D public examples. Each example of a batch represents one client: the column `x`
+    `[B, K]` is the one-hot index of the client, which the model in the slot `mix` maps to c_k, and
+    the column `own` `[B]` is the index k. In the context, `predictions` `[K, D, C]` are the
+    softened probabilities p. Unlike in distillation, the gradient passes through the mixture.
 
     Args:
         temperature: Temperature T.
@@ -555,8 +559,8 @@ class Coefficients(Objective):
 def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Return whether `to_shape` can convert examples of one shape to another.
 
-    It can if the shapes are equal, or if both are images with the same number of channels or with
-    one channel on either side.
+    This is the case if the shapes are equal, or if both are shapes of images and their numbers of
+    channels are equal or one of them is 1.
     """
     images = len(shape) == len(other) == 3
     return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)
@@ -565,8 +569,8 @@ def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Convert examples to another shape.
 
-    Images are resized (bilinear); then their channels are averaged into one, or a single channel is
-    repeated.
+    Images are resized by bilinear interpolation. Their channels are then averaged into one, or a
+    single channel is repeated.
 
     Args:
         x: Examples, shape `[B, …]`.
@@ -586,9 +590,9 @@ def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 class MutualDistillation(Supervised):
     """The loss of two models that learn from each other (FML, Shen et al. 2020, eq. 6 and 7).
 
-    It is the sum of α·task(p) + (1 - α)·KL(m ‖ p) for the model p and β·task(m) + (1 - β)·KL(p ‖ m)
-    for its mentee m. The teacher of each divergence is detached, so both models are trained in one
-    step with the gradients of their own losses.
+    The loss is the sum of α·task(p) + (1 - α)·KL(m ‖ p) for the client's model p and
+    β·task(m) + (1 - β)·KL(p ‖ m) for the small shared model m, the mentee. The teacher of each
+    divergence is detached, so one step trains each model with the gradient of its own loss.
 
     Args:
         alpha: Weight α of the model's supervised loss.
@@ -603,7 +607,7 @@ class MutualDistillation(Supervised):
     shape: tuple[int, ...] = ()
 
     def both_outputs(self, nets: ModelViews, batch: Batch) -> tuple[Outputs, Outputs]:
-        """Return the outputs of the model and of its mentee."""
+        """Return the outputs of the client's model and of the mentee."""
         return nets[self.slot](batch.x), nets[self.mentee](to_shape(batch.x, self.shape))
 
     @override
@@ -622,10 +626,11 @@ class MutualDistillation(Supervised):
 class AdaptiveMutual(MutualDistillation):
     """The adaptive mutual distillation of FedKD (Wu et al. 2022, eq. 1 to 6).
 
-    For mentor t and mentee s it is task(t) + task(s) + (KL(s ‖ t) + KL(t ‖ s) + λ·MSE(h_t, W·h_s))
-    / (task(t) + task(s)), where h are the features and W is the matrix of the slot `hidden`. The
-    denominator is averaged over the batch and detached: models with a large supervised loss learn
-    less from each other, but cannot reduce their distance by increasing that loss.
+    For the client's model t and the mentee s, the loss is task(t) + task(s) + (KL(s ‖ t) +
+    KL(t ‖ s) + λ·MSE(h_t, W·h_s)) / (task(t) + task(s)), where h are the features and W is the
+    matrix of the model in the slot `hidden`. The denominator is averaged over the batch and
+    detached. A large supervised loss therefore reduces the weight of the divergence, but the models
+    cannot reduce the divergence by increasing their supervised loss.
 
     Args:
         hidden_weight: Weight λ of the distance between features.
@@ -652,9 +657,9 @@ class AdaptiveMutual(MutualDistillation):
 class NestedRepresentations(MutualDistillation):
     """The loss of nested representations (FedMRL, Yi et al. 2024).
 
-    It is m_F·task(head_F(r)) + m_G·task(head_G(r[:d₁])) with r = P·[g, f] of width d₂. Here f are
-    the features of the model F (width d₂), g those of the mentee G (width d₁), and P is the linear
-    map of the slot `projection`.
+    The loss is m_F·task(head_F(r)) + m_G·task(head_G(r[:d₁])) with r = P·[g, f] of width d₂, where
+    f are the features of the client's model F (width d₂), g are the features of the mentee G (width
+    d₁), and P is the linear map in the slot `projection`.
 
     Args:
         alpha: Weight m_F.

@@ -1,4 +1,4 @@
-"""Participants of a federation (clients and the server) and the server's view of the clients."""
+"""Participants of a federation, clients and the server, and the server's directory of clients."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import Key
 
 Columns = dict[str, Tensor]
-# Messages and suggestions consider only so many clients of a large population.
+# Maximum number of clients that are searched for messages and suggestions.
 MAX_SEARCHED_CLIENTS = 1000
 CACHED_CLIENTS = 4096
-# Values that a client may log in a round; a report has room for a few more.
+# Maximum number of values that a client may log in a round. A report has room for a few more.
 MAX_LOGGED = 60
 # A part of a model: prefixes of tensor names, or None for the whole model.
 Part = tuple[str, ...] | None
 
 
 def copy_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Return copies of tensors that are detached and own their memory.
+    """Return detached copies of tensors, which own their memory.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ def exclude_part(tensors: Mapping[str, Tensor], part: Part) -> Tensors:
 
 
 def floating_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Return the floating-point tensors; integer buffers such as `num_batches_tracked` stay local.
+    """Return the floating-point tensors, without integer buffers such as `num_batches_tracked`.
 
     Example:
         >>> import torch
@@ -72,13 +72,13 @@ def floating_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
 
 @dataclass(frozen=True)
 class RoundContext:
-    """The position of a run, which keys its random streams.
+    """The current round of a run, which is part of the key of random streams.
 
     Args:
         seed: Seed of the run.
-        round_idx: Index of the round, from 0.
+        round_idx: Index of the round, starting at 0.
         num_rounds: Number of rounds of the run.
-        attempt: How often the participant trained in this round before (asynchronous runs).
+        attempt: In asynchronous runs, how often the participant has already trained in this round.
     """
 
     seed: int = 0
@@ -89,7 +89,7 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """A client as the server knows it.
+    """The properties of a client that the server can access.
 
     Args:
         client_id: Name of the client.
@@ -97,7 +97,7 @@ class ClientInfo:
         num_rows: Number of training rows.
         preprocess: Preprocessing of public examples, a `hetero_fl.data.Preprocess`.
         settings: Settings of the client.
-        purpose: Purpose of a broadcast to the client; nothing is trained for `evaluate`.
+        purpose: Purpose of a broadcast to the client; with `evaluate`, the client does not train.
         has_proxy: Whether the client can use the proxy set, if there is one.
         models: Architectures of all models of the client by slot; `arch` is the slot `model`.
 
@@ -123,7 +123,7 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class ClientProfile:
-    """Clients with equal settings and models.
+    """A set of clients with equal settings and architectures.
 
     Args:
         settings: Settings of the clients.
@@ -144,15 +144,15 @@ class ClientProfile:
 
 
 class ClientDirectory(Mapping[str, ClientInfo]):
-    """All clients as the server knows them, by name.
+    """All clients of a federation by name, with the properties that the server can access.
 
-    Entries are created on access. Use `profiles` for properties that depend on settings only: their
-    number does not grow with the number of clients.
+    Entries are created on access. Use `profiles` for properties that depend only on the settings of
+    clients; the number of profiles does not grow with the number of clients.
 
     Args:
         clients: The population of clients.
-        models: Architectures by slot, for each profile in `clients.profiles`; or by client and slot
-            if a method gives clients individual models.
+        models: Architectures by slot, for each profile in `clients.profiles`; or architectures by
+            client and slot if clients with equal settings may have different models.
         data: The federated data, a `hetero_fl.data.FederatedData`.
 
     Attributes:
@@ -168,7 +168,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
     ) -> None:
         self.clients = clients
         self._data = data
-        # Index in `profiles` by client; None if it is that of the client's profile in `clients`.
+        # Index in `profiles` by client; None if the profiles are those of `clients`.
         self._places: dict[str, int] | None = None
         if isinstance(models, Mapping):
             self._places, self.profiles = _split_profiles(clients, models)
@@ -210,7 +210,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         )
 
     def format_clients(self, profiles: Sequence[ClientProfile], max_names: int = 6) -> str:
-        """Return the names of the first clients with these profiles: `a, b and 3 more`."""
+        """Return the names of the first clients with these profiles, such as `a, b and 3 more`."""
         first_clients = {profile.first for profile in profiles}
         matching = (
             client_id
@@ -255,7 +255,11 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 def _split_profiles(
     clients: Population, models: Mapping[str, Mapping[str, ModelSpec]]
 ) -> tuple[dict[str, int], list[ClientProfile]]:
-    """Split profiles by the models of their clients.
+    """Split the profiles of a population by the architectures of the clients.
+
+    Args:
+        clients: The population of clients.
+        models: Architectures by client and slot.
 
     Returns:
         The index of each client's profile, and the profiles.
@@ -286,19 +290,19 @@ class Participant:
         arch: Architectures by slot. A client's own model is in the slot `model`; the server has a
             slot for each group of models.
         models: Tensors of the models by slot and name.
-        data: `data(name, preprocess)` returns the columns of a named data set; the participant's
-            own preprocessing is used if `preprocess` is None.
+        data: Function `data(name, preprocess)` that returns the columns of a named data set. If
+            `preprocess` is None, the participant's own preprocessing is used.
         settings: Settings of the client.
-        label_counts: Returns the number of training rows by class.
+        label_counts: Function that returns the number of training rows by class.
         num_rows: Number of training rows.
         has_proxy: Whether the participant can use the proxy set.
-        peers: All clients, as far as the participant knows them.
+        peers: All clients, with the properties that the participant can access.
         common: Prefixes of the names of tensors that are averaged across architectures.
         state: Private state that the method keeps between rounds.
-        round_context: Position of the run.
-        step_share: Share of the local steps for which there is time (simulated devices).
-        stream_uses: Number of uses of each random stream in this round, by label.
-        logged: Values that the participant logged in this round.
+        round_context: The current round of the run.
+        step_share: Share of the local steps that a simulated device completes in time.
+        stream_uses: Index of the last use of each random stream in this round, by label.
+        logged: Values that the participant logged in this round, by name.
 
     Example:
         >>> import torch
@@ -351,9 +355,10 @@ class Participant:
         return self.label_counts()
 
     def log(self, name: str, value: float) -> None:
-        """Log a value in the record of this round, in the field `logged` by client.
+        """Log a value in the record of this round.
 
-        The value is sent with the upload, unless uploads are private or only their sum is revealed.
+        The record lists logged values by client in the field `logged`. A client's values are sent
+        with its upload, unless uploads are private or only their sum is revealed.
 
         Args:
             name: Name of the value.
@@ -369,23 +374,23 @@ class Participant:
         self.logged[name] = float(value)
 
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace some of the tensors of a slot.
+        """Replace some tensors of the model in a slot.
 
-        The tensors are not copied; they must not be modified in place afterwards.
+        The new tensors are not copied and must not be modified in place afterwards.
 
         Args:
             slot: The slot.
-            tensors: New tensors by name; other tensors of the slot are not changed.
+            tensors: New tensors by name. All other tensors of the model are kept.
         """
         plain = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
         self.models[slot] = {**self.models[slot], **plain}
 
     def stream(self, label: str, stream_id: str | None = None) -> tuple[Key, ...]:
-        """Return the key of the next random stream with a label in this round.
+        """Return a new key for a random stream; each call with the same label returns another key.
 
         Args:
             label: Label of the stream.
-            stream_id: Name of the participant whose stream is used instead of this participant's.
+            stream_id: Name of the participant whose stream is used; None for this participant.
         """
         use = self.stream_uses.get(label, -1) + 1
         self.stream_uses[label] = use

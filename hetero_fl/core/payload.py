@@ -1,7 +1,7 @@
-"""Payloads and their items, the only data that crosses between client and server.
+"""Payloads and their items, the only data that clients and server exchange.
 
-A payload consists of named items with values, a weight and a kind. It is encoded without pickle,
-counted in exact bytes and, on arrival, validated against the declaration of the method.
+A payload consists of named items, each with values, a weight and a kind. Payloads are encoded
+without pickle, measured in bytes and validated on arrival against the declarations of the method.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ FORM = "hetero_fl payload 1"
 MAX_MESSAGE_CHARACTERS = 240
 # Prefix of the names of logged values in a report.
 LOGGED_PREFIX = "log "
-# Limits of a report: number of values and length of a name or a value.
+# Limits of a report: the number of values, and the number of characters of a name or a value.
 MAX_REPORT_VALUES = 64
 MAX_REPORT_CHARACTERS = 256
-# Maximum magnitude of values and weights, whose square is still a float32.
+# Maximum magnitude of values and weights, so that their squares do not overflow in float32.
 MAX_MAGNITUDE = 1e18
-# Bytes of a message beyond its tensors: in total, and for name, shape and offset of each tensor.
+# Bytes that a message may have in addition to its tensors: in total, and for the name, shape and
+# offset of each tensor.
 SPARE_BYTES = 2**16
 SPARE_TENSOR_BYTES = 2**10
 
@@ -62,15 +63,16 @@ class MissingItemError(KeyError):
 
 @dataclass(frozen=True)
 class Item:
-    """Values with a weight.
+    """An entry of a payload: one or several tensors with a weight and a kind.
 
     Args:
         values: A tensor, or tensors by name.
-        weight: Weight in the average over clients. A tensor is broadcast against the values, for
+        weight: Weight in the mean over clients. A tensor is broadcast against the values, for
             example a weight per class for logits `[N, C]`.
-        kind: `params` are tensors of a model and `update` is their difference from the received
-            ones; `rows` has one row per example; `counts` is a vector that is summed; `class_sums`
-            are sums by class, whose weight `[C, 1]` is the divisor.
+        kind: Meaning of the values. `params` are tensors of a model, and `update` is the difference
+            of a model's tensors from the received ones. `rows` has one row per example. `counts` is
+            a vector that is summed. `class_sums` are sums by class, whose weight `[C, 1]` is the
+            divisor of the mean.
 
     Example:
         >>> import torch
@@ -85,7 +87,7 @@ class Item:
 
     @property
     def tensors(self) -> Tensors:
-        """Values as tensors by name; a single tensor has the name ""."""
+        """The values as tensors by name; a single tensor has the name ""."""
         return self.values if isinstance(self.values, dict) else {"": self.values}
 
     def with_tensors(self, tensors: Tensors) -> Item:
@@ -110,18 +112,19 @@ class ItemSpec:
     Args:
         kind: Kind of the item, see `Item`.
         use: `sum` if the server needs only the weighted sum over clients, which secure aggregation
-            can provide; `each` if it needs the items of all clients.
-        private: Whether the item is computed directly from private rows, so that it needs noise of
-            its own under differential privacy.
+            can provide; `each` if it needs the items of individual clients.
+        private: Whether the item is computed directly from private rows, so that it needs separate
+            noise under differential privacy.
         share: The entry of a client's `shares` that permits the upload; None for the default of
             the kind (`SHARE_OF_KIND`).
-        ranks: Whether matrices are stacks of terms `[k, …]` whose number k depends on the values
-            (see `hetero_fl.communication.compression`).
+        ranks: Whether matrices are sent as rank-one terms, shape `[k, …]`, whose number k depends
+            on the values (see `hetero_fl.communication.compression`).
         across_architectures: Whether the tensors belong to one model that clients of all
             architectures share.
-        rows_of: The rows of an item of kind `rows`: those of the proxy set, or the sender's
-            training rows.
-        prediction_type: Meaning of rows that are predictions; "" for other rows.
+        rows_of: Data set of the rows of an item of kind `rows`: the proxy set or the sender's
+            training set.
+        prediction_type: `logits` or `probabilities` for rows that are predictions; "" for other
+            rows.
 
     Example:
         >>> from hetero_fl.core.payload import ItemSpec
@@ -146,13 +149,14 @@ class ItemSpec:
 
 
 class Payload(Mapping[str, Any]):
-    """Named items; `payload[name]` returns the values of an item.
+    """A mapping of names to items; `payload[name]` returns the values of an item.
 
     Args:
-        items: Items by name. A tensor, or tensors by name, become an item with weight 1.
-        report: Short values next to the items, such as the training loss.
+        items: Items by name. A tensor, or a dictionary of tensors, becomes an item with weight 1.
+        report: Short values that are sent with the items, such as the training loss.
 
     Attributes:
+        items_by_name: The items, with weight and kind.
         report: The report.
         magnitude: Largest norm of a tensor if the payload was decoded, otherwise 0.
 
@@ -184,15 +188,15 @@ class Payload(Mapping[str, Any]):
 
     @classmethod
     def from_hook(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
-        """Create a payload from the result of a method's hook.
+        """Create a payload from the return value of a method's hook.
 
         Args:
-            items: The result.
+            items: The return value.
             specs: Declarations against which the items are validated; None skips the validation.
 
         Raises:
-            PayloadError: If the result is not a dictionary of items, or an item does not match its
-                declaration.
+            PayloadError: If the return value is not a dictionary of items, or an item does not
+                match its declaration.
         """
         if not isinstance(items, Mapping):
             raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
@@ -242,7 +246,7 @@ class Payload(Mapping[str, Any]):
         return self.items_by_name[name]
 
     def to(self, device: torch.device) -> Payload:
-        """Return the payload with all tensors on a device; the same object if they already are."""
+        """Return a payload with all tensors on a device: this payload if they already are."""
         weights = [i.weight for i in self.items_by_name.values() if isinstance(i.weight, Tensor)]
         tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         if all(t.device == device for t in [*tensors, *weights]):
@@ -258,23 +262,23 @@ class Payload(Mapping[str, Any]):
         return moved
 
     def norm(self) -> float:
-        """Return the largest norm of a floating-point tensor."""
+        """Return the largest norm among the floating-point tensors."""
         tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         return max(_norms([t for t in tensors if t.is_floating_point()]), default=0.0)
 
     def encode(self) -> bytes:
-        """Encode the payload as it is transmitted; the length is the communication cost."""
+        """Encode the payload for transmission; the number of bytes is the communication cost."""
         return encode(self.tree(), FORM)
 
     @property
     def encoded_size(self) -> int:
-        """Length of `encode()`, computed without reading contiguous tensors."""
+        """Number of bytes of `encode()`, computed without encoding the tensors."""
         return encoded_size(self.tree(), FORM)
 
     def tree(self) -> dict[str, Any]:
-        """Return the payload as plain values and tensors, the input of `from_untrusted`.
+        """Return the payload as nested dictionaries, the input of `from_untrusted`.
 
-        The tensors are detached and contiguous; those that already are contiguous are not copied.
+        All tensors are detached and contiguous; tensors that already are contiguous are not copied.
         """
         items = {
             n: {"values": _plain(i.values), "weight": _plain(i.weight), "kind": i.kind}
@@ -288,8 +292,8 @@ class Payload(Mapping[str, Any]):
 
         Args:
             data: The encoded payload.
-            like: Items with the expected names, shapes and dtypes, if known. A header that is too
-                long for them is not parsed.
+            like: Items with the expected names, shapes and dtypes, if known. A header that is
+                longer than such items need is not parsed.
 
         Raises:
             PayloadError: If the payload is malformed, or a value is not finite or exceeds
@@ -304,11 +308,11 @@ class Payload(Mapping[str, Any]):
 
     @classmethod
     def from_untrusted(cls, tree: Any) -> Payload:
-        """Create a payload from a received tree of plain values and tensors.
+        """Create a payload from received nested dictionaries, which are validated.
 
         Args:
-            tree: A dictionary with `items`, each of which has values, weight and kind, and a
-                `report`.
+            tree: A dictionary with the entries `items`, a dictionary of items with values, weight
+                and kind, and `report`.
 
         Raises:
             PayloadError: If the tree is malformed, or a value is not finite or exceeds
@@ -339,7 +343,8 @@ def report_with_loss(
 ) -> dict[str, str]:
     """Return the report of an upload: the training loss and the values that the client logged.
 
-    Numbers have a fixed width of 17 digits, so that the size of an upload does not depend on them.
+    Numbers are formatted with 17 significant digits, so that the size of an upload does not depend
+    on their values.
     """
     values = {} if loss is None else {"loss": loss}
     values |= {LOGGED_PREFIX + name: value for name, value in (logged or {}).items()}
@@ -434,9 +439,9 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
-    """Return the norm of a tensor in an item, in double precision if it overflows.
+    """Return the norm of a tensor in an item, in double precision if it is large.
 
-    With a single NaN, infinity or large value, the norm is NaN or exceeds `MAX_MAGNITUDE`, so the
+    If any value is NaN, infinite or too large, the norm is NaN or exceeds `MAX_MAGNITUDE`, so the
     elements are checked only in that case.
 
     Raises:
@@ -498,7 +503,7 @@ def check_header(data: bytes, like: Mapping[str, Item]) -> None:
 
 
 def _max_tensor_bytes(tensor: Tensor, ranks: bool) -> int:
-    # A stack of terms [k, m + n] represents an m x n matrix. It saves bytes for k < mn / (m + n),
+    # k rank-one terms [k, m + n] represent an m x n matrix. They save bytes if k < mn / (m + n),
     # which is at most (m + n) / 4.
     if ranks and tensor.ndim == 2:
         return (tensor.shape[1] // 4 + 1) * tensor.shape[1] * tensor.itemsize
@@ -548,7 +553,7 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         for tensor_name, received in item.tensors.items():
             expected = expected_item.tensors[tensor_name]
             place = f"item {name!r}, {tensor_name or 'values'}"
-            # The number of terms of a stack is free.
+            # The number of rank-one terms may differ.
             free = specs[name].ranks and received.ndim == expected.ndim == 2 and len(received) > 0
             if received.shape[free:] != expected.shape[free:]:
                 raise _shape_error(place, received, expected)
@@ -556,7 +561,7 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
                 raise PayloadError(
                     f"{place}: expected dtype {expected.dtype}, got {received.dtype}"
                 )
-        # A weight may be a plain number or of another precision.
+        # A weight may be a plain number or have another precision.
         expected_weight = torch.as_tensor(expected_item.weight)
         weight = torch.as_tensor(item.weight)
         if weight.shape != expected_weight.shape:

@@ -33,9 +33,9 @@ _created: ContextVar[dict[StepKey, Step] | None] = ContextVar("created_steps", d
 
 @contextmanager
 def record_steps() -> Iterator[dict[StepKey, Step]]:
-    """Collect the steps that are created inside the `with` block, by key.
+    """Record the steps that are created inside the `with` block, by key.
 
-    The dry run compares them with the yielded steps to detect a forgotten `yield`.
+    The dry run compares the recorded steps with the yielded steps to detect a forgotten `yield`.
     """
     created: dict[StepKey, Step] = {}
     token = _created.set(created)
@@ -46,7 +46,7 @@ def record_steps() -> Iterator[dict[StepKey, Step]]:
 
 
 class RecordedStep:
-    """Base class of steps, which registers them with `record_steps`."""
+    """Base class of steps, whose instances are recorded by `record_steps`."""
 
     key: StepKey
 
@@ -61,11 +61,11 @@ class Rows:
     """Rows of a participant's named data set, with optional extra columns.
 
     Args:
-        name: Name of the data set: `train`, `validation`, `test`, `proxy`, or at the server
+        name: Name of the data set: `train`, `validation`, `test` or `proxy`; at the server also
             `common_validation`.
         rows: Indices of the rows to use, int64 `[N]`; None for all rows.
         extra_columns: Further columns, aligned with the selected rows, such as a teacher's logits.
-        preprocess: Preprocessing to use instead of the participant's.
+        preprocess: Preprocessing of the rows. None uses that of the participant.
 
     Example:
         >>> import torch
@@ -90,7 +90,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Rows given as tensors, for example data that a server derived from uploads.
+    """Rows that are passed as tensors, for example data that the server derived from uploads.
 
     Args:
         tensors: Columns by name, aligned along dimension 0.
@@ -112,10 +112,11 @@ class TensorRows:
 
 @dataclass(frozen=True)
 class SampledBatches:
-    """An endless stream of batches, drawn with keyed generators.
+    """An endless stream of random batches.
 
     Args:
-        draw: `draw(generator, size)` returns the columns of a batch.
+        draw: Function `draw(generator, size)` that returns the columns of a batch. The random
+            generator is seeded with a key of the participant.
         size: Number of examples in a batch.
 
     Example:
@@ -137,25 +138,27 @@ class Fit(RecordedStep):
     """A step that minimizes an objective. Its result is a `FitReport`.
 
     Args:
-        train: The part of the model to train, by slot; None trains all of it.
+        train: The part of the model to train, by slot; None trains the whole model.
         objective: The objective.
         data: The examples.
         epochs: Number of passes over the data.
-        steps: Number of optimizer steps instead of `epochs`. All batches are full; the data is
-            shuffled again whenever it is exhausted.
+        steps: Number of optimizer steps, which replaces `epochs`. All batches are full; the data is
+            shuffled again whenever all examples have been used.
         batch_size: Number of examples in a batch.
         optimizer: Settings of the optimizer.
         augment: Random augmentation of the images of each batch.
-        anneal: Whether the learning rate follows a cosine from its value to 0 within this step.
-        frozen: Slots that the objective uses without training them.
-        context: Tensors, or named tensors, that the objective reads.
-        extra_batches: Further batches by name; each optimizer step draws one of each, and the
-            objective reads its columns with the name as prefix.
+        anneal: Whether the learning rate decreases to 0 within this step, following a cosine.
+        frozen: Slots of models that the objective uses without training them.
+        context: Tensors, or dictionaries of tensors, that the objective uses in addition to the
+            batch.
+        extra_batches: Sources of further batches, by name. Each optimizer step draws a batch from
+            each source and adds its columns to the batch, with the name as prefix (`name_x`).
         drift: Correction d by slot: every optimizer step is followed by θ ← θ - lr · d.
-        keep: Name under which the participant keeps the optimizer's state for later steps; None
-            discards it.
+        keep: Name under which the participant stores the optimizer's state for later steps; None
+            discards the state.
         label: Label of the step's random stream.
-        stream_id: Participant whose random stream is used instead of the participant's own.
+        stream_id: Name of the participant whose random stream is used; None for the participant
+            itself.
 
     Example:
         >>> from hetero_fl.core.objectives import Supervised
@@ -193,7 +196,7 @@ class FitReport:
 
     Attributes:
         steps: Number of optimizer steps.
-        examples: Number of examples processed.
+        examples: Number of examples that were processed.
         loss: Mean loss over the steps.
 
     Example:
@@ -211,15 +214,16 @@ class FitReport:
 class Predict(RecordedStep):
     """A step that computes the outputs of a model in evaluation mode.
 
-    Its result is a tensor `[N, …]` in the order of the rows.
+    The result is a tensor of shape `[N, C]` (logits) or `[N, feature_dim]` (features), in the order
+    of the rows.
 
     Args:
         slot: Slot of the model.
         data: The examples.
-        readout: The output to return.
+        readout: The output to return, `logits` or `features`.
         batch_size: Number of examples per forward pass.
         tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model whose tensors are given.
+        arch: Architecture of the model to which `tensors` belong.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Rows
@@ -243,12 +247,13 @@ class Predict(RecordedStep):
 class ClassSums(RecordedStep):
     """A step that sums a model's outputs on labeled rows by class.
 
-    Its result is the pair of the sums `[C, width]` and the counts `[C]`.
+    The result is a pair: the sums, shape `[C, width]`, and the number of rows by class, shape
+    `[C]`.
 
     Args:
         slot: Slot of the model.
         data: The examples.
-        readout: The output to sum.
+        readout: The output to sum, `logits`, `features` or `log_probabilities`.
         at_least: Lower bound to which the outputs are clipped before they are summed.
         batch_size: Number of examples per forward pass.
 
@@ -274,17 +279,17 @@ class ClassSums(RecordedStep):
 class Recalibrate(RecordedStep):
     """A step that recomputes the statistics of a model's BatchNorm layers.
 
-    Its result contains the running means and variances by tensor name; it is empty if the model has
-    no BatchNorm layers. Each statistic is the mean over the batches of one forward pass in training
-    mode, without dropout; a last batch of a single example is left out. The participant's model
-    does not change.
+    The result is a dictionary of running means and variances by tensor name, which is empty if the
+    model has no BatchNorm layers. Each statistic is the mean over all batches in a single pass over
+    the data in training mode, without dropout. A last batch with a single example is left out. The
+    participant's model does not change.
 
     Args:
         slot: Slot of the model.
         data: The examples.
         batch_size: Number of examples per forward pass.
         tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model whose tensors are given.
+        arch: Architecture of the model to which `tensors` belong.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Recalibrate, Rows

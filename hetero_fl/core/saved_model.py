@@ -20,7 +20,7 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 
 FORM = "hetero_fl model 1"
-# Prefix of the names of statistics for the client's own examples in a model file.
+# Prefix, in a model file, of the names of BatchNorm statistics for the client's own examples.
 LOCAL = "local_statistics/"
 
 
@@ -44,7 +44,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def split_statistics(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Split the tensors of a model file into those of the model and the local statistics."""
+    """Split the tensors of a model file into the model's tensors and the local statistics."""
     local = {n.removeprefix(LOCAL): t for n, t in tensors.items() if n.startswith(LOCAL)}
     return {n: t for n, t in tensors.items() if not n.startswith(LOCAL)}, local
 
@@ -55,15 +55,15 @@ class SavedModel:
 
     Args:
         tensors: Tensors of the model by name.
-        arch: Architecture.
+        arch: Architecture of the model.
         preprocess: Fields of `hetero_fl.data.Preprocess`.
-        task: The task.
-        log_prior: Logarithm of the client's class prior, which is added to the logits for the
-            client's own examples; None if the client predicts without its prior.
-        columns: Names of the columns of raw examples, by which tables are matched.
-        categories: Text columns with their values, which some of the columns encode.
-        correction: Logarithm of the client's class prior, which is subtracted from the logits for
-            other examples; None if predictions are not corrected.
+        task: The learning task.
+        log_prior: Logarithm of the client's class prior, which is added to the logits of the
+            client's own examples; None if nothing is added.
+        columns: Names of the columns of raw examples, by which the columns of tables are matched.
+        categories: Text columns and their possible values, which are encoded as numeric columns.
+        correction: Logarithm of the client's class prior, which is subtracted from the logits of
+            all other examples; None if nothing is subtracted.
         local_statistics: BatchNorm statistics for the client's own examples, by name of the tensor
             that each replaces.
     """
@@ -157,8 +157,8 @@ class SavedModel:
         """Build the model with the saved tensors, in evaluation mode.
 
         Args:
-            personal: Whether it will predict the client's own examples, to which
-                `local_statistics` apply.
+            personal: Whether the model will predict the client's own examples, for which
+                `local_statistics` are used.
         """
         tensors = {**self.tensors, **self.local_statistics} if personal else self.tensors
         with torch.random.fork_rng(devices=[]):
@@ -176,9 +176,9 @@ class SavedModel:
         """Compute the logits of preprocessed examples.
 
         Args:
-            x: Preprocessed examples.
-            personal: Whether these are the client's own examples, to which `log_prior` and
-                `local_statistics` apply; `correction` applies to others.
+            x: Preprocessed examples, shape `[N, *input_shape]`.
+            personal: Whether these are the client's own examples, for which `log_prior` and
+                `local_statistics` are used; `correction` is used for all other examples.
             batch_size: Number of examples per forward pass.
 
         Returns:
@@ -190,10 +190,10 @@ class SavedModel:
         return z if offset is None else z + offset.to(z.dtype)
 
     def offset(self, personal: bool) -> Tensor | None:
-        """Return what is added to the logits, shape `[outputs]`; None for no addition.
+        """Return the vector that is added to the logits, shape `[outputs]`; None if there is none.
 
         Args:
-            personal: Whether these are logits of the client's own examples.
+            personal: Whether the logits are those of the client's own examples.
         """
         if personal:
             return None if self.log_prior is None else torch.tensor(self.log_prior)
@@ -205,7 +205,7 @@ class SavedModel:
         Args:
             x: Images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 or
                 0..255; tables `[N, F]`; series `[N, T, F]`; tokens `[N, T]` as returned by
-                `Vocabulary.encode`. For models of some columns or blocks see
+                `Vocabulary.encode`. For models that use only some columns or blocks, see
                 `hetero_fl.data.inference`.
 
         Raises:
@@ -248,7 +248,8 @@ class SavedModel:
     def _channels_first(self, x: Tensor, where: str) -> Tensor:
         """Return images with channels first.
 
-        The model decides the order if it accepts only one; otherwise the lengths of the axes do.
+        If only one position of the channels results in a shape that the model accepts, this
+        position is used. Otherwise, it is inferred from the lengths of the axes.
         """
         candidates = (x, x.movedim(-1, 1))
         accepted = [images for images in candidates if self._accepts_shape(tuple(images.shape[1:]))]
@@ -271,7 +272,7 @@ class SavedModel:
     def _expected_shapes(self) -> str:
         expected = self.arch.input_shape
         if len(expected) != 3:
-            # The steps of a series come first in raw examples.
+            # In raw examples of a series, the steps precede the channels.
             return f"(N, {', '.join(map(str, reversed(expected)))})"
         channels, height, width = map(str, expected)
         if self.preprocess.get("channels") is not None:

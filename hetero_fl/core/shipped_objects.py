@@ -11,17 +11,20 @@ from model_zoo import ModelError
 from model_zoo.given_models import find_given
 
 _kept: list[Any] = []
-"""Objects that this process received; their names are valid until it ends."""
+"""Objects received from another process, kept alive until this process ends."""
 
 
 def pack_objects(*trees: Any) -> bytes:
-    """Return the objects that are named in configurations, serialized.
+    """Serialize the objects that configurations name.
 
-    Classes and functions of notebooks and scripts are serialized by value, those of modules by
-    reference.
+    Classes and functions that are defined in a notebook or a script are serialized by value; those
+    of modules are serialized by reference.
 
     Args:
-        *trees: Configurations, or parts of them.
+        *trees: Configurations, or parts of configurations.
+
+    Returns:
+        The serialized objects; empty if the configurations name no object.
     """
     names = {name for tree in trees for _, name in iterate_objects(tree)}
     found = {name: _find(name) for name in sorted(names)}
@@ -29,7 +32,7 @@ def pack_objects(*trees: Any) -> bytes:
 
 
 def unpack_objects(packed: bytes) -> None:
-    """Make the objects of another process available under their names."""
+    """Make objects that another process serialized available under the same names."""
     if not packed:
         return
     for name, value in cloudpickle.loads(packed).items():

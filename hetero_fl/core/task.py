@@ -7,9 +7,9 @@ from typing import Literal
 
 from hetero_fl.utils.text import pluralize
 
-# From this number of classes on, tables show top-3 accuracy instead of figures for each class.
+# Minimum number of classes for which tables show top-3 accuracy instead of figures by class.
 MANY_CLASSES = 20
-# `Task.describe` lists the names of at most so many outputs.
+# Maximum number of output names that `Task.describe` lists.
 MAX_LISTED_NAMES = 6
 
 
@@ -25,8 +25,9 @@ class Task:
         outputs: Number of outputs of a model.
         names: Names of the outputs; empty if they have none.
         unit: Unit of the targets of a regression, such as `vehicles`.
-        rare: Index of a class of a binary task that fewer than a tenth of all rows have. Its
-            average precision is then more informative than accuracy.
+        rare: Index of the class that fewer than a tenth of all rows have, in a binary task; None
+            without such a class. The average precision of a rare class is more informative than
+            accuracy.
 
     Example:
         >>> from hetero_fl.core.task import Task
@@ -54,7 +55,7 @@ class Task:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """A name for each output; its index if it has none."""
+        """Names of the outputs; their indices if the outputs have no names."""
         return self.names or tuple(str(i) for i in range(self.outputs))
 
     @property

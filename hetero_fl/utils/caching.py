@@ -11,14 +11,15 @@ T = TypeVar("T")
 
 
 class BoundedCache(cachetools.LRUCache[Hashable, T], Generic[T]):
-    """Cache of the values that were used last.
+    """A least recently used (LRU) cache of bounded size.
 
-    A value that is larger than the whole cache replaces all others. A pickled cache is empty: the
-    process that loads it computes its own values.
+    A value that is larger than the whole cache replaces all others. A pickled cache is empty, so
+    the process that loads it computes its own values.
 
     Args:
-        maxsize: Number of values or, with `size`, the sum of their sizes; greater than 0.
-        size: Function that returns the size of a value.
+        maxsize: Maximum number of values or, with `size`, maximum sum of their sizes; greater than
+            0.
+        size: Function that returns the size of a value; None counts each value as 1.
     """
 
     def __init__(self, maxsize: float, size: Callable[[T], int] | None = None) -> None:

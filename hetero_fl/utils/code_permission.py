@@ -1,7 +1,7 @@
 """Permission to run code that a configuration references as `python:package.module:Name`.
 
-References are checked before anything is imported: when a configuration, a run directory or a
-site's file is loaded, and on the command line.
+References are checked before any code is imported: when a configuration, a run directory or the
+file of a deployment site is loaded, and on the command line.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ CODE_PREFIX = "python:"
 ALLOW_CODE = "own_code_is_allowed"
 _REFERENCE = re.compile(r"python:[\w.]+:\w+")
 
-# Asks the user whether code may run: (place, key, reference) to the answer.
+# Function of a file, a key and a reference that asks the user whether the code may run.
 Ask = Callable[[str, str, str], bool]
 # The file that contains a reference, or a function from a key to the file.
 Where = str | Callable[[str], str]
 
 
 def iterate_strings(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the path and the value of all strings in a tree, including keys of dictionaries."""
+    """Yield the path and the value of each string in a tree, including keys of dictionaries.
+
+    A tree consists of nested dictionaries, lists and tuples. The path of a string joins the keys
+    and indices that lead to it with periods.
+    """
     if isinstance(tree, str):
         yield path, tree
     elif isinstance(tree, Mapping):
@@ -51,20 +55,21 @@ def find_references(tree: object) -> dict[str, str]:
 
 
 class CodePermission:
-    """Permission to import referenced code: all of it, or listed references.
+    """Permission to import code that configurations reference.
 
     Args:
         everything: Whether all references are permitted.
         granted: References that are permitted in any case.
-        ask: Called once for each other reference; without it these are not permitted.
+        ask: Function that asks the user for permission, called once for each other reference. None
+            refuses these references.
         trusts_caller: Whether references that the caller passes as dictionaries or overrides are
-            permitted. In Python they are part of the caller's program; on the command line they
+            permitted. In Python, they are part of the caller's program; on the command line, they
             need permission.
 
     Attributes:
         everything: Whether all references are permitted.
-        granted: References that are permitted.
-        trusts_caller: Whether references of the caller are permitted.
+        granted: References that are permitted, including those that the user has permitted.
+        trusts_caller: Whether references that the caller passes are permitted.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class CodePermission:
 
     @classmethod
     def from_argument(cls, allow_code: bool | CodePermission) -> CodePermission:
-        """Return the permission for the argument `allow_code` of a public function."""
+        """Return the permission for a value of the argument `allow_code` of public functions."""
         if isinstance(allow_code, CodePermission):
             return allow_code
         return cls(everything=allow_code, trusts_caller=True)
@@ -111,7 +116,7 @@ class CodePermission:
         return extended
 
     def check_caller_references(self, found: Mapping[str, str]) -> None:
-        """Check references among the arguments of the caller, which Python callers may use.
+        """Check references among the arguments of the caller, unless the caller is trusted.
 
         Raises:
             UserError: If a reference is not permitted.
@@ -124,11 +129,11 @@ class CodePermission:
         return {**self.__dict__, "_ask": None}
 
     def find_refused(self, found: Mapping[str, str], where: Where) -> Iterator[tuple[str, str]]:
-        """Yield the references that are not permitted with their keys, after asking the user.
+        """Yield the references that are not permitted and their keys, after asking the user.
 
         Args:
-            found: References with their keys, see `find_references`.
-            where: The file that contains them, or a function from a key to the file.
+            found: References and the keys at which they occur, see `find_references`.
+            where: The file that contains the references, or a function from a key to the file.
         """
         for reference, key in found.items():
             if self.everything or reference in self.granted:
@@ -147,8 +152,8 @@ class CodePermission:
         """Check that all references are permitted.
 
         Args:
-            found: References with their keys, see `find_references`.
-            where: The file that contains them, or a function from a key to the file.
+            found: References and the keys at which they occur, see `find_references`.
+            where: The file that contains the references, or a function from a key to the file.
 
         Raises:
             UserError: If a reference is not permitted.

@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts about the environment that are needed to reproduce a run.
+    """Return the properties of the environment that are needed to reproduce a run.
 
     Args:
         choice: Device, threads and executor of the run (`hetero_fl.federation.executors.choose`).
@@ -64,7 +64,7 @@ def _processor() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that `runtime.device` names; `auto` is a CUDA device if there is one.
+    """Return the device for a value of `runtime.device`; `auto` prefers a CUDA device.
 
     Raises:
         UserError: If the device does not exist.
@@ -91,7 +91,7 @@ _one_core = False
 
 
 def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
-    """Enable or disable deterministic algorithms on a GPU; CPU algorithms always are.
+    """Enable or disable deterministic algorithms on a GPU; algorithms on the CPU always are.
 
     Args:
         device: Device of the run.
@@ -107,7 +107,7 @@ def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
 
 
 def use_one_core() -> None:
-    """Limit `available_cores` to 1 in this process, because others use the remaining cores."""
+    """Limit `available_cores` to 1 in this process, because other workers use the other cores."""
     global _one_core  # noqa: PLW0603 (a property of the process, set once when a worker starts)
     _one_core = True
 

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1]
 MAX_LINE_CHARACTERS = 400
 # Minimum length of an abbreviation.
 MIN_ABBREVIATION = 3
-# A missing file is compared with at most so many files of its folder.
+# Maximum number of files in a folder with which a missing file is compared.
 MAX_COMPARED_FILES = 1000
-# Prefixes of source files that are not the user's: this project, Python and installed packages.
+# Prefixes of source files outside the user's code: this project, Python and installed packages.
 _LIBRARY_PREFIXES = (
     *(os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")),
     *(
@@ -56,7 +56,7 @@ class RunFailedError(Exception):
 
 
 class NoUploadError(Exception):
-    """Raised when a client has no upload; the message is the reason."""
+    """Raised when a client cannot upload; the message is the reason."""
 
 
 class RoundAbandonedError(RunFailedError):
@@ -111,7 +111,7 @@ def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:
 
 
 def closest(found: object, choices: Iterable[str]) -> str | None:
-    """Return the choice that a misspelled or abbreviated name most likely refers to.
+    """Return the choice to which a misspelled or abbreviated name most likely refers.
 
     The comparison ignores case, hyphens and underscores.
 
@@ -133,7 +133,7 @@ def closest(found: object, choices: Iterable[str]) -> str | None:
 
 
 def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
-    """Return the nearest choice within one edit per four letters, or None.
+    """Return the most similar choice within about one edit per four letters, or None.
 
     An edit is an insertion, a deletion, a substitution or a swap of adjacent letters.
     """
@@ -158,8 +158,9 @@ def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
 def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:
     """Return the only choice that a name abbreviates or extends, or None.
 
-    The name may be the beginning of the choice (`temp` for temperature), its last word (`decay` for
-    weight_decay), or the choice with further words (`dirichlet_split` for dirichlet).
+    The name may be the beginning of the choice (`temp` for `temperature`), the last word of the
+    choice (`decay` for `weight_decay`), or the choice followed by further words (`dirichlet_split`
+    for `dirichlet`).
     """
     word = _normalize(str(found))
     if len(word) < MIN_ABBREVIATION:
@@ -216,7 +217,8 @@ def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> 
     Args:
         found: The name that was found.
         choices: Valid names.
-        all_of: Command or function that lists all choices, mentioned if there are too many.
+        all_of: Command or function that lists all choices, which the text mentions if there are
+            more than 20.
 
     Returns:
         `; did you mean 'x'?` or `; choose from x, y, z`; an empty string without choices.
@@ -237,8 +239,8 @@ def check_names(
     Args:
         found: Names to check.
         known: All valid names.
-        problem: Beginning of the message, which the name follows.
-        detail: Text after the name, which a suggestion follows.
+        problem: Text of the message before the name.
+        detail: Text of the message between the name and the suggestion.
 
     Raises:
         UserError: If a name is not known.
@@ -257,14 +259,16 @@ def check_names(
 
 
 def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:
-    """Return `; did you mean 'x'?` if the folder of a missing file has one of a similar name.
+    """Return `; did you mean 'x'?` if the folder of a missing file has a file of a similar name.
+
+    Names are compared without their suffixes.
 
     Args:
         path: The missing file.
-        suffixes: Suffixes of the files to consider; empty for all.
+        suffixes: Suffixes of the files to consider; empty for all files.
 
     Returns:
-        The suggestion, or an empty string. Suffixes are not part of the comparison.
+        The suggestion, or an empty string.
     """
     try:
         siblings = [

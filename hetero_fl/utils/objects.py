@@ -1,7 +1,8 @@
 """Objects of the running program that a configuration names as `object:NAME`.
 
-A notebook passes arrays, classes and functions. The configuration that is built from them, which is
-plain text, contains their names. A name is valid as long as the program keeps the object.
+A program may pass arrays, classes and functions instead of names. The configuration, which is plain
+text, then contains generated names of these objects. A name is valid as long as the program keeps a
+reference to the object.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ _objects: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def name_object(title: str, value: object) -> str:
-    """Return the name of an object, `object:TITLE` or, if another object has it, `object:TITLE~2`.
+    """Make an object available under a name, and return the name.
+
+    The name is `object:TITLE`, or `object:TITLE~2` if another object already has this name.
 
     Args:
         title: Readable part of the name.
-        value: The object; the caller keeps it alive.
+        value: The object, to which the caller must keep a reference.
 
     Example:
         >>> from hetero_fl.utils.objects import find_object, name_object
@@ -47,7 +50,7 @@ def restore_object(name: str, value: object) -> None:
 
     Args:
         name: The name, `object:TITLE`.
-        value: The object; the caller keeps it alive.
+        value: The object, to which the caller must keep a reference.
     """
     _objects[name] = value
 
@@ -65,7 +68,7 @@ def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def get_object(name: str) -> Any:
-    """Return the object with a name, or None if this program does not have it."""
+    """Return the object with a name, or None if this program has no such object."""
     return _objects.get(name)
 
 

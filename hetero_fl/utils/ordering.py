@@ -1,7 +1,7 @@
-"""Client ids in natural order, without storing a list of them.
+"""Client ids in natural order, without a list of all ids.
 
-The ids of a group follow from its name and size. Those of several groups are merged as a few
-ranges, so the i-th of a million ids is found quickly.
+The ids of a group follow from the name and the size of the group. The ids of several groups are
+merged as a few ranges, so the i-th of a million ids is found quickly.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# The package natsort is not used because it normalizes accented letters and considers ids equal
-# that differ in leading zeros only.
+# The package natsort is not used because it normalizes accented letters and treats ids as equal if
+# they differ only in leading zeros.
 def natural_key(name: str) -> tuple[list[Any], str]:
     """Return a sort key for natural order, in which `site_2` precedes `site_10`.
 
@@ -25,7 +25,7 @@ def natural_key(name: str) -> tuple[list[Any], str]:
 
 
 def natural_order(ids: Iterable[str]) -> list[str]:
-    """Return ids in natural order, the order in which sums are computed and data is assigned.
+    """Return ids in natural order, in which sums are computed and data is assigned to clients.
 
     Example:
         >>> from hetero_fl.utils.ordering import natural_order
@@ -39,7 +39,7 @@ def natural_order(ids: Iterable[str]) -> list[str]:
 class IdSeries:
     """The ids of a group: `name_1`, `name_2`, …, padded with zeros to equal width.
 
-    The id of a single client is the name of the group.
+    If the group has a single client, the id is the name of the group.
 
     Args:
         name: Name of the group.
@@ -90,12 +90,12 @@ class ClientIds:
         series: The series.
 
     Raises:
-        ValueError: If two series contain the same id. The message is the id.
+        ValueError: If two series contain the same id. The message is this id.
     """
 
     def __init__(self, series: Sequence[IdSeries]) -> None:
         self._series = series
-        # Position of the first id of each range; its series and the position in the series.
+        # Position of the first id of each range; the series of the id and its position in it.
         self._starts: list[int] = []
         self._ranges: list[tuple[int, int]] = []
         self._count = 0

@@ -1,4 +1,4 @@
-"""Start child processes: signal handling and a fork server."""
+"""Helpers for child processes: signal handling and a fork server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-# Exit status of a worker process that would execute the user's script again.
+# Exit status of a worker process that would otherwise execute the user's script again.
 UNGUARDED = 64
 ADVICE = (
     "worker processes import this script again: put the call under `if __name__ == '__main__':` "
@@ -24,7 +24,7 @@ ADVICE = (
 
 
 def exit_if_importing() -> None:
-    """Exit if a worker process gets here while it imports the main script.
+    """Exit if a worker process calls this function while it imports the main script.
 
     The exit status is `UNGUARDED`, for which the parent process prints `ADVICE`.
     """
@@ -38,10 +38,11 @@ def exit_if_importing() -> None:
 
 @contextmanager
 def ignore_interrupts_in_children() -> Iterator[None]:
-    """Start processes inside the `with` block that ignore SIGINT.
+    """Make all processes that are started inside the `with` block ignore SIGINT.
 
-    A terminal sends Ctrl-C to all processes; the parent alone reacts and ends the others without
-    tracebacks. In the parent the signal is delayed until the end of the block.
+    A terminal sends Ctrl-C to all processes. Only the parent reacts to the signal and stops the
+    others without tracebacks. Inside the block, the parent delays its reaction to the signal until
+    the end of the block.
     """
     # Only the main thread can set a handler.
     if threading.current_thread() is not threading.main_thread():
@@ -83,12 +84,13 @@ PRELOADED = ["torch._dynamo"]
 def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
     """Return the multiprocessing context for worker processes.
 
-    On Linux, processes are forked from a server that has imported the required modules, so the
-    modules are imported only once. The server uses no data, threads or accelerators. On other
-    systems each process is spawned.
+    On Linux, processes are forked from a server process that has imported the required modules, so
+    modules are imported only once. The server process uses no data, threads or accelerators. On
+    other systems, each process is spawned.
 
     Args:
-        modules: Modules to import in the server; effective before its first process starts.
+        modules: Modules to import in the server process. They have an effect only before the first
+            process is started.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")

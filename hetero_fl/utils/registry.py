@@ -22,12 +22,12 @@ class Registry(Generic[T]):
     """A registry of classes by name; `registry("name")` is a decorator that registers a class.
 
     Args:
-        kind: What the classes are called in error messages.
-        base: Returns the base class that user-defined classes must have.
+        kind: Noun for the classes in error messages, such as "algorithm".
+        base: Function that returns the base class that user-defined classes must have.
         all_of: Command that lists all names, for error messages.
 
     Attributes:
-        kind: What the classes are called in error messages.
+        kind: Noun for the classes in error messages.
     """
 
     def __init__(self, kind: str, base: Callable[[], type], all_of: str = "") -> None:
@@ -52,7 +52,9 @@ class Registry(Generic[T]):
         return name in self._known
 
     def __getitem__(self, name: str) -> T:
-        """Return the class of a name; a reference, which must be permitted, is imported.
+        """Return the class with a name, or import the class that a reference names.
+
+        The caller must check that the code of a reference may run.
 
         Raises:
             UserError: If the name is unknown or the reference cannot be imported.
@@ -68,7 +70,7 @@ class Registry(Generic[T]):
         return self._known[name]
 
     def get_loaded(self, name: str) -> T | None:
-        """Return the class of a name without importing anything, or None.
+        """Return the class with a name without importing anything, or None.
 
         A user-defined class is found only if its module has already been imported.
         """
@@ -84,7 +86,7 @@ class Registry(Generic[T]):
 
 
 def split_label(label: str) -> tuple[str, list[str]]:
-    """Split a method with settings into its name and the settings.
+    """Split a label such as `NAME:KEY=VALUE` into the name of a method and its settings.
 
     Example:
         >>> from hetero_fl.utils.registry import split_label
@@ -114,16 +116,17 @@ def import_reference(
 ) -> Any:
     """Return the class or function that a reference names.
 
-    `python:package.module:Name` is imported; the module may be located in the working directory,
-    and the caller must check that the code may run (see `hetero_fl.utils.code_permission`).
-    `object:NAME` is an object of this program (see `hetero_fl.utils.objects`).
+    For `python:package.module:Name`, the module is imported. It may be located in the working
+    directory, and the caller must check that the code may run (see
+    `hetero_fl.utils.code_permission`). `object:NAME` is an object of this program (see
+    `hetero_fl.utils.objects`).
 
     Args:
         reference: The reference.
         where: Prefix of error messages.
-        base: Base class; its subclasses are accepted.
-        takes: Arguments of a function, for error messages. If given, functions that the module
-            defines are accepted.
+        base: Base class whose subclasses are accepted; None accepts no classes.
+        takes: Arguments of a function, for error messages. None accepts no functions, otherwise
+            functions that the module defines are accepted.
 
     Raises:
         UserError: If the reference is malformed, cannot be imported, or is neither an accepted
@@ -209,7 +212,7 @@ def call_reference(
         where: Prefix of error messages.
         takes: Names of the arguments, for error messages.
         arguments: The arguments.
-        base: Base class; its subclasses are accepted instead of a function.
+        base: Base class whose subclasses are accepted instead of a function.
 
     Raises:
         UserError: If the function cannot be imported or raises an exception.

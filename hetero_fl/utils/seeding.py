@@ -1,8 +1,9 @@
-"""Keyed randomness: random streams that depend on their purpose, not on time or place.
+"""Random streams whose seeds depend on keys, not on the order or place of computations.
 
-A key is the SHA-256 hash of the run's seed, the round, the participant, the label of the step and
-so on. The same configuration therefore draws the same numbers for any order of clients, number of
-workers or crash. The global random number generator is not used.
+A key is a hash of, for example, the run's seed, the round, the participant and the label of a step.
+The same configuration therefore results in the same random numbers, regardless of the order of
+clients, the number of workers and restarts after a crash. The global random number generator is
+not used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Key = str | int
 
 
 def stream_key(*parts: Key) -> int:
-    """Return a 63-bit integer that depends on the parts only, equal on all machines.
+    """Return a 63-bit hash of the parts of a key, which is the same on all machines.
 
     Example:
         >>> from hetero_fl.utils.seeding import stream_key
@@ -27,9 +28,10 @@ def stream_key(*parts: Key) -> int:
 
 
 def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
-    """Draw sorted numbers below `total` without replacement (Floyd's algorithm, CACM 30(9), 1987).
+    """Sample integers from 0 to `total - 1` without replacement, in ascending order.
 
-    The time is proportional to `count` and does not depend on `total`.
+    With Floyd's algorithm (CACM 30(9), 1987), the time is proportional to `count` and does not
+    depend on `total`.
 
     Args:
         total: Number of candidates.
@@ -44,20 +46,20 @@ def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
 
 
 def keyed_generator(*parts: Key) -> torch.Generator:
-    """Return a new CPU generator seeded with the key of the parts."""
+    """Return a new generator on the CPU, seeded with the key that consists of the parts."""
     return torch.Generator().manual_seed(stream_key(*parts))
 
 
 def keyed_numpy_generator(*parts: Key) -> np.random.Generator:
-    """Return a new NumPy generator seeded with the key of the parts."""
+    """Return a new NumPy generator, seeded with the key that consists of the parts."""
     return np.random.default_rng(stream_key(*parts))
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
     """Seed PyTorch's global generators of the CPU and of a device.
 
-    `torch.manual_seed` would also record a stack trace for each type of device that is not
-    initialized, which takes more than a millisecond.
+    This function is faster than `torch.manual_seed`, which also records a stack trace for each type
+    of device that is not initialized.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -1,7 +1,8 @@
 """Encode trees of tensors and plain values as bytes without pickle, and write files atomically.
 
-The encoding is a safetensors file whose metadata contains the tree. Decoding trusts no input: sizes
-are checked against the available bytes before memory is allocated.
+A tree consists of nested dictionaries and lists. The encoding is a safetensors file whose metadata
+contains the tree. Decoding accepts untrusted input: sizes are checked against the available bytes
+before memory is allocated.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 NAMES = {torch.from_numpy(np.empty(0, dtype)).dtype: name for name, dtype in DTYPES.items()}
 DEEPEST = 12
 # Limits of a header. A parsed value occupies up to a hundred bytes, even if its text is short.
-# 10,000 tensors with names of 100 characters need 3 MB; a tensor has about 13 names and values.
+# A header of 10,000 tensors with names of 100 characters has 3 MB, and about 13 values per tensor.
 MAX_HEADER_BYTES = 2**22
 MAX_HEADER_VALUES = 2**18
 MAX_MESSAGE_CHARACTERS = 240
@@ -76,7 +77,7 @@ def encode(tree: Tree, form: str) -> bytes:
 
     Args:
         tree: The tree.
-        form: Name of the format, such as `payload 1`, which `decode` compares.
+        form: Name of the format, such as `payload 1`; `decode` checks it.
 
     Raises:
         TypeError: If a value cannot be encoded.
@@ -146,7 +147,7 @@ def _check_key(key: object) -> str:
 
 
 def num_tensor_bytes(tree: Tree) -> int:
-    """Return the number of bytes of a tree's tensors in memory."""
+    """Return the number of bytes that the tensors of a tree occupy in memory."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     if isinstance(tree, dict | list | tuple):
@@ -155,13 +156,13 @@ def num_tensor_bytes(tree: Tree) -> int:
 
 
 def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
-    """Decode a tree; the tensors own their memory.
+    """Decode a tree whose tensors own their memory.
 
     Args:
         data: Untrusted bytes.
         form: Name of the format, as passed to `encode`.
-        bounded: Whether headers that exceed the limits are rejected before they are parsed. The
-            headers of files in the process's own run directory may be longer.
+        bounded: Whether headers that exceed the limits are rejected before they are parsed. Files
+            that this process wrote to its run directory may have longer headers.
 
     Raises:
         CodecError: If the bytes are malformed or exceed the limits.
@@ -175,7 +176,7 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
 
 
 def copy_tree(tree: Tree) -> Tree:
-    """Return a copy of a tree with contiguous tensors on the same devices, as `decode` returns it.
+    """Return a copy of a tree, as if it had been encoded and decoded, on the same devices.
 
     Raises:
         TypeError: If a value cannot be encoded.
@@ -191,8 +192,8 @@ def read_json(text: str | bytes, bounded: bool = True) -> Any:
     """Parse untrusted JSON.
 
     Args:
-        text: The text, UTF-8 if it is bytes.
-        bounded: Whether a text that exceeds the limits of a header is rejected.
+        text: The text; bytes are decoded as UTF-8.
+        bounded: Whether texts that exceed the limits of a header are rejected.
 
     Raises:
         CodecError: If the text is too long or has too many values.
@@ -291,7 +292,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     Args:
         path: The file.
         data: The new content.
-        private: Whether only the owner may read the file, also while it is written.
+        private: Whether only the owner may read the file, even while it is being written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is always the same, so that files left by crashes do not accumulate.
@@ -315,7 +316,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content as hexadecimal digits."""
+    """Return the SHA-256 digest of a file's content as hexadecimal digits."""
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):

@@ -1,4 +1,4 @@
-"""Text helpers: splitting outside of brackets, lists of names, plurals."""
+"""Functions for text: splitting outside of brackets, lists of names, plurals."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Documented names that have moved, old to new. Kept for one release.
+# New names of documented modules, classes and functions that have moved, by old name. Entries are
+# kept for one release.
 MOVED_NAMES = {
     "hetero_fl.aggregation.rules": "hetero_fl.robustness.rules",
     "hetero_fl.aggregation.rules.base": "hetero_fl.robustness.rules",
@@ -41,8 +42,8 @@ MOVED_NAMES = {
     "hetero_fl.state.own": "hetero_fl.core.participant.copy_tensors",
 }
 
-# Documented members and arguments that have been renamed, by class: the new member of the class or
-# the code to write instead. Kept for one release.
+# Documented members and arguments that have been renamed, by class and old name: the new member of
+# the class, or the code to write instead. Entries are kept for one release.
 RENAMED_MEMBERS = {
     "Algorithm": {
         "add_log_prior": "hetero_fl.algorithms.add_log_prior(client, logits)",
@@ -187,13 +188,13 @@ RENAMED_MEMBERS = {
 
 
 def describe_new_name(error: Exception) -> str:
-    """Return a hint with the new name if a renamed import, attribute or argument caused an error.
+    """Return a hint with the new name if an error was caused by a name that has changed.
 
     Args:
         error: The error that an unknown import, attribute or argument raised.
 
     Returns:
-        Text to append to the message of the error; empty if no such name has changed.
+        Text to append to the message of the error; empty if the name has not changed.
 
     Example:
         >>> from hetero_fl.utils.version import describe_new_name
@@ -227,7 +228,8 @@ def describe_renamed_hooks(cls: type) -> str:
         cls: The user's class.
 
     Returns:
-        Comma-separated text; empty if the class defines no old name.
+        Text such as `Class.old is now new`, separated by commas; empty if the class defines no old
+        name.
     """
     bases = [base.__name__ for base in cls.__mro__ if _is_internal(base)]
     renamed = {old: new for base in bases for old, new in RENAMED_MEMBERS.get(base, {}).items()}

@@ -1,1 +1,1 @@
-"""Network architectures; each function builds a backbone for an input shape."""
+"""Network architectures as functions, each of which builds a backbone for an input shape."""

@@ -1,4 +1,4 @@
-"""Convolutional networks without shortcuts: LeNet, the three-block CNN, CNNs of published work."""
+"""Convolutional networks without shortcuts: LeNet, a three-block CNN, and CNNs of papers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Norm = Literal["batch", "group", "none"]
 def norm_2d(norm: Norm, channels: int) -> nn.Module:
     """Return a normalization layer for images `[B, channels, H, W]`.
 
-    For `group` the number of groups is the largest divisor of the channels that is at most 32 and
-    leaves at least 4 channels per group (Wu & He, "Group Normalization", ECCV 2018).
+    For `group`, the number of groups is the largest divisor of the number of channels that is at
+    most 32 and leaves at least 4 channels per group (Wu & He, "Group Normalization", ECCV 2018).
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
@@ -32,15 +32,15 @@ def norm_2d(norm: Norm, channels: int) -> nn.Module:
 def lenet(shape: Shape) -> Body:
     """Build LeNet-5 with ReLU and max pooling.
 
-    It has 61,706 parameters for 28x28 gray images and 10 classes (LeCun et al., "Gradient-based
-    learning applied to document recognition", 1998). The first convolution pads by 2, so 28x28
-    images correspond to the paper's 32x32 images.
+    The model has 61,706 parameters for 28x28 gray images and 10 classes (LeCun et al.,
+    "Gradient-based learning applied to document recognition", 1998). The first convolution has a
+    padding of 2, so 28x28 images correspond to the 32x32 images of the paper.
     """
     return padded_lenet(shape, 2)
 
 
 def padded_lenet(shape: Shape, padding: int) -> Body:
-    """Build LeNet-5 with a given padding of the first convolution."""
+    """Build LeNet-5 with the specified padding of the first convolution."""
     height, width = ((s + 2 * padding - 4) // 2 - 4 for s in shape.size)
     layers = nn.Sequential(
         nn.Conv2d(shape.channels, 6, 5, padding=padding),
@@ -61,10 +61,10 @@ def padded_lenet(shape: Shape, padding: int) -> Body:
 def fedavg_cnn(shape: Shape) -> Body:
     """Build the CNN of the FedAvg paper.
 
-    Two 5x5 convolutions (32 and 64 channels, same padding), each followed by 2x2 max pooling, and
-    512 hidden units; 1,663,370 parameters for 28x28 gray images and 10 classes (McMahan et al.,
-    "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
-    section 3).
+    The backbone consists of two 5x5 convolutions (32 and 64 channels, same padding), each followed
+    by 2x2 max pooling, and a layer of 512 hidden units. The model has 1,663,370 parameters for
+    28x28 gray images and 10 classes (McMahan et al., "Communication-Efficient Learning of Deep
+    Networks from Decentralized Data", AISTATS 2017, section 3).
     """
     height, width = (s // 2 // 2 for s in shape.size)
     layers = nn.Sequential(
@@ -96,11 +96,12 @@ def cnn(
 
     Args:
         shape: Shape of an image.
-        width: Channels of the first convolution; the second has twice, the third four times as
-            many.
+        width: Channels of the first convolution. The second convolution has twice as many channels,
+            the third four times as many.
         norm: Normalization layer.
         dropout: Dropout rate of the features.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
 
     def block(in_channels: int, out_channels: int) -> list[nn.Module]:
@@ -124,7 +125,9 @@ def cnn(
 
 
 class ChannelDropout(nn.Module):
-    """Dropout of whole channels of images `[B, C, H, W]`, drawn by `nn.Dropout`.
+    """Dropout of whole channels of images `[B, C, H, W]`.
+
+    The module is equivalent to `nn.Dropout2d`, but draws its random numbers with `nn.Dropout`.
 
     Args:
         p: Probability of dropping a channel in training.
@@ -143,8 +146,8 @@ class ChannelDropout(nn.Module):
 def niid_cnn(shape: Shape) -> Body:
     """Build LeNet-5 without padding, the CNN of NIID-Bench.
 
-    It has 44,426 parameters for 28x28 gray images and 10 classes (Li et al., "Federated Learning on
-    Non-IID Data Silos: An Experimental Study", ICDE 2022, section 5).
+    The model has 44,426 parameters for 28x28 gray images and 10 classes (Li et al., "Federated
+    Learning on Non-IID Data Silos: An Experimental Study", ICDE 2022, section 5).
     """
     return padded_lenet(shape, 0)
 
@@ -152,11 +155,12 @@ def niid_cnn(shape: Shape) -> Body:
 def fedproto_cnn(shape: Shape, *, width: int = 20) -> Body:
     """Build the CNN of FedProto.
 
-    Two 5x5 convolutions (10 and `width` channels, no padding), each followed by 2x2 max pooling,
-    and 50 hidden units. The channels of the second convolution and the input of the head are
-    dropped with probability 0.5. With `width=20` the model has 21,840 parameters for 28x28 gray
-    images and 10 classes; the paper's heterogeneous clients have widths of 18, 20 and 22 (Tan et
-    al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022).
+    The backbone consists of two 5x5 convolutions (10 and `width` channels, no padding), each
+    followed by 2x2 max pooling, and a layer of 50 hidden units. The channels of the second
+    convolution and the input of the head are dropped with probability 0.5. With `width=20`, the
+    model has 21,840 parameters for 28x28 gray images and 10 classes. Heterogeneous clients in the
+    paper have widths of 18, 20 and 22 (Tan et al., "FedProto: Federated Prototype Learning across
+    Heterogeneous Clients", AAAI 2022).
     """
     map_height, map_width = (((s - 4) // 2 - 4) // 2 for s in shape.size)
     layers = nn.Sequential(
@@ -177,10 +181,10 @@ def fedproto_cnn(shape: Shape, *, width: int = 20) -> Body:
 def fedgen_cnn(shape: Shape) -> Body:
     """Build the CNN of FedGen.
 
-    Two 3x3 convolutions of stride 2 (6 and 16 channels), each followed by BatchNorm and ReLU, and a
-    linear layer to 32 features without activation; 26,434 parameters for 28x28 gray images and 10
-    classes (Zhu et al., "Data-Free Knowledge Distillation for Heterogeneous Federated Learning",
-    ICML 2021).
+    The backbone consists of two 3x3 convolutions of stride 2 (6 and 16 channels), each followed by
+    BatchNorm and ReLU, and a linear layer to 32 features without activation. The model has 26,434
+    parameters for 28x28 gray images and 10 classes (Zhu et al., "Data-Free Knowledge Distillation
+    for Heterogeneous Federated Learning", ICML 2021).
     """
     # Each stride of 2 halves the size and rounds up.
     height, width = ((s + 3) // 4 for s in shape.size)

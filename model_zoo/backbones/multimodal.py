@@ -56,11 +56,11 @@ def validate_blocks(value: Any) -> Blocks:
 
 
 class Branch(nn.Sequential):
-    """The features `[B, width]` of one block.
+    """A branch, which maps one block of a row to features `[B, width]`.
 
     Images are processed by a small CNN with GroupNorm, other blocks by two layers with LayerNorm.
-    Neither norm depends on other examples, so the statistics of clients that have a block do not
-    leak into clients that share the branch.
+    Neither normalization depends on other examples, so clients that share a branch do not share
+    statistics of their data.
 
     Args:
         shape: Shape of the block.
@@ -88,14 +88,14 @@ class Branch(nn.Sequential):
 
 
 class Fuse(nn.Module):
-    """The fusion of the branches, where a learned embedding replaces a missing block.
+    """A module that fuses the outputs of the branches; learned embeddings replace missing blocks.
 
     Args:
         blocks: Number of blocks.
         width: Width of the features.
-        method: `concat` applies LayerNorm, a linear layer and ReLU to the concatenated branches.
-            `gated` sums the branches with softmax weights; the embedding of a missing block also
-            has a weight.
+        method: `concat` applies LayerNorm, a linear layer and ReLU to the concatenated outputs.
+            `gated` sums the outputs with softmax weights, including the embeddings of missing
+            blocks.
     """
 
     def __init__(self, blocks: int, width: int, method: Fusion) -> None:
@@ -132,8 +132,8 @@ class Multimodal(nn.Module):
     """A backbone for rows of concatenated blocks.
 
     Inputs have shape `[B, D]`, or `[B, D + blocks]` with an indicator per block that is 1 if the
-    block is missing. In training each block is hidden at random, but never all blocks of an
-    example, so that the model learns to predict from any subset.
+    block is missing. In training, blocks are hidden at random, but never all blocks of an example,
+    so that the model learns to predict from any subset of blocks.
 
     Args:
         blocks: Name and shape of each block.
@@ -195,15 +195,15 @@ def multimodal(
     drop: float = 0.3,
     dropout: float = 0.0,
 ) -> Body:
-    """Build a branch for each block of a row and the fusion of the branches.
+    """Build a backbone with a branch for each block of a row, and a fusion of the branches.
 
-    The names of tensors begin with `backbone.NAME.` for each block and with `backbone.fusion.`. A
-    learned embedding replaces a missing block. Hiding blocks at random in training is the modality
-    dropout of Neverova et al., "ModDrop" (TPAMI 2016).
+    The names of tensors begin with `backbone.NAME.` for the branch of a block and with
+    `backbone.fusion.` for the fusion. A learned embedding replaces a missing block. Hiding blocks
+    at random in training is the modality dropout of Neverova et al., "ModDrop" (TPAMI 2016).
 
     Args:
         shape: Shape of a row.
-        blocks: Name and shape of each block. Without blocks the example is one block that is named
+        blocks: Name and shape of each block. If empty, the whole example is a single block, named
             after its kind.
         width: Width of the branches and of the features.
         image_width: Channels of the first convolution of image branches, see
@@ -214,8 +214,8 @@ def multimodal(
         dropout: Dropout rate of branches that are not images.
 
     Raises:
-        InputError: If the rows do not have the width of the blocks, with or without an indicator
-            for each block, or an image is smaller than 4x4 pixels.
+        InputError: If the width of a row differs from the total width of the blocks, with or
+            without an indicator for each block, or an image is smaller than 4x4 pixels.
     """
     if not blocks:
         blocks = ((shape.kind, (shape.channels, *shape.size)),)

@@ -1,4 +1,4 @@
-"""Residual networks of two-convolution blocks, for small images or with the ImageNet stem."""
+"""Residual networks of blocks with two convolutions, with a stem for small images or ImageNet."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Norm = Literal["batch", "group"]
 class BasicBlock(nn.Module):
     """A residual block of two 3x3 convolutions (He et al., 2016, figure 2).
 
-    It computes `ReLU(norm(conv(ReLU(norm(conv(x))))) + shortcut(x))`. The shortcut is the identity,
-    or a normalized 1x1 convolution if the shape changes (the paper's option B).
+    The output is `ReLU(norm(conv(ReLU(norm(conv(x))))) + shortcut(x))`. The shortcut is the
+    identity, or a normalized 1x1 convolution if the shape changes (the paper's option B).
 
     Args:
         in_channels: Channels of the input.
@@ -61,18 +61,20 @@ def resnet(
 ) -> Body:
     """Build a residual network.
 
-    The features are the mean over the pixels of the last stage, `[B, widths[-1]]`. Convolutions
-    start from He initialization (He et al., "Deep Residual Learning for Image Recognition", CVPR
-    2016).
+    The features are the mean over the pixels of the last stage, shape `[B, widths[-1]]`.
+    Convolutions have He initialization (He et al., "Deep Residual Learning for Image Recognition",
+    CVPR 2016).
 
     Args:
         shape: Shape of an image.
-        widths: Channels of each stage. Every stage except the first halves the image.
+        widths: Channels of each stage. Every stage except the first halves the height and width.
         blocks: Number of blocks of each stage.
-        stem: `small` is a 3x3 convolution that preserves the size (the paper's form for CIFAR);
-            `imagenet` is a 7x7 convolution with max pooling, which reduces it to a quarter.
+        stem: `small` is a 3x3 convolution that preserves the size of the image, as in the paper's
+            networks for CIFAR. `imagenet` is a 7x7 convolution with max pooling, which reduces
+            height and width to a quarter.
         norm: Normalization layer.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
 
     Raises:
         ModelError: If `widths` and `blocks` differ in length.

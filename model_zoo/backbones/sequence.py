@@ -1,6 +1,6 @@
 """Models for sequences: GRU, LSTM, a small transformer and dilated convolutions.
 
-Series are sequences of points, images sequences of rows from top to bottom.
+The steps of a sequence are the points of a series, or the rows of an image from top to bottom.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from model_zoo.split_model import Body
 
 
 def to_steps(x: Tensor) -> Tensor:
-    """Convert images `[B, C, H, W]` to steps `[B, H, C * W]`, series `[B, C, L]` to `[B, L, C]`."""
+    """Convert images `[B, C, H, W]` to `[B, H, C * W]`, or series `[B, C, L]` to `[B, L, C]`."""
     if x.ndim == 4:
         return rearrange(x, "b c h w -> b h (c w)")
     return rearrange(x, "b c l -> b l c")
 
 
 class Recurrent(nn.Module):
-    """A recurrent network that returns the output of its last step, `[B, hidden]`.
+    """A recurrent network that returns the output of its last step, shape `[B, hidden]`.
 
     Args:
-        network: The network.
+        network: The recurrent layers.
     """
 
     def __init__(self, network: nn.GRU | nn.LSTM) -> None:
@@ -44,7 +44,9 @@ class Recurrent(nn.Module):
 
 
 def gru(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
-    """Build a network of gated recurrent units (Cho et al., 2014), which does not support `vmap`.
+    """Build a network of gated recurrent units (GRU; Cho et al., 2014).
+
+    The network does not support `torch.vmap`.
 
     Args:
         shape: Shape of an example.
@@ -55,7 +57,9 @@ def gru(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
 
 
 def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
-    """Build an LSTM (Hochreiter & Schmidhuber, 1997), which does not support `vmap`.
+    """Build a long short-term memory network (LSTM; Hochreiter & Schmidhuber, 1997).
+
+    The network does not support `torch.vmap`.
 
     Args:
         shape: Shape of an example.
@@ -127,7 +131,10 @@ class _DilatedBlock(nn.Module):
 
 
 class DilatedCNN(nn.Module):
-    """A stem of kernel size 1, residual blocks with dilation 1, 2, 4, … and pooling over the steps.
+    """A network of dilated convolutions along a sequence.
+
+    It consists of a convolution of kernel size 1, residual blocks with dilation 1, 2, 4, … and
+    pooling over the steps.
 
     Args:
         step_width: Width of a step.
@@ -177,9 +184,9 @@ def cnn1d(
     """Build a network of residual blocks with dilated convolutions along the steps.
 
     Block b has dilation 2^b, so an output depends on (kernel - 1) * (2^blocks - 1) / 2 steps on
-    each side. The convolutions are not causal because the whole window is known (after Bai et al.,
-    "An Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence Modeling",
-    2018, section 3).
+    each side. The architecture follows Bai et al., "An Empirical Evaluation of Generic
+    Convolutional and Recurrent Networks for Sequence Modeling" (2018, section 3), but the
+    convolutions are not causal, because all steps are known.
 
     Args:
         shape: Shape of an example.
@@ -187,8 +194,8 @@ def cnn1d(
         blocks: Number of residual blocks.
         kernel: Kernel size of the dilated convolutions.
         norm: Normalization layer.
-        pool: Features: the `mean` over the steps (patterns at any position), the `last` step (the
-            start of a forecast), or `both`, of width `2 * width`.
+        pool: Features: the `mean` over the steps, for patterns at any position; the `last` step,
+            for forecasts; or `both`, of width `2 * width`.
         dropout: Dropout rate of the blocks.
     """
     network = DilatedCNN(

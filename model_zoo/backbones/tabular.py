@@ -1,4 +1,4 @@
-"""Models for tables: wide and deep, column transformer, linear, perceptron, residual network."""
+"""Models for tables: linear, perceptron, residual network, wide & deep, and column transformer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model_zoo.split_model import Body, scale_outputs
 
 
 class _WideDeep(nn.Module):
-    """Concatenates the columns, products of pairs of columns and the output of a perceptron."""
+    """A backbone that concatenates columns, products of pairs of columns, and a perceptron."""
 
     def __init__(self, columns: int, deep: nn.Module, crosses: bool) -> None:
         super().__init__()
@@ -45,14 +45,15 @@ def wide_deep(
 ) -> Body:
     """Build a linear model on columns and crossed columns (wide) and a perceptron (deep).
 
-    A linear head on both parts trains them jointly (Cheng et al., "Wide & Deep Learning for
-    Recommender Systems", 2016, section 3, eq. 3). The paper crosses binary columns with AND; here
-    the columns are numbers, and a pair is crossed by multiplying the tanh of both.
+    Both parts have a common linear head and are trained jointly (Cheng et al., "Wide & Deep
+    Learning for Recommender Systems", 2016, section 3, eq. 3). The paper crosses binary columns
+    with AND. Here, columns are numeric, and a pair of columns is crossed by multiplying the tanh of
+    both.
 
     Args:
         shape: Shape of a table row.
         hidden: Widths of the perceptron's layers.
-        crosses: Whether to add the products of all `pairs` of columns.
+        crosses: `pairs` adds the products of all pairs of columns, `none` adds no products.
         dropout: Dropout rate of the perceptron.
     """
     layers: list[nn.Module] = []
@@ -118,11 +119,11 @@ def ft_transformer(
 ) -> Body:
     """Build a small transformer over the columns of a table.
 
-    Column j with value x becomes the token `x * scale[j] + shift[j]`. The blocks are pre-norm with
-    ReGLU of 4/3 of the width; the features are the last token after LayerNorm and ReLU (Gorishniy
-    et al., "Revisiting Deep Learning Models for Tabular Data", NeurIPS 2021, section 3.3). Only the
-    shapes of `scale` and `shift` depend on the columns, so clients with different columns can share
-    all other tensors.
+    The value x of column j becomes the token `x * scale[j] + shift[j]`. Transformer blocks are
+    pre-norm and have a ReGLU perceptron of 4/3 of the width. The features are the last token, a
+    learned readout token, after LayerNorm and ReLU (Gorishniy et al., "Revisiting Deep Learning
+    Models for Tabular Data", NeurIPS 2021, section 3.3). Only the shapes of `scale` and `shift`
+    depend on the columns, so clients with different columns can share all other tensors.
 
     Args:
         shape: Shape of a table row.
@@ -135,7 +136,7 @@ def ft_transformer(
 
 
 def linear(shape: Shape) -> Body:
-    """Build logistic regression: the features are the flattened input."""
+    """Build the backbone of logistic regression, whose features are the flattened input."""
     return nn.Flatten(), shape.num_values
 
 
@@ -153,8 +154,9 @@ def mlp(
         shape: Shape of an example.
         hidden: Widths of the hidden layers, each followed by ReLU.
         dropout: Dropout rate after each ReLU.
-        norm: Whether BatchNorm precedes each ReLU.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        norm: `batch` adds BatchNorm before each ReLU, `none` adds no normalization.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
     layers: list[nn.Module] = [nn.Flatten()]
     width = shape.num_values
@@ -197,7 +199,8 @@ def tabular(
         width: Width of the features.
         blocks: Number of residual blocks.
         dropout: Dropout rate.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
     layers = [_TableBlock(width, dropout) for _ in range(blocks)]
     backbone = nn.Sequential(

@@ -1,7 +1,7 @@
 """Models for text: an embedding followed by a GRU, a causal CNN or a small transformer.
 
-Tokens are int64 `[B, T]` in `[0, vocabulary)`. Token 0 is the padding, which precedes shorter
-texts, so the last step is always the last word.
+Tokens are int64 `[B, T]` in `[0, vocabulary)`. Token 0 is the padding, which precedes the words of
+texts with fewer than T words, so the last step is always the last word.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
 
 PADDING = 0
-# Layers of the causal CNN whose dilation doubles. The receptive field is then over a hundred words.
+# Maximum number of times that the dilation of the causal CNN doubles. The receptive field is then
+# more than a hundred words.
 MAX_DOUBLINGS = 6
 
 
 class Embedding(nn.Module):
-    """An embedding of tokens `[B, T]` in vectors `[B, T, width]`; padding becomes zeros.
+    """An embedding of tokens `[B, T]` as vectors `[B, T, width]`; padding becomes zeros.
 
     Args:
         vocabulary: Number of different tokens.
@@ -51,10 +52,11 @@ class _Recurrent(nn.Module):
 
 
 def text_gru(shape: Shape, *, embedding: int = 32, hidden: int = 64, layers: int = 1) -> Body:
-    """Build a GRU over embedded words, which does not support `vmap`.
+    """Build a network of gated recurrent units (GRU) over embedded words.
 
     The features are the output of the last step. Hard et al. ("Federated Learning for Mobile
-    Keyboard Prediction", 2018) use a related network on phones.
+    Keyboard Prediction", 2018) use a related network on phones. The network does not support
+    `torch.vmap`.
 
     Args:
         shape: Shape of an example.
@@ -93,7 +95,8 @@ class _CausalCNN(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         steps = self.layers(self.embedding(x).transpose(1, 2))
-        # Interleaved by channel, so that the features of a narrow copy are a leading slice.
+        # Both values are interleaved by channel, so that the features of a narrow copy are a
+        # leading slice.
         return torch.stack([steps[..., -1], steps.amax(-1)], -1).flatten(1)
 
 
@@ -106,11 +109,12 @@ def text_cnn(
     dropout: float = 0.0,
     scaler: float = 0.0,
 ) -> Body:
-    """Build a causal CNN over embedded words whose dilation doubles from layer to layer.
+    """Build a CNN of causal convolutions over embedded words.
 
-    The features are the last step and the maximum over all steps, `[B, 2 * width]` (Bai et al., "An
-    Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence Modeling",
-    2018; Kim, "Convolutional Neural Networks for Sentence Classification", 2014).
+    The dilation doubles from layer to layer, up to 64. The features are the last step and the
+    maximum over all steps, shape `[B, 2 * width]` (Bai et al., "An Empirical Evaluation of Generic
+    Convolutional and Recurrent Networks for Sequence Modeling", 2018; Kim, "Convolutional Neural
+    Networks for Sentence Classification", 2014).
 
     Args:
         shape: Shape of an example.
@@ -118,7 +122,8 @@ def text_cnn(
         layers: Number of convolutions.
         kernel: Kernel size.
         dropout: Dropout rate.
-        scaler: See `model_zoo.split_model.scale_outputs`.
+        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
+            `model_zoo.split_model.scale_outputs`).
     """
     stack = [
         _CausalLayer(width, kernel, 2 ** min(i, MAX_DOUBLINGS), dropout) for i in range(layers)

@@ -1,4 +1,4 @@
-"""A small pre-norm transformer encoder for sequences and the vision transformer."""
+"""A small pre-norm transformer encoder for sequences, and a vision transformer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from model_zoo.split_model import Body
 
 
 # `F.scaled_dot_product_attention` is not used: its fused CPU kernel has no batching rule, so `vmap`
-# would run one model after another, and for tens of steps fusing gains nothing.
+# would run one model after another. For tens of steps, fusing gains nothing.
 class SelfAttention(nn.Module):
-    """Multi-head self-attention on `[B, steps, width]` (Vaswani et al., 2017, section 3.2).
+    """Multi-head self-attention over steps (Vaswani et al., 2017, section 3.2).
+
+    Inputs and outputs have shape `[B, steps, width]`.
 
     Args:
         width: Width of a step.
@@ -41,13 +43,14 @@ class SelfAttention(nn.Module):
 
         Args:
             x: Steps, shape `[B, steps, width]`.
-            padding_mask: Boolean, shape `[B, steps]`; True at steps that are ignored.
+            padding_mask: Boolean mask, shape `[B, steps]`, True at steps that are ignored; None
+                ignores no steps.
         """
         q, k, v = rearrange(
             self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads
         )
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        # With minus infinity, a text that is all padding would result in NaN.
+        # With minus infinity, a text that consists of padding only would result in NaN.
         if padding_mask is not None:
             scores = scores.masked_fill(padding_mask[:, None, None, :], -1e4)
         weights = scores.softmax(-1)
@@ -84,8 +87,8 @@ class TransformerBlock(nn.Module):
 class Encoder(nn.Module):
     """A transformer encoder that maps tokens `[B, steps, token_width]` to features `[B, width]`.
 
-    It consists of a linear embedding with learned positions, transformer blocks, LayerNorm and the
-    mean over the steps.
+    The encoder consists of a linear embedding with learned positions, transformer blocks, LayerNorm
+    and the mean over the steps.
 
     Args:
         steps: Number of steps.

@@ -1,8 +1,8 @@
-"""The client of secure aggregation: four replies, each given once a round.
+"""The client side of secure aggregation: four replies, each of which is sent once per round.
 
-See Bonawitz et al. (2017), figure 4. Between the replies, a client keeps its secrets in `notes`,
-which are private and deleted when the round ends. They are on disk only in a deployment, in the
-folder of the node, because a node may be killed between two replies.
+See Bonawitz et al. (2017), figure 4. Between the replies, a client stores its secrets in `notes`,
+which are private and deleted when the round ends. Only a deployment writes the notes to disk, to
+the folder of the node, because a node may be killed between two replies.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from hetero_fl.core.payload import PayloadError
 Packer = Callable[[bytes, float], Words]
 Notes = MutableMapping[str, bytes]
 # The state of a client between two requests:
-#   next     the only request that it will answer
-#   secrets  private keys for shares and for masks, and the seed of its own mask
-#   head     its number and the threshold
-#   numbers  its neighborhood, including itself
+#   next     the only request that the client will answer
+#   tag      identifies the round
+#   secrets  private keys for shares and for masks, and the seed of the client's own mask
+#   head     number of the client, and the threshold
+#   numbers  numbers of the clients in the neighborhood, including the client
 #   keys     public keys of the neighborhood, for shares and for masks
-#   own      its shares of its own secrets
+#   own      the client's shares of its own secrets
 #   pairs    keys that encrypt the shares of each neighbor
-#   mates    neighbors with which it shares a mask
+#   mates    numbers of the neighbors with which the client shares a mask
 #   sealed   encrypted shares from these neighbors
 STATE_FIELDS: dict[str, Field] = {
     "next": (np.uint8, (None,)),
@@ -65,12 +66,12 @@ def answer(
         client_id: The client.
         message: The request.
         notes: State of clients between exchanges, by client id.
-        packer: Returns the packer of the layout with the given digest, or raises PayloadError for
-            an unknown layout.
+        packer: Function that returns the packer for the digest of a layout, or raises PayloadError
+            for an unknown layout.
 
     Returns:
-        The reply, a message of kind "refused" with the reason if an honest server would not send
-        the request at this point, or a request to train.
+        The reply, or a request to train. If an honest server would not send the request at this
+        point, the reply has the kind "refused" and contains the reason.
     """
     try:
         if message.kind not in REQUESTS:
@@ -179,9 +180,9 @@ def _share(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
 
 
 def _streams(state: Arrays, request: Arrays) -> list[tuple[bytes, bool]]:
-    """Return the keys of the masks of this client's vector, and whether to subtract each mask.
+    """Return the keys of the masks on this client's vector, and whether to subtract each mask.
 
-    They are the client's own mask, and one mask with each neighbor that still takes part.
+    The masks are the client's own mask and one mask for each neighbor that still participates.
     """
     own_number, threshold = state["head"].tolist()
     mates = client_numbers(request["numbers"])
@@ -202,10 +203,11 @@ def _streams(state: Arrays, request: Arrays) -> list[tuple[bytes, bool]]:
 
 
 def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
-    """Return one share of a secret of each neighbor.
+    """Return a share of one secret of each neighbor.
 
-    The secret is the seed if the neighbor's vector is in the sum, and its masking key if it dropped
-    out, but never both. The notes are deleted, so that a second request in the round is refused.
+    The secret is the neighbor's seed if the neighbor's vector is in the sum, and its masking key if
+    it dropped out, but never both. The notes are deleted, so that a second request in the same
+    round is refused.
     """
     own_number, threshold = state["head"].tolist()
     survivors = client_numbers(request["survivors"])
@@ -258,10 +260,11 @@ def pair_mask(
         public: Both public keys of the other client.
         number: Number of the client.
         other: Number of the other client.
-        tag: Identifies the round.
+        tag: Bytes that identify the round.
 
     Returns:
-        The key of the mask, and whether the client subtracts it, as the lower number does.
+        The key of the mask, and whether the client subtracts the mask. The client with the lower
+        number subtracts it, the other adds it.
     """
     low, high = sorted((number, other))
     purpose = b"mask" + _associated_data(tag, low, high)

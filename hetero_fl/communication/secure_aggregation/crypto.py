@@ -1,8 +1,8 @@
 """Key agreement, secret sharing, masks, fixed-point numbers and the mask graph.
 
-Uses X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, RFC 5869, NIST SP 800-38D) and Shamir's secret
-sharing. Keys come from the operating system, never from the seed of the run, because anyone who
-knows the seed could remove every mask. They are used for one round.
+The module uses X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, RFC 5869, NIST SP 800-38D) and Shamir's
+secret sharing. Keys are drawn from the operating system's random source and used for one round
+only. They do not depend on the seed of the run, as anyone who knew it could remove every mask.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from hetero_fl.core.payload import PayloadError
 
 # The prime of Curve25519.
 PRIME = 2**255 - 19
-# Bytes of a private key, a public key, a shared key and a seed.
+# Length in bytes of a private key, a public key, a shared key and a seed.
 KEY_LENGTH = 32
 NONCE = 12
-# Bytes of the authentication tag that encryption adds.
+# Length in bytes of the authentication tag that encryption adds.
 MARK = 16
 # The prime field of secret sharing; secrets are integers of 32 bytes.
 FIELD_PRIME = 2**256 + 297
-# Bytes of a share.
+# Length in bytes of a share.
 SHARE_LENGTH = 33
-# Integers per block of a mask: a quarter of a megabyte, which stays in the CPU cache.
+# Number of integers per block of a mask. A block of 256 KiB fits in the CPU cache.
 BLOCK = 2**15
-# Share of clients that collude with the server, against which a mask graph is still secure.
+# Share of clients that may collude with the server without breaking the security of a mask graph.
 COLLUDING = 0.2
-# In bits: a probability of 2^-40 that an upload is revealed.
+# Security in bits: the probability that an upload is revealed is at most 2^-40.
 SECURITY = 40
-# In bits: a probability of 2^-20 that an allowed number of dropouts ends a round.
+# Correctness in bits: the probability that a permitted number of dropouts ends a round is at most
+# 2^-20.
 CORRECTNESS = 20
 Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
@@ -63,7 +64,7 @@ def new_seed() -> bytes:
 
 
 def public_key(private: bytes) -> bytes:
-    """Return the public key of a private key."""
+    """Return the public key that belongs to a private key."""
     return load_private_key(private).public_key().public_bytes_raw()
 
 
@@ -85,7 +86,7 @@ def derive_shared_key(private: X25519PrivateKey, public: bytes, purpose: bytes) 
     Args:
         private: The private key of one party.
         public: The public key of the other party.
-        purpose: Distinguishes keys of the same parties.
+        purpose: Bytes that distinguish several keys of the same parties.
 
     Raises:
         PayloadError: If the public key has low order, so that the result would be predictable.
@@ -104,21 +105,24 @@ def encrypt(key: bytes, plain: bytes, associated_data: bytes) -> bytes:
         key: The key.
         plain: The plaintext.
         associated_data: Data that is authenticated but not encrypted.
+
+    Returns:
+        The nonce, followed by the ciphertext and the authentication tag.
     """
     nonce = os.urandom(NONCE)
     return nonce + AESGCM(key).encrypt(nonce, plain, associated_data)
 
 
 def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
-    """Decrypt bytes from `encrypt`.
+    """Decrypt bytes that were encrypted by `encrypt`.
 
     Args:
         key: The key.
-        sealed: The ciphertext.
-        associated_data: The data that was authenticated.
+        sealed: The return value of `encrypt`.
+        associated_data: The data that was authenticated but not encrypted.
 
     Raises:
-        PayloadError: If the key, the ciphertext or the associated data is not the original.
+        PayloadError: If the key, the ciphertext or the associated data differs from the original.
     """
     try:
         return AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], associated_data)
@@ -127,7 +131,7 @@ def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
 
 
 def commit_to_seed(seed: bytes, tag: bytes) -> bytes:
-    """Return a commitment to a seed of 256 random bits, which does not reveal it."""
+    """Return a commitment to a seed of 256 random bits; the commitment does not reveal the seed."""
     return hashlib.sha256(b"hetero_fl secure sum: seed" + tag + seed).digest()
 
 
@@ -138,15 +142,15 @@ def split_secret(secret: bytes, threshold: int, holders: Sequence[int]) -> list[
     value of a random polynomial of degree `threshold - 1` whose value at 0 is the secret.
 
     Args:
-        secret: 32 bytes.
-        threshold: Shares that reconstruct the secret.
-        holders: Distinct positive numbers of the holders.
+        secret: The secret, 32 bytes.
+        threshold: Number of shares that reconstruct the secret.
+        holders: Distinct positive numbers of the holders of shares.
 
     Returns:
         The share of each holder.
 
     Raises:
-        ValueError: If holders are not distinct and positive, or fewer than the threshold.
+        ValueError: If `holders` are not distinct and positive, or fewer than `threshold`.
     """
     if (
         len(set(holders)) < len(holders)
@@ -168,7 +172,7 @@ def split_secret(secret: bytes, threshold: int, holders: Sequence[int]) -> list[
 
 
 def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
-    """Return the secret from shares by holder, or None if they belong to no 32-byte secret."""
+    """Reconstruct a secret from shares by holder; None if the result has more than 32 bytes."""
     weights = _lagrange_weights_at_zero(tuple(shares))
     total = sum(
         weight * int.from_bytes(share, "little")
@@ -180,7 +184,7 @@ def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
 # In a complete graph the same holders reconstruct the secrets of all clients.
 @lru_cache(maxsize=64)
 def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
-    """Return the Lagrange weights of the holders for the value at 0."""
+    """Return the weights with which shares are summed to the value of the polynomial at 0."""
     weights = []
     for x in holders:
         numerator = 1
@@ -196,9 +200,9 @@ def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
 def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
     """Add masks to a vector or subtract them, modulo 2^64 and in place.
 
-    A mask is the keystream of AES-256 in counter mode, which is faster here than ChaCha20 (1.1 and
-    1.3 ms for 8 MB in blocks; 10 ms without blocks). Each key is used for one mask of one round, so
-    the counter starts at 0.
+    A mask is the keystream of AES-256 in counter mode, which was faster than ChaCha20 in a
+    benchmark (1.1 ms and 1.3 ms for 8 MB in blocks; 10 ms without blocks). Each key is used for one
+    mask of one round, so the counter starts at 0.
 
     Args:
         vector: The vector, shape `[L]`.
@@ -224,7 +228,7 @@ class FixedPoint:
 
     Attributes:
         bits: Fraction bits.
-        limit: Largest magnitude of a number.
+        limit: Maximum magnitude of a number.
     """
 
     bits: int
@@ -232,7 +236,7 @@ class FixedPoint:
 
     @classmethod
     def from_config(cls, config: SecureAggregationConfig, cohort: int) -> FixedPoint:
-        """Return the configured format for a cohort of a given size."""
+        """Create the configured format for a cohort of a given size."""
         return cls(config.num_fraction_bits(cohort), config.range)
 
     def encode(self, values: np.ndarray) -> Words:
@@ -249,15 +253,15 @@ class FixedPoint:
         return np.rint(values * 2.0**self.bits).astype(np.int64).view(np.uint64)
 
     def decode(self, total: Words) -> np.ndarray:
-        """Decode a sum to float64 values, shape `[L]`."""
+        """Decode a sum of encoded vectors to float64 values, shape `[L]`."""
         return total.view(np.int64) * 2.0**-self.bits
 
 
 def share_threshold(members: int) -> int:
     """Return the number of shares that reconstruct a secret in a neighborhood of a given size.
 
-    It is more than half of the members, so that a server that sends inconsistent requests cannot
-    obtain both secrets of a client from two disjoint sets of holders.
+    The number is more than half of the members, so that a server that sends inconsistent requests
+    cannot obtain both secrets of a client from two disjoint sets of holders.
     """
     return members // 2 + 1
 
@@ -267,11 +271,11 @@ def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -
 
     Args:
         cohort: Number of clients.
-        survivors: Number of clients that must remain.
+        survivors: Number of clients that must remain until the end of the round.
         configured: The configured number; None for the smallest number that is secure.
 
     Returns:
-        At most `cohort - 1`; the graph is then complete.
+        The number of neighbors. The maximum is `cohort - 1`, with which the graph is complete.
     """
     if configured is not None:
         return min(configured, cohort - 1)
@@ -283,15 +287,15 @@ def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -
 def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
     """Draw the neighborhood of each client (Bell et al. 2020, SecAgg+, section 3).
 
-    Clients are placed on a circle in random order and are neighbors of the `degree / 2` clients on
-    either side, a Harary graph with random labels.
+    Clients are placed on a circle in random order, and each client is a neighbor of the
+    `degree / 2` clients on either side. This is a Harary graph with random labels.
 
     Args:
         clients: Numbers of the clients.
         degree: Number of neighbors of each client.
 
     Returns:
-        The ascending numbers of each client's neighborhood, which contains the client.
+        The ascending numbers of the clients in each client's neighborhood, including the client.
     """
     if degree >= len(clients) - 1:
         return {client: sorted(clients) for client in clients}
@@ -308,8 +312,9 @@ def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[i
 def _is_secure(cohort: int, survivors: int, k: int) -> bool:
     """Return whether k neighbors are secure for all clients (Bell et al. 2020, theorem 3.10).
 
-    Fewer than t neighbors collude, the honest survivors stay connected (no k / 2 consecutive
-    clients collude or drop out), and t neighbors remain. Here t is more than half of the members.
+    With high probability, fewer than t neighbors of a client collude, the honest survivors stay
+    connected (no k / 2 consecutive clients collude or drop out), and t neighbors remain. The
+    threshold t is more than half of the members of a neighborhood.
     """
     colluding = math.ceil(COLLUDING * cohort)
     dropping = cohort - survivors
@@ -322,7 +327,7 @@ def _is_secure(cohort: int, survivors: int, k: int) -> bool:
 
 
 def _hypergeometric_tail(total: int, marked: int, num_drawn: int, least: int) -> float:
-    """Return the probability of at least `least` marked elements among those drawn."""
+    """Return the probability that at least `least` of the drawn elements are marked."""
     ways = _log_choose(total, num_drawn)
     return math.fsum(
         math.exp(_log_choose(marked, i) + _log_choose(total - marked, num_drawn - i) - ways)

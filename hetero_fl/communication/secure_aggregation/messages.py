@@ -1,7 +1,7 @@
 """The eight messages of secure aggregation: named arrays, encoded without pickle.
 
 Clients are identified by their number in the cohort, starting at 1, so that the length of a message
-depends on counts alone.
+does not depend on their names.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.serialization import CodecError, decode, encode
 
 FORM = "hetero_fl secure sum 1"
-# Bytes that identify a round, so that messages of other rounds are refused.
+# Length of the random bytes that identify a round, so that messages of other rounds are refused.
 TAG = 16
-# Bytes of two encrypted shares.
+# Length in bytes of two shares that are encrypted together.
 SEALED = crypto.NONCE + 2 * crypto.SHARE_LENGTH + crypto.MARK
 Arrays = dict[str, np.ndarray]
-# Type and shape; None for any length.
+# Type and shape of an array; None stands for any length.
 Field = tuple[type[np.generic], tuple[int | None, ...]]
 
 TAGGED: Field = (np.uint8, (TAG,))
@@ -67,11 +67,14 @@ def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
-    """Decode a message.
+    """Decode the arrays of a message.
+
+    Args:
+        data: The encoded message.
+        fields: Expected types and shapes of the arrays, by name.
 
     Raises:
-        PayloadError: If the message does not consist of the given fields, with their types and
-            shapes.
+        PayloadError: If the message does not consist of these fields.
     """
     try:
         tree = decode(data, FORM)
@@ -94,10 +97,10 @@ def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
 
 
 def client_numbers(array: np.ndarray) -> list[int]:
-    """Return the numbers of clients as a list.
+    """Return an array of client numbers as a list.
 
     Raises:
-        PayloadError: If they are not distinct and positive.
+        PayloadError: If the numbers are not distinct and positive.
     """
     numbers = array.tolist()
     if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
@@ -116,12 +119,15 @@ def byte_string_to_row(string: bytes) -> np.ndarray:
 
 
 def message_sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple[int, int]]:
-    """Return the bytes (down, up) per client of each exchange, without dropouts.
+    """Return the message sizes of each exchange if no client drops out.
 
     Args:
-        members: Members of a client's neighborhood, including the client.
+        members: Number of clients in a client's neighborhood, including the client.
         numbers: Length of the vector.
         broadcast: Bytes of the broadcast.
+
+    Returns:
+        The bytes per client, as pairs (down, up) by kind of exchange.
     """
     known_lengths = {"vector": numbers, "broadcast": broadcast, "dropped": 0}
 

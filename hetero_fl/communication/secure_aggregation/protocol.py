@@ -1,8 +1,8 @@
-"""Secure aggregation as a round protocol, and the common vector layout of items.
+"""Secure aggregation as a round protocol, and the layout of the vector that clients send.
 
-All uploads of a round are vectors of one layout, so that a sum of vectors is a sum of items. Every
-client sends the whole vector, so that its length does not reveal which tensors the client has. See
-docs/how_to/secure_aggregation.md.
+All clients of a round use the same layout for the vector, so that a sum of vectors is a sum of
+items. Every client sends the whole vector, whose length therefore does not reveal which tensors the
+client has. See docs/how_to/secure_aggregation.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Weighted = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TensorKey:
-    """Identifies a tensor in the common vector.
+    """The identity of a tensor in the vector that clients send.
 
     Attributes:
         item: Name of the item.
@@ -52,7 +52,7 @@ class TensorKey:
 
 @dataclass(frozen=True)
 class VectorSlice:
-    """The place of a tensor's values and weights in the common vector.
+    """The position of a tensor's values and weights in the vector that clients send.
 
     Attributes:
         start: Index of the first value; the weights follow the values.
@@ -72,12 +72,14 @@ class VectorSlice:
 
 @dataclass
 class VectorLayout:
-    """The layout of the common vector of a round.
+    """The layout of the vector that every client sends in a round.
+
+    The last two elements contain the training loss and the number of clients that report one.
 
     Args:
         specs: The items that the method declares, by name.
-        common: Prefixes of tensors that are averaged across architectures.
-        slices: Place of each tensor.
+        common: Prefixes of the names of tensors that are averaged across architectures.
+        slices: Position of each tensor.
         size: Length of the vector.
     """
 
@@ -93,12 +95,13 @@ class VectorLayout:
         specs: Mapping[str, ItemSpec],
         common: Sequence[str] = (),
     ) -> VectorLayout:
-        """Return the layout for uploads of given forms, independent of their order.
+        """Create the layout for all forms of uploads, independent of their order.
 
         Args:
-            forms: Architecture group and items of each form; the values of the items do not matter.
+            forms: Architecture group and items of each form of upload; the values of the items do
+                not matter.
             specs: The items that the method declares, by name.
-            common: Prefixes of tensors that are averaged across architectures.
+            common: Prefixes of the names of tensors that are averaged across architectures.
         """
         layout = cls(specs, tuple(common))
         shapes: dict[TensorKey, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -115,11 +118,11 @@ class VectorLayout:
 
     @cached_property
     def digest(self) -> bytes:
-        """The SHA-256 digest of the layout."""
+        """SHA-256 digest of the layout."""
         return hashlib.sha256(repr((list(self.slices.items()), self.size)).encode()).digest()
 
     def digest_with(self, terms: str) -> bytes:
-        """Return the digest of the layout and of other parameters."""
+        """Return the digest of the layout and of `terms`, a text of further parameters."""
         return hashlib.sha256(self.digest + terms.encode()).digest()
 
     def _terms(
@@ -139,10 +142,10 @@ class VectorLayout:
         Args:
             group: The client's architecture group.
             payload: The upload.
-            unit: Unit of the weights, the largest weight of the cohort.
+            unit: Unit of the weights, a power of two that no weight of the cohort exceeds.
 
         Returns:
-            w v / unit and w / unit of all tensors, float64, shape `[size]`.
+            The values w v / unit and w / unit of all tensors, float64, shape `[size]`.
 
         Raises:
             PayloadError: If an item is not part of the layout.
@@ -179,7 +182,8 @@ class VectorLayout:
             unit: Unit of the weights.
 
         Returns:
-            Σ w v in the shape of the tensor and Σ w in the shape of the weights, float64.
+            The totals Σ w v, in the shape of the tensor, and Σ w, in the shape of the weights, both
+            float64.
         """
         place = self.slices[key]
         values, weights = (torch.from_numpy(vector[part] * unit) for part in place.parts(key))
@@ -196,10 +200,10 @@ class VectorLayout:
 
 
 class SharedSetup(Interface):
-    """The setup that is known to the server and to all clients."""
+    """Interface for the setup that the server and all clients share."""
 
     def layout(self, round_idx: int) -> VectorLayout:
-        """Return the layout of the common vector in a round."""
+        """Return the layout of the vector that clients send in a round."""
 
     def aggregation_group(self, client: str) -> str:
         """Return the architecture group of a client."""
@@ -207,30 +211,30 @@ class SharedSetup(Interface):
     def noise(
         self, client: str, round_idx: int, layout: VectorLayout, unit: float, shares: int
     ) -> np.ndarray | None:
-        """Return a client's share of the noise of the sum, or None without noise.
+        """Return a client's share of the noise that is added to the sum, or None without noise.
 
         Args:
             client: The client.
-            round_idx: The round.
+            round_idx: Index of the round.
             layout: The layout of the vector.
             unit: Unit of the weights.
             shares: Number of shares that make up the noise of the sum.
         """
 
     def num_rows(self, client: str) -> int:
-        """Return the number of a client's training rows, the largest weight of its items."""
+        """Return the number of a client's training rows, which no weight of its items exceeds."""
 
 
 class SecureAggregation(RoundProtocol):
     """Secure aggregation (Bonawitz et al. 2017) with the mask graph of Bell et al. (2020).
 
-    The exchanges are keys, shares, masked vectors and unmasking. Clients train in the third one, so
-    that a dropout or divergence in training does not affect the others.
+    The four exchanges are keys, shares, masked vectors and unmasking. Clients train in the third
+    exchange, so a client that drops out or diverges in training does not affect the others.
 
     Args:
         config: The settings.
         cohort: Number of clients in a round.
-        shared_setup: The setup that is known to the server and to all clients.
+        shared_setup: The setup that the server and all clients share.
     """
 
     setup: tuple[str, ...] = ("keys", "shares")
@@ -274,14 +278,14 @@ class SecureAggregation(RoundProtocol):
     def encode_upload(
         self, client: str, payload: Payload, layout: VectorLayout, unit: float, round_idx: int
     ) -> Words:
-        """Return the integers of an upload before masking.
+        """Return the integers that represent an upload before they are masked.
 
         Args:
             client: The client.
             payload: The upload.
             layout: The layout of the vector.
             unit: Unit of the weights.
-            round_idx: The round.
+            round_idx: Index of the round.
 
         Raises:
             PayloadError: If an item is not part of the layout or a value is too large.
@@ -294,7 +298,7 @@ class SecureAggregation(RoundProtocol):
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
-        # All clients send the common vector, whatever the size of their uploads.
+        # All clients send a vector of the same length, regardless of the size of their uploads.
         members = num_neighbours(cohort, self.survivors, self.config.neighbours) + 1
         return message_sizes(members, self.agreed.layout(round_idx).size, broadcast)
 

@@ -1,6 +1,6 @@
-"""The server of secure aggregation: four exchanges, dropouts between them, and unmasking.
+"""The server side of secure aggregation: four exchanges, dropouts between them, and unmasking.
 
-A client is in the sum if its vector arrived, even if it drops out before the last exchange.
+A client is included in the sum if its vector arrived, even if it drops out afterwards.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ class SecureExchange:
     """One exchange of the protocol.
 
     Args:
-        secure_round: The round that the exchange belongs to.
+        secure_round: The round to which the exchange belongs.
         kind: Kind of the request.
         numbers: Numbers of the clients that receive a request.
-        arrays: Returns the content of the request to a client.
-        take: Processes a valid reply.
-        check: Raises PayloadError for an invalid reply.
+        arrays: Function that returns the content of the request to a client.
+        take: Function that processes a valid reply.
+        check: Function that raises PayloadError for an invalid reply.
+
+    Attributes:
+        clients: Ids of the clients that receive a request.
     """
 
     secure_round: SecureAggregationRound
@@ -73,7 +76,7 @@ class SecureExchange:
         return Message(self.kind, encode_arrays({"tag": tag, **arrays}))
 
     def accept(self, client_id: str, reply: Message) -> None:
-        """Process a reply; a client with an invalid reply is dropped."""
+        """Process a reply; drop the client if the reply is invalid."""
         number = self._silent.pop(client_id, None)
         if number is None:
             return
@@ -83,7 +86,7 @@ class SecureExchange:
             self.secure_round.dropouts[client_id] = str(error)
 
     def close(self) -> None:
-        """Drop the clients without a reply."""
+        """Drop the clients that have not replied."""
         reason = f"no reply to {self.kind!r} of the secure aggregation"
         self.secure_round.dropouts.update(dict.fromkeys(self._silent, reason))
 
@@ -95,15 +98,15 @@ class SecureAggregationRound:
 
     Args:
         cohort: The clients.
-        survivors: Number of clients that must remain.
-        neighbours: Neighbors of each client; None for as many as `num_neighbours` returns.
-        layout: Digest and length of the common vector.
-        unit: Exponent of two of the unit of weights.
-        round_idx: The round.
+        survivors: Number of clients that must remain until the end of the round.
+        neighbours: Number of neighbors of each client; None for the smallest secure number.
+        layout: Digest of the layout and length of the vector.
+        unit: Exponent of the unit of weights, which is a power of two.
+        round_idx: Index of the round.
 
     Attributes:
         dropouts: The reasons why clients dropped out, by client id.
-        mask_partners: The neighbors with which each client shares a mask.
+        mask_partners: The numbers of the neighbors with which each client shares a mask.
         threshold: Number of shares that reconstruct a secret.
     """
 
@@ -133,7 +136,7 @@ class SecureAggregationRound:
         self.threshold = 0
 
     def exchanges(self) -> Exchanges:
-        """Yield the four exchanges; return the unmasked sum.
+        """Yield the four exchanges and return the unmasked sum.
 
         Raises:
             RoundAbandonedError: If too few clients are left, or a secret cannot be reconstructed.
@@ -166,7 +169,7 @@ class SecureAggregationRound:
     def _exchange_shares(
         self,
     ) -> Generator[SecureExchange, None, dict[int, dict[int, np.ndarray]]]:
-        """Draw neighborhoods and collect encrypted shares by receiver and sender."""
+        """Draw neighborhoods and return the encrypted shares by receiver and sender."""
         k = num_neighbours(len(self.public), min(self.survivors, len(self.public)), self.neighbours)
         self.mask_partners = draw_neighbourhoods(list(self.public), k)
         self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
@@ -271,7 +274,7 @@ class SecureAggregationRound:
             kind: Kind of the request.
             number: Number of the client.
             message: The reply.
-            check: Raises PayloadError for an invalid reply.
+            check: Function that raises PayloadError for an invalid reply.
 
         Raises:
             PayloadError: If the client refused the request or the reply is invalid.
@@ -335,7 +338,7 @@ class SecureAggregationRound:
         shares: Mapping[int, Mapping[int, bytes]],
         is_valid: Callable[[bytes], bool],
     ) -> bytes:
-        """Return the secret of a client; try other shares if some of them are wrong."""
+        """Return the secret of a client, trying different shares if some are invalid."""
         available = list(shares.get(number, {}).items())
         for start in range(len(available)) if len(available) >= self.threshold else ():
             chosen = (available + available)[start : start + self.threshold]

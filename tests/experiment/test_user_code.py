@@ -1,0 +1,314 @@
+"""Losses, optimizers, metrics and transforms of the user, as objects and by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.transforms import v2
+from typing_extensions import override
+
+import hetero_fl as hfl
+from hetero_fl.utils.errors import RunFailedError, UserError
+
+QUIET = ["runtime.executor=serial", "runtime.threads=1"]
+
+
+def images(rows: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = np.arange(rows) % classes
+    x = rng.random((rows, 8, 8)) * 80 + y[:, None, None] * 60
+    return x.astype(np.uint8), y
+
+
+def federation(**client: Any) -> hfl.Federation:
+    clients = [hfl.Client(f"site_{i}", "mlp", images(40, i), **client) for i in (1, 2)]
+    return hfl.Federation(clients, test=images(30, 9))
+
+
+def train(own: hfl.Federation, method: Any = None, **settings: Any) -> hfl.Run:
+    overrides = settings.pop("overrides", QUIET)
+    return own.train(method or hfl.Local(), rounds=2, overrides=overrides, **settings)
+
+
+def smoothed_loss(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, y, label_smoothing=0.1, reduction="none")
+
+
+def make_rmsprop(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(parameters, lr=0.02)
+
+
+def invert(x: Tensor) -> Tensor:
+    return 1 - x
+
+
+def error_rate(predictions: Tensor, y: Tensor) -> Tensor:
+    return (predictions.argmax(1) != y).float().mean()
+
+
+@dataclass(frozen=True)
+class SquaredError(hfl.Objective):
+    """The squared error of probabilities."""
+
+    kind: str = "multiclass"
+
+    @override
+    def loss(self, nets: Any, batch: Any, context: Any) -> Tensor:
+        p = nets.model(batch.x).logits.softmax(1)
+        return (p - functional.one_hot(batch.y, p.shape[1])).square().sum(1)
+
+
+def same_models(first: hfl.Run, second: hfl.Run) -> bool:
+    return all(
+        torch.equal(tensor, second.models[client].tensors[name])
+        for client, model in first.models.items()
+        for name, tensor in model.tensors.items()
+    )
+
+
+OBJECTS: dict[str, dict[str, Any]] = {
+    "loss function": {"objective": lambda z, y: smoothed_loss(z, y)},
+    "loss module": {"objective": nn.CrossEntropyLoss(label_smoothing=0.1)},
+    "objective class": {"objective": SquaredError},
+    "optimizer class": {"optimizer": torch.optim.RMSprop},
+    "optimizer function": {"optimizer": lambda parameters: make_rmsprop(parameters)},
+    "preprocessing": {"preprocess": hfl.Preprocess(transform=lambda x: invert(x))},
+    "augmentation": {"augment": hfl.Augment(transform=v2.RandomErasing(p=1.0))},
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_object_changes_the_result_and_is_reproducible(kind: str) -> None:
+    own = federation(**OBJECTS[kind])
+
+    first, second, plain = train(own), train(own), train(federation())
+
+    assert same_models(first, second)
+    assert not same_models(first, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["batched", "processes"])
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_object_gives_equal_scores_on_all_executors(kind: str, executor: str) -> None:
+    own = federation(**OBJECTS[kind])
+
+    serial = train(own, hfl.FedAvg())
+    other = train(
+        own, hfl.FedAvg(), overrides=[f"runtime.executor={executor}", "runtime.threads=1"]
+    )
+
+    expected = serial.models["site_1"].tensors
+    for name, tensor in other.models["site_1"].tensors.items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("client", "in_file"),
+    [
+        ({"objective": smoothed_loss}, {"objective": "smoothed_loss"}),
+        ({"optimizer": make_rmsprop}, {"optimizer": {"name": "make_rmsprop", "lr": 0.02}}),
+        (
+            {"preprocess": hfl.Preprocess(transform=invert)},
+            {"preprocess": {"transform": "invert"}},
+        ),
+    ],
+    ids=["objective", "optimizer", "transform"],
+)
+def test_named_function_equals_the_object(
+    client: dict[str, Any], in_file: dict[str, Any], tmp_path: Path
+) -> None:
+    def refer(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: refer(value) for key, value in tree.items()}
+        return f"python:{__name__}:{tree}" if isinstance(tree, str) else tree
+
+    data = {"name": "digits", "train_limit": 150}
+    clients = [hfl.Client(f"site_{i}", "mlp", **client) for i in (1, 2)]
+    objects = hfl.Federation(clients, data=data)
+    first = train(objects, hfl.FedAvg())
+    groups = [{"name": f"site_{i}", "model": "mlp", **refer(in_file)} for i in (1, 2)]
+    file = {
+        "name": "federation",
+        "data": data,
+        "clients": {"groups": groups},
+        "rounds": 2,
+        "algorithm": {"name": "fedavg"},
+    }
+    second = hfl.run(file, out=tmp_path / "run", overrides=QUIET)
+
+    assert same_models(first, second)
+
+
+def test_loss_function_equals_the_supervised_loss() -> None:
+    plain = train(federation(logit_adjustment=True, class_weights="balanced"), hfl.FedAvg())
+    own = federation(
+        logit_adjustment=True, class_weights="balanced", objective=nn.CrossEntropyLoss()
+    )
+
+    assert same_models(train(own, hfl.FedAvg()), plain)
+
+
+def test_optimizer_function_equals_the_built_in_optimizer() -> None:
+    sgd = hfl.SGD(lr=0.05, momentum=0.9, weight_decay=0.01)
+    own = federation(
+        optimizer=lambda parameters: torch.optim.SGD(
+            parameters, lr=0.05, momentum=0.9, weight_decay=0.01, fused=True
+        )
+    )
+
+    assert same_models(train(own), train(federation(optimizer=sgd)))
+
+
+def test_learning_rate_of_an_optimizer_function_follows_the_schedule() -> None:
+    schedule = ["clients.defaults.optimizer.schedule=cosine"]
+    sgd = federation(optimizer=hfl.SGD(lr=0.05))
+    own = federation(optimizer=lambda p: torch.optim.SGD(p, lr=0.05, fused=True))
+
+    first, second = (train(each, overrides=[*QUIET, *schedule]) for each in (sgd, own))
+
+    assert same_models(first, second)
+    assert not same_models(first, train(sgd))
+
+
+def test_metrics_of_the_user_are_evaluated() -> None:
+    evaluation = hfl.Evaluation(metrics={"error_rate": error_rate})
+
+    run = train(federation(), hfl.FedAvg(), evaluation=evaluation)
+
+    last = run.summary["global"]["last"]
+    assert last["error_rate"] == pytest.approx(1 - last["accuracy"], abs=1e-6)
+    assert "error_rate_worst" in run.summary["personal"]["last"]
+    assert set(run.history.query("metric == 'error_rate'")["client"]) > {"site_1", "mean"}
+    assert "error rate" in (run.path / "report.html").read_text(encoding="utf-8")
+    assert "error rate" in run._repr_html_()
+
+
+def test_metric_in_a_comparison() -> None:
+    evaluation = hfl.Evaluation(metrics={"error_rate": lambda p, y: error_rate(p, y)})
+    comparison = federation().compare(["local", "fedavg"], rounds=1, evaluation=evaluation)
+    frame = comparison.frame
+    assert np.allclose(frame["global_last_error_rate"], 1 - frame["global_last_accuracy"])
+
+
+def test_preprocessing_is_part_of_predictions() -> None:
+    own = federation(preprocess=hfl.Preprocess(transform=lambda x: x.clamp(max=0.5)))
+    run = train(own)
+    x = images(5, 7)[0]
+
+    predicted = run.predict("site_1", x, personal=False)
+
+    inputs = (torch.from_numpy(x)[:, None].float() / 255).clamp(max=0.5)
+    assert torch.allclose(predicted, run.model("site_1")(inputs).logits.softmax(1), atol=1e-6)
+
+
+def test_log_lines_go_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hetero_fl"):
+        train(federation())
+    assert any("round 2/2" in message for message in caplog.messages)
+
+
+def fail(*_arguments: Any) -> Any:
+    raise KeyError("column")
+
+
+def fail_on_many(predictions: Tensor, y: Tensor) -> float:
+    return fail() if len(y) > 10 else 0.0
+
+
+MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "loss is a mean": (
+        UserError,
+        r"clients: 'site_1': objective: .*one value per example, shape \(3,\), got shape \(\)",
+        lambda: train(federation(objective=lambda z, y: smoothed_loss(z, y).mean())),
+    ),
+    "loss fails": (UserError, "objective: 'column'", lambda: train(federation(objective=fail))),
+    "loss is a number": (
+        UserError,
+        "objective: expected python:package.module:name, got 5",
+        lambda: federation(objective=5),
+    ),
+    "optimizer fails": (
+        UserError,
+        r"Client\('site_1'\): optimizer: 'column'",
+        lambda: federation(optimizer=fail),
+    ),
+    "optimizer returns nothing": (
+        TypeError,
+        "expected a function that returns a torch.optim.Optimizer, got NoneType",
+        lambda: federation(optimizer=lambda parameters: None),
+    ),
+    "optimizer is a number": (UserError, "optimizer: expected", lambda: federation(optimizer=5)),
+    "transform changes the shape": (
+        UserError,
+        r"preprocess.transform: expected torch.float32 of shape \(4, 1, 8, 8\)",
+        lambda: train(federation(preprocess=hfl.Preprocess(transform=lambda x: x[..., :4]))),
+    ),
+    "transform returns an array": (
+        UserError,
+        "augment.transform: expected a tensor, got ndarray",
+        lambda: train(federation(augment=hfl.Augment(transform=lambda x: x.numpy()))),
+    ),
+    "metric fails": (
+        UserError,
+        "evaluation.metrics.own: 'column'",
+        lambda: train(federation(), evaluation=hfl.Evaluation(metrics={"own": fail})),
+    ),
+    "metric fails later": (
+        RunFailedError,
+        "test_user_code.py:.* in fail: KeyError",
+        lambda: train(federation(), evaluation=hfl.Evaluation(metrics={"own": fail_on_many})),
+    ),
+    "metric has a known name": (
+        UserError,
+        "evaluation.metrics.accuracy: built-in metric",
+        lambda: train(federation(), evaluation=hfl.Evaluation(metrics={"accuracy": error_rate})),
+    ),
+    "metric looks like a statistic": (
+        UserError,
+        "not end in _std",
+        lambda: hfl.Evaluation(metrics={"own_std": error_rate}),
+    ),
+    "wrong value of a section": (
+        UserError,
+        "Evaluation: every: must be > 0",
+        lambda: hfl.Evaluation(every=0),
+    ),
+    "wrong argument of a section": (
+        TypeError,
+        "unexpected keyword argument 'evry'; did you mean 'every'",
+        lambda: hfl.Evaluation(evry=5),
+    ),
+    "wrong value of a method": (
+        UserError,
+        "FedMD: digest_epochs: must be > 0, got -1",
+        lambda: hfl.FedMD(digest_epochs=-1),
+    ),
+    "wrong argument of a method": (
+        TypeError,
+        "unexpected keyword argument 'digest_epoch'; did you mean 'digest_epochs'",
+        lambda: hfl.FedMD(digest_epoch=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_raises_one_line(mistake: str) -> None:
+    kind, words, make = MISTAKES[mistake]
+    with pytest.raises(kind, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_docstrings_describe_the_settings() -> None:
+    assert "digest_epochs: epochs on the proxy set" in (hfl.FedMD.__doc__ or "")
+    assert "resize: side length of images" in (hfl.Preprocess.__doc__ or "")

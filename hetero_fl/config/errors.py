@@ -197,7 +197,7 @@ def _suggest_mapping(where: str, section: Any, found: Any) -> str:
 
 def _may_be_empty(section: type[BaseModel]) -> bool:
     try:
-        section()
+        section.model_validate({})
     except ValidationError:
         return False
     return True

@@ -21,6 +21,7 @@ from hetero_fl.config.data import PartitionConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.objectives import Objective
 from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.sources.objects import is_source
 from hetero_fl.reporting.notebook import html_items
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -188,7 +189,7 @@ class Client:
 def _describe_data(data: Any) -> str:
     """Return the type of a client's data, and the number of rows if it is known."""
     title = type(data).__name__
-    if isinstance(data, Mapping):
+    if is_source(data):
         return repr(dict(data))
     rows: Any = data[1] if isinstance(data, tuple | list) and len(data) == 2 else data
     if isinstance(rows, Dataset):

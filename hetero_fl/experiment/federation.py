@@ -34,7 +34,7 @@ from hetero_fl.config.schema import (
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.data import Dataset
-from hetero_fl.data.sources.objects import to_dataset, to_examples
+from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples
 from hetero_fl.experiment.client import Client, plain_value
 from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
@@ -49,6 +49,8 @@ from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
 from hetero_fl.utils.registry import reference_to
 from hetero_fl.utils.text import pluralize
 
+OWN_DATA = "own data"
+"""Name of the data in reports if all clients have data of their own."""
 MethodLike = Algorithm | type[Algorithm] | str | None
 """A method, its class or its name; None for that of the configuration."""
 
@@ -529,7 +531,7 @@ class _Parts:
         labeled = {
             _place(client): (client.data, client.label or _column(client.data, label))
             for client in clients
-            if client.data is not None and not isinstance(client.data, Mapping)
+            if client.data is not None and not is_source(client.data)
         }
         self._named = plain_source(sets.get("data"))
         labeled |= {
@@ -598,7 +600,7 @@ def plain_source(data: Any) -> dict[str, Any] | None:
     """Return a source by name or as a dictionary as in a configuration; None for other data."""
     if isinstance(data, str):
         return {"name": data}
-    return dict(data) if isinstance(data, Mapping) else None
+    return dict(data) if is_source(data) else None
 
 
 def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
@@ -607,7 +609,7 @@ def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
     if given is None:
         # All clients have data of their own.
         given = datasets["test"]
-        given = replace(given, train=given.train.select_rows(torch.arange(0)))
+        given = replace(given, name=OWN_DATA, train=given.train.select_rows(torch.arange(0)))
     test, validation = datasets.get("test"), datasets.get("validation")
     return replace(
         given,
@@ -635,6 +637,6 @@ def _model_of(client: Client) -> dict[str, Any]:
 def _data_of(client: Client, parts: _Parts) -> dict[str, Any]:
     if client.data is None:
         return {}
-    if isinstance(client.data, Mapping):
+    if is_source(client.data):
         return {"data": dict(client.data)}
     return {"data": parts.source(_place(client))}

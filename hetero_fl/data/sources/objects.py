@@ -93,6 +93,11 @@ def _unlabeled(dataset: Dataset) -> Dataset:
     return replace(dataset, train=replace(dataset.train, y=None))
 
 
+def is_source(data: Any) -> bool:
+    """Return whether data is a source as in a configuration, such as `{"name": "digits"}`."""
+    return isinstance(data, Mapping) and not _is_hugging_face(data)
+
+
 def _is_frame(data: Any) -> bool:
     return type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
 
@@ -176,7 +181,7 @@ def _from_hugging_face(
     data: Any, where: str, label: str | None, options: Mapping[str, Any]
 ) -> Dataset:
     """Convert a Hugging Face data set with an image column, or with columns of numbers."""
-    if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
+    if isinstance(data, Mapping) or not hasattr(data, "__len__"):
         raise TypeError(
             f"{where}: expected a datasets.Dataset, got {type(data).__name__}; choose one split of "
             "a DatasetDict, and collect the items of an IterableDataset"
@@ -196,5 +201,6 @@ def _from_hugging_face(
     if len({image.shape for image in x}) > 1:
         raise UserError(f"{where}: {images[0]}: images have several sizes; resize them first")
     names = getattr(data.features[label], "names", None)
-    y = [names[value] for value in data[label]] if names else data[label]
-    return from_arrays(np.stack(x), np.asarray(y), name=where, **options)
+    if names:
+        options = {"task": Task("multiclass", len(names), tuple(names))}
+    return from_arrays(np.stack(x), np.asarray(data[label]), name=where, **options)

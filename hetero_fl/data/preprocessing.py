@@ -1,7 +1,7 @@
-"""Preprocessing, augmentation, scanner shift and missing values.
+"""Preprocessing, augmentation, simulated scanners, and checks of missing values.
 
-`Preprocess` is the view of a participant: it selects columns and normalizes examples. The checks
-here verify that the views of the clients and the server fit the data.
+`Preprocess` converts raw examples to the inputs of a participant's model. It is called a view, as
+several participants can use different columns and formats of the same examples.
 """
 
 from __future__ import annotations
@@ -40,29 +40,30 @@ if TYPE_CHECKING:
 CHUNK = 4096
 """Number of rows processed at a time for statistics."""
 NOTHING = ColumnLayout()
-"""Layout of examples without names."""
+"""Layout of examples whose columns have no names."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A view of raw examples: selected columns as floats, resized and normalized.
+    """A view of raw examples: selected columns, converted to floats, resized and normalized.
 
     The steps are: select columns, convert to float, resize, change the number of channels,
     normalize, and append indicators of missing values. Series `[N, T, F]` become `[N, F, T]`, as
-    models expect channels first. Views are hashable and serve as cache keys.
+    models expect channels first. Views are hashable, so they can be used as cache keys.
 
     Attributes:
         resize: Height and width of images in pixels.
         channels: Number of channels of images.
-        mean: Number to subtract: one for all, or one per channel (images) or column (the last axis
-            of tables, series and blocks).
-        std: Number to divide by, as `mean`.
+        mean: Mean to subtract, a single number or one per channel of images or per column of
+            tables, series and blocks.
+        std: Standard deviation to divide by, in the format of `mean`.
         raw: Shape of a raw example, if known.
         spans: Column ranges to select. None selects all columns.
         blocks: Blocks in the selected columns. A single block is reshaped to its own shape unless
             `missing` is set.
-        missing: With "indicate", NaN becomes 0 after normalization, and an indicator per column (or
-            per block) is appended. A block is missing if all of its values are missing.
+        missing: With "indicate", NaN becomes 0 after normalization, and an indicator per column, or
+            per block of data with blocks, is appended. A block is missing if all its values are
+            missing.
 
     Example:
         >>> import torch
@@ -96,11 +97,11 @@ class Preprocess:
         raw: tuple[int, ...] = (),
         where: str = "preprocess",
     ) -> Preprocess:
-        """Create the view of a configuration, without normalization.
+        """Create the view that a configuration defines, without normalization.
 
         Args:
             config: Preprocessing configuration.
-            layout: Names along the last axis of the examples.
+            layout: Names of the columns or blocks along the last axis of the examples.
             raw: Shape of a raw example.
             where: Configuration section, for error messages.
 
@@ -125,21 +126,23 @@ class Preprocess:
         layout: ColumnLayout = NOTHING,
         raw: tuple[int, ...] = (),
     ) -> Preprocess:
-        """Create the view of a configuration, computing the statistics of `normalize: own`.
+        """Create the view that a configuration defines.
 
-        Images, and blocks that are images, get one mean and standard deviation over all pixels
-        after `resize` and `channels`; tables and series get one per column. A standard deviation of
-        0 is replaced by 1. Missing values are ignored; a column without values has mean 0.
+        The statistics for `normalize: own` are computed from the training rows. Images, and blocks
+        that are images, have one mean and standard deviation over all pixels after `resize` and
+        `channels`; tables and series have one per column. A standard deviation of 0 is replaced by
+        1. Missing values are ignored; a column without values has mean 0.
 
         Args:
             config: Preprocessing configuration.
-            train_x_raw: Raw training rows of the participant; only `normalize: own` reads them.
+            train_x_raw: Raw training rows of the participant, required for `normalize: own` only.
             where: Configuration section, for error messages.
-            layout: Names along the last axis of the examples.
+            layout: Names of the columns or blocks along the last axis of the examples.
             raw: Shape of a raw example.
 
         Raises:
-            UserError: If a column or block is unknown, or there are no rows for `normalize: own`.
+            UserError: If a column or block is unknown, there are no rows for `normalize: own`, or
+                another setting does not apply to these rows.
         """
         view = cls.without_normalization(config, layout, raw, where)
         if isinstance(config.normalize, Normalize):
@@ -159,7 +162,7 @@ class Preprocess:
         return replace(view, mean=tuple(means.tolist()), std=tuple(stds.tolist()))
 
     def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute mean and standard deviation, float64 `[1]` for images, else `[columns]`."""
+        """Compute mean and standard deviation, float64 `[1]` for images, otherwise `[columns]`."""
         image = len(self._selected_shape(tuple(x_raw.shape[1:]))) == 3
         columns = 1 if image else self._selected_shape(tuple(x_raw.shape[1:]))[-1]
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
@@ -181,7 +184,7 @@ class Preprocess:
         return values.sum(0) if self.missing is None else values.nansum(0)
 
     def _pool_block_sums(self, sums: Tensor) -> Tensor:
-        """Replace the sum of each column of an image block by the sum over all its pixels."""
+        """Replace the sum of each column of an image block by the sum over the whole block."""
         sums = sums.clone()
         for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
             if block.image and len(sums) > 1:
@@ -247,7 +250,7 @@ class Preprocess:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def names(self, columns: Sequence[str]) -> list[str]:
-        """Return the names of the selected columns, in the order of the data."""
+        """Return the names of the selected columns, given the names of all columns in order."""
         return [
             name
             for start, stop in self.spans or ((0, len(columns)),)
@@ -266,7 +269,7 @@ class Preprocess:
 
     @staticmethod
     def _broadcast(value: float | tuple[float, ...], x: Tensor) -> Tensor:
-        """Return numbers that broadcast over the channels of images or over columns."""
+        """Return a mean or standard deviation that broadcasts over channels or columns."""
         numbers = torch.tensor(value, dtype=x.dtype)
         return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
 
@@ -274,7 +277,7 @@ class Preprocess:
         """Return the shape of a preprocessed example, without the batch dimension.
 
         Args:
-            raw_shape: Shape of a raw example. A series (T, F) becomes (columns, T).
+            raw_shape: Shape of a raw example. The shape (T, F) of a series becomes (columns, T).
             where: Configuration section, for error messages.
 
         Raises:
@@ -323,9 +326,12 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
     Pixels outside an image repeat its edge.
 
     Args:
-        x: Preprocessed images `[B, C, H, W]` on any device. Not modified in place.
+        x: Preprocessed images `[B, C, H, W]` on any device. They are not modified in place.
         config: Augmentation settings.
-        generator: CPU generator; the same numbers are used on every device.
+        generator: Random generator on the CPU, so that all devices use the same random numbers.
+
+    Returns:
+        Augmented images, shape `[B, C, H, W]`.
 
     Example:
         >>> import torch
@@ -353,7 +359,7 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
 
 
 def _crop(x: Tensor, offsets: Tensor) -> Tensor:
-    """Shift each image by its offsets (int64 `[2, B]`, rows and columns), like pad and crop."""
+    """Shift each image by offsets in rows and columns, int64 `[2, B]`, and repeat the edges."""
     batch, _, height, width = x.shape
     rows = (torch.arange(height, device=x.device) + offsets[0, :, None]).clamp(0, height - 1)
     columns = (torch.arange(width, device=x.device) + offsets[1, :, None]).clamp(0, width - 1)
@@ -362,7 +368,7 @@ def _crop(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotate each image by its angle (radians `[B]`) about its center, bilinearly."""
+    """Rotate each image about its center by an angle in radians (`[B]`), bilinearly."""
     # Both grid axes span -1..1, so without the ratio non-square images would be sheared.
     ratio = x.shape[-2] / x.shape[-1]
     cos = angle.cos()
@@ -374,7 +380,7 @@ def _rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 SCANNER_CHUNK = 256
-"""Number of images processed at a time. The noise, sampled per chunk, depends on it."""
+"""Number of images processed at a time. A change of this number changes the sampled noise."""
 
 
 def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
@@ -385,9 +391,9 @@ def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generat
     assumed to be in 0..1 and are not clipped.
 
     Args:
-        x_raw: Images `[N, C, H, W]`, uint8 or floats. Not modified in place.
+        x_raw: Images `[N, C, H, W]`, uint8 or floats. They are not modified in place.
         config: Settings of the device.
-        generator: Generator of the noise.
+        generator: Random generator for the noise.
 
     Returns:
         Images of the same shape and dtype.
@@ -439,7 +445,7 @@ Shape = tuple[int, ...]
 
 
 def check_settings(profiles: Iterable[SettingsProfile], dataset: Dataset) -> None:
-    """Check that the settings of the clients fit the examples.
+    """Check that the settings of the clients apply to the examples.
 
     Raises:
         UserError: If settings for images are used for other examples, or settings for numbers are
@@ -460,15 +466,15 @@ def check_same_shape(
     common: Dataset,
     server: PreprocessConfig | None = None,
 ) -> None:
-    """Check that another set and the common set have the same shape after preprocessing.
+    """Check that examples have the shape of the main data set after preprocessing.
 
     Args:
-        shape: Raw shape of the examples of the other set.
-        where: Configuration key of the other set, for error messages.
-        name: Name of the other set, for error messages.
-        clients: Settings of the clients that use both sets.
-        common: Common data set.
-        server: Preprocessing of the server, if it has a model.
+        shape: Raw shape of the examples.
+        where: Configuration key of the examples, for error messages.
+        name: Name of the examples, for error messages.
+        clients: Settings of the clients that use the examples, by client id.
+        common: Main data set.
+        server: Preprocessing of the server, if the server has a model.
 
     Raises:
         UserError: If the shapes differ for a client or the server.
@@ -496,7 +502,7 @@ def check_same_shape(
 
 
 def required_columns(settings: Iterable[ClientSettings], layout: ColumnLayout) -> set[str]:
-    """Return the columns or blocks that some of these clients use and must not be missing."""
+    """Return the columns or blocks that any of the clients uses and that must not be missing."""
     return {column for one in settings for column in _required_columns(one.preprocess, layout)}
 
 
@@ -509,10 +515,10 @@ def preprocessed_shape(
         name: Client id, for error messages.
         settings: Settings of the client.
         raw: Shape of a raw example.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
 
     Raises:
-        UserError: If the settings do not fit the examples.
+        UserError: If the settings do not apply to the examples.
     """
     where = f"clients: '{name}': preprocess"
     view = Preprocess.resolve(_fixed_view(settings.preprocess), None, where, layout, raw)
@@ -554,7 +560,7 @@ def _check_tokens(name: str, view: PreprocessConfig) -> None:
 
 
 def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
-    """Return the part of a configuration that does not depend on the rows of a client."""
+    """Return a configuration without settings that depend on the rows of a client."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config
 
 
@@ -578,11 +584,11 @@ def check_missing_values(
         clients: Settings by client id.
         private: Rows of the clients.
         public: Public sets by name.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
         first_missing: Location of the first missing value as reported by the source.
 
     Returns:
-        A remark for each profile for which the whole proxy set is missing.
+        A remark for each profile for which all values of the proxy set are missing.
 
     Raises:
         UserError: If a client without `missing: indicate` uses a missing value.
@@ -622,7 +628,7 @@ def check_missing_values(
 
 
 def _sets_with_missing_values(all_examples: Iterable[Examples]) -> set[int]:
-    """Return the `id` of each set with missing values, reading shared sets only once."""
+    """Return the `id` of all examples with missing values; shared examples are read only once."""
     sets = {id(examples): examples.x for examples in all_examples}
     return {
         key
@@ -639,12 +645,12 @@ def check_view(
     where: str,
     first_missing: str = "",
 ) -> None:
-    """Check that no value that a view selects from these sets is missing.
+    """Check that sets have no missing values in the columns that a view selects.
 
     Args:
         sets: Sets by name.
         view: View without `missing: indicate`.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
         where: Configuration section of the view, for error messages.
         first_missing: Location of the first missing value as reported by the source.
 
@@ -670,7 +676,7 @@ def check_view(
 
 
 def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
-    """Return whether all values that a view selects from these rows are missing."""
+    """Return whether the rows have only missing values in the columns that a view selects."""
     x = share.examples.x
     return x.is_floating_point() and all(
         bool(view.select_columns(x[rows]).isnan().all()) for rows in share.rows.split(MISSING_CHUNK)
@@ -680,7 +686,8 @@ def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
 def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
     """Return a mask `[N]` of the rows that a view can use.
 
-    With `missing: indicate`, a usable row has at least one value; otherwise it has all values.
+    With `missing: indicate`, a row is usable if at least one selected value is present, otherwise
+    if all selected values are present.
     """
     if not x_raw.is_floating_point():
         return torch.ones(len(x_raw), dtype=torch.bool)

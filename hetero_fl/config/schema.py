@@ -19,7 +19,7 @@ Device = choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:", synonyms={"gp
 
 
 class ServerConfig(ConfigSection):
-    """Training at the server, and an optional student model."""
+    """Training on the server, and an optional student model."""
 
     model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
@@ -124,7 +124,7 @@ class OutputConfig(ConfigSection):
     )
 
 
-# Client settings that may also be written next to `algorithm.name`.
+# Settings of clients that may also be written in the section `algorithm`.
 CLIENT_OPTIONS = (
     "logit_adjustment",
     "local_prior",

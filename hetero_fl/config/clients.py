@@ -67,7 +67,7 @@ class ModelConfig(ConfigSection):
 
 
 def expand_model_name(value: object) -> object:
-    """Return `{"name": value}` for a string, other values unchanged."""
+    """Return `{"name": value}` for a string, and other values unchanged."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -144,7 +144,7 @@ class AugmentConfig(ConfigSection):
 
 
 class ScannerConfig(ConfigSection):
-    """Simulated imaging device of a client, which changes all its images (feature shift)."""
+    """Simulated imaging device that changes all images of a client (feature shift)."""
 
     contrast: PositiveFloat = Field(1.0, description="contrast factor around middle gray")
     brightness: float = Field(
@@ -235,7 +235,7 @@ class ClientSettings(ConfigSection):
     @field_validator("shares")
     @classmethod
     def _check_extent(cls, value: list[str]) -> list[str]:
-        """Check that the entries do not contradict each other and occur once."""
+        """Check that the entries do not contradict each other and that each occurs once."""
         extents = [share for share in ("parameters", "backbone") if share in value]
         parts = [share for share in value if share.endswith(".")]
         if extents and len(extents + parts) > 1:
@@ -265,7 +265,7 @@ class ClientGroup(ClientSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        """Reject the name of the server in any case, as some file systems ignore the case."""
+        """Reject the name of the server regardless of case, which some file systems ignore."""
         if value.lower() == "server":
             raise ValueError(f"must differ from the reserved id of the server, got '{value}'")
         return value

@@ -66,7 +66,7 @@ class SecureAggregationConfig(ConfigSection):
     @field_validator("neighbours")
     @classmethod
     def _check_even(cls, value: int | None) -> int | None:
-        """Check that the number is even, as half of the neighbors are on either side of a client."""
+        """Check that the number is even, as half of the neighbors are on each side of a client."""
         if value is not None and value % 2:
             raise ValueError(f"must be even, got {value}; choose {value - 1} or {value + 1}")
         return value

@@ -186,7 +186,7 @@ class SourceConfig(ConfigSection):
     def _check_unique(
         cls, categories: dict[str, tuple[str, ...]] | None
     ) -> dict[str, tuple[str, ...]] | None:
-        """Check that the values of a column are distinct, nonempty and without surrounding spaces."""
+        """Check that the values of a column are distinct, nonempty and free of outer spaces."""
         for column, values in (categories or {}).items():
             are_distinct = len(set(values)) == len(values) > 0
             if not are_distinct or any(value != value.strip() or not value for value in values):

@@ -68,7 +68,7 @@ def describe_values(
     metadata: Iterable[Any] = (),
     link: Callable[[type[BaseModel]], str] = _name_section,
 ) -> str:
-    """Return the valid values of a field in words.
+    """Describe the valid values of a field in words.
 
     Args:
         annotation: Type of the field.
@@ -145,8 +145,8 @@ ABSENT = object()
 def resolve_config(config: Config) -> dict[str, Any]:
     """Return the whole configuration as plain values, including defaults.
 
-    If the result is loaded, the settings are the same. Groups and overrides contain only the keys
-    that were written, because their defaults would take precedence over `clients.defaults`.
+    Loading the result yields the same settings. Groups and overrides contain only the keys that
+    were written, because their defaults would take precedence over `clients.defaults`.
     """
     plain = config.model_dump(mode="json")
     written = config.clients.model_dump(mode="json", exclude_unset=True)

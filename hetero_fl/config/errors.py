@@ -179,7 +179,7 @@ def _format_found(value: Any) -> str:
 
 
 def _suggest_mapping(where: str, section: Any, found: Any) -> str:
-    """Return a hint how to write a mapping in place of a list or a plain value."""
+    """Return a hint on how to write a mapping in place of a list or a plain value."""
     fields = section.model_fields if section else {"name": None}
     listed = [k for k, f in fields.items() if f and _entries(f.annotation) is not None]
     if isinstance(found, list):

@@ -99,7 +99,7 @@ class PrivacyConfig(ConfigSection):
     )
 
     @model_validator(mode="after")
-    def _check_goal(self) -> PrivacyConfig:
+    def _check_combination(self) -> PrivacyConfig:
         """Check that the noise is determined and that all settings apply to the unit."""
         if self.target_epsilon is None and self.noise_multiplier is None:
             raise ValueError("set target_epsilon or noise_multiplier")
@@ -130,7 +130,7 @@ class PrivacyConfig(ConfigSection):
 
     @property
     def known_noise_multiplier(self) -> float:
-        """The noise multiplier of a prepared run, for which it is computed if it is not set."""
+        """The noise multiplier of a prepared run, in which it is always set."""
         assert self.noise_multiplier is not None
         return self.noise_multiplier
 

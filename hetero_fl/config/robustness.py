@@ -63,7 +63,7 @@ class AggregationConfig(ConfigSection):
     @field_validator("malicious")
     @classmethod
     def _check_malicious(cls, value: int | float) -> int | float:
-        """Check that the value is a number of clients or a minority of them."""
+        """Check that the value is a number of clients or a share below one half."""
         if value < 0 or (isinstance(value, float) and value >= 0.5):
             raise ValueError(f"must be an integer >= 0 or a share >= 0 and < 0.5, got {value}")
         return value

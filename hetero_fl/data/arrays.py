@@ -77,7 +77,7 @@ def from_arrays(
         group: Group of each row, `[N]` numbers or strings, for the natural partition.
         patient: Patient of each row, `[N]` numbers or strings. The rows of a patient are never
             divided between splits or clients.
-        time: Time of each target, `[N]` integers (seconds since 1970 or any increasing unit) or
+        time: Time of each target, `[N]` integers (in seconds since 1970 or any other unit) or
             datetime64. Training, validation and test rows are then split by date, so `validation`
             and `test` must be None.
         unit: Scale of the regression targets of each row, `[N]`. Errors are reported for the
@@ -374,7 +374,7 @@ def _check_kind(kind: str | None, num_classes: int | None, name: str) -> str | N
 
 
 def _squeeze_labels(y: Tensor, where: str) -> Tensor:
-    """Return labels `[N]` or `[N, L]` with L > 1."""
+    """Return labels of shape `[N]`, or of shape `[N, L]` with L > 1."""
     if y.ndim not in (1, 2) or y.numel() == 0:
         raise UserError(f"{where}: expected shape (N,) or (N, L), got {tuple(y.shape)}")
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
@@ -476,11 +476,11 @@ def read_npz(
 ) -> Dataset:
     """Read a `.npz` file in the MedMNIST layout.
 
-    The file has arrays `{train,val,test}_images` and `{train,val,test}_labels`; only `train` is
-    required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and values in 0..1 or
-    0..255; floats `[N, F]` are rows of a table. Labels have shape `[N]`, `[N, 1]` or `[N, L]`:
-    integers in one column are classes, several columns of 0 and 1 are multilabel targets, and
-    fractions are regression targets.
+    The file has arrays `{train,val,test}_images` and `{train,val,test}_labels`; only the arrays of
+    `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and values
+    in 0..1 or 0..255; floats `[N, F]` are rows of a table. Labels have shape `[N]`, `[N, 1]` or
+    `[N, L]`: integers in one column are classes, several columns of 0 and 1 are multilabel targets,
+    and fractions are regression targets.
 
     Args:
         path: File to read.
@@ -635,7 +635,7 @@ def _split_arrays(
 
 
 def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """Return the task of the labels of all splits, whose kind is inferred if it is None."""
+    """Return the task of the labels of all splits, inferred from the labels if `kind` is None."""
     widths = {y.shape[1] for y in labels}
     if len(widths) > 1:
         raise UserError(

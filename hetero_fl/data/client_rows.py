@@ -222,7 +222,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
     @property
     def n_train(self) -> int:
-        """Number of training rows of all clients; for the partition `drawn`, rows of the pool."""
+        """Number of training rows of all clients, or of the pool for the partition `drawn`."""
         pool = len(self.lazy_partition.pool.rows) if self.lazy_partition else 0
         return pool + sum(self._known_counts().values())
 

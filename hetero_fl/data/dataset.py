@@ -63,10 +63,10 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """Names of the columns or blocks along the last axis of examples, if they have names.
+    """The names of the columns or blocks along the last axis of examples.
 
-    The indicator columns of a text column are adjacent and are selected together, by the name of
-    the text column.
+    The layout is empty if the columns have no names. The indicator columns of a text column are
+    adjacent and are selected together, by the name of the text column.
 
     Attributes:
         columns: Name of each column.

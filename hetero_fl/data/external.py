@@ -265,8 +265,8 @@ def match_blocks(
 ) -> Tensor:
     """Rearrange blocks in the order of the main data set.
 
-    Blocks are matched by name. A missing block becomes NaN. Examples without blocks become the only
-    block that has their shape.
+    Blocks are matched by name. A missing block becomes NaN. Examples without blocks are used as the
+    only block with the same shape.
 
     Args:
         x: Examples, shape `[N, ...]`.

@@ -166,7 +166,7 @@ class FederatedData:
 
     @property
     def n_train(self) -> int:
-        """Number of training rows of all clients; for the partition `drawn`, rows of the pool."""
+        """Number of training rows of all clients, or of the pool for the partition `drawn`."""
         return self.client_rows.n_train
 
     @property
@@ -225,7 +225,7 @@ class FederatedData:
     def reveals_labels(self, client: str) -> bool:
         """Return whether the label counts of a client are available.
 
-        Clients on other machines may keep them private.
+        Clients on other machines may keep the counts private.
         """
         return (
             client not in self.client_rows.remote_info
@@ -423,7 +423,7 @@ class FederatedData:
         )
 
     def _raw_rows(self, client: str, split: str) -> Examples:
-        """Return x and y of a client's split after the simulated scanner, before preprocessing."""
+        """Return x and y of a client's split with the scanner applied, before preprocessing."""
         rows = self.client_rows[client][split].copy_rows()
         if split == "train" and client in self._unscanned:
             return rows
@@ -468,7 +468,7 @@ def _select_usable(examples: Examples, view: Preprocess) -> Examples:
 
 
 def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
-    """Return the rows of a client after the simulated scanner, before preprocessing.
+    """Return the rows of a client with the simulated scanner applied, before preprocessing.
 
     Args:
         data: Data of the federation.

@@ -250,7 +250,7 @@ def _table_groups(
 def _append_labels(
     train: Examples, images: Examples, labels: list[int], groups: list[str], owners: list[str]
 ) -> Examples:
-    """Return the rows with labels, groups and patients, those of the images first."""
+    """Return the joined rows with their labels, groups and patients."""
     assert images.patient is not None
     y = torch.cat([images.labels, torch.tensor(labels)])
     patient, patient_names = index_names(

@@ -145,7 +145,7 @@ class PublicPack:
     def data_of_client(
         self, client: str, config: DataConfig, clients: Mapping[str, ClientSettings], seed: int
     ) -> FederatedData:
-        """Combine the public sets with the rows of a client, which its setting `data` defines.
+        """Load the rows of a client from its own source and combine them with the public sets.
 
         Args:
             client: Client id.

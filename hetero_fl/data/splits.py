@@ -167,10 +167,10 @@ def check_classes(dataset: Dataset, config: DataConfig) -> None:
 
 
 def check_categories(dataset: Dataset, config: DataConfig) -> None:
-    """Check that the columns of `data.categories` are text columns of the data set.
+    """Check that the columns of `data.categories` are features of the data set.
 
     Raises:
-        UserError: If a column is not among the features of the data set.
+        UserError: If a column is not a feature of the data set.
     """
     encoded = dict(dataset.categories)
     for column in config.categories or {}:

@@ -154,7 +154,10 @@ def _make_dataset(
 
 
 def _run_numbers(y: Tensor, person: Tensor) -> Tensor:
-    """Return the index of each row's run of consecutive rows with one activity and person."""
+    """Return the index of the run of each row, int64 `[N]`.
+
+    A run consists of consecutive rows with one activity and person.
+    """
     change = (y[1:] != y[:-1]) | (person[1:] != person[:-1])
     return torch.cat([torch.zeros(1, dtype=torch.int64), change.cumsum(0)])
 

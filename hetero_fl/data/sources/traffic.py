@@ -86,13 +86,13 @@ def make_windows(
     simulated: bool = False,
     about: str = "",
 ) -> Dataset:
-    """Create a forecasting data set with series `[N, window, columns]` and the sites as groups.
+    """Create a forecasting data set from the series of several sites.
 
-    The columns are the value; for each horizon, the value one week before the target; the time of
-    day and week (sine and cosine); the weather, standardized by the training period; and the lanes.
-    Targets are the values at the horizons, or whether these values exceed a quantile of the
-    training period. The baselines predict the current value (persistence) or the value one week
-    before the target.
+    The inputs are windows of shape `[N, window, columns]`, and each site is a group. The columns
+    are the value; for each horizon, the value one week before the target; the time of day and week
+    (sine and cosine); the weather, standardized by the training period; and the lanes. Targets are
+    the values at the horizons, or whether these values exceed a quantile of the training period.
+    The baselines predict the current value (persistence) or the value one week before the target.
 
     Args:
         sites: Series of the sites.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from hetero_fl.config.data import SplitConfig
 from hetero_fl.experiment.preparation import load_config

@@ -11,7 +11,7 @@ from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
-from hetero_fl.experiment.runner import _evaluate
+from hetero_fl.experiment.session import _evaluate
 from hetero_fl.federation import asynchronous, real_time
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.asynchronous_runs import session

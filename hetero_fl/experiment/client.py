@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,12 @@ from hetero_fl.config.clients import (
     Recalibration,
     ScannerConfig,
 )
-from hetero_fl.config.data import DataConfig, PartitionConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.objectives import Objective
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_source, to_dataset
 from hetero_fl.reporting.notebook import html_items
 from hetero_fl.utils.errors import UserError, one_line
@@ -202,7 +204,8 @@ def split(
     """Divide a data set among clients.
 
     Args:
-        data: The data set, see `Client.data`. Each client gets a copy of its rows.
+        data: The data set, see `Client.data`; or the name of a source such as "digits". Each client
+            gets a copy of its rows.
         clients: Number of clients, which are then named `client_1`, `client_2`, …; or their names.
         partition: How the rows are divided, such as `Dirichlet(alpha=0.5)`; by default at random.
         model: Model of the clients, or a list of models that they use in turn.
@@ -230,7 +233,12 @@ def split(
         names = list(clients)
     if not names:
         raise UserError("split: clients: expected at least one client, got none")
-    dataset = to_dataset(data, "data", label)
+    named = {"name": data} if isinstance(data, str) else data
+    if is_source(named):
+        root = Path(DataConfig().root).expanduser()
+        dataset = load_source(SourceConfig.model_validate(named), root)
+    else:
+        dataset = to_dataset(data, "data", label)
     config = DataConfig.model_validate(
         {} if partition is None else {"partition": plain_value(partition)}
     )

@@ -329,7 +329,7 @@ class StalenessConfig(ConfigSection):
         return unused
 
     def weight(self, staleness: int) -> float:
-        """Return the weight s(τ) of an upload, 1 for `staleness` 0."""
+        """Return the weight s(τ) of an upload with staleness τ, which is 1 for τ = 0."""
         a = STEEPNESS[self.kind] if self.a is None else self.a
         if self.kind == "polynomial":
             return float((1 + staleness) ** -a)

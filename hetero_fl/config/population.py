@@ -34,7 +34,7 @@ MAX_SHOWN = 8
 
 @dataclass(frozen=True)
 class SettingsProfile:
-    """The settings of clients that have the same settings.
+    """Settings that are the same for one or more clients.
 
     Attributes:
         number: Index in `Population.profiles`.
@@ -78,7 +78,7 @@ class OverrideLayer:
 
 @dataclass(frozen=True)
 class ListedSettings:
-    """A function that returns listed settings, to create a `Population` from settings by id.
+    """A lookup of the settings of each client, for use as `resolve` of a `Population`.
 
     Attributes:
         clients: Settings by client id.

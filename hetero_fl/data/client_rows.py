@@ -26,7 +26,7 @@ from hetero_fl.utils.seeding import keyed_numpy_generator
 HASH_ROWS = 8192
 """Number of rows hashed at a time."""
 MAX_CACHED_CLIENTS = 1024
-"""Number of clients whose sampled rows are cached."""
+"""Maximum number of clients whose sampled rows are cached."""
 
 
 @dataclass(frozen=True)

@@ -489,8 +489,8 @@ class Dataset:
         name: Name of the data set.
         task: Learning task.
         train: Rows that are partitioned among the clients.
-        validation: Common validation set, if the data set has one.
-        test: Common test set, if the data set has one.
+        validation: Global validation set, if the data set has one.
+        test: Global test set, if the data set has one.
         simulated: Whether the data is generated.
         about: Short description.
         columns: Names of the features of a table, or of the channels of a series.
@@ -560,7 +560,7 @@ def check_examples(
 ) -> None:
     """Check the dtypes, shapes and values of labeled examples.
 
-    It is no error if all rows have the same class.
+    All rows may have the same class.
 
     Args:
         examples: Examples to check.
@@ -693,6 +693,6 @@ def _describe(tensor: Tensor) -> str:
 
 
 def first_true(mask: Any) -> int | None:
-    """Return the index of the first True in a mask `[N]`, or None."""
+    """Return the index of the first True in a mask `[N]`, or None if there is none."""
     values = np.asarray(mask, dtype=bool)
     return int(values.argmax()) if values.any() else None

@@ -1,7 +1,7 @@
 """Data from other sources than the main data set: proxy sets and separate sources of clients.
 
 The main data set is the one that the section `data` configures. Data from other sources is
-converted to its classes, columns and blocks.
+converted to the classes, columns and blocks of the main data set.
 """
 
 from __future__ import annotations
@@ -586,7 +586,8 @@ def load_client_sources(
                     f"data.partition.kind=drawn cannot divide {source.name}, the source of "
                     f"{len(owners)} clients; set it for one client, or choose another kind"
                 )
-            # With the seed of the run, two sources would be divided in the same proportions.
+            # A seed for each source: with the seed of the run, two sources would be divided in the
+            # same proportions.
             own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
             shares = assign_rows(
                 converted,

@@ -192,7 +192,7 @@ def _check_unique(table_ids: list[str], where: str, by: str) -> None:
 def _join_rows(
     images: Examples, values: Tensor, table_ids: list[str], without_image: list[int]
 ) -> Examples:
-    """Return the N images with the table values of their patients, then M patients without image.
+    """Return N images with the table values of their patients, then M patients without images.
 
     The rows have shape `[N + M, D]`. If M > 0, they have no labels, groups and patients yet.
     """

@@ -134,8 +134,8 @@ class Preprocess:
 
         The statistics for `normalize: own` are computed from the training rows. Images, and blocks
         that are images, have one mean and standard deviation over all pixels after `resize` and
-        `channels`; tables and series have one per column. A standard deviation of 0 is replaced by
-        1. Missing values are ignored; a column without values has mean 0.
+        `channels`; tables and series have one per column. Missing values are ignored. A column
+        without values has mean 0, and standard deviations of 0 are replaced by 1.
 
         Args:
             config: Preprocessing configuration.

@@ -470,8 +470,8 @@ class TemporalHoldout:
     ) -> dict[str, Splits]:
         """Split the rows of each client by date.
 
-        In a natural partition, a client gets the rows of its groups in the common validation and
-        test sets.
+        In a natural partition, the validation and test rows of a client are the rows of its groups
+        in the global validation and test sets.
 
         Args:
             shares: Rows by client id.
@@ -505,7 +505,7 @@ class TemporalHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
-        """Return the validation and test sets of the source by name; empty without both of them."""
+        """Return the validation and test sets by name, or an empty dictionary unless both exist."""
         own = {name: part for name, part in self.dataset.splits().items() if name != "train"}
         return own if len(own) == 2 else {}
 

@@ -292,6 +292,6 @@ def _uniform(use: str, rows: int, columns: int) -> np.ndarray:
 
 
 def _normal(use: str, rows: int, columns: int) -> Tensor:
-    """Return standard normal random numbers, float32 `[rows, columns]`, from `_uniform`."""
+    """Return standard normal random numbers, float32 `[rows, columns]`, based on `_uniform`."""
     u = torch.from_numpy(_uniform(use, rows, columns))
     return (2**0.5 * torch.erfinv(2 * u - 1)).float()

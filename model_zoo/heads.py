@@ -125,6 +125,8 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     if has_parts and type(module).forward is nn.Module.forward:
         return SplitModel(backbone, given, measure_feature_width(backbone, shape))
     expected = _evaluate(module, shape)
+    if not isinstance(getattr(expected, "logits", expected), Tensor):
+        raise ModelError(f"expected a model that returns logits, got {type(expected).__name__}")
     split = _assemble(backbone, given, shape) if has_parts else None
     if split is not None and _has_logits(split, expected, shape):
         return split

@@ -339,4 +339,6 @@ def _prepare(
             parameter.requires_grad_(is_trained(fit, slot, name))
             if parameter.requires_grad:
                 trainable[f"{slot}:{name}"] = parameter
+    if not trainable:
+        raise UserError(f"'{fit.label}': all parameters of the trained part are frozen")
     return trainable

@@ -204,6 +204,35 @@ def test_given_weights_are_the_start_of_each_client() -> None:
     assert any("modules of site_2 start with other weights" in note for note in prepared.notes)
 
 
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_frozen_parameters_stay_frozen(executor: str) -> None:
+    nets = [Net(), Net()]
+    for net in nets:
+        net.conv.requires_grad_(False)
+    own = federation(*nets)
+
+    overrides = [f"runtime.executor={executor}", "runtime.threads=1"]
+    run = own.train(hfl.Local(), rounds=1, overrides=overrides)
+
+    for client, net in zip(("site_1", "site_2"), nets, strict=True):
+        assert torch.equal(run.models[client].tensors["backbone.conv.weight"], net.conv.weight)
+        assert not torch.equal(run.models[client].tensors["head.weight"], net.out.weight)
+
+
+def test_training_leaves_the_module_and_the_data_unchanged() -> None:
+    net = Net()
+    x, y = images(40, 1)
+    before = [tensor.clone() for tensor in net.state_dict().values()]
+    x_before = x.copy()
+
+    hfl.Federation([hfl.Client("a", net, (x, y))], test=images(30, 9)).train(
+        hfl.Local(), rounds=1, overrides=QUIET
+    )
+
+    assert all(map(torch.equal, net.state_dict().values(), before))
+    assert np.array_equal(x, x_before)
+
+
 def test_seeded_clients_of_one_architecture_start_equal() -> None:
     clients = [hfl.Client(f"site_{i}", Net, images(40, i)) for i in (1, 2)]
     prepared = hfl.Federation(clients, test=images(30, 9)).prepare(hfl.FedAvg())
@@ -444,6 +473,11 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         UserError,
         "cannot create the model",
         lambda: one_client((X, Y), model=lambda: 1 / 0),
+    ),
+    "module without weights": (
+        UserError,
+        "no weights",
+        lambda: one_client((X, Y), model=nn.Linear(64, 3, device="meta")),
     ),
     "negative epochs": (UserError, "epochs", lambda: hfl.Client("a", "mlp", epochs=-1)),
     "unknown share": (UserError, "shares", lambda: hfl.Client("a", "mlp", shares=["weights"])),

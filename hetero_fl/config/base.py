@@ -231,10 +231,13 @@ def _check_unique(names: list[str]) -> list[str]:
 UniqueNames = Annotated[list[str], AfterValidator(_check_unique)]
 
 
+OptimizerName: Any = choice_type("sgd", "adam", "adamw", prefix=CODE_PREFIX)
+
+
 class OptimizerConfig(ConfigSection):
     """Optimizer of local training and its learning rate schedule over the rounds."""
 
-    name: choice_type("sgd", "adam", "adamw", prefix=CODE_PREFIX) = Field(  # type: ignore[valid-type]
+    name: OptimizerName = Field(
         "adam",
         description="optimizer of `torch.optim`, or `python:module:name` of a function that "
         "returns an optimizer of given parameters; its state is reset in each round",

@@ -47,7 +47,8 @@ class FedBABU(FedPer):
         self.train(i, only(module, "backbone."))
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
-        self.train(i, only(module, ""), label="personalise", epochs=self.method.finetune_epochs)
+        label = "personalise"  # style: ok (random stream)
+        self.train(i, only(module, ""), label=label, epochs=self.method.finetune_epochs)
         return module
 
 

@@ -47,7 +47,8 @@ class FedBABU(FedPer):
         self.train(i, only(module, "backbone."))
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
-        self.train(i, only(module, ""), label="personalise", epochs=self.method.finetune_epochs)
+        epochs = self.cards[i].settings.fine_tune_epochs
+        self.train(i, only(module, ""), label="personalise", epochs=epochs)
         return module
 
 

@@ -46,7 +46,9 @@ class StalenessWeighted(Algorithm):
     def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
         """Requirements of the method: one architecture, and the policy for stale uploads."""
         staleness = StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
-        return Needs(one_architecture=True, asynchronous=AsyncPolicy(1, staleness))
+        return Needs(
+            one_architecture=True, shared_model=True, asynchronous=AsyncPolicy(1, staleness)
+        )
 
     @override
     def setup(self, server: Participant) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit, subtract_log_prior
 from hetero_fl.config.base import Settings, StalenessConfig, rename_keys
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
@@ -79,6 +79,10 @@ class Needs:
         largest_uploads: Settings that result in the largest uploads, for methods whose upload size
             depends on the training.
         also: Descriptions of further requirements, as printed in tables.
+        shared_model: Whether the model that predicts the global test set was last trained by
+            several clients or by the server. The setting `prior_correction` does not apply to it.
+        unused_options: Client settings that have no meaning for the method, such as
+            `fine_tune_epochs`. A run that sets one of them is refused.
 
     Example:
         >>> from hetero_fl.algorithms import Needs
@@ -96,6 +100,8 @@ class Needs:
     asynchronous: AsyncPolicy | None = None
     largest_uploads: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    shared_model: bool = False
+    unused_options: tuple[str, ...] = ()
 
     @property
     def has_required_proxy(self) -> bool:
@@ -171,7 +177,7 @@ class Algorithm(Settings):
     shared: ClassVar[Part | SharedPart] = None
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
     downloads: ClassVar[Mapping[str, ItemSpec]] = {}
-    needs: ClassVar[Needs] = Needs(one_architecture=True)
+    needs: ClassVar[Needs] = Needs(one_architecture=True, shared_model=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -256,7 +262,7 @@ class Algorithm(Settings):
             personal: Whether the rows follow the client's own label distribution.
         """
         logits = yield Predict("model", rows)
-        return adjust_to_labels(client, logits, personal)
+        return adjust_to_labels(self, client, logits, personal)
 
     def server_model(self, server: Participant) -> str | None:
         """Return the slot of the model that the server can deploy, or None.
@@ -456,6 +462,67 @@ def describe_unshared(
     return ""
 
 
+def adjust_to_labels(
+    method: Algorithm, client: Participant, logits: Tensor, personal: bool
+) -> Tensor:
+    """Adjust logits to the label distribution of the predicted rows.
+
+    Args:
+        method: The method.
+        client: The client. Its settings `local_prior` and `prior_correction` apply.
+        logits: Logits, shape `[N, C]`.
+        personal: Whether the rows follow the client's own label distribution.
+
+    Returns:
+        With the class prior π of the client, `logits + log π` for the client's own rows and
+        `logits - log π` for other rows, if the settings require it; otherwise `logits`. A model
+        that others have trained, too, does not predict with π and is not corrected.
+    """
+    if personal:
+        return add_log_prior(client, logits)
+    return logits if method.needs.shared_model else subtract_log_prior(client, logits)
+
+
+def predicts_proxy_set(method: Algorithm) -> bool:
+    """Return whether the method uses clients' predictions on the proxy set."""
+    return any(spec.needed_share == "predictions" for spec in method.uploads.values())
+
+
+def unused_options(method: Algorithm) -> set[str]:
+    """Return the client settings that have no meaning for a method."""
+    unused = set(method.needs.unused_options)
+    if method.needs.shared_model and not predicts_proxy_set(method):
+        unused.add("prior_correction")
+    return unused
+
+
+def predicting_models(
+    method: Algorithm, client: Participant, personal: bool
+) -> list[tuple[Predict, Any]]:
+    """Return the models whose outputs `predict` requests in its first step.
+
+    Args:
+        method: The method.
+        client: The client.
+        personal: Whether the client predicts its own rows.
+
+    Returns:
+        The prediction by each model, and the preprocessing of its inputs or None for that of the
+        client. Empty if the first step requests anything else.
+    """
+    # Use a copy, as a plan that draws random numbers would advance the client's streams.
+    plan = method.predict(replace(client, stream_uses={}), Rows("train"), personal)
+    if not isinstance(plan, GeneratorType):
+        return []
+    step = next(plan, None)
+    plan.close()
+    return [
+        (prediction, getattr(prediction.data, "preprocess", None))
+        for prediction in (step if isinstance(step, list) else [step])
+        if isinstance(prediction, Predict) and prediction.slot in client.models
+    ]
+
+
 def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     """Return the model with which a deployed client predicts its own rows.
 
@@ -465,14 +532,9 @@ def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     Returns:
         The slot of the model, and the preprocessing of its inputs or None for that of the client.
     """
-    # Use a copy, as a plan that draws random numbers would advance the client's streams.
-    plan = method.predict(replace(client, stream_uses={}), Rows("test"), True)
-    if not isinstance(plan, GeneratorType):
-        return "model", None
-    step = next(plan, None)
-    plan.close()
-    if isinstance(step, Predict) and step.readout == "logits" and step.slot in client.models:
-        return step.slot, getattr(step.data, "preprocess", None)
+    models = predicting_models(method, client, personal=True)
+    if len(models) == 1 and models[0][0].readout == "logits":
+        return models[0][0].slot, models[0][1]
     return "model", None
 
 

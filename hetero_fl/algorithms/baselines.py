@@ -9,23 +9,31 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, Needs, register_algorithm
-from hetero_fl.algorithms.local_training import (
+from hetero_fl.algorithms.base import (
+    Algorithm,
+    Items,
+    Needs,
     adjust_to_labels,
+    register_algorithm,
+)
+from hetero_fl.algorithms.local_training import (
+    add_log_prior,
     augmentation,
     local_fit,
     objective_context,
+    subtract_log_prior,
 )
-from hetero_fl.algorithms.recalibration import evaluation_sample, recalibrates_evaluation
+from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import (
+    ClientDirectory,
     ClientInfo,
     Participant,
     floating_tensors,
     scheduled_optimizer,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Recalibrate, Rows
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows
 from hetero_fl.utils.ordering import natural_order
 
 
@@ -50,6 +58,10 @@ class Local(Algorithm):
     needs = Needs(counts_traffic=False)
 
 
+# Prefix of the slots with the models of an ensemble. Client ids contain no spaces.
+MEMBER = "member "
+
+
 @register_algorithm("ensemble")
 class Ensemble(Local):
     """Average the class probabilities of all clients' locally trained models.
@@ -61,6 +73,9 @@ class Ensemble(Local):
     an upper bound: under label skew, the mean is dominated by models that over-predict their own
     classes. The teachers of FedMD and FedDF differ from this ensemble, because they are mean logits
     of federated models.
+
+    With `prior_correction`, a client subtracts its log class prior from the bias of its head before
+    the upload, so that each model is corrected by the prior of its own client, on both test sets.
 
     Example:
         >>> from hetero_fl.algorithms import Ensemble
@@ -75,12 +90,22 @@ class Ensemble(Local):
         "mean prediction of all clients' models after local training (saved models: the members)"
     )
     uploads = {"member": ItemSpec("params", use="each")}
-    needs = Needs(all_clients=True)
+    needs = Needs(all_clients=True, unused_options=("fine_tune_epochs",))
+
+    @override
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        for profile in clients.profiles:
+            if profile.settings.prior_correction:
+                require_linear_head(profile.first, profile.arch)
+        return super().configure(clients)
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield local_fit(client)
         tensors = floating_tensors(client.models["model"])
+        if client.settings.prior_correction:
+            bias = tensors["head.bias"]
+            tensors["head.bias"] = subtract_log_prior(client, bias)
         return {"member": Item(tensors, float(client.num_rows), "params")}
 
     @override
@@ -96,42 +121,31 @@ class Ensemble(Local):
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.state["members"] = {name: received[name] for name in received}
+        for client_id in natural_order(received):
+            client.arch[MEMBER + client_id] = client.peers[client_id].arch
+            client.models[MEMBER + client_id] = received[client_id]
         yield from ()
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        models = client.state["members"]
-        members = [client.peers[client_id] for client_id in natural_order(models)]
-        if recalibrates_evaluation(client, personal):
-            statistics = yield [
-                Recalibrate(
-                    member.client_id,
-                    evaluation_sample(client, personal, member.preprocess),
-                    tensors=models[member.client_id],
-                    arch=member.arch,
-                )
-                for member in members
-            ]
-            models = {
-                member.client_id: {**models[member.client_id], **changed}
-                for member, changed in zip(members, statistics, strict=True)
-            }
+        slots = [slot for slot in client.models if slot.startswith(MEMBER)]
         logits = yield [
             Predict(
-                member.client_id,
-                Rows(rows.name, preprocess=member.preprocess),
-                tensors=models[member.client_id],
-                arch=member.arch,
+                slot,
+                replace(rows, preprocess=client.peers[slot.removeprefix(MEMBER)].preprocess),
+                # Backends cache the outputs of received models by slot.
+                tensors=client.models[slot],
+                arch=client.arch[slot],
             )
-            for member in members
+            for slot in slots
         ]
         if client.task.kind == "regression":
             return torch.stack(logits).mean(0)
         if client.task.kind == "multilabel":
             return torch.stack([z.sigmoid() for z in logits]).mean(0).logit(eps=1e-7)
         mean = torch.stack([z.log_softmax(-1) for z in logits]).logsumexp(0)
-        return adjust_to_labels(client, mean, personal)
+        # The members have already been corrected.
+        return add_log_prior(client, mean) if personal else mean
 
 
 @register_algorithm("centralized")
@@ -157,7 +171,12 @@ class Centralized(Algorithm):
     title = "Centralized"
     evaluated_when = "the pooled model"
     uploads = {}
-    needs = Needs(all_clients=True, counts_traffic=False)
+    needs = Needs(
+        all_clients=True,
+        counts_traffic=False,
+        shared_model=True,
+        unused_options=("fine_tune_epochs",),
+    )
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
@@ -200,7 +219,7 @@ class Centralized(Algorithm):
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         preprocess = pooled_client(client).preprocess
         logits = yield Predict("pooled", replace(rows, preprocess=preprocess))
-        return adjust_to_labels(client, logits, personal)
+        return adjust_to_labels(self, client, logits, personal)
 
     @override
     def server_model(self, server: Participant) -> str | None:

@@ -19,13 +19,14 @@ from hetero_fl.algorithms.base import (
     Items,
     Needs,
     SharedPart,
+    adjust_to_labels,
     may_share,
     register_algorithm,
     shared_part,
     upload_model,
 )
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.algorithms.prototypes import CommonHead
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import (
@@ -167,7 +168,12 @@ class Dense(DataFreeDistillation):
     title = "DENSE"
     shared = SharedPart(received=())
     uploads = {"model": ItemSpec("params", use="each")}
-    needs = Needs(tasks=("multiclass",), one_upload=True)
+    needs = Needs(
+        tasks=("multiclass",),
+        one_upload=True,
+        shared_model=True,
+        unused_options=("fine_tune_epochs",),
+    )
     evaluated_when = (
         "own model until the last round, then the server's student, through its own preprocessing"
     )
@@ -280,7 +286,7 @@ class Dense(DataFreeDistillation):
             return (yield from super().predict(client, rows, personal))
         preprocess = self.reference_client(client).preprocess
         logits = yield Predict(STUDENT, replace(rows, preprocess=preprocess))
-        return adjust_to_labels(client, logits, personal)
+        return adjust_to_labels(self, client, logits, personal)
 
     @override
     def server_model(self, server: Participant) -> str | None:

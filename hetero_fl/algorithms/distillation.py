@@ -17,8 +17,9 @@ from typing_extensions import override
 from hetero_fl.aggregation.teachers import TeacherKind, align_to_labels, proxy_predictions
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, Needs, may_share
-from hetero_fl.algorithms.local_training import adjust_to_labels, load_objective, local_fit
+from hetero_fl.algorithms.local_training import load_objective, local_fit, subtract_log_prior
 from hetero_fl.algorithms.recalibration import proxy_sample, recalibrated_tensors, recalibrates
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.objectives import ProxyReplay, TeacherDistillation, log_prior
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -48,7 +49,7 @@ class ProxyTraining(Algorithm):
     saved as `models/server.safetensors`.
     """
 
-    needs = Needs(proxy_set="required")
+    needs = Needs(proxy_set="required", shared_model=True)
     downloads = {TEACHER: ItemSpec("rows", share="predictions")}
 
     temperature: PositiveFloat = Field(2.0, description="temperature T of the softmax")
@@ -133,7 +134,7 @@ class ProxyTraining(Algorithm):
         if recalibrates(client.settings, "proxy_predictions"):
             tensors = yield from recalibrated_tensors(client, "model", proxy_sample(client))
         logits = yield Predict("model", Rows("proxy", rows), tensors=tensors)
-        return adjust_to_labels(client, logits, personal=False)
+        return subtract_log_prior(client, logits)
 
     def distill(
         self,
@@ -223,6 +224,13 @@ DistilledStatistics = Annotated[
         "mean of the clients', for proxy rows of another distribution"
     ),
 ]
+
+
+def predicts_without_prior(settings: ClientSettings) -> bool:
+    """Return whether a client's proxy predictions do not include its class prior."""
+    return bool(settings.logit_adjustment or settings.prior_correction)
+
+
 # Key of the server's state with the label counts of all uploads so far.
 LABELS = "labels"
 
@@ -326,8 +334,9 @@ class ProxyDistillation(ProxyTraining):
         log_q = log_prior(server.task, server.state[LABELS].clamp(min=0))
         if log_q is None:
             return teacher
-        is_adjusted = bool(server.peers.main_profile.settings.logit_adjustment)
-        return align_to_labels(teacher, log_q, self.align, is_adjusted)
+        # All clients agree (see `hetero_fl.experiment.compatibility`).
+        balanced = predicts_without_prior(server.peers.main_profile.settings)
+        return align_to_labels(teacher, log_q, self.align, balanced)
 
     def distill_into_groups(
         self,

@@ -226,7 +226,7 @@ class DSFL(CachedPredictions):
     title = "DS-FL"
     renamed_settings = {"distil_epochs": "distill_epochs"}
     shared = ()
-    needs = Needs(proxy_set="required", tasks=("multiclass", "multilabel"))
+    needs = Needs(proxy_set="required", tasks=("multiclass", "multilabel"), shared_model=True)
     evaluated_when = (
         "after distillation of the newest consensus, as deployed with the next broadcast"
     )

@@ -16,8 +16,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
-from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit, objective_context
+from hetero_fl.algorithms.base import (
+    Algorithm,
+    Items,
+    Needs,
+    adjust_to_labels,
+    may_share,
+    register_algorithm,
+)
+from hetero_fl.algorithms.local_training import local_fit, objective_context
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
@@ -75,7 +82,6 @@ class FedGKT(CommonFeatureWidth):
         for name in ROWS
     }
     downloads = {"logits": ItemSpec("rows", share="predictions")}
-    needs = Needs(tasks=("multiclass",), also=("one feature width",))
 
     temperature: PositiveFloat = Field(
         3.0, description="temperature T of the softmax, at clients and server"
@@ -94,6 +100,17 @@ class FedGKT(CommonFeatureWidth):
     inference: Literal["server", "client"] = Field(
         "server", description="predict with the large model, or with the client's head"
     )
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
+        """Requirements of the method: one feature width."""
+        by_server = self.inference == "server"
+        return Needs(
+            tasks=("multiclass",),
+            also=("one feature width",),
+            shared_model=by_server,
+            unused_options=("fine_tune_epochs",) if by_server else (),
+        )
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
@@ -200,4 +217,4 @@ class FedGKT(CommonFeatureWidth):
             return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
         logits = yield Predict(LARGE, TensorRows({"x": features}))
-        return adjust_to_labels(client, logits, personal)
+        return adjust_to_labels(self, client, logits, personal)

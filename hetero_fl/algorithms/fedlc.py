@@ -71,8 +71,7 @@ class FedLC(FedAvg):
     from the softmax. The exchange is the same as in FedAvg.
 
     Use it where labels are skewed and all clients have the same model. The related rule of Menon et
-    al. (2021) is available for other methods as the setting `logit_adjustment`, which is not
-    applied here.
+    al. (2021) is available for other methods as the setting `logit_adjustment`.
 
     The implementation has not been compared with the authors' code, which does not seem to be
     public, and the paper does not state τ. Other implementations use 0.1 or 1, and the usual
@@ -89,7 +88,12 @@ class FedLC(FedAvg):
     """
 
     title = "FedLC"
-    needs = Needs(one_architecture=True, tasks=("multiclass",))
+    needs = Needs(
+        one_architecture=True,
+        tasks=("multiclass",),
+        shared_model=True,
+        unused_options=("logit_adjustment", "class_weights"),
+    )
 
     tau: NonNegativeFloat = Field(1.0, description="factor τ of the margins")
     denominator: Denominator = Field(

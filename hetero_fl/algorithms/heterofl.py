@@ -21,11 +21,12 @@ from hetero_fl.algorithms.base import (
     Items,
     Needs,
     SharedPart,
+    adjust_to_labels,
     register_algorithm,
     upload_model,
 )
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
@@ -312,7 +313,12 @@ class HeteroFL(FedAvg):
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
         """Requirements of the method: one model family."""
-        return Needs(also=("one model family",), models_per_client=self.widths is not None)
+        return Needs(
+            also=("one model family",),
+            models_per_client=self.widths is not None,
+            shared_model=True,
+            unused_options=("fine_tune_epochs",) if self.masked else (),
+        )
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
@@ -426,4 +432,4 @@ class HeteroFL(FedAvg):
         if not personal or not self.uses_mask(client):
             return (yield from super().predict(client, rows, personal))
         logits = yield Predict("model", rows)
-        return add_log_prior(client, logits * self.present_classes(client))
+        return adjust_to_labels(self, client, logits * self.present_classes(client), personal)

@@ -70,7 +70,7 @@ class Hybrid(ProxyDistillation, FedAvg):
         "distil_at": "distill_at",
         "distil_epochs": "distill_epochs",
     }
-    needs = Needs(proxy_set="optional", one_architecture=True)
+    needs = Needs(proxy_set="optional", one_architecture=True, shared_model=True)
 
     teacher: TeacherKind = "contrast"
     align: Alignment = 1.0

@@ -56,7 +56,7 @@ class KTpFL(InitialPhase):
     evaluated_when = "after distillation of the newest mixture, as deployed with the next broadcast"
     shared = ()
     uploads = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
-    needs = Needs(proxy_set="required", tasks=("multiclass",))
+    needs = Needs(proxy_set="required", tasks=("multiclass",), shared_model=True)
 
     temperature: PositiveFloat = 10.0
     initial_private_epochs: PositiveInt = Field(

@@ -128,26 +128,6 @@ def augmentation(settings: ClientSettings) -> AugmentConfig | None:
     return None if settings.augment == AugmentConfig() else settings.augment
 
 
-def adjust_to_labels(client: Participant, logits: Tensor, personal: bool) -> Tensor:
-    """Adjust logits to the label distribution of the predicted rows.
-
-    Args:
-        client: The client. Its settings `local_prior` and `prior_correction` apply.
-        logits: Logits, shape `[N, C]`.
-        personal: Whether the rows follow the client's own label distribution.
-
-    Returns:
-        With the class prior π of the client, `logits + log π` for the client's own rows and
-        `logits - log π` for other rows, if the settings require it; otherwise `logits`.
-    """
-    if personal:
-        return add_log_prior(client, logits)
-    if not client.settings.prior_correction:
-        return logits
-    prior = log_prior(client.task, client.counts)
-    return logits if prior is None else logits - prior
-
-
 def uses_local_prior(settings: ClientSettings) -> bool:
     """Return whether the log class prior is added to the logits of a client's own rows."""
     if settings.local_prior is None:
@@ -175,3 +155,19 @@ def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
     """
     prior = log_prior(client.task, client.counts) if uses_local_prior(client.settings) else None
     return logits if prior is None else logits + prior
+
+
+def subtract_log_prior(client: Participant, logits: Tensor) -> Tensor:
+    """Subtract the client's log class prior from logits if `prior_correction` is set.
+
+    The result approximates the logits of a model that was trained on balanced classes (Menon et al.
+    2021, section 4.1). It suits models that the client has trained on its own rows.
+
+    Args:
+        client: The client.
+        logits: Logits for rows of another label distribution, shape `[N, C]`.
+    """
+    if not client.settings.prior_correction:
+        return logits
+    prior = log_prior(client.task, client.counts)
+    return logits if prior is None else logits - prior

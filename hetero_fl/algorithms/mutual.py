@@ -19,13 +19,14 @@ from hetero_fl.algorithms.base import (
     Items,
     Needs,
     SharedPart,
+    adjust_to_labels,
     download_part,
     register_algorithm,
     shared_part,
     upload_model,
     upload_part,
 )
-from hetero_fl.algorithms.local_training import adjust_to_labels, local_fit
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
 from hetero_fl.config.clients import ModelConfig, expand_model_name
@@ -84,7 +85,9 @@ class MenteeTraining(Algorithm):
         "broadcast (saved models: clients' own)"
     )
     shared = SharedPart(slot=MENTEE)
-    needs = Needs(also=("small common model",))
+    needs = Needs(
+        also=("small common model",), shared_model=True, unused_options=("fine_tune_epochs",)
+    )
     trained: ClassVar[Mapping[str, Part]] = {"model": None, MENTEE: None}
 
     mentee: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
@@ -179,7 +182,8 @@ class MenteeTraining(Algorithm):
         if personal:
             return (yield from super().predict(client, rows, personal))
         seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
-        return (yield Predict(MENTEE, TensorRows({"x": seen})))
+        logits = yield Predict(MENTEE, TensorRows({"x": seen}))
+        return adjust_to_labels(self, client, logits, personal)
 
     @override
     def server_model(self, server: Participant) -> str | None:
@@ -264,6 +268,8 @@ class FedKD(MenteeTraining):
     needs = Needs(
         also=("small common model",),
         largest_uploads={"energy_start": FULL_ENERGY, "energy_end": FULL_ENERGY},
+        shared_model=True,
+        unused_options=("fine_tune_epochs",),
     )
 
     hidden_weight: NonNegativeFloat = Field(
@@ -402,7 +408,7 @@ class FedMRL(MenteeTraining):
     )
     uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
     trained = {"model": None, MENTEE: None, PROJECTION: None}
-    needs = Needs(also=("small common model", "linear heads"))
+    needs = Needs(also=("small common model", "linear heads"), unused_options=("fine_tune_epochs",))
 
     own_weight: NonNegativeFloat = Field(1.0, description="weight m_F of the own head's loss")
     mentee_weight: NonNegativeFloat = Field(1.0, description="weight m_G of the mentee head's loss")
@@ -447,11 +453,13 @@ class FedMRL(MenteeTraining):
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
-        g = yield Predict(MENTEE, TensorRows({"x": seen}), readout="features")
-        f = yield Predict("model", rows, readout="features")
+        g, f = yield [
+            Predict(MENTEE, TensorRows({"x": seen}), readout="features"),
+            Predict("model", rows, readout="features"),
+        ]
         r = yield Predict(PROJECTION, TensorRows({"x": torch.cat([g, f], 1)}))
         own = client.models["model"]
         head = ModelSpec.from_config("linear", client.task.outputs, (r.shape[1],))
         tensors = {n: own[n] for n in ("head.weight", "head.bias")}
         logits = yield Predict("head", TensorRows({"x": r}), tensors=tensors, arch=head)
-        return adjust_to_labels(client, logits, personal)
+        return adjust_to_labels(self, client, logits, personal)

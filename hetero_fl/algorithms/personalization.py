@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,17 +11,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from hetero_fl.algorithms.base import (
+    Algorithm,
     Items,
+    Needs,
     SharedPart,
+    adjust_to_labels,
     common_part,
     register_algorithm,
     shared_part,
     upload_model,
 )
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.core.objectives import Proximal
-from hetero_fl.core.participant import Participant
+from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
 
@@ -51,6 +55,7 @@ class FedPer(FedAvg):
 
     title = "FedPer"
     shared = BODY
+    needs = Needs(one_architecture=True)
 
 
 @register_algorithm("lg_fedavg")
@@ -165,7 +170,8 @@ class FedBABU(FedPer):
     """Train and average the backbone with a frozen head; clients fine-tune before evaluation.
 
     All clients keep the same initial head during training. Before evaluation, each client
-    fine-tunes a copy of the model (Oh et al. 2022, Algorithm 1 and section 5).
+    fine-tunes a copy of the model (Oh et al. 2022, Algorithm 1 and section 5). The default of the
+    client setting `fine_tune_epochs` is 5.
 
     Use it where labels differ and clients, including new ones, can fine-tune the model before they
     use it. All results of clients, also on the global test set, are those of the fine-tuned copies.
@@ -177,8 +183,8 @@ class FedBABU(FedPer):
 
     Example:
         >>> from hetero_fl.algorithms import FedBABU
-        >>> FedBABU(finetune="head").finetune_epochs
-        5
+        >>> FedBABU(finetune="head").shared
+        ('backbone.',)
     """
 
     title = "FedBABU"
@@ -187,12 +193,23 @@ class FedBABU(FedPer):
         "own model: before fine-tuning)"
     )
 
-    finetune_epochs: PositiveInt = Field(
-        5, description="epochs of fine-tuning on the client's rows before evaluation"
+    finetune_epochs: PositiveInt | None = Field(
+        None, description="deprecated, former name of the client setting `fine_tune_epochs`"
     )
     finetune: Literal["all", "head"] = Field(
         "all", description="part that is fine-tuned: the whole model or the head"
     )
+
+    @override
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        if self.finetune_epochs is not None:
+            warnings.warn(
+                "algorithm.finetune_epochs: deprecated; use algorithm.fine_tune_epochs",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        clients.set_default("fine_tune_epochs", self.finetune_epochs or 5)
+        return super().configure(clients)
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -204,8 +221,9 @@ class FedBABU(FedPer):
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
         part = None if self.finetune == "all" else HEAD
         label = "personalise"  # style: ok (label of a random stream)
-        fit = local_fit(client, epochs=self.finetune_epochs, label=label)
-        yield replace(fit, train={"model": part})
+        epochs = client.settings.fine_tune_epochs
+        if epochs:
+            yield replace(local_fit(client, epochs=epochs, label=label), train={"model": part})
 
     @override
     def server_model(self, server: Participant) -> str | None:
@@ -250,6 +268,8 @@ class Ditto(FedAvg):
         "(saved models: personal)"
     )
 
+    needs = Needs(one_architecture=True, shared_model=True, unused_options=("fine_tune_epochs",))
+
     weight: NonNegativeFloat = Field(
         0.1, description="weight λ of the personal model's distance to the shared model"
     )
@@ -280,4 +300,5 @@ class Ditto(FedAvg):
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if not personal:
             return (yield from super().predict(client, rows, personal))
-        return add_log_prior(client, (yield Predict(PERSONAL, rows)))
+        logits = yield Predict(PERSONAL, rows)
+        return adjust_to_labels(self, client, logits, personal)

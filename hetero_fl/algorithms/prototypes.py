@@ -37,7 +37,7 @@ class CommonFeatureWidth(Algorithm):
         features_leave: Whether clients upload features, by row or as class means.
     """
 
-    needs = Needs(one_architecture=True, also=("one feature width",))
+    needs = Needs(one_architecture=True, also=("one feature width",), shared_model=True)
     features_leave: ClassVar[bool] = True
 
     feature_dim: PositiveInt | None = Field(
@@ -73,7 +73,9 @@ class CommonFeatureWidth(Algorithm):
 class CommonHead(CommonFeatureWidth):
     """Base class of methods that need the same feature width and a linear head for all clients."""
 
-    needs = Needs(tasks=("multiclass",), also=("one feature width", "linear heads"))
+    needs = Needs(
+        tasks=("multiclass",), also=("one feature width", "linear heads"), shared_model=True
+    )
 
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
@@ -151,7 +153,6 @@ class FedProto(CommonFeatureWidth):
     )
     shared = ()
     uploads = {"features": ItemSpec("class_sums", private=True, share="statistics")}
-    needs = Needs(tasks=("multiclass",), also=("one feature width",))
 
     weight: NonNegativeFloat = Field(1.0, description="weight λ of the distance to the prototype")
     inference: Literal["prototype", "own", "head"] = Field(
@@ -159,6 +160,17 @@ class FedProto(CommonFeatureWidth):
         description="classify by the nearest prototype; on local tests by the nearest prototype of "
         "the client's classes, as in the authors' code; or by the head",
     )
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
+        """Requirements of the method: one feature width. Distances to prototypes have no prior."""
+        return Needs(
+            tasks=("multiclass",),
+            also=("one feature width",),
+            unused_options=()
+            if self.inference == "head"
+            else ("local_prior", "prior_correction", "fine_tune_epochs"),
+        )
 
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:

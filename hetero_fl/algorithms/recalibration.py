@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hetero_fl.algorithms.base import Algorithm, inference_model, predicting_models
 from hetero_fl.config.clients import ClientSettings, Recalibration
 from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.objectives import to_shape
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Plan, Recalibrate, Rows, TensorRows
 from hetero_fl.utils.seeding import keyed_generator
@@ -36,19 +38,6 @@ def recalibrated_tensors(
     return {**participant.models[slot], **statistics}
 
 
-def evaluation_sample(
-    client: Participant, personal: bool, preprocess: object = None
-) -> Rows | TensorRows:
-    """Return the rows on which BatchNorm statistics are recomputed before a test set is predicted.
-
-    Args:
-        client: The client, which must have the proxy set.
-        personal: Whether the test set is the client's own.
-        preprocess: Preprocessing of the rows. None uses that of the client.
-    """
-    return local_sample(client, preprocess) if personal else proxy_sample(client, preprocess)
-
-
 def recalibrates_evaluation(client: Participant, personal: bool) -> bool:
     """Return whether a client recomputes BatchNorm statistics before a test set is predicted.
 
@@ -60,21 +49,29 @@ def recalibrates_evaluation(client: Participant, personal: bool) -> bool:
     return client.has_proxy and recalibrates(client.settings, prediction)
 
 
-def recalibrated_models(client: Participant, personal: bool) -> Plan[dict[str, Tensors]]:
-    """Return all models of a client with recomputed BatchNorm statistics, by slot.
+def recalibrated_models(
+    method: Algorithm, client: Participant, personal: bool
+) -> Plan[dict[str, Tensors]]:
+    """Return the models of a client, with recomputed statistics of those that predict, by slot.
+
+    Each model receives rows with the preprocessing and the shape with which it predicts.
 
     Args:
+        method: The method.
         client: The client, which must have the proxy set.
         personal: Whether the models predict the client's own rows. The statistics are then computed
             on `local_sample`, otherwise on the proxy set.
     """
-    data = evaluation_sample(client, personal)
+    predicting = predicting_models(method, client, personal)
+    # The model that is saved may be another one.
+    used = dict([inference_model(method, client)])
+    used |= {prediction.slot: preprocess for prediction, preprocess in predicting}
     models = dict(client.models)
-    # Models with another input shape, such as a mentee, cannot process these rows.
-    shape = client.arch["model"].input_shape
-    for slot in client.models:
-        if client.arch[slot].input_shape == shape:
-            models[slot] = yield from recalibrated_tensors(client, slot, data)
+    for slot, preprocess in used.items():
+        sample = local_sample if personal else proxy_sample
+        x = sample(client, preprocess).columns(client)["x"]
+        data = TensorRows({"x": to_shape(x, client.arch[slot].input_shape)})
+        models[slot] = yield from recalibrated_tensors(client, slot, data)
     return models
 
 

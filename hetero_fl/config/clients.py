@@ -230,7 +230,9 @@ class ClientSettings(ConfigSection):
     prior_correction: bool | None = Field(
         None,
         description="predict all other rows (proxy set, global test) with z − log π, for models "
-        "trained without logit adjustment; `null`: no",
+        "trained without logit adjustment. It applies to models that the client itself trained "
+        "last, not to averaged or distilled ones; of `feddf`, `hybrid`, `ds_fl` and `kt_pfl` only "
+        "to the predictions on the proxy set. `null`: no",
     )
     recalibrate: list[Recalibration] | None = Field(
         None,
@@ -241,8 +243,8 @@ class ClientSettings(ConfigSection):
     )
     fine_tune_epochs: NonNegativeInt | None = Field(
         None,
-        description="epochs of training on the client's own rows before evaluation; `null`: the "
-        "method's default",
+        description="epochs of training on the client's own rows before evaluation, with the "
+        "supervised loss; `null`: the method's default",
     )
     objective: Reference | None = Field(
         None,

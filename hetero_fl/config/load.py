@@ -17,7 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from hetero_fl.config.base import ConfigSection, choice_type, format_value
 from hetero_fl.config.errors import describe_error
-from hetero_fl.config.schema import Config
+from hetero_fl.config.schema import CLIENT_OPTIONS, Config
 from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import (
     UserError,
@@ -84,7 +84,23 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
             following = overrides[position + 1 : position + 2]
             hint = f"; did you mean '{override}={following[0]}'?" if following else ""
             raise UserError(f"overrides: expected key.path=value, got '{override}'{hint}")
-        raw = _override(raw, override)
+        raw = _override(_without_other_key(raw, override.partition("=")[0]), override)
+    return raw
+
+
+def _without_other_key(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a configuration without the other key of a client option that an override sets."""
+    section, _, option = key.rpartition(".")
+    if option not in CLIENT_OPTIONS:
+        return raw
+    if section == "algorithm" and isinstance(clients := raw.get("clients"), dict):
+        defaults = clients.get("defaults")
+        if isinstance(defaults, dict) and option in defaults:
+            rest = {name: value for name, value in defaults.items() if name != option}
+            return {**raw, "clients": {**clients, "defaults": rest}}
+    if section == "clients.defaults" and isinstance(algorithm := raw.get("algorithm"), dict):
+        rest = {name: value for name, value in algorithm.items() if name != option}
+        return {**raw, "algorithm": rest}
     return raw
 
 

@@ -20,6 +20,7 @@ from hetero_fl.config.base import (
     Reference,
     StalenessConfig,
     choice_type,
+    format_value,
 )
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
@@ -261,6 +262,13 @@ class Config(ConfigSection):
         defaults = clients.get("defaults") or {}
         if not options or not isinstance(defaults, dict):
             return raw
+        for key, value in options.items():
+            if defaults.get(key, value) != value:
+                raise ValueError(
+                    f"algorithm.{key} and clients.defaults.{key} are different values of the same "
+                    f"setting, {format_value(value)} and {format_value(defaults[key])}; remove one "
+                    "of them"
+                )
         algorithm = {key: value for key, value in algorithm.items() if key not in options}
         clients = {**clients, "defaults": {**defaults, **options}}
         return {**raw, "algorithm": algorithm, "clients": clients}

@@ -130,6 +130,12 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         lambda run: run.is_async and run.waiting_setting(),
         "cohort.{found}: cannot be combined with runtime.mode=async, which has no cohorts",
     ),
+    # Methods
+    "unused_client_option": CompatibilityRule(
+        ("clients", "algorithm.name"),
+        lambda run: run.unused_option(),
+        "{found}: not used by algorithm.name={run.name}; remove it",
+    ),
     # Privacy
     "private_asynchronous_run": CompatibilityRule(
         ("runtime.mode", "privacy.unit"),
@@ -317,7 +323,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "prior_of_other_task": CompatibilityRule(
         ("prior", "data.name"),
         lambda run: run.task.kind != "multiclass" and run.prior_option(),
-        "clients: {found}: requires a multiclass task, but data.name has a {run.task.kind} task",
+        "{found}: requires a multiclass task, but data.name has a {run.task.kind} task",
     ),
     "correction_of_adjusted_predictions": CompatibilityRule(
         ("prior_correction", "logit_adjustment"),
@@ -327,7 +333,20 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             if k.settings.prior_correction and k.settings.logit_adjustment
         ),
         "clients: {found}: prior_correction cannot be combined with logit_adjustment, after which "
-        "predictions contain no prior; remove one of them",
+        "predictions contain no prior; set one of them to false",
+    ),
+    "correction_without_counts": CompatibilityRule(
+        ("prior_correction", "shares"),
+        lambda run: run.uncorrectable_client(),
+        "clients: {found}: prior_correction requires statistics in shares, because the server of "
+        "algorithm.name={run.name} predicts with the client's model",
+    ),
+    "alignment_of_mixed_predictions": CompatibilityRule(
+        ("algorithm.align", "logit_adjustment"),
+        lambda run: run.differently_adjusted(),
+        "algorithm.align: requires the same logit_adjustment or prior_correction of all clients, "
+        "but predictions of {without} do not include its class prior, those of {other} do; set "
+        "algorithm.align=0, or the same value for all clients",
     ),
     "negative_class_weights": CompatibilityRule(
         ("class_weights", "weights"),
@@ -608,6 +627,12 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         lambda run: run.unit == "record" and run.mixing_model(),
         "{key}={model} cannot be combined with privacy.unit={run.unit}, because BatchNorm "
         "mixes the rows of a batch; choose {other}",
+    ),
+    "private_fine_tuning": CompatibilityRule(
+        ("fine_tune_epochs", "privacy.unit"),
+        lambda run: run.unit == "record" and run.private_fine_tuning(),
+        "clients: {found}: fine_tune_epochs cannot be combined with privacy.unit={run.unit}, which "
+        "does not account for training before evaluation; set it to 0",
     ),
     "private_records_in_evaluation": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),

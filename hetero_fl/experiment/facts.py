@@ -22,15 +22,21 @@ from hetero_fl.algorithms.base import (
     call_broadcast,
     download_part,
     permitted_part,
+    predicts_proxy_set,
     shareable_tensors,
     shared_part,
     shared_part_of,
+    unused_options,
 )
+from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
+from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
 from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
 from hetero_fl.config import Config
 from hetero_fl.config.base import StalenessConfig
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
+from hetero_fl.config.schema import CLIENT_OPTIONS
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
@@ -76,6 +82,31 @@ class ConfigFacts:
         self.unit = config.privacy.unit if config.privacy else ""
         self.policy = method.needs.asynchronous or AsyncPolicy()
         self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
+
+    def set_options(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield each client option that the configuration enables: its key, name and value."""
+        clients = self.config.clients
+        sections: list[tuple[str, ClientSettings]] = [("clients.defaults.", clients.defaults)]
+        sections += [(f"clients: {group.name}: ", group) for group in clients.groups]
+        sections += [(f"clients: {override.match}: ", override) for override in clients.overrides]
+        for place, settings in sections:
+            for name in (*CLIENT_OPTIONS, "class_weights"):
+                if value := getattr(settings, name):
+                    yield place + name, name, value
+
+    def unused_option(self) -> str | None:
+        """Return the key of a client option that has no meaning for the method, if any is set."""
+        unused = unused_options(self.method)
+        for key, name, value in self.set_options():
+            if name in unused:
+                return key
+            if (
+                name == "recalibrate"
+                and "proxy_predictions" in value
+                and not predicts_proxy_set(self.method)
+            ):
+                return f"{key}: proxy_predictions"
+        return None
 
     def single_uploads(self) -> str | None:
         """Return a setting, `key=value`, that requires individual uploads at the server, if any."""
@@ -544,13 +575,59 @@ class RunFacts(ConfigFacts):
         )
 
     def prior_option(self) -> str | None:
-        """Return a client and an option of this client that uses class frequencies, if any."""
+        """Return the key of a client option that uses class frequencies, if any is set."""
+        options = ("logit_adjustment", "local_prior", "prior_correction")
+        return first(key for key, name, _ in self.set_options() if name in options)
+
+    def uncorrectable_client(self) -> str | None:
+        """Return a client whose predictions the server cannot correct by the class prior, if any.
+
+        The server predicts with the uploaded models of FedDF and needs the clients' label counts.
+        """
+        if not isinstance(self.algorithm, FedDF):
+            return None
         return first(
-            f"{profile.first}: {option}"
+            profile.first
             for profile in self.profiles
-            for option in ("local_prior", "prior_correction")
-            if getattr(profile.settings, option)
+            if profile.settings.prior_correction
+            and permitted_part(profile.settings.shares) is None
+            and "statistics" not in profile.settings.shares
         )
+
+    def differently_adjusted(self) -> dict[str, str] | None:
+        """Return two clients of which only the first predicts without its class prior, if any."""
+        if not self.aligns_teacher or self.task.kind != "multiclass" or not self.num_proxy:
+            return None
+        without = first(p.first for p in self.profiles if predicts_without_prior(p.settings))
+        others = first(p.first for p in self.profiles if not predicts_without_prior(p.settings))
+        return {"without": without, "other": others} if without and others else None
+
+    @property
+    def aligns_teacher(self) -> bool:
+        """Whether the teacher is aligned with label frequencies."""
+        return isinstance(self.algorithm, ProxyDistillation) and self.algorithm.align > 0
+
+    def idle_class_settings(self) -> list[str]:
+        """Describe the settings of the teacher that depend on exclusive classes, without them."""
+        if self.task.kind == "multiclass" or not self.num_proxy:
+            return []
+        found = ["algorithm.align has no effect"] if self.aligns_teacher else []
+        method = self.algorithm
+        if isinstance(method, ProxyDistillation) and method.teacher == "contrast":
+            found.append("algorithm.teacher=contrast weights clients by their number of rows")
+        return found
+
+    def idle_recalibration(self) -> str | None:
+        """Return the key of a recalibration without a proxy set, if any is set."""
+        return first(
+            key
+            for key, name, _ in self.set_options()
+            if name == "recalibrate" and not self.num_proxy
+        )
+
+    def private_fine_tuning(self) -> str | None:
+        """Return a client that trains before evaluation although records are private, if any."""
+        return first(p.first for p in self.profiles if p.settings.fine_tune_epochs)
 
     def outvoted_rule(self) -> dict[str, Any] | None:
         """Return a rule that receives too few uploads of an item in some round, if any."""

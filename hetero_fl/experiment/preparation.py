@@ -413,6 +413,16 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: run.architectures_alone(),
         "{run.name} averages clients with the same architecture: {groups} {verb} only one client",
     ),
+    CompatibilityRule(
+        ("algorithm.align", "data.name"),
+        lambda run: run.idle_class_settings(),
+        "{found}, because data.name has a {run.task.kind} task",
+    ),
+    CompatibilityRule(
+        ("recalibrate", "data.proxy.size"),
+        lambda run: run.idle_recalibration(),
+        "{found} has no effect, because data.proxy.size is 0",
+    ),
     # Robust aggregation and attacks
     CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),

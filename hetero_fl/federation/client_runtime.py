@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import Items, inference_model, kept_state, runs_user_code
-from hetero_fl.algorithms.local_training import adjust_to_labels
+from hetero_fl.algorithms.base import (
+    Items,
+    adjust_to_labels,
+    inference_model,
+    kept_state,
+    runs_user_code,
+)
 from hetero_fl.algorithms.recalibration import recalibrated_models, recalibrates_evaluation
 from hetero_fl.communication.protocol import (
     Content,
@@ -431,7 +436,7 @@ class ClientRuntime:
                 evaluations[c].scores[name] = self._score(logits, labels[c], examples.unit)
                 if details and name in ("personal", "global"):
                     self._add_details(evaluations[c], name, examples, labels[c], logits)
-        self._evaluate_backdoor(clients, evaluations)
+        self._evaluate_backdoor(views[False], evaluations)
         return evaluations
 
     def _recalibrate(
@@ -439,7 +444,7 @@ class ClientRuntime:
     ) -> dict[str, Participant]:
         """Return the clients with the BatchNorm statistics that an evaluation uses."""
         changed = {c: p for c, p in clients.items() if recalibrates_evaluation(p, personal)}
-        plans = {c: recalibrated_models(p, personal) for c, p in changed.items()}
+        plans = {c: recalibrated_models(self.algorithm, p, personal) for c, p in changed.items()}
         models = self._run(plans, changed)
         return {c: replace(p, models=models[c]) if c in models else p for c, p in clients.items()}
 
@@ -454,8 +459,8 @@ class ClientRuntime:
         slot, view = inference_model(self.algorithm, participant)
         view = view or self.federation.client_infos[participant.participant_id].preprocess
         zeros = torch.zeros(task.outputs, device=self.federation.memory.storage_device)
-        prior = adjust_to_labels(participant, zeros, personal=True)
-        correction = -adjust_to_labels(participant, zeros, personal=False)
+        prior = adjust_to_labels(self.algorithm, participant, zeros, personal=True)
+        correction = -adjust_to_labels(self.algorithm, participant, zeros, personal=False)
         # The model's file must not reveal the label frequencies of a private client, nor statistics
         # of its rows.
         is_private = self.federation.privacy is not None

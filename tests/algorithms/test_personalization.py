@@ -185,7 +185,7 @@ def test_fedrep_uses_client_epochs_or_steps_for_the_head() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("finetune", ["all", "head"])
 def test_fedbabu_round_matches_reference(finetune: str) -> None:
-    algorithm = {"name": "fedbabu", "finetune": finetune, "finetune_epochs": 2}
+    algorithm = {"name": "fedbabu", "finetune": finetune, "fine_tune_epochs": 2}
     rounds = rounds_of(config("fedbabu", [BN, MLP], 4, algorithm=algorithm), num_rounds=1)
     sent: Sent = {}
     for client in clients(rounds).values():

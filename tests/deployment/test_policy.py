@@ -208,7 +208,7 @@ def test_disallowed_task_is_refused_and_run_continues(case: str, tmp_path: Path)
 
 def test_evaluation_with_too_much_training_is_refused(tmp_path: Path) -> None:
     site = {"allows": {"epochs": 2}}
-    longer = {"algorithm": {"name": "fedbabu", "finetune_epochs": 3}}
+    longer = {"algorithm": {"name": "fedbabu", "fine_tune_epochs": 3}}
     (record,) = Federation(tmp_path, {"site_1": site}).serve(small(rounds=1, **longer)).metrics
     assert not record["failed"]
     assert record["unread"] == {

@@ -49,6 +49,13 @@ class Impatient(FedAvg):
         return (yield from super().train(client, received))
 
 
+class LateTrainer(FedAvg):
+    """Train on private rows before evaluation."""
+
+    def personalize(self, client: Any, received: Any) -> Any:
+        yield local_fit(client)
+
+
 def secure(method: str = "fedavg", clients: int = 4, **section: Any) -> dict[str, Any]:
     return config(method, MLP, clients, channel__secure_sum=section)
 
@@ -77,6 +84,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "asynchronous_clients_share_rarely": config(runtime=ASYNC, clients__defaults__share_every=2),
     "two_staleness_settings": config("fedbuff", runtime={"staleness": {"a": 1.0}}),
     "asynchronous_cohort": config(runtime=ASYNC, cohort={"least": 2}),
+    "unused_client_option": config("centralized", clients__defaults__fine_tune_epochs=2),
     "private_asynchronous_run": config(runtime=ASYNC, privacy=CLIENT),
     "private_run_from_other_models": config(init_from="runs/other", privacy=CLIENT),
     "private_sampling": config(cohort={"sampling": "oort"}, devices={}, privacy=CLIENT),
@@ -133,7 +141,16 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
         models=MLP, data__proxy__size=0, clients__defaults__local_prior=True
     ),
     "correction_of_adjusted_predictions": config(
-        algorithm={"name": "fedavg", "prior_correction": True, "logit_adjustment": True}
+        "fedmd", algorithm={"name": "fedmd", "prior_correction": True, "logit_adjustment": True}
+    ),
+    "correction_without_counts": config(
+        "feddf",
+        clients__defaults={"prior_correction": True, "shares": ["parameters", "predictions"]},
+    ),
+    "alignment_of_mixed_predictions": config(
+        "fedmd",
+        algorithm={"name": "fedmd", "align": 1.0},
+        clients__overrides=[{"match": "site_2", "logit_adjustment": True}],
     ),
     "number_of_class_weights": weighted([1] * 9),
     "negative_class_weights": weighted([1] * 9 + [-1]),
@@ -188,7 +205,8 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     ),
     "private_rows_sent": config("fedgkt", "cnn_gn_small", privacy=RECORD),
     "private_records_batch_norm": config(models="cnn_bn_small", privacy=RECORD),
-    "private_records_in_evaluation": config("fedbabu", "cnn_gn_small", privacy=RECORD),
+    "private_fine_tuning": config("fedbabu", "cnn_gn_small", privacy=RECORD),
+    "private_records_in_evaluation": config(f"{THIS_MODULE}:LateTrainer", MLP, privacy=RECORD),
     "private_records_unaccounted": config(f"{THIS_MODULE}:Impatient", MLP, privacy=RECORD),
     "clip_of_unknown_item": config(models=MLP, privacy={**CLIENT, "clip": {"modle": 1.0}}),
     "votes_without_classes": config(models=MLP, privacy={**CLIENT, "votes": True}),

@@ -48,7 +48,8 @@ class FedBABU(FedPer):
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
         label = "personalise"  # style: ok (random stream)
-        self.train(i, only(module, ""), label=label, epochs=self.method.finetune_epochs)
+        epochs = self.cards[i].settings.fine_tune_epochs
+        self.train(i, only(module, ""), label=label, epochs=epochs)
         return module
 
 

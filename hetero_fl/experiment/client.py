@@ -170,11 +170,7 @@ class Client:
             described["head"] = repr(self.given.head_path)
         if self.data is not None:
             described["data"] = _describe_data(self.data)
-        settings = {key: repr(value) for key, value in self.settings.items()}
-        return described | {
-            key: re.sub(rf"'{OBJECT_PREFIX}([^'~]+)[^']*'", r"\1", value)
-            for key, value in settings.items()
-        }
+        return described | {key: _describe_setting(value) for key, value in self.settings.items()}
 
     @property
     def title(self) -> str:
@@ -262,6 +258,11 @@ def split(
         )
         for i, name in enumerate(names)
     ]
+
+
+def _describe_setting(value: Any) -> str:
+    """Return a setting as in Python; objects are represented by their names."""
+    return re.sub(rf"'{OBJECT_PREFIX}([^'~]+)[^']*'", r"\1", repr(value))
 
 
 def _describe_data(data: Any) -> str:

@@ -49,6 +49,7 @@ from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
 from hetero_fl.utils.registry import reference_to
 from hetero_fl.utils.text import pluralize
 
+DEFAULT_NAME = "federation"
 OWN_DATA = "own data"
 """Name of the data in reports if all clients have data of their own."""
 MethodLike = Algorithm | type[Algorithm] | str | None
@@ -133,7 +134,7 @@ class Federation:
         per_round: int | None = None,
         common: Sequence[str] = (),
         seed: int = 0,
-        name: str = "federation",
+        name: str = DEFAULT_NAME,
     ) -> None:
         self.clients = list(clients)
         _check_names(self.clients)
@@ -212,7 +213,8 @@ class Federation:
         return f"Federation([\n{shown}\n])"
 
     def _repr_html_(self) -> str:
-        title = f"Federation {self._config.get('name', 'run')}"
+        name = self._config.get("name", "run")
+        title = "Federation" if name == DEFAULT_NAME else f"Federation {name}"
         if not self.clients:
             return html_items(title, {key: str(value) for key, value in self._config.items()})
         described = [client.describe() for client in self.clients]

@@ -417,7 +417,7 @@ def _prefix_errors(name: str) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        title = name.removeprefix("object:")
+        title = str(name).removeprefix("object:")
         raise type(error)(f"model {title}: {error}") from error.__cause__
 
 

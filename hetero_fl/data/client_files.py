@@ -26,6 +26,8 @@ from hetero_fl.utils.ordering import natural_order
 
 POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
+OWN_DATA = "own data"
+"""Name of the data in reports if clients have data of their own, from objects."""
 SHARED = ("label", "group", "patient", "task", "categories", "size")
 """Keys of the section `data` that serve as defaults for the files of clients."""
 
@@ -82,15 +84,17 @@ def pool_client_files(
         f"{_config_path(client)}: {note}" for client, each in own.items() for note in each.notes
     ]
     notes += _note_unshared_classes(own)
+    is_from_objects = config.name == OBJECT_PREFIX
     notes.append(
-        "data.path is not set: common test, validation and proxy rows are held out of the files of "
-        f"all {len(own)} clients"
+        f"{'no test set' if is_from_objects else 'data.path is not set'}: common test, validation "
+        f"and proxy rows are held out of the {'data' if is_from_objects else 'files'} of all "
+        f"{len(own)} clients"
     )
     dataset = replace(
         schema,
-        name=config.name,
+        name=OWN_DATA if is_from_objects else config.name,
         train=train,
-        about=f"{len(train):,} rows of {len(own)} files",
+        about=f"{len(train):,} rows of {len(own)} {'clients' if is_from_objects else 'files'}",
         notes=tuple(notes),
         first_missing=next((each.first_missing for each in own.values() if each.first_missing), ""),
     )

@@ -34,7 +34,8 @@ from hetero_fl.config.schema import (
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.data import Dataset
-from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples
+from hetero_fl.data.client_files import OWN_DATA
+from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client, plain_value
 from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
@@ -50,8 +51,6 @@ from hetero_fl.utils.registry import reference_to
 from hetero_fl.utils.text import pluralize
 
 DEFAULT_NAME = "federation"
-OWN_DATA = "own data"
-"""Name of the data in reports if all clients have data of their own."""
 MethodLike = Algorithm | type[Algorithm] | str | None
 """A method, its class or its name; None for that of the configuration."""
 
@@ -84,7 +83,8 @@ class Federation:
             clients' rows.
         validation: Examples of the global validation set.
         proxy: Public examples on which predictions are compared: an array or tensor, or labeled
-            data of any type; or their number, which is then held out of the clients' rows.
+            data of any type; or their number, which is then held out of `data` or, without `test`,
+            of the clients' rows.
         label: Column of the labels in data frames of this federation and of clients without
             `label`.
         num_classes: Number of classes. By default, integer labels range from 0 to the largest label
@@ -541,13 +541,21 @@ class _Parts:
             for name in ("data", "test", "validation")
             if name in sets and not (name == "data" and self._named)
         }
-        options = _label_options([data for data, _ in labeled.values()], num_classes)
+        labeled = {
+            place: (to_pair(data, place), column) for place, (data, column) in labeled.items()
+        }
+        options = _label_options({p: data for p, (data, _) in labeled.items()}, num_classes)
         self.datasets = {
             place: to_dataset(data, place, column, **options)
             for place, (data, column) in labeled.items()
         }
         proxy = sets.get("proxy")
         self._proxy_size = proxy if isinstance(proxy, int) else None
+        if self._proxy_size is not None and "test" in sets and "data" not in sets:
+            raise UserError(
+                f"proxy: {proxy} rows cannot be held out of the clients' data if `test` is given; "
+                "pass public examples"
+            )
         if proxy is not None and self._proxy_size is None:
             self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
         if "data" in self.datasets or "test" in self.datasets:
@@ -583,17 +591,30 @@ def _column(data: Any, label: str | None) -> str | None:
     return label if label in list(columns) else None
 
 
-def _label_options(parts: Sequence[Any], num_classes: int | None) -> dict[str, Any]:
-    """Return the number of classes of integer labels, if all labels are integers."""
+def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
+    """Return the number of classes if the labels of all parts are class numbers.
+
+    Args:
+        parts: Data by place.
+        num_classes: Number of classes, if it is given.
+
+    Raises:
+        UserError: If a class number is negative.
+    """
     if num_classes is not None:
         return {"num_classes": num_classes}
     largest = []
-    for data in parts:
+    for place, data in parts.items():
         if not isinstance(data, tuple | list) or len(data) != 2:
             return {}
         y = np.asarray(data[1])
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not len(y) or y.min() < 0:
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not len(y):
             return {}
+        if y.min() < 0:
+            raise UserError(
+                f"{place}: y: expected class numbers from 0, got {y.min()}; renumber the classes, "
+                "or pass floats for a regression"
+            )
         largest.append(int(y.max()))
     return {"num_classes": max(largest) + 1} if largest else {}
 

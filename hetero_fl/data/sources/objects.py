@@ -71,6 +71,19 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
     return from_arrays(x, y, name=where, **options)
 
 
+def to_pair(data: Any, where: str) -> Any:
+    """Return a torch data set as a pair (x, y), other data unchanged.
+
+    The items of a torch data set are read once, so the pair takes its place in later calls.
+
+    Args:
+        data: See `to_dataset`.
+        where: Name of the data in error messages.
+    """
+    is_torch = isinstance(data, torch.utils.data.Dataset) and not _is_hugging_face(data)
+    return _from_torch(data, where) if is_torch else data
+
+
 def to_examples(data: Any, where: str, label: str | None = None) -> Dataset:
     """Convert data that may have no labels, such as a proxy set.
 

@@ -277,6 +277,7 @@ def test_saved_models_reproduce_the_evaluation(
             logits = run.models[client].logits(columns["x"], personal=name == "personal")
             loss = nn.functional.cross_entropy(logits, columns["y"]).item()
             assert abs(loss - evaluation.scores[name]["loss"]) < 1e-5
+    assert (result.server is None) == (method == "local")
     if result.server is None:
         return
     columns = trainer.server.data("common_test", None)

@@ -103,6 +103,7 @@ def test_extreme_logits_give_no_nan() -> None:
     [
         ("fedmd", {}),
         ("fedmd", {"logit_adjustment": True, "teacher": "contrast"}),
+        ("fedmd", {"prior_correction": True}),
         ("hybrid", {}),
         ("hybrid", {"logit_adjustment": False, "teacher": "mean"}),
         ("hybrid", {"proxy_rows": 20}),
@@ -114,9 +115,9 @@ def test_extreme_logits_give_no_nan() -> None:
 def test_first_teacher_is_the_aligned_plain_teacher(method: str, own: dict[str, Any]) -> None:
     plain, moved = run_rounds(method, **own), run_rounds(method, align=0.5, **own)
     log_q = frequencies(counts_of(moved))
-    expected = align_to_labels(
-        plain.server.state[TEACHER], log_q, 0.5, own.get("logit_adjustment", method == "hybrid")
-    )
+    is_adjusted = own.get("logit_adjustment", method == "hybrid")
+    balanced = is_adjusted or "prior_correction" in own
+    expected = align_to_labels(plain.server.state[TEACHER], log_q, 0.5, balanced)
     actual = moved.server.state[TEACHER]
     assert torch.allclose(actual.log_softmax(1), expected.log_softmax(1), atol=1e-9)
     assert not torch.allclose(actual, plain.server.state[TEACHER], atol=0.01)

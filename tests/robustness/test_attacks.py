@@ -10,14 +10,21 @@ import pytest
 import torch
 
 from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.recalibration import proxy_sample
 from hetero_fl.config.population import Population
 from hetero_fl.config.robustness import ATTACKS, ROW_ATTACKS, UPLOAD_ATTACKS, AttacksConfig
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.core.plan import Predict, TensorRows
+from hetero_fl.core.plan import Predict, Recalibrate, Rows, TensorRows
 from hetero_fl.core.task import Task
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.experiment import prepare
-from hetero_fl.robustness.attacks import Attack, AttackContext, MaliciousClients, attack
+from hetero_fl.robustness.attacks import (
+    TRIGGERED,
+    Attack,
+    AttackContext,
+    MaliciousClients,
+    attack,
+)
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -267,6 +274,27 @@ def test_metrics_cover_benign_clients_and_backdoor_success() -> None:
     assert clients["site_1"].triggered == pytest.approx(
         float((logits.argmax(-1) == 1).double().mean())
     )
+
+
+def test_backdoor_success_uses_recalibrated_models() -> None:
+    source = lying("fedavg", "backdoor", target=1, trigger=2)
+    source["algorithm"]["recalibrate"] = ["global_test"]
+    rounds = rounds_of(source)
+    client = deployed(rounds, "site_1")
+    step = Recalibrate("model", proxy_sample(client))
+    (statistics,) = rounds.backend.run([(client, step)])
+    recalibrated = {**client.models["model"], **statistics}
+
+    plain, changed = rounds.backend.run(
+        [
+            (client, Predict("model", Rows(TRIGGERED), tensors=tensors))
+            for tensors in (client.models["model"], recalibrated)
+        ]
+    )
+
+    rates = [float((z.argmax(-1) == 1).double().mean()) for z in (plain, changed)]
+    assert rates[0] != rates[1]
+    assert rounds.evaluate().clients["site_1"].triggered == pytest.approx(rates[1])
 
 
 def test_disabled_attacks_change_nothing() -> None:

@@ -140,8 +140,8 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     split.set_source(module, path)
     if not _has_logits(split, expected, shape):
         raise ModelError(
-            f"head: the model's outputs are not those of its submodule '{path}'; name another "
-            "submodule, or pass SplitModel(backbone, head)"
+            f"head: the model's outputs are not those of its submodule '{path}'; return logits "
+            "without softmax, name another submodule, or pass SplitModel(backbone, head)"
         )
     return split
 

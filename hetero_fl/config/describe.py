@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from hetero_fl.config.base import Choice, Reference, format_value
 from hetero_fl.config.schema import Config
+from hetero_fl.utils.objects import OBJECT_PREFIX
 
 # Names of types in the reference and in `hetero-fl methods`.
 WORDS = {str: "string", int: "integer", float: "number", bool: "true or false", dict: "mapping"}
@@ -171,12 +172,23 @@ def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
     The keys that may change are those that do not affect results (memory, workers, cluster), and
     `rounds`, which may be increased.
     """
-    kept = {key: value for key, value in plain.items() if key != "rounds"}
+    kept = {key: _without_object_numbers(v) for key, v in plain.items() if key != "rounds"}
     if isinstance(runtime := plain.get("runtime"), Mapping):
         kept["runtime"] = {
             key: value for key, value in runtime.items() if key not in RESULT_NEUTRAL_KEYS
         }
     return kept
+
+
+def _without_object_numbers(value: Any) -> Any:
+    """Return a tree with `object:NAME` in place of `object:NAME~2`."""
+    if isinstance(value, Mapping):
+        return {k: _without_object_numbers(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_object_numbers(v) for v in value]
+    if isinstance(value, str) and value.startswith(OBJECT_PREFIX):
+        return value.partition("~")[0]
+    return value
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

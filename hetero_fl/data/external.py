@@ -35,6 +35,7 @@ from hetero_fl.data.sources.images import image_files, read_image_files
 from hetero_fl.data.splits import RowSelection, Splits, draw_rows, holdout_strategy
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import keyed_generator, stream_key
 
 PROXY_COLUMNS = "data.proxy.columns"
@@ -603,9 +604,14 @@ def load_client_sources(
             shares = {owners[0]: all_rows}
         kept = holdout_strategy(own).sets_of_own_source() if len(owners) == 1 else {}
         if not kept:
-            found.private |= holdout_strategy(converted).split_clients(shares, {}, config, seed)
-            continue
-        splits = {"train": all_rows}
+            if source.name.startswith(OBJECT_PREFIX):
+                kept = {name: part for name, part in own.splits().items() if name != "train"}
+            # Rows are held out only for the sets that are not given.
+            held_out = config.split.model_copy(update=dict.fromkeys(kept, 0.0))
+            own_config = config.model_copy(update={"split": held_out})
+            own_splits = holdout_strategy(converted).split_clients(shares, {}, own_config, seed)
+            found.private |= own_splits
+        splits = dict(found.private.get(owners[0], {"train": all_rows}))
         for name, part in kept.items():
             matched = match_to_common(replace(own, train=part), common_set, where, needed)
             splits[name] = RowSelection.all_rows(matched)

@@ -137,6 +137,11 @@ class Client:
             for key, value in arguments.items()
             if key not in ("self", "settings", *OWN_ARGUMENTS) and value is not None
         }
+        if isinstance(optimizer, str | torch.optim.Optimizer):
+            raise TypeError(
+                f"Client({name!r}): optimizer: expected a class such as Adam(lr=1e-3), or a "
+                f"function of parameters, got {type(optimizer).__name__}"
+            )
         if callable(optimizer):
             settings["optimizer"] = optimizer_section(optimizer, f"Client({name!r}): ")
         self.name = name
@@ -168,9 +173,13 @@ class Client:
             described["model"] = self.title
         if self.given is not None and self.given.head_path is not None:
             described["head"] = repr(self.given.head_path)
-        if self.data is not None:
-            described["data"] = _describe_data(self.data)
+        described |= {name: _describe_data(data) for name, data in self.parts().items()}
         return described | {key: _describe_setting(value) for key, value in self.settings.items()}
+
+    def parts(self) -> dict[str, Any]:
+        """Return `data`, `validation` and `test` by name, as far as they are given."""
+        given = {"data": self.data, "validation": self.validation, "test": self.test}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def title(self) -> str:
@@ -183,7 +192,8 @@ class Client:
     def model_config(self) -> Any:
         """The model as the value of the configuration key `model`; None if it is not set."""
         if self.given is not None and not self.given.is_instance:
-            return importable_reference(self.model) or self.given.name
+            is_class = isinstance(self.model, type)
+            return (importable_reference(self.model) if is_class else None) or self.given.name
         return self.given.name if self.given is not None else self.model
 
 
@@ -289,6 +299,8 @@ def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenMo
         TypeError: If the model is neither an object nor a name.
         UserError: If the arguments do not apply to the model.
     """
+    if init not in ("seeded", "given"):
+        raise UserError(f"{where}init: expected 'seeded' or 'given', got {init!r}")
     if model is None or isinstance(model, str | Mapping):
         if head is not None:
             raise UserError(f"{where}head: applies to a module, got the model {model!r}")

@@ -155,11 +155,15 @@ def run_jobs(
     named = [override.partition("=")[2] for job in work for override in job.overrides]
     environ = (dict(os.environ), pack_objects(source, named))
     with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
-        with ignore_interrupts_in_children():
-            waiting = {
-                pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job
-                for job in work
-            }
+        try:
+            with ignore_interrupts_in_children():
+                waiting = {
+                    pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job
+                    for job in work
+                }
+        except BrokenPipeError:
+            # A worker that imports a script without a guard ends before it reads its task.
+            raise UserError(ADVICE) from None
         try:
             for done, future in enumerate(as_completed(waiting), 1):
                 job = waiting[future]

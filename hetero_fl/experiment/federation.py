@@ -316,7 +316,7 @@ class Federation:
             "server": server,
         }
         prepared = self.prepare(method, rounds=rounds, overrides=overrides, **sections)
-        temporary, out = run_directory(self, prepared, out)
+        temporary, out = run_directory(self, prepared, out, resume)
         run = run_prepared(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
         # The run keeps the objects that its configuration names, and its directory.
         run.keep(temporary, *self._objects, method, sections)
@@ -423,9 +423,10 @@ class Federation:
                 f"{key}: {value.removeprefix(OBJECT_PREFIX)} is an object of this program, which a "
                 "file cannot contain; use a file or python:package.module:Name instead"
             )
+        if Path(path).exists():
+            raise UserError(f"{path}: already exists; choose another name")
         text = yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True)
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
+        Path(path).write_text(text, encoding="utf-8")
 
     def _configuration(
         self,
@@ -457,7 +458,7 @@ class TemporaryFolder:
 
 
 def run_directory(
-    federation: Federation, prepared: PreparedRun, out: str | Path | None
+    federation: Federation, prepared: PreparedRun, out: str | Path | None, resume: bool
 ) -> tuple[TemporaryFolder | None, Path]:
     """Return the directory of a run, and the temporary folder that contains it, if any.
 
@@ -465,9 +466,15 @@ def run_directory(
         federation: The federation. If it is made from objects, the default is temporary.
         prepared: The run.
         out: The directory, if it is given.
+        resume: Whether a run is to be continued.
+
+    Raises:
+        UserError: If there is no directory to continue in.
     """
     if out is not None:
         return None, Path(out)
+    if resume:
+        raise UserError("resume: needs out, the run directory to continue")
     if not federation.clients:
         return None, default_out(prepared.config)
     temporary = TemporaryFolder()
@@ -531,10 +538,13 @@ class _Parts:
         num_classes: int | None,
     ) -> None:
         labeled = {
-            _place(client): (client.data, client.label or _column(client.data, label))
+            _place(client, part): (data, client.label or _column(data, label))
             for client in clients
-            if client.data is not None and not is_source(client.data)
+            for part, data in client.parts().items()
+            if not is_source(data)
         }
+        for client in clients:
+            _check_own_sets(client, has_test="test" in sets or "data" in sets)
         self._named = plain_source(sets.get("data"))
         labeled |= {
             name: (sets[name], _column(sets[name], label))
@@ -549,6 +559,8 @@ class _Parts:
             place: to_dataset(data, place, column, **options)
             for place, (data, column) in labeled.items()
         }
+        for client in clients:
+            self._add_own_sets(client)
         proxy = sets.get("proxy")
         self._proxy_size = proxy if isinstance(proxy, int) else None
         if self._proxy_size is not None and "test" in sets and "data" not in sets:
@@ -560,6 +572,24 @@ class _Parts:
             self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
         if "data" in self.datasets or "test" in self.datasets:
             self.datasets["common"] = _common_set(self.datasets)
+
+    def _add_own_sets(self, client: Client) -> None:
+        """Add the validation and test examples of a client to its data set."""
+        for part in ("validation", "test"):
+            own = self.datasets.pop(_place(client, part), None)
+            if own is None:
+                continue
+            dataset = self.datasets[_place(client)]
+            if own.task != dataset.task:
+                raise UserError(
+                    f"{_place(client, part)}: expected {dataset.task.describe()} as in data, got "
+                    f"{own.task.describe()}"
+                )
+            if part == "validation":
+                dataset = replace(dataset, validation=own.train)
+            else:
+                dataset = replace(dataset, test=own.train)
+            self.datasets[_place(client)] = dataset
 
     def config(self) -> dict[str, Any]:
         """Return the section `data`."""
@@ -581,8 +611,19 @@ class _Parts:
         return {"name": name_object(title, self.datasets[place])}
 
 
-def _place(client: Client) -> str:
-    return f"clients: '{client.name}': data"
+def _place(client: Client, part: str = "data") -> str:
+    return f"clients: '{client.name}': {part}"
+
+
+def _check_own_sets(client: Client, has_test: bool) -> None:
+    """Check that the federation can use the validation and test examples of a client."""
+    for part in client.parts():
+        if part == "data":
+            continue
+        if client.data is None or is_source(client.data):
+            raise UserError(f"{_place(client, part)}: needs data of the client's own as an object")
+        if not has_test:
+            raise UserError(f"{_place(client, part)}: needs a global test set; pass test=...")
 
 
 def _column(data: Any, label: str | None) -> str | None:
@@ -603,6 +644,7 @@ def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[st
     """
     if num_classes is not None:
         return {"num_classes": num_classes}
+    _check_kinds(parts)
     largest = []
     for place, data in parts.items():
         if not isinstance(data, tuple | list) or len(data) != 2:
@@ -617,6 +659,19 @@ def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[st
             )
         largest.append(int(y.max()))
     return {"num_classes": max(largest) + 1} if largest else {}
+
+
+def _check_kinds(parts: Mapping[str, Any]) -> None:
+    """Check that the labels of all pairs (x, y) are text, or that none are."""
+    kinds = {
+        place: np.asarray(data[1]).dtype.kind in "OSU"
+        for place, data in parts.items()
+        if isinstance(data, tuple | list) and len(data) == 2
+    }
+    text = [place for place, is_text in kinds.items() if is_text]
+    numbers = [place for place, is_text in kinds.items() if not is_text]
+    if text and numbers:
+        raise UserError(f"{numbers[0]}: y: expected text as in {text[0]}, got numbers")
 
 
 def plain_source(data: Any) -> dict[str, Any] | None:

@@ -63,6 +63,8 @@ class RunSession:
         memory = prepared.config.runtime.store_memory << 20
         store = StateStore(directory.path / "checkpoint", memory)
         self.trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
+        self._checkpoints = Checkpoints(store, progress.log)
+        self._metadata: dict[str, Any] | None = None
         if progress.is_terminal:
             self.trainer.executor.set_listener(progress.show_task)
 
@@ -70,26 +72,41 @@ class RunSession:
         """Close the executor. An unfinished run can be resumed later."""
         self.trainer.executor.close()
 
+    def start(self) -> None:
+        """Load the starting weights, or the newest checkpoint. Iteration calls this if necessary.
+
+        Raises:
+            UserError: If the run directory does not match the run.
+        """
+        self._metadata = _start_or_resume(
+            self._prepared,
+            self._directory,
+            self.trainer,
+            self._checkpoints,
+            choice=self._choice,
+            planned=self._num_planned(),
+            progress=self._progress,
+        )
+
+    def _num_planned(self) -> int:
+        """Return the number of rounds to train, which a privacy budget may limit."""
+        budget = self._prepared.budget
+        return self._prepared.config.rounds if budget is None else budget.affordable_rounds()
+
     def __iter__(self) -> Iterator[Record]:
         """Train the remaining rounds and yield the record of each round.
 
         Raises:
             UserError: If the run directory does not match the run.
         """
+        if self._metadata is None:
+            self.start()
+        assert self._metadata is not None
+        metadata = self._metadata
         prepared, directory, trainer = self._prepared, self._directory, self.trainer
         progress, config = self._progress, prepared.config
         budget = prepared.budget
-        planned = config.rounds if budget is None else budget.affordable_rounds()
-        checkpoints = Checkpoints(trainer.store, progress.log)
-        metadata = _start_or_resume(
-            prepared,
-            directory,
-            trainer,
-            checkpoints,
-            choice=self._choice,
-            planned=planned,
-            progress=progress,
-        )
+        planned = self._num_planned()
         write_events = writer_callback(directory.path) if config.output.tensorboard else None
         patience = Patience(
             prepared.federation.task, config.evaluation.patience, _read_history(directory)
@@ -109,7 +126,7 @@ class RunSession:
                 evaluation = result if is_last else None
             directory.append_metrics(record)
             metadata["directory"]["metrics"] = directory.metrics_checksum()
-            trainer.save(checkpoints, metadata)
+            trainer.save(self._checkpoints, metadata)
             yield record
             if write_events is not None:
                 write_events(record)

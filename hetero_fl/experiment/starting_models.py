@@ -48,6 +48,12 @@ class StartingTensors:
         for group, tensors in self.groups.items():
             if group in trainer.server.models:
                 own = trainer.server.models[group]
+                if any(n not in own or own[n].shape != t.shape for n, t in tensors.items()):
+                    raise UserError(
+                        f"algorithm.name={trainer.algorithm.title.lower()} changes the models of "
+                        "clients, so they cannot start with given weights; set init='seeded', or "
+                        "pass the class of the module"
+                    )
                 moved = {n: t.to(own[n].device) for n, t in tensors.items()}
                 trainer.server.models[group] = {**own, **moved}
 

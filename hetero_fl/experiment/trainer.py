@@ -106,7 +106,7 @@ class Trainer:
             "server": server,
         }
         self._prepared = federation.prepare(method, rounds=rounds, overrides=overrides, **sections)
-        temporary, self.path = run_directory(federation, self._prepared, out)
+        temporary, self.path = run_directory(federation, self._prepared, out, resume)
         self._kept = [federation, method, temporary, sections]
         self._stack = ExitStack()
         opened = open_session(self._prepared, self.path, resume=resume, quiet=quiet)
@@ -114,6 +114,7 @@ class Trainer:
         if session is None:
             self._stack.close()
             raise UserError(f"{self.path}: this run has finished; read it with Run")
+        session.start()
         self._records = iter(session)
         self._trainer = session.trainer
         # Encoded models of the last evaluation by client, and the number of rounds before it.

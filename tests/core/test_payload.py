@@ -260,13 +260,17 @@ def test_deep_nesting_is_refused() -> None:
         decode(encode(tree, "form"), "form")
 
 
+# A program sends its own objects to the worker processes that it has started.
+SENDS_OBJECTS = {"shipped_objects.py", "workers.py"}
+
+
 @pytest.mark.slow
 def test_packages_do_not_unpickle() -> None:
     """Search for imports of `pickle` and similar modules and `torch.load` of arbitrary objects."""
     root = Path(hetero_fl.__file__).parent
     files = [*root.rglob("*.py"), *(root.parent / "model_zoo").rglob("*.py")]
     assert len(files) > 50
-    for file in files:
+    for file in (file for file in files if file.name not in SENDS_OBJECTS):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = (
                 [a.name for a in node.names]

@@ -81,6 +81,10 @@ class Mean(hfl.FedAvg):
         yield from ()
 
 
+def make_net(num_classes: int) -> nn.Module:
+    return Net(5, num_classes)
+
+
 def federation(*models: Any, **settings: Any) -> hfl.Federation:
     models = models or (Net(), Net(), Net(6))
     clients = [
@@ -272,6 +276,41 @@ def test_temporary_directory_lives_as_long_as_the_run() -> None:
     assert not path.exists()
 
 
+def test_own_validation_and_test_sets_of_a_client() -> None:
+    def train(**parts: Any) -> hfl.Run:
+        first = hfl.Client("a", "mlp", images(60, 1), **parts)
+        second = hfl.Client("b", "mlp", images(60, 2))
+        own = hfl.Federation([first, second], test=images(30, 9))
+        return own.train(hfl.Local(), rounds=1, overrides=QUIET)
+
+    run = train(test=images(33, 5), validation=images(12, 6))
+    plain = train()
+
+    rows = run.directory.details()["rows"]
+    assert rows["a"] == {"train": 60, "validation": 12, "test": 33}
+    assert rows["b"] == plain.directory.details()["rows"]["b"]
+
+
+def test_trainer_shows_the_starting_model() -> None:
+    net = Net()
+    own = hfl.Federation([hfl.Client("a", net, images(40, 1))], test=images(30, 9))
+    with hfl.Trainer(own, hfl.Local(), rounds=2, overrides=QUIET) as trainer:
+        assert torch.equal(trainer.model("a").out.weight, net.out.weight)
+        assert trainer.completed == 0
+
+
+def test_resumed_run_of_a_federation_that_is_created_again(tmp_path: Path) -> None:
+    first = federation()
+    with hfl.Trainer(first, hfl.FedMD(), rounds=2, out=tmp_path, overrides=QUIET) as trainer:
+        next(trainer)
+
+    with hfl.Trainer(
+        federation(), hfl.FedMD(), rounds=2, out=tmp_path, resume=True, overrides=QUIET
+    ) as trainer:
+        assert trainer.completed == 1
+        assert [record["round"] for record in trainer] == [2]
+
+
 def test_comparison_of_methods(tmp_path: Path) -> None:
     comparison = federation().compare(
         [hfl.Local(), Mean(), "fedavg:logit_adjustment=true"],
@@ -380,6 +419,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "module": Net,
     "class": lambda: Net,
     "function": lambda: lambda num_classes: Net(5, num_classes),
+    "importable function": lambda: make_net,
     "name": lambda: "cnn_bn_small",
     "dictionary": lambda: {"name": "cnn", "width": 4},
     "SplitModel": lambda: hfl.SplitModel(nn.Flatten(), nn.Linear(64, 3)),
@@ -491,6 +531,33 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         UserError,
         "cannot create the model",
         lambda: one_client((X, Y), model=lambda: 1 / 0),
+    ),
+    "unknown init": (
+        UserError,
+        "expected 'seeded' or 'given'",
+        lambda: hfl.Client("a", Net(), init="x"),  # type: ignore[arg-type]
+    ),
+    "name of an optimizer": (
+        TypeError,
+        "optimizer: expected a class such as Adam",
+        lambda: hfl.Client("a", "mlp", optimizer="adam"),  # type: ignore[arg-type]
+    ),
+    "text and numbers": (
+        UserError,
+        "y: expected text as in",
+        lambda: hfl.Federation(
+            [hfl.Client("a", "mlp", (X, Y.astype(str))), hfl.Client("b", "mlp", (X, Y))]
+        ),
+    ),
+    "test of a client without a global test": (
+        UserError,
+        "'a': test: needs a global test set",
+        lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y), test=(X, Y))]),
+    ),
+    "resume without a folder": (
+        UserError,
+        "resume: needs out",
+        lambda: federation().train(hfl.Local(), rounds=1, resume=True),
     ),
     "negative label": (
         UserError,

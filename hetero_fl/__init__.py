@@ -85,10 +85,9 @@ if TYPE_CHECKING:
     from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
     from hetero_fl.data import from_arrays, register_partition, register_source
     from hetero_fl.experiment import audit, compare, evaluate, export, join, prepare, run
-    from hetero_fl.experiment.client import Client
+    from hetero_fl.experiment.client import Client, split
     from hetero_fl.experiment.federation import Federation
     from hetero_fl.experiment.preparation import load_config
-    from hetero_fl.experiment.split import split
     from hetero_fl.experiment.trainer import Trainer
     from hetero_fl.reporting.comparison.result import Comparison
     from hetero_fl.reporting.run import Run
@@ -218,10 +217,9 @@ _PUBLIC_NAMES = {
     "hetero_fl.core.plan": ["ClassSums", "Fit", "Predict", "Rows"],
     "hetero_fl.data": ["from_arrays", "register_partition", "register_source"],
     "hetero_fl.experiment": ["audit", "compare", "evaluate", "export", "join", "prepare", "run"],
-    "hetero_fl.experiment.client": ["Client"],
+    "hetero_fl.experiment.client": ["Client", "split"],
     "hetero_fl.experiment.federation": ["Federation"],
     "hetero_fl.experiment.preparation": ["load_config"],
-    "hetero_fl.experiment.split": ["split"],
     "hetero_fl.experiment.trainer": ["Trainer"],
     "hetero_fl.reporting.comparison.result": ["Comparison"],
     "hetero_fl.reporting.run": ["Run"],

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from model_zoo.errors import ModelError
@@ -129,7 +130,10 @@ class _Copy:
         self._module = module
 
     def __call__(self, pretrained: bool = False) -> nn.Module:
-        module = copy.deepcopy(self._module)
+        if any(tensor.is_meta for tensor in self._module.state_dict().values()):
+            raise ModelError("the module has no weights (device meta); create it on a device")
+        # Training moves the model to the configured device and precision.
+        module = copy.deepcopy(self._module).to("cpu", torch.get_default_dtype())
         if not pretrained:
             redraw_weights(module)
         return module

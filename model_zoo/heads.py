@@ -125,8 +125,11 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     if has_parts and type(module).forward is nn.Module.forward:
         return SplitModel(backbone, given, measure_feature_width(backbone, shape))
     expected = _evaluate(module, shape)
+    if not isinstance(getattr(expected, "logits", expected), Tensor):
+        raise ModelError(f"expected a model that returns logits, got {type(expected).__name__}")
     split = _assemble(backbone, given, shape) if has_parts else None
     if split is not None and _has_logits(split, expected, shape):
+        split.set_source(module, "head")
         return split
     path = find_head(module, head)
     parent, _, name = path.rpartition(".")
@@ -134,7 +137,7 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     setattr(module.get_submodule(parent), name, nn.Identity())
     rest = LogitsOnly(module) if hasattr(expected, "logits") else module
     split = SplitModel(rest, found, measure_feature_width(rest, shape))
-    split.head_path = path
+    split.set_source(module, path)
     if not _has_logits(split, expected, shape):
         raise ModelError(
             f"head: the model's outputs are not those of its submodule '{path}'; name another "

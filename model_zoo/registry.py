@@ -417,7 +417,8 @@ def _prefix_errors(name: str) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise type(error)(f"model {name}: {error}") from error.__cause__
+        title = str(name).removeprefix("object:")
+        raise type(error)(f"model {title}: {error}") from error.__cause__
 
 
 def _create(

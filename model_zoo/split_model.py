@@ -73,10 +73,34 @@ class SplitModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.head_path = "head"
+        # In a tuple, so that its tensors are not registered twice.
+        self._source: tuple[nn.Module, ...] = ()
         linear = next((part for part in head.modules() if isinstance(part, nn.Linear)), None)
         if feature_dim is None and linear is not None:
             feature_dim = linear.in_features
         self._feature_dim = feature_dim
+
+    def set_source(self, module: nn.Module, head_path: str) -> None:
+        """Record the module whose parts this model consists of.
+
+        Args:
+            module: The module. It shares its parameters with this model.
+            head_path: Path of the head in the module.
+        """
+        self._source = (module,)
+        self.head_path = head_path
+
+    def source_module(self) -> nn.Module:
+        """Return the module whose parts this model consists of, or this model if there is none.
+
+        The head is put back into the module, so this model must not be used afterwards.
+        """
+        if not self._source:
+            return self
+        (module,) = self._source
+        parent, _, name = self.head_path.rpartition(".")
+        setattr(module.get_submodule(parent), name, self.head)
+        return module
 
     @property
     def known_feature_dim(self) -> int | None:

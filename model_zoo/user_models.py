@@ -127,6 +127,8 @@ def build(
         raise ModelError("pretrained: the class has no such argument")
     try:
         created = target(**arguments)
+    except ModelError:
+        raise
     # A user's constructor may raise any exception.
     except Exception as error:
         raise ModelError(

@@ -332,8 +332,8 @@ FAMILIES = (
         "hybrid",
         "Hybrid",
         "The method of this project: parameter averaging and distillation of the consensus. "
-        "[Label skew](../../explanation/label_skew.md) explains its defaults and shows what each "
-        "is worth; [public distillation](public_distillation.md#teacher-and-alignment) describes "
+        "[Label skew](../../explanation/label_skew.md) explains its defaults and measures their "
+        "effect; [public distillation](public_distillation.md#teacher-and-alignment) describes "
         "teacher, alignment, proxy rows and the server's student.",
         ("hybrid",),
     ),

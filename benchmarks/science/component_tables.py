@@ -107,6 +107,9 @@ def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Ro
     labels = list(dict.fromkeys(label for found in scores.values() for label in found))
     # Methods of a single column belong to another table.
     labels = [label for label in labels if sum(label in found for found in scores.values()) > 1]
+    if table.metric == LOCAL:
+        # Recalibration before the global test does not change local tests.
+        labels = [label for label in labels if "global_test" not in label]
     if table.style == "components":
         head = [*COMPONENTS, *scores]
         align = [":---:"] * len(COMPONENTS) + ["---:"] * len(scores)
@@ -115,7 +118,7 @@ def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Ro
         head, align = ["Method", *scores], ["---"] + ["---:"] * len(scores)
         names = [[method_name(label)] for label in labels]
     best = {
-        title: max(statistics.mean(found[label].values()) for label in labels if label in found)
+        title: _best_mean([found[label] for label in labels if label in found])
         for title, found in scores.items()
     }
     lines = [_joined(head), _joined(align)]
@@ -170,6 +173,12 @@ def _lead_table(scores: Mapping[str, Scores]) -> str:
         ]
         lines.append(_joined([title, *cells]))
     return "\n".join(lines)
+
+
+def _best_mean(rows: Sequence[Mapping[int, float]]) -> float:
+    """Return the highest mean of the rows that have all seeds of a federation."""
+    num_seeds = max(len(values) for values in rows)
+    return max(statistics.mean(values.values()) for values in rows if len(values) == num_seeds)
 
 
 def _cell(values: Mapping[int, float] | None, best: float) -> str:

@@ -66,7 +66,7 @@ class Hybrid(ProxyDistillation, FedAvg):
 
     title = "Hybrid"
     renamed_settings = {
-        "rehearse": "replay_weight",
+        "rehearse": "replay_weight",  # style: ok (former name)
         "distil_at": "distill_at",
         "distil_epochs": "distill_epochs",
     }

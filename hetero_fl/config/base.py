@@ -1,4 +1,4 @@
-"""The base class of all sections, and the settings of optimizers and staleness weights."""
+"""The base class of configuration sections, and settings of optimizers and staleness weights."""
 
 from __future__ import annotations
 
@@ -118,12 +118,12 @@ Serialization replaces an object by its name, which is valid as long as the obje
 
 
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
-    """Replace former names of keys, each with a `DeprecationWarning`.
+    """Replace former names of keys and issue a `DeprecationWarning` for each.
 
     Args:
-        raw: The section as it was written; returned unchanged if it is not a mapping.
+        raw: Content of the section, which is returned unchanged if it is not a mapping.
         renamed: New names by former name.
-        section: Name of the section.
+        section: Name of the section, for the warnings.
 
     Example:
         >>> import warnings
@@ -153,9 +153,9 @@ class Choice:
 
     Args:
         names: Valid values.
-        prefix: Values that start with it are also valid.
-        suffix: Values that end with it are also valid.
-        synonyms: Valid values to suggest for common other names.
+        prefix: Values that start with this prefix are also valid.
+        suffix: Values that end with this suffix are also valid.
+        synonyms: Valid values to suggest for other common names, such as `cuda` for `gpu`.
     """
 
     names: tuple[str, ...]
@@ -164,7 +164,11 @@ class Choice:
     synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __call__(self, value: object) -> object:
-        """Return the value. Raises ValueError if it is not valid."""
+        """Return the value unchanged.
+
+        Raises:
+            ValueError: If the value is not valid.
+        """
         if isinstance(value, str) and (value in self.names or self._has_affix(value)):
             return value
         if isinstance(value, str) and value in self.synonyms:
@@ -191,16 +195,16 @@ def choice_type(
 
     Args:
         *names: Valid values.
-        prefix: Values that start with it are also valid.
-        suffix: Values that end with it are also valid.
-        synonyms: Valid values to suggest for common other names.
+        prefix: Values that start with this prefix are also valid.
+        suffix: Values that end with this suffix are also valid.
+        synonyms: Valid values to suggest for other common names, such as `cuda` for `gpu`.
     """
     choice = Choice(names, prefix, suffix, synonyms or {})
     return Annotated[str, BeforeValidator(choice)]
 
 
 def format_value(value: object) -> str:
-    """Return a value as it appears in error messages: as in YAML, at most 60 characters long.
+    """Format a value for error messages, as in YAML and with at most 60 characters.
 
     Example:
         >>> format_value("ten"), format_value(None), format_value(True)
@@ -227,10 +231,13 @@ def _check_unique(names: list[str]) -> list[str]:
 UniqueNames = Annotated[list[str], AfterValidator(_check_unique)]
 
 
+OptimizerName: Any = choice_type("sgd", "adam", "adamw", prefix=CODE_PREFIX)
+
+
 class OptimizerConfig(ConfigSection):
     """Optimizer of local training and its learning rate schedule over the rounds."""
 
-    name: choice_type("sgd", "adam", "adamw", prefix=CODE_PREFIX) = Field(  # type: ignore[valid-type]
+    name: OptimizerName = Field(
         "adam",
         description="optimizer of `torch.optim`, or `python:module:name` of a function that "
         "returns an optimizer of given parameters; its state is reset in each round",
@@ -283,7 +290,7 @@ class OptimizerLayer(OptimizerConfig):
 
     @model_validator(mode="after")
     def _check_combination(self) -> OptimizerLayer:
-        """Check settings that contradict each other whatever the defaults are."""
+        """Check that settings do not contradict each other, regardless of the defaults."""
         is_named = "name" in self.model_fields_set
         if is_named and self.name != "sgd" and (self.momentum or self.nesterov):
             setting = "momentum" if self.momentum else "nesterov"
@@ -293,15 +300,15 @@ class OptimizerLayer(OptimizerConfig):
 
 Kind = choice_type("constant", "polynomial", "hinge")
 
-# The values of `a` that Xie et al. (2019) use.
+# Default values of `a`, as in Xie et al. (2019).
 STEEPNESS = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0}
 
 
 class StalenessConfig(ConfigSection):
     """Weight s(τ) of an upload in asynchronous training (Xie et al. 2019, section 5.2).
 
-    The staleness τ is the number of versions that the server has made since the client received
-    its task.
+    The staleness τ is the number of model versions that the server has created since the client
+    received its task.
     """
 
     kind: Kind = Field(  # type: ignore[valid-type]
@@ -316,7 +323,7 @@ class StalenessConfig(ConfigSection):
 
     @property
     def unused_keys(self) -> list[str]:
-        """The keys that are set but have no effect with this kind of weight."""
+        """The keys that differ from their defaults but have no effect with this kind of weight."""
         unused = []
         if self.kind == "constant" and self.a is not None:
             unused.append("a")
@@ -325,7 +332,7 @@ class StalenessConfig(ConfigSection):
         return unused
 
     def weight(self, staleness: int) -> float:
-        """Return the weight s(τ) of an upload, 1 for `staleness` 0."""
+        """Return the weight s(τ) of an upload with staleness τ, which is 1 for τ = 0."""
         a = STEEPNESS[self.kind] if self.a is None else self.a
         if self.kind == "polynomial":
             return float((1 + staleness) ** -a)

@@ -1,4 +1,4 @@
-"""Settings of the clients: model, local training, preprocessing and what they share."""
+"""Settings of the clients: model, local training, preprocessing and uploads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX
 
 
 class ModelConfig(ConfigSection):
-    """A model: its name, an optional feature width, and options of the model."""
+    """A model by name, with an optional feature width and options of the model."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,10 @@ class ModelConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_options(self, info: ValidationInfo) -> ModelConfig:
-        """Check the options. Those of a user's model need the permission to import it."""
+        """Check the options of the model.
+
+        The options of a user-defined model are checked only if importing code is permitted.
+        """
         from model_zoo import ModelError, check_options
 
         if self.name.startswith(CODE_PREFIX) and not (info.context or {}).get(ALLOW_CODE):
@@ -65,12 +68,12 @@ class ModelConfig(ConfigSection):
 
 
 def expand_model_name(value: object) -> object:
-    """Return `{"name": value}` for a string, other values unchanged."""
+    """Return `{"name": value}` for a string, and other values unchanged."""
     return {"name": value} if isinstance(value, str) else value
 
 
 def _expand_models(value: object) -> object:
-    """Convert a model, a list or the name of a group (`group:resnet_family`) to a list."""
+    """Convert a model, a list, or a group such as `group:resnet_family` to a list of models."""
     if isinstance(value, str) and value.startswith("group:"):
         from model_zoo import ModelError, group_models
 
@@ -165,7 +168,7 @@ class AugmentConfig(ConfigSection):
 
 
 class ScannerConfig(ConfigSection):
-    """Simulated imaging device of a client, which changes all its images (feature shift).
+    """Simulated imaging device that changes all images of a client (feature shift).
 
     Example:
         >>> import hetero_fl as hfl
@@ -270,7 +273,7 @@ class ClientSettings(ConfigSection):
     @field_validator("shares")
     @classmethod
     def _check_extent(cls, value: list[str]) -> list[str]:
-        """Check that at most one entry says which parameters are shared."""
+        """Check that the entries do not contradict each other and that each occurs once."""
         extents = [share for share in ("parameters", "backbone") if share in value]
         parts = [share for share in value if share.endswith(".")]
         if extents and len(extents + parts) > 1:
@@ -282,7 +285,7 @@ class ClientSettings(ConfigSection):
 
 
 class ClientGroup(ClientSettings):
-    """Clients with common settings."""
+    """A group of clients with the same settings."""
 
     name: str = Field(
         pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
@@ -300,14 +303,14 @@ class ClientGroup(ClientSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        """Reject the name of the server, also in another case: some file systems ignore it."""
+        """Reject the name of the server regardless of case, which some file systems ignore."""
         if value.lower() == "server":
             raise ValueError(f"must differ from the reserved id of the server, got '{value}'")
         return value
 
     @model_validator(mode="after")
     def _check_size(self) -> ClientGroup:
-        """Check that the size is given only once."""
+        """Check that `count` and `fraction` are not combined."""
         if self.count and self.fraction:
             raise ValueError("count cannot be combined with fraction; set one of them")
         return self
@@ -316,7 +319,7 @@ class ClientGroup(ClientSettings):
 class ClientOverride(ClientSettings):
     """Settings of the clients whose id matches a pattern.
 
-    They take precedence over those of the group.
+    These settings take precedence over the settings of the group.
     """
 
     match: str = Field(description="shell-style pattern of client ids, such as `clinic_*`")
@@ -326,7 +329,7 @@ class ClientOverride(ClientSettings):
 class ClientsConfig(ConfigSection):
     """Clients and their settings.
 
-    Groups take precedence over defaults, and overrides over groups, for each key.
+    For each key, groups take precedence over defaults, and overrides over groups.
     """
 
     count: PositiveInt | None = Field(

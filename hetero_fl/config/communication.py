@@ -19,10 +19,10 @@ from pydantic import (
 from hetero_fl.config.base import ConfigSection, format_value
 from hetero_fl.utils.errors import suggest_or_list
 
-# Stages that drop a part of a model's change; the receiver assumes zeros.
+# Stages that drop a part of the change of a model, which the receiver replaces by zeros.
 SPARSE = ("topk", "randk", "lowrank")
 
-# Stages that encode numbers; they come last in a chain.
+# Stages that encode numbers and must be the last stage of a chain.
 FORMATS = ("quantize", "half")
 
 STAGES = (*SPARSE, "top_classes", *FORMATS)
@@ -55,8 +55,8 @@ class SecureAggregationConfig(ConfigSection):
 
     @field_validator("threshold")
     @classmethod
-    def _share_or_number(cls, value: float) -> float:
-        """Check that the value is a share or a whole number."""
+    def _check_threshold(cls, value: float) -> float:
+        """Check that the value is a share of the cohort or a number of clients."""
         if not (0.5 < value <= 1 or (value >= 2 and value == int(value))):
             raise ValueError(
                 f"must be a share > 0.5 and <= 1 or a number of clients >= 2, got {value:g}"
@@ -66,33 +66,33 @@ class SecureAggregationConfig(ConfigSection):
     @field_validator("neighbours")
     @classmethod
     def _check_even(cls, value: int | None) -> int | None:
-        """Check that the number is even: half of the neighbors are on either side of a client."""
+        """Check that the number is even, as half of the neighbors are on each side of a client."""
         if value is not None and value % 2:
             raise ValueError(f"must be even, got {value}; choose {value - 1} or {value + 1}")
         return value
 
     def min_survivors(self, cohort: int) -> int:
-        """Return the number of clients of a cohort that must complete the round."""
+        """Return the minimum number of clients of a cohort that must complete the round."""
         if self.threshold > 1:
             return int(self.threshold)
         return max(2, cohort // 2 + 1, math.ceil(self.threshold * cohort - 1e-9))
 
     def num_fraction_bits(self, cohort: int) -> int:
-        """Return the number of binary digits after the point; below 1 if not even one fits."""
+        """Return the number of binary digits after the point, less than 1 if none fits."""
         if self.fraction_bits is not None:
             return self.fraction_bits
         return self.max_fraction_bits(cohort)
 
     def max_fraction_bits(self, cohort: int) -> int:
-        """Return the most binary digits for which no sum over a cohort overflows 64-bit integers.
+        """Return the maximum number of binary digits for which no sum over a cohort overflows.
 
-        That is the largest number of bits with cohort · range · 2^bits < 2^63.
+        This is the largest number of bits with cohort · range · 2^bits < 2^63.
         """
         return math.ceil(63 - math.log2(cohort * self.range)) - 1
 
 
 class StageConfig(ConfigSection):
-    """One stage of a compression chain: exactly one key, or `bucket` next to `quantize`."""
+    """One stage of a compression chain, with a single key or with `quantize` and `bucket`."""
 
     topk: float | None = Field(
         None,
@@ -130,7 +130,7 @@ class StageConfig(ConfigSection):
 
     @field_validator("topk", "randk")
     @classmethod
-    def _share_or_count(cls, value: float | None) -> float | None:
+    def _check_share_or_count(cls, value: float | None) -> float | None:
         """Check that a value of 1 or more is a whole number."""
         if value is not None and value >= 1 and value != int(value):
             raise ValueError(f"must be a share < 1 or a whole number, got {value:g}")
@@ -138,7 +138,7 @@ class StageConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_single_key(self) -> StageConfig:
-        """Check that the entry is one stage."""
+        """Check that the entry defines exactly one stage."""
         stages = [name for name in STAGES if getattr(self, name)]
         if len(stages) != 1:
             raise ValueError(
@@ -160,7 +160,7 @@ class StageConfig(ConfigSection):
 
 
 def _parse_chain(chain: Any) -> Any:
-    """Check the entries of a chain, and expand the word `half` to a table."""
+    """Check the entries of a chain, and expand the word `half` to a mapping."""
     if not isinstance(chain, list | tuple):
         raise ValueError(
             f"expected a list of stages, got {format_value(chain)}; "
@@ -182,7 +182,7 @@ def _parse_chain(chain: Any) -> Any:
 
 
 def _example(stage: object) -> str:
-    """Return how to write a stage; `topk` for an unknown one."""
+    """Return an example of how to write a stage, or the stage `topk` if it is unknown."""
     if stage == "half":
         return "half"
     name = stage if stage in STAGES else "topk"
@@ -205,7 +205,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ChannelConfig(ConfigSection):
     """Compression and secure aggregation of messages between clients and server.
 
-    The stages of a chain are applied in order, each to the items that it is made for.
+    The stages of a chain are applied in order, each to the items that the stage supports.
 
     Example:
         >>> import hetero_fl as hfl
@@ -241,7 +241,7 @@ class ChannelConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        """Add the keys of the preset that are not set."""
+        """Add the values of the preset for keys that are not set."""
         name = values.get("preset") if isinstance(values, dict) else None
         if not isinstance(name, str) or name not in PRESETS:
             return values
@@ -258,8 +258,8 @@ class ChannelConfig(ConfigSection):
 
     @field_validator("compress", "compress_down")
     @classmethod
-    def _ordered(cls, chain: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-        """Check that the stages can follow one another."""
+    def _check_chain(cls, chain: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        """Check that the stages can be combined in this order."""
         names = [stage.kind for stage in chain]
         repeated = [name for name, times in Counter(names).items() if times > 1]
         if repeated:

@@ -1,4 +1,4 @@
-"""Settings of the data: sources, partition among the clients, proxy set and splits."""
+"""Settings of the data: sources, partition among clients, proxy set and splits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pydantic import (
 
 from hetero_fl.config.base import ConfigSection, choice_type
 
-WEEK = 168  # hours
+# Hours per week.
+WEEK = 168
 
 
 class SeriesConfig(ConfigSection):
@@ -77,7 +78,7 @@ class SeriesConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_fractions(self) -> SeriesConfig:
-        """Check that some time is left for training and that the horizons ascend."""
+        """Check that some time is left for training and that the horizons are ascending."""
         held_out = self.validation + self.test
         if held_out >= 0.9:
             raise ValueError(
@@ -185,7 +186,7 @@ class SourceConfig(ConfigSection):
     def _check_unique(
         cls, categories: dict[str, tuple[str, ...]] | None
     ) -> dict[str, tuple[str, ...]] | None:
-        """Check that each column has values that are distinct, not empty and without margins."""
+        """Check that the values of a column are distinct, nonempty and free of outer spaces."""
         for column, values in (categories or {}).items():
             are_distinct = len(set(values)) == len(values) > 0
             if not are_distinct or any(value != value.strip() or not value for value in values):
@@ -249,7 +250,7 @@ class PartitionConfig(ConfigSection):
     def _set_default_alpha(self) -> PartitionConfig:
         """Set the default of `alpha`, which depends on the kind of partition."""
         if self.alpha is None and self.kind != "drawn":
-            # Do not mark it as set by the user: an override may choose another kind.
+            # Do not mark `alpha` as set by the user, as an override may choose another kind.
             self.__dict__["alpha"] = 0.5
         return self
 
@@ -257,7 +258,7 @@ class PartitionConfig(ConfigSection):
 class ProxyConfig(ConfigSection):
     """Public data on which clients and server exchange predictions.
 
-    Its labels are not used unless `labels` is true.
+    The labels of the data are not used unless `labels` is true.
     """
 
     size: int = Field(
@@ -283,7 +284,7 @@ class ProxyConfig(ConfigSection):
 
 
 class SplitConfig(ConfigSection):
-    """Split of each client's rows into training, validation and local test set."""
+    """Split of each client's rows into training, validation and local test sets."""
 
     validation: float = Field(
         0.15,
@@ -307,7 +308,7 @@ class SplitConfig(ConfigSection):
 
 
 class DataConfig(SourceConfig):
-    """The common data source, its partition among the clients, and the proxy set."""
+    """The data source that the clients share, its partition, and the proxy set."""
 
     root: str = Field("~/.cache/hetero_fl", description="folder for downloads")
     train_limit: PositiveInt | None = Field(

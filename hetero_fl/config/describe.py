@@ -1,4 +1,4 @@
-"""Describe the schema for the generated reference, and write resolved configurations as text."""
+"""Describe the configuration schema, and compare and write resolved configurations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 def describe_key(model: type[BaseModel], name: str) -> str:
     """Return the meaning of a configuration key.
 
-    This is the field's description, that of the same field in a base class, or the summary of the
+    This is the description of the field or of the same field in a base class, or the summary of the
     section that the field contains.
     """
     for kind in model.__mro__:
@@ -40,7 +40,7 @@ def describe_key(model: type[BaseModel], name: str) -> str:
 
 
 def format_default(field: FieldInfo) -> str:
-    """Return the default of a key as it is written in YAML; for a section its name or kind."""
+    """Return the default of a key as in YAML; for a section, its `name` or an empty string."""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return f"`{value.name}`" if hasattr(value, "name") else ""
@@ -68,12 +68,12 @@ def describe_values(
     metadata: Iterable[Any] = (),
     link: Callable[[type[BaseModel]], str] = _name_section,
 ) -> str:
-    """Return the valid values of a field in words.
+    """Describe the valid values of a field in words.
 
     Args:
         annotation: Type of the field.
-        metadata: Metadata of the field, for example bounds.
-        link: Function that returns the text for a section of the schema.
+        metadata: Metadata of the field, such as bounds.
+        link: Function that returns the text to show for a section of the schema.
     """
     metadata = list(metadata)
     for validator in metadata:
@@ -108,7 +108,7 @@ def _describe_type(
 ) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return link(annotation)
-    # A user's method may have fields of any type.
+    # User-defined methods may have fields of any type.
     name = getattr(annotation, "__name__", str(annotation))
     return WORDS.get(typing.get_origin(annotation) or annotation, name) + _bounds(metadata)
 
@@ -127,7 +127,7 @@ def _bounds(metadata: Iterable[Any]) -> str:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section of the schema that a field contains, None for other fields."""
+    """Return the section of the schema that a field contains, or None for other fields."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(section_of, typing.get_args(annotation))), None)
@@ -139,7 +139,7 @@ def section_summary(model: type[BaseModel]) -> str:
     return " ".join(text.split())
 
 
-# Number of differences that `describe_difference` lists.
+# Maximum number of differences that `describe_difference` lists.
 MAX_SHOWN = 3
 
 # Keys of `runtime` that do not affect results.
@@ -151,8 +151,8 @@ ABSENT = object()
 def resolve_config(config: Config) -> dict[str, Any]:
     """Return the whole configuration as plain values, including defaults.
 
-    Loading it gives the same settings again. Groups and overrides keep only the keys that were
-    written, because a default in them would take precedence over `clients.defaults`.
+    Loading the result yields the same settings. Groups and overrides contain only the keys that
+    were written, because their defaults would take precedence over `clients.defaults`.
     """
     plain = config.model_dump(mode="json")
     written = config.clients.model_dump(mode="json", exclude_unset=True)
@@ -168,8 +168,8 @@ def dump(config: Config) -> str:
 def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a plain configuration without the keys that may change when a run is resumed.
 
-    These are the keys that do not affect results (memory, workers, cluster), and `rounds`, which
-    may be increased.
+    The keys that may change are those that do not affect results (memory, workers, cluster), and
+    `rounds`, which may be increased.
     """
     kept = {key: value for key, value in plain.items() if key != "rounds"}
     if isinstance(runtime := plain.get("runtime"), Mapping):
@@ -180,9 +180,9 @@ def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Return the differences of two plain configurations in one line, None if they are equal.
+    """Describe the differences between two plain configurations in one line.
 
-    The first three values that differ are listed.
+    At most three differences are listed. If the configurations are equal, return None.
     """
     differing = list(_differing_leaves(old, new, ""))
     parts = [

@@ -1,4 +1,4 @@
-"""Format validation errors in one line: key, value found, nearest valid choice.
+"""Format validation errors of a configuration in one line.
 
 The line names the key, what was found, what is valid, and the nearest valid choice.
 """
@@ -28,7 +28,7 @@ from hetero_fl.utils.errors import (
 TABLE = {"model_type", "model_attributes_type", "dict_type"}
 LIST = {"list_type", "tuple_type"}
 
-# What was expected, by type of pydantic error.
+# The expected value, by type of pydantic error.
 EXPECTED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(
@@ -60,7 +60,7 @@ LIMITS = {
 # Types of errors that validators of this package raise, with a complete message.
 CUSTOM_ERROR_TYPES = {"value_error", "assertion_error"}
 
-# Number of keys of a section that a message lists.
+# Maximum number of keys of a section that a message lists.
 MAX_SHOWN = 5
 
 
@@ -71,14 +71,14 @@ def describe_error(
     at: Sequence[str] = (),
     own: Iterable[str] = (),
 ) -> str:
-    """Return the first error of a validation in one line: key, what was found, what is valid.
+    """Describe the first error of a validation in one line: key, what was found, what is valid.
 
     Args:
-        error: The error.
-        raw: The value that was validated.
-        model: The model that it was validated against.
+        error: Error of pydantic.
+        raw: Value that was validated.
+        model: Pydantic model of the value.
         at: Path of the value in the whole configuration.
-        own: Keys of the algorithm that the configuration names.
+        own: Keys of the configured algorithm.
     """
     problems = error.errors(include_url=False)
     first = min(
@@ -104,12 +104,12 @@ def describe_error(
 def _describe_problem(
     problems: Sequence[ErrorDetails], where: str, section: type[BaseModel] | None
 ) -> str:
-    """Return what is wrong with a value.
+    """Describe the problem of a value.
 
     Args:
-        problems: All errors of this value; several if the value may be of several types.
+        problems: All errors of the value, several if several types are allowed.
         where: Path of the value.
-        section: The section of the schema at this path, None for other fields.
+        section: Section of the schema at this path, or None if the value is not a section.
     """
     beyond_type = [
         p for p in problems if p["type"] not in EXPECTED and p["type"] != "literal_error"
@@ -125,13 +125,13 @@ def _describe_problem(
         limit = _format_limit(first)
         return f"{limit}, got {_format_found(value)}"
     if beyond_type:
-        # A type that only a user's method has.
+        # Only user-defined methods have fields of other types.
         return f"{first['msg']}, got {_format_found(value)}"
     return _describe_wrong_type(problems, where, section)
 
 
 def _describe_own_error(problem: ErrorDetails) -> str:
-    """Return the message of a validator, with the value unless the message contains it."""
+    """Return the message of a validator, followed by the value unless the message contains it."""
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     is_section = isinstance(problem["input"], dict)
     if is_section or re.search(r"\b(got|unknown|found)\b", message):
@@ -172,14 +172,14 @@ def _describe_wrong_type(
 
 
 def _format_found(value: Any) -> str:
-    """Return a value for a message; a model given by its name as that name."""
+    """Format a value for a message. `{"name": value}` is shown as `value`, as users write it."""
     if isinstance(value, dict) and set(value) == {"name"}:
         value = value["name"]
     return format_value(value)
 
 
 def _suggest_mapping(where: str, section: Any, found: Any) -> str:
-    """Return how to write a mapping in place of a list or a plain value."""
+    """Return a hint on how to write a mapping in place of a list or a plain value."""
     fields = section.model_fields if section else {"name": None}
     listed = [k for k, f in fields.items() if f and _entries(f.annotation) is not None]
     if isinstance(found, list):
@@ -197,25 +197,25 @@ def _suggest_mapping(where: str, section: Any, found: Any) -> str:
 
 def _may_be_empty(section: type[BaseModel]) -> bool:
     try:
-        section()
+        section.model_validate({})
     except ValidationError:
         return False
     return True
 
 
 def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterable[str]) -> str:
-    """Return a hint to the nearest key of the section, and to a key of this name elsewhere.
+    """Return a hint at the nearest key of the section, or at a key of this name elsewhere.
 
     Args:
-        key: The unknown key.
-        known_here: Keys of the section in which it was found.
-        place: Path of that section.
-        own: Keys of the algorithm that the configuration names.
+        key: Unknown key.
+        known_here: Keys of the section that contains the unknown key.
+        place: Path of the section.
+        own: Keys of the configured algorithm.
     """
     known = list(dict.fromkeys([*_paths(Config), *(("algorithm", k) for k in own)]))
     elsewhere = [p for p in known if p[-1] == key]
     nearest = closest_misspelling(key, known_here)
-    # `data_path` is `data.path`, not `data`.
+    # `data_path` means `data.path`, not `data`.
     joined = [p for p in known if _normalized_path(p).endswith(_normalized_path([key]))]
     if nearest is None and not elsewhere and joined:
         elsewhere = joined
@@ -228,7 +228,7 @@ def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterabl
         elsewhere = [p for p in known if p[-1] == similar]
     suggestions = [] if nearest is None else [nearest]
     if elsewhere:
-        # Of several equally near, the first in the schema.
+        # If several keys are equally near, choose the first one in the schema.
         path = max(elsewhere, key=lambda p: _common_prefix_length(p, place))
         i = _common_prefix_length(path, place)
         suggestions.append(".".join([*place[:i], *path[i:]]))
@@ -238,13 +238,13 @@ def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterabl
 
 
 def full_key(name: str) -> str | None:
-    """Return the full path of a configuration key, None if there is no such key.
+    """Return the full path of a configuration key, or None if the key does not exist.
 
-    For a section it is the key that selects its kind.
+    For a section, this is the path of the key that selects its kind, such as `algorithm.name`.
 
     Args:
-        name: A path, or its last part. Of several keys of that name, the one nearest to the root
-            is returned. `-` is equivalent to `_`.
+        name: Path of the key, or the last part of the path. If several keys have this name, the one
+            nearest to the root is returned. `-` is equivalent to `_`.
 
     Example:
         >>> full_key("rounds"), full_key("algorithm"), full_key("batch-size")
@@ -263,10 +263,12 @@ def full_key(name: str) -> str | None:
 
 
 def nearest_key(name: str) -> str | None:
-    """Return the full path of a configuration key, or of the most similar one.
+    """Return the full path of a configuration key, or of the most similar key.
+
+    If no key is similar, return None.
 
     Args:
-        name: A path, or its last part, possibly misspelled.
+        name: Path of the key, or the last part of the path, possibly misspelled.
 
     Example:
         >>> from hetero_fl.config.errors import nearest_key
@@ -281,12 +283,12 @@ def nearest_key(name: str) -> str | None:
 
 
 def _normalized_path(path: Sequence[str]) -> str:
-    """Return a path for comparison: `proxy_size` equals `proxy.size`, a dot marks the start."""
+    """Return a path in a form for comparison, with a leading dot and dots in place of `_`."""
     return "." + ".".join(path).replace("_", ".").replace("-", ".").lower().lstrip(".")
 
 
 def _common_prefix_length(path: Sequence[str], place: Sequence[str]) -> int:
-    """Return the number of leading parts that are equal; all indices of a list count as equal."""
+    """Return the number of equal leading parts. All indices of lists are treated as equal."""
     count = 0
     for a, b in zip(path, place, strict=False):
         if a != b and not (a.isdigit() and b.isdigit()):
@@ -296,9 +298,9 @@ def _common_prefix_length(path: Sequence[str], place: Sequence[str]) -> int:
 
 
 def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of all keys, those of a section before those of its subsections.
+    """Yield the paths of all keys, the keys of a section before the keys of its subsections.
 
-    The index of a list entry is 0.
+    Entries of lists have the index 0.
     """
     sections = []
     for name, field in model.model_fields.items():
@@ -312,7 +314,7 @@ def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def _data_location(loc: tuple[int | str, ...], raw: Any) -> list[str]:
-    """Return the part of a location that exists in the data: pydantic adds types of unions."""
+    """Return the parts of an error location that exist in the data; pydantic adds other parts."""
     place = []
     for part in loc:
         if isinstance(raw, dict):
@@ -326,7 +328,7 @@ def _data_location(loc: tuple[int | str, ...], raw: Any) -> list[str]:
 
 
 def _section_at(model: type[BaseModel], place: Iterable[str]) -> type[BaseModel] | None:
-    """Return the section of the schema at a path, None for other fields."""
+    """Return the section of the schema at a path, or None if the path is not a section."""
     current: type[BaseModel] | None = model
     for part in place:
         if part.isdigit() or current is None:
@@ -337,7 +339,7 @@ def _section_at(model: type[BaseModel], place: Iterable[str]) -> type[BaseModel]
 
 
 def _entries(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that the entries of a list are, None for other fields."""
+    """Return the section type of the entries of a list, or None for other fields."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _entries(typing.get_args(annotation)[0])
     return section_of(annotation) if typing.get_origin(annotation) in (list, tuple) else None

@@ -1,6 +1,6 @@
 """Load a configuration from YAML, JSON or a dictionary and apply overrides.
 
-JSON files of a well-known tutorial are translated to the schema.
+JSON files in the format of a well-known tutorial are translated to the schema.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from hetero_fl.utils.errors import (
     suggest_similar,
 )
 
-# References to other keys, and references that call a resolver of OmegaConf.
+# References to other keys, and the beginning of references that call a resolver of OmegaConf.
 REFERENCE = re.compile(r"\$\{[^{}]*\}")
 RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
-# Number of files of a folder that an error message lists.
+# Maximum number of files of a folder that an error message lists.
 LISTED = 10
 
 Source = str | Path | Mapping[str, Any] | Config
@@ -45,10 +45,10 @@ def override_list(overrides: Overrides) -> list[str]:
     """Return overrides as a list of `key.path=value`.
 
     Args:
-        overrides: One string, several, or a dictionary from keys to values.
+        overrides: A string, several strings, or a dictionary from keys to values.
 
     Raises:
-        UserError: If one of several is not a string.
+        UserError: If an override is not a string.
 
     Example:
         >>> override_list("rounds=1")
@@ -68,9 +68,12 @@ def override_list(overrides: Overrides) -> list[str]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a configuration with its overrides. Raises UserError for one that cannot be applied.
+    """Apply overrides to a configuration and return the result.
 
     If the overrides name another algorithm, the settings of the previous algorithm are dropped.
+
+    Raises:
+        UserError: If an override cannot be applied.
     """
     named = [o.split("=", 1)[1].strip("'\" ") for o in overrides if o.startswith("algorithm.name=")]
     algorithm = raw.get("algorithm")
@@ -102,7 +105,7 @@ def _without_other_key(raw: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def raw_algorithm_section(source: Source) -> dict[str, Any]:
-    """Return the `algorithm` section as the source writes it, without defaults."""
+    """Return the section `algorithm` as it is written in the source, without defaults."""
     raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
     if is_tutorial(raw):
         raw, _ = translate_tutorial(raw, [], str(source))
@@ -134,7 +137,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {_describe_reference_error(error)}") from None
     except (OSError, ValueError) as error:
-        # The file is not UTF-8, or contains an integer with thousands of digits.
+        # For example, the file is not UTF-8 or contains an integer with thousands of digits.
         raise UserError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: cannot be read: nested too deeply") from None
@@ -153,7 +156,7 @@ def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
 
 
 def _describe_reference_error(error: Exception) -> str:
-    """Return what is wrong with a reference `${key}`, given the error of OmegaConf."""
+    """Describe the problem of a reference `${key}` for which OmegaConf raised an error."""
     text = str(error).splitlines()[0]
     if unknown := re.fullmatch(r"Interpolation key '(.*)' not found", text):
         return f"reference to unknown key '{unknown[1]}'"
@@ -163,7 +166,7 @@ def _describe_reference_error(error: Exception) -> str:
 
 
 def _check_references(tree: Any, where: str) -> None:
-    """Reject `${resolver:…}` in a tree: it could reveal environment variables.
+    """Reject `${resolver:…}` in a tree, as a resolver could reveal environment variables.
 
     References may contain references, so the innermost ones are replaced until none is left.
     """
@@ -179,7 +182,7 @@ def _check_references(tree: Any, where: str) -> None:
 
 
 def _list_files(folder: Path) -> str:
-    """Return the configuration files of a folder for an error message; empty without any."""
+    """Return the end of an error message that lists the configuration files of a folder."""
     try:
         names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
     except OSError:
@@ -223,7 +226,10 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _invalid_path_reason(value: Any, key: str) -> str:
-    """Return why a path does not lead to an entry of a list; empty if the reason is another."""
+    """Return why a path does not lead to an entry of a list.
+
+    If the path cannot be applied for another reason, return an empty string.
+    """
     steps = key.split(".")
     for position, step in enumerate(steps):
         if isinstance(value, list):
@@ -239,13 +245,13 @@ def _invalid_path_reason(value: Any, key: str) -> str:
 
 
 def _suggest_entry(entries: list[Any], where: str, step: str, rest: list[str]) -> str:
-    """Return how to address the entry of a list that was addressed by its name.
+    """Return an error message that shows how to address an entry of a list by its index.
 
     Args:
-        entries: The list.
+        entries: Entries of the list.
         where: Path of the list.
         step: Part of the path that should be an index.
-        rest: Parts of the path after it.
+        rest: Parts of the path after `step`.
     """
     index = {
         str(entry["name"]): i
@@ -261,7 +267,7 @@ def _suggest_entry(entries: list[Any], where: str, step: str, rest: list[str]) -
 
 
 def _add_yaml_spaces(value: Any) -> Any:
-    """Return `{a:1,b:2}`, which YAML parses as two keys without a value, as `{a: 1, b: 2}`."""
+    """Convert `{a:1,b:2}`, which YAML parses as two keys without values, to `{a: 1, b: 2}`."""
     if not isinstance(value, dict):
         return value
     tight = {k: str(k).split(":", 1) for k, v in value.items() if v is None and ":" in str(k)}
@@ -271,14 +277,14 @@ def _add_yaml_spaces(value: Any) -> Any:
     )
 
 
-# The JSON file with which a well-known tutorial on horizontal federated learning configures a run:
+# A well-known tutorial on horizontal federated learning configures a run by a JSON file such as:
 #
 #     {"model_name": "resnet18", "no_models": 10, "type": "cifar", "global_epochs": 20,
 #      "local_epochs": 3, "k": 6, "batch_size": 32, "lr": 0.001, "momentum": 0.0001, "lambda": 0.1}
 #
 # The training rows are divided in order among `no_models` clients, `k` of which train with SGD in
 # each round, and the server computes G + λ·Σ(L − G). CIFAR-10 images are cropped and flipped at
-# random and normalized per channel, MNIST images are not changed.
+# random and normalized per channel; MNIST images are not changed.
 
 SETS: dict[str, dict[str, Any]] = {
     "cifar": {
@@ -293,7 +299,7 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 class Tutorial(ConfigSection):
-    """The keys of the tutorial's file."""
+    """The settings in the tutorial's configuration file."""
 
     model_name: str
     no_models: PositiveInt
@@ -308,7 +314,7 @@ class Tutorial(ConfigSection):
 
     @property
     def model(self) -> str:
-        """Name of the model: torchvision's if it has one of that name, as in the tutorial."""
+        """Name of the model, which is a torchvision model if one with this name exists."""
         from model_zoo import list_models
 
         published = f"torchvision:{self.model_name}"
@@ -319,7 +325,7 @@ KEYS = tuple(field.alias or name for name, field in Tutorial.model_fields.items(
 
 
 def is_tutorial(raw: Mapping[str, Any]) -> bool:
-    """Return whether most keys are those of the tutorial, and more than of a configuration."""
+    """Return whether a mapping has the format of the tutorial rather than of a configuration."""
     count = len(set(raw) & set(KEYS))
     return 2 * count > len(KEYS) and count > len(set(raw) & set(Config.model_fields))
 
@@ -327,15 +333,15 @@ def is_tutorial(raw: Mapping[str, Any]) -> bool:
 def translate_tutorial(
     raw: Mapping[str, Any], overrides: Iterable[str], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Translate a file of the tutorial to a configuration.
+    """Translate a file in the tutorial's format to a configuration.
 
     Args:
         raw: Content of the file.
-        overrides: Overrides; those of the tutorial's keys (`k=3`) are applied to the file.
-        where: The file, for error messages.
+        overrides: Overrides. Those of the tutorial's keys, such as `k=3`, are applied to the file.
+        where: Name of the file, for error messages.
 
     Returns:
-        The configuration, and the overrides that are to be applied to it.
+        The configuration, and the remaining overrides to apply to the configuration.
 
     Raises:
         UserError: If a key is missing or unknown, or a value is invalid.

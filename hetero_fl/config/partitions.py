@@ -8,7 +8,7 @@ from hetero_fl.config.data import PartitionConfig
 
 
 class IID(PartitionConfig):
-    """Random rows for each client.
+    """Random rows for each client, without skew.
 
     Example:
         >>> import hetero_fl as hfl
@@ -20,7 +20,7 @@ class IID(PartitionConfig):
 
 
 class Dirichlet(PartitionConfig):
-    """Label skew: the shares of a class follow a Dirichlet distribution (Hsu et al. 2019).
+    """Label skew, with shares of each class from a Dirichlet distribution (Yurochkin et al. 2019).
 
     Example:
         >>> import hetero_fl as hfl
@@ -44,7 +44,7 @@ class Classes(PartitionConfig):
 
 
 class Quantity(PartitionConfig):
-    """Different numbers of rows, with equal class frequencies.
+    """Different numbers of rows per client, with similar class frequencies.
 
     Example:
         >>> import hetero_fl as hfl
@@ -56,7 +56,7 @@ class Quantity(PartitionConfig):
 
 
 class Natural(PartitionConfig):
-    """One client for each group of the data, such as its hospital.
+    """One client for each group of the data, for example for each hospital.
 
     Example:
         >>> import hetero_fl as hfl

@@ -1,7 +1,7 @@
 """Resolve client groups and overrides into settings per client id.
 
-Clients with the same settings share a profile, so that a population needs memory for its profiles
-and one or two bytes per client.
+Clients with the same settings have the same profile. A population stores the profiles and, for each
+client, the number of its profile, usually in one or two bytes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
 
-# Settings as the user wrote them, without defaults.
+# Explicitly written settings, without defaults.
 Layer = dict[str, Any]
 
-# Number of client ids that an error message lists.
+# Maximum number of client ids that an error message lists.
 MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class SettingsProfile:
-    """Clients with the same settings.
+    """Settings that are the same for one or more clients.
 
     Attributes:
         number: Index in `Population.profiles`.
@@ -54,9 +54,9 @@ class GroupMembers:
     """The clients of one group.
 
     Attributes:
-        series: Their ids.
-        layer: Settings of the group, merged with the defaults. The clients use the models of a
-            list in turn.
+        series: Ids of the clients.
+        layer: Settings of the group, merged with the defaults. If `model` is a list, the clients
+            use its models in turn.
     """
 
     series: IdSeries
@@ -68,8 +68,8 @@ class OverrideLayer:
     """Settings of the clients whose ids match a pattern.
 
     Attributes:
-        pattern: Pattern of ids, as for `fnmatch.fnmatchcase`.
-        layer: Settings that take precedence over those of the group.
+        pattern: Pattern of ids in the syntax of `fnmatch.fnmatchcase`.
+        layer: Settings that take precedence over the settings of the group.
     """
 
     pattern: str
@@ -78,7 +78,7 @@ class OverrideLayer:
 
 @dataclass(frozen=True)
 class ListedSettings:
-    """Settings given for each id, used to build a population from them.
+    """A lookup of the settings of each client, for use as `resolve` of a `Population`.
 
     Attributes:
         clients: Settings by client id.
@@ -92,17 +92,18 @@ class ListedSettings:
 
 
 class Population(Mapping[str, ClientSettings]):
-    """Settings by client id, shared by all clients of a profile.
+    """A mapping from client ids to settings, which are stored once per profile.
 
-    Iteration follows the configuration, group by group. `ids` has the same clients in natural
+    Iteration follows the configuration, group by group. `ids` contains the same clients in natural
     order.
 
     Args:
         groups: Groups of clients, in the order of the configuration.
-        overrides: Settings for ids that match a pattern; later overrides take precedence.
-        resolve: Function that returns the settings of a profile, given the id of its first client,
-            the layer of its group, the index of its model in the group, and for each matching
-            override the layer and the index of its model in the override.
+        overrides: Settings for ids that match a pattern. Later overrides take precedence.
+        resolve: Function that returns the settings of a profile. Its arguments are the id of the
+            first client of the profile, the layer of the group, the index of the model in the
+            group, and a list with the layer of each matching override and the index of the model in
+            it.
 
     Attributes:
         ids: Client ids in natural order.
@@ -126,10 +127,11 @@ class Population(Mapping[str, ClientSettings]):
         self._assign_profiles()
 
     def _assign_profiles(self) -> None:
-        """Assign each client a profile. Profiles are numbered in the order of their first clients.
+        """Assign a profile to each client.
 
-        A client's profile is determined by its group, the index of its model in the group, and for
-        each override by whether it matches and the index of its model in the override.
+        Clients have the same profile if they have the same group, the same model of the group, the
+        same matching overrides, and the same model of each of these overrides. Profiles are
+        numbered in the order of their first clients.
         """
         numbers = self._group_turns()
         turns = []
@@ -148,7 +150,7 @@ class Population(Mapping[str, ClientSettings]):
         self._profile_numbers = np.argsort(order).astype(np.min_scalar_type(len(order)))[numbers]
 
     def _group_turns(self) -> NDArray[np.signedinteger[Any]]:
-        """Return the number of each client's combination of group and model, shape `[clients]`."""
+        """Return an index of the group and model of each client, int32 `[clients]`."""
         parts = [np.empty(0, dtype=np.int32)]
         start = 0
         for group in self._groups:
@@ -158,7 +160,7 @@ class Population(Mapping[str, ClientSettings]):
         return np.concatenate(parts)
 
     def _match_overrides(self) -> NDArray[np.bool_]:
-        """Return whether each override matches each client, shape `[overrides, clients]`."""
+        """Return whether each override matches each client, bool `[overrides, clients]`."""
         if not self._overrides:
             return np.empty((0, len(self)), bool)
         patterns = [re.compile(translate(override.pattern)) for override in self._overrides]
@@ -168,7 +170,7 @@ class Population(Mapping[str, ClientSettings]):
 
     @classmethod
     def from_settings(cls, clients: Mapping[str, ClientSettings]) -> Population:
-        """Return a population of clients with given settings, a profile for each."""
+        """Create a population from settings by client id, with a profile for each client."""
         if isinstance(clients, Population):
             return clients
         groups = [GroupMembers(IdSeries(client_id, 1)) for client_id in clients]
@@ -194,7 +196,11 @@ class Population(Mapping[str, ClientSettings]):
         return profiles
 
     def profile(self, client_id: str) -> SettingsProfile:
-        """Return the profile of a client. Raises KeyError for an unknown id."""
+        """Return the profile of a client.
+
+        Raises:
+            KeyError: If the id is unknown.
+        """
         position = self.position(client_id)
         if position is None:
             raise KeyError(client_id)
@@ -202,7 +208,7 @@ class Population(Mapping[str, ClientSettings]):
         return self.profiles[self._profile_numbers[self._starts[group] + place]]
 
     def set_default(self, name: str, value: object) -> None:
-        """Set a setting of all clients for which it is None."""
+        """Set the value of a setting for all clients for which it is None."""
         self.profiles = [
             replace(profile, settings=profile.settings.model_copy(update={name: value}))
             if getattr(profile.settings, name) is None
@@ -211,9 +217,10 @@ class Population(Mapping[str, ClientSettings]):
         ]
 
     def position(self, client_id: str) -> tuple[int, int] | None:
-        """Return the index of a client's group and its index in it; None for an unknown id.
+        """Return the index of a client's group and the client's index in the group.
 
-        Sorted by position, clients are in the order of the configuration.
+        Clients sorted by position are in the order of the configuration. For an unknown id, return
+        None.
         """
         for name in (client_id, client_id.rpartition("_")[0]):
             for number in self._by_name.get(name, ()):
@@ -248,7 +255,7 @@ def _num_models(layer: Layer) -> int:
 # Keys of groups and overrides that are not settings of a client.
 DESCRIBES = {"name", "count", "fraction", "match"}
 
-# Settings of SGD, which other optimizers do not inherit.
+# Settings of SGD that are dropped if an override chooses another optimizer.
 OF_SGD = {"momentum", "nesterov"}
 
 
@@ -258,8 +265,8 @@ def expand_population(config: ClientsConfig) -> Population:
     Ids are `name_1`, `name_2`, … (zero-padded), or the name of the group if it has one client.
 
     Raises:
-        UserError: If counts do not add up, ids are not unique, an override matches no client, or
-            settings of different layers contradict each other.
+        UserError: If the numbers of clients do not add up, ids are not unique, an override matches
+            no client, or the merged settings of a client contradict each other.
     """
     groups = config.groups or [ClientGroup(name="client")]
     defaults = _explicit_settings(config.defaults)
@@ -279,7 +286,7 @@ def expand_population(config: ClientsConfig) -> Population:
         raise UserError(
             f"clients.groups: two clients have the id '{error}'; choose different group names"
         ) from None
-    # Resolve the profiles without overrides, too: an override must not hide a contradiction.
+    # Resolve the profiles without overrides, too, as an override must not hide a contradiction.
     _ = without_overrides.profiles
     for override, matches in zip(overrides, population.matched_overrides(), strict=True):
         if not matches:
@@ -300,10 +307,10 @@ def _resolve_settings(
     """Return the settings of a client.
 
     Args:
-        client_id: The client, for error messages.
-        layer: Settings of its group.
-        index: Index of its model in the group.
-        overrides: Layers of the matching overrides, with the index of its model in each.
+        client_id: Id of the client, for error messages.
+        layer: Settings of the client's group.
+        index: Index of the client's model in the group.
+        overrides: Layer of each matching override, and index of the client's model in it.
     """
     settings = _select_model(layer, index)
     for override, override_index in overrides:
@@ -317,12 +324,15 @@ def _resolve_settings(
 
 
 def _explicit_settings(settings: ClientSettings) -> dict[str, Any]:
-    """Return the settings that were written, without defaults."""
+    """Return the explicitly written settings of a client, without defaults."""
     return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
 
 
 def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
-    """Return settings merged with those of another layer, which take precedence."""
+    """Merge the settings of two layers; those of `override` take precedence.
+
+    If `override` chooses another optimizer, the settings of SGD in `base` are dropped.
+    """
     optimizer = base.get("optimizer", {})
     name = override.get("optimizer", {}).get("name")
     if name is not None and name != optimizer.get("name", OptimizerConfig().name):
@@ -331,7 +341,7 @@ def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
 
 
 def _select_model(layer: Layer, index: int) -> Layer:
-    """Return the layer with only the model of an index, counted cyclically."""
+    """Return the layer with only the model at an index, modulo the number of models."""
     models = layer.get("model")
     return {**layer, "model": [models[index % len(models)]]} if models else layer
 

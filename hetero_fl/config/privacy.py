@@ -110,7 +110,7 @@ class PrivacyConfig(ConfigSection):
     )
 
     @model_validator(mode="after")
-    def _check_goal(self) -> PrivacyConfig:
+    def _check_combination(self) -> PrivacyConfig:
         """Check that the noise is determined and that all settings apply to the unit."""
         if self.target_epsilon is None and self.noise_multiplier is None:
             raise ValueError("set target_epsilon or noise_multiplier")
@@ -136,15 +136,15 @@ class PrivacyConfig(ConfigSection):
         return self
 
     def with_placeholder_noise(self) -> PrivacyConfig:
-        """Return a copy with a noise multiplier, for dry runs that do not depend on its value."""
+        """Return a copy in which an unset noise multiplier is 1, for dry runs."""
         return self.model_copy(update={"noise_multiplier": self.noise_multiplier or 1.0})
 
     @property
     def known_noise_multiplier(self) -> float:
-        """The noise multiplier of a prepared run, in which it has been computed if necessary."""
+        """The noise multiplier of a prepared run, in which it is always set."""
         assert self.noise_multiplier is not None
         return self.noise_multiplier
 
     def clip_norm(self, item: str) -> float:
-        """Return the maximum L2 norm of a client's contribution to an item."""
+        """Return the maximum L2 norm of a client's contribution to an item, such as `model`."""
         return self.clip.get(item, 1.0) if isinstance(self.clip, dict) else self.clip

@@ -26,7 +26,8 @@ ATTACKS = ("label_flip", "backdoor", *UPLOAD_ATTACKS, *ROW_ATTACKS)
 class AggregationConfig(ConfigSection):
     """Aggregation of uploads.
 
-    All rules but `mean` give clients equal weights, as a client could claim any number of rows.
+    All rules except `mean` give clients equal weights, as malicious clients could report any number
+    of rows.
 
     Example:
         >>> import hetero_fl as hfl
@@ -70,7 +71,7 @@ class AggregationConfig(ConfigSection):
     @field_validator("malicious")
     @classmethod
     def _check_malicious(cls, value: int | float) -> int | float:
-        """Check that the value is a number of clients or a minority of them."""
+        """Check that the value is a number of clients or a share below one half."""
         if value < 0 or (isinstance(value, float) and value >= 0.5):
             raise ValueError(f"must be an integer >= 0 or a share >= 0 and < 0.5, got {value}")
         return value
@@ -81,7 +82,7 @@ class AggregationConfig(ConfigSection):
         return self.rule == self.predictions == self.statistics == "mean"
 
     def num_malicious(self, num_senders: int) -> int:
-        """Return how many of `num_senders` clients may be malicious; a share is rounded up."""
+        """Return how many of `num_senders` clients may be malicious. A share is rounded up."""
         if isinstance(self.malicious, int):
             return self.malicious
         return math.ceil(self.malicious * num_senders - 1e-9)

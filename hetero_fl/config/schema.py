@@ -37,7 +37,7 @@ Device = choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:", synonyms={"gp
 
 
 class ServerConfig(ConfigSection):
-    """Training at the server, and an optional student model.
+    """Training on the server, and an optional student model.
 
     Example:
         >>> import hetero_fl as hfl
@@ -195,7 +195,7 @@ class OutputConfig(ConfigSection):
     )
 
 
-# Client settings that may also be written next to `algorithm.name`.
+# Settings of clients that may also be written in the section `algorithm`.
 CLIENT_OPTIONS = (
     "logit_adjustment",
     "local_prior",

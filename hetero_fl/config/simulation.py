@@ -23,7 +23,7 @@ WIDEST = 10.0
 
 
 def _check_log_spread(value: float) -> float:
-    """Reject spreads so large that they were probably meant in the unit of the quantity."""
+    """Reject values that are too large for the standard deviation of a logarithm."""
     if value > WIDEST:
         raise ValueError(
             f"must be <= {WIDEST:g}, got {value:g}; it is the standard deviation of the natural "
@@ -47,7 +47,7 @@ class QuantityConfig(ConfigSection):
 
 
 def _expand_number(value: object) -> object:
-    """Return the distribution in which all clients have a given number, others unchanged."""
+    """Convert a number to a distribution without spread, and return distributions unchanged."""
     if isinstance(value, dict | QuantityConfig):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -75,7 +75,7 @@ class AvailabilityConfig(ConfigSection):
 
 
 class DeviceConfig(ConfigSection):
-    """Simulated device of a client. By default it takes no time and is always available.
+    """Simulated device of a client. By default, it is always available and takes no time.
 
     Example:
         >>> import hetero_fl as hfl
@@ -133,7 +133,7 @@ class DevicesConfig(DeviceConfig):
 
 
 class FaultsConfig(ConfigSection):
-    """Simulated faults by their probability per task. A task has at most one fault.
+    """Probabilities of simulated faults per task. A task has at most one fault.
 
     Example:
         >>> import hetero_fl as hfl
@@ -160,8 +160,8 @@ class FaultsConfig(ConfigSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_server(cls, values: Any) -> Any:
-        """Drop the former key `server`, which is an empty list in the files of older runs."""
+    def _drop_server(cls, values: Any) -> Any:
+        """Drop the former key `server` if it is empty, as in the files of older runs."""
         if isinstance(values, Mapping) and "server" in values:
             if values["server"]:
                 raise ValueError(
@@ -187,7 +187,7 @@ class FaultsConfig(ConfigSection):
 
 
 class CohortConfig(ConfigSection):
-    """Sampling of the clients of a round, its deadline, and what happens if uploads are missing.
+    """Sampling of the clients of a round, the deadline, and the handling of missing uploads.
 
     Example:
         >>> import hetero_fl as hfl
@@ -233,7 +233,7 @@ class CohortConfig(ConfigSection):
         """Return the number of clients to sample for a round.
 
         Args:
-            per_round: Uploads to aggregate, `clients.per_round`; None for all clients.
+            per_round: Number of uploads to aggregate, `clients.per_round`. None means all clients.
             clients: Number of clients.
         """
         if per_round is None:
@@ -242,7 +242,7 @@ class CohortConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_deadline(self) -> CohortConfig:
-        """Check that there is a deadline that partial work can meet."""
+        """Check that partial work is combined with a deadline."""
         if self.partial_work and self.deadline is None:
             raise ValueError("partial_work=true requires deadline; set it in simulated seconds")
         return self

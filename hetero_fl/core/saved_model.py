@@ -18,6 +18,7 @@ from hetero_fl.core.model_spec import ModelSpec, Tensors, freeze_lists
 from hetero_fl.core.task import Task
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
+from model_zoo import SplitModel
 
 FORM = "hetero_fl model 1"
 # Prefix, in a model file, of the names of BatchNorm statistics for the client's own examples.
@@ -153,7 +154,7 @@ class SavedModel:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a saved model: {error}") from None
 
-    def module(self, personal: bool = False) -> torch.nn.Module:
+    def module(self, personal: bool = False) -> SplitModel:
         """Build the model with the saved tensors, in evaluation mode.
 
         Args:

@@ -35,7 +35,7 @@ from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 
 Kind = Literal["multiclass", "multilabel", "regression"]
 MAX_LISTED_CLASSES = 8
-"""Number of classes that a warning lists."""
+"""Maximum number of classes that a warning lists."""
 
 
 def from_arrays(
@@ -59,8 +59,8 @@ def from_arrays(
 ) -> Dataset:
     """Create a data set from NumPy arrays or tensors.
 
-    If labels can be interpreted in more than one way, the choice is reported as a `UserWarning`
-    and in the log of the run.
+    If labels can be interpreted in more than one way, the chosen interpretation is reported as a
+    `UserWarning` and in the log of the run.
 
     Args:
         x: Images `[N, C, H, W]`, `[N, H, W, C]` or, as integers, `[N, H, W]`, with values in 0..255
@@ -69,33 +69,34 @@ def from_arrays(
         y: Labels. Integers `[N]` are classes; unless they are 0 to C - 1, the sorted distinct
             labels become the class names. Strings `[N]` are class names. Zeros and ones `[N, L]`
             are multilabel targets, or classes if every row has exactly one 1. Other floats are
-            regression targets, unless they are few distinct nonnegative integers (classes).
-        validation: (x, y) of the common validation set. By default it is held out of the training
+            regression targets, unless they are nonnegative integers with at most 20 distinct
+            values, which are classes.
+        validation: (x, y) of the global validation set. By default, it is held out of the training
             rows.
-        test: (x, y) of the common test set. By default it is held out of the training rows.
+        test: (x, y) of the global test set. By default, it is held out of the training rows.
         group: Group of each row, `[N]` numbers or strings, for the natural partition.
         patient: Patient of each row, `[N]` numbers or strings. The rows of a patient are never
             divided between splits or clients.
-        time: Time of each target, `[N]` integers (seconds since 1970 or any increasing unit) or
+        time: Time of each target, `[N]` integers (in seconds since 1970 or any other unit) or
             datetime64. Training, validation and test rows are then split by date, so `validation`
-            and `test` must not be given.
-        unit: Scale of the regression targets of each row, `[N]`. Errors are reported for targets
-            times unit.
-        task: Learning task, instead of inferring it from the labels: "multiclass", "multilabel",
-            "regression", or a `Task`, with which labels are used unchanged.
-        num_classes: Number of classes. Integer labels are then class numbers from 0.
+            and `test` must be None.
+        unit: Scale of the regression targets of each row, `[N]`. Errors are reported for the
+            targets multiplied by this scale.
+        task: "multiclass", "multilabel", "regression", or a `Task`, with which numeric labels are
+            used unchanged. By default, the task is inferred from the labels.
+        num_classes: Number of classes. If it is set, integer labels are class numbers from 0.
         name: Name of the data set.
         simulated: Whether the data is generated.
         about: Short description.
         columns: Names of the columns of a table, or of the channels of a series.
         blocks: (name, shape) of each modality in flat rows `[N, D]`; see also
             `join_images_and_table`.
-        vocabulary: Vocabulary if x is integer tokens `[N, T]` (see `Vocabulary.encode`).
+        vocabulary: Vocabulary if x consists of integer tokens `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
         UserError: See `check_examples`. Also if the value range or axis order of images is
-            ambiguous, floats `[N, A, B]` could be images or series, or the labels do not match
-            `task` or `num_classes`.
+            ambiguous, floats `[N, A, B]` could be images or series, the labels do not match `task`
+            or `num_classes`, or arguments contradict each other.
 
     Example:
         >>> import numpy as np
@@ -118,10 +119,10 @@ def from_arrays(
     if classes and not isinstance(task, Task):
         task = Task("multiclass", len(classes), classes)
     elif not isinstance(task, Task):
-        task, labels, doubts = _read_labels(labels, task, num_classes, unit is not None, name)
-        for line in doubts:
+        task, labels, remarks = _read_labels(labels, task, num_classes, unit is not None, name)
+        for line in remarks:
             warnings.warn(line, UserWarning, stacklevel=2)
-        notes += tuple(doubts)
+        notes += tuple(remarks)
     elif num_classes is not None:
         raise UserError(
             f"{name}: num_classes: cannot be combined with a Task, got {num_classes} and "
@@ -169,7 +170,7 @@ def _parse_inputs(
 
 
 def _extra_columns(group: Any, patient: Any, time: Any, unit: Any, name: str) -> dict[str, Any]:
-    """Return the fields of `Examples` for the columns that are given."""
+    """Return the fields of `Examples` for the columns that are not None."""
     extra: dict[str, Any] = {}
     if group is not None:
         extra["group"], extra["group_names"] = index_names(_as_list(group))
@@ -183,7 +184,7 @@ def _extra_columns(group: Any, patient: Any, time: Any, unit: Any, name: str) ->
 
 
 def _parse_times(values: Any, name: str) -> Tensor:
-    """Return integers unchanged and dates as seconds since 1970, int64 `[N]`."""
+    """Convert dates to seconds since 1970 and return integers unchanged, int64 `[N]`."""
     times = np.asarray(values)
     if np.issubdtype(times.dtype, np.datetime64):
         times = times.astype("datetime64[s]").astype(np.int64)
@@ -206,7 +207,7 @@ def _tensor(values: Any, where: str) -> Tensor:
 def _parse_labels(
     labels: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the labels of each split as numbers, and the class names if they are text."""
+    """Return the labels of each split as numbers, and the class names if the labels are text."""
     texts = {
         split: text
         for split, y in labels.items()
@@ -254,7 +255,7 @@ def _text_labels(y: Any, where: str) -> list[str] | None:
 
 
 def _label_numbers(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[str, Tensor]:
-    """Return text labels as class numbers of a task."""
+    """Convert text labels to the class numbers of a task."""
     if task.kind != "multiclass" or not task.names:
         raise UserError(
             f"{name}: y: text labels need a multiclass task with class names; add them to task, or "
@@ -274,7 +275,7 @@ def _label_numbers(texts: Mapping[str, Sequence[str]], task: Task, name: str) ->
 
 
 def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
-    """Refuse floats `[N, A, B]` that could be images or series; only series have `columns`."""
+    """Reject floats `[N, A, B]` that could be images or series. Series must have `columns`."""
     for where, x in raw.items():
         if x.ndim != 3 or not x.is_floating_point() or x.shape[-1] <= 1:
             continue
@@ -293,10 +294,10 @@ def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
 
 
 def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Convert images to the format of `hetero_fl.core.images` and other x to float32.
+    """Convert images to the format of `hetero_fl.core.images` and other floats to float32.
 
     Returns:
-        The tensors, and remarks on the axis order and value range.
+        The tensors in the order of `raw`, and remarks on the axis order and value range of images.
     """
     x = {where: as_bytes(x, where) if x.ndim in (3, 4) else x for where, x in raw.items()}
     x = {
@@ -322,10 +323,10 @@ def _read_labels(
     has_unit: bool,
     name: str,
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return the task, the targets of each split, and a remark on each ambiguous choice."""
+    """Return the task, the targets of each split, and remarks on ambiguous labels."""
     kind = _check_kind(kind, num_classes, name)
     y = {split: _squeeze_labels(part, f"{name}: {split}: y") for split, part in labels.items()}
-    doubts: list[str] = []
+    remarks: list[str] = []
     width = 1 if y["train"].ndim == 1 else y["train"].shape[1]
     for split, part in y.items():
         if part.shape[1:] != y["train"].shape[1:]:
@@ -334,14 +335,14 @@ def _read_labels(
                 f"{tuple(part.shape)}"
             )
     if kind is None:
-        kind, doubts = _label_kind(list(y.values()), has_unit, name)
+        kind, remarks = _label_kind(list(y.values()), has_unit, name)
     if kind == "multiclass" and width == 1:
         numbers = {
             split: _class_numbers(part.numpy(), f"{name}: {split}: y") for split, part in y.items()
         }
-        return _classes(numbers, num_classes, doubts, name)
+        return _classes(numbers, num_classes, remarks, name)
     if kind == "multiclass":
-        if not _one_hot(list(y.values())) or num_classes not in (None, width):
+        if not _is_one_hot(list(y.values())) or num_classes not in (None, width):
             raise UserError(
                 f"{name}: y: a multiclass task needs one column of labels or one-hot rows, got "
                 f"{width} columns"
@@ -349,9 +350,9 @@ def _read_labels(
         return (
             Task("multiclass", width),
             {split: part.long().argmax(1) for split, part in y.items()},
-            doubts,
+            remarks,
         )
-    return Task("multilabel" if kind == "multilabel" else "regression", width), y, doubts
+    return Task("multilabel" if kind == "multilabel" else "regression", width), y, remarks
 
 
 def _check_kind(kind: str | None, num_classes: int | None, name: str) -> str | None:
@@ -373,16 +374,16 @@ def _check_kind(kind: str | None, num_classes: int | None, name: str) -> str | N
 
 
 def _squeeze_labels(y: Tensor, where: str) -> Tensor:
-    """Return labels `[N]` or `[N, L]` with L > 1."""
+    """Return labels of shape `[N]`, or of shape `[N, L]` with L > 1."""
     if y.ndim not in (1, 2) or y.numel() == 0:
         raise UserError(f"{where}: expected shape (N,) or (N, L), got {tuple(y.shape)}")
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def _label_kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
-    """Infer the kind of task from the labels of all splits, with a remark if it is ambiguous."""
+    """Infer the kind of task from the labels of all splits; add a remark if it is ambiguous."""
     if y[0].ndim == 2:
-        if _one_hot(y):
+        if _is_one_hot(y):
             return "multiclass", [
                 f"{name}: y: every row has exactly one 1, read as {y[0].shape[1]} classes; pass "
                 "task='multilabel' if the labels are independent"
@@ -413,28 +414,28 @@ def _label_kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[
     ]
 
 
-def _one_hot(y: list[Tensor]) -> bool:
+def _is_one_hot(y: list[Tensor]) -> bool:
     return all(
         bool(((part == 0) | (part == 1)).all() and (part.double().sum(1) == 1).all()) for part in y
     )
 
 
 def _class_numbers(y: np.ndarray, where: str) -> Tensor:
-    """Return labels `[N]` as int64, refusing fractions."""
+    """Convert labels `[N]` to int64; fractions are an error."""
     if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
         raise UserError(f"{where}: row {row}: expected a class number, got {y[row]:g}")
     return torch.from_numpy(y.astype(np.int64))
 
 
 def _classes(
-    y: dict[str, Tensor], num_classes: int | None, doubts: list[str], name: str
+    y: dict[str, Tensor], num_classes: int | None, remarks: list[str], name: str
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return the task of integer labels, class numbers from 0, and remarks."""
+    """Return the task of integer labels, the labels as class numbers from 0, and remarks."""
     if num_classes is not None:
-        return Task("multiclass", num_classes), y, doubts
+        return Task("multiclass", num_classes), y, remarks
     values = torch.cat(list(y.values())).unique()
     if int(values[0]) == 0 and int(values[-1]) == len(values) - 1:
-        return Task("multiclass", len(values)), y, doubts
+        return Task("multiclass", len(values)), y, remarks
     listed = values[:MAX_LISTED_CLASSES].tolist()
     pairs = ", ".join(f"{label} as class {index}" for index, label in enumerate(listed))
     hidden = len(values) - len(listed)
@@ -448,7 +449,7 @@ def _classes(
     return (
         task,
         {split: torch.searchsorted(values, part) for split, part in y.items()},
-        [*doubts, note],
+        [*remarks, note],
     )
 
 
@@ -475,22 +476,24 @@ def read_npz(
 ) -> Dataset:
     """Read a `.npz` file in the MedMNIST layout.
 
-    The file has arrays `{train,val,test}_images` and `{train,val,test}_labels`; only `train` is
-    required. Images are `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, in 0..1 or 0..255; floats
-    `[N, F]` are rows of a table. Labels are `[N]`, `[N, 1]` or `[N, L]`: integers in one column are
-    classes, several columns of 0 and 1 are multilabel targets, fractions are regression targets.
+    The file has arrays `{train,val,test}_images` and `{train,val,test}_labels`; only the arrays of
+    `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and values
+    in 0..1 or 0..255; floats `[N, F]` are rows of a table. Labels have shape `[N]`, `[N, 1]` or
+    `[N, L]`: integers in one column are classes, several columns of 0 and 1 are multilabel targets,
+    and fractions are regression targets.
 
     Args:
         path: File to read.
         name: Name of the data set.
-        task: Learning task if it is fixed; the file must then contain images. By default the task
+        task: Learning task if it is fixed; the file must then contain images. By default, the task
             is inferred from the labels, with classes numbered from 0.
-        kind: "multiclass", "multilabel" or "regression", instead of inferring it.
+        kind: Kind of the task, "multiclass", "multilabel" or "regression". By default, it is
+            inferred from the labels.
         patient: Name of the array with the patient of each training row. By default "patient", if
-            the file has it.
+            the file has this array.
 
     Raises:
-        UserError: If the file is missing or malformed, with the array and the row.
+        UserError: If the file is missing or malformed. The message names the array and the row.
     """
     where = f"path: {path}"
     wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
@@ -549,7 +552,14 @@ def read_npz(
 
 
 def read_images(path: Path) -> Tensor:
-    """Read the training images of a file in the MedMNIST layout, without labels."""
+    """Read the training images of a `.npz` file in the MedMNIST layout, without labels.
+
+    Returns:
+        Images, uint8 or float32 `[N, C, H, W]`, or rows of a table, float32 `[N, F]`.
+
+    Raises:
+        UserError: If the file is missing or malformed.
+    """
     where = f"path: {path}"
     arrays, names = read_npz_arrays(path, ["train_images"])
     if not arrays:
@@ -569,7 +579,7 @@ def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.n
 
     Args:
         path: File to read.
-        wanted: Names of arrays; those that do not exist are skipped.
+        wanted: Names of the arrays to read. Arrays that do not exist are skipped.
 
     Returns:
         The arrays by name, and the names of all arrays in the file.
@@ -592,7 +602,7 @@ def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.n
 
 
 def _unreadable_reason(path: Path, error: Exception) -> str:
-    # numpy's message would recommend to unpickle the file.
+    # NumPy's message would recommend unpickling the file.
     if not is_zipfile(path):
         return ": expected a complete archive as written by numpy.savez"
     if "pickle" in str(error):
@@ -625,7 +635,7 @@ def _split_arrays(
 
 
 def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """Infer the task from the labels of all splits, and from its kind if given."""
+    """Return the task of the labels of all splits, inferred from the labels if `kind` is None."""
     widths = {y.shape[1] for y in labels}
     if len(widths) > 1:
         raise UserError(

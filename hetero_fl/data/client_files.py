@@ -1,7 +1,7 @@
-"""Clients with separate files, which are pooled and split again.
+"""Pool the separate files of clients into one data set.
 
-The files are pooled to one data set whose groups are the clients, which `federate` divides with the
-natural partition. It holds out the common test, validation and proxy sets from the pooled rows.
+Each client is a group of the data set. `federate` holds out the global test, validation and proxy
+sets from the pooled rows and returns the remaining rows to their clients by the natural partition.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from hetero_fl.utils.ordering import natural_order
 
 POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
+OWN_DATA = "own data"
+"""Name of the data in reports if clients have data of their own, from objects."""
 SHARED = ("label", "group", "patient", "task", "categories", "size")
-"""Keys of `data` that apply to files that do not set them."""
+"""Keys of the section `data` that serve as defaults for the files of clients."""
 
 
 def has_common_source(config: DataConfig) -> bool:
-    """Return whether the configuration has a common source: a data set by name, or a path."""
+    """Return whether `data` configures a source for all clients, by its name or a path."""
     if config.name == OBJECT_PREFIX:
-        # A federation from objects without a global test set.
+        # This is a federation from objects without a global test set.
         return False
     return config.path is not None or not needs_path(config.name)
 
@@ -44,12 +46,12 @@ def pool_client_files(
     """Load the files of all clients as one data set whose groups are the clients.
 
     Args:
-        config: Data configuration without a common source.
+        config: Data configuration without a source for all clients.
         clients: Settings by client id; each client has its own source.
         missing: Whether values may be missing (NaN).
 
     Returns:
-        The data set, and the configuration and client settings for `federate`.
+        The data set, the data configuration and the client settings to pass to `federate`.
 
     Raises:
         UserError: If a client has no file, two clients have the same file, or files do not match.
@@ -82,15 +84,17 @@ def pool_client_files(
         f"{_config_path(client)}: {note}" for client, each in own.items() for note in each.notes
     ]
     notes += _note_unshared_classes(own)
+    is_from_objects = config.name == OBJECT_PREFIX
     notes.append(
-        "data.path is not set: common test, validation and proxy rows are held out of the files of "
-        f"all {len(own)} clients"
+        f"{'no test set' if is_from_objects else 'data.path is not set'}: common test, validation "
+        f"and proxy rows are held out of the {'data' if is_from_objects else 'files'} of all "
+        f"{len(own)} clients"
     )
     dataset = replace(
         schema,
-        name=config.name,
+        name=OWN_DATA if is_from_objects else config.name,
         train=train,
-        about=f"{len(train):,} rows of {len(own)} files",
+        about=f"{len(train):,} rows of {len(own)} {'clients' if is_from_objects else 'files'}",
         notes=tuple(notes),
         first_missing=next((each.first_missing for each in own.values() if each.first_missing), ""),
     )
@@ -100,7 +104,7 @@ def pool_client_files(
 
 
 def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]:
-    """Return the source of each client, with shared keys taken from `data`."""
+    """Return the source of each client, with unset keys filled in from `data`."""
     missing = f"data.path: missing; {config.name} reads a local file or folder"
     if config.name not in (*POOLED, OBJECT_PREFIX):
         raise UserError(
@@ -146,7 +150,7 @@ def _config_path(client: str) -> str:
 
 
 def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
-    """Return a data set with the classes and columns of all data sets."""
+    """Return a data set with the rows of the first data set and the classes and columns of all."""
     first, one = next(iter(datasets.items()))
     columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
     with_patients = [client for client, each in datasets.items() if each.train.patient is not None]
@@ -194,7 +198,7 @@ def _common_classes(datasets: Mapping[str, Dataset]) -> Task:
 
 
 def _check_spelling(datasets: Mapping[str, Dataset]) -> None:
-    """Refuse class names that differ only in case or spaces."""
+    """Reject class names that differ only in case or spaces."""
     spellings: dict[str, tuple[str, Dataset]] = {}
     for client, each in datasets.items():
         for name in each.task.names:
@@ -207,7 +211,7 @@ def _check_spelling(datasets: Mapping[str, Dataset]) -> None:
 
 
 def _note_unshared_classes(datasets: Mapping[str, Dataset]) -> list[str]:
-    """Return a remark for each file that shares no class with another one."""
+    """Return a remark for each file whose classes do not occur in any other file."""
     num_files = Counter(name for each in datasets.values() for name in each.task.names)
     return [
         f"{_config_path(client)}: no other file has a class of {each.name}: {', '.join(names)}"
@@ -220,7 +224,7 @@ def _note_unshared_classes(datasets: Mapping[str, Dataset]) -> list[str]:
 
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:
-    """Concatenate all rows, with clients as groups and patients distinguished by client."""
+    """Concatenate the rows of all clients as groups, with client ids prefixed to patient names."""
     rows = concatenate_examples(list(parts.values()))
     owners = [client for client, part in parts.items() for _ in range(len(part))]
     rows.group, rows.group_names = index_names(owners)

@@ -26,18 +26,20 @@ from hetero_fl.utils.seeding import keyed_numpy_generator
 HASH_ROWS = 8192
 """Number of rows hashed at a time."""
 MAX_CACHED_CLIENTS = 1024
-"""Number of clients whose sampled rows are cached."""
+"""Maximum number of clients whose sampled rows are cached."""
 
 
 @dataclass(frozen=True)
 class LazyPartition:
-    """The partition `drawn`: each client samples rows from a pool without replacement.
+    """The partition `drawn`, in which each client samples rows from a pool without replacement.
 
-    Clients may share rows. The rows of a client depend on its id and `size`, the pool, the
-    configuration and the seed, but not on other clients, so the cost does not grow with the
-    population. With `alpha`, the label distribution of a client is sampled from
-    Dirichlet(alpha * C * q), where q are the shares of the C classes in the pool (uniform in Hsu et
-    al., arXiv:1909.06335). If a class has too few rows, the other classes fill up.
+    Several clients may get the same rows. The rows of a client depend on the id and the `size` of
+    the client, the pool, the configuration and the seed, but not on other clients, so the cost does
+    not grow with the number of clients.
+
+    If `alpha` is set, the label distribution of a client is sampled from Dirichlet(alpha * C * q),
+    where q is the label distribution of the pool with C classes (Hsu et al., arXiv:1909.06335). If
+    a class has too few rows, the missing rows are taken from the other classes.
 
     Args:
         pool: Rows to sample from.
@@ -110,7 +112,7 @@ class LazyPartition:
                     )
 
     def num_rows(self, client: str) -> int:
-        """Return the number of rows of a client without sampling them."""
+        """Return the number of rows of a client without sampling the rows."""
         rows = self.config.rows * self.clients[client].size
         if self.config.spread:
             rows *= keyed_numpy_generator("data", self.seed, "rows", client).lognormal(
@@ -119,12 +121,12 @@ class LazyPartition:
         return min(max(round(rows), self.config.min_size), len(self.pool.rows))
 
     def split_counts(self, client: str) -> Mapping[str, int]:
-        """Return the number of rows of each split."""
+        """Return the number of rows of each split of a client without sampling the rows."""
         return split_counts(self.num_rows(client), self.split)
 
     @cachedmethod(attrgetter("_cached_splits"))
     def splits(self, client: str) -> dict[str, RowSelection]:
-        """Return the rows of each split."""
+        """Return the rows of each split of a client."""
         count = self.num_rows(client)
         rng = keyed_numpy_generator("data", self.seed, "drawn", client)
         if self.config.alpha is None:
@@ -146,7 +148,7 @@ class LazyPartition:
 
     @cached_property
     def _class_indices(self) -> list[np.ndarray]:
-        """Indices into the pool by class."""
+        """Indices into the rows of the pool for each class."""
         labels = self.pool.examples.labels[self.pool.rows]
         strata = row_strata(labels, self.task).numpy()
         return [np.flatnonzero(strata == c) for c in np.unique(strata)]
@@ -157,10 +159,10 @@ def _sample_rows(rng: np.random.Generator, total: int, count: int) -> np.ndarray
 
 
 def _fill_counts(count: int, proportions: np.ndarray, capacity: np.ndarray) -> np.ndarray:
-    """Divide `count` by proportions without exceeding the capacity of any class.
+    """Divide `count` rows among classes in proportion, without exceeding any capacity.
 
-    Excess rows go to the other classes by their proportions or, if those are all 0, by their free
-    capacity.
+    Excess rows are divided in proportion among the classes with free capacity or, if the
+    proportions of these classes are 0, in proportion to the free capacities.
     """
     counts = np.zeros_like(capacity)
     while (left := count - counts.sum()) > 0:
@@ -178,9 +180,9 @@ class RemoteDataInfo:
 
     Attributes:
         rows: Number of rows of each split.
-        content_hash: SHA-256 over the rows.
-        view: Preprocessing of the client if it depends on its rows.
-        labels: Label counts of the training rows if the client reveals them.
+        content_hash: SHA-256 hash of the rows.
+        view: Preprocessing of the client, if it depends on the rows.
+        labels: Label counts of the training rows, if the client reveals them.
     """
 
     rows: Mapping[str, int]
@@ -190,17 +192,14 @@ class RemoteDataInfo:
 
 
 class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
-    """A mapping from clients to their train, validation and test rows.
+    """A mapping from client ids to the train, validation and test rows of the clients.
+
+    The arguments are available as attributes.
 
     Args:
         assigned: Rows of the clients that do not sample from a pool, by client id and split.
-        lazy_partition: Partition from which the other clients sample their rows.
+        lazy_partition: Partition in which the other clients sample their rows.
         remote_info: Information about clients on other machines, which are not in the mapping.
-
-    Attributes:
-        assigned: As the argument.
-        lazy_partition: As the argument.
-        remote_info: As the argument.
     """
 
     def __init__(
@@ -214,7 +213,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         self.remote_info = remote_info or {}
 
     def count(self, client: str, split: str) -> int:
-        """Return the number of rows of a split without sampling them."""
+        """Return the number of rows of a client's split without sampling the rows."""
         if client in self.remote_info:
             return self.remote_info[client].rows[split]
         if client in self.assigned or self.lazy_partition is None:
@@ -223,14 +222,14 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
     @property
     def n_train(self) -> int:
-        """Number of rows of all training splits; for the partition `drawn`, of the pool."""
+        """Number of training rows of all clients, or of the pool for the partition `drawn`."""
         pool = len(self.lazy_partition.pool.rows) if self.lazy_partition else 0
         return pool + sum(self._known_counts().values())
 
     def clients_with_one_row(self) -> list[str]:
-        """Return the clients with a single training row.
+        """Return the ids of the clients with a single training row.
 
-        Clients that sample their rows always have more.
+        Clients that sample their rows from a pool always have more than one.
         """
         return [client for client, rows in self._known_counts().items() if rows == 1]
 
@@ -240,7 +239,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         return counts | {client: info.rows["train"] for client, info in self.remote_info.items()}
 
     def rows_by_location(self) -> list[tuple[tuple[str, str], RowSelection]]:
-        """Return the rows of every `(client, split)`, and the pool as `("", "pool")`."""
+        """Return all rows, each with its key `(client, split)` or, for the pool, `("", "pool")`."""
         located = [
             ((client, name), share)
             for client, splits in self.assigned.items()
@@ -268,11 +267,11 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
 
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
-    """Return the SHA-256 over the examples, labels, times and units of sets of rows.
+    """Return the SHA-256 hash of the examples, labels, times and units of sets of rows.
 
     Args:
-        about: Description that is part of the hash.
-        rows_by_location: Sets of rows with their locations, which are part of the hash.
+        about: Description that is included in the hash.
+        rows_by_location: Pairs of a location, which is included in the hash, and a set of rows.
     """
     digest = hashlib.sha256(repr(about).encode())
     for place, share in rows_by_location:

@@ -1,4 +1,4 @@
-"""Data sets of any source: examples, column layouts, vocabularies, and views of selected rows."""
+"""Data sets in memory: examples, names of columns, vocabularies, and checks of examples."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from hetero_fl.utils.ordering import natural_order
 Spans = tuple[tuple[int, int], ...]
 """Half-open column ranges `(start, stop)` along the last axis."""
 Categories = tuple[tuple[str, tuple[str, ...]], ...]
-"""Text columns that are encoded as indicator columns, each with its ordered values."""
+"""Text columns to one-hot encode, as pairs of a column name and the values in their order."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 def indicator_names(column: str, values: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the indicator columns that encode a text column."""
+    """Return the names of the indicator columns that one-hot encode a text column."""
     return tuple(f"{column}={value}" for value in values)
 
 
 class Block(NamedTuple):
-    """A modality: consecutive columns of a flat row `[D]`, with the shape of their values.
+    """A modality of multimodal examples: consecutive columns of flat rows `[D]`.
 
     Attributes:
         name: Name of the block.
-        shape: Shape of the values, for example `(1, 28, 28)` for an image or `(60,)` for a vector.
+        shape: Shape of the values before they are flattened, for example `(1, 28, 28)` for an image
+            or `(60,)` for a vector.
 
     Example:
         >>> from hetero_fl.data import Block
@@ -62,14 +63,15 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """Names along the last axis of the examples: columns, blocks or none.
+    """The names of the columns or blocks along the last axis of examples.
 
-    The indicators of a text column are adjacent and are selected by the name of that column.
+    The layout is empty if the columns have no names. The indicator columns of a text column are
+    adjacent and are selected together, by the name of the text column.
 
     Attributes:
         columns: Name of each column.
         blocks: Modalities of flat rows.
-        categories: Text columns that are encoded as indicators.
+        categories: Text columns that are one-hot encoded, with their values.
 
     Example:
         >>> from hetero_fl.data import ColumnLayout
@@ -86,7 +88,7 @@ class ColumnLayout:
 
     @property
     def encoded_columns(self) -> dict[str, str]:
-        """Text column of each indicator column."""
+        """Name of the text column for each indicator column."""
         return {
             name: column
             for column, values in self.categories
@@ -113,13 +115,13 @@ class ColumnLayout:
         return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
 
     def spans(self, names: Sequence[str], where: str) -> Spans:
-        """Return the column ranges with the given names, in the order of the data.
+        """Return the column ranges of columns or blocks, in the order of the data.
 
         Adjacent ranges are merged.
 
         Args:
-            names: Columns or blocks.
-            where: Configuration key that names them, for error messages.
+            names: Names of the columns or blocks.
+            where: Configuration key that lists the names, for error messages.
 
         Raises:
             UserError: If a name is unknown, or the columns have no names.
@@ -133,12 +135,12 @@ class ColumnLayout:
         return merge_spans(tuple(span for name, span in self.boundaries.items() if name in names))
 
     def keep_columns(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
-        """Return a copy of the examples in which all other columns or blocks are NaN.
+        """Return a copy of the examples that is NaN outside the named columns or blocks.
 
         Args:
             x: Examples, shape `[N, ..., columns]`.
-            names: Columns or blocks to keep.
-            where: Configuration key that names them, for error messages.
+            names: Names of the columns or blocks to keep.
+            where: Configuration key that lists the names, for error messages.
 
         Raises:
             UserError: If a name is unknown.
@@ -149,12 +151,17 @@ class ColumnLayout:
         return kept
 
     def has_values(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
-        """Return a mask `[N]` of the rows that have a value in each of these columns or blocks.
+        """Return a mask of the rows that have values in all named columns or blocks.
+
+        A row has a value in a block if at least one of its numbers in the block is not NaN.
 
         Args:
             x: Examples, shape `[N, ..., columns]`.
-            names: Columns or blocks.
-            where: Configuration key that names them, for error messages.
+            names: Names of the columns or blocks.
+            where: Configuration key that lists the names, for error messages.
+
+        Returns:
+            Mask, bool `[N]`.
 
         Raises:
             UserError: If a name is unknown.
@@ -167,7 +174,7 @@ class ColumnLayout:
 
 
 def spans_of(blocks: Sequence[Block]) -> Spans:
-    """Return the column range of each block."""
+    """Return the column range of each block in a flat row."""
     found = []
     start = 0
     for block in blocks:
@@ -188,7 +195,7 @@ def merge_spans(spans: Spans) -> Spans:
 
 
 def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> None:
-    """Check the names of blocks, and their sizes against the shape of an example.
+    """Check the names of blocks, and that their sizes match the shape of an example.
 
     Args:
         blocks: Blocks of a flat row.
@@ -196,7 +203,8 @@ def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> N
         where: Name of the data set, for error messages.
 
     Raises:
-        UserError: If a name is invalid or repeated, or the sizes do not add up to the row.
+        UserError: If a name is invalid or repeated, the examples are not flat rows, or the sizes do
+            not add up to the length of a row.
     """
     names = [b.name for b in blocks]
     for name in names:
@@ -215,32 +223,33 @@ def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> N
 
 
 EMPTY = 0
-"""Token of padding."""
+"""The padding token."""
 UNKNOWN = 1
-"""Token of words outside the vocabulary."""
+"""The token of words outside the vocabulary."""
 FIRST = 2
-"""Token of the first word of a vocabulary."""
+"""The token of the first word of a vocabulary."""
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[.!?]")
 
 
 def split_words(text: str) -> list[str]:
-    """Split a text into lower-case words.
+    """Split a text into lowercase words.
 
-    A period, question mark or exclamation mark is a word; other punctuation is dropped.
+    Periods, question marks and exclamation marks are separate words. Other punctuation is dropped,
+    except apostrophes and hyphens within a word.
     """
     return WORD.findall(text.lower())
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A mapping from words to tokens: a list of words, or hash buckets.
+    """A mapping from words to tokens, defined by a list of words or by hashing.
 
-    Token 0 is padding, token 1 an unknown word; the words or buckets follow. Equal vocabularies
-    assign equal tokens.
+    Token 0 is padding and token 1 stands for unknown words. The tokens of the words, or of the hash
+    buckets, follow. Vocabularies that compare equal assign the same tokens.
 
     Attributes:
         words: Known words, in the order of their tokens.
-        buckets: Number of hash buckets if there are no `words`.
+        buckets: Number of hash buckets, instead of `words`; 0 for a list of words.
 
     Example:
         >>> from hetero_fl.data import Vocabulary
@@ -258,7 +267,7 @@ class Vocabulary:
 
     @classmethod
     def from_texts(cls, texts: Iterable[Sequence[str]], max_words: int) -> Vocabulary:
-        """Build a vocabulary from the most frequent words of public texts.
+        """Create a vocabulary from the most frequent words of public texts.
 
         Ties are broken alphabetically. Words that occur only once are excluded.
 
@@ -279,23 +288,23 @@ class Vocabulary:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the tokens after padding and unknown: the words or bucket numbers."""
+        """Names of the tokens from 2 on: the words, or numbers of buckets such as `#0`."""
         return self.words or tuple(f"#{i}" for i in range(self.buckets))
 
     @cached_property
-    def _places(self) -> dict[str, int]:
+    def _token_by_word(self) -> dict[str, int]:
         return {word: FIRST + i for i, word in enumerate(self.words)}
 
     def number(self, word: str) -> int:
         """Return the token of a word."""
         if not self.buckets:
-            return self._places.get(word, UNKNOWN)
+            return self._token_by_word.get(word, UNKNOWN)
         # Unlike `hash`, BLAKE2 gives the same value in every process and release.
         digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
         return FIRST + int.from_bytes(digest, "big") % self.buckets
 
     def encode(self, texts: Iterable[str | Sequence[str]], length: int) -> Tensor:
-        """Encode the last words of each text, padded on the left.
+        """Encode the last `length` words of each text, with padding on the left.
 
         Args:
             texts: Texts, as strings or as sequences of words.
@@ -309,7 +318,7 @@ class Vocabulary:
         return torch.tensor(filled, dtype=torch.int64).reshape(-1, length)
 
     def numbers(self, text: str | Sequence[str]) -> list[int]:
-        """Return the tokens of a text, given as a string or as its words."""
+        """Return the tokens of a text, which is a string or a sequence of words."""
         return [
             self.number(word) for word in (split_words(text) if isinstance(text, str) else text)
         ]
@@ -317,17 +326,17 @@ class Vocabulary:
     def continuations(
         self, texts: Iterable[Sequence[str]], length: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return one next-word example for every known word that has a predecessor.
+        """Create an example of next-word prediction for each known word with preceding words.
 
-        Unknown words occur in the contexts but are never predicted.
+        Unknown words occur in the contexts but are never targets.
 
         Args:
             texts: Texts as sequences of words.
             length: Number of context words.
 
         Returns:
-            Contexts, int64 `[N, length]`; indices of the next words in `names`, int64 `[N]`; and
-            indices of the texts, int64 `[N]`.
+            Contexts, int64 `[N, length]`; the next words as indices into `names`, int64 `[N]`; and
+            the index of the text of each example, int64 `[N]`.
         """
         contexts = []
         next_words = []
@@ -348,32 +357,32 @@ class Vocabulary:
 
 
 MAX_NUMBERED_CLASSES = 20
-"""Labels with more distinct numbers are read as regression targets."""
+"""Maximum number of distinct values for which numeric labels are inferred to be classes."""
 
 Columns = dict[str, Tensor]
-"""Tensors aligned on dimension 0: "x" and, except for an unlabeled proxy set, "y"."""
+"""Preprocessed examples: inputs "x" and, unless the examples are unlabeled, targets "y"."""
 
 
 @dataclass
 class Examples:
-    """Raw examples before preprocessing.
+    """Raw examples, before preprocessing, with targets and optional further columns.
 
     Attributes:
         x: uint8 images `[N, C, H, W]`; floats `[N, C, H, W]` (images), `[N, T, F]` (series) or
             `[N, F]` (tables); or int64 tokens `[N, T]`.
         y: Targets as defined by `Task`, or None if the examples are unlabeled.
-        group: Group of each row (for example its hospital), int64 `[N]`, an index into
-            `group_names`.
+        group: Group of each row, for example its hospital, as indices into `group_names`, int64
+            `[N]`.
         group_names: Names of the groups.
-        patient: Patient of each row, int64 `[N]`, an index into `patient_names`. The rows of a
+        patient: Patient of each row, as indices into `patient_names`, int64 `[N]`. The rows of a
             patient are never divided between splits or clients.
         patient_names: Names of the patients.
-        time: Time of each target, int64 `[N]`, in seconds since 1970 or in any increasing unit.
-            Training, validation and test rows are then split by date, never at random.
-        unit: Scale of the regression targets of each row (for example the mean of a site), float
-            `[N]`. Errors are reported for targets times unit.
-        baselines: Outputs `[N, outputs]` of simple forecasting rules, by name. Models never see
-            them.
+        time: Time of each target, int64 `[N]`, in seconds since 1970 or any other unit. If it is
+            set, training, validation and test rows are split by date instead of at random.
+        unit: Scale of the regression targets of each row, for example the mean of a site, float
+            `[N]`. Errors are reported for the targets multiplied by this scale.
+        baselines: Outputs `[N, outputs]` of simple forecasting rules, by name. They are compared
+            with the outputs of models and are not inputs of models.
 
     Example:
         >>> import torch
@@ -415,12 +424,12 @@ class Examples:
 
     @property
     def labels(self) -> Tensor:
-        """The labels `y` of examples that are known to be labeled."""
+        """The targets `y` of labeled examples."""
         assert self.y is not None
         return self.y
 
     def select_rows(self, rows: Tensor) -> Examples:
-        """Return the rows with the given indices (int64 `[M]`), in that order."""
+        """Return the rows at the given indices (int64 `[M]`), in the order of the indices."""
         columns: dict[str, Any] = {
             name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW
         }
@@ -432,12 +441,12 @@ _BY_ROW = ("y", "group", "patient", "time", "unit")
 
 
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:
-    """Concatenate parts of one data set.
+    """Concatenate parts of a data set.
 
-    Columns that only some parts have are dropped.
+    Columns and baselines that are missing from a part are dropped.
 
     Args:
-        parts: Parts that share `group_names` and `patient_names`.
+        parts: Examples with the same `group_names` and `patient_names`.
     """
     columns: dict[str, Any] = {}
     for name in _BY_ROW:
@@ -458,7 +467,14 @@ def _shape(column: Tensor) -> str:
 
 
 def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the index of each value, int64 `[N]`, and the distinct names in natural order."""
+    """Convert values to indices into their distinct names.
+
+    Args:
+        values: Values, which are converted to strings without surrounding spaces.
+
+    Returns:
+        Indices, int64 `[N]`, and the distinct names in natural order.
+    """
     texts = [str(value).strip() for value in values]
     names = tuple(natural_order(set(texts)))
     indices = {name: i for i, name in enumerate(names)}
@@ -473,8 +489,8 @@ class Dataset:
         name: Name of the data set.
         task: Learning task.
         train: Rows that are partitioned among the clients.
-        validation: Common validation set, if the data set has one.
-        test: Common test set, if the data set has one.
+        validation: Global validation set, if the data set has one.
+        test: Global test set, if the data set has one.
         simulated: Whether the data is generated.
         about: Short description.
         columns: Names of the features of a table, or of the channels of a series.
@@ -482,9 +498,9 @@ class Dataset:
         blocks: Modalities of flat float rows `[N, D]`, in order.
         first_missing: Location of the first missing value, for error messages.
         span: Maximum time between the first and the last target of a row, in the unit of
-            `Examples.time`, which is the time of the last target.
-        vocabulary: Vocabulary of the tokens if x is tokens.
-        categories: Text columns that are encoded as indicators.
+            `Examples.time`, which contains the time of the last target.
+        vocabulary: Vocabulary of the tokens if x consists of tokens.
+        categories: Text columns that are one-hot encoded, with their values.
 
     Example:
         >>> import torch
@@ -524,7 +540,7 @@ class Dataset:
 
     @property
     def layout(self) -> ColumnLayout:
-        """Names along the last axis of the examples."""
+        """Names of the columns or blocks along the last axis of the examples."""
         return ColumnLayout(self.columns, self.blocks, self.categories)
 
     def splits(self) -> dict[str, Examples]:
@@ -542,22 +558,23 @@ def check_examples(
     missing: bool = False,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Check that models can be trained on the examples.
+    """Check the dtypes, shapes and values of labeled examples.
 
-    A single class is allowed.
+    All rows may have the same class.
 
     Args:
         examples: Examples to check.
         task: Learning task.
-        where: Name of the set in error messages, in which rows count from 0.
+        where: Name of the examples, for error messages. Rows in messages count from 0.
         names: Names of x and y in the source.
-        missing: Whether NaN in x is a missing value. Images must not have any.
-        vocabulary: Vocabulary if x is tokens.
+        missing: Whether NaN in x stands for a missing value instead of being an error. Images must
+            not contain NaN in any case.
+        vocabulary: Vocabulary if x consists of tokens.
 
     Raises:
         UserError: If there are no rows; x has a wrong dtype or shape, is not finite, or has tokens
-            outside the vocabulary; or y is missing, has a wrong dtype or shape, is not finite or
-            out of range.
+            outside the vocabulary; y is missing, has a wrong dtype or shape, is not finite or is
+            out of range; or times, units or baselines are invalid.
 
     Example:
         >>> import torch
@@ -594,7 +611,7 @@ def _check_tokens(x: Tensor, vocabulary_size: int, where: str) -> None:
 
 
 def _check_values(x: Tensor, where: str, name: str, missing: bool) -> None:
-    """Check images, series and tables; `name` is what x is called in the source."""
+    """Check images, series and tables. `name` is the name of x in the source."""
     if x.dtype == torch.uint8:
         if x.ndim != 4 or 0 in x.shape:
             hint = f'; for a table pass {name}.astype("float32")' if x.ndim == 2 else ""
@@ -676,6 +693,6 @@ def _describe(tensor: Tensor) -> str:
 
 
 def first_true(mask: Any) -> int | None:
-    """Return the index of the first True in a mask `[N]`, or None."""
+    """Return the index of the first True in a mask `[N]`, or None if there is none."""
     values = np.asarray(mask, dtype=bool)
     return int(values.argmax()) if values.any() else None

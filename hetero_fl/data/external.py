@@ -1,6 +1,7 @@
-"""Data from outside the main source: external proxy sets and separate sources of clients.
+"""Data from other sources than the main data set: proxy sets and separate sources of clients.
 
-Data from other sources is matched to the classes, columns and blocks of the common set.
+The main data set is the one that the section `data` configures. Data from other sources is
+converted to the classes, columns and blocks of the main data set.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ def match_to_common(
     needed: Collection[str] | None = None,
     owner: str = "",
 ) -> Examples:
-    """Match the training rows of a client's source to the classes and columns of the common set.
+    """Convert the training rows of a client's source to the classes and columns of the main data.
 
     Named classes and columns are matched by name, unnamed ones by number. The source may lack
-    classes, and columns that are not needed.
+    classes, and columns or blocks that are not needed.
 
     Args:
         own: Data set of the client.
-        common_set: Common data set.
+        common_set: Main data set.
         where: Configuration key of the source, for error messages.
         needed: Columns or blocks that the source must have. None means all.
-        owner: Name for the owner of the columns in error messages; by default the common set.
+        owner: Owner of the needed columns, for error messages. By default the main data set.
 
     Raises:
-        UserError: If the tasks differ, the source has an unknown class, column or block, or it
-            lacks a needed column or block.
+        UserError: If the tasks differ, the source has an unknown class, column or block, or a
+            needed column or block is missing.
     """
     y = match_labels(own, common_set, where)
     if own.blocks or common_set.blocks:
@@ -90,15 +91,16 @@ def match_to_common(
 
 
 def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
-    """Return the training targets of a data set with the class numbers of the common set.
+    """Return the training targets of a data set with the class numbers of the main data set.
 
     Args:
         own: Data set.
-        common_set: Common data set.
-        where: Configuration key of the data set, for error messages.
+        common_set: Main data set.
+        where: Configuration key of `own`, for error messages.
 
     Raises:
-        UserError: If the vocabularies or tasks differ, or a class does not exist in the common set.
+        UserError: If the vocabularies or tasks differ, or a class does not exist in the main data
+            set.
     """
     own_task = own.task
     task = common_set.task
@@ -139,7 +141,7 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
 
 
 def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
-    """Convert integer labels to the classes of a task that are named after them.
+    """Convert integer labels to the numbers of the classes with these names.
 
     Args:
         y: Labels, int64 `[N]`.
@@ -168,17 +170,17 @@ def source_with_task(
     categories: Categories = (),
     label: str | None = None,
 ) -> SourceConfig:
-    """Fill in the unset options of a source from the common set.
+    """Fill in the unset options of a source from the main data set.
 
-    Tables get the common task, which a single file may not reveal, and the common categories. Texts
-    get the common text settings. Files of sources with label columns get the common label.
+    Tables get the kind of the task, which a single file may not determine, and the categories.
+    Texts get the text settings. Files of sources with label columns get the label column.
 
     Args:
         source: Source configuration.
-        task: Common task.
-        text: Common text settings.
-        categories: Common categories.
-        label: Common label column.
+        task: Task of the main data set.
+        text: Text settings of the main data set.
+        categories: Categories of the main data set.
+        label: Label column of the main data set.
     """
     shared: dict[str, Any] = {}
     if reads_key(source.name, "text"):
@@ -202,22 +204,22 @@ def match_columns(
     owner: str = "",
     advice: str = "",
 ) -> tuple[Tensor, list[str]]:
-    """Match columns to those of the common set.
+    """Rearrange columns in the order of the main data set.
 
-    Unnamed columns are returned unchanged. A missing column becomes NaN. A missing indicator of a
-    text column that exists becomes 0, as no row has its value.
+    Unnamed columns are returned unchanged. A missing column becomes NaN. If a text column exists
+    but lacks one of its indicators, the indicator becomes 0, as no row has the value.
 
     Args:
         x: Examples, shape `[..., columns]`.
-        names: Names of their columns.
-        common_set: Common data set.
+        names: Names of the columns of `x`.
+        common_set: Main data set.
         where: Name of the examples, for error messages.
         needed: Columns that must exist. None means all.
-        owner: Name for the owner of the columns in error messages; by default the common set.
+        owner: Owner of the needed columns, for error messages. By default the main data set.
         advice: End of the error message for a missing column.
 
     Returns:
-        The columns in the order of the common set, and the names of unknown columns.
+        The columns in the order of the main data set, and the names of unknown columns.
 
     Raises:
         UserError: If a needed column is missing.
@@ -261,20 +263,20 @@ def match_blocks(
     where: str,
     needed: Collection[str] | None = None,
 ) -> Tensor:
-    """Match blocks to those of the common set by name.
+    """Rearrange blocks in the order of the main data set.
 
-    A missing block becomes NaN. Examples without blocks are matched to the only block with their
-    shape.
+    Blocks are matched by name. A missing block becomes NaN. Examples without blocks are used as the
+    only block with the same shape.
 
     Args:
         x: Examples, shape `[N, ...]`.
         blocks: Blocks of the examples.
-        common_set: Common data set.
+        common_set: Main data set.
         where: Name of the examples, for error messages.
         needed: Blocks that must exist. None means all.
 
     Returns:
-        Rows with the blocks of the common set, shape `[N, D]`.
+        Rows with the blocks of the main data set, shape `[N, D]`.
 
     Raises:
         UserError: If a needed block is missing, or a block is unknown or has another shape.
@@ -326,13 +328,13 @@ def load_unlabeled(
         config: Source configuration.
         root: Folder for downloads.
         where: Configuration section, for error messages.
-        vocabulary: Vocabulary that the source must have.
+        vocabulary: Vocabulary that the source must have, or None if the examples are not tokens.
 
     Returns:
         Examples, names of the columns, and blocks.
 
     Raises:
-        UserError: See `load_source`; or if the source has another vocabulary.
+        UserError: See `load_source`. Also if the source has another vocabulary.
     """
     try:
         unlabeled = _load_unlabeled_file(config)
@@ -357,7 +359,7 @@ def load_unlabeled(
 def _load_labeled(
     config: SourceConfig, root: Path, where: str, common_set: Dataset
 ) -> tuple[Dataset, Tensor]:
-    """Load a public set, and its labels with the class numbers of the common set."""
+    """Load a data set, and its labels with the class numbers of the main data set."""
     try:
         own = load_source(config, root, where, missing=True)
         return own, match_labels(own, common_set, where)
@@ -366,7 +368,7 @@ def _load_labeled(
 
 
 def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Return the examples and columns of an unlabeled file or folder; None for other sources."""
+    """Return the examples and column names of an unlabeled file; None for other sources."""
     if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
     path = Path(config.path).expanduser()
@@ -398,24 +400,24 @@ def proxy_set(
     server: PreprocessConfig | None,
     seed: int,
 ) -> tuple[dict[str, RowSelection], Tensor]:
-    """Create the proxy set: hold it out of the training rows, or load it from its own source.
+    """Hold out the proxy set from the training rows, or load it from its own source.
 
-    The selection of rows does not depend on labels, which are removed unless `data.proxy.labels`
+    The selection of rows does not depend on labels. Labels are removed unless `data.proxy.labels`
     is set.
 
     Args:
-        dataset: Common data set.
+        dataset: Main data set.
         config: Data configuration.
         rows: Training rows to hold out from, int64 `[M]`.
         profiles: Profiles of the clients that use the proxy set.
-        server: Preprocessing of the server, if it has a model.
+        server: Preprocessing of the server, if the server has a model.
         seed: Seed of the run.
 
     Returns:
-        The proxy set as `{"proxy": rows}`, or an empty dictionary, and the remaining rows.
+        The proxy set as `{"proxy": rows}`, or an empty dictionary, and the remaining training rows.
 
     Raises:
-        UserError: If there are too few rows, or the source does not match the common set.
+        UserError: If there are too few rows, or the source does not match the main data set.
     """
     generator = keyed_generator("data", seed, "proxy")
     if config.proxy.source is not None:
@@ -430,7 +432,7 @@ def proxy_set(
 def _hold_out(
     dataset: Dataset, config: DataConfig, rows: Tensor, generator: torch.Generator
 ) -> tuple[RowSelection, Tensor]:
-    """Sample the proxy set among the training rows that have values in each public column."""
+    """Sample the proxy set from the training rows that have values in all public columns."""
     size = config.proxy.size
     names = config.proxy.columns
     train = dataset.train
@@ -463,7 +465,7 @@ def _load_proxy_set(
     server: PreprocessConfig | None,
     generator: torch.Generator,
 ) -> RowSelection:
-    """Load the proxy set from `data.proxy.source` and match it to the common set."""
+    """Load the proxy set from `data.proxy.source` and convert it to the main data set's columns."""
     source = config.proxy.source
     assert source is not None
     where = "data.proxy.source"
@@ -513,10 +515,10 @@ class ClientSources:
 
 
 def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
-    """Return the clients of each source that is named in client settings.
+    """Return the ids of the clients of each separate source.
 
     Raises:
-        UserError: If a client names the common source.
+        UserError: If the source of a client is that of the main data set.
     """
     clients_of: dict[SourceConfig, list[str]] = {}
     named = any(profile.settings.data is not None for profile in clients.profiles)
@@ -539,22 +541,22 @@ def load_client_sources(
     clients: Population,
     seed: int,
 ) -> ClientSources:
-    """Load the sources of clients, match them to the common set, and partition them.
+    """Load the separate sources of clients, and partition and split their rows.
 
     Args:
-        clients_of: Clients of each source.
-        common_set: Common data set.
+        clients_of: Ids of the clients of each source.
+        common_set: Main data set, to whose classes and columns the rows are converted.
         config: Data configuration.
         clients: Settings by client id.
         seed: Seed of the run.
 
     Raises:
-        UserError: If a source does not match the common set, or several clients share a source in
-            the partition `drawn`.
+        UserError: If a source does not match the main data set, or several clients share a source
+            in the partition `drawn`.
     """
     found = ClientSources({}, [], False)
-    for source, holders in clients_of.items():
-        where = f"clients: '{holders[0]}': data"
+    for source, owners in clients_of.items():
+        where = f"clients: '{owners[0]}': data"
         read = source_with_task(
             source, common_set.task, config.text, common_set.categories, config.label
         )
@@ -562,49 +564,50 @@ def load_client_sources(
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated
         found.notes += [f"{where}: {note}" for note in own.notes]
-        needed = required_columns((clients[name] for name in holders), common_set.layout)
-        adopted = Dataset(
+        needed = required_columns((clients[name] for name in owners), common_set.layout)
+        converted = Dataset(
             own.name,
             common_set.task,
             match_to_common(own, common_set, where, needed),
             span=own.span,
         )
-        for name in holders:
+        for name in owners:
             check_same_shape(
-                raw_shape(adopted),
+                raw_shape(converted),
                 f"clients: '{name}': data",
                 own.name,
                 clients={name: clients[name]},
                 common=common_set,
             )
-        everything = RowSelection.all_rows(adopted.train)
-        if len(holders) > 1:
+        all_rows = RowSelection.all_rows(converted.train)
+        if len(owners) > 1:
             if config.partition.kind == "drawn":
                 raise UserError(
                     f"data.partition.kind=drawn cannot divide {source.name}, the source of "
-                    f"{len(holders)} clients; set it for one client, or choose another kind"
+                    f"{len(owners)} clients; set it for one client, or choose another kind"
                 )
-            # With the seed of the run, two sources would be divided in the same proportions.
+            # A seed for each source: with the seed of the run, two sources would be divided in the
+            # same proportions.
             own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
             shares = assign_rows(
-                adopted,
-                everything.rows,
-                holders,
+                converted,
+                all_rows.rows,
+                owners,
                 config=config,
                 clients=clients,
                 seed=own_seed,
                 notes=found.notes,
             )
         else:
-            # A client gets all rows of its own source, including all groups.
-            shares = {holders[0]: everything}
-        kept = holdout_strategy(own).sets_of_own_source() if len(holders) == 1 else {}
+            # A single client gets all rows of the source, including all groups.
+            shares = {owners[0]: all_rows}
+        kept = holdout_strategy(own).sets_of_own_source() if len(owners) == 1 else {}
         if not kept:
-            found.private |= holdout_strategy(adopted).split_clients(shares, {}, config, seed)
+            found.private |= holdout_strategy(converted).split_clients(shares, {}, config, seed)
             continue
-        splits = {"train": everything}
+        splits = {"train": all_rows}
         for name, part in kept.items():
             matched = match_to_common(replace(own, train=part), common_set, where, needed)
             splits[name] = RowSelection.all_rows(matched)
-        found.private[holders[0]] = splits
+        found.private[owners[0]] = splits
     return found

@@ -1,6 +1,7 @@
-"""The data of a federation: client rows, proxy set and global sets, preprocessed per participant.
+"""The data of a federation: rows of clients, proxy set, and global validation and test sets.
 
-`federate` partitions a data set among clients and returns a `FederatedData`.
+`federate` partitions a data set among clients and returns a `FederatedData`, which preprocesses the
+examples of each participant.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig
 from hetero_fl.config.population import Population
+from hetero_fl.core.image_transforms import apply_scanner
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import ClientRows, LazyPartition, fingerprint
 from hetero_fl.data.dataset import (
@@ -32,7 +34,6 @@ from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     NOTHING,
     Preprocess,
-    apply_scanner,
     check_missing_values,
     check_settings,
     check_view,
@@ -63,7 +64,7 @@ CACHED_CLIENTS = 4096
 
 
 def column_cache(max_bytes: float) -> BoundedCache[Columns]:
-    """Return an empty cache of columns."""
+    """Return an empty cache that holds at most `max_bytes` of preprocessed examples."""
     return BoundedCache(max_bytes, _num_bytes)
 
 
@@ -74,21 +75,21 @@ def _num_bytes(columns: Columns) -> int:
 class FederatedData:
     """The rows of all participants of a federation, preprocessed on demand.
 
-    Raw arrays are shared and copied only when they are preprocessed. With the partition `drawn`,
-    rows are sampled on first use. Instances are created by `federate`.
+    Raw arrays are shared by all participants and copied only for preprocessing. With the partition
+    `drawn`, rows are sampled on first use. Use `federate` to create an instance.
 
     Args:
         task: Learning task.
         name: Name of the data set.
         clients: Settings by client id.
         private: Rows of the clients.
-        public: Proxy set, if there is one, and common sets, by name.
+        public: Proxy set, if there is one, and global validation and test sets, by name.
         seed: Seed of the run.
         simulated: Whether the data is generated.
         about: Short description.
-        cache_bytes: Size of each of the two caches of preprocessed examples.
+        cache_bytes: Maximum size in bytes of each of the two caches of preprocessed examples.
         notes: Remarks on how the data was read and partitioned.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
         vocabulary: Vocabulary if the examples are tokens.
 
     Attributes:
@@ -97,11 +98,11 @@ class FederatedData:
         simulated: Whether the data is generated.
         about: Short description.
         notes: Remarks on how the data was read and partitioned, shown to the user before the run.
-        input_shape: Shape of a raw example of the common set, without the batch dimension.
-        layout: Names along the last axis of the examples.
-        vocabulary: Vocabulary if the examples are tokens; all models share it.
+        input_shape: Shape of a raw example of the global test set, without the batch dimension.
+        layout: Names of the columns or blocks along the last axis of the examples.
+        vocabulary: Vocabulary if the examples are tokens; it is the same for all models.
         client_rows: Rows of each client.
-        public_sets: Proxy set, if there is one, and common sets, by name.
+        public_sets: Proxy set, if there is one, and global validation and test sets, by name.
 
     Example:
         >>> from hetero_fl.config.clients import ClientSettings
@@ -165,12 +166,12 @@ class FederatedData:
 
     @property
     def n_train(self) -> int:
-        """Number of training rows of all clients; for the partition `drawn`, of the pool."""
+        """Number of training rows of all clients, or of the pool for the partition `drawn`."""
         return self.client_rows.n_train
 
     @property
     def n_proxy(self) -> int:
-        """Number of rows of the proxy set, 0 if there is none."""
+        """Number of rows of the proxy set; 0 if there is none."""
         return len(self.public_sets["proxy"].rows) if "proxy" in self.public_sets else 0
 
     @property
@@ -180,18 +181,19 @@ class FederatedData:
 
     @property
     def n_test(self) -> int:
-        """Number of rows of the common test set."""
+        """Number of rows of the global test set."""
         return len(self.public_sets["common_test"].rows)
 
     def n_rows(self, client: str, split: str) -> int:
-        """Return the number of rows of a split ("train", "validation" or "test") of a client."""
+        """Return the number of rows in the split "train", "validation" or "test" of a client."""
         return self.client_rows.count(client, split)
 
     def label_counts(self, client: str) -> Tensor:
         """Count the labels of the training rows of a client.
 
-        Multilabel: the rows in which a label is 1. Regression: all rows, for each target. For
-        clients on other machines see `reveals_labels`.
+        For multilabel tasks, the result contains the number of rows in which each label is 1; for
+        regression, the number of all rows for each target. The counts of clients on other machines
+        may be unavailable, see `reveals_labels`.
 
         Args:
             client: Client id.
@@ -223,7 +225,7 @@ class FederatedData:
     def reveals_labels(self, client: str) -> bool:
         """Return whether the label counts of a client are available.
 
-        Clients on other machines may keep them private.
+        Clients on other machines may keep the counts private.
         """
         return (
             client not in self.client_rows.remote_info
@@ -231,7 +233,10 @@ class FederatedData:
         )
 
     def preprocess(self, client: str) -> Preprocess:
-        """Return the view of a client; `normalize: own` uses statistics of its training rows."""
+        """Return the preprocessing of a client.
+
+        With `normalize: own`, it uses the statistics of the client's training rows.
+        """
         config = self._settings[client].preprocess
         where = f"client '{client}': preprocess"
         if (
@@ -250,7 +255,7 @@ class FederatedData:
         return Preprocess.resolve(config, rows, where, self.layout, self.input_shape)
 
     def unnormalized_view(self, config: PreprocessConfig, where: str) -> Preprocess:
-        """Return the view of a configuration, without normalization.
+        """Return the preprocessing that a configuration defines, without normalization.
 
         Args:
             config: Preprocessing configuration.
@@ -259,7 +264,10 @@ class FederatedData:
         return Preprocess.without_normalization(config, self.layout, self.input_shape, where)
 
     def own_view(self, client: str) -> Preprocess | None:
-        """Return the unnormalized view of a client with `normalize: own`, otherwise None."""
+        """Return the preprocessing of a client without normalization, if it has `normalize: own`.
+
+        For other clients, return None.
+        """
         config = self._settings[client].preprocess
         return (
             self.unnormalized_view(config, f"client '{client}': preprocess")
@@ -268,7 +276,7 @@ class FederatedData:
         )
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
-        """Return whether there is a proxy set with columns that `preprocess` selects."""
+        """Return whether a proxy set has values in the columns that `preprocess` selects."""
         if preprocess.raw is None or "proxy" not in self.public_sets:
             return "proxy" in self.public_sets
         key = (preprocess.spans, preprocess.blocks)
@@ -278,12 +286,13 @@ class FederatedData:
         return self._has_proxy_values[key]
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
-        """Return the view of the server; `normalize: own` uses statistics of a public set.
+        """Return the preprocessing of the server.
 
-        The public set is the proxy set or, if there is none, the common validation set.
+        With `normalize: own`, it uses the statistics of the proxy set or, if there is none, of the
+        global validation set.
 
         Raises:
-            UserError: If tokens would be normalized.
+            UserError: If the settings do not apply to the examples.
         """
         if config.normalize is not None and self.vocabulary is not None:
             raise UserError("server.preprocess.normalize: does not apply to tokens; remove the key")
@@ -300,19 +309,22 @@ class FederatedData:
 
         Args:
             owner: Client id; "server" for the pooled set; ignored for public sets.
-            name: "train", "validation" or "test" of a client; the public set "proxy", "common_test"
-                or "common_validation"; or "pooled", the training rows of all clients in the order
-                of their ids, with scanners applied and without rows that the view cannot use.
-            preprocess: View of the examples.
+            name: Name of the set: "train", "validation" or "test" for a split of a client; "proxy",
+                "common_test" or "common_validation" for a public set; or "pooled" for the training
+                rows of all clients in the order of the client ids, without rows that `preprocess`
+                cannot use.
+            preprocess: Preprocessing of the examples.
 
         Returns:
-            "x" in the default float type of torch, and "y" unless the set is unlabeled.
+            Inputs "x" and, unless the set is unlabeled, targets "y". Numbers have the default dtype
+            of torch; tokens and classes are int64.
 
         Raises:
-            UserError: If there is no proxy set.
-            KeyError: If there is no other set with this name.
+            UserError: If there is no proxy set, or the rows of the clients differ in shape and
+                cannot be pooled.
+            KeyError: If there is no set with this name.
         """
-        # The caches are keyed by the default dtype, too.
+        # The default dtype is a part of the cache keys.
         dtype = torch.get_default_dtype()
         if name in PUBLIC:
             return self._make_public_columns(name, preprocess, dtype)
@@ -339,11 +351,11 @@ class FederatedData:
         return self._preprocess(self._raw_rows(owner, name), preprocess)
 
     def extra_columns(self, owner: str, name: str) -> Examples:
-        """Return the rows of a set with all columns (times, units, baselines, …) except x.
+        """Return the rows of a set with all columns except x, such as times and units.
 
         Args:
             owner: Client id; ignored for public sets.
-            name: Name of a set, see `columns`.
+            name: Name of a public set or of a split of the client.
         """
         share = self.public_sets[name] if name in PUBLIC else self.client_rows[owner][name]
         return replace(share.examples, x=torch.empty(len(share.examples), 0)).select_rows(
@@ -351,11 +363,11 @@ class FederatedData:
         )
 
     def raw_examples(self, name: str) -> Tensor:
-        """Return the raw x of a public set, shape `[N, ...]`."""
+        """Return the raw inputs x of a public set, shape `[N, ...]`."""
         return self.public_sets[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
-        """Yield the raw x of each client's training rows, or of the pool to sample from."""
+        """Yield the raw x of each client's training rows, and of the pool if there is one."""
         for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
                 yield share.copy_rows().x
@@ -369,8 +381,8 @@ class FederatedData:
 
         Args:
             rows: Rows of each client.
-            unscanned: Clients whose training rows already include the effect of their scanner (see
-                `unprocessed_rows`); it is not applied again.
+            unscanned: Clients whose training rows have already passed through the simulated scanner
+                (see `unprocessed_rows`), which is not applied again.
         """
         data = copy.copy(self)
         data.client_rows = rows
@@ -394,9 +406,10 @@ class FederatedData:
                     tensor.share_memory_()
 
     def content_hash(self) -> str:
-        """Return the SHA-256 hash of all available examples and labels and their owners.
+        """Return the SHA-256 hash of all examples and labels with their owners.
 
-        Two runs with the same hash and configuration have the same data.
+        Rows on other machines are included by the hashes that their clients report. Two runs with
+        the same hash and configuration have the same data.
         """
         located = [
             (("", name), share) for name, share in self.public_sets.items()
@@ -410,7 +423,7 @@ class FederatedData:
         )
 
     def _raw_rows(self, client: str, split: str) -> Examples:
-        """Return the x and y of a client after its scanner, before preprocessing."""
+        """Return x and y of a client's split with the scanner applied, before preprocessing."""
         rows = self.client_rows[client][split].copy_rows()
         if split == "train" and client in self._unscanned:
             return rows
@@ -430,7 +443,9 @@ class FederatedData:
     def _pool(self, preprocess: Preprocess) -> Columns:
         client_ids = self.client_ids
         parts = [
-            self._preprocess(_usable(self._raw_rows(client, "train"), preprocess), preprocess)
+            self._preprocess(
+                _select_usable(self._raw_rows(client, "train"), preprocess), preprocess
+            )
             for client in client_ids
         ]
         shapes = {
@@ -447,13 +462,13 @@ class FederatedData:
         return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
 
 
-def _usable(examples: Examples, view: Preprocess) -> Examples:
+def _select_usable(examples: Examples, view: Preprocess) -> Examples:
     rows = usable_rows(examples.x, view)
     return examples if bool(rows.all()) else examples.select_rows(rows.nonzero().squeeze(1))
 
 
 def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
-    """Return the rows of a client after its scanner, before preprocessing.
+    """Return the rows of a client with the simulated scanner applied, before preprocessing.
 
     Args:
         data: Data of the federation.
@@ -481,28 +496,29 @@ def federate(
 
     The steps are:
 
-    1. Limit the training rows to `train_limit`.
-    2. Hold out the proxy set, or load it from its own source, and remove its labels unless
-       configured otherwise.
-    3. Hold out the common validation set if the data set has none.
-    4. Partition the remaining rows among the clients without their own source. A source that
-       several clients name is partitioned among them.
-    5. Split the rows of each client into train, validation and test.
+    1. Hold out a global test set if the data set has none, and limit the test rows to `test_limit`.
+    2. Limit the training rows to `train_limit`.
+    3. Hold out the proxy set, or load it from its own source, and remove its labels unless
+       `proxy.labels` is set.
+    4. Hold out the global validation set if the data set has none.
+    5. Partition the remaining rows among the clients without their own source. A source that
+       several clients name is partitioned among these clients.
+    6. Split the rows of each client into train, validation and test.
 
-    The result does not depend on the order of `clients`. If the data names patients, no patient is
-    in two of these sets, and the numbers of rows are approximate. With the partition `drawn`,
-    clients sample their rows on first use.
+    The result does not depend on the order of `clients`. If the data identifies patients, no
+    patient is in two of these sets, and the numbers of rows are approximate. With the partition
+    `drawn`, clients sample their rows on first use.
 
     Data sets with times are split by date. In a natural partition, the validation and test rows of
-    a client are then the rows of its groups in the common sets.
+    a client are then the rows of the client's groups in the global validation and test sets.
 
     Args:
         dataset: Data set.
         config: Data configuration.
         clients: Settings by client id.
         seed: Seed of the run.
-        cache_bytes: Size of each of the two caches of preprocessed examples.
-        server: Preprocessing of the server, if it has a model.
+        cache_bytes: Maximum size in bytes of each of the two caches of preprocessed examples.
+        server: Preprocessing of the server, if the server has a model.
         absent: Clients whose rows are on other machines.
 
     Raises:
@@ -558,12 +574,12 @@ def federate(
             dataset, rows, names, config=config, clients=population, seed=seed, notes=notes
         )
         assert dataset.test is not None
-        # `test_limit` applies to the common test set only, not to the clients.
-        later = {
+        # `test_limit` applies to the global test set only, not to the clients.
+        common_rows = {
             "validation": public["common_validation"],
             "test": RowSelection.all_rows(dataset.test),
         }
-        private = strategy.split_clients(shares, later, config, seed)
+        private = strategy.split_clients(shares, common_rows, config, seed)
     owned = load_client_sources(owners_here, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
 
@@ -598,7 +614,7 @@ def federate(
 
 
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
-    """Return the training rows within `data.train_limit`, int64 `[M]`."""
+    """Return the indices of at most `data.train_limit` training rows, int64 `[M]`."""
     rows = torch.arange(len(dataset.train))
     patient = dataset.train.patient
     if config.train_limit is None or config.train_limit >= len(rows):

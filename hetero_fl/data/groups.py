@@ -1,4 +1,4 @@
-"""Rows that belong together: groups of natural partitions, and patients."""
+"""Partition whole groups and patients, and match groups to clients."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def partition_patients(
     """Partition patients as if they were rows, then move patients to clients with too few rows.
 
     Args:
-        partition: The partition function of the configured kind.
-        context: The rows and clients.
+        partition: Partition function of the configured kind.
+        context: Inputs of the partition function, with an entry for each row.
         patient: Patient of each row, int64 `[N]`.
 
     Returns:
         Row indices of each client.
 
     Raises:
-        UserError: If no partition leaves every patient undivided and every client with enough rows.
+        UserError: If there are fewer patients than clients, or no partition is found that divides
+            no patient and gives every client enough rows.
     """
     clients = len(context.share)
     if context.config.kind == "natural":
@@ -46,40 +47,42 @@ def partition_patients(
                 "patient a different name in each group"
             )
         return parts
-    unit, size = patient.unique(return_inverse=True, return_counts=True)[1:]
-    if len(size) < clients:
+    patient_index, sizes = patient.unique(return_inverse=True, return_counts=True)[1:]
+    if len(sizes) < clients:
         raise UserError(
-            f"data.patient: expected at least one patient per client, got {len(size)} patients for "
-            f"{clients} clients"
+            f"data.patient: expected at least one patient per client, got {len(sizes)} patients "
+            f"for {clients} clients"
         )
     # The number of patients that have min_size rows on average.
     min_patients = max(
-        1, min(-(-context.config.min_size * len(size) // len(patient)), len(size) // clients)
+        1, min(-(-context.config.min_size * len(sizes) // len(patient)), len(sizes) // clients)
     )
     patients_of = partition(
         replace(
             context,
-            strata=most_common_stratum(context.strata, unit),
+            strata=most_common_stratum(context.strata, patient_index),
             group=None,
             min_rows=min_patients,
         )
     )
-    owner = torch.full((len(size),), -1)
+    owner = torch.full((len(sizes),), -1)
     for client, patients in enumerate(patients_of):
         owner[patients] = client
     if context.config.kind == "classes":
         # Moving patients would give clients additional classes.
-        rows_per_client = torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:]
+        rows_per_client = torch.bincount(owner[patient_index] + 1, minlength=clients + 1)[1:]
         if int(rows_per_client.min()) < context.config.min_size:
             raise too_few_rows_error(context)
     else:
-        order = context.shuffled(torch.arange(len(size)), "patients")
-        owner = move_patients_to_short_clients(owner, size, clients, context.config.min_size, order)
-    return [torch.nonzero(owner[unit] == client).squeeze(1) for client in range(clients)]
+        order = context.shuffled(torch.arange(len(sizes)), "patients")
+        owner = move_patients_to_short_clients(
+            owner, sizes, clients, context.config.min_size, order
+        )
+    return [torch.nonzero(owner[patient_index] == client).squeeze(1) for client in range(clients)]
 
 
 def too_few_rows_error(context: PartitionContext) -> UserError:
-    """Return the error for clients with fewer rows than `min_size`."""
+    """Return the error for a partition by classes with fewer than `min_size` rows per client."""
     return UserError(
         f"{WHERE}.min_size: with {context.config.classes} classes per client some clients get "
         f"fewer than {context.config.min_size} rows; choose a smaller number"
@@ -89,16 +92,16 @@ def too_few_rows_error(context: PartitionContext) -> UserError:
 def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
     """Check that the groups of a natural partition match the clients.
 
-    Groups match if they have the names of the clients, or if no name matches and there are as many
-    groups as clients, or a single client.
+    Groups match if they have the names of the clients. If no name matches, there must be as many
+    groups as clients, or a single client, which gets all groups.
 
     Args:
-        groups: Group names.
+        groups: Names of the groups.
         clients: Client ids.
-        name: Name of the data set.
+        name: Name of the data set, for messages.
 
     Returns:
-        Remarks on which client gets which group if the names differ.
+        Remarks on which client gets which group; empty if the names match.
 
     Raises:
         UserError: If the groups do not match the clients.
@@ -143,7 +146,9 @@ def all_groups(dataset: Dataset) -> list[str]:
 
 
 def check_patients_in_one_group(dataset: Dataset) -> None:
-    """Check that no patient has rows in two groups, which a natural partition would divide.
+    """Check that all rows of each patient are in the same group.
+
+    A natural partition would otherwise divide the rows of a patient among clients.
 
     Raises:
         UserError: If a patient has rows in two groups.
@@ -164,11 +169,13 @@ def check_patients_in_one_group(dataset: Dataset) -> None:
 
 
 def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:
-    """Return the most common stratum of the rows of each patient, the lowest in a tie.
+    """Return the most common stratum of the rows of each patient.
+
+    Ties are resolved in favor of the lowest stratum.
 
     Args:
         strata: Stratum of each row, int64 `[N]`, starting at 0.
-        unit: Patient of each row, int64 `[N]`, all values from 0 to P - 1.
+        unit: Patient of each row, int64 `[N]`, with all values from 0 to P - 1.
 
     Returns:
         Strata, int64 `[P]`.
@@ -187,11 +194,11 @@ def move_patients_to_short_clients(
     """Move whole patients from the largest clients to clients with too few rows.
 
     Args:
-        owner: Client of each patient, int64 `[P]`, -1 for none.
-        size: Rows of each patient, int64 `[P]`.
+        owner: Client of each patient, int64 `[P]`; -1 for patients without a client.
+        size: Number of rows of each patient, int64 `[P]`.
         clients: Number of clients.
         min_rows: Minimum number of rows per client.
-        order: Order in which patients are moved, a permutation, int64 `[P]`.
+        order: Permutation of the patients, int64 `[P]`. Patients that come first are moved first.
 
     Returns:
         New client of each patient, int64 `[P]`.
@@ -220,7 +227,7 @@ def move_patients_to_short_clients(
 
 
 def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
-    """Return two rows of the same patient that are in different parts, or None."""
+    """Return two rows of one patient that are in different parts, or None if there are none."""
     rows = torch.cat(list(parts))
     part_of = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
     order = patient[rows].argsort(stable=True)

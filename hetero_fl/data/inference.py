@@ -22,18 +22,23 @@ WHERE = "predict: x"
 def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
     """Preprocess raw examples for a saved model.
 
-    NaN is a missing value.
+    NaN stands for a missing value. `x` may have the following formats:
+
+    - An array as accepted by `SavedModel.examples`.
+    - For a model of selected columns or blocks, an array of whole rows as in the data set. If the
+      model uses a single block, the array may contain the values of this block only.
+    - For a model of blocks, a dictionary from the names of blocks to arrays of shape `[N, *shape]`.
+      Blocks that may be missing can be omitted.
+    - For a model of a table with named columns, a data frame with the columns in any order. Unused
+      columns, and columns that may be missing, can be omitted. Text columns are encoded as in
+      training.
 
     Args:
         model: Saved model.
-        x: Examples as accepted by `SavedModel.examples`. If the model uses named columns or blocks:
-            whole rows as in the data set; the values of its only block; or a dictionary of blocks
-            by name, each `[N, *shape]`, without those that may be missing. If the model knows the
-            column names of a table: a data frame with columns in any order; unused columns, and
-            columns that may be missing, can be omitted, and text columns are encoded as in the run.
+        x: Raw examples.
 
     Returns:
-        Preprocessed examples.
+        Preprocessed examples, the inputs of the model.
 
     Raises:
         UserError: If a shape or name does not match, or a value is infinite or missing.
@@ -57,9 +62,10 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
 
 
 def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
-    """Return the known columns of a data frame in their order, `[N, F]`, NaN if one is missing.
+    """Return the columns of a data frame in the order of the model, shape `[N, F]`.
 
-    Other columns, such as the label, are ignored if no column is missing.
+    Missing columns are NaN. Unknown columns, such as the label, are ignored unless a column is
+    missing.
     """
     names = [str(name) for name in frame.columns]
     known = model.columns
@@ -105,7 +111,7 @@ def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
 
 
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
-    """Concatenate the blocks of a view to rows `[N, D]`."""
+    """Concatenate blocks in the order of the view to rows `[N, D]`; omitted blocks are NaN."""
     names = [b.name for b in view.blocks]
     check_names(blocks, names, f"{WHERE}: unknown block")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}
@@ -123,7 +129,7 @@ def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
 
 
 def _block_values(part: Tensor, block: Block) -> Tensor:
-    """Return the values of a block, `[N, size]`; images are converted to floats in 0..1."""
+    """Return the values of a block, shape `[N, size]`. Images become floats from 0 to 1."""
     where = f"{WHERE}: {block.name}"
     shape = tuple(part.shape)
     dtype = torch.get_default_dtype()

@@ -1,4 +1,4 @@
-"""Join images and a table by patient to a data set with two blocks."""
+"""Join images and a table by patient into a data set with two blocks."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def join_images_and_table(
 ) -> Dataset:
     """Join images and the rows of a table that belong to the same patients.
 
-    Values that a patient does not have are NaN. Clients that use them need
-    `preprocess.missing: indicate`; `preprocess.columns` selects blocks.
+    The pixels of patients without an image, and the columns of patients who are not in the table,
+    are NaN. Clients that use these values need `preprocess.missing: indicate`. The blocks of a
+    client are selected by `preprocess.columns`.
 
     Args:
         images: Images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, see `from_arrays`. A patient
@@ -47,10 +48,10 @@ def join_images_and_table(
             divided between splits or clients.
         table: A file (`.csv`, `.tsv`, `.parquet`) or pandas data frame with one row per patient.
             Empty cells are missing values.
-        by: Column of the table with the patient.
+        by: Column of the table that identifies the patient.
         columns: Columns of the table for the second block; by default all numeric columns.
-        label: Column of the table with class numbers. Patients without an image then become
-            examples, too; without `label` they are refused.
+        label: Column of the table with class numbers. If it is set, patients without an image
+            become examples, too; otherwise they are an error.
         group: Group of each image (for example its hospital) for the natural partition, `[N]`.
         table_group: Column of the table with the group of patients without an image.
         blocks: Names of the image block and the table block.
@@ -60,8 +61,8 @@ def join_images_and_table(
 
     Raises:
         UserError: If a patient has no image and no label, occurs twice in the table or has no id;
-            a column is missing or not numeric; or the images and the table have no patient in
-            common. Rows in messages count from 1 below the header.
+            a column is missing or not numeric; or no patient of the table has an image. Rows in
+            messages count from 1 below the header.
 
     Example:
         >>> import numpy as np
@@ -163,7 +164,10 @@ def _read_table(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame
 
 
 def _match_id_format(table_ids: list[str], image_ids: list[str]) -> list[str]:
-    """Write the ids of the table as those of the images; numeric files drop leading zeros."""
+    """Write the ids of the table in the format of the image ids.
+
+    Files with numeric ids drop leading zeros, so ids that differ only in leading zeros are equal.
+    """
     written = {_normalize_id(image_id): image_id for image_id in image_ids}
     if len(written) < len(image_ids):
         return table_ids
@@ -188,9 +192,9 @@ def _check_unique(table_ids: list[str], where: str, by: str) -> None:
 def _join_rows(
     images: Examples, values: Tensor, table_ids: list[str], without_image: list[int]
 ) -> Examples:
-    """Return rows `[N + M, D]`: images with the values of their patients, then other patients.
+    """Return N images with the table values of their patients, then M patients without images.
 
-    If there are patients without an image, the result has no labels, groups and patients yet.
+    The rows have shape `[N + M, D]`. If M > 0, they have no labels, groups and patients yet.
     """
     assert images.patient is not None
     pixels = images.x.flatten(1).float()
@@ -210,7 +214,7 @@ def _join_rows(
 
 
 def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) -> list[int]:
-    """Return the classes of the patients in some rows of the table."""
+    """Return the classes of the patients in the selected rows of the table."""
     from hetero_fl.data.sources.table_files import parse_numbers
 
     labels = parse_numbers(column, where)
@@ -229,7 +233,7 @@ def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) ->
 def _table_groups(
     frame: pd.DataFrame, rows: list[int], table_group: str | None, images: Examples, where: str
 ) -> list[str]:
-    """Return the groups of the patients in some rows of the table; empty if images have none."""
+    """Return the groups of patients in selected rows of the table; empty if images have none."""
     from hetero_fl.data.sources.table_files import parse_names
 
     if images.group is None:
@@ -246,7 +250,7 @@ def _table_groups(
 def _append_labels(
     train: Examples, images: Examples, labels: list[int], groups: list[str], owners: list[str]
 ) -> Examples:
-    """Add the labels, groups and patients of all rows."""
+    """Return the joined rows with their labels, groups and patients."""
     assert images.patient is not None
     y = torch.cat([images.labels, torch.tensor(labels)])
     patient, patient_names = index_names(

@@ -1,8 +1,8 @@
-"""Partition training rows among clients: Dirichlet, classes, quantity, natural groups, custom.
+"""Partition training rows among clients: label skew, quantity skew, groups, user functions.
 
-`partition_rows` looks up the partition kind in a registry. If the data names patients, all rows of
-a patient go to the same client. Partitions depend only on the rows, the client sizes in order, the
-configuration and the seed.
+`partition_rows` looks up the partition kind in a registry. If the data identifies patients, all
+rows of a patient go to the same client. Partitions depend only on the rows, the sizes of the
+clients in order, the configuration and the seed.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ USER_ARGUMENTS = "y, group, config, sizes, task, seed"
 
 
 def row_strata(y: Tensor, task: Task) -> Tensor:
-    """Return the stratum of each row, which partitions treat as its label.
+    """Return the stratum of each row, which partitions use as the label of the row.
 
-    Multiclass: the class. Multilabel: the index of the rarest positive label plus one, or 0 if
-    there is none. Regression: the decile of the first target.
+    The stratum is the class (multiclass), the index of the rarest positive label plus one or 0 if
+    no label is positive (multilabel), or the decile of the first target (regression).
 
     Args:
         y: Targets as defined by `Task`.
@@ -79,7 +79,7 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
     """Divide a total into integers in proportion to shares (largest remainder method).
 
     Args:
-        total: Sum of the result.
+        total: Sum of the integers.
         share: Shares, float `[K]`; they need not sum to one.
         at_least: Minimum of each integer; `K * at_least` must not exceed `total`.
 
@@ -95,7 +95,8 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
     exact = share / share.sum() * total
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
-    # Terminates because the total suffices and each step fills the smallest from the largest.
+    # Terminates because the total suffices and each step moves a part of the largest integer to the
+    # smallest one.
     while (counts < at_least).any():
         low = counts.argmin()
         high = counts.argmax()
@@ -106,7 +107,7 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
 
 
 def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
-    """Apportion rows among the positive shares; zero shares get none."""
+    """Divide rows in proportion to the positive shares; zero shares get no rows."""
     counts = np.zeros(len(share), dtype=np.int64)
     if (share > 0).any():
         counts[share > 0] = apportion(rows, share[share > 0])
@@ -114,11 +115,14 @@ def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
 
 
 def cut_proportions(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the number of rows of each class per client, int64 `[classes, clients]`.
+    """Divide the rows of each class among clients in given proportions.
 
     Args:
         proportions: Proportion of each class per client, float `[classes, clients]`.
-        counts: Rows of each class, int64 `[classes]`.
+        counts: Number of rows of each class, int64 `[classes]`.
+
+    Returns:
+        Number of rows of each class per client, int64 `[classes, clients]`.
     """
     cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
     cuts[:, -1] = counts
@@ -126,19 +130,20 @@ def cut_proportions(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def cut_below(proportions: np.ndarray, counts: np.ndarray, max_rows: np.ndarray) -> np.ndarray:
-    """Return the number of rows of each class per client, skipping clients that are full.
+    """Divide the rows of each class in given proportions among the clients that are not full.
 
-    Classes are divided one after the other. A client that has reached its maximum gets no rows of
-    the next class, which the other clients share by their proportions. The last class of a client
-    may lift it above its maximum.
+    Classes are divided one after the other. A client that has reached its maximum number of rows
+    gets no rows of the following classes, which are divided among the other clients. The last class
+    of a client may exceed its maximum.
 
     Args:
         proportions: Proportion of each class per client, float `[classes, clients]`.
-        counts: Rows of each class, int64 `[classes]`.
-        max_rows: Maximum per client, float `[clients]`; the sum is at least the number of rows.
+        counts: Number of rows of each class, int64 `[classes]`.
+        max_rows: Maximum number of rows per client, float `[clients]`. The sum must be at least the
+            number of rows.
 
     Returns:
-        Counts, int64 `[classes, clients]`.
+        Number of rows of each class per client, int64 `[classes, clients]`.
     """
     assigned = np.zeros(proportions.shape, dtype=np.int64)
     for c in range(len(counts)):
@@ -152,9 +157,10 @@ def cut_below(proportions: np.ndarray, counts: np.ndarray, max_rows: np.ndarray)
 def assign_classes(
     rng: np.random.Generator, classes_per_client: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """Assign classes to clients, each time those that the fewest clients have.
+    """Assign classes to clients such that all classes have similar numbers of clients.
 
-    Ties are broken at random.
+    Each client, in random order, gets the classes that the fewest clients have so far. Ties are
+    broken at random.
 
     Args:
         rng: Random generator.
@@ -162,7 +168,7 @@ def assign_classes(
         num_classes: Number of classes.
 
     Returns:
-        Which classes each client has, bool `[clients, classes]`.
+        Mask of the classes of each client, bool `[clients, classes]`.
     """
     has_class = np.zeros((len(classes_per_client), num_classes), dtype=bool)
     clients_per_class = np.zeros(num_classes)
@@ -185,16 +191,17 @@ def user_partition(
 
     Args:
         config: Partition settings; `kind` is the reference to the function.
-        arguments: Arguments of the function (`USER_ARGUMENTS`).
+        arguments: Arguments of the function, in the order of `USER_ARGUMENTS`.
         rows: Number of rows.
         clients: Number of clients.
-        patient: Patient of each row, `[N]`, or None.
+        patient: Patient of each row, int64 `[N]`, or None.
 
     Returns:
         Sorted row indices of each client.
 
     Raises:
-        UserError: If the function raises, returns an invalid partition or divides a patient.
+        UserError: If the function raises an error, returns an invalid partition, or divides the
+            rows of a patient.
     """
     parts = _check_parts(
         call_reference(config.kind, f"{WHERE}.kind", USER_ARGUMENTS, arguments),
@@ -244,8 +251,8 @@ def _check_parts(parts: object, config: PartitionConfig, rows: int, clients: int
 class PartitionContext:
     """The inputs of a partition function.
 
-    If the data names patients, partition functions see one entry per patient, with the most common
-    stratum of its rows, in place of the rows.
+    If the data identifies patients, all kinds except `natural` partition patients instead of rows.
+    An entry of `strata` is then the most common stratum of the rows of a patient.
 
     Attributes:
         strata: Stratum of each row, int64 `[N]` (see `row_strata`).
@@ -266,7 +273,7 @@ class PartitionContext:
 
     @property
     def alpha(self) -> float:
-        """Concentration parameter."""
+        """Concentration parameter of the Dirichlet distribution."""
         # The configuration fills in a default for all kinds that use it.
         assert self.config.alpha is not None
         return self.config.alpha
@@ -277,11 +284,11 @@ class PartitionContext:
         return len(self.strata)
 
     def rng(self, *use: str | int) -> np.random.Generator:
-        """Return a NumPy generator keyed by the seed and the given purpose."""
+        """Return a NumPy generator that is seeded by the seed of the run and a purpose."""
         return keyed_numpy_generator("data", self.seed, "partition", *use)
 
     def shuffled(self, rows: Tensor, *use: str | int) -> Tensor:
-        """Return the rows in random order, keyed by the seed and the given purpose."""
+        """Return the rows in a random order that depends on the seed of the run and a purpose."""
         generator = keyed_generator("data", self.seed, "partition", *use)
         return rows[torch.randperm(len(rows), generator=generator)]
 
@@ -329,25 +336,25 @@ def partition_rows(
 ) -> list[Tensor]:
     """Partition rows among clients.
 
-    With kind `classes`, rows are left out if `shots` is set or a class has no client. User-defined
-    partitions (`python:` references to functions of y, group, config, sizes, task and seed) may
-    also leave rows out.
+    Each row goes to at most one client. With the kind `classes`, rows are left out if `shots` is
+    set or a class has no client. User-defined partitions (`python:` references to functions of y,
+    group, config, sizes, task and seed) may also leave rows out.
 
     Args:
         y: Targets, `[N]` or `[N, L]`.
-        group: Group of each row, `[N]`; required by the kind `natural`.
+        group: Group of each row, int64 `[N]`; required by the kind `natural`.
         config: Partition settings.
         sizes: Relative size of each client.
         task: Learning task.
         seed: Seed of the run.
-        patient: Patient of each row, `[N]`; all rows of a patient go to the same client.
+        patient: Patient of each row, int64 `[N]`. All rows of a patient go to the same client.
 
     Returns:
         Sorted, disjoint row indices (int64) of each client, at least `config.min_size` each.
 
     Raises:
-        UserError: If there are too few rows or patients, the groups do not match the clients, a
-            patient is in two groups, or a user-defined partition is invalid.
+        UserError: If the kind is unknown, there are too few rows or patients, the groups do not
+            match the clients, a patient is in two groups, or a user-defined partition is invalid.
 
     Example:
         >>> import torch
@@ -425,7 +432,10 @@ def partition_in_order(context: PartitionContext) -> list[Tensor]:
 
 @register_partition("quantity")
 def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
-    """Assign rows at random, with client shares ~ Dirichlet(alpha * K * size share).
+    """Assign rows at random, with client shares sampled from a Dirichlet distribution.
+
+    The concentration parameter of each of the K clients is `alpha * K` times its share of the total
+    size, which is `alpha` if all sizes are equal.
 
     Example:
         >>> import torch
@@ -446,13 +456,15 @@ def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
 
 @register_partition("dirichlet")
 def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
-    """Divide each class in proportions ~ Dirichlet(alpha * K * size share).
+    """Divide each class among clients in proportions sampled from a Dirichlet distribution.
 
-    Proportions are sampled again until every client has enough rows; with equal sizes this is the
-    partition of Hsu et al. (arXiv:1909.06335) and Li et al. (ICDE 2022). After `MAX_ATTEMPTS`
-    samples, small clients get random rows of the largest client. With `config.cap`, a client that
-    has `cap` times its share of the rows gets no further classes; `cap=1` matches the code of Li
-    et al.
+    The concentration parameter of each of the K clients is `alpha * K` times its share of the total
+    size. Proportions are sampled again until every client has enough rows. If the sizes are equal,
+    this is the partition of Yurochkin et al. (ICML 2019) and Li et al. (ICDE 2022). After
+    `MAX_ATTEMPTS` samples, small clients get random rows of the largest client.
+
+    With `config.cap`, a client that has `cap` times its share of the rows gets no further classes;
+    `cap=1` matches the code of Li et al.
 
     Example:
         >>> import torch
@@ -487,15 +499,16 @@ def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
 def partition_by_classes(context: PartitionContext) -> list[Tensor]:
     """Assign a few classes to each client.
 
-    A client has `config.classes` classes (McMahan et al. 2017), plus or minus up to
-    `config.classes_spread`. The rows of a class are divided among its clients by size; with
-    `config.shots`, each of them gets that many rows and the others are left out (Tan et al. 2022).
+    Each client gets `config.classes` classes (McMahan et al. 2017), plus or minus up to
+    `config.classes_spread`. The rows of a class are divided among the clients with this class in
+    proportion to their sizes. With `config.shots`, each of these clients instead gets that many
+    rows, multiplied by its relative size, and the remaining rows are left out (Tan et al. 2022).
     Classes without a client are left out. The assignment is sampled again until every client has
     enough rows.
 
     Raises:
-        UserError: If there are fewer than `config.classes` classes, or no valid assignment is
-            found.
+        UserError: If there are fewer than `config.classes` classes, or no valid assignment is found
+            in `MAX_ATTEMPTS` samples.
 
     Example:
         >>> import torch
@@ -556,8 +569,8 @@ def partition_natural(context: PartitionContext) -> list[Tensor]:
     """Assign each group of rows to one client, in the order of the group numbers.
 
     Raises:
-        UserError: If there are no groups, the number of groups is not the number of clients, or a
-            group is too small.
+        UserError: If there are no groups, the numbers of groups and clients differ, or a group is
+            too small.
 
     Example:
         >>> import torch
@@ -593,7 +606,7 @@ def partition_natural(context: PartitionContext) -> list[Tensor]:
 def _partition_classes(
     context: PartitionContext, classes: np.ndarray, counts: np.ndarray
 ) -> list[Tensor]:
-    """Sample the rows of each client, `counts` `[classes, clients]` of each class."""
+    """Sample the rows of each client. `counts` has shape `[classes, clients]`."""
     per_class = [
         context.shuffled(torch.nonzero(context.strata == c).squeeze(1), "rows", int(c))[
             : n.sum()
@@ -627,9 +640,9 @@ def assign_rows(
     seed: int,
     notes: list[str],
 ) -> dict[str, RowSelection]:
-    """Partition training rows among clients, matching groups and clients by name.
+    """Partition training rows among clients, with groups and clients matched by name.
 
-    A single client gets all rows.
+    If there is only one client, it gets all rows.
 
     Args:
         dataset: Data set.
@@ -644,7 +657,8 @@ def assign_rows(
         Rows by client id.
 
     Raises:
-        UserError: See `partition_rows` and `match_groups`; or if a group has no training rows left.
+        UserError: See `partition_rows` and `match_groups`. Also if a group has no training rows
+            left or, in a natural partition, a patient is in two groups.
     """
     train = dataset.train
     patient = None if train.patient is None else train.patient[rows]

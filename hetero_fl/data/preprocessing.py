@@ -1,12 +1,11 @@
-"""Preprocessing, augmentation, scanner shift and missing values.
+"""Preprocessing of examples, and checks of missing values.
 
-`Preprocess` is the view of a participant: it selects columns and normalizes examples. The checks
-here verify that the views of the clients and the server fit the data.
+`Preprocess` converts raw examples to the inputs of a participant's model. It is called a view, as
+several participants can use different columns and formats of the same examples.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +22,7 @@ from hetero_fl.config.clients import (
     ScannerConfig,
 )
 from hetero_fl.config.population import Population, SettingsProfile
+from hetero_fl.core.image_transforms import apply_transform
 from hetero_fl.data.dataset import (
     Block,
     ColumnLayout,
@@ -33,7 +33,6 @@ from hetero_fl.data.dataset import (
 )
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.registry import call_reference
 
 if TYPE_CHECKING:
     from hetero_fl.data.client_rows import ClientRows
@@ -41,29 +40,30 @@ if TYPE_CHECKING:
 CHUNK = 4096
 """Number of rows processed at a time for statistics."""
 NOTHING = ColumnLayout()
-"""Layout of examples without names."""
+"""Layout of examples whose columns have no names."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A view of raw examples: selected columns as floats, resized and normalized.
+    """A view of raw examples: selected columns, converted to floats, resized and normalized.
 
     The steps are: select columns, convert to float, resize, change the number of channels,
     normalize, and append indicators of missing values. Series `[N, T, F]` become `[N, F, T]`, as
-    models expect channels first. Views are hashable and serve as cache keys.
+    models expect channels first. Views are hashable, so they can be used as cache keys.
 
     Attributes:
         resize: Height and width of images in pixels.
         channels: Number of channels of images.
-        mean: Number to subtract: one for all, or one per channel (images) or column (the last axis
-            of tables, series and blocks).
-        std: Number to divide by, as `mean`.
+        mean: Mean to subtract, a single number or one per channel of images or per column of
+            tables, series and blocks.
+        std: Standard deviation to divide by, in the format of `mean`.
         raw: Shape of a raw example, if known.
         spans: Column ranges to select. None selects all columns.
         blocks: Blocks in the selected columns. A single block is reshaped to its own shape unless
             `missing` is set.
-        missing: With "indicate", NaN becomes 0 after normalization, and an indicator per column (or
-            per block) is appended. A block is missing if all of its values are missing.
+        missing: With "indicate", NaN becomes 0 after normalization, and an indicator per column, or
+            per block of data with blocks, is appended. A block is missing if all its values are
+            missing.
         transform: Reference to a function of a batch that is applied last.
 
     Example:
@@ -99,11 +99,11 @@ class Preprocess:
         raw: tuple[int, ...] = (),
         where: str = "preprocess",
     ) -> Preprocess:
-        """Create the view of a configuration, without normalization.
+        """Create the view that a configuration defines, without normalization.
 
         Args:
             config: Preprocessing configuration.
-            layout: Names along the last axis of the examples.
+            layout: Names of the columns or blocks along the last axis of the examples.
             raw: Shape of a raw example.
             where: Configuration section, for error messages.
 
@@ -130,21 +130,23 @@ class Preprocess:
         layout: ColumnLayout = NOTHING,
         raw: tuple[int, ...] = (),
     ) -> Preprocess:
-        """Create the view of a configuration, computing the statistics of `normalize: own`.
+        """Create the view that a configuration defines.
 
-        Images, and blocks that are images, get one mean and standard deviation over all pixels
-        after `resize` and `channels`; tables and series get one per column. A standard deviation of
-        0 is replaced by 1. Missing values are ignored; a column without values has mean 0.
+        The statistics for `normalize: own` are computed from the training rows. Images, and blocks
+        that are images, have one mean and standard deviation over all pixels after `resize` and
+        `channels`; tables and series have one per column. Missing values are ignored. A column
+        without values has mean 0, and standard deviations of 0 are replaced by 1.
 
         Args:
             config: Preprocessing configuration.
-            train_x_raw: Raw training rows of the participant; only `normalize: own` reads them.
+            train_x_raw: Raw training rows of the participant, required for `normalize: own` only.
             where: Configuration section, for error messages.
-            layout: Names along the last axis of the examples.
+            layout: Names of the columns or blocks along the last axis of the examples.
             raw: Shape of a raw example.
 
         Raises:
-            UserError: If a column or block is unknown, or there are no rows for `normalize: own`.
+            UserError: If a column or block is unknown, there are no rows for `normalize: own`, or
+                another setting does not apply to these rows.
         """
         view = cls.without_normalization(config, layout, raw, where)
         if isinstance(config.normalize, Normalize):
@@ -164,7 +166,7 @@ class Preprocess:
         return replace(view, mean=tuple(means.tolist()), std=tuple(stds.tolist()))
 
     def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute mean and standard deviation, float64 `[1]` for images, else `[columns]`."""
+        """Compute mean and standard deviation, float64 `[1]` for images, otherwise `[columns]`."""
         image = len(self._selected_shape(tuple(x_raw.shape[1:]))) == 3
         columns = 1 if image else self._selected_shape(tuple(x_raw.shape[1:]))[-1]
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
@@ -186,7 +188,7 @@ class Preprocess:
         return values.sum(0) if self.missing is None else values.nansum(0)
 
     def _pool_block_sums(self, sums: Tensor) -> Tensor:
-        """Replace the sum of each column of an image block by the sum over all its pixels."""
+        """Replace the sum of each column of an image block by the sum over the whole block."""
         sums = sums.clone()
         for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
             if block.image and len(sums) > 1:
@@ -255,7 +257,7 @@ class Preprocess:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def names(self, columns: Sequence[str]) -> list[str]:
-        """Return the names of the selected columns, in the order of the data."""
+        """Return the names of the selected columns, given the names of all columns in order."""
         return [
             name
             for start, stop in self.spans or ((0, len(columns)),)
@@ -274,7 +276,7 @@ class Preprocess:
 
     @staticmethod
     def _broadcast(value: float | tuple[float, ...], x: Tensor) -> Tensor:
-        """Return numbers that broadcast over the channels of images or over columns."""
+        """Return a mean or standard deviation that broadcasts over channels or columns."""
         numbers = torch.tensor(value, dtype=x.dtype)
         return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
 
@@ -282,7 +284,7 @@ class Preprocess:
         """Return the shape of a preprocessed example, without the batch dimension.
 
         Args:
-            raw_shape: Shape of a raw example. A series (T, F) becomes (columns, T).
+            raw_shape: Shape of a raw example. The shape (T, F) of a series becomes (columns, T).
             where: Configuration section, for error messages.
 
         Raises:
@@ -325,156 +327,11 @@ class Preprocess:
         return (self.channels or channels, self.resize or height, self.resize or width)
 
 
-def apply_transform(reference: str, x: Tensor, where: str) -> Tensor:
-    """Apply a user's function to a batch.
-
-    Args:
-        reference: Reference to the function.
-        x: The batch.
-        where: Prefix of error messages.
-
-    Raises:
-        UserError: If the function fails or returns a batch of another shape or type.
-    """
-    transformed = call_reference(reference, where, "x", (x,))
-    if not isinstance(transformed, Tensor):
-        raise UserError(f"{where}: expected a tensor, got {type(transformed).__name__}")
-    if transformed.shape != x.shape or transformed.dtype != x.dtype:
-        raise UserError(
-            f"{where}: expected {x.dtype} of shape {tuple(x.shape)} as its input, got "
-            f"{transformed.dtype} of shape {tuple(transformed.shape)}"
-        )
-    return transformed
-
-
-def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Randomly crop, flip and rotate each image of a batch, then apply the user's transform.
-
-    Pixels outside an image repeat its edge.
-
-    Args:
-        x: Preprocessed images `[B, C, H, W]` on any device. Not modified in place.
-        config: Augmentation settings.
-        generator: CPU generator; the same numbers are used on every device.
-
-    Example:
-        >>> import torch
-        >>> from hetero_fl.config.clients import AugmentConfig
-        >>> from hetero_fl.data import augment
-        >>> x = torch.arange(6.0).reshape(2, 1, 1, 3)
-        >>> augmented = augment(x, AugmentConfig(flip=True), torch.Generator().manual_seed(0))
-        >>> augmented.shape
-        torch.Size([2, 1, 1, 3])
-    """
-    if config == AugmentConfig() or len(x) == 0:
-        return x
-    batch = len(x)
-    if config.crop:
-        size = (2, batch)
-        offsets = torch.randint(-config.crop, config.crop + 1, size, generator=generator)
-        x = _crop(x, offsets.to(x.device))
-    if config.flip:
-        mirrored = (torch.rand(batch, generator=generator) < 0.5).to(x.device)
-        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-    if config.rotate:
-        degrees = (2 * torch.rand(batch, generator=generator) - 1) * config.rotate
-        x = _rotate(x, (degrees * (math.pi / 180)).to(x.device, x.dtype))
-    if config.transform is not None:
-        devices = [] if x.is_cpu else [x.device]
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            x = apply_transform(config.transform, x, "augment.transform")
-    return x
-
-
-def _crop(x: Tensor, offsets: Tensor) -> Tensor:
-    """Shift each image by its offsets (int64 `[2, B]`, rows and columns), like pad and crop."""
-    batch, _, height, width = x.shape
-    rows = (torch.arange(height, device=x.device) + offsets[0, :, None]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=x.device) + offsets[1, :, None]).clamp(0, width - 1)
-    x = x.gather(2, rows[:, None, :, None].expand(batch, x.shape[1], height, width))
-    return x.gather(3, columns[:, None, None, :].expand(batch, x.shape[1], height, width))
-
-
-def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotate each image by its angle (radians `[B]`) about its center, bilinearly."""
-    # Both grid axes span -1..1, so without the ratio non-square images would be sheared.
-    ratio = x.shape[-2] / x.shape[-1]
-    cos = angle.cos()
-    sin = angle.sin()
-    zero = torch.zeros_like(angle)
-    rows = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(rows, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-SCANNER_CHUNK = 256
-"""Number of images processed at a time. The noise, sampled per chunk, depends on it."""
-
-
-def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
-    """Simulate the imaging device of a site (feature shift).
-
-    The steps are: resolution (bilinear down- and upsampling), Gaussian blur, contrast around middle
-    gray, brightness and Gaussian noise. uint8 images are clipped to 0..255 and rounded; floats are
-    assumed to be in 0..1 and are not clipped.
-
-    Args:
-        x_raw: Images `[N, C, H, W]`, uint8 or floats. Not modified in place.
-        config: Settings of the device.
-        generator: Generator of the noise.
-
-    Returns:
-        Images of the same shape and dtype.
-
-    Example:
-        >>> import torch
-        >>> from hetero_fl.config.clients import ScannerConfig
-        >>> from hetero_fl.data import apply_scanner
-        >>> images = torch.full((1, 1, 2, 2), 100, dtype=torch.uint8)
-        >>> apply_scanner(images, ScannerConfig(brightness=0.2), torch.Generator()).unique()
-        tensor([151], dtype=torch.uint8)
-    """
-    if config == ScannerConfig() or len(x_raw) == 0:
-        return x_raw
-    return torch.cat([_apply(chunk, config, generator) for chunk in x_raw.split(SCANNER_CHUNK)])
-
-
-def _apply(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
-    x = x_raw.float() / 255 if x_raw.dtype == torch.uint8 else x_raw
-    height, width = x.shape[-2:]
-    if config.resolution < 1:
-        small = (
-            max(1, round(height * config.resolution)),
-            max(1, round(width * config.resolution)),
-        )
-        x = F.interpolate(x, size=small, mode="bilinear", align_corners=False, antialias=True)
-        x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
-    if config.blur:
-        x = _blur(_blur(x, config.blur, -1), config.blur, -2)
-    x = (x - 0.5) * config.contrast + (0.5 + config.brightness)
-    if config.noise:
-        x = x + config.noise * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8) if x_raw.dtype == torch.uint8 else x
-
-
-def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:
-    """Apply a Gaussian filter along one axis, truncated at 3 sigma, with repeated edges."""
-    radius = max(1, math.ceil(3 * sigma))
-    offsets = torch.arange(-radius, radius + 1)
-    weights = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma) ** 2)
-    size = x.shape[dim]
-    total = torch.zeros_like(x)
-    for offset, weight in zip(offsets, weights / weights.sum(), strict=True):
-        total += weight * x.index_select(dim, (torch.arange(size) + offset).clamp(0, size - 1))
-    return total
-
-
 Shape = tuple[int, ...]
 
 
 def check_settings(profiles: Iterable[SettingsProfile], dataset: Dataset) -> None:
-    """Check that the settings of the clients fit the examples.
+    """Check that the settings of the clients apply to the examples.
 
     Raises:
         UserError: If settings for images are used for other examples, or settings for numbers are
@@ -495,15 +352,15 @@ def check_same_shape(
     common: Dataset,
     server: PreprocessConfig | None = None,
 ) -> None:
-    """Check that another set and the common set have the same shape after preprocessing.
+    """Check that examples have the shape of the main data set after preprocessing.
 
     Args:
-        shape: Raw shape of the examples of the other set.
-        where: Configuration key of the other set, for error messages.
-        name: Name of the other set, for error messages.
-        clients: Settings of the clients that use both sets.
-        common: Common data set.
-        server: Preprocessing of the server, if it has a model.
+        shape: Raw shape of the examples.
+        where: Configuration key of the examples, for error messages.
+        name: Name of the examples, for error messages.
+        clients: Settings of the clients that use the examples, by client id.
+        common: Main data set.
+        server: Preprocessing of the server, if the server has a model.
 
     Raises:
         UserError: If the shapes differ for a client or the server.
@@ -531,7 +388,7 @@ def check_same_shape(
 
 
 def required_columns(settings: Iterable[ClientSettings], layout: ColumnLayout) -> set[str]:
-    """Return the columns or blocks that some of these clients use and must not be missing."""
+    """Return the columns or blocks that any of the clients uses and that must not be missing."""
     return {column for one in settings for column in _required_columns(one.preprocess, layout)}
 
 
@@ -544,10 +401,10 @@ def preprocessed_shape(
         name: Client id, for error messages.
         settings: Settings of the client.
         raw: Shape of a raw example.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
 
     Raises:
-        UserError: If the settings do not fit the examples.
+        UserError: If the settings do not apply to the examples.
     """
     where = f"clients: '{name}': preprocess"
     view = Preprocess.resolve(_fixed_view(settings.preprocess), None, where, layout, raw)
@@ -589,7 +446,7 @@ def _check_tokens(name: str, view: PreprocessConfig) -> None:
 
 
 def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
-    """Return the part of a configuration that does not depend on the rows of a client."""
+    """Return a configuration without settings that depend on the rows of a client."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config
 
 
@@ -613,11 +470,11 @@ def check_missing_values(
         clients: Settings by client id.
         private: Rows of the clients.
         public: Public sets by name.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
         first_missing: Location of the first missing value as reported by the source.
 
     Returns:
-        A remark for each profile for which the whole proxy set is missing.
+        A remark for each profile for which all values of the proxy set are missing.
 
     Raises:
         UserError: If a client without `missing: indicate` uses a missing value.
@@ -657,7 +514,7 @@ def check_missing_values(
 
 
 def _sets_with_missing_values(all_examples: Iterable[Examples]) -> set[int]:
-    """Return the `id` of each set with missing values, reading shared sets only once."""
+    """Return the `id` of all examples with missing values; shared examples are read only once."""
     sets = {id(examples): examples.x for examples in all_examples}
     return {
         key
@@ -674,12 +531,12 @@ def check_view(
     where: str,
     first_missing: str = "",
 ) -> None:
-    """Check that no value that a view selects from these sets is missing.
+    """Check that sets have no missing values in the columns that a view selects.
 
     Args:
         sets: Sets by name.
         view: View without `missing: indicate`.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
         where: Configuration section of the view, for error messages.
         first_missing: Location of the first missing value as reported by the source.
 
@@ -705,7 +562,7 @@ def check_view(
 
 
 def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
-    """Return whether all values that a view selects from these rows are missing."""
+    """Return whether the rows have only missing values in the columns that a view selects."""
     x = share.examples.x
     return x.is_floating_point() and all(
         bool(view.select_columns(x[rows]).isnan().all()) for rows in share.rows.split(MISSING_CHUNK)
@@ -715,7 +572,8 @@ def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
 def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
     """Return a mask `[N]` of the rows that a view can use.
 
-    With `missing: indicate`, a usable row has at least one value; otherwise it has all values.
+    With `missing: indicate`, a row is usable if at least one selected value is present, otherwise
+    if all selected values are present.
     """
     if not x_raw.is_floating_point():
         return torch.ones(len(x_raw), dtype=torch.bool)

@@ -31,9 +31,9 @@ OPTIONAL_KEYS: tuple[Key, ...] = (
     "windows",
 )
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
-"""Function of the source configuration and the download folder that returns a data set.
+"""A function that takes a source configuration and the download folder and returns a data set.
 
-The message of a UserError that it raises begins with the configuration key, such as `path: `.
+If the function raises a UserError, the message begins with the configuration key, such as `path: `.
 """
 
 
@@ -58,8 +58,8 @@ def register_source(
         task: Learning task if it is fixed; files given in `path` are checked against it.
         keys: Keys of `SourceConfig`, besides `name`, that the function reads. If `path` is among
             them, it is required unless `generates` is set.
-        generates: Whether the function generates rows if `path` is not set. It then also reads
-            `.npz` files itself.
+        generates: Whether the function generates rows if `path` is not set. Such a function also
+            reads `.npz` files itself.
 
     Returns:
         A decorator that registers the function and returns it unchanged.
@@ -100,7 +100,7 @@ def list_sources() -> list[str]:
 
 
 def reads_key(name: object, key: Key) -> bool:
-    """Return whether the source with this name reads a configuration key itself."""
+    """Return whether the function of the source with this name reads a configuration key."""
     return name in _sources and key in _sources[str(name)].keys
 
 
@@ -144,7 +144,8 @@ def load_source(
 ) -> Dataset:
     """Load a data set and check every row.
 
-    If `config.path` is a `.npz` file in the MedMNIST layout, it is read instead of the source.
+    If `config.path` is a `.npz` file in the MedMNIST layout, it replaces the data of the source,
+    unless the source reads such files itself.
 
     Args:
         config: Source configuration.
@@ -165,8 +166,8 @@ def load_source(
         (torch.Size([1200, 10]), 'multiclass')
     """
     if config.name.startswith(OBJECT_PREFIX):
-        given: Dataset = find_object(config.name, f"{where}.name")
-        return given
+        registered: Dataset = find_object(config.name, f"{where}.name")
+        return registered
     if config.name.startswith(CODE_PREFIX):
         return _load_user_source(config, root, where, missing)
     name, entry = _find_source(config, where)
@@ -198,7 +199,7 @@ def load_source(
 
 
 def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
-    """Refuse keys that the source, or the `.npz` file read in its place (`local`), ignores."""
+    """Reject keys that do not apply to the source, or to a `.npz` file in its place (`local`)."""
     accepted = {
         *entry.keys,
         *(("patient",) if local else ()),
@@ -226,7 +227,7 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
 
 
 def _reader_for_suffix(name: str) -> str:
-    """Return the source that reads a file or folder given as a name, or an empty string."""
+    """Return the source that reads the file or folder `name`; empty if there is none."""
     path = Path(name)
     if path.is_dir():
         return "image_folder"

@@ -1,4 +1,4 @@
-"""Data whose rows stay on other machines, and the public sets encoded as bytes."""
+"""Data with rows on other machines, and serialization of the public sets."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hetero_fl.utils.serialization import decode, encode
 def describe_client_rows(
     data: FederatedData, client: str, send_view: bool, labels: bool
 ) -> RemoteDataInfo:
-    """Return the information about its rows that a client sends to the other participants.
+    """Return the information on the rows of a client that is sent to the other participants.
 
     Args:
         data: Data of the federation.
         client: Client id.
-        send_view: Whether to include the preprocessing, because it depends on the rows
-            (`normalize: own`).
+        send_view: Whether to include the preprocessing of the client. Other participants cannot
+            compute it if it depends on the rows (`normalize: own`).
         labels: Whether to include the label counts of the training rows.
     """
     splits = data.client_rows[client]
@@ -45,15 +45,15 @@ def describe_client_rows(
 def restrict_to_holder(
     data: FederatedData, client: str | None, remote_info: Mapping[str, RemoteDataInfo]
 ) -> FederatedData:
-    """Restrict the data to the rows of one participant on its own machine.
+    """Return a copy of the data that contains the rows of one participant only.
 
     Args:
         data: Data of the federation.
-        client: Client whose rows are kept, or None for the server.
+        client: Client whose rows are kept, or None for the server, which has no rows.
         remote_info: Information about the rows of the other clients.
 
     Raises:
-        KeyError: If there is no information about a client.
+        KeyError: If `remote_info` lacks a client.
     """
     own = {client: data.client_rows[client]} if client is not None else {}
     others = {other: remote_info[other] for other in data.client_ids if other not in own}
@@ -65,16 +65,16 @@ FORM = "public sets 1"
 
 @dataclass(frozen=True)
 class PublicPack:
-    """The public sets of a federation, which can be sent to participants without the data set.
+    """The public sets of a federation, to be sent to participants that do not have the data set.
 
     Attributes:
         name: Name of the data set.
         about: Short description.
         simulated: Whether the data is generated.
         task: Learning task.
-        layout: Names along the last axis of the examples.
+        layout: Names of the columns or blocks along the last axis of the examples.
         vocabulary: Vocabulary if the examples are tokens.
-        public: Proxy set (unlabeled unless configured otherwise) and common sets, by name.
+        public: Proxy set, if there is one, and global validation and test sets, by name.
     """
 
     name: str
@@ -94,7 +94,7 @@ class PublicPack:
         )
 
     def encode(self) -> bytes:
-        """Serialize the sets to bytes, without pickle."""
+        """Serialize the pack to bytes, without pickle."""
         vocabulary = None
         if self.vocabulary is not None:
             vocabulary = {"words": self.vocabulary.words, "buckets": self.vocabulary.buckets}
@@ -113,7 +113,7 @@ class PublicPack:
 
     @classmethod
     def decode(cls, data: bytes) -> PublicPack:
-        """Create a pack from the bytes of `encode`.
+        """Create a pack from bytes that were returned by `encode`.
 
         Raises:
             CodecError: If the bytes are malformed.
@@ -121,19 +121,21 @@ class PublicPack:
         content = decode(data, FORM)
         blocks = tuple(Block(name, tuple(shape)) for name, shape in content["blocks"])
         categories = tuple((c, tuple(v)) for c, v in content.get("categories", ()))
-        words = content["vocabulary"]
+        vocabulary = content["vocabulary"]
         return cls(
             content["name"],
             content["about"],
             content["simulated"],
             Task(**{**content["task"], "names": tuple(content["task"]["names"])}),
             ColumnLayout(tuple(content["columns"]), blocks, categories),
-            None if words is None else Vocabulary(tuple(words["words"]), words["buckets"]),
+            None
+            if vocabulary is None
+            else Vocabulary(tuple(vocabulary["words"]), vocabulary["buckets"]),
             {name: Examples(**columns) for name, columns in content["public"].items()},
         )
 
     def content_hash(self) -> str:
-        """Return the value of `FederatedData.public_hash` for these sets."""
+        """Return the SHA-256 hash of the sets, which equals `FederatedData.public_hash`."""
         shares = [
             (name, RowSelection.all_rows(examples))
             for name, examples in sorted(self.public.items())
@@ -143,7 +145,7 @@ class PublicPack:
     def data_of_client(
         self, client: str, config: DataConfig, clients: Mapping[str, ClientSettings], seed: int
     ) -> FederatedData:
-        """Combine the public sets with the source of a client (its setting `data`).
+        """Load the rows of a client from its own source and combine them with the public sets.
 
         Args:
             client: Client id.
@@ -152,7 +154,7 @@ class PublicPack:
             seed: Seed of the run.
 
         Raises:
-            UserError: If the client has no source, or it does not match the public sets.
+            UserError: If the client has no source, or the source does not match the public sets.
         """
         source = clients[client].data
         if source is None:
@@ -189,7 +191,7 @@ class PublicPack:
 
 
 def _public_columns(examples: Examples) -> dict[str, Any]:
-    """Return the columns of public examples without groups and patients."""
+    """Return all columns of public examples except groups and patients."""
     columns = {"x": examples.x, "y": examples.y, "time": examples.time, "unit": examples.unit}
     return {n: c for n, c in columns.items() if c is not None} | {
         "baselines": dict(examples.baselines)

@@ -1,7 +1,7 @@
-"""Hold out validation and test rows: at random, by whole patients, or by date.
+"""Hold out validation and test rows at random, by patient, or by date.
 
-These functions split the rows of each client into train, validation and test, and create the
-common validation and test sets.
+The functions create the global validation and test sets, and split the rows of each client into
+train, validation and test.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 
 RARE = 0.1
-"""A class with a smaller share of the rows is rare."""
+"""Share of the rows below which a class is rare."""
 MIN_TRAIN_ROWS = 2
 """Minimum number of training rows of a client; BatchNorm cannot train on a single row."""
 TEST_SHARE = 0.2
-"""Share of the rows, or of the time, that is held out if a data set has no test set."""
+"""Share of the rows, or of the covered time, to hold out if a data set has no test set."""
 
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Selected rows of examples that several holders share without copying.
+    """A selection of rows of examples.
+
+    Several selections can share the same examples, which are not copied.
 
     Attributes:
-        examples: Shared examples.
+        examples: Examples to select from.
         rows: Indices of the selected rows, int64 `[M]`.
     """
 
@@ -58,22 +60,23 @@ def _make_selection(examples: Examples, rows: np.ndarray) -> RowSelection:
 
 
 Splits = dict[str, RowSelection]
-"""Train, validation and test rows of a client."""
+"""Train, validation and test rows of a client by name."""
 
 
 def sample_patients(
     patient: Tensor, count: int, generator: torch.Generator, leave: int = 1
 ) -> Tensor:
-    """Sample whole patients, so that similar rows never end up in training and test sets.
+    """Sample whole patients, so that no patient has rows in both the training and the test set.
 
     Args:
-        patient: Patient of each row, `[N]`.
-        count: Maximum number of rows. If every patient has more, the smallest one is sampled.
+        patient: Patient of each row, int64 `[N]`.
+        count: Maximum number of rows to sample. If all patients have more rows, the patient with
+            the fewest rows is sampled.
         generator: Random generator.
         leave: Minimum number of patients that are not sampled.
 
     Returns:
-        Mask of the sampled rows, `[N]`.
+        Mask of the sampled rows, bool `[N]`.
 
     Raises:
         UserError: If there are too few patients.
@@ -113,14 +116,14 @@ def draw_rows(
 
     Args:
         rows: Row indices, int64 `[M]`.
-        count: Number of rows; the maximum number if `patient` is given.
+        count: Number of rows to sample; with `patient`, the maximum number.
         generator: Random generator.
-        patient: Patient of each row of the whole set. Whole patients are then sampled, see
-            `sample_patients`.
+        patient: Patient of each row of the whole data set, int64 `[N]`. If it is not None, whole
+            patients are sampled, see `sample_patients`.
         leave: Minimum number of patients that are not sampled.
 
     Returns:
-        The sampled rows and the other rows, both sorted.
+        The sampled rows and the remaining rows, both sorted.
 
     Raises:
         UserError: If there are too few patients.
@@ -133,7 +136,10 @@ def draw_rows(
 
 
 def mark_rare_class(dataset: Dataset) -> Dataset:
-    """Set `task.rare` if one of two classes has less than a tenth of the training rows."""
+    """Return the data set, with `task.rare` set if one of its two classes is rare.
+
+    A class is rare if it has less than a tenth of the training rows.
+    """
     task = dataset.task
     y = dataset.train.y
     if y is None or task.kind != "multiclass" or task.outputs != 2 or task.rare is not None:
@@ -145,7 +151,7 @@ def mark_rare_class(dataset: Dataset) -> Dataset:
 
 
 def check_classes(dataset: Dataset, config: DataConfig) -> None:
-    """Check that the common set has at least two classes.
+    """Check that a multiclass data set has at least two classes.
 
     Raises:
         UserError: If all rows have the same class.
@@ -161,10 +167,10 @@ def check_classes(dataset: Dataset, config: DataConfig) -> None:
 
 
 def check_categories(dataset: Dataset, config: DataConfig) -> None:
-    """Check that the columns of `data.categories` are features of the common set.
+    """Check that the columns of `data.categories` are features of the data set.
 
     Raises:
-        UserError: If a column is not a feature of the common set.
+        UserError: If a column is not a feature of the data set.
     """
     encoded = dict(dataset.categories)
     for column in config.categories or {}:
@@ -176,7 +182,7 @@ def check_categories(dataset: Dataset, config: DataConfig) -> None:
 
 
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:
-    """Return the number of rows of each split of a client, ignoring patients."""
+    """Return the number of rows in each split of a client without regard to patients."""
     shares = {"validation": config.validation, "test": config.test}
     count = {name: max(1, round(share * rows)) if share else 0 for name, share in shares.items()}
     return {"train": rows - sum(count.values()), **count}
@@ -198,10 +204,11 @@ def split_client(
     Args:
         rows: Rows of the client, int64 `[M]`.
         config: Shares of the splits.
-        client: Client id, which keys the random numbers.
+        client: Client id, on which the random numbers depend.
         min_size: Value of `data.partition.min_size`, for error messages.
         seed: Seed of the run.
-        patient: Patient of each row of the whole set. Whole patients are then sampled.
+        patient: Patient of each row of the whole data set, int64 `[N]`. If it is not None, whole
+            patients are sampled.
 
     Returns:
         Sorted rows by split.
@@ -235,7 +242,7 @@ def split_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Te
 
     Args:
         time: Time of the last target of each row, int64 `[N]`.
-        share: Share of the covered time after the cut.
+        share: Share of the covered time that follows the cut.
         span: Maximum time between the first and the last target of a row. Rows with targets on
             both sides of the cut are in neither part.
 
@@ -255,7 +262,7 @@ def split_rows_by_date(
 
     Args:
         rows: Sorted row indices, int64 `[M]`.
-        time: Time of the last target of each row of the whole set, int64 `[N]`.
+        time: Time of the last target of each row of the whole data set, int64 `[N]`.
         shares: Fractions of the covered time that belong to the validation and test splits.
         span: Maximum time between the first and the last target of a row.
         where: Configuration key and client, for error messages.
@@ -284,12 +291,14 @@ def split_rows_by_date(
 
 
 def rows_of_groups(examples: Examples, like: Examples, rows: Tensor) -> Tensor:
-    """Return the rows whose group name occurs among selected rows of another set.
+    """Return the rows that belong to the groups of selected rows of other examples.
+
+    Groups are matched by name.
 
     Args:
         examples: Examples to select from.
-        like: Other set.
-        rows: Selected rows of the other set.
+        like: Other examples.
+        rows: Selected rows of the other examples, int64 `[M]`.
 
     Returns:
         Sorted row indices, int64.
@@ -306,9 +315,9 @@ def _group_name(examples: Examples, index: int) -> str:
 
 @dataclass(frozen=True)
 class RandomHoldout:
-    """Hold out rows, or whole patients, at random.
+    """A strategy that holds out rows, or whole patients, at random.
 
-    The random numbers of each purpose and client are independent.
+    The random numbers for different purposes and clients are independent.
 
     Args:
         dataset: Data set without times.
@@ -317,14 +326,10 @@ class RandomHoldout:
     dataset: Dataset
 
     def check(self, config: DataConfig) -> None:
-        """Check that the configuration can be combined with this strategy.
-
-        Raises:
-            UserError: If the configuration cannot be combined with this strategy.
-        """
+        """Accept every configuration, as random holdout can be combined with all settings."""
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        """Split the training rows into a test set and the remaining rows, both sorted.
+        """Return a fifth of the training rows as a test set, and the remaining rows, both sorted.
 
         Raises:
             UserError: If there are too few rows.
@@ -341,11 +346,11 @@ class RandomHoldout:
         )
 
     def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Split rows into the common validation set and the remaining rows, both sorted.
+        """Return rows for the global validation set, and the remaining rows, both sorted.
 
         Args:
             rows: Training rows, int64 `[M]`.
-            share: Share of the validation set.
+            share: Share of the rows to hold out.
             seed: Seed of the run.
 
         Raises:
@@ -366,7 +371,7 @@ class RandomHoldout:
 
         Args:
             shares: Rows by client id.
-            common_rows: Common validation and test rows; only a split by date uses them.
+            common_rows: Global validation and test rows, which only a split by date uses.
             config: Data configuration.
             seed: Seed of the run.
 
@@ -385,13 +390,13 @@ class RandomHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
-        """Return the validation and test sets that a client keeps from its own source, by name."""
+        """Return an empty dictionary, as all rows of a client's own source are split at random."""
         return {}
 
 
 @dataclass(frozen=True)
 class TemporalHoldout:
-    """Hold out rows by date: validation and test rows are later than training rows.
+    """A strategy that holds out rows by date: validation and test rows follow training rows.
 
     Args:
         dataset: Data set with times.
@@ -402,10 +407,11 @@ class TemporalHoldout:
     time: Tensor
 
     def check(self, config: DataConfig) -> None:
-        """Check that the configuration can be combined with this strategy.
+        """Check that the configuration and the data set can be combined with this strategy.
 
         Raises:
-            UserError: If the configuration cannot be combined with this strategy.
+            UserError: If the partition is `drawn`, the data set identifies patients, or a split has
+                no times.
         """
         name = self.dataset.name
         if config.partition.kind == "drawn":
@@ -426,7 +432,11 @@ class TemporalHoldout:
                 )
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        """Return the rows of the last fifth of the time as a test set, and the earlier rows."""
+        """Return the rows of the last fifth of the time as a test set, and the earlier rows.
+
+        Raises:
+            UserError: If there are too few rows.
+        """
         rows = torch.arange(len(self.time))
         too_few = (
             f"data.name: {self.dataset.name}: has {len(rows)} rows, too few to split off a test "
@@ -435,7 +445,16 @@ class TemporalHoldout:
         return self._cut_rows(rows, TEST_SHARE, too_few)
 
     def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the latest rows as the common validation set, and the earlier rows."""
+        """Return the latest rows as the global validation set, and the earlier rows.
+
+        Args:
+            rows: Training rows, int64 `[M]`.
+            share: Share of the covered time to hold out.
+            seed: Unused, as a split by date is deterministic.
+
+        Raises:
+            UserError: If there are too few rows.
+        """
         too_few = (
             f"data.validation: {self.dataset.name} has too few rows to split off validation rows "
             f"by date, got {share:g}"
@@ -451,12 +470,12 @@ class TemporalHoldout:
     ) -> dict[str, Splits]:
         """Split the rows of each client by date.
 
-        In a natural partition, a client gets the rows of its groups in the common validation and
-        test sets.
+        In a natural partition, the validation and test rows of a client are the rows of its groups
+        in the global validation and test sets.
 
         Args:
             shares: Rows by client id.
-            common_rows: Common validation and test rows; empty if the rows are from another source.
+            common_rows: Global validation and test rows; empty if the clients have another source.
             config: Data configuration.
             seed: Unused, as a split by date is deterministic.
 
@@ -486,7 +505,7 @@ class TemporalHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
-        """Return the validation and test sets of the source if it has both, by name."""
+        """Return the validation and test sets by name, or an empty dictionary unless both exist."""
         own = {name: part for name, part in self.dataset.splits().items() if name != "train"}
         return own if len(own) == 2 else {}
 
@@ -501,17 +520,17 @@ HoldoutStrategy = RandomHoldout | TemporalHoldout
 
 
 def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
-    """Return the holdout strategy: by date if the data set has times, else at random."""
+    """Return the holdout strategy: by date if the data set has times, otherwise at random."""
     if dataset.train.time is None:
         return RandomHoldout(dataset)
     return TemporalHoldout(dataset, dataset.train.time)
 
 
 def with_test(dataset: Dataset) -> Dataset:
-    """Return the data set with a test set, if necessary split off the training rows.
+    """Return the data set with a test set, which is held out of the training rows if missing.
 
     The test set is a random fifth of the rows or, for a data set with times, the last fifth of the
-    time. It does not depend on the seed of the run, so all seeds share the same test set.
+    time. It does not depend on the seed of the run, so all seeds have the same test set.
 
     Raises:
         UserError: If there are too few rows.
@@ -536,17 +555,18 @@ def with_test(dataset: Dataset) -> Dataset:
 def common_sets(
     dataset: Dataset, config: DataConfig, rows: Tensor, strategy: HoldoutStrategy, seed: int
 ) -> tuple[dict[str, RowSelection], Tensor]:
-    """Create the common validation and test sets.
+    """Create the global validation and test sets.
 
     Args:
-        dataset: Common data set, with a test set.
+        dataset: Data set with a test set.
         config: Data configuration.
         rows: Training rows to split, int64 `[M]`.
         strategy: Holdout strategy of the data set.
         seed: Seed of the run.
 
     Returns:
-        The common sets by name, and the remaining training rows.
+        The sets as `{"common_validation": rows, "common_test": rows}`, and the remaining training
+        rows.
     """
     assert dataset.test is not None
     if dataset.validation is not None:
@@ -558,7 +578,7 @@ def common_sets(
         validation = RowSelection(dataset.train, rows[:0])
     test = RowSelection.all_rows(dataset.test)
     if config.test_limit is not None and config.test_limit < len(test.rows):
-        # The generator does not depend on the seed, so all seeds share the same test set.
+        # The generator does not depend on the seed, so all seeds have the same test set.
         generator = keyed_generator("data", dataset.name, "test_limit")
         test = RowSelection(dataset.test, draw_rows(test.rows, config.test_limit, generator)[0])
     return {"common_validation": validation, "common_test": test}, rows
@@ -569,7 +589,7 @@ def _splits(share: RowSelection, parts: Mapping[str, Tensor]) -> Splits:
 
 
 def _rows_of_same_groups(common_rows: RowSelection, share: RowSelection) -> RowSelection:
-    """Return the rows of a common set that belong to the groups of a client's rows."""
+    """Return the rows of a global set that belong to the groups of a client's rows."""
     if common_rows.examples.group is None:
         raise UserError(
             "data.partition.kind=natural needs groups for the validation and test rows of a time "

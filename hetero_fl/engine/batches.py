@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hetero_fl.core.image_transforms import augment
 from hetero_fl.core.objectives import Batch
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import Fit, SampledBatches
-from hetero_fl.data.preprocessing import augment
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 

@@ -112,7 +112,7 @@ class Template:
         module: The module.
         drops: Whether the module has dropout layers with a positive probability.
         tensors: The module's parameters and buffers by name.
-        parameters: The module's parameters by name.
+        parameters: The module's parameters by name, without those that the model has frozen.
     """
 
     def __init__(
@@ -138,7 +138,9 @@ class Template:
         self._keeps_memory = device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.module.modules()
         )
-        self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
+        self.parameters: Mapping[str, nn.Parameter] = {
+            name: p for name, p in self.module.named_parameters() if p.requires_grad
+        }
         # `module.training` is not sufficient, because the `train` method of a model may do more
         # than set this attribute.
         self._mode: bool | None = None

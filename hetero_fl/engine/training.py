@@ -85,6 +85,8 @@ def _make_custom_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that a user's function creates, with the configured learning rate."""
     create = import_reference(config.name, "optimizer.name", torch.optim.Optimizer, "parameters")
+    # An optimizer adds its own learning rate to the groups.
+    rates = [group.get("lr", config.lr) for group in groups]
     with translate_user_errors():
         optimizer = create(groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -92,8 +94,8 @@ def _make_custom_optimizer(
             f"optimizer.name: expected {config.name} to return a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}"
         )
-    for given, group in zip(groups, optimizer.param_groups, strict=True):
-        group["lr"] = given.get("lr", config.lr)
+    for rate, group in zip(rates, optimizer.param_groups, strict=True):
+        group["lr"] = rate
     return optimizer
 
 
@@ -337,4 +339,6 @@ def _prepare(
             parameter.requires_grad_(is_trained(fit, slot, name))
             if parameter.requires_grad:
                 trainable[f"{slot}:{name}"] = parameter
+    if not trainable:
+        raise UserError(f"'{fit.label}': all parameters of the trained part are frozen")
     return trainable

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,14 +15,18 @@ from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import (
     AugmentConfig,
     ClientGroup,
+    ClientSettings,
     PreprocessConfig,
     Recalibration,
     ScannerConfig,
 )
-from hetero_fl.config.data import PartitionConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.objectives import Objective
 from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.registry import load_source
+from hetero_fl.data.sources.objects import is_source, to_dataset
 from hetero_fl.reporting.notebook import html_items
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -164,11 +170,7 @@ class Client:
             described["head"] = repr(self.given.head_path)
         if self.data is not None:
             described["data"] = _describe_data(self.data)
-        settings = {key: repr(value) for key, value in self.settings.items()}
-        return described | {
-            key: re.sub(rf"'{OBJECT_PREFIX}([^'~]+)[^']*'", r"\1", value)
-            for key, value in settings.items()
-        }
+        return described | {key: _describe_setting(value) for key, value in self.settings.items()}
 
     @property
     def title(self) -> str:
@@ -185,10 +187,88 @@ class Client:
         return self.given.name if self.given is not None else self.model
 
 
+def split(
+    data: Any,
+    clients: int | Sequence[str],
+    partition: PartitionConfig | None = None,
+    *,
+    model: Model | Sequence[Model] | None = None,
+    label: str | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> list[Client]:
+    """Divide a data set among clients.
+
+    Args:
+        data: The data set, see `Client.data`; or the name of a source such as "digits". Each client
+            gets a copy of its rows.
+        clients: Number of clients, which are then named `client_1`, `client_2`, …; or their names.
+        partition: How the rows are divided, such as `Dirichlet(alpha=0.5)`; by default at random.
+        model: Model of the clients, or a list of models that they use in turn.
+        label: Column of the labels in a DataFrame or a Hugging Face data set.
+        seed: Seed of the partition.
+        **settings: Further arguments of each `Client`.
+
+    Raises:
+        TypeError: If the data or the model is of another type.
+        UserError: If there are too few rows, or an argument is invalid.
+
+    Example:
+        >>> import numpy as np
+        >>> import hetero_fl as hfl
+        >>> x, y = np.zeros((90, 28, 28), dtype=np.uint8), np.arange(90) % 3
+        >>> clients = hfl.split((x, y), 3, hfl.Dirichlet(alpha=1.0), model=["mlp", "linear"])
+        >>> [client.name for client in clients]
+        ['client_1', 'client_2', 'client_3']
+        >>> clients[1]
+        Client('client_2', model=linear, data=Dataset of 27 rows)
+    """
+    if isinstance(clients, int):
+        names = [f"client_{i}" for i in range(1, clients + 1)]
+    else:
+        names = list(clients)
+    if not names:
+        raise UserError("split: clients: expected at least one client, got none")
+    named = {"name": data} if isinstance(data, str) else data
+    if is_source(named):
+        root = Path(DataConfig().root).expanduser()
+        dataset = load_source(SourceConfig.model_validate(named), root)
+    else:
+        dataset = to_dataset(data, "data", label)
+    config = DataConfig.model_validate(
+        {} if partition is None else {"partition": plain_value(partition)}
+    )
+    rows = torch.arange(len(dataset.train))
+    shares = assign_rows(
+        dataset,
+        rows,
+        names,
+        config=config,
+        clients={name: ClientSettings() for name in names},
+        seed=seed,
+        notes=[],
+    )
+    models = list(model) if isinstance(model, list | tuple) else [model]
+    return [
+        Client(
+            name,
+            models[i % len(models)],
+            replace(dataset, train=shares[name].copy_rows(), validation=None, test=None),
+            **settings,
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _describe_setting(value: Any) -> str:
+    """Return a setting as in Python; objects are represented by their names."""
+    return re.sub(rf"'{OBJECT_PREFIX}([^'~]+)[^']*'", r"\1", repr(value))
+
+
 def _describe_data(data: Any) -> str:
     """Return the type of a client's data, and the number of rows if it is known."""
     title = type(data).__name__
-    if isinstance(data, Mapping):
+    if is_source(data):
         return repr(dict(data))
     rows: Any = data[1] if isinstance(data, tuple | list) and len(data) == 2 else data
     if isinstance(rows, Dataset):

@@ -34,7 +34,8 @@ from hetero_fl.config.schema import (
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.data import Dataset
-from hetero_fl.data.sources.objects import to_dataset, to_examples
+from hetero_fl.data.client_files import OWN_DATA
+from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client, plain_value
 from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
@@ -49,6 +50,7 @@ from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
 from hetero_fl.utils.registry import reference_to
 from hetero_fl.utils.text import pluralize
 
+DEFAULT_NAME = "federation"
 MethodLike = Algorithm | type[Algorithm] | str | None
 """A method, its class or its name; None for that of the configuration."""
 
@@ -81,7 +83,8 @@ class Federation:
             clients' rows.
         validation: Examples of the global validation set.
         proxy: Public examples on which predictions are compared: an array or tensor, or labeled
-            data of any type; or their number, which is then held out of the clients' rows.
+            data of any type; or their number, which is then held out of `data` or, without `test`,
+            of the clients' rows.
         label: Column of the labels in data frames of this federation and of clients without
             `label`.
         num_classes: Number of classes. By default, integer labels range from 0 to the largest label
@@ -131,7 +134,7 @@ class Federation:
         per_round: int | None = None,
         common: Sequence[str] = (),
         seed: int = 0,
-        name: str = "federation",
+        name: str = DEFAULT_NAME,
     ) -> None:
         self.clients = list(clients)
         _check_names(self.clients)
@@ -210,7 +213,8 @@ class Federation:
         return f"Federation([\n{shown}\n])"
 
     def _repr_html_(self) -> str:
-        title = f"Federation {self._config.get('name', 'run')}"
+        name = self._config.get("name", "run")
+        title = "Federation" if name == DEFAULT_NAME else f"Federation {name}"
         if not self.clients:
             return html_items(title, {key: str(value) for key, value in self._config.items()})
         described = [client.describe() for client in self.clients]
@@ -529,7 +533,7 @@ class _Parts:
         labeled = {
             _place(client): (client.data, client.label or _column(client.data, label))
             for client in clients
-            if client.data is not None and not isinstance(client.data, Mapping)
+            if client.data is not None and not is_source(client.data)
         }
         self._named = plain_source(sets.get("data"))
         labeled |= {
@@ -537,13 +541,21 @@ class _Parts:
             for name in ("data", "test", "validation")
             if name in sets and not (name == "data" and self._named)
         }
-        options = _label_options([data for data, _ in labeled.values()], num_classes)
+        labeled = {
+            place: (to_pair(data, place), column) for place, (data, column) in labeled.items()
+        }
+        options = _label_options({p: data for p, (data, _) in labeled.items()}, num_classes)
         self.datasets = {
             place: to_dataset(data, place, column, **options)
             for place, (data, column) in labeled.items()
         }
         proxy = sets.get("proxy")
         self._proxy_size = proxy if isinstance(proxy, int) else None
+        if self._proxy_size is not None and "test" in sets and "data" not in sets:
+            raise UserError(
+                f"proxy: {proxy} rows cannot be held out of the clients' data if `test` is given; "
+                "pass public examples"
+            )
         if proxy is not None and self._proxy_size is None:
             self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
         if "data" in self.datasets or "test" in self.datasets:
@@ -579,17 +591,30 @@ def _column(data: Any, label: str | None) -> str | None:
     return label if label in list(columns) else None
 
 
-def _label_options(parts: Sequence[Any], num_classes: int | None) -> dict[str, Any]:
-    """Return the number of classes of integer labels, if all labels are integers."""
+def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
+    """Return the number of classes if the labels of all parts are class numbers.
+
+    Args:
+        parts: Data by place.
+        num_classes: Number of classes, if it is given.
+
+    Raises:
+        UserError: If a class number is negative.
+    """
     if num_classes is not None:
         return {"num_classes": num_classes}
     largest = []
-    for data in parts:
+    for place, data in parts.items():
         if not isinstance(data, tuple | list) or len(data) != 2:
             return {}
         y = np.asarray(data[1])
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not len(y) or y.min() < 0:
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not len(y):
             return {}
+        if y.min() < 0:
+            raise UserError(
+                f"{place}: y: expected class numbers from 0, got {y.min()}; renumber the classes, "
+                "or pass floats for a regression"
+            )
         largest.append(int(y.max()))
     return {"num_classes": max(largest) + 1} if largest else {}
 
@@ -598,7 +623,7 @@ def plain_source(data: Any) -> dict[str, Any] | None:
     """Return a source by name or as a dictionary as in a configuration; None for other data."""
     if isinstance(data, str):
         return {"name": data}
-    return dict(data) if isinstance(data, Mapping) else None
+    return dict(data) if is_source(data) else None
 
 
 def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
@@ -607,7 +632,7 @@ def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
     if given is None:
         # All clients have data of their own.
         given = datasets["test"]
-        given = replace(given, train=given.train.select_rows(torch.arange(0)))
+        given = replace(given, name=OWN_DATA, train=given.train.select_rows(torch.arange(0)))
     test, validation = datasets.get("test"), datasets.get("validation")
     return replace(
         given,
@@ -635,6 +660,6 @@ def _model_of(client: Client) -> dict[str, Any]:
 def _data_of(client: Client, parts: _Parts) -> dict[str, Any]:
     if client.data is None:
         return {}
-    if isinstance(client.data, Mapping):
+    if is_source(client.data):
         return {"data": dict(client.data)}
     return {"data": parts.source(_place(client))}

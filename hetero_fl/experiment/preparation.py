@@ -33,13 +33,14 @@ from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.compatibility import (
     RULES_ON_LOADING,
     CompatibilityRule,
+    ConfigFacts,
+    RunFacts,
     check_compatibility,
     check_rules,
+    check_user_code,
 )
-from hetero_fl.experiment.facts import ConfigFacts, RunFacts
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
-from hetero_fl.experiment.user_code import check_user_code
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.channel import idle_stages
 from hetero_fl.federation.dry_run import ExpectedUploads

@@ -8,17 +8,25 @@ Gruntkowska, Tyurin and Richtárik 2023, Algorithm 1).
 from __future__ import annotations
 
 import hashlib
-import struct
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.communication.model_changes import (
+    CHANGE_HEADER,
+    NO_ESTIMATE,
+    WHOLE,
+    Change,
+    ModelPart,
+    pack_changes,
+    unpack_changes,
+)
 from hetero_fl.communication.protocol import Content, EncodeCache
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
@@ -31,17 +39,6 @@ from hetero_fl.utils.serialization import as_bytes, as_tensor
 KEPT_CHANGES = 16
 # Key of a client's private state under which its estimates are stored, by item.
 ESTIMATES_KEY = "received"
-# Name of an estimate before the first change.
-NO_ESTIMATE = bytes(8)
-# Number of models in a message.
-COUNT = struct.Struct(">B")
-# Header of a model: length of the item's name in bytes, names of the estimates before and after,
-# number of changes.
-HEADER = struct.Struct(">B8s8sB")
-# Header of a change: number and size in bytes.
-CHANGE_HEADER = struct.Struct(">II")
-# Number of a change that replaces the estimate by a model without compression.
-WHOLE = 0
 
 
 class Broadcasts(ABC):
@@ -156,34 +153,6 @@ class PlainBroadcasts(Broadcasts):
     @override
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
         return self._links.decode_broadcast(round_idx, body)
-
-
-class Change(NamedTuple):
-    """The part of a message that updates an estimate of a model.
-
-    Attributes:
-        number: Number of the change, from 1, which keys random draws; or `WHOLE`.
-        body: The encoded difference, or the encoded estimate if `number` is `WHOLE`.
-    """
-
-    number: int
-    body: bytes
-
-
-class ModelPart(NamedTuple):
-    """The part of a message that concerns one model.
-
-    Attributes:
-        item: Name of the item.
-        before: Name of the estimate that the client has.
-        after: Name of the estimate after the changes.
-        changes: The changes from one estimate to the other, in order.
-    """
-
-    item: str
-    before: bytes
-    after: bytes
-    changes: Sequence[Change]
 
 
 @dataclass
@@ -453,7 +422,7 @@ class EstimateBroadcasts(Broadcasts):
         )
         key = parts, rest
         if key not in self._bodies:
-            self._bodies[key] = _pack(
+            self._bodies[key] = pack_changes(
                 [
                     ModelPart(
                         item, before, after, self.estimates[item, group].changes_to(step, before)
@@ -492,7 +461,7 @@ class EstimateBroadcasts(Broadcasts):
             )
             for name, item in models.items_by_name.items()
         ]
-        return _pack(parts, sent.rest)
+        return pack_changes(parts, sent.rest)
 
     def _steps(
         self, client_info: ClientInfo, models: Payload
@@ -615,7 +584,7 @@ def read_broadcast(
     """
     if not links.sends_changes:
         return links.decode_broadcast(round_idx, body)
-    parts, rest = _unpack(body)
+    parts, rest = unpack_changes(body)
     others = links.decode_broadcast(round_idx, rest)
     items: dict[str, Item] = {}
     for part in parts:
@@ -643,7 +612,7 @@ def updated_estimates(
         estimates: The client's estimates before the message, or None.
     """
     after = dict(estimates or {})
-    for part in _unpack(body)[0]:
+    for part in unpack_changes(body)[0]:
         tensors = {n: t.clone() for n, t in received.items_by_name[part.item].tensors.items()}
         after[part.item] = {"name": part.after.hex(), "tensors": tensors}
     return after
@@ -659,60 +628,6 @@ def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payl
     if known is None or known["name"] != part.before.hex():
         raise PayloadError(f"broadcast: item {part.item!r}: changes an unknown estimate")
     return Payload({part.item: Item(known["tensors"], kind="params")})
-
-
-def message_bytes(models: Mapping[str, Sequence[int]], rest: int) -> int:
-    """Return the size of a message in bytes.
-
-    Args:
-        models: Sizes of the changes of each model in bytes, by item.
-        rest: Size of the part of the message that contains no models, in bytes.
-    """
-    parts = sum(
-        HEADER.size + len(n.encode()) + sum(CHANGE_HEADER.size + size for size in sizes)
-        for n, sizes in models.items()
-    )
-    return COUNT.size + parts + rest
-
-
-def _pack(parts: Sequence[ModelPart], rest: bytes) -> bytes:
-    pieces = [COUNT.pack(len(parts))]
-    for part in parts:
-        name = part.item.encode()
-        pieces += [HEADER.pack(len(name), part.before, part.after, len(part.changes)), name]
-        for change in part.changes:
-            pieces += [CHANGE_HEADER.pack(change.number, len(change.body)), change.body]
-    return b"".join([*pieces, rest])
-
-
-def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
-    """Return the parts of a message that concern models, and the rest of the message.
-
-    Raises:
-        PayloadError: If the message is malformed.
-    """
-    start = 0
-
-    def take(size: int) -> bytes:
-        nonlocal start
-        start += size
-        if start > len(body):
-            raise PayloadError(f"broadcast: truncated: expected {start:,} bytes, got {len(body):,}")
-        return body[start - size : start]
-
-    parts = []
-    for _ in range(*COUNT.unpack(take(COUNT.size))):
-        length, before, after, count = HEADER.unpack(take(HEADER.size))
-        try:
-            name = take(length).decode()
-        except UnicodeDecodeError:
-            raise PayloadError("broadcast: expected an item name in UTF-8") from None
-        changes = []
-        for _ in range(count):
-            number, size = CHANGE_HEADER.unpack(take(CHANGE_HEADER.size))
-            changes.append(Change(number, take(size)))
-        parts.append(ModelPart(name, before, after, changes))
-    return parts, body[start:]
 
 
 def split_models(payload: Payload) -> tuple[Payload, Payload]:

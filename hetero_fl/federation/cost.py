@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
+from hetero_fl.communication.model_changes import message_bytes
 from hetero_fl.communication.protocol import total_bytes
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload
@@ -16,7 +17,6 @@ from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.federation.broadcasts import (
     KEPT_CHANGES,
     estimate_group,
-    message_bytes,
     split_models,
 )
 from hetero_fl.federation.channel import FederationLinks

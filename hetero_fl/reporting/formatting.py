@@ -94,7 +94,7 @@ def metric_name(metric: str, unit: str = "") -> str:
 
 def is_metric(name: str) -> bool:
     """Return whether a key of the scores is a metric, not a statistic over the clients."""
-    return not name.endswith(STATISTIC_SUFFIXES)
+    return name != "round" and not name.endswith(STATISTIC_SUFFIXES)
 
 
 def tested_metric(test: str, metric: str, unit: str = "") -> str:

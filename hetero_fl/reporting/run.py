@@ -211,15 +211,19 @@ class Run:
         return history_frame(self.metrics)
 
     def model(self, client: str) -> torch.nn.Module:
-        """Return the trained model of a client as a module, in evaluation mode.
+        """Return the trained model of a client, in evaluation mode.
 
         Args:
             client: Client id, or `server`.
 
+        Returns:
+            The module of the user's class; for models of `model_zoo`, a `SplitModel`, which returns
+            logits and features.
+
         Raises:
             UserError: If there is no such client.
         """
-        return self.load_models(client)[client].module(personal=False)
+        return self.load_models(client)[client].module().source_module()
 
     def save(self, path: str | Path) -> Run:
         """Copy the run directory, and return the run there.

@@ -18,7 +18,7 @@ from hetero_fl.core.objectives import Batch, ModelViews, Objective, Supervised
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.plan import Fit, Predict, Rows
 from hetero_fl.experiment import prepare, run
-from hetero_fl.experiment.compatibility import check_user_method
+from hetero_fl.federation.dry_run import check_user_method
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.helpers.small_federations import config, rounds_of, same_bits

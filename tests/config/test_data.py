@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from hetero_fl.config.data import SplitConfig
 from hetero_fl.experiment.preparation import load_config
@@ -15,7 +14,7 @@ from hetero_fl.utils.errors import UserError
 def test_split_leaves_rows_to_train_on() -> None:
     assert SplitConfig(validation=0.25, test=0.5).test == 0.5
     for test in (0.75, 0.8):
-        with pytest.raises(ValidationError, match="which leaves rows to train on"):
+        with pytest.raises(UserError, match="which leaves rows to train on"):
             SplitConfig(validation=0.25, test=test)
 
 

@@ -77,7 +77,7 @@ def test_configuration_contains_every_section_and_key(configuration: str) -> Non
     for name in OptimizerConfig.model_fields:
         assert f"| `{name}` |" in section
     assert "| `lr` | number > 0 | `0.001` |" in configuration
-    assert "| `name` | `sgd`, `adam`, `adamw` | `adam` |" in configuration
+    assert "| `name` | `sgd`, `adam`, `adamw`, `python:…` | `adam` |" in configuration
 
 
 def test_every_setting_of_configuration_and_methods_has_a_description(script: ModuleType) -> None:

@@ -337,8 +337,8 @@ def test_exported_models_score_text_columns(finished: hetero_fl.Run, tmp_path: P
         record["categories"] == {"ward": ["A", "B", "C"]}
         and "NAME=VALUE is 1 where" in record["meaning"]
     )
-    given = score._csv(tmp_path / "new.csv", [record])["row"]
+    given = score._read_csv(tmp_path / "new.csv", [record])["row"]
     assert given.tolist() == [[0.5, 0, 1, 0], [-0.5, 0, 0, 0], [0, 0, 0, 0]]
     (tmp_path / "new.csv").write_text("crp\n0.5\n")
     with pytest.raises(score.ScoringError, match="column 'ward' not found"):
-        score._csv(tmp_path / "new.csv", [record])
+        score._read_csv(tmp_path / "new.csv", [record])

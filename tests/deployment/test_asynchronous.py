@@ -11,7 +11,7 @@ from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
-from hetero_fl.experiment.runner import _evaluate
+from hetero_fl.experiment.session import _evaluate
 from hetero_fl.federation import asynchronous, real_time
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.asynchronous_runs import session
@@ -119,7 +119,8 @@ def test_client_with_lost_state_receives_full_model(tmp_path: Path) -> None:
         federation(run_config, sites, tmp_path / "deployed", callbacks=[delete_states])
     )
 
-    assert {client for record in deployed for client in record.get("anew", [])} == {"site_2"}
+    reset = [record.get("anew", []) for record in deployed]  # style: ok (file key)
+    assert {client for clients in reset for client in clients} == {"site_2"}
     assert all(record["counts"]["arrived"] == 4 for record in deployed)
     assert not any(record["failed"] for record in deployed)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hetero_fl as hfl
+from hetero_fl.data import Dataset, Vocabulary
 from hetero_fl.utils.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -112,9 +113,10 @@ def test_text_classifier() -> None:
     )
     rng = np.random.default_rng(0)
 
-    def tokens(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokens(rows: int) -> Dataset:
         y = np.arange(rows) % 2
-        return rng.integers(2, 25, (rows, 6)) + 20 * y[:, None], y
+        x = rng.integers(2, 25, (rows, 6)) + 20 * y[:, None]
+        return hfl.from_arrays(x, y, vocabulary=Vocabulary(buckets=48))
 
     classifier = transformers.BertForSequenceClassification(config)
     own = hfl.Federation([hfl.Client("a", classifier, tokens(40))], test=tokens(20))

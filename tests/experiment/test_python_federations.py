@@ -204,6 +204,35 @@ def test_given_weights_are_the_start_of_each_client() -> None:
     assert any("modules of site_2 start with other weights" in note for note in prepared.notes)
 
 
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_frozen_parameters_stay_frozen(executor: str) -> None:
+    nets = [Net(), Net()]
+    for net in nets:
+        net.conv.requires_grad_(False)
+    own = federation(*nets)
+
+    overrides = [f"runtime.executor={executor}", "runtime.threads=1"]
+    run = own.train(hfl.Local(), rounds=1, overrides=overrides)
+
+    for client, net in zip(("site_1", "site_2"), nets, strict=True):
+        assert torch.equal(run.models[client].tensors["backbone.conv.weight"], net.conv.weight)
+        assert not torch.equal(run.models[client].tensors["head.weight"], net.out.weight)
+
+
+def test_training_leaves_the_module_and_the_data_unchanged() -> None:
+    net = Net()
+    x, y = images(40, 1)
+    before = [tensor.clone() for tensor in net.state_dict().values()]
+    x_before = x.copy()
+
+    hfl.Federation([hfl.Client("a", net, (x, y))], test=images(30, 9)).train(
+        hfl.Local(), rounds=1, overrides=QUIET
+    )
+
+    assert all(map(torch.equal, net.state_dict().values(), before))
+    assert np.array_equal(x, x_before)
+
+
 def test_seeded_clients_of_one_architecture_start_equal() -> None:
     clients = [hfl.Client(f"site_{i}", Net, images(40, i)) for i in (1, 2)]
     prepared = hfl.Federation(clients, test=images(30, 9)).prepare(hfl.FedAvg())
@@ -223,9 +252,11 @@ def test_run_reads_history_model_and_predictions(tmp_path: Path) -> None:
     row = history.query("round == 2 and client == 'site_1' and metric == 'accuracy'")
     assert row[row["test"] == "global"]["value"].item() == expected
     module = run.model("site_1")
+    assert type(module) is Net and not module.training
+    assert set(module.state_dict()) == set(Net().state_dict())
     inputs = torch.from_numpy(x)[:, None].float() / 255
     assert torch.allclose(
-        module(inputs).logits.softmax(1), run.predict("site_1", x, personal=False), atol=1e-5
+        module(inputs).softmax(1), run.predict("site_1", x, personal=False), atol=1e-5
     )
     saved = run.save(tmp_path / "kept")
     assert saved.summary == run.summary
@@ -319,6 +350,22 @@ def test_data_frames_with_a_label() -> None:
         clients, test=table(40, 3), label="ill", proxy=table(30, 4)[["age", "dose"]]
     )
     assert own.train(hfl.FedMD(), rounds=1, overrides=QUIET).summary["data"]["n_proxy"] == 30
+
+
+def test_clients_without_some_classes_have_equal_tasks() -> None:
+    x, y = tensors(60, 1)
+    few = TensorDataset(x[y < 2], y[y < 2])
+    own = hfl.Federation(
+        [hfl.Client("a", "mlp", few), hfl.Client("b", "mlp", images(40, 2))], test=images(30, 9)
+    )
+    prepared = own.prepare(hfl.FedAvg())
+    assert prepared.federation.task.outputs == 3
+
+
+def test_test_and_public_rows_can_be_held_out_of_the_clients() -> None:
+    clients = [hfl.Client(f"site_{i}", "mlp", images(60, i)) for i in (1, 2)]
+    run = hfl.Federation(clients, proxy=20).train(hfl.FedMD(), rounds=1, overrides=QUIET)
+    assert run.summary["data"]["name"] == "own data" and run.summary["data"]["n_proxy"] == 20
 
 
 def test_tensors_are_not_copied() -> None:
@@ -444,6 +491,21 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         UserError,
         "cannot create the model",
         lambda: one_client((X, Y), model=lambda: 1 / 0),
+    ),
+    "negative label": (
+        UserError,
+        "'a': data: y: expected class numbers from 0, got -1",
+        lambda: one_client((X, Y - 1)),
+    ),
+    "number of public examples": (
+        UserError,
+        "proxy: 10 rows cannot be held out",
+        lambda: federation(proxy=10),
+    ),
+    "module without weights": (
+        UserError,
+        "no weights",
+        lambda: one_client((X, Y), model=nn.Linear(64, 3, device="meta")),
     ),
     "negative epochs": (UserError, "epochs", lambda: hfl.Client("a", "mlp", epochs=-1)),
     "unknown share": (UserError, "shares", lambda: hfl.Client("a", "mlp", shares=["weights"])),

@@ -284,7 +284,8 @@ def test_run_reports_malicious_clients(tmp_path) -> None:
         and 0 <= attacks["success"] <= 1
     )
     records = finished.directory.metrics()
-    assert [r["attacks"]["liars"] for r in records] == [[], ["site_2", "site_6"]]
+    malicious = [r["attacks"]["liars"] for r in records]  # style: ok (file key)
+    assert malicious == [[], ["site_2", "site_6"]]
     assert [c["id"] for c in finished.summary["clients"]] == [f"site_{i}" for i in (1, 3, 4, 5, 7)]
     assert (
         "2 of 7 clients are malicious (backdoor, from round 2): site_2, site_6"

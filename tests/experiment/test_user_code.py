@@ -76,12 +76,14 @@ def same_models(first: hfl.Run, second: hfl.Run) -> bool:
 
 
 OBJECTS: dict[str, dict[str, Any]] = {
-    "loss function": {"objective": lambda z, y: smoothed_loss(z, y)},
+    "loss function": {
+        "objective": lambda z, y: functional.cross_entropy(z, y, reduction="none") ** 2
+    },
     "loss module": {"objective": nn.CrossEntropyLoss(label_smoothing=0.1)},
     "objective class": {"objective": SquaredError},
     "optimizer class": {"optimizer": torch.optim.RMSprop},
-    "optimizer function": {"optimizer": lambda parameters: make_rmsprop(parameters)},
-    "preprocessing": {"preprocess": hfl.Preprocess(transform=lambda x: invert(x))},
+    "optimizer function": {"optimizer": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1)},
+    "preprocessing": {"preprocess": hfl.Preprocess(transform=lambda x: x.square())},
     "augmentation": {"augment": hfl.Augment(transform=v2.RandomErasing(p=1.0))},
 }
 
@@ -189,12 +191,14 @@ def test_metrics_of_the_user_are_evaluated() -> None:
     assert last["error_rate"] == pytest.approx(1 - last["accuracy"], abs=1e-6)
     assert "error_rate_worst" in run.summary["personal"]["last"]
     assert set(run.history.query("metric == 'error_rate'")["client"]) > {"site_1", "mean"}
-    assert "error rate" in (run.path / "report.html").read_text(encoding="utf-8")
+    assert "Error rate" in (run.path / "report.html").read_text(encoding="utf-8")
     assert "error rate" in run._repr_html_()
 
 
 def test_metric_in_a_comparison() -> None:
-    evaluation = hfl.Evaluation(metrics={"error_rate": lambda p, y: error_rate(p, y)})
+    evaluation = hfl.Evaluation(
+        metrics={"error_rate": lambda p, y: (p.argmax(1) != y).double().mean()}
+    )
     comparison = federation().compare(["local", "fedavg"], rounds=1, evaluation=evaluation)
     frame = comparison.frame
     assert np.allclose(frame["global_last_error_rate"], 1 - frame["global_last_accuracy"])
@@ -228,7 +232,7 @@ def fail_on_many(predictions: Tensor, y: Tensor) -> float:
 MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "loss is a mean": (
         UserError,
-        r"clients: 'site_1': objective: .*one value per example, shape \(3,\), got shape \(\)",
+        r"clients: 'site_1': objective: .*one value per example, shape \(4,\), got shape \(\)",
         lambda: train(federation(objective=lambda z, y: smoothed_loss(z, y).mean())),
     ),
     "loss fails": (UserError, "objective: 'column'", lambda: train(federation(objective=fail))),

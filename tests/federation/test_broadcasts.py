@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hetero_fl.algorithms import FedAvg
+from hetero_fl.communication.model_changes import WHOLE, unpack_changes
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.core.plan import Plan
@@ -18,9 +19,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.broadcasts import (
     ESTIMATES_KEY,
     KEPT_CHANGES,
-    WHOLE,
     EstimateBroadcasts,
-    _unpack,
     read_broadcast,
 )
 from hetero_fl.federation.cost import communication_cost
@@ -132,7 +131,7 @@ def test_changes_are_smaller_than_models() -> None:
 
 def changes_in(body: bytes) -> list[int]:
     """Return the numbers of the changes in a message with one model."""
-    ((_, _, _, changes),), _ = _unpack(body)
+    ((_, _, _, changes),), _ = unpack_changes(body)
     return [change.number for change in changes]
 
 

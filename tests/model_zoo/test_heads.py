@@ -162,3 +162,27 @@ def test_redrawn_weights_name_the_parameters_that_stay() -> None:
 def test_other_objects_are_refused() -> None:
     with pytest.raises(TypeError, match="got str"):
         GivenModel("resnet18")  # type: ignore[arg-type]
+
+
+def test_module_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    given = GivenModel(module)
+    with pytest.raises(ModelError, match="no weights"):
+        create_model(given.name, num_classes=3, input_size=8)
+
+
+def test_module_in_double_precision_is_converted() -> None:
+    given = GivenModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double())
+    model = create_model(given.name, num_classes=3, input_size=8)
+    assert model.head.weight.dtype == torch.float32
+
+
+def test_model_that_returns_a_dictionary_is_refused() -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": super().forward(x)}
+
+    given = GivenModel(Named(nn.Flatten(), nn.Linear(64, 3)))
+    with pytest.raises(ModelError, match="expected a model that returns logits, got dict"):
+        create_model(given.name, num_classes=3, input_size=8)

@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("hetero_fl.experiment.runner.write_presentation", lambda *_: None)
+    monkeypatch.setattr("hetero_fl.experiment.session.write_presentation", lambda *_: None)
     # Undo registrations of the page.
     monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
     before = set(sys.modules)

@@ -110,7 +110,7 @@ def test_documented_logger_usage_works(
         json.dumps(config("hybrid", rounds=1)), encoding="utf-8"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hetero_fl.experiment.runner.write_presentation", lambda *_: None)
+    monkeypatch.setattr("hetero_fl.experiment.session.write_presentation", lambda *_: None)
     code = code.replace("digits_quickstart.yaml", "short.yaml")
     exec(compile(code, "docs/how_to/callbacks.md", "exec"), {})
     assert stand_in.logged and stand_in.finished

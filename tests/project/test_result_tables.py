@@ -13,7 +13,12 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.science.component_tables import GLOBAL, TABLES as COMPONENT_TABLES
+from benchmarks.science.component_tables import (
+    GLOBAL,
+    TABLES as COMPONENT_TABLES,
+    ComponentTable,
+    component_table,
+)
 from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
@@ -219,6 +224,20 @@ def test_component_tables_match_the_archived_runs(table: str) -> None:
         else:
             text = f"{mean:.1f} ± {deviation:.1f} ({min(values):.1f})"
             assert text in [row[title].strip("*") for row in shown]
+
+
+def test_component_table_marks_the_best_row_with_all_seeds() -> None:
+    scores = {"local": (0.5, 0.7), "fedavg": (0.6, 0.9), "hybrid": (0.95,)}
+    rows = [
+        {"algorithm": label, "seed": seed, GLOBAL: score}
+        for label, values in scores.items()
+        for seed, score in enumerate([*values, *values])
+    ]
+
+    shown = component_table(ComponentTable({"A": "a", "B": "a"}), lambda _: rows)
+
+    marked_rows = [row["Method"] for row in read_rows(shown) if row["A"].startswith("**")]
+    assert marked_rows == ["FedAvg"]
 
 
 def test_hybrid_is_not_behind_equal_components() -> None:

@@ -94,7 +94,7 @@ class Method(FedAvg):
     def start(self, server):
         pass
 
-    def personalise(self, client, got):
+    def personalise(self, client, got):  # style: ok (former name)
         yield from ()
 
 
@@ -117,7 +117,7 @@ def test_class_with_old_hooks_is_refused_in_one_line(
 
     assert str(error.value) == (
         "algorithm.name: python:older_hooks:Method: Method.reads is now evaluated_when, "
-        "Method.start is now setup, Method.personalise is now personalize"
+        "Method.start is now setup, Method.personalise is now personalize"  # style: ok (old name)
     )
     assert import_reference("python:older_hooks:Newer", "algorithm.name", Algorithm)
 
@@ -146,12 +146,12 @@ CLIENT = ClientInfo.__new__(ClientInfo)
             "; Algorithm.fit is now hetero_fl.algorithms.local_fit(client, …)",
         ),
         (lambda: super(FedAvg, FedAvg()).start, "; Algorithm.start is now Algorithm.setup"),  # type: ignore[misc]
-        (lambda: FedAvg.personalise, "; Algorithm.personalise is now Algorithm.personalize"),  # type: ignore[attr-defined]
+        (lambda: FedAvg.personalise, "; Algorithm.personalise is now Algorithm.personalize"),  # type: ignore[attr-defined]  # style: ok (former name)
         (
             lambda: uploads.Uploads.having,  # type: ignore[attr-defined]
             "; Uploads.having is now Uploads.containing",
         ),
-        (lambda: Rows("proxy", beside={}), "; Rows.beside is now Rows.extra_columns"),  # type: ignore[call-arg]
+        (lambda: Rows("proxy", beside={}), "; Rows.beside is now Rows.extra_columns"),  # type: ignore[call-arg]  # style: ok (former name)
         (
             lambda: replace(Rows("proxy"), through=None),  # type: ignore[call-arg]
             "; Rows.through is now Rows.preprocess",

@@ -1,6 +1,6 @@
 """Image sources: embedded sets, image folders, MedMNIST and torchvision.
 
-The embedded chest X-rays, the digits and local files need no network.
+The embedded chest X-rays and digits, and local files, need no network access.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
 TIMEOUT = 60.0
-"""Seconds without data after which a download fails."""
+"""Number of seconds without data after which a download fails."""
 
 
 @contextmanager
 def download_folder(name: str, root: Path) -> Iterator[Path]:
-    """Create the download folder, and convert download errors to a UserError.
+    """Create the folder for downloads, and convert download errors to a UserError.
 
     Console output of the download, such as progress bars, is shown on terminals only.
 
     Args:
         name: Name of the data set, for error messages.
         root: Folder for downloads.
+
+    Yields:
+        The folder for downloads.
 
     Raises:
         UserError: If the download fails.
@@ -64,7 +67,7 @@ def download_folder(name: str, root: Path) -> Iterator[Path]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the original cause of a download error, shortened; interrupts are raised again."""
+    """Return the original cause of a download error, shortened. Interrupts are raised again."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     if isinstance(error, KeyboardInterrupt):
@@ -80,8 +83,8 @@ DIGITS = Task("multiclass", 10)
 def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
     """Load pediatric chest X-rays, 28x28 grayscale, classes normal and pneumonia.
 
-    A subset of PneumoniaMNIST (MedMNIST v2, Yang et al., Scientific Data 2023; Kermany et al., Cell
-    2018), CC BY 4.0, with 2,000 training, 200 validation and 624 test images.
+    The 2,000 training, 200 validation and 624 test images are a subset of PneumoniaMNIST (MedMNIST
+    v2, Yang et al., Scientific Data 2023; Kermany et al., Cell 2018), licensed under CC BY 4.0.
     """
     with as_file(files("hetero_fl.data") / "embedded" / "chest_xray.npz") as path:
         dataset = read_npz(path, "chest_xray", CHEST_XRAY)
@@ -114,7 +117,7 @@ def digits(_config: SourceConfig, _root: Path) -> Dataset:
 
 @register_source("npz", keys=("path", "task", "patient"))
 def npz(config: SourceConfig, _root: Path) -> Dataset:
-    """Load a local file in the MedMNIST layout (see `read_npz`)."""
+    """Load a local `.npz` file in the MedMNIST layout (see `read_npz`)."""
     return read_npz(
         Path(str(config.path)).expanduser(), "npz", kind=config.task, patient=config.patient
     )
@@ -134,8 +137,8 @@ SPLITS = {
 def image_folder(config: SourceConfig, _root: Path) -> Dataset:
     """Load the images in the folder `config.path` (see `read_image_folder`).
 
-    If `config.group` is set, for example to "site", the folders of the classes are in folders of
-    groups.
+    If `config.group` is set, for example to "site", the folder has a subfolder for each group, with
+    the folders of the classes in it.
     """
     return read_image_folder(
         Path(str(config.path)).expanduser(), grouped=config.group is not None, side=config.size
@@ -145,17 +148,18 @@ def image_folder(config: SourceConfig, _root: Path) -> Dataset:
 def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = None) -> Dataset:
     """Read a folder of images with one folder per class.
 
-    The layout is `CLASS/*` or `{train,val,test}/CLASS/*`, or with groups `GROUP/CLASS/*` or
+    The layout is `CLASS/*` or `{train,val,test}/CLASS/*`. With groups, it is `GROUP/CLASS/*` or
     `{train,val,test}/GROUP/CLASS/*`.
 
     Args:
         path: Folder to read.
         grouped: Whether the folders of the classes are in folders of groups.
-        side: Height and width to which images are resized; by default they keep their size.
+        side: Height and width in pixels to which images are resized. By default, images keep their
+            size.
 
     Raises:
-        UserError: If the folder or its images are missing, a split has no `train`, or an image
-            cannot be read or has another size.
+        UserError: If the folder or its images are missing, there are folders of splits but no
+            `train`, or an image cannot be read or has a different size.
     """
     if not path.is_dir():
         raise UserError(f"path: folder '{path}' not found")
@@ -203,11 +207,12 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
 
 
 def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
-    """Read image files, as grayscale if all of them are, otherwise as RGB.
+    """Read image files, as grayscale if all images are grayscale, otherwise as RGB.
 
     Args:
         files: Files to read.
-        side: Height and width to which images are resized; by default they keep their size.
+        side: Height and width in pixels to which images are resized. By default, images keep their
+            size.
 
     Returns:
         Images, uint8 `[N, C, H, W]`.
@@ -245,7 +250,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _note_levels(path: Path) -> tuple[str, ...]:
-    """Return a remark if the class folders have equal subfolders, which may be the classes."""
+    """Return a remark if all class folders have the same subfolders, which may be the classes."""
     outer = _folders(path)
     inner = [[folder.name for folder in _folders(each)] for each in outer]
     if len(outer) < 2 or len(inner[0]) < 2 or any(names != inner[0] for names in inner):
@@ -267,7 +272,7 @@ def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
 
 
 def _read(file: Path, side: int | None) -> np.ndarray:
-    """Return an image as uint8, `[H, W]` for grayscale, otherwise `[H, W, 3]`."""
+    """Return the pixels of an image file, uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB)."""
     from PIL import Image
 
     try:
@@ -314,7 +319,7 @@ OUTPUTS = {
 
 def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Dataset]:
     def load(_config: SourceConfig, root: Path) -> Dataset:
-        info, package = _package(name)
+        info, package = _import_medmnist(name)
         with download_folder(name, root) as folder:
             getattr(package, info["python_class"])(split="train", download=True, root=str(folder))
         names = tuple(info["label"][str(i)] for i in range(task.outputs))
@@ -325,7 +330,7 @@ def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Da
     return load
 
 
-def _package(name: str) -> tuple[dict[str, Any], Any]:
+def _import_medmnist(name: str) -> tuple[dict[str, Any], Any]:
     try:
         import medmnist
     except ImportError as error:
@@ -355,7 +360,7 @@ FASHION = (
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# Name: class of torchvision, task, description.
+# Class of torchvision, task, and description of each source.
 SETS = {
     "mnist": (
         "MNIST",
@@ -393,7 +398,7 @@ def _torchvision_loader(
 
 
 def _examples(dataset: Any) -> Examples:
-    """Convert `[N, H, W]` tensors (MNIST) or `[N, H, W, C]` arrays (CIFAR) of torchvision."""
+    """Convert a torchvision data set of shape `[N, H, W]` (MNIST) or `[N, H, W, C]` (CIFAR)."""
     x: Tensor = torch.as_tensor(dataset.data)
     x = x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
     return Examples(x.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))

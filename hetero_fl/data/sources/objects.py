@@ -71,6 +71,19 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
     return from_arrays(x, y, name=where, **options)
 
 
+def to_pair(data: Any, where: str) -> Any:
+    """Return a torch data set as a pair (x, y), other data unchanged.
+
+    The items of a torch data set are read once, so the pair takes its place in later calls.
+
+    Args:
+        data: See `to_dataset`.
+        where: Name of the data in error messages.
+    """
+    is_torch = isinstance(data, torch.utils.data.Dataset) and not _is_hugging_face(data)
+    return _from_torch(data, where) if is_torch else data
+
+
 def to_examples(data: Any, where: str, label: str | None = None) -> Dataset:
     """Convert data that may have no labels, such as a proxy set.
 
@@ -91,6 +104,11 @@ def to_examples(data: Any, where: str, label: str | None = None) -> Dataset:
 
 def _unlabeled(dataset: Dataset) -> Dataset:
     return replace(dataset, train=replace(dataset.train, y=None))
+
+
+def is_source(data: Any) -> bool:
+    """Return whether data is a source as in a configuration, such as `{"name": "digits"}`."""
+    return isinstance(data, Mapping) and not _is_hugging_face(data)
 
 
 def _is_frame(data: Any) -> bool:
@@ -176,7 +194,7 @@ def _from_hugging_face(
     data: Any, where: str, label: str | None, options: Mapping[str, Any]
 ) -> Dataset:
     """Convert a Hugging Face data set with an image column, or with columns of numbers."""
-    if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
+    if isinstance(data, Mapping) or not hasattr(data, "__len__"):
         raise TypeError(
             f"{where}: expected a datasets.Dataset, got {type(data).__name__}; choose one split of "
             "a DatasetDict, and collect the items of an IterableDataset"
@@ -196,5 +214,6 @@ def _from_hugging_face(
     if len({image.shape for image in x}) > 1:
         raise UserError(f"{where}: {images[0]}: images have several sizes; resize them first")
     names = getattr(data.features[label], "names", None)
-    y = [names[value] for value in data[label]] if names else data[label]
-    return from_arrays(np.stack(x), np.asarray(y), name=where, **options)
+    if names:
+        options = {"task": Task("multiclass", len(names), tuple(names))}
+    return from_arrays(np.stack(x), np.asarray(data[label]), name=where, **options)

@@ -43,9 +43,9 @@ def read_recorded(
 
     A `.csv`, `.tsv` or `.parquet` file has one row per sample, in chronological order, with the
     columns `activity` and optionally `person`; all other numeric columns are channels. Consecutive
-    rows of one person and activity are divided into windows of `windows.length` samples, one every
-    `windows.step`; remaining samples are dropped. Overlapping windows are never divided between
-    splits.
+    rows of one person and activity are divided into windows of `windows.length` samples; a window
+    starts every `windows.step` samples. Remaining samples are dropped. Overlapping windows are
+    never divided between splits.
 
     Args:
         path: File to read.
@@ -154,13 +154,16 @@ def _make_dataset(
 
 
 def _run_numbers(y: Tensor, person: Tensor) -> Tensor:
-    """Return the index of the run of each row, with one activity and person, int64 `[N]`."""
+    """Return the index of the run of each row, int64 `[N]`.
+
+    A run consists of consecutive rows with one activity and person.
+    """
     change = (y[1:] != y[:-1]) | (person[1:] != person[:-1])
     return torch.cat([torch.zeros(1, dtype=torch.int64), change.cumsum(0)])
 
 
 def _window_starts(run: Tensor, length: int, step: int) -> tuple[Tensor, Tensor]:
-    """Return the first row and the run of each window."""
+    """Return the first row and the run of each window, int64 `[W]` each."""
     sizes = torch.bincount(run)
     begins = sizes.cumsum(0) - sizes
     count = ((sizes - length) // step + 1).clamp(min=0)
@@ -170,7 +173,7 @@ def _window_starts(run: Tensor, length: int, step: int) -> tuple[Tensor, Tensor]
 
 
 def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
-    """Refuse times that do not increase within a run."""
+    """Reject times that do not increase within a run."""
     times = parse_numbers(column, where)
     if times is None:
         parsed = pd.to_datetime(column, errors="coerce")
@@ -194,7 +197,7 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
 
 
 EXAMPLE_ROWS = 20
-"""Number of rows at each end of a file that exclude date formats early."""
+"""Number of rows at each end of a table with which unsuitable date formats are excluded."""
 FORMATS: tuple[str, ...] = (
     "%Y-%m-%d %H:%M",
     "%Y-%m-%d %H:%M:%S",
@@ -215,15 +218,15 @@ def read_sites(
 
     Args:
         frame: Table with one row per hour and site.
-        path: Its file, for error messages, in which rows count from 1 below the header.
+        path: File of the table, for error messages. Rows in messages count from 1 below the header.
         config: Series settings.
         label: Column of the values.
         group: Column of the sites; None if there is only one.
 
     Raises:
         UserError: If a column is missing; a cell is not a number; a date is invalid or ambiguous;
-            the rows of a site are unsorted, duplicate or not a whole number of hours apart; or
-            hours are missing (unless `series.gaps: skip` is set).
+            the rows of a site are unsorted, duplicated or not a whole number of hours apart; or
+            hours are missing and `series.gaps: skip` is not set.
     """
     where = f"path: {path}"
     required: list[tuple[str, str | None]] = [
@@ -249,23 +252,23 @@ def read_sites(
     lanes = _extra_columns(frame, config.lanes, where)
     weather = _extra_columns(frame, config.weather, where)
     series = []
-    for name, own in rows.items():
-        own_dates = frame[config.time]
-        _check_order(hours, own, name, own_dates, where)
+    for name, site_rows in rows.items():
+        dates = frame[config.time]
+        _check_order(hours, site_rows, name, dates, where)
         if config.gaps == "refuse":
-            _check_missing_hours(hours, own, name, own_dates, where)
-        position = hours[own] - hours[own[0]]
+            _check_missing_hours(hours, site_rows, name, dates, where)
+        position = hours[site_rows] - hours[site_rows[0]]
         columns = []
         for column in (value, lanes, weather):
             hourly = np.full((position[-1] + 1, *column.shape[1:]), np.nan)
-            hourly[position] = column[own]
+            hourly[position] = column[site_rows]
             columns.append(hourly)
-        series.append(HourlySeries(name, int(hours[own[0]]), *columns))
+        series.append(HourlySeries(name, int(hours[site_rows[0]]), *columns))
     return series
 
 
 def _numbers(column: pd.Series, where: str, allow_missing: bool) -> np.ndarray:
-    """Return a column of numbers as float64; missing ones are NaN if they are allowed."""
+    """Return a column of numbers as float64. Missing values are NaN if they are allowed."""
     if allow_missing and not column.notna().any():
         raise UserError(f"{where}: column '{column.name}': has no values")
     if allow_missing:
@@ -290,7 +293,7 @@ def _raise_not_a_number(column: pd.Series, row: int, where: str) -> NoReturn:
 
 
 def _extra_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -> np.ndarray:
-    """Return optional columns, shape `[N, C]`; columns that do not exist are NaN."""
+    """Return optional columns, float64 `[N, C]`. Columns that do not exist are NaN."""
     empty = np.full(len(frame), np.nan)
     values = [
         _column_with_missing(frame[name], where) if name in frame.columns else empty
@@ -302,7 +305,7 @@ def _extra_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) ->
 def _hours(
     column: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str
 ) -> np.ndarray:
-    """Return dates as hours since 1970, int64 `[N]`."""
+    """Convert dates to hours since 1970, int64 `[N]`."""
     require_no_missing(column, where)
     if types.is_datetime64_any_dtype(column):
         dates = column.dt.tz_convert(None) if getattr(column.dt, "tz", None) is not None else column
@@ -320,10 +323,10 @@ def _hours(
 
 
 def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str) -> pd.Series:
-    """Parse dates in the configured format, or in the only known format that fits.
+    """Parse dates in the configured format or, by default, in the known format that fits.
 
-    If several formats fit all cells, the one with the most rows that are one hour apart is chosen,
-    which usually decides the order of day and month.
+    If several formats fit all cells, the format in which the largest share of the rows are one hour
+    apart is chosen, which usually decides the order of day and month.
     """
     formats = [config.format] if config.format else list(FORMATS)
     # A few rows exclude most formats quickly.
@@ -358,38 +361,39 @@ def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where
 
 
 def _readable_format(form: str) -> str:
-    """Return a date format such as `YYYY-MM-DD hh:mm`."""
+    """Convert a date format to readable text such as `YYYY-MM-DD hh:mm`."""
     letters = {"Y": "YYYY", "m": "MM", "d": "DD", "H": "hh", "M": "mm", "S": "ss"}
     return re.sub(r"%(\w)", lambda match: letters.get(match[1], match[0]), form)
 
 
 def _share_in_order(dates: pd.Series, sites: list[np.ndarray]) -> float:
-    """Return the share of the rows that are one hour after the previous row of their site."""
+    """Return the share of the rows that are one hour later than the previous row of the site."""
     hours = dates.to_numpy().astype("datetime64[s]").astype(np.int64) / HOUR
-    steps = [np.diff(hours[own]) for own in sites]
+    steps = [np.diff(hours[site_rows]) for site_rows in sites]
     total = sum(map(len, steps))
     return sum(int((s == 1).sum()) for s in steps) / total if total else 0.0
 
 
 def _check_order(
-    hours: np.ndarray, own: np.ndarray, name: str, dates: pd.Series, where: str
+    hours: np.ndarray, site_rows: np.ndarray, name: str, dates: pd.Series, where: str
 ) -> None:
-    """Refuse duplicate and unsorted dates of a site, whose rows are `own`."""
+    """Reject duplicate or unsorted dates of a site. `site_rows` contains indices of its rows."""
     column = str(dates.name)
-    unique, first_index = np.unique(hours[own], return_index=True)
-    if len(unique) < len(own):
-        duplicate = np.setdiff1d(np.arange(len(own)), first_index)[0]
-        first = int(np.flatnonzero(hours[own] == hours[own[duplicate]])[0])
-        row = int(own[duplicate])
+    unique, first_index = np.unique(hours[site_rows], return_index=True)
+    if len(unique) < len(site_rows):
+        duplicate = np.setdiff1d(np.arange(len(site_rows)), first_index)[0]
+        first = int(np.flatnonzero(hours[site_rows] == hours[site_rows[duplicate]])[0])
+        row = int(site_rows[duplicate])
         raise_cell_error(
             where,
             row,
             column,
-            f"duplicate date '{dates.iloc[row]}' of site '{name}', first in row {own[first] + 1}",
+            f"duplicate date '{dates.iloc[row]}' of site '{name}', first in row "
+            f"{site_rows[first] + 1}",
         )
-    if (index := first_true(np.diff(hours[own]) < 0)) is not None:
-        previous = own[index]
-        row = int(own[index + 1])
+    if (index := first_true(np.diff(hours[site_rows]) < 0)) is not None:
+        previous = site_rows[index]
+        row = int(site_rows[index + 1])
         raise_cell_error(
             where,
             row,
@@ -400,12 +404,12 @@ def _check_order(
 
 
 def _check_missing_hours(
-    hours: np.ndarray, own: np.ndarray, name: str, dates: pd.Series, where: str
+    hours: np.ndarray, site_rows: np.ndarray, name: str, dates: pd.Series, where: str
 ) -> None:
-    """Refuse missing hours of a site, whose rows are `own`."""
-    step = np.diff(hours[own])
+    """Reject missing hours of a site. `site_rows` contains the indices of its rows."""
+    step = np.diff(hours[site_rows])
     if (index := first_true(step > 1)) is not None:
-        row = int(own[index + 1])
+        row = int(site_rows[index + 1])
         raise_cell_error(
             where,
             row,

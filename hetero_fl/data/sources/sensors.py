@@ -1,8 +1,8 @@
 """Activity recognition from accelerometer and gyroscope windows, generated or read from a file.
 
 Generated windows have 64 samples of six channels: acceleration in g (ax, ay, az) and angular
-velocity in rad/s (gx, gy, gz). Persons differ in the placement and sampling rate of the device, in
-cadence, strength and noise, and in their mix of six activities.
+velocity in rad/s (gx, gy, gz). The persons differ in the placement, sampling rate and noise of the
+device, in the cadence and strength of their motions, and in their mix of six activities.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PERSONS = 9
 VALIDATION_PERSONS = 6
 TEST_PERSONS = 12
 WINDOWS = 60
-"""Number of windows of each person in the common sets."""
+"""Number of windows of each person in the global validation and test sets."""
 ABOUT = (
     "generated: six activities of persons who wear a device at the wrist, in a pocket, at the belt"
 )
@@ -36,17 +36,17 @@ PLACEMENTS = {
     "pocket": (0.8, (0.1, 0.5, 0.0)),
     "belt": (0.6, (0.0, 0.1, 0.1)),
 }
-"""Scale of all vectors, and rotation of the device about x, y and z in radians."""
+"""Scale of all motions, and rotation of the device about x, y and z in radians, by placement."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """An activity as periodic motion.
+    """An activity, modeled as periodic motion.
 
     Attributes:
         cadence: Frequency in Hz.
-        push: Amplitude of the acceleration in g along the body axes (forward, sideways, up).
-        turn: Amplitude of the angular velocity in rad/s about the body axes.
+        push: Amplitudes of the acceleration in g along the body axes (forward, sideways, up).
+        turn: Amplitudes of the angular velocity in rad/s about the body axes.
         shares: Relative amplitudes of three harmonics.
         lean: Angle by which the body leans forward, in radians.
     """
@@ -77,9 +77,9 @@ class Person:
 
     Attributes:
         placement: Placement of the device, a key of `PLACEMENTS`.
-        rate: Samples per second.
-        cadence: Factor on the cadence of all activities.
-        strength: Factor on the amplitude of all motions.
+        rate: Sampling rate in Hz.
+        cadence: Factor by which the cadence of all activities is multiplied.
+        strength: Factor by which the amplitudes of all motions are multiplied.
         noise: Standard deviation of the noise of the device.
         rotation: Rotation from body axes to device axes, shape `[3, 3]`.
     """
@@ -96,8 +96,9 @@ class Person:
 def activity(config: SourceConfig, _root: Path) -> Dataset:
     """Generate activities of nine persons (groups), or read a file (see `read_recorded`).
 
-    Each person has 160 to 320 windows with a Dirichlet(1) mix of activities. The validation and
-    test sets are of other persons, with balanced activities.
+    Each person has 160 to 320 windows, with shares of the activities sampled from a uniform
+    Dirichlet distribution. The validation and test sets contain other persons, with balanced
+    activities.
     """
     if config.path is not None:
         # Imported here because loading pandas is slow.
@@ -131,7 +132,7 @@ def activity(config: SourceConfig, _root: Path) -> Dataset:
 
 
 def make_person(number: int) -> Person:
-    """Generate the person with a number; placements and rates alternate."""
+    """Generate the person with this number. Placements and sampling rates alternate."""
     rng = keyed_numpy_generator("data", "activity", "device", number)
     placement = tuple(PLACEMENTS)[number % len(PLACEMENTS)]
     rate = RATES[number // len(PLACEMENTS) % len(RATES)]
@@ -148,14 +149,15 @@ def make_person(number: int) -> Person:
 
 
 def record(person: Person, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Generate one window per activity.
+    """Generate a window of sensor samples for each activity in `y`.
 
-    Along each body axis, a motion is a sum of three harmonics of its cadence:
-    `gravity + sum_h strength / h * share[h] * sin(h * (2 pi * cadence * t + phase)) + noise`.
+    Along each body axis, the signal is a sum of three harmonics of the cadence:
+    `gravity + sum_h strength / h * share[h] * sin(h * (2 pi * cadence * t + phase)) + noise`, where
+    gravity is a part of the acceleration only.
 
     Args:
         person: Person who wears the device.
-        y: Activities as indices into `NAMES`, shape `[N]`.
+        y: Activities as indices into `NAMES`, int64 `[N]`.
         rng: Random generator.
 
     Returns:
@@ -196,7 +198,7 @@ def _make_common_set(numbers: range) -> Examples:
 
 
 def _rotation_matrix(angles: np.ndarray) -> np.ndarray:
-    """Return the rotation about x, then y, then z, shape `[3, 3]`."""
+    """Return the matrix of a rotation about x, then y, then z, shape `[3, 3]`."""
     rotation = np.eye(3)
     for axis, angle in enumerate(angles):
         turn = np.eye(3)

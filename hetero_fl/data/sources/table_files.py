@@ -32,7 +32,7 @@ from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
 INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")
-"""Integers such as 1, 01 and 1.0."""
+"""Pattern of integers such as 1, 01 and 1.0."""
 WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
@@ -48,11 +48,12 @@ def decimal_commas(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Convert text columns with decimal commas, such as "0,5", to numbers.
 
-    As "1,250" is ambiguous, another cell of the table must have an unambiguous decimal comma.
+    As numbers such as "1,250" are ambiguous, at least one cell of the table must have an
+    unambiguous decimal comma.
 
     Args:
         frame: Table.
-        where: File, for error messages.
+        where: Name of the file, for error messages.
         excluded: Columns that are not converted.
 
     Returns:
@@ -117,9 +118,9 @@ def parse_numbers(
 
     Args:
         column: Column to read.
-        where: File, for error messages.
-        allow_missing: List to which the location of the first missing value is appended; missing
-            values are then NaN. By default they are refused.
+        where: Name of the file, for error messages.
+        allow_missing: List to which the location of the first missing value is appended. Missing
+            values are then NaN. By default, a missing value is an error.
         hint: End of the error message for a cell that is not a number.
 
     Raises:
@@ -156,9 +157,9 @@ def _has_separators(column: pd.Series) -> bool:
 
 
 def parse_names(column: pd.Series, where: str) -> pd.Series:
-    """Return a column of labels, sites or patients as text.
+    """Convert a column of labels, sites or patients to text.
 
-    Surrounding spaces are removed, and 1.0 becomes 1; but 01 in a text column does not become 1.
+    Surrounding spaces are removed, and 1.0 becomes 1. Leading zeros in a text column are kept.
 
     Raises:
         UserError: If a value is missing.
@@ -176,7 +177,7 @@ def parse_names(column: pd.Series, where: str) -> pd.Series:
 
 
 def column_as_text(column: pd.Series) -> pd.Series:
-    """Return a column as stripped text, with integral floats as integers and NaN for missing."""
+    """Convert a column to stripped text, in which 1.0 becomes 1 and missing values are NaN."""
     present = column[column.notna()]
     text = (
         parse_names(present, "")
@@ -187,7 +188,7 @@ def column_as_text(column: pd.Series) -> pd.Series:
 
 
 def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
-    """Return the text columns with fewer than `MANY_CATEGORIES` values, and their values."""
+    """Return the text columns with fewer than `MANY_CATEGORIES` distinct values, and the values."""
     categories = {}
     for name in frame.columns:
         if (
@@ -203,7 +204,7 @@ def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...
 def encode_indicators(
     column: pd.Series, values: Sequence[str], notes: list[str] | None = None
 ) -> np.ndarray:
-    """Encode a column as indicators.
+    """One-hot encode a column.
 
     Args:
         column: Column to encode.
@@ -211,7 +212,7 @@ def encode_indicators(
         notes: List to which remarks on missing and unknown values are appended.
 
     Returns:
-        Indicators, float64 `[N, len(values)]`; all are 0 if a value is missing or unknown.
+        Indicators, float64 `[N, len(values)]`. They are all 0 for a missing or unknown value.
     """
     text = column_as_text(column)
     plain = text.map(
@@ -238,7 +239,7 @@ def encode_indicators(
 
 
 def parse_column(column: pd.Series, where: str) -> pd.Series:
-    """Return a column of stripped text, or of numbers if every cell is a number."""
+    """Convert a column to numbers if every cell is a finite number, otherwise strip its text."""
     column = strip_text(column, where)
     if is_text(column):
         read = pd.to_numeric(column.astype(str), errors="coerce")
@@ -247,7 +248,7 @@ def parse_column(column: pd.Series, where: str) -> pd.Series:
 
 
 def strip_text(column: pd.Series, where: str) -> pd.Series:
-    """Strip the text of a column.
+    """Remove surrounding spaces from the text of a column.
 
     Raises:
         UserError: If a value is missing.
@@ -272,7 +273,7 @@ def require_no_missing(column: pd.Series, where: str) -> None:
 
 
 def first_missing_value(column: pd.Series, where: str) -> str | None:
-    """Return the location of the first missing value for messages, or None."""
+    """Return the location of the first missing value as text, or None if no value is missing."""
     gaps = column.isna()
     row = first_true(gaps)
     if row is None:
@@ -282,25 +283,25 @@ def first_missing_value(column: pd.Series, where: str) -> str | None:
 
 
 def is_text(column: pd.Series) -> bool:
-    """Return whether a column has text or other objects."""
+    """Return whether a column contains text or other objects."""
     return not types.is_numeric_dtype(column) and (
         types.is_object_dtype(column) or types.is_string_dtype(column)
     )
 
 
 def is_categorical(column: pd.Series) -> bool:
-    """Return whether a column has text or the categorical type of pandas."""
+    """Return whether a column contains text or has the categorical dtype of pandas."""
     return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
 
 
 def check_columns(
     frame: pd.DataFrame, wanted: Iterable[tuple[str, str | None]], file: object
 ) -> None:
-    """Check that a table has the given columns.
+    """Check that the columns named in a configuration exist in a table.
 
     Args:
         frame: Table.
-        wanted: Pairs of a configuration key and the column that it names, or None.
+        wanted: Pairs of a configuration key and the column that the key names, or None.
         file: Name of the table, for error messages.
 
     Raises:
@@ -312,13 +313,13 @@ def check_columns(
 
 
 def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoReturn:
-    """Raise the error of a cell.
+    """Raise an error that describes the problem of a cell.
 
     Args:
-        where: File.
-        row: Row of the cell, from 0; messages count from 1 below the header.
+        where: Name of the file.
+        row: Row of the cell, from 0. The message counts from 1 below the header.
         column: Name of the column.
-        problem: What is wrong with the cell.
+        problem: Description of the problem.
 
     Raises:
         UserError: Always.
@@ -327,7 +328,7 @@ def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoRetur
 
 
 SNIFFED_ROWS = 20
-"""Number of rows below the header that determine the separator."""
+"""Maximum number of rows below the header from which the separator is determined."""
 
 
 def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
@@ -335,7 +336,7 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
 
     Args:
         path: File to read.
-        names: Columns that are read as text if they exist, so that site 01 does not become 1.
+        names: Columns to read as text if they exist, so that site 01 does not become 1.
 
     Raises:
         UserError: If the file cannot be read.
@@ -351,7 +352,7 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
     try:
         if kind == ".parquet":
             return pd.read_parquet(path)
-        separator = "\t" if kind == ".tsv" else _separator(path)
+        separator = "\t" if kind == ".tsv" else _detect_separator(path)
         _check_cells(path, separator)
         return pd.read_csv(
             path, sep=separator, low_memory=False, dtype=dict.fromkeys(filter(None, names), str)
@@ -372,7 +373,7 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
 
 
 def _check_cells(path: Path, separator: str) -> None:
-    """Refuse duplicate column names and rows longer than the header, which pandas accepts."""
+    """Reject duplicate column names and rows longer than the header, which pandas accepts."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = filter(None, csv.reader(file, delimiter=separator))
         header = next(rows, None)
@@ -389,8 +390,12 @@ def _check_cells(path: Path, separator: str) -> None:
                 )
 
 
-def _separator(path: Path) -> str:
-    """Return the separator that occurs in the header or, if both do, divides all rows equally."""
+def _detect_separator(path: Path) -> str:
+    """Return the separator of a CSV file, a comma or a semicolon.
+
+    If the header contains both, the separator that divides all rows into the same number of cells
+    is returned.
+    """
     divided = {}
     for separator in (",", ";"):
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -410,7 +415,7 @@ def _separator(path: Path) -> str:
 
 
 MAX_LISTED = 20
-"""Number of columns that a note lists."""
+"""Maximum number of columns that a note lists."""
 PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
 
 
@@ -426,9 +431,9 @@ def read_table(
 ) -> Dataset:
     """Create a data set from a table.
 
-    Features (float32 `[N, F]`) are the numeric columns, and indicators of the encoded text columns.
-    Other columns of text or dates are excluded; `about` and `notes` list them. Text is stripped,
-    and 1.0 is read as 1.
+    Features (float32 `[N, F]`) are the numeric columns and the indicators of the one-hot encoded
+    text columns. Other columns of text or dates are excluded and listed in `about` and `notes`.
+    Surrounding spaces are removed from text, and labels such as 1.0 become 1.
 
     A single column of labels is read as classes if it has text, booleans, or integers with at most
     20 distinct values, otherwise as a regression target. Several columns are multilabel targets if
@@ -436,14 +441,15 @@ def read_table(
 
     Args:
         frame: Table.
-        path: Its file, or a name for it, for error messages, in which rows count from 1 below the
+        path: File or name of the table, for messages. Rows in messages count from 1 below the
             header.
-        label: Column of the labels, or several separated by commas.
+        label: Column of the labels, or several columns separated by commas.
         group: Column of the groups.
         patient: Column of the patients.
-        kind: "multiclass", "multilabel" or "regression", instead of inferring it.
-        categories: Text columns to encode, with their values. By default those with fewer than 20
-            distinct values.
+        kind: Kind of the task, "multiclass", "multilabel" or "regression". By default, it is
+            inferred from the labels.
+        categories: Text columns to one-hot encode, with their values. By default, all text columns
+            with fewer than 20 distinct values.
 
     Raises:
         UserError: If a column or value is missing, or a cell is not a number.
@@ -478,8 +484,8 @@ def read_table(
         str(name): tuple(encoded[str(name)]) for name in rest.columns if str(name) in encoded
     }
     gaps: list[str] = []
-    doubts: list[str] = []
-    x, columns, left_out = features(rest, where, gaps, encoded, doubts)
+    remarks: list[str] = []
+    x, columns, left_out = features(rest, where, gaps, encoded, remarks)
     task, y = _targets(targets, where, kind)
     group_columns = indexed.get("group", (None, ()))
     patient_columns = indexed.get("patient", (None, ()))
@@ -491,8 +497,8 @@ def read_table(
     summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
     summary += _describe_columns(used, encoded, left_out, commas)
     notes = [f"table {title}: {'; '.join(summary)}"]
-    notes += [f"table {title}: {doubt}" for doubt in doubts]
-    if patient is None and (name := _patients(rest)) is not None:
+    notes += [f"table {title}: {remark}" for remark in remarks]
+    if patient is None and (name := _find_patient_column(rest)) is not None:
         feature = ", and the column is a feature" if name in used else ""
         notes.append(
             f"table {title}: column '{name}' seems to identify patients and repeats; set "
@@ -517,7 +523,7 @@ def _describe_columns(
     left_out: Mapping[str, str],
     commas: Sequence[str],
 ) -> list[str]:
-    """Return remarks on which columns are used, and how."""
+    """Return remarks on the columns that are used, encoded or left out."""
     remarks = [f"columns used: {format_list(used, MAX_LISTED)}"]
     if encoded:
         values = [f"{name} ({format_list(v, MAX_LISTED)})" for name, v in encoded.items()]
@@ -530,7 +536,9 @@ def _describe_columns(
 
 
 def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str, ...]]:
-    """Return the text columns of several tables with few distinct values, and their values.
+    """Return the text columns to one-hot encode in several tables, and their values in all tables.
+
+    These are the columns with fewer than `MANY_CATEGORIES` distinct values.
 
     Args:
         files: Sources of the tables by their configuration keys.
@@ -593,15 +601,15 @@ def features(
 
     Args:
         frame: Columns without labels, groups and patients.
-        where: File, for error messages.
+        where: Name of the file, for error messages.
         allow_missing: List to which the location of the first missing value of each column is
-            appended; missing values are then NaN. By default they are refused.
-        categories: Text columns to encode, with their values.
+            appended. Missing values are then NaN. By default, a missing value is an error.
+        categories: Text columns to one-hot encode, with their values.
         notes: List to which remarks on encoded columns are appended.
 
     Returns:
-        Numbers and indicators, float32 `[N, F]`; their names; and the names of the columns that are
-        left out, with a reason.
+        Numbers and indicators, float32 `[N, F]`; the names of these features; and the reason for
+        each column that is left out, by name.
 
     Raises:
         UserError: If there are no rows or features, or a value is missing or not a number.
@@ -655,7 +663,7 @@ def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, 
             f"label: data.task=multiclass needs one column, got {len(columns)}; set one column or "
             "data.task=multilabel"
         )
-    if kind == "multiclass" or (kind is None and len(columns) == 1 and _classes(columns[0])):
+    if kind == "multiclass" or (kind is None and len(columns) == 1 and _are_classes(columns[0])):
         y, classes = index_names(parse_names(columns[0], where))
         return Task("multiclass", len(classes), classes), y
     values = []
@@ -674,7 +682,7 @@ def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, 
     return Task("regression", len(columns), titles), y
 
 
-def _classes(column: pd.Series) -> bool:
+def _are_classes(column: pd.Series) -> bool:
     """Return whether a column of labels should be read as classes."""
     if not types.is_numeric_dtype(column) or types.is_bool_dtype(column):
         return True
@@ -682,8 +690,8 @@ def _classes(column: pd.Series) -> bool:
     return len(values) <= MAX_NUMBERED_CLASSES and all(float(v).is_integer() for v in values)
 
 
-def _patients(frame: pd.DataFrame) -> str | None:
-    """Return a column that seems to identify patients with several rows each, or None.
+def _find_patient_column(frame: pd.DataFrame) -> str | None:
+    """Return the name of a column that seems to identify patients with several rows, or None.
 
     Columns with two values are treated as indicators.
     """

@@ -55,7 +55,7 @@ SPECIAL = {
 }
 """Additional columns of each kind of bank."""
 BINARY = {"night": 0.25, "foreign": 0.15, "new_payee": 0.3, "card_present": 0.7}
-"""Binary columns, and their share of ones."""
+"""Share of ones in each binary column."""
 WEIGHTS = {
     "merchant_risk": 1.0,
     "limit_used": 0.6,
@@ -76,18 +76,18 @@ BANKS = {
     "online_1": (2000, 0.015),
     "online_2": (1000, 0.03),
 }
-"""Number of rows and share of fraud."""
+"""Number of rows and share of fraud of each bank."""
 COLUMNS = (*COMMON_COLUMNS, *(name for columns in SPECIAL.values() for name in columns))
 UNUSED = 0.15
 """Share of the rows of a bank without values in its additional columns."""
 HELD_OUT_ROWS = 500
-"""Rows of each bank in each of the common sets."""
+"""Number of rows of each bank in each of the global validation and test sets."""
 ABOUT = "generated: payments at six banks with columns, drift and a rate of fraud of their own"
 
 
 @register_source("bank_fraud")
 def bank_fraud(_config: SourceConfig, _root: Path) -> Dataset:
-    """Generate 8,800 payments at six banks (groups), about 3% of which are fraud."""
+    """Generate 8,800 training payments at six banks (groups), about 3% of which are fraud."""
     sets = []
     for split, size in (("train", None), ("validation", HELD_OUT_ROWS), ("test", HELD_OUT_ROWS)):
         parts = [make_payments(bank, size or rows, split) for bank, (rows, _) in BANKS.items()]
@@ -106,18 +106,18 @@ def bank_fraud(_config: SourceConfig, _root: Path) -> Dataset:
 def make_payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Generate the payments of a bank.
 
-    The risk of a row depends on interactions of the common columns and on the additional columns of
-    the bank; the riskiest rows are fraud. Each bank scales and shifts its columns (feature drift),
-    which `normalize: own` partly undoes.
+    The risk of a row depends on interactions between the columns of all banks and on the additional
+    columns of the bank. The rows with the highest risk are fraud. The columns of each bank are
+    scaled and shifted differently (feature drift), which `normalize: own` partly reverses.
 
     Args:
         bank: Name of the bank, a key of `BANKS`.
         rows: Number of rows.
-        split: Name of the split, which keys the random numbers.
+        split: Name of the split, on which the random numbers depend.
 
     Returns:
-        Features, float32 `[rows, columns]`, NaN if missing; and labels, int64 `[rows]`, with
-        1 for fraud.
+        Features, float32 `[rows, columns]`, NaN if missing, and labels, int64 `[rows]`, which are 1
+        for fraud.
     """
     special = SPECIAL[bank.split("_", maxsplit=1)[0]]
     rng = keyed_numpy_generator("data", "bank_fraud", bank, split)

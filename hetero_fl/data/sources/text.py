@@ -1,6 +1,6 @@
 """Text sources: files with one message per line, and generated phone messages.
 
-Vocabularies come from public text or hashing only, never from the texts of clients.
+Vocabularies are defined by public text or by hashing, never by the texts of clients.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from hetero_fl.utils.seeding import keyed_numpy_generator
 def text(config: SourceConfig, _root: Path) -> Dataset:
     """Load the lines of a text file, or of all `.txt` files of a folder, as messages.
 
-    With `group: file`, each file of the folder is a group. With `text.predict: class`, a line is
-    the class, a tab, and the message.
+    With `group: file`, each file of the folder is a group. With `text.predict: class`, each line
+    consists of a class, a tab and a message.
     """
     settings = config.text or TextConfig()
     path = Path(str(config.path)).expanduser()
@@ -45,7 +45,7 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
     for file in files:
         for number, line in read_lines(file, "path"):
             label, message = (
-                _parts(line, f"path: {file}: line {number}")
+                _split_label(line, f"path: {file}: line {number}")
                 if settings.predict == "class"
                 else ("", line)
             )
@@ -80,8 +80,8 @@ def make_examples(
 ) -> tuple[Examples, Tensor]:
     """Convert texts to examples of the task.
 
-    For next-word prediction, texts take the place of patients, so the words of a text are never
-    divided between splits.
+    For next-word prediction, each text is treated as a patient, so that the words of a text are
+    never divided between splits.
 
     Args:
         texts: Texts as sequences of words.
@@ -106,7 +106,7 @@ def make_task(settings: TextConfig, vocabulary: Vocabulary, classes: tuple[str, 
 
     Args:
         settings: Text settings.
-        vocabulary: Vocabulary, whose words are the classes of next-word prediction.
+        vocabulary: Vocabulary. Its words are the classes of next-word prediction.
         classes: Names of the classes of texts.
     """
     names = classes if settings.predict == "class" else vocabulary.names
@@ -161,7 +161,7 @@ def read_lines(path: Path, where: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
-def _parts(line: str, where: str) -> tuple[str, str]:
+def _split_label(line: str, where: str) -> tuple[str, str]:
     label, tab, message = line.partition("\t")
     if not tab or not label.strip() or not message.strip():
         raise UserError(f"{where}: expected a class, a tab and a text, got '{line[:40]}'")
@@ -268,10 +268,10 @@ class Writer:
     """A writer of messages.
 
     Attributes:
-        topics: Shares of the topics, shape `[6]`.
-        templates: Shares of the templates, shape `[10]`.
+        topics: Probabilities of the topics, shape `[6]`.
+        templates: Probabilities of the templates, shape `[10]`.
         contacts: Names of private contacts.
-        habit: Shift of the frequencies of nouns, which applies to a quarter of the messages.
+        habit: Shift of the word frequencies of nouns, which applies to a quarter of the messages.
     """
 
     topics: np.ndarray
@@ -285,8 +285,8 @@ def phone_messages(config: SourceConfig, _root: Path) -> Dataset:
     """Generate the messages of twelve phones (groups), for next-word or topic prediction.
 
     Messages are templates filled with words of one of six topics. The frequencies of words depend
-    on the preceding word. Each phone has its own mix of topics and templates, a habit that shifts
-    word frequencies, and three private contacts that no public text contains.
+    on the preceding word. Each phone has its own mix of topics and templates, its own shift of word
+    frequencies, and three private contacts whose names do not occur in public text.
     """
     text = config.text or TextConfig()
     vocabulary = _phrase_vocabulary(text)
@@ -312,7 +312,7 @@ def phone_messages(config: SourceConfig, _root: Path) -> Dataset:
 
 @register_source("phrases_public", keys=("text",))
 def phrases_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the public messages that define the vocabulary, for a proxy set."""
+    """Generate the public messages that define the vocabulary, for use as a proxy set."""
     text = config.text or TextConfig()
     vocabulary = _phrase_vocabulary(text)
     task = make_task(text, vocabulary, TOPICS)
@@ -323,7 +323,7 @@ def phrases_public(config: SourceConfig, _root: Path) -> Dataset:
 
 
 def make_writer(phone: int) -> Writer:
-    """Generate the owner of a phone."""
+    """Generate the writer of the messages of a phone."""
     rng = keyed_numpy_generator("data", "phrases", "writer", phone)
     names = _contacts()[CONTACTS * phone : CONTACTS * (phone + 1)]
     topics = rng.dirichlet([0.3] * len(TOPICS))
@@ -332,7 +332,7 @@ def make_writer(phone: int) -> Writer:
 
 
 def public_writer() -> Writer:
-    """Return the writer of public messages, without contacts, habits or preferences."""
+    """Return the writer of public messages, without contacts or habits and with uniform shares."""
     return Writer(
         np.full(len(TOPICS), 1 / len(TOPICS)), np.full(len(TEMPLATES), 1 / len(TEMPLATES))
     )
@@ -341,7 +341,7 @@ def public_writer() -> Writer:
 def write_messages(
     writer: Writer, count: int, rng: np.random.Generator
 ) -> list[tuple[list[str], int]]:
-    """Generate messages of a writer.
+    """Generate the messages of a writer.
 
     Args:
         writer: Writer of the messages.
@@ -392,7 +392,7 @@ def _sample_word(words: Sequence[str], shift: int, rng: np.random.Generator) -> 
 
 
 def _contacts() -> tuple[str, ...]:
-    """Return distinct names, three for each phone."""
+    """Return the distinct names of all private contacts, three for each phone."""
     pairs = [a + b for a in SYLLABLES for b in SYLLABLES if a != b]
     order = keyed_numpy_generator("data", "phrases", "contacts").permutation(len(pairs))
     return tuple(pairs[i] for i in order[: CONTACTS * PHONES])

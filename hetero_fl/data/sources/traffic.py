@@ -1,7 +1,7 @@
 """Hourly time series as windows for forecasting: generated traffic, or series from a file.
 
-Values are relative to a level, the mean of the site in the training period or of the preceding
-week, so that sites of any size are comparable. No training row depends on later periods, and rows
+Values are divided by a level, the site's mean in the training period or in the preceding week, so
+that sites of different sizes are comparable. No training row depends on later periods, and rows
 with targets in two periods are excluded.
 """
 
@@ -23,9 +23,9 @@ from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
 HOUR = 3600
-"""Seconds."""
+"""Seconds per hour."""
 BASELINE_LOGIT = math.log(9.0)
-"""Logit of a baseline that predicts a class, corresponding to a probability of 0.9."""
+"""Logit of the class that a baseline predicts, which corresponds to a probability of 0.9."""
 CALENDAR = ("hour_sin", "hour_cos", "week_sin", "week_cos")
 
 
@@ -35,10 +35,10 @@ class HourlySeries:
 
     Attributes:
         name: Name of the site.
-        start: First hour, counted from 1970.
+        start: First hour, in hours since 1970.
         value: Value of each hour, float64 `[T]`, NaN if missing.
-        lanes: Parts of the value, shape `[T, L]`, NaN if not measured.
-        weather: Weather, shape `[T, W]`, NaN if not measured.
+        lanes: Value of each lane, float64 `[T, L]`, NaN if not measured.
+        weather: Weather, float64 `[T, W]`, NaN if not measured.
     """
 
     name: str
@@ -49,7 +49,7 @@ class HourlySeries:
 
     @property
     def end(self) -> int:
-        """Last hour, counted from 1970."""
+        """Last hour, in hours since 1970."""
         return self.start + len(self.value) - 1
 
 
@@ -58,8 +58,9 @@ class Periods:
     """The boundaries of the training, validation and test periods.
 
     Attributes:
-        train: Last hour of the training period.
-        validation: Last hour of the validation period; the test period follows.
+        train: Last hour of the training period, in hours since 1970.
+        validation: Last hour of the validation period, in hours since 1970. The test period
+            follows.
     """
 
     train: int
@@ -67,7 +68,7 @@ class Periods:
 
     @classmethod
     def from_series(cls, sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
-        """Divide the time that all sites cover together, with the same dates for all sites."""
+        """Divide the time from the first to the last hour of all sites into three periods."""
         first = min(s.start for s in sites)
         last = max(s.end for s in sites)
         validation = last - round(config.test * (last - first))
@@ -85,12 +86,13 @@ def make_windows(
     simulated: bool = False,
     about: str = "",
 ) -> Dataset:
-    """Create a forecasting data set with series `[N, window, columns]` and the sites as groups.
+    """Create a forecasting data set from the series of several sites.
 
-    The columns are the value; for each horizon the value one week before the target; the time of
-    day and week (sine and cosine); the weather, standardized by the training period; and the lanes.
-    Targets are the values at the horizons, or whether they exceed a quantile of the training
-    period. Baselines are the current value (persistence) and the value one week before the target.
+    The inputs are windows of shape `[N, window, columns]`, and each site is a group. The columns
+    are the value; for each horizon, the value one week before the target; the time of day and week
+    (sine and cosine); the weather, standardized by the training period; and the lanes. Targets are
+    the values at the horizons, or whether these values exceed a quantile of the training period.
+    The baselines predict the current value (persistence) or the value one week before the target.
 
     Args:
         sites: Series of the sites.
@@ -161,12 +163,12 @@ def mean_level(site: HourlySeries, periods: Periods) -> float:
 
 
 def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task) -> Examples:
-    """Return all complete rows of a site; their `time` is that of the last target."""
+    """Return all complete rows of a site. The time of a row is the time of its last target."""
     window = config.window
     horizons = np.array(config.horizons)
     begin = WEEK - horizons[0] + window - 1
     if config.level == "week":
-        # Otherwise negative indices would select hours at the end.
+        # A full week must precede: negative indices would select hours at the end of the series.
         begin = max(begin, WEEK - 1)
     # The last observed hour of each row.
     now = np.arange(begin, len(site.value) - horizons[-1])
@@ -221,7 +223,7 @@ def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task
 
 
 def _parts(rows: Examples, config: SeriesConfig, periods: Periods) -> dict[str, torch.Tensor]:
-    """Return masks of the rows whose targets are all in one period."""
+    """Return a mask for each period that selects the rows whose targets are all in the period."""
     assert rows.time is not None
     last = rows.time // HOUR
     first = last - (config.horizons[-1] - config.horizons[0])
@@ -233,9 +235,9 @@ def _parts(rows: Examples, config: SeriesConfig, periods: Periods) -> dict[str, 
 
 
 def _standardize(column: np.ndarray, past: slice) -> np.ndarray:
-    """Standardize a column by the mean and standard deviation of the past.
+    """Standardize a column by its mean and standard deviation in the slice `past`.
 
-    The result is NaN if the past has no values.
+    The result is NaN if the column has no values in this slice.
     """
     known = column[past][np.isfinite(column[past])]
     if not len(known):
@@ -255,7 +257,7 @@ def _task(config: SeriesConfig, unit: str) -> Task:
 
 
 def _baseline_outputs(above: torch.Tensor, task: Task) -> torch.Tensor:
-    """Convert binary predictions to the outputs of a model."""
+    """Convert binary predictions to logits in the format of model outputs."""
     logits = BASELINE_LOGIT * (2 * above.float() - 1)
     return torch.cat([torch.zeros_like(logits), logits], 1) if task.kind == "multiclass" else logits
 
@@ -268,8 +270,8 @@ DAYS = 300
 BEGIN = 455_880
 """Monday, January 3, 2022, in hours since 1970."""
 PUBLIC = "public"
-# Vehicles per hour, first day, share of the peaks, shift of the peaks in hours, trend, effect of
-# rain, whether there are cameras.
+# Mean number of vehicles per hour, first day, share of the peaks, shift of the peaks in hours,
+# trend, effect of rain, and whether cameras count the vehicles.
 JUNCTIONS: dict[str, tuple[float, int, float, float, float, float, bool]] = {
     "camera_1": (900.0, 0, 0.75, 0.0, 0.30, 0.10, True),
     "camera_2": (400.0, 120, 0.65, 0.5, 0.15, 0.15, True),
@@ -286,7 +288,7 @@ def traffic(config: SourceConfig, _root: Path) -> Dataset:
     """Generate the hourly traffic of four junctions (groups), or read a file.
 
     A `.csv`, `.tsv` or `.parquet` file has one row per hour and junction. `series.time` names the
-    column of dates, `label` that of the counts (`Vehicles` by default), and `group` that of the
+    column of dates, `label` the column of counts (`Vehicles` by default), and `group` the column of
     junctions (`Junction` by default, if it exists).
     """
     series = config.series or SeriesConfig()
@@ -344,12 +346,13 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
 
 
 def make_junctions() -> list[HourlySeries]:
-    """Generate the hourly vehicle counts of four junctions and a public one (last).
+    """Generate the hourly vehicle counts of four junctions, followed by a public junction.
 
-    Counts are Poisson with mean `level * profile * trend * weather * incident * exp(u)`. The daily
-    and weekly profile and the linear trend differ between junctions; the weather is the same for
-    all; incidents reduce the count for some hours; u is an autoregressive process, part of which is
-    the same for all junctions. Cameras count three lanes; sensors count the total and measure the
+    Counts follow Poisson distributions with mean
+    `level * profile * trend * weather * incident * exp(u)`. The profile over day and week and the
+    linear trend differ between junctions; the weather is the same for all; incidents reduce the
+    count for some hours; and u is an autoregressive process, a part of which is the same for all
+    junctions. Cameras count the vehicles on three lanes. Sensors count all vehicles and measure the
     weather.
     """
     hours = DAYS * 24
@@ -383,7 +386,7 @@ def make_junctions() -> list[HourlySeries]:
 
 
 def _profile(hour: np.ndarray, peaks: float, shift: float) -> np.ndarray:
-    """Return the daily and weekly profile, with a mean of about 1 over a week."""
+    """Return the relative traffic by time of day and week, with a mean of about 1 over a week."""
     clock = (hour % 24).astype(np.float64)
     weekend = hour // 24 % 7 >= 5
 
@@ -399,7 +402,7 @@ def _profile(hour: np.ndarray, peaks: float, shift: float) -> np.ndarray:
 
 
 def _drift(rng: np.random.Generator, hours: int, size: float) -> np.ndarray:
-    """Generate an autoregressive series with standard deviation `size`."""
+    """Generate an autoregressive series of order 1 with standard deviation `size`."""
     steps = rng.normal(0, size * (1 - 0.9**2) ** 0.5, hours)
     series = np.empty(hours)
     last = 0.0
@@ -420,9 +423,9 @@ def _weather(rng: np.random.Generator, hours: int) -> np.ndarray:
 
 
 def _incidents(rng: np.random.Generator, hours: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return factors on the count and on the share of the first lane, `[hours]` each.
+    """Generate incidents as factors of the count and of the first lane's share, `[hours]` each.
 
-    The first lane empties an hour before the incident.
+    The share of the first lane decreases one hour before an incident.
     """
     total = np.ones(hours)
     first_lane = np.ones(hours)

@@ -47,8 +47,9 @@ class FedBABU(FedPer):
         self.train(i, only(module, "backbone."))
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
+        label = "personalise"  # style: ok (random stream)
         epochs = self.cards[i].settings.fine_tune_epochs
-        self.train(i, only(module, ""), label="personalise", epochs=epochs)
+        self.train(i, only(module, ""), label=label, epochs=epochs)
         return module
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms.local_training import load_objective
+from hetero_fl.core.image_transforms import apply_transform
 from hetero_fl.core.metrics import apply_metric, metric_names
 from hetero_fl.core.objectives import Batch, LossFunction
 from hetero_fl.core.task import Task
-from hetero_fl.data.preprocessing import apply_transform
 from hetero_fl.engine.training import make_optimizer
 from hetero_fl.federation.federation import FederationSpec, load_metric
 from hetero_fl.utils.errors import UserError, one_line

@@ -1,0 +1,23 @@
+"""Checks of a run before training: combinations of settings, and functions of the user.
+
+The rules in `RULES_ON_LOADING` are checked before data is loaded, those in
+`RULES_AFTER_PREPARATION` before training.
+"""
+
+from hetero_fl.experiment.compatibility.config_facts import ConfigFacts
+from hetero_fl.experiment.compatibility.rule import CompatibilityRule, check_rules
+from hetero_fl.experiment.compatibility.rules import RULES_AFTER_PREPARATION, check_compatibility
+from hetero_fl.experiment.compatibility.rules_on_loading import RULES_ON_LOADING
+from hetero_fl.experiment.compatibility.run_facts import RunFacts
+from hetero_fl.experiment.compatibility.user_code import check_user_code
+
+__all__ = [
+    "RULES_AFTER_PREPARATION",
+    "RULES_ON_LOADING",
+    "CompatibilityRule",
+    "ConfigFacts",
+    "RunFacts",
+    "check_compatibility",
+    "check_rules",
+    "check_user_code",
+]

@@ -1,0 +1,114 @@
+"""Facts about a run that depend on its configuration only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import (
+    AsyncPolicy,
+    predicts_proxy_set,
+    unused_options,
+)
+from hetero_fl.config import Config
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.population import Population
+from hetero_fl.config.schema import CLIENT_OPTIONS
+
+ROBUST_KEYS = ("rule", "predictions", "statistics")
+"""Keys of `aggregation` that select a rule, each for a different kind of item."""
+
+T = TypeVar("T")
+
+
+def first(elements: Iterable[T]) -> T | None:
+    """Return the first element of an iterable, or None if it is empty."""
+    return next(iter(elements), None)
+
+
+class ConfigFacts:
+    """Facts about a run that depend on its configuration only.
+
+    Args:
+        config: The configuration.
+        clients: The population of clients.
+        method: The method, before any settings are derived from the federation.
+    """
+
+    def __init__(self, config: Config, clients: Population, method: Algorithm) -> None:
+        self.config = config
+        self.clients = clients
+        self.method = method
+        self.name = str(config.algorithm["name"])
+        self.privacy = config.privacy
+        self.unit = config.privacy.unit if config.privacy else ""
+        self.policy = method.needs.asynchronous or AsyncPolicy()
+        self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
+
+    def set_options(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield each client option that the configuration enables: its key, name and value."""
+        clients = self.config.clients
+        sections: list[tuple[str, ClientSettings]] = [("clients.defaults.", clients.defaults)]
+        sections += [(f"clients: {group.name}: ", group) for group in clients.groups]
+        sections += [(f"clients: {override.match}: ", override) for override in clients.overrides]
+        for place, settings in sections:
+            for name in (*CLIENT_OPTIONS, "class_weights"):
+                if value := getattr(settings, name):
+                    yield place + name, name, value
+
+    def unused_option(self) -> str | None:
+        """Return the key of a client option that has no meaning for the method, if any is set."""
+        unused = unused_options(self.method)
+        for key, name, value in self.set_options():
+            if name in unused:
+                return key
+            if (
+                name == "recalibrate"
+                and "proxy_predictions" in value
+                and not predicts_proxy_set(self.method)
+            ):
+                return f"{key}: proxy_predictions"
+        return None
+
+    def single_uploads(self) -> str | None:
+        """Return a setting, `key=value`, that requires individual uploads at the server, if any."""
+        for key in ROBUST_KEYS:
+            if (value := getattr(self.config.aggregation, key)) != "mean":
+                return f"aggregation.{key}={value}"
+        attacks = self.config.attacks
+        return None if attacks is None else f"attacks.name={attacks.name}"
+
+    def choosing_setting(self) -> str | None:
+        """Return a setting of `cohort` that prefers some clients over others, if any."""
+        cohort = self.config.cohort
+        if cohort.over_selection > 1:
+            return "over_selection"
+        return "sampling=oort" if cohort.sampling == "oort" else None
+
+    def num_wanted(self) -> int:
+        """Return the number of uploads that complete a round."""
+        return self.config.clients.per_round or len(self.clients)
+
+    def num_sampled(self) -> int:
+        """Return the number of clients sampled for a round."""
+        return self.config.cohort.num_sampled(self.config.clients.per_round, len(self.clients))
+
+    def min_survivors(self) -> int:
+        """Return the number of clients that must complete secure aggregation; 0 if disabled."""
+        secure_sum = self.config.channel.secure_sum
+        return 0 if secure_sum is None else secure_sum.min_survivors(self.num_sampled())
+
+    def rare_sender(self) -> dict[str, Any] | None:
+        """Return a client that does not upload in every round, with its `share_every`, if any."""
+        for profile in self.clients.profiles:
+            if profile.settings.share_every > 1:
+                return {"client": profile.first, "every": profile.settings.share_every}
+        return None
+
+    def waiting_setting(self) -> str | None:
+        """Return a key of `cohort` with a value other than the default, if any."""
+        cohort = self.config.cohort
+        default = type(cohort)()
+        names = [n for n in type(default).model_fields if getattr(cohort, n) != getattr(default, n)]
+        return min(names, default=None)

@@ -1,0 +1,49 @@
+"""A rule that rejects combinations of settings that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from hetero_fl.experiment.compatibility.config_facts import ConfigFacts
+from hetero_fl.utils.errors import UserError
+
+Facts = TypeVar("Facts", bound=ConfigFacts)
+
+
+@dataclass(frozen=True)
+class CompatibilityRule(Generic[Facts]):
+    """Rule against a combination of settings that cannot work or may not be intended.
+
+    Args:
+        keys: The two configuration keys that the rule concerns.
+        violation: Function of the facts about a run. It returns a false value if the run satisfies
+            the rule. Otherwise, it returns a description of the violation, or a list of
+            descriptions if there are several violations.
+        message: Format string of the error message. The field `{run}` contains the facts. If a
+            description is a mapping, its keys are further fields; any other description is the
+            field `{found}`.
+    """
+
+    keys: tuple[str, str]
+    violation: Callable[[Facts], Any]
+    message: str
+
+    def lines(self, run: Facts) -> list[str]:
+        """Return one message for each violation; empty if the run satisfies the rule."""
+        found = self.violation(run)
+        if not found:
+            return []
+        lines = []
+        for violation in found if isinstance(found, list) else [found]:
+            values = violation if isinstance(violation, Mapping) else {"found": violation}
+            lines.append(self.message.format(run=run, **values))
+        return lines
+
+
+def check_rules(rules: Mapping[str, CompatibilityRule[Facts]], run: Facts) -> None:
+    """Raise UserError for the first rule that a run violates."""
+    for rule in rules.values():
+        for line in rule.lines(run):
+            raise UserError(line)

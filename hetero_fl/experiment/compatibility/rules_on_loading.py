@@ -1,0 +1,174 @@
+"""Rules that need only the configuration, checked before data is loaded."""
+
+from __future__ import annotations
+
+from hetero_fl.config.base import StalenessConfig
+from hetero_fl.experiment.compatibility.config_facts import ConfigFacts, first
+from hetero_fl.experiment.compatibility.rule import CompatibilityRule
+
+RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
+    # Cohorts
+    "cohort_larger_than_population": CompatibilityRule(
+        ("clients.per_round", "clients"),
+        lambda run: (run.config.clients.per_round or 0) > len(run.clients) and len(run.clients),
+        "clients.per_round: must be <= {found}, the number of clients, got "
+        "{run.config.clients.per_round}",
+    ),
+    "sampled_clients_share_rarely": CompatibilityRule(
+        ("clients.per_round", "share_every"),
+        lambda run: run.config.clients.per_round is not None and run.rare_sender(),
+        "clients.per_round: cannot be combined with share_every ({client}), because sampled "
+        "clients may not share in that round",
+    ),
+    # Synchronous and asynchronous runs
+    "synchronous_buffer": CompatibilityRule(
+        ("runtime.buffer", "runtime.mode"),
+        lambda run: not run.is_async and run.config.runtime.buffer,
+        "runtime.buffer={found} requires runtime.mode=async; set it, or remove the buffer",
+    ),
+    "synchronous_staleness": CompatibilityRule(
+        ("runtime.staleness", "runtime.mode"),
+        lambda run: not run.is_async and run.config.runtime.staleness != StalenessConfig(),
+        "runtime.staleness: requires runtime.mode=async; set it, or remove the staleness",
+    ),
+    "asynchronous_secure_sum": CompatibilityRule(
+        ("runtime.mode", "channel.secure_sum"),
+        lambda run: run.is_async and run.config.channel.secure_sum,
+        "runtime.mode=async cannot be combined with channel.secure_sum, which sums the "
+        "uploads of one cohort",
+    ),
+    "asynchronous_robustness": CompatibilityRule(
+        ("runtime.mode", "aggregation.rule"),
+        lambda run: run.is_async and run.single_uploads(),
+        "runtime.mode=async cannot be combined with {found}, which needs the uploads of one cohort",
+    ),
+    "asynchronous_clients_share_rarely": CompatibilityRule(
+        ("runtime.mode", "share_every"),
+        lambda run: run.is_async and run.rare_sender(),
+        "runtime.mode=async cannot be combined with share_every ({client}), because there are "
+        "no rounds",
+    ),
+    "two_staleness_settings": CompatibilityRule(
+        ("runtime.staleness", "algorithm.staleness"),
+        lambda run: (
+            run.policy.staleness is not None and run.config.runtime.staleness != StalenessConfig()
+        ),
+        "runtime.staleness: not used by {run.name}; set algorithm.staleness instead",
+    ),
+    "asynchronous_cohort": CompatibilityRule(
+        ("cohort", "runtime.mode"),
+        lambda run: run.is_async and run.waiting_setting(),
+        "cohort.{found}: cannot be combined with runtime.mode=async, which has no cohorts",
+    ),
+    # Methods
+    "unused_client_option": CompatibilityRule(
+        ("clients", "algorithm.name"),
+        lambda run: run.unused_option(),
+        "{found}: not used by algorithm.name={run.name}; remove it",
+    ),
+    # Privacy
+    "private_asynchronous_run": CompatibilityRule(
+        ("runtime.mode", "privacy.unit"),
+        lambda run: run.unit and run.is_async,
+        "runtime.mode=async cannot be combined with privacy.unit={run.unit}, whose budget is "
+        "planned for the cohorts of rounds",
+    ),
+    "private_run_from_other_models": CompatibilityRule(
+        ("init_from", "privacy.unit"),
+        lambda run: run.unit and run.config.init_from,
+        "init_from={found} cannot be combined with privacy.unit={run.unit}, because ε does "
+        "not include what these models reveal; remove one of them",
+    ),
+    "private_sampling": CompatibilityRule(
+        ("cohort.sampling", "privacy.unit"),
+        lambda run: run.unit and run.config.cohort.sampling != "uniform",
+        "cohort.sampling={run.config.cohort.sampling} cannot be combined with "
+        "privacy.unit={run.unit}, whose accounting needs the cohorts in advance",
+    ),
+    "private_over_selection": CompatibilityRule(
+        ("cohort.over_selection", "privacy.unit"),
+        lambda run: run.unit and run.config.cohort.over_selection > 1,
+        "cohort.over_selection={run.config.cohort.over_selection} cannot be combined with "
+        "privacy.unit={run.unit}, whose accounting needs the cohorts in advance",
+    ),
+    "private_repeated_rounds": CompatibilityRule(
+        ("cohort.too_few", "privacy.unit"),
+        lambda run: run.unit and run.config.cohort.too_few == "repeat",
+        "cohort.too_few=repeat cannot be combined with privacy.unit={run.unit}, whose "
+        "accounting needs the cohorts in advance",
+    ),
+    "distributed_noise_in_plain_sum": CompatibilityRule(
+        ("privacy.distributed", "channel.secure_sum"),
+        lambda run: (
+            run.privacy and run.privacy.distributed and run.config.channel.secure_sum is None
+        ),
+        "privacy.distributed: requires channel.secure_sum, because the noise of a single "
+        "upload is too small",
+    ),
+    "private_clients_robustness": CompatibilityRule(
+        ("aggregation.rule", "privacy.unit"),
+        lambda run: run.unit == "client" and run.single_uploads(),
+        "{found} cannot be combined with privacy.unit={run.unit}, which adds noise to sums; "
+        "set privacy.unit=record or local",
+    ),
+    "poisson_cohorts_secure_sum": CompatibilityRule(
+        ("privacy.poisson_cohorts", "channel.secure_sum"),
+        lambda run: run.privacy and run.privacy.poisson_cohorts and run.config.channel.secure_sum,
+        "privacy.poisson_cohorts: cannot be combined with channel.secure_sum, which needs "
+        "cohorts of a fixed size; remove one of them",
+    ),
+    "private_clients_compression": CompatibilityRule(
+        ("channel.compress", "privacy.unit"),
+        lambda run: run.unit == "client" and first(run.config.channel.compress),
+        "channel.compress={found.kind} cannot be combined with privacy.unit={run.unit}, "
+        "because it changes uploads after clipping; set privacy.unit=record or local",
+    ),
+    # Robustness
+    "secure_sum_robustness": CompatibilityRule(
+        ("aggregation.rule", "channel.secure_sum"),
+        lambda run: run.config.channel.secure_sum and run.single_uploads(),
+        "{found} cannot be combined with channel.secure_sum, which reveals only the sum of "
+        "uploads; remove one of them",
+    ),
+    # Cohorts that are chosen or repeated
+    "choice_among_all_clients": CompatibilityRule(
+        ("cohort.over_selection", "clients.per_round"),
+        lambda run: run.config.clients.per_round is None and run.choosing_setting(),
+        "cohort.{found}: requires clients.per_round; without it all clients are sampled",
+    ),
+    "least_above_sampled": CompatibilityRule(
+        ("cohort.least", "clients.per_round"),
+        lambda run: run.config.cohort.least > run.num_wanted() and run.num_wanted(),
+        "cohort.least: must be <= {found}, the clients in a round (clients.per_round), got "
+        "{run.config.cohort.least}",
+    ),
+    "losses_of_secure_sum": CompatibilityRule(
+        ("cohort.sampling", "channel.secure_sum"),
+        lambda run: run.config.cohort.sampling == "oort" and run.config.channel.secure_sum,
+        "cohort.sampling=oort cannot be combined with channel.secure_sum, which hides the "
+        "training losses of single clients; choose available or uniform",
+    ),
+    "over_selection_secure_sum": CompatibilityRule(
+        ("cohort.over_selection", "channel.secure_sum"),
+        lambda run: (
+            run.config.clients.per_round is not None
+            and run.min_survivors() > run.num_wanted()
+            and {"sampled": run.num_sampled(), "survivors": run.min_survivors()}
+        ),
+        "cohort.over_selection={run.config.cohort.over_selection:g} is too large: only the first "
+        "{run.config.clients.per_round} of {sampled} sampled clients are used, but "
+        "channel.secure_sum.threshold requires {survivors}; choose a smaller over_selection or "
+        "threshold",
+    ),
+    "repeated_secure_sum": CompatibilityRule(
+        ("cohort.least", "channel.secure_sum"),
+        lambda run: (
+            run.config.cohort.too_few == "repeat"
+            and 0 < run.min_survivors() < run.config.cohort.least
+            and run.min_survivors()
+        ),
+        "cohort.least: must be <= {found} with cohort.too_few=repeat and channel.secure_sum, "
+        "because the difference of two sums reveals single uploads, got "
+        "{run.config.cohort.least}; choose a smaller number, or set cohort.too_few=skip",
+    ),
+}

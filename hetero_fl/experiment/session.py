@@ -1,0 +1,374 @@
+"""Train a run in its directory, round by round, and write its results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from hetero_fl.config import Config
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.executors.choose import ExecutorChoice
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
+from hetero_fl.reporting.integrity import (
+    check_resumable,
+    evidence_of_start,
+    identity,
+)
+from hetero_fl.reporting.progress import Progress, writer_callback
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.summary import Patience, collect_details, summarize
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.serialization import write_atomically
+from hetero_fl.utils.text import pluralize
+
+if TYPE_CHECKING:
+    pass
+
+
+class RunSession:
+    """Training session of a run, an iterable that trains one round per iteration.
+
+    Each round is committed to disk before its record is yielded. The models, the summary and the
+    report are written after the last round.
+
+    Args:
+        prepared: The run.
+        directory: The run directory.
+        choice: Executor, device and threads to use.
+        progress: Receives log lines and progress.
+        executor_factory: Function that creates the executor if the clients train on other machines.
+
+    Attributes:
+        trainer: The trainer. Its executor must be closed with `close`.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        directory: RunDirectory,
+        choice: ExecutorChoice,
+        progress: Progress,
+        executor_factory: ExecutorFactory | None = None,
+    ) -> None:
+        self._prepared = prepared
+        self._directory = directory
+        self._choice = choice
+        self._progress = progress
+        self._started = time.perf_counter()
+        memory = prepared.config.runtime.store_memory << 20
+        store = StateStore(directory.path / "checkpoint", memory)
+        self.trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
+        if progress.is_terminal:
+            self.trainer.executor.set_listener(progress.show_task)
+
+    def close(self) -> None:
+        """Close the executor. An unfinished run can be resumed later."""
+        self.trainer.executor.close()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Train the remaining rounds and yield the record of each round.
+
+        Raises:
+            UserError: If the run directory does not match the run.
+        """
+        prepared, directory, trainer = self._prepared, self._directory, self.trainer
+        progress, config = self._progress, prepared.config
+        budget = prepared.budget
+        planned = config.rounds if budget is None else budget.affordable_rounds()
+        checkpoints = Checkpoints(trainer.store, progress.log)
+        metadata = _start_or_resume(
+            prepared,
+            directory,
+            trainer,
+            checkpoints,
+            choice=self._choice,
+            planned=planned,
+            progress=progress,
+        )
+        write_events = writer_callback(directory.path) if config.output.tensorboard else None
+        patience = Patience(
+            prepared.federation.task, config.evaluation.patience, _read_history(directory)
+        )
+        setup_seconds = time.perf_counter() - self._started
+        progress.unit = prepared.federation.task.unit
+        progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
+        evaluation: EvaluationResult | None = None
+        while trainer.completed < planned and not patience.exhausted:
+            record = trainer.run_round()
+            is_last = trainer.completed == planned
+            if budget is not None:
+                record["privacy"] = budget.spent(trainer.completed)
+            if trainer.completed % config.evaluation.every == 0 or is_last:
+                result = _evaluate(trainer, record, directory if is_last else None)
+                patience.update(record)
+                evaluation = result if is_last else None
+            directory.append_metrics(record)
+            metadata["directory"]["metrics"] = directory.metrics_checksum()
+            trainer.save(checkpoints, metadata)
+            yield record
+            if write_events is not None:
+                write_events(record)
+            progress.finish_round(record)
+        if patience.exhausted:
+            progress.log(
+                f"stopped after round {trainer.completed}: validation has not improved for "
+                f"{config.evaluation.patience} evaluations (evaluation.patience)"
+            )
+        if budget is not None and trainer.completed == planned < config.rounds:
+            next_epsilon = budget.epsilon(planned + 1)
+            progress.log(
+                f"stopped after round {planned}: another round would raise ε to {next_epsilon:.3g},"
+                f" above privacy.target_epsilon={budget.privacy.target_epsilon:g}"
+            )
+        _finish(
+            prepared,
+            directory,
+            trainer,
+            evaluation=evaluation,
+            history=_read_history(directory),
+            setup_seconds=setup_seconds,
+            progress=progress,
+        )
+
+
+def _start_or_resume(
+    prepared: PreparedRun,
+    directory: RunDirectory,
+    trainer: FederatedTrainer,
+    checkpoints: Checkpoints,
+    *,
+    choice: ExecutorChoice,
+    planned: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Restore the newest checkpoint or save the first one.
+
+    Returns:
+        Metadata to save in later checkpoints.
+    """
+    rounds = prepared.config.rounds
+    metadata: dict[str, Any] = {
+        "data": prepared.data.content_hash(),
+        "traces": trainer.fingerprint,
+        "choice": choice.record(),
+    }
+    saved = checkpoints.load_newest()
+    if saved is not None:
+        saved = _restore(
+            saved, prepared, directory, trainer, checkpoints, metadata=metadata, planned=planned
+        )
+        threads = pluralize(choice.threads, "thread")
+        workers = pluralize(choice.workers, "worker")
+        progress.log(
+            f"resumed after round {trainer.completed}; "
+            f"{choice.executor} executor, {threads}, {workers}"
+        )
+    elif evidence := evidence_of_start(directory):
+        raise UserError(
+            f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
+            "restore it, or start a new run in another folder"
+        )
+    directory.rewind_metrics(trainer.completed)
+    extended = _extend(directory, saved, rounds, progress)
+    prepared.notes += extended
+    metadata["directory"] = {**identity(directory), "rounds": rounds, "extended": extended}
+    if saved is None:
+        prepared.start.load_into(trainer)
+        metadata["directory"]["metrics"] = directory.metrics_checksum()
+        trainer.save(checkpoints, metadata)
+        for note in [prepared.headline, *prepared.notes, *choice.reasons]:
+            progress.log(note)
+    return metadata
+
+
+def _restore(
+    saved: dict[str, Any],
+    prepared: PreparedRun,
+    directory: RunDirectory,
+    trainer: FederatedTrainer,
+    checkpoints: Checkpoints,
+    *,
+    metadata: Mapping[str, Any],
+    planned: int,
+) -> dict[str, Any]:
+    """Restore the trainer's state and return the checkpoint that it was restored from.
+
+    Args:
+        saved: The newest checkpoint.
+        prepared: The run.
+        directory: The run directory.
+        trainer: The trainer to restore.
+        checkpoints: All checkpoints of the run.
+        metadata: Metadata that the checkpoint must match.
+        planned: Total number of rounds.
+
+    Raises:
+        UserError: If the checkpoint was written with different data or devices.
+    """
+    config = prepared.config
+    check_resumable(directory, saved)
+    if saved["data"] != metadata["data"]:
+        raise UserError(
+            f"{directory.path}: the data differs from the data that this run started with; "
+            "restore it, or start a new run"
+        )
+    if saved.get("traces", "") != metadata["traces"]:
+        raise UserError(
+            f"devices.file: {config.devices and config.devices.file} differs from the file that "
+            "this run started with; restore it, or start a new run"
+        )
+    if saved["run"]["completed"] < planned:
+        saved = _reopen_directory(directory, checkpoints, saved, config.evaluation.every)
+    trainer.load_state_dict(saved["run"])
+    trainer.on_checkpoint()
+    return saved
+
+
+def _reopen_directory(
+    directory: RunDirectory, checkpoints: Checkpoints, saved: dict[str, Any], every: int
+) -> dict[str, Any]:
+    """Prepare a run directory for additional rounds and return the checkpoint to continue from.
+
+    The last round of the shorter run was evaluated regardless of `evaluation.every`. If the longer
+    run does not evaluate this round, the round is repeated from the previous checkpoint.
+    """
+    directory.reopen()
+    completed = saved["run"]["completed"]
+    if completed % every and "validation" in directory.metrics()[completed - 1]:
+        return checkpoints.load_before(completed) or checkpoints.load_newest() or saved
+    return saved
+
+
+def _extend(
+    directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: int, progress: Progress
+) -> list[str]:
+    """Write the number of rounds to `config.yaml` and return a note on each extension so far."""
+    recorded = directory.config()
+    if recorded.get("rounds") != rounds:
+        directory.write_config({**recorded, "rounds": rounds})
+    if saved is None:
+        return []
+    recorded_run = saved.get("directory", {})
+    extended = list(recorded_run.get("extended", []))
+    if (planned := recorded_run.get("rounds", recorded.get("rounds", rounds))) < rounds:
+        completed = saved["run"]["completed"]
+        line = (
+            f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; "
+            "schedules use the new total"
+        )
+        progress.log(line)
+        extended.append(line)
+    return extended
+
+
+def _read_history(directory: RunDirectory) -> list[Record]:
+    """Read the records of all rounds so far from disk, where they are kept to save memory."""
+    return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
+
+
+def _evaluate(
+    trainer: FederatedTrainer, record: Record, directory: RunDirectory | None
+) -> EvaluationResult:
+    """Evaluate the current models and add the result to the record of the round.
+
+    Args:
+        trainer: The trainer.
+        record: Record of the round, which is modified.
+        directory: Where to save the models; None except in the last evaluation.
+    """
+    started = time.perf_counter()
+    down_bytes = trainer.traffic.down
+    result = trainer.evaluate() if directory is None else _evaluate_fully(trainer, directory)
+    add_evaluation(record, result)
+    record["down_bytes"] += trainer.traffic.down - down_bytes
+    record["seconds"]["evaluation"] = time.perf_counter() - started
+    return result
+
+
+def _finish(
+    prepared: PreparedRun,
+    directory: RunDirectory,
+    trainer: FederatedTrainer,
+    *,
+    evaluation: EvaluationResult | None,
+    history: list[Record],
+    setup_seconds: float,
+    progress: Progress,
+) -> None:
+    """Write the models, summary, plots and report of a run after the last round."""
+    if evaluation is None:
+        # The run stopped early, or the process was killed after the last round. The models were
+        # evaluated before, so the traffic of this evaluation is not counted.
+        down_bytes = trainer.traffic.down
+        evaluation = _evaluate_fully(trainer, directory)
+        trainer.traffic.down = down_bytes
+    directory.write_json(
+        "details.json",
+        collect_details(prepared.federation, evaluation, prepared.notes, prepared.method),
+    )
+    summary = summarize(
+        prepared.config,
+        prepared.federation,
+        history=history,
+        traffic=trainer.traffic,
+        setup_seconds=setup_seconds,
+        evaluation=evaluation,
+    )
+    directory.finish(summary)
+    write_presentation(prepared.config, directory, progress.log)
+    progress.finish(summary)
+
+
+def write_presentation(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> None:
+    """Write the plots and the report, unless they exist.
+
+    Errors while drawing are logged and do not fail the run.
+
+    Args:
+        config: The configuration of the run.
+        directory: The run directory.
+        log: Function called with each log line.
+    """
+    if (directory.path / "report.html").exists():
+        return
+    # Slow to import, and not needed before the last round.
+    from hetero_fl.reporting.plots import write_plots
+    from hetero_fl.reporting.report import write_report
+
+    if config.output.plots:
+        write_plots(directory.path, log)
+    if config.output.report:
+        write_report(directory.path, log)
+
+
+def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
+    """Evaluate with all details for the report, and save each model when it is evaluated."""
+
+    def save(name: str, model: bytes) -> None:
+        # The model is empty if a remote client does not upload it.
+        if model:
+            write_atomically(directory.path / "models" / f"{name}.safetensors", model)
+
+    result = trainer.evaluate(details=True, save=save)
+    slot = trainer.algorithm.server_model(trainer.server)
+    if slot is not None:
+        federation = trainer.federation
+        server = trainer.server
+        preprocess = asdict(federation.preprocessing_of(slot))
+        layout = federation.data.layout
+        model = SavedModel(
+            trainer.server_tensors(slot),
+            server.arch[slot],
+            preprocess,
+            federation.task,
+            None,
+            layout.columns,
+            layout.categories,
+        )
+        save("server", model.encode())
+    return result

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.baselines import MEMBER
 from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.core.objectives import TeacherDistillation, distillation_loss
 from hetero_fl.core.plan import Rows
@@ -127,7 +128,7 @@ def test_regression_ensemble_averages_predictions() -> None:
     for client_id in ids:
         client_info = run.federation.client_infos[client_id]
         member = SavedModel(
-            client.state["members"][client_id],
+            client.models[MEMBER + client_id],
             client_info.arch,
             asdict(client_info.preprocess),
             run.federation.task,

@@ -210,7 +210,6 @@ BY_DISTANCE = ("fedproto", "fedtgp")
 @pytest.mark.parametrize(
     "settings",
     [
-        # FedLC has margins of its own and refuses the option.
         *({"name": m} for m in METHODS if m != "fedlc"),
         *({"name": m, "inference": "head"} for m in BY_DISTANCE),
     ],
@@ -218,7 +217,8 @@ BY_DISTANCE = ("fedproto", "fedtgp")
 def test_every_method_applies_logit_adjustment(settings: dict[str, str]) -> None:
     """Check that fits on private rows and local tests add log π.
 
-    Distances to prototypes are not logits of that training and stay unadjusted.
+    Distances to prototypes are not logits of that training and stay unadjusted. FedLC has its own
+    loss and refuses the option.
     """
     method, by_distance = (
         settings["name"],

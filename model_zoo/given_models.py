@@ -23,14 +23,16 @@ from model_zoo.split_model import SplitModel
 
 OBJECT_PREFIX = "object:"
 
+PLAIN = (bool, int, float, str, tuple)
+"""Types of attributes that distinguish modules with equal `repr`."""
 ModelFactory = Callable[..., nn.Module]
 
 
 class GivenModel:
     """A module, or a class or function that creates one.
 
-    Two modules are one architecture if their classes, their `repr`, and the names and shapes of
-    their tensors agree; two functions, if their names and source texts agree.
+    Two modules are one architecture if their classes, their `repr`, their plain attributes, and the
+    names and shapes of their tensors agree; two functions or classes, if they are one object.
 
     Args:
         model: A module, which is not modified; or a class or function, which is called with those
@@ -64,7 +66,9 @@ class GivenModel:
         self.head = head
         described = _describe_module(model) if isinstance(model, nn.Module) else _source_of(model)
         digest = hashlib.sha256(f"{described}\n{head}".encode()).hexdigest()[:8]
-        self.name = f"{OBJECT_PREFIX}{self.title}-{digest}"
+        name = f"{OBJECT_PREFIX}{self.title}-{digest}"
+        is_module = isinstance(model, nn.Module)
+        self.name = name if is_module else _name_of_factory(name, model)
         _given.setdefault(self.name, WeakSet()).add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -114,6 +118,16 @@ class GivenModel:
             ModelError: If the module has no head, or does not accept the examples.
         """
         return split_module(self.factory(pretrained=True), shape, self.head)
+
+
+def _name_of_factory(name: str, model: ModelFactory) -> str:
+    """Return a name that no other function has: equal source texts may have other closures."""
+    number = 1
+    unique = name
+    while any(given._model is not model for given in _given.get(unique, ())):
+        number += 1
+        unique = f"{name}~{number}"
+    return unique
 
 
 def _restore(model: nn.Module | ModelFactory, head: str | None, name: str) -> GivenModel:
@@ -187,7 +201,14 @@ def find_given(name: str) -> GivenModel:
 def _describe_module(module: nn.Module) -> str:
     tensors = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-    return f"{type(module).__module__}.{type(module).__qualname__}\n{module}\n{tensors}\n{frozen}"
+    attributes = {
+        path: {name: value for name, value in vars(part).items() if isinstance(value, PLAIN)}
+        for path, part in module.named_modules()
+    }
+    for values in attributes.values():
+        values.pop("training", None)
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}"
 
 
 def _source_of(function: Any) -> str:

@@ -85,17 +85,24 @@ def _make_custom_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that a user's function creates, with the configured learning rate."""
     create = import_reference(config.name, "optimizer.name", torch.optim.Optimizer, "parameters")
-    # An optimizer adds its own learning rate to the groups.
-    rates = [group.get("lr", config.lr) for group in groups]
+    # An optimizer adds its own learning rate to the groups, so they are read before.
+    head_rates = [group.get("lr") for group in groups]
+    parameters = groups if config.head_lr else [p for group in groups for p in group["params"]]
     with translate_user_errors():
-        optimizer = create(groups)
+        optimizer = create(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(
             f"optimizer.name: expected {config.name} to return a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}"
         )
-    for rate, group in zip(rates, optimizer.param_groups, strict=True):
-        group["lr"] = rate
+    if config.head_lr:
+        for rate, group in zip(head_rates, optimizer.param_groups, strict=True):
+            group["lr"] = rate or config.lr
+        return optimizer
+    first = optimizer.param_groups[0]["lr"]
+    for group in optimizer.param_groups:
+        # The groups of the function keep the ratios of their learning rates.
+        group["lr"] = config.lr if group["lr"] == first else group["lr"] * config.lr / first
     return optimizer
 
 

@@ -351,7 +351,7 @@ def compare(
     if failed:
         lines = (f"{job}: {' '.join(error.split())}" for job, error in failed.items())
         raise RunFailedError("\n".join([f"{len(failed)} of {len(plan.work)} runs failed", *lines]))
-    return Comparison(plan.out)
+    return Comparison(plan.out, plan.permission)
 
 
 class _Plan:

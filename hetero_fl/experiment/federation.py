@@ -250,7 +250,8 @@ class Federation:
             UserError: If the federation, the method and the settings do not fit together.
         """
         config = self._configuration(method, rounds, sections)
-        return prepare(config, overrides, allow_code=self._allow_code)
+        prepared = prepare(config, overrides, allow_code=self._allow_code)
+        return replace(prepared, kept=(*self._objects, method, sections))
 
     def train(
         self,

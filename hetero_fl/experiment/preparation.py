@@ -58,7 +58,7 @@ from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
-from hetero_fl.utils.objects import OBJECT_PREFIX
+from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
@@ -79,6 +79,7 @@ class PreparedRun:
         start: Initial tensors of the clients and the server that replace the random ones.
         budget: The privacy budget; None for a run without privacy.
         headline: Data, task, method and number of clients in one line.
+        kept: Objects that the configuration names, which must exist as long as the run.
     """
 
     config: Config
@@ -89,6 +90,7 @@ class PreparedRun:
     start: StartingTensors
     budget: PrivacyBudget | None = None
     headline: str = ""
+    kept: tuple[object, ...] = ()
 
     def __repr__(self) -> str:
         clients = pluralize(len(self.federation.client_infos), "client")
@@ -602,6 +604,11 @@ def load_config(
     draft = draft_config(source, overrides)
     permission = CodePermission.from_argument(allow_code).with_caller_references(source, overrides)
     permission.check(draft.code_references, draft.key_source)
+    if isinstance(source, str | Path):
+        for key, value in iterate_objects(draft.raw):
+            raise draft.error(
+                f"{key}: found '{value}', an object of a Python program, which a file cannot name"
+            )
     config = draft.config
     if draft.code_references:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,53 @@ def test_resumed_run_of_a_federation_that_is_created_again(tmp_path: Path) -> No
     ) as trainer:
         assert trainer.completed == 1
         assert [record["round"] for record in trainer] == [2]
+
+
+def test_prepared_run_outlives_its_federation() -> None:
+    prepared = federation().prepare(hfl.Local(), rounds=1, overrides=QUIET)
+    gc.collect()
+    trainer = prepared.make_trainer()
+    trainer.run_round()
+    trainer.executor.close()
+
+
+def test_functions_of_one_source_are_different_models() -> None:
+    def make(width: int) -> Callable[[], nn.Module]:
+        return lambda: Net(width)
+
+    own = federation(make(4), make(6))
+    infos = own.prepare(hfl.Local()).federation.client_infos
+    assert infos["site_1"].arch.shapes != infos["site_2"].arch.shapes
+
+
+def test_modules_with_other_attributes_are_different_models() -> None:
+    class Scaled(Net):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        @override
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.scale * x)
+
+    own = federation(Scaled(1.0), Scaled(0.5))
+    infos = own.prepare(hfl.Local()).federation.client_infos
+    assert infos["site_1"].arch != infos["site_2"].arch
+
+
+def test_file_that_names_an_object_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("clients: {count: 2, defaults: {objective: 'object:loss'}}")
+    with pytest.raises(UserError, match="which a file cannot name"):
+        hfl.Federation.from_config(path)
+
+
+def test_code_of_a_file_needs_permission(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"clients: {{count: 2, defaults: {{model: 'python:{__name__}:Digits'}}}}")
+    with pytest.raises(UserError, match="pass allow_code=True"):
+        hfl.Federation.from_config(path)
+    assert len(hfl.Federation.from_config(path, allow_code=True)) == 2
 
 
 def test_comparison_of_methods(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hetero_fl.reporting.formatting import algorithm_name, tested_metric
 from hetero_fl.reporting.notebook import Picture
 from hetero_fl.reporting.run import Run
+from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Comparison:
 
     Args:
         path: The folder of the comparison.
+        allow_code: Whether code that the files of the runs name may be executed.
 
     Attributes:
         path: The folder, with `comparison.csv`, `comparison.md`, `comparison.tex`,
@@ -41,8 +43,9 @@ class Comparison:
         ['local', 'fedavg']
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
         self.path = Path(path)
+        self._permission = CodePermission.from_argument(allow_code)
         if not (self.path / "comparison.csv").is_file():
             raise UserError(f"{path}: contains no comparison.csv; choose a folder of a comparison")
         self._kept: list[object] = []
@@ -77,7 +80,7 @@ class Comparison:
     @cached_property
     def runs(self) -> list[Run]:
         """The runs, in the order of their folders."""
-        return [Run(folder) for folder in sorted((self.path / "runs").iterdir())]
+        return [Run(folder, self._permission) for folder in sorted((self.path / "runs").iterdir())]
 
     def to_markdown(self) -> str:
         """Return the table of means and standard deviations over seeds in Markdown."""

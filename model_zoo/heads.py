@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 class LogitsOnly(nn.Module):
-    """A model of `transformers` that takes and returns tensors.
+    """Wrapper of a `transformers` classifier that maps an input tensor to logits.
 
     Args:
         model: An image or text classifier; its outputs have an attribute `logits`.

@@ -342,7 +342,7 @@ def value_kinds(spec: ItemSpec) -> set[Sort]:
 
 
 class Link:
-    """An encoder and decoder of the payloads of one direction.
+    """Encodes and decodes the payloads of one direction, broadcasts or uploads.
 
     Args:
         stages: The configured stages.

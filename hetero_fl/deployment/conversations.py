@@ -287,7 +287,7 @@ class Connections:
             node that claims to be the client, until that node disconnects.
 
     Attributes:
-        node_of: Number of the node of each connected client.
+        node_of: Node id of each connected client, by client id.
         reports: Report of each client that has connected at least once.
         refusals: Reason for each refusal, by node number and claimed client.
         log_heads: Heads of the sites' audit logs.

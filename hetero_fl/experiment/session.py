@@ -73,7 +73,7 @@ class RunSession:
         self.trainer.executor.close()
 
     def start(self) -> None:
-        """Load the starting weights, or the newest checkpoint. Iteration calls this if necessary.
+        """Restore the newest checkpoint, or load the starting weights if there is none.
 
         Raises:
             UserError: If the run directory does not match the run.

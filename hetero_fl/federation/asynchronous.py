@@ -147,7 +147,7 @@ class TaskQueue:
         return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. A broadcast of several tasks is stored only once."""
+        """Return the state for a checkpoint; a broadcast that tasks share is stored once."""
         broadcasts: dict[bytes, int] = {}
         rows = []
         for t in self:

@@ -246,7 +246,7 @@ def _rdp_of_step(noise: float, rate: float) -> Any:
 
 
 def opacus_accountants() -> dict[str, Any]:
-    """Return the accountant classes of opacus by name.
+    """Return the namespace of `opacus.accountants`, which contains the accountants.
 
     Raises:
         UserError: If opacus is not installed.

@@ -29,7 +29,7 @@ def is_baseline(label: str) -> bool:
 
 
 def method_needs(label: str) -> list[requirements.Need]:
-    """Return the requirements of a method with the settings of its label."""
+    """Return the requirements of a method, given the settings in its label; empty if unknown."""
     kind = method_class(label)
     if kind is None:
         return []

@@ -70,7 +70,7 @@ class IdSeries:
         return (prefix + str(number).zfill(width) for number in range(1, self.count + 1))
 
     def position(self, client_id: str) -> int | None:
-        """Return the position of an id in the series, or None if it is not part of it."""
+        """Return the position of an id, or None if the series does not contain the id."""
         if self.count == 1:
             return 0 if client_id == self.name else None
         number = client_id.removeprefix(f"{self.name}_")

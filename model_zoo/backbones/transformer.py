@@ -22,7 +22,7 @@ class SelfAttention(nn.Module):
     Inputs and outputs have shape `[B, steps, width]`.
 
     Args:
-        width: Width of a step.
+        width: Embedding dimension of each step of the sequence.
         heads: Number of heads.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Table sources: CSV, TSV and Parquet files, and generated payments at six banks."""
+"""Table sources: CSV, TSV and Parquet files, and a synthetic data set of payments at six banks."""
 
 from __future__ import annotations
 

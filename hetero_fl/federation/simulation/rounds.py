@@ -318,5 +318,5 @@ class SimulatedTrainer(ScheduledTrainer):
 
 
 def task_number(round_idx: int, attempt: int) -> int:
-    """Return the number of the tasks of an attempt, which is `round_idx` for the first attempt."""
+    """Return the identifier of the tasks of an attempt, `round_idx` for the first attempt."""
     return attempt << 32 | round_idx

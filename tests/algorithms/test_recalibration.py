@@ -49,7 +49,7 @@ def reference_statistics(module: nn.Module, x: torch.Tensor) -> dict[str, torch.
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    "model", ["cnn_bn_small", {"name": "mlp", "hidden": [16], "norm": "batch", "dropout": 0.5}]
+    "model", ["cnn_bn_small", {"name": "mlp", "hidden": [16, 12], "norm": "batch", "dropout": 0.5}]
 )
 def test_recalibrate_matches_reference(model: Any) -> None:
     rounds = rounds_of(config("fedmd", model, data__proxy__size=129), num_rounds=1)

@@ -60,7 +60,7 @@ def client_of(source: dict[str, Any]) -> Participant:
             "algorithm.name=fedgkt, which uploads 'features' of every private row",
         ),
         (private("centralized", RECORD), "collects all private rows in one place"),
-        (private("fedbabu", RECORD), "trains on private rows before evaluation"),
+        (private("fedbabu", RECORD), "does not account for training before evaluation"),
         (private("feddf", CLIENT), "needs single uploads"),
         (private("fedkd", {**CLIENT, "unit": "local"}), "the shape of 'mentee'"),
         (private("fedavg", CLIENT, "cnn_bn_small"), "adds noise to BatchNorm statistics"),

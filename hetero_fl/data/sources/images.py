@@ -102,7 +102,7 @@ def digits(_config: SourceConfig, _root: Path) -> Dataset:
     scikit-learn.
     """
     embedded = files("hetero_fl.data") / "embedded" / "digits.npz"
-    with as_file(embedded) as path, np.load(path) as file:
+    with as_file(embedded) as path, np.load(path, allow_pickle=False) as file:
         # Pixels range from 0 to 16.
         images, labels = file["images"] * (255 / 16), file["labels"]
     x = torch.from_numpy(np.rint(images).astype(np.uint8))[:, None]

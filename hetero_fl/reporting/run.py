@@ -217,7 +217,7 @@ class Run:
             client: Client id, or `server`.
 
         Returns:
-            The module of the user's class; for models of `model_zoo`, a `SplitModel`, which returns
+            An instance of the class that was given; for models of `model_zoo`, a `SplitModel`, which returns
             logits and features.
 
         Raises:

@@ -217,8 +217,8 @@ class Run:
             client: Client id, or `server`.
 
         Returns:
-            An instance of the class that was given; for models of `model_zoo`, a `SplitModel`, which returns
-            logits and features.
+            An instance of the class that was given; for models of `model_zoo`, a `SplitModel`,
+            which returns logits and features.
 
         Raises:
             UserError: If there is no such client.

@@ -87,7 +87,7 @@ def as_bytes(x: Tensor, where: str) -> Tensor:
 def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
     """Convert images `[N, C, H, W]` or `[N, H, W, C]` to `[N, C, H, W]`.
 
-    The axis of channels is inferred from the lengths of the axes.
+    The axis of channels is inferred from the lengths of the axes. The result is a view of `x`.
 
     Args:
         x: The images.
@@ -114,7 +114,7 @@ def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
         is_first = last > MAX_CHANNELS
     else:
         is_first = documented == "first"
-    return x if is_first else x.movedim(-1, 1).contiguous()
+    return x if is_first else x.movedim(-1, 1)
 
 
 def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:

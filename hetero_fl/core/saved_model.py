@@ -254,7 +254,8 @@ class SavedModel:
         """
         candidates = (x, x.movedim(-1, 1))
         accepted = [images for images in candidates if self._accepts_shape(tuple(images.shape[1:]))]
-        return accepted[0].contiguous() if len(accepted) == 1 else channels_first(x, where)
+        chosen = accepted[0] if len(accepted) == 1 else channels_first(x, where)
+        return chosen.contiguous()
 
     def _accepts_shape(self, shape: tuple[int, ...]) -> bool:
         """Return whether preprocessing converts an example of this shape to the model's input."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ Spans = tuple[tuple[int, int], ...]
 """Half-open column ranges `(start, stop)` along the last axis."""
 Categories = tuple[tuple[str, tuple[str, ...]], ...]
 """Text columns to one-hot encode, as pairs of a column name and the values in their order."""
+CHECKED_ROWS = 4096
+"""Number of rows whose values are checked at a time."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -434,7 +436,9 @@ class Examples:
             name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW
         }
         baselines = {name: outputs[rows] for name, outputs in self.baselines.items()}
-        return replace(self, x=self.x[rows], baselines=baselines, **columns)
+        # x may be a view of images with the channels last.
+        x = self.x[rows].contiguous()
+        return replace(self, x=x, baselines=baselines, **columns)
 
 
 _BY_ROW = ("y", "group", "patient", "time", "unit")
@@ -628,10 +632,20 @@ def _check_values(x: Tensor, where: str, name: str, missing: bool) -> None:
     elif x.ndim < 2 or 0 in x.shape:
         raise UserError(f"{where}: expected at least one value per row, got {_describe(x)}")
     elif missing and x.ndim < 4:
-        if (row := first_true(torch.isinf(x).flatten(1).any(1))) is not None:
+        if (row := _first_row(x, torch.isinf)) is not None:
             raise UserError(f"{where}: row {row}: infinite value")
-    elif (row := first_true(~torch.isfinite(x).flatten(1).all(1))) is not None:
+    elif (row := _first_row(x, lambda block: ~torch.isfinite(block))) is not None:
         raise UserError(f"{where}: row {row}: NaN or infinite value")
+
+
+def _first_row(x: Tensor, is_invalid: Callable[[Tensor], Tensor]) -> int | None:
+    """Return the index of the first row with an invalid value, or None if there is none."""
+    # In blocks of rows, because the masks of a large data set would occupy as much memory as it.
+    for start in range(0, len(x), CHECKED_ROWS):
+        row = first_true(is_invalid(x[start : start + CHECKED_ROWS]).flatten(1).any(1))
+        if row is not None:
+            return start + row
+    return None
 
 
 def _check_class_labels(y: Tensor, num_classes: int, num_rows: int, where: str) -> None:

@@ -207,7 +207,7 @@ def match_columns(
 ) -> tuple[Tensor, list[str]]:
     """Rearrange columns in the order of the main data set.
 
-    Unnamed columns are returned unchanged. A missing column becomes NaN. If a text column exists
+    Unnamed columns, and columns in this order already, are returned unchanged. A missing column becomes NaN. If a text column exists
     but lacks one of its indicators, the indicator becomes 0, as no row has the value.
 
     Args:
@@ -225,7 +225,7 @@ def match_columns(
     Raises:
         UserError: If a needed column is missing.
     """
-    if not names or not common_set.columns:
+    if not names or not common_set.columns or names == common_set.columns:
         return x, []
     encoded = common_set.layout.encoded_columns
     prefixes = tuple(f"{column}=" for column, _ in common_set.categories)

@@ -627,7 +627,7 @@ def features(
             added = dict(zip(indicator_names(name, values), indicators.T, strict=True))
         else:
             column = parse_numbers(frame[key], where, allow_missing)
-            added = {} if column is None else {name: column}
+            added = {} if column is None else {name: column.astype(np.float32)}
             if column is None:
                 left_out[name] = _reason_left_out(frame[key])
         for other in added:
@@ -642,7 +642,7 @@ def features(
             f"{where}: has no numeric or categorical columns other than label, group and patient"
         )
     return (
-        torch.from_numpy(np.stack(list(found.values()), axis=1).astype(np.float32)),
+        torch.from_numpy(np.stack(list(found.values()), axis=1, dtype=np.float32)),
         tuple(found),
         left_out,
     )

@@ -207,8 +207,9 @@ def match_columns(
 ) -> tuple[Tensor, list[str]]:
     """Rearrange columns in the order of the main data set.
 
-    Unnamed columns, and columns in this order already, are returned unchanged. A missing column becomes NaN. If a text column exists
-    but lacks one of its indicators, the indicator becomes 0, as no row has the value.
+    Unnamed columns, and columns that are in this order already, are returned unchanged. A missing
+    column becomes NaN. If a text column exists but lacks one of its indicators, the indicator
+    becomes 0, as no row has the value.
 
     Args:
         x: Examples, shape `[..., columns]`.

@@ -1,4 +1,4 @@
-"""A client of a federation that is created in Python."""
+"""Clients of a federation that is created in Python."""
 
 from __future__ import annotations
 
@@ -43,54 +43,58 @@ OWN_ARGUMENTS = ("name", "model", "data", "label", "validation", "test", "head",
 
 
 class Client:
-    """A participant with its own data and its own model.
+    """A client of a federation, with its own data and model.
 
-    All arguments except the name, the model and the data have the meaning and the defaults of the
-    configuration keys with the same names (see the reference of `clients.defaults`). An argument
-    that is None is not set.
+    The arguments from `optimizer` on have the meaning of the configuration keys with the same names
+    (see the reference of `clients.defaults`). If such an argument is None, the default of the
+    federation applies.
 
     Args:
-        name: Id of the client: letters, digits, `_` and `-`.
-        model: A `torch.nn.Module`; a class or function that creates one; or a model of `model_zoo`
-            by name, or as a dictionary with its options. None is the default of the federation.
+        name: Client id, which consists of letters, digits, `_` and `-`.
+        model: A `torch.nn.Module`; a class or function that creates a module; the name of a model
+            in `model_zoo`; or a dictionary with the name and options of such a model. If None, the
+            default model of the federation is used.
         data: The client's examples: a pair (x, y) of arrays or tensors, a pandas DataFrame, a
             map-style torch `Dataset`, a Hugging Face `Dataset`, a `hetero_fl.data.Dataset`, or a
-            source as in the configuration, such as `{"name": "table", "path": "clinic.csv"}`. None
-            is a part of the federation's common data.
+            source as in the configuration, such as `{"name": "table", "path": "clinic.csv"}`. If
+            None, the client receives a part of the federation's common data.
         label: Column of the labels in a DataFrame or a Hugging Face data set.
-        validation: Validation examples; by default they are held out of `data`.
-        test: Examples of the local test; by default they are held out of `data`.
-        head: Path of the head in the model, such as "fc". By default it is searched
-            (`model_zoo.heads.find_head`).
-        init: `given` starts from the weights of the module, `seeded` from weights that depend on
-            the seed only, with which all clients of one architecture start equal. The default is
-            `given` for modules, `seeded` for classes, functions and names.
-        optimizer: Optimizer of local training: `Adam(lr=1e-3)`, or a function or class that returns
-            a `torch.optim.Optimizer` of given parameters, such as
+        validation: Validation examples. If None, they are held out of `data`.
+        test: Examples of the local test set. If None, they are held out of `data`.
+        head: Path of the head within the model, such as "fc". If None, `model_zoo.heads.find_head`
+            chooses the head.
+        init: Initial weights. With `given`, the client starts from the weights of the module. With
+            `seeded`, the weights depend on the seed only, so that all clients with the same
+            architecture start equal. Default: `given` for modules, `seeded` for classes, functions
+            and names.
+        optimizer: Optimizer of local training: a configuration such as `Adam(lr=1e-3)`, or a
+            function or class that creates a `torch.optim.Optimizer` from parameters, such as
             `lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3)`.
-        epochs: Local epochs per round.
-        steps: Local steps per round, instead of epochs.
-        batch_size: Examples per step.
+        epochs: Number of local epochs per round.
+        steps: Number of local optimizer steps per round, instead of `epochs`.
+        batch_size: Number of examples per optimizer step.
         class_weights: Weights of the classes in the cross-entropy, or "balanced".
-        logit_adjustment: Whether to train on z + log π.
+        logit_adjustment: Whether to train on the adjusted logits z + log π, where z are the logits
+            and π is the class prior of the client.
         local_prior: Whether to predict the client's own rows with z + log π.
         prior_correction: Whether to predict other rows with z − log π.
-        recalibrate: Predictions that use recomputed BatchNorm statistics.
-        fine_tune_epochs: Epochs on the client's rows before evaluation.
+        recalibrate: Kinds of predictions for which BatchNorm statistics are recomputed.
+        fine_tune_epochs: Number of epochs of fine-tuning on the client's rows before each
+            evaluation.
         objective: Loss of local training: a function of logits and targets, such as
-            `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`; a subclass of `Objective`; or
-            `python:module:name`.
+            `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`; a subclass of `Objective`; or a
+            reference `python:module:name`.
         preprocess: Preprocessing of all inputs. `Preprocess(transform=...)` applies a function.
-        augment: Augmentation in training. `Augment(transform=...)` applies a function, such as a
-            transform of torchvision.
+        augment: Augmentation of training inputs. `Augment(transform=...)` applies a function, such
+            as a torchvision transform.
         scanner: Simulated properties of the device that took the images.
-        shares: What the client may upload.
-        share_every: The client uploads in every n-th round.
+        shares: Kinds of data that the client may upload.
+        share_every: Interval in rounds between uploads of the client.
         size: Amount of data relative to other clients.
-        machine: Simulated device.
+        machine: Simulated device that trains the client's model.
 
     Raises:
-        TypeError: If the model is of another type.
+        TypeError: If the model or the optimizer is of an unsupported type.
         UserError: If an argument is invalid.
 
     Example:
@@ -153,9 +157,9 @@ class Client:
         self.given = given_model(model, head, self.init, f"Client({name!r}): ")
         self.settings = settings
         self.model = model
-        # The settings name these objects, which are kept as long as the client.
+        # The settings refer to these objects by name, so they must exist as long as the client.
         self._named = (optimizer, objective, preprocess, augment)
-        # Checks the name, the settings and a model that is named.
+        # Check the name, the settings and, if the model is given by name, the model.
         named = {"model": model} if isinstance(model, str | Mapping) else {}
         validated({"name": name, **named, **settings}, f"Client({name!r})")
 
@@ -167,7 +171,7 @@ class Client:
         return html_items(f"Client {self.name}", self.describe())
 
     def describe(self) -> dict[str, str]:
-        """Return the arguments that are set, as text by name, and the head that was found."""
+        """Return the arguments that are set and the head of the model, as text keyed by name."""
         described = {}
         if self.model is not None:
             described["model"] = self.title
@@ -177,20 +181,20 @@ class Client:
         return described | {key: _describe_setting(value) for key, value in self.settings.items()}
 
     def parts(self) -> dict[str, Any]:
-        """Return `data`, `validation` and `test` by name, as far as they are given."""
+        """Return those of `data`, `validation` and `test` that are not None, keyed by name."""
         given = {"data": self.data, "validation": self.validation, "test": self.test}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def title(self) -> str:
-        """Name of the model in tables."""
+        """Name of the model for display."""
         if self.given is not None:
             return self.given.title
         return str(self.model["name"] if isinstance(self.model, Mapping) else self.model)
 
     @property
     def model_config(self) -> Any:
-        """The model as the value of the configuration key `model`; None if it is not set."""
+        """The value of the configuration key `model`, or None if the client has no model."""
         if self.given is not None and not self.given.is_instance:
             is_class = isinstance(self.model, type)
             return (importable_reference(self.model) if is_class else None) or self.given.name
@@ -210,17 +214,21 @@ def split(
     """Divide a data set among clients.
 
     Args:
-        data: The data set, see `Client.data`; or the name of a source such as "digits". Each client
-            gets a copy of its rows.
-        clients: Number of clients, which are then named `client_1`, `client_2`, …; or their names.
-        partition: How the rows are divided, such as `Dirichlet(alpha=0.5)`; by default at random.
-        model: Model of the clients, or a list of models that they use in turn.
+        data: The data set, as for `Client`, or the name of a source such as "digits". Its training
+            rows are divided, and each client receives a copy of its rows.
+        clients: Names of the clients, or their number n for the names `client_1` to `client_n`.
+        partition: How to divide the rows, such as `Dirichlet(alpha=0.5)`. If None, the rows are
+            divided at random.
+        model: Model of all clients, or a list of models that are assigned to the clients in turn.
         label: Column of the labels in a DataFrame or a Hugging Face data set.
         seed: Seed of the partition.
-        **settings: Further arguments of each `Client`.
+        **settings: Additional arguments of each `Client`.
+
+    Returns:
+        The clients, in the order of their names in `clients`.
 
     Raises:
-        TypeError: If the data or the model is of another type.
+        TypeError: If the data or a model is of an unsupported type.
         UserError: If there are too few rows, or an argument is invalid.
 
     Example:
@@ -271,12 +279,12 @@ def split(
 
 
 def _describe_setting(value: Any) -> str:
-    """Return a setting as in Python; objects are represented by their names."""
+    """Return the `repr` of a setting, in which objects are replaced with their names."""
     return re.sub(rf"'{OBJECT_PREFIX}([^'~]+)[^']*'", r"\1", repr(value))
 
 
 def _describe_data(data: Any) -> str:
-    """Return the type of a client's data, and the number of rows if it is known."""
+    """Describe a client's data by its type and, if it has a length, its number of rows."""
     title = type(data).__name__
     if is_source(data):
         return repr(dict(data))
@@ -287,7 +295,7 @@ def _describe_data(data: Any) -> str:
 
 
 def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenModel | None:
-    """Return a model that is an object; None for a model by name.
+    """Wrap a module, or a class or function that creates one, as a `GivenModel`.
 
     Args:
         model: See `Client`.
@@ -295,9 +303,12 @@ def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenMo
         init: See `Client`.
         where: Prefix of error messages.
 
+    Returns:
+        The wrapped model, or None if `model` is None, a name or a dictionary.
+
     Raises:
-        TypeError: If the model is neither an object nor a name.
-        UserError: If the arguments do not apply to the model.
+        TypeError: If the model is of an unsupported type.
+        UserError: If `head` or `init` does not apply to the model.
     """
     if init not in ("seeded", "given"):
         raise UserError(f"{where}init: expected 'seeded' or 'given', got {init!r}")
@@ -324,15 +335,15 @@ def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenMo
 
 
 def optimizer_section(create: OptimizerFunction, where: str) -> dict[str, Any]:
-    """Return the section `optimizer` for a function that creates an optimizer.
+    """Return the section `optimizer` of a configuration for a function that creates an optimizer.
 
     Args:
-        create: The function. It is called once to read the learning rate.
+        create: The function, which is called once to read the learning rate.
         where: Prefix of error messages.
 
     Raises:
-        TypeError: If the function does not return an optimizer.
-        UserError: If the function fails.
+        TypeError: If the function does not return a `torch.optim.Optimizer`.
+        UserError: If the function raises an exception.
     """
     try:
         optimizer = create([torch.zeros(1, requires_grad=True)])
@@ -348,7 +359,11 @@ def optimizer_section(create: OptimizerFunction, where: str) -> dict[str, Any]:
 
 
 def validated(settings: Mapping[str, Any], where: str) -> ClientGroup:
-    """Return client settings after checking them.
+    """Validate client settings and return them as a `ClientGroup`.
+
+    Args:
+        settings: The settings, keyed by configuration key.
+        where: Prefix of error messages.
 
     Raises:
         UserError: If a setting is invalid.
@@ -364,8 +379,12 @@ def validated(settings: Mapping[str, Any], where: str) -> ClientGroup:
 
 
 def plain_value(value: Any) -> Any:
-    """Return an argument as plain text, numbers, lists and dictionaries, as in a configuration."""
-    # The classes of optimizers and partitions determine a field, which is therefore never set.
+    """Convert an argument to a value that a configuration can contain.
+
+    Configuration sections become dictionaries of the keys that are set, tuples become lists, and
+    functions and classes become references. Other values are returned unchanged.
+    """
+    # `name` and `kind` are constants of the class, which `exclude_unset` would omit.
     if isinstance(value, OptimizerConfig):
         return {"name": value.name, **value.model_dump(mode="json", exclude_unset=True)}
     if isinstance(value, PartitionConfig):

@@ -1,4 +1,4 @@
-"""Compare several methods over several seeds, with optional tuning of their settings."""
+"""Comparison of methods over several seeds, with optional tuning of the methods' settings."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ from hetero_fl.utils.text import pluralize, split_top_level
 
 Source = str | Path | Mapping[str, Any]
 Point = tuple[str, ...]
-"""A point of a tuning grid, as one string `key=value` for each key."""
+"""A point of the tuning grid: one string `key=value` for each key of the grid."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An algorithm with settings, such as `hybrid:teacher=mean:heads=take`.
+    """An algorithm with its settings, such as `hybrid:teacher=mean:heads=take`.
 
     Args:
-        label: The variant as written by the user.
-        overrides: Changes to the configuration, `key.path=value`.
+        label: The text that the variant was parsed from.
+        overrides: Changes to the configuration, as `key.path=value`.
     """
 
     label: str
@@ -79,7 +79,8 @@ class Variant:
     def parse(cls, text: str) -> Variant:
         """Parse a variant such as `name:setting=value`.
 
-        The key of a setting is a key of the algorithm, or a full key path if it contains a dot.
+        A setting is a key of the section `algorithm`. If the setting contains a dot, it is a full
+        key path.
 
         Raises:
             UserError: If a setting has no value.
@@ -98,7 +99,7 @@ class ComparisonJob:
 
     Args:
         variant: The algorithm and its settings.
-        point: The point of the grid.
+        point: The grid point.
         seed: The seed of the run.
         out: The run directory.
     """
@@ -110,7 +111,7 @@ class ComparisonJob:
 
     @property
     def overrides(self) -> list[str]:
-        """Changes to the configuration for this run, `key.path=value`."""
+        """Changes to the configuration for this run, as `key.path=value`."""
         return [*self.variant.overrides, *self.point, f"seed={self.seed}"]
 
     def __str__(self) -> str:
@@ -128,19 +129,19 @@ def run_jobs(
 ) -> dict[ComparisonJob, str]:
     """Execute runs in worker processes.
 
-    When a run ends, a line with the scores or the error and the estimated time left is logged.
+    When a run ends, the function logs the scores or the error, and the estimated remaining time.
 
     Args:
         source: The configuration.
         base: Overrides for all runs.
-        work: The runs; finished ones are skipped.
+        work: The runs. Runs that have already finished are skipped.
         jobs: Number of runs at a time.
-        progress: Receives log lines.
+        progress: Progress display, which also writes the log.
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
 
     Returns:
-        The error message of each run that failed.
+        The error messages of the failed runs, keyed by run.
 
     Raises:
         UserError: If the calling script has no `__main__` guard.
@@ -162,7 +163,7 @@ def run_jobs(
                     for job in work
                 }
         except BrokenPipeError:
-            # A worker that imports a script without a guard ends before it reads its task.
+            # A worker that imports a script without a `__main__` guard exits before reading a task.
             raise UserError(ADVICE) from None
         try:
             for done, future in enumerate(as_completed(waiting), 1):
@@ -185,7 +186,8 @@ def run_jobs(
                 line = f"{job}{mark}: {result} {schedule.remaining_after(job)}"
                 progress.finish_job(line, done, len(work))
         except BaseException:
-            # Even an error from a closed output stops the workers. Their runs can be resumed.
+            # Any error, such as a closed output stream, stops the workers. The interrupted runs
+            # can be resumed.
             for worker in workers:
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
@@ -210,11 +212,11 @@ def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
 
 
 def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
-    """Initialize a worker process, which uses a single core.
+    """Initialize a worker process and restrict it to a single core.
 
     Args:
         environ: Environment variables of the parent process.
-        objects: Packed objects that the configuration refers to.
+        objects: Serialized objects that the configuration refers to.
     """
     adopt_environment(environ)
     unpack_objects(objects)
@@ -222,7 +224,7 @@ def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
 
 
 class _Schedule:
-    """Estimate of the remaining time, based on the runs that have finished."""
+    """Estimator of the remaining time, based on the mean duration of the finished runs."""
 
     def __init__(self, work: Sequence[ComparisonJob]) -> None:
         self.finished_before = {job for job in work if RunDirectory(job.out).finished}
@@ -231,16 +233,18 @@ class _Schedule:
         self._num_finished = 0
 
     def remaining_after(self, job: ComparisonJob) -> str:
-        """Return the remaining time after a run has ended, such as `(about 3 min 20 s left)`.
+        """Record that a run has ended, and describe the estimated remaining time.
 
-        The text is empty before the first run has finished and after the last run has ended.
+        Returns:
+            A text such as `(about 3 min 20 s left)`. The text is empty as long as no run has
+            finished, and after the last run has ended.
         """
         if job in self._todo:
             self._todo.remove(job)
             self._num_finished += RunDirectory(job.out).finished
         if not self._todo or not self._num_finished:
             return ""
-        # Wall time also covers startup, plots and runs in parallel.
+        # Wall time includes startup and plots, and accounts for runs in parallel.
         seconds = (time.monotonic() - self._started) / self._num_finished * len(self._todo)
         return f"(about {format_duration(seconds)} left)"
 
@@ -257,7 +261,7 @@ def run_job(
 
     Args:
         source: The configuration.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration, as `key.path=value`.
         out: The run directory.
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
@@ -280,23 +284,24 @@ def compare(
 ) -> Comparison:
     """Run every algorithm with every seed and write a table, figures and a report into `out`.
 
-    Finished runs in `out` are reused. Call this under the `__main__` guard of a script, because the
-    worker processes import the script.
+    Finished runs in `out` are reused. In a script, call this function under
+    `if __name__ == "__main__":`, because the worker processes import the script.
 
     Args:
         source: A configuration file or a dictionary.
         algorithms: Names or variants (`hybrid:teacher=mean`). "all" stands for all methods that
-            support this configuration. In this case, the table is sorted by score, and the other
-            methods are listed with the reasons why they do not support the configuration.
-        seeds: Seeds of the runs of each algorithm.
+            support this configuration. In this case, the table is sorted by score, and the report
+            lists why the other methods do not support the configuration.
+        seeds: Seeds. Each algorithm is run once with each seed.
         out: The folder of the comparison.
-        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        grid: Values to try, by key. Each algorithm uses the grid point with the best mean
-            validation score over the seeds.
-        jobs: Number of runs at a time. None: one per core, with one thread each.
-        quiet: Whether to hide the progress display. None shows it in notebooks only.
-        origins: Where entries of `algorithms` and `overrides` were set, by entry. The report shows
-            the origins next to the settings.
+        overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
+        grid: Values to try for each configuration key, keyed by key path. The results of each
+            algorithm are those of the grid point with the best validation score, averaged over the
+            seeds. If None, no settings are tuned.
+        jobs: Number of runs at a time. If None, one run per core, with one thread each.
+        quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
+        origins: Names of the places where entries of `algorithms` and `overrides` were set, keyed
+            by entry. The report shows the origins next to the settings.
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
 
@@ -304,8 +309,8 @@ def compare(
         The comparison.
 
     Raises:
-        UserError: If a configuration is invalid, or if a run in `out` has different settings. No
-            run is started in this case.
+        UserError: If an argument or a configuration is invalid, or if a run in `out` has different
+            settings. In this case, no run is started.
         RunFailedError: If runs failed. The error is raised after all other runs have ended, and its
             message has one line for each failed run.
         Interrupted: After a `KeyboardInterrupt`. The comparison can be continued.
@@ -355,30 +360,30 @@ def compare(
 
 
 class _Plan:
-    """The runs of a comparison, all of which are checked before the first one starts.
+    """The runs of a comparison, which are all validated before the first run starts.
 
     Args:
         source: The configuration.
         algorithms: Names, variants or "all" (see `compare`).
-        seeds: Seeds of the runs of each algorithm.
+        seeds: Seeds. Each algorithm is run once with each seed.
         out: The folder of the comparison.
         base: Overrides for all runs.
-        grid: Values to try, by key.
-        jobs: Number of runs at a time. None: one per core.
+        grid: Values to try for each configuration key.
+        jobs: Number of runs at a time. If None, one run per core.
         permission: The code that may be executed.
 
     Attributes:
-        source: The configuration. The content of a file is read at the beginning, so that later
-            changes to the file have no effect.
-        file: The name of the configuration file.
+        source: The configuration. A file is replaced with its content, so that later changes to
+            the file have no effect.
+        file: The name of the configuration file, or "the configuration" if there is no file.
         out: The folder of the comparison.
         title: The name of the configuration.
         base: Overrides for all runs.
         variants: The variants to compare.
         admitted: The variants that "all" stands for.
-        left_out: Reasons why methods do not support this configuration, by method.
-        points: Grid points, each of which is tried with all variants. Without a grid, there is one
-            empty point.
+        left_out: Reasons why methods do not support the configuration, keyed by method.
+        points: Grid points, each of which is combined with all variants. Without a grid, the only
+            point is empty.
         work: One run for each seed, variant and grid point.
         jobs: Number of runs at a time.
         task: The task of all runs.
@@ -437,7 +442,7 @@ class _Plan:
         ]
         _check_same_configuration(source, self.base, self.work, permission)
         first_seed = self.work[: len(self.variants) * len(self.points)]
-        # The methods of "all" have been checked already.
+        # `_compatible_methods` has already checked the methods that "all" stands for.
         unchecked = [job for job in first_seed if grid or job.variant not in self.admitted]
         tasks = [_task(source, self.base, job, permission) for job in unchecked or first_seed[:1]]
         self.task = tasks[0]
@@ -454,7 +459,7 @@ class _Plan:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether grid points are chosen by validation score."""
+        """Whether the grid has several points, of which one is chosen by validation score."""
         return len(self.points) > 1
 
     def settings(self, points: Mapping[Variant, Point], origins: Mapping[str, str]) -> UsedSettings:
@@ -484,7 +489,7 @@ def _write_results(
     plan: _Plan, failed: Mapping[ComparisonJob, str], origins: Mapping[str, str]
 ) -> None:
     """Write the table, figures and report of the finished runs at the chosen grid points."""
-    # Slow to import: matplotlib.
+    # Imported here because loading matplotlib is slow.
     from hetero_fl.reporting.comparison.plots import hours_to_reach, write_curves
     from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
     from hetero_fl.reporting.comparison.tables import Candidate
@@ -537,7 +542,7 @@ def _write_results(
 
 
 def _missing_methods(plan: _Plan, failed: Mapping[ComparisonJob, str]) -> dict[str, str]:
-    """Return the reasons why methods and runs are missing from the table, by name."""
+    """Return why methods and runs are missing from the table, keyed by the name of each."""
     missing = {algorithm_name(name): reason for name, reason in plan.left_out.items()}
     for job, reason in failed.items():
         name = ", ".join([algorithm_name(job.variant.label), *job.point, f"seed {job.seed}"])
@@ -548,7 +553,11 @@ def _missing_methods(plan: _Plan, failed: Mapping[ComparisonJob, str]) -> dict[s
 def _compatible_methods(
     source: Source, base: list[str], seed: int, permission: CodePermission
 ) -> tuple[list[Variant], dict[str, str]]:
-    """Return the methods that support the configuration, and why the others do not."""
+    """Return the methods that support a configuration, and why the others do not.
+
+    Raises:
+        UserError: If no method supports the configuration.
+    """
     compatible = []
     left_out = {}
     for name in register_algorithm:
@@ -566,10 +575,11 @@ def _compatible_methods(
 
 
 def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodePermission) -> Task:
-    """Return the task of a run.
+    """Validate a run and return its task.
 
     Raises:
-        UserError: If the run is invalid. The message names the argument that set the invalid key.
+        UserError: If the run is invalid. The message names the argument of `compare` that set the
+            invalid key.
     """
     try:
         return prepare(source, [*base, *job.overrides], allow_code=permission).federation.task
@@ -587,14 +597,14 @@ def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodeP
 def _check_same_configuration(
     source: Source, base: list[str], work: list[ComparisonJob], permission: CodePermission
 ) -> None:
-    """Raise UserError if an existing run directory has different settings."""
+    """Raise UserError if the run directory of a job exists and has different settings."""
     for job in work:
         if not (job.out / "config.yaml").exists():
             check_vacant(job.out)
             continue
         recorded = RunDirectory.open(job.out).config()
         current = resolve_config(load_config(source, [*base, *job.overrides], permission))
-        # Settings of the algorithm that are None were derived from the federation.
+        # An algorithm setting that is None was replaced with a value derived from the federation.
         derived = {
             key: value
             for key, value in recorded.get("algorithm", {}).items()
@@ -632,7 +642,11 @@ def _point_values(point: Point) -> dict[str, str]:
 def _mean_validation_scores(
     finished: list[ComparisonJob], task: Task
 ) -> dict[tuple[Variant, Point], float]:
-    """Return the mean validation score over seeds by variant and grid point; larger is better."""
+    """Average the validation scores over the seeds.
+
+    Returns:
+        The mean scores, keyed by variant and grid point. Larger is better.
+    """
     scores: dict[tuple[Variant, Point], list[float]] = {}
     for job in finished:
         scores.setdefault((job.variant, job.point), []).append(
@@ -644,12 +658,15 @@ def _mean_validation_scores(
 def _choose(
     scores: Mapping[tuple[Variant, Point], float], variants: list[Variant], points: list[Point]
 ) -> dict[Variant, Point]:
-    """Return the grid point of each variant with the best validation score, the first in a tie."""
+    """Choose the grid point with the best validation score per variant, the first in a tie."""
     return {v: max(points, key=lambda p: scores.get((v, p), float("-inf"))) for v in variants}
 
 
 def _validation_score(finished: Run, task: Task) -> float:
-    """Return the mean of the local and global validation scores in the last evaluation."""
+    """Return the mean of the local and global validation scores in the last evaluation.
+
+    The result is -inf if the evaluation has no validation score.
+    """
     last = [r for r in finished.metrics if r.get("validation")][-1]
     score = mean_validation_score(task, last)
     return float("-inf") if score is None else score
@@ -659,13 +676,13 @@ class Study(ConfigSection):
     """Arguments of a comparison, read from a file so that the comparison can be repeated.
 
     Attributes:
-        config: The configuration file. In the file of the study, its path is relative to the
-            folder of the study.
+        config: The path of the configuration file. In a study file, the path is relative to the
+            folder of the study file.
         algorithms: Names or variants of the methods to compare.
-        seeds: Seeds of the runs of each algorithm.
-        overrides: Changes to the configuration, `key.path=value`.
-        jobs: Number of runs at a time. None: one per core.
-        out: The folder of the comparison. The default is `runs/<name of the study>`.
+        seeds: Seeds. Each algorithm is run once with each seed.
+        overrides: Changes to the configuration, as `key.path=value`.
+        jobs: Number of runs at a time. If None, one run per core.
+        out: The folder of the comparison. Default: `runs/<name of the study file>`.
     """
 
     config: Path

@@ -1,4 +1,4 @@
-"""A federation that is created in Python from clients, and trained by a method."""
+"""Federations that are created in Python from `Client` objects and trained with a method."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ from hetero_fl.utils.text import pluralize
 
 DEFAULT_NAME = "federation"
 MethodLike = Algorithm | type[Algorithm] | str | None
-"""A method, its class or its name; None for that of the configuration."""
+"""A method, a method class or a method name. If None, the configured method is used."""
 
 
 class Sections(TypedDict, total=False):
-    """Sections of the configuration, which `Federation.train` accepts as arguments."""
+    """Sections of the configuration that `Federation.train` accepts as arguments."""
 
     aggregation: AggregationConfig | None
     attacks: AttacksConfig | None
@@ -72,32 +72,35 @@ class Sections(TypedDict, total=False):
 
 
 class Federation:
-    """Participants with their own data and models, who train together.
+    """A set of clients with their own data and models, which are trained together.
 
     Args:
         clients: The clients.
-        data: Examples that are divided among the clients without data of their own: of any type
-            that `Client.data` accepts, or the name of a source such as "digits".
-        partition: How `data` is divided, such as `Dirichlet(alpha=0.5)`; by default at random.
-        test: Examples of the global test set. By default they are held out of `data`, or of the
-            clients' rows.
+        data: Examples to divide among the clients that have no data of their own. The data has a
+            type that `Client` accepts, or is the name of a source such as "digits".
+        partition: How to divide `data`, such as `Dirichlet(alpha=0.5)`. If None, the rows are
+            divided at random.
+        test: Examples of the global test set. If None, test rows are held out of `data`, or of the
+            clients' rows if `data` is None.
         validation: Examples of the global validation set.
-        proxy: Public examples on which predictions are compared: an array or tensor, or labeled
-            data of any type; or their number, which is then held out of `data` or, without `test`,
-            of the clients' rows.
-        label: Column of the labels in data frames of this federation and of clients without
-            `label`.
-        num_classes: Number of classes. By default, integer labels range from 0 to the largest label
-            of all clients and sets.
-        defaults: Settings of all clients that do not set them, such as `ClientSettings(epochs=2)`.
-        per_round: Number of clients sampled in each round; None: all.
-        common: Prefixes of tensor names that are averaged across models of different architectures.
-        seed: Seed of the data splits, initial weights, sampling and batches.
-        name: Name of the federation; the prefix of run directories.
+        proxy: Public examples on which methods compare the predictions of models: an array, a
+            tensor or labeled data. If an integer, that number of rows is held out of `data`, or of
+            the clients' rows if both `data` and `test` are None. If None, there is no proxy set.
+        label: Column of the labels in data frames that are passed to this federation, and in those
+            of clients without `label`.
+        num_classes: Number of classes. If None, integer labels range from 0 to the largest label
+            in all data sets of the federation.
+        defaults: Default settings of the clients, such as `ClientSettings(epochs=2)`.
+        per_round: Number of clients that are sampled in each round. If None, all clients take part.
+        common: Name prefixes of the tensors that are averaged across models of different
+            architectures.
+        seed: Seed of the data splits, initial weights, client sampling and batches.
+        name: Name of the federation, which is the prefix of default run directories.
 
     Raises:
         TypeError: If data or a model is of an unsupported type.
-        UserError: If clients, data and settings do not fit together.
+        UserError: If `clients` is empty, two clients have the same name, or clients, data and
+            settings do not fit together.
 
     Example:
         >>> import numpy as np
@@ -179,8 +182,9 @@ class Federation:
 
         Args:
             source: A YAML or JSON file, or a dictionary.
-            overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-            allow_code: Whether code that a file names (`python:package.module:Name`) may run.
+            overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
+            allow_code: Whether code that a file refers to (`python:package.module:Name`) may be
+                executed.
 
         Raises:
             UserError: If the configuration is invalid.
@@ -201,7 +205,7 @@ class Federation:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The federation as a dictionary with the keys of a configuration file."""
+        """The configuration of this federation, with the keys of a configuration file."""
         return self._config
 
     def __repr__(self) -> str:
@@ -238,13 +242,16 @@ class Federation:
         overrides: Overrides = (),
         **sections: Unpack[Sections],
     ) -> PreparedRun:
-        """Check everything that a run needs, without training or writing files.
+        """Create a run and check its settings, data and models, without training or writing files.
 
         Args:
             method: See `train`.
             rounds: See `train`.
             overrides: See `train`.
             **sections: Sections of the configuration, see `train`.
+
+        Returns:
+            The run, ready to train.
 
         Raises:
             UserError: If the federation, the method and the settings do not fit together.
@@ -275,29 +282,33 @@ class Federation:
         runtime: RuntimeConfig | None = None,
         server: ServerConfig | None = None,
     ) -> Run:
-        """Train the federation with a method.
+        """Train the clients with a method and return the finished run.
 
         Args:
-            method: A method such as `FedMD(digest_epochs=2)`, its class or its name. None is the
-                method of the configuration file, or `FedAvg()`.
-            rounds: Number of rounds. None is that of the configuration file, or 10.
-            out: The run directory. None is `runs/<name>-<time>` for a federation from a file, else
-                a temporary directory, which is deleted with the run; `Run.save` keeps it.
+            method: A method such as `FedMD(digest_epochs=2)`, a method class or a method name. If
+                None, the method of the configuration file is used, or `FedAvg()` if there is none.
+            rounds: Number of rounds. If None, the number in the configuration file is used, or 10
+                if there is none.
+            out: The run directory. If None, a federation from `from_config` writes to
+                `runs/<name>-<time>`. Any other federation writes to a temporary directory, which is
+                deleted together with the returned `Run`; `Run.save` copies its files.
             resume: Whether to continue from the newest checkpoint in `out`.
-            callbacks: Called with the record of each round.
-            quiet: Whether to hide the progress display. None shows it in notebooks only.
+            callbacks: Functions that are called with the record of each round.
+            quiet: Whether to hide the progress display. If None, progress is shown in notebooks
+                only.
             overrides: Changes to the configuration, such as `["evaluation.every=5"]`.
             aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
             attacks: Simulated attacks.
             channel: Compression and secure aggregation.
-            cohort: Sampling of the clients of a round.
+            cohort: Sampling of the clients that take part in a round.
             devices: Simulated devices.
-            evaluation: Evaluation schedule and further metrics.
+            evaluation: Evaluation schedule and additional metrics.
             faults: Simulated faults.
             output: Optional output files.
             privacy: Differential privacy.
-            runtime: Execution: synchronous or asynchronous, executor, device.
-            server: Training at the server.
+            runtime: Execution settings, such as the mode (synchronous or asynchronous), executor
+                and device.
+            server: Training of models at the server.
 
         Raises:
             UserError: If the federation, the method and the settings do not fit together.
@@ -347,32 +358,36 @@ class Federation:
     ) -> Comparison:
         """Train the federation with several methods and seeds.
 
-        Each run is a process of its own. In a script, call this under the `__main__` guard.
+        Each run is executed in a separate process. In a script, call this method under
+        `if __name__ == "__main__":`.
 
         Args:
-            methods: Methods, their classes, or names with settings such as
+            methods: Methods, method classes, or method names with optional settings, such as
                 `fedavg:logit_adjustment=true`.
             rounds: Number of rounds, see `train`.
-            seeds: Seeds of the runs of each method.
-            out: The folder of the comparison. None is a temporary directory.
-            jobs: Number of runs at a time. None: one per core, with one thread each.
-            quiet: Whether to hide the progress display. None shows it in notebooks only.
+            seeds: Seeds. Each method is trained once with each seed.
+            out: The folder of the comparison. If None, a temporary folder is used, which is deleted
+                together with the returned `Comparison`.
+            jobs: Number of runs at a time. If None, one run per core, with one thread each.
+            quiet: Whether to hide the progress display. If None, progress is shown in notebooks
+                only.
             overrides: Changes to the configuration.
             aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
             attacks: Simulated attacks.
             channel: Compression and secure aggregation.
-            cohort: Sampling of the clients of a round.
+            cohort: Sampling of the clients that take part in a round.
             devices: Simulated devices.
-            evaluation: Evaluation schedule and further metrics.
+            evaluation: Evaluation schedule and additional metrics.
             faults: Simulated faults.
             output: Optional output files.
             privacy: Differential privacy.
-            runtime: Execution: synchronous or asynchronous, executor, device.
-            server: Training at the server.
+            runtime: Execution settings, such as the mode (synchronous or asynchronous), executor
+                and device.
+            server: Training of models at the server.
 
         Raises:
             UserError: If the federation, a method and the settings do not fit together.
-            RunFailedError: If runs failed, after the others have ended.
+            RunFailedError: If runs failed. The error is raised after all other runs have ended.
 
         Example:
             >>> import hetero_fl as hfl
@@ -414,10 +429,11 @@ class Federation:
         return comparison
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the federation as a configuration file.
+        """Write the federation as a YAML configuration file.
 
         Raises:
-            UserError: If a part has no name, such as an array or a class of a notebook.
+            UserError: If the file exists, or if the federation contains an object that a file
+                cannot name, such as an array or a class defined in a notebook.
         """
         for key, value in iterate_objects(self._config):
             raise UserError(
@@ -447,10 +463,10 @@ class Federation:
 
 
 class TemporaryFolder:
-    """A folder that is deleted with this object.
+    """A temporary folder, which is deleted when this object is garbage-collected.
 
     Attributes:
-        path: The folder.
+        path: The path of the folder.
     """
 
     def __init__(self) -> None:
@@ -461,16 +477,21 @@ class TemporaryFolder:
 def run_directory(
     federation: Federation, prepared: PreparedRun, out: str | Path | None, resume: bool
 ) -> tuple[TemporaryFolder | None, Path]:
-    """Return the directory of a run, and the temporary folder that contains it, if any.
+    """Choose the directory of a run.
 
     Args:
-        federation: The federation. If it is made from objects, the default is temporary.
+        federation: The federation to train.
         prepared: The run.
-        out: The directory, if it is given.
-        resume: Whether a run is to be continued.
+        out: The run directory. If None, the directory is `runs/<name>-<time>` for a federation
+            from `Federation.from_config`, and a temporary folder for any other federation.
+        resume: Whether a run is resumed.
+
+    Returns:
+        The temporary folder that contains the run directory, or None if the directory is not
+        temporary; and the run directory.
 
     Raises:
-        UserError: If there is no directory to continue in.
+        UserError: If `resume` is True and `out` is None.
     """
     if out is not None:
         return None, Path(out)
@@ -483,10 +504,10 @@ def run_directory(
 
 
 def method_section(method: Algorithm | type[Algorithm] | str) -> dict[str, Any]:
-    """Return a method as the section `algorithm` of a configuration.
+    """Convert a method to the section `algorithm` of a configuration.
 
     Raises:
-        TypeError: If the argument is not a method.
+        TypeError: If the argument is neither a method, a method class nor a name.
     """
     if isinstance(method, str):
         return {"name": method}
@@ -500,7 +521,7 @@ def method_section(method: Algorithm | type[Algorithm] | str) -> dict[str, Any]:
 
 
 def _variant(method: Algorithm | type[Algorithm] | str) -> str:
-    """Return a method as a name with settings, `fedmd:digest_epochs=2`."""
+    """Convert a method to a name with settings, such as `fedmd:digest_epochs=2`."""
     if isinstance(method, str):
         return method
     section = method_section(method)
@@ -518,17 +539,19 @@ def _method_name(method_type: type[Algorithm]) -> str:
 class _Parts:
     """The data sets of a federation, which are converted together.
 
-    Integer labels are class numbers from 0 to the largest one of all parts, as a client may lack
+    All data sets have the same number of classes, because a client's examples may lack some
     classes.
 
     Args:
         clients: The clients.
-        sets: Data of the global sets `test`, `validation` and `proxy`, by name.
+        sets: The arguments `data`, `test`, `validation` and `proxy` of the federation that are not
+            None, keyed by name.
         label: Column of the labels in data frames.
-        num_classes: Number of classes, if it is given.
+        num_classes: Number of classes. If None, the classes are numbered from 0 to the largest
+            integer label in all data sets.
 
     Attributes:
-        datasets: Data sets by the place of their data in error messages.
+        datasets: The data sets, keyed by the name that error messages use for them.
     """
 
     def __init__(
@@ -575,7 +598,7 @@ class _Parts:
             self.datasets["common"] = _common_set(self.datasets)
 
     def _add_own_sets(self, client: Client) -> None:
-        """Add the validation and test examples of a client to its data set."""
+        """Move the validation and test examples of a client into the client's data set."""
         for part in ("validation", "test"):
             own = self.datasets.pop(_place(client, part), None)
             if own is None:
@@ -593,7 +616,7 @@ class _Parts:
             self.datasets[_place(client)] = dataset
 
     def config(self) -> dict[str, Any]:
-        """Return the section `data`."""
+        """Return the section `data` of the configuration."""
         section: dict[str, Any] = dict(self._named or {"name": OBJECT_PREFIX})
         if "common" in self.datasets:
             section = self.source("common")
@@ -607,7 +630,7 @@ class _Parts:
         return section
 
     def source(self, place: str) -> dict[str, Any]:
-        """Return a data set as a source of the configuration."""
+        """Return a configuration section that refers to a data set of this object by name."""
         title = place.removeprefix("clients: ").replace("'", "")
         return {"name": name_object(title, self.datasets[place])}
 
@@ -617,7 +640,7 @@ def _place(client: Client, part: str = "data") -> str:
 
 
 def _check_own_sets(client: Client, has_test: bool) -> None:
-    """Check that the federation can use the validation and test examples of a client."""
+    """Raise UserError if the federation cannot use the client's validation or test examples."""
     for part in client.parts():
         if part == "data":
             continue
@@ -628,20 +651,25 @@ def _check_own_sets(client: Client, has_test: bool) -> None:
 
 
 def _column(data: Any, label: str | None) -> str | None:
-    """Return the federation's label column if the data has it."""
+    """Return `label` if the data has a column of this name, else None."""
     columns = getattr(data, "column_names", getattr(data, "columns", ()))
     return label if label in list(columns) else None
 
 
 def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
-    """Return the number of classes if the labels of all parts are class numbers.
+    """Return the argument `num_classes` for `to_dataset`.
 
     Args:
-        parts: Data by place.
-        num_classes: Number of classes, if it is given.
+        parts: The data, keyed by the name that error messages use.
+        num_classes: Number of classes. If None, the number is the largest class number in `parts`
+            plus 1.
+
+    Returns:
+        A dictionary with the key `num_classes`. It is empty if `num_classes` is None and not all
+        labels are class numbers.
 
     Raises:
-        UserError: If a class number is negative.
+        UserError: If a class number is negative, or if some labels are text and others numbers.
     """
     if num_classes is not None:
         return {"num_classes": num_classes}
@@ -663,7 +691,7 @@ def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[st
 
 
 def _check_kinds(parts: Mapping[str, Any]) -> None:
-    """Check that the labels of all pairs (x, y) are text, or that none are."""
+    """Raise UserError if the labels of some pairs (x, y) are text and others are numbers."""
     kinds = {
         place: np.asarray(data[1]).dtype.kind in "OSU"
         for place, data in parts.items()
@@ -676,17 +704,24 @@ def _check_kinds(parts: Mapping[str, Any]) -> None:
 
 
 def plain_source(data: Any) -> dict[str, Any] | None:
-    """Return a source by name or as a dictionary as in a configuration; None for other data."""
+    """Return the configuration section of a data source.
+
+    Args:
+        data: The name of a source, a dictionary with the keys of a source, or other data.
+
+    Returns:
+        The section, or None if `data` is neither a name nor a dictionary.
+    """
     if isinstance(data, str):
         return {"name": data}
     return dict(data) if is_source(data) else None
 
 
 def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
-    """Return the common data set: the rows to divide, if any, and the global sets."""
+    """Combine the rows to divide and the global test and validation sets into one data set."""
     given = datasets.get("data")
     if given is None:
-        # All clients have data of their own.
+        # All clients have data of their own, so there are no training rows to divide.
         given = datasets["test"]
         given = replace(given, name=OWN_DATA, train=given.train.select_rows(torch.arange(0)))
     test, validation = datasets.get("test"), datasets.get("validation")

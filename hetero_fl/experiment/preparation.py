@@ -63,7 +63,7 @@ from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
 ExecutorFactory = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
-"""Function that creates an executor for clients that train on other machines."""
+"""Type of functions that create an executor for clients on other machines."""
 
 
 @dataclass
@@ -76,10 +76,11 @@ class PreparedRun:
         federation: Clients, models and settings of the federation.
         data: The data of all clients.
         notes: Lines for the log.
-        start: Initial tensors of the clients and the server that replace the random ones.
-        budget: The privacy budget; None for a run without privacy.
-        headline: Data, task, method and number of clients in one line.
-        kept: Objects that the configuration names, which must exist as long as the run.
+        start: Initial tensors that replace randomly initialized tensors of the clients and the
+            server.
+        budget: The privacy budget, or None without differential privacy.
+        headline: One line with the data, task, method and number of clients.
+        kept: Objects that the configuration refers to, which must exist as long as the run.
     """
 
     config: Config
@@ -99,7 +100,7 @@ class PreparedRun:
 
     @property
     def name(self) -> str:
-        """The name of the algorithm."""
+        """Name of the algorithm."""
         return str(self.config.algorithm["name"])
 
     def make_trainer(
@@ -109,17 +110,20 @@ class PreparedRun:
         log: Callable[[str], None] = lambda _line: None,
         executor_factory: ExecutorFactory | None = None,
     ) -> FederatedTrainer:
-        """Create the trainer that runs the rounds. Its executor must be closed after use.
+        """Create the trainer that runs the rounds.
+
+        The caller must close the trainer's executor after use.
 
         Args:
-            choice: Executor, device and threads to use. None: chosen automatically.
-            store: Storage of the clients' state. None: in memory.
-            log: Function called with each log line.
-            executor_factory: Function that creates the executor if the clients train on other
-                machines. None: the clients train on this machine.
+            choice: Executor, device and threads to use. If None, they are chosen automatically.
+            store: Storage of the clients' state. If None, the state is kept in memory.
+            log: Function that is called with each log line.
+            executor_factory: Function that creates the executor for clients on other machines. If
+                None, the clients train on this machine.
 
         Returns:
-            The trainer for the mode of the run and the location of the clients.
+            A trainer for the mode of the run, synchronous or asynchronous, and for clients on this
+            machine or on other machines.
         """
         choice = choice or choose_executor(self.config, self.federation)
         clients = self.config.clients
@@ -159,12 +163,16 @@ class PreparedRun:
 def load_federated_data(
     config: Config, dataset: Dataset | None = None, absent: Collection[str] = ()
 ) -> FederatedData:
-    """Load the configured data, split off the public rows and partition the rest among the clients.
+    """Load the configured data, hold out the proxy set and divide the other rows among the clients.
 
     Args:
         config: The configuration.
-        dataset: Examples in memory that replace `data.name`.
-        absent: Ids of clients whose rows are on other machines.
+        dataset: Data set in memory that replaces the source `data.name`. If None, the configured
+            source is loaded.
+        absent: Ids of the clients whose rows are on other machines.
+
+    Returns:
+        The data of all clients and the server.
 
     Raises:
         UserError: If the data does not exist or does not fit the configuration.
@@ -180,7 +188,7 @@ def load_federated_data(
             f"got {config.data.proxy.size}"
         )
     preprocesses = [profile.settings.preprocess for profile in clients.profiles]
-    # If missing values are allowed here, `federate` checks the columns of each client.
+    # `federate` later checks, for each client, the columns in which values may be missing.
     allows_missing = any(p.missing or p.columns for p in preprocesses)
     server_preprocess = (
         config.server.preprocess
@@ -204,7 +212,7 @@ def load_federated_data(
 
 
 def make_algorithm(config: Config) -> Algorithm:
-    """Return the configured algorithm."""
+    """Create the algorithm from the section `algorithm` of a configuration."""
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
     method: Algorithm = register_algorithm[config.algorithm["name"]].model_validate(settings)
     return method
@@ -221,10 +229,10 @@ def prepare(
 
     Args:
         source: A configuration file, a dictionary or a configuration.
-        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        dataset: Examples in memory that replace `data.name`.
-        data: Data that has already been loaded from the same configuration, for all clients or
-            only for the clients on this machine.
+        overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
+        dataset: Data set in memory that replaces the source `data.name`.
+        data: Data that has already been loaded with the same configuration, for all clients or
+            only for the clients on this machine. If None, the data is loaded.
         allow_code: Whether code that a file refers to may be executed (see `load_config`).
 
     Returns:
@@ -290,8 +298,8 @@ def prepare(
 
 
 def _describe_user_models(client_infos: ClientDirectory) -> list[str]:
-    """Return a line with the head of each model that is the user's own."""
-    own = {
+    """Return one line for each user-defined model, which names its head."""
+    user_models = {
         profile.arch: None
         for profile in client_infos.profiles
         if profile.arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX))
@@ -299,14 +307,22 @@ def _describe_user_models(client_infos: ClientDirectory) -> list[str]:
     return [
         f"model {arch.display_name}: the head is '{arch.head_path}', "
         f"on {pluralize(arch.feature_width, 'feature')}"
-        for arch in own
+        for arch in user_models
     ]
 
 
 def _models_of_clients(
     method: Algorithm, client_infos: ClientDirectory
 ) -> list[Mapping[str, ModelSpec]] | dict[str, Mapping[str, ModelSpec]]:
-    """Return the models by slot, for each client profile or for each client id."""
+    """Return the models of each client, keyed by the client's model slots.
+
+    Returns:
+        A dictionary keyed by client id if the models of the method differ between clients, or else
+        a list with an entry for each client profile, which is a set of equally configured clients.
+
+    Raises:
+        UserError: If the method cannot create a model.
+    """
     try:
         if method.needs.models_per_client:
             return {client_id: method.models(info) for client_id, info in client_infos.items()}
@@ -316,7 +332,7 @@ def _models_of_clients(
 
 
 def _headline(config: Config, dataset: Dataset | None, task: Task, clients: int) -> str:
-    """Return data, task, method and number of clients in one line, with defaults marked."""
+    """Describe data, task, method and number of clients in one line, and mark defaults."""
     explicit_keys = {"name", "count", "groups"}
     data = f"data: {config.data.name if dataset is None else dataset.name}"
     if dataset is None and not explicit_keys & config.data.model_fields_set:
@@ -332,10 +348,10 @@ def _headline(config: Config, dataset: Dataset | None, task: Task, clients: int)
 
 
 def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec]:
-    """Return the configuration and the federation of an asynchronous run.
+    """Return the configuration and the federation for asynchronous training.
 
-    The number of rounds in the federation, which learning rate schedules use, is set to the number
-    of server versions.
+    The number of rounds of the federation, which learning rate schedules use, is set to the
+    expected number of server updates.
     """
     runtime = run.config.runtime.model_copy(update={"mode": "async"})
     versions = max(1, math.ceil(run.num_uploads / run.buffer_size))
@@ -349,8 +365,8 @@ def _solve_privacy(
     """Compute the noise multiplier and the privacy budget of a run.
 
     Returns:
-        The configuration and the federation with the noise multiplier, and the budget; None
-        without privacy.
+        The configuration and the federation, both with the noise multiplier, and the privacy
+        budget. Without differential privacy, the first two are unchanged and the budget is None.
     """
     if config.privacy is None:
         return config, federation, None
@@ -473,7 +489,7 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         "devices: not set, so tasks take no time and tasks that start together end together",
     ),
 )
-"""Notes on combinations of settings that work but may not be intended."""
+"""Notes for the log on combinations of settings that are valid but may not be intended."""
 
 LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
@@ -495,22 +511,22 @@ LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         "clients",
     ),
 )
-"""Notes that are shown after the privacy budget."""
+"""Notes that follow the privacy budget in the log."""
 
 
 def compatibility_notes(notes: Iterable[CompatibilityRule[RunFacts]], run: RunFacts) -> list[str]:
-    """Return a line for each note that applies to a run."""
+    """Return the lines of all notes that apply to a run."""
     return [line for note in notes for line in note.lines(run)]
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """A configuration that was checked without importing the code that it refers to.
+    """A configuration that was validated without importing code that the configuration refers to.
 
     Args:
-        config: The configuration. The settings of the algorithm have not been checked.
+        config: The configuration. The settings of the algorithm have not been validated.
         raw: The configuration as plain values, with overrides.
-        overrides: The overrides, `key.path=value`.
+        overrides: The overrides, as `key.path=value`.
         source: Name of the configuration file, for error messages.
         written: The configuration as plain values, without overrides.
     """
@@ -523,7 +539,7 @@ class DraftConfig:
 
     @property
     def code_references(self) -> dict[str, str]:
-        """References to code, each with the key that contains it."""
+        """References to code, each mapped to the configuration key where the reference occurs."""
         written = find_references(self.raw)
         return {
             name: written.get(name, key)
@@ -531,7 +547,11 @@ class DraftConfig:
         }
 
     def key_source(self, key: str) -> str:
-        """Return where a key was set: the last override that contains the key, or else the file."""
+        """Return the origin of a key.
+
+        The origin is the last override that sets the key or a section around it. If there is none,
+        the origin is the configuration file.
+        """
         where = self.source
         for override in self.overrides:
             named = override.partition("=")[0]
@@ -539,10 +559,11 @@ class DraftConfig:
         return where
 
     def error(self, line: str) -> UserError:
-        """Return an error whose message is prefixed with the origin of the key.
+        """Create an error whose message is prefixed with the origin of the key.
 
-        If the key is a whole section, the origin is the last override within the section without
-        which the error disappears, or the last of several overrides that cause the error.
+        If the key is a section, the origin is the last override within the section whose removal
+        changes the error. If only the removal of all overrides within the section changes the
+        error, the origin is the last of these overrides.
 
         Args:
             line: Error message that begins with a key.
@@ -579,7 +600,7 @@ def load_config(
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.
-        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
+        overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
         allow_code: Whether code that a file refers to (`python:package.module:Name`) may be
             executed. References in a dictionary or in `overrides` are always allowed.
 
@@ -587,7 +608,7 @@ def load_config(
         The validated configuration, with all defaults.
 
     Raises:
-        UserError: If the configuration is invalid; the message names the key.
+        UserError: If the configuration is invalid. The message names the invalid key.
 
     Example:
         >>> import hetero_fl
@@ -617,17 +638,19 @@ def load_config(
             raise draft.error(describe_error(error, draft.raw)) from None
     loaded = config.model_copy(update={"algorithm": _load_algorithm_config(draft, permission)})
     if "algorithm" not in config.model_fields_set:
-        # `model_copy` marks it as set explicitly.
+        # `model_copy` marks the updated field as set.
         loaded.model_fields_set.discard("algorithm")
     return loaded
 
 
 def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
-    """Read and check a configuration without importing the code that it refers to.
+    """Read and validate a configuration without importing code that the configuration refers to.
+
+    The settings of the algorithm are not validated.
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.
-        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
+        overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
 
     Raises:
         UserError: If the configuration is invalid.
@@ -648,7 +671,10 @@ def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
 
 
 def _find_error(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """Return the first error in a configuration without references to code, or None."""
+    """Return the first error in a configuration, or None if the configuration is valid.
+
+    The configuration must not contain references to code.
+    """
     try:
         values = apply_overrides(raw, overrides)
         _validate_algorithm(Config.model_validate(values).algorithm)
@@ -663,7 +689,7 @@ def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> di
     """Return the settings of the algorithm with all defaults.
 
     Raises:
-        UserError: If a setting is invalid. The message contains where it was set.
+        UserError: If a setting is invalid. The message contains the origin of the setting.
     """
     try:
         settings = _validate_algorithm(draft.config.algorithm)
@@ -704,7 +730,7 @@ def _validate_algorithm(
 
 
 def _method_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Return the names of the algorithm's settings; empty if the algorithm is unknown."""
+    """Return the names of the algorithm's settings, or no names if the algorithm is unknown."""
     section = raw.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else None
     return (

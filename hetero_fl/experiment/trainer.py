@@ -1,4 +1,4 @@
-"""Train a federation round by round."""
+"""Training of a federation in a Python loop, one round per iteration."""
 
 from __future__ import annotations
 
@@ -26,36 +26,38 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 
 
 class Trainer:
-    """Train a federation round by round, and look at the models in between.
+    """Iterator that trains a federation round by round.
 
-    Each iteration trains one round and returns its record. A loop may end early; the run directory
-    then has a checkpoint, from which `resume` continues.
+    Each iteration trains one round and returns the record of the round. Between rounds, the models
+    can be evaluated and read. If a loop ends early, `resume=True` continues from the checkpoint in
+    the run directory.
 
     Args:
         federation: The federation.
         method: The method, see `Federation.train`.
-        rounds: Number of rounds.
+        rounds: Number of rounds, see `Federation.train`.
         out: The run directory, see `Federation.train`.
         resume: Whether to continue from the newest checkpoint in `out`.
-        quiet: Whether to hide the progress display. None shows it in notebooks only.
+        quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
         overrides: Changes to the configuration.
         aggregation: Aggregation of uploads, such as `Aggregation(rule="median")`.
         attacks: Simulated attacks.
         channel: Compression and secure aggregation.
-        cohort: Sampling of the clients of a round.
+        cohort: Sampling of the clients that take part in a round.
         devices: Simulated devices.
-        evaluation: Evaluation schedule and further metrics.
+        evaluation: Evaluation schedule and additional metrics.
         faults: Simulated faults.
         output: Optional output files.
         privacy: Differential privacy.
-        runtime: Execution: synchronous or asynchronous, executor, device.
-        server: Training at the server.
+        runtime: Execution settings, such as synchronous or asynchronous mode, executor and device.
+        server: Training of models at the server.
 
     Attributes:
         path: The run directory.
 
     Raises:
-        UserError: If the federation, the method and the settings do not fit together.
+        UserError: If the federation, the method and the settings do not fit together, or if the
+            run to resume has finished.
 
     Example:
         >>> import hetero_fl as hfl
@@ -117,7 +119,8 @@ class Trainer:
         session.start()
         self._records = iter(session)
         self._trainer = session.trainer
-        # Encoded models of the last evaluation by client, and the number of rounds before it.
+        # Models saved by the last evaluation, keyed by client id, and the number of rounds that
+        # were completed before that evaluation.
         self._models: dict[str, bytes] = {}
         self._evaluated = -1
 
@@ -133,7 +136,7 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """End the training. The run can be resumed if rounds are left."""
+        """End the training. If rounds remain, the run can be resumed."""
         self._records = iter(())
         self._stack.close()
 
@@ -149,28 +152,34 @@ class Trainer:
 
     @property
     def completed(self) -> int:
-        """Number of completed rounds."""
+        """Number of completed rounds, including those before a resume."""
         return self._trainer.completed
 
     @property
     def server(self) -> Participant:
-        """The server, with its models and its state."""
+        """The server with its current models and state."""
         return self._trainer.server
 
     def evaluate(self) -> Record:
-        """Evaluate the current models and return the scores, as in the record of a round."""
+        """Evaluate the current models.
+
+        Returns:
+            A record with the scores, under the same keys as in the record of a round.
+        """
         record: Record = {}
         add_evaluation(record, self._evaluate())
         return record
 
     def model(self, client: str) -> torch.nn.Module:
-        """Return the model that a client would use now, in evaluation mode.
+        """Return the current model of a client, in evaluation mode.
+
+        The first call after a round evaluates all models.
 
         Args:
             client: Client id.
 
         Raises:
-            UserError: If there is no such client.
+            UserError: If the evaluation saved no model for this client.
         """
         if self._evaluated != self.completed:
             self._evaluate()
@@ -183,13 +192,13 @@ class Trainer:
 
     @property
     def run(self) -> Run:
-        """The run directory, with the results once all rounds are done."""
+        """The run in the run directory. Its summary exists once all rounds are completed."""
         run = Run(self.path, allow_code=True)
         run.keep(*self._kept)
         return run
 
     def _evaluate(self) -> EvaluationResult:
-        # An evaluation that the run does not plan must not count as its traffic.
+        # This evaluation is not part of the run, so its downloads must not count as traffic.
         down_bytes = self._trainer.traffic.down
         result = self._trainer.evaluate(details=True, save=self._models.__setitem__)
         self._trainer.traffic.down = down_bytes

@@ -6,14 +6,12 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
-import torch
 import yaml
 from typing_extensions import Unpack
 
@@ -33,11 +31,9 @@ from hetero_fl.config.schema import (
     ServerConfig,
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
-from hetero_fl.data import Dataset
-from hetero_fl.data.client_files import OWN_DATA
-from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client, plain_value
 from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
@@ -143,10 +139,15 @@ class Federation:
         _check_names(self.clients)
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
-        parts = _Parts(self.clients, sets, label, num_classes)
-        self._objects: list[object] = [parts.datasets, defaults, *self.clients]
+        datasets = FederationDatasets(self.clients, sets, label, num_classes)
+        self._objects: list[object] = [datasets.datasets, defaults, *self.clients]
         groups = [
-            {"name": client.name, **_model_of(client), **_data_of(client, parts), **client.settings}
+            {
+                "name": client.name,
+                **_model_of(client),
+                **datasets.client_config(client),
+                **client.settings,
+            }
             for client in self.clients
         ]
         section: dict[str, Any] = {"groups": groups}
@@ -159,7 +160,7 @@ class Federation:
         self._config: dict[str, Any] = {
             "name": name,
             "seed": seed,
-            "data": parts.config(),
+            "data": datasets.config(),
             "clients": section,
         }
         if partition is not None:
@@ -536,202 +537,6 @@ def _method_name(method_type: type[Algorithm]) -> str:
     return reference_to(method_type)
 
 
-class _Parts:
-    """The data sets of a federation, which are converted together.
-
-    All data sets have the same number of classes, because a client's examples may lack some
-    classes.
-
-    Args:
-        clients: The clients.
-        sets: The arguments `data`, `test`, `validation` and `proxy` of the federation that are not
-            None, keyed by name.
-        label: Column of the labels in data frames.
-        num_classes: Number of classes. If None, the classes are numbered from 0 to the largest
-            integer label in all data sets.
-
-    Attributes:
-        datasets: The data sets, keyed by the name that error messages use for them.
-    """
-
-    def __init__(
-        self,
-        clients: Sequence[Client],
-        sets: Mapping[str, Any],
-        label: str | None,
-        num_classes: int | None,
-    ) -> None:
-        labeled = {
-            _place(client, part): (data, client.label or _column(data, label))
-            for client in clients
-            for part, data in client.parts().items()
-            if not is_source(data)
-        }
-        for client in clients:
-            _check_own_sets(client, has_test="test" in sets or "data" in sets)
-        self._named = plain_source(sets.get("data"))
-        labeled |= {
-            name: (sets[name], _column(sets[name], label))
-            for name in ("data", "test", "validation")
-            if name in sets and not (name == "data" and self._named)
-        }
-        labeled = {
-            place: (to_pair(data, place), column) for place, (data, column) in labeled.items()
-        }
-        options = _label_options({p: data for p, (data, _) in labeled.items()}, num_classes)
-        self.datasets = {
-            place: to_dataset(data, place, column, **options)
-            for place, (data, column) in labeled.items()
-        }
-        for client in clients:
-            self._add_own_sets(client)
-        proxy = sets.get("proxy")
-        self._proxy_size = proxy if isinstance(proxy, int) else None
-        if self._proxy_size is not None and "test" in sets and "data" not in sets:
-            raise UserError(
-                f"proxy: {proxy} rows cannot be held out of the clients' data if `test` is given; "
-                "pass public examples"
-            )
-        if proxy is not None and self._proxy_size is None:
-            self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
-        if "data" in self.datasets or "test" in self.datasets:
-            self.datasets["common"] = _common_set(self.datasets)
-
-    def _add_own_sets(self, client: Client) -> None:
-        """Move the validation and test examples of a client into the client's data set."""
-        for part in ("validation", "test"):
-            own = self.datasets.pop(_place(client, part), None)
-            if own is None:
-                continue
-            dataset = self.datasets[_place(client)]
-            if own.task != dataset.task:
-                raise UserError(
-                    f"{_place(client, part)}: expected {dataset.task.describe()} as in data, got "
-                    f"{own.task.describe()}"
-                )
-            if part == "validation":
-                dataset = replace(dataset, validation=own.train)
-            else:
-                dataset = replace(dataset, test=own.train)
-            self.datasets[_place(client)] = dataset
-
-    def config(self) -> dict[str, Any]:
-        """Return the section `data` of the configuration."""
-        section: dict[str, Any] = dict(self._named or {"name": OBJECT_PREFIX})
-        if "common" in self.datasets:
-            section = self.source("common")
-            common = self.datasets["common"]
-            if common.validation is None and not len(common.train):
-                section["validation"] = 0.0
-        if self._proxy_size is not None:
-            section["proxy"] = {"size": self._proxy_size}
-        elif "proxy" in self.datasets:
-            section["proxy"] = {"source": self.source("proxy")}
-        return section
-
-    def source(self, place: str) -> dict[str, Any]:
-        """Return a configuration section that refers to a data set of this object by name."""
-        title = place.removeprefix("clients: ").replace("'", "")
-        return {"name": name_object(title, self.datasets[place])}
-
-
-def _place(client: Client, part: str = "data") -> str:
-    return f"clients: '{client.name}': {part}"
-
-
-def _check_own_sets(client: Client, has_test: bool) -> None:
-    """Raise UserError if the federation cannot use the client's validation or test examples."""
-    for part in client.parts():
-        if part == "data":
-            continue
-        if client.data is None or is_source(client.data):
-            raise UserError(f"{_place(client, part)}: needs data of the client's own as an object")
-        if not has_test:
-            raise UserError(f"{_place(client, part)}: needs a global test set; pass test=...")
-
-
-def _column(data: Any, label: str | None) -> str | None:
-    """Return `label` if the data has a column of this name, else None."""
-    columns = getattr(data, "column_names", getattr(data, "columns", ()))
-    return label if label in list(columns) else None
-
-
-def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
-    """Return the argument `num_classes` for `to_dataset`.
-
-    Args:
-        parts: The data, keyed by the name that error messages use.
-        num_classes: Number of classes. If None, the number is the largest class number in `parts`
-            plus 1.
-
-    Returns:
-        A dictionary with the key `num_classes`. It is empty if `num_classes` is None and not all
-        labels are class numbers.
-
-    Raises:
-        UserError: If a class number is negative, or if some labels are text and others numbers.
-    """
-    if num_classes is not None:
-        return {"num_classes": num_classes}
-    _check_kinds(parts)
-    largest = []
-    for place, data in parts.items():
-        if not isinstance(data, tuple | list) or len(data) != 2:
-            return {}
-        y = np.asarray(data[1])
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not len(y):
-            return {}
-        if y.min() < 0:
-            raise UserError(
-                f"{place}: y: expected class numbers from 0, got {y.min()}; renumber the classes, "
-                "or pass floats for a regression"
-            )
-        largest.append(int(y.max()))
-    return {"num_classes": max(largest) + 1} if largest else {}
-
-
-def _check_kinds(parts: Mapping[str, Any]) -> None:
-    """Raise UserError if the labels of some pairs (x, y) are text and others are numbers."""
-    kinds = {
-        place: np.asarray(data[1]).dtype.kind in "OSU"
-        for place, data in parts.items()
-        if isinstance(data, tuple | list) and len(data) == 2
-    }
-    text = [place for place, is_text in kinds.items() if is_text]
-    numbers = [place for place, is_text in kinds.items() if not is_text]
-    if text and numbers:
-        raise UserError(f"{numbers[0]}: y: expected text as in {text[0]}, got numbers")
-
-
-def plain_source(data: Any) -> dict[str, Any] | None:
-    """Return the configuration section of a data source.
-
-    Args:
-        data: The name of a source, a dictionary with the keys of a source, or other data.
-
-    Returns:
-        The section, or None if `data` is neither a name nor a dictionary.
-    """
-    if isinstance(data, str):
-        return {"name": data}
-    return dict(data) if is_source(data) else None
-
-
-def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
-    """Combine the rows to divide and the global test and validation sets into one data set."""
-    given = datasets.get("data")
-    if given is None:
-        # All clients have data of their own, so there are no training rows to divide.
-        given = datasets["test"]
-        given = replace(given, name=OWN_DATA, train=given.train.select_rows(torch.arange(0)))
-    test, validation = datasets.get("test"), datasets.get("validation")
-    return replace(
-        given,
-        test=given.test if test is None else test.train,
-        validation=given.validation if validation is None else validation.train,
-    )
-
-
 def _check_names(clients: Sequence[Client]) -> None:
     if not clients:
         raise UserError("clients: expected at least one client, got none")
@@ -746,11 +551,3 @@ def _check_names(clients: Sequence[Client]) -> None:
 
 def _model_of(client: Client) -> dict[str, Any]:
     return {} if client.model is None else {"model": client.model_config}
-
-
-def _data_of(client: Client, parts: _Parts) -> dict[str, Any]:
-    if client.data is None:
-        return {}
-    if is_source(client.data):
-        return {"data": dict(client.data)}
-    return {"data": parts.source(_place(client))}

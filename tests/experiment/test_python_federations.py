@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -657,3 +657,34 @@ def test_mistake_raises_one_line(mistake: str) -> None:
         make()
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError | ModelError | TypeError)
+
+
+def test_classes_of_a_federation_are_those_of_all_parts() -> None:
+    def rows(classes: Sequence[str], n: int = 40) -> tuple[np.ndarray, np.ndarray]:
+        y = np.array(classes)[np.arange(n) % len(classes)]
+        return np.zeros((n, 4), dtype=np.float32) + np.arange(n)[:, None], y
+
+    clients = [
+        hfl.Client("north", "mlp", rows(["benign", "malignant"])),
+        hfl.Client("south", "mlp", rows(["malignant", "normal"])),
+    ]
+    federation = hfl.Federation(clients, test=rows(["normal", "malignant"]))
+
+    data = federation.prepare(hfl.FedAvg()).data
+
+    assert data.task.names == ("benign", "malignant", "normal")
+    test = data.public_sets["common_test"].copy_rows()
+    assert test.labels[:2].tolist() == [2, 1]
+    assert data.label_counts("north").tolist()[2] == 0
+
+
+def test_test_set_has_the_columns_of_the_data_set() -> None:
+    values = np.arange(80, dtype=float)
+    data = pd.DataFrame({"age": values, "dose": -values, "ill": np.arange(80) % 2})
+    test = data[["dose", "ill", "age"]].iloc[:20]
+    clients = [hfl.Client("a", "mlp"), hfl.Client("b", "mlp")]
+
+    federation = hfl.Federation(clients, data=data, test=test, label="ill")
+
+    examples = federation.prepare(hfl.FedAvg()).data.public_sets["common_test"].copy_rows()
+    assert examples.x[3].tolist() == [3.0, -3.0]

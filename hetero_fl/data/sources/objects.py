@@ -68,7 +68,7 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
         x, y = _from_torch(data, where)
     else:
         x, y = _pair(data, where)
-    return from_arrays(x, y, name=where, **options)
+    return replace(from_arrays(x, y, name=where, **options), name="arrays")
 
 
 def to_pair(data: Any, where: str) -> Any:

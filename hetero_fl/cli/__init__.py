@@ -1,4 +1,4 @@
-"""The command line `hetero-fl` and the exit statuses of its commands."""
+"""Entry point of the command line `hetero-fl`, which converts errors to exit statuses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any, NoReturn, TextIO
 
 from hetero_fl.utils.errors import ArgumentError, Interrupted, RunFailedError, UserError
 
-# This variable must be set before torch is imported. Without it, waiting threads spin for so long
-# that two runs on one machine slow each other down; see benchmarks/speed/threads.py.
+# This variable must be set before torch is imported. By default, waiting threads spin for so long
+# that two runs on one machine slow each other down (see benchmarks/speed/threads.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -28,7 +28,7 @@ VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 # Options that may also precede the command.
 LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
 
-# Options whose names differ from those of the function arguments.
+# Names of options that differ from the names of the corresponding function arguments.
 OPTION_NAMES = {
     "file_format": "format",
     "hosts": "host",
@@ -36,10 +36,10 @@ OPTION_NAMES = {
     "transfer": "take",
 }
 
-# 128 + SIGPIPE; Windows does not define the signal.
+# 128 + SIGPIPE, a signal that Windows does not define.
 PIPE_CLOSED = 141
 
-# Error numbers of a full disk.
+# Error numbers that indicate a full disk.
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 # Environment variable that torchrun sets.
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     process runs the command, and the other processes are its workers.
 
     Args:
-        argv: Arguments; None for the arguments of the process.
-        command: Name of the command; None if the first argument is the name.
+        argv: Arguments. If None, the arguments of the process are used.
+        command: Name of the command. If None, the first argument is the name.
     """
     if TORCHRUN_VARIABLE in os.environ:
         from hetero_fl.federation.executors.torchrun import run_as_ranks
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 
 def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
-    """Call `_main` and treat SIGTERM, with which clusters stop jobs, like Ctrl-C."""
+    """Call `_main`, and treat SIGTERM, which clusters send to stop jobs, like Ctrl-C."""
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _main(argv, command)
@@ -83,7 +83,7 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
         is_from_rich = isinstance(error, SystemExit) and isinstance(
             error.__context__, BrokenPipeError
         )
-        # The broken pipe may be one to another process.
+        # The broken pipe may belong to another process instead of the output.
         if not is_from_rich and (isinstance(error, SystemExit) or not closed):
             raise
         # Discard buffered output, so that flushing it on exit does not fail.
@@ -93,7 +93,10 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
 
 
 def _is_closed(stream: TextIO | None) -> bool:
-    """Return whether a stream is a pipe whose reader closed it; always False on Windows."""
+    """Return whether a stream is a pipe that its reader has closed.
+
+    The result is always False on Windows.
+    """
     if not hasattr(select, "poll"):
         return False
     try:
@@ -110,13 +113,13 @@ def _is_closed(stream: TextIO | None) -> bool:
 
 @dataclass(frozen=True)
 class Invocation:
-    """Command with its arguments.
+    """A command with its arguments.
 
     Args:
         prog: Name under which the command was called, for messages.
-        command: Name of the command; None for `hetero-fl` without a command.
+        command: Name of the command, or None for `hetero-fl` without a command.
         arguments: Arguments of the command.
-        command_line: Whole command line, from which the command to resume the run is derived.
+        command_line: The whole command line, from which the command that resumes a run is derived.
         is_verbose: Whether to print tracebacks.
     """
 
@@ -144,7 +147,10 @@ def _parse_invocation(argv: Sequence[str] | None, command: str | None) -> Invoca
 
 
 def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
-    """Run a command, and print expected errors in one line; other exceptions are raised."""
+    """Run a command and return its exit status.
+
+    Expected errors are printed in one line. Other exceptions are raised.
+    """
     invocation = _parse_invocation(argv, command)
     options: dict[str, Any] = {}
     try:
@@ -231,7 +237,7 @@ def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
 
 
 def _message(error: BaseException) -> str:
-    """Return the message of an error, with the name of an argument replaced by the option."""
+    """Return the message of an error, in which an option replaces the name of an argument."""
     if not isinstance(error, ArgumentError):
         return str(error)
     argument = re.split(r"\W", str(error), maxsplit=1)[0]

@@ -1,4 +1,4 @@
-"""The group of all commands, and the commands `train`, `evaluate` and `methods`."""
+"""The commands `train`, `evaluate` and `methods`, and the group of all commands."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ COMMON_OPTIONS = (
         help="Print the tracebacks of errors and their causes.",
     ),
 )
-"""Options that all commands accept, including commands on which an option has no effect."""
+"""Options that all commands accept, even if an option has no effect on a command."""
 
 
 class OrderedGroup(Group):
@@ -218,11 +218,11 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
 
     Args:
         prog: Name under which the command was called, for messages.
-        name: Name of the command; None for `hetero-fl` without a command.
+        name: Name of the command. If None, the help of `hetero-fl` is printed.
         arguments: Arguments of the command.
 
     Raises:
-        UserError: If a command, option or value is not valid.
+        UserError: If a command, option or value is invalid.
         Exit: After `--help` or `--version`.
     """
     if name is not None and name not in APP.commands:
@@ -245,7 +245,7 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
 
 
 def _describe_bad_parameter(error: BadParameter) -> str:
-    """Describe the option or argument, the value found and the valid values."""
+    """Describe an invalid option or argument, with the value found and the valid values."""
     parameter = error.param
     if parameter is None or error.ctx is None:
         return error.message.rstrip(".")
@@ -267,7 +267,7 @@ def _describe_bad_parameter(error: BadParameter) -> str:
 
 
 def _suggest_override(option: str, arguments: Sequence[str]) -> str:
-    """Suggest an override for an option that is a configuration key.
+    """Suggest an override for an unknown option that resembles a configuration key.
 
     Returns:
         A suggestion such as `; did you mean rounds=3?`, or an empty string.

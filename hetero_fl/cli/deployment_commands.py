@@ -214,10 +214,10 @@ def status(run: str, as_json: bool) -> None:
 
 
 def print_status(content: Mapping[str, Any], console: Console) -> None:
-    """Print the run, the metrics, a line for each node and the latest events.
+    """Print the run, the metrics, one line for each node, and the latest events.
 
     Args:
-        content: Status of the server, see `hetero_fl.deployment.monitoring`.
+        content: Status of the server (see `hetero_fl.deployment.monitoring`).
         console: Console for the output.
     """
     from rich.text import Text

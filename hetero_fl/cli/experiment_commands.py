@@ -1,4 +1,4 @@
-"""The commands `audit`, `compare`, `export`, `join` and `check` for runs and comparisons."""
+"""The commands `audit`, `compare`, `export`, `join` and `check`."""
 
 from __future__ import annotations
 
@@ -379,7 +379,7 @@ def parse_numbers(flag: str, text: str) -> list[int]:
         text: Value of the option.
 
     Raises:
-        UserError: If the text is not such a list.
+        UserError: If the text is empty or contains anything but non-negative integers.
     """
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]

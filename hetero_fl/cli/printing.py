@@ -1,4 +1,4 @@
-"""Output of `--check`, `hetero-fl methods` and `hetero-fl evaluate`."""
+"""Terminal output of `--check`, `hetero-fl methods` and `hetero-fl evaluate`."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.serialization import num_tensor_bytes
 from hetero_fl.utils.text import pluralize
 
-# Numbers of clients trained together for which the memory is printed.
+# Numbers of clients trained together, for which the required memory is printed.
 CLIENTS_TOGETHER = (1, 8, 32)
 
 UNKNOWN = "unknown"
 
 
 def print_check(prepared: PreparedRun) -> None:
-    """Print the resolved configuration of a run, the expected cost and the expected memory."""
+    """Print the configuration of a run, with expected communication cost and memory."""
     print(dump(prepared.config))
     print(prepared.headline)
     federation = prepared.federation
@@ -103,7 +103,7 @@ def print_check(prepared: PreparedRun) -> None:
 
 
 def _memory_table(prepared: PreparedRun) -> Table:
-    """Return a table of the memory for training several clients together."""
+    """Create a table of the memory that is required to train several clients together."""
     table = Table(
         "model",
         "weights",
@@ -128,13 +128,14 @@ def _memory_table(prepared: PreparedRun) -> Table:
 
 
 def print_draft(config: Config, refused: Mapping[str, str]) -> None:
-    """Print a configuration that references code that may not run.
+    """Print a configuration that refers to code without permission to run.
 
-    The sizes of models and data are unknown.
+    Because the code is not executed, the sizes of models and data are unknown.
 
     Args:
         config: The configuration.
-        refused: References to code that may not run, mapped to the keys that contain them.
+        refused: References to code without permission, mapped to the keys that contain the
+            references.
     """
     print(dump(config))
     clients = expand_population(config.clients)
@@ -156,7 +157,7 @@ def _num_parameters(arch: ModelSpec) -> int:
 
 
 def print_methods(console: Console) -> None:
-    """Print the summary, the uploads, the requirements and the supported tasks of each method."""
+    """Print a summary of each method, with its uploads, requirements and supported tasks."""
     table = Table.grid("name", "summary", padding=(0, 2))
     table.columns[0].no_wrap = True
     for name in sorted(register_algorithm):
@@ -170,7 +171,7 @@ def print_methods(console: Console) -> None:
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
     """Yield properties of a method, such as `sends parameters` and `needs one architecture`.
 
-    The properties are those of the method with default settings.
+    The properties apply to the method with default settings.
     """
     method = kind.model_construct()
     yield f"sends {', '.join(shared_kinds(method)) or 'nothing'}"
@@ -214,11 +215,12 @@ def print_scores(
 ) -> None:
     """Print a table of metrics without truncation.
 
-    The table has a row for each model. In a narrow terminal, it has a row for each metric of each
-    model.
+    The table has a row for each model. In a narrow terminal, the table has a row for each model and
+    metric.
 
     Args:
-        results: Values of the metrics, by model and metric.
+        results: Values of the metrics, keyed by model and metric. A value is None if the metric is
+            undefined.
         title: Title of the table.
         console: Console for the output.
     """

@@ -1,4 +1,4 @@
-"""Options of several commands, and the common code of `train`, `federate` and `server`."""
+"""Options that several commands share, and common code of `train`, `federate` and `server`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ command = partial(
 
 
 def examples(*lines: str, hint: str = "") -> str:
-    """Return the epilog of a help page.
+    """Format the epilog of a help page.
 
     Args:
-        *lines: Examples, which click does not rewrap.
-        hint: Hint below the examples.
+        *lines: Lines of examples, which click does not rewrap.
+        hint: Sentence below the examples.
     """
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines), "", hint])
 
@@ -48,7 +48,7 @@ allow_code_option = click.option(
 
 
 def config_option(text: str = "Configuration file (YAML or JSON).") -> Callable[[Any], Any]:
-    """Return the option `--config` with a help text."""
+    """Create the option `--config` with a help text."""
     return click.option("--config", "-c", "--conf", type=PATH, metavar="FILE", help=text)
 
 
@@ -65,7 +65,7 @@ run_argument = click.argument(
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of commands that train, such as the configuration and the run directory."""
+    """Add the options that all training commands share, such as `--config` and `--out`."""
     for add in (
         quiet_option,
         allow_code_option,
@@ -91,12 +91,12 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def training_command(*lines: str) -> Callable[[Callable[..., Run]], click.Command]:
-    """Return a decorator that converts a training function into a command.
+    """Return a decorator that converts a training function to a command.
 
-    The command has the options of `run_options`. The function receives the path of the
-    configuration, the additional options of the command, and `out`, `resume`, `overrides`, `quiet`
-    and `allow_code` as for `hetero_fl.run`. The function must return the finished run. With
-    `--check`, the function is not called.
+    The command has the options that `run_options` adds. The function receives the path of the
+    configuration, the additional options of the command, and the arguments `out`, `resume`,
+    `overrides`, `quiet` and `allow_code` of `hetero_fl.run`. The function must return the finished
+    run. With `--check`, the function is not called.
 
     Args:
         *lines: Examples for the help page.
@@ -149,7 +149,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
 
 
 def make_printer(quiet: bool) -> Callable[[str], None]:
-    """Return a function that prints a line to stderr, or does nothing if `quiet` is set."""
+    """Return a function that prints a line to stderr unless `quiet` is set."""
 
     def print_line(line: str) -> None:
         if not quiet:
@@ -159,7 +159,9 @@ def make_printer(quiet: bool) -> Callable[[str], None]:
 
 
 def code_permission(allow_code: bool) -> CodePermission:
-    """Return the permission to run code; in a terminal, the user is asked if necessary.
+    """Create the permission to run code that a configuration refers to.
+
+    In a terminal, the user is asked for permission if necessary.
 
     Args:
         allow_code: Whether `--allow-code` is set, which permits all code.
@@ -192,20 +194,22 @@ def load_checked_run(
 ) -> Path | None:
     """Check the options of a training command and return the configuration file of the run.
 
+    With `check`, the configuration and the expected cost are printed instead.
+
     Args:
         config: Value of `--config`.
         overrides: Overrides of the configuration.
         out: Value of `--out`.
         resume: Whether `--resume` is set.
-        check: Whether `--check` is set, which prints the configuration and the expected cost.
-        permission: Permission to run code that the configuration references.
+        check: Whether `--check` is set.
+        permission: Permission to run code that the configuration refers to.
         log: Function that prints a line.
 
     Returns:
-        The configuration file of the run to start or resume, or None with `--check`.
+        The configuration file of the run to start or resume, or None with `check`.
 
     Raises:
-        UserError: If an option is missing or `out` is not a run directory.
+        UserError: If an option is missing, or if `out` of a run to resume is not a run directory.
     """
     from hetero_fl.reporting.run_directory import has_run
 
@@ -238,7 +242,7 @@ def load_checked_run(
 
 
 def _similar_run(out: Path) -> str:
-    """Suggest a run directory with a similar name; return an empty string if there is none."""
+    """Suggest a run directory with a similar name, if there is one, for a message."""
     runs = [file.parent.name for file in out.parent.glob("*/environment.json")]
     match = closest(out.name, runs)
     return "" if match is None else f"; did you mean {out.parent / match}?"

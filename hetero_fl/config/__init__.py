@@ -1,4 +1,4 @@
-"""The configuration of a run: a typed schema, loaded from YAML, JSON or a dictionary."""
+"""The configuration of a run: a typed schema, and its loading from files and dictionaries."""
 
 from hetero_fl.config.describe import describe_difference, dump, resolve_config, resume_relevant
 from hetero_fl.config.population import expand_population

@@ -1,4 +1,4 @@
-"""The base class of configuration sections, and settings of optimizers and staleness weights."""
+"""Base classes and types of configuration sections, and settings of optimizers and staleness."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from hetero_fl.utils.registry import reference_to
 
 
 class Settings(BaseModel):
-    """Base class of configuration sections and methods, whose fields are settings.
+    """Base class of configuration sections and methods.
 
-    Instances are immutable. Unknown settings, infinities and NaN are rejected. The fields are
-    listed as arguments in the docstring of each subclass.
+    The fields of a subclass are its settings. Instances are immutable. Unknown settings, infinities
+    and NaN are rejected. The fields are listed as arguments in the docstring of each subclass.
 
     Raises:
-        TypeError: If there is no such setting.
+        TypeError: If a setting is unknown.
         UserError: If the value of a setting is invalid.
     """
 
@@ -47,7 +47,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            # The errors are described by means of the schema, whose sections derive from this.
+            # Imported here because the schema, which `describe_error` uses, imports this module.
             from hetero_fl.config.errors import describe_error
 
             for problem in error.errors():
@@ -59,8 +59,8 @@ class Settings(BaseModel):
             described = describe_error(error, settings, type(self))
             raise UserError(f"{self.__repr_name__()}: {described}") from None
 
-    # Without this attribute, pydantic would call __init__ for nested sections, too, and their
-    # errors would lack the path of the key.
+    # Without this attribute, pydantic would also call __init__ for nested sections, and the errors
+    # of nested sections would not contain the path of the key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
@@ -73,7 +73,12 @@ class Settings(BaseModel):
 
 
 def add_arguments(model: type[BaseModel]) -> str | None:
-    """Return the docstring of a model with a section `Args` that describes its fields."""
+    """Add a section `Args`, which describes the fields of a model, to the model's docstring.
+
+    Returns:
+        The docstring. The original docstring is returned if it is None or no field has a
+        description.
+    """
     described = {n: f for n, f in model.model_fields.items() if f.description}
     if model.__doc__ is None or not described:
         return model.__doc__
@@ -98,7 +103,7 @@ class ConfigSection(Settings):
 
 
 def _check_reference(value: object) -> object:
-    """Return a callable, or a string that names one."""
+    """Accept a callable, or a string that refers to code or an object."""
     if callable(value) or (
         isinstance(value, str) and value.startswith((CODE_PREFIX, OBJECT_PREFIX))
     ):
@@ -111,19 +116,25 @@ def _serialize_reference(value: object) -> object:
 
 
 Reference = Annotated[Any, BeforeValidator(_check_reference), PlainSerializer(_serialize_reference)]
-"""A function or class: `python:package.module:name` in a file, the object itself in Python.
+"""Type of settings that are functions or classes.
 
-Serialization replaces an object by its name, which is valid as long as the object is kept.
+In a file, the value is `python:package.module:name`. In Python, the value is the function or class.
+Serialization replaces an object with a name, which is valid as long as the object exists.
 """
 
 
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
-    """Replace former names of keys and issue a `DeprecationWarning` for each.
+    """Replace former names of keys and issue a `DeprecationWarning` for each replaced key.
+
+    A key is not replaced if the section also contains the new key.
 
     Args:
-        raw: Content of the section, which is returned unchanged if it is not a mapping.
-        renamed: New names by former name.
+        raw: Content of the section.
+        renamed: New names, keyed by former name.
         section: Name of the section, for the warnings.
+
+    Returns:
+        The content with the new names. If `raw` is not a mapping, it is returned unchanged.
 
     Example:
         >>> import warnings
@@ -153,9 +164,10 @@ class Choice:
 
     Args:
         names: Valid values.
-        prefix: Values that start with this prefix are also valid.
-        suffix: Values that end with this suffix are also valid.
-        synonyms: Valid values to suggest for other common names, such as `cuda` for `gpu`.
+        prefix: Prefix of additional valid values. If None, there are none.
+        suffix: Suffix of additional valid values. If None, there are none.
+        synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
+            suggests `cuda` for `gpu`.
     """
 
     names: tuple[str, ...]
@@ -164,7 +176,7 @@ class Choice:
     synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __call__(self, value: object) -> object:
-        """Return the value unchanged.
+        """Validate a value and return it unchanged.
 
         Raises:
             ValueError: If the value is not valid.
@@ -180,7 +192,7 @@ class Choice:
     def _has_affix(self, value: str) -> bool:
         if self.suffix is not None and value.endswith(self.suffix):
             return True
-        # An object of a Python program is valid where a file may name code.
+        # Where a file may refer to code, a Python program may pass an object.
         prefixes = (CODE_PREFIX, OBJECT_PREFIX) if self.prefix == CODE_PREFIX else (self.prefix,)
         return any(prefix is not None and value.startswith(prefix) for prefix in prefixes)
 
@@ -191,13 +203,15 @@ def choice_type(
     suffix: str | None = None,
     synonyms: Mapping[str, str] | None = None,
 ) -> Any:
-    """Return a string type that accepts one of several names and suggests the nearest one.
+    """Create a string type that accepts one of several names.
+
+    If a value is invalid, the error message suggests the nearest name.
 
     Args:
         *names: Valid values.
-        prefix: Values that start with this prefix are also valid.
-        suffix: Values that end with this suffix are also valid.
-        synonyms: Valid values to suggest for other common names, such as `cuda` for `gpu`.
+        prefix: See `Choice`.
+        suffix: See `Choice`.
+        synonyms: See `Choice`.
     """
     choice = Choice(names, prefix, suffix, synonyms or {})
     return Annotated[str, BeforeValidator(choice)]
@@ -281,7 +295,7 @@ class OptimizerConfig(ConfigSection):
 
     @property
     def is_custom(self) -> bool:
-        """Whether a user's function creates the optimizer."""
+        """Whether a user-defined function creates the optimizer."""
         return self.name.startswith((CODE_PREFIX, OBJECT_PREFIX))
 
 
@@ -290,7 +304,7 @@ class OptimizerLayer(OptimizerConfig):
 
     @model_validator(mode="after")
     def _check_combination(self) -> OptimizerLayer:
-        """Check that settings do not contradict each other, regardless of the defaults."""
+        """Check that the settings of this group or override do not contradict each other."""
         is_named = "name" in self.model_fields_set
         if is_named and self.name != "sgd" and (self.momentum or self.nesterov):
             setting = "momentum" if self.momentum else "nesterov"
@@ -323,7 +337,7 @@ class StalenessConfig(ConfigSection):
 
     @property
     def unused_keys(self) -> list[str]:
-        """The keys that differ from their defaults but have no effect with this kind of weight."""
+        """Keys that differ from their defaults but have no effect with this kind of weight."""
         unused = []
         if self.kind == "constant" and self.a is not None:
             unused.append("a")

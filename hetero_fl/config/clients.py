@@ -63,12 +63,12 @@ class ModelConfig(ConfigSection):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the model."""
+        """The options that are passed to the model, keyed by name."""
         return dict(self.model_extra or {})
 
 
 def expand_model_name(value: object) -> object:
-    """Return `{"name": value}` for a string, and other values unchanged."""
+    """Convert a string to `{"name": value}`, and return other values unchanged."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -90,7 +90,7 @@ Models = Annotated[list[ModelConfig], Field(min_length=1), BeforeValidator(_expa
 
 
 class Normalize(ConfigSection):
-    """Normalization of inputs x to (x − mean) / std; pixel values range from 0 to 1."""
+    """Normalization of inputs x to (x − mean) / std. Pixel values range from 0 to 1."""
 
     mean: float | Annotated[list[float], Field(min_length=1)] = Field(
         0.5,
@@ -104,8 +104,8 @@ class Normalize(ConfigSection):
 class PreprocessConfig(ConfigSection):
     """Preprocessing of all inputs of a participant, private and public.
 
-    The steps are: select columns, resize, convert channels, normalize, handle missing values,
-    apply `transform`.
+    The steps are applied in this order: select columns, resize, convert channels, normalize, handle
+    missing values, and apply `transform`.
 
     Example:
         >>> import hetero_fl as hfl
@@ -273,7 +273,7 @@ class ClientSettings(ConfigSection):
     @field_validator("shares")
     @classmethod
     def _check_extent(cls, value: list[str]) -> list[str]:
-        """Check that the entries do not contradict each other and that each occurs once."""
+        """Check that the entries do not contradict each other and that each entry occurs once."""
         extents = [share for share in ("parameters", "backbone") if share in value]
         parts = [share for share in value if share.endswith(".")]
         if extents and len(extents + parts) > 1:
@@ -303,7 +303,7 @@ class ClientGroup(ClientSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        """Reject the name of the server regardless of case, which some file systems ignore."""
+        """Reject the name of the server in any case, because some file systems ignore case."""
         if value.lower() == "server":
             raise ValueError(f"must differ from the reserved id of the server, got '{value}'")
         return value

@@ -1,4 +1,7 @@
-"""Settings of the communication between clients and server: compression, secure aggregation."""
+"""Settings of compression and secure aggregation.
+
+A compression chain is a sequence of stages that are applied to a message in order.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from pydantic import (
 from hetero_fl.config.base import ConfigSection, format_value
 from hetero_fl.utils.errors import suggest_or_list
 
-# Stages that drop a part of the change of a model, which the receiver replaces by zeros.
+# Stages that drop a part of a model update. The receiver replaces the dropped part with zeros.
 SPARSE = ("topk", "randk", "lowrank")
 
 # Stages that encode numbers and must be the last stage of a chain.
@@ -29,7 +32,7 @@ STAGES = (*SPARSE, "top_classes", *FORMATS)
 
 
 class SecureAggregationConfig(ConfigSection):
-    """Secure aggregation: the server learns only the sum of the uploads (Bonawitz et al. 2017)."""
+    """Secure aggregation, with which the server learns only sums (Bonawitz et al. 2017)."""
 
     threshold: float = Field(
         2 / 3,
@@ -66,19 +69,22 @@ class SecureAggregationConfig(ConfigSection):
     @field_validator("neighbours")
     @classmethod
     def _check_even(cls, value: int | None) -> int | None:
-        """Check that the number is even, as half of the neighbors are on each side of a client."""
+        """Check that the number is even, because half of the neighbors are on each side."""
         if value is not None and value % 2:
             raise ValueError(f"must be even, got {value}; choose {value - 1} or {value + 1}")
         return value
 
     def min_survivors(self, cohort: int) -> int:
-        """Return the minimum number of clients of a cohort that must complete the round."""
+        """Return the minimum number of clients in a cohort that must complete the round."""
         if self.threshold > 1:
             return int(self.threshold)
         return max(2, cohort // 2 + 1, math.ceil(self.threshold * cohort - 1e-9))
 
     def num_fraction_bits(self, cohort: int) -> int:
-        """Return the number of binary digits after the point, less than 1 if none fits."""
+        """Return the number of binary digits after the point.
+
+        If `fraction_bits` is None, the maximum is returned, which is less than 1 if no digit fits.
+        """
         if self.fraction_bits is not None:
             return self.fraction_bits
         return self.max_fraction_bits(cohort)
@@ -86,13 +92,13 @@ class SecureAggregationConfig(ConfigSection):
     def max_fraction_bits(self, cohort: int) -> int:
         """Return the maximum number of binary digits for which no sum over a cohort overflows.
 
-        This is the largest number of bits with cohort · range · 2^bits < 2^63.
+        The maximum is the largest number of bits with cohort · range · 2^bits < 2^63.
         """
         return math.ceil(63 - math.log2(cohort * self.range)) - 1
 
 
 class StageConfig(ConfigSection):
-    """One stage of a compression chain, with a single key or with `quantize` and `bucket`."""
+    """One stage of a compression chain, which has a single key, or both `quantize` and `bucket`."""
 
     topk: float | None = Field(
         None,
@@ -155,12 +161,12 @@ class StageConfig(ConfigSection):
 
     @property
     def kind(self) -> str:
-        """The key of the stage, one of `STAGES`."""
+        """Name of the stage, which is one of `STAGES`."""
         return next(name for name in STAGES if getattr(self, name))
 
 
 def _parse_chain(chain: Any) -> Any:
-    """Check the entries of a chain, and expand the word `half` to a mapping."""
+    """Check the entries of a chain, and expand the string `half` to a mapping."""
     if not isinstance(chain, list | tuple):
         raise ValueError(
             f"expected a list of stages, got {format_value(chain)}; "
@@ -182,7 +188,7 @@ def _parse_chain(chain: Any) -> Any:
 
 
 def _example(stage: object) -> str:
-    """Return an example of how to write a stage, or the stage `topk` if it is unknown."""
+    """Return an example of a stage for an error message, which is `topk` if unknown."""
     if stage == "half":
         return "half"
     name = stage if stage in STAGES else "topk"
@@ -241,7 +247,7 @@ class ChannelConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        """Add the values of the preset for keys that are not set."""
+        """Set the keys that are not set to the values of the preset."""
         name = values.get("preset") if isinstance(values, dict) else None
         if not isinstance(name, str) or name not in PRESETS:
             return values

@@ -78,7 +78,7 @@ class SeriesConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_fractions(self) -> SeriesConfig:
-        """Check that some time is left for training and that the horizons are ascending."""
+        """Check that some time remains for training and that the horizons are ascending."""
         held_out = self.validation + self.test
         if held_out >= 0.9:
             raise ValueError(
@@ -132,7 +132,7 @@ class WindowsConfig(ConfigSection):
 
 
 class SourceConfig(ConfigSection):
-    """A data source by name, or a local file."""
+    """A data source, which is selected by name or read from a local file."""
 
     name: str = Field(
         "chest_xray",
@@ -186,7 +186,7 @@ class SourceConfig(ConfigSection):
     def _check_unique(
         cls, categories: dict[str, tuple[str, ...]] | None
     ) -> dict[str, tuple[str, ...]] | None:
-        """Check that the values of a column are distinct, nonempty and free of outer spaces."""
+        """Check that the values of a column are distinct, nonempty and without outer spaces."""
         for column, values in (categories or {}).items():
             are_distinct = len(set(values)) == len(values) > 0
             if not are_distinct or any(value != value.strip() or not value for value in values):
@@ -250,7 +250,7 @@ class PartitionConfig(ConfigSection):
     def _set_default_alpha(self) -> PartitionConfig:
         """Set the default of `alpha`, which depends on the kind of partition."""
         if self.alpha is None and self.kind != "drawn":
-            # Do not mark `alpha` as set by the user, as an override may choose another kind.
+            # Do not mark `alpha` as set by the user, because an override may choose another kind.
             self.__dict__["alpha"] = 0.5
         return self
 
@@ -298,7 +298,7 @@ class SplitConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_fractions(self) -> SplitConfig:
-        """Check that some rows are left for training."""
+        """Check that some rows remain for training."""
         held_out = self.validation + self.test
         if held_out >= 1:
             raise ValueError(

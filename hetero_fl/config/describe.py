@@ -1,4 +1,7 @@
-"""Describe the configuration schema, and compare and write resolved configurations."""
+"""Descriptions of the configuration schema, and comparison and output of configurations.
+
+A resolved configuration contains all keys, including those with default values.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,15 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def describe_key(model: type[BaseModel], name: str) -> str:
-    """Return the meaning of a configuration key.
+    """Return the description of a configuration key.
 
-    This is the description of the field or of the same field in a base class, or the summary of the
-    section that the field contains.
+    The description is that of the field, or of the same field in a base class. If there is none and
+    the field contains a section, the first sentence of the section's docstring is returned. In all
+    other cases, the result is empty.
+
+    Args:
+        model: The section that contains the key.
+        name: Name of the key.
     """
     for kind in model.__mro__:
         fields = getattr(kind, "model_fields", {})
@@ -41,7 +49,10 @@ def describe_key(model: type[BaseModel], name: str) -> str:
 
 
 def format_default(field: FieldInfo) -> str:
-    """Return the default of a key as in YAML; for a section, its `name` or an empty string."""
+    """Format the default of a key as in YAML.
+
+    If the default is a section, its `name` is returned, or an empty string if it has no name.
+    """
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return f"`{value.name}`" if hasattr(value, "name") else ""
@@ -74,7 +85,8 @@ def describe_values(
     Args:
         annotation: Type of the field.
         metadata: Metadata of the field, such as bounds.
-        link: Function that returns the text to show for a section of the schema.
+        link: Function that returns the text for a section of the schema. By default, the text is
+            "mapping".
     """
     metadata = list(metadata)
     for validator in metadata:
@@ -135,7 +147,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def section_summary(model: type[BaseModel]) -> str:
-    """Return the docstring of a section in one line, without its example."""
+    """Return the docstring of a section in one line, without arguments and example."""
     text = re.split(r"\n\n(?:Args|Example):\n", inspect.cleandoc(model.__doc__ or ""))[0]
     return " ".join(text.split())
 
@@ -150,10 +162,11 @@ ABSENT = object()
 
 
 def resolve_config(config: Config) -> dict[str, Any]:
-    """Return the whole configuration as plain values, including defaults.
+    """Convert a configuration to plain values, including defaults.
 
-    Loading the result yields the same settings. Groups and overrides contain only the keys that
-    were written, because their defaults would take precedence over `clients.defaults`.
+    Loading the result yields the same settings. Groups and overrides contain only the keys that are
+    set, because default values in groups and overrides would take precedence over
+    `clients.defaults`.
     """
     plain = config.model_dump(mode="json")
     written = config.clients.model_dump(mode="json", exclude_unset=True)
@@ -167,10 +180,10 @@ def dump(config: Config) -> str:
 
 
 def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plain configuration without the keys that may change when a run is resumed.
+    """Return a resolved configuration without the keys that may change when a run is resumed.
 
-    The keys that may change are those that do not affect results (memory, workers, cluster), and
-    `rounds`, which may be increased.
+    The keys that may change are `rounds`, which may be increased, and the keys of `runtime` that do
+    not affect results: `store_memory`, `workers` and `address`.
     """
     kept = {key: _without_object_numbers(v) for key, v in plain.items() if key != "rounds"}
     if isinstance(runtime := plain.get("runtime"), Mapping):
@@ -181,7 +194,7 @@ def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_object_numbers(value: Any) -> Any:
-    """Return a tree with `object:NAME` in place of `object:NAME~2`."""
+    """Remove the numbers from object names in a tree, such as `~2` from `object:NAME~2`."""
     if isinstance(value, Mapping):
         return {k: _without_object_numbers(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -192,9 +205,9 @@ def _without_object_numbers(value: Any) -> Any:
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Describe the differences between two plain configurations in one line.
+    """Describe the differences between two resolved configurations in one line.
 
-    At most three differences are listed. If the configurations are equal, return None.
+    At most three differences are listed. The result is None if the configurations are equal.
     """
     differing = list(_differing_leaves(old, new, ""))
     parts = [

@@ -1,6 +1,6 @@
-"""Format validation errors of a configuration in one line.
+"""Error messages for invalid configurations, in one line.
 
-The line names the key, what was found, what is valid, and the nearest valid choice.
+A message contains the key, the value found, the valid values, and the nearest valid choice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hetero_fl.utils.errors import (
 TABLE = {"model_type", "model_attributes_type", "dict_type"}
 LIST = {"list_type", "tuple_type"}
 
-# The expected value, by type of pydantic error.
+# Expected values, keyed by type of pydantic error.
 EXPECTED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(
@@ -42,7 +42,7 @@ EXPECTED = {
     "none_required": "null",
 }
 
-# The limit that was exceeded, by type of pydantic error.
+# Format strings of limits, keyed by type of pydantic error.
 LIMITS = {
     "greater_than": "must be > {gt}",
     "greater_than_equal": "must be >= {ge}",
@@ -57,7 +57,7 @@ LIMITS = {
     "is_instance_of": "expected {class}",
 }
 
-# Types of errors that validators of this package raise, with a complete message.
+# Types of errors that are raised by validators of this package and have complete messages.
 CUSTOM_ERROR_TYPES = {"value_error", "assertion_error"}
 
 # Maximum number of keys of a section that a message lists.
@@ -71,14 +71,19 @@ def describe_error(
     at: Sequence[str] = (),
     own: Iterable[str] = (),
 ) -> str:
-    """Describe the first error of a validation in one line: key, what was found, what is valid.
+    """Describe the most relevant error of a validation in one line.
+
+    Unknown keys take precedence over other errors.
 
     Args:
-        error: Error of pydantic.
-        raw: Value that was validated.
-        model: Pydantic model of the value.
+        error: The pydantic error.
+        raw: The value that was validated.
+        model: The pydantic model of the value.
         at: Path of the value in the whole configuration.
-        own: Keys of the configured algorithm.
+        own: Keys of the configured algorithm, which are suggested for unknown keys.
+
+    Returns:
+        A line with the key, the value found and the valid values.
     """
     problems = error.errors(include_url=False)
     first = min(
@@ -104,10 +109,10 @@ def describe_error(
 def _describe_problem(
     problems: Sequence[ErrorDetails], where: str, section: type[BaseModel] | None
 ) -> str:
-    """Describe the problem of a value.
+    """Describe what is wrong with a value.
 
     Args:
-        problems: All errors of the value, several if several types are allowed.
+        problems: All errors of the value. There are several if several types are allowed.
         where: Path of the value.
         section: Section of the schema at this path, or None if the value is not a section.
     """
@@ -131,7 +136,10 @@ def _describe_problem(
 
 
 def _describe_own_error(problem: ErrorDetails) -> str:
-    """Return the message of a validator, followed by the value unless the message contains it."""
+    """Return the message of a validator of this package.
+
+    The value is appended unless it is a section or the message already describes it.
+    """
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     is_section = isinstance(problem["input"], dict)
     if is_section or re.search(r"\b(got|unknown|found)\b", message):
@@ -172,14 +180,14 @@ def _describe_wrong_type(
 
 
 def _format_found(value: Any) -> str:
-    """Format a value for a message. `{"name": value}` is shown as `value`, as users write it."""
+    """Format a value for a message, and shorten `{"name": value}` to `value`."""
     if isinstance(value, dict) and set(value) == {"name"}:
         value = value["name"]
     return format_value(value)
 
 
 def _suggest_mapping(where: str, section: Any, found: Any) -> str:
-    """Return a hint on how to write a mapping in place of a list or a plain value."""
+    """Return advice on how to write a mapping instead of a list or a plain value."""
     fields = section.model_fields if section else {"name": None}
     listed = [k for k, f in fields.items() if f and _entries(f.annotation) is not None]
     if isinstance(found, list):
@@ -204,7 +212,7 @@ def _may_be_empty(section: type[BaseModel]) -> bool:
 
 
 def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterable[str]) -> str:
-    """Return a hint at the nearest key of the section, or at a key of this name elsewhere.
+    """Suggest the nearest key of the section, or a key with this name in another section.
 
     Args:
         key: Unknown key.
@@ -221,7 +229,7 @@ def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterabl
         elsewhere = joined
     elif nearest is None:
         nearest = closest_abbreviation(key, known_here)
-    # The settings of a method have little to do with other sections.
+    # For unknown settings of a method, do not suggest similar keys of other sections.
     is_of_method = place[:1] == ["algorithm"]
     if nearest is None and not elsewhere and not is_of_method:
         similar = closest(key, [p[-1] for p in known])
@@ -240,10 +248,10 @@ def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterabl
 def full_key(name: str) -> str | None:
     """Return the full path of a configuration key, or None if the key does not exist.
 
-    For a section, this is the path of the key that selects its kind, such as `algorithm.name`.
+    For a section, the path of the key that selects its kind is returned, such as `algorithm.name`.
 
     Args:
-        name: Path of the key, or the last part of the path. If several keys have this name, the one
+        name: Path of the key, or the last part of the path. If several keys have this name, the key
             nearest to the root is returned. `-` is equivalent to `_`.
 
     Example:
@@ -265,7 +273,7 @@ def full_key(name: str) -> str | None:
 def nearest_key(name: str) -> str | None:
     """Return the full path of a configuration key, or of the most similar key.
 
-    If no key is similar, return None.
+    The result is None if no key is similar.
 
     Args:
         name: Path of the key, or the last part of the path, possibly misspelled.
@@ -283,12 +291,12 @@ def nearest_key(name: str) -> str | None:
 
 
 def _normalized_path(path: Sequence[str]) -> str:
-    """Return a path in a form for comparison, with a leading dot and dots in place of `_`."""
+    """Normalize a path for comparison: in lower case, with dots for `_` and a leading dot."""
     return "." + ".".join(path).replace("_", ".").replace("-", ".").lower().lstrip(".")
 
 
 def _common_prefix_length(path: Sequence[str], place: Sequence[str]) -> int:
-    """Return the number of equal leading parts. All indices of lists are treated as equal."""
+    """Return the number of equal leading parts, where all list indices are treated as equal."""
     count = 0
     for a, b in zip(path, place, strict=False):
         if a != b and not (a.isdigit() and b.isdigit()):
@@ -298,9 +306,9 @@ def _common_prefix_length(path: Sequence[str], place: Sequence[str]) -> int:
 
 
 def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of all keys, the keys of a section before the keys of its subsections.
+    """Yield the paths of all keys of a section and, after these, of its subsections.
 
-    Entries of lists have the index 0.
+    In the paths, entries of lists have the index 0.
     """
     sections = []
     for name, field in model.model_fields.items():
@@ -314,7 +322,10 @@ def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def _data_location(loc: tuple[int | str, ...], raw: Any) -> list[str]:
-    """Return the parts of an error location that exist in the data; pydantic adds other parts."""
+    """Return the parts of an error location that exist in the data.
+
+    Locations of pydantic also contain other parts, such as names of types.
+    """
     place = []
     for part in loc:
         if isinstance(raw, dict):

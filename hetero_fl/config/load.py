@@ -1,6 +1,6 @@
-"""Load a configuration from YAML, JSON or a dictionary and apply overrides.
+"""Loading of configurations from YAML, JSON or dictionaries, and application of overrides.
 
-JSON files in the format of a well-known tutorial are translated to the schema.
+JSON files in the format of a well-known tutorial are translated to a configuration.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from hetero_fl.utils.errors import (
     suggest_similar,
 )
 
-# References to other keys, and the beginning of references that call a resolver of OmegaConf.
+# References to other keys, and the beginning of a reference that calls an OmegaConf resolver.
 REFERENCE = re.compile(r"\$\{[^{}]*\}")
 RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
-# Maximum number of files of a folder that an error message lists.
+# Maximum number of files that an error message lists.
 LISTED = 10
 
 Source = str | Path | Mapping[str, Any] | Config
 Overrides = str | Mapping[str, Any] | Iterable[str]
-"""Changes to a configuration: one or several `key.path=value`, or a dictionary of them."""
+"""Changes to a configuration: `key.path=value` strings, or a dictionary keyed by key path."""
 
 
 def override_list(overrides: Overrides) -> list[str]:
-    """Return overrides as a list of `key.path=value`.
+    """Convert overrides to a list of `key.path=value`.
 
     Args:
-        overrides: A string, several strings, or a dictionary from keys to values.
+        overrides: A string, several strings, or a dictionary of values keyed by key path.
 
     Raises:
         UserError: If an override is not a string.
@@ -70,7 +70,11 @@ def override_list(overrides: Overrides) -> list[str]:
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply overrides to a configuration and return the result.
 
-    If the overrides name another algorithm, the settings of the previous algorithm are dropped.
+    If the overrides select another algorithm, the settings of the previous algorithm are removed.
+
+    Args:
+        raw: The configuration as plain values, which is not modified.
+        overrides: The overrides, as `key.path=value`. Later overrides take precedence.
 
     Raises:
         UserError: If an override cannot be applied.
@@ -89,7 +93,10 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 
 def _without_other_key(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return a configuration without the other key of a client option that an override sets."""
+    """Remove the alias of the client option that an override sets.
+
+    A client option can be set in the section `algorithm` and in `clients.defaults`.
+    """
     section, _, option = key.rpartition(".")
     if option not in CLIENT_OPTIONS:
         return raw
@@ -105,7 +112,10 @@ def _without_other_key(raw: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def raw_algorithm_section(source: Source) -> dict[str, Any]:
-    """Return the section `algorithm` as it is written in the source, without defaults."""
+    """Return the section `algorithm` of a source as written, without defaults.
+
+    The result is empty if the source has no such section.
+    """
     raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
     if is_tutorial(raw):
         raw, _ = translate_tutorial(raw, [], str(source))
@@ -114,12 +124,17 @@ def raw_algorithm_section(source: Source) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return a configuration file as plain values, without validation.
+    """Read a configuration file without validation.
+
+    References such as `${rounds}` are replaced with their values.
+
+    Returns:
+        The configuration as plain values.
 
     Raises:
-        UserError: If the file cannot be read.
+        UserError: If the file cannot be read or is not a mapping, or if a reference is invalid.
     """
-    # Worker processes import this module and do not need OmegaConf.
+    # Imported here because worker processes import this module without using OmegaConf.
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -156,7 +171,7 @@ def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
 
 
 def _describe_reference_error(error: Exception) -> str:
-    """Describe the problem of a reference `${key}` for which OmegaConf raised an error."""
+    """Describe why OmegaConf could not resolve a reference `${key}`."""
     text = str(error).splitlines()[0]
     if unknown := re.fullmatch(r"Interpolation key '(.*)' not found", text):
         return f"reference to unknown key '{unknown[1]}'"
@@ -166,9 +181,9 @@ def _describe_reference_error(error: Exception) -> str:
 
 
 def _check_references(tree: Any, where: str) -> None:
-    """Reject `${resolver:…}` in a tree, as a resolver could reveal environment variables.
+    """Reject `${resolver:…}` in a tree, because a resolver could reveal environment variables.
 
-    References may contain references, so the innermost ones are replaced until none is left.
+    References may be nested, so the innermost references are replaced until none remains.
     """
     for _, text in iterate_strings(tree):
         rest = text
@@ -182,7 +197,7 @@ def _check_references(tree: Any, where: str) -> None:
 
 
 def _list_files(folder: Path) -> str:
-    """Return the end of an error message that lists the configuration files of a folder."""
+    """List the configuration files of a folder, for the end of an error message."""
     try:
         names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
     except OSError:
@@ -192,7 +207,7 @@ def _list_files(folder: Path) -> str:
 
 
 def plain(source: Mapping[str, Any] | Config) -> dict[str, Any]:
-    """Return a configuration as a dictionary of the keys that are set."""
+    """Convert a configuration to a dictionary that contains only the keys that are set."""
     return source.model_dump(exclude_unset=True) if isinstance(source, Config) else dict(source)
 
 
@@ -228,7 +243,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 def _invalid_path_reason(value: Any, key: str) -> str:
     """Return why a path does not lead to an entry of a list.
 
-    If the path cannot be applied for another reason, return an empty string.
+    The result is empty if the path cannot be applied for another reason.
     """
     steps = key.split(".")
     for position, step in enumerate(steps):
@@ -245,7 +260,7 @@ def _invalid_path_reason(value: Any, key: str) -> str:
 
 
 def _suggest_entry(entries: list[Any], where: str, step: str, rest: list[str]) -> str:
-    """Return an error message that shows how to address an entry of a list by its index.
+    """Return an error message that explains how to refer to an entry of a list by index.
 
     Args:
         entries: Entries of the list.
@@ -267,7 +282,7 @@ def _suggest_entry(entries: list[Any], where: str, step: str, rest: list[str]) -
 
 
 def _add_yaml_spaces(value: Any) -> Any:
-    """Convert `{a:1,b:2}`, which YAML parses as two keys without values, to `{a: 1, b: 2}`."""
+    """Convert keys without values, as YAML parses `{a:1,b:2}`, to keys with values."""
     if not isinstance(value, dict):
         return value
     tight = {k: str(k).split(":", 1) for k, v in value.items() if v is None and ":" in str(k)}
@@ -299,7 +314,7 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 class Tutorial(ConfigSection):
-    """The settings in the tutorial's configuration file."""
+    """The settings in a configuration file of the tutorial."""
 
     model_name: str
     no_models: PositiveInt
@@ -314,7 +329,7 @@ class Tutorial(ConfigSection):
 
     @property
     def model(self) -> str:
-        """Name of the model, which is a torchvision model if one with this name exists."""
+        """Name of the model, with the prefix `torchvision:` if torchvision has such a model."""
         from model_zoo import list_models
 
         published = f"torchvision:{self.model_name}"
@@ -325,7 +340,11 @@ KEYS = tuple(field.alias or name for name, field in Tutorial.model_fields.items(
 
 
 def is_tutorial(raw: Mapping[str, Any]) -> bool:
-    """Return whether a mapping has the format of the tutorial rather than of a configuration."""
+    """Return whether a mapping has the format of the tutorial.
+
+    A mapping has this format if it contains more than half of the tutorial's keys, and more of
+    these than keys of a configuration.
+    """
     count = len(set(raw) & set(KEYS))
     return 2 * count > len(KEYS) and count > len(set(raw) & set(Config.model_fields))
 
@@ -337,7 +356,8 @@ def translate_tutorial(
 
     Args:
         raw: Content of the file.
-        overrides: Overrides. Those of the tutorial's keys, such as `k=3`, are applied to the file.
+        overrides: Overrides. Overrides of the tutorial's keys, such as `k=3`, are applied to the
+            file.
         where: Name of the file, for error messages.
 
     Returns:

@@ -1,7 +1,9 @@
-"""Resolve client groups and overrides into settings per client id.
+"""Resolution of client groups and overrides to settings for each client id.
 
-Clients with the same settings have the same profile. A population stores the profiles and, for each
-client, the number of its profile, usually in one or two bytes.
+Clients with the same settings share a profile. A population stores each profile once and, for each
+client, the number of the profile, usually in one or two bytes. A layer is a dictionary of settings
+that are set explicitly, such as the settings of a group or an override. Layers are merged in order
+of precedence.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
 
-# Explicitly written settings, without defaults.
+# Settings that are set explicitly, without defaults.
 Layer = dict[str, Any]
 
 # Maximum number of client ids that an error message lists.
@@ -34,13 +36,13 @@ MAX_SHOWN = 8
 
 @dataclass(frozen=True)
 class SettingsProfile:
-    """Settings that are the same for one or more clients.
+    """Settings that are shared by one or more clients.
 
     Attributes:
-        number: Index in `Population.profiles`.
+        number: Index of the profile in `Population.profiles`.
         settings: Settings of the clients.
-        first: Id of the first of these clients, in the order of the configuration.
-        count: Number of these clients.
+        first: Id of the first client with this profile, in the order of the configuration.
+        count: Number of clients with this profile.
     """
 
     number: int
@@ -55,8 +57,8 @@ class GroupMembers:
 
     Attributes:
         series: Ids of the clients.
-        layer: Settings of the group, merged with the defaults. If `model` is a list, the clients
-            use its models in turn.
+        layer: Settings of the group, merged with the defaults. The models in the list `model` are
+            assigned to the clients in turn.
     """
 
     series: IdSeries
@@ -68,7 +70,7 @@ class OverrideLayer:
     """Settings of the clients whose ids match a pattern.
 
     Attributes:
-        pattern: Pattern of ids in the syntax of `fnmatch.fnmatchcase`.
+        pattern: Pattern of client ids, in the syntax of `fnmatch.fnmatchcase`.
         layer: Settings that take precedence over the settings of the group.
     """
 
@@ -78,10 +80,10 @@ class OverrideLayer:
 
 @dataclass(frozen=True)
 class ListedSettings:
-    """A lookup of the settings of each client, for use as `resolve` of a `Population`.
+    """Function that looks up the settings of a client, for the argument `resolve` of `Population`.
 
     Attributes:
-        clients: Settings by client id.
+        clients: Settings, keyed by client id.
     """
 
     clients: Mapping[str, ClientSettings]
@@ -100,10 +102,10 @@ class Population(Mapping[str, ClientSettings]):
     Args:
         groups: Groups of clients, in the order of the configuration.
         overrides: Settings for ids that match a pattern. Later overrides take precedence.
-        resolve: Function that returns the settings of a profile. Its arguments are the id of the
+        resolve: Function that returns the settings of a profile. The arguments are the id of the
             first client of the profile, the layer of the group, the index of the model in the
-            group, and a list with the layer of each matching override and the index of the model in
-            it.
+            layer, and a list of pairs: the layer of a matching override and the index of the model
+            in that layer.
 
     Attributes:
         ids: Client ids in natural order.
@@ -141,7 +143,7 @@ class Population(Mapping[str, ClientSettings]):
             _, numbers = np.unique(numbers * (cycle + 1) + turns[-1], return_inverse=True)
         counts = np.bincount(numbers)
         first = np.zeros(len(counts), dtype=int)
-        # In reverse, so that the last assignment to each number is that of the first client.
+        # In reverse order, so that the last assignment for each number is that of its first client.
         first[numbers[::-1]] = np.arange(len(self))[::-1]
         order = np.argsort(first)
         self._profile_starts = first[order].tolist()
@@ -150,7 +152,7 @@ class Population(Mapping[str, ClientSettings]):
         self._profile_numbers = np.argsort(order).astype(np.min_scalar_type(len(order)))[numbers]
 
     def _group_turns(self) -> NDArray[np.signedinteger[Any]]:
-        """Return an index of the group and model of each client, int32 `[clients]`."""
+        """Return the number of each client's combination of group and model, int32 `[N]`."""
         parts = [np.empty(0, dtype=np.int32)]
         start = 0
         for group in self._groups:
@@ -170,7 +172,10 @@ class Population(Mapping[str, ClientSettings]):
 
     @classmethod
     def from_settings(cls, clients: Mapping[str, ClientSettings]) -> Population:
-        """Create a population from settings by client id, with a profile for each client."""
+        """Create a population from the settings of each client, keyed by client id.
+
+        Each client has a separate profile. If `clients` is a `Population`, it is returned.
+        """
         if isinstance(clients, Population):
             return clients
         groups = [GroupMembers(IdSeries(client_id, 1)) for client_id in clients]
@@ -208,7 +213,7 @@ class Population(Mapping[str, ClientSettings]):
         return self.profiles[self._profile_numbers[self._starts[group] + place]]
 
     def set_default(self, name: str, value: object) -> None:
-        """Set the value of a setting for all clients for which it is None."""
+        """Set a setting to a value for all clients whose value is None."""
         self.profiles = [
             replace(profile, settings=profile.settings.model_copy(update={name: value}))
             if getattr(profile.settings, name) is None
@@ -217,10 +222,10 @@ class Population(Mapping[str, ClientSettings]):
         ]
 
     def position(self, client_id: str) -> tuple[int, int] | None:
-        """Return the index of a client's group and the client's index in the group.
+        """Return the index of a client's group, and the index of the client in the group.
 
-        Clients sorted by position are in the order of the configuration. For an unknown id, return
-        None.
+        If clients are sorted by position, they have the order of the configuration. The result is
+        None for an unknown id.
         """
         for name in (client_id, client_id.rpartition("_")[0]):
             for number in self._by_name.get(name, ()):
@@ -248,21 +253,28 @@ class Population(Mapping[str, ClientSettings]):
 
 
 def _num_models(layer: Layer) -> int:
-    """Return the number of models that clients use in turn, at least 1."""
+    """Return the number of models that are assigned to clients in turn, at least 1."""
     return len(layer.get("model") or [None])
 
 
-# Keys of groups and overrides that are not settings of a client.
+# Keys of groups and overrides that are not client settings.
 DESCRIBES = {"name", "count", "fraction", "match"}
 
-# Settings of SGD that are dropped if an override chooses another optimizer.
+# Settings of SGD that are removed if an override selects another optimizer.
 OF_SGD = {"momentum", "nesterov"}
 
 
 def expand_population(config: ClientsConfig) -> Population:
-    """Return the settings of all clients by id.
+    """Resolve the section `clients` to the settings of all clients.
 
-    Ids are `name_1`, `name_2`, … (zero-padded), or the name of the group if it has one client.
+    The clients of a group have the zero-padded ids `name_1`, `name_2`, …. If a group has a single
+    client, the name of the group is the id of the client.
+
+    Args:
+        config: The section `clients` of a configuration.
+
+    Returns:
+        A mapping from client ids to settings.
 
     Raises:
         UserError: If the numbers of clients do not add up, ids are not unique, an override matches
@@ -286,7 +298,7 @@ def expand_population(config: ClientsConfig) -> Population:
         raise UserError(
             f"clients.groups: two clients have the id '{error}'; choose different group names"
         ) from None
-    # Resolve the profiles without overrides, too, as an override must not hide a contradiction.
+    # Also resolve the profiles without overrides, because overrides must not hide contradictions.
     _ = without_overrides.profiles
     for override, matches in zip(overrides, population.matched_overrides(), strict=True):
         if not matches:
@@ -296,7 +308,7 @@ def expand_population(config: ClientsConfig) -> Population:
                 f"clients.overrides: '{override.pattern}' matches no client; "
                 f"the clients are {known}{more}"
             )
-    # Resolve all profiles now, so that no error is raised later.
+    # Resolve all profiles now, so that errors are raised here.
     _ = population.profiles
     return population
 
@@ -304,13 +316,14 @@ def expand_population(config: ClientsConfig) -> Population:
 def _resolve_settings(
     client_id: str, layer: Layer, index: int, overrides: Sequence[tuple[Layer, int]]
 ) -> ClientSettings:
-    """Return the settings of a client.
+    """Merge the layers of a client.
 
     Args:
-        client_id: Id of the client, for error messages.
-        layer: Settings of the client's group.
-        index: Index of the client's model in the group.
-        overrides: Layer of each matching override, and index of the client's model in it.
+        client_id: Client id, for error messages.
+        layer: Layer of the client's group.
+        index: Index of the client's model in `layer`.
+        overrides: The layer of each matching override, with the index of the client's model in that
+            layer.
     """
     settings = _select_model(layer, index)
     for override, override_index in overrides:
@@ -324,14 +337,14 @@ def _resolve_settings(
 
 
 def _explicit_settings(settings: ClientSettings) -> dict[str, Any]:
-    """Return the explicitly written settings of a client, without defaults."""
+    """Return the layer of settings that are set explicitly."""
     return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
 
 
 def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
-    """Merge the settings of two layers; those of `override` take precedence.
+    """Merge two layers, of which `override` takes precedence.
 
-    If `override` chooses another optimizer, the settings of SGD in `base` are dropped.
+    If `override` selects another optimizer, the settings of SGD in `base` are removed.
     """
     optimizer = base.get("optimizer", {})
     name = override.get("optimizer", {}).get("name")
@@ -341,7 +354,7 @@ def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
 
 
 def _select_model(layer: Layer, index: int) -> Layer:
-    """Return the layer with only the model at an index, modulo the number of models."""
+    """Replace the models of a layer with the model at an index, modulo the number of models."""
     models = layer.get("model")
     return {**layer, "model": [models[index % len(models)]]} if models else layer
 

@@ -136,15 +136,20 @@ class PrivacyConfig(ConfigSection):
         return self
 
     def with_placeholder_noise(self) -> PrivacyConfig:
-        """Return a copy in which an unset noise multiplier is 1, for dry runs."""
+        """Return a copy for dry runs, in which the noise multiplier is 1 if it was None."""
         return self.model_copy(update={"noise_multiplier": self.noise_multiplier or 1.0})
 
     @property
     def known_noise_multiplier(self) -> float:
-        """The noise multiplier of a prepared run, in which it is always set."""
+        """The noise multiplier, which must not be None. Prepared runs always have one."""
         assert self.noise_multiplier is not None
         return self.noise_multiplier
 
     def clip_norm(self, item: str) -> float:
-        """Return the maximum L2 norm of a client's contribution to an item, such as `model`."""
+        """Return the maximum L2 norm of a client's contribution to an item of an upload.
+
+        Args:
+            item: Name of the item, such as `model`. If `clip` is a dictionary without this item,
+                the result is 1.
+        """
         return self.clip.get(item, 1.0) if isinstance(self.clip, dict) else self.clip

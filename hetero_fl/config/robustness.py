@@ -26,8 +26,8 @@ ATTACKS = ("label_flip", "backdoor", *UPLOAD_ATTACKS, *ROW_ATTACKS)
 class AggregationConfig(ConfigSection):
     """Aggregation of uploads.
 
-    All rules except `mean` give clients equal weights, as malicious clients could report any number
-    of rows.
+    All rules except `mean` weight clients equally, because malicious clients could report any
+    number of rows.
 
     Example:
         >>> import hetero_fl as hfl
@@ -82,7 +82,10 @@ class AggregationConfig(ConfigSection):
         return self.rule == self.predictions == self.statistics == "mean"
 
     def num_malicious(self, num_senders: int) -> int:
-        """Return how many of `num_senders` clients may be malicious. A share is rounded up."""
+        """Return how many of `num_senders` clients may be malicious.
+
+        If `malicious` is a share, the number is rounded up.
+        """
         if isinstance(self.malicious, int):
             return self.malicious
         return math.ceil(self.malicious * num_senders - 1e-9)

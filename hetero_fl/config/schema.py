@@ -31,7 +31,7 @@ from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfi
 from hetero_fl.utils.text import format_list
 
 STATISTIC_SUFFIXES = ("_std", "_worst", "_undefined")
-"""Suffixes of the statistics of a metric over the clients in `metrics.jsonl`."""
+"""Suffixes of the keys in `metrics.jsonl` for statistics of a metric over the clients."""
 Executor = choice_type("auto", "serial", "batched", "processes", "ray", "torchrun")
 Device = choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:", synonyms={"gpu": "cuda"})
 
@@ -91,7 +91,7 @@ class EvaluationConfig(ConfigSection):
     @field_validator("metrics")
     @classmethod
     def _check_metric_names(cls, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Check that no name looks like a statistic of another metric."""
+        """Check that the names are valid and do not end like statistics of other metrics."""
         for name in metrics:
             if not re.fullmatch("[a-z][a-z0-9_]*", name) or name.endswith(STATISTIC_SUFFIXES):
                 raise ValueError(
@@ -102,7 +102,7 @@ class EvaluationConfig(ConfigSection):
 
 
 class RuntimeConfig(ConfigSection):
-    """Execution of a run: synchronous or asynchronous, processes, device and precision.
+    """Execution of a run: mode, executor, processes, device and precision.
 
     Example:
         >>> import hetero_fl as hfl

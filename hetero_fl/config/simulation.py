@@ -23,7 +23,7 @@ WIDEST = 10.0
 
 
 def _check_log_spread(value: float) -> float:
-    """Reject values that are too large for the standard deviation of a logarithm."""
+    """Reject values that are implausibly large as the standard deviation of a logarithm."""
     if value > WIDEST:
         raise ValueError(
             f"must be <= {WIDEST:g}, got {value:g}; it is the standard deviation of the natural "
@@ -75,7 +75,7 @@ class AvailabilityConfig(ConfigSection):
 
 
 class DeviceConfig(ConfigSection):
-    """Simulated device of a client. By default, it is always available and takes no time.
+    """Simulated device of a client. By default, a device is always available and takes no time.
 
     Example:
         >>> import hetero_fl as hfl
@@ -161,7 +161,7 @@ class FaultsConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _drop_server(cls, values: Any) -> Any:
-        """Drop the former key `server` if it is empty, as in the files of older runs."""
+        """Remove the former key `server` if it is empty, as in the files of older runs."""
         if isinstance(values, Mapping) and "server" in values:
             if values["server"]:
                 raise ValueError(
@@ -173,7 +173,7 @@ class FaultsConfig(ConfigSection):
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """Probability of each fault by name."""
+        """Probabilities of the faults, keyed by name."""
         names = ("before", "during", "after", "lost", "late", "twice", "corrupted")
         return {name: getattr(self, name) for name in names}
 
@@ -233,7 +233,8 @@ class CohortConfig(ConfigSection):
         """Return the number of clients to sample for a round.
 
         Args:
-            per_round: Number of uploads to aggregate, `clients.per_round`. None means all clients.
+            per_round: Number of uploads to aggregate, `clients.per_round`. If None, all clients are
+                sampled.
             clients: Number of clients.
         """
         if per_round is None:

@@ -1,4 +1,4 @@
-"""Run, compare, evaluate, audit and export federations from Python."""
+"""Functions that prepare, run, compare, evaluate, audit, export and join federated runs."""
 
 from hetero_fl.experiment.auditing.audit import audit
 from hetero_fl.experiment.comparison import compare

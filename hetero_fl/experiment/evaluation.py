@@ -1,4 +1,4 @@
-"""Evaluate the saved models of a run on any data set."""
+"""Evaluation of the saved models of a run on any data set."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ def evaluate(
     """Compute the metrics of a finished run's models on a data set.
 
     The models are evaluated on the test split, or on all rows of a local file without a test split.
-    Classes and targets are matched by name if the data set and the models name them, otherwise by
-    position.
+    If both the data set and a model have class or target names, classes and targets are matched by
+    name. Otherwise, they are matched by position.
 
     Args:
         run: A finished run or its directory.
-        data: Name of a data source, or path of a local file (a table, or `.npz` in the MedMNIST
-            layout) or image folder.
-        client: A client id or "server". None: all models.
-        personal: Whether models predict with the label frequencies of their client, as on the
+        data: Name of a data source, or path of a local file or image folder. A file is a table, or
+            a `.npz` file in the MedMNIST layout.
+        client: Client id or "server". If None, all models are evaluated.
+        personal: Whether each model predicts with the label frequencies of its client, as on the
             client's own examples.
-        label: Label column of a table, or several columns separated by commas. None: the label
-            column of the run.
+        label: Label column of a table, or several columns separated by commas. If None, the label
+            column of the run is used.
         allow_code: Whether code that the files of the run refer to may be executed.
-        log: Function called with a warning if rows of the data set were training rows of the run.
-            None: a `UserWarning` is issued. Rows are compared only if the data of the run is
-            available.
+        log: Function that is called with a warning if rows of the data set were training rows of
+            the run. If None, a `UserWarning` is issued. Rows are compared only if the run has
+            finished and its data is available.
 
     Returns:
-        The metrics of each model, by client id or "server".
+        The metrics of each model, keyed by client id or "server".
 
     Raises:
-        UserError: If the data set does not exist or does not fit the models, or if there is no
-            model of `client`.
+        UserError: If the data set does not exist or does not fit the models, or if `client` has no
+            model.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -83,7 +83,7 @@ def evaluate(
     )
     models = run.load_models(client)
     dataset = load_as(run, data, label, models)
-    # A named source without a test split is split as a federation would split it.
+    # A named source without a test split is split as in a federation.
     dataset_with_test = dataset if Path(data).exists() else with_test(dataset)
     examples = dataset_with_test.test or dataset_with_test.train
     results = {}
@@ -152,9 +152,10 @@ def _describe_tokens(vocabulary_size: int | None) -> str:
 
 
 def are_comparable(found: Task, known: Task) -> bool:
-    """Return whether the targets of one task can be mapped to the targets of another.
+    """Return whether the targets of one task can be mapped to the targets of another task.
 
-    Unnamed labels can be mapped to classes whose names are integers.
+    Two tasks are comparable if they have the same kind and number of outputs. In addition, unnamed
+    class labels can be mapped to classes whose names are integers.
 
     Args:
         found: Task of the targets.
@@ -168,8 +169,8 @@ def are_comparable(found: Task, known: Task) -> bool:
 def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Tensor:
     """Reorder the classes or columns of targets to match a model's task.
 
-    Classes and columns are matched by name if both tasks have names. Unnamed labels are matched
-    with classes whose names are integers.
+    If both tasks have names, classes and columns are matched by name. Unnamed labels are matched
+    with classes whose names are integers. Otherwise, the targets are returned unchanged.
 
     Args:
         y: Class indices `[N]`, or targets `[N, outputs]`.
@@ -181,7 +182,8 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
         Targets in the order of the model's task, in the shape of `y`.
 
     Raises:
-        UserError: If a name exists in only one of the tasks.
+        UserError: If a name exists in only one of the tasks, or if no class has the name of an
+            integer label.
     """
     if known.numbers and not given_task.names:
         return classes_from_labels(y, known, where)
@@ -206,20 +208,20 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
 def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedModel]) -> Dataset:
     """Load a data set for the models of a run.
 
-    A local file is read with the task, the group and patient columns, and the image size of the
-    run's data.
+    A local file is read with the settings of the run's data, such as the task, the image size, and
+    the group and patient columns.
 
     Args:
         run: The finished run.
         data: Name of a data source, or path of a local file or folder.
-        label: Label column of a table. None: the label column of the run.
-        models: The models that predict the data set.
+        label: Label column of a table. If None, the label column of the run is used.
+        models: The models that are applied to the data set, keyed by client id or "server".
 
     Raises:
         UserError: If the data set does not exist or cannot be read with these settings.
     """
     path = Path(data)
-    # Names of sources do not look like paths.
+    # A missing file is reported here, unless the argument can be the name of a source.
     if not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1):
         raise ArgumentError(f"data: file or folder '{data}' not found{suggest_file(path)}")
     source = _source_as(run, data, label, models)
@@ -231,9 +233,10 @@ def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedMo
 
 @contextmanager
 def data_argument() -> Iterator[None]:
-    """Convert errors about configuration keys to errors about arguments.
+    """Convert errors that name configuration keys to errors that name arguments.
 
-    The keys `data.name` and `data.path` become `data`, and `data.label` becomes `label`.
+    In error messages, the keys `data.name` and `data.path` become the argument `data`, and
+    `data.label` becomes `label`. Other errors are raised unchanged.
     """
     try:
         yield
@@ -247,13 +250,13 @@ def data_argument() -> Iterator[None]:
 def _source_as(
     run: Run, data: str, label: str | None, models: Mapping[str, SavedModel]
 ) -> SourceConfig:
-    """Return the source that reads a data set with the settings of the run's data."""
+    """Return the source section for a data set, with the settings of the run's data."""
     path = Path(data)
     known = run.directory.config().get("data") or {}
     name = known.get("name")
     if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
         label = known.get("label")
-    # Settings that decide how time series and texts are cut into examples.
+    # Settings that determine how time series and texts are divided into examples.
     cut = {key: known.get(key) or {} for key in ("series", "text") if reads_key(name, key)}
     if data == name or ("text" in cut and reads_key(data, "text")):
         return SourceConfig.model_validate({"name": data, "label": label, **cut})
@@ -286,14 +289,15 @@ def _file_source(
 
 
 def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) -> Dataset:
-    """Reorder the columns of a data set to match the models of a run, by name.
+    """Reorder the columns of a data set to match the models of a run.
 
-    Columns that none of the models needs may be missing.
+    Columns are matched by name. Columns that no model needs may be missing. If the data set or the
+    models have no column names, the data set is returned unchanged.
 
     Args:
         dataset: The data set.
         run: The finished run.
-        models: The models that predict the data set.
+        models: The models that are applied to the data set, keyed by client id or "server".
 
     Raises:
         UserError: If a column that a model needs is missing.
@@ -317,7 +321,7 @@ def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) 
 
 
 def _columns(path: Path) -> list[str]:
-    # Slow to import: pandas.
+    # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import read_frame
 
     try:

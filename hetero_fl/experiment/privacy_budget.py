@@ -1,8 +1,8 @@
-"""Compute the privacy budget of a run before training.
+"""Privacy budget of a run, which is computed before training.
 
-The cohorts of all rounds are known in advance because sampling depends only on the seed, and dry
-runs show which private rows the clients read. The actual privacy cost is lower if clients drop out.
-The formulas are in `hetero_fl.privacy.accounting`.
+The cohorts of all rounds are known in advance because client sampling depends only on the seed.
+Dry runs show which private rows the clients read. If clients drop out, the actual privacy cost is
+lower. The formulas are in `hetero_fl.privacy.accounting`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class PrivacyBudget:
 
     Args:
         privacy: Section `privacy` of the configuration.
-        histories: For each round, the distinct charge histories of all clients up to and including
-            this round.
+        histories: For each round, the distinct histories of privacy charges of all clients, up to
+            and including this round.
     """
 
     privacy: PrivacyConfig
@@ -55,14 +55,15 @@ class PrivacyBudget:
         rounds: int,
         per_round: int | None,
     ) -> PrivacyBudget:
-        """Compute the budget of a run.
+        """Compute the privacy charges of each round with dry runs.
 
         Args:
             privacy: Section `privacy` of the configuration.
             algorithm: The algorithm.
             federation: The federation.
             rounds: Number of rounds.
-            per_round: Number of clients sampled in each round. None: all.
+            per_round: Number of clients that are sampled in each round. If None, all clients take
+                part.
 
         Raises:
             UserError: If the method reads private rows without noise.
@@ -79,7 +80,7 @@ class PrivacyBudget:
         for round_idx in range(rounds):
             cohort = federation.sample_cohort(per_round, round_idx)
             charged = {c: run.exchange_cost(c, round_idx).charges for c in cohort}
-            # With Poisson sampling, every client is charged for the chance of being sampled.
+            # With Poisson sampling, each client is charged in every round, at the sampling rate.
             if poisson_clients:
                 charged = dict.fromkeys(poisson_clients, (PrivacyCharge(rate),))
             for client_id, charges in charged.items():
@@ -97,10 +98,12 @@ class PrivacyBudget:
     def solved_privacy(self) -> PrivacyConfig:
         """Return the privacy settings with a noise multiplier.
 
-        If the noise multiplier is not set, it is computed from the target ε.
+        If the noise multiplier is not set, the smallest multiplier that meets the target ε in all
+        rounds is computed.
 
         Raises:
-            UserError: If the first round exceeds the target ε.
+            UserError: If the noise multiplier is set and the first round exceeds the target ε, or
+                if opacus is required and not installed.
         """
         target = self.privacy.target_epsilon
         privacy = self.privacy
@@ -120,7 +123,12 @@ class PrivacyBudget:
         return privacy
 
     def spent(self, rounds: int) -> dict[str, Any]:
-        """Return the privacy cost of the first `rounds` rounds, as saved in `metrics.jsonl`."""
+        """Return the privacy cost of the first `rounds` rounds.
+
+        Returns:
+            The entry `privacy` of a record in `metrics.jsonl`, with the keys `epsilon`, `delta` and
+            `unit`.
+        """
         return {
             "epsilon": self.epsilon(rounds),
             "delta": self.privacy.delta,
@@ -128,7 +136,7 @@ class PrivacyBudget:
         }
 
     def epsilon(self, rounds: int) -> float:
-        """Return the largest ε of any client after `rounds` rounds."""
+        """Return the largest ε over all clients after `rounds` rounds."""
         if rounds == 0:
             return 0.0
         privacy = self.privacy
@@ -140,7 +148,7 @@ class PrivacyBudget:
         )
 
     def description(self) -> str:
-        """Return one line with the unit of privacy, the noise and the total ε."""
+        """Describe the privacy unit, the noise multiplier and the total ε in one line."""
         privacy = self.privacy
         rounds = self.affordable_rounds()
         return (
@@ -150,7 +158,10 @@ class PrivacyBudget:
         )
 
     def affordable_rounds(self) -> int:
-        """Return the number of rounds within the target ε, or of all rounds without a target."""
+        """Return the largest number of rounds that does not exceed the target ε.
+
+        Without a target, the planned number of rounds is returned.
+        """
         target = self.privacy.target_epsilon
         planned = len(self.histories)
         if target is None or self.epsilon(planned) <= target:

@@ -1,4 +1,4 @@
-"""Run an experiment, from a configuration to a finished run directory."""
+"""Execution of a run, from its configuration to the finished run directory."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def run(
 
     Args:
         source: A configuration file, a dictionary or a configuration.
-        out: The run directory. None: `runs/<name>-<time>`.
+        out: The run directory. Default: `runs/<name>-<time>`.
         resume: Whether to continue from the newest intact checkpoint in `out`.
-        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        callbacks: Functions called with the record of each round (a line of `metrics.jsonl`) after
-            the round has been committed to disk.
-        dataset: Examples in memory that replace `data.name`.
-        quiet: Whether to hide the progress display. None shows it in notebooks only.
+        overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
+        callbacks: Functions that are called with the record of each round, which is a line of
+            `metrics.jsonl`, after the round has been committed to disk.
+        dataset: Data set in memory that replaces the source `data.name`.
+        quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
         allow_code: Whether code that a file refers to (`python:package.module:Name`) may be
             executed. References in a dictionary or in `overrides` are always allowed.
 
@@ -95,20 +95,23 @@ def run(
 
 
 def default_out(config: Config) -> Path:
-    """Return the default directory of a run that starts now."""
+    """Return the default run directory, `runs/<name>-<time>` with the current local time."""
     return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def check_resumed_choice(path: Path, on_nodes: bool) -> dict[str, Any]:
-    """Return the recorded executor, threads and device of a run that is to be resumed.
+    """Read the executor, threads and device that a run was started with.
 
     Args:
         path: The run directory.
         on_nodes: Whether the run is resumed on several machines.
 
+    Returns:
+        The entry `choice` of `environment.json`.
+
     Raises:
         UserError: If the run was started on several machines and is resumed on one machine, or
-            vice versa, or if the record is missing.
+            vice versa, or if the entry is missing or invalid.
     """
     started_with = RunDirectory.open(path).environment().get("choice")
     if not isinstance(started_with, dict) or not isinstance(started_with.get("executor"), str):
@@ -141,19 +144,20 @@ def run_prepared(
 
     Args:
         prepared: The run, from `prepare`.
-        out: The run directory. None: `runs/<name>-<time>`.
+        out: The run directory. Default: `runs/<name>-<time>`.
         resume: Whether to continue from the newest intact checkpoint in `out`.
-        callbacks: Functions called with the record of each round after the round has been
+        callbacks: Functions that are called with the record of each round, after the round has been
             committed to disk.
-        quiet: Whether to hide the progress display. None shows it in notebooks only.
-        executor_factory: Function that creates the executor if the clients train on other machines.
-        console: Receives the progress display. None: the terminal.
+        quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
+        executor_factory: Function that creates the executor for clients on other machines. If None,
+            the clients train on this machine.
+        console: Console for the progress display. If None, the terminal is used.
 
     Returns:
         The finished run.
 
     Raises:
-        UserError: If the directory contains a different run, or if another process uses it.
+        UserError: If the directory contains a different run or is used by another process.
         RunFailedError: If the run cannot continue.
         Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
     """
@@ -188,15 +192,16 @@ def open_session(
         prepared: The run.
         path: The run directory.
         resume: Whether to continue from the newest intact checkpoint.
-        quiet: Whether to hide the progress display. None shows it in notebooks only.
-        executor_factory: Function that creates the executor if the clients train on other machines.
-        console: Receives the progress display. None: the terminal.
+        quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
+        executor_factory: Function that creates the executor for clients on other machines. If None,
+            the clients train on this machine.
+        console: Console for the progress display. If None, the terminal is used.
 
     Yields:
-        The session; None if the run has already finished.
+        The session, or None if the run has already finished.
 
     Raises:
-        UserError: If the directory contains a different run, or if another process uses it.
+        UserError: If the directory contains a different run or is used by another process.
         Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
     """
     config = prepared.config
@@ -246,9 +251,9 @@ def _recorded_choice(path: Path, record: dict[str, Any], config: Config) -> Exec
 
 
 def choose_for_nodes(prepared: PreparedRun) -> ExecutorChoice:
-    """Choose the executor settings for a run in which each client trains on its own node.
+    """Choose the executor settings for a run in which each client trains on a separate node.
 
-    Each node uses as many threads as a simulation would use on this machine.
+    Each node uses as many threads as a simulation on this machine.
     """
     config = prepared.config
     executor = (
@@ -276,7 +281,11 @@ def _open_directory(
     resume: bool,
     on_nodes: bool,
 ) -> RunDirectory | None:
-    """Create or open the run directory, or return None if the run in it has finished."""
+    """Create or open a run directory.
+
+    Returns:
+        The run directory, or None if it contains a finished run that is not extended.
+    """
     config = prepared.config
     if not (resume and (path / "config.yaml").exists()):
         environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
@@ -293,7 +302,7 @@ def _open_directory(
 
 
 def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:
-    """Return a line that says that the run has finished and, if possible, how to extend it."""
+    """Describe a finished run in one line, with advice on how to extend the run if possible."""
     completed = directory.summary()["rounds_completed"]
     planned = prepared.config.rounds
     rounds = (
@@ -312,7 +321,10 @@ def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: 
 def _reason_not_extendable(
     directory: RunDirectory, prepared: PreparedRun, planned: int, on_nodes: bool
 ) -> str:
-    """Return why a run cannot be extended to more rounds; empty if it can."""
+    """Return why a run cannot be extended to more rounds.
+
+    The result is empty if the run can be extended.
+    """
     config = prepared.config
     if prepared.method.needs.one_upload:
         return f"{prepared.name} is a one-shot method, whose runs cannot be extended"
@@ -320,7 +332,7 @@ def _reason_not_extendable(
         agreed = pluralize(planned, "round")
         return f"a run on nodes cannot be extended; its clients agreed to {agreed}"
     if config.evaluation.patience is not None and directory.lines():
-        # The last round of a shorter run may be evaluated only because it is the last.
+        # An extended run does not repeat an evaluation that took place only in the last round.
         history = [
             record
             for record in directory.metrics()
@@ -336,11 +348,11 @@ def _reason_not_extendable(
 
 
 def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDirectory:
-    """Open the directory of a run to resume or extend the run.
+    """Open the directory of a run that is resumed or extended.
 
     Raises:
-        UserError: If the configuration differs from the recorded one, or if the run cannot be
-            extended to this number of rounds.
+        UserError: If the configuration differs from the configuration in the directory, or if the
+            run cannot be extended to the configured number of rounds.
     """
     directory = RunDirectory.open(path)
     config = prepared.config

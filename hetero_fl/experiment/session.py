@@ -1,4 +1,4 @@
-"""Train a run in its directory, round by round, and write its results."""
+"""Training of a run round by round, and the files that are written to the run directory."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ if TYPE_CHECKING:
 
 
 class RunSession:
-    """Training session of a run, an iterable that trains one round per iteration.
+    """Iterable that trains a run, one round per iteration.
 
-    Each round is committed to disk before its record is yielded. The models, the summary and the
-    report are written after the last round.
+    Each iteration yields the record of a round after the round has been committed to disk. The
+    models, the summary and the report are written after the last round. The caller must call
+    `close` at the end.
 
     Args:
         prepared: The run.
         directory: The run directory.
         choice: Executor, device and threads to use.
-        progress: Receives log lines and progress.
-        executor_factory: Function that creates the executor if the clients train on other machines.
+        progress: Progress display, which also writes the log.
+        executor_factory: Function that creates the executor for clients on other machines. If None,
+            the clients train on this machine.
 
     Attributes:
-        trainer: The trainer. Its executor must be closed with `close`.
+        trainer: The trainer.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ def _start_or_resume(
     planned: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Restore the newest checkpoint or save the first one.
+    """Restore the newest checkpoint, or save the first checkpoint if there is none.
 
     Returns:
         Metadata to save in later checkpoints.
@@ -213,7 +215,7 @@ def _restore(
     metadata: Mapping[str, Any],
     planned: int,
 ) -> dict[str, Any]:
-    """Restore the trainer's state and return the checkpoint that it was restored from.
+    """Restore the trainer's state and return the checkpoint that was used.
 
     Args:
         saved: The newest checkpoint.
@@ -251,8 +253,9 @@ def _reopen_directory(
 ) -> dict[str, Any]:
     """Prepare a run directory for additional rounds and return the checkpoint to continue from.
 
-    The last round of the shorter run was evaluated regardless of `evaluation.every`. If the longer
-    run does not evaluate this round, the round is repeated from the previous checkpoint.
+    The last round of the shorter run was evaluated regardless of `evaluation.every`. If the
+    schedule of the longer run does not evaluate this round, the round is repeated from the previous
+    checkpoint.
     """
     directory.reopen()
     completed = saved["run"]["completed"]
@@ -264,7 +267,11 @@ def _reopen_directory(
 def _extend(
     directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: int, progress: Progress
 ) -> list[str]:
-    """Write the number of rounds to `config.yaml` and return a note on each extension so far."""
+    """Record the number of rounds in `config.yaml`, and log if a run is extended.
+
+    Returns:
+        Notes on all extensions of the run so far.
+    """
     recorded = directory.config()
     if recorded.get("rounds") != rounds:
         directory.write_config({**recorded, "rounds": rounds})
@@ -284,7 +291,7 @@ def _extend(
 
 
 def _read_history(directory: RunDirectory) -> list[Record]:
-    """Read the records of all rounds so far from disk, where they are kept to save memory."""
+    """Read the records of all completed rounds, which are not kept in memory."""
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
@@ -295,8 +302,8 @@ def _evaluate(
 
     Args:
         trainer: The trainer.
-        record: Record of the round, which is modified.
-        directory: Where to save the models; None except in the last evaluation.
+        record: Record of the round, which is modified in place.
+        directory: Directory where the models are saved. If None, the models are not saved.
     """
     started = time.perf_counter()
     down_bytes = trainer.traffic.down
@@ -319,8 +326,8 @@ def _finish(
 ) -> None:
     """Write the models, summary, plots and report of a run after the last round."""
     if evaluation is None:
-        # The run stopped early, or the process was killed after the last round. The models were
-        # evaluated before, so the traffic of this evaluation is not counted.
+        # The run stopped early, or the process was killed after the last round. The traffic of the
+        # evaluation has already been counted.
         down_bytes = trainer.traffic.down
         evaluation = _evaluate_fully(trainer, directory)
         trainer.traffic.down = down_bytes
@@ -342,18 +349,18 @@ def _finish(
 
 
 def write_presentation(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> None:
-    """Write the plots and the report, unless they exist.
+    """Write the plots and the report that are enabled, unless `report.html` exists.
 
-    Errors while drawing are logged and do not fail the run.
+    Drawing errors are logged and do not stop the run.
 
     Args:
         config: The configuration of the run.
         directory: The run directory.
-        log: Function called with each log line.
+        log: Function that is called with each log line.
     """
     if (directory.path / "report.html").exists():
         return
-    # Slow to import, and not needed before the last round.
+    # Imported here because loading matplotlib is slow.
     from hetero_fl.reporting.plots import write_plots
     from hetero_fl.reporting.report import write_report
 
@@ -364,7 +371,7 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
 
 
 def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
-    """Evaluate with all details for the report, and save each model when it is evaluated."""
+    """Evaluate the models with all details for the report, and save each evaluated model."""
 
     def save(name: str, model: bytes) -> None:
         # The model is empty if a remote client does not upload it.

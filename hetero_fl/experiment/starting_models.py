@@ -1,4 +1,4 @@
-"""The tensors with which a run starts if they are not drawn from its seed (`init_from`)."""
+"""Initial tensors that replace random initialization (the setting `init_from`)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ from model_zoo.given_models import GivenModel
 
 @dataclass(frozen=True)
 class GivenModels:
-    """Modules with whose weights the clients start, by client id."""
+    """Modules whose weights are the initial weights of clients.
+
+    Args:
+        models: The modules, keyed by client id.
+    """
 
     models: Mapping[str, GivenModel]
 
 
 @dataclass(frozen=True)
 class StartingTensors:
-    """Tensors with which clients and the server's groups start.
+    """Initial tensors of clients and server.
+
+    Clients whose models are averaged together form a group, for which the server has one model.
 
     Args:
-        clients: Tensors of the clients' models, by client id.
-        groups: Tensors of the server's models, by group.
+        clients: Tensors of the clients' models, keyed by client id.
+        groups: Tensors of the server's models, keyed by group.
         notes: Lines for the log.
     """
 
@@ -42,7 +48,11 @@ class StartingTensors:
     notes: tuple[str, ...] = ()
 
     def load_into(self, trainer: FederatedTrainer) -> None:
-        """Initialize the models of clients and server."""
+        """Set the models of clients and server to these tensors.
+
+        Raises:
+            UserError: If the method changed a model so that the tensors no longer fit.
+        """
         states = {c: PrivateState({"model": tensors}) for c, tensors in self.clients.items()}
         trainer.load_client_states(states)
         for group, tensors in self.groups.items():
@@ -61,15 +71,17 @@ class StartingTensors:
 def starting_tensors(
     init_from: str | None, federation: FederationSpec, permission: CodePermission
 ) -> StartingTensors:
-    """Return the tensors that `init_from` names; none if it is not set.
+    """Return the initial tensors for the setting `init_from`.
 
     Args:
-        init_from: A run directory, or `object:NAME` of `GivenModels`.
+        init_from: A run directory, or `object:NAME`, the name of a `GivenModels` object. If None,
+            the result contains no tensors.
         federation: The federation.
-        permission: The code that may run when models of a run are loaded.
+        permission: The code that may be executed while models of a run are loaded.
 
     Raises:
-        UserError: If no model fits, or a module does not fit its client's data.
+        UserError: If no model of the run fits a client, or if a module does not fit the data of its
+            client.
     """
     if init_from is None:
         return StartingTensors()
@@ -80,7 +92,7 @@ def starting_tensors(
 
 
 def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -> StartingTensors:
-    """Start each client from its module, and each group from the module of its first client."""
+    """Return each client's own weights, and for each group the weights of its first client."""
     own: dict[str, Tensors] = {}
     groups: dict[str, Tensors] = {}
     differing: list[str] = []
@@ -103,7 +115,9 @@ def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -
 
 
 def _from_run(path: str, federation: FederationSpec, permission: CodePermission) -> StartingTensors:
-    """Start from the models that match a client in id and architecture; each group from the mean.
+    """Return the tensors of the models in a run that match a client in id and architecture.
+
+    The server's model of a group is the mean over these models.
 
     Raises:
         UserError: If no model matches.

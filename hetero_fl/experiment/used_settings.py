@@ -1,4 +1,7 @@
-"""Find the settings of compared methods that differ from the defaults, and where they were set."""
+"""Settings of compared methods that differ from the defaults, with the origin of each setting.
+
+The origin of a setting is a text that says where the setting was set.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ METHOD_DEFAULT = "default of the method"
 """Origin of client options that a method enables by default."""
 
 SECTION = "algorithm"
-# Client settings that can also be set in the algorithm section, with their key there.
+# Keys of client settings, mapped to the equivalent keys of the algorithm section.
 CLIENT_KEYS = {f"clients.defaults.{name}": f"{SECTION}.{name}" for name in CLIENT_OPTIONS}
 
 
@@ -40,16 +43,16 @@ def used_settings(
     Args:
         source: The configuration of the comparison.
         base: Overrides for all runs.
-        points: The grid point of each variant; empty without a grid.
-        origins: Where variants and overrides were set, by label or override, if not in the call.
-            For example, the name of a study.
+        points: The grid point of each variant, which is empty without a grid.
+        origins: Origins of variants and overrides that were not set in the call, such as the name
+            of a study. The keys are labels of variants and overrides.
         file: Name of the configuration file.
-        grid: Origin of settings from a grid point.
+        grid: Origin of the settings of a grid point.
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
 
     Returns:
-        The settings with their origins.
+        The settings with their origins, in the order of the origins.
     """
     section = f"{SECTION} section of {file}"
     client_section = f"clients section of {file}"
@@ -95,10 +98,11 @@ def add_method_defaults(settings: UsedSettings, runs: Mapping[str, RunDirectory]
 
     Args:
         settings: The settings from `used_settings`.
-        runs: A finished run of each method, by label.
+        runs: One finished run of each method, keyed by the label of the method. Methods without a
+            run remain unchanged.
 
     Returns:
-        The settings of each method, starting with the added options.
+        The settings of each method. The added options come first.
     """
     methods = []
     for label, found in settings.methods:
@@ -113,7 +117,7 @@ def add_method_defaults(settings: UsedSettings, runs: Mapping[str, RunDirectory]
 
 
 def _method_options(run: RunDirectory) -> dict[str, Any]:
-    """Return the client options that the method, not the configuration, set for all clients."""
+    """Return the client options that the method set for all clients of a run."""
     clients = run.config().get("clients") or {}
     sections = [clients.get("defaults") or {}]
     for key in ("groups", "overrides"):
@@ -130,14 +134,20 @@ def _method_options(run: RunDirectory) -> dict[str, Any]:
 
 
 def _client_options(config: Config) -> dict[str, Any]:
-    """Return the client options in `clients.defaults` that are set."""
+    """Return the client options in `clients.defaults` that are not None."""
     defaults = config.clients.defaults
     options = {name: getattr(defaults, name, None) for name in CLIENT_OPTIONS}
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> str:
-    """Return the origin of the last override of a key or of a part of it, else `otherwise`."""
+    """Return the origin of a key.
+
+    Args:
+        key: The key.
+        overrides: Pairs of an override and its origin.
+        otherwise: Origin of the key if no override sets the key or a part of its value.
+    """
     for override, origin in reversed(overrides):
         written_key = override.partition("=")[0]
         target = CLIENT_KEYS.get(written_key, written_key)
@@ -155,7 +165,7 @@ def _format_setting(value: Any) -> str:
 
 
 def _note(source: Source, section: str, labels: Sequence[str]) -> str:
-    """Return a sentence about the method that uses the settings in the algorithm section.
+    """Explain which method uses the settings in the algorithm section of the configuration.
 
     The text is empty if the section has no settings.
     """

@@ -1,4 +1,4 @@
-"""Audit the privacy of a finished run by membership inference and gradient inversion."""
+"""Privacy audit of a finished run by membership inference and gradient inversion."""
 
 from __future__ import annotations
 
@@ -59,31 +59,33 @@ def audit(
 ) -> Json:
     """Attack a finished run and report what its models and uploads reveal about training rows.
 
-    Writes `audit.json`, `audit.png` and `audit.html`.
+    The results are written to `audit.json`, `audit.png` and `audit.html`.
 
     Args:
         run: A finished run or its directory.
-        clients: Ids of the clients to attack. None: the first two.
+        clients: Ids of the clients to attack. If None or empty, the first two clients are attacked.
         attack: "membership", "inversion" or "both". With "both", an attack that does not apply is
             skipped with a note.
-        shadows: Number of shadow runs, which repeat the run with different training rows. It must
-            be an even number >= 4, or 0 for an attack that uses the loss alone.
+        shadows: Number of shadow runs, which repeat the run with different training rows. The
+            number must be even and >= 4, or 0. If 0, membership is inferred from the loss alone.
         images: Number of training steps to invert for each client.
-        batch: Number of images in each step, 1 to 4.
+        batch: Number of images in each training step, from 1 to 4.
         seed: Seed of the audit.
-        protect: Function that modifies an update (the sent minus the received tensors, by name)
-            before the attacker sees it. The results are reported as an additional variant.
-        dataset: The examples of the run, if it was trained on examples in memory.
-        out: The folder to write to. None: `audit` in the run directory.
-        log: Function called with each line of progress.
+        protect: Function that modifies an update before the attacker observes the update. The
+            update contains the sent minus the received tensors, keyed by name. The results are
+            reported as an additional variant.
+        dataset: The data set in memory that the run was trained on. If None, the configured data
+            is loaded.
+        out: The folder to write to. Default: `audit` in the run directory.
+        log: Function that is called with each line of progress.
         allow_code: Whether code that the files of the run refer to may be executed.
 
     Returns:
         The content of `audit.json`.
 
     Raises:
-        UserError: If the run is not finished, if its data has changed, if an argument is invalid,
-            or if inversion is the only requested attack and does not apply.
+        UserError: If the run is not finished, if the data of the run has changed, if an argument is
+            invalid, or if inversion is the only requested attack and does not apply.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -137,7 +139,7 @@ def audit(
         if not results and attack == "inversion":
             raise ArgumentError(f"attack: inversion does not apply: {notes[0]}")
     content["seconds"] = time.perf_counter() - started
-    # Slow to import: matplotlib.
+    # Imported here because loading matplotlib is slow.
     from hetero_fl.experiment.auditing.report import write_audit
 
     folder = Path(out) if out is not None else run.path / "audit"
@@ -279,7 +281,7 @@ def _inversion(
     notes: list[str],
     log: Log,
 ) -> tuple[list[Json], list[Json]]:
-    """Run gradient inversion and return the scores and the images of each step."""
+    """Run gradient inversion and return the scores and images of each inverted training step."""
     unprotected = without_protection(prepared.config)
     ways: dict[str, tuple[PreparedRun, Protect | None]] = {"as trained": (prepared, None)}
     if unprotected != prepared.config:
@@ -314,7 +316,7 @@ def _inversion(
 
 
 def without_protection(config: Config) -> Config:
-    """Return the configuration with default `channel` and `privacy` sections."""
+    """Return a copy of a configuration with default `channel` and `privacy` sections."""
     fields = Config.model_fields
     defaults = {name: fields[name].get_default(call_default_factory=True) for name in PROTECTIONS}
     return config.model_copy(update=defaults)

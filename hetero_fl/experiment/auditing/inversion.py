@@ -35,20 +35,28 @@ from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
 
 MODEL = "model"
-# Number of optimization steps and learning rate.
+# Number of optimization steps and learning rate of the attack.
 STEPS = 800
 RATE = 0.1
-# Weights of the total variation, one for each random start.
+# Weights of the total variation, one for each random initialization.
 SMOOTH = (0.01, 0.05, 0.2)
-# Cosine distance below which no further random start is tried.
+# Cosine distance below which no further random initialization is tried.
 ENOUGH = 1e-3
 Protect = Callable[[Tensors], Tensors]
-"""Function that modifies an update (the sent minus the received tensors, by name)."""
+"""Type of functions that modify an update: the sent minus the received tensors, keyed by name."""
 Log = Callable[[str], None]
 
 
 def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
-    """Return the mean PSNR in dB and the mean SSIM of images in [0, 1], `[B, C, H, W]`."""
+    """Compare reconstructed images with the original images.
+
+    Args:
+        found: Reconstructed images in [0, 1], `[B, C, H, W]`.
+        true: Original images in [0, 1], `[B, C, H, W]`.
+
+    Returns:
+        The mean PSNR in dB under `psnr`, and the mean SSIM under `ssim`.
+    """
     pairs = list(zip(found, true, strict=True))
     return {
         "psnr": sum(psnr(a, b) for a, b in pairs) / len(pairs),
@@ -57,20 +65,21 @@ def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
 
 
 def psnr(found: Tensor, true: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of images in [0, 1], in dB and at most 100."""
+    """Compute the peak signal-to-noise ratio of images in [0, 1], in dB and limited to 100 dB."""
     return float(-10 * (found - true).square().mean().clamp(min=1e-10).log10())
 
 
 def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
-    """Return the structural similarity of two images (Wang et al. 2004, equation 13).
+    """Compute the structural similarity of two images (Wang et al. 2004, equation 13).
 
     Args:
         found: An image in [0, 1], `[C, H, W]`.
         true: An image in [0, 1], `[C, H, W]`.
-        window: Side length of the windows in pixels.
+        window: Side length of the windows in pixels. For smaller images, the shorter image side is
+            used.
 
     Returns:
-        The mean over all windows, 1 for equal images.
+        The mean over all windows, which is 1 for equal images.
     """
     window = min(window, *true.shape[-2:])
     a = found[None].double()
@@ -95,7 +104,8 @@ def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
 def match_order(found: Tensor, true: Tensor) -> Tensor:
     """Reorder reconstructed images to match the original images.
 
-    This is necessary because the gradient of a batch does not depend on the order of the examples.
+    Reconstruction cannot determine the order of images, because the gradient of a batch does not
+    depend on the order of its examples.
 
     Args:
         found: Reconstructed images, `[B, C, H, W]`.
@@ -112,15 +122,15 @@ def match_order(found: Tensor, true: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ObservedUpload:
-    """Knowledge of an attacker at the server about one training step of a client.
+    """What an attacker at the server observes of one training step of a client.
 
     Attributes:
         arch: Architecture of the client's model.
-        model: Tensors of the model before the step. Tensors that are not in the broadcast have
-            their initial values.
-        gradient: Gradient of the loss with respect to the uploaded parameters, by name.
+        model: Tensors of the model before the step, keyed by name. Tensors that are not in the
+            broadcast have their initial values.
+        gradient: Gradient of the loss with respect to the uploaded parameters, keyed by name.
         objective: The client's loss, which the attacker is assumed to know.
-        context: The context of the loss.
+        context: Tensors that the loss uses in addition to the batch, keyed by name.
     """
 
     arch: ModelSpec
@@ -131,15 +141,18 @@ class ObservedUpload:
 
 
 class SingleStepMethod:
-    """Wrapper of a method that limits local training to one step of SGD on fixed rows.
+    """Wrapper that limits the local training of a method to one step of SGD on fixed rows.
+
+    All attributes except `train` are delegated to the wrapped method.
 
     Args:
-        method: The method. All attributes except `train` are delegated to it.
+        method: The method to wrap.
         rows: Indices of the training rows, int64 `[B]`.
         rate: Learning rate.
 
     Attributes:
-        rounds: The limited training steps in each call of `train`. The first call may be a dry run.
+        rounds: For each call of `train`, the limited `Fit` steps that the method requested. The
+            first call may be a dry run.
     """
 
     def __init__(self, method: Algorithm, rows: Tensor, rate: float) -> None:
@@ -152,7 +165,7 @@ class SingleStepMethod:
         return getattr(self.method, name)
 
     def train(self, client: Participant, received: Payload) -> Plan[Any]:
-        """Run the client's part of a round, with training on private rows limited to one step."""
+        """Run local training of the method, limited to one SGD step on the private rows."""
         plan = self.method.train(client, received)
         answer = None
         self.rounds.append([])
@@ -191,7 +204,10 @@ class SingleStepMethod:
 
 
 def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
-    """Return why images cannot be reconstructed from a client's upload; None if they can."""
+    """Return why images cannot be reconstructed from a client's upload.
+
+    The result is None if reconstruction is possible.
+    """
     method = prepared.method
     client_info = prepared.federation.client_infos[client]
     spec = method.uploads.get(MODEL)
@@ -220,14 +236,15 @@ def observe_upload(
 ) -> ObservedUpload:
     """Run one training step of a client and return what the server observes.
 
-    The step is run in the first round in which the client uploads. Compression, privacy and secure
-    aggregation are applied as configured.
+    The step is run in the first round in which the client uploads. Compression, differential
+    privacy and secure aggregation are applied as configured.
 
     Args:
         prepared: The run.
-        client: Id of the client.
+        client: Client id.
         rows: Indices of the training rows, int64 `[B]`.
-        protect: Function that modifies the update (sent minus received tensors) in addition.
+        protect: Function that additionally modifies the update, which contains the sent minus the
+            received tensors. If None, the update is not modified.
 
     Raises:
         UserError: If the upload does not depend on the training step.
@@ -269,10 +286,10 @@ def observe_upload(
 
 
 class Inverter:
-    """Reconstruction of images by gradient matching.
+    """Reconstructs images from a gradient by gradient matching.
 
     Args:
-        upload: Knowledge of the attacker.
+        upload: What the attacker observes.
         labels: Labels of the images, `[B]` or `[B, outputs]`.
         to_input: Function that maps pixels in [0, 1], `[B, C, H, W]`, to inputs of the model.
     """
@@ -305,7 +322,7 @@ class Inverter:
             create_graph: Whether the result must be differentiable with respect to the pixels.
 
         Returns:
-            1 minus the cosine similarity, a scalar.
+            1 minus the cosine similarity, as a scalar tensor.
         """
         batch = Batch(x=self.to_input(pixels), y=self.labels)
         loss = self.upload.objective.total_loss(self.models, batch, self.upload.context)
@@ -323,16 +340,16 @@ class Inverter:
     def descend(self, start: Tensor, smooth: float = SMOOTH[0], steps: int = STEPS) -> Tensor:
         """Minimize the sum of the gradient distance and the weighted total variation.
 
-        The optimizer is Adam on the sign of the gradient, with a learning rate that is reduced
-        three times (Geiping et al. 2020, section 5).
+        The optimizer is Adam on the sign of the gradient, and the learning rate is reduced three
+        times (Geiping et al. 2020, section 5).
 
         Args:
             start: Initial images in [0, 1], `[B, C, H, W]`.
             smooth: Weight of the total variation.
-            steps: Number of steps.
+            steps: Number of optimization steps.
 
         Returns:
-            The images with the lowest cost, `[B, C, H, W]`.
+            The images with the lowest sum, in [0, 1], `[B, C, H, W]`.
         """
         pixels = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=RATE)
@@ -356,19 +373,19 @@ class Inverter:
     def invert_from_starts(
         self, shape: tuple[int, ...], *key: Key, steps: int = STEPS
     ) -> tuple[Tensor, float]:
-        """Reconstruct images from several random starts and return the best result.
+        """Reconstruct images from several random initializations and return the best result.
 
-        Each start uses a different weight of the total variation, because the smoothness of the
-        images is unknown. A single image is also computed from the gradient of the first layer if
-        that layer is fully connected.
+        Each initialization is combined with a different weight of the total variation, because the
+        smoothness of the images is unknown. If there is a single image and the first layer of the
+        model is fully connected, the image is also computed from the gradient of this layer.
 
         Args:
             shape: Shape of an image, `(C, H, W)`.
-            key: Random seed key of the starts.
-            steps: Number of optimization steps for each start.
+            *key: Strings and integers that seed the random initialization.
+            steps: Number of optimization steps for each initialization.
 
         Returns:
-            Images in [0, 1], `[B, C, H, W]`, and their gradient distance.
+            Images in [0, 1], `[B, C, H, W]`, and the gradient distance of these images.
         """
         found: list[tuple[float, Tensor]] = []
         exact = (
@@ -399,12 +416,12 @@ def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
     the true classes.
 
     Args:
-        upload: Knowledge of the attacker.
+        upload: What the attacker observes.
         kind: The kind of task: "multiclass", "multilabel" or "regression".
 
     Returns:
-        The class index, `[1]`, or the labels of a multilabel task, `[1, outputs]`. None for
-        regression, or if the upload does not contain the bias of the head.
+        The class index, `[1]`, or the labels of a multilabel task, `[1, outputs]`. The result is
+        None for regression, and if the upload does not contain the bias of the head.
     """
     if kind == "regression":
         return None
@@ -426,16 +443,16 @@ def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
 def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
     """Compute the input of a model from the gradient of its fully connected first layer.
 
-    For a single example, the input equals the gradient of the weights of any unit divided by the
-    gradient of the unit's bias.
+    For a single example and any output neuron of the layer, the input equals the gradient of the
+    neuron's weights divided by the gradient of the neuron's bias.
 
     Args:
         module: The model.
-        gradient: Gradient of a single example by parameter name.
+        gradient: Gradient for a single example, keyed by parameter name.
 
     Returns:
-        The flattened input. None if the first layer is of a different type, or if its gradient is
-        missing or zero.
+        The flattened input, or None if the first layer is not fully connected or the gradient of
+        the layer is missing or zero.
     """
     first = next(
         (
@@ -455,13 +472,14 @@ def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
 
 
 def total_variation(pixels: Tensor) -> Tensor:
-    """Return the total variation of images, averaged over pixels.
+    """Compute the total variation of images, averaged over pixels.
 
     Args:
         pixels: Images, `[B, C, H, W]`.
 
     Returns:
-        The sum of the mean absolute differences between horizontal and between vertical neighbors.
+        The mean absolute difference between horizontal neighbors plus the mean absolute difference
+        between vertical neighbors, as a scalar tensor.
     """
     return (pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()).nan_to_num()
 
@@ -474,7 +492,7 @@ class InvertedBatch:
 
     Attributes:
         true: The original images.
-        found: The reconstructed images, by variant of the attack.
+        found: The reconstructed images, keyed by variant of the attack.
         blind: The blind guess of an attacker who does not see the upload.
         rows: Scores of the blind guess and of each variant.
     """
@@ -496,17 +514,17 @@ def invert(
 ) -> Iterator[InvertedBatch]:
     """Attack several training steps of a client and yield the reconstructed images.
 
-    The label of a single image is computed from the upload if possible. Otherwise, the attacker is
+    If possible, the label of a single image is computed from the upload. Otherwise, the attacker is
     assumed to know the labels. The blind guess is the mean image of the global test set.
 
     Args:
-        ways: Variants of the attack by name, each with a prepared run and a function that modifies
-            the update, or None.
-        client: Id of the client.
-        images: Number of training steps.
-        batch: Number of images in each step.
+        ways: Variants of the attack, keyed by name. Each variant is a prepared run and a function
+            that modifies the update, or None instead of the function.
+        client: Client id.
+        images: Number of training steps to invert.
+        batch: Number of images in each training step.
         seed: Seed of the audit.
-        log: Function called with each line of progress.
+        log: Function that is called with each line of progress.
 
     Yields:
         The reconstructed images of one training step.
@@ -560,7 +578,7 @@ def _label_source(read: Tensor | None, true: Tensor) -> str:
 
 
 def _value_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Return a black and a white image after a client's preprocessing, `[1, C, H, W]` each."""
+    """Apply a client's preprocessing to a black and a white image, `[1, C, H, W]` each."""
     white = 255.0 if x.dtype == torch.uint8 else max(1.0, float(x.max()))
     black = min(0.0, float(x.min()))
     return preprocess(torch.full_like(x[:1], black)), preprocess(torch.full_like(x[:1], white))
@@ -568,7 +586,7 @@ def _value_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
 
 def _draw_rows(y: Tensor, count: int, *key: Key) -> Tensor:
     """Return the indices of `count` random rows, from as many classes as possible."""
-    # Slow to import.
+    # Imported here because loading pandas is slow.
     import pandas as pd
 
     order = torch.randperm(len(y), generator=keyed_generator(*key))

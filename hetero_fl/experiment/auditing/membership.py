@@ -23,7 +23,7 @@ from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
-# False positive rate at which the true positive rate is reported.
+# False positive rate at which the true positive rate is computed.
 FALSE_ALARMS = 0.01
 # Bootstrap samples for standard errors.
 RESAMPLES = 1000
@@ -36,12 +36,12 @@ MIN_CANDIDATES = 5
 
 
 def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """Return the confidence of a model in the targets, on a scale that is approximately normal.
+    """Return the confidence of a model in the targets, which is approximately normally distributed.
 
-    For a multiclass task, this is the log-odds of the true class, `log p_y - log(1 - p_y)` (Carlini
-    et al. 2022, section V.A), computed from logits without overflow. For a multilabel task, it is
-    the mean of the log-odds over the labels. For regression, it is the negative logarithm of the
-    mean squared error.
+    For a multiclass task, the confidence is the log-odds of the true class,
+    `log p_y - log(1 - p_y)` (Carlini et al. 2022, section V.A), computed from logits without
+    overflow. For a multilabel task, the confidence is the mean of the log-odds over the labels. For
+    regression, the confidence is the negative logarithm of the mean squared error of the example.
 
     Args:
         task: The task of the model.
@@ -90,7 +90,7 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
             requires at least two shadow models that were trained on it and two that were not.
 
     Returns:
-        (φ - μ) / σ, `[N]`; typically larger for members.
+        (φ - μ) / σ, `[N]`, which is typically larger for members.
     """
     means = []
     squares = torch.zeros((), dtype=target.dtype)
@@ -136,7 +136,7 @@ def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
     Args:
         scores: Scores, larger for members, `[N]`.
         member: Whether each example is a member, bool `[N]`.
-        key: Random seed key of the bootstrap.
+        *key: Strings and integers that seed the bootstrap.
     """
     ins = scores[member]
     outs = scores[~member].sort().values
@@ -156,15 +156,24 @@ def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
 
 
 def _roc_area(ins: Tensor, outs: Tensor) -> float:
-    """Return P(member score > non-member score), where ties count half; `outs` is sorted."""
+    """Return P(member score > non-member score), where ties count half.
+
+    Args:
+        ins: Scores of members.
+        outs: Scores of non-members, in ascending order.
+    """
     both = torch.searchsorted(outs, ins) + torch.searchsorted(outs, ins, right=True)
     return float(both.double().mean()) / (2 * len(outs))
 
 
 def _true_positive_rate(ins: Tensor, outs: Tensor) -> float:
-    """Return the true positive rate at a false positive rate of 1%; `outs` is sorted.
+    """Return the true positive rate at a false positive rate of 1%.
 
     With fewer than 100 non-members, no false positive is allowed.
+
+    Args:
+        ins: Scores of members.
+        outs: Scores of non-members, in ascending order.
     """
     allowed = int(FALSE_ALARMS * len(outs))
     return float((ins > outs[len(outs) - 1 - allowed]).double().mean())
@@ -180,18 +189,18 @@ def _curve(ins: Tensor, outs: Tensor) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows of one client whose membership in the training set is to be inferred.
+    """Rows of one client for which an attack infers membership in the training set.
 
-    Members are training rows, non-members are validation and test rows. Both have the same number
-    of rows and the same class frequencies.
+    Members are training rows, and non-members are validation and test rows. Members and non-members
+    have the same number of rows and the same class frequencies.
 
     Attributes:
         examples: The candidate rows.
         member: Whether each row is a training row, bool `[N]`.
         others: All other training rows, which all shadow runs use for training.
-        unit: Index of the patient of each row, int64 `[N]`. A shadow run uses all candidate rows of
-            a patient for training, or none.
-        stratum: Index of the stratum (class) of each row, int64 `[N]`.
+        unit: Index of the patient of each row, int64 `[N]`. Without patients, each row has its own
+            index. A shadow run trains either on all candidate rows of a patient or on none.
+        stratum: Index of the stratum of each row, such as the class, int64 `[N]`.
     """
 
     examples: Examples
@@ -203,13 +212,13 @@ class Candidates:
     def shadow_assignments(self, shadows: int, seed: int, client: str) -> Tensor:
         """Choose the candidate rows on which each shadow run trains.
 
-        Shadow runs come in pairs. The first one trains on a random half of each class, the second
-        one on the other half, so that each row is used by half of the shadow runs.
+        Shadow runs form pairs. The first run of a pair trains on a random half of each class, and
+        the second run on the other half. Each row is therefore used by half of the shadow runs.
 
         Args:
-            shadows: Number of shadow runs, even.
+            shadows: Number of shadow runs, which must be even.
             seed: Seed of the audit.
-            client: Id of the client.
+            client: Client id.
 
         Returns:
             Whether each shadow run trains on each row, bool `[shadows, N]`.
@@ -242,15 +251,21 @@ class Candidates:
 
 
 def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
-    """Select equally many training rows and other rows of each class at random.
+    """Select the rows of a client for a membership attack at random.
+
+    The number of training rows of each class equals the number of validation and test rows of the
+    class.
 
     Args:
         data: The data of the run.
-        client: Id of the client.
+        client: Client id.
         seed: Seed of the audit.
 
+    Returns:
+        The candidate rows, at most 1000 members and 1000 non-members.
+
     Raises:
-        UserError: If too few rows remain after the classes are matched.
+        UserError: If fewer than 5 members and 5 non-members can be selected.
     """
     train = unprocessed_rows(data, client, ["train"])
     holdout = unprocessed_rows(data, client, ["test", "validation"])
@@ -288,18 +303,18 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
 def train_shadow(
     prepared: PreparedRun, train: Mapping[str, Examples], seed: int, rounds: int
 ) -> dict[str, SavedModel]:
-    """Repeat a run with different training rows of some clients and different random draws.
+    """Train a shadow run, which repeats a run with different training rows for some clients.
 
-    Initial weights, cohorts, batches and noise are drawn again.
+    The seed of the shadow run also changes initial weights, cohorts, batches and noise.
 
     Args:
         prepared: The run.
-        train: Training rows of some clients, by client id.
+        train: Training rows for some clients, keyed by client id.
         seed: Seed of the shadow run.
         rounds: Number of rounds.
 
     Returns:
-        The final models of these clients, by client id.
+        The final models of these clients, keyed by client id.
     """
     client_rows = prepared.data.client_rows
     resampled = {
@@ -341,16 +356,16 @@ def train_shadow(
 
 
 def shadow_seed(seed: int, shadow: int) -> int:
-    """Return the seed of a shadow run."""
+    """Derive the seed of a shadow run from the seed of the audit and the index of the run."""
     return stream_key("audit", seed, "shadow", shadow) >> 1
 
 
 def client_logits(model: SavedModel, examples: Examples) -> Tensor:
-    """Return the personalized logits of a saved model for raw examples, `[N, outputs]`."""
+    """Compute the personalized logits of a saved model for raw examples, `[N, outputs]`."""
     return model.logits(Preprocess(**model.preprocess)(examples.x), personal=True)
 
 
 def targets(examples: Examples) -> Tensor:
-    """Return the labels of examples in the data type that the losses expect."""
+    """Return the labels of examples, with float labels in the default floating-point type."""
     y = examples.labels
     return y.to(torch.get_default_dtype()) if y.is_floating_point() else y

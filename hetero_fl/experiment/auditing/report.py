@@ -1,4 +1,4 @@
-"""Write the results of an audit: `audit.json`, `audit.png` and `audit.html`."""
+"""Files with the results of an audit: `audit.json`, `audit.png` and `audit.html`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
     Args:
         folder: The folder to write to.
         content: The content of `audit.json`.
-        pictures: One dictionary for each attacked training step, with the keys `client` and `step`,
-            the original images under `true`, and the reconstructed images by variant of the attack
-            under `found`. Images are in [0, 1], `[B, C, H, W]`.
+        pictures: One dictionary for each attacked training step. The keys are `client`, `step`,
+            `true` for the original images, and `found` for the reconstructed images, which are
+            keyed by variant of the attack. Images are in [0, 1], `[B, C, H, W]`.
     """
     directory = RunDirectory(folder)
     directory.write_json("audit.json", content)
@@ -68,7 +68,7 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
 
 
 def membership_rows(content: Json) -> list[list[str]]:
-    """Return one table row for each client and attack, with the columns `MEMBERSHIP`."""
+    """Format one table row for each client and attack, with the columns `MEMBERSHIP`."""
     return [
         [
             r["client"],
@@ -89,7 +89,7 @@ def _verdict(row: Json) -> str:
 
 
 def inversion_rows(content: Json) -> list[list[str]]:
-    """Return one table row for each step and variant, with the columns `INVERSION`."""
+    """Format one table row for each training step and variant, with the columns `INVERSION`."""
     return [
         [
             r["client"],
@@ -104,7 +104,15 @@ def inversion_rows(content: Json) -> list[list[str]]:
 
 
 def draw_audit(content: Json, pictures: list[Json]) -> bytes:
-    """Draw the audit as PNG, with ROC curves above the original and reconstructed images."""
+    """Draw ROC curves above original and reconstructed images.
+
+    Args:
+        content: The content of `audit.json`.
+        pictures: See `write_audit`. At most 8 images are drawn.
+
+    Returns:
+        The figure as PNG. Parts without results are omitted.
+    """
     columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MAX_COLUMNS]
     ways = list(pictures[0]["found"]) if pictures else []
     grid = 0.55 + (len(ways) + 1) * 0.98 if columns else 0.0

@@ -1,7 +1,7 @@
-"""Checks of a run before training: combinations of settings, and functions of the user.
+"""Checks of settings and user-defined functions before training.
 
-The rules in `RULES_ON_LOADING` are checked before data is loaded, those in
-`RULES_AFTER_PREPARATION` before training.
+The rules in `RULES_ON_LOADING` are checked before data is loaded. The rules in
+`RULES_AFTER_PREPARATION` are checked after the data is loaded and the models are specified.
 """
 
 from hetero_fl.experiment.compatibility.config_facts import ConfigFacts

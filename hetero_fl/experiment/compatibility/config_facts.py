@@ -1,4 +1,8 @@
-"""Facts about a run that depend on its configuration only."""
+"""Properties of a run that depend on its configuration only.
+
+Compatibility rules are functions of these properties. A client profile is a set of clients with
+equal settings. An item is a named part of an upload, such as a model or class statistics.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
 
 ROBUST_KEYS = ("rule", "predictions", "statistics")
-"""Keys of `aggregation` that select a rule, each for a different kind of item."""
+"""Keys of the section `aggregation` that select a rule, each for a different kind of item."""
 
 T = TypeVar("T")
 
@@ -28,12 +32,12 @@ def first(elements: Iterable[T]) -> T | None:
 
 
 class ConfigFacts:
-    """Facts about a run that depend on its configuration only.
+    """Properties of a run that depend on its configuration only.
 
     Args:
         config: The configuration.
         clients: The population of clients.
-        method: The method, before any settings are derived from the federation.
+        method: The method with the settings of the configuration.
     """
 
     def __init__(self, config: Config, clients: Population, method: Algorithm) -> None:
@@ -47,7 +51,7 @@ class ConfigFacts:
         self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
 
     def set_options(self) -> Iterator[tuple[str, str, Any]]:
-        """Yield each client option that the configuration enables: its key, name and value."""
+        """Yield the key, name and value of each client option that the configuration enables."""
         clients = self.config.clients
         sections: list[tuple[str, ClientSettings]] = [("clients.defaults.", clients.defaults)]
         sections += [(f"clients: {group.name}: ", group) for group in clients.groups]
@@ -58,7 +62,7 @@ class ConfigFacts:
                     yield place + name, name, value
 
     def unused_option(self) -> str | None:
-        """Return the key of a client option that has no meaning for the method, if any is set."""
+        """Return the key of a client option that is set but not used by the method, or None."""
         unused = unused_options(self.method)
         for key, name, value in self.set_options():
             if name in unused:
@@ -72,7 +76,11 @@ class ConfigFacts:
         return None
 
     def single_uploads(self) -> str | None:
-        """Return a setting, `key=value`, that requires individual uploads at the server, if any."""
+        """Return a setting that requires individual uploads at the server.
+
+        Returns:
+            The setting as `key=value`, or None if there is no such setting.
+        """
         for key in ROBUST_KEYS:
             if (value := getattr(self.config.aggregation, key)) != "mean":
                 return f"aggregation.{key}={value}"
@@ -80,7 +88,7 @@ class ConfigFacts:
         return None if attacks is None else f"attacks.name={attacks.name}"
 
     def choosing_setting(self) -> str | None:
-        """Return a setting of `cohort` that prefers some clients over others, if any."""
+        """Return a setting of `cohort` that prefers some clients over others, or None."""
         cohort = self.config.cohort
         if cohort.over_selection > 1:
             return "over_selection"
@@ -95,19 +103,26 @@ class ConfigFacts:
         return self.config.cohort.num_sampled(self.config.clients.per_round, len(self.clients))
 
     def min_survivors(self) -> int:
-        """Return the number of clients that must complete secure aggregation; 0 if disabled."""
+        """Return the number of clients that must complete secure aggregation.
+
+        The result is 0 if secure aggregation is disabled.
+        """
         secure_sum = self.config.channel.secure_sum
         return 0 if secure_sum is None else secure_sum.min_survivors(self.num_sampled())
 
     def rare_sender(self) -> dict[str, Any] | None:
-        """Return a client that does not upload in every round, with its `share_every`, if any."""
+        """Return a client that does not upload in every round, or None.
+
+        Returns:
+            A dictionary with the client under `client` and its `share_every` under `every`.
+        """
         for profile in self.clients.profiles:
             if profile.settings.share_every > 1:
                 return {"client": profile.first, "every": profile.settings.share_every}
         return None
 
     def waiting_setting(self) -> str | None:
-        """Return a key of `cohort` with a value other than the default, if any."""
+        """Return a key of `cohort` with a value other than the default, or None."""
         cohort = self.config.cohort
         default = type(cohort)()
         names = [n for n in type(default).model_fields if getattr(cohort, n) != getattr(default, n)]

@@ -1,4 +1,4 @@
-"""A rule that rejects combinations of settings that cannot work."""
+"""Rules against combinations of settings."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class CompatibilityRule(Generic[Facts]):
 
     Args:
         keys: The two configuration keys that the rule concerns.
-        violation: Function of the facts about a run. It returns a false value if the run satisfies
-            the rule. Otherwise, it returns a description of the violation, or a list of
-            descriptions if there are several violations.
-        message: Format string of the error message. The field `{run}` contains the facts. If a
-            description is a mapping, its keys are further fields; any other description is the
-            field `{found}`.
+        violation: Function that checks a run. The argument is a `ConfigFacts` or `RunFacts` object.
+            The function returns a false value if the run satisfies the rule, and otherwise a
+            description of the violation, or a list of such descriptions.
+        message: Format string of the message. The field `{run}` is the argument of `violation`. If
+            a description is a mapping, its keys are additional fields. Any other description is
+            the field `{found}`.
     """
 
     keys: tuple[str, str]
@@ -31,7 +31,7 @@ class CompatibilityRule(Generic[Facts]):
     message: str
 
     def lines(self, run: Facts) -> list[str]:
-        """Return one message for each violation; empty if the run satisfies the rule."""
+        """Return one message for each violation, or no messages if the run satisfies the rule."""
         found = self.violation(run)
         if not found:
             return []
@@ -43,7 +43,7 @@ class CompatibilityRule(Generic[Facts]):
 
 
 def check_rules(rules: Mapping[str, CompatibilityRule[Facts]], run: Facts) -> None:
-    """Raise UserError for the first rule that a run violates."""
+    """Raise UserError with the first message if a run violates a rule."""
     for rule in rules.values():
         for line in rule.lines(run):
             raise UserError(line)

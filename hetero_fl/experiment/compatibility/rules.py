@@ -1,4 +1,4 @@
-"""Rules that also need the data and the models, checked before training."""
+"""Rules that also depend on the data and the models, which are checked before training."""
 
 from __future__ import annotations
 
@@ -492,13 +492,15 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
 def check_compatibility(run: RunFacts) -> None:
     """Check that the data, models, method and settings of a prepared run can be combined.
 
-    All auxiliary models are built once, and user-defined methods are also checked in a dry run.
+    The rules in `RULES_AFTER_PREPARATION` are checked, and each auxiliary model is built once.
+    User-defined methods are also checked in a dry run.
 
     Args:
-        run: Facts about the run.
+        run: Properties of the run.
 
     Raises:
-        UserError: If a rule is violated, or if user-defined code is invalid.
+        UserError: If a rule is violated, an auxiliary model cannot be built, or user-defined code
+            is invalid.
         RunFailedError: If a user-defined method fails in the dry run.
     """
     import_user_classes(run.config.aggregation, run.config.attacks)

@@ -1,4 +1,4 @@
-"""Rules that need only the configuration, checked before data is loaded."""
+"""Rules that depend on the configuration only, which are checked before data is loaded."""
 
 from __future__ import annotations
 

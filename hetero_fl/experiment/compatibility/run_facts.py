@@ -1,6 +1,8 @@
-"""Facts about a run that depend on its data and models, before training.
+"""Properties of a run that depend on its data and models.
 
-Facts that require a dry run of the method are computed on first use.
+Compatibility rules are functions of these properties. Properties that require a dry run of the
+method are computed on first use. A client profile is a set of clients with equal settings and
+architectures. An item is a named part of an upload, such as a model or class statistics.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from model_zoo import is_batch_norm, model_options
 
 
 class RunFacts(ConfigFacts):
-    """Facts about a run that depend on its data and models.
+    """Properties of a run that depend on its data and models.
 
     Args:
         config: The configuration.
@@ -66,7 +68,7 @@ class RunFacts(ConfigFacts):
         self.num_proxy = federation.data.n_proxy
         self.profiles = federation.client_infos.profiles
         self.cohort = federation.cohort
-        # Without uploads there is no sum.
+        # Without uploads, secure aggregation is not used.
         self.secure_sum = config.channel.secure_sum if algorithm.uploads else None
         self.concurrency = config.clients.per_round or self.num_clients
         self.num_uploads = config.rounds * self.concurrency
@@ -76,39 +78,47 @@ class RunFacts(ConfigFacts):
         self.attack = f"attacks.name={config.attacks.name}" if config.attacks else None
 
     def takes_time(self) -> bool:
-        """Return whether the tasks of clients take simulated or real time."""
+        """Return whether the tasks of at least one client take simulated or real time."""
         if self.config.devices is not None or self.federation.data.is_distributed:
             return True
         return any(profile.settings.machine != DeviceConfig() for profile in self.profiles)
 
     @cached_property
     def declared(self) -> dict[str, ItemSpec]:
-        """Items that the method declares as uploads, except label counts."""
+        """Items that the method declares as uploads, except label counts, keyed by name."""
         return {n: spec for n, spec in self.algorithm.uploads.items() if spec.kind != "counts"}
 
     @cached_property
     def shared(self) -> set[str]:
-        """Kinds of data that at least one client shares, as in the setting `shares`."""
+        """Kinds of data that at least one client shares, named as in the setting `shares`."""
         settings = [profile.settings for profile in self.profiles]
         named = {share for own in settings for share in own.shares}
         return named | {"parameters" for own in settings if permitted_part(own.shares)}
 
     @cached_property
     def uploadable(self) -> dict[str, ItemSpec]:
-        """Items that at least one client may upload, by name."""
+        """Items that at least one client may upload, keyed by name."""
         return uploadable_items(self.algorithm, self.federation)
 
     def items_used_singly(self) -> str:
-        """Return the names of items that the method needs from each client, not as a sum."""
+        """Return the names of items that the method processes individually instead of as a sum."""
         return ", ".join(n for n, spec in self.algorithm.uploads.items() if spec.use == "each")
 
     def missing_shares(self) -> str | None:
-        """Return the kinds of data that the method requires, if no client shares any of them."""
+        """Describe the kinds of data that the method requires if no client shares any of these.
+
+        The result is None if at least one client shares such data.
+        """
         needed = {spec.needed_share for spec in self.declared.values()}
         return " or ".join(sorted(needed)) if needed and not needed & self.shared else None
 
     def unknown_prefix(self) -> dict[str, str] | None:
-        """Return a configured prefix that matches no tensor name, if any, and its key."""
+        """Return a configured prefix that matches no tensor name, or None.
+
+        Returns:
+            A dictionary with the prefix, its configuration key and a suggestion, under `prefix`,
+            `key` and `hint`.
+        """
         prefixes = dict.fromkeys(self.federation.common, "clients.common") | self._named_parts
         names = self._tensor_names if prefixes else set()
         for prefix, key in prefixes.items():
@@ -119,7 +129,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def part_of_other_model(self) -> str | None:
-        """Return a prefix in `shares` that matches no tensor of the averaged model, if any.
+        """Return a prefix in `shares` that matches no tensor of the averaged model, or None.
 
         Only methods that average an auxiliary model are checked.
         """
@@ -150,7 +160,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def clients_alone(self) -> list[ClientProfile]:
-        """Profiles of clients that share no uploaded tensor with another client.
+        """Profiles of clients whose uploaded tensors no other client uploads.
 
         The list is empty if the clients upload items other than averaged models.
         """
@@ -177,13 +187,13 @@ class RunFacts(ConfigFacts):
         return _lone_owners(sent, all)
 
     def shareable_tensors(self, profile: ClientProfile) -> Mapping[str, Tensor]:
-        """Return the tensors of their own model that the clients of a profile upload."""
+        """Return the model tensors that the clients of a profile upload, keyed by name."""
         part = shared_part(self.algorithm, profile.settings)
         initial = self.federation.initial_tensors(profile.arch)
         return shareable_tensors(self.algorithm, profile.arch, initial, part)
 
     def architectures_alone(self) -> dict[str, str] | None:
-        """Return the architectures of `clients_alone` and a matching verb, if there are any."""
+        """Return the architectures of `clients_alone` and a matching verb, or None without any."""
         groups = dict.fromkeys(profile.arch.spec_id for profile in self.clients_alone)
         if not groups:
             return None
@@ -197,12 +207,12 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def class_weights(self) -> dict[str, list[float]]:
-        """Class weights that are set as numbers, by the first client of each profile."""
+        """Class weights that are set as numbers, keyed by the first client of each profile."""
         weights = {profile.first: profile.settings.class_weights for profile in self.profiles}
         return {client: found for client, found in weights.items() if isinstance(found, list)}
 
     def weightless_client(self) -> dict[str, Any] | None:
-        """Return a client whose training rows all have class weight 0, if any."""
+        """Return a client whose training rows all have class weight 0, or None."""
         infos = self.federation.client_infos
         for leader, weights in self.class_weights.items():
             for client_id in self.federation.representative_clients if min(weights) == 0 else ():
@@ -214,7 +224,11 @@ class RunFacts(ConfigFacts):
         return None
 
     def batch_of_one(self) -> dict[str, str] | None:
-        """Return a setting that trains a model with BatchNorm on batches of one row, if any."""
+        """Return a setting because of which a model with BatchNorm trains on a single row, or None.
+
+        Returns:
+            A dictionary with the setting under `key` and the name of the model under `model`.
+        """
         for key, arch in self._batches_of_one():
             if arch in self.batch_norm_models:
                 return {"key": key, "model": arch.name}
@@ -238,7 +252,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def batch_norm_models(self) -> set[ModelSpec]:
-        """Models that contain BatchNorm layers."""
+        """Specifications of the models that contain BatchNorm layers."""
         models = {m for profile in self.profiles for m in profile.models.values()}
         if self.federation.student is not None:
             models.add(self.federation.student)
@@ -246,12 +260,17 @@ class RunFacts(ConfigFacts):
             return {m for m in models if any(map(is_batch_norm, m.build().modules()))}
 
     def drawn_proxy_rows(self) -> int | None:
-        """Return the number of proxy rows sampled in each round, or None if all are used."""
+        """Return the number of proxy rows sampled in each round, or None if all rows are used."""
         rows = getattr(self.algorithm, "proxy_rows", None)
         return rows if rows is not None and rows < self.num_proxy else None
 
     def instant_client(self) -> dict[str, str] | None:
-        """Return a client whose tasks take no time while time passes for other clients, if any."""
+        """Return a client whose tasks take no time although time is simulated, or None.
+
+        Returns:
+            A dictionary with the client under `client`, and under `key` the setting that simulates
+            time for other clients or delays uploads.
+        """
         if self.federation.data.is_distributed:
             return None
         devices = Devices.from_config(self.federation, self.config.devices)
@@ -267,7 +286,7 @@ class RunFacts(ConfigFacts):
 
     @property
     def staleness(self) -> StalenessConfig:
-        """Staleness settings of the method or, if it has none, of `runtime.staleness`."""
+        """Staleness settings of the method, or of `runtime.staleness` if the method has none."""
         return self.policy.staleness or self.config.runtime.staleness
 
     @property
@@ -276,14 +295,17 @@ class RunFacts(ConfigFacts):
         return "runtime.staleness" if self.policy.staleness is None else "algorithm"
 
     def needed_neighbors(self) -> int | None:
-        """Return the number of neighbors that secure aggregation needs, if fewer are configured."""
+        """Return the number of neighbors that secure aggregation needs.
+
+        The result is None if enough neighbors are configured.
+        """
         if self.secure_sum is None or self.secure_sum.neighbours is None:
             return None
         needed = num_neighbours(self.cohort, self.secure_sum.min_survivors(self.cohort))
         return needed if self.secure_sum.neighbours < needed else None
 
     def clients_alone_in_sum(self) -> str:
-        """Describe the clients with an uploaded tensor that is summed with no other client's.
+        """Describe the clients with an uploaded tensor that no other client uploads.
 
         The text is empty if there are no such clients.
         """
@@ -291,7 +313,7 @@ class RunFacts(ConfigFacts):
         layout = VectorLayout(derived.expectations.specs, self.federation.common)
         sent = []
         for profile in self.profiles:
-            # The first round in which the client uploads.
+            # The index of the first round in which the client uploads is `share_every` - 1.
             form = derived.upload_form(profile.first, profile.settings.share_every - 1)
             keys: set[TensorKey] = set(layout.tensor_keys(profile.arch.spec_id, form))
             sent.append((profile, keys))
@@ -300,12 +322,12 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def expectations(self) -> ExpectedUploads:
-        """Expected form of each client's upload, determined by dry runs."""
+        """Expected names, shapes and dtypes of uploaded items, determined by dry runs."""
         return ExpectedUploads(self.algorithm, self.federation)
 
     @cached_property
     def broadcasts(self) -> list[tuple[ClientInfo, Payload]]:
-        """First client of each profile, with the first broadcast to this client."""
+        """The first client of each profile, paired with the first broadcast to the client."""
         with translate_user_errors():
             server = self.federation.server()
             self.algorithm.setup(server)
@@ -313,7 +335,7 @@ class RunFacts(ConfigFacts):
             return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
 
     def trains_before_evaluation(self) -> bool:
-        """Return whether the method trains on private rows before evaluation."""
+        """Return whether clients train on private rows before an evaluation of the models."""
         privacy = self.expectations.privacy
         # Only called for record-level privacy.
         assert privacy is not None
@@ -329,7 +351,10 @@ class RunFacts(ConfigFacts):
         return False
 
     def unaccountable_training(self) -> str | None:
-        """Return why the privacy cost of a client's training cannot be computed, or None."""
+        """Return why the privacy cost of a client's training cannot be computed.
+
+        The result is None if the privacy cost of all clients can be computed.
+        """
         with translate_user_errors():
             for info, received in self.broadcasts:
                 try:
@@ -339,7 +364,12 @@ class RunFacts(ConfigFacts):
         return None
 
     def mixing_model(self) -> dict[str, str] | None:
-        """Return a model in which the gradient of one row depends on the whole batch, if any."""
+        """Return a model with BatchNorm, in which gradients per row depend on the batch, or None.
+
+        Returns:
+            A dictionary with the configuration key of the model under `key`, the name of the model
+            under `model`, and a variant with GroupNorm under `other`.
+        """
         for profile in self.profiles:
             for slot, arch in profile.models.items():
                 if arch in self.batch_norm_models:
@@ -348,7 +378,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def noised_statistics(self) -> dict[str, str] | None:
-        """Return a client that uploads BatchNorm statistics, if any.
+        """Return a client that uploads BatchNorm statistics, or None.
 
         Noise would make the statistics useless.
         """
@@ -360,7 +390,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def unknown_clip(self) -> dict[str, str] | None:
-        """Return an item in `privacy.clip` that the method does not upload, if any."""
+        """Return an item in `privacy.clip` that the method does not upload, or None."""
         clip = self.privacy.clip if self.privacy else None
         uploads = self.algorithm.uploads
         unknown = first(n for n in clip if n not in uploads) if isinstance(clip, dict) else None
@@ -369,7 +399,7 @@ class RunFacts(ConfigFacts):
         return {"item": unknown, "hint": suggest_or_list(unknown, uploads)}
 
     def item_without_start(self) -> str | None:
-        """Return an uploaded item with parameters that are not relative to a broadcast, if any."""
+        """Return an item of parameters that is not relative to a broadcast, or None."""
         with translate_user_errors():
             for info, received in self.broadcasts:
                 for name, item in self.expectations.expected_items(info, received, 0).items():
@@ -378,9 +408,10 @@ class RunFacts(ConfigFacts):
         return None
 
     def weakly_protected(self) -> str | None:
-        """Describe the protected rows or clients if δ is too large for their number.
+        """Describe the protected rows or clients if δ is at least 1/n, for n rows or clients.
 
-        A mechanism that publishes one of n rows or clients at random satisfies (0, 1/n)-DP.
+        A mechanism that publishes one of n rows or clients at random satisfies (0, 1/n)-DP. The
+        result is None if δ is smaller, and without differential privacy.
         """
         if self.privacy is None:
             return None
@@ -398,8 +429,8 @@ class RunFacts(ConfigFacts):
     def dry_round(self) -> tuple[dict[str, Mapping[str, Item]], set[tuple[str, str]]]:
         """Result of a dry run of the first round in which all clients upload.
 
-        The first element contains the uploaded items by the first client of each profile. The
-        second element contains the name and the kind of each item that the server aggregates.
+        The first element contains the uploaded items, keyed by the first client of each profile.
+        The second element contains the name and the kind of each item that the server aggregates.
         """
         with translate_user_errors():
             intervals = {profile.settings.share_every for profile in self.profiles}
@@ -421,19 +452,24 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def rules(self) -> dict[str, str]:
-        """Aggregation rules other than the mean, by key of `aggregation`."""
+        """Aggregation rules other than the mean, keyed by the keys of the section `aggregation`."""
         values = {key: str(getattr(self.config.aggregation, key)) for key in ROBUST_KEYS}
         return {key: value for key, value in values.items() if value != "mean"}
 
     @cached_property
     def items_by_rule(self) -> dict[str, list[str]]:
-        """Names of the items that each key of `aggregation` applies to."""
+        """Names of the items to which each key of the section `aggregation` applies."""
         combined = self.dry_round[1]
         kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
         return {key: sorted(n for n, how in combined if how == kinds[key]) for key in ROBUST_KEYS}
 
     def unprotected_items(self) -> list[dict[str, str]]:
-        """Return the items that are averaged although other items have a robust rule."""
+        """Return the items that are averaged without a robust rule.
+
+        Returns:
+            One dictionary for each key of the section `aggregation`, with the key under `key` and
+            the names of the items under `items`.
+        """
         return [
             {"key": key, "items": ", ".join(items)}
             for key, items in self.items_by_rule.items()
@@ -441,7 +477,7 @@ class RunFacts(ConfigFacts):
         ]
 
     def idle_rule(self) -> dict[str, str] | None:
-        """Return a rule that applies to no item, if any."""
+        """Return an aggregation rule that applies to no item, or None."""
         described = {
             "rule": "parameters",
             "predictions": "predictions",
@@ -454,11 +490,11 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def uses_root(self) -> bool:
-        """Whether the rule for parameters needs an update that the server computes."""
+        """Whether the aggregation rule for parameters needs an update computed by the server."""
         return "rule" in self.rules and bool(rule[self.rules["rule"]].uses_root)
 
     def averages_parts(self) -> bool:
-        """Return whether the method averages anything but whole models of equal architecture."""
+        """Return whether the method averages other items than whole models of one architecture."""
         infos = [self.federation.client_infos[profile.first] for profile in self.profiles]
         return (
             self.items_by_rule["rule"] != ["model"]
@@ -472,14 +508,15 @@ class RunFacts(ConfigFacts):
         )
 
     def prior_option(self) -> str | None:
-        """Return the key of a client option that uses class frequencies, if any is set."""
+        """Return the key of a client option that is set and uses class frequencies, or None."""
         options = ("logit_adjustment", "local_prior", "prior_correction")
         return first(key for key, name, _ in self.set_options() if name in options)
 
     def uncorrectable_client(self) -> str | None:
-        """Return a client whose predictions the server cannot correct by the class prior, if any.
+        """Return a client whose predictions the server cannot correct by the class prior, or None.
 
-        The server predicts with the uploaded models of FedDF and needs the clients' label counts.
+        FedDF predicts with uploaded models at the server, which needs the clients' label counts for
+        the correction.
         """
         if not isinstance(self.algorithm, FedDF):
             return None
@@ -492,7 +529,7 @@ class RunFacts(ConfigFacts):
         )
 
     def differently_adjusted(self) -> dict[str, str] | None:
-        """Return two clients of which only the first predicts without its class prior, if any."""
+        """Return two clients, of which only the first predicts without its class prior, or None."""
         if not self.aligns_teacher or self.task.kind != "multiclass" or not self.num_proxy:
             return None
         without = first(p.first for p in self.profiles if predicts_without_prior(p.settings))
@@ -501,11 +538,11 @@ class RunFacts(ConfigFacts):
 
     @property
     def aligns_teacher(self) -> bool:
-        """Whether the teacher is aligned with label frequencies."""
+        """Whether the method aligns the teacher's predictions with label frequencies."""
         return isinstance(self.algorithm, ProxyDistillation) and self.algorithm.align > 0
 
     def idle_class_settings(self) -> list[str]:
-        """Describe the settings of the teacher that depend on exclusive classes, without them."""
+        """Describe the teacher settings without effect because the classes are not exclusive."""
         if self.task.kind == "multiclass" or not self.num_proxy:
             return []
         found = ["algorithm.align has no effect"] if self.aligns_teacher else []
@@ -515,7 +552,7 @@ class RunFacts(ConfigFacts):
         return found
 
     def idle_recalibration(self) -> str | None:
-        """Return the key of a recalibration without a proxy set, if any is set."""
+        """Return the key of a recalibration setting if there is no proxy set, else None."""
         return first(
             key
             for key, name, _ in self.set_options()
@@ -523,11 +560,11 @@ class RunFacts(ConfigFacts):
         )
 
     def private_fine_tuning(self) -> str | None:
-        """Return a client that trains before evaluation although records are private, if any."""
+        """Return a client that is fine-tuned on its rows before an evaluation, or None."""
         return first(p.first for p in self.profiles if p.settings.fine_tune_epochs)
 
     def outvoted_rule(self) -> dict[str, Any] | None:
-        """Return a rule that receives too few uploads of an item in some round, if any."""
+        """Return an aggregation rule for which an item has too few uploads, or None."""
         config = self.config.aggregation
         combiners: dict[str, Rule | PredictionRule] = {}
         for key, value in self.rules.items():
@@ -547,7 +584,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def _cohorts(self) -> Iterator[Counter[str]]:
-        """Yield the number of clients of each profile, for each distinct composition of cohorts."""
+        """Yield the number of clients per profile for each distinct composition of a cohort."""
         seen: set[frozenset[tuple[str, int]]] = set()
         per_round = self.config.clients.per_round
         for index in range(self.federation.num_rounds if per_round is not None else 1):
@@ -563,8 +600,8 @@ class RunFacts(ConfigFacts):
 
         Args:
             item: Name of the item.
-            key: Key of the rule in `aggregation`.
-            cohort: Number of clients of each profile, by the first client of the profile.
+            key: Key of the rule in the section `aggregation`.
+            cohort: Number of clients per profile, keyed by the first client of the profile.
 
         Yields:
             A description of the part, and the number of clients in the cohort that upload it.
@@ -611,7 +648,7 @@ class RunFacts(ConfigFacts):
 
     @property
     def acts_on(self) -> frozenset[str]:
-        """Kinds of objects that the attack changes: `data`, `rows` or `updates`."""
+        """What the attack changes: `data`, `rows`, `updates`, or nothing without an attack."""
         return self.malicious.attack.acts_on if self.malicious else frozenset()
 
     @property
@@ -620,14 +657,17 @@ class RunFacts(ConfigFacts):
         return self.malicious is not None and self.malicious.has_trigger
 
     def named_malicious(self) -> dict[str, Any] | None:
-        """Return the number of malicious clients and the ids of the first ones, if any."""
+        """Return the number and the first ids of the malicious clients, or None without any."""
         if self.malicious is None:
             return None
         ids = self.malicious.sorted_ids
         return {"count": len(ids), "ids": format_list(ids, 6)}
 
     def missing_targets(self) -> str | None:
-        """Describe the objects that the attack changes, if no client uploads any of them."""
+        """Describe the data that the attack changes if no client uploads such data.
+
+        The result is None if a client uploads such data, and without an attack.
+        """
         items = [item for sent in self.dry_round[0].values() for item in sent.values()]
         present = {"data"}
         for item in items:
@@ -641,13 +681,13 @@ class RunFacts(ConfigFacts):
         return " and ".join(described[kind] for kind in sorted(self.acts_on))
 
     def small_image(self) -> int | None:
-        """Return the shortest image side in pixels, if it is smaller than the trigger."""
+        """Return the shortest image side in pixels if the trigger is larger, else None."""
         attacks = self.config.attacks
         sides = [side for profile in self.profiles for side in profile.arch.input_shape[1:]]
         return min(sides) if attacks is not None and attacks.trigger > min(sides) else None
 
     def unknown_class(self) -> dict[str, Any] | None:
-        """Return a class in the settings of the attack that does not exist in the data, if any."""
+        """Return a class in the attack settings that does not exist in the data, or None."""
         attacks = self.config.attacks
         if attacks is None or self.task.kind != "multiclass":
             return None
@@ -661,11 +701,12 @@ class RunFacts(ConfigFacts):
 def _lone_owners(
     sent: list[tuple[ClientProfile, set[Any]]], test: Callable[[Iterable[bool]], bool]
 ) -> list[ClientProfile]:
-    """Return the profiles of clients that upload tensors that no other client uploads.
+    """Return the profiles of clients with uploaded tensors that no other client uploads.
 
     Args:
-        sent: Each profile with the keys of the uploaded tensors.
-        test: `all` to require this of all tensors of a profile, `any` of at least one tensor.
+        sent: Pairs of a profile and the keys of the uploaded tensors.
+        test: `all` if no other client may upload any of the tensors. `any` if at least one tensor
+            must not be uploaded by another client.
     """
     owners = Counter[Any]()
     for profile, keys in sent:
@@ -674,7 +715,7 @@ def _lone_owners(
 
 
 def _other(arch: ModelSpec) -> dict[str, str]:
-    """Return the name of a model and the configuration of its variant with GroupNorm."""
+    """Return the name of a model, and the configuration of a similar model with GroupNorm."""
     return {"model": arch.name, "other": group_norm_variant(arch.name)}
 
 

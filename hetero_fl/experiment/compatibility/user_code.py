@@ -1,4 +1,4 @@
-"""Check losses, optimizers, metrics and transforms of the user before a run."""
+"""Checks of user-defined losses, optimizers, metrics and transforms before a run."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from hetero_fl.utils.errors import UserError, one_line
 from model_zoo import Outputs
 
 TRIAL_ROWS = 4
-"""Number of examples with which functions are tried."""
+"""Number of examples with which user-defined functions are called."""
 
 
 def check_user_code(federation: FederationSpec) -> None:
-    """Call the user's functions with a few examples.
+    """Check user-defined functions by calling each function with a few examples.
+
+    Losses, optimizers and transforms are checked for each set of clients with equal settings.
 
     Args:
         federation: The federation.
 
     Raises:
-        UserError: If a function does not exist, fails, or returns something unexpected.
+        UserError: If a function does not exist, raises an exception, or returns an invalid value,
+            or if a metric has the name of a built-in metric.
     """
     for profile in federation.client_infos.profiles:
         settings = profile.settings
@@ -74,7 +77,7 @@ def _check_metrics(metrics: Mapping[str, str], task: Task) -> None:
 
 
 def _trial_outputs(task: Task) -> tuple[Tensor, Tensor]:
-    """Return outputs and targets of a few examples."""
+    """Return model outputs and targets for a few examples, with all classes of the task."""
     rows = max(TRIAL_ROWS, task.outputs) if task.kind == "multiclass" else TRIAL_ROWS
     logits = torch.zeros(rows, task.outputs)
     if task.kind == "multiclass":

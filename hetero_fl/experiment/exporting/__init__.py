@@ -1,1 +1,1 @@
-"""Export of models from finished runs to files that work without this package."""
+"""Export of models from finished runs to files that do not require this package."""

@@ -1,4 +1,4 @@
-"""Export models to ONNX or safetensors files, and check the predictions of ONNX files."""
+"""Export of models to ONNX and safetensors files, with a check of ONNX predictions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import sha256_of, write_atomically
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
-# Key of the metadata of an ONNX file that contains the description of inputs and outputs.
+# Metadata key under which an ONNX file contains the description of its inputs and outputs.
 ABOUT = "hetero_fl"
-# Number of examples with which a graph is traced.
+# Number of examples for tracing a model.
 TRACED_EXAMPLES = 3
-# Batch sizes with which an exported file is checked.
+# Batch sizes for checking an exported file.
 BATCHES = (1, 2, 7)
 TOLERANCE = 1e-5
 ROWS = "rows"
@@ -48,8 +48,9 @@ class ExportedFile(NamedTuple):
     Attributes:
         model: Path of the model file.
         card: Path of the model card in Markdown.
-        largest_difference: Largest difference from the predictions of `Run.predict`, relative for
-            predictions above 1. None for safetensors files, which are not checked.
+        largest_difference: Largest difference from the predictions of `Run.predict`, which is
+            relative for predictions above 1. None for safetensors files, whose predictions are not
+            checked.
     """
 
     model: Path
@@ -71,10 +72,13 @@ def check_installed() -> None:
 
 
 def load_scorer(content: bytes) -> Scorer:
-    """Return a function that runs an ONNX model on raw inputs on the CPU.
+    """Create a function that runs an ONNX model on the CPU.
 
     Args:
         content: Content of the ONNX file.
+
+    Returns:
+        A function that maps a tuple of raw inputs to predictions.
     """
     from onnxruntime import InferenceSession
 
@@ -94,15 +98,15 @@ def export_graph(
     """Export a model to ONNX.
 
     Args:
-        graph: The model to export, which is switched to evaluation mode.
-        examples: Two or more examples of each input, with which the graph is traced.
-        about: Description of the inputs and outputs, stored in the metadata of the file.
+        graph: The model to export. The model is set to evaluation mode.
+        examples: A tensor for each input, with two or more examples for tracing the model.
+        about: Description of the inputs and outputs, which is stored in the metadata of the file.
 
     Returns:
         The content of the ONNX file.
 
     Raises:
-        Exception: If torch cannot export the model; the type depends on the model.
+        Exception: If torch cannot export the model. The type of the exception depends on the model.
     """
     sizes = {
         name: torch.export.Dim(name, min=1) for name in ("batch", "channels", "height", "width")
@@ -143,11 +147,11 @@ def _ignore_export_warnings() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", FutureWarning
         )
-        # Raised for a GRU.
+        # Issued for models with a GRU.
         warnings.filterwarnings(
             "ignore", r"The tensor attributes? .* assigned during export", UserWarning
         )
-        # Raised if several inputs share the batch axis.
+        # Issued if several inputs share the batch axis.
         warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
         yield
 
@@ -165,29 +169,30 @@ def export(
     """Export models of a finished run to files that can be used without this package.
 
     An ONNX file includes the preprocessing. The exported model maps raw examples, in batches of any
-    size, to probabilities, or to values for regression. Its predictions must not differ by more
-    than 1e-5 from the predictions of `Run.predict`. The script `score.py`, which is written next to
-    the models, computes predictions from a `.csv` or `.npz` file without hetero_fl.
+    size, to probabilities, or to values for regression. Before a file is written, the function
+    checks that the exported predictions differ by at most 1e-5 from the predictions of
+    `Run.predict`. The script `score.py` is written next to ONNX files. The script computes
+    predictions from a `.csv` or `.npz` file without hetero_fl.
 
     A safetensors file contains only the tensors of a model from `model_zoo`. In both formats, a
     model card (`NAME.md`, `NAME.json`) describes each model.
 
     Args:
         run: A finished run or its directory.
-        client: A client id or "server". None: all models.
+        client: Client id or "server". If None, all models are exported.
         file_format: "onnx" or "safetensors".
-        out: The folder to write to. None: `export` in the run directory.
+        out: The folder to write to. Default: `export` in the run directory.
         personal: Whether to include the client's label frequencies, as `Run.predict` does by
-            default. The file is then named `NAME-home`.
-        log: Function called with a line for each exported model.
+            default. If True, the file is named `NAME-home`. Not supported for safetensors files.
+        log: Function that is called with a line for each exported model.
         allow_code: Whether code that the files of the run refer to may be executed.
 
     Returns:
-        The exported files by client id or "server".
+        The exported files, keyed by client id or "server".
 
     Raises:
-        UserError: If a model does not exist or cannot be exported in this format, or if the
-            predictions of the exported model differ.
+        UserError: If an argument is invalid, if a model does not exist or cannot be exported in
+            this format, or if the predictions of the exported model differ.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -261,7 +266,14 @@ def _export_model(
 
 
 def _other_formats(card_path: Path, source: str) -> list[dict[str, Any]]:
-    """Return the file entries of an existing card if it describes the same model."""
+    """Return the file entries of an existing model card.
+
+    The result is empty if there is no card, or if the card describes another model.
+
+    Args:
+        card_path: Path of the card in JSON format.
+        source: SHA-256 hash of the model file in the run directory.
+    """
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
         if (card["form"], card["source_sha256"]) != (FORM, source):
@@ -273,7 +285,7 @@ def _other_formats(card_path: Path, source: str) -> list[dict[str, Any]]:
 
 
 def interface(model: SavedModel) -> dict[str, Any]:
-    """Return the description of a model's inputs and outputs that exported files contain."""
+    """Describe the inputs and outputs of a model, for the metadata of exported files."""
     return {
         "inputs": [spec.record() for spec in inputs_of(model)],
         "output": {
@@ -298,7 +310,10 @@ def _onnx_content(name: str, model: SavedModel, personal: bool) -> bytes:
 
 
 def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> float:
-    """Return the largest difference from the run's predictions, relative for predictions above 1.
+    """Compare the predictions of an exported model with the predictions of the run.
+
+    Returns:
+        The largest difference, which is relative for predictions above 1.
 
     Raises:
         UserError: If the exported model fails, or if the difference exceeds the tolerance.
@@ -333,7 +348,7 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the type of the innermost cause of an error and the first line of its message."""
+    """Return the type and the first message line of the innermost cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -1,7 +1,8 @@
-"""Combine a model and its preprocessing in one module that torch can export.
+"""Modules that combine a model and its preprocessing in a graph that torch can export.
 
-An exported graph cannot raise errors. It returns NaN for rows that `Run.predict` rejects: rows with
-infinity, unsupported missing values, pixels outside [0, 1] or tokens out of range.
+An exported graph cannot raise errors. Instead, the graph returns NaN for rows that `Run.predict`
+rejects, which are rows with infinity, unsupported missing values, pixels outside [0, 1] or tokens
+out of range. A block is a modality of a multimodal example (see `hetero_fl.data.dataset.Block`).
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ class Input:
 
     Args:
         name: Name of the input.
-        kind: Kind of data.
+        kind: Kind of data: "image", "row", "series" or "tokens".
         shape: Shape without the batch dimension. A string is the name of a dynamic size.
-        columns: Names along the last axis, if known.
-        allows_missing: Whether NaN stands for a missing value. Otherwise, NaN is invalid.
-        tokens: Size of the vocabulary; 0 for inputs other than tokens.
-        categories: Text columns that are encoded as indicator columns, with their values.
+        columns: Column names along the last axis. Empty if the names are unknown.
+        allows_missing: Whether NaN represents a missing value. If False, NaN is invalid.
+        tokens: Size of the vocabulary, or 0 for inputs other than tokens.
+        categories: Text columns that are encoded as indicator columns, each with its values.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Input:
 
     @property
     def dtype(self) -> str:
-        """Data type of the input."""
+        """Name of the data type, `int64` for tokens and `float32` otherwise."""
         return "int64" if self.kind == "tokens" else "float32"
 
     @property
@@ -67,7 +68,7 @@ class Input:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the description of the input as a dictionary for JSON."""
+        """Convert the description to a dictionary for JSON, without empty optional entries."""
         optional = {
             "columns": list(self.columns),
             "categories": {column: list(values) for column, values in self.categories},
@@ -91,7 +92,13 @@ def are_blocks_flattened(preprocess: Preprocess) -> bool:
 
 
 def inputs_of(model: SavedModel) -> tuple[Input, ...]:
-    """Return the inputs of the exported graph: a single input, or one for each block."""
+    """Describe the inputs of the exported graph.
+
+    The graph has one input for each block if `are_blocks_flattened`, and otherwise a single input.
+
+    Args:
+        model: The saved model.
+    """
     preprocess = Preprocess(**model.preprocess)
     input_shape = model.arch.input_shape
     allows_missing = preprocess.missing is not None
@@ -134,14 +141,15 @@ def _image_input(preprocess: Preprocess, input_shape: tuple[int, ...]) -> Input:
 
 
 def to_predict_inputs(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
-    """Convert inputs of the graph to the form that `Run.predict` accepts.
+    """Convert inputs of the graph to an input of `Run.predict`.
 
     Args:
         model: The saved model.
         arrays: One tensor for each input of the graph, `[N, *shape]`.
 
     Returns:
-        Blocks by name, or raw rows `[N, ...]` with NaN in columns that the model does not use.
+        The blocks, keyed by name, if `are_blocks_flattened`. Otherwise, raw rows `[N, ...]` with
+        NaN in columns that the model does not use.
     """
     preprocess = Preprocess(**model.preprocess)
     if are_blocks_flattened(preprocess):
@@ -157,8 +165,8 @@ def to_predict_inputs(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
 def draw_inputs(model: SavedModel, size: int, draws: torch.Generator) -> tuple[Tensor, ...]:
     """Draw random examples for tracing and checking a graph.
 
-    Values have the scale of the client's data. If the model supports missing values, some values
-    are missing at random. Dynamic image sizes depend on `size`.
+    Table and series values have the scale of the client's data. If the model supports missing
+    values, some values are missing at random. Dynamic image sizes depend on `size`.
 
     Args:
         model: The saved model.
@@ -195,7 +203,7 @@ def _draw_input(spec: Input, preprocess: Preprocess, size: int, draws: torch.Gen
 
 
 def _concrete_shape(spec: Input, preprocess: Preprocess, size: int) -> list[int]:
-    """Return the shape of an input, with dynamic sizes chosen depending on the batch size."""
+    """Return the shape of an input, in which dynamic sizes depend on the batch size."""
     side = preprocess.resize or 0
     channels = (1, 3 if preprocess.channels in (None, 1) else preprocess.channels)
     sizes = {
@@ -215,7 +223,7 @@ class ExportedModel(nn.Module):
 
     Attributes:
         inputs: Descriptions of the inputs of `forward`.
-        kind: Kind of task.
+        kind: Kind of task: "multiclass", "multilabel" or "regression".
     """
 
     offset: Tensor | None
@@ -229,7 +237,15 @@ class ExportedModel(nn.Module):
         self.register_buffer("offset", model.offset(personal))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return probabilities, or values for regression, `[N, outputs]`; NaN for invalid rows."""
+        """Compute predictions for raw examples.
+
+        Args:
+            *inputs: One tensor for each input, `[N, *shape]`.
+
+        Returns:
+            Probabilities, or values for regression, `[N, outputs]`. Rows of invalid examples
+            contain NaN.
+        """
         invalid = self.preprocessing.invalid_rows(inputs)
         z = self.model(self.preprocessing(inputs)).logits
         z = z if self.offset is None else z + self.offset
@@ -244,7 +260,7 @@ class ExportedModel(nn.Module):
 class ExportedPreprocessing(nn.Module):
     """Exportable version of `hetero_fl.data.Preprocess`.
 
-    It supports dynamic sizes and has no branches that depend on values.
+    The module supports dynamic sizes and has no branches that depend on values.
 
     Args:
         model: The saved model.
@@ -266,9 +282,9 @@ class ExportedPreprocessing(nn.Module):
             self.register_buffer(name, numbers)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Convert raw inputs to the input of the model."""
+        """Convert raw inputs, one tensor `[N, *shape]` each, to the input of the model."""
         if self.inputs[0].kind == "tokens":
-            # Later, NaN replaces the predictions for rows with tokens out of range.
+            # `ExportedModel` replaces the predictions for rows with invalid tokens with NaN.
             return inputs[0].clamp(0, self.inputs[0].tokens - 1)
         if are_blocks_flattened(self.preprocess):
             x = torch.cat([part.flatten(1) for part in inputs], dim=1)
@@ -283,7 +299,7 @@ class ExportedPreprocessing(nn.Module):
         return x.transpose(1, 2) if x.ndim == 3 else x
 
     def invalid_rows(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return a mask of the rows that are not valid examples, bool `[N]`."""
+        """Return whether each row is an invalid example, bool `[N]`."""
         invalid = [
             self._invalid_values(part, spec).flatten(1).any(1)
             for part, spec in zip(inputs, self.inputs, strict=True)
@@ -322,5 +338,8 @@ class ExportedPreprocessing(nn.Module):
 
 
 def _num_channels(x: Tensor) -> Tensor:
-    """Return the number of channels as a tensor, because tracing would make an integer constant."""
+    """Return the number of channels as a tensor.
+
+    Tracing would convert an integer to a constant.
+    """
     return torch.ones_like(x[0, :, 0, 0], dtype=torch.int64).sum()

@@ -1,4 +1,4 @@
-"""Model cards of exported models: training data, scores and limitations."""
+"""Model cards, which describe the training data, scores and limitations of exported models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARTITION_SETTINGS = {
     "drawn": "alpha",
     "classes": "classes",
 }
-"""The main setting of each kind of partition."""
+"""Name of the main setting, keyed by kind of partition."""
 PREDICTS = {
     "multiclass": "a probability for each class",
     "multilabel": "a probability for each label",
@@ -41,18 +41,21 @@ PREPROCESSING = {
     "mean": "normalization",
     "missing": "missing",
 }
-"""Preprocessing steps that a card lists, by the field that enables them."""
+"""Preprocessing steps that a model card lists, keyed by the field that enables the step."""
 TEST_SETS = {"at home": "local test", "in common": "global test"}  # style: ok (file keys)
 Json = dict[str, Any]
 
 
 def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
-    """Return the facts about an exported model, the content of `NAME.json`.
+    """Collect the content of a model card.
 
     Args:
         run: The finished run.
-        name: A client id, or "server".
-        exported: Facts about the exported files and their inputs and outputs.
+        name: Client id or "server".
+        exported: Entries that describe the exported files and their inputs and outputs.
+
+    Returns:
+        The content of `NAME.json`.
     """
     summary = run.summary
     details = run.directory.details()
@@ -111,7 +114,12 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
 
 
 def _last_scores(summary: Json, details: Json, name: str) -> Json:
-    """Return a model's scores in the last round with the number of test rows, by test set."""
+    """Return the scores of a model in the last round.
+
+    Returns:
+        The scores and the number of test rows, keyed by test set. Test sets without scores are
+        omitted.
+    """
     client = next((c for c in summary["clients"] if c["id"] == name), None)
     scores = {
         "at home": None,  # style: ok (file key)

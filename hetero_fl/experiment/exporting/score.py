@@ -24,14 +24,14 @@ import numpy as np
 
 BATCH = 500
 NAMES = ("images", "test_images", "x", "test_x")
-# Tolerance of the range 0..1 for rounding errors.
+# Tolerance for rounding errors of pixels outside [0, 1].
 OVERSHOOT = 1e-3
 
 Arrays = dict[str, Any]
 
 
 class ScoringError(Exception):
-    """Error in the arguments or files of the user, reported in one line."""
+    """Invalid argument or file, which is reported to the user in one line."""
 
 
 def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
@@ -42,10 +42,10 @@ def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
 
     Returns:
         The description of the inputs and outputs, and a function that computes the outputs from
-        arrays by input name.
+        arrays that are keyed by input name.
 
     Raises:
-        ScoringError: If the file is not an exported model.
+        ScoringError: If the file is not an exported ONNX model, or if onnxruntime is not installed.
     """
     if not path.is_file():
         raise ScoringError(f"--model: file '{path}' not found")
@@ -76,10 +76,10 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         inputs: Descriptions of the inputs.
 
     Returns:
-        The inputs by name.
+        The input arrays, keyed by name.
 
     Raises:
-        ScoringError: If the file does not contain valid examples.
+        ScoringError: If the file does not exist or does not contain valid examples.
     """
     if not path.is_file():
         raise ScoringError(f"--data: file '{path}' not found")
@@ -91,7 +91,7 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         else:
             raise ScoringError(f"--data: expected a .npz or .csv file, got {path.name}")
     except (OSError, ValueError) as error:
-        # numpy suggests unpickling, which is unsafe.
+        # The message of numpy suggests unpickling, which is unsafe.
         reason = "expected arrays of numbers" if "pickle" in str(error) else error
         raise ScoringError(f"--data: {path}: {reason}") from None
     arrays = {
@@ -167,7 +167,7 @@ def _read_csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
 def _add_indicator_columns(
     path: Path, spec: dict[str, Any], header: list[str], lines: list[list[str]]
 ) -> None:
-    """Append columns NAME=VALUE for each text column that the model encodes, in place."""
+    """Append indicator columns NAME=VALUE for each encoded text column, in place."""
     for name, categories in spec.get("categories", {}).items():
         if name in header:
             place = header.index(name)
@@ -193,15 +193,15 @@ def _normalize_cell(cell: str, categories: list[str]) -> str:
 def to_input(x: Any, spec: dict[str, Any], where: str) -> Any:
     """Convert an array of examples to the shape and data type of a model input.
 
-    Images are converted to channels first, and integer pixels are divided by 255.
+    The channel axis of images is moved to the front, and integer pixels are divided by 255.
 
     Args:
-        x: Array of examples.
+        x: Array of examples, `[N, ...]`.
         spec: Description of the input.
         where: Prefix of error messages.
 
     Returns:
-        The input, `[N, ...]`.
+        The input array, `[N, *shape]`.
 
     Raises:
         ScoringError: If the array does not contain valid examples.
@@ -256,18 +256,21 @@ def _invalid_values(x: Any, spec: dict[str, Any]) -> Any:
 
 def _shapes_match(found: tuple[int, ...], expected: list[int | str]) -> bool:
     sizes_match = all(isinstance(e, str) or f == e for f, e in zip(found, expected, strict=False))
-    # With dynamic sizes, only the number of channels identifies the axis of the channels.
+    # With dynamic sizes, only the size of the axis, 1 or 3, identifies the channel axis.
     channels_match = "channels" not in expected or (len(found) == 3 and found[0] in (1, 3))
     return len(found) == len(expected) and sizes_match and channels_match
 
 
 def write(scores: Any, about: dict[str, Any], out: Path | None) -> None:
-    """Write the scores as CSV, with one row per example, numbered from 1.
+    """Write model outputs as CSV, with one row per example.
+
+    Rows are numbered from 1. For a multiclass task, the column `prediction` contains the most
+    likely class.
 
     Args:
         scores: Model outputs, `[N, outputs]`.
         about: Description of the model outputs.
-        out: The file to write. None: standard output.
+        out: The file to write. If None, the CSV is written to standard output.
 
     Raises:
         ScoringError: If the file cannot be written.

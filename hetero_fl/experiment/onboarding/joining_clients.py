@@ -1,4 +1,4 @@
-"""Train clients that join a finished run, and compare them with training from scratch."""
+"""Clients that join a finished run, in comparison with training from scratch."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import write_atomically
 
-# Smallest number of training steps, however few examples there are.
+# Minimum number of training steps, which applies to small numbers of examples.
 MIN_STEPS = 60
-# Factor for the number of steps when training from scratch.
+# Factor by which training from scratch increases the number of steps.
 SCRATCH_STEP_FACTOR = 4
-# Client settings of the run that the joining client does not adopt.
+# Client settings of the run that do not apply to the joining client.
 NOT_ADOPTED_SETTINGS = {
     "scanner",
     "data",
@@ -62,21 +62,21 @@ SEEDS = (0, 1, 2, 3, 4)
 EPOCHS = 10
 
 TransferredParts = dict[str, Tensors | Tensor]
-"""Tensors that a joining client receives: the backbone, the teacher's predictions, or both."""
+"""Backbone tensors, teacher predictions, or both, that a joining client receives."""
 
 
 @dataclass(frozen=True)
 class JoiningSite:
-    """Data of a joining client.
+    """The data of a joining client.
 
     Args:
         train: Training rows.
         test: Test rows.
-        counts: Numbers of labeled patients or examples to try, in increasing order.
-        unit: Unit of the numbers, "patients" or "examples".
+        counts: Numbers of labeled patients or examples to compare, in increasing order.
+        unit: Unit of `counts`, "patients" or "examples".
         task: The task of the run.
         layout: Columns of the data.
-        vocabulary: Vocabulary of texts; None for other data.
+        vocabulary: Vocabulary of texts, or None for other data.
     """
 
     train: Examples
@@ -88,14 +88,14 @@ class JoiningSite:
     vocabulary: Vocabulary | None = None
 
     def rows(self, count: int, seed: int) -> Tensor:
-        """Return the indices of the training rows of `count` randomly chosen patients.
+        """Return the indices of the training rows of `count` randomly sampled patients.
 
-        The choice is stratified by label, so that the label distribution is similar for all counts.
-        For one seed, a larger count includes the patients of a smaller count.
+        Sampling is stratified by label, so that the label distribution is similar for all counts.
+        For a given seed, a larger sample includes all patients of a smaller sample.
 
         Args:
-            count: Number of patients, or of examples if the data has no patients.
-            seed: Seed of the choice.
+            count: Number of patients, or number of examples if the data has no patients.
+            seed: Seed of the sample.
 
         Returns:
             Indices of training rows, int64 `[N]`.
@@ -118,7 +118,9 @@ class JoiningSite:
 
 
 class JoiningClients:
-    """Joining clients with different numbers of labels, which train independently.
+    """Variants of a joining client with different numbers of labels, which train independently.
+
+    The starting point of a client is "scratch", "backbone", "teacher" or "both" (see `join`).
 
     Args:
         source_run: The finished run.
@@ -126,11 +128,11 @@ class JoiningClients:
         name: Name of the data set.
         model: Name of the model.
         epochs: Number of epochs of fine-tuning.
-        overrides: Client settings, or settings of `runtime`, as `key=value`.
+        overrides: Client settings, or settings of the section `runtime`, as `key=value`.
 
     Attributes:
-        transfer: Raw rows on which the teacher predicts. None without a teacher.
-        teacher_on: Description of the rows on which the teacher predicts. Empty without a teacher.
+        transfer: Raw rows for which the teacher computes predictions, or None without a teacher.
+        teacher_on: Description of the rows in `transfer`. Empty without a teacher.
     """
 
     def __init__(
@@ -162,11 +164,11 @@ class JoiningClients:
         self.teacher_on = ""
 
     def config(self, seed: int, times: int = 1) -> Config:
-        """Return the configuration of the joining clients.
+        """Return the configuration of a run with one client for each number of labels.
 
         Args:
             seed: Seed of the run.
-            times: Factor for the number of training steps.
+            times: Factor by which the number of training steps is multiplied.
         """
         batch = int(self.defaults.get("batch_size", ClientSettings().batch_size))
         groups = [
@@ -183,7 +185,7 @@ class JoiningClients:
         return load_config(source, self.overrides)
 
     def federation(self, config: Config) -> tuple[FederatedData, FederationSpec]:
-        """Return the data and the federation of the joining clients."""
+        """Create the data and the federation for a configuration from `config`."""
         clients = expand_population(config.clients)
         site = self.site
         none = torch.zeros(0, dtype=torch.int64)
@@ -220,12 +222,15 @@ class JoiningClients:
         )
 
     def transfer_options(self, requested: str | None) -> dict[str, TransferredParts]:
-        """Return the tensors for each possible starting point, by name.
-
-        The starting point "scratch" has no tensors and is always included.
+        """Return the tensors that the joining clients receive for each starting point.
 
         Args:
-            requested: "backbone", "teacher" or "both". None: all that the run provides.
+            requested: "backbone", "teacher" or "both". If None, all starting points that the run
+                provides are included.
+
+        Returns:
+            The tensors, keyed by starting point. The starting point "scratch" has no tensors and is
+            always included.
 
         Raises:
             UserError: If the run does not provide the requested starting point.
@@ -279,7 +284,7 @@ class JoiningClients:
         self.source_run.notes.append(problem)
 
     def _transfer_rows(self, preprocess: Preprocess) -> tuple[Tensor, str]:
-        """Return the raw rows on which the teacher predicts, and their description."""
+        """Choose the raw rows for which the teacher computes predictions, and describe the rows."""
         public = self.source_run.public
         private = self.site.train.x
         if public is not None:
@@ -296,7 +301,7 @@ class JoiningClients:
         return private, f"the joining client's {len(private):,} training rows, without labels"
 
     def consensus_scores(self) -> Scores:
-        """Return the scores of the consensus on the test rows that at least one model can use."""
+        """Score the consensus of the run's models on all test rows that a model can use."""
         test = self.site.test
         logits = self.source_run.consensus(test.x)
         usable = ~logits.isnan().any(1)
@@ -306,13 +311,18 @@ class JoiningClients:
     def run_transfer(
         self, seed: int, option: str, parts: TransferredParts, save_path: Path | None
     ) -> list[dict[str, Any]]:
-        """Train the joining clients and return the test scores for each number of labels.
+        """Train the joining clients from one starting point.
 
         Args:
             seed: Seed of the run.
             option: Name of the starting point.
             parts: Tensors that the clients receive.
-            save_path: Where to save the model with the most labels. None: the model is not saved.
+            save_path: File in which the model trained with the most labels is saved. If None, no
+                model is saved.
+
+        Returns:
+            One dictionary for each number of labels, with the local test scores, the number of
+            labels under `patients`, and the number of training rows under `rows`.
         """
         config = self.config(seed, SCRATCH_STEP_FACTOR if option == SCRATCH else 1)
         data, federation = self.federation(config)
@@ -366,33 +376,34 @@ def join(
     models, computed on the public rows of the run or, without public rows, on the client's own
     training rows. The client then trains on its labeled examples.
 
-    Writes `join.json`, `join.md`, `join.png`, and the models of the first seed with the most
-    labels.
+    The function writes `join.json`, `join.md` and `join.png`. For the first seed, the models that
+    were trained with the most labels are saved in the folder `models`.
 
     Args:
         run: A finished run or its directory.
         data: Data of the client: a local file, the name of a data source, or a data set. Without a
             test set, a fifth of the rows is used for testing.
-        model: Name of a model in `model_zoo`. None: the most frequent model of the run. The client
-            uses the settings of the clients in the run that have this model.
+        model: Name of a model in `model_zoo`. If None, the most frequent model of the run is used.
+            The settings are those of the first client in the run with this model.
         out: The folder to write to.
-        label: Label column of a table. None: the label column of the run.
-        transfer: "backbone", "teacher" or "both". None: all that the run provides.
-        patients: Numbers of labeled patients to try, or of labeled examples if the data has no
-            patients.
-        seeds: Seeds of the repetitions.
-        epochs: Number of epochs of fine-tuning, but at least 60 steps. Training from scratch takes
-            four times as many steps.
-        overrides: Client settings, such as `optimizer.lr=0.0005`, or settings of `runtime`.
-        log: Function called with each line of progress.
+        label: Label column of a table. If None, the label column of the run is used.
+        transfer: "backbone", "teacher" or "both". If None, all that the run provides are compared.
+        patients: Numbers of labeled patients to compare, or of labeled examples if the data has no
+            patients. Numbers above the available number are skipped.
+        seeds: Seeds. Training is repeated with each seed.
+        epochs: Number of epochs of fine-tuning. Training takes at least 60 steps, and training from
+            scratch takes four times as many steps as fine-tuning.
+        overrides: Client settings, such as `optimizer.lr=0.0005`, or settings of the section
+            `runtime`.
+        log: Function that is called with each line of progress.
         allow_code: Whether code that the files of the run refer to may be executed.
 
     Returns:
         The content of `join.json`.
 
     Raises:
-        UserError: If the data, the model or the settings do not fit the run, or if the run does not
-            provide the requested transfer.
+        UserError: If the data, the model or the settings do not fit the run, if the run does not
+            provide the requested transfer, or if `out` already contains files.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -459,7 +470,7 @@ def join(
         "notes": source_run.notes,
         "rows": rows,
     }
-    # Slow to import: matplotlib.
+    # Imported here because loading matplotlib is slow.
     from hetero_fl.experiment.onboarding.report import write_join
 
     write_join(out, content, source_run.task)

@@ -1,4 +1,4 @@
-"""Write the results of a joining client: `join.json`, `join.md` and `join.png`."""
+"""Files with the results of a joining client: `join.json`, `join.md` and `join.png`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,17 @@ def write_join(out: Path, content: Json, task: Task) -> None:
 
 
 def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
-    """Return the means and standard deviations over seeds, by starting point and label count."""
+    """Compute the mean and standard deviation of each metric over the seeds.
+
+    Args:
+        content: The results of `hetero_fl.join`.
+        task: The task of the run.
+
+    Returns:
+        One dictionary for each starting point and number of labels. A value is None if the metric
+        is undefined. A standard deviation, with the suffix `_std`, is None if there are fewer than
+        two seeds.
+    """
     table = []
     for way in dict.fromkeys(row["begins"] for row in content["rows"]):
         for count in content["patients"]:
@@ -68,12 +78,12 @@ def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
 
 
 def shown_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
-    """Return the metrics to show, without metrics that are undefined in all rows."""
+    """Return the metrics to show for a task, except metrics that are undefined in all results."""
     return [m for m in _SHOWN[task.kind] if any(row[m] is not None for row in content["rows"])]
 
 
 def join_markdown(content: Json, task: Task) -> str:
-    """Return the results as Markdown, with a table for each metric."""
+    """Format the results as Markdown, with a table for each metric."""
     return render(
         "join.md",
         **content,
@@ -104,11 +114,12 @@ def _metric_table(content: Json, metric: str) -> str:
 def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
     """Return whether a starting point is clearly better than training from scratch.
 
-    The difference of the means must exceed the sum of the standard deviations.
+    The difference of the means must exceed the sum of the standard deviations. The result is False
+    if one of these values is None.
 
     Args:
-        entry: Means and standard deviations with the starting point.
-        scratch: Means and standard deviations of training from scratch.
+        entry: Means and standard deviations for the starting point.
+        scratch: Means and standard deviations for training from scratch.
         metric: The metric to compare.
     """
     values = [entry[metric], entry[f"{metric}_std"], scratch[metric], scratch[f"{metric}_std"]]
@@ -126,7 +137,7 @@ def _format_cell(entry: Json, scratch: Json, metric: str) -> str:
 
 
 def draw_join(content: Json, task: Task) -> Figure:
-    """Plot the mean and standard deviation of each metric against the number of labels."""
+    """Plot the mean and standard deviation of each metric over the number of labels."""
     metrics = shown_metrics(content, task)
     figure = style.figure(2.7)
     panels: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False)[0]

@@ -1,4 +1,8 @@
-"""Backbone, consensus and public rows that a finished run provides to a joining client."""
+"""Information that a finished run provides to a joining client.
+
+The information consists of a backbone, which is the mean of the uploaded backbones; the consensus,
+which is the mean prediction of all models; and the public rows of the run.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,14 @@ BODY = ("backbone.",)
 
 @dataclass
 class TransferSource:
-    """A finished run from which a joining client starts.
+    """A finished run that provides initial tensors and predictions to a joining client.
 
-    Only information that clients shared is used: the uploaded parts of their models, and the
-    predictions of the models.
+    Only information that clients shared is used, which is the uploaded parts of models and the
+    predictions of models.
 
     Args:
         run: The finished run.
-        notes: Notes to report with the results.
+        notes: Notes for the report of the results. Methods append notes to this list.
     """
 
     run: Run
@@ -55,12 +59,12 @@ class TransferSource:
 
     @cached_property
     def method(self) -> Algorithm:
-        """Algorithm with the settings of the run."""
+        """The algorithm of the run, with its settings."""
         return make_algorithm(self.config)
 
     @cached_property
     def models(self) -> dict[str, SavedModel]:
-        """Final models of the clients, by client id."""
+        """Final models of the clients, keyed by client id."""
         return {
             client_id: model
             for client_id, model in self.run.models.items()
@@ -74,14 +78,15 @@ class TransferSource:
 
     @property
     def most_common_model(self) -> str:
-        """Name of the most frequent model. In a tie, the model of the first client is used."""
+        """Name of the most frequent model, or of the first such model in a tie."""
         names = Counter(self.clients[client_id].model[0].name for client_id in self.models)
         return names.most_common(1)[0][0]
 
     def settings_for(self, name: str) -> tuple[ClientSettings, bool]:
         """Return client settings for a model, and whether a client of the run has this model.
 
-        The settings of the first client with the model are returned, or else the default settings.
+        The settings are those of the first client with the model. If there is no such client, the
+        default settings of the run are returned.
         """
         for client_id in self.models:
             if self.clients[client_id].model[0].name == name:
@@ -89,7 +94,7 @@ class TransferSource:
         return self.config.clients.defaults, False
 
     def backbone(self, arch: ModelSpec) -> Tensors | None:
-        """Return the mean of the shared backbones of an architecture; None if none was shared."""
+        """Return the mean shared backbone of an architecture, or None if none was shared."""
         if shared_part_of(self.method).slot != "model":
             return None
         sent = []
@@ -104,15 +109,15 @@ class TransferSource:
     def consensus(self, x: Tensor) -> Tensor:
         """Combine the predictions of all clients' models on raw rows.
 
-        Each model uses the preprocessing of its client. A model is skipped for rows that lack
-        values that the model needs.
+        Each model uses the preprocessing of its client. If a row lacks values that a model needs,
+        the model is skipped for this row.
 
         Args:
             x: Raw rows, `[N, ...]`.
 
         Returns:
             Logits of the mean probabilities, or the mean predictions for regression,
-            `[N, outputs]`. NaN for rows that no model can use.
+            `[N, outputs]`. Rows that no model can use contain NaN.
 
         Raises:
             UserError: If the rows do not fit the models.
@@ -146,7 +151,8 @@ class TransferSource:
     def data(self) -> PreparedRun | None:
         """The run, prepared again with its data.
 
-        None if the data is not available or has changed, in which case a note is added to `notes`.
+        If the data is not available or has changed, the value is None and a note is added to
+        `notes`.
         """
         known: dict[str, Any] = self.run.summary["data"]
         try:
@@ -168,7 +174,7 @@ class TransferSource:
 
     @property
     def public(self) -> Tensor | None:
-        """Raw public rows of the run; None if there are none or the data is not available."""
+        """Raw public rows of the run, or None if there are none or the data is not available."""
         return (
             self.data.data.raw_examples("proxy")
             if self.data is not None and self.data.data.n_proxy
@@ -176,7 +182,10 @@ class TransferSource:
         )
 
     def num_seen(self, x: Tensor) -> int:
-        """Return the number of raw rows that were training rows in the run."""
+        """Return the number of raw rows that were training rows in the run.
+
+        The result is 0 if the data of the run is not available or has another shape.
+        """
         if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
             return 0
         given = rows_as_bytes(x)
@@ -187,7 +196,9 @@ class TransferSource:
         return sum(row in seen for row in given)
 
     def overlap(self, x: Tensor, rows: str, description: str) -> str:
-        """Return a note on raw rows that were training rows in the run; empty if there are none.
+        """Describe how many raw rows were training rows in the run.
+
+        The text is empty if there are no such rows.
 
         Args:
             x: Raw rows, `[N, ...]`.

@@ -7,7 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -43,7 +44,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    unused: ClassVar[frozenset[str]] = frozenset()
+    """Inherited settings that a class fixes or does not use, and therefore does not accept."""
+
     def __init__(self, **settings: Any) -> None:
+        for name in self.unused & settings.keys():
+            raise self._unexpected(name)
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -52,10 +58,7 @@ class Settings(BaseModel):
 
             for problem in error.errors():
                 if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
-                    name = str(problem["loc"][0])
-                    hint = suggest_or_list(name, list(type(self).model_fields))
-                    message = f"got an unexpected keyword argument '{name}'{hint}"
-                    raise TypeError(f"{self.__repr_name__()}() {message}") from None
+                    raise self._unexpected(str(problem["loc"][0])) from None
             described = describe_error(error, settings, type(self))
             raise UserError(f"{self.__repr_name__()}: {described}") from None
 
@@ -67,19 +70,46 @@ class Settings(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         cls.__doc__ = add_arguments(cls)
+        cls.__signature__ = _plain_signature(cls)
+
+    @classmethod
+    def accepted(cls) -> dict[str, FieldInfo]:
+        """Return the settings that are arguments of this class, by name."""
+        return {n: f for n, f in cls.model_fields.items() if n not in cls.unused}
+
+    def _unexpected(self, name: str) -> TypeError:
+        hint = suggest_or_list(name, list(self.accepted()))
+        title = self.__repr_name__()
+        return TypeError(f"{title}() got an unexpected keyword argument '{name}'{hint}")
 
     def __repr_name__(self) -> str:
         return type(self).__name__.removesuffix("Config")
 
 
-def add_arguments(model: type[BaseModel]) -> str | None:
+def _plain_signature(model: type[Settings]) -> inspect.Signature:
+    """Return the signature of a class without pydantic's annotations, as `help` shows it."""
+    types = get_type_hints(model)
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if info.is_required() else info.get_default(),
+                annotation=types[name],
+            )
+            for name, info in model.accepted().items()
+        ]
+    )
+
+
+def add_arguments(model: type[Settings]) -> str | None:
     """Add a section `Args`, which describes the fields of a model, to the model's docstring.
 
     Returns:
         The docstring. The original docstring is returned if it is None or no field has a
         description.
     """
-    described = {n: f for n, f in model.model_fields.items() if f.description}
+    described = {n: f for n, f in model.accepted().items() if f.description}
     if model.__doc__ is None or not described:
         return model.__doc__
     text, example, rest = inspect.cleandoc(model.__doc__).partition("\n\nExample:\n")

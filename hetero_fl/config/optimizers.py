@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hetero_fl.config.base import OptimizerConfig
 
@@ -16,6 +16,8 @@ class SGD(OptimizerConfig):
         'sgd'
     """
 
+    unused: ClassVar = frozenset({"name"})
+
     name: Literal["sgd"] = "sgd"
 
 
@@ -28,6 +30,8 @@ class Adam(OptimizerConfig):
         0.0005
     """
 
+    unused: ClassVar = frozenset({"name", "momentum", "nesterov"})
+
     name: Literal["adam"] = "adam"
 
 
@@ -39,5 +43,7 @@ class AdamW(OptimizerConfig):
         >>> hfl.AdamW(weight_decay=0.01).name
         'adamw'
     """
+
+    unused: ClassVar = frozenset({"name", "momentum", "nesterov"})
 
     name: Literal["adamw"] = "adamw"

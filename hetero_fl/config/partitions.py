@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hetero_fl.config.data import PartitionConfig
+
+
+def _all_but(*used: str) -> frozenset[str]:
+    return frozenset(PartitionConfig.model_fields) - set(used)
 
 
 class IID(PartitionConfig):
@@ -15,6 +19,8 @@ class IID(PartitionConfig):
         >>> hfl.IID().kind
         'iid'
     """
+
+    unused: ClassVar = _all_but("min_size")
 
     kind: Literal["iid"] = "iid"
 
@@ -28,6 +34,8 @@ class Dirichlet(PartitionConfig):
         0.3
     """
 
+    unused: ClassVar = _all_but("alpha", "cap", "min_size")
+
     kind: Literal["dirichlet"] = "dirichlet"
 
 
@@ -39,6 +47,8 @@ class Classes(PartitionConfig):
         >>> hfl.Classes(classes=2).kind
         'classes'
     """
+
+    unused: ClassVar = _all_but("classes", "classes_spread", "shots", "min_size")
 
     kind: Literal["classes"] = "classes"
 
@@ -52,6 +62,8 @@ class Quantity(PartitionConfig):
         'quantity'
     """
 
+    unused: ClassVar = _all_but("alpha", "min_size")
+
     kind: Literal["quantity"] = "quantity"
 
 
@@ -63,5 +75,7 @@ class Natural(PartitionConfig):
         >>> hfl.Natural().kind
         'natural'
     """
+
+    unused: ClassVar = _all_but("min_size")
 
     kind: Literal["natural"] = "natural"

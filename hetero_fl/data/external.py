@@ -58,8 +58,11 @@ def match_to_common(
         own: Data set of the client.
         common_set: Main data set.
         where: Configuration key of the source, for error messages.
-        needed: Columns or blocks that the source must have. None means all.
-        owner: Owner of the needed columns, for error messages. By default the main data set.
+        needed: Columns or blocks that the source must have. If None, all are required.
+        owner: Owner of the needed columns, for error messages. If empty, the main data set.
+
+    Returns:
+        The training rows of the source, with the classes and columns of the main data set.
 
     Raises:
         UserError: If the tasks differ, the source has an unknown class, column or block, or a
@@ -142,7 +145,7 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
 
 
 def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
-    """Convert integer labels to the numbers of the classes with these names.
+    """Convert integer labels, which are the names of classes, to class numbers.
 
     Args:
         y: Labels, int64 `[N]`.
@@ -207,16 +210,17 @@ def match_columns(
 ) -> tuple[Tensor, list[str]]:
     """Rearrange columns in the order of the main data set.
 
-    Unnamed columns are returned unchanged. A missing column becomes NaN. If a text column exists
-    but lacks one of its indicators, the indicator becomes 0, as no row has the value.
+    If the examples or the main data set have no column names, the examples are returned unchanged.
+    A missing column becomes NaN. If a text column exists but lacks one of its indicators, the
+    indicator becomes 0, as no row has the value.
 
     Args:
         x: Examples, shape `[..., columns]`.
         names: Names of the columns of `x`.
         common_set: Main data set.
         where: Name of the examples, for error messages.
-        needed: Columns that must exist. None means all.
-        owner: Owner of the needed columns, for error messages. By default the main data set.
+        needed: Columns that must exist. If None, all are required.
+        owner: Owner of the needed columns, for error messages. If empty, the main data set.
         advice: End of the error message for a missing column.
 
     Returns:
@@ -266,15 +270,16 @@ def match_blocks(
 ) -> Tensor:
     """Rearrange blocks in the order of the main data set.
 
-    Blocks are matched by name. A missing block becomes NaN. Examples without blocks are used as the
-    only block with the same shape.
+    Blocks are matched by name. A missing block becomes NaN. Examples without blocks are returned
+    unchanged if they have the shape of a whole row. Otherwise, they are used as the only block with
+    their shape.
 
     Args:
         x: Examples, shape `[N, ...]`.
         blocks: Blocks of the examples.
         common_set: Main data set.
         where: Name of the examples, for error messages.
-        needed: Blocks that must exist. None means all.
+        needed: Blocks that must exist. If None, all are required.
 
     Returns:
         Rows with the blocks of the main data set, shape `[N, D]`.
@@ -329,13 +334,13 @@ def load_unlabeled(
         config: Source configuration.
         root: Folder for downloads.
         where: Configuration section, for error messages.
-        vocabulary: Vocabulary that the source must have, or None if the examples are not tokens.
+        vocabulary: Vocabulary that the source must have. If None, the examples are not tokens.
 
     Returns:
-        Examples, names of the columns, and blocks.
+        The examples, shape `[N, ...]`, the names of their columns, and their blocks.
 
     Raises:
-        UserError: See `load_source`. Also if the source has another vocabulary.
+        UserError: If the source cannot be loaded (see `load_source`) or has another vocabulary.
     """
     try:
         unlabeled = _load_unlabeled_file(config)
@@ -360,7 +365,7 @@ def load_unlabeled(
 def _load_labeled(
     config: SourceConfig, root: Path, where: str, common_set: Dataset
 ) -> tuple[Dataset, Tensor]:
-    """Load a data set, and its labels with the class numbers of the main data set."""
+    """Load a data set, and convert the labels to the class numbers of the main data set."""
     try:
         own = load_source(config, root, where, missing=True)
         return own, match_labels(own, common_set, where)
@@ -369,7 +374,7 @@ def _load_labeled(
 
 
 def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Return the examples and column names of an unlabeled file; None for other sources."""
+    """Return the examples and column names of an unlabeled file, or None for other sources."""
     if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
     path = Path(config.path).expanduser()
@@ -410,12 +415,13 @@ def proxy_set(
         dataset: Main data set.
         config: Data configuration.
         rows: Training rows to hold out from, int64 `[M]`.
-        profiles: Profiles of the clients that use the proxy set.
-        server: Preprocessing of the server, if the server has a model.
+        profiles: Distinct settings of the clients that use the proxy set.
+        server: Preprocessing of the server. If None, the server has no model.
         seed: Seed of the run.
 
     Returns:
-        The proxy set as `{"proxy": rows}`, or an empty dictionary, and the remaining training rows.
+        The proxy set as `{"proxy": rows}`, or an empty dictionary if no proxy set is configured,
+        and the remaining training rows.
 
     Raises:
         UserError: If there are too few rows, or the source does not match the main data set.
@@ -505,9 +511,9 @@ class ClientSources:
     """The rows of clients with their own sources.
 
     Attributes:
-        private: Rows of each split by client id.
+        private: Splits of each client, keyed by client id.
         notes: Remarks on how the sources were read.
-        simulated: Whether a source is generated.
+        simulated: Whether any of the sources is generated.
     """
 
     private: dict[str, Splits]
@@ -516,10 +522,12 @@ class ClientSources:
 
 
 def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
-    """Return the ids of the clients of each separate source.
+    """Return the ids of the clients with their own sources, keyed by source.
+
+    Clients without their own source are not included.
 
     Raises:
-        UserError: If the source of a client is that of the main data set.
+        UserError: If the source of a client is the source of the main data set.
     """
     clients_of: dict[SourceConfig, list[str]] = {}
     named = any(profile.settings.data is not None for profile in clients.profiles)
@@ -542,13 +550,13 @@ def load_client_sources(
     clients: Population,
     seed: int,
 ) -> ClientSources:
-    """Load the separate sources of clients, and partition and split their rows.
+    """Load the separate sources of clients, and partition and split the rows of each source.
 
     Args:
-        clients_of: Ids of the clients of each source.
+        clients_of: Ids of the clients with their own sources, keyed by source.
         common_set: Main data set, to whose classes and columns the rows are converted.
         config: Data configuration.
-        clients: Settings by client id.
+        clients: Client settings, keyed by client id.
         seed: Seed of the run.
 
     Raises:

@@ -49,15 +49,21 @@ def join_images_and_table(
         table: A file (`.csv`, `.tsv`, `.parquet`) or pandas data frame with one row per patient.
             Empty cells are missing values.
         by: Column of the table that identifies the patient.
-        columns: Columns of the table for the second block; by default all numeric columns.
-        label: Column of the table with class numbers. If it is set, patients without an image
-            become examples, too; otherwise they are an error.
-        group: Group of each image (for example its hospital) for the natural partition, `[N]`.
-        table_group: Column of the table with the group of patients without an image.
+        columns: Columns of the table for the second block. If None, all numeric columns are used.
+        label: Column of the table with class numbers. If set, patients without an image also become
+            examples. If None, a patient without an image is an error.
+        group: Group of each image, for example a hospital, for the natural partition, `[N]`. If
+            None, the rows have no groups.
+        table_group: Column of the table with the group of patients without an image. Required if
+            there are such patients and `group` is set.
         blocks: Names of the image block and the table block.
         name: Name of the data set.
         simulated: Whether the data is generated.
         about: Short description.
+
+    Returns:
+        A data set with two blocks. Each image is a row, and the rows of patients without an image
+        follow.
 
     Raises:
         UserError: If a patient has no image and no label, occurs twice in the table or has no id;

@@ -55,9 +55,10 @@ def register_source(
 
     Args:
         name: Name of the source.
-        task: Learning task if it is fixed; files given in `path` are checked against it.
-        keys: Keys of `SourceConfig`, besides `name`, that the function reads. If `path` is among
-            them, it is required unless `generates` is set.
+        task: Learning task of the source, against which files in `path` are checked. If None, the
+            data determine the task.
+        keys: Keys of `SourceConfig`, besides `name`, that the function reads. The key `path` is
+            required unless `generates` is set.
         generates: Whether the function generates rows if `path` is not set. Such a function also
             reads `.npz` files itself.
 
@@ -100,12 +101,12 @@ def list_sources() -> list[str]:
 
 
 def reads_key(name: object, key: Key) -> bool:
-    """Return whether the function of the source with this name reads a configuration key."""
+    """Return whether a registered source has this name and reads a configuration key."""
     return name in _sources and key in _sources[str(name)].keys
 
 
 def needs_path(name: str) -> bool:
-    """Return whether the source with this name requires a local file or folder."""
+    """Return whether a registered source has this name and requires a local file or folder."""
     return reads_key(name, "path") and not _sources[name].generates
 
 
@@ -144,8 +145,9 @@ def load_source(
 ) -> Dataset:
     """Load a data set and check every row.
 
-    If `config.path` is a `.npz` file in the MedMNIST layout, it replaces the data of the source,
-    unless the source reads such files itself.
+    If `config.path` is a `.npz` file in the MedMNIST layout, the file replaces the data of the
+    source, unless the source reads such files itself. A data set that the program has passed as an
+    object (`object:NAME`) is returned without checks.
 
     Args:
         config: Source configuration.

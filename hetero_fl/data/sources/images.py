@@ -137,8 +137,8 @@ SPLITS = {
 def image_folder(config: SourceConfig, _root: Path) -> Dataset:
     """Load the images in the folder `config.path` (see `read_image_folder`).
 
-    If `config.group` is set, for example to "site", the folder has a subfolder for each group, with
-    the folders of the classes in it.
+    If `config.group` is set, for example to "site", the folder must contain a subfolder for each
+    group, which contains the folders of the classes.
     """
     return read_image_folder(
         Path(str(config.path)).expanduser(), grouped=config.group is not None, side=config.size
@@ -154,7 +154,7 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
     Args:
         path: Folder to read.
         grouped: Whether the folders of the classes are in folders of groups.
-        side: Height and width in pixels to which images are resized. By default, images keep their
+        side: Height and width in pixels to which images are resized. If None, images keep their
             size.
 
     Raises:
@@ -211,7 +211,7 @@ def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
 
     Args:
         files: Files to read.
-        side: Height and width in pixels to which images are resized. By default, images keep their
+        side: Height and width in pixels to which images are resized. If None, images keep their
             size.
 
     Returns:

@@ -68,7 +68,10 @@ class Periods:
 
     @classmethod
     def from_series(cls, sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
-        """Divide the time from the first to the last hour of all sites into three periods."""
+        """Divide the time from the first to the last hour of all sites into three periods.
+
+        `config.validation` and `config.test` are the shares of the last two periods.
+        """
         first = min(s.start for s in sites)
         last = max(s.end for s in sites)
         validation = last - round(config.test * (last - first))
@@ -149,8 +152,10 @@ def make_windows(
 def mean_level(site: HourlySeries, periods: Periods) -> float:
     """Return the mean value of a site in the training period.
 
+    If the site has no hours in this period, the mean is NaN.
+
     Raises:
-        UserError: If the mean is not positive.
+        UserError: If the site has hours in the training period, but no positive mean.
     """
     past = site.value[: max(0, periods.train + 1 - site.start)]
     mean = float(np.nanmean(past)) if np.isfinite(past).any() else math.nan
@@ -318,11 +323,11 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
     Args:
         path: File to read.
         series: Series settings.
-        label: Column of the values; `Vehicles` by default.
-        group: Column of the sites; `Junction` by default, if it exists.
+        label: Column of the values. If None, `Vehicles`.
+        group: Column of the sites. If None, `Junction` if the file has this column.
 
     Raises:
-        UserError: See `read_sites` and `make_windows`.
+        UserError: If the file cannot be read, or `read_sites` or `make_windows` fails.
     """
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.recordings import read_sites

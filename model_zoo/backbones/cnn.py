@@ -100,8 +100,11 @@ def cnn(
             the third four times as many.
         norm: Normalization layer.
         dropout: Dropout rate of the features.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
     """
 
     def block(in_channels: int, out_channels: int) -> list[nn.Module]:

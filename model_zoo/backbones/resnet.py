@@ -73,8 +73,11 @@ def resnet(
             networks for CIFAR. `imagenet` is a 7x7 convolution with max pooling, which reduces
             height and width to a quarter.
         norm: Normalization layer.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
 
     Raises:
         ModelError: If `widths` and `blocks` differ in length.

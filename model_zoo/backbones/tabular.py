@@ -55,6 +55,9 @@ def wide_deep(
         hidden: Widths of the perceptron's layers.
         crosses: `pairs` adds the products of all pairs of columns, `none` adds no products.
         dropout: Dropout rate of the perceptron.
+
+    Returns:
+        The backbone and the width of the features.
     """
     layers: list[nn.Module] = []
     width = shape.channels
@@ -72,7 +75,7 @@ def wide_deep(
 
 
 class _ColumnBlock(nn.Module):
-    """A transformer block with a ReGLU perceptron; the first block has no norm before attention."""
+    """A transformer block with a ReGLU perceptron, without a norm before the first attention."""
 
     def __init__(self, width: int, heads: int, dropout: float, first: bool) -> None:
         super().__init__()
@@ -131,6 +134,9 @@ def ft_transformer(
         depth: Number of transformer blocks.
         heads: Number of attention heads.
         dropout: Dropout rate.
+
+    Returns:
+        The backbone and the width of the features.
     """
     return _ColumnTransformer(shape.channels, width, depth, heads, dropout), width
 
@@ -155,8 +161,11 @@ def mlp(
         hidden: Widths of the hidden layers, each followed by ReLU.
         dropout: Dropout rate after each ReLU.
         norm: `batch` adds BatchNorm before each ReLU, `none` adds no normalization.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     width = shape.num_values
@@ -199,8 +208,11 @@ def tabular(
         width: Width of the features.
         blocks: Number of residual blocks.
         dropout: Dropout rate.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
     """
     layers = [_TableBlock(width, dropout) for _ in range(blocks)]
     backbone = nn.Sequential(

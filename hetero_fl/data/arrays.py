@@ -63,13 +63,14 @@ def from_arrays(
     `UserWarning` and in the log of the run.
 
     Args:
-        x: Images `[N, C, H, W]`, `[N, H, W, C]` or, as integers, `[N, H, W]`, with values in 0..255
-            or, as floats, 0..1; or floats `[N, T, F]` (series) or `[N, F]` (tables). Series with
-            more than one channel need `columns` to distinguish them from images.
-        y: Labels. Integers `[N]` are classes; unless they are 0 to C - 1, the sorted distinct
-            labels become the class names. Strings `[N]` are class names. Zeros and ones `[N, L]`
-            are multilabel targets, or classes if every row has exactly one 1. Other floats are
-            regression targets, unless they are nonnegative integers with at most 20 distinct
+        x: Images, series, a table or tokens. Images have shape `[N, C, H, W]`, `[N, H, W, C]` or,
+            as integers, `[N, H, W]`, and values in 0..255 or, as floats, 0..1. Series are floats
+            `[N, T, F]`, and tables are floats `[N, F]`. Series with more than one channel need
+            `columns` to distinguish them from images. Tokens need `vocabulary`.
+        y: Labels. Integers `[N]` are classes. Unless the integers are 0 to C - 1, the sorted
+            distinct labels become the class names. Strings `[N]` are class names. Zeros and ones
+            `[N, L]` are multilabel targets, or classes if every row has exactly one 1. Other floats
+            are regression targets, unless they are nonnegative integers with at most 20 distinct
             values, which are classes.
         validation: (x, y) of the global validation set. If None, `federate` holds out training
             rows.
@@ -90,8 +91,8 @@ def from_arrays(
         simulated: Whether the data is generated.
         about: Short description.
         columns: Names of the columns of a table, or of the channels of a series.
-        blocks: (name, shape) of each modality in flat rows `[N, D]`; see also
-            `join_images_and_table`.
+        blocks: (name, shape) of each modality in flat rows `[N, D]` (see also
+            `join_images_and_table`).
         vocabulary: Vocabulary if x consists of integer tokens `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
@@ -477,11 +478,11 @@ def read_npz(
 ) -> Dataset:
     """Read a `.npz` file in the MedMNIST layout.
 
-    The file has arrays `{train,val,test}_images` and `{train,val,test}_labels`; only the arrays of
-    `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and values
-    in 0..1 or 0..255; floats `[N, F]` are rows of a table. Labels have shape `[N]`, `[N, 1]` or
-    `[N, L]`: integers in one column are classes, several columns of 0 and 1 are multilabel targets,
-    and fractions are regression targets.
+    The file contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
+    those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and
+    values in 0..1 or 0..255. Floats `[N, F]` are rows of a table. Labels have shape `[N]`, `[N, 1]`
+    or `[N, L]`. Integers in one column are classes, several columns of 0 and 1 are multilabel
+    targets, and fractions are regression targets.
 
     Args:
         path: File to read.

@@ -62,7 +62,7 @@ class Block(NamedTuple):
 
     @property
     def image(self) -> bool:
-        """Whether the block is an image, so that its shape has three dimensions."""
+        """Whether the block is an image, which is the case if the shape has three dimensions."""
         return len(self.shape) == 3
 
 
@@ -307,7 +307,8 @@ class Vocabulary:
     def number(self, word: str) -> int:
         """Return the token of a word.
 
-        A word outside the list has token 1. With hashing, every word has the token of its bucket.
+        A word that is not in `words` has token 1. With hashing, the bucket of the word determines
+        the token.
         """
         if not self.buckets:
             return self._token_by_word.get(word, UNKNOWN)
@@ -351,8 +352,8 @@ class Vocabulary:
             length: Number of context words.
 
         Returns:
-            Contexts, int64 `[N, length]`; the next words as indices into `names`, int64 `[N]`; and
-            the index of the text of each example, int64 `[N]`.
+            A tuple of the contexts, int64 `[N, length]`, the next words as indices into `names`,
+            int64 `[N]`, and the text of each example as an index into `texts`, int64 `[N]`.
         """
         contexts = []
         next_words = []
@@ -384,8 +385,8 @@ class Examples:
     """Raw examples, before preprocessing, with targets and optional further columns.
 
     Attributes:
-        x: uint8 images `[N, C, H, W]`; floats `[N, C, H, W]` (images), `[N, T, F]` (series) or
-            `[N, F]` (tables); or int64 tokens `[N, T]`.
+        x: Inputs, which are images (uint8 or float `[N, C, H, W]`), series (float `[N, T, F]`),
+            tables (float `[N, F]`) or tokens (int64 `[N, T]`).
         y: Targets as defined by `Task`, or None if the examples are unlabeled.
         group: Group of each row, for example a hospital, as indices into `group_names`, int64
             `[N]`.
@@ -594,9 +595,8 @@ def check_examples(
         vocabulary: Vocabulary if x consists of tokens, otherwise None.
 
     Raises:
-        UserError: If there are no rows; x has a wrong dtype or shape, is not finite, or has tokens
-            outside the vocabulary; y is missing, has a wrong dtype or shape, is not finite or is
-            out of range; or times, units or baselines are invalid.
+        UserError: If there are no rows, y is missing, or x, y, times, units or baselines have a
+            wrong dtype or shape or values that are not finite or out of range.
 
     Example:
         >>> import torch

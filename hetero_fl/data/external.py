@@ -285,7 +285,8 @@ def match_blocks(
         Rows with the blocks of the main data set, shape `[N, D]`.
 
     Raises:
-        UserError: If a needed block is missing, or a block is unknown or has another shape.
+        UserError: If a needed block is missing, a block is unknown or has another shape, or
+            examples without blocks match no single block.
     """
     if not blocks:
         if tuple(x.shape[1:]) == tuple(common_set.train.x.shape[1:]):
@@ -406,7 +407,7 @@ def proxy_set(
     server: PreprocessConfig | None,
     seed: int,
 ) -> tuple[dict[str, RowSelection], Tensor]:
-    """Hold out the proxy set from the training rows, or load it from its own source.
+    """Hold out the proxy set from the training rows, or load the proxy set from its own source.
 
     The selection of rows does not depend on labels. Labels are removed unless `data.proxy.labels`
     is set.
@@ -472,7 +473,7 @@ def _load_proxy_set(
     server: PreprocessConfig | None,
     generator: torch.Generator,
 ) -> RowSelection:
-    """Load the proxy set from `data.proxy.source` and convert it to the main data set's columns."""
+    """Load `data.proxy.source` and convert the examples to the columns of the main data set."""
     source = config.proxy.source
     assert source is not None
     where = "data.proxy.source"

@@ -176,7 +176,7 @@ class FederatedData:
 
     @property
     def n_proxy(self) -> int:
-        """Number of rows of the proxy set; 0 if there is none."""
+        """Number of rows of the proxy set, or 0 if there is no proxy set."""
         return len(self.public_sets["proxy"].rows) if "proxy" in self.public_sets else 0
 
     @property
@@ -333,7 +333,7 @@ class FederatedData:
 
         Returns:
             Inputs "x" and, unless the set is unlabeled, targets "y". Numbers have the default dtype
-            of torch; tokens and classes are int64.
+            of torch. Tokens and classes are int64.
 
         Raises:
             UserError: If there is no proxy set, or the rows of the clients differ in shape and
@@ -544,8 +544,8 @@ def federate(
         The data of all participants.
 
     Raises:
-        UserError: If there are too few rows; classes, columns or shapes do not match; settings do
-            not apply to the data; or a participant without `missing: indicate` uses a missing
+        UserError: If there are too few rows, classes, columns or shapes do not match, settings do
+            not apply to the data, or a participant without `missing: indicate` uses a missing
             value.
 
     Example:

@@ -104,7 +104,7 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
         name: Name of the data set, for messages.
 
     Returns:
-        Remarks on which client gets which group; empty if the names match.
+        Remarks on which client gets which group. If the names match, the list is empty.
 
     Raises:
         UserError: If the groups do not match the clients.
@@ -197,7 +197,7 @@ def move_patients_to_short_clients(
     """Move whole patients from the largest clients to clients with too few rows.
 
     Args:
-        owner: Client of each patient, int64 `[P]`; -1 for patients without a client.
+        owner: Client of each patient, or -1 for patients without a client, int64 `[P]`.
         size: Number of rows of each patient, int64 `[P]`.
         clients: Number of clients.
         min_rows: Minimum number of rows per client.

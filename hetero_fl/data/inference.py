@@ -112,7 +112,7 @@ def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
 
 
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
-    """Concatenate blocks in the order of the view to rows `[N, D]`; omitted blocks are NaN."""
+    """Concatenate blocks in the order of the view to rows `[N, D]`, with NaN for omitted blocks."""
     names = [b.name for b in view.blocks]
     check_names(blocks, names, f"{WHERE}: unknown block")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}

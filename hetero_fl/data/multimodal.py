@@ -66,9 +66,9 @@ def join_images_and_table(
         follow.
 
     Raises:
-        UserError: If a patient has no image and no label, occurs twice in the table or has no id;
-            a column is missing or not numeric; or no patient of the table has an image. Rows in
-            messages count from 1 below the header.
+        UserError: If a patient has no image and no label, a patient occurs twice in the table or
+            has no id, a column is missing or not numeric, or no patient of the table has an image.
+            Rows in messages count from 1 below the header.
 
     Example:
         >>> import numpy as np
@@ -239,7 +239,7 @@ def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) ->
 def _table_groups(
     frame: pd.DataFrame, rows: list[int], table_group: str | None, images: Examples, where: str
 ) -> list[str]:
-    """Return the groups of patients in selected rows of the table; empty if images have none."""
+    """Return the groups of patients in selected rows of the table, or [] without groups."""
     from hetero_fl.data.sources.table_files import parse_names
 
     if images.group is None:

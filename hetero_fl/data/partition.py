@@ -194,7 +194,7 @@ def user_partition(
     """Call a user-defined partition function and check its result.
 
     Args:
-        config: Partition settings; `kind` is the reference to the function.
+        config: Partition settings, whose `kind` is the reference to the function.
         arguments: Arguments of the function, in the order of `USER_ARGUMENTS`.
         rows: Number of rows.
         clients: Number of clients.
@@ -471,8 +471,8 @@ def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
     2019) and Li et al. (ICDE 2022). After `MAX_ATTEMPTS` samples, small clients get random rows of
     the largest client.
 
-    With `config.cap`, a client that has `cap` times its share of the rows gets no further classes.
-    With `cap=1`, the partition matches the code of Li et al.
+    If `config.cap` is set, a client that has `cap` times its share of the rows gets no further
+    classes. With `cap=1`, the partition matches the code of Li et al.
 
     Example:
         >>> import torch
@@ -509,10 +509,10 @@ def partition_by_classes(context: PartitionContext) -> list[Tensor]:
 
     Each client gets `config.classes` classes (McMahan et al. 2017), plus or minus up to
     `config.classes_spread`. The rows of a class are divided among the clients with this class in
-    proportion to their sizes. With `config.shots`, each of these clients instead gets that many
-    rows, multiplied by its relative size, and the remaining rows are left out (Tan et al. 2022).
-    Classes without a client are left out. The assignment is sampled again until every client has
-    enough rows.
+    proportion to the client sizes. If `config.shots` is set, a client with this class instead gets
+    `config.shots` rows, multiplied by the relative client size, and the remaining rows are left out
+    (Tan et al. 2022). Classes without a client are left out. The assignment is sampled again until
+    every client has enough rows.
 
     Raises:
         UserError: If there are fewer than `config.classes` classes, or no valid assignment is found

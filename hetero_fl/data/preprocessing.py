@@ -135,7 +135,7 @@ class Preprocess:
 
         The statistics for `normalize: own` are computed from the training rows. Images, and blocks
         that are images, have one mean and standard deviation over all pixels after `resize` and
-        `channels`; tables and series have one per column. Missing values are ignored. A column
+        `channels`. Tables and series have one per column. Missing values are ignored. A column
         without values has mean 0, and standard deviations of 0 are replaced by 1.
 
         Args:
@@ -515,7 +515,7 @@ def check_missing_values(
 
 
 def _sets_with_missing_values(all_examples: Iterable[Examples]) -> set[int]:
-    """Return the `id` of all examples with missing values; shared examples are read only once."""
+    """Return the `id` of all examples with missing values, each of which is read only once."""
     sets = {id(examples): examples.x for examples in all_examples}
     return {
         key

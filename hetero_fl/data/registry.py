@@ -201,7 +201,7 @@ def load_source(
 
 
 def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
-    """Reject keys that do not apply to the source, or to a `.npz` file in its place (`local`)."""
+    """Reject keys that do not apply to the source or, if `local` is set, to a `.npz` file."""
     accepted = {
         *entry.keys,
         *(("patient",) if local else ()),
@@ -229,7 +229,7 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
 
 
 def _reader_for_suffix(name: str) -> str:
-    """Return the source that reads the file or folder `name`; empty if there is none."""
+    """Return the source that reads the file or folder `name`, or an empty string."""
     path = Path(name)
     if path.is_dir():
         return "image_folder"

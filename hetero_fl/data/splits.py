@@ -22,7 +22,7 @@ from hetero_fl.utils.seeding import keyed_generator
 RARE = 0.1
 """Share of the rows below which a class is rare."""
 MIN_TRAIN_ROWS = 2
-"""Minimum number of training rows of a client; BatchNorm cannot train on a single row."""
+"""Minimum number of training rows of a client, as BatchNorm cannot train on a single row."""
 TEST_SHARE = 0.2
 """Share of the rows, or of the covered time, to hold out if a data set has no test set."""
 

@@ -148,8 +148,8 @@ def image_folder(config: SourceConfig, _root: Path) -> Dataset:
 def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = None) -> Dataset:
     """Read a folder of images with one folder per class.
 
-    The layout is `CLASS/*` or `{train,val,test}/CLASS/*`. With groups, it is `GROUP/CLASS/*` or
-    `{train,val,test}/GROUP/CLASS/*`.
+    The layout is `CLASS/*` or `{train,val,test}/CLASS/*`. With groups, the layout is
+    `GROUP/CLASS/*` or `{train,val,test}/GROUP/CLASS/*`.
 
     Args:
         path: Folder to read.

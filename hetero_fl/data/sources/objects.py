@@ -34,8 +34,8 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
     format of `Examples`. The examples of other torch data sets are read once, in order.
 
     Args:
-        data: A pair (x, y) of arrays or tensors (see `from_arrays`); a pandas DataFrame; a
-            map-style `torch.utils.data.Dataset` of pairs (x, y); a Hugging Face `Dataset`; or a
+        data: A pair (x, y) of arrays or tensors (see `from_arrays`), a pandas DataFrame, a
+            map-style `torch.utils.data.Dataset` of pairs (x, y), a Hugging Face `Dataset`, or a
             `hetero_fl.data.Dataset`, which is returned unchanged.
         where: Name of the data in error messages.
         label: Column of the labels in a DataFrame or a Hugging Face data set. If None, a Hugging

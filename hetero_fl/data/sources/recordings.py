@@ -224,8 +224,8 @@ def read_sites(
         group: Column of the sites. If None, all rows belong to one site.
 
     Raises:
-        UserError: If a column is missing; a cell is not a number; a date is invalid or ambiguous;
-            the rows of a site are unsorted, duplicated or not a whole number of hours apart; or
+        UserError: If a column is missing, a cell is not a number, a date is invalid or ambiguous,
+            the rows of a site are unsorted, duplicated or not a whole number of hours apart, or
             hours are missing and `series.gaps: skip` is not set.
     """
     where = f"path: {path}"

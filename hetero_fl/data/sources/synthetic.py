@@ -226,10 +226,10 @@ def make_profiles(y: Tensor, laboratory: Tensor, split: str) -> Tensor:
 
     The expressions of a patient with label y (0 normal, 1 pneumonia) in laboratory h are
     `g = a W + b_h + e` with pathway activities `a_p = s_p (2 y - 1) + z_p`. Here, s contains the
-    `RESPONSES` of the 8 pathways and z is standard normal; W loads each gene on one or two pathways
-    with weights of magnitude 0.6 to 1.2; b_h is the batch effect of the laboratory; and e is noise.
-    The random numbers of a patient are hashes of the split and the row, so they do not depend on
-    the number of patients.
+    `RESPONSES` of the 8 pathways, and z is standard normal. W loads each gene on one or two
+    pathways with weights of magnitude 0.6 to 1.2. The batch effect of the laboratory is b_h, and
+    the noise is e. The random numbers of a patient are hashes of the split and the row, and do not
+    depend on the number of patients.
 
     Args:
         y: Labels, int64 `[N]`.

@@ -401,8 +401,11 @@ def _check_cells(path: Path, separator: str) -> None:
 def _detect_separator(path: Path) -> str:
     """Return the separator of a CSV file, a comma or a semicolon.
 
-    If the header contains both, the separator that divides all rows into the same number of cells
-    is returned.
+    If the header contains commas and semicolons, the separator that divides all rows into the same
+    number of cells is returned.
+
+    Raises:
+        UserError: If neither or both separators divide all rows into the same number of cells.
     """
     divided = {}
     for separator in (",", ";"):
@@ -616,8 +619,8 @@ def features(
         notes: List to which remarks on encoded columns are appended. If None, there are no remarks.
 
     Returns:
-        Numbers and indicators, float32 `[N, F]`; the names of these features; and the reason why
-        each of the remaining columns is left out, keyed by column.
+        A tuple of the features (numbers and indicators), float32 `[N, F]`, the names of the
+        features, and the reasons why other columns are left out, keyed by column.
 
     Raises:
         UserError: If there are no rows or features, or a value is missing or not a number.

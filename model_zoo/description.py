@@ -153,7 +153,7 @@ def describe(
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Return the number of parameters, in which shared parameters count once."""
+    """Return the number of parameters. Shared parameters count once."""
     return sum(math.prod(p.shape) for p in module.parameters())
 
 

@@ -34,7 +34,7 @@ def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
         prefix: Text to put before each suggested name.
 
     Returns:
-        Text such as `; did you mean 'a' or 'b'?`. If no name is similar, an empty string.
+        Text such as `; did you mean 'a' or 'b'?`, or an empty string if no name is similar.
     """
     by_lower = {k.lower(): k for k in known}
     close = [

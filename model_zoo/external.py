@@ -191,7 +191,7 @@ def _check_patches(shape: Shape, patch: tuple[int, int]) -> None:
 
 @contextlib.contextmanager
 def _translate_errors(pretrained: bool) -> Iterator[None]:
-    """Convert a library's errors to ModelError, and hide its output while it loads weights."""
+    """Convert a library's errors to ModelError, and hide output while weights are loaded."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     try:
@@ -217,6 +217,7 @@ def _translate_errors(pretrained: bool) -> Iterator[None]:
 def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool) -> None:
     """Change the number of input channels of an RGB model in place.
 
+    The first convolution is replaced, unless the model already has this number of channels.
     Pretrained weights are adapted as in timm. For one channel, the weights are summed over the
     colors. Otherwise, the weights are repeated and scaled by 3 / channels, which preserves the
     activations of gray images. Weights that are not pretrained are drawn again with the same

@@ -141,7 +141,7 @@ def _restore(model: nn.Module | ModelFactory, head: str | None, name: str) -> Gi
 
 
 class _Copy:
-    """Creates copies of a module, with its weights or with new ones."""
+    """A function that returns copies of a module, with new weights unless `pretrained` is set."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

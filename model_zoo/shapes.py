@@ -1,4 +1,4 @@
-"""The shape of one example: an image, a series, a table row, or tokens."""
+"""The shape of one example, which is an image, a series, a table row, or tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Shape:
 
     @property
     def kind(self) -> Kind:
-        """The kind of example that has this shape."""
+        """Kind of example: "table", "series", "image" or "tokens"."""
         return KINDS[len(self.size)] if self.vocabulary is None else "tokens"
 
     @property

@@ -14,7 +14,7 @@ from typing_extensions import override
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.shapes import Shape
 
-# A backbone, the width of its features and, optionally, the dropout rate between features and head.
+# A backbone, the width of the features and, optionally, the dropout rate between features and head.
 Body = tuple[nn.Module, int] | tuple[nn.Module, int, float]
 
 
@@ -105,7 +105,7 @@ class SplitModel(nn.Module):
 
     @property
     def known_feature_dim(self) -> int | None:
-        """Width of the features, or None if it is not known."""
+        """Width of the features, or None if the width is not known."""
         return self._feature_dim
 
     @property
@@ -158,7 +158,7 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
     """Return a model that consists of a backbone and a linear head.
 
     Args:
-        body: The backbone, the width of its features and, optionally, the dropout rate of the head.
+        body: The backbone, the width of the features and, optionally, the dropout rate of the head.
         num_classes: Number of outputs.
         feature_dim: Width of the features. If the backbone has another width, a projection (linear
             layer and ReLU) to this width is appended. If None, the backbone's width is kept.

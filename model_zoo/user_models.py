@@ -53,7 +53,7 @@ def load(path: str) -> type[nn.Module]:
 
 
 def inspect_options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Return the options of a constructor, and whether it accepts further keywords (`**kwargs`).
+    """Return the options of a constructor, and whether the constructor accepts `**kwargs`.
 
     The options are all arguments except `STANDARD_ARGUMENTS` and `pretrained`, with their defaults.
     The default of a required argument is None.

@@ -152,7 +152,7 @@ class DilatedCNN(nn.Module):
         kernel: Kernel size of the dilated convolutions.
         norm: Normalization layer.
         pool: Pooling over the steps. `mean` is the mean over the steps, `last` is the last step,
-            and `both` concatenates both.
+            and `both` concatenates the mean and the last step.
         dropout: Dropout rate of the blocks.
     """
 
@@ -205,8 +205,8 @@ def cnn1d(
         kernel: Kernel size of the dilated convolutions.
         norm: Normalization layer.
         pool: Pooling over the steps. `mean` is the mean over the steps, for patterns at any
-            position. `last` is the last step, for forecasts. `both` concatenates both, so that the
-            features have width `2 * width`.
+            position. `last` is the last step, for forecasts. `both` concatenates the mean and the
+            last step, so that the features have width `2 * width`.
         dropout: Dropout rate of the blocks.
 
     Returns:

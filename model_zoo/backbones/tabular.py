@@ -47,8 +47,8 @@ def wide_deep(
 
     Both parts have a common linear head and are trained jointly (Cheng et al., "Wide & Deep
     Learning for Recommender Systems", 2016, section 3, eq. 3). The paper crosses binary columns
-    with AND. Here, columns are numeric, and a pair of columns is crossed by multiplying the tanh of
-    both.
+    with AND. Here, columns are numeric, and the cross of two columns is the product of their tanh
+    values.
 
     Args:
         shape: Shape of a table row.

@@ -479,10 +479,10 @@ def read_npz(
     """Read a `.npz` file in the MedMNIST layout.
 
     The file contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
-    those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and
-    values in 0..1 or 0..255. Floats `[N, F]` are rows of a table. Labels have shape `[N]`, `[N, 1]`
-    or `[N, L]`. Integers in one column are classes, several columns of 0 and 1 are multilabel
-    targets, and fractions are regression targets.
+    those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`
+    and values in 0..1 or 0..255. Floats `[N, F]` are rows of a table. Labels have shape `[N]`,
+    `[N, 1]` or `[N, L]`. Integers in one column are classes, several columns of 0 and 1 are
+    multilabel targets, and fractions are regression targets.
 
     Args:
         path: File to read.
@@ -665,7 +665,7 @@ def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
 
 
 def _ambiguity_note(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
-    """Return a remark if the labels of all splits are ambiguous."""
+    """Return a remark if the labels of all splits are ambiguous, otherwise an empty tuple."""
     y = np.concatenate(labels)
     if task.kind == "multiclass" and (
         absent := sorted(set(range(task.outputs)) - set(y[:, 0].astype(int).tolist()))

@@ -113,7 +113,11 @@ class LazyPartition:
                     )
 
     def num_rows(self, client: str) -> int:
-        """Return the number of rows of a client without sampling the rows."""
+        """Return the number of rows of a client without sampling the rows.
+
+        The number is `config.rows` times the client size and, if `config.spread` is set, times a
+        log-normal random number. The result is limited to `config.min_size` and the pool size.
+        """
         rows = self.config.rows * self.clients[client].size
         if self.config.spread:
             rows *= keyed_numpy_generator("data", self.seed, "rows", client).lognormal(

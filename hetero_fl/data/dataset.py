@@ -520,7 +520,7 @@ class Dataset:
         blocks: Blocks of multimodal float rows `[N, D]`, in order.
         first_missing: Location of the first missing value, for error messages. Empty if no location
             is known.
-        span: Maximum time between the first and the last target of a row, in the unit of
+        span: Maximum time between the first and the last target of a row. The unit is that of
             `Examples.time`, which contains the time of the last target.
         vocabulary: Vocabulary if x consists of tokens, otherwise None.
         categories: Text columns that are one-hot encoded, with their values.

@@ -49,7 +49,7 @@ def match_to_common(
     needed: Collection[str] | None = None,
     owner: str = "",
 ) -> Examples:
-    """Convert the training rows of a client's source to the classes and columns of the main data.
+    """Convert the training rows of a source to the classes and columns of the main data set.
 
     Named classes and columns are matched by name, unnamed ones by number. The source may lack
     classes, and columns or blocks that are not needed.
@@ -185,6 +185,9 @@ def source_with_task(
         text: Text settings of the main data set.
         categories: Categories of the main data set.
         label: Label column of the main data set.
+
+    Returns:
+        A copy of the source configuration.
     """
     shared: dict[str, Any] = {}
     if reads_key(source.name, "text"):
@@ -328,8 +331,9 @@ def load_unlabeled(
 ) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
     """Load the training examples of a source without labels.
 
-    Values may be missing (NaN). Local files need no labels: a `.npz` file with `train_images` only,
-    a table without `label`, or a folder of images.
+    Values may be missing (NaN). Local files need no labels. A `.npz` file may contain
+    `train_images` only, a table may have no label column, and a folder of images may have no class
+    folders.
 
     Args:
         config: Source configuration.
@@ -559,6 +563,9 @@ def load_client_sources(
         config: Data configuration.
         clients: Client settings, keyed by client id.
         seed: Seed of the run.
+
+    Returns:
+        The rows of the clients, and remarks on how the sources were read.
 
     Raises:
         UserError: If a source does not match the main data set, or several clients share a source

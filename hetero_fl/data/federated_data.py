@@ -544,9 +544,9 @@ def federate(
         The data of all participants.
 
     Raises:
-        UserError: If there are too few rows, classes, columns or shapes do not match, settings do
-            not apply to the data, or a participant without `missing: indicate` uses a missing
-            value.
+        UserError: If there are too few rows, if classes, columns or shapes do not match, if
+            settings do not apply to the data, or if a participant without `missing: indicate` uses
+            a missing value.
 
     Example:
         >>> from hetero_fl.config.clients import ClientSettings

@@ -200,7 +200,7 @@ def _join_rows(
 ) -> Examples:
     """Return N images with the table values of their patients, then M patients without images.
 
-    The rows have shape `[N + M, D]`. If M > 0, they have no labels, groups and patients yet.
+    The rows have shape `[N + M, D]`. If M > 0, the rows have no labels, groups and patients yet.
     """
     assert images.patient is not None
     pixels = images.x.flatten(1).float()
@@ -256,7 +256,7 @@ def _table_groups(
 def _append_labels(
     train: Examples, images: Examples, labels: list[int], groups: list[str], owners: list[str]
 ) -> Examples:
-    """Return the joined rows with their labels, groups and patients."""
+    """Add the labels, groups and patients to the joined rows."""
     assert images.patient is not None
     y = torch.cat([images.labels, torch.tensor(labels)])
     patient, patient_names = index_names(

@@ -45,7 +45,7 @@ NOTHING = ColumnLayout()
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A view of raw examples: selected columns, converted to floats, resized and normalized.
+    """A view that converts raw examples to the inputs of a model.
 
     The steps are: select columns, convert to float, resize, change the number of channels,
     normalize, and append indicators of missing values. Series `[N, T, F]` become `[N, F, T]`, as
@@ -189,7 +189,7 @@ class Preprocess:
         return values.sum(0) if self.missing is None else values.nansum(0)
 
     def _pool_block_sums(self, sums: Tensor) -> Tensor:
-        """Replace the sum of each column of an image block by the sum over the whole block."""
+        """Replace the sum of each column of an image block with the sum over the whole block."""
         sums = sums.clone()
         for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
             if block.image and len(sums) > 1:

@@ -113,6 +113,8 @@ def needs_path(name: str) -> bool:
 def check_source(config: SourceConfig, where: str = "data") -> None:
     """Check that a source and its path exist, without reading data.
 
+    The function of a `python:` source is not checked.
+
     Args:
         config: Source configuration.
         where: Configuration section, for error messages.

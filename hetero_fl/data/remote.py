@@ -1,4 +1,4 @@
-"""Data with rows on other machines, and serialization of the public sets."""
+"""Data whose rows are partly on other machines, and serialization of the public sets."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class PublicPack:
         )
 
     def content_hash(self) -> str:
-        """Return the SHA-256 hash of the sets, which equals `FederatedData.public_hash`."""
+        """Return the SHA-256 hash of the public sets, which equals `FederatedData.public_hash`."""
         shares = [
             (name, RowSelection.all_rows(examples))
             for name, examples in sorted(self.public.items())

@@ -118,7 +118,7 @@ def draw_rows(
 
     Args:
         rows: Row indices, int64 `[M]`.
-        count: Number of rows to sample. If `patient` is set, the maximum number.
+        count: Number of rows to sample, or the maximum number if `patient` is set.
         generator: Random generator.
         patient: Patient of each row of the whole data set, int64 `[N]`. If set, whole patients are
             sampled (see `sample_patients`).
@@ -188,7 +188,7 @@ def check_categories(dataset: Dataset, config: DataConfig) -> None:
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:
     """Return the number of rows in each split of a client without regard to patients.
 
-    The validation and test splits have at least one row each, unless their share is 0.
+    The validation and test splits have at least one row each, unless the share is 0.
     """
     shares = {"validation": config.validation, "test": config.test}
     count = {name: max(1, round(share * rows)) if share else 0 for name, share in shares.items()}
@@ -444,7 +444,7 @@ class TemporalHoldout:
                 )
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        """Return the rows of the last fifth of the time as a test set, and the earlier rows.
+        """Return the last fifth of the covered time as a test set, and the earlier rows.
 
         Rows with targets on both sides of the cut are dropped.
 
@@ -549,7 +549,7 @@ def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
 
 
 def with_test(dataset: Dataset) -> Dataset:
-    """Return the data set with a test set, which is held out of the training rows if missing.
+    """Return the data set with a test set, which is held out of the training rows if necessary.
 
     The test set is a random fifth of the rows or, for a data set with times, the last fifth of the
     time. As the test set does not depend on the seed of the run, it is the same for all seeds.

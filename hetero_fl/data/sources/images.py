@@ -81,7 +81,7 @@ DIGITS = Task("multiclass", 10)
 
 @register_source("chest_xray", task=CHEST_XRAY)
 def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
-    """Load pediatric chest X-rays, 28x28 grayscale, classes normal and pneumonia.
+    """Load pediatric chest X-rays (28x28 grayscale) of the classes normal and pneumonia.
 
     The 2,000 training, 200 validation and 624 test images are a subset of PneumoniaMNIST (MedMNIST
     v2, Yang et al., Scientific Data 2023; Kermany et al., Cell 2018), licensed under CC BY 4.0.
@@ -96,7 +96,7 @@ def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
 
 @register_source("digits", task=DIGITS)
 def digits(_config: SourceConfig, _root: Path) -> Dataset:
-    """Load 1,797 handwritten digits, 8x8 grayscale, without splits.
+    """Load 1,797 handwritten digits (8x8 grayscale) without validation and test sets.
 
     The images are the test set of "Optical Recognition of Handwritten Digits" (UCI), as in
     scikit-learn.

@@ -197,7 +197,7 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
 
 
 EXAMPLE_ROWS = 20
-"""Number of rows at each end of a table with which unsuitable date formats are excluded."""
+"""Number of rows at each end of a table that are parsed first to exclude date formats."""
 FORMATS: tuple[str, ...] = (
     "%Y-%m-%d %H:%M",
     "%Y-%m-%d %H:%M:%S",

@@ -36,7 +36,7 @@ PLACEMENTS = {
     "pocket": (0.8, (0.1, 0.5, 0.0)),
     "belt": (0.6, (0.0, 0.1, 0.1)),
 }
-"""Scale of all motions, and rotation of the device about x, y and z in radians, by placement."""
+"""Scale of motions and rotation of the device about x, y, z in radians, keyed by placement."""
 
 
 @dataclass(frozen=True)

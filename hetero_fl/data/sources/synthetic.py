@@ -25,7 +25,7 @@ GROUPS = tuple(f"site_{i}" for i in range(1, 5))
 
 @register_source("synthetic_images")
 def synthetic_images(_config: SourceConfig, _root: Path) -> Dataset:
-    """Generate 1,200 training and 400 test images, 16x16 grayscale, 4 classes."""
+    """Generate 1,200 training and 400 test images (16x16 grayscale) of 4 classes."""
     return make_images()
 
 

@@ -246,7 +246,11 @@ def encode_indicators(
 
 
 def parse_column(column: pd.Series, where: str) -> pd.Series:
-    """Convert a column to numbers if every cell is a finite number, otherwise strip the text."""
+    """Convert a column to numbers if every cell is a finite number, otherwise strip the text.
+
+    Raises:
+        UserError: If a value is missing.
+    """
     column = strip_text(column, where)
     if is_text(column):
         read = pd.to_numeric(column.astype(str), errors="coerce")

@@ -100,9 +100,9 @@ def make_windows(
     - the weather, standardized with the statistics of the training period
     - the lanes
 
-    Targets are the values at the horizons, or whether these values exceed a quantile of the
-    training period. The baselines predict the current value (persistence) or the value one week
-    before the target.
+    Targets are the values at the horizons (hours ahead), or whether these values exceed a quantile
+    of the training period. The baselines predict the current value (persistence) or the value one
+    week before the target.
 
     Args:
         sites: Series of the sites.

@@ -87,7 +87,7 @@ def external_backbone(
 
     Raises:
         ModelError: If the model accepts none of the tested sizes, does not support an option, or
-            its weights cannot be loaded.
+            the weights cannot be loaded.
     """
     make = _make_torchvision if library_name == "torchvision" else _make_timm
     first_error: ModelError | None = None

@@ -29,7 +29,7 @@ ModelFactory = Callable[..., nn.Module]
 
 
 class GivenModel:
-    """A module, or a class or function that creates one.
+    """A model that a program passes as a module, class or function.
 
     Two modules have the same name if their classes, `repr`, attributes of the types `PLAIN`, names
     and shapes of tensors, frozen parameters, and `head` are equal. Two functions or classes have
@@ -42,7 +42,7 @@ class GivenModel:
         head: Path of the head in the module. If None, the head is searched for (see `find_head`).
 
     Attributes:
-        head: Path of the head, or None.
+        head: Path of the head, or None if the head is searched for.
         name: Name of the model in `create_model`, such as `object:SmallNet-1f0c2a9b`.
 
     Raises:

@@ -93,10 +93,11 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
 
     A `SplitModel` and a module with the attributes `backbone` and `head` keep these parts. In any
     other model, the head (see `find_head`) is replaced by the identity, and the rest is the
-    backbone. If the model has a method `forward`, backbone and head must return the same logits.
+    backbone. If the model has a method `forward`, backbone and head together must return the logits
+    that `forward` returns.
 
     Args:
-        module: The model. It is modified in place and becomes a part of the result.
+        module: The model, which is modified in place and becomes a part of the result.
         shape: Shape of an example.
         head: Path of the head. If None, the head is searched for.
 

@@ -1,4 +1,4 @@
-"""The registry of models by name, with their options, groups of models, and `create_model`."""
+"""Registry of models, their options and groups, and `create_model`, which builds a model."""
 
 from __future__ import annotations
 
@@ -394,7 +394,8 @@ def create_model(
             `[B, in_channels, *input_size]`.
         feature_dim: Width of the features. If the backbone has another width, a projection (linear
             layer and ReLU) to this width is appended. If None, the backbone's width is kept.
-        pretrained: Whether to load published weights (`resnet18`, torchvision and timm).
+        pretrained: Whether to load published weights, which exist for `resnet18` and for models of
+            torchvision and timm.
         vocabulary: Number of different tokens, for text models. If set, `input_size` must be
             `(L,)`, and the model accepts int64 inputs of shape `[B, L]` in `[0, vocabulary)`. Token
             0 is the padding, which precedes texts that are shorter than L.

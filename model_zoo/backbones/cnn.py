@@ -99,7 +99,7 @@ def cnn(
         shape: Shape of an image.
         width: Channels of the first convolution. The second convolution has twice as many channels,
             the third four times as many.
-        norm: Normalization layer.
+        norm: Normalization layer, which is `batch`, `group` or `none` (see `norm_2d`).
         dropout: Dropout rate of the features.
         scaler: Divisor of the outputs of all layers in a narrow copy (see
             `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.

@@ -88,7 +88,7 @@ class Branch(nn.Sequential):
 
 
 class Fuse(nn.Module):
-    """A module that fuses the outputs of the branches to features.
+    """A module that fuses the outputs of the branches into features.
 
     The output of the branch of a missing block is replaced by a learned embedding.
 

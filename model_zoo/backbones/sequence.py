@@ -150,7 +150,7 @@ class DilatedCNN(nn.Module):
         width: Channels of the convolutions.
         blocks: Number of blocks.
         kernel: Kernel size of the dilated convolutions.
-        norm: Normalization layer.
+        norm: Normalization layer, which is `batch`, `group` or `none`.
         pool: Pooling over the steps. `mean` is the mean over the steps, `last` is the last step,
             and `both` concatenates the mean and the last step.
         dropout: Dropout rate of the blocks.
@@ -203,7 +203,7 @@ def cnn1d(
         width: Channels of the convolutions.
         blocks: Number of residual blocks.
         kernel: Kernel size of the dilated convolutions.
-        norm: Normalization layer.
+        norm: Normalization layer, which is `batch`, `group` or `none`.
         pool: Pooling over the steps. `mean` is the mean over the steps, for patterns at any
             position. `last` is the last step, for forecasts. `both` concatenates the mean and the
             last step, so that the features have width `2 * width`.

@@ -200,8 +200,8 @@ def tabular(
 ) -> Body:
     """Build a residual network for table rows `[B, columns]`.
 
-    See Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data" (NeurIPS 2021), section
-    3.2.
+    The network consists of a linear layer, residual blocks, BatchNorm and ReLU (Gorishniy et al.,
+    "Revisiting Deep Learning Models for Tabular Data", NeurIPS 2021, section 3.2).
 
     Args:
         shape: Shape of a table row.

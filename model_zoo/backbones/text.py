@@ -1,8 +1,7 @@
 """Models for text: an embedding followed by a GRU, a causal CNN or a small transformer.
 
-Tokens are int64 `[B, T]` in `[0, vocabulary)`. A step is the position of a token. Token 0 is the
-padding, which precedes the words of texts with fewer than T words, so the last step is always the
-last word.
+Tokens are int64 `[B, T]` in `[0, vocabulary)`. Token 0 is the padding, which precedes the words of
+texts with fewer than T words, so the last position is always the last word.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class _CausalLayer(nn.Module):
         super().__init__()
         self.before = (kernel - 1) * dilation
         self.convolution = nn.Conv1d(width, width, kernel, dilation=dilation)
-        # Normalization over all steps would not be causal.
+        # Normalization over all positions would not be causal.
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 

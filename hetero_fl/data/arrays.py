@@ -72,9 +72,10 @@ def from_arrays(
             `[N, L]` are multilabel targets, or classes if every row has exactly one 1. Other floats
             are regression targets, unless they are nonnegative integers with at most 20 distinct
             values, which are classes.
-        validation: (x, y) of the global validation set. If None, `federate` holds out training
-            rows.
-        test: (x, y) of the global test set. If None, `federate` holds out training rows.
+        validation: (x, y) of the global validation set. If None, `federate` holds out the share
+            `data.validation` of the training rows.
+        test: (x, y) of the global test set. If None, `federate` holds out training rows (see
+            `with_test`).
         group: Group of each row, `[N]` numbers or strings, for the natural partition.
         patient: Patient of each row, `[N]` numbers or strings. The rows of a patient are never
             divided between splits or clients.

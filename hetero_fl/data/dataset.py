@@ -511,8 +511,9 @@ class Dataset:
         name: Name of the data set.
         task: Learning task.
         train: Rows that are partitioned among the clients.
-        validation: Global validation set. If None, `federate` holds out training rows.
-        test: Global test set. If None, `federate` holds out training rows.
+        validation: Global validation set. If None, `federate` holds out the share `data.validation`
+            of the training rows.
+        test: Global test set. If None, `federate` holds out training rows (see `with_test`).
         simulated: Whether the data is generated.
         about: Short description.
         columns: Names of the features of a table, or of the channels of a series.

@@ -519,7 +519,7 @@ def federate(
     2. Limit the training rows to `train_limit`.
     3. Hold out the proxy set, or load the proxy set from its own source. Remove the labels unless
        `proxy.labels` is set.
-    4. Hold out the global validation set if the data set has none.
+    4. Hold out the share `validation` as the global validation set if the data set has none.
     5. Partition the remaining rows among the clients without their own source. A source that
        several clients name is partitioned among these clients.
     6. Split the rows of each client into train, validation and test.

@@ -95,7 +95,10 @@ class PublicPack:
         )
 
     def encode(self) -> bytes:
-        """Serialize the pack to bytes, without pickle."""
+        """Serialize the pack to bytes, without pickle.
+
+        The groups and patients of the rows are not included.
+        """
         vocabulary = None
         if self.vocabulary is not None:
             vocabulary = {"words": self.vocabulary.words, "buckets": self.vocabulary.buckets}

@@ -75,7 +75,10 @@ def wide_deep(
 
 
 class _ColumnBlock(nn.Module):
-    """A transformer block with a ReGLU perceptron, without a norm before the first attention."""
+    """A transformer block with a ReGLU perceptron.
+
+    If `first` is set, the attention is not preceded by a norm.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float, first: bool) -> None:
         super().__init__()

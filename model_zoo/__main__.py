@@ -17,7 +17,13 @@ VOCABULARY_SIZE = 1000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table and return the exit status: 0, or 2 after an invalid argument."""
+    """Run the command and return the exit status, which is 2 after an error and otherwise 0.
+
+    The command prints a table of models or, if the pattern has a prefix such as `timm:`, the names.
+
+    Args:
+        arguments: Command-line arguments. If None, the arguments of the process.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m model_zoo", description="Print a table of models and their cost."
     )

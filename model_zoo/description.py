@@ -28,8 +28,8 @@ class ModelDescription:
         backbone_parameters: Number of parameters of the backbone.
         head_parameters: Number of parameters of the head.
         feature_dim: Width of the features.
-        forward_flops: Floating-point operations of the forward pass of one example; a
-            multiply-add counts as two.
+        forward_flops: Floating-point operations of the forward pass of one example. A multiply-add
+            counts as two operations.
         convolution_flops: The part of `forward_flops` that is due to convolutions.
         has_batch_norm: Whether the model contains BatchNorm layers.
         summary: One-line description of the architecture.
@@ -68,7 +68,10 @@ class ModelDescription:
 
 
 def format_count(number: int) -> str:
-    """Return a number with three significant digits and a metric prefix, such as `1.23 M`."""
+    """Return a number with three significant digits and a metric prefix, such as `1.23 M`.
+
+    Numbers below 1,000 are returned in full, followed by a space.
+    """
     for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= power:
             return f"{number / power:.3g} {letter}"
@@ -76,7 +79,10 @@ def format_count(number: int) -> str:
 
 
 def summarize(name: str) -> str:
-    """Return a one-line summary of a model."""
+    """Return a one-line summary of a model.
+
+    For models of other libraries and of users, the summary is the name and origin of the model.
+    """
     prefix, colon, rest = name.partition(":")
     if not colon:
         return MODELS[name].summary
@@ -107,8 +113,8 @@ def describe(
         num_classes: Number of outputs.
         in_channels: Channels of an image or series, or columns of a table row.
         input_size: Size of an example, see `create_model`.
-        feature_dim: Width of the features; None keeps the backbone's width.
-        vocabulary: Number of different tokens, for text models.
+        feature_dim: Width of the features. If None, the backbone's width is kept.
+        vocabulary: Number of different tokens, for text models. If None, examples are numeric.
         **options: Options of the model, see `model_options`.
 
     Returns:
@@ -128,7 +134,7 @@ def describe(
         model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
     enlargement = _describe_enlargement(model)
     # Operations can be counted on meta tensors, which need no memory. Models of other libraries and
-    # of users may not support them.
+    # of users may not support meta tensors.
     device = "cpu" if ":" in name else "meta"
     with torch.device(device):
         example = make_shape(in_channels, input_size, vocabulary).zeros(1)
@@ -147,7 +153,7 @@ def describe(
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Return the number of parameters; shared parameters count once."""
+    """Return the number of parameters. Shared parameters count once."""
     return sum(math.prod(p.shape) for p in module.parameters())
 
 

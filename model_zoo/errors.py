@@ -50,7 +50,8 @@ def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return the message of an error as one line of at most `limit` characters.
 
-    If the error has no message, the name of its type is returned.
+    Longer messages are shortened. If the error has no message, the name of the error's type is
+    returned.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -73,10 +73,10 @@ def is_known(library_name: str, name: str) -> bool:
 def external_backbone(
     library_name: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any
 ) -> Body:
-    """Return a library's model without its classifier, and the width of its features.
+    """Return a library's model without the classifier, and the width of the features.
 
-    If necessary, images are enlarged. The size is determined by running the model on two blank
-    images.
+    If the model does not accept images of this size, the images are enlarged. The smallest accepted
+    size is determined by running the model on two blank images.
 
     Args:
         library_name: `torchvision` or `timm`.
@@ -87,7 +87,7 @@ def external_backbone(
 
     Raises:
         ModelError: If the model accepts none of the tested sizes, does not support an option, or
-            its weights cannot be loaded.
+            the weights cannot be loaded.
     """
     make = _make_torchvision if library_name == "torchvision" else _make_timm
     first_error: ModelError | None = None
@@ -191,7 +191,7 @@ def _check_patches(shape: Shape, patch: tuple[int, int]) -> None:
 
 @contextlib.contextmanager
 def _translate_errors(pretrained: bool) -> Iterator[None]:
-    """Convert a library's errors to ModelError, and hide its output while it loads weights."""
+    """Convert a library's errors to ModelError, and hide output while weights are loaded."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     try:
@@ -217,9 +217,11 @@ def _translate_errors(pretrained: bool) -> Iterator[None]:
 def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool) -> None:
     """Change the number of input channels of an RGB model in place.
 
-    Pretrained weights are adapted as in timm: they are summed over the colors for one channel, and
-    otherwise repeated and scaled by 3 / channels, which preserves the activations of gray images.
-    Weights that are not pretrained are drawn again with the same standard deviation.
+    The first convolution is replaced, unless the model already has this number of channels.
+    Pretrained weights are adapted as in timm. For one channel, the weights are summed over the
+    colors. Otherwise, the weights are repeated and scaled by 3 / channels, which preserves the
+    activations of gray images. Weights that are not pretrained are drawn again with the same
+    standard deviation.
 
     Args:
         model: A model with three input channels.
@@ -255,8 +257,8 @@ def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool)
 def remove_classifier(model: nn.Module) -> bool:
     """Replace the last linear layer of the classifier with the identity.
 
-    The classifier is the submodule `fc`, `classifier`, `head` or `heads`. If it has no linear
-    layer, its last convolution is replaced (SqueezeNet ends with a 1x1 convolution).
+    The classifier is the submodule `fc`, `classifier`, `head` or `heads`. If the classifier has no
+    linear layer, the last convolution is replaced (SqueezeNet ends with a 1x1 convolution).
 
     Returns:
         Whether a classifier was found.

@@ -1,7 +1,7 @@
 """Models that a program passes as objects, which are then known as `object:NAME`.
 
-A name is valid as long as the program keeps its `GivenModel`. Equal models have equal names, in
-every process and on every machine.
+A name is valid as long as the program keeps a reference to the `GivenModel`. Equal models have
+equal names, in every process and on every machine.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ ModelFactory = Callable[..., nn.Module]
 
 
 class GivenModel:
-    """A module, or a class or function that creates one.
+    """A model that a program passes as a module, class or function.
 
-    Two modules are one architecture if their classes, their `repr`, their plain attributes, and the
-    names and shapes of their tensors agree; two functions or classes, if they are one object.
+    Two modules have the same name if their classes, `repr`, attributes of the types `PLAIN`, names
+    and shapes of tensors, frozen parameters, and `head` are equal. Two functions or classes have
+    the same name only if they are the same object.
 
     Args:
-        model: A module, which is not modified; or a class or function, which is called with those
-            of the arguments `num_classes`, `in_channels`, `input_size` and `feature_dim` that it
-            accepts.
-        head: Path of the head in the module. By default, it is searched (`find_head`).
+        model: A module, or a class or function that returns a module. A module is not modified. A
+            class or function is called with the arguments `num_classes`, `in_channels`,
+            `input_size`, `feature_dim` and `vocabulary`, as far as the signature contains them.
+        head: Path of the head in the module. If None, the head is searched for (see `find_head`).
 
     Attributes:
-        head: Path of the head.
+        head: Path of the head, or None if the head is searched for.
         name: Name of the model in `create_model`, such as `object:SmallNet-1f0c2a9b`.
 
     Raises:
@@ -87,12 +88,12 @@ class GivenModel:
 
     @property
     def is_instance(self) -> bool:
-        """Whether the model is a module, whose weights training may start from."""
+        """Whether the model is a module, so that training may start from its weights."""
         return isinstance(self._model, nn.Module)
 
     @property
     def head_path(self) -> str | None:
-        """Path of the head; None if it is not known before the model is created."""
+        """Path of the head, or None if the path is not known before the model is created."""
         if self.head is not None or not isinstance(self._model, nn.Module):
             return self.head
         parts = (getattr(self._model, "backbone", None), getattr(self._model, "head", None))
@@ -105,11 +106,13 @@ class GivenModel:
 
     @property
     def factory(self) -> ModelFactory:
-        """A function that creates the module."""
+        """The class or function that creates the module, or a function that copies the module."""
         return _Copy(self._model) if isinstance(self._model, nn.Module) else self._model
 
     def build(self, shape: Shape) -> SplitModel:
-        """Return a copy of the module, with its weights, as a backbone and a head.
+        """Return a copy of the module, including the weights, split into a backbone and a head.
+
+        The model must be a module (see `is_instance`).
 
         Args:
             shape: Shape of an example.
@@ -121,7 +124,7 @@ class GivenModel:
 
 
 def _name_of_factory(name: str, model: ModelFactory) -> str:
-    """Return a name that no other function has: equal source texts may have other closures."""
+    """Return a name that no other function has, as functions with equal source texts can differ."""
     number = 1
     unique = name
     while any(given._model is not model for given in _given.get(unique, ())):
@@ -138,7 +141,7 @@ def _restore(model: nn.Module | ModelFactory, head: str | None, name: str) -> Gi
 
 
 class _Copy:
-    """Creates copies of a module, with its weights or with new ones."""
+    """A function that returns copies of a module, with new weights unless `pretrained` is set."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -157,10 +160,12 @@ def redraw_weights(module: nn.Module) -> list[str]:
     """Draw new weights from PyTorch's global random number generator.
 
     Args:
-        module: The module, modified in place: all submodules with a method `reset_parameters`.
+        module: The module, modified in place. The method `reset_parameters` of each submodule is
+            called.
 
     Returns:
-        Names of the parameters that keep their values, as they belong to other submodules.
+        Names of the trainable parameters that keep their values, because their submodules have no
+        such method.
 
     Example:
         >>> import torch
@@ -184,7 +189,7 @@ _given: dict[str, WeakSet[GivenModel]] = {}
 
 
 def find_given(name: str) -> GivenModel:
-    """Return the model with a name `object:NAME`.
+    """Return the model that is registered under the name `object:NAME`.
 
     Raises:
         ModelError: If this program has no such model.

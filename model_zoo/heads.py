@@ -15,7 +15,7 @@ from model_zoo.split_model import SplitModel, in_evaluation_mode, measure_featur
 
 # Submodules that are classifiers in torchvision, timm and transformers.
 CLASSIFIERS = ("fc", "classifier", "head", "heads", "score")
-# Largest difference between the logits of a model and of its two parts.
+# Largest accepted difference between the logits of a module before and after splitting.
 TOLERANCE = 1e-4
 
 
@@ -23,7 +23,7 @@ class LogitsOnly(nn.Module):
     """Wrapper of a `transformers` classifier that maps an input tensor to logits.
 
     Args:
-        model: An image or text classifier; its outputs have an attribute `logits`.
+        model: An image or text classifier whose outputs have an attribute `logits`.
 
     Attributes:
         model: The classifier.
@@ -51,10 +51,11 @@ def find_head(module: nn.Module, head: str | None = None) -> str:
 
     Args:
         module: The model.
-        head: Path of the head, if it is known.
+        head: Path of the head. If None, the head is searched for.
 
     Raises:
-        ModelError: If there is no such submodule, or no linear layer.
+        ModelError: If there is no submodule `head`, or `head` is None and the model has no linear
+            layer.
 
     Example:
         >>> from torch import nn
@@ -91,17 +92,18 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     """Split a classifier into a backbone, which computes features, and a head.
 
     A `SplitModel` and a module with the attributes `backbone` and `head` keep these parts. In any
-    other model, the head (see `find_head`) is replaced by the identity; the rest is the backbone.
-    The logits of both parts must be those of the model's `forward`, if it has one.
+    other model, the head (see `find_head`) is replaced by the identity, and the rest is the
+    backbone. If the model has a method `forward`, backbone and head together must return the logits
+    that `forward` returns.
 
     Args:
-        module: The model. It is modified in place and becomes a part of the result.
+        module: The model, which is modified in place and becomes a part of the result.
         shape: Shape of an example.
-        head: Path of the head. By default, it is searched.
+        head: Path of the head. If None, the head is searched for.
 
     Raises:
         InputError: If the model does not accept examples of this shape.
-        ModelError: If the model has no head, or computes something after it.
+        ModelError: If the model has no head, or transforms the outputs of the head.
 
     Example:
         >>> from torch import nn
@@ -147,7 +149,7 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
 
 
 def _assemble(backbone: Any, head: Any, shape: Shape) -> SplitModel | None:
-    """Return the model of two parts, or None if the backbone does not return features `[B, D]`."""
+    """Return the model of two parts, or None if the backbone cannot return features `[B, D]`."""
     try:
         return SplitModel(backbone, head, measure_feature_width(backbone, shape))
     except ModelError:
@@ -166,7 +168,7 @@ def _has_logits(split: SplitModel, outputs: Any, shape: Shape) -> bool:
 
 
 def _evaluate(module: nn.Module, shape: Shape) -> Any:
-    """Return the outputs for two examples, in evaluation mode."""
+    """Return a module's outputs for two random examples, in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     x = shape.zeros(2)
     if x.is_floating_point():

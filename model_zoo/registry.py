@@ -1,4 +1,4 @@
-"""The registry of models by name, with their options, groups of models, and `create_model`."""
+"""Registry of models, their options and groups, and `create_model`, which builds a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CatalogEntry:
     Attributes:
         summary: One-line description of the architecture.
         build: Function `build(shape, *, option=default, …)` that returns the backbone and the width
-            of its features. Pretrained weights exist if it has an argument `pretrained`.
+            of the features. If pretrained weights exist, the function has an argument `pretrained`.
         kinds: Kinds of examples that the model accepts.
         min_size: Minimum height and width of an image in pixels.
         fixed: Options that the name of the model determines.
@@ -64,7 +64,11 @@ class CatalogEntry:
         return "pretrained" in inspect.signature(self.build).parameters
 
     def check_shape(self, shape: Shape) -> None:
-        """Raise InputError if the model does not accept examples of this shape."""
+        """Check that the model accepts examples of a shape.
+
+        Raises:
+            InputError: If the kind of example is not accepted, or an image is too small.
+        """
         if shape.kind not in self.kinds:
             expected = " or ".join(KIND_NAMES[k] for k in self.kinds)
             raise InputError(f"expected {expected}, got {shape}")
@@ -74,7 +78,11 @@ class CatalogEntry:
             )
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options with lists converted to tuples; raise ModelError for invalid ones."""
+        """Check options and return them with lists converted to tuples.
+
+        Raises:
+            ModelError: If a value is not valid.
+        """
         hints = typing.get_type_hints(self.build)
         return {
             name: check_value(name, value, self.options[name], hints[name])
@@ -83,10 +91,11 @@ class CatalogEntry:
 
 
 def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
-    """Return the value of an option if it is valid.
+    """Check the value of an option and return it.
 
-    The type of the default determines which values are valid: an integer of at least 1, a sequence
-    of such integers, a number in [0, 1), or one of several names.
+    The default of the option determines which values are valid. The default is an integer for
+    integers of at least 1, a tuple for sequences of such integers, a float for numbers in [0, 1),
+    and a string for one of several names.
 
     Args:
         name: Name of the option, for the error message.
@@ -328,8 +337,8 @@ def list_models(pattern: str = "*") -> list[str]:
 def model_options(name: str) -> dict[str, Any]:
     """Return the options of a model, which `create_model` accepts as keywords, with their defaults.
 
-    A value of None means the library's default for `timm:` and `torchvision:` models, and no
-    default, i.e. a required option, for `python:` models.
+    For `timm:` and `torchvision:` models, None stands for the library's default. For `python:`
+    models, None stands for a required option without a default.
 
     Raises:
         ModelError: If the model does not exist.
@@ -383,12 +392,13 @@ def create_model(
         input_size: `S` for images of S x S pixels, `(H, W)` for images, `(L,)` for series of
             length L, `()` for table rows. The model accepts inputs of shape
             `[B, in_channels, *input_size]`.
-        feature_dim: Width of the features. If the backbone has another width, it ends with a
-            projection (linear layer and ReLU) to this width. None keeps the backbone's width.
-        pretrained: Whether to load published weights (`resnet18`, torchvision and timm).
-        vocabulary: Number of different tokens, for text models. `input_size` is then `(L,)`, and
-            the model accepts int64 inputs of shape `[B, L]` in `[0, vocabulary)`. Token 0 is the
-            padding, which precedes texts that are shorter than L.
+        feature_dim: Width of the features. If the backbone has another width, a projection (linear
+            layer and ReLU) to this width is appended. If None, the backbone's width is kept.
+        pretrained: Whether to load published weights, which exist for `resnet18` and for models of
+            torchvision and timm.
+        vocabulary: Number of different tokens, for text models. If set, `input_size` must be
+            `(L,)`, and the model accepts int64 inputs of shape `[B, L]` in `[0, vocabulary)`. Token
+            0 is the padding, which precedes texts that are shorter than L.
         **options: Options of the model, see `model_options`.
 
     Raises:
@@ -460,7 +470,7 @@ def _create(
 
 
 def _find_options(name: str) -> tuple[dict[str, Any], bool]:
-    """Return the options of a model, and whether it accepts further options."""
+    """Return the options of a model, and whether the model accepts further options."""
     if not isinstance(name, str):
         raise ModelError("expected a name")
     prefix, colon, rest = name.partition(":")

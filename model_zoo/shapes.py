@@ -1,4 +1,4 @@
-"""The shape of one example: an image, a series, a table row, or tokens."""
+"""The shape of one example, which is an image, a series, a table row, or tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from model_zoo.errors import ModelError
 
 Kind = Literal["table", "series", "image", "tokens"]
-# Kinds of numeric examples. The index of a kind is its number of dimensions besides the channels.
+# Kinds of numeric examples. The index of a kind is the number of dimensions besides the channels.
 KINDS: tuple[Kind, ...] = ("table", "series", "image")
 
 
@@ -24,7 +24,7 @@ class Shape:
     Attributes:
         channels: Channels of an image or series, columns of a table row, 1 for tokens.
         size: `()` for a table row, `(L,)` for a series or tokens, `(H, W)` for an image.
-        vocabulary: Number of different tokens; None for numeric examples.
+        vocabulary: Number of different tokens. If None, examples are numeric.
     """
 
     channels: int
@@ -33,12 +33,12 @@ class Shape:
 
     @property
     def kind(self) -> Kind:
-        """The kind of example that has this shape."""
+        """Kind of example: "table", "series", "image" or "tokens"."""
         return KINDS[len(self.size)] if self.vocabulary is None else "tokens"
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of different tokens; 0 for numeric examples."""
+        """Number of different tokens, which is 0 for numeric examples."""
         return self.vocabulary or 0
 
     @property
@@ -50,14 +50,14 @@ class Shape:
     def steps(self) -> tuple[int, int]:
         """Number of steps and width of a step, if the example is treated as a sequence.
 
-        The steps are the rows of an image or the points of a series.
+        The steps are the rows of an image or the points of a series. A table row has no steps.
         """
         return self.size[0], self.channels * math.prod(self.size[1:])
 
     def zeros(self, batch_size: int) -> torch.Tensor:
         """Return a batch of zeros.
 
-        Its shape is `[batch_size, channels, *size]`, or `[batch_size, L]` (int64) for tokens.
+        The shape is `[batch_size, channels, *size]`, or `[batch_size, L]` (int64) for tokens.
         """
         if self.vocabulary is not None:
             return torch.zeros(batch_size, *self.size, dtype=torch.int64)
@@ -74,20 +74,20 @@ class Shape:
 
 
 def is_integer(value: Any, minimum: int = 1) -> bool:
-    """Return whether `value` is an integer of at least `minimum`; booleans are not integers."""
+    """Return whether `value` is an integer of at least `minimum`, but not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def make_shape(
     in_channels: int, input_size: int | Sequence[int], vocabulary: int | None = None
 ) -> Shape:
-    """Return the shape of an example after checking the arguments.
+    """Check the arguments and return the shape of an example.
 
     Args:
-        in_channels: Channels of an image or series, or columns of a table row; 1 for tokens.
+        in_channels: Channels of an image or series, columns of a table row, 1 for tokens.
         input_size: `S` for images of S x S pixels, `(H, W)` for images, `(L,)` for series or tokens
             of length L, `()` for table rows.
-        vocabulary: Number of different tokens; None for numeric examples.
+        vocabulary: Number of different tokens. If None, examples are numeric.
 
     Raises:
         ModelError: If an argument is not valid.

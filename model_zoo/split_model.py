@@ -14,7 +14,7 @@ from typing_extensions import override
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.shapes import Shape
 
-# A backbone, the width of its features and, optionally, the dropout rate between features and head.
+# A backbone, the width of the features and, optionally, the dropout rate between features and head.
 Body = tuple[nn.Module, int] | tuple[nn.Module, int, float]
 
 
@@ -48,12 +48,13 @@ class SplitModel(nn.Module):
     Args:
         backbone: Module that maps inputs `[B, channels, *size]` to features `[B, feature_dim]`.
         head: Module that maps features to logits `[B, num_classes]`.
-        feature_dim: Width of the features. None uses the input width of the head's first linear
-            layer.
+        feature_dim: Width of the features. If None, the input width of the head's first linear
+            layer is used. If the head has no linear layer, the width is not known.
 
     Attributes:
         backbone: The backbone.
         head: The head.
+        head_path: Path of the head in the module that was split, "head" by default.
 
     Example:
         >>> import torch
@@ -73,7 +74,7 @@ class SplitModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.head_path = "head"
-        # In a tuple, so that its tensors are not registered twice.
+        # In a tuple, so that the tensors of the module are not registered twice.
         self._source: tuple[nn.Module, ...] = ()
         linear = next((part for part in head.modules() if isinstance(part, nn.Linear)), None)
         if feature_dim is None and linear is not None:
@@ -81,17 +82,17 @@ class SplitModel(nn.Module):
         self._feature_dim = feature_dim
 
     def set_source(self, module: nn.Module, head_path: str) -> None:
-        """Record the module whose parts this model consists of.
+        """Record the module that was split into the backbone and the head of this model.
 
         Args:
-            module: The module. It shares its parameters with this model.
+            module: The module, which shares all parameters with this model.
             head_path: Path of the head in the module.
         """
         self._source = (module,)
         self.head_path = head_path
 
     def source_module(self) -> nn.Module:
-        """Return the module whose parts this model consists of, or this model if there is none.
+        """Return the module that was split, or this model if no module was split.
 
         The head is put back into the module, so this model must not be used afterwards.
         """
@@ -104,7 +105,7 @@ class SplitModel(nn.Module):
 
     @property
     def known_feature_dim(self) -> int | None:
-        """Width of the features, or None if it is not known."""
+        """Width of the features, or None if the width is not known."""
         return self._feature_dim
 
     @property
@@ -134,7 +135,9 @@ class SplitModel(nn.Module):
 
 
 class DropoutLinear(nn.Linear):
-    """A linear head with dropout on its input; the features that the model returns do not change.
+    """A linear head with dropout on the input.
+
+    Dropout does not change the features that the model returns.
 
     Args:
         in_features: Width of the features.
@@ -155,10 +158,10 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
     """Return a model that consists of a backbone and a linear head.
 
     Args:
-        body: The backbone, the width of its features and, optionally, the dropout rate of the head.
+        body: The backbone, the width of the features and, optionally, the dropout rate of the head.
         num_classes: Number of outputs.
-        feature_dim: Width of the features. If the backbone has another width, it ends with a
-            projection (linear layer and ReLU) to this width. None keeps the backbone's width.
+        feature_dim: Width of the features. If the backbone has another width, a projection (linear
+            layer and ReLU) to this width is appended. If None, the backbone's width is kept.
     """
     backbone = body[0]
     width = body[1]
@@ -182,8 +185,8 @@ def scale_outputs(backbone: nn.Module, share: float) -> nn.Module:
 
     Args:
         backbone: The backbone, modified in place.
-        share: Share of the wide model's channels that the copy has; 0 leaves the backbone
-            unchanged.
+        share: Share of the wide model's channels that the copy has. If 0, the backbone does not
+            change.
 
     Returns:
         The backbone.

@@ -53,7 +53,7 @@ def load(path: str) -> type[nn.Module]:
 
 
 def inspect_options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Return the options of a constructor, and whether it accepts further keywords (`**kwargs`).
+    """Return the options of a constructor, and whether the constructor accepts `**kwargs`.
 
     The options are all arguments except `STANDARD_ARGUMENTS` and `pretrained`, with their defaults.
     The default of a required argument is None.
@@ -69,7 +69,9 @@ def inspect_options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 def find_factory(name: str) -> tuple[Callable[..., nn.Module], str | None]:
-    """Return the class or function that creates a model, and the path of its head if specified.
+    """Return the class or function that creates a model, and the path of the model's head.
+
+    If the head is not specified, as for all `python:` models, the path is None.
 
     Args:
         name: `python:package.module:Class` or `object:NAME`.
@@ -99,7 +101,7 @@ def build(
             classifier, which is then split (see `split_module`).
         shape: Shape of an example.
         num_classes: Number of outputs.
-        feature_dim: Required width of the features; None accepts any width.
+        feature_dim: Required width of the features. If None, any width is accepted.
         pretrained: Whether to start from pretrained weights, or from the weights of a module that
             the user passed.
         options: Further keyword arguments of the class or function.

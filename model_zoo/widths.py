@@ -1,7 +1,7 @@
 """Narrow copies of a model: the same layers with a share of the channels.
 
-Each tensor of a copy has the same name as a tensor of the wide model and the shape of a leading
-slice of it. This requires layers in which every output channel is one row of a weight. Models with
+Each tensor of a copy has the name of a tensor of the wide model and the shape of a leading slice of
+this tensor. Copies require layers in which every output channel is one row of a weight. Models with
 fused gates (gru, lstm) or fused queries, keys and values (transformer, vit) cannot be narrowed.
 """
 
@@ -37,12 +37,16 @@ def can_narrow(name: str) -> bool:
 
 
 def resolve_general_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the general model of which `name` is a preset, and all of its options.
+    """Return the name of the general model that `name` configures, and all options of the model.
 
     For example, `cnn_bn_small` is the general model `cnn` with `width=8` and `norm="batch"`.
 
+    Args:
+        name: Name of the model.
+        options: Options of the model. Other options have their defaults.
+
     Raises:
-        ModelError: If the model has no narrow copies.
+        ModelError: If the model has no narrow copies, or an option is not valid.
     """
     if not can_narrow(name):
         supported = ", ".join(n for n in MODELS if can_narrow(n))
@@ -72,7 +76,7 @@ def narrow_options(
         The name of the general model, such as `cnn`, and all options of the copy.
 
     Raises:
-        ModelError: If the model has no narrow copies.
+        ModelError: If the model has no narrow copies, or an option is not valid.
 
     Example:
         >>> from model_zoo import narrow_options
@@ -107,8 +111,8 @@ def share_of(
         wide_options: Options of the wide model.
 
     Returns:
-        The share, which is 1 for equal models; None if the first model is not a narrow copy of the
-        second.
+        The share, which is 1 for equal models. If the first model is not a narrow copy of the
+        second, None is returned.
 
     Example:
         >>> from model_zoo import share_of

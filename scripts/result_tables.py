@@ -84,13 +84,17 @@ def archive(folder: Path, commit: str, name: str = "") -> None:
 
     Args:
         folder: Folder of a finished comparison.
-        commit: Commit of the runs, which becomes the last column.
+        commit: Commit of the runs, which becomes the last column, after their number of threads.
         name: Name of the archive. If empty, the name of the configuration is used.
     """
-    if not name:
-        name = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()["name"]
+    config = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()
+    name = name or config["name"]
+    run = {"threads": config["runtime"]["threads"], "commit": commit}
     with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
-        rows = [{**row, "commit": commit} for row in csv.DictReader(file)]
+        rows = [{**row, **run} for row in csv.DictReader(file)]
+    for row in rows:
+        # The name of the run directory, which is not archived.
+        row.pop("run", None)
     path = ARCHIVE / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 """Data of a federation: sources, partitions, splits and preprocessing.
 
-`load_source` loads a data set by name, and `federate` partitions it among the clients. The
-resulting `FederatedData` returns the examples of each participant, preprocessed for its model.
+`load_source` loads a data set by name, and `federate` partitions a data set among clients. The
+resulting `FederatedData` returns the preprocessed examples of each participant.
 """
 
 from hetero_fl.core.image_transforms import apply_scanner, augment

@@ -63,40 +63,43 @@ def from_arrays(
     `UserWarning` and in the log of the run.
 
     Args:
-        x: Images `[N, C, H, W]`, `[N, H, W, C]` or, as integers, `[N, H, W]`, with values in 0..255
-            or, as floats, 0..1; or floats `[N, T, F]` (series) or `[N, F]` (tables). Series with
-            more than one channel need `columns` to distinguish them from images.
-        y: Labels. Integers `[N]` are classes; unless they are 0 to C - 1, the sorted distinct
-            labels become the class names. Strings `[N]` are class names. Zeros and ones `[N, L]`
-            are multilabel targets, or classes if every row has exactly one 1. Other floats are
-            regression targets, unless they are nonnegative integers with at most 20 distinct
+        x: Images, series, a table or tokens. Images have shape `[N, C, H, W]`, `[N, H, W, C]` or,
+            as integers, `[N, H, W]`, and values in 0..255 or, as floats, 0..1. Series are floats
+            `[N, T, F]`, and tables are floats `[N, F]`. Series with more than one channel need
+            `columns` to distinguish them from images. Tokens need `vocabulary`.
+        y: Labels. Integers `[N]` are classes. Unless the integers are 0 to C - 1, the sorted
+            distinct labels become the class names. Strings `[N]` are class names. Zeros and ones
+            `[N, L]` are multilabel targets, or classes if every row has exactly one 1. Other floats
+            are regression targets, unless they are nonnegative integers with at most 20 distinct
             values, which are classes.
-        validation: (x, y) of the global validation set. By default, it is held out of the training
-            rows.
-        test: (x, y) of the global test set. By default, it is held out of the training rows.
+        validation: (x, y) of the global validation set. If None, `federate` holds out the share
+            `data.validation` of the training rows.
+        test: (x, y) of the global test set. If None, `federate` holds out training rows (see
+            `with_test`).
         group: Group of each row, `[N]` numbers or strings, for the natural partition.
         patient: Patient of each row, `[N]` numbers or strings. The rows of a patient are never
             divided between splits or clients.
         time: Time of each target, `[N]` integers (in seconds since 1970 or any other unit) or
-            datetime64. Training, validation and test rows are then split by date, so `validation`
-            and `test` must be None.
+            datetime64. If set, training, validation and test rows are split by date, so
+            `validation` and `test` must be None.
         unit: Scale of the regression targets of each row, `[N]`. Errors are reported for the
             targets multiplied by this scale.
         task: "multiclass", "multilabel", "regression", or a `Task`, with which numeric labels are
-            used unchanged. By default, the task is inferred from the labels.
-        num_classes: Number of classes. If it is set, integer labels are class numbers from 0.
+            used unchanged. If None, the task is inferred from the labels.
+        num_classes: Number of classes. If set, integer labels are class numbers from 0. If None,
+            the number is inferred from the labels.
         name: Name of the data set.
         simulated: Whether the data is generated.
         about: Short description.
         columns: Names of the columns of a table, or of the channels of a series.
-        blocks: (name, shape) of each modality in flat rows `[N, D]`; see also
-            `join_images_and_table`.
+        blocks: (name, shape) of each modality in flat rows `[N, D]` (see also
+            `join_images_and_table`).
         vocabulary: Vocabulary if x consists of integer tokens `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
-        UserError: See `check_examples`. Also if the value range or axis order of images is
-            ambiguous, floats `[N, A, B]` could be images or series, the labels do not match `task`
-            or `num_classes`, or arguments contradict each other.
+        UserError: If the examples are invalid (see `check_examples`), the value range or axis order
+            of images is ambiguous, floats `[N, A, B]` could be images or series, the labels do not
+            match `task` or `num_classes`, or arguments contradict each other.
 
     Example:
         >>> import numpy as np
@@ -381,7 +384,7 @@ def _squeeze_labels(y: Tensor, where: str) -> Tensor:
 
 
 def _label_kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
-    """Infer the kind of task from the labels of all splits; add a remark if it is ambiguous."""
+    """Infer the kind of task from the labels, with a remark if the labels are ambiguous."""
     if y[0].ndim == 2:
         if _is_one_hot(y):
             return "multiclass", [
@@ -421,7 +424,7 @@ def _is_one_hot(y: list[Tensor]) -> bool:
 
 
 def _class_numbers(y: np.ndarray, where: str) -> Tensor:
-    """Convert labels `[N]` to int64; fractions are an error."""
+    """Convert labels `[N]`, which must be whole numbers, to int64."""
     if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
         raise UserError(f"{where}: row {row}: expected a class number, got {y[row]:g}")
     return torch.from_numpy(y.astype(np.int64))
@@ -476,21 +479,21 @@ def read_npz(
 ) -> Dataset:
     """Read a `.npz` file in the MedMNIST layout.
 
-    The file has arrays `{train,val,test}_images` and `{train,val,test}_labels`; only the arrays of
-    `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and values
-    in 0..1 or 0..255; floats `[N, F]` are rows of a table. Labels have shape `[N]`, `[N, 1]` or
-    `[N, L]`: integers in one column are classes, several columns of 0 and 1 are multilabel targets,
-    and fractions are regression targets.
+    The file contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
+    those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`
+    and values in 0..1 or 0..255. Floats `[N, F]` are rows of a table. Labels have shape `[N]`,
+    `[N, 1]` or `[N, L]`. Integers in one column are classes, several columns of 0 and 1 are
+    multilabel targets, and fractions are regression targets.
 
     Args:
         path: File to read.
         name: Name of the data set.
-        task: Learning task if it is fixed; the file must then contain images. By default, the task
-            is inferred from the labels, with classes numbered from 0.
-        kind: Kind of the task, "multiclass", "multilabel" or "regression". By default, it is
+        task: Learning task. If set, the file must contain images. If None, the task is inferred
+            from the labels, with classes numbered from 0.
+        kind: Kind of the task, "multiclass", "multilabel" or "regression". If None, the kind is
             inferred from the labels.
-        patient: Name of the array with the patient of each training row. By default "patient", if
-            the file has this array.
+        patient: Name of the array with the patient of each training row. If None, the array
+            "patient" is used if it exists.
 
     Raises:
         UserError: If the file is missing or malformed. The message names the array and the row.
@@ -582,7 +585,7 @@ def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.n
         wanted: Names of the arrays to read. Arrays that do not exist are skipped.
 
     Returns:
-        The arrays by name, and the names of all arrays in the file.
+        The existing arrays, keyed by name, and the names of all arrays in the file.
 
     Raises:
         UserError: If the file is missing or damaged.
@@ -663,7 +666,7 @@ def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
 
 
 def _ambiguity_note(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
-    """Return a remark if the labels of all splits are ambiguous."""
+    """Return a remark if the labels of all splits are ambiguous, otherwise an empty tuple."""
     y = np.concatenate(labels)
     if task.kind == "multiclass" and (
         absent := sorted(set(range(task.outputs)) - set(y[:, 0].astype(int).tolist()))

@@ -27,13 +27,16 @@ from hetero_fl.utils.ordering import natural_order
 POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
 OWN_DATA = "own data"
-"""Name of the data in reports if clients have data of their own, from objects."""
+"""Name of the data in reports if the clients' data are objects instead of files."""
 SHARED = ("label", "group", "patient", "task", "categories", "size")
 """Keys of the section `data` that serve as defaults for the files of clients."""
 
 
 def has_common_source(config: DataConfig) -> bool:
-    """Return whether `data` configures a source for all clients, by its name or a path."""
+    """Return whether the section `data` configures a source for all clients.
+
+    Such a source has a path or, like a generated data set, needs no path.
+    """
     if config.name == OBJECT_PREFIX:
         # This is a federation from objects without a global test set.
         return False
@@ -47,11 +50,12 @@ def pool_client_files(
 
     Args:
         config: Data configuration without a source for all clients.
-        clients: Settings by client id; each client has its own source.
+        clients: Client settings, keyed by client id. Each client must have its own source.
         missing: Whether values may be missing (NaN).
 
     Returns:
-        The data set, the data configuration and the client settings to pass to `federate`.
+        The arguments of `federate`: the data set, the data configuration with the natural
+        partition, and the client settings without sources.
 
     Raises:
         UserError: If a client has no file, two clients have the same file, or files do not match.

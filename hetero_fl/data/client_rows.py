@@ -46,7 +46,7 @@ class LazyPartition:
         task: Learning task.
         config: Partition settings.
         split: Shares of validation and test rows.
-        clients: Settings by client id.
+        clients: Client settings, keyed by client id.
         seed: Seed of the run.
 
     Example:
@@ -74,7 +74,8 @@ class LazyPartition:
         """Check that every client can get the rows that its settings require.
 
         Raises:
-            UserError: If a client would get too few rows, or more than the pool has.
+            UserError: If a client would get too few rows or more rows than the pool contains, or
+                the data identifies patients.
         """
         where = "data.partition"
         pool_size = len(self.pool.rows)
@@ -112,7 +113,11 @@ class LazyPartition:
                     )
 
     def num_rows(self, client: str) -> int:
-        """Return the number of rows of a client without sampling the rows."""
+        """Return the number of rows of a client without sampling the rows.
+
+        The number is `config.rows` times the client size and, if `config.spread` is set, times a
+        log-normal random number. The result is limited to `config.min_size` and the pool size.
+        """
         rows = self.config.rows * self.clients[client].size
         if self.config.spread:
             rows *= keyed_numpy_generator("data", self.seed, "rows", client).lognormal(
@@ -126,7 +131,10 @@ class LazyPartition:
 
     @cachedmethod(attrgetter("_cached_splits"))
     def splits(self, client: str) -> dict[str, RowSelection]:
-        """Return the rows of each split of a client."""
+        """Sample the rows of a client and return the rows of each split.
+
+        The result is cached.
+        """
         count = self.num_rows(client)
         rng = keyed_numpy_generator("data", self.seed, "drawn", client)
         if self.config.alpha is None:
@@ -181,8 +189,8 @@ class RemoteDataInfo:
     Attributes:
         rows: Number of rows of each split.
         content_hash: SHA-256 hash of the rows.
-        view: Preprocessing of the client, if it depends on the rows.
-        labels: Label counts of the training rows, if the client reveals them.
+        view: Preprocessing of the client. If None, the configuration defines the preprocessing.
+        labels: Label counts of the training rows. If None, the client does not reveal the counts.
     """
 
     rows: Mapping[str, int]
@@ -197,9 +205,11 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
     The arguments are available as attributes.
 
     Args:
-        assigned: Rows of the clients that do not sample from a pool, by client id and split.
-        lazy_partition: Partition in which the other clients sample their rows.
-        remote_info: Information about clients on other machines, which are not in the mapping.
+        assigned: Rows of the clients that do not sample from a pool, keyed by client id and split.
+        lazy_partition: Partition in which the other clients sample their rows. If None, there is no
+            pool.
+        remote_info: Information about clients on other machines, keyed by client id. These clients
+            are not in the mapping.
     """
 
     def __init__(
@@ -222,14 +232,17 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
     @property
     def n_train(self) -> int:
-        """Number of training rows of all clients, or of the pool for the partition `drawn`."""
+        """Number of training rows of all clients.
+
+        For clients that sample from a pool (partition `drawn`), the rows of the pool count once.
+        """
         pool = len(self.lazy_partition.pool.rows) if self.lazy_partition else 0
         return pool + sum(self._known_counts().values())
 
     def clients_with_one_row(self) -> list[str]:
         """Return the ids of the clients with a single training row.
 
-        Clients that sample their rows from a pool always have more than one.
+        Clients that sample their rows from a pool always have more than one training row.
         """
         return [client for client, rows in self._known_counts().items() if rows == 1]
 
@@ -239,7 +252,10 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         return counts | {client: info.rows["train"] for client, info in self.remote_info.items()}
 
     def rows_by_location(self) -> list[tuple[tuple[str, str], RowSelection]]:
-        """Return all rows, each with its key `(client, split)` or, for the pool, `("", "pool")`."""
+        """Return pairs of a location and the rows at this location, for all rows on this machine.
+
+        The location is `(client, split)` or, for the pool, `("", "pool")`.
+        """
         located = [
             ((client, name), share)
             for client, splits in self.assigned.items()
@@ -267,7 +283,9 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
 
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
-    """Return the SHA-256 hash of the examples, labels, times and units of sets of rows.
+    """Return the SHA-256 hash of sets of rows.
+
+    The hash includes the inputs, targets, times and units, but not the groups and patients.
 
     Args:
         about: Description that is included in the hash.

@@ -1,4 +1,7 @@
-"""Data sets in memory: examples, names of columns, vocabularies, and checks of examples."""
+"""Data sets in memory: examples, names of columns, vocabularies, and checks of examples.
+
+The columns of multimodal examples are grouped in blocks, one for each modality.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ def indicator_names(column: str, values: Sequence[str]) -> tuple[str, ...]:
 
 
 class Block(NamedTuple):
-    """A modality of multimodal examples: consecutive columns of flat rows `[D]`.
+    """The name and shape of one modality in multimodal examples.
+
+    Multimodal examples are flat rows `[D]`, in which the columns of each block are consecutive.
 
     Attributes:
         name: Name of the block.
@@ -59,7 +64,7 @@ class Block(NamedTuple):
 
     @property
     def image(self) -> bool:
-        """Whether the values are pixels of an image."""
+        """Whether the block is an image, which is the case if the shape has three dimensions."""
         return len(self.shape) == 3
 
 
@@ -72,7 +77,7 @@ class ColumnLayout:
 
     Attributes:
         columns: Name of each column.
-        blocks: Modalities of flat rows.
+        blocks: Blocks of multimodal rows. If there are any, names refer to blocks, not to columns.
         categories: Text columns that are one-hot encoded, with their values.
 
     Example:
@@ -90,7 +95,7 @@ class ColumnLayout:
 
     @property
     def encoded_columns(self) -> dict[str, str]:
-        """Name of the text column for each indicator column."""
+        """Names of the text columns, keyed by the names of their indicator columns."""
         return {
             name: column
             for column, values in self.categories
@@ -99,14 +104,18 @@ class ColumnLayout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names that `preprocess.columns` may select."""
+        """Names of the blocks or, if there are none, of the columns.
+
+        These are the names that `preprocess.columns` may select. All indicator columns of a text
+        column have the name of the text column.
+        """
         encoded = self.encoded_columns
         columns = dict.fromkeys(encoded.get(name, name) for name in self.columns)
         return tuple(b.name for b in self.blocks) or tuple(columns)
 
     @property
     def boundaries(self) -> dict[str, tuple[int, int]]:
-        """Column range `(start, stop)` of each named column or block."""
+        """Column ranges `(start, stop)` of the columns or blocks, keyed by name."""
         if not self.blocks:
             found: dict[str, tuple[int, int]] = {}
             encoded = self.encoded_columns
@@ -117,7 +126,7 @@ class ColumnLayout:
         return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
 
     def spans(self, names: Sequence[str], where: str) -> Spans:
-        """Return the column ranges of columns or blocks, in the order of the data.
+        """Return the column ranges of the named columns or blocks, in the order of the data.
 
         Adjacent ranges are merged.
 
@@ -155,7 +164,7 @@ class ColumnLayout:
     def has_values(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
         """Return a mask of the rows that have values in all named columns or blocks.
 
-        A row has a value in a block if at least one of its numbers in the block is not NaN.
+        A row has a value in a block if at least one number of the row in the block is not NaN.
 
         Args:
             x: Examples, shape `[N, ..., columns]`.
@@ -186,7 +195,7 @@ def spans_of(blocks: Sequence[Block]) -> Spans:
 
 
 def merge_spans(spans: Spans) -> Spans:
-    """Merge adjacent column ranges."""
+    """Merge column ranges that directly follow each other."""
     found: list[tuple[int, int]] = []
     for start, stop in spans:
         if found and found[-1][1] == start:
@@ -197,10 +206,10 @@ def merge_spans(spans: Spans) -> Spans:
 
 
 def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> None:
-    """Check the names of blocks, and that their sizes match the shape of an example.
+    """Check the names of blocks, and that the block sizes add up to the length of a row.
 
     Args:
-        blocks: Blocks of a flat row.
+        blocks: Blocks of a flat row. If empty, nothing is checked.
         shape: Shape of an example.
         where: Name of the data set, for error messages.
 
@@ -251,7 +260,7 @@ class Vocabulary:
 
     Attributes:
         words: Known words, in the order of their tokens.
-        buckets: Number of hash buckets, instead of `words`; 0 for a list of words.
+        buckets: Number of hash buckets. If 0, `words` defines the tokens.
 
     Example:
         >>> from hetero_fl.data import Vocabulary
@@ -269,7 +278,7 @@ class Vocabulary:
 
     @classmethod
     def from_texts(cls, texts: Iterable[Sequence[str]], max_words: int) -> Vocabulary:
-        """Create a vocabulary from the most frequent words of public texts.
+        """Create a vocabulary from the most frequent words of texts.
 
         Ties are broken alphabetically. Words that occur only once are excluded.
 
@@ -290,7 +299,7 @@ class Vocabulary:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the tokens from 2 on: the words, or numbers of buckets such as `#0`."""
+        """Names of the tokens from 2 on, which are words or bucket numbers such as `#0`."""
         return self.words or tuple(f"#{i}" for i in range(self.buckets))
 
     @cached_property
@@ -298,7 +307,11 @@ class Vocabulary:
         return {word: FIRST + i for i, word in enumerate(self.words)}
 
     def number(self, word: str) -> int:
-        """Return the token of a word."""
+        """Return the token of a word.
+
+        A word that is not in `words` has token 1. With hashing, the bucket of the word determines
+        the token.
+        """
         if not self.buckets:
             return self._token_by_word.get(word, UNKNOWN)
         # Unlike `hash`, BLAKE2 gives the same value in every process and release.
@@ -306,7 +319,7 @@ class Vocabulary:
         return FIRST + int.from_bytes(digest, "big") % self.buckets
 
     def encode(self, texts: Iterable[str | Sequence[str]], length: int) -> Tensor:
-        """Encode the last `length` words of each text, with padding on the left.
+        """Encode the last `length` words of each text, with padding on the left of shorter texts.
 
         Args:
             texts: Texts, as strings or as sequences of words.
@@ -320,7 +333,10 @@ class Vocabulary:
         return torch.tensor(filled, dtype=torch.int64).reshape(-1, length)
 
     def numbers(self, text: str | Sequence[str]) -> list[int]:
-        """Return the tokens of a text, which is a string or a sequence of words."""
+        """Return the tokens of a text.
+
+        A string is first split into words by `split_words`.
+        """
         return [
             self.number(word) for word in (split_words(text) if isinstance(text, str) else text)
         ]
@@ -328,17 +344,18 @@ class Vocabulary:
     def continuations(
         self, texts: Iterable[Sequence[str]], length: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Create an example of next-word prediction for each known word with preceding words.
+        """Create examples of next-word prediction, one for each known word but the first of a text.
 
-        Unknown words occur in the contexts but are never targets.
+        Unknown words occur in the contexts but are never targets. Shorter contexts are padded on
+        the left.
 
         Args:
             texts: Texts as sequences of words.
             length: Number of context words.
 
         Returns:
-            Contexts, int64 `[N, length]`; the next words as indices into `names`, int64 `[N]`; and
-            the index of the text of each example, int64 `[N]`.
+            A tuple of the contexts, int64 `[N, length]`, the next words as indices into `names`,
+            int64 `[N]`, and the text of each example as an index into `texts`, int64 `[N]`.
         """
         contexts = []
         next_words = []
@@ -359,7 +376,7 @@ class Vocabulary:
 
 
 MAX_NUMBERED_CLASSES = 20
-"""Maximum number of distinct values for which numeric labels are inferred to be classes."""
+"""Maximum number of distinct numeric labels that are inferred to be classes."""
 
 Columns = dict[str, Tensor]
 """Preprocessed examples: inputs "x" and, unless the examples are unlabeled, targets "y"."""
@@ -370,21 +387,25 @@ class Examples:
     """Raw examples, before preprocessing, with targets and optional further columns.
 
     Attributes:
-        x: uint8 images `[N, C, H, W]`; floats `[N, C, H, W]` (images), `[N, T, F]` (series) or
-            `[N, F]` (tables); or int64 tokens `[N, T]`.
+        x: Inputs, which are images (uint8 or float `[N, C, H, W]`), series (float `[N, T, F]`),
+            tables (float `[N, F]`) or tokens (int64 `[N, T]`).
         y: Targets as defined by `Task`, or None if the examples are unlabeled.
-        group: Group of each row, for example its hospital, as indices into `group_names`, int64
+        group: Group of each row, for example a hospital, as indices into `group_names`, int64
             `[N]`.
         group_names: Names of the groups.
         patient: Patient of each row, as indices into `patient_names`, int64 `[N]`. The rows of a
             patient are never divided between splits or clients.
         patient_names: Names of the patients.
-        time: Time of each target, int64 `[N]`, in seconds since 1970 or any other unit. If it is
-            set, training, validation and test rows are split by date instead of at random.
+        time: Time of each target, int64 `[N]`, in seconds since 1970 or any other unit. If None,
+            training, validation and test rows are split at random, otherwise by date.
         unit: Scale of the regression targets of each row, for example the mean of a site, float
-            `[N]`. Errors are reported for the targets multiplied by this scale.
-        baselines: Outputs `[N, outputs]` of simple forecasting rules, by name. They are compared
-            with the outputs of models and are not inputs of models.
+            `[N]`. Errors are reported for the targets multiplied by this scale. If None, the scale
+            is 1.
+        baselines: Outputs `[N, outputs]` of simple forecasting rules, keyed by name. Model outputs
+            are compared with these outputs, which are never model inputs.
+
+    Raises:
+        UserError: If a column and `x` differ in the number of rows.
 
     Example:
         >>> import torch
@@ -426,7 +447,7 @@ class Examples:
 
     @property
     def labels(self) -> Tensor:
-        """The targets `y` of labeled examples."""
+        """Targets `y`, which must not be None."""
         assert self.y is not None
         return self.y
 
@@ -447,7 +468,7 @@ _BY_ROW = ("y", "group", "patient", "time", "unit")
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:
     """Concatenate parts of a data set.
 
-    Columns and baselines that are missing from a part are dropped.
+    Columns and baselines that any part lacks are dropped.
 
     Args:
         parts: Examples with the same `group_names` and `patient_names`.
@@ -474,7 +495,8 @@ def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
     """Convert values to indices into their distinct names.
 
     Args:
-        values: Values, which are converted to strings without surrounding spaces.
+        values: Values of any type. Each value is converted to a string, and surrounding spaces are
+            removed.
 
     Returns:
         Indices, int64 `[N]`, and the distinct names in natural order.
@@ -487,23 +509,25 @@ def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
 
 @dataclass
 class Dataset:
-    """A data set with its task and description.
+    """A data set with a learning task and a description.
 
     Attributes:
         name: Name of the data set.
         task: Learning task.
         train: Rows that are partitioned among the clients.
-        validation: Global validation set, if the data set has one.
-        test: Global test set, if the data set has one.
+        validation: Global validation set. If None, `federate` holds out the share `data.validation`
+            of the training rows.
+        test: Global test set. If None, `federate` holds out training rows (see `with_test`).
         simulated: Whether the data is generated.
         about: Short description.
         columns: Names of the features of a table, or of the channels of a series.
         notes: Remarks on how the data was read, shown to the user before the run.
-        blocks: Modalities of flat float rows `[N, D]`, in order.
-        first_missing: Location of the first missing value, for error messages.
-        span: Maximum time between the first and the last target of a row, in the unit of
+        blocks: Blocks of multimodal float rows `[N, D]`, in order.
+        first_missing: Location of the first missing value, for error messages. Empty if no location
+            is known.
+        span: Maximum time between the first and the last target of a row. The unit is that of
             `Examples.time`, which contains the time of the last target.
-        vocabulary: Vocabulary of the tokens if x consists of tokens.
+        vocabulary: Vocabulary if x consists of tokens, otherwise None.
         categories: Text columns that are one-hot encoded, with their values.
 
     Example:
@@ -548,7 +572,7 @@ class Dataset:
         return ColumnLayout(self.columns, self.blocks, self.categories)
 
     def splits(self) -> dict[str, Examples]:
-        """Return the existing splits by name."""
+        """Return the existing splits, keyed by "train", "validation" and "test"."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: examples for name, examples in splits.items() if examples is not None}
 
@@ -564,21 +588,20 @@ def check_examples(
 ) -> None:
     """Check the dtypes, shapes and values of labeled examples.
 
-    All rows may have the same class.
+    Examples of a single class are accepted.
 
     Args:
         examples: Examples to check.
         task: Learning task.
         where: Name of the examples, for error messages. Rows in messages count from 0.
-        names: Names of x and y in the source.
+        names: Names of x and y in the source, for error messages.
         missing: Whether NaN in x stands for a missing value instead of being an error. Images must
             not contain NaN in any case.
-        vocabulary: Vocabulary if x consists of tokens.
+        vocabulary: Vocabulary if x consists of tokens, otherwise None.
 
     Raises:
-        UserError: If there are no rows; x has a wrong dtype or shape, is not finite, or has tokens
-            outside the vocabulary; y is missing, has a wrong dtype or shape, is not finite or is
-            out of range; or times, units or baselines are invalid.
+        UserError: If there are no rows, y is missing, or x, y, times, units or baselines have a
+            wrong dtype or shape or values that are not finite or out of range.
 
     Example:
         >>> import torch

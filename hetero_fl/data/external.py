@@ -49,7 +49,7 @@ def match_to_common(
     needed: Collection[str] | None = None,
     owner: str = "",
 ) -> Examples:
-    """Convert the training rows of a client's source to the classes and columns of the main data.
+    """Convert the training rows of a source to the classes and columns of the main data set.
 
     Named classes and columns are matched by name, unnamed ones by number. The source may lack
     classes, and columns or blocks that are not needed.
@@ -58,8 +58,11 @@ def match_to_common(
         own: Data set of the client.
         common_set: Main data set.
         where: Configuration key of the source, for error messages.
-        needed: Columns or blocks that the source must have. None means all.
-        owner: Owner of the needed columns, for error messages. By default the main data set.
+        needed: Columns or blocks that the source must have. If None, all are required.
+        owner: Owner of the needed columns, for error messages. If empty, the main data set.
+
+    Returns:
+        The training rows of the source, with the classes and columns of the main data set.
 
     Raises:
         UserError: If the tasks differ, the source has an unknown class, column or block, or a
@@ -142,7 +145,7 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
 
 
 def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
-    """Convert integer labels to the numbers of the classes with these names.
+    """Convert integer labels, which are the names of classes, to class numbers.
 
     Args:
         y: Labels, int64 `[N]`.
@@ -182,6 +185,9 @@ def source_with_task(
         text: Text settings of the main data set.
         categories: Categories of the main data set.
         label: Label column of the main data set.
+
+    Returns:
+        A copy of the source configuration.
     """
     shared: dict[str, Any] = {}
     if reads_key(source.name, "text"):
@@ -216,8 +222,8 @@ def match_columns(
         names: Names of the columns of `x`.
         common_set: Main data set.
         where: Name of the examples, for error messages.
-        needed: Columns that must exist. None means all.
-        owner: Owner of the needed columns, for error messages. By default the main data set.
+        needed: Columns that must exist. If None, all are required.
+        owner: Owner of the needed columns, for error messages. If empty, the main data set.
         advice: End of the error message for a missing column.
 
     Returns:
@@ -267,21 +273,23 @@ def match_blocks(
 ) -> Tensor:
     """Rearrange blocks in the order of the main data set.
 
-    Blocks are matched by name. A missing block becomes NaN. Examples without blocks are used as the
-    only block with the same shape.
+    Blocks are matched by name. A missing block becomes NaN. Examples without blocks are returned
+    unchanged if they have the shape of a whole row. Otherwise, they are used as the only block with
+    their shape.
 
     Args:
         x: Examples, shape `[N, ...]`.
         blocks: Blocks of the examples.
         common_set: Main data set.
         where: Name of the examples, for error messages.
-        needed: Blocks that must exist. None means all.
+        needed: Blocks that must exist. If None, all are required.
 
     Returns:
         Rows with the blocks of the main data set, shape `[N, D]`.
 
     Raises:
-        UserError: If a needed block is missing, or a block is unknown or has another shape.
+        UserError: If a needed block is missing, a block is unknown or has another shape, or
+            examples without blocks match no single block.
     """
     if not blocks:
         if tuple(x.shape[1:]) == tuple(common_set.train.x.shape[1:]):
@@ -323,20 +331,21 @@ def load_unlabeled(
 ) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
     """Load the training examples of a source without labels.
 
-    Values may be missing (NaN). Local files need no labels: a `.npz` file with `train_images` only,
-    a table without `label`, or a folder of images.
+    Values may be missing (NaN). Local files need no labels. A `.npz` file may contain
+    `train_images` only, a table may have no label column, and a folder of images may have no class
+    folders.
 
     Args:
         config: Source configuration.
         root: Folder for downloads.
         where: Configuration section, for error messages.
-        vocabulary: Vocabulary that the source must have, or None if the examples are not tokens.
+        vocabulary: Vocabulary that the source must have. If None, the examples are not tokens.
 
     Returns:
-        Examples, names of the columns, and blocks.
+        The examples, shape `[N, ...]`, the names of their columns, and their blocks.
 
     Raises:
-        UserError: See `load_source`. Also if the source has another vocabulary.
+        UserError: If the source cannot be loaded (see `load_source`) or has another vocabulary.
     """
     try:
         unlabeled = _load_unlabeled_file(config)
@@ -361,7 +370,7 @@ def load_unlabeled(
 def _load_labeled(
     config: SourceConfig, root: Path, where: str, common_set: Dataset
 ) -> tuple[Dataset, Tensor]:
-    """Load a data set, and its labels with the class numbers of the main data set."""
+    """Load a data set, and convert the labels to the class numbers of the main data set."""
     try:
         own = load_source(config, root, where, missing=True)
         return own, match_labels(own, common_set, where)
@@ -370,7 +379,7 @@ def _load_labeled(
 
 
 def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Return the examples and column names of an unlabeled file; None for other sources."""
+    """Return the examples and column names of an unlabeled file, or None for other sources."""
     if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
     path = Path(config.path).expanduser()
@@ -402,7 +411,7 @@ def proxy_set(
     server: PreprocessConfig | None,
     seed: int,
 ) -> tuple[dict[str, RowSelection], Tensor]:
-    """Hold out the proxy set from the training rows, or load it from its own source.
+    """Hold out the proxy set from the training rows, or load the proxy set from its own source.
 
     The selection of rows does not depend on labels. Labels are removed unless `data.proxy.labels`
     is set.
@@ -411,12 +420,13 @@ def proxy_set(
         dataset: Main data set.
         config: Data configuration.
         rows: Training rows to hold out from, int64 `[M]`.
-        profiles: Profiles of the clients that use the proxy set.
-        server: Preprocessing of the server, if the server has a model.
+        profiles: Distinct settings of the clients that use the proxy set.
+        server: Preprocessing of the server. If None, the server has no model.
         seed: Seed of the run.
 
     Returns:
-        The proxy set as `{"proxy": rows}`, or an empty dictionary, and the remaining training rows.
+        The proxy set as `{"proxy": rows}`, or an empty dictionary if no proxy set is configured,
+        and the remaining training rows.
 
     Raises:
         UserError: If there are too few rows, or the source does not match the main data set.
@@ -467,7 +477,7 @@ def _load_proxy_set(
     server: PreprocessConfig | None,
     generator: torch.Generator,
 ) -> RowSelection:
-    """Load the proxy set from `data.proxy.source` and convert it to the main data set's columns."""
+    """Load `data.proxy.source` and convert the examples to the columns of the main data set."""
     source = config.proxy.source
     assert source is not None
     where = "data.proxy.source"
@@ -506,9 +516,9 @@ class ClientSources:
     """The rows of clients with their own sources.
 
     Attributes:
-        private: Rows of each split by client id.
+        private: Splits of each client, keyed by client id.
         notes: Remarks on how the sources were read.
-        simulated: Whether a source is generated.
+        simulated: Whether any of the sources is generated.
     """
 
     private: dict[str, Splits]
@@ -517,10 +527,12 @@ class ClientSources:
 
 
 def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
-    """Return the ids of the clients of each separate source.
+    """Return the ids of the clients with their own sources, keyed by source.
+
+    Clients without their own source are not included.
 
     Raises:
-        UserError: If the source of a client is that of the main data set.
+        UserError: If the source of a client is the source of the main data set.
     """
     clients_of: dict[SourceConfig, list[str]] = {}
     named = any(profile.settings.data is not None for profile in clients.profiles)
@@ -543,14 +555,17 @@ def load_client_sources(
     clients: Population,
     seed: int,
 ) -> ClientSources:
-    """Load the separate sources of clients, and partition and split their rows.
+    """Load the separate sources of clients, and partition and split the rows of each source.
 
     Args:
-        clients_of: Ids of the clients of each source.
+        clients_of: Ids of the clients with their own sources, keyed by source.
         common_set: Main data set, to whose classes and columns the rows are converted.
         config: Data configuration.
-        clients: Settings by client id.
+        clients: Client settings, keyed by client id.
         seed: Seed of the run.
+
+    Returns:
+        The rows of the clients, and remarks on how the sources were read.
 
     Raises:
         UserError: If a source does not match the main data set, or several clients share a source

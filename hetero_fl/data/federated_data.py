@@ -64,7 +64,7 @@ CACHED_CLIENTS = 4096
 
 
 def column_cache(max_bytes: float) -> BoundedCache[Columns]:
-    """Return an empty cache that holds at most `max_bytes` of preprocessed examples."""
+    """Return an empty cache that stores at most `max_bytes` of preprocessed examples."""
     return BoundedCache(max_bytes, _num_bytes)
 
 
@@ -81,16 +81,17 @@ class FederatedData:
     Args:
         task: Learning task.
         name: Name of the data set.
-        clients: Settings by client id.
+        clients: Client settings, keyed by client id.
         private: Rows of the clients.
-        public: Proxy set, if there is one, and global validation and test sets, by name.
+        public: Public sets, keyed by "common_validation", "common_test" and, if there is a proxy
+            set, "proxy".
         seed: Seed of the run.
         simulated: Whether the data is generated.
         about: Short description.
         cache_bytes: Maximum size in bytes of each of the two caches of preprocessed examples.
         notes: Remarks on how the data was read and partitioned.
         layout: Names of the columns or blocks along the last axis of the examples.
-        vocabulary: Vocabulary if the examples are tokens.
+        vocabulary: Vocabulary if the examples are tokens, otherwise None.
 
     Attributes:
         task: Learning task.
@@ -100,9 +101,10 @@ class FederatedData:
         notes: Remarks on how the data was read and partitioned, shown to the user before the run.
         input_shape: Shape of a raw example of the global test set, without the batch dimension.
         layout: Names of the columns or blocks along the last axis of the examples.
-        vocabulary: Vocabulary if the examples are tokens; it is the same for all models.
+        vocabulary: Vocabulary of all models if the examples are tokens, otherwise None.
         client_rows: Rows of each client.
-        public_sets: Proxy set, if there is one, and global validation and test sets, by name.
+        public_sets: Public sets, keyed by "common_validation", "common_test" and, if there is a
+            proxy set, "proxy".
 
     Example:
         >>> from hetero_fl.config.clients import ClientSettings
@@ -161,17 +163,20 @@ class FederatedData:
 
     @property
     def client_ids(self) -> list[str]:
-        """Sorted ids of all clients, as a new list."""
+        """Sorted ids of all clients, as a new list on each access."""
         return sorted(self._settings)
 
     @property
     def n_train(self) -> int:
-        """Number of training rows of all clients, or of the pool for the partition `drawn`."""
+        """Number of training rows of all clients.
+
+        For clients that sample from a pool (partition `drawn`), the rows of the pool count once.
+        """
         return self.client_rows.n_train
 
     @property
     def n_proxy(self) -> int:
-        """Number of rows of the proxy set; 0 if there is none."""
+        """Number of rows of the proxy set, or 0 if there is no proxy set."""
         return len(self.public_sets["proxy"].rows) if "proxy" in self.public_sets else 0
 
     @property
@@ -191,9 +196,9 @@ class FederatedData:
     def label_counts(self, client: str) -> Tensor:
         """Count the labels of the training rows of a client.
 
-        For multilabel tasks, the result contains the number of rows in which each label is 1; for
-        regression, the number of all rows for each target. The counts of clients on other machines
-        may be unavailable, see `reveals_labels`.
+        For multilabel tasks, the count of a label is the number of rows in which the label is 1.
+        For regression tasks, each count is the number of all rows. The counts of a client on
+        another machine are available only if `reveals_labels` is True for the client.
 
         Args:
             client: Client id.
@@ -235,7 +240,11 @@ class FederatedData:
     def preprocess(self, client: str) -> Preprocess:
         """Return the preprocessing of a client.
 
-        With `normalize: own`, it uses the statistics of the client's training rows.
+        With `normalize: own`, the preprocessing uses the statistics of the client's training rows.
+        A client on another machine reports these statistics.
+
+        Raises:
+            UserError: If the settings do not apply to the examples.
         """
         config = self._settings[client].preprocess
         where = f"client '{client}': preprocess"
@@ -260,13 +269,16 @@ class FederatedData:
         Args:
             config: Preprocessing configuration.
             where: Configuration section, for error messages.
+
+        Raises:
+            UserError: If a column or block is unknown.
         """
         return Preprocess.without_normalization(config, self.layout, self.input_shape, where)
 
     def own_view(self, client: str) -> Preprocess | None:
-        """Return the preprocessing of a client without normalization, if it has `normalize: own`.
+        """Return the preprocessing of a client with `normalize: own`, without normalization.
 
-        For other clients, return None.
+        For a client with another value of `normalize`, None is returned.
         """
         config = self._settings[client].preprocess
         return (
@@ -276,7 +288,11 @@ class FederatedData:
         )
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
-        """Return whether a proxy set has values in the columns that `preprocess` selects."""
+        """Return whether there is a proxy set with values in the selected columns.
+
+        Args:
+            preprocess: Preprocessing that selects the columns.
+        """
         if preprocess.raw is None or "proxy" not in self.public_sets:
             return "proxy" in self.public_sets
         key = (preprocess.spans, preprocess.blocks)
@@ -288,8 +304,8 @@ class FederatedData:
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
         """Return the preprocessing of the server.
 
-        With `normalize: own`, it uses the statistics of the proxy set or, if there is none, of the
-        global validation set.
+        With `normalize: own`, the preprocessing uses the statistics of the proxy set or, if there
+        is none, of the global validation set.
 
         Raises:
             UserError: If the settings do not apply to the examples.
@@ -308,21 +324,21 @@ class FederatedData:
         separate caches of `cache_bytes` each, so public sets usually stay cached.
 
         Args:
-            owner: Client id; "server" for the pooled set; ignored for public sets.
-            name: Name of the set: "train", "validation" or "test" for a split of a client; "proxy",
-                "common_test" or "common_validation" for a public set; or "pooled" for the training
-                rows of all clients in the order of the client ids, without rows that `preprocess`
-                cannot use.
+            owner: Client id, or "server" for the pooled set. Ignored for public sets.
+            name: Name of the set. A split of a client is "train", "validation" or "test". A public
+                set is "proxy", "common_test" or "common_validation". The set "pooled" contains the
+                training rows of all clients in the order of the client ids, without rows that
+                `preprocess` cannot use.
             preprocess: Preprocessing of the examples.
 
         Returns:
             Inputs "x" and, unless the set is unlabeled, targets "y". Numbers have the default dtype
-            of torch; tokens and classes are int64.
+            of torch. Tokens and classes are int64.
 
         Raises:
             UserError: If there is no proxy set, or the rows of the clients differ in shape and
                 cannot be pooled.
-            KeyError: If there is no set with this name.
+            KeyError: If there is no such client or set.
         """
         # The default dtype is a part of the cache keys.
         dtype = torch.get_default_dtype()
@@ -351,11 +367,14 @@ class FederatedData:
         return self._preprocess(self._raw_rows(owner, name), preprocess)
 
     def extra_columns(self, owner: str, name: str) -> Examples:
-        """Return the rows of a set with all columns except x, such as times and units.
+        """Return all columns of a set except x, such as times and units.
 
         Args:
-            owner: Client id; ignored for public sets.
+            owner: Client id. Ignored for public sets.
             name: Name of a public set or of a split of the client.
+
+        Returns:
+            The rows of the set, with x replaced by an empty tensor of shape `[N, 0]`.
         """
         share = self.public_sets[name] if name in PUBLIC else self.client_rows[owner][name]
         return replace(share.examples, x=torch.empty(len(share.examples), 0)).select_rows(
@@ -367,7 +386,7 @@ class FederatedData:
         return self.public_sets[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
-        """Yield the raw x of each client's training rows, and of the pool if there is one."""
+        """Yield the raw inputs of each client's training rows, and of the pool if there is one."""
         for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
                 yield share.copy_rows().x
@@ -382,7 +401,7 @@ class FederatedData:
         Args:
             rows: Rows of each client.
             unscanned: Clients whose training rows have already passed through the simulated scanner
-                (see `unprocessed_rows`), which is not applied again.
+                (see `unprocessed_rows`). The scanner is not applied to these rows again.
         """
         data = copy.copy(self)
         data.client_rows = rows
@@ -395,7 +414,7 @@ class FederatedData:
         return data
 
     def share_memory(self) -> None:
-        """Move the raw arrays to shared memory."""
+        """Move the raw inputs and targets of all rows to shared memory."""
         shares = [
             *self.public_sets.values(),
             *(share for _, share in self.client_rows.rows_by_location()),
@@ -408,8 +427,8 @@ class FederatedData:
     def content_hash(self) -> str:
         """Return the SHA-256 hash of all examples and labels with their owners.
 
-        Rows on other machines are included by the hashes that their clients report. Two runs with
-        the same hash and configuration have the same data.
+        For rows on another machine, the hash that the client reports is included. Two runs with the
+        same hash and configuration have the same data.
         """
         located = [
             (("", name), share) for name, share in self.public_sets.items()
@@ -498,9 +517,9 @@ def federate(
 
     1. Hold out a global test set if the data set has none, and limit the test rows to `test_limit`.
     2. Limit the training rows to `train_limit`.
-    3. Hold out the proxy set, or load it from its own source, and remove its labels unless
+    3. Hold out the proxy set, or load the proxy set from its own source. Remove the labels unless
        `proxy.labels` is set.
-    4. Hold out the global validation set if the data set has none.
+    4. Hold out the share `validation` as the global validation set if the data set has none.
     5. Partition the remaining rows among the clients without their own source. A source that
        several clients name is partitioned among these clients.
     6. Split the rows of each client into train, validation and test.
@@ -515,16 +534,19 @@ def federate(
     Args:
         dataset: Data set.
         config: Data configuration.
-        clients: Settings by client id.
+        clients: Client settings, keyed by client id.
         seed: Seed of the run.
         cache_bytes: Maximum size in bytes of each of the two caches of preprocessed examples.
-        server: Preprocessing of the server, if the server has a model.
-        absent: Clients whose rows are on other machines.
+        server: Preprocessing of the server. If None, the server has no model.
+        absent: Clients whose rows are on other machines. These rows are not loaded.
+
+    Returns:
+        The data of all participants.
 
     Raises:
-        UserError: If there are too few rows; classes, columns or shapes do not match; settings do
-            not apply to the data; or a participant without `missing: indicate` uses a missing
-            value.
+        UserError: If there are too few rows, if classes, columns or shapes do not match, if
+            settings do not apply to the data, or if a participant without `missing: indicate` uses
+            a missing value.
 
     Example:
         >>> from hetero_fl.config.clients import ClientSettings

@@ -26,6 +26,9 @@ def partition_patients(
 ) -> list[Tensor]:
     """Partition patients as if they were rows, then move patients to clients with too few rows.
 
+    The kind `natural` partitions rows by group instead. With the kind `classes`, no patients are
+    moved, as they could have classes that are not assigned to the client.
+
     Args:
         partition: Partition function of the configured kind.
         context: Inputs of the partition function, with an entry for each row.
@@ -35,8 +38,8 @@ def partition_patients(
         Row indices of each client.
 
     Raises:
-        UserError: If there are fewer patients than clients, or no partition is found that divides
-            no patient and gives every client enough rows.
+        UserError: If there are fewer patients than clients, a patient is in two groups (kind
+            `natural`), or some client gets fewer than `min_size` rows.
     """
     clients = len(context.share)
     if context.config.kind == "natural":
@@ -92,8 +95,8 @@ def too_few_rows_error(context: PartitionContext) -> UserError:
 def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
     """Check that the groups of a natural partition match the clients.
 
-    Groups match if they have the names of the clients. If no name matches, there must be as many
-    groups as clients, or a single client, which gets all groups.
+    Groups match if their names are the client ids. If no name matches, there must be as many groups
+    as clients, or a single client, which gets all groups.
 
     Args:
         groups: Names of the groups.
@@ -101,7 +104,7 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
         name: Name of the data set, for messages.
 
     Returns:
-        Remarks on which client gets which group; empty if the names match.
+        Remarks on which client gets which group. If the names match, the list is empty.
 
     Raises:
         UserError: If the groups do not match the clients.
@@ -168,23 +171,23 @@ def check_patients_in_one_group(dataset: Dataset) -> None:
                 )
 
 
-def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:
+def most_common_stratum(strata: Tensor, patient: Tensor) -> Tensor:
     """Return the most common stratum of the rows of each patient.
 
     Ties are resolved in favor of the lowest stratum.
 
     Args:
         strata: Stratum of each row, int64 `[N]`, starting at 0.
-        unit: Patient of each row, int64 `[N]`, with all values from 0 to P - 1.
+        patient: Patient of each row, int64 `[N]`, with all values from 0 to P - 1.
 
     Returns:
         Strata, int64 `[P]`.
     """
     num_strata = int(strata.max()) + 1
-    pairs, rows = (unit * num_strata + strata).unique(return_counts=True)
-    patient = pairs // num_strata
-    order = np.lexsort((pairs % num_strata, -rows, patient))
-    first = np.unique(patient[order], return_index=True)[1]
+    pairs, rows = (patient * num_strata + strata).unique(return_counts=True)
+    patient_of_pair = pairs // num_strata
+    order = np.lexsort((pairs % num_strata, -rows, patient_of_pair))
+    first = np.unique(patient_of_pair[order], return_index=True)[1]
     return pairs[order[first]] % num_strata
 
 
@@ -194,7 +197,7 @@ def move_patients_to_short_clients(
     """Move whole patients from the largest clients to clients with too few rows.
 
     Args:
-        owner: Client of each patient, int64 `[P]`; -1 for patients without a client.
+        owner: Client of each patient, or -1 for patients without a client, int64 `[P]`.
         size: Number of rows of each patient, int64 `[P]`.
         clients: Number of clients.
         min_rows: Minimum number of rows per client.
@@ -227,7 +230,7 @@ def move_patients_to_short_clients(
 
 
 def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
-    """Return two rows of one patient that are in different parts, or None if there are none."""
+    """Return two rows of a patient in different parts, or None if no patient is divided."""
     rows = torch.cat(list(parts))
     part_of = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
     order = patient[rows].argsort(stable=True)

@@ -25,13 +25,13 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
     NaN stands for a missing value. `x` may have the following formats:
 
     - An array as accepted by `SavedModel.examples`.
-    - For a model of selected columns or blocks, an array of whole rows as in the data set. If the
-      model uses a single block, the array may contain the values of this block only.
-    - For a model of blocks, a dictionary from the names of blocks to arrays of shape `[N, *shape]`.
-      Blocks that may be missing can be omitted.
-    - For a model of a table with named columns, a data frame with the columns in any order. Unused
-      columns, and columns that may be missing, can be omitted. Text columns are encoded as in
-      training.
+    - An array of whole rows as in the data set, if the model uses selected columns or blocks. If
+      the model uses a single block, the array may contain the values of this block only.
+    - A dictionary from the names of blocks to arrays of shape `[N, *shape]`, if the model uses
+      blocks. Blocks that may be missing can be omitted.
+    - A data frame with the columns in any order, if the model uses a table with named columns.
+      Unused columns, and columns that may be missing, can be omitted. Text columns are encoded as
+      in training.
 
     Args:
         model: Saved model.
@@ -41,7 +41,8 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
         Preprocessed examples, the inputs of the model.
 
     Raises:
-        UserError: If a shape or name does not match, or a value is infinite or missing.
+        UserError: If a shape or name does not match, a value is infinite, or a value is missing and
+            the model does not accept missing values.
     """
     view = Preprocess(**model.preprocess)
     if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
@@ -111,7 +112,7 @@ def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
 
 
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
-    """Concatenate blocks in the order of the view to rows `[N, D]`; omitted blocks are NaN."""
+    """Concatenate blocks in the order of the view to rows `[N, D]`, with NaN for omitted blocks."""
     names = [b.name for b in view.blocks]
     check_names(blocks, names, f"{WHERE}: unknown block")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}

@@ -49,20 +49,26 @@ def join_images_and_table(
         table: A file (`.csv`, `.tsv`, `.parquet`) or pandas data frame with one row per patient.
             Empty cells are missing values.
         by: Column of the table that identifies the patient.
-        columns: Columns of the table for the second block; by default all numeric columns.
-        label: Column of the table with class numbers. If it is set, patients without an image
-            become examples, too; otherwise they are an error.
-        group: Group of each image (for example its hospital) for the natural partition, `[N]`.
-        table_group: Column of the table with the group of patients without an image.
+        columns: Columns of the table for the second block. If None, all numeric columns are used.
+        label: Column of the table with class numbers. If set, patients without an image also become
+            examples. If None, a patient without an image is an error.
+        group: Group of each image, for example a hospital, for the natural partition, `[N]`. If
+            None, the rows have no groups.
+        table_group: Column of the table with the group of patients without an image. Required if
+            there are such patients and `group` is set.
         blocks: Names of the image block and the table block.
         name: Name of the data set.
         simulated: Whether the data is generated.
         about: Short description.
 
+    Returns:
+        A data set with two blocks. Each image is a row, and the rows of patients without an image
+        follow.
+
     Raises:
-        UserError: If a patient has no image and no label, occurs twice in the table or has no id;
-            a column is missing or not numeric; or no patient of the table has an image. Rows in
-            messages count from 1 below the header.
+        UserError: If a patient has no image and no label, a patient occurs twice in the table or
+            has no id, a column is missing or not numeric, or no patient of the table has an image.
+            Rows in messages count from 1 below the header.
 
     Example:
         >>> import numpy as np
@@ -194,7 +200,7 @@ def _join_rows(
 ) -> Examples:
     """Return N images with the table values of their patients, then M patients without images.
 
-    The rows have shape `[N + M, D]`. If M > 0, they have no labels, groups and patients yet.
+    The rows have shape `[N + M, D]`. If M > 0, the rows have no labels, groups and patients yet.
     """
     assert images.patient is not None
     pixels = images.x.flatten(1).float()
@@ -233,7 +239,7 @@ def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) ->
 def _table_groups(
     frame: pd.DataFrame, rows: list[int], table_group: str | None, images: Examples, where: str
 ) -> list[str]:
-    """Return the groups of patients in selected rows of the table; empty if images have none."""
+    """Return the groups of patients in selected rows of the table, or [] without groups."""
     from hetero_fl.data.sources.table_files import parse_names
 
     if images.group is None:
@@ -250,7 +256,7 @@ def _table_groups(
 def _append_labels(
     train: Examples, images: Examples, labels: list[int], groups: list[str], owners: list[str]
 ) -> Examples:
-    """Return the joined rows with their labels, groups and patients."""
+    """Add the labels, groups and patients to the joined rows."""
     assert images.patient is not None
     y = torch.cat([images.labels, torch.tensor(labels)])
     patient, patient_names = index_names(

@@ -44,8 +44,9 @@ USER_ARGUMENTS = "y, group, config, sizes, task, seed"
 def row_strata(y: Tensor, task: Task) -> Tensor:
     """Return the stratum of each row, which partitions use as the label of the row.
 
-    The stratum is the class (multiclass), the index of the rarest positive label plus one or 0 if
-    no label is positive (multilabel), or the decile of the first target (regression).
+    For multiclass tasks, the stratum is the class. For multilabel tasks, the stratum is one plus
+    the index of the rarest positive label, or 0 if no label is positive. For regression tasks, the
+    stratum is the decile of the first target.
 
     Args:
         y: Targets as defined by `Task`.
@@ -80,8 +81,8 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
 
     Args:
         total: Sum of the integers.
-        share: Shares, float `[K]`; they need not sum to one.
-        at_least: Minimum of each integer; `K * at_least` must not exceed `total`.
+        share: Shares, float `[K]`, which need not sum to one.
+        at_least: Minimum of each integer. `K * at_least` must not exceed `total`.
 
     Returns:
         Integers, int64 `[K]`.
@@ -107,7 +108,10 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
 
 
 def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
-    """Divide rows in proportion to the positive shares; zero shares get no rows."""
+    """Divide rows in proportion to shares, so that clients with a share of zero get no rows.
+
+    If all shares are zero, no client gets any rows.
+    """
     counts = np.zeros(len(share), dtype=np.int64)
     if (share > 0).any():
         counts[share > 0] = apportion(rows, share[share > 0])
@@ -133,8 +137,8 @@ def cut_below(proportions: np.ndarray, counts: np.ndarray, max_rows: np.ndarray)
     """Divide the rows of each class in given proportions among the clients that are not full.
 
     Classes are divided one after the other. A client that has reached its maximum number of rows
-    gets no rows of the following classes, which are divided among the other clients. The last class
-    of a client may exceed its maximum.
+    gets no rows of the following classes, which are divided among the other clients. A client may
+    exceed its maximum by the rows of the last class that it gets.
 
     Args:
         proportions: Proportion of each class per client, float `[classes, clients]`.
@@ -190,11 +194,11 @@ def user_partition(
     """Call a user-defined partition function and check its result.
 
     Args:
-        config: Partition settings; `kind` is the reference to the function.
+        config: Partition settings, whose `kind` is the reference to the function.
         arguments: Arguments of the function, in the order of `USER_ARGUMENTS`.
         rows: Number of rows.
         clients: Number of clients.
-        patient: Patient of each row, int64 `[N]`, or None.
+        patient: Patient of each row, int64 `[N]`. If None, the data does not identify patients.
 
     Returns:
         Sorted row indices of each client.
@@ -256,7 +260,7 @@ class PartitionContext:
 
     Attributes:
         strata: Stratum of each row, int64 `[N]` (see `row_strata`).
-        group: Group of each row, int64 `[N]`, or None.
+        group: Group of each row, int64 `[N]`. If None, the data has no groups.
         config: Partition settings.
         share: Share of the rows per client, float64 `[K]`, proportional to the client sizes and
             summing to one.
@@ -284,11 +288,11 @@ class PartitionContext:
         return len(self.strata)
 
     def rng(self, *use: str | int) -> np.random.Generator:
-        """Return a NumPy generator that is seeded by the seed of the run and a purpose."""
+        """Return a NumPy generator that is seeded with the seed of the run and with `use`."""
         return keyed_numpy_generator("data", self.seed, "partition", *use)
 
     def shuffled(self, rows: Tensor, *use: str | int) -> Tensor:
-        """Return the rows in a random order that depends on the seed of the run and a purpose."""
+        """Return the rows in a random order that depends on the seed of the run and on `use`."""
         generator = keyed_generator("data", self.seed, "partition", *use)
         return rows[torch.randperm(len(rows), generator=generator)]
 
@@ -300,7 +304,8 @@ _partitions: dict[str, PartitionFunction] = {}
 def register_partition(name: str) -> Callable[[PartitionFunction], PartitionFunction]:
     """Register a partition function for `data.partition.kind`.
 
-    The function takes a `PartitionContext` and returns the row indices of each client.
+    The function accepts a `PartitionContext` and returns the row indices of each client. A function
+    that is already registered under this name is replaced.
 
     Args:
         name: Name of the partition kind.
@@ -342,12 +347,13 @@ def partition_rows(
 
     Args:
         y: Targets, `[N]` or `[N, L]`.
-        group: Group of each row, int64 `[N]`; required by the kind `natural`.
+        group: Group of each row, int64 `[N]`, or None. The kind `natural` requires groups.
         config: Partition settings.
         sizes: Relative size of each client.
         task: Learning task.
         seed: Seed of the run.
-        patient: Patient of each row, int64 `[N]`. All rows of a patient go to the same client.
+        patient: Patient of each row, int64 `[N]`, or None. All rows of a patient go to the same
+            client.
 
     Returns:
         Sorted, disjoint row indices (int64) of each client, at least `config.min_size` each.
@@ -434,8 +440,9 @@ def partition_in_order(context: PartitionContext) -> list[Tensor]:
 def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
     """Assign rows at random, with client shares sampled from a Dirichlet distribution.
 
-    The concentration parameter of each of the K clients is `alpha * K` times its share of the total
-    size, which is `alpha` if all sizes are equal.
+    The concentration parameter of a client is `alpha * K * share`, where K is the number of clients
+    and `share` is the client's share of the total size. If all sizes are equal, the parameter is
+    `alpha`.
 
     Example:
         >>> import torch
@@ -458,13 +465,14 @@ def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
 def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
     """Divide each class among clients in proportions sampled from a Dirichlet distribution.
 
-    The concentration parameter of each of the K clients is `alpha * K` times its share of the total
-    size. Proportions are sampled again until every client has enough rows. If the sizes are equal,
-    this is the partition of Yurochkin et al. (ICML 2019) and Li et al. (ICDE 2022). After
-    `MAX_ATTEMPTS` samples, small clients get random rows of the largest client.
+    The concentration parameter of a client is `alpha * K * share`, where K is the number of clients
+    and `share` is the client's share of the total size. Proportions are sampled again until every
+    client has enough rows. If the sizes are equal, this is the partition of Yurochkin et al. (ICML
+    2019) and Li et al. (ICDE 2022). After `MAX_ATTEMPTS` samples, small clients get random rows of
+    the largest client.
 
-    With `config.cap`, a client that has `cap` times its share of the rows gets no further classes;
-    `cap=1` matches the code of Li et al.
+    If `config.cap` is set, a client that has `cap` times its share of the rows gets no further
+    classes. With `cap=1`, the partition matches the code of Li et al.
 
     Example:
         >>> import torch
@@ -501,10 +509,10 @@ def partition_by_classes(context: PartitionContext) -> list[Tensor]:
 
     Each client gets `config.classes` classes (McMahan et al. 2017), plus or minus up to
     `config.classes_spread`. The rows of a class are divided among the clients with this class in
-    proportion to their sizes. With `config.shots`, each of these clients instead gets that many
-    rows, multiplied by its relative size, and the remaining rows are left out (Tan et al. 2022).
-    Classes without a client are left out. The assignment is sampled again until every client has
-    enough rows.
+    proportion to the client sizes. If `config.shots` is set, a client with this class instead gets
+    `config.shots` rows, multiplied by the relative client size, and the remaining rows are left out
+    (Tan et al. 2022). Classes without a client are left out. The assignment is sampled again until
+    every client has enough rows.
 
     Raises:
         UserError: If there are fewer than `config.classes` classes, or no valid assignment is found
@@ -642,23 +650,23 @@ def assign_rows(
 ) -> dict[str, RowSelection]:
     """Partition training rows among clients, with groups and clients matched by name.
 
-    If there is only one client, it gets all rows.
+    A single client gets all rows.
 
     Args:
         dataset: Data set.
         rows: Training rows to assign, int64 `[M]`.
         names: Client ids, in order.
         config: Data configuration.
-        clients: Settings by client id.
+        clients: Client settings, keyed by client id.
         seed: Seed of the run.
         notes: List to which a remark is appended if groups and clients have different names.
 
     Returns:
-        Rows by client id.
+        Rows of each client, keyed by client id.
 
     Raises:
-        UserError: See `partition_rows` and `match_groups`. Also if a group has no training rows
-            left or, in a natural partition, a patient is in two groups.
+        UserError: If `partition_rows` or `match_groups` fails or, in a natural partition, a group
+            has no training rows left or a patient is in two groups.
     """
     train = dataset.train
     patient = None if train.patient is None else train.patient[rows]

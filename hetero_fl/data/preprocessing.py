@@ -1,7 +1,7 @@
 """Preprocessing of examples, and checks of missing values.
 
-`Preprocess` converts raw examples to the inputs of a participant's model. It is called a view, as
-several participants can use different columns and formats of the same examples.
+`Preprocess` converts raw examples to the inputs of a participant's model. An instance is called a
+view, as several participants can use different columns and formats of the same examples.
 """
 
 from __future__ import annotations
@@ -45,26 +45,27 @@ NOTHING = ColumnLayout()
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A view of raw examples: selected columns, converted to floats, resized and normalized.
+    """A view that converts raw examples to the inputs of a model.
 
     The steps are: select columns, convert to float, resize, change the number of channels,
     normalize, and append indicators of missing values. Series `[N, T, F]` become `[N, F, T]`, as
     models expect channels first. Views are hashable, so they can be used as cache keys.
 
     Attributes:
-        resize: Height and width of images in pixels.
-        channels: Number of channels of images.
+        resize: Height and width of images in pixels. If None, the size does not change.
+        channels: Number of channels of images. If None, the number does not change.
         mean: Mean to subtract, a single number or one per channel of images or per column of
-            tables, series and blocks.
+            tables, series and blocks. If None, examples are not normalized.
         std: Standard deviation to divide by, in the format of `mean`.
-        raw: Shape of a raw example, if known.
-        spans: Column ranges to select. None selects all columns.
+        raw: Shape of a raw example. If None, the shape is not known.
+        spans: Column ranges to select. If None, all columns are selected.
         blocks: Blocks in the selected columns. A single block is reshaped to its own shape unless
             `missing` is set.
-        missing: With "indicate", NaN becomes 0 after normalization, and an indicator per column, or
+        missing: If "indicate", NaN becomes 0 after normalization, and an indicator per column, or
             per block of data with blocks, is appended. A block is missing if all its values are
-            missing.
-        transform: Reference to a function of a batch that is applied last.
+            missing. If None, NaN does not change.
+        transform: Reference to a function that transforms each batch after all other steps. If
+            None, no function is called.
 
     Example:
         >>> import torch
@@ -134,12 +135,12 @@ class Preprocess:
 
         The statistics for `normalize: own` are computed from the training rows. Images, and blocks
         that are images, have one mean and standard deviation over all pixels after `resize` and
-        `channels`; tables and series have one per column. Missing values are ignored. A column
+        `channels`. Tables and series have one per column. Missing values are ignored. A column
         without values has mean 0, and standard deviations of 0 are replaced by 1.
 
         Args:
             config: Preprocessing configuration.
-            train_x_raw: Raw training rows of the participant, required for `normalize: own` only.
+            train_x_raw: Raw training rows of the participant. Required for `normalize: own` only.
             where: Configuration section, for error messages.
             layout: Names of the columns or blocks along the last axis of the examples.
             raw: Shape of a raw example.
@@ -188,7 +189,7 @@ class Preprocess:
         return values.sum(0) if self.missing is None else values.nansum(0)
 
     def _pool_block_sums(self, sums: Tensor) -> Tensor:
-        """Replace the sum of each column of an image block by the sum over the whole block."""
+        """Replace the sum of each column of an image block with the sum over the whole block."""
         sums = sums.clone()
         for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
             if block.image and len(sums) > 1:
@@ -358,9 +359,9 @@ def check_same_shape(
         shape: Raw shape of the examples.
         where: Configuration key of the examples, for error messages.
         name: Name of the examples, for error messages.
-        clients: Settings of the clients that use the examples, by client id.
+        clients: Settings of the clients that use the examples, keyed by client id.
         common: Main data set.
-        server: Preprocessing of the server, if the server has a model.
+        server: Preprocessing of the server. If None, the server is not checked.
 
     Raises:
         UserError: If the shapes differ for a client or the server.
@@ -466,15 +467,15 @@ def check_missing_values(
     """Check that clients with missing values have set `preprocess.missing: indicate`.
 
     Args:
-        profiles: Profiles of the clients that use the public sets.
-        clients: Settings by client id.
+        profiles: Distinct settings of the clients that use the public sets.
+        clients: Client settings, keyed by client id.
         private: Rows of the clients.
-        public: Public sets by name.
+        public: Public sets, keyed by name.
         layout: Names of the columns or blocks along the last axis of the examples.
         first_missing: Location of the first missing value as reported by the source.
 
     Returns:
-        A remark for each profile for which all values of the proxy set are missing.
+        A remark for each of `profiles` for which all values of the proxy set are missing.
 
     Raises:
         UserError: If a client without `missing: indicate` uses a missing value.
@@ -514,7 +515,7 @@ def check_missing_values(
 
 
 def _sets_with_missing_values(all_examples: Iterable[Examples]) -> set[int]:
-    """Return the `id` of all examples with missing values; shared examples are read only once."""
+    """Return the `id` of all examples with missing values, each of which is read only once."""
     sets = {id(examples): examples.x for examples in all_examples}
     return {
         key
@@ -534,7 +535,7 @@ def check_view(
     """Check that sets have no missing values in the columns that a view selects.
 
     Args:
-        sets: Sets by name.
+        sets: Sets of rows, keyed by name.
         view: View without `missing: indicate`.
         layout: Names of the columns or blocks along the last axis of the examples.
         where: Configuration section of the view, for error messages.
@@ -572,8 +573,8 @@ def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
 def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
     """Return a mask `[N]` of the rows that a view can use.
 
-    With `missing: indicate`, a row is usable if at least one selected value is present, otherwise
-    if all selected values are present.
+    With `missing: indicate`, a row is usable if at least one selected value is present. Otherwise,
+    a row is usable if all selected values are present.
     """
     if not x_raw.is_floating_point():
         return torch.ones(len(x_raw), dtype=torch.bool)

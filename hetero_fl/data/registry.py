@@ -55,9 +55,10 @@ def register_source(
 
     Args:
         name: Name of the source.
-        task: Learning task if it is fixed; files given in `path` are checked against it.
-        keys: Keys of `SourceConfig`, besides `name`, that the function reads. If `path` is among
-            them, it is required unless `generates` is set.
+        task: Learning task of the source, against which files in `path` are checked. If None, the
+            data determine the task.
+        keys: Keys of `SourceConfig`, besides `name`, that the function reads. The key `path` is
+            required unless `generates` is set.
         generates: Whether the function generates rows if `path` is not set. Such a function also
             reads `.npz` files itself.
 
@@ -100,17 +101,19 @@ def list_sources() -> list[str]:
 
 
 def reads_key(name: object, key: Key) -> bool:
-    """Return whether the function of the source with this name reads a configuration key."""
+    """Return whether a registered source has this name and reads a configuration key."""
     return name in _sources and key in _sources[str(name)].keys
 
 
 def needs_path(name: str) -> bool:
-    """Return whether the source with this name requires a local file or folder."""
+    """Return whether a registered source has this name and requires a local file or folder."""
     return reads_key(name, "path") and not _sources[name].generates
 
 
 def check_source(config: SourceConfig, where: str = "data") -> None:
     """Check that a source and its path exist, without reading data.
+
+    The function of a `python:` source is not checked.
 
     Args:
         config: Source configuration.
@@ -144,8 +147,9 @@ def load_source(
 ) -> Dataset:
     """Load a data set and check every row.
 
-    If `config.path` is a `.npz` file in the MedMNIST layout, it replaces the data of the source,
-    unless the source reads such files itself.
+    If `config.path` is a `.npz` file in the MedMNIST layout, the file replaces the data of the
+    source, unless the source reads such files itself. A data set that the program has passed as an
+    object (`object:NAME`) is returned without checks.
 
     Args:
         config: Source configuration.
@@ -199,7 +203,7 @@ def load_source(
 
 
 def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
-    """Reject keys that do not apply to the source, or to a `.npz` file in its place (`local`)."""
+    """Reject keys that do not apply to the source or, if `local` is set, to a `.npz` file."""
     accepted = {
         *entry.keys,
         *(("patient",) if local else ()),
@@ -227,7 +231,7 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
 
 
 def _reader_for_suffix(name: str) -> str:
-    """Return the source that reads the file or folder `name`; empty if there is none."""
+    """Return the source that reads the file or folder `name`, or an empty string."""
     path = Path(name)
     if path.is_dir():
         return "image_folder"

@@ -1,4 +1,4 @@
-"""Data with rows on other machines, and serialization of the public sets."""
+"""Data whose rows are partly on other machines, and serialization of the public sets."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hetero_fl.utils.serialization import decode, encode
 def describe_client_rows(
     data: FederatedData, client: str, send_view: bool, labels: bool
 ) -> RemoteDataInfo:
-    """Return the information on the rows of a client that is sent to the other participants.
+    """Return the information about a client's rows that is sent to the other participants.
 
     Args:
         data: Data of the federation.
         client: Client id.
         send_view: Whether to include the preprocessing of the client. Other participants cannot
-            compute it if it depends on the rows (`normalize: own`).
+            compute the preprocessing if it depends on the rows (`normalize: own`).
         labels: Whether to include the label counts of the training rows.
     """
     splits = data.client_rows[client]
@@ -49,7 +49,7 @@ def restrict_to_holder(
 
     Args:
         data: Data of the federation.
-        client: Client whose rows are kept, or None for the server, which has no rows.
+        client: Client whose rows are kept. If None, no rows are kept, as for the server.
         remote_info: Information about the rows of the other clients.
 
     Raises:
@@ -73,8 +73,9 @@ class PublicPack:
         simulated: Whether the data is generated.
         task: Learning task.
         layout: Names of the columns or blocks along the last axis of the examples.
-        vocabulary: Vocabulary if the examples are tokens.
-        public: Proxy set, if there is one, and global validation and test sets, by name.
+        vocabulary: Vocabulary if the examples are tokens, otherwise None.
+        public: Public sets, keyed by "common_validation", "common_test" and, if there is a proxy
+            set, "proxy".
     """
 
     name: str
@@ -94,7 +95,10 @@ class PublicPack:
         )
 
     def encode(self) -> bytes:
-        """Serialize the pack to bytes, without pickle."""
+        """Serialize the pack to bytes, without pickle.
+
+        The groups and patients of the rows are not included.
+        """
         vocabulary = None
         if self.vocabulary is not None:
             vocabulary = {"words": self.vocabulary.words, "buckets": self.vocabulary.buckets}
@@ -135,7 +139,7 @@ class PublicPack:
         )
 
     def content_hash(self) -> str:
-        """Return the SHA-256 hash of the sets, which equals `FederatedData.public_hash`."""
+        """Return the SHA-256 hash of the public sets, which equals `FederatedData.public_hash`."""
         shares = [
             (name, RowSelection.all_rows(examples))
             for name, examples in sorted(self.public.items())
@@ -145,13 +149,16 @@ class PublicPack:
     def data_of_client(
         self, client: str, config: DataConfig, clients: Mapping[str, ClientSettings], seed: int
     ) -> FederatedData:
-        """Load the rows of a client from its own source and combine them with the public sets.
+        """Load the rows of a client from the client's source, and add the public sets.
 
         Args:
             client: Client id.
             config: Data configuration.
-            clients: Settings by client id.
+            clients: Client settings, keyed by client id.
             seed: Seed of the run.
+
+        Returns:
+            The data of the federation, in which only this client has rows.
 
         Raises:
             UserError: If the client has no source, or the source does not match the public sets.

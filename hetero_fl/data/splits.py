@@ -22,7 +22,7 @@ from hetero_fl.utils.seeding import keyed_generator
 RARE = 0.1
 """Share of the rows below which a class is rare."""
 MIN_TRAIN_ROWS = 2
-"""Minimum number of training rows of a client; BatchNorm cannot train on a single row."""
+"""Minimum number of training rows of a client, as BatchNorm cannot train on a single row."""
 TEST_SHARE = 0.2
 """Share of the rows, or of the covered time, to hold out if a data set has no test set."""
 
@@ -60,18 +60,20 @@ def _make_selection(examples: Examples, rows: np.ndarray) -> RowSelection:
 
 
 Splits = dict[str, RowSelection]
-"""Train, validation and test rows of a client by name."""
+"""Rows of a client, keyed by "train", "validation" and "test"."""
 
 
 def sample_patients(
     patient: Tensor, count: int, generator: torch.Generator, leave: int = 1
 ) -> Tensor:
-    """Sample whole patients, so that no patient has rows in both the training and the test set.
+    """Sample all rows of randomly chosen patients.
+
+    No patient then has rows both inside and outside the sample.
 
     Args:
         patient: Patient of each row, int64 `[N]`.
         count: Maximum number of rows to sample. If all patients have more rows, the patient with
-            the fewest rows is sampled.
+            the fewest rows is sampled. If 0, no rows are sampled.
         generator: Random generator.
         leave: Minimum number of patients that are not sampled.
 
@@ -79,13 +81,13 @@ def sample_patients(
         Mask of the sampled rows, bool `[N]`.
 
     Raises:
-        UserError: If there are too few patients.
+        UserError: If `count` is positive and there are at most `leave` patients.
     """
-    unit, size = patient.unique(return_inverse=True, return_counts=True)[1:]
+    patient_index, size = patient.unique(return_inverse=True, return_counts=True)[1:]
     chosen = torch.zeros(len(size), dtype=torch.bool)
     order = torch.randperm(len(size), generator=generator)
     if count < 1:
-        return chosen[unit]
+        return chosen[patient_index]
     if len(size) <= leave:
         raise UserError(
             f"data.patient: expected more than {leave} patients to hold out some of them, got "
@@ -102,7 +104,7 @@ def sample_patients(
         chosen[taken] = True
     if not bool(chosen.any()):
         chosen[order[size[order].argsort(stable=True)[0]]] = True
-    return chosen[unit]
+    return chosen[patient_index]
 
 
 def draw_rows(
@@ -116,11 +118,11 @@ def draw_rows(
 
     Args:
         rows: Row indices, int64 `[M]`.
-        count: Number of rows to sample; with `patient`, the maximum number.
+        count: Number of rows to sample, or the maximum number if `patient` is set.
         generator: Random generator.
-        patient: Patient of each row of the whole data set, int64 `[N]`. If it is not None, whole
-            patients are sampled, see `sample_patients`.
-        leave: Minimum number of patients that are not sampled.
+        patient: Patient of each row of the whole data set, int64 `[N]`. If set, whole patients are
+            sampled (see `sample_patients`).
+        leave: Minimum number of patients that are not sampled. Ignored if `patient` is None.
 
     Returns:
         The sampled rows and the remaining rows, both sorted.
@@ -136,9 +138,11 @@ def draw_rows(
 
 
 def mark_rare_class(dataset: Dataset) -> Dataset:
-    """Return the data set, with `task.rare` set if one of its two classes is rare.
+    """Return a copy of a binary data set with `task.rare` set to the rare class.
 
-    A class is rare if it has less than a tenth of the training rows.
+    A class is rare if it has at least one but less than a tenth of the training rows. The data set
+    itself is returned if no class is rare, there are not two classes, or `task.rare` is already
+    set.
     """
     task = dataset.task
     y = dataset.train.y
@@ -154,7 +158,7 @@ def check_classes(dataset: Dataset, config: DataConfig) -> None:
     """Check that a multiclass data set has at least two classes.
 
     Raises:
-        UserError: If all rows have the same class.
+        UserError: If the task has a single class.
     """
     task = dataset.task
     if task.kind == "multiclass" and task.outputs < 2:
@@ -182,7 +186,10 @@ def check_categories(dataset: Dataset, config: DataConfig) -> None:
 
 
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:
-    """Return the number of rows in each split of a client without regard to patients."""
+    """Return the number of rows in each split of a client without regard to patients.
+
+    The validation and test splits have at least one row each, unless the share is 0.
+    """
     shares = {"validation": config.validation, "test": config.test}
     count = {name: max(1, round(share * rows)) if share else 0 for name, share in shares.items()}
     return {"train": rows - sum(count.values()), **count}
@@ -207,11 +214,11 @@ def split_client(
         client: Client id, on which the random numbers depend.
         min_size: Value of `data.partition.min_size`, for error messages.
         seed: Seed of the run.
-        patient: Patient of each row of the whole data set, int64 `[N]`. If it is not None, whole
-            patients are sampled.
+        patient: Patient of each row of the whole data set, int64 `[N]`. If set, whole patients are
+            sampled.
 
     Returns:
-        Sorted rows by split.
+        Sorted row indices, keyed by "train", "validation" and "test".
 
     Raises:
         UserError: If the client has too few rows or patients.
@@ -238,7 +245,7 @@ def split_client(
 
 
 def split_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Tensor]:
-    """Split rows at a date, so that forecasts are evaluated on later rows only.
+    """Split rows into those before and those after a cut in time.
 
     Args:
         time: Time of the last target of each row, int64 `[N]`.
@@ -268,10 +275,10 @@ def split_rows_by_date(
         where: Configuration key and client, for error messages.
 
     Returns:
-        Rows by split.
+        Row indices, keyed by "train", "validation" and "test".
 
     Raises:
-        UserError: If a split with a positive share gets no row.
+        UserError: If a split with a positive share gets no row, or no training row is left.
     """
     parts = {"validation": rows[:0], "test": rows[:0]}
     rest = rows
@@ -291,7 +298,7 @@ def split_rows_by_date(
 
 
 def rows_of_groups(examples: Examples, like: Examples, rows: Tensor) -> Tensor:
-    """Return the rows that belong to the groups of selected rows of other examples.
+    """Return the rows whose groups occur among selected rows of other examples.
 
     Groups are matched by name.
 
@@ -332,7 +339,7 @@ class RandomHoldout:
         """Return a fifth of the training rows as a test set, and the remaining rows, both sorted.
 
         Raises:
-            UserError: If there are too few rows.
+            UserError: If there are too few rows or patients.
         """
         name = self.dataset.name
         rows = torch.arange(len(self.dataset.train))
@@ -354,7 +361,7 @@ class RandomHoldout:
             seed: Seed of the run.
 
         Raises:
-            UserError: If there are too few rows.
+            UserError: If there are too few patients.
         """
         generator = keyed_generator("data", seed, "common_validation")
         count = max(1, round(share * len(rows)))
@@ -370,13 +377,16 @@ class RandomHoldout:
         """Split the rows of each client into train, validation and test.
 
         Args:
-            shares: Rows by client id.
+            shares: Rows of each client, keyed by client id.
             common_rows: Global validation and test rows, which only a split by date uses.
             config: Data configuration.
             seed: Seed of the run.
 
+        Returns:
+            Splits of each client, keyed by client id.
+
         Raises:
-            UserError: If a client has too few rows.
+            UserError: If a client has too few rows or patients.
         """
         min_size = config.partition.min_size
         return {
@@ -396,7 +406,9 @@ class RandomHoldout:
 
 @dataclass(frozen=True)
 class TemporalHoldout:
-    """A strategy that holds out rows by date: validation and test rows follow training rows.
+    """A strategy that holds out rows by date.
+
+    Validation and test rows follow training rows in time.
 
     Args:
         dataset: Data set with times.
@@ -432,7 +444,9 @@ class TemporalHoldout:
                 )
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        """Return the rows of the last fifth of the time as a test set, and the earlier rows.
+        """Return the last fifth of the covered time as a test set, and the earlier rows.
+
+        Rows with targets on both sides of the cut are dropped.
 
         Raises:
             UserError: If there are too few rows.
@@ -446,6 +460,8 @@ class TemporalHoldout:
 
     def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
         """Return the latest rows as the global validation set, and the earlier rows.
+
+        Rows with targets on both sides of the cut are dropped.
 
         Args:
             rows: Training rows, int64 `[M]`.
@@ -470,14 +486,17 @@ class TemporalHoldout:
     ) -> dict[str, Splits]:
         """Split the rows of each client by date.
 
-        In a natural partition, the validation and test rows of a client are the rows of its groups
-        in the global validation and test sets.
+        In a natural partition, the validation and test rows of a client are the rows of the
+        client's groups in the global validation and test sets.
 
         Args:
-            shares: Rows by client id.
-            common_rows: Global validation and test rows; empty if the clients have another source.
+            shares: Rows of each client, keyed by client id.
+            common_rows: Global validation and test rows. Empty if the clients have another source.
             config: Data configuration.
             seed: Unused, as a split by date is deterministic.
+
+        Returns:
+            Splits of each client, keyed by client id.
 
         Raises:
             UserError: If a client has too few rows.
@@ -505,7 +524,10 @@ class TemporalHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
-        """Return the validation and test sets by name, or an empty dictionary unless both exist."""
+        """Return the validation and test sets of a client's own source, keyed by name.
+
+        If either set does not exist, the dictionary is empty.
+        """
         own = {name: part for name, part in self.dataset.splits().items() if name != "train"}
         return own if len(own) == 2 else {}
 
@@ -520,17 +542,17 @@ HoldoutStrategy = RandomHoldout | TemporalHoldout
 
 
 def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
-    """Return the holdout strategy: by date if the data set has times, otherwise at random."""
+    """Return the strategy that holds out by date if the data set has times, otherwise at random."""
     if dataset.train.time is None:
         return RandomHoldout(dataset)
     return TemporalHoldout(dataset, dataset.train.time)
 
 
 def with_test(dataset: Dataset) -> Dataset:
-    """Return the data set with a test set, which is held out of the training rows if missing.
+    """Return the data set with a test set, which is held out of the training rows if necessary.
 
     The test set is a random fifth of the rows or, for a data set with times, the last fifth of the
-    time. It does not depend on the seed of the run, so all seeds have the same test set.
+    time. As the test set does not depend on the seed of the run, it is the same for all seeds.
 
     Raises:
         UserError: If there are too few rows.
@@ -557,6 +579,9 @@ def common_sets(
 ) -> tuple[dict[str, RowSelection], Tensor]:
     """Create the global validation and test sets.
 
+    If the data set has no validation set, the share `data.validation` of the training rows is held
+    out. If the test set has more than `data.test_limit` rows, rows are sampled from it.
+
     Args:
         dataset: Data set with a test set.
         config: Data configuration.
@@ -567,6 +592,9 @@ def common_sets(
     Returns:
         The sets as `{"common_validation": rows, "common_test": rows}`, and the remaining training
         rows.
+
+    Raises:
+        UserError: If there are too few rows or patients.
     """
     assert dataset.test is not None
     if dataset.validation is not None:

@@ -505,7 +505,7 @@ def _write_results(
     rows = [
         _point_values(job.point)
         | comparison_row(Run(job.out).summary)
-        | {"algorithm": job.variant.label}
+        | {"algorithm": job.variant.label, "run": job.out.name}
         | hours
         for job, hours in zip(best, reached, strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -93,6 +94,10 @@ class Federation:
         seed: Seed of the data splits, initial weights, client sampling and batches.
         name: Name of the federation, which is the prefix of default run directories.
 
+    Attributes:
+        clients: The clients; an empty list for a federation from `from_config`.
+        is_from_file: Whether the federation was created by `from_config`.
+
     Raises:
         TypeError: If data or a model is of an unsupported type.
         UserError: If `clients` is empty, two clients have the same name, or clients, data and
@@ -166,6 +171,7 @@ class Federation:
         if partition is not None:
             self._config["data"]["partition"] = plain_value(partition)
         self._allow_code: bool | CodePermission = True
+        self.is_from_file = False
         modules = {c.name: c.given for c in self.clients if c.given and c.init == "given"}
         if modules:
             given = GivenModels(modules)
@@ -202,6 +208,7 @@ class Federation:
         federation._objects = []
         federation._config = plain(config)
         federation._allow_code = allow_code
+        federation.is_from_file = True
         return federation
 
     @property
@@ -210,7 +217,7 @@ class Federation:
         return self._config
 
     def __repr__(self) -> str:
-        if not self.clients:
+        if self.is_from_file:
             source = self._config.get("data", {}).get("name", DataConfig().name)
             clients = pluralize(len(self), "client")
             return f"Federation({self._config.get('name', 'run')!r}, data={source}, {clients})"
@@ -220,7 +227,7 @@ class Federation:
     def _repr_html_(self) -> str:
         name = self._config.get("name", "run")
         title = "Federation" if name == DEFAULT_NAME else f"Federation {name}"
-        if not self.clients:
+        if self.is_from_file:
             return html_items(title, {key: str(value) for key, value in self._config.items()})
         described = [client.describe() for client in self.clients]
         columns = list(dict.fromkeys(key for each in described for key in each))
@@ -231,7 +238,7 @@ class Federation:
         return f"<b>{escape(title)}</b>{html_table(['client', *columns], rows)}"
 
     def __len__(self) -> int:
-        if self.clients:
+        if not self.is_from_file:
             return len(self.clients)
         return len(expand_population(Config.model_validate(self._config).clients))
 
@@ -412,6 +419,10 @@ class Federation:
             "runtime": runtime,
             "server": server,
         }
+        if isinstance(methods, str) or not isinstance(methods, Iterable):
+            raise TypeError(f"methods: expected a list of methods, got {methods!r}")
+        if not isinstance(seeds, Iterable):
+            raise TypeError(f"seeds: expected integers such as range({seeds}), got {seeds!r}")
         temporary = None
         if out is None:
             temporary = TemporaryFolder()
@@ -498,7 +509,7 @@ def run_directory(
         return None, Path(out)
     if resume:
         raise UserError("resume: needs out, the run directory to continue")
-    if not federation.clients:
+    if federation.is_from_file:
         return None, default_out(prepared.config)
     temporary = TemporaryFolder()
     return temporary, temporary.path / prepared.config.name
@@ -526,8 +537,14 @@ def _variant(method: Algorithm | type[Algorithm] | str) -> str:
     if isinstance(method, str):
         return method
     section = method_section(method)
-    settings = (f"{key}={json.dumps(value)}" for key, value in section.items() if key != "name")
+    settings = (f"{key}={_setting(value)}" for key, value in section.items() if key != "name")
     return ":".join([section["name"], *settings])
+
+
+def _setting(value: Any) -> str:
+    """Return a value of a setting as in a configuration file, without quotes where possible."""
+    is_plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value)
+    return value if is_plain and yaml.safe_load(value) == value else json.dumps(value)
 
 
 def _method_name(method_type: type[Algorithm]) -> str:

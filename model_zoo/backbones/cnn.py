@@ -17,8 +17,9 @@ Norm = Literal["batch", "group", "none"]
 def norm_2d(norm: Norm, channels: int) -> nn.Module:
     """Return a normalization layer for images `[B, channels, H, W]`.
 
-    For `group`, the number of groups is the largest divisor of the number of channels that is at
-    most 32 and leaves at least 4 channels per group (Wu & He, "Group Normalization", ECCV 2018).
+    `batch` is BatchNorm, `group` is GroupNorm, and `none` is the identity. The number of groups is
+    the largest divisor of the number of channels that is at most 32 and leaves at least 4 channels
+    per group (Wu & He, "Group Normalization", ECCV 2018).
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
@@ -98,10 +99,13 @@ def cnn(
         shape: Shape of an image.
         width: Channels of the first convolution. The second convolution has twice as many channels,
             the third four times as many.
-        norm: Normalization layer.
+        norm: Normalization layer, which is `batch`, `group` or `none` (see `norm_2d`).
         dropout: Dropout rate of the features.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
     """
 
     def block(in_channels: int, out_channels: int) -> list[nn.Module]:
@@ -127,7 +131,7 @@ def cnn(
 class ChannelDropout(nn.Module):
     """Dropout of whole channels of images `[B, C, H, W]`.
 
-    The module is equivalent to `nn.Dropout2d`, but draws its random numbers with `nn.Dropout`.
+    The module is equivalent to `nn.Dropout2d`, but draws random numbers with `nn.Dropout`.
 
     Args:
         p: Probability of dropping a channel in training.

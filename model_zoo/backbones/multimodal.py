@@ -88,7 +88,9 @@ class Branch(nn.Sequential):
 
 
 class Fuse(nn.Module):
-    """A module that fuses the outputs of the branches; learned embeddings replace missing blocks.
+    """A module that fuses the outputs of the branches into features.
+
+    The output of the branch of a missing block is replaced by a learned embedding.
 
     Args:
         blocks: Number of blocks.
@@ -116,7 +118,7 @@ class Fuse(nn.Module):
 
         Args:
             parts: Outputs of the branches, shape `[B, blocks, width]`.
-            present: Which blocks are present, boolean of shape `[B, blocks]`.
+            present: Boolean mask of the blocks that are present, shape `[B, blocks]`.
         """
         filled = torch.where(present[..., None], parts, self.absent)
         if self.method == "concat":
@@ -203,8 +205,8 @@ def multimodal(
 
     Args:
         shape: Shape of a row.
-        blocks: Name and shape of each block. If empty, the whole example is a single block, named
-            after its kind.
+        blocks: Name and shape of each block. If empty, the whole example is a single block, which
+            is named after the kind of example (see `Shape.kind`).
         width: Width of the branches and of the features.
         image_width: Channels of the first convolution of image branches, see
             `model_zoo.backbones.cnn.cnn`.
@@ -212,6 +214,9 @@ def multimodal(
         fusion: Method of the fusion, see `Fuse`.
         drop: Probability of hiding a block in training.
         dropout: Dropout rate of branches that are not images.
+
+    Returns:
+        The backbone and the width of the features.
 
     Raises:
         InputError: If the width of a row differs from the total width of the blocks, with or

@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         stride: Stride of the first convolution.
-        norm: Normalization layer.
+        norm: Normalization layer, which is `batch` or `group`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
@@ -72,9 +72,12 @@ def resnet(
         stem: `small` is a 3x3 convolution that preserves the size of the image, as in the paper's
             networks for CIFAR. `imagenet` is a 7x7 convolution with max pooling, which reduces
             height and width to a quarter.
-        norm: Normalization layer.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        norm: Normalization layer, which is `batch` or `group`.
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
 
     Raises:
         ModelError: If `widths` and `blocks` differ in length.

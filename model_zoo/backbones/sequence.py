@@ -26,7 +26,7 @@ def to_steps(x: Tensor) -> Tensor:
 
 
 class Recurrent(nn.Module):
-    """A recurrent network that returns the output of its last step, shape `[B, hidden]`.
+    """A recurrent network that returns the output at the last step, shape `[B, hidden]`.
 
     Args:
         network: The recurrent layers.
@@ -52,6 +52,9 @@ def gru(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
         shape: Shape of an example.
         hidden: Width of the hidden state and of the features.
         layers: Number of layers.
+
+    Returns:
+        The backbone and the width of the features.
     """
     return Recurrent(nn.GRU(shape.steps[1], hidden, layers, batch_first=True)), hidden
 
@@ -65,6 +68,9 @@ def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
         shape: Shape of an example.
         hidden: Width of the hidden state and of the features.
         layers: Number of layers.
+
+    Returns:
+        The backbone and the width of the features.
     """
     return Recurrent(nn.LSTM(shape.steps[1], hidden, layers, batch_first=True)), hidden
 
@@ -99,6 +105,9 @@ def transformer(
         depth: Number of transformer blocks.
         heads: Number of attention heads.
         dropout: Dropout rate.
+
+    Returns:
+        The backbone and the width of the features.
     """
     steps, step_width = shape.steps
     encoder = Encoder(steps, step_width, width, depth=depth, heads=heads, dropout=dropout)
@@ -133,16 +142,17 @@ class _DilatedBlock(nn.Module):
 class DilatedCNN(nn.Module):
     """A network of dilated convolutions along a sequence.
 
-    It consists of a convolution of kernel size 1, residual blocks with dilation 1, 2, 4, … and
-    pooling over the steps.
+    The network consists of a convolution of kernel size 1, residual blocks with dilation 1, 2, 4, …
+    and pooling over the steps.
 
     Args:
         step_width: Width of a step.
         width: Channels of the convolutions.
         blocks: Number of blocks.
         kernel: Kernel size of the dilated convolutions.
-        norm: Normalization layer.
-        pool: `mean` over the steps, `last` step, or `both` concatenated.
+        norm: Normalization layer, which is `batch`, `group` or `none`.
+        pool: Pooling over the steps. `mean` is the mean over the steps, `last` is the last step,
+            and `both` concatenates the mean and the last step.
         dropout: Dropout rate of the blocks.
     """
 
@@ -193,10 +203,14 @@ def cnn1d(
         width: Channels of the convolutions.
         blocks: Number of residual blocks.
         kernel: Kernel size of the dilated convolutions.
-        norm: Normalization layer.
-        pool: Features: the `mean` over the steps, for patterns at any position; the `last` step,
-            for forecasts; or `both`, of width `2 * width`.
+        norm: Normalization layer, which is `batch`, `group` or `none`.
+        pool: Pooling over the steps. `mean` is the mean over the steps, for patterns at any
+            position. `last` is the last step, for forecasts. `both` concatenates the mean and the
+            last step, so that the features have width `2 * width`.
         dropout: Dropout rate of the blocks.
+
+    Returns:
+        The backbone and the width of the features.
     """
     network = DilatedCNN(
         shape.steps[1],

@@ -47,14 +47,17 @@ def wide_deep(
 
     Both parts have a common linear head and are trained jointly (Cheng et al., "Wide & Deep
     Learning for Recommender Systems", 2016, section 3, eq. 3). The paper crosses binary columns
-    with AND. Here, columns are numeric, and a pair of columns is crossed by multiplying the tanh of
-    both.
+    with AND. Here, columns are numeric, and the cross of two columns is the product of their tanh
+    values.
 
     Args:
         shape: Shape of a table row.
         hidden: Widths of the perceptron's layers.
         crosses: `pairs` adds the products of all pairs of columns, `none` adds no products.
         dropout: Dropout rate of the perceptron.
+
+    Returns:
+        The backbone and the width of the features.
     """
     layers: list[nn.Module] = []
     width = shape.channels
@@ -72,7 +75,10 @@ def wide_deep(
 
 
 class _ColumnBlock(nn.Module):
-    """A transformer block with a ReGLU perceptron; the first block has no norm before attention."""
+    """A transformer block with a ReGLU perceptron.
+
+    If `first` is set, the attention is not preceded by a norm.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float, first: bool) -> None:
         super().__init__()
@@ -131,6 +137,9 @@ def ft_transformer(
         depth: Number of transformer blocks.
         heads: Number of attention heads.
         dropout: Dropout rate.
+
+    Returns:
+        The backbone and the width of the features.
     """
     return _ColumnTransformer(shape.channels, width, depth, heads, dropout), width
 
@@ -155,8 +164,11 @@ def mlp(
         hidden: Widths of the hidden layers, each followed by ReLU.
         dropout: Dropout rate after each ReLU.
         norm: `batch` adds BatchNorm before each ReLU, `none` adds no normalization.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     width = shape.num_values
@@ -191,16 +203,19 @@ def tabular(
 ) -> Body:
     """Build a residual network for table rows `[B, columns]`.
 
-    See Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data" (NeurIPS 2021), section
-    3.2.
+    The network consists of a linear layer, residual blocks, BatchNorm and ReLU (Gorishniy et al.,
+    "Revisiting Deep Learning Models for Tabular Data", NeurIPS 2021, section 3.2).
 
     Args:
         shape: Shape of a table row.
         width: Width of the features.
         blocks: Number of residual blocks.
         dropout: Dropout rate.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
     """
     layers = [_TableBlock(width, dropout) for _ in range(blocks)]
     backbone = nn.Sequential(

@@ -1,7 +1,7 @@
 """Models for text: an embedding followed by a GRU, a causal CNN or a small transformer.
 
 Tokens are int64 `[B, T]` in `[0, vocabulary)`. Token 0 is the padding, which precedes the words of
-texts with fewer than T words, so the last step is always the last word.
+texts with fewer than T words, so the last position is always the last word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_DOUBLINGS = 6
 
 
 class Embedding(nn.Module):
-    """An embedding of tokens `[B, T]` as vectors `[B, T, width]`; padding becomes zeros.
+    """An embedding of tokens `[B, T]` as vectors `[B, T, width]`, in which padding is zero.
 
     Args:
         vocabulary: Number of different tokens.
@@ -54,7 +54,7 @@ class _Recurrent(nn.Module):
 def text_gru(shape: Shape, *, embedding: int = 32, hidden: int = 64, layers: int = 1) -> Body:
     """Build a network of gated recurrent units (GRU) over embedded words.
 
-    The features are the output of the last step. Hard et al. ("Federated Learning for Mobile
+    The features are the output at the last word. Hard et al. ("Federated Learning for Mobile
     Keyboard Prediction", 2018) use a related network on phones. The network does not support
     `torch.vmap`.
 
@@ -63,6 +63,9 @@ def text_gru(shape: Shape, *, embedding: int = 32, hidden: int = 64, layers: int
         embedding: Width of the embedding.
         hidden: Width of the hidden state and of the features.
         layers: Number of layers.
+
+    Returns:
+        The backbone and the width of the features.
     """
     network = nn.GRU(embedding, hidden, layers, batch_first=True)
     return _Recurrent(Embedding(shape.vocabulary_size, embedding), network), hidden
@@ -75,7 +78,7 @@ class _CausalLayer(nn.Module):
         super().__init__()
         self.before = (kernel - 1) * dilation
         self.convolution = nn.Conv1d(width, width, kernel, dilation=dilation)
-        # Normalization over all steps would not be causal.
+        # Normalization over all positions would not be causal.
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
@@ -111,10 +114,10 @@ def text_cnn(
 ) -> Body:
     """Build a CNN of causal convolutions over embedded words.
 
-    The dilation doubles from layer to layer, up to 64. The features are the last step and the
-    maximum over all steps, shape `[B, 2 * width]` (Bai et al., "An Empirical Evaluation of Generic
-    Convolutional and Recurrent Networks for Sequence Modeling", 2018; Kim, "Convolutional Neural
-    Networks for Sentence Classification", 2014).
+    The dilation doubles from layer to layer, up to 64. The features are the output at the last word
+    and the maximum over all positions, shape `[B, 2 * width]` (Bai et al., "An Empirical Evaluation
+    of Generic Convolutional and Recurrent Networks for Sequence Modeling", 2018; Kim,
+    "Convolutional Neural Networks for Sentence Classification", 2014).
 
     Args:
         shape: Shape of an example.
@@ -122,8 +125,11 @@ def text_cnn(
         layers: Number of convolutions.
         kernel: Kernel size.
         dropout: Dropout rate.
-        scaler: Divisor of the outputs of all layers, for narrow copies; 0 for none (see
-            `model_zoo.split_model.scale_outputs`).
+        scaler: Divisor of the outputs of all layers in a narrow copy (see
+            `model_zoo.split_model.scale_outputs`). If 0, outputs are not divided.
+
+    Returns:
+        The backbone and the width of the features.
     """
     stack = [
         _CausalLayer(width, kernel, 2 ** min(i, MAX_DOUBLINGS), dropout) for i in range(layers)
@@ -157,7 +163,7 @@ def text_transformer(
 ) -> Body:
     """Build a small pre-norm transformer encoder over embedded words (Vaswani et al., 2017).
 
-    The features are the last step, which attends to all words and ignores padding.
+    The features are the output at the last word, which attends to all words and ignores padding.
 
     Args:
         shape: Shape of an example.
@@ -165,6 +171,9 @@ def text_transformer(
         depth: Number of transformer blocks.
         heads: Number of attention heads.
         dropout: Dropout rate.
+
+    Returns:
+        The backbone and the width of the features.
     """
     blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
     return _TextTransformer(

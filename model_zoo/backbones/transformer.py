@@ -1,4 +1,7 @@
-"""A small pre-norm transformer encoder for sequences, and a vision transformer."""
+"""A small pre-norm transformer encoder for sequences, and a vision transformer.
+
+A step is one position of a sequence.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from model_zoo.split_model import Body
 # `F.scaled_dot_product_attention` is not used: its fused CPU kernel has no batching rule, so `vmap`
 # would run one model after another. For tens of steps, fusing gains nothing.
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over steps (Vaswani et al., 2017, section 3.2).
+    """Multi-head self-attention over the steps of a sequence (Vaswani et al., 2017, section 3.2).
 
     Inputs and outputs have shape `[B, steps, width]`.
 
@@ -43,8 +46,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: Steps, shape `[B, steps, width]`.
-            padding_mask: Boolean mask, shape `[B, steps]`, True at steps that are ignored; None
-                ignores no steps.
+            padding_mask: Boolean mask, shape `[B, steps]`, True at steps that are ignored. If None,
+                no steps are ignored.
         """
         q, k, v = rearrange(
             self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads
@@ -64,7 +67,7 @@ class TransformerBlock(nn.Module):
     Args:
         width: Width of a step.
         heads: Number of heads.
-        dropout: Dropout rate of both branches.
+        dropout: Dropout rate of the self-attention and the perceptron.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -157,6 +160,9 @@ def vit(
         depth: Number of transformer blocks.
         heads: Number of attention heads.
         dropout: Dropout rate.
+
+    Returns:
+        The backbone and the width of the features.
 
     Raises:
         ModelError: If the image cannot be divided into patches.

@@ -1,4 +1,7 @@
-"""Data sources. Importing this package registers them; data is downloaded on first use."""
+"""Data sources, all of which are registered when this package is imported.
+
+Data is downloaded on first use.
+"""
 
 from hetero_fl.data.sources import images, sensors, synthetic, tables, text, traffic
 

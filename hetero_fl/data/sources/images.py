@@ -81,7 +81,7 @@ DIGITS = Task("multiclass", 10)
 
 @register_source("chest_xray", task=CHEST_XRAY)
 def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
-    """Load pediatric chest X-rays, 28x28 grayscale, classes normal and pneumonia.
+    """Load pediatric chest X-rays (28x28 grayscale) of the classes normal and pneumonia.
 
     The 2,000 training, 200 validation and 624 test images are a subset of PneumoniaMNIST (MedMNIST
     v2, Yang et al., Scientific Data 2023; Kermany et al., Cell 2018), licensed under CC BY 4.0.
@@ -96,7 +96,7 @@ def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
 
 @register_source("digits", task=DIGITS)
 def digits(_config: SourceConfig, _root: Path) -> Dataset:
-    """Load 1,797 handwritten digits, 8x8 grayscale, without splits.
+    """Load 1,797 handwritten digits (8x8 grayscale) without validation and test sets.
 
     The images are the test set of "Optical Recognition of Handwritten Digits" (UCI), as in
     scikit-learn.
@@ -137,8 +137,8 @@ SPLITS = {
 def image_folder(config: SourceConfig, _root: Path) -> Dataset:
     """Load the images in the folder `config.path` (see `read_image_folder`).
 
-    If `config.group` is set, for example to "site", the folder has a subfolder for each group, with
-    the folders of the classes in it.
+    If `config.group` is set, for example to "site", the folder must contain a subfolder for each
+    group, which contains the folders of the classes.
     """
     return read_image_folder(
         Path(str(config.path)).expanduser(), grouped=config.group is not None, side=config.size
@@ -148,13 +148,13 @@ def image_folder(config: SourceConfig, _root: Path) -> Dataset:
 def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = None) -> Dataset:
     """Read a folder of images with one folder per class.
 
-    The layout is `CLASS/*` or `{train,val,test}/CLASS/*`. With groups, it is `GROUP/CLASS/*` or
-    `{train,val,test}/GROUP/CLASS/*`.
+    The layout is `CLASS/*` or `{train,val,test}/CLASS/*`. With groups, the layout is
+    `GROUP/CLASS/*` or `{train,val,test}/GROUP/CLASS/*`.
 
     Args:
         path: Folder to read.
         grouped: Whether the folders of the classes are in folders of groups.
-        side: Height and width in pixels to which images are resized. By default, images keep their
+        side: Height and width in pixels to which images are resized. If None, images keep their
             size.
 
     Raises:
@@ -211,7 +211,7 @@ def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
 
     Args:
         files: Files to read.
-        side: Height and width in pixels to which images are resized. By default, images keep their
+        side: Height and width in pixels to which images are resized. If None, images keep their
             size.
 
     Returns:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _NO_TASK = Task("regression", 1)
-"""The task of examples without labels, which is not used."""
+"""Placeholder for the task of unlabeled examples, whose value is never used."""
 KINDS = (
     "a pair (x, y) of arrays or tensors, a pandas DataFrame with label='COLUMN', a map-style torch "
     "Dataset, a Hugging Face Dataset, or a hetero_fl.data.Dataset"
@@ -31,14 +31,15 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
     """Convert data of any supported type to a data set.
 
     Arrays, tensors and the tensors of a `TensorDataset` are not copied if they already have the
-    format of `Examples`. The items of other torch data sets are read once, in order.
+    format of `Examples`. The examples of other torch data sets are read once, in order.
 
     Args:
-        data: A pair (x, y) of arrays or tensors (see `from_arrays`); a pandas DataFrame; a
-            map-style `torch.utils.data.Dataset` of pairs (x, y); a Hugging Face `Dataset`; or a
+        data: A pair (x, y) of arrays or tensors (see `from_arrays`), a pandas DataFrame, a
+            map-style `torch.utils.data.Dataset` of pairs (x, y), a Hugging Face `Dataset`, or a
             `hetero_fl.data.Dataset`, which is returned unchanged.
         where: Name of the data in error messages.
-        label: Column of the labels in a DataFrame or a Hugging Face data set.
+        label: Column of the labels in a DataFrame or a Hugging Face data set. If None, a Hugging
+            Face data set must have exactly one column of type `ClassLabel`.
         **options: Arguments of `from_arrays` for pairs and torch data sets, such as `task`,
             `num_classes` or `columns`.
 
@@ -72,12 +73,13 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
 
 
 def to_pair(data: Any, where: str) -> Any:
-    """Return a torch data set as a pair (x, y), other data unchanged.
+    """Convert a torch data set to a pair (x, y), and return other data unchanged.
 
-    The items of a torch data set are read once, so the pair takes its place in later calls.
+    The examples of the torch data set are read once. Pass the pair to later calls, so that the
+    examples are not read again.
 
     Args:
-        data: See `to_dataset`.
+        data: Data of any type that `to_dataset` accepts.
         where: Name of the data in error messages.
     """
     is_torch = isinstance(data, torch.utils.data.Dataset) and not _is_hugging_face(data)
@@ -85,12 +87,15 @@ def to_pair(data: Any, where: str) -> Any:
 
 
 def to_examples(data: Any, where: str, label: str | None = None) -> Dataset:
-    """Convert data that may have no labels, such as a proxy set.
+    """Convert data to an unlabeled data set, for example a proxy set.
+
+    Labels in the data are dropped.
 
     Args:
-        data: See `to_dataset`; or an array or tensor of examples, or a DataFrame without `label`.
+        data: Data of any type that `to_dataset` accepts, or an array or tensor of examples.
         where: Name of the data in error messages.
-        label: Column of the labels, if there are any.
+        label: Column of the labels in a DataFrame or a Hugging Face data set. If None, all columns
+            of a DataFrame are features.
     """
     if isinstance(data, Tensor | np.ndarray):
         return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
@@ -107,7 +112,7 @@ def _unlabeled(dataset: Dataset) -> Dataset:
 
 
 def is_source(data: Any) -> bool:
-    """Return whether data is a source as in a configuration, such as `{"name": "digits"}`."""
+    """Return whether `data` is the configuration of a source, such as `{"name": "digits"}`."""
     return isinstance(data, Mapping) and not _is_hugging_face(data)
 
 

@@ -38,20 +38,20 @@ def read_recorded(
 ) -> Dataset:
     """Read labeled sensor windows `[N, T, F]` from a file.
 
-    A `.npz` file has arrays `x` `[N, T, F]`, `y` `[N]` (activities as names or numbers) and
+    A `.npz` file contains arrays `x` `[N, T, F]`, `y` `[N]` (activities as names or numbers) and
     optionally `person` `[N]` and `columns` (names of the F channels).
 
     A `.csv`, `.tsv` or `.parquet` file has one row per sample, in chronological order, with the
-    columns `activity` and optionally `person`; all other numeric columns are channels. Consecutive
-    rows of one person and activity are divided into windows of `windows.length` samples; a window
-    starts every `windows.step` samples. Remaining samples are dropped. Overlapping windows are
-    never divided between splits.
+    columns `activity` and optionally `person`. All other numeric columns are channels. Consecutive
+    rows of one person and activity are divided into windows of `windows.length` samples, where a
+    window starts every `windows.step` samples. Remaining samples are dropped. Overlapping windows
+    are never divided between splits.
 
     Args:
         path: File to read.
         windows: Window settings.
-        label: Array or column of the activities, instead of `y` or `activity`.
-        group: Array or column of the persons, instead of `person`.
+        label: Array or column of the activities. If None, the array `y` or the column `activity`.
+        group: Array or column of the persons. If None, `person` is used if it exists.
 
     Raises:
         UserError: If the file is malformed. The message names the array or column and the row.
@@ -197,7 +197,7 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
 
 
 EXAMPLE_ROWS = 20
-"""Number of rows at each end of a table with which unsuitable date formats are excluded."""
+"""Number of rows at each end of a table that are parsed first to exclude date formats."""
 FORMATS: tuple[str, ...] = (
     "%Y-%m-%d %H:%M",
     "%Y-%m-%d %H:%M:%S",
@@ -221,11 +221,11 @@ def read_sites(
         path: File of the table, for error messages. Rows in messages count from 1 below the header.
         config: Series settings.
         label: Column of the values.
-        group: Column of the sites; None if there is only one.
+        group: Column of the sites. If None, all rows belong to one site.
 
     Raises:
-        UserError: If a column is missing; a cell is not a number; a date is invalid or ambiguous;
-            the rows of a site are unsorted, duplicated or not a whole number of hours apart; or
+        UserError: If a column is missing, a cell is not a number, a date is invalid or ambiguous,
+            the rows of a site are unsorted, duplicated or not a whole number of hours apart, or
             hours are missing and `series.gaps: skip` is not set.
     """
     where = f"path: {path}"
@@ -268,7 +268,7 @@ def read_sites(
 
 
 def _numbers(column: pd.Series, where: str, allow_missing: bool) -> np.ndarray:
-    """Return a column of numbers as float64. Missing values are NaN if they are allowed."""
+    """Return a column as float64, with NaN for missing values if `allow_missing` is set."""
     if allow_missing and not column.notna().any():
         raise UserError(f"{where}: column '{column.name}': has no values")
     if allow_missing:
@@ -325,19 +325,22 @@ def _hours(
 def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str) -> pd.Series:
     """Parse dates in the configured format or, by default, in the known format that fits.
 
-    If several formats fit all cells, the format in which the largest share of the rows are one hour
-    apart is chosen, which usually decides the order of day and month.
+    If several formats fit all cells, the format is chosen in which the largest share of rows are
+    one hour later than the previous row. This usually decides the order of day and month.
     """
     formats = [config.format] if config.format else list(FORMATS)
     # A few rows exclude most formats quickly.
     sample = pd.concat([text.head(EXAMPLE_ROWS), text.tail(EXAMPLE_ROWS)])
     formats = [
-        form
-        for form in formats
-        if not pd.to_datetime(sample, format=form, errors="coerce").isna().any()
+        date_format
+        for date_format in formats
+        if not pd.to_datetime(sample, format=date_format, errors="coerce").isna().any()
     ] or formats
-    parsed = {form: pd.to_datetime(text, format=form, errors="coerce") for form in formats}
-    valid = {form: dates for form, dates in parsed.items() if not dates.isna().any()}
+    parsed = {
+        date_format: pd.to_datetime(text, format=date_format, errors="coerce")
+        for date_format in formats
+    }
+    valid = {date_format: dates for date_format, dates in parsed.items() if not dates.isna().any()}
     if not valid:
         best = max(parsed.values(), key=lambda dates: int(dates.notna().sum()))
         row = first_true(best.isna().to_numpy())
@@ -348,22 +351,28 @@ def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where
             where, row, config.time, f"expected a date as {pattern}, got '{text.iloc[row]}'{hint}"
         )
     if len(valid) > 1:
-        shares = {form: _share_in_order(dates, sites) for form, dates in valid.items()}
+        shares = {
+            date_format: _share_in_order(dates, sites) for date_format, dates in valid.items()
+        }
         best_share = max(shares.values())
-        valid = {form: dates for form, dates in valid.items() if shares[form] == best_share}
+        valid = {
+            date_format: dates
+            for date_format, dates in valid.items()
+            if shares[date_format] == best_share
+        }
     if len(valid) > 1 and len({tuple(d.astype("int64")) for d in valid.values()}) > 1:
-        forms = " or ".join(f"'{form}'" for form in valid)
+        choices = " or ".join(f"'{date_format}'" for date_format in valid)
         raise UserError(
             f"series.format: missing; the dates in column '{config.time}' of "
-            f"{where.removeprefix('path: ')} are ambiguous, choose {forms}"
+            f"{where.removeprefix('path: ')} are ambiguous, choose {choices}"
         )
     return next(iter(valid.values()))
 
 
-def _readable_format(form: str) -> str:
+def _readable_format(date_format: str) -> str:
     """Convert a date format to readable text such as `YYYY-MM-DD hh:mm`."""
     letters = {"Y": "YYYY", "m": "MM", "d": "DD", "H": "hh", "M": "mm", "S": "ss"}
-    return re.sub(r"%(\w)", lambda match: letters.get(match[1], match[0]), form)
+    return re.sub(r"%(\w)", lambda match: letters.get(match[1], match[0]), date_format)
 
 
 def _share_in_order(dates: pd.Series, sites: list[np.ndarray]) -> float:
@@ -377,7 +386,7 @@ def _share_in_order(dates: pd.Series, sites: list[np.ndarray]) -> float:
 def _check_order(
     hours: np.ndarray, site_rows: np.ndarray, name: str, dates: pd.Series, where: str
 ) -> None:
-    """Reject duplicate or unsorted dates of a site. `site_rows` contains indices of its rows."""
+    """Reject duplicate or unsorted dates of a site. `site_rows` are the site's row indices."""
     column = str(dates.name)
     unique, first_index = np.unique(hours[site_rows], return_index=True)
     if len(unique) < len(site_rows):
@@ -406,7 +415,7 @@ def _check_order(
 def _check_missing_hours(
     hours: np.ndarray, site_rows: np.ndarray, name: str, dates: pd.Series, where: str
 ) -> None:
-    """Reject missing hours of a site. `site_rows` contains the indices of its rows."""
+    """Reject missing hours of a site. `site_rows` are the site's row indices."""
     step = np.diff(hours[site_rows])
     if (index := first_true(step > 1)) is not None:
         row = int(site_rows[index + 1])

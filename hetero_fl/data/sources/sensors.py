@@ -36,7 +36,7 @@ PLACEMENTS = {
     "pocket": (0.8, (0.1, 0.5, 0.0)),
     "belt": (0.6, (0.0, 0.1, 0.1)),
 }
-"""Scale of all motions, and rotation of the device about x, y and z in radians, by placement."""
+"""Scale of motions and rotation of the device about x, y, z in radians, keyed by placement."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def activity(config: SourceConfig, _root: Path) -> Dataset:
 
 
 def make_person(number: int) -> Person:
-    """Generate the person with this number. Placements and sampling rates alternate."""
+    """Generate the person with a given number, which determines placement and sampling rate."""
     rng = keyed_numpy_generator("data", "activity", "device", number)
     placement = tuple(PLACEMENTS)[number % len(PLACEMENTS)]
     rate = RATES[number // len(PLACEMENTS) % len(RATES)]
@@ -151,9 +151,11 @@ def make_person(number: int) -> Person:
 def record(person: Person, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Generate a window of sensor samples for each activity in `y`.
 
-    Along each body axis, the signal is a sum of three harmonics of the cadence:
-    `gravity + sum_h strength / h * share[h] * sin(h * (2 pi * cadence * t + phase)) + noise`, where
-    gravity is a part of the acceleration only.
+    Along each body axis, the signal is a sum of three harmonics of the cadence,
+    `sum_h amplitude * share[h] / h * sin(h * (2 pi * cadence * t + phase))` for h = 1, 2, 3. The
+    amplitude is that of the activity, multiplied by the scale of the placement and the strength of
+    the person. Gravity is added to the acceleration. Then both vectors are rotated to the axes of
+    the device, and noise is added.
 
     Args:
         person: Person who wears the device.

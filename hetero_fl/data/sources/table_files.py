@@ -38,7 +38,7 @@ COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
 SEPARATED = re.compile(r"\s*[+-]?\d{1,3}(?:[.,'’]\d{3})+(?:[.,]\d+)?\s*")
 MANY_CATEGORIES = 20
-"""Text columns with this many distinct values are encoded only if `data.categories` lists them."""
+"""Number of distinct values from which text columns are not one-hot encoded by default."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
 
@@ -120,7 +120,7 @@ def parse_numbers(
         column: Column to read.
         where: Name of the file, for error messages.
         allow_missing: List to which the location of the first missing value is appended. Missing
-            values are then NaN. By default, a missing value is an error.
+            values are then NaN. If None, a missing value is an error.
         hint: End of the error message for a cell that is not a number.
 
     Raises:
@@ -188,7 +188,13 @@ def column_as_text(column: pd.Series) -> pd.Series:
 
 
 def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
-    """Return the text columns with fewer than `MANY_CATEGORIES` distinct values, and the values."""
+    """Return the values of the text columns to one-hot encode by default, keyed by column.
+
+    These are the columns with at least one and fewer than `MANY_CATEGORIES` distinct values.
+
+    Raises:
+        UserError: If a column contains both numbers and text.
+    """
     categories = {}
     for name in frame.columns:
         if (
@@ -209,10 +215,11 @@ def encode_indicators(
     Args:
         column: Column to encode.
         values: Known values.
-        notes: List to which remarks on missing and unknown values are appended.
+        notes: List to which remarks on missing and unknown values are appended. If None, there are
+            no remarks.
 
     Returns:
-        Indicators, float64 `[N, len(values)]`. They are all 0 for a missing or unknown value.
+        Indicators, float64 `[N, len(values)]`. A row with a missing or unknown value is all 0.
     """
     text = column_as_text(column)
     plain = text.map(
@@ -239,7 +246,11 @@ def encode_indicators(
 
 
 def parse_column(column: pd.Series, where: str) -> pd.Series:
-    """Convert a column to numbers if every cell is a finite number, otherwise strip its text."""
+    """Convert a column to numbers if every cell is a finite number, otherwise strip the text.
+
+    Raises:
+        UserError: If a value is missing.
+    """
     column = strip_text(column, where)
     if is_text(column):
         read = pd.to_numeric(column.astype(str), errors="coerce")
@@ -297,11 +308,12 @@ def is_categorical(column: pd.Series) -> bool:
 def check_columns(
     frame: pd.DataFrame, wanted: Iterable[tuple[str, str | None]], file: object
 ) -> None:
-    """Check that the columns named in a configuration exist in a table.
+    """Check that the columns that a configuration names exist in a table.
 
     Args:
         frame: Table.
-        wanted: Pairs of a configuration key and the column that the key names, or None.
+        wanted: Pairs of a configuration key and the column that the key names. If the column is
+            None, the pair is ignored.
         file: Name of the table, for error messages.
 
     Raises:
@@ -393,8 +405,11 @@ def _check_cells(path: Path, separator: str) -> None:
 def _detect_separator(path: Path) -> str:
     """Return the separator of a CSV file, a comma or a semicolon.
 
-    If the header contains both, the separator that divides all rows into the same number of cells
-    is returned.
+    If the header contains commas and semicolons, the separator that divides all rows into the same
+    number of cells is returned.
+
+    Raises:
+        UserError: If neither or both separators divide all rows into the same number of cells.
     """
     divided = {}
     for separator in (",", ";"):
@@ -435,21 +450,21 @@ def read_table(
     text columns. Other columns of text or dates are excluded and listed in `about` and `notes`.
     Surrounding spaces are removed from text, and labels such as 1.0 become 1.
 
-    A single column of labels is read as classes if it has text, booleans, or integers with at most
-    20 distinct values, otherwise as a regression target. Several columns are multilabel targets if
-    all values are 0 or 1, otherwise regression targets.
+    A single column of labels is read as classes if the column contains text, booleans, or integers
+    with at most 20 distinct values, otherwise as a regression target. Several columns are
+    multilabel targets if all values are 0 or 1, otherwise regression targets.
 
     Args:
         frame: Table.
         path: File or name of the table, for messages. Rows in messages count from 1 below the
             header.
         label: Column of the labels, or several columns separated by commas.
-        group: Column of the groups.
-        patient: Column of the patients.
-        kind: Kind of the task, "multiclass", "multilabel" or "regression". By default, it is
+        group: Column of the groups. If None, rows have no groups.
+        patient: Column of the patients. If None, rows have no patients.
+        kind: Kind of the task, "multiclass", "multilabel" or "regression". If None, the kind is
             inferred from the labels.
-        categories: Text columns to one-hot encode, with their values. By default, all text columns
-            with fewer than 20 distinct values.
+        categories: Text columns to one-hot encode, with their values. If None, all text columns
+            with fewer than 20 distinct values are encoded.
 
     Raises:
         UserError: If a column or value is missing, or a cell is not a number.
@@ -536,12 +551,12 @@ def _describe_columns(
 
 
 def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str, ...]]:
-    """Return the text columns to one-hot encode in several tables, and their values in all tables.
+    """Return the values of the text columns to one-hot encode in several tables, keyed by column.
 
-    These are the columns with fewer than `MANY_CATEGORIES` distinct values.
+    These are the columns with fewer than `MANY_CATEGORIES` distinct values in all tables together.
 
     Args:
-        files: Sources of the tables by their configuration keys.
+        files: Sources of the tables, keyed by the configuration key of each source.
 
     Raises:
         UserError: If a column is text in one table and numeric in another.
@@ -603,13 +618,13 @@ def features(
         frame: Columns without labels, groups and patients.
         where: Name of the file, for error messages.
         allow_missing: List to which the location of the first missing value of each column is
-            appended. Missing values are then NaN. By default, a missing value is an error.
+            appended. Missing values are then NaN. If None, a missing value is an error.
         categories: Text columns to one-hot encode, with their values.
-        notes: List to which remarks on encoded columns are appended.
+        notes: List to which remarks on encoded columns are appended. If None, there are no remarks.
 
     Returns:
-        Numbers and indicators, float32 `[N, F]`; the names of these features; and the reason for
-        each column that is left out, by name.
+        A tuple of the features (numbers and indicators), float32 `[N, F]`, the names of the
+        features, and the reasons why other columns are left out, keyed by column.
 
     Raises:
         UserError: If there are no rows or features, or a value is missing or not a number.

@@ -106,7 +106,7 @@ def make_task(settings: TextConfig, vocabulary: Vocabulary, classes: tuple[str, 
 
     Args:
         settings: Text settings.
-        vocabulary: Vocabulary. Its words are the classes of next-word prediction.
+        vocabulary: Vocabulary whose words are the classes of next-word prediction.
         classes: Names of the classes of texts.
     """
     names = classes if settings.predict == "class" else vocabulary.names
@@ -176,7 +176,8 @@ ABOUT = (
     "generated: messages by a grammar of six topics, phones with topics, habits and contacts of "
     "their own"
 )
-SLOTS = ("VERB", "THING", "PLACE", "QUALITY")
+PLACEHOLDERS = ("VERB", "THING", "PLACE", "QUALITY")
+"""Words of a template that stand for a word of the topic, in the order of the lists in `WORDS`."""
 WORDS = {
     "work": (
         "send finish print check sign discuss review plan",
@@ -367,20 +368,20 @@ def _fill_template(
     template: Sequence[str], topic: str, writer: Writer, shift: int, rng: np.random.Generator
 ) -> list[str]:
     message: list[str] = []
-    for slot in template:
-        if slot == "WHO":
+    for part in template:
+        if part == "WHO":
             private = bool(writer.contacts) and rng.random() < 0.5
             message.append(_sample_word(writer.contacts if private else WHO, 0, rng))
-        elif slot == "WHEN":
+        elif part == "WHEN":
             message += _sample_word(WHEN, 0, rng).split()
-        elif slot in SLOTS:
-            words = WORDS[topic][SLOTS.index(slot)].split()
+        elif part in PLACEHOLDERS:
+            words = WORDS[topic][PLACEHOLDERS.index(part)].split()
             # The preceding word shifts the frequencies, so that there are word pairs to learn.
             previous = len(message[-1]) + ord(message[-1][0])
-            offset = previous + (shift if slot == "THING" else 0)
+            offset = previous + (shift if part == "THING" else 0)
             message.append(_sample_word(words, offset, rng))
         else:
-            message.append(slot)
+            message.append(part)
     return message
 
 

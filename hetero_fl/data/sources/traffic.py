@@ -68,7 +68,10 @@ class Periods:
 
     @classmethod
     def from_series(cls, sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
-        """Divide the time from the first to the last hour of all sites into three periods."""
+        """Divide the time from the first to the last hour of all sites into three periods.
+
+        `config.validation` and `config.test` are the shares of the last two periods.
+        """
         first = min(s.start for s in sites)
         last = max(s.end for s in sites)
         validation = last - round(config.test * (last - first))
@@ -89,10 +92,17 @@ def make_windows(
     """Create a forecasting data set from the series of several sites.
 
     The inputs are windows of shape `[N, window, columns]`, and each site is a group. The columns
-    are the value; for each horizon, the value one week before the target; the time of day and week
-    (sine and cosine); the weather, standardized by the training period; and the lanes. Targets are
-    the values at the horizons, or whether these values exceed a quantile of the training period.
-    The baselines predict the current value (persistence) or the value one week before the target.
+    are:
+
+    - the value
+    - the value one week before the target, for each horizon
+    - the time of day and week (sine and cosine)
+    - the weather, standardized with the statistics of the training period
+    - the lanes
+
+    Targets are the values at the horizons (hours ahead), or whether these values exceed a quantile
+    of the training period. The baselines predict the current value (persistence) or the value one
+    week before the target.
 
     Args:
         sites: Series of the sites.
@@ -105,7 +115,7 @@ def make_windows(
         about: Short description.
 
     Raises:
-        UserError: If a site has no training row, or the mean of its values is not positive.
+        UserError: If a site has no training row, or the mean value of a site is not positive.
     """
     periods = Periods.from_series(sites, config)
     parts: dict[str, list[Examples]] = {"train": [], "validation": [], "test": []}
@@ -149,8 +159,10 @@ def make_windows(
 def mean_level(site: HourlySeries, periods: Periods) -> float:
     """Return the mean value of a site in the training period.
 
+    If the site has no hours in this period, the mean is NaN.
+
     Raises:
-        UserError: If the mean is not positive.
+        UserError: If the site has hours in the training period, but no positive mean.
     """
     past = site.value[: max(0, periods.train + 1 - site.start)]
     mean = float(np.nanmean(past)) if np.isfinite(past).any() else math.nan
@@ -163,7 +175,7 @@ def mean_level(site: HourlySeries, periods: Periods) -> float:
 
 
 def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task) -> Examples:
-    """Return all complete rows of a site. The time of a row is the time of its last target."""
+    """Return all complete rows of a site. `time` is the time of the last target of each row."""
     window = config.window
     horizons = np.array(config.horizons)
     begin = WEEK - horizons[0] + window - 1
@@ -318,11 +330,11 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
     Args:
         path: File to read.
         series: Series settings.
-        label: Column of the values; `Vehicles` by default.
-        group: Column of the sites; `Junction` by default, if it exists.
+        label: Column of the values. If None, `Vehicles`.
+        group: Column of the sites. If None, `Junction` if the file has this column.
 
     Raises:
-        UserError: See `read_sites` and `make_windows`.
+        UserError: If the file cannot be read, or `read_sites` or `make_windows` fails.
     """
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.recordings import read_sites
@@ -350,8 +362,8 @@ def make_junctions() -> list[HourlySeries]:
 
     Counts follow Poisson distributions with mean
     `level * profile * trend * weather * incident * exp(u)`. The profile over day and week and the
-    linear trend differ between junctions; the weather is the same for all; incidents reduce the
-    count for some hours; and u is an autoregressive process, a part of which is the same for all
+    linear trend differ between junctions, but the weather is the same for all. Incidents reduce the
+    count for some hours, and u is an autoregressive process, a part of which is the same for all
     junctions. Cameras count the vehicles on three lanes. Sensors count all vehicles and measure the
     weather.
     """

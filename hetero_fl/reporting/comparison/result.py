@@ -79,8 +79,9 @@ class Comparison:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The runs, in the order of their folders."""
-        return [Run(folder, self._permission) for folder in sorted((self.path / "runs").iterdir())]
+        """The runs, in the order of the rows of `frame`."""
+        folders = self.path / "runs"
+        return [Run(folders / str(name), self._permission) for name in self.frame["run"]]
 
     def to_markdown(self) -> str:
         """Return the table of means and standard deviations over seeds in Markdown."""

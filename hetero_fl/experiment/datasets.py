@@ -12,6 +12,7 @@ import torch
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset
 from hetero_fl.data.client_files import OWN_DATA
+from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
 from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
@@ -89,10 +90,7 @@ class FederationDatasets:
                 continue
             dataset = self.datasets[_place(client)]
             examples = match_to_common(own, dataset, _place(client, part), owner="data")
-            if part == "validation":
-                dataset = replace(dataset, validation=examples)
-            else:
-                dataset = replace(dataset, test=examples)
+            dataset = _with_split(dataset, part, examples)
             self.datasets[_place(client)] = dataset
 
     def config(self) -> dict[str, Any]:
@@ -215,12 +213,18 @@ def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
     task = _common_task(main.task, datasets)
     common = replace(main, task=task)
     common = replace(common, train=match_to_common(main, common, "data"))
-    global_sets = {
-        name: match_to_common(datasets[name], common, name)
-        for name in ("validation", "test")
-        if name in datasets
-    }
-    return replace(common, **global_sets)
+    for part in ("validation", "test"):
+        if part in datasets:
+            examples = match_to_common(datasets[part], common, part)
+            common = _with_split(common, part, examples)
+    return common
+
+
+def _with_split(dataset: Dataset, part: str, examples: Examples) -> Dataset:
+    """Return the data set with other validation or test examples."""
+    if part == "validation":
+        return replace(dataset, validation=examples)
+    return replace(dataset, test=examples)
 
 
 def _common_task(task: Task, datasets: Mapping[str, Dataset]) -> Task:

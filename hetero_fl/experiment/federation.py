@@ -419,7 +419,7 @@ class Federation:
             "runtime": runtime,
             "server": server,
         }
-        if isinstance(methods, str) or not isinstance(methods, Iterable):
+        if isinstance(methods, str | Algorithm) or not isinstance(methods, Iterable):
             raise TypeError(f"methods: expected a list of methods, got {methods!r}")
         if not isinstance(seeds, Iterable):
             raise TypeError(f"seeds: expected integers such as range({seeds}), got {seeds!r}")

@@ -370,14 +370,19 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
         write_report(directory.path, log)
 
 
-def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
-    """Evaluate the models with all details for the report, and save each evaluated model."""
+def evaluate_models(
+    trainer: FederatedTrainer, save: Callable[[str, bytes], None]
+) -> EvaluationResult:
+    """Evaluate the models with all details for the report.
 
-    def save(name: str, model: bytes) -> None:
-        # The model is empty if a remote client does not upload it.
-        if model:
-            write_atomically(directory.path / "models" / f"{name}.safetensors", model)
+    Args:
+        trainer: The trainer.
+        save: Function that is called with the name of each evaluated model (the client id or
+            "server") and the model, encoded by `SavedModel.encode`.
 
+    Raises:
+        RunFailedError: If a model cannot be evaluated.
+    """
     result = trainer.evaluate(details=True, save=save)
     slot = trainer.algorithm.server_model(trainer.server)
     if slot is not None:
@@ -396,3 +401,14 @@ def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> Evalu
         )
         save("server", model.encode())
     return result
+
+
+def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
+    """Evaluate the models with all details for the report, and write each evaluated model."""
+
+    def save(name: str, model: bytes) -> None:
+        # The model is empty if a remote client does not upload it.
+        if model:
+            write_atomically(directory.path / "models" / f"{name}.safetensors", model)
+
+    return evaluate_models(trainer, save)

@@ -20,6 +20,7 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.federation import Federation, MethodLike, Sections, run_directory
 from hetero_fl.experiment.runner import open_session
+from hetero_fl.experiment.session import evaluate_models
 from hetero_fl.federation.trainer import EvaluationResult, Record, add_evaluation
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -123,6 +124,7 @@ class Trainer:
         # were completed before that evaluation.
         self._models: dict[str, bytes] = {}
         self._evaluated = -1
+        self._is_closed = False
 
     def __enter__(self) -> Trainer:
         return self
@@ -138,6 +140,7 @@ class Trainer:
     def close(self) -> None:
         """End the training. If rounds remain, the run can be resumed."""
         self._records = iter(())
+        self._is_closed = True
         self._stack.close()
 
     def __iter__(self) -> Iterator[Record]:
@@ -165,7 +168,12 @@ class Trainer:
 
         Returns:
             A record with the scores, under the same keys as in the record of a round.
+
+        Raises:
+            UserError: If the training has ended.
         """
+        if self._is_closed:
+            raise UserError(f"{self.path}: the training has ended; read the scores from `run`")
         record: Record = {}
         add_evaluation(record, self._evaluate())
         return record
@@ -173,14 +181,17 @@ class Trainer:
     def model(self, client: str) -> torch.nn.Module:
         """Return the current model of a client, in evaluation mode.
 
-        The first call after a round evaluates all models.
+        The first call after a round evaluates all models. After the last round, the model is read
+        from the run directory.
 
         Args:
-            client: Client id.
+            client: Client id, or `server`.
 
         Raises:
-            UserError: If the evaluation saved no model for this client.
+            UserError: If there is no such model, or the training was closed before the last round.
         """
+        if self._is_closed:
+            return self.run.model(client)
         if self._evaluated != self.completed:
             self._evaluate()
         if client not in self._models:
@@ -200,7 +211,7 @@ class Trainer:
     def _evaluate(self) -> EvaluationResult:
         # This evaluation is not part of the run, so its downloads must not count as traffic.
         down_bytes = self._trainer.traffic.down
-        result = self._trainer.evaluate(details=True, save=self._models.__setitem__)
+        result = evaluate_models(self._trainer, self._models.__setitem__)
         self._trainer.traffic.down = down_bytes
         self._evaluated = self.completed
         return result

@@ -1,0 +1,107 @@
+"""`Trainer`: models and scores between rounds, after the last round, and after an early end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hetero_fl as hfl
+from hetero_fl.utils.errors import UserError
+
+QUIET = ["runtime.executor=serial", "runtime.threads=1"]
+
+
+def rows(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    y = np.arange(n) % 2
+    x = np.random.default_rng(seed).normal(size=(n, 4)) + y[:, None]
+    return x.astype(np.float32), y
+
+
+def federation() -> hfl.Federation:
+    clients = [hfl.Client(name, "linear", rows(40, i)) for i, name in enumerate("ab")]
+    return hfl.Federation(clients, test=rows(30, 9), proxy=rows(30, 8)[0])
+
+
+def weights(module: nn.Module) -> list[torch.Tensor]:
+    return list(module.state_dict().values())
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(map(torch.equal, weights(one), weights(other)))
+
+
+def test_server_model_between_rounds() -> None:
+    with hfl.Trainer(federation(), hfl.FedAvg(), rounds=2, overrides=QUIET) as trainer:
+        next(trainer)
+
+        server = trainer.model("server")
+
+        (tensors,) = trainer.server.models.values()
+        assert all(map(torch.equal, weights(server), tensors.values()))
+
+
+@pytest.mark.parametrize("executor", ["serial", pytest.param("processes", marks=pytest.mark.slow)])
+def test_models_after_the_last_round_are_those_of_the_run(executor: str) -> None:
+    overrides = [f"runtime.executor={executor}", "runtime.threads=1"]
+    trainer = hfl.Trainer(federation(), hfl.FedAvg(), rounds=1, overrides=overrides)
+
+    list(trainer)
+
+    assert same_weights(trainer.model("a"), trainer.run.model("a"))
+    with pytest.raises(UserError, match="the training has ended"):
+        trainer.evaluate()
+
+
+def test_models_after_an_early_end_are_refused_in_one_line(tmp_path: Path) -> None:
+    with hfl.Trainer(
+        federation(), hfl.FedAvg(), rounds=3, out=tmp_path / "run", overrides=QUIET
+    ) as trainer:
+        next(trainer)
+
+    with pytest.raises(UserError) as caught:
+        trainer.model("a")
+
+    assert str(caught.value).endswith("has no models; the run has not finished")
+
+
+def test_unknown_client_is_refused_with_the_nearest_name() -> None:
+    with (
+        hfl.Trainer(federation(), hfl.FedAvg(), rounds=1, overrides=QUIET) as trainer,
+        pytest.raises(UserError, match="serv"),
+    ):
+        trainer.model("servers")
+
+
+def test_comparison_lists_runs_in_the_order_of_its_rows(tmp_path: Path) -> None:
+    own = hfl.Federation.from_config({"data": {"name": "digits"}, "clients": {"count": 2}})
+
+    comparison = own.compare(
+        [hfl.FedMD(distance="mae"), hfl.Local()],
+        rounds=1,
+        seeds=[1, 0],
+        jobs=1,
+        overrides=["data.proxy.size=50", "output.plots=false", "output.report=false"],
+    )
+
+    assert comparison.frame["algorithm"].tolist()[:2] == ["fedmd:distance=mae", "local"]
+    names = [(run.summary["algorithm"], run.summary["seed"]) for run in comparison.runs]
+    expected = zip(comparison.frame["algorithm"], comparison.frame["seed"], strict=True)
+    assert names == [(name.split(":")[0], seed) for name, seed in expected]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": "fedavg"}, "methods: expected a list"),
+        ({"methods": hfl.FedAvg()}, "methods: expected a list"),
+        ({"methods": ["fedavg"], "seeds": 2}, r"seeds: expected integers such as range\(2\)"),
+    ],
+)
+def test_arguments_of_compare_that_are_no_lists(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        federation().compare(**arguments)

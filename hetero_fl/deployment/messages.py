@@ -21,11 +21,13 @@ from hetero_fl.utils.version import __version__
 
 # The unsuccessful answers are `lacks` (public sets missing), `unready` (node restarted), `lost`
 # (private state missing), `failed` (training diverged) and `refused`.
+
 # Version of the protocol, which must be the same at the server and at all nodes.
 PROTOCOL = 1
 # Format of message bodies: encoded trees of plain values and tensors, never pickle.
 FORM = f"deployment {PROTOCOL}"
-# Key in an answer's head: head of the site's audit log, including the line about this answer.
+# Entry in the head of an answer with the head of the site's audit log. The log already includes the
+# line about this answer.
 LOG = "log"
 # Exceptions raised while parsing a malformed message.
 MALFORMED_ERRORS = (
@@ -54,7 +56,7 @@ def message(kind: str, body: Any = None, **head: Any) -> Envelope:
 
     Args:
         kind: Kind of the message, such as "hello".
-        body: Tree of plain values and tensors. If None, the body is empty.
+        body: Nested dictionaries and lists of plain values and tensors. If None, the body is empty.
         **head: Additional entries of the head.
     """
     return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
@@ -92,7 +94,10 @@ def head_value(head: Head, name: str, kind: type) -> Any:
 
 
 def refusal_reason(answer: Envelope) -> str:
-    """Return the reason in an unsuccessful answer as one short printable line."""
+    """Return the reason in an unsuccessful answer as one short printable line.
+
+    If the answer contains no reason, the kind of the answer is returned.
+    """
     return one_line(answer.head.get("why", answer.head.get("ask")))
 
 

@@ -78,8 +78,8 @@ class ParticipatingRun:
         storage: Files of the run.
         usage: Completed tasks, and privacy and traffic usage of the site.
         noise: Source of privacy noise.
-        worker: Worker that runs the tasks. None before `prepare`.
-        policy: Limits of the site. None before `prepare`.
+        worker: Worker that runs the tasks, or None before `prepare` is called.
+        policy: Limits of the site, or None before `prepare` is called.
     """
 
     run: str
@@ -268,8 +268,8 @@ class Node:
     Attributes:
         audit_log: Audit log of the site.
         joined: The current run, or None between runs.
-        left: Reason for which the server ended the last run; empty if the run completed, and None
-            before the first run ends.
+        left: Reason for which the server ended the last run. The string is empty if the run
+            completed. None before the first run ends.
 
     Raises:
         UserError: If the audit log was modified, or the encryption key of the folder is invalid.
@@ -299,7 +299,10 @@ class Node:
         self._jobs = 0
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a message; errors are returned as answers."""
+        """Answer a message of the server.
+
+        Errors are not raised but returned as unsuccessful answers.
+        """
         handlers = {
             "hello": self._hello,
             "terms": self._describe_data,

@@ -1,4 +1,4 @@
-"""Files of a node, optionally encrypted: states, notes of a round, the last answer and secrets.
+"""Files of a node, which may be encrypted: private states, the last answer and secrets.
 
 States are immutable and named by their SHA-256 digest. Each task names the state from which it
 starts, so the server and the node remain consistent after a crash or a repeated round. Unlike
@@ -90,7 +90,7 @@ def _make_key(path: Path) -> None:
 
 
 class NodeStorage:
-    """Files of a run in a folder that only the owner can read.
+    """Files in a folder that only the owner can read.
 
     Args:
         folder: The folder, which is created if it does not exist.
@@ -107,10 +107,10 @@ class NodeStorage:
         """Load a private state.
 
         Args:
-            name: Name of the state; empty for no state.
+            name: Name of the state, or an empty string for a task that starts without state.
 
         Returns:
-            The encoded state; empty for no state.
+            The encoded state, or empty bytes if `name` is empty.
 
         Raises:
             StateLostError: If the state is missing or damaged.
@@ -126,14 +126,17 @@ class NodeStorage:
         return data
 
     def save_state(self, data: bytes, protected: Collection[str] = ()) -> str:
-        """Save a private state and return its name.
+        """Save a private state under the name of its digest.
 
         If there are more than `MAX_STATES` states, the least recently used states are deleted,
         except those in `protected`.
 
         Args:
-            data: The encoded state.
+            data: The encoded state. If empty, nothing is saved.
             protected: Names of states that are not deleted.
+
+        Returns:
+            Name of the state, or an empty string if `data` is empty.
         """
         if not data:
             return ""

@@ -75,7 +75,7 @@ def run_federation(
 
     Args:
         source: Configuration, or path of its file.
-        transport: Transport for the messages; it is closed at the end.
+        transport: Transport for the messages, which is closed at the end.
         out: Run directory.
         resume: Whether to continue from the newest checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
@@ -88,8 +88,8 @@ def run_federation(
             node that claims to be the client, until that node disconnects.
         log: Function that is called with a line for each node that connects, disconnects or is
             refused.
-        status: Status of the run, which is updated during the run. If None, a status is created.
-        console: Console for progress; None for the terminal.
+        status: Status that is updated during the run. If None, a new status is created.
+        console: Console for progress. If None, progress is shown in the terminal.
         message_bytes: Maximum size of a node's answer in bytes.
 
     Returns:
@@ -247,7 +247,7 @@ def run_server(
     Args:
         source: Configuration, or path of its file.
         file: Path of the server file.
-        out: Run directory; None for `runs/<name>-<time>`.
+        out: Run directory. If None, `runs/<name>-<time>` is used.
         resume: Whether to continue from the newest complete checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
         allow_code: Whether the server may run the code that the configuration references (see
@@ -347,7 +347,10 @@ class _RunLog(EventLog):
         )
 
     def log_round(self, record: Record) -> None:
-        """Log a completed round if the format is JSON; as text, the console shows the results."""
+        """Log a completed round in JSON format.
+
+        In text format, nothing is logged, because the console shows the results.
+        """
         if self.line_format == "json":
             tree = self._status.to_dict()
             names = ("seconds", "epsilon", "personal", "global", "server")
@@ -357,7 +360,7 @@ class _RunLog(EventLog):
             self(line, failed=record["failed"], **sizes, **results)
 
     def console(self) -> Console | None:
-        """Return the console for progress, or None for the terminal."""
+        """Return a console that writes to the log in JSON format, or None in text format."""
         return (
             Console(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
             if self.line_format == "json"

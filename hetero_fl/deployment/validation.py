@@ -130,7 +130,7 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
         tree: Report of the node.
         outputs: Number of outputs of the task.
         own: Preprocessing of the client without the mean and the standard deviation, which only
-            the node can compute. None if the node does not report its preprocessing.
+            the node can compute. If None, the report must not contain any preprocessing.
 
     Raises:
         RequestRefusedError: If the report is invalid.
@@ -481,7 +481,6 @@ def _read_name(found: Any) -> str:
 
 
 def _read_number(found: Any, least: float, most: float = MAX_METRIC_VALUE) -> float:
-    """Return a number unchanged if it is finite and within bounds."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         raise RequestRefusedError(f"expected a finite number, got {str(found)[:MAX_NAME_CHARS]!r}")
     if not least <= found <= most:

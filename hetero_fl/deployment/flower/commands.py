@@ -56,7 +56,7 @@ def check_installed() -> None:
 
 
 def environment(home: Path, *folders: Path) -> dict[str, str]:
-    """Return the environment for Flower's commands.
+    """Return the environment variables for Flower's commands.
 
     Args:
         home: Flower's folder for settings and installed apps.
@@ -146,7 +146,10 @@ class FlowerCommand:
             time.sleep(0.05)
 
     def last_output(self) -> str:
-        """Return the last error in the log, or the last line if there is no error."""
+        """Return the last error in the log, or the last line if there is no error.
+
+        The text is a clause for an error message, such as "it printed nothing".
+        """
         with suppress(OSError):
             text = COLORS.sub("", self.log.read_text(errors="replace"))
             if lines := [line.strip() for line in text.splitlines() if line.strip()]:
@@ -201,7 +204,7 @@ def free_port(host: str, port: int = 0) -> int:
 
     Args:
         host: Address to listen on.
-        port: Port to check; 0 for any free port.
+        port: Port to check. If 0, any free port is returned.
 
     Raises:
         UserError: If the address or the port is not available.

@@ -57,7 +57,7 @@ def run_local_federation(
 
     Args:
         source: Configuration, or path of its file.
-        out: Run directory; None for `runs/<name>-<time>`.
+        out: Run directory. If None, `runs/<name>-<time>` is used.
         resume: Whether to continue from the newest checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
         callbacks: Functions that are called with the record of each round.

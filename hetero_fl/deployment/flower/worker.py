@@ -170,11 +170,12 @@ class LoggedNode:
         node: The node.
         log: Log with a line for each task.
         stop: Event that is set if the server refuses the node or, with `once`, at the end of a run.
+            If None, no other thread is notified.
         once: Whether to participate in one run only.
 
     Attributes:
-        refused: Reason for which the server refused the node or ended the run; empty if there is
-            none.
+        refused: Reason for which the server refused the node or ended the run, or an empty string
+            if there is none.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class LoggedNode:
         self.refused = ""
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a message; see `Node.handle`."""
+        """Answer a message (see `Node.handle`) and log the task if the message contains one."""
         start = time.monotonic()
         head = envelope.head
         answer = self._node.handle(envelope)
@@ -248,7 +249,7 @@ class WorkerListener:
 
 @contextmanager
 def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM; raise KeyboardInterrupt on a second SIGTERM."""
+    """Set `stop` on SIGTERM, and raise KeyboardInterrupt on a second SIGTERM."""
     # Signal handlers can be set in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -276,7 +277,7 @@ def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
 
 
 def _end_with(parent: int, address: Path) -> None:
-    """End this process when the process `parent` ends; all answers are stored on disk."""
+    """End this process when the process `parent` ends, because all answers are stored on disk."""
     while is_process_running(parent):
         time.sleep(PARENT_SECONDS)
     address.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Connection to the worker process of a site over a Unix socket; the worker is started if needed.
+"""Connection to the worker process of a site over a Unix socket.
 
-Flower starts a process for every message. To start quickly, this module imports only the standard
-library and filelock.
+The worker is started if it is not running. Flower starts a process for every message. To start
+quickly, this module imports only the standard library and filelock.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class WorkerError(Exception):
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Yield a path to a Unix socket that does not exceed the maximum length."""
+    """Yield a path to a Unix socket that does not exceed the maximum length.
+
+    On systems other than Linux, the original path is yielded.
+    """
     if len(os.fsencode(path)) <= MAX_PATH_BYTES or sys.platform != "linux":
         yield str(path)
         return
@@ -121,7 +124,10 @@ def ask(envelope: Envelope, address: Path) -> Envelope:
 
 
 def send(connection: Connection, envelope: Envelope) -> None:
-    """Write a message to a connection: first the head as JSON, then the body."""
+    """Write a message to a connection.
+
+    The head is written as JSON and is followed by the body.
+    """
     head = {
         name: {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
         for name, value in envelope.head.items()

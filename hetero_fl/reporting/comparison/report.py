@@ -73,7 +73,7 @@ def write_comparison(
 ) -> None:
     """Write the tables, the plot and the report of a comparison.
 
-    Methods are listed in the order of the rows, with bounds last. Facts about the comparison are
+    Methods are listed in the order of the rows, with bounds last. Information about the runs is
     read from `runs/` and `log.txt` in `out_dir` if they exist.
 
     Args:
@@ -83,9 +83,9 @@ def write_comparison(
         title: Title of the report.
         note: A sentence about the tuning, shown below the title and in LaTeX captions.
         task: Task of the runs.
-        missing: Reasons why methods or runs are not among the rows.
+        missing: Reasons why methods or runs are not among the rows, keyed by method or run.
         tried: Candidates of a tuning grid.
-        settings: Settings of the methods that differ from their defaults.
+        settings: Settings of the methods that differ from the defaults.
 
     Raises:
         ValueError: If there are no rows.
@@ -137,7 +137,10 @@ def write_comparison(
 
 
 def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
-    """Return the columns of `comparison.csv`, with additional columns after the standard ones."""
+    """Return the columns of `comparison.csv`.
+
+    The standard columns for the task come first, followed by all other keys of the rows.
+    """
     names = ["algorithm", "seed"]
     names += [
         f"{test}_{moment}_{metric}"

@@ -25,7 +25,7 @@ class Comparison:
 
     Args:
         path: The folder of the comparison.
-        allow_code: Whether code that the files of the runs name may be executed.
+        allow_code: Whether code that the run files reference may be executed.
 
     Attributes:
         path: The folder, with `comparison.csv`, `comparison.md`, `comparison.tex`,
@@ -71,7 +71,7 @@ class Comparison:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """The content of `comparison.csv`: one row for each run, scores as fractions."""
+        """The content of `comparison.csv`, with one row for each run and scores as fractions."""
         # Imported here because loading pandas is slow.
         import pandas as pd
 

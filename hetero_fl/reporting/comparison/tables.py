@@ -49,11 +49,11 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     """Compute the p-value of a two-sided paired t-test over the seeds of two methods.
 
     Args:
-        a: Scores of the first method by seed.
-        b: Scores of the second method by seed.
+        a: Scores of the first method, keyed by seed.
+        b: Scores of the second method, keyed by seed.
 
     Returns:
-        The p-value as text; a dash if the methods share fewer than 5 seeds.
+        The p-value as text, or a dash if the methods share fewer than 5 seeds.
     """
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < MIN_SEEDS:
@@ -79,8 +79,8 @@ class TableCell:
     """The score of a method in a column.
 
     Attributes:
-        mean: Mean over seeds; None without scores.
-        deviation: Sample standard deviation over seeds; None for a single seed.
+        mean: Mean over seeds, or None without scores.
+        deviation: Sample standard deviation over seeds, or None for a single seed.
         text: Mean and standard deviation as text.
         best: Whether the score is the best in its column.
         below: Whether the score is worse than the score of the baseline.
@@ -109,7 +109,7 @@ class TableLine:
         name: Display name of the method.
         bound: Whether the method is a bound.
         cells: Scores, in the order of the columns.
-        p: p-value of the difference from the best method; empty for bounds.
+        p: p-value of the difference from the best method, or an empty string for bounds.
         megabytes: Megabytes exchanged per run.
         seconds: Seconds per run.
         needs: Requirements of the method.
@@ -135,7 +135,7 @@ class ComparisonTable:
         lines: Rows of the table, bounds last.
         caption: Text below the table.
         tested: Whether there is a column with p-values.
-        jobs: Number of runs that were executed in parallel; None if unknown.
+        jobs: Number of runs that were executed in parallel, or None if unknown.
     """
 
     title: str
@@ -197,7 +197,7 @@ def make_table(
         rows: One row for each run.
         task: Task of the runs.
         moment: `last`, or `best` for the selected round.
-        jobs: Number of runs that were executed in parallel; None if unknown.
+        jobs: Number of runs that were executed in parallel, or None if unknown.
         local_test_note: A sentence about the local test rows, for the caption.
     """
     columns = columns_of(rows, task, moment)
@@ -268,7 +268,10 @@ def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]
 def _make_column(
     column: Column, means: pd.Series, deviations: pd.Series, shown: ComparedMethods
 ) -> list[TableCell]:
-    """Return the cells of a column. Scores that round to the best score are also marked as best."""
+    """Return the cells of a column.
+
+    Scores that round to the best score are also marked as best.
+    """
     metric = column.metric
     best = _best_method(column, means, shown)
     best_mean = math.nan if best is None else float(means[best])
@@ -300,7 +303,7 @@ def _make_column(
 
 
 def _best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> str | None:
-    """Return the federated method with the best mean in a column; None without scores."""
+    """Return the federated method with the best mean in a column, or None without scores."""
     known = means[list(shown.federated)].dropna()
     if known.empty:
         return None
@@ -341,7 +344,7 @@ class Candidate:
     Attributes:
         algorithm: Label of the method.
         point: Settings as `key=value`.
-        score: Mean validation score over seeds, larger is better; None if there is no score.
+        score: Mean validation score over seeds, or None if there is no score. Larger is better.
         chosen: Whether the candidate was chosen.
     """
 
@@ -358,8 +361,8 @@ class TuningTable:
     Attributes:
         title: Title of the table.
         header: Titles of the columns.
-        lines: The method, the settings, the validation score and whether the candidate was chosen,
-            for each candidate.
+        lines: One tuple for each candidate, which consists of the method, the settings, the
+            validation score and whether the candidate was chosen.
         caption: Text below the table.
     """
 
@@ -378,7 +381,7 @@ class TuningTable:
 
 
 def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTable | None:
-    """Return the table of tuning candidates; None if there are none."""
+    """Return the table of tuning candidates, or None if there are no candidates."""
     if not candidates:
         return None
     metric, sign = selection_metric(task)

@@ -187,7 +187,7 @@ class AuditLog:
 def verify(
     path: Path, key: EllipticCurvePublicKey | None = None, head: str | None = None
 ) -> list[Entry]:
-    """Verify a log and return its entries.
+    """Verify a log and return the entries.
 
     Args:
         path: Path of the log.
@@ -206,7 +206,10 @@ def verify(
 
 
 def verified_head(path: Path) -> str:
-    """Verify a log and return its head, `N:HASH`.
+    """Verify a log and return the head, which is used to verify the log again later.
+
+    Returns:
+        The number of lines and the hash of the last line, in the format `N:HASH`.
 
     Raises:
         UserError: If the log was changed.
@@ -294,7 +297,7 @@ def _read(
         key: Public key of the site. If None, signatures are not checked.
         known_head: Earlier head, `N:HASH`, which the log must contain.
         since: Number of a line after which every line must be signed. If None, only the last line
-            must be signed, because its signature covers all lines before it.
+            must be signed, because this signature covers all earlier lines.
 
     Returns:
         The entries, the number of lines, and the hash of the last line.

@@ -45,7 +45,10 @@ class BudgetConfig(ConfigSection):
 
 
 class AllowsConfig(ConfigSection):
-    """Limits that a site enforces for configurations, tasks and answers; `null` means no limit."""
+    """Limits that a site enforces for configurations, tasks and answers.
+
+    A limit of `null` is not enforced.
+    """
 
     methods: list[str] | None = Field(None, description="permitted values of algorithm.name")
     own_code: list[str] = Field(
@@ -123,7 +126,7 @@ class ServerConnectionConfig(ConfigSection):
 
 
 class SiteConfig(ConfigSection):
-    """Site file (`hetero-fl node --site FILE`). The server cannot override its settings."""
+    """Site file (`hetero-fl node --site FILE`). The server cannot override these settings."""
 
     client: str = Field(description="name of the client in the server's configuration")
     folder: str = Field(
@@ -276,14 +279,14 @@ class DeploymentServerConfig(ConfigSection):
     )
 
     def check_clients(self, clients: Collection[str], where: Path) -> None:
-        """Check that every client in the configuration of the run has a key.
+        """Check that every client in the configuration of the run has a public key in `nodes`.
 
         Args:
             clients: Names of the clients in the configuration.
             where: Path of the server file, for error messages.
 
         Raises:
-            UserError: If a client has no key.
+            UserError: If a client has no public key.
         """
         for client in clients:
             if client not in self.nodes:
@@ -294,7 +297,10 @@ class DeploymentServerConfig(ConfigSection):
 
 
 def load_server_config(path: str | Path) -> DeploymentServerConfig:
-    """Load a server file and make its paths absolute.
+    """Load a server file.
+
+    Returns:
+        The configuration with absolute paths.
 
     Raises:
         UserError: If the file is invalid.

@@ -275,7 +275,7 @@ def _lines(head: str) -> int:
 
 
 class Connections:
-    """Connections of the server to the nodes of its clients.
+    """Connections of the server to the nodes of all clients.
 
     Args:
         transport: Transport for the messages.
@@ -438,7 +438,7 @@ class Connections:
             self.log(f"{client} disconnected")
 
     def _register_node(self, node: int, answer: Envelope) -> None:
-        """Register a node for the client that its answer names, or refuse the node."""
+        """Register a node for the client that the answer names, or refuse the node."""
         client = str(answer.head.get("client", ""))
         why = ""
         if answer.head.get("ask") != "here":

@@ -170,7 +170,7 @@ class Handshake:
 def perform_handshake(
     config: Config, connections: Connections, wait: float, state: Mapping[str, Any] | None = None
 ) -> Handshake:
-    """Wait for the nodes of all clients and perform the handshake with them.
+    """Wait until the nodes of all clients are connected, and perform the handshake.
 
     Args:
         config: Configuration of the run.

@@ -52,7 +52,7 @@ class RequestRefusedError(Exception):
 
 
 def message(kind: str, body: Any = None, **head: Any) -> Envelope:
-    """Create a message whose body is an encoded tree.
+    """Create a message with an encoded body.
 
     Args:
         kind: Kind of the message, such as "hello".
@@ -63,7 +63,10 @@ def message(kind: str, body: Any = None, **head: Any) -> Envelope:
 
 
 def decode_body(envelope: Envelope) -> Any:
-    """Decode the tree in the body of a message.
+    """Decode the body of a message.
+
+    Returns:
+        Nested dictionaries and lists of plain values and tensors.
 
     Raises:
         RequestRefusedError: If the body cannot be decoded.
@@ -80,7 +83,7 @@ def head_value(head: Head, name: str, kind: type) -> Any:
     Args:
         head: Head of the message.
         name: Name of the value.
-        kind: Expected type of the value.
+        kind: Expected type of the value. A bool is not accepted as an int.
 
     Raises:
         RequestRefusedError: If the value is missing or has another type.

@@ -98,7 +98,8 @@ class ParticipatingRun:
 
         Args:
             site: Configuration of the site.
-            tree: Data reports of all clients and the server's fingerprint.
+            tree: Decoded message with the data reports of all clients, the server's fingerprint and
+                the number of threads.
             review_upload: Function that is called with the client and the upload before the upload
                 is encoded.
 
@@ -160,14 +161,17 @@ def begin_run(
         cipher: Cipher for the site's files. If None, files are not encrypted.
         entries: Entries of the site's audit log.
         run: ID of the run.
-        tree: Configuration of the run, and the public sets or their hash.
+        tree: Decoded message with the configuration of the run, the hash of the public sets and,
+            if the site requested them, the public sets.
 
     Returns:
         The run and the site's data report, or None if the site does not have the public sets.
 
     Raises:
-        RequestRefusedError: If the site does not allow the configuration, or the configuration or
-            the data changed since the site joined the run.
+        RequestRefusedError: If the site does not allow the configuration, the site is not a client
+            in the configuration, or the configuration or the data changed since the site joined
+            the run.
+        UserError: If the configuration or the data is invalid.
     """
     client = site.client
     raw = check_raw_config(tree["config"], site.allows)

@@ -149,7 +149,8 @@ def _check_privacy(config: Config, site: SiteConfig) -> None:
 def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
     """Return a digest of the configuration and the data, which must not change during a run.
 
-    If they changed, the difference of two answers with the same noise would reveal rows.
+    If the configuration or the data changed, the difference of two answers with the same noise
+    would reveal rows.
 
     Args:
         tree: The configuration. Settings that do not affect results are ignored.
@@ -226,7 +227,7 @@ def task_digest(kind: str, request: Message, base: str) -> bytes:
 
 
 class StepCountingBackend(DryRunBackend):
-    """Backend that counts the training steps and epochs of a plan without executing them.
+    """Backend that counts the training steps and epochs of a plan without training.
 
     Attributes:
         steps: Number of optimizer steps so far.

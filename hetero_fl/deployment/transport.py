@@ -112,7 +112,7 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Close the connection and release its resources."""
+        """Close the connection and release all resources."""
 
 
 class BoundedTransport:

@@ -68,7 +68,7 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
     """Validate the client settings that a node reports.
 
     Args:
-        tree: Report of the node.
+        tree: Decoded report of the node.
         names: References to code (`python:module:Name`) in the server's configuration. A node may
             not reference other code.
         largest: Maximum side length in pixels to which a node may resize images.
@@ -127,7 +127,7 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
     """Validate the data report of a client.
 
     Args:
-        tree: Report of the node.
+        tree: Decoded report of the node.
         outputs: Number of outputs of the task.
         own: Preprocessing of the client without the mean and the standard deviation, which only
             the node can compute. If None, the report must not contain any preprocessing.
@@ -181,10 +181,10 @@ def read_evaluation(
     """Validate the evaluation of a client's model.
 
     Args:
-        tree: Report of the node.
+        tree: Decoded report of the node.
         client: Name of the client.
-        federation: The federation.
-        method: The method of the run.
+        federation: Federation of the run.
+        method: Method of the run.
 
     Raises:
         RequestRefusedError: If the evaluation is invalid.
@@ -430,10 +430,12 @@ def _prefix_errors(place: str) -> Iterator[None]:
 
 
 def _check_plain(tree: Any) -> None:
-    """Check that a tree contains no tensors, because iterating over a large tensor is slow.
+    """Check that nested lists and dictionaries contain no tensors.
+
+    Iterating over a large tensor would be slow.
 
     Raises:
-        RequestRefusedError: If the tree contains a tensor.
+        RequestRefusedError: If there is a tensor.
     """
     if isinstance(tree, Tensor):
         raise RequestRefusedError("expected plain values, got a tensor")

@@ -60,7 +60,7 @@ def environment(home: Path, *folders: Path) -> dict[str, str]:
 
     Args:
         home: Flower's folder for settings and installed apps.
-        *folders: Folders that precede all others in the search path.
+        *folders: Folders that come first in the search path.
     """
     scripts = (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent)
     path = os.pathsep.join([*map(str, (*folders, *scripts)), os.environ.get("PATH", "")])
@@ -72,7 +72,7 @@ class FlowerCommand:
 
     Args:
         command: The command and its arguments.
-        environ: Environment variables of the process; see `environment`.
+        environ: Environment variables of the process, as returned by `environment`.
         log: File to which the output is appended.
         scratch: Folder that is deleted if the parent process is killed.
     """
@@ -105,7 +105,7 @@ class FlowerCommand:
         return self._process.poll() is None
 
     def terminate(self) -> None:
-        """Ask the process to end, and kill it if it does not end in time."""
+        """Ask the process to end, and kill the process if it does not end in time."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.write(b"\n")
@@ -160,7 +160,7 @@ class FlowerCommand:
 
 
 def run_flwr(environ: dict[str, str], *arguments: str) -> str:
-    """Run a `flwr` command and return its output.
+    """Run a `flwr` command and return the output.
 
     Args:
         environ: Environment variables of the process.

@@ -212,7 +212,7 @@ class GridTransport:
         return dict.fromkeys(lost)
 
     def _abandon_expired(self, numbers: Collection[str]) -> None:
-        """Discard expired messages and pull their answers, so that Flower deletes them."""
+        """Discard expired messages and pull the answers, so that Flower deletes these answers."""
         now = time.monotonic()
         for number in [n for n, end in self._unclaimed.items() if end < now]:
             del self._unclaimed[number]

@@ -164,10 +164,10 @@ def check_site_data(path: Path, site: SiteConfig) -> None:
 
 
 class LoggedNode:
-    """Node that logs its tasks.
+    """Wrapper around a node that logs each task.
 
     Args:
-        node: The node.
+        node: Node that answers the messages.
         log: Log with a line for each task.
         stop: Event that is set if the server refuses the node or, with `once`, at the end of a run.
             If None, no other thread is notified.
@@ -213,7 +213,7 @@ class LoggedNode:
 
 
 class WorkerListener:
-    """Context manager for the socket of a site.
+    """Context manager for the socket at which a site receives messages.
 
     Args:
         address: Path of the socket.

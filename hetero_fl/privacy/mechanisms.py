@@ -227,7 +227,7 @@ def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bo
 
 
 def add_noise(item: Item, deviation: float, sample: NoiseFunction) -> Item:
-    """Return an item with noise added to all its numbers.
+    """Add noise to all numbers in an item.
 
     Noisy counts, which include the weights of class sums, are clamped to at least 0.
 

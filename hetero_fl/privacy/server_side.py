@@ -224,7 +224,7 @@ class SumNoise:
         }
 
     def _noise(self, name: str, owner: Owner, update: Tensor | None) -> Tensor:
-        """Return the noise on a mean update; `update` is None if no client sent the tensor."""
+        """Return the noise on a mean update, which is None if no client sent the tensor."""
         one = self._owned[name][owner]
         like = torch.zeros_like(one.example) if update is None else update.to(one.example.dtype)
         return self.normal(like, self.deviation(name) / one.expected, name, *map(str, owner))
@@ -386,8 +386,8 @@ class ServerPrivacy:
     def count_noise(self) -> float:
         """Return σ_b, the standard deviation of the noise on the number of updates within bounds.
 
-        This is the setting `adaptive_clip.noise`, or 1/20 of the cohort size if it is not set. The
-        notation is that of Andrew et al. 2021. Adaptive clipping must be enabled.
+        This is the setting `adaptive_clip.noise`. If this setting is None, σ_b is 1/20 of the
+        cohort size (Andrew et al. 2021). Adaptive clipping must be enabled.
         """
         assert self.config.adaptive_clip is not None
         return self.config.adaptive_clip.noise or self.cohort / 20

@@ -192,7 +192,7 @@ class FlippedPredictions(PredictionAttack):
 
 @attack("confident_wrong")
 class ConfidentWrong(PredictionAttack):
-    """Attack that swaps the largest prediction of each row with that of a random other class.
+    """Attack that swaps the largest prediction of each row with a random other class.
 
     Each malicious client samples the classes independently.
     """
@@ -211,7 +211,7 @@ class ConfidentWrong(PredictionAttack):
 
 @attack("targeted")
 class TargetedPredictions(PredictionAttack):
-    """Attack that swaps the largest prediction of each row with that of the class `target`."""
+    """Attack that swaps the largest prediction of each row with the class `target`."""
 
     @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
@@ -223,8 +223,8 @@ class TargetedPredictions(PredictionAttack):
 class Collusion(PredictionAttack):
     """Attack in which all malicious clients send the same wrong predictions.
 
-    These are the mean predictions of the malicious clients. In each row, the largest value is
-    swapped with that of a random other class.
+    The wrong predictions are the mean predictions of the malicious clients, in which the largest
+    value of each row is swapped with a random other class.
     """
 
     @override
@@ -343,9 +343,9 @@ class Backdoor(Attack):
 class UpdateAttack(Attack):
     """Base class of attacks on updates, tensor by tensor.
 
-    Malicious clients train on their true data and share their updates with each other. Buffers are
-    not changed, because a negative BatchNorm variance would reveal the attack. Predictions are
-    attacked in the same way as updates.
+    Malicious clients train on true data and share the updates with each other. Buffers are not
+    changed, because a negative BatchNorm variance would reveal the attack. Predictions are attacked
+    in the same way as updates.
     """
 
     acts_on = frozenset({"updates", "rows"})
@@ -425,7 +425,7 @@ class LittleIsEnough(UpdateAttack):
 
         Args:
             n: Number of clients that sent an upload.
-            num_malicious: Number of malicious clients among them.
+            num_malicious: Number of malicious clients that sent an upload.
         """
         if self.config.strength is not None:
             return self.config.strength
@@ -464,7 +464,7 @@ TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 @dataclass(frozen=True)
 class MaliciousClients:
-    """The malicious clients of a run and their attack.
+    """The malicious clients of a run and the attack that they perform.
 
     Args:
         config: The `attacks` section of the configuration.

@@ -29,7 +29,7 @@ TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 @dataclass
 class AggregationRules:
-    """Aggregation rules of a run and their state.
+    """Aggregation rules of a run and the state of the rules.
 
     Args:
         config: The `aggregation` section of the configuration.
@@ -225,7 +225,7 @@ class RobustItemMeans:
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:
-        """Combined tensor times its weight, and the weight.
+        """Combined tensor multiplied by the weight, and the weight.
 
         The weight is the number of clients that sent the item. For class sums, there is a weight
         for each class, which is the number of clients that have rows of the class. If too few

@@ -272,7 +272,7 @@ class Bulyan(Rule):
 
     Krum is applied repeatedly and selects n − 2f of n clients, one at a time, where f is the number
     of malicious clients to tolerate. Each coordinate of the result is the mean of the n − 4f
-    selected values nearest to their median.
+    selected values that are nearest to the median of the selected values.
     """
 
     @override
@@ -341,8 +341,8 @@ class FLTrust(Rule):
     similarity with the server's update. If all weights are 0, the model does not change. Updates of
     buffers have the same weights, but are never enlarged.
 
-    Deviation from the paper: the server does not train on labeled rows. It distills the median of
-    the predictions of the uploaded models on the unlabeled proxy set (`root_models`).
+    Unlike in the paper, the server does not train on labeled rows. Instead, the server distills the
+    median prediction of the uploaded models on the unlabeled proxy set (`root_models`).
     """
 
     uses_reference = True
@@ -511,7 +511,7 @@ def root_models(
 ) -> Plan[dict[str, Tensors]]:
     """Train the server's models on the proxy set for rules with `uses_root`.
 
-    The median of the predictions of all uploaded models, regardless of their architecture, is
+    The median prediction of all uploaded models, which may have different architectures, is
     distilled into the model of each architecture group for one epoch.
 
     Args:

@@ -1,4 +1,4 @@
-"""Describe methods, based on their docstrings and declared requirements.
+"""Describe methods, based on the docstrings and requirements of their classes.
 
 A label consists of the name of a method and optional settings, such as `hybrid:teacher=mean`.
 """
@@ -32,7 +32,7 @@ def is_baseline(label: str) -> bool:
 
 
 def method_needs(label: str) -> list[requirements.Need]:
-    """Return the requirements of a method with the settings in its label.
+    """Return the requirements of a method, which may depend on the settings in the label.
 
     The list is empty if the class of the method is not imported.
     """

@@ -36,7 +36,7 @@ class ProgressBar:
         self._total = 0
 
     def update(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Show the bar.
+        """Show the bar, or update the bar if it is already shown.
 
         Args:
             text: The line below the bar.

@@ -230,7 +230,7 @@ class Progress:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
     def _write_failure(self, error: Exception) -> None:
-        """Log the error that ended the run, with the traceback of its cause."""
+        """Log the error that ended the run, with the traceback of the cause."""
         self._write(f"failed: {' '.join(str(error).split())}")
         cause = error.__cause__ if isinstance(error, UserError | RunFailedError) else error
         if cause is not None and self._log is not None:

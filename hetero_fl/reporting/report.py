@@ -44,7 +44,7 @@ LISTED_MODELS = 8
 
 
 def write_report(run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None) -> Path:
-    """Write the `report.html` of a finished run and return its path.
+    """Write the report of a finished run to `report.html`.
 
     The report contains the plots in `plots/`. If there are no plots, they are drawn.
 
@@ -52,6 +52,9 @@ def write_report(run_dir: str | os.PathLike[str], log: Callable[[str], None] | N
         run_dir: The run directory.
         log: Function that is called with a line for each plot or report that cannot be created. If
             None, the error is raised.
+
+    Returns:
+        Path of the report.
 
     Raises:
         UserError: If the folder does not contain a finished run.
@@ -94,12 +97,12 @@ def _repeat_command(run: RunDirectory) -> str:
 
 
 def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> Json:
-    """Return the values for the templates of the report.
+    """Return the values that the report templates use.
 
     Args:
         summary: Content of `summary.json`.
         details: Content of `details.json`.
-        records: Lines of `metrics.jsonl`.
+        records: Records of the rounds, as in `metrics.jsonl`.
     """
     metric = selection_metric_of(summary, details)
     scores = last_scores(summary)

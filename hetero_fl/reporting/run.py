@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run, read from its run directory.
+    """A run in a run directory.
 
-    Opening a run checks its text files against their checksums. The models are read and checked
-    on first use.
+    The constructor verifies the checksums of the text files. The models are read and verified on
+    first use.
 
     Args:
         path: The run directory.
@@ -291,7 +291,7 @@ class Run:
         return logits * torch.as_tensor(unit, dtype=logits.dtype).reshape(-1, 1)
 
     def plot(self) -> list[Path]:
-        """Draw the plots of the run, save them in `plots/` and return their paths."""
+        """Draw the plots of the run, save the plots in `plots/` and return the paths."""
         from hetero_fl.reporting.plots import write_plots
 
         return write_plots(self.path)

@@ -219,7 +219,7 @@ def summarize(
 
     Args:
         config: The resolved configuration.
-        federation: The clients and their data.
+        federation: Federation of the run.
         history: Records of all rounds.
         traffic: Bytes exchanged in the run.
         setup_seconds: Seconds before the first round.
@@ -305,13 +305,14 @@ def collect_details(
 ) -> dict[str, Any]:
     """Return the content of `details.json`, which contains data about each client for the report.
 
-    Label counts of private runs are omitted, because the privacy budget does not include them.
+    For runs with differential privacy, label counts are omitted, because the privacy budget does
+    not include a release of label counts.
 
     Args:
-        federation: The clients, their data and their protections.
+        federation: Federation of the run.
         evaluation: The last evaluation, with details.
         notes: Notes from the preparation of the run, one line each.
-        method: The algorithm.
+        method: Method of the run.
     """
     data = federation.data
     label_clients = [

@@ -194,12 +194,12 @@ DEFAULTS = "defaults"
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that differs from the default of its method.
+    """A setting of a method that differs from the default.
 
     Attributes:
         key: Key of the setting.
         value: Value as text.
-        origin: Origin of the setting, such as `grid`.
+        origin: Place where the setting was defined, such as `grid` for a tuning grid.
     """
 
     key: str
@@ -270,7 +270,9 @@ class ComparisonFacts:
 def gather_facts(
     out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None
 ) -> ComparisonFacts:
-    """Gather the facts about a comparison from the rows and, if they exist, the files of the runs.
+    """Gather the facts about a comparison from the rows and the files of the runs.
+
+    If there are no run files, only facts that follow from the rows are included.
 
     Args:
         out: The folder of the comparison.

@@ -34,11 +34,14 @@ NEEDS_NOTE = (
 
 
 def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of a run from the content of its `summary.json`.
+    """Return the row of a run in a comparison.
 
     The keys are `algorithm`, `seed`, `{personal,global,server}_{last,best}_{metric}` for existing
     scores, `personal_{last,best}_{metric}_worst` for the worst client, `up_bytes`, `down_bytes`,
     `seconds_total` and, for runs with simulated time, `simulated_hours`.
+
+    Args:
+        summary: Content of the run's `summary.json`.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
     for test in TEST_NAMES:

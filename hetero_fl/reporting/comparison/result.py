@@ -21,7 +21,7 @@ SHOWN = ("global_last_", "personal_last_")
 
 
 class Comparison:
-    """A finished comparison, read from its folder.
+    """A finished comparison in a folder.
 
     Args:
         path: The folder of the comparison.
@@ -79,7 +79,7 @@ class Comparison:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The runs, in the order of their folders."""
+        """The runs, sorted by the name of the run directory."""
         return [Run(folder, self._permission) for folder in sorted((self.path / "runs").iterdir())]
 
     def to_markdown(self) -> str:

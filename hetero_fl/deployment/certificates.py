@@ -140,7 +140,7 @@ def make_node_key(path: Path, comment: str = "") -> EllipticCurvePrivateKey:
 
     Args:
         path: Path of the private key. The path of the public key has the additional suffix `.pub`.
-        comment: Comment in the file of the public key.
+        comment: Comment in the file of the public key. If empty, there is no comment.
 
     Returns:
         The private key.
@@ -387,8 +387,8 @@ def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
         Paths of the written files.
 
     Raises:
-        UserError: If the folder is not empty, or a client name occurs twice or is not a valid
-            folder name.
+        UserError: If the folder is not empty, `hosts` is empty, or a client name occurs twice or is
+            not a valid folder name.
     """
     for client in clients:
         if not NAME.fullmatch(client) or client in (SERVER, AUTHORITY):

@@ -40,7 +40,7 @@ class PendingConversation:
     """Conversation that has not finished.
 
     Args:
-        factory: Function that creates the conversation. It is called once per attempt.
+        factory: Function that creates the conversation and is called once per attempt.
         deadline: Time of the monotonic clock at which the conversation expires.
         seconds: Time limit in seconds.
         attempts: Number of attempts so far.
@@ -98,7 +98,7 @@ class Conversations:
 
         Args:
             client: Name of the client.
-            factory: Function that creates the conversation. It is called once per attempt.
+            factory: Function that creates the conversation and is called once per attempt.
             seconds: Time limit in seconds.
         """
         self._pending[client] = PendingConversation(factory, time.monotonic() + seconds, seconds)

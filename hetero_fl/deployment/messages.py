@@ -128,6 +128,9 @@ def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
 
 
 def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
-    """Return an evaluation as plain values, with the model as a tensor of bytes."""
+    """Return an evaluation as plain values.
+
+    The model is a tensor of bytes, or None if the evaluation contains no model.
+    """
     tree = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
     return {**tree, "model": as_tensor(evaluation.model) if evaluation.model else None}

@@ -160,7 +160,7 @@ class RunStatus:
         self._logs = logs
 
     def add_event(self, line: str) -> None:
-        """Add a line to the recent events."""
+        """Add a line to the recent events, of which the last 20 are kept."""
         with self._changing:
             self._events = [*self._events, {"time": time.time(), "message": line}][-MAX_EVENTS:]
             self._write()

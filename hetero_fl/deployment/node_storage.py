@@ -48,7 +48,7 @@ class Cipher:
         """Return a cipher with the key in a file, which is created if it does not exist.
 
         Raises:
-            UserError: If the file is not a key, or other users can read it.
+            UserError: If the file cannot be read, is not a key or can be read by other users.
         """
         if not path.exists():
             _make_key(path)

@@ -243,9 +243,9 @@ class NodeExecutor(RemoteExecutor):
         state, and the request is created again because it may depend on the lost state.
 
         Args:
-            client: The client.
+            client: Client whose node receives the task.
             kind: "answer" for an exchange of the protocol, "read" for an evaluation.
-            request: The request.
+            request: Request to send.
             make_request: Function that creates the request again.
             nonce: String that makes the task unique. If empty, the node recognizes a repeated task.
             about: Additional entries of the message's head.

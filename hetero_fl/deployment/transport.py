@@ -93,7 +93,7 @@ class Transport(Protocol):
 
         Args:
             node: Number of the node.
-            envelope: The message.
+            envelope: Message to send.
             within: Seconds after which the message and its answer expire.
         """
 

@@ -113,6 +113,9 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
 def read_state_name(name: str) -> str:
     """Validate the name of a private state, which is a SHA-256 digest or empty.
 
+    Returns:
+        The unchanged name.
+
     Raises:
         RequestRefusedError: If the name is invalid.
     """
@@ -131,6 +134,9 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
         outputs: Number of outputs of the task.
         own: Preprocessing of the client without the mean and the standard deviation, which only
             the node can compute. If None, the report must not contain any preprocessing.
+
+    Returns:
+        The validated data report.
 
     Raises:
         RequestRefusedError: If the report is invalid.
@@ -185,6 +191,9 @@ def read_evaluation(
         client: Name of the client.
         federation: Federation of the run.
         method: Method of the run.
+
+    Returns:
+        The validated evaluation.
 
     Raises:
         RequestRefusedError: If the evaluation is invalid.
@@ -365,9 +374,9 @@ def _expected_model(
     Args:
         about: The received metadata.
         tensors: The received tensors.
-        federation: The federation.
-        client_info: The client.
-        method: The method of the run.
+        federation: Federation of the run.
+        client_info: Client that sent the model.
+        method: Method of the run.
 
     Raises:
         RequestRefusedError: If the client cannot have a model with the received metadata.

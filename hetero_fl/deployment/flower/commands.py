@@ -38,7 +38,8 @@ def check_installed() -> None:
     """Check the installed version of Flower without importing it.
 
     Raises:
-        UserError: If Flower is not installed or its version is not supported.
+        UserError: If Flower is not installed, or if the version of Python or Flower is not
+            supported.
     """
     wanted = ".".join(map(str, MIN_VERSION))
     advice = f"run pip install 'hetero_fl[flower]', which installs flwr {wanted} or later"
@@ -133,7 +134,7 @@ class FlowerCommand:
             is_ready: Function that returns whether the process is ready.
 
         Raises:
-            RunFailedError: If the process ends or is not ready in time.
+            RunFailedError: If the process ends or is not ready within 120 seconds.
         """
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():

@@ -116,7 +116,7 @@ class GridTransport:
 
         Args:
             node: Number of the node.
-            envelope: The message.
+            envelope: Message to send.
             within: Seconds after which the message and its answer expire.
         """
         if node not in self._flower_ids:

@@ -96,7 +96,7 @@ def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelop
     """Send a message to a site's worker, which is started if needed, and return the answer.
 
     Args:
-        envelope: The message.
+        envelope: Message to send.
         site: Path of the site file, which identifies the worker.
         allow_code: Whether a newly started worker may run the code that the site file references.
 

@@ -79,7 +79,7 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
 
     Args:
         algorithm: Method of the run.
-        federation: The federation.
+        federation: Federation of the run.
 
     Returns:
         Item specifications, keyed by item name.
@@ -180,7 +180,7 @@ class ClientPrivacy:
         predictions are first replaced by votes.
 
         Args:
-            client: The client.
+            client: Client that sends the upload.
             upload: Upload returned by the method.
             received: Payload that the client received. For parameters, the difference from the
                 received parameters is clipped.

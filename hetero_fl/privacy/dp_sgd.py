@@ -299,7 +299,7 @@ def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) ->
     """Return the privacy charge of a step on private rows.
 
     Args:
-        participant: The client.
+        participant: Client that runs the step.
         step: A `Fit` or `ClassSums` step.
         privacy: The `privacy` section of the configuration.
 

@@ -256,7 +256,7 @@ class ServerPrivacy:
 
     Args:
         client: Clipping and privacy charges at the clients.
-        federation: The federation.
+        federation: Federation of the run.
         expected_items: Function that returns items with the names, shapes and dtypes of a client's
             upload.
         per_round: Number of clients in a round. If None, all clients participate.
@@ -296,7 +296,7 @@ class ServerPrivacy:
 
         Args:
             client: Clipping and privacy charges at the clients. If None, None is returned.
-            federation: The federation.
+            federation: Federation of the run.
             expected_items: See `ServerPrivacy`.
             per_round: Number of clients in a round. If None, all clients participate.
         """
@@ -315,6 +315,9 @@ class ServerPrivacy:
 
     def sum_noise(self, received_by: Callable[[ClientInfo], Payload], round_idx: int) -> SumNoise:
         """Return the noise on the sums of a round.
+
+        With the setting `distributed`, the standard deviation is 0, because the clients have
+        already added the noise.
 
         Args:
             received_by: Function that returns the payload that a client received.

@@ -261,7 +261,8 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
 
     An example is `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
     71.0%, AUROC 0.930`. A metric that is undefined on only one of the tests is shown as
-    `undefined`. A metric that is undefined on all tests is omitted.
+    `undefined`. A metric that is undefined on all tests is omitted. If there are no scores, the
+    text is empty.
 
     Args:
         record: A line of `metrics.jsonl`.

@@ -112,7 +112,7 @@ def html_items(title: str, items: Mapping[str, str]) -> str:
     """Return a title and a list of named values in HTML.
 
     Args:
-        title: The title.
+        title: Text above the list.
         items: Values, keyed by name.
     """
     rows = "".join(

@@ -148,7 +148,11 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The content of `summary.json`."""
+        """The content of `summary.json`.
+
+        Raises:
+            UserError: If the run has not finished.
+        """
         return self.directory.summary()
 
     @cached_property

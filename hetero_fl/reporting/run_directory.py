@@ -179,7 +179,7 @@ class RunDirectory:
         `config.yaml` is written last and marks the creation as complete.
 
         Args:
-            path: The folder.
+            path: Path of the folder.
             config: The resolved configuration.
             environment: Versions, machine and id of the run.
 

@@ -163,8 +163,8 @@ class Patience:
 def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
     """Return the duration of a run and the number of invited clients with each outcome.
 
-    The result has a single key, `simulated`, or `wall` for a run on several machines. It is empty
-    for runs that do not record arrival times.
+    The result has a single key, which is `simulated`, or `wall` for a run on several machines. For
+    runs that do not record arrival times, the result is empty.
     """
     timed = [r for r in history if "counts" in r]
     if not timed:

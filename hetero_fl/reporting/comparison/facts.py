@@ -42,7 +42,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _ShownMetrics:
-    """Metrics of a kind of task that comparisons show.
+    """Metrics that a comparison shows for one kind of task.
 
     Attributes:
         metrics: Metrics on the global and the local test.
@@ -76,7 +76,7 @@ class Column:
     Attributes:
         key: Key of the values in a row.
         title: Title of the column.
-        metric: The metric.
+        metric: Name of the metric.
         group: Name of the test, shown above several columns.
         short: Title below the name of the test.
     """

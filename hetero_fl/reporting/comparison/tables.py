@@ -70,7 +70,11 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
 
 
 def seconds_note(jobs: int | None) -> str:
-    """Return a sentence that explains what the column “Seconds” measures."""
+    """Return a sentence that explains what the column “Seconds” measures.
+
+    Args:
+        jobs: Number of runs that were executed in parallel, or None if unknown.
+    """
     return render_line("seconds.txt", jobs=jobs)
 
 
@@ -327,7 +331,7 @@ def _format_megabytes(value: float) -> str:
 
 
 def format_single(value: float | None, metric: str) -> str:
-    """Format the score of one run as in the tables."""
+    """Format the score of one run as in the tables, or return a dash if the score is None."""
     return MISSING if value is None else _format_score(value, metric)
 
 

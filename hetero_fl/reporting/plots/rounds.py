@@ -113,7 +113,7 @@ def _draw_tests(
     """Draw a curve for each test, with markers at the last and the selected round.
 
     Args:
-        axes: The axes.
+        axes: Axes to draw on.
         metric: Name of the metric. Rounds in which the metric is undefined are omitted.
         x: Position of each round on the x axis.
         rounds: Records of the rounds.
@@ -170,7 +170,7 @@ def tests_legend(figure: Figure, summary: Json, bands: bool, more: Sequence[Arti
     """Add a legend of the tests below a figure.
 
     Args:
-        figure: The figure.
+        figure: Figure to which the legend is added.
         summary: Content of `summary.json`.
         bands: Whether the figure has bands of one standard deviation.
         more: Additional entries.

@@ -404,10 +404,10 @@ LAST_DATE = 253_402_300_799
 
 
 def plot_forecasts(summary: Json, details: Json) -> Figure | None:
-    """Plot targets and forecasts on the latest local test rows of each client.
+    """Plot targets and forecasts on the latest local test rows of up to 8 clients.
 
-    The plot shows the last output, which has the longest forecast horizon, and the forecast of the
-    simple baseline rule with the smallest error.
+    The plot shows the last output of each model, which has the longest forecast horizon, and the
+    forecast of the simple baseline rule with the smallest error.
 
     Args:
         summary: Content of `summary.json`.

@@ -47,7 +47,7 @@ class BudgetConfig(ConfigSection):
 class AllowsConfig(ConfigSection):
     """Limits that a site enforces for configurations, tasks and answers.
 
-    A limit of `null` is not enforced.
+    A limit that is `null` is not enforced.
     """
 
     methods: list[str] | None = Field(None, description="permitted values of algorithm.name")

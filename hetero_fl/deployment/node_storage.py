@@ -63,12 +63,16 @@ class Cipher:
         return cls(key)
 
     def encrypt(self, data: bytes, name: str) -> bytes:
-        """Encrypt the content of the file `name`."""
+        """Encrypt the content of the file `name`.
+
+        Returns:
+            The nonce followed by the encrypted content.
+        """
         nonce = secrets.token_bytes(NONCE_BYTES)
         return nonce + self._aead.encrypt(nonce, data, name.encode())
 
     def decrypt(self, data: bytes, name: str) -> bytes:
-        """Decrypt the content of the file `name`.
+        """Decrypt the content of the file `name`, as returned by `encrypt`.
 
         Raises:
             InvalidTag: If the data was changed, or encrypted with another key or file name.

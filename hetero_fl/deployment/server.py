@@ -74,11 +74,11 @@ def run_federation(
     The run directory has the same files as in a simulation.
 
     Args:
-        source: Configuration, or path of its file.
+        source: Configuration, or path of a configuration file.
         transport: Transport for the messages, which is closed at the end.
         out: Run directory.
         resume: Whether to continue from the newest checkpoint in `out`.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration in the format `key.path=value`.
         wait: Seconds to wait for all clients of the configuration.
         deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
         patience: Seconds to wait for a disconnected node while enough other nodes are connected.
@@ -242,14 +242,14 @@ def run_server(
     """Train with nodes on other machines.
 
     SIGTERM stops the run after the current round, with a checkpoint. A second SIGTERM, or Ctrl-C,
-    stops the run immediately. The last checkpoint is then that of the previous round.
+    stops the run immediately. In this case, the last checkpoint is from the previous round.
 
     Args:
-        source: Configuration, or path of its file.
+        source: Configuration, or path of a configuration file.
         file: Path of the server file.
         out: Run directory. If None, `runs/<name>-<time>` is used.
         resume: Whether to continue from the newest complete checkpoint in `out`.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration in the format `key.path=value`.
         allow_code: Whether the server may run the code that the configuration references (see
             `hetero_fl.load_config`).
         quiet: Whether to suppress the log on stderr.

@@ -92,7 +92,11 @@ class GridTransport:
         self._results: queue.SimpleQueue[tuple[str, PullResult]] = queue.SimpleQueue()
 
     def nodes(self) -> Mapping[int, bytes]:
-        """Return the public keys of the connected nodes in PEM format, keyed by node number."""
+        """Return the public keys of the connected nodes in PEM format, keyed by node number.
+
+        Raises:
+            RunFailedError: If the SuperLink does not respond or Flower has stopped the run.
+        """
         try:
             found = list(self._grid.get_nodes())
         except BaseException as error:
@@ -118,6 +122,9 @@ class GridTransport:
             node: Number of the node.
             envelope: Message to send.
             within: Seconds after which the message and its answer expire.
+
+        Raises:
+            RunFailedError: If the SuperLink does not respond or Flower has stopped the run.
         """
         if node not in self._flower_ids:
             return f"lost-{next(self._lost_numbers)}"

@@ -51,7 +51,7 @@ def run_in_app(
     Args:
         grid: Flower's grid.
         run_config: Flower's run configuration. Missing keys have the defaults in `RUN_CONFIG`.
-        source: Configuration, or path of its file.
+        source: Configuration, or path of a configuration file.
 
     Returns:
         The finished run.

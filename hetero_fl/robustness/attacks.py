@@ -183,7 +183,7 @@ class PredictionAttack(Attack):
 
 @attack("flipped")
 class FlippedPredictions(PredictionAttack):
-    """Attack that negates the predictions."""
+    """Attack that sends −strength·z in place of the predictions z."""
 
     @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
@@ -410,7 +410,8 @@ class LittleIsEnough(UpdateAttack):
     The mean and the standard deviation are computed over the malicious clients for each coordinate.
     All malicious clients send the same update. The factor z is `strength` if set. Otherwise, it is
     the largest value for which enough honest clients are expected to be farther from the mean:
-    Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f, where f of n clients are malicious.
+    Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f, where f of n clients are malicious. Φ(z) is
+    limited to [0.5, 0.999].
     """
 
     @override

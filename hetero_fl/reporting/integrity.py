@@ -77,6 +77,9 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
         thorough: Whether to read models and checkpoints. Otherwise, models only have to exist, and
             checkpoints are not checked.
 
+    Returns:
+        Inspection with descriptions of all missing and damaged files.
+
     Raises:
         UserError: If the path is not a run directory.
     """
@@ -322,7 +325,7 @@ def _check_checkpoints(
         directory: The run directory.
         files: Checkpoints of the run, the newest last.
         least: Smallest valid round of the newest checkpoint.
-        inspection: The inspection, to which damage is added.
+        inspection: Inspection to which damage is added.
     """
     newest = max(map(checkpoint_round, files), default=-1)
     if newest < least:
@@ -354,7 +357,7 @@ def _compare(
         directory: The run directory.
         saved: The state dict of the checkpoint.
         name: File name of the checkpoint.
-        inspection: The inspection, to which damage and notes are added.
+        inspection: Inspection to which damage and notes are added.
     """
     known = saved.get("directory")
     completed = saved["run"]["completed"]

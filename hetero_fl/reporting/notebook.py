@@ -28,7 +28,7 @@ def in_notebook() -> bool:
 
 
 class ProgressBar:
-    """A progress bar in the output of a notebook cell, with a line of text below it."""
+    """A progress bar and a line of text in the output of a notebook cell."""
 
     def __init__(self) -> None:
         self._handle: Any = None

@@ -84,7 +84,7 @@ class Run:
         self._kept: list[object] = []
 
     def keep(self, *objects: object) -> None:
-        """Keep objects alive as long as this instance, such as user-defined model classes."""
+        """Keep objects, such as user-defined model classes, alive as long as this instance."""
         self._kept.extend(objects)
 
     @classmethod
@@ -181,7 +181,12 @@ class Run:
 
     @cached_property
     def models(self) -> dict[str, SavedModel]:
-        """The models, keyed by client id. The key of the server's model is `server`."""
+        """The models, keyed by client id, or `server` for the server's model.
+
+        Raises:
+            UserError: If the run has no models, or a model is damaged or references code that may
+                not be executed.
+        """
         return self.load_models()
 
     def load_models(self, client: str | None = None) -> dict[str, SavedModel]:
@@ -194,8 +199,8 @@ class Run:
             The loaded models, keyed by client id.
 
         Raises:
-            UserError: If there is no such client, or a model is damaged or names code that may not
-                run.
+            UserError: If there is no such client, or a model is damaged or references code that may
+                not be executed.
         """
         if client is not None and client not in self.model_names:
             hint = suggest_or_list(client, self.model_names)

@@ -319,7 +319,7 @@ class RunDirectory:
         self.write_text("summary.json", text)
 
     def reopen(self) -> None:
-        """Delete the results of a finished run so that it can continue with more rounds.
+        """Delete the results of a finished run, so that the run can continue with more rounds.
 
         The summary is deleted first, so that an interrupted call leaves an unfinished run.
         """
@@ -398,7 +398,8 @@ class RunDirectory:
         An incomplete last line is ignored.
 
         Raises:
-            UserError: If the file cannot be read, or if a line is not the record of its round.
+            UserError: If the file cannot be read, or if the lines are not the records of
+                consecutive rounds.
         """
         complete_lines = self.read_text(METRICS).split("\n")[:-1]
         records = []

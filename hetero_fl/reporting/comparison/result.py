@@ -51,7 +51,7 @@ class Comparison:
         self._kept: list[object] = []
 
     def keep(self, *objects: object) -> None:
-        """Keep objects alive as long as the comparison, such as a temporary folder."""
+        """Keep objects, such as a temporary folder, alive as long as this instance."""
         self._kept.extend(objects)
 
     def __repr__(self) -> str:

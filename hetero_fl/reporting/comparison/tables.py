@@ -347,7 +347,7 @@ class Candidate:
 
     Attributes:
         algorithm: Label of the method.
-        point: Settings as `key=value`.
+        point: Settings in the format `key=value`.
         score: Mean validation score over seeds, or None if there is no score. Larger is better.
         chosen: Whether the candidate was chosen.
     """

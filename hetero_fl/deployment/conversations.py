@@ -248,7 +248,14 @@ class LogHeads:
         self._last: dict[str, str] = {}
 
     def update(self, client: str, answer: Envelope) -> None:
-        """Compare the head in a client's answer with earlier heads, and store the longer head."""
+        """Compare the head in a client's answer with earlier heads, and store the longer head.
+
+        A contradiction is logged. An answer without a valid head is ignored.
+
+        Args:
+            client: Name of the client.
+            answer: Answer of the client's node.
+        """
         head = str(answer.head.get(LOG, ""))
         if HEAD_PATTERN.fullmatch(head) is None:
             return

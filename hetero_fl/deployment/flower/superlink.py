@@ -102,14 +102,14 @@ class SuperLink:
         return self._process.is_running
 
     def revive_gateway(self) -> None:
-        """Restart the gateway if it has ended."""
+        """Restart the gateway if there is one and its process has ended."""
         if self._gateway is not None and not self._gateway.is_running:
             assert self._files is not None
             self._gateway.kill()
             self._gateway = self._start_gateway(self._files)
 
     def revive(self) -> None:
-        """Restart the SuperLink if it has ended.
+        """Restart the SuperLink and the gateway if these processes have ended.
 
         Raises:
             RunFailedError: If the SuperLink ended shortly after its start.

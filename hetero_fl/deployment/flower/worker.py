@@ -285,7 +285,7 @@ def _end_with(parent: int, address: Path) -> None:
 
 
 def main() -> int:
-    """Run the worker in this process, which `worker_socket.py` starts."""
+    """Run the worker process that `worker_socket.py` starts, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("site", type=Path)
     parser.add_argument("socket", type=Path)

@@ -176,8 +176,9 @@ class ClientPrivacy:
         """Clip an upload and add noise, as configured.
 
         With `unit: record`, the upload is returned unchanged. With `unit: client`, the upload is
-        clipped. With `unit: local`, noise is added as well. If the setting `votes` is set,
-        predictions are first replaced by votes.
+        clipped. With `unit: local`, noise is added as well. If the setting `votes` is True,
+        predictions are first replaced by votes. With adaptive clipping, the item `within_clip` is
+        added to the upload.
 
         Args:
             client: Client that sends the upload.
@@ -242,7 +243,7 @@ class ClientPrivacy:
     def factors_item(factors: Mapping[str, float]) -> dict[str, str]:
         """Format factors on clipping bounds for the report of a broadcast.
 
-        The decimal numbers are exact and have the same width, so that the size of the report does
-        not vary.
+        The strings can be converted back without rounding errors. All strings have the same length,
+        so that the size of the report does not vary.
         """
         return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}

@@ -288,8 +288,8 @@ def _unflatten_item(like: Item, vector: Tensors) -> Item:
 def reference_tensors(item: Item, received: Item | None) -> Tensors:
     """Return the tensors that are subtracted from an item to compute the update.
 
-    For an item of kind "params", these are the received tensors of the same name and shape. They
-    are zeros for all other tensors.
+    For an item of kind "params", these are the received tensors of the same name and shape. For all
+    other tensors, zeros are returned.
 
     Args:
         item: The sent item.

@@ -115,7 +115,7 @@ class SumNoise:
 
         Args:
             name: Name of the item.
-            like: Item with tensors of the same names, shapes and dtypes.
+            like: Item with the names, shapes and dtypes of the tensors that the clients may send.
             received: Item of the same name that the clients received. If None, updates are added to
                 zeros.
             count: Expected number of clients of this kind in the round.

@@ -1,6 +1,7 @@
-"""Show progress, log it to a file and to the logger `hetero_fl`, and write TensorBoard events.
+"""Show the progress of runs, write logs, and write TensorBoard events.
 
-In a terminal, all output goes to stderr, so that stdout stays free for results.
+Log lines are written to a file and to the logger `hetero_fl`. In a terminal, all output goes to
+stderr, so that stdout stays free for results.
 """
 
 from __future__ import annotations

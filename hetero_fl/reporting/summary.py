@@ -283,8 +283,9 @@ def summarize(
 def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dict[str, Any]:
     """Return the attack and the malicious clients, or an empty dictionary without attack.
 
-    `success` is the success rate of a backdoor in the last evaluation, the fraction of global test
-    rows with the trigger that the models of the honest clients assign to the target class.
+    The entry `success` is the success rate of a backdoor in the last evaluation, or None for other
+    attacks. The success rate is the fraction of global test rows with the trigger that the models
+    of the honest clients assign to the target class.
     """
     malicious = federation.malicious
     if malicious is None:

@@ -88,7 +88,8 @@ def write_comparison(
         task: Task of the runs.
         missing: Reasons why methods or runs are not among the rows, keyed by method or run.
         tried: Candidates of a tuning grid.
-        settings: Settings of the methods that differ from the defaults.
+        settings: Settings of the methods that differ from the defaults. If None, the report does
+            not list settings.
 
     Raises:
         ValueError: If there are no rows.

@@ -111,7 +111,7 @@ class TableLine:
     Attributes:
         algorithm: Label of the method.
         name: Display name of the method.
-        bound: Whether the method is a bound.
+        bound: Whether the method is a reference bound, which is not ranked with other methods.
         cells: Scores, in the order of the columns.
         p: p-value of the difference from the best method, or an empty string for bounds.
         megabytes: Megabytes exchanged per run.

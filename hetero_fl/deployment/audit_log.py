@@ -102,7 +102,8 @@ class AuditLog:
 
         Raises:
             OSError: If the line cannot be written.
-            UserError: If the log was modified since this process last read it.
+            UserError: If known lines were changed, or if another process appended lines that are
+                not signed with the key.
         """
         with self._lock():
             if (

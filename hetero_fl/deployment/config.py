@@ -104,7 +104,7 @@ class DisclosureConfig(ConfigSection):
 
 
 class ServerConnectionConfig(ConfigSection):
-    """Connection of a site to the server. Paths are relative to the site file."""
+    """Connection of a site to the server, with paths relative to the site file."""
 
     address: str = Field(description="host:port")
     authority: str | None = Field(
@@ -226,7 +226,7 @@ def load_site_config(
 
 
 class CertificatesConfig(ConfigSection):
-    """Certificates and key of a server. Paths are relative to the server file.
+    """Certificates and key of a server, with paths relative to the server file.
 
     `hetero-fl certificates` creates these files.
     """

@@ -139,7 +139,7 @@ class Handshake:
         return answer
 
     def receive_data_info(self, client: str, tree: Any) -> RemoteDataInfo:
-        """Validate the data report of a client and convert it to a `RemoteDataInfo`.
+        """Validate the data report of a client and return a `RemoteDataInfo`.
 
         Raises:
             RequestRefusedError: If the report is invalid.

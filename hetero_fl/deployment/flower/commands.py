@@ -35,7 +35,7 @@ DEFAULT_ENVIRONMENT = {
 
 
 def check_installed() -> None:
-    """Check the installed version of Flower without importing it.
+    """Check that a supported version of Flower is installed, without importing Flower.
 
     Raises:
         UserError: If Flower is not installed, or if the version of Python or Flower is not

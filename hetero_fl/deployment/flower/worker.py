@@ -249,7 +249,14 @@ class WorkerListener:
 
 @contextmanager
 def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM, and raise KeyboardInterrupt on a second SIGTERM."""
+    """Set `stop` on SIGTERM, and raise KeyboardInterrupt on a second SIGTERM.
+
+    Outside the main thread, signals are not handled.
+
+    Args:
+        log: Log with a line for the first SIGTERM.
+        stop: Event that is set on the first SIGTERM.
+    """
     # Signal handlers can be set in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield

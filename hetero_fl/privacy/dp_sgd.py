@@ -274,7 +274,7 @@ def _gradient_of_row(
 
 
 def _broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Reshape `[rows]` so that it broadcasts against `[rows, …]`."""
+    """Reshape a tensor `[rows]` to broadcast against a tensor `[rows, …]`."""
     return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 

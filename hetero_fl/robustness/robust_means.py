@@ -98,7 +98,8 @@ class RobustModelMeans:
         Args:
             group: Architecture group of the sender.
             tensors: Tensors of the sender, keyed by name.
-            weight: Ignored, because all clients have equal weight.
+            weight: Weight of the sender, which is ignored, because a malicious client could report
+                a large weight.
         """
         client_info = self.senders[len(self._sent)]
         reference: Tensors = {}

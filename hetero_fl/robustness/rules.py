@@ -1,6 +1,6 @@
 """Byzantine-robust aggregation rules: medians, trimmed means, Krum, norm bounds and FLTrust.
 
-All rules for parameters give equal weight to all clients. In a configuration,
+The rules do not weight clients by the number of training rows. In a configuration,
 `python:package.module:Name` in place of a rule's name selects a user-defined subclass of `Rule` or
 `PredictionRule`.
 """

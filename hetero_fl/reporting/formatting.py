@@ -184,7 +184,10 @@ def is_regression(metrics: Mapping[str, Any]) -> bool:
 
 
 def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores in the last round on the first test that has scores."""
+    """Return the scores in the last round on the first test that has scores.
+
+    If no test has scores, the result is empty.
+    """
     return next((summary[test]["last"] for test in TEST_NAMES if summary[test]), {})
 
 

@@ -283,7 +283,7 @@ def _remedy(directory: RunDirectory, checkpoints: list[Path], inspection: Inspec
 
 
 def _lines(directory: RunDirectory, inspection: Inspection) -> list[bytes]:
-    """Return the lines of `metrics.jsonl`. A file that cannot be read is added to the damage."""
+    """Return the lines of `metrics.jsonl`, or record that the file cannot be read as damage."""
     try:
         return directory.lines()
     except UserError as error:

@@ -49,7 +49,7 @@ def method_needs(label: str) -> list[requirements.Need]:
 
 
 def format_needs(label: str) -> str:
-    """Return the requirements of a method as text for a table."""
+    """Return the requirements of a method as text for a table, which is empty without any."""
     return requirements.format_needs(method_needs(label))
 
 

@@ -50,7 +50,7 @@ class Run:
         permission: The code that may run when models are loaded.
 
     Raises:
-        UserError: If the path is no run directory, or a file is missing or damaged.
+        UserError: If the path is not a run directory, or a file is missing or damaged.
 
     Example:
         >>> import hetero_fl

@@ -73,7 +73,7 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
 
 @contextmanager
 def report_errors(subject: str, log: Callable[[str], None] | None) -> Iterator[None]:
-    """Log an error as one line that begins with `subject`, or raise it if `log` is None."""
+    """Log an error as one line that begins with `subject`, or raise the error if `log` is None."""
     try:
         yield
     except Exception as error:

@@ -120,7 +120,10 @@ def embed_picture(picture: bytes) -> dict[str, Any]:
 
 
 def shorten(text: str, length: int = 18) -> str:
-    """Shorten a label in the middle, because similar names often differ only at the end."""
+    """Shorten a label with more than `length` characters in the middle.
+
+    The end is kept, because similar names often differ only at the end.
+    """
     if len(text) <= length:
         return text
     tail = (length - 1) // 2

@@ -119,7 +119,7 @@ class Handshake:
         Raises:
             RequestRefusedError: If the report is invalid or differs from an earlier one.
         """
-        # `init_from` is a folder of the server; `NodeExecutor.send_states` sends its states.
+        # `init_from` is a folder of the server, whose states `NodeExecutor.send_states` sends.
         config = {**resolve_config(self.config), "init_from": None}
         tree = {"config": config, "public": self.public.public_hash()}
         answer = yield message("terms", tree, run=self.run)

@@ -110,7 +110,7 @@ class RunStatus:
     """Current status of a run at the server, written to a file after every change.
 
     Args:
-        path: Run directory. The status file is not written until the directory exists.
+        path: Run directory. The status file is not written until `config.yaml` exists.
         clients: Names of the expected clients.
     """
 

@@ -272,8 +272,8 @@ class Node:
     Attributes:
         audit_log: Audit log of the site.
         joined: The current run, or None between runs.
-        left: Reason for which the server ended the last run. The string is empty if the run
-            completed. None before the first run ends.
+        left: Reason for which the server ended the last run, or an empty string if the run
+            completed. Before the first run ends, the value is None.
 
     Raises:
         UserError: If the audit log was modified, or the encryption key of the folder is invalid.

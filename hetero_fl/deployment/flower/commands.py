@@ -72,7 +72,7 @@ class FlowerCommand:
     """Child process that runs a command of Flower, such as `flower-superlink`.
 
     Args:
-        command: The command and its arguments.
+        command: Name and arguments of the command.
         environ: Environment variables of the process, as returned by `environment`.
         log: File to which the output is appended.
         scratch: Folder that is deleted if the parent process is killed.

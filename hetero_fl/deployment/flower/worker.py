@@ -170,7 +170,7 @@ class LoggedNode:
         node: Node that answers the messages.
         log: Log with a line for each task.
         stop: Event that is set if the server refuses the node or, with `once`, at the end of a run.
-            If None, no other thread is notified.
+            If None, the node keeps waiting for runs.
         once: Whether to participate in one run only.
 
     Attributes:

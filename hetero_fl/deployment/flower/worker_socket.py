@@ -137,7 +137,7 @@ def send(connection: Connection, envelope: Envelope) -> None:
 
 
 def receive(connection: Connection) -> Envelope:
-    """Read a message from a connection."""
+    """Read a message that `send` wrote to a connection."""
     head: Head = {
         name: base64.b64decode(value["bytes"]) if isinstance(value, dict) else value
         for name, value in json.loads(connection.recv_bytes()).items()

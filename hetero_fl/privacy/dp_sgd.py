@@ -68,7 +68,7 @@ def sampling_plan(
 
 
 class PoissonBatches(Batches):
-    """Poisson-sampled batches: each row is in a batch independently with probability `rate`.
+    """Poisson-sampled batches, which contain each row independently with probability `rate`.
 
     Args:
         participant: Client whose rows are sampled.

@@ -83,11 +83,11 @@ class Comparison:
         return [Run(folder, self._permission) for folder in sorted((self.path / "runs").iterdir())]
 
     def to_markdown(self) -> str:
-        """Return the table of means and standard deviations over seeds in Markdown."""
+        """Return the content of `comparison.md`, with means and standard deviations over seeds."""
         return (self.path / "comparison.md").read_text(encoding="utf-8")
 
     def to_latex(self) -> str:
-        """Return the table of means and standard deviations over seeds in LaTeX."""
+        """Return the content of `comparison.tex`, with means and standard deviations over seeds."""
         return (self.path / "comparison.tex").read_text(encoding="utf-8")
 
     def plot(self) -> Picture:

@@ -84,7 +84,7 @@ class TableCell:
 
     Attributes:
         mean: Mean over seeds, or None without scores.
-        deviation: Sample standard deviation over seeds, or None for a single seed.
+        deviation: Sample standard deviation over seeds, or None with fewer than two scores.
         text: Mean and standard deviation as text.
         best: Whether the score is the best in its column.
         below: Whether the score is worse than the score of the baseline.

@@ -41,9 +41,9 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
     For up to 6 clients, the figure shows a matrix for the local test of each client, labeled with
     the number n of test rows, above a matrix for the global test. For up to 12 clients, the figure
     shows a matrix for the global test of each client. With more clients, the figure shows a matrix
-    for all clients together and the matrices of the 11 clients with the lowest scores. For
-    multilabel tasks, the figure shows a matrix for each of the first 16 labels, for all clients
-    together.
+    for all clients together and the matrices of the 11 clients with the lowest scores. Without a
+    global test, the local test is used. For multilabel tasks, the figure shows a matrix for each of
+    the first 16 labels, for all clients together.
 
     Args:
         summary: Content of `summary.json`.

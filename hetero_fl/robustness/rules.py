@@ -60,7 +60,10 @@ class UploadBlock:
         return torch.stack([tensors[name] for tensors in self.sent])
 
     def start(self, name: str) -> Tensor:
-        """Return the tensors `name` that the clients received, stacked to shape `[n, …]`."""
+        """Return the tensors `name` that the clients received, stacked to shape `[n, …]`.
+
+        If a client did not receive the tensor, the values are zeros.
+        """
         pairs = zip(self.sent, self.references, strict=True)
         return torch.stack([r[name] if name in r else torch.zeros_like(t[name]) for t, r in pairs])
 

@@ -1,1 +1,4 @@
-"""Federated runs across machines: the server, the nodes of the sites and their messages."""
+"""Federated runs across machines: the server, the nodes of the sites, and the messages.
+
+A site is an organization with private rows. The node of a site is the process of one client.
+"""

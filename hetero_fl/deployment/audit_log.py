@@ -70,10 +70,10 @@ CHARGE: dict[str, type] = {"noise": float, "rate": float, "steps": int}
 
 
 class AuditLog:
-    """Audit log of a node.
+    """Append-only audit log of a node.
 
     Args:
-        path: Path of the log.
+        path: Path of the log. The folder is created if it does not exist.
         key: Private key of the node, which signs the lines. If None, lines are not signed.
 
     Raises:
@@ -92,17 +92,18 @@ class AuditLog:
             self._set_head()
 
     def append(self, **fields: Any) -> Entry:
-        """Append a line about a message and flush it to disk.
+        """Append a line about a message and flush the log to disk.
 
         Args:
-            **fields: Fields of the line.
+            **fields: Fields of the line. Long strings and lists are shortened.
 
         Returns:
             The written entry.
 
         Raises:
             OSError: If the line cannot be written.
-            UserError: If the log was modified since this process last read it.
+            UserError: If known lines were changed, or if another process appended lines that are
+                not signed with the key.
         """
         with self._lock():
             if (
@@ -132,7 +133,7 @@ class AuditLog:
 
     @property
     def head(self) -> str:
-        """Number of lines and hash of the last line, `N:HASH`; see `verify`."""
+        """Number of lines and hash of the last line, in the format `N:HASH`."""
         return f"{self._count}:{self._last}"
 
     @property
@@ -155,7 +156,7 @@ class AuditLog:
         self._stamp = _file_identity(self.path)
 
     def _write(self, line: bytes) -> None:
-        """Append a line and flush it to disk; remove the partial line if this fails."""
+        """Append a line and flush the log to disk, or remove the partial line if this fails."""
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         before = os.fstat(handle).st_size
         try:
@@ -187,7 +188,7 @@ class AuditLog:
 def verify(
     path: Path, key: EllipticCurvePublicKey | None = None, head: str | None = None
 ) -> list[Entry]:
-    """Verify a log and return its entries.
+    """Verify a log and return the entries.
 
     Args:
         path: Path of the log.
@@ -196,8 +197,8 @@ def verify(
         head: Earlier head, `N:HASH`, which the log must contain.
 
     Raises:
-        UserError: If a line was changed, removed, moved or not signed with the key. The message
-            names the line.
+        UserError: If the log does not exist, or if a line was changed, removed, moved or not signed
+            with the key. The message names the line.
     """
     # Unlike Path.exists, os.path.exists accepts names that are too long.
     if not os.path.exists(path) and not os.path.exists(_head_of(path)):
@@ -206,7 +207,10 @@ def verify(
 
 
 def verified_head(path: Path) -> str:
-    """Verify a log and return its head, `N:HASH`.
+    """Verify a log and return the head, which is used to verify the log again later.
+
+    Returns:
+        The number of lines and the hash of the last line, in the format `N:HASH`.
 
     Raises:
         UserError: If the log was changed.
@@ -261,7 +265,7 @@ def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficT
 
     Args:
         entries: Entries of the log.
-        run: ID of a run. None selects all runs.
+        run: ID of a run. If None, the tasks of all runs are counted.
     """
     received: dict[str, int] = {}
     sent: dict[str, int] = {}
@@ -294,7 +298,7 @@ def _read(
         key: Public key of the site. If None, signatures are not checked.
         known_head: Earlier head, `N:HASH`, which the log must contain.
         since: Number of a line after which every line must be signed. If None, only the last line
-            must be signed, because its signature covers all lines before it.
+            must be signed, because this signature covers all earlier lines.
 
     Returns:
         The entries, the number of lines, and the hash of the last line.
@@ -366,7 +370,7 @@ def _entry(line: bytes, where: str) -> Entry:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """Return whether a value is of type `kind`; integers must fit into 64 bits."""
+    """Return whether a value is of type `kind` and, if it is an integer, fits into 64 bits."""
     if isinstance(value, bool):
         return False
     if isinstance(value, int):
@@ -377,7 +381,7 @@ def _has_type(value: Any, kind: type) -> bool:
 def _check_signature(
     path: Path, lines: list[bytes], number: int, key: EllipticCurvePublicKey
 ) -> None:
-    """Check the signature of a line; line numbers start at 1.
+    """Check the signature of line `number`, counted from 1.
 
     Raises:
         UserError: If the line is not signed with the key.
@@ -454,7 +458,7 @@ def _head_of(path: Path) -> Path:
 
 
 def _file_identity(path: Path) -> tuple[int, int, int] | None:
-    """Return the inode, size and modification time of a file; None if it does not exist."""
+    """Return the inode, size and modification time of a file, or None if it does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -463,7 +467,7 @@ def _file_identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def _bytes(path: Path) -> bytes:
-    """Return the content of a log; empty if the file does not exist.
+    """Return the content of a log, or empty bytes if the file does not exist.
 
     Raises:
         UserError: If the file cannot be read.
@@ -509,9 +513,10 @@ class SiteUsage:
         sent: Number of bytes of all answers in all runs.
         answered: Digests of the completed tasks of this run.
         trained: Digests of the completed training tasks of this run.
-        tasks: Digest of each task, by the name that the server assigned, newest last.
+        tasks: Digests of the most recent tasks of this run, keyed by the name that the server
+            assigned, newest last.
         one_time_charges: Names of the one-time charges that have been made in this run.
-        steps: Number of steps in all runs by (noise multiplier, sampling rate).
+        steps: Number of steps in all runs, keyed by (noise multiplier, sampling rate).
     """
 
     run: str
@@ -553,7 +558,7 @@ class SiteUsage:
                 self.trained.add(digest)
 
     def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
-        """Return the mechanisms of all runs including additional charges.
+        """Return the privacy mechanisms of all runs, including additional charges.
 
         Args:
             charges: Additional charges, as in entries of the log.
@@ -568,7 +573,12 @@ class SiteUsage:
 def add_steps(
     steps: Mapping[tuple[float, float], int], charges: Iterable[Mapping[str, Any]]
 ) -> dict[tuple[float, float], int]:
-    """Return the number of steps of each mechanism after additional charges."""
+    """Return the number of steps of each privacy mechanism after additional charges.
+
+    Args:
+        steps: Number of steps so far, keyed by (noise multiplier, sampling rate).
+        charges: Additional charges, as in entries of the log.
+    """
     total = dict(steps)
     for charge in charges:
         mechanism = (float(charge["noise"]), float(charge["rate"]))

@@ -1,7 +1,7 @@
 """Creation and validation of certificates and keys, and templates of server and site files.
 
-All keys use the curve P-384. Keys of nodes are OpenSSH files (`ssh-keygen -t ecdsa -b 384`), which
-Flower's tools accept; keys of the server are PEM files.
+All keys use the curve P-384. The keys of nodes are OpenSSH files (`ssh-keygen -t ecdsa -b 384`),
+because Flower's tools accept this format. The keys of the server are PEM files.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def make_node_key(path: Path, comment: str = "") -> EllipticCurvePrivateKey:
 
     Args:
         path: Path of the private key. The path of the public key has the additional suffix `.pub`.
-        comment: Comment in the file of the public key.
+        comment: Comment in the file of the public key. If empty, there is no comment.
 
     Returns:
         The private key.
@@ -173,14 +173,15 @@ def public_bytes(key: PublicKey) -> bytes:
 
 
 def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKey:
-    """Load a private key.
+    """Load the private key of a node.
 
     Args:
         path: Path of the key in PEM or OpenSSH format.
         whose: Owner of the key, for error messages.
 
     Raises:
-        UserError: If Flower does not support the key or other users can read the file.
+        UserError: If the file cannot be read or is not a private key, the key has a passphrase,
+            Flower does not support the key, or other users can read the file.
     """
     data = _read(path, f"{whose} private key")
     if b"PRIVATE" not in data and data.startswith((b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC")):
@@ -211,7 +212,8 @@ def load_public_key(path: Path) -> PublicKey:
     """Load the public key of a node (`*.pub`).
 
     Raises:
-        UserError: If Flower does not support the key.
+        UserError: If the file cannot be read or is not a public key, or if Flower does not support
+            the key.
     """
     data = _read(path, "a node's public key")
     try:
@@ -234,7 +236,8 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
 
     Args:
         files: Paths of the certificates and of the key.
-        hosts: Host names and addresses for which the certificate must be valid.
+        hosts: Host names and addresses for which the certificate must be valid. If empty, hosts
+            are not checked.
 
     Raises:
         UserError: If a file is invalid, a certificate has expired or is not valid yet, the server's
@@ -384,8 +387,8 @@ def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
         Paths of the written files.
 
     Raises:
-        UserError: If the folder is not empty, or a client name occurs twice or is not a valid
-            folder name.
+        UserError: If the folder is not empty, `hosts` is empty, or a client name occurs twice or is
+            not a valid folder name.
     """
     for client in clients:
         if not NAME.fullmatch(client) or client in (SERVER, AUTHORITY):

@@ -45,7 +45,10 @@ class BudgetConfig(ConfigSection):
 
 
 class AllowsConfig(ConfigSection):
-    """Limits that a site enforces for configurations, tasks and answers; `null` means no limit."""
+    """Limits that a site enforces for configurations, tasks and answers.
+
+    A limit that is `null` is not enforced.
+    """
 
     methods: list[str] | None = Field(None, description="permitted values of algorithm.name")
     own_code: list[str] = Field(
@@ -101,7 +104,7 @@ class DisclosureConfig(ConfigSection):
 
 
 class ServerConnectionConfig(ConfigSection):
-    """Connection of a site to the server. Paths are relative to the site file."""
+    """Connection of a site to the server, with paths relative to the site file."""
 
     address: str = Field(description="host:port")
     authority: str | None = Field(
@@ -123,7 +126,7 @@ class ServerConnectionConfig(ConfigSection):
 
 
 class SiteConfig(ConfigSection):
-    """Site file (`hetero-fl node --site FILE`). The server cannot override its settings."""
+    """Site file (`hetero-fl node --site FILE`). The server cannot override these settings."""
 
     client: str = Field(description="name of the client in the server's configuration")
     folder: str = Field(
@@ -223,7 +226,7 @@ def load_site_config(
 
 
 class CertificatesConfig(ConfigSection):
-    """Certificates and key of a server. Paths are relative to the server file.
+    """Certificates and key of a server, with paths relative to the server file.
 
     `hetero-fl certificates` creates these files.
     """
@@ -276,14 +279,14 @@ class DeploymentServerConfig(ConfigSection):
     )
 
     def check_clients(self, clients: Collection[str], where: Path) -> None:
-        """Check that every client in the configuration of the run has a key.
+        """Check that every client in the configuration of the run has a public key in `nodes`.
 
         Args:
             clients: Names of the clients in the configuration.
             where: Path of the server file, for error messages.
 
         Raises:
-            UserError: If a client has no key.
+            UserError: If a client has no public key.
         """
         for client in clients:
             if client not in self.nodes:
@@ -294,7 +297,10 @@ class DeploymentServerConfig(ConfigSection):
 
 
 def load_server_config(path: str | Path) -> DeploymentServerConfig:
-    """Load a server file and make its paths absolute.
+    """Load a server file.
+
+    Returns:
+        The configuration with absolute paths.
 
     Raises:
         UserError: If the file is invalid.

@@ -40,7 +40,7 @@ class PendingConversation:
     """Conversation that has not finished.
 
     Args:
-        factory: Function that creates the conversation. It is called once per attempt.
+        factory: Function that creates the conversation and is called once per attempt.
         deadline: Time of the monotonic clock at which the conversation expires.
         seconds: Time limit in seconds.
         attempts: Number of attempts so far.
@@ -70,7 +70,7 @@ class MessageInFlight:
 
 
 class Conversations:
-    """Concurrent conversations with clients; more can be added at any time.
+    """Concurrent conversations with clients, to which conversations can be added at any time.
 
     Args:
         connections: Connections to the nodes.
@@ -98,7 +98,7 @@ class Conversations:
 
         Args:
             client: Name of the client.
-            factory: Function that creates the conversation. It is called once per attempt.
+            factory: Function that creates the conversation and is called once per attempt.
             seconds: Time limit in seconds.
         """
         self._pending[client] = PendingConversation(factory, time.monotonic() + seconds, seconds)
@@ -108,11 +108,11 @@ class Conversations:
         """Wait until a conversation finishes.
 
         Args:
-            wait: Maximum number of seconds to wait.
+            wait: Maximum number of seconds to wait. By default, there is no limit.
 
         Returns:
-            The client, and the last answer or the error if there is no answer. None if no
-            conversation finishes in time or no conversation is pending.
+            The client, and the last answer or the error if there is no answer. If no conversation
+            finishes in time or no conversation is pending, None is returned.
         """
         deadline = time.monotonic() + wait
         while not self._finished and self._pending:
@@ -238,17 +238,24 @@ class LogHeads:
         log: Function that is called with a line for each head that contradicts an earlier head.
 
     Attributes:
-        longest: The head with the most lines, by client.
+        longest: The head with the most lines, keyed by client.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self.log = log
         self.longest: dict[str, str] = {}
-        # By client: the most recent head.
+        # The most recent head, keyed by client.
         self._last: dict[str, str] = {}
 
     def update(self, client: str, answer: Envelope) -> None:
-        """Compare the head in a client's answer with earlier heads, and store the longer head."""
+        """Compare the head in a client's answer with earlier heads, and store the longer head.
+
+        A contradiction is logged. An answer without a valid head is ignored.
+
+        Args:
+            client: Name of the client.
+            answer: Answer of the client's node.
+        """
         head = str(answer.head.get(LOG, ""))
         if HEAD_PATTERN.fullmatch(head) is None:
             return
@@ -275,11 +282,11 @@ def _lines(head: str) -> int:
 
 
 class Connections:
-    """Connections of the server to the nodes of its clients.
+    """Connections of the server to the nodes of all clients.
 
     Args:
         transport: Transport for the messages.
-        clients: The expected clients; nodes of other clients are refused.
+        clients: Names of the expected clients. Nodes of other clients are refused.
         log: Function that is called with a line for each node that connects, disconnects or is
             refused.
         patience: Seconds to wait for a disconnected node while other nodes are connected.
@@ -287,9 +294,9 @@ class Connections:
             node that claims to be the client, until that node disconnects.
 
     Attributes:
-        node_of: Node id of each connected client, by client id.
-        reports: Report of each client that has connected at least once.
-        refusals: Reason for each refusal, by node number and claimed client.
+        node_of: Node number of each connected client, keyed by client.
+        reports: Report of each client that has connected at least once, keyed by client.
+        refusals: Reason for each refusal, keyed by node number and claimed client.
         log_heads: Heads of the sites' audit logs.
     """
 
@@ -308,19 +315,19 @@ class Connections:
         self.log_heads = LogHeads(log)
         self._keys: dict[str, bytes] = dict(keys or {})
         self._are_keys_known = keys is not None
-        # By connected node: its public key.
+        # Public key of each connected node.
         self._key_of: Mapping[int, bytes] = {}
         self.node_of: dict[str, int] = {}
         self.reports: dict[str, object] = {}
         self.refusals: dict[tuple[int, str], str] = {}
         self._created = time.monotonic()
-        # By client: time at which it disconnected.
+        # Time at which each client disconnected.
         self._disconnected: dict[str, float] = {}
-        # By greeted node: its client, or "" if it was refused.
+        # Client of each greeted node, or "" if the node was refused.
         self._client_of: dict[int, str] = {}
-        # By node: time at which to greet it again.
+        # Time at which to greet a node again.
         self._greet_again: dict[int, float] = {}
-        # By message: the greeted node and the time at which the message was sent.
+        # The greeted node and the time of the greeting, keyed by message number.
         self._greetings: dict[str, tuple[int, float]] = {}
 
     def wait_for_clients(self, seconds: float) -> list[str]:
@@ -350,7 +357,7 @@ class Connections:
         """Run conversations with several clients concurrently.
 
         Args:
-            conversations: Functions that create the conversations, by client.
+            conversations: Functions that create the conversations, keyed by client.
             seconds: Time limit of each conversation in seconds.
             required: Minimum number of clients, see `Conversations`.
 
@@ -391,7 +398,11 @@ class Connections:
         )
 
     def seconds_disconnected(self, client: str) -> float:
-        """Return the number of seconds since a client disconnected, or 0 if it is connected."""
+        """Return the number of seconds since a client disconnected, or 0 if it is connected.
+
+        For a client that has never connected, the time since the creation of this object is
+        returned.
+        """
         if client in self.node_of:
             return 0.0
         return time.monotonic() - self._disconnected.get(client, self._created)
@@ -419,7 +430,10 @@ class Connections:
                 self._greetings[number] = (node, now)
 
     def forget_node(self, node: int) -> None:
-        """Forget a node that disconnected or lost a message; if connected, it is greeted again."""
+        """Forget a node that disconnected or lost a message.
+
+        If the node is still connected, it is greeted again.
+        """
         client = self._client_of.pop(node, "")
         self._greet_again.pop(node, None)
         if client and self.node_of.get(client) == node:
@@ -431,7 +445,7 @@ class Connections:
             self.log(f"{client} disconnected")
 
     def _register_node(self, node: int, answer: Envelope) -> None:
-        """Register a node for the client that its answer names, or refuse the node."""
+        """Register a node for the client that the answer names, or refuse the node."""
         client = str(answer.head.get("client", ""))
         why = ""
         if answer.head.get("ask") != "here":
@@ -465,7 +479,7 @@ class Connections:
         self.log(f"{client} {event}")
 
     def _key_mismatch(self, node: int, client: str) -> str:
-        """Return why a node's key is not the key of a client; an empty string if it is."""
+        """Return why a node's key is not the key of a client, or an empty string if it is."""
         key = self._key_of.get(node, b"")
         if self._are_keys_known and client not in self._keys:
             return f"no key is known for client '{client}'"
@@ -481,7 +495,7 @@ class Connections:
             wait: Seconds to wait for the first answer.
 
         Returns:
-            The answers by message number; None for an answer that will never arrive.
+            The answers, keyed by message number. An answer is None if it will never arrive.
         """
         answers = self.transport.pull([*numbers, *self._greetings], wait)
         for number in [n for n in answers if n in self._greetings]:

@@ -38,9 +38,10 @@ PREPARATION_SECONDS = 600.0
 
 
 def federation_fingerprint(prepared: PreparedRun) -> str:
-    """Return a SHA-256 digest of the method and of each client's size, model and preprocessing.
+    """Return a SHA-256 digest of the method, the seed, the number of rounds and the clients.
 
-    The server and all nodes compute the same digest if they agree on the federation.
+    The digest depends on the number of rows, the model and the preprocessing of each client. The
+    server and all nodes compute the same digest if they agree on the federation.
     """
     client_infos = prepared.federation.client_infos
     digest = hashlib.sha256(
@@ -74,8 +75,8 @@ class Handshake:
         config: Configuration, including the settings that sites define.
         public: Data sets that the server and all nodes have.
         run: Unique ID of the run.
-        settings: Settings that the sites define, by client.
-        remote_info: Data reports of the nodes, by client.
+        settings: Settings that the sites define, keyed by client.
+        remote_info: Data reports of the nodes, keyed by client.
     """
 
     connections: Connections
@@ -110,12 +111,15 @@ class Handshake:
         return as_tensor(PublicPack.from_data(self.public).encode())
 
     def request_data_info(self, client: str) -> Conversation:
-        """Request the data report of a client's node.
+        """Request the data report of a client's node, and send the public sets if they are missing.
+
+        Returns:
+            The last answer, which has the kind `told` if the node sent its data report.
 
         Raises:
             RequestRefusedError: If the report is invalid or differs from an earlier one.
         """
-        # `init_from` is a folder of the server; `NodeExecutor.send_states` sends its states.
+        # `init_from` is a folder of the server, whose states `NodeExecutor.send_states` sends.
         config = {**resolve_config(self.config), "init_from": None}
         tree = {"config": config, "public": self.public.public_hash()}
         answer = yield message("terms", tree, run=self.run)
@@ -135,7 +139,7 @@ class Handshake:
         return answer
 
     def receive_data_info(self, client: str, tree: Any) -> RemoteDataInfo:
-        """Validate the data report of a client.
+        """Validate the data report of a client and return a `RemoteDataInfo`.
 
         Raises:
             RequestRefusedError: If the report is invalid.
@@ -148,6 +152,9 @@ class Handshake:
 
     def prepare_restarted_node(self, client: str) -> Conversation:
         """Repeat the handshake with a node that was restarted.
+
+        Returns:
+            The last answer, which has the kind `ready`.
 
         Raises:
             RequestRefusedError: If the node is not ready afterwards.
@@ -163,14 +170,15 @@ class Handshake:
 def perform_handshake(
     config: Config, connections: Connections, wait: float, state: Mapping[str, Any] | None = None
 ) -> Handshake:
-    """Wait for the nodes of all clients and perform the handshake with them.
+    """Wait until the nodes of all clients are connected, and perform the handshake.
 
     Args:
         config: Configuration of the run.
         connections: Connections to the nodes.
         wait: Seconds to wait for all clients.
-        state: For a resumed run, the result of `Handshake.state_dict`. At least one node must then
-            be connected. The other nodes may connect later.
+        state: Result of `Handshake.state_dict` from the run to resume. In this case, a single
+            connected node is enough, and the other nodes may connect later. If None, a new run is
+            started, and all nodes must connect.
 
     Returns:
         The handshake, after every connected node has prepared for the run.
@@ -262,7 +270,7 @@ def _converse_with_all(
 
     Args:
         connections: Connections to the nodes.
-        conversations: Functions that create the conversations, by client.
+        conversations: Functions that create the conversations, keyed by client.
         expected: Expected kind of the last answer.
 
     Raises:

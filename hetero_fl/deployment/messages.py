@@ -21,11 +21,13 @@ from hetero_fl.utils.version import __version__
 
 # The unsuccessful answers are `lacks` (public sets missing), `unready` (node restarted), `lost`
 # (private state missing), `failed` (training diverged) and `refused`.
+
 # Version of the protocol, which must be the same at the server and at all nodes.
 PROTOCOL = 1
 # Format of message bodies: encoded trees of plain values and tensors, never pickle.
 FORM = f"deployment {PROTOCOL}"
-# Key in an answer's head: head of the site's audit log, including the line about this answer.
+# Entry in the head of an answer with the head of the site's audit log. The log already includes the
+# line about this answer.
 LOG = "log"
 # Exceptions raised while parsing a malformed message.
 MALFORMED_ERRORS = (
@@ -50,18 +52,21 @@ class RequestRefusedError(Exception):
 
 
 def message(kind: str, body: Any = None, **head: Any) -> Envelope:
-    """Create a message whose body is an encoded tree.
+    """Create a message with an encoded body.
 
     Args:
         kind: Kind of the message, such as "hello".
-        body: Tree of plain values and tensors. If None, the body is empty.
+        body: Nested dictionaries and lists of plain values and tensors. If None, the body is empty.
         **head: Additional entries of the head.
     """
     return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
 
 
 def decode_body(envelope: Envelope) -> Any:
-    """Decode the tree in the body of a message.
+    """Decode the body of a message.
+
+    Returns:
+        Nested dictionaries and lists of plain values and tensors.
 
     Raises:
         RequestRefusedError: If the body cannot be decoded.
@@ -78,7 +83,7 @@ def head_value(head: Head, name: str, kind: type) -> Any:
     Args:
         head: Head of the message.
         name: Name of the value.
-        kind: Expected type of the value.
+        kind: Expected type of the value. A bool is not accepted as an int.
 
     Raises:
         RequestRefusedError: If the value is missing or has another type.
@@ -92,7 +97,10 @@ def head_value(head: Head, name: str, kind: type) -> Any:
 
 
 def refusal_reason(answer: Envelope) -> str:
-    """Return the reason in an unsuccessful answer as one short printable line."""
+    """Return the reason in an unsuccessful answer as one short printable line.
+
+    If the answer contains no reason, the kind of the answer is returned.
+    """
     return one_line(answer.head.get("why", answer.head.get("ask")))
 
 
@@ -120,6 +128,9 @@ def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
 
 
 def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
-    """Return an evaluation as plain values, with the model as a tensor of bytes."""
+    """Return an evaluation as plain values.
+
+    The model is a tensor of bytes, or None if the evaluation contains no model.
+    """
     tree = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
     return {**tree, "model": as_tensor(evaluation.model) if evaluation.model else None}

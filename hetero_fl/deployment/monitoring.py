@@ -38,8 +38,8 @@ class EventLog:
     Args:
         line_format: "text", or "json" for one object per line with `time` (UTC), `message` and
             fields such as `run`, `round` and `client`.
-        stream: Output stream; None for stderr.
-        **fields: Fields that are added to all lines.
+        stream: Output stream. If None, stderr is used.
+        **fields: Fields that are added to all JSON lines. Fields that are None are left out.
 
     Attributes:
         quiet: Whether output is suppressed.
@@ -59,7 +59,7 @@ class EventLog:
 
         Args:
             line: Message of the event.
-            **fields: Additional fields.
+            **fields: Additional fields of a JSON line. Fields that are None are left out.
         """
         line = one_line(line, MAX_MESSAGE_CHARS)
         if self.line_format == "json":
@@ -79,10 +79,10 @@ class EventLog:
 
 
 class LineStream(io.TextIOBase):
-    """Text stream that writes each line to a log.
+    """Text stream that writes each line to a log, except empty lines.
 
     Args:
-        log: The log.
+        log: Log to which the lines are written.
     """
 
     def __init__(self, log: EventLog) -> None:
@@ -110,8 +110,8 @@ class RunStatus:
     """Current status of a run at the server, written to a file after every change.
 
     Args:
-        path: Run directory. The status file is not written until the directory exists.
-        clients: The expected clients.
+        path: Run directory. The status file is not written until `config.yaml` exists.
+        clients: Names of the expected clients.
     """
 
     def __init__(self, path: Path, clients: Collection[str]) -> None:
@@ -119,7 +119,7 @@ class RunStatus:
         self._changing = threading.RLock()
         self._present: Callable[[], Collection[str]] = tuple
         self._logs: Callable[[], Mapping[str, str]] = dict
-        # By client: whether it is connected, and the time of the last change.
+        # For each client, whether it is connected and the time of the last change.
         self._nodes: dict[str, tuple[bool, float | None]] = dict.fromkeys(clients, (False, None))
         self._events: list[dict[str, Any]] = []
         self._tree: dict[str, Any] = {
@@ -144,7 +144,7 @@ class RunStatus:
         """Update entries of the status.
 
         Args:
-            **known: New values, by entry, such as `phase` (waiting, running, stopping, done,
+            **known: New values of entries such as `phase` (waiting, running, stopping, done,
                 interrupted or failed), `run` and `name`.
         """
         with self._changing:
@@ -156,17 +156,23 @@ class RunStatus:
         self._present = present
 
     def set_log_source(self, logs: Callable[[], Mapping[str, str]]) -> None:
-        """Set the function that returns the heads of the sites' audit logs by client."""
+        """Set the function that returns the heads of the sites' audit logs, keyed by client."""
         self._logs = logs
 
     def add_event(self, line: str) -> None:
-        """Add a line to the recent events."""
+        """Add a line to the recent events, of which the last 20 are kept."""
         with self._changing:
             self._events = [*self._events, {"time": time.time(), "message": line}][-MAX_EVENTS:]
             self._write()
 
     def add_record(self, record: Mapping[str, Any]) -> None:
-        """Add the record of a completed round, in the format of `metrics.jsonl`."""
+        """Add the record of a completed round to the status.
+
+        The record of a round that is already part of the status is ignored.
+
+        Args:
+            record: Record in the format of a line of `metrics.jsonl`.
+        """
         with self._changing:
             tree = self._tree
             # A resumed run repeats rounds after the last checkpoint.
@@ -190,7 +196,7 @@ class RunStatus:
     def to_dict(self) -> dict[str, Any]:
         """Return the status as plain values.
 
-        Times are in seconds since the epoch; `seconds` is the duration of the last round.
+        Times are in seconds since the epoch. The entry `seconds` is the duration of the last round.
         """
         with self._changing:
             now = time.time()
@@ -263,7 +269,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     """Read the status file in a run directory.
 
     Returns:
-        The status. Its `phase` is "gone" if the server process was killed.
+        The status. The entry `phase` is "gone" if the server process was killed.
 
     Raises:
         UserError: If the file does not exist or cannot be read.
@@ -283,7 +289,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def _is_process_alive(tree: Mapping[str, Any]) -> bool:
-    """Return whether the server process is running; on other machines, assume that it is."""
+    """Return whether the server process is running, which is assumed on other machines."""
     if tree["host"] != socket.gethostname():
         return True
     return is_process_running(int(tree["pid"]))
@@ -300,7 +306,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
     Args:
         status: The status to serve.
         host: Address to listen on.
-        port: Port to listen on; 0 for any free port.
+        port: Port to listen on. If 0, any free port is used.
 
     Yields:
         The port on which the server listens.

@@ -78,8 +78,8 @@ class ParticipatingRun:
         storage: Files of the run.
         usage: Completed tasks, and privacy and traffic usage of the site.
         noise: Source of privacy noise.
-        worker: Worker that runs the tasks. None before `prepare`.
-        policy: Limits of the site. None before `prepare`.
+        worker: Worker that runs the tasks, or None before `prepare` is called.
+        policy: Limits of the site, or None before `prepare` is called.
     """
 
     run: str
@@ -98,7 +98,8 @@ class ParticipatingRun:
 
         Args:
             site: Configuration of the site.
-            tree: Data reports of all clients and the server's fingerprint.
+            tree: Decoded message with the data reports of all clients, the server's fingerprint and
+                the number of threads.
             review_upload: Function that is called with the client and the upload before the upload
                 is encoded.
 
@@ -160,14 +161,17 @@ def begin_run(
         cipher: Cipher for the site's files. If None, files are not encrypted.
         entries: Entries of the site's audit log.
         run: ID of the run.
-        tree: Configuration of the run, and the public sets or their hash.
+        tree: Decoded message with the configuration of the run, the hash of the public sets and,
+            if the site requested them, the public sets.
 
     Returns:
         The run and the site's data report, or None if the site does not have the public sets.
 
     Raises:
-        RequestRefusedError: If the site does not allow the configuration, or the configuration or
-            the data changed since the site joined the run.
+        RequestRefusedError: If the site does not allow the configuration, the site is not a client
+            in the configuration, or the configuration or the data changed since the site joined
+            the run.
+        UserError: If the configuration or the data is invalid.
     """
     client = site.client
     raw = check_raw_config(tree["config"], site.allows)
@@ -268,8 +272,8 @@ class Node:
     Attributes:
         audit_log: Audit log of the site.
         joined: The current run, or None between runs.
-        left: Reason for which the server ended the last run; empty if the run completed, and None
-            before the first run ends.
+        left: Reason for which the server ended the last run, or an empty string if the run
+            completed. Before the first run ends, the value is None.
 
     Raises:
         UserError: If the audit log was modified, or the encryption key of the folder is invalid.
@@ -299,7 +303,10 @@ class Node:
         self._jobs = 0
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a message; errors are returned as answers."""
+        """Answer a message of the server.
+
+        Errors are not raised but returned as unsuccessful answers.
+        """
         handlers = {
             "hello": self._hello,
             "terms": self._describe_data,

@@ -1,4 +1,4 @@
-"""Files of a node, optionally encrypted: states, notes of a round, the last answer and secrets.
+"""Files of a node, which may be encrypted: private states, the last answer and secrets.
 
 States are immutable and named by their SHA-256 digest. Each task names the state from which it
 starts, so the server and the node remain consistent after a crash or a repeated round. Unlike
@@ -48,7 +48,7 @@ class Cipher:
         """Return a cipher with the key in a file, which is created if it does not exist.
 
         Raises:
-            UserError: If the file is not a key, or other users can read it.
+            UserError: If the file cannot be read, is not a key or can be read by other users.
         """
         if not path.exists():
             _make_key(path)
@@ -63,12 +63,16 @@ class Cipher:
         return cls(key)
 
     def encrypt(self, data: bytes, name: str) -> bytes:
-        """Encrypt the content of the file `name`."""
+        """Encrypt the content of the file `name`.
+
+        Returns:
+            The nonce followed by the encrypted content.
+        """
         nonce = secrets.token_bytes(NONCE_BYTES)
         return nonce + self._aead.encrypt(nonce, data, name.encode())
 
     def decrypt(self, data: bytes, name: str) -> bytes:
-        """Decrypt the content of the file `name`.
+        """Decrypt the content of the file `name`, as returned by `encrypt`.
 
         Raises:
             InvalidTag: If the data was changed, or encrypted with another key or file name.
@@ -90,7 +94,7 @@ def _make_key(path: Path) -> None:
 
 
 class NodeStorage:
-    """Files of a run in a folder that only the owner can read.
+    """Files in a folder that only the owner can read.
 
     Args:
         folder: The folder, which is created if it does not exist.
@@ -107,10 +111,10 @@ class NodeStorage:
         """Load a private state.
 
         Args:
-            name: Name of the state; empty for no state.
+            name: Name of the state, or an empty string for a task that starts without state.
 
         Returns:
-            The encoded state; empty for no state.
+            The encoded state, or empty bytes if `name` is empty.
 
         Raises:
             StateLostError: If the state is missing or damaged.
@@ -126,14 +130,17 @@ class NodeStorage:
         return data
 
     def save_state(self, data: bytes, protected: Collection[str] = ()) -> str:
-        """Save a private state and return its name.
+        """Save a private state under the name of its digest.
 
         If there are more than `MAX_STATES` states, the least recently used states are deleted,
         except those in `protected`.
 
         Args:
-            data: The encoded state.
+            data: The encoded state. If empty, nothing is saved.
             protected: Names of states that are not deleted.
+
+        Returns:
+            Name of the state, or an empty string if `data` is empty.
         """
         if not data:
             return ""

@@ -42,8 +42,7 @@ from hetero_fl.privacy.client_side import WITHIN_CLIP
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
-# Client settings that must be the same in the configuration and the site file if the latter has
-# them.
+# Client settings that must be equal to those in the site file, if the site file defines them.
 SITE_KEYS = ("model", "preprocess", "augment")
 
 
@@ -51,7 +50,7 @@ def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
     """Check a configuration before it is loaded, because loading imports the referenced code.
 
     Returns:
-        The configuration.
+        The unchanged configuration.
 
     Raises:
         RequestRefusedError: If the configuration is not a mapping or references code that the site
@@ -150,7 +149,8 @@ def _check_privacy(config: Config, site: SiteConfig) -> None:
 def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
     """Return a digest of the configuration and the data, which must not change during a run.
 
-    If they changed, the difference of two answers with the same noise would reveal rows.
+    If the configuration or the data changed, the difference of two answers with the same noise
+    would reveal rows.
 
     Args:
         tree: The configuration. Settings that do not affect results are ignored.
@@ -176,7 +176,7 @@ def check_limit(what: str, found: float | None, key: str, limit: float | None) -
         what: Name of the number, for the error message.
         found: Number to check. If None, nothing is checked.
         key: Key of the limit in `allows`.
-        limit: Maximum value; None for no limit.
+        limit: Maximum value. If None, there is no limit.
 
     Raises:
         RequestRefusedError: If the number exceeds the limit.
@@ -227,7 +227,7 @@ def task_digest(kind: str, request: Message, base: str) -> bytes:
 
 
 class StepCountingBackend(DryRunBackend):
-    """Backend that counts the training steps and epochs of a plan without executing them.
+    """Backend that counts the training steps and epochs of a plan without training.
 
     Attributes:
         steps: Number of optimizer steps so far.
@@ -286,11 +286,12 @@ class Policy:
         Args:
             kind: "answer" for an exchange of the protocol, "read" for an evaluation.
             request: Request of the server.
-            digest: Digest of the task, see `task_digest`.
+            digest: Digest of the task from `task_digest`.
             load_state: Function that loads the encoded private state from which the task starts.
 
         Returns:
-            Privacy charges of the task as entries of the audit log.
+            Privacy charges of the task as entries of the audit log. The list is empty for
+            evaluations, for repeated tasks and without a privacy budget.
 
         Raises:
             RequestRefusedError: If the site does not allow the task.
@@ -465,7 +466,7 @@ class Policy:
         shares = (
             self.site.shares if self.site.shares is not None else self.client_info.settings.shares
         )
-        # This item counts the updates within the clipping bound; the server adds noise to the sum.
+        # The server adds noise to the sum of this item, which counts updates within the bound.
         items = {name: item for name, item in payload.items_by_name.items() if name != WITHIN_CLIP}
         for name in items:
             if name not in self.specs:

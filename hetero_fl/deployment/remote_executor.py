@@ -50,8 +50,8 @@ class NodeExecutor(RemoteExecutor):
         store: Store of the server, which contains the names of the clients' states.
         backend: Backend for computations at the server.
         deadline: Seconds that a node may take for a task.
-        required: Minimum number of clients of a round. While fewer are connected, the server waits
-            for disconnected nodes.
+        required: Minimum number of clients of a round. While fewer clients are connected, the
+            server waits for disconnected nodes.
     """
 
     takes_payload = False
@@ -79,7 +79,7 @@ class NodeExecutor(RemoteExecutor):
         self._dispatched = Conversations(self.connections)
         # Clients that lost their private state since the last `pop_reset_clients`.
         self._reset_clients: list[str] = []
-        # Called with a client that has lost its private state, before its request is recreated.
+        # Called with a client that has lost its private state, before the request is recreated.
         self.on_reset: Callable[[str], object] = lambda _client: None
         # Names of the clients' states in each checkpoint, newest last.
         self._checkpoint_states: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
@@ -130,7 +130,7 @@ class NodeExecutor(RemoteExecutor):
 
     @override
     def close(self) -> None:
-        """Do nothing; the caller closes the connections."""
+        """Do nothing, because the caller closes the connections."""
 
     @override
     def connected_clients(self) -> Collection[str]:
@@ -243,9 +243,9 @@ class NodeExecutor(RemoteExecutor):
         state, and the request is created again because it may depend on the lost state.
 
         Args:
-            client: The client.
+            client: Client whose node receives the task.
             kind: "answer" for an exchange of the protocol, "read" for an evaluation.
-            request: The request.
+            request: Request to send.
             make_request: Function that creates the request again.
             nonce: String that makes the task unique. If empty, the node recognizes a repeated task.
             about: Additional entries of the message's head.

@@ -74,11 +74,11 @@ def run_federation(
     The run directory has the same files as in a simulation.
 
     Args:
-        source: Configuration, or path of its file.
-        transport: Transport for the messages; it is closed at the end.
+        source: Configuration, or path of a configuration file.
+        transport: Transport for the messages, which is closed at the end.
         out: Run directory.
         resume: Whether to continue from the newest checkpoint in `out`.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration in the format `key.path=value`.
         wait: Seconds to wait for all clients of the configuration.
         deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
         patience: Seconds to wait for a disconnected node while enough other nodes are connected.
@@ -88,8 +88,8 @@ def run_federation(
             node that claims to be the client, until that node disconnects.
         log: Function that is called with a line for each node that connects, disconnects or is
             refused.
-        status: Status of the run, which is updated during the run. If None, a status is created.
-        console: Console for progress; None for the terminal.
+        status: Status that is updated during the run. If None, a new status is created.
+        console: Console for progress. If None, progress is shown in the terminal.
         message_bytes: Maximum size of a node's answer in bytes.
 
     Returns:
@@ -242,14 +242,14 @@ def run_server(
     """Train with nodes on other machines.
 
     SIGTERM stops the run after the current round, with a checkpoint. A second SIGTERM, or Ctrl-C,
-    stops the run immediately. The last checkpoint is then that of the previous round.
+    stops the run immediately. In this case, the last checkpoint is from the previous round.
 
     Args:
-        source: Configuration, or path of its file.
+        source: Configuration, or path of a configuration file.
         file: Path of the server file.
-        out: Run directory; None for `runs/<name>-<time>`.
+        out: Run directory. If None, `runs/<name>-<time>` is used.
         resume: Whether to continue from the newest complete checkpoint in `out`.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration in the format `key.path=value`.
         allow_code: Whether the server may run the code that the configuration references (see
             `hetero_fl.load_config`).
         quiet: Whether to suppress the log on stderr.
@@ -347,7 +347,10 @@ class _RunLog(EventLog):
         )
 
     def log_round(self, record: Record) -> None:
-        """Log a completed round if the format is JSON; as text, the console shows the results."""
+        """Log a completed round in JSON format.
+
+        In text format, nothing is logged, because the console shows the results.
+        """
         if self.line_format == "json":
             tree = self._status.to_dict()
             names = ("seconds", "epsilon", "personal", "global", "server")
@@ -357,7 +360,7 @@ class _RunLog(EventLog):
             self(line, failed=record["failed"], **sizes, **results)
 
     def console(self) -> Console | None:
-        """Return the console for progress, or None for the terminal."""
+        """Return a console that writes to the log in JSON format, or None in text format."""
         return (
             Console(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
             if self.line_format == "json"

@@ -23,7 +23,7 @@ class Envelope:
     """Message between the server and a node.
 
     Args:
-        head: Plain values by name.
+        head: Plain values, keyed by name.
         body: Encoded content.
     """
 
@@ -82,10 +82,10 @@ class Transport(Protocol):
     """Connection of the server to the nodes, which answer each message with one message."""
 
     def nodes(self) -> Mapping[int, bytes]:
-        """Return the public keys of the connected nodes in PEM format, by node number.
+        """Return the public keys of the connected nodes in PEM format, keyed by node number.
 
-        Keys are empty if the transport does not authenticate nodes. A node that restarts may have
-        a new number.
+        The public keys are empty if the transport does not authenticate nodes. A node that restarts
+        may have a new number.
         """
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
@@ -93,15 +93,15 @@ class Transport(Protocol):
 
         Args:
             node: Number of the node.
-            envelope: The message.
+            envelope: Message to send.
             within: Seconds after which the message and its answer expire.
         """
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Return the answers that have arrived, by message number.
+        """Return the answers that have arrived, keyed by message number.
 
         An answer is None if it will never arrive, because the message expired or the node
-        disconnected or failed.
+        disconnected or failed. The mapping is empty if no answer arrives in time.
 
         Args:
             numbers: Numbers of the messages.
@@ -112,7 +112,7 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Close the connection and release its resources."""
+        """Close the connection and release all resources."""
 
 
 class BoundedTransport:

@@ -68,7 +68,7 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
     """Validate the client settings that a node reports.
 
     Args:
-        tree: Report of the node.
+        tree: Decoded report of the node.
         names: References to code (`python:module:Name`) in the server's configuration. A node may
             not reference other code.
         largest: Maximum side length in pixels to which a node may resize images.
@@ -113,6 +113,9 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
 def read_state_name(name: str) -> str:
     """Validate the name of a private state, which is a SHA-256 digest or empty.
 
+    Returns:
+        The unchanged name.
+
     Raises:
         RequestRefusedError: If the name is invalid.
     """
@@ -127,10 +130,13 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
     """Validate the data report of a client.
 
     Args:
-        tree: Report of the node.
+        tree: Decoded report of the node.
         outputs: Number of outputs of the task.
         own: Preprocessing of the client without the mean and the standard deviation, which only
-            the node can compute. None if the node does not report its preprocessing.
+            the node can compute. If None, the report must not contain any preprocessing.
+
+    Returns:
+        The validated data report.
 
     Raises:
         RequestRefusedError: If the report is invalid.
@@ -181,10 +187,13 @@ def read_evaluation(
     """Validate the evaluation of a client's model.
 
     Args:
-        tree: Report of the node.
+        tree: Decoded report of the node.
         client: Name of the client.
-        federation: The federation.
-        method: The method of the run.
+        federation: Federation of the run.
+        method: Method of the run.
+
+    Returns:
+        The validated evaluation.
 
     Raises:
         RequestRefusedError: If the evaluation is invalid.
@@ -365,9 +374,9 @@ def _expected_model(
     Args:
         about: The received metadata.
         tensors: The received tensors.
-        federation: The federation.
-        client_info: The client.
-        method: The method of the run.
+        federation: Federation of the run.
+        client_info: Client that sent the model.
+        method: Method of the run.
 
     Raises:
         RequestRefusedError: If the client cannot have a model with the received metadata.
@@ -430,10 +439,12 @@ def _prefix_errors(place: str) -> Iterator[None]:
 
 
 def _check_plain(tree: Any) -> None:
-    """Check that a tree contains no tensors, because iterating over a large tensor is slow.
+    """Check that nested lists and dictionaries contain no tensors.
+
+    Iterating over a large tensor would be slow.
 
     Raises:
-        RequestRefusedError: If the tree contains a tensor.
+        RequestRefusedError: If there is a tensor.
     """
     if isinstance(tree, Tensor):
         raise RequestRefusedError("expected plain values, got a tensor")
@@ -481,7 +492,6 @@ def _read_name(found: Any) -> str:
 
 
 def _read_number(found: Any, least: float, most: float = MAX_METRIC_VALUE) -> float:
-    """Return a number unchanged if it is finite and within bounds."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         raise RequestRefusedError(f"expected a finite number, got {str(found)[:MAX_NAME_CHARS]!r}")
     if not least <= found <= most:

@@ -30,10 +30,11 @@ class PrivacyCharge:
     run.
 
     Args:
-        rate: Probability with which each row is in the Poisson sample of a step.
-        steps: Number of mechanisms, such as training steps.
-        scale: Factor on the noise multiplier z.
-        once: Name of a release that is charged only the first time; "" for releases that are
+        rate: Probability with which each row is in the Poisson sample of a mechanism. A rate of 1
+            means no sampling.
+        steps: Number of mechanisms, such as training steps. Default: 1.
+        scale: Factor on the noise multiplier z. Default: 1.
+        once: Name of a release that is charged only the first time. If empty, the release is
             charged each time.
     """
 
@@ -49,6 +50,13 @@ History = tuple[tuple[float, float, int], ...]
 
 def add_charges(history: History, charges: Iterable[PrivacyCharge]) -> History:
     """Return a participant's history with additional charges.
+
+    The steps of charges with equal scale and rate are added up. `PrivacyCharge.once` is ignored, so
+    the caller must leave out releases that have already been charged.
+
+    Args:
+        history: Previous charges of the participant. An empty tuple is an empty history.
+        charges: Additional charges.
 
     Example:
         >>> from hetero_fl.privacy.accounting import PrivacyCharge, add_charges
@@ -70,10 +78,14 @@ def epsilon_of_history(history: History, z: float, delta: float, accountant: str
         history: Charges of the participant.
         z: Noise multiplier of the run.
         delta: δ of the guarantee.
-        accountant: Accountant of opacus, "prv" or "rdp".
+        accountant: Accountant of opacus, "prv" or "rdp". Without sampling, "prv" uses an exact
+            formula.
+
+    Returns:
+        The value of ε, which is 0 for an empty history.
 
     Raises:
-        UserError: If opacus is not installed.
+        UserError: If the accountant is required and opacus is not installed.
     """
     return epsilon_of_mechanisms(
         tuple((scale * z, rate, steps) for scale, rate, steps in history), delta, accountant
@@ -95,8 +107,11 @@ def worst_epsilon(
         delta: δ of the guarantee.
         accountant: Accountant of opacus, "prv" or "rdp".
 
+    Returns:
+        The largest ε, or 0 if there are no histories.
+
     Raises:
-        UserError: If opacus is not installed.
+        UserError: If the accountant is required and opacus is not installed.
     """
     bounds = sorted(
         (
@@ -125,10 +140,11 @@ def solve_noise_multiplier(
         accountant: Accountant of opacus, "prv" or "rdp".
 
     Returns:
-        The noise multiplier, with a relative tolerance of 1e-3.
+        The noise multiplier with a relative tolerance of 1e-3, rounded up to four decimal places.
+        If all histories are empty, 0.05 is returned.
 
     Raises:
-        UserError: If opacus is not installed.
+        UserError: If the accountant is required and opacus is not installed.
     """
     distinct = set(histories)
     if not any(distinct):
@@ -206,8 +222,11 @@ def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "
         accountant: Accountant of opacus, "prv" or "rdp". Without sampling, "prv" uses an exact
             formula.
 
+    Returns:
+        The value of ε, which is 0 if there are no mechanisms.
+
     Raises:
-        UserError: If opacus is not installed.
+        UserError: If the accountant is required and opacus is not installed.
     """
     if not mechanisms:
         return 0.0
@@ -227,7 +246,6 @@ def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "
 
 
 def _rdp_epsilon(mechanisms: History, delta: float) -> float:
-    """Compute ε with the RDP accountant of opacus; the divergences of single steps are cached."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
@@ -246,7 +264,7 @@ def _rdp_of_step(noise: float, rate: float) -> Any:
 
 
 def opacus_accountants() -> dict[str, Any]:
-    """Return the namespace of `opacus.accountants`, which contains the accountants.
+    """Return the attributes of the module `opacus.accountants`, keyed by name.
 
     Raises:
         UserError: If opacus is not installed.
@@ -263,12 +281,12 @@ def opacus_accountants() -> dict[str, Any]:
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
-    """Compute the δ of a Gaussian mechanism at ε, Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ).
+    """Compute the smallest δ at which a Gaussian mechanism is (ε, δ)-differentially private.
 
-    The formula is theorem 8 of Balle and Wang 2018.
+    The result is δ = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ) (Balle and Wang 2018, theorem 8).
 
     Args:
-        mu: Sensitivity divided by the standard deviation of the noise.
+        mu: Sensitivity divided by the standard deviation of the noise, greater than 0.
         epsilon: ε of the guarantee.
     """
     first = mu / 2 - epsilon / mu

@@ -2,7 +2,8 @@
 
 With `privacy.unit: record`, clients train with DP-SGD (`hetero_fl.privacy.dp_sgd`). With `local`,
 clients clip their uploads and add noise. With `client`, clients clip their uploads, and the server
-adds noise to the sum (`hetero_fl.privacy.server_side`).
+adds noise to the sum (`hetero_fl.privacy.server_side`). An upload consists of named items (`Item`),
+such as parameters or predictions.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ from hetero_fl.privacy.mechanisms import (
     predictions_to_votes,
 )
 
-# Name of the item with one bit per uploaded item, which is set if the norm of the update was within
-# the clipping bound.
+# Name of the item that contains one bit for each uploaded item. The bit is set if the norm of the
+# update was within the clipping bound.
 WITHIN_CLIP = "within_clip"
-# Prefix of the names of report values that are factors on clipping bounds. The name of the item
-# follows the prefix.
+# The factor on the clipping bound of an item is a value in the report of a broadcast. The name of
+# the value is this prefix followed by the name of the item.
 FACTOR = "clip "
 
 
 def received_factors(received: Payload) -> dict[str, float]:
-    """Return the factors on the clipping bounds in a broadcast, by item name."""
+    """Return the factors on the clipping bounds in a broadcast, keyed by item name.
+
+    The mapping is empty if the server does not adapt the clipping bounds.
+    """
     return {
         name.removeprefix(FACTOR): float(str(value))
         for name, value in received.report.items()
@@ -49,7 +53,16 @@ def received_factors(received: Payload) -> dict[str, float]:
 
 
 class PrivateFederation(Protocol):
-    """Attributes of a federation that differential privacy requires."""
+    """Protocol for the attributes of a federation that differential privacy uses.
+
+    Attributes:
+        task: Task of the federation.
+        data: Data sets of the clients.
+        client_infos: Descriptions of the clients.
+        privacy: The `privacy` section of the configuration, or None without differential privacy.
+        noise: Source of noise.
+        common: Prefixes of the names of tensors that are averaged across architectures.
+    """
 
     task: Task
     data: FederatedData
@@ -60,7 +73,17 @@ class PrivateFederation(Protocol):
 
 
 def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
-    """Return the declarations of the items that at least one client may upload, by name."""
+    """Return the specifications of the items that at least one client may upload.
+
+    Items with a row for each proxy example are left out if there are no proxy examples.
+
+    Args:
+        algorithm: Method of the run.
+        federation: Federation of the run.
+
+    Returns:
+        Item specifications, keyed by item name.
+    """
     settings = [profile.settings for profile in federation.client_infos.profiles]
     allowed = {share for s in settings for share in s.shares}
     allowed |= {"parameters" for s in settings if permitted_part(s.shares)}
@@ -74,7 +97,7 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
 
 
 def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
-    """Return the declarations of all items of an upload, by name.
+    """Return the specifications of all items of an upload, keyed by item name.
 
     With adaptive clipping, the item `within_clip` is included.
     """
@@ -86,12 +109,12 @@ def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[st
 
 @dataclass(frozen=True)
 class ClientPrivacy:
-    """Differential privacy at the client.
+    """Clipping, noise and privacy charges at the client.
 
     Args:
         config: The `privacy` section of the configuration.
         noise: Source of noise.
-        specs: Declarations of all items of an upload, by name.
+        specs: Specifications of all items of an upload, keyed by item name.
         items: Sorted names of the items that clients of this federation may upload.
         task_kind: Kind of the task, such as "multiclass".
     """
@@ -106,7 +129,7 @@ class ClientPrivacy:
     def from_federation(
         cls, algorithm: Algorithm, federation: PrivateFederation
     ) -> ClientPrivacy | None:
-        """Return an instance for a federation, or None if there is no `privacy` section."""
+        """Return an instance for a federation, or None without a `privacy` section."""
         if federation.privacy is None:
             return None
         return cls(
@@ -118,13 +141,17 @@ class ClientPrivacy:
         )
 
     def make_backend(self, clients: Iterable[Participant], backend: Backend) -> Backend:
-        """Return the backend that trains these clients; with `unit: record`, it adds noise."""
+        """Return the backend that trains the given clients.
+
+        With `unit: record`, this is a `PrivacyBackend`, which trains with DP-SGD. Otherwise,
+        `backend` is returned.
+        """
         if self.config.unit != "record":
             return backend
         return PrivacyBackend(backend, self.config, self.noise, list(clients))
 
     def make_ledger(self, backend: Backend) -> PrivacyLedger | None:
-        """Return a backend that records the charges of steps, or None without `unit: record`."""
+        """Return a backend that records privacy charges, or None without `unit: record`."""
         return PrivacyLedger(backend, self.config) if self.config.unit == "record" else None
 
     def charges(
@@ -132,8 +159,11 @@ class ClientPrivacy:
     ) -> tuple[PrivacyCharge, ...]:
         """Return the privacy charges of one client in a round.
 
+        With `unit: record`, the training and the release of the label counts are charged.
+        Otherwise, only the upload is charged.
+
         Args:
-            steps: Charges of the client's training steps.
+            steps: Charges that the `PrivacyLedger` recorded for the client.
             counts_read: Whether the client's label counts were read.
             sent: Whether the client sent an upload.
         """
@@ -143,12 +173,21 @@ class ClientPrivacy:
         return (*steps, *counts)
 
     def release_upload(self, client: Participant, upload: Payload, received: Payload) -> Payload:
-        """Return the upload to send: with votes, clipping and noise, as configured.
+        """Clip an upload and add noise, as configured.
+
+        With `unit: record`, the upload is returned unchanged. With `unit: client`, the upload is
+        clipped. With `unit: local`, noise is added as well. If the setting `votes` is True,
+        predictions are first replaced by votes. With adaptive clipping, the item `within_clip` is
+        added to the upload.
 
         Args:
-            client: The client.
+            client: Client that sends the upload.
             upload: Upload returned by the method.
-            received: Payload that the client received. Updates are the differences from its items.
+            received: Payload that the client received. For parameters, the difference from the
+                received parameters is clipped.
+
+        Returns:
+            The upload to send.
         """
         privacy = self.config
         if privacy.unit == "record":
@@ -192,9 +231,10 @@ class ClientPrivacy:
             z: Noise multiplier. If None, the multiplier of the run is used.
         """
         twice = 2 if self.config.unit == "local" else 1
+        multiplier = self.config.known_noise_multiplier if z is None else z
         return (
             twice
-            * (z or self.config.known_noise_multiplier)
+            * multiplier
             * len(self.items) ** 0.5
             * self.config.clip_norm(name)
             * factor
@@ -202,8 +242,9 @@ class ClientPrivacy:
 
     @staticmethod
     def factors_item(factors: Mapping[str, float]) -> dict[str, str]:
-        """Format factors on clipping bounds as report values, without rounding errors.
+        """Format factors on clipping bounds for the report of a broadcast.
 
-        All values have the same width, so that the size of a report does not vary.
+        The strings can be converted back without rounding errors. All strings have the same length,
+        so that the size of the report does not vary.
         """
         return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}

@@ -1,4 +1,8 @@
-"""DP-SGD, and a backend that adds noise to the results of all steps on private rows."""
+"""DP-SGD, and a backend that adds noise to the results of all steps on private rows.
+
+A step (`hetero_fl.core.plan.Step`) is one operation in the plan of a method, such as a `Fit`. A fit
+consists of many training steps.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ from model_zoo import Outputs
 
 # Maximum size in bytes of the per-example gradients that are computed at a time.
 MEMORY = 64 * 2**20
-# Difference between the dropout keys of consecutive examples in a step.
+# Difference between the dropout seeds of consecutive examples in a training step.
 ROW_KEY_STRIDE = 0x85EBCA6B
 
 
@@ -44,8 +48,8 @@ def sampling_plan(
 
     Args:
         n: Number of rows.
-        fit: The fit. An epoch consists of round(1 / rate) training steps.
-        work: Share of the training steps that is run.
+        fit: Settings of the fit. An epoch consists of round(1 / rate) training steps.
+        work: Share of the training steps that is run. Default: 1.
         rate: Sampling rate. If None, the batch size divided by `n` is used.
 
     Returns:
@@ -64,12 +68,12 @@ def sampling_plan(
 
 
 class PoissonBatches(Batches):
-    """Poisson-sampled batches: each row is in a batch independently with probability `rate`.
+    """Poisson-sampled batches, which contain each row independently with probability `rate`.
 
     Args:
-        participant: The client.
-        fit: The fit.
-        memory: Memory of the device.
+        participant: Client whose rows are sampled.
+        fit: Fit that uses the batches.
+        memory: Device to which batches are copied.
         noise: Source of random numbers.
         rate: Sampling rate. If None, the batch size divided by the number of rows is used.
     """
@@ -128,17 +132,17 @@ class PrivateGradients:
         return PoissonBatches(participant, fit, memory, self.noise, self.rate)
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
-        """Set the gradients of the parameters.
+        """Set the gradients of the trainable parameters.
 
-        These are (Σ g_i + N(0, (z·clip)²)) / B + g_public, where g_i are the clipped gradients of
-        the rows, B is the expected batch size, and g_public is the gradient of the terms of the
-        objective that do not depend on private rows.
+        The gradients are (Σ g_i + N(0, (z·clip)²)) / B + g_public, where g_i are the clipped
+        gradients of the rows, B is the expected batch size, and g_public is the gradient of the
+        terms of the objective that do not depend on private rows.
 
         Args:
             state: State of the fit.
             step: Index of the training step.
-            dropout_key: Key of the dropout masks in this step.
-            batch: The batch.
+            dropout_key: Seed of the dropout masks in this training step.
+            batch: Poisson-sampled batch, which may be empty.
 
         Returns:
             A loss of 0, because the true loss has no noise and must not be released.
@@ -270,19 +274,19 @@ def _gradient_of_row(
 
 
 def _broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Reshape `[rows]` so that it broadcasts against `[rows, …]`."""
+    """Reshape a tensor `[rows]` to broadcast against a tensor `[rows, …]`."""
     return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _vmap_support_key(state: FitState) -> Any:
-    """Return a key of the models and the objective, which determine whether `vmap` works."""
+    """Return a value that identifies the models and the objective of a fit."""
     return tuple(map(id, state.modules.values())), repr(state.fit.objective)
 
 
 # With `privacy.unit: record`, the results of all steps on private rows are noisy: fits use DP-SGD,
 # and noise is added to clipped class sums. Any other access to private rows raises an error.
 
-# Maps the name of a data set and a preprocessing to the columns of the data set.
+# Returns the columns of a data set, given its name and the preprocessing.
 StepData = Callable[[str, Any], Columns]
 
 
@@ -295,12 +299,13 @@ def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) ->
     """Return the privacy charge of a step on private rows.
 
     Args:
-        participant: The client.
-        step: The step.
+        participant: Client that runs the step.
+        step: A `Fit` or `ClassSums` step.
         privacy: The `privacy` section of the configuration.
 
     Raises:
-        UserError: If the step returns predictions of single rows, which noise would make useless.
+        UserError: If the step returns predictions for single rows, which would be useless with
+            noise.
     """
     assert isinstance(step.data, Rows)
     n = len(next(iter(step.data.columns(participant).values())))
@@ -318,12 +323,12 @@ class PrivacyLedger:
     """Backend that records the privacy charges of steps and runs the steps on another backend.
 
     Args:
-        backend: Backend that runs the steps. With a backend for dry runs, charges are computed
-            in advance.
+        backend: Backend that runs the steps. With a backend for dry runs, the charges are computed
+            without training.
         privacy: The `privacy` section of the configuration.
 
     Attributes:
-        charges: Charges by participant id.
+        charges: Privacy charges so far, keyed by participant id.
     """
 
     def __init__(self, backend: Backend, privacy: PrivacyConfig) -> None:
@@ -337,7 +342,14 @@ class PrivacyLedger:
         return self.backend.templates
 
     def run(self, work: Work) -> list[Any]:
-        """Run steps and return their results in order."""
+        """Record the privacy charges of steps on private rows, and run all steps.
+
+        Args:
+            work: Pairs of a participant and a step.
+
+        Returns:
+            The result of each step, in the order of `work`.
+        """
         self._record(work)
         return self.backend.run(work)
 
@@ -405,7 +417,7 @@ class PrivacyBackend(PrivacyLedger):
         return replace(report, loss=math.nan)
 
     def _class_sums(self, participant: Participant, step: ClassSums) -> tuple[Tensor, Tensor]:
-        """Return noisy sums of clipped outputs by class, and noisy counts of rows by class.
+        """Return the noisy sum of clipped outputs and the noisy number of rows for each class.
 
         A row adds a vector v of norm at most C to the sum of its class and 1 to the count. The
         norm of (v/C, 1), and therefore the sensitivity, is at most √2.
@@ -430,7 +442,7 @@ class PrivacyBackend(PrivacyLedger):
 
 
 def without_private_data(data: StepData) -> StepData:
-    """Wrap a client's data function so that it raises a `UserError` for private data sets."""
+    """Wrap a client's data function so that reading a private data set raises a `UserError`."""
 
     def public_data(name: str, preprocess: Any) -> Columns:
         if name not in PUBLIC:

@@ -1,4 +1,7 @@
-"""Privacy mechanisms: Gaussian noise, clipped uploads, noisy votes and noisy label counts."""
+"""Privacy mechanisms: Gaussian noise, clipped uploads, noisy votes and noisy label counts.
+
+An upload consists of named items (`Item`), such as parameters or predictions.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,15 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.utils.seeding import Key, keyed_generator
 
-# Numbers generated at a time; a block of half a megabyte fits in the CPU cache.
+# Quantity of random numbers that are generated at a time. A block of this size (half a megabyte)
+# fits in the CPU cache.
 BLOCK = 2**16
 # Spacing of uniform numbers in [0, 1) with 53 bits.
 TINY = 2.0**-53
 
 
 class NoiseStream(Protocol):
-    """Stream of random numbers, which returns each number only once."""
+    """Protocol for a stream of random numbers that advances with each call."""
 
     def normal(self, like: Tensor, deviation: float) -> Tensor:
         """Sample from N(0, deviation²) with the shape, dtype and device of `like`."""
@@ -43,10 +47,14 @@ class NoiseStream(Protocol):
 
 
 class NoiseSource(Protocol):
-    """Source of noise with a separate stream for each purpose."""
+    """Protocol for a source of noise with a separate random stream for each purpose."""
 
     def stream(self, *parts: Key) -> NoiseStream:
-        """Return the stream with the key `parts` in the current task."""
+        """Return the random stream for a purpose in the current task.
+
+        Args:
+            *parts: Strings and integers that identify the purpose.
+        """
 
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
         """Sample Gaussian noise for a value to be released.
@@ -57,7 +65,7 @@ class NoiseSource(Protocol):
         Args:
             value: Value to be released.
             deviation: Standard deviation of the noise.
-            *parts: Key of the noise, which names its purpose.
+            *parts: Strings and integers that identify the purpose of the noise.
 
         Returns:
             Noise with the shape, dtype and device of `value`.
@@ -66,7 +74,7 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class KeyedNoiseSource(NoiseSource):
-    """Reproducible noise for simulations.
+    """Source of reproducible noise for simulations.
 
     Args:
         seed: Seed of the run.
@@ -88,7 +96,7 @@ class KeyedNoiseStream(NoiseStream):
     """Stream of random numbers from a PyTorch generator, which is fast but predictable.
 
     Args:
-        generator: The generator.
+        generator: PyTorch generator on the CPU.
     """
 
     generator: torch.Generator
@@ -104,7 +112,7 @@ class KeyedNoiseStream(NoiseStream):
 
 
 class SecretNoiseSource(NoiseSource):
-    """Unpredictable noise for deployments.
+    """Source of unpredictable noise for deployments.
 
     An attacker could remove noise that is predictable or that is added to two different values.
     Each participant therefore stores a secret with its private state. Random numbers come from an
@@ -115,7 +123,7 @@ class SecretNoiseSource(NoiseSource):
 
     Args:
         secret: Secret of 256 bits. If None, the operating system generates a secret.
-        task: Identifier of the current task, which is part of the key of each stream.
+        task: Identifier of the current task, on which each stream depends.
     """
 
     def __init__(self, secret: bytes | None = None, task: bytes = b"") -> None:
@@ -130,8 +138,8 @@ class SecretNoiseSource(NoiseSource):
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
         released = value.detach().cpu().contiguous()
         digest = hashlib.sha256(released.numpy().reshape(-1).view(np.uint8).data).hexdigest()
-        form = f"{released.dtype} {tuple(released.shape)}"
-        stream = self._new_stream("value", form, digest, float(deviation).hex(), *parts)
+        layout = f"{released.dtype} {tuple(released.shape)}"
+        stream = self._new_stream("value", layout, digest, float(deviation).hex(), *parts)
         return stream.normal(value, deviation)
 
     def _new_stream(self, *parts: Key) -> NoiseStream:
@@ -187,7 +195,7 @@ class SecretNoiseStream(NoiseStream):
 
 VALUES = "values"
 WEIGHT = "weight"
-# Maps a tensor, a standard deviation and the name of the tensor in the item to noise.
+# Returns the noise for a tensor, given the tensor, a standard deviation and the tensor's name.
 NoiseFunction = Callable[[Tensor, float, str], Tensor]
 
 
@@ -199,8 +207,8 @@ def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bo
     are part of the clipped vector.
 
     Args:
-        item: The item.
-        received: Received item of the same name; None if there is none.
+        item: Item to clip.
+        received: Received item of the same name. If None, the update is the sent values.
         bound: Maximum L2 norm.
 
     Returns:
@@ -219,12 +227,12 @@ def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bo
 
 
 def add_noise(item: Item, deviation: float, sample: NoiseFunction) -> Item:
-    """Return an item with noise added to all its numbers.
+    """Add noise to all numbers in an item.
 
     Noisy counts, which include the weights of class sums, are clamped to at least 0.
 
     Args:
-        item: The item.
+        item: Item to which noise is added.
         deviation: Standard deviation of the noise.
         sample: Function that samples the noise for a tensor of the item.
     """
@@ -241,14 +249,15 @@ def clip_upload(
     """Clip all items of an upload and optionally add noise.
 
     Args:
-        payload: The upload.
+        payload: Upload to clip.
         received: Payload that the client received.
         bounds: Function that maps the name of an item to the clipping bound.
-        noise: Function that adds noise to a clipped item, given its name and the item. If None, no
-            noise is added.
+        noise: Function that returns a clipped item with noise, given the name of the item and the
+            item. If None, no noise is added.
 
     Returns:
-        The clipped upload, and for each item whether the norm of the update was within the bound.
+        The clipped upload, and a mapping from the name of each item to whether the norm of the
+        update was within the bound.
     """
     items = {}
     within = {}
@@ -277,9 +286,14 @@ def _unflatten_item(like: Item, vector: Tensors) -> Item:
 
 
 def reference_tensors(item: Item, received: Item | None) -> Tensors:
-    """Return the tensors from which the update in an item starts.
+    """Return the tensors that are subtracted from an item to compute the update.
 
-    These are the received parameters of the same name and shape, or zeros if there are none.
+    For an item of kind "params", these are the received tensors of the same name and shape. For all
+    other tensors, zeros are returned.
+
+    Args:
+        item: The sent item.
+        received: Received item of the same name. If None, all returned tensors are zeros.
     """
     known = received.tensors if received is not None and item.kind == "params" else {}
     vector = _flatten_item(item)
@@ -313,10 +327,11 @@ def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
 
     Args:
         votes: Noisy sum of votes, shape `[D, C]`.
-        prediction_kind: Form of the result, "probabilities" or "logits".
+        prediction_kind: "probabilities", or "logits" to return log probabilities.
 
     Returns:
-        Probabilities or log probabilities, shape `[D, C]`.
+        Predictions, shape `[D, C]`. The class with the most votes has the probability 0.9, and the
+        other classes have equal probabilities.
     """
     classes = votes.shape[-1]
     p = torch.full_like(votes, (1 - ELECTED_PROBABILITY) / max(1, classes - 1))
@@ -324,12 +339,19 @@ def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
     return p if prediction_kind == "probabilities" else p.log()
 
 
-# Name of the release of label counts, and key of the noise on them.
+# Name of the release of label counts, which also identifies the noise on the counts.
 COUNTS = "label counts"
 
 
 def label_counts_charge(kind: str, privacy: PrivacyConfig) -> list[PrivacyCharge]:
-    """Return the privacy charges for releasing label counts; empty for regression tasks."""
+    """Return the privacy charges for releasing label counts.
+
+    For regression tasks, the list is empty, because the number of rows is not private.
+
+    Args:
+        kind: Kind of the task, such as "multiclass".
+        privacy: The `privacy` section of the configuration.
+    """
     if kind == "regression":
         return []
     return [PrivacyCharge(1.0, scale=privacy.statistics_noise, once=COUNTS)]
@@ -338,21 +360,21 @@ def label_counts_charge(kind: str, privacy: PrivacyConfig) -> list[PrivacyCharge
 def noisy_label_counts(
     counts: Tensor, kind: str, privacy: PrivacyConfig, noise: NoiseSource, client: str
 ) -> Tensor:
-    """Return noisy label counts.
+    """Add Gaussian noise to the label counts of a client.
 
-    Repeated calls add the same noise and are one release. A row changes one count by 1, and in a
-    multi-label task up to `outputs` counts. The number of rows is not private, so no noise is added
-    to the counts of a regression task.
+    Repeated calls add the same noise and count as one release. A row changes one count by 1, or up
+    to C counts in a multi-label task. The count of a regression task is the number of rows, which
+    is not private and is returned without noise.
 
     Args:
-        counts: Label counts, shape `[outputs]`.
+        counts: Label counts, shape `[C]`.
         kind: Kind of the task, such as "multiclass".
         privacy: The `privacy` section of the configuration.
         noise: Source of noise.
         client: Id of the client.
 
     Returns:
-        Noisy counts, at least 0, shape `[outputs]`.
+        Noisy counts, at least 0, shape `[C]`.
     """
     if kind == "regression":
         return counts

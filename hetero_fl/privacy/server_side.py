@@ -2,6 +2,7 @@
 
 With `privacy.unit: client`, noise is added once to each sum and mean that a method requests from
 `Uploads`. The privacy budget of a run is known in advance (`hetero_fl.experiment.privacy_budget`).
+An upload consists of named items (`Item`). Clients of one kind have equal settings and models.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from hetero_fl.privacy.client_side import WITHIN_CLIP, ClientPrivacy, PrivateFed
 from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
 from hetero_fl.utils.errors import UserError
 
-# Maps a value, a standard deviation and the parts of a key to noise for the value.
+# Returns the noise for a value, given the value, a standard deviation and strings that identify the
+# purpose of the noise.
 Normal = Callable[..., Tensor]
 
 
@@ -31,8 +33,7 @@ class SharedTensor:
     """Tensor that several clients may send.
 
     Args:
-        starts: Values to which clients add their updates, by kind of client. Clients of one kind
-            have equal settings and models.
+        starts: Values to which clients add their updates, keyed by kind of client.
         expected: Expected number of clients that send the tensor.
     """
 
@@ -80,10 +81,11 @@ class SumNoise:
 
     Args:
         deviation: Function that returns the standard deviation of the noise on the sum of an item.
-        normal: Function that returns keyed noise.
-        kind: Function that returns the kind of a client. Clients of one kind have equal settings
-            and models.
-        postprocess: Function that transforms the noisy mean of an item.
+        normal: Function that returns the noise for a value. Calls with equal arguments return equal
+            noise.
+        kind: Function that returns the kind of a client.
+        postprocess: Function that transforms the noisy mean of an item, given the name of the item
+            and the mean. By default, the mean is unchanged.
     """
 
     deviation: Callable[[str], float]
@@ -91,9 +93,9 @@ class SumNoise:
     kind: Callable[[ClientInfo], str]
     postprocess: Callable[[str, Tensor], Tensor] = lambda _name, mean: mean
     _singles: dict[str, SharedTensor] = field(default_factory=dict)
-    # Zeros in the shape of the weights of class sums, by item.
+    # Zeros in the shape of the weights of class sums, keyed by item name.
     _weights: dict[str, Tensor] = field(default_factory=dict)
-    # One client of each kind, by item and kind.
+    # One client of each kind, keyed by item name and kind.
     _senders: dict[str, dict[str, ClientInfo]] = field(default_factory=dict)
     _owned: dict[str, dict[Owner, SharedTensor]] = field(default_factory=dict)
     _groups: dict[str, dict[str, dict[str, tuple[Owner, str]]]] = field(default_factory=dict)
@@ -113,10 +115,11 @@ class SumNoise:
 
         Args:
             name: Name of the item.
-            like: Item with tensors of the same names, shapes and dtypes.
-            received: Item of this name that the clients received; None if there is none.
-            count: Expected number of these clients in the round.
-            client_info: One of these clients.
+            like: Item with the names, shapes and dtypes of the tensors that the clients may send.
+            received: Item of the same name that the clients received. If None, updates are added to
+                zeros.
+            count: Expected number of clients of this kind in the round.
+            client_info: One client of this kind.
             group: Architecture group of the item's tensors.
             common: Prefixes of the names of tensors that are averaged across architectures.
         """
@@ -140,11 +143,11 @@ class SumNoise:
             )
 
     def senders(self, name: str) -> list[ClientInfo]:
-        """Return one client of each kind that may send the item."""
+        """Return one client of each kind that may send the item `name`."""
         return list(self._senders.get(name, {}).values())
 
     def expects(self, name: str) -> bool:
-        """Return whether clients may send a single tensor as this item."""
+        """Return whether clients may send an item `name` that consists of a single tensor."""
         return name in self._singles
 
     def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -152,7 +155,8 @@ class SumNoise:
 
         Args:
             name: Name of the item, which has a single tensor.
-            totals: Sums of values and weights without noise; None if no client sent the item.
+            totals: Sums of values and weights without noise. If None, no client sent the item, and
+                both sums are 0.
 
         Returns:
             The noisy sum of values times weights, and the expected number of clients. For class
@@ -168,7 +172,7 @@ class SumNoise:
         return values, weight.clamp(min=0)
 
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the noisy mean of an item: the noisy sum divided by the sum of the weights.
+        """Divide the noisy sum of an item by the sum of the weights.
 
         Where the sum of the weights is 0, the noisy sum is returned. See `total` for the arguments.
         """
@@ -187,9 +191,14 @@ class SumNoise:
 
         Args:
             name: Name of the item.
-            means: Means without noise, by group and tensor. Groups that sent nothing are missing.
-            weights: Weights of these means, by group and tensor.
+            means: Means without noise, keyed by group and tensor name. A group is missing if none
+                of its clients sent the item.
+            weights: Weights of these means, keyed by group and tensor name.
             senders: Clients that sent the item.
+
+        Returns:
+            Noisy means, keyed by group and tensor name. If no client sent a tensor, the result is
+            the received value plus noise.
         """
         updates: dict[Owner, Tensor] = {}
         senders_by_kind = Counter(self.kind(client_info) for client_info in senders)
@@ -215,7 +224,7 @@ class SumNoise:
         }
 
     def _noise(self, name: str, owner: Owner, update: Tensor | None) -> Tensor:
-        """Return the noise on a mean update; `update` is None if no client sent the tensor."""
+        """Return the noise on a mean update, which is None if no client sent the tensor."""
         one = self._owned[name][owner]
         like = torch.zeros_like(one.example) if update is None else update.to(one.example.dtype)
         return self.normal(like, self.deviation(name) / one.expected, name, *map(str, owner))
@@ -225,7 +234,10 @@ class SumNoise:
         return start if update is None else start + update
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the expected number of clients for each mean, by group and tensor."""
+        """Return the expected number of clients for each noisy mean of an item.
+
+        The numbers are keyed by group and tensor name.
+        """
         owned = self._owned.get(name, {})
         groups = self._groups.get(name, {})
         return {
@@ -234,25 +246,26 @@ class SumNoise:
         }
 
 
-# Maps a client, the broadcast to the client and the round index to items with the names, shapes and
-# dtypes of the client's upload.
+# Returns items with the names, shapes and dtypes of a client's upload, given the client, the
+# broadcast to the client and the round index.
 ExpectedItems = Callable[[ClientInfo, Payload, int], Mapping[str, Item]]
 
 
 class ServerPrivacy:
-    """Client-level differential privacy at the server, for one run.
+    """Noise on sums and adaptive clipping bounds at the server, for one run.
 
     Args:
-        client: Differential privacy at the clients.
-        federation: The federation.
+        client: Clipping and privacy charges at the clients.
+        federation: Federation of the run.
         expected_items: Function that returns items with the names, shapes and dtypes of a client's
             upload.
-        per_round: Number of clients in a round. None selects all clients.
+        per_round: Number of clients in a round. If None, all clients participate.
 
     Attributes:
         cohort: Expected number of clients in a round.
         share: Probability with which each client is sampled in a round.
-        factors: Factors on the clipping bounds, by item; 1 without adaptive clipping.
+        factors: Factors on the clipping bounds, keyed by item name. All factors are 1 without
+            adaptive clipping.
     """
 
     def __init__(
@@ -279,22 +292,32 @@ class ServerPrivacy:
         expected_items: ExpectedItems,
         per_round: int | None,
     ) -> ServerPrivacy | None:
-        """Return an instance for a run, or None if the server adds no noise.
+        """Return an instance for a run, or None without `privacy.unit: client`.
 
-        The arguments are the same as those of the class.
+        Args:
+            client: Clipping and privacy charges at the clients. If None, None is returned.
+            federation: Federation of the run.
+            expected_items: See `ServerPrivacy`.
+            per_round: Number of clients in a round. If None, all clients participate.
         """
         if client is None or client.config.unit != "client":
             return None
         return cls(client, federation, expected_items, per_round)
 
     def add_bounds(self, broadcast: Payload) -> Payload:
-        """Add the factors on the clipping bounds to a broadcast if the bounds are adaptive."""
+        """Add the factors on the clipping bounds to a broadcast in place, and return the broadcast.
+
+        Without adaptive clipping, the broadcast is not changed.
+        """
         if self.config.adaptive_clip is not None:
             broadcast.report = {**broadcast.report, **self.client.factors_item(self.factors)}
         return broadcast
 
     def sum_noise(self, received_by: Callable[[ClientInfo], Payload], round_idx: int) -> SumNoise:
         """Return the noise on the sums of a round.
+
+        With the setting `distributed`, the standard deviation is 0, because the clients have
+        already added the noise.
 
         Args:
             received_by: Function that returns the payload that a client received.
@@ -366,15 +389,18 @@ class ServerPrivacy:
     def count_noise(self) -> float:
         """Return σ_b, the standard deviation of the noise on the number of updates within bounds.
 
-        The notation is that of Andrew et al. 2021.
+        This is the setting `adaptive_clip.noise`. If this setting is None, σ_b is 1/20 of the
+        cohort size (Andrew et al. 2021). Adaptive clipping must be enabled.
         """
         assert self.config.adaptive_clip is not None
         return self.config.adaptive_clip.noise or self.cohort / 20
 
     def update_noise_multiplier(self) -> float:
-        """Return the noise multiplier of the updates, z_Δ = (z⁻² − (2σ_b)⁻²)^(−½).
+        """Return the noise multiplier of the updates.
 
-        The formula is theorem 1 of Andrew et al. 2021.
+        With adaptive clipping, this is z_Δ = (z⁻² − (2σ_b)⁻²)^(−½) (Andrew et al. 2021, theorem 1),
+        because the number of updates within bounds uses a part of the privacy budget. Otherwise,
+        this is the noise multiplier z of the run.
         """
         multiplier = self.config.known_noise_multiplier
         if self.config.adaptive_clip is None:
@@ -386,7 +412,7 @@ class ServerPrivacy:
 
         Each bound is multiplied by exp(−η·(b − γ)), where η is the setting `lr`, b is the noisy
         share of updates within the bound, and γ is the setting `quantile` (Andrew et al. 2021,
-        Algorithm 1).
+        Algorithm 1). Without adaptive clipping, the bounds are not changed.
         """
         config = self.config.adaptive_clip
         if config is None:

@@ -1,4 +1,7 @@
-"""Format numbers and names for the terminal, plots, tables and reports."""
+"""Format numbers and names for the terminal, plots, tables and reports.
+
+A label consists of the name of a method and optional settings, such as `hybrid:teacher=mean`.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,8 @@ def format_metric(value: float | None, metric: str) -> str:
     """Format the value of a metric.
 
     Accuracies and F1 scores are formatted as percentages (`84.7%`), AUROC, average precision and R²
-    with three decimals (`0.944`), and errors and losses with three significant digits.
+    with three decimals (`0.944`), and errors and losses with three significant digits. If the value
+    is None, a dash is returned.
     """
     if value is None:
         return MISSING
@@ -87,7 +91,12 @@ def format_metric(value: float | None, metric: str) -> str:
 
 
 def metric_name(metric: str, unit: str = "") -> str:
-    """Return the name of a metric, with a unit for errors: `mean absolute error (vehicles)`."""
+    """Return the display name of a metric, such as `mean absolute error (vehicles)`.
+
+    Args:
+        metric: Name of the metric.
+        unit: Unit of errors, which is ignored for other metrics. If empty, no unit is added.
+    """
     name = METRICS.get(metric, metric.replace("_", " "))
     return f"{name} ({unit})" if unit and metric in _IN_UNIT else name
 
@@ -103,13 +112,16 @@ def tested_metric(test: str, metric: str, unit: str = "") -> str:
 
 
 def format_significant(value: float, count: int = 3) -> str:
-    """Format a number with `count` significant digits and no exponent: 0.0341, 2.80, 1234."""
+    """Format a number with `count` significant digits and no exponent, such as 0.0341 or 2.80.
+
+    All digits before the decimal point are kept, even if there are more than `count`.
+    """
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
     return f"{value:.{min(max(0, count - before), MAX_DECIMALS)}f}"
 
 
 def format_bytes(count: float) -> str:
-    """Format bytes in decimal units: 0 B, 812 kB, 12.3 MB."""
+    """Format a number of bytes with a decimal unit, such as `812 kB` or `12.3 MB`."""
     factor, unit = byte_unit(count)
     value = count / factor
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
@@ -124,7 +136,7 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration: 0.4 s, 36 s, 2 min 5 s, 1 h 3 min."""
+    """Format a duration, such as `0.4 s`, `36 s`, `2 min 5 s` or `1 h 3 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -143,7 +155,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def format_arrivals(record: Mapping[str, Any]) -> str:
-    """Return the outcomes of invited clients: `10 invited, 7 arrived, 2 failed, 1 late`.
+    """Format the outcomes of invited clients, such as `10 invited, 7 arrived, 2 failed, 1 late`.
 
     The text is empty if all uploads arrived. If the training on the server diverged, the text
     contains the reason instead.
@@ -172,12 +184,15 @@ def is_regression(metrics: Mapping[str, Any]) -> bool:
 
 
 def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores in the last round on the first test that has scores."""
+    """Return the scores in the last round on the first test that has scores.
+
+    If no test has scores, the result is empty.
+    """
     return next((summary[test]["last"] for test in TEST_NAMES if summary[test]), {})
 
 
 def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the kind of task: `multiclass`, `multilabel` or `regression`."""
+    """Return the kind of the task, which is `multiclass`, `multilabel` or `regression`."""
     if "kind" in details:
         return str(details["kind"])
     # Older runs do not record the kind. Multilabel tasks have a 2 × 2 confusion matrix per label.
@@ -191,7 +206,7 @@ def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
 
 
 def client_score(client: Mapping[str, Any], test: str, metric: str) -> float | None:
-    """Return the score of a client; None if it is undefined or the client has no test rows."""
+    """Return the score of a client, or None if it is undefined or the client has no test rows."""
     return (client[test] or {}).get(metric)
 
 
@@ -230,7 +245,14 @@ def format_range(counts: Iterable[int]) -> str:
 
 
 def small_test_note(rows: Mapping[str, int]) -> str:
-    """Return a sentence about clients with few local test rows; empty if there are none."""
+    """Return a sentence about clients with few local test rows.
+
+    Args:
+        rows: Number of local test rows, keyed by client id.
+
+    Returns:
+        The sentence, or an empty string if there are no such clients.
+    """
     few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
     if not few:
         return ""
@@ -242,7 +264,8 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
 
     An example is `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
     71.0%, AUROC 0.930`. A metric that is undefined on only one of the tests is shown as
-    `undefined`. A metric that is undefined on all tests is omitted.
+    `undefined`. A metric that is undefined on all tests is omitted. If there are no scores, the
+    text is empty.
 
     Args:
         record: A line of `metrics.jsonl`.

@@ -13,14 +13,15 @@ TESTS = ("global", "personal")
 
 
 def history_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row for each round, client and metric.
+    """Return a data frame with one row for each round, client and metric.
 
     Args:
         records: The records of the rounds, as in `metrics.jsonl`.
 
     Returns:
-        The columns `round`, `client`, `test`, `metric` and `value`. `client` is "server" for the
-        server's model and "mean" for the mean over the clients.
+        A data frame with the columns `round`, `client`, `test`, `metric` and `value`. The client is
+        "server" for the server's model and "mean" for the mean over the clients. The training loss
+        of a client has the test "train" and the metric "loss".
     """
     # Imported here because loading pandas is slow.
     import pandas as pd

@@ -43,7 +43,7 @@ class Inspection:
     Attributes:
         path: The run directory.
         state: Text that says whether the run has finished, and after how many rounds.
-        damage: Descriptions of missing and damaged files, by file name.
+        damage: Descriptions of missing and damaged files, keyed by file name.
         notes: Other remarks, such as how to repair the damage.
     """
 
@@ -58,7 +58,11 @@ class Inspection:
         return [f"{self.path / name}: {what}" for name, what in self.damage.items()]
 
     def require_whole(self) -> None:
-        """Raise UserError for the first damaged file, if there is any."""
+        """Check that no file is missing or damaged.
+
+        Raises:
+            UserError: If a file is missing or damaged. The message describes the first such file.
+        """
         if not self.damage:
             return
         more = f", and {len(self.damage) - 1} more" if len(self.damage) > 1 else ""
@@ -72,6 +76,9 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
         path: The directory of a finished or unfinished run.
         thorough: Whether to read models and checkpoints. Otherwise, models only have to exist, and
             checkpoints are not checked.
+
+    Returns:
+        Inspection with descriptions of all missing and damaged files.
 
     Raises:
         UserError: If the path is not a run directory.
@@ -133,14 +140,18 @@ def check_resumable(directory: RunDirectory, saved: Mapping[str, Any]) -> None:
 
 
 def evidence_of_start(directory: RunDirectory) -> str:
-    """Describe a file that shows that the run wrote a first checkpoint; empty if there is none."""
+    """Describe a file that shows that the run has started and wrote a first checkpoint.
+
+    Returns:
+        The description, or an empty string if there is no such file.
+    """
     if evidence := _evidence_of_rounds(directory):
         return evidence
     return f"{LOG} shows that the run has started" if _LOGGED_START.search(_log(directory)) else ""
 
 
 def identity(directory: RunDirectory) -> dict[str, Any]:
-    """Return the id and the configuration of a run, which are stored in its checkpoints."""
+    """Return the id and the configuration of a run, as stored in the checkpoints of the run."""
     return {
         "run": directory.environment().get("run"),
         "config": json.dumps(resume_relevant(directory.config())),
@@ -165,7 +176,7 @@ def _check_readable(directory: RunDirectory, inspection: Inspection) -> None:
 
 
 def _summary(directory: RunDirectory) -> dict[str, Any]:
-    """Return the summary; raise UserError if it lacks required keys."""
+    """Return the summary, or raise UserError if the summary lacks required keys."""
     summary = directory.summary()
     clients = summary.get("clients", [])
     has_ids = isinstance(clients, list) and all(
@@ -249,7 +260,7 @@ def _missing_optional(directory: RunDirectory, checkpoints: list[Path]) -> list[
 
 
 def _remedy(directory: RunDirectory, checkpoints: list[Path], inspection: Inspection) -> list[str]:
-    """Return notes on how to repair the damage; empty if there are no instructions."""
+    """Return notes on how to repair the damage, or an empty list if there are no instructions."""
     if not inspection.damage:
         return []
     if METRICS in inspection.damage:
@@ -272,7 +283,7 @@ def _remedy(directory: RunDirectory, checkpoints: list[Path], inspection: Inspec
 
 
 def _lines(directory: RunDirectory, inspection: Inspection) -> list[bytes]:
-    """Return the lines of `metrics.jsonl`. A file that cannot be read is added to the damage."""
+    """Return the lines of `metrics.jsonl`, or record that the file cannot be read as damage."""
     try:
         return directory.lines()
     except UserError as error:
@@ -281,7 +292,7 @@ def _lines(directory: RunDirectory, inspection: Inspection) -> list[bytes]:
 
 
 def _evidence_of_rounds(directory: RunDirectory) -> str:
-    """Describe a file that shows that the run completed a round; empty if there is none."""
+    """Describe a file that shows that the run completed a round, if there is such a file."""
     metrics = directory.path / METRICS
     if metrics.is_file() and metrics.stat().st_size > 0:
         return f"{METRICS} has rounds"
@@ -314,7 +325,7 @@ def _check_checkpoints(
         directory: The run directory.
         files: Checkpoints of the run, the newest last.
         least: Smallest valid round of the newest checkpoint.
-        inspection: The inspection, to which damage is added.
+        inspection: Inspection to which damage is added.
     """
     newest = max(map(checkpoint_round, files), default=-1)
     if newest < least:
@@ -340,13 +351,13 @@ def _reason(error: CodecError | OSError) -> str:
 def _compare(
     directory: RunDirectory, saved: Mapping[str, Any], name: str, inspection: Inspection
 ) -> None:
-    """Compare a run directory with the facts that were recorded in a checkpoint.
+    """Compare a run directory with the values that were recorded in a checkpoint.
 
     Args:
         directory: The run directory.
         saved: The state dict of the checkpoint.
         name: File name of the checkpoint.
-        inspection: The inspection, to which damage and notes are added.
+        inspection: Inspection to which damage and notes are added.
     """
     known = saved.get("directory")
     completed = saved["run"]["completed"]

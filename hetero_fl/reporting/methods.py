@@ -1,4 +1,7 @@
-"""Describe methods, based on their docstrings and declared requirements."""
+"""Describe methods, based on the docstrings and requirements of their classes.
+
+A label consists of the name of a method and optional settings, such as `hybrid:teacher=mean`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from hetero_fl.utils.text import split_top_level
 
 
 def method_class(label: str) -> type[Algorithm] | None:
-    """Return the class of a method; None if the module of a user's method is not imported."""
+    """Return the class of a method, or None if the class is user-defined and not imported."""
     return register_algorithm.get_loaded(algorithm_base(label))
 
 
@@ -29,7 +32,10 @@ def is_baseline(label: str) -> bool:
 
 
 def method_needs(label: str) -> list[requirements.Need]:
-    """Return the requirements of a method, given the settings in its label; empty if unknown."""
+    """Return the requirements of a method, which may depend on the settings in the label.
+
+    The list is empty if the class of the method is not imported.
+    """
     kind = method_class(label)
     if kind is None:
         return []
@@ -43,12 +49,20 @@ def method_needs(label: str) -> list[requirements.Need]:
 
 
 def format_needs(label: str) -> str:
-    """Return the requirements of a method as text for a table."""
+    """Return the requirements of a method as text for a table, which is empty without any."""
     return requirements.format_needs(method_needs(label))
 
 
 def docstring_paragraph(label: str, number: int = 0) -> str:
-    """Return a paragraph of the docstring of a method as one line; empty if there is none."""
+    """Return a paragraph of a method's docstring as one line.
+
+    Args:
+        label: Label of the method.
+        number: Index of the paragraph. Default: 0.
+
+    Returns:
+        The paragraph, or an empty string if there is none.
+    """
     kind = method_class(label)
     paragraphs = requirements.method_paragraphs(kind) if kind else []
     return paragraphs[number] if number < len(paragraphs) else ""
@@ -57,7 +71,7 @@ def docstring_paragraph(label: str, number: int = 0) -> str:
 def describe_methods(labels: Iterable[str]) -> list[tuple[str, str, str, str]]:
     """Return the name, summary, details and time of evaluation of each method.
 
-    Labels of the same method with different settings give a single entry.
+    Labels of the same method with different settings share a single entry.
     """
     described = []
     for base in dict.fromkeys(map(algorithm_base, labels)):

@@ -28,7 +28,7 @@ def in_notebook() -> bool:
 
 
 class ProgressBar:
-    """A progress bar in the output of a notebook cell, with a line of text below it."""
+    """A progress bar and a line of text in the output of a notebook cell."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -36,12 +36,12 @@ class ProgressBar:
         self._total = 0
 
     def update(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Show the bar.
+        """Show the bar, or update the bar if it is already shown.
 
         Args:
             text: The line below the bar.
-            done: Number of completed rounds or runs; None: as before.
-            total: Number of all rounds or runs; None: as before.
+            done: Number of completed rounds or runs. If None, the previous number is kept.
+            total: Number of all rounds or runs. If None, the previous number is kept.
         """
         self._done = self._done if done is None else done
         self._total = self._total if total is None else total
@@ -54,7 +54,7 @@ class ProgressBar:
         self.show(f"<div><small>{escape(text)}</small></div>")
 
     def show(self, html: str) -> None:
-        """Show or replace the output."""
+        """Show HTML in the output of the cell, in place of the HTML that was shown before."""
         from IPython.display import HTML, display
 
         if self._handle is None:
@@ -99,7 +99,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     Args:
         header: Titles of the columns.
-        rows: Cells by row.
+        rows: Cells of each row.
     """
     titles = "".join(f"<th>{escape(title)}</th>" for title in header)
     body = "".join(
@@ -112,8 +112,8 @@ def html_items(title: str, items: Mapping[str, str]) -> str:
     """Return a title and a list of named values in HTML.
 
     Args:
-        title: The title.
-        items: Values by name.
+        title: Text above the list.
+        items: Values, keyed by name.
     """
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in items.items()

@@ -1,6 +1,7 @@
-"""Show progress, log it to a file and to the logger `hetero_fl`, and write TensorBoard events.
+"""Show the progress of runs, write logs, and write TensorBoard events.
 
-In a terminal, all output goes to stderr, so that stdout stays free for results.
+Log lines are written to a file and to the logger `hetero_fl`. In a terminal, all output goes to
+stderr, so that stdout stays free for results.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ logger = logging.getLogger("hetero_fl")
 class Progress:
     """Show the progress of a run, as a context manager.
 
-    A terminal shows a live display, a notebook a progress bar; other streams get one line for each
-    evaluated round. On exit the terminal is restored, and an error is written to the log.
+    In a terminal, the progress is a live display. In a notebook, it is a progress bar. To other
+    streams, one line is written for each evaluated round. On exit, the terminal is restored, and an
+    error is written to the log.
 
     Args:
-        log_path: File that log lines are appended to; None writes no log.
-        quiet: Whether to show nothing. The log is still written. None shows progress in notebooks
-            only.
-        console: Console to print to; by default stderr.
+        log_path: File to which log lines are appended. If None, no log file is written.
+        quiet: Whether to hide the progress. The log is still written. If None, progress is shown in
+            notebooks only.
+        console: Console for the output. If None, the output is written to stderr.
 
     Attributes:
         unit: Unit of errors in a regression.
@@ -145,10 +147,10 @@ class Progress:
         """Report a completed round.
 
         Args:
-            record: Its line of `metrics.jsonl`.
+            record: Record of the round, as in `metrics.jsonl`.
         """
         self._completed = record["round"]
-        # A simulation may have many failures; only their number is logged.
+        # A simulation may have many failures, so only their number is logged.
         if "simulated" not in record:
             for client, reason in record["failed"].items():
                 self.log(f"round {self._completed}: {client} dropped ({reason})")
@@ -208,7 +210,7 @@ class Progress:
             self._notebook.update(line, done, total)
 
     def log(self, line: str) -> None:
-        """Print one line and append it to the log file."""
+        """Print one line and append the line to the log file."""
         line = " ".join(line.split())
         self._write(line)
         self._print(line)
@@ -229,7 +231,7 @@ class Progress:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
     def _write_failure(self, error: Exception) -> None:
-        """Log the error that ended the run, with the traceback of its cause."""
+        """Log the error that ended the run, with the traceback of the cause."""
         self._write(f"failed: {' '.join(str(error).split())}")
         cause = error.__cause__ if isinstance(error, UserError | RunFailedError) else error
         if cause is not None and self._log is not None:
@@ -242,7 +244,9 @@ class Progress:
 
 
 def writer_callback(run_dir: str | os.PathLike[str]) -> Callable[[Mapping[str, Any]], None]:
-    """Return a callback that writes the record of a round to the folder `tensorboard/` of a run.
+    """Return a callback that writes the record of each round as TensorBoard events.
+
+    The events are written to the folder `tensorboard/` in the run directory.
 
     Raises:
         UserError: If TensorBoard is not installed.
@@ -258,7 +262,12 @@ def writer_callback(run_dir: str | os.PathLike[str]) -> Callable[[Mapping[str, A
 
 
 def log_record(writer: Any, record: Mapping[str, Any]) -> None:
-    """Write all defined metrics, the mean training loss, bytes and seconds of a round."""
+    """Write all defined metrics, the mean training loss, bytes and seconds of a round.
+
+    Args:
+        writer: `SummaryWriter` of TensorBoard.
+        record: Record of the round, as in `metrics.jsonl`.
+    """
     step = record["round"]
     for test in ("personal", "global", "server"):
         for scores, prefix in ((record, "test"), (record.get("validation") or {}, "validation")):

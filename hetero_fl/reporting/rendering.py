@@ -156,7 +156,14 @@ def _environment() -> Environment:
 
 
 def render(template: str, **content: Any) -> str:
-    """Render a template of this package. Values are escaped in HTML pages."""
+    """Render a template of this package.
+
+    Values are escaped if the template is an HTML page.
+
+    Args:
+        template: File name of the template.
+        **content: Values of the template's variables.
+    """
     return _environment().get_template(template).render(**content)
 
 

@@ -44,14 +44,17 @@ LISTED_MODELS = 8
 
 
 def write_report(run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None) -> Path:
-    """Write the `report.html` of a finished run and return its path.
+    """Write the report of a finished run to `report.html`.
 
     The report contains the plots in `plots/`. If there are no plots, they are drawn.
 
     Args:
         run_dir: The run directory.
-        log: Function called with a line for each plot or report that cannot be created. None: the
-            error is raised instead.
+        log: Function that is called with a line for each plot or report that cannot be created. If
+            None, the error is raised.
+
+    Returns:
+        Path of the report.
 
     Raises:
         UserError: If the folder does not contain a finished run.
@@ -94,12 +97,12 @@ def _repeat_command(run: RunDirectory) -> str:
 
 
 def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> Json:
-    """Return the values for the templates of the report.
+    """Return the values that the report templates use.
 
     Args:
         summary: Content of `summary.json`.
         details: Content of `details.json`.
-        records: Lines of `metrics.jsonl`.
+        records: Records of the rounds, as in `metrics.jsonl`.
     """
     metric = selection_metric_of(summary, details)
     scores = last_scores(summary)
@@ -147,7 +150,7 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
 
 
 def _client_metrics(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the columns of the table of clients as pairs of test and metric."""
+    """Return the columns of the client table as pairs of test and metric."""
     names = REGRESSION if is_regression(scores) else short_metrics(scores)
     if names == BALANCED:
         names = ("accuracy", "balanced_accuracy")
@@ -156,7 +159,7 @@ def _client_metrics(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _worst_client(summary: Json, test: str, metric: str) -> Json | None:
-    """Return the client with the worst score; None if fewer than two clients have a score."""
+    """Return the client with the worst score, or None if fewer than two clients have a score."""
     scores = {c["id"]: client_score(c, test, metric) for c in summary["clients"]}
     known = {client: score for client, score in scores.items() if score is not None}
     if len(known) < 2:

@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run, read from its run directory.
+    """A run in a run directory.
 
-    Opening a run checks its text files against their checksums. The models are read and checked
-    on first use.
+    The constructor verifies the checksums of the text files. The models are read and verified on
+    first use.
 
     Args:
         path: The run directory.
-        allow_code: Whether code that the files name (`python:package.module:Name`) may run, such
-            as the class of a user's own model.
+        allow_code: Whether code that the files reference (`python:package.module:Name`) may be
+            executed, such as a user-defined model class.
 
     Attributes:
         directory: The files of the run.
         permission: The code that may run when models are loaded.
 
     Raises:
-        UserError: If the path is no run directory, or a file is missing or damaged.
+        UserError: If the path is not a run directory, or a file is missing or damaged.
 
     Example:
         >>> import hetero_fl
@@ -84,7 +84,7 @@ class Run:
         self._kept: list[object] = []
 
     def keep(self, *objects: object) -> None:
-        """Keep objects alive as long as the run, such as classes that its files name."""
+        """Keep objects, such as user-defined model classes, alive as long as this instance."""
         self._kept.extend(objects)
 
     @classmethod
@@ -94,7 +94,13 @@ class Run:
 
     @classmethod
     def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
-        """Return the run at a path; an open run is returned unless `allow_code` differs."""
+        """Return the run at a path.
+
+        Args:
+            run: Path of the run directory, or a `Run`. A `Run` is returned unchanged, unless
+                `allow_code` is set and differs from the permission of the run.
+            allow_code: Whether code that the files reference may be executed.
+        """
         if isinstance(run, Run) and (not allow_code or run.permission is allow_code):
             return run
         return cls(run.path if isinstance(run, Run) else run, allow_code)
@@ -142,7 +148,11 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The content of `summary.json`."""
+        """The content of `summary.json`.
+
+        Raises:
+            UserError: If the run has not finished.
+        """
         return self.directory.summary()
 
     @cached_property
@@ -152,7 +162,13 @@ class Run:
 
     @cached_property
     def model_names(self) -> list[str]:
-        """The ids of clients with a model, and `server` if it has one; no model is read."""
+        """The ids of the clients with a saved model, and `server` if the server has a model.
+
+        The model files are not read.
+
+        Raises:
+            UserError: If the run has no saved models.
+        """
         files = self.directory.model_files()
         if not files:
             if not self.directory.finished:
@@ -165,18 +181,26 @@ class Run:
 
     @cached_property
     def models(self) -> dict[str, SavedModel]:
-        """The models by client id; `server` is the model of the server, if it has one."""
+        """The models, keyed by client id, or `server` for the server's model.
+
+        Raises:
+            UserError: If the run has no models, or a model is damaged or references code that may
+                not be executed.
+        """
         return self.load_models()
 
     def load_models(self, client: str | None = None) -> dict[str, SavedModel]:
-        """Return the model of a client by its id, without reading the models of others.
+        """Load the model of one client, or the models of all clients.
 
         Args:
-            client: Client id, or `server`. None: all models.
+            client: Client id, or `server`. If None, all models are loaded.
+
+        Returns:
+            The loaded models, keyed by client id.
 
         Raises:
-            UserError: If there is no such client, or a model is damaged or names code that may not
-                run.
+            UserError: If there is no such client, or a model is damaged or references code that may
+                not be executed.
         """
         if client is not None and client not in self.model_names:
             hint = suggest_or_list(client, self.model_names)
@@ -200,10 +224,11 @@ class Run:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row for each round, client and metric.
+        """Data frame with one row for each round, client and metric.
 
-        The columns are `round`, `client`, `test` (`global` or `personal`), `metric` and `value`.
-        `client` is "server" for the server's model and "mean" for the mean over the clients.
+        The columns are `round`, `client`, `test`, `metric` and `value`. The test is `global`,
+        `personal`, or `train` for the training loss. The client is "server" for the server's model
+        and "mean" for the mean over the clients.
         """
         # Imported here because loading pandas is slow.
         from hetero_fl.reporting.history import history_frame
@@ -217,8 +242,8 @@ class Run:
             client: Client id, or `server`.
 
         Returns:
-            An instance of the class that was given; for models of `model_zoo`, a `SplitModel`,
-            which returns logits and features.
+            An instance of the configured model class. For models of `model_zoo`, this is a
+            `SplitModel`, which returns logits and features.
 
         Raises:
             UserError: If there is no such client.
@@ -226,7 +251,7 @@ class Run:
         return self.load_models(client)[client].module().source_module()
 
     def save(self, path: str | Path) -> Run:
-        """Copy the run directory, and return the run there.
+        """Copy the run directory and return the run in the copy.
 
         Args:
             path: A folder that does not exist or is empty.
@@ -247,17 +272,19 @@ class Run:
 
         Args:
             client: Client id, or `server`.
-            x: Raw examples. Images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, as uint8 or as
-                floats in [0, 1] (or in [0, 255] where that is unambiguous). Tables: `[N, F]`, or a
-                data frame, whose columns are matched by name. Series: `[N, T, F]`. Several blocks:
-                a dictionary by name; a block may be missing if the model can handle that.
-            personal: Whether the examples are the client's own, as in the local test. Its label
-                frequencies and statistics then apply, if the run used them.
-            unit: For a regression with relative targets: the reference value of each row, `[N]` or
-                a number. Predictions are multiplied by it and are then in the unit of the target.
+            x: Raw examples. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` and are
+                uint8 or floats in [0, 1]. Floats in [0, 255] are accepted if the range is
+                unambiguous. Tables have shape `[N, F]`, or are a data frame whose columns are
+                matched by name. Time series have shape `[N, T, F]`. Inputs with several blocks are
+                a dictionary, keyed by block name. A block may be missing if the model supports it.
+            personal: Whether the examples belong to the client, as in the local test. If True, the
+                client's label frequencies and statistics are applied if the run used them.
+            unit: Reference value of each row, shape `[N]` or a number, for a regression with
+                relative targets. Predictions are multiplied by this value. If None, predictions
+                are returned in the unit of the training targets.
 
         Returns:
-            Probabilities, or values for a regression, shape `[N, outputs]`.
+            Class probabilities, or predicted values for a regression, shape `[N, outputs]`.
 
         Raises:
             UserError: If there is no such client, or the model cannot process the examples.
@@ -273,13 +300,15 @@ class Run:
         return logits * torch.as_tensor(unit, dtype=logits.dtype).reshape(-1, 1)
 
     def plot(self) -> list[Path]:
-        """Draw the plots of the run into its folder `plots/` and return their paths."""
+        """Draw the plots of the run, save the plots in `plots/` and return the paths."""
         from hetero_fl.reporting.plots import write_plots
 
         return write_plots(self.path)
 
     def picture(self, name: str = "curves") -> Picture:
         """Return a plot of the run, which a notebook displays.
+
+        The plots are drawn first if the run has none.
 
         Args:
             name: Name of the plot, such as `curves`, `clients` or `labels`.

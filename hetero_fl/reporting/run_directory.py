@@ -41,14 +41,15 @@ Json = dict[str, Any]
 def lock_folder(folder: Path) -> Iterator[list[str]]:
     """Create a folder if necessary and lock it against other processes.
 
-    The operating system releases the lock when the process ends; the empty file `.lock` remains.
+    The operating system releases the lock when the process ends. The empty file `.lock` remains.
     On file systems without locks, the folder is not locked.
 
     Args:
-        folder: The folder.
+        folder: Folder to lock.
 
     Yields:
-        Lines for the log: a warning if the file system has no locks.
+        List of lines for the log. The list contains a warning if the file system has no locks.
+        Otherwise, it is empty.
 
     Raises:
         UserError: If another process has locked the folder, or if the folder is not writable.
@@ -75,7 +76,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
 
 
 def _try_lock(lock: BaseFileLock) -> bool:
-    """Acquire a lock; return False if the file system has no locks."""
+    """Acquire a lock and return True, or return False if the file system has no locks."""
     with warnings.catch_warnings():
         # The caller logs a different warning.
         warnings.filterwarnings("ignore", message="flock not supported")
@@ -88,7 +89,10 @@ def _try_lock(lock: BaseFileLock) -> bool:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether another process has locked a folder; False if that is unknown."""
+    """Return whether another process has locked a folder.
+
+    If this cannot be determined, for example on a file system without locks, False is returned.
+    """
     if not (folder / LOCK).is_file():
         return False
     lock = FileLock(folder / LOCK, timeout=0)
@@ -144,17 +148,18 @@ def _make_folder(folder: Path) -> None:
 class RunDirectory:
     """The folder of a run.
 
-    It contains `config.yaml` (the resolved configuration), `environment.json`, `metrics.jsonl` (one
-    line per round), `summary.json`, `details.json` (facts about each client for the report),
-    `log.txt`, `plots/`, `models/`, `checkpoint/` and `report.html`. `environment.json` contains the
-    version of the layout and marks the folder as a run directory. `SHA256SUMS` contains the
-    checksums of a finished run. `summary.json` is written last and marks the run as finished.
+    The folder contains `config.yaml` (the resolved configuration), `environment.json`,
+    `metrics.jsonl` (one line per round), `summary.json`, `details.json` (data about each client for
+    the report), `log.txt`, `plots/`, `models/`, `checkpoint/` and `report.html`. `environment.json`
+    contains the version of the layout and marks the folder as a run directory. `SHA256SUMS`
+    contains the checksums of a finished run. `summary.json` is written last and marks the run as
+    finished.
 
     Args:
-        path: The folder. It is not accessed until a method needs it.
+        path: Path of the folder. The constructor does not access the folder.
 
     Attributes:
-        path: The folder.
+        path: Path of the folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -174,7 +179,7 @@ class RunDirectory:
         `config.yaml` is written last and marks the creation as complete.
 
         Args:
-            path: The folder.
+            path: Path of the folder.
             config: The resolved configuration.
             environment: Versions, machine and id of the run.
 
@@ -222,13 +227,18 @@ class RunDirectory:
         return self.path / "plots"
 
     def write_text(self, name: str, text: str) -> Path:
-        """Replace a file atomically and return its path."""
+        """Write a text file atomically and return the path.
+
+        An existing file is replaced.
+        """
         target = self.path / name
         write_atomically(target, text.encode())
         return target
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Replace a JSON file atomically and return its path.
+        """Write a JSON file atomically and return the path.
+
+        An existing file is replaced.
 
         Raises:
             ValueError: If the content contains NaN or infinity, which JSON does not support.
@@ -241,7 +251,7 @@ class RunDirectory:
         self.write_text("config.yaml", text)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append the line of a round to `metrics.jsonl` and flush it to disk.
+        """Append the record of a round to `metrics.jsonl` and flush the file to disk.
 
         Raises:
             ValueError: If the record contains NaN or infinity.
@@ -272,7 +282,9 @@ class RunDirectory:
         self._metrics_hash = hashlib.sha256(kept)
 
     def lines(self) -> list[bytes]:
-        """Return the complete lines of `metrics.jsonl` as bytes; empty if the file is missing.
+        """Return the complete lines of `metrics.jsonl` as bytes.
+
+        An incomplete last line is ignored. If the file is missing, the list is empty.
 
         Raises:
             UserError: If the file cannot be read.
@@ -307,7 +319,7 @@ class RunDirectory:
         self.write_text("summary.json", text)
 
     def reopen(self) -> None:
-        """Delete the results of a finished run so that it can continue with more rounds.
+        """Delete the results of a finished run, so that the run can continue with more rounds.
 
         The summary is deleted first, so that an interrupted call leaves an unfinished run.
         """
@@ -321,7 +333,9 @@ class RunDirectory:
         return sorted((self.path / "models").glob("*.safetensors"))
 
     def checksums(self) -> dict[str, str]:
-        """Return the checksums in `SHA256SUMS` by file name; empty if the file is missing.
+        """Return the checksums in `SHA256SUMS`, keyed by file name.
+
+        If the file is missing, the dictionary is empty.
 
         Raises:
             UserError: If the file is damaged.
@@ -347,15 +361,29 @@ class RunDirectory:
         return self._json("summary.json")
 
     def details(self) -> Json:
-        """Return the content of `details.json`: labels, rows, models and errors by client."""
+        """Return the content of `details.json`, such as labels and errors of each client.
+
+        Raises:
+            UserError: If the file cannot be read.
+        """
         return self._json("details.json")
 
     def environment(self) -> Json:
-        """Return the content of `environment.json`: versions, machine and layout version."""
+        """Return the content of `environment.json`, such as versions and the machine.
+
+        Raises:
+            UserError: If the file cannot be read.
+        """
         return self._json("environment.json")
 
     def config(self) -> Json:
-        """Return the resolved configuration in `config.yaml` as plain values."""
+        """Return the resolved configuration in `config.yaml` as plain values.
+
+        If the content is not a mapping, the result is empty.
+
+        Raises:
+            UserError: If the file cannot be read or is not valid YAML.
+        """
         text = self.read_text("config.yaml")
         try:
             content = _parse_yaml(text)
@@ -365,10 +393,13 @@ class RunDirectory:
         return deepcopy(content) if isinstance(content, dict) else {}
 
     def metrics(self) -> list[Json]:
-        """Return the records in `metrics.jsonl` in order. An incomplete last line is ignored.
+        """Return the records in `metrics.jsonl` in order.
+
+        An incomplete last line is ignored.
 
         Raises:
-            UserError: If the file cannot be read, or if a line is not the record of its round.
+            UserError: If the file cannot be read, or if the lines are not the records of
+                consecutive rounds.
         """
         complete_lines = self.read_text(METRICS).split("\n")[:-1]
         records = []

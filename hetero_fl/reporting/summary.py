@@ -62,12 +62,15 @@ def describe_protections(summary: Json, details: Json) -> list[str]:
 
 
 def describe_attack(attacks: Json | None) -> str:
-    """Return a sentence about malicious clients; empty if there were none."""
+    """Return a sentence about malicious clients, or an empty string if there were none."""
     return render_line("attack.txt", attacks=attacks, named=MAX_NAMED_ATTACKERS)
 
 
 def validation_score(task: Task, record: Record, which: str) -> float | None:
-    """Return the validation score in a record; larger is better.
+    """Return the validation score in a record.
+
+    The sign of metrics for which smaller is better is reversed, so that a larger score is always
+    better.
 
     Args:
         task: The task, which determines the metric.
@@ -75,7 +78,7 @@ def validation_score(task: Task, record: Record, which: str) -> float | None:
         which: `personal`, `global` or `server`.
 
     Returns:
-        The score; None if the record has no validation score.
+        The score, or None if the record has no validation score.
     """
     name, sign = selection_metric(task)
     value = ((record.get("validation") or {}).get(which) or {}).get(name)
@@ -83,14 +86,20 @@ def validation_score(task: Task, record: Record, which: str) -> float | None:
 
 
 def mean_validation_score(task: Task, record: Record) -> float | None:
-    """Return the mean of the local and global validation scores in a record; larger is better."""
+    """Return the mean of the local and the global validation score in a record.
+
+    If only one of the scores exists, this score is returned. If neither exists, None is returned.
+    A larger score is better (see `validation_score`).
+    """
     both = [validation_score(task, record, which) for which in ("personal", "global")]
     known = [score for score in both if score is not None]
     return sum(known) / len(known) if known else None
 
 
 def best_round(task: Task, history: Sequence[Record], which: str) -> Record | None:
-    """Return the record with the best validation score, the first one in a tie.
+    """Return the record with the best validation score.
+
+    If several records have the best score, the first one is returned.
 
     Args:
         task: The task, which determines the metric.
@@ -98,8 +107,8 @@ def best_round(task: Task, history: Sequence[Record], which: str) -> Record | No
         which: `personal`, `global` or `server`.
 
     Returns:
-        The best record. Without validation scores, the last evaluated record; None if no round was
-        evaluated.
+        The best record. If there are no validation scores, the last evaluated record is returned,
+        or None if no round was evaluated.
     """
     evaluated = [r for r in history if r.get(which)]
     scored = [r for r in evaluated if validation_score(task, r, which) is not None]
@@ -113,12 +122,12 @@ class Patience:
 
     Args:
         task: The task, which determines the metric.
-        limit: Number of evaluations without improvement after which the run stops. None disables
-            early stopping.
+        limit: Number of evaluations without improvement after which the run stops. If None, early
+            stopping is disabled.
         history: Records of the rounds before the run was resumed.
 
     Attributes:
-        best: The best score so far; None before the first score.
+        best: The best score so far, or None before the first score.
         without: Number of evaluations without improvement since the best score.
     """
 
@@ -132,7 +141,10 @@ class Patience:
                 self.update(record)
 
     def update(self, record: Record) -> None:
-        """Update the best score with the record of an evaluated round."""
+        """Update the best score with the record of an evaluated round.
+
+        A record without validation scores is ignored.
+        """
         value = mean_validation_score(self.task, record)
         if value is None:
             return
@@ -151,8 +163,8 @@ class Patience:
 def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
     """Return the duration of a run and the number of invited clients with each outcome.
 
-    The result has a single key, `simulated`, or `wall` for a run on several machines. It is empty
-    for runs that do not record arrival times.
+    The result has a single key, which is `simulated`, or `wall` for a run on several machines. For
+    runs that do not record arrival times, the result is empty.
     """
     timed = [r for r in history if "counts" in r]
     if not timed:
@@ -171,7 +183,10 @@ def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
 def baseline_summary(
     evaluation: EvaluationResult,
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Return the scores of simple baseline rules, summarized over clients, by rule and test."""
+    """Return the scores of simple baseline rules, summarized over clients.
+
+    The scores are keyed by the name of the rule and by the test.
+    """
     clients = evaluation.clients.items()
     names = dict.fromkeys(
         name for _, client in clients for scores in client.baselines.values() for name in scores
@@ -204,7 +219,7 @@ def summarize(
 
     Args:
         config: The resolved configuration.
-        federation: The clients and their data.
+        federation: Federation of the run.
         history: Records of all rounds.
         traffic: Bytes exchanged in the run.
         setup_seconds: Seconds before the first round.
@@ -266,10 +281,11 @@ def summarize(
 
 
 def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dict[str, Any]:
-    """Return the attack and the malicious clients; empty if there are none.
+    """Return the attack and the malicious clients, or an empty dictionary without attack.
 
-    `success` is the success rate of a backdoor in the last evaluation, the fraction of global test
-    rows with the trigger that the models of the honest clients assign to the target class.
+    The entry `success` is the success rate of a backdoor in the last evaluation, or None for other
+    attacks. The success rate is the fraction of global test rows with the trigger that the models
+    of the honest clients assign to the target class.
     """
     malicious = federation.malicious
     if malicious is None:
@@ -288,15 +304,16 @@ def collect_details(
     notes: Sequence[str],
     method: Algorithm,
 ) -> dict[str, Any]:
-    """Return the content of `details.json`, which contains facts about each client for the report.
+    """Return the content of `details.json`, which contains data about each client for the report.
 
-    Label counts of private runs are omitted, because the privacy budget does not include them.
+    For runs with differential privacy, label counts are omitted, because the privacy budget does
+    not include a release of label counts.
 
     Args:
-        federation: The clients, their data and their protections.
+        federation: Federation of the run.
         evaluation: The last evaluation, with details.
         notes: Notes from the preparation of the run, one line each.
-        method: The algorithm.
+        method: Method of the run.
     """
     data = federation.data
     label_clients = [

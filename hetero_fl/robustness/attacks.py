@@ -52,11 +52,11 @@ class AttackContext:
     tensor: str = ""
 
     def generator(self, client_id: str = "") -> torch.Generator:
-        """Return a random generator for one malicious client, or for all of them.
+        """Return a random generator for the round, the attacked tensor and a malicious client.
 
         Args:
-            client_id: Id of the client. An empty id selects the generator that all malicious
-                clients share.
+            client_id: Id of the client. If empty, the generator that all malicious clients share is
+                returned.
         """
         return keyed_generator(
             self.seed, self.round_idx, "attack", client_id, self.item, self.tensor
@@ -93,17 +93,21 @@ class Attack:
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
         """Return the poisoned training rows of a malicious client.
 
+        The default implementation returns the true rows.
+
         Args:
-            columns: True training rows of the client, by column.
+            columns: True training rows of the client, keyed by column name.
             context: Round and malicious client.
 
         Returns:
-            Poisoned training rows, by column.
+            Poisoned training rows, keyed by column name.
         """
         return columns
 
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         """Return the updates that malicious clients send.
+
+        The default implementation returns the true updates.
 
         Args:
             true_uploads: True updates of L malicious clients, shape `[L, …]`. For parameters, these
@@ -117,6 +121,8 @@ class Attack:
 
     def poison_predictions(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         """Return the predictions that malicious clients send.
+
+        The default implementation returns the true predictions.
 
         Args:
             true_uploads: True predictions of L malicious clients, shape `[L, N, C]`.
@@ -133,7 +139,7 @@ class Attack:
         If the attack succeeds, the model assigns these rows to the class `config.target`.
 
         Args:
-            columns: Test rows, by column.
+            columns: Test rows, keyed by column name.
             context: Round of the attack.
         """
         return None
@@ -177,7 +183,7 @@ class PredictionAttack(Attack):
 
 @attack("flipped")
 class FlippedPredictions(PredictionAttack):
-    """Attack that negates the predictions."""
+    """Attack that sends −strength·z in place of the predictions z."""
 
     @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
@@ -186,7 +192,7 @@ class FlippedPredictions(PredictionAttack):
 
 @attack("confident_wrong")
 class ConfidentWrong(PredictionAttack):
-    """Attack that swaps the largest prediction of each row with that of a random other class.
+    """Attack that swaps the largest prediction of each row with a random other class.
 
     Each malicious client samples the classes independently.
     """
@@ -205,7 +211,7 @@ class ConfidentWrong(PredictionAttack):
 
 @attack("targeted")
 class TargetedPredictions(PredictionAttack):
-    """Attack that swaps the largest prediction of each row with that of the class `target`."""
+    """Attack that swaps the largest prediction of each row with the class `target`."""
 
     @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
@@ -217,8 +223,8 @@ class TargetedPredictions(PredictionAttack):
 class Collusion(PredictionAttack):
     """Attack in which all malicious clients send the same wrong predictions.
 
-    These are the mean predictions of the malicious clients. In each row, the largest value is
-    swapped with that of a random other class.
+    The wrong predictions are the mean predictions of the malicious clients, in which the largest
+    value of each row is swapped with a random other class.
     """
 
     @override
@@ -266,7 +272,7 @@ class LabelFlip(Attack):
     """Attack that replaces each training label y by C − 1 − y (Tolpegin et al. 2020).
 
     C is the number of classes. If the setting `pairs` is set, only the labels in this mapping are
-    replaced, by the mapped values. Multi-label targets are inverted.
+    replaced. Multi-label targets y are replaced by 1 − y.
     """
 
     acts_on = frozenset({"data"})
@@ -288,8 +294,8 @@ class LabelFlip(Attack):
 class Backdoor(Attack):
     """Attack that stamps training images with a trigger and relabels them (Gu et al. 2017).
 
-    The share `stamped` of the images receives the trigger and the label `target`. With a `strength`
-    other than 1, updates are scaled as well (Bagdasaryan et al. 2020).
+    The trigger is added to a share `stamped` of the images, which are relabeled as class `target`.
+    With a `strength` other than 1, updates are scaled as well (Bagdasaryan et al. 2020).
     """
 
     def __init__(self, config: AttacksConfig) -> None:
@@ -337,9 +343,9 @@ class Backdoor(Attack):
 class UpdateAttack(Attack):
     """Base class of attacks on updates, tensor by tensor.
 
-    Malicious clients train on their true data and share their updates with each other. Buffers are
-    not changed, because a negative BatchNorm variance would reveal the attack. Predictions are
-    attacked in the same way as updates.
+    Malicious clients train on true data and share the updates with each other. Buffers are not
+    changed, because a negative BatchNorm variance would reveal the attack. Predictions are attacked
+    in the same way as updates.
     """
 
     acts_on = frozenset({"updates", "rows"})
@@ -404,7 +410,8 @@ class LittleIsEnough(UpdateAttack):
     The mean and the standard deviation are computed over the malicious clients for each coordinate.
     All malicious clients send the same update. The factor z is `strength` if set. Otherwise, it is
     the largest value for which enough honest clients are expected to be farther from the mean:
-    Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f, where f of n clients are malicious.
+    Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f, where f of n clients are malicious. Φ(z) is
+    limited to [0.5, 0.999].
     """
 
     @override
@@ -419,7 +426,7 @@ class LittleIsEnough(UpdateAttack):
 
         Args:
             n: Number of clients that sent an upload.
-            num_malicious: Number of malicious clients among them.
+            num_malicious: Number of malicious clients that sent an upload.
         """
         if self.config.strength is not None:
             return self.config.strength
@@ -444,13 +451,13 @@ class InnerProduct(UpdateAttack):
         return (-self.factor * true_uploads.mean(0)).expand_as(true_uploads)
 
 
-# Maps the name of a data set and a preprocessing (or None) to the columns of the data set.
+# Returns the columns of a data set, given its name and the preprocessing or None.
 DataFunction = Callable[[str, Any], Columns]
-# Returns the label counts of training rows, shape `[outputs]`.
+# Returns the label counts of training rows, shape `[C]`.
 CountsFunction = Callable[[], Tensor]
 # Name of the data set that contains the test rows with the trigger.
 TRIGGERED = "triggered"
-# Returns the tensors that a client received in the named item; {} if it received none.
+# Returns the tensors that a client received in the named item, or {} if there are none.
 ReferenceTensors = Callable[[ClientInfo, str], Tensors]
 # Returns the names of the parameters of the model in an item.
 TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
@@ -458,7 +465,7 @@ TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 @dataclass(frozen=True)
 class MaliciousClients:
-    """The malicious clients of a run and their attack.
+    """The malicious clients of a run and the attack that they perform.
 
     Args:
         config: The `attacks` section of the configuration.
@@ -476,7 +483,9 @@ class MaliciousClients:
     def from_config(
         cls, config: AttacksConfig, clients: Population, task: Task, seed: int
     ) -> MaliciousClients:
-        """Select the configured malicious clients, or sample a share of all clients.
+        """Select the malicious clients from the configuration.
+
+        If `config.clients` is None, a share `config.share` of all clients is sampled.
 
         Args:
             config: The `attacks` section of the configuration.
@@ -514,7 +523,13 @@ class MaliciousClients:
         return type(self.attack).triggered_rows is not Attack.triggered_rows
 
     def is_malicious(self, client_id: str, round_idx: int) -> bool:
-        """Return whether a client is malicious in round `round_idx`, counted from 0."""
+        """Return whether a client is malicious and the attack has started.
+
+        Args:
+            client_id: Id of the client.
+            round_idx: Index of the round. The first round has the index 0, whereas the setting
+                `from_round` counts from 1.
+        """
         return client_id in self.ids and round_idx + 1 >= self.config.from_round
 
     def poison_data(
@@ -526,7 +541,7 @@ class MaliciousClients:
 
         Args:
             client_id: Id of the client.
-            data: Function that returns the client's data sets.
+            data: Function that returns the columns of the client's data sets.
             label_counts: Function that returns the label counts of the client's training rows.
             round_idx: Index of the round.
 
@@ -577,14 +592,14 @@ class MaliciousClients:
         and reports are not changed.
 
         Args:
-            true_uploads: Malicious clients and their true uploads, by client id.
+            true_uploads: Malicious clients and their true uploads, keyed by client id.
             round_idx: Index of the round.
             senders: Number of clients that sent an upload, including malicious clients.
             reference: Function that returns the tensors that a client received in an item.
             trained_names: Function that returns the names of the trained parameters in an item.
 
         Returns:
-            Poisoned uploads, by client id.
+            Poisoned uploads, keyed by client id.
         """
         poisoned = {c: dict(payload.items_by_name) for c, (_, payload) in true_uploads.items()}
         for (name, _, tensor, _), ids in self._attacked_tensors(true_uploads).items():
@@ -634,7 +649,13 @@ class MaliciousClients:
 
 
 def import_user_classes(aggregation: AggregationConfig, attacks: AttacksConfig | None) -> None:
-    """Import user-defined aggregation rules and attacks, written `python:package.module:Name`.
+    """Import the user-defined aggregation rules and attacks of a configuration.
+
+    Names that do not start with `python:` refer to built-in classes and are ignored.
+
+    Args:
+        aggregation: The `aggregation` section of the configuration.
+        attacks: The `attacks` section of the configuration. If None, no attack is imported.
 
     Raises:
         UserError: If a class cannot be imported or does not have the required base class.

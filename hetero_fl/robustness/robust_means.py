@@ -1,6 +1,7 @@
 """Robust aggregation of uploads in place of the means in `hetero_fl.aggregation.means`.
 
-Unlike a mean, a robust rule needs all uploads at once, so these classes store them.
+Unlike a mean, a robust rule needs all uploads at once, so the classes in this module store the
+uploads of a round. An upload consists of named items (`Item`), such as parameters or predictions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.robustness.rules import Rule, UploadBlock, prediction_rule, rule, trimmed_mean
 
 PARAMETERS = ("params", "update")
-# Returns the tensors that a client received in the named item; {} if it received none.
+# Returns the tensors that a client received in the named item, or {} if there are none.
 ReferenceTensors = Callable[[ClientInfo, str], Tensors]
 # Returns the names of the parameters of the model in an item.
 TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
@@ -28,7 +29,7 @@ TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 @dataclass
 class AggregationRules:
-    """Aggregation rules of a run and their state.
+    """Aggregation rules of a run and the state of the rules.
 
     Args:
         config: The `aggregation` section of the configuration.
@@ -36,8 +37,8 @@ class AggregationRules:
         reference: Function that returns the tensors that a client received in an item.
         trained: Function that returns the names of the trained parameters in an item.
         memory: State of the rules that is kept between rounds and saved in checkpoints.
-        too_few: Names of tensors and classes, by item, that were not updated because fewer clients
-            sent them than the rule needs. The name "" stands for predictions.
+        too_few: Names of the tensors and classes that were not updated because the rule needs more
+            clients, keyed by item name. The name "" stands for predictions.
     """
 
     config: AggregationConfig
@@ -53,7 +54,7 @@ class AggregationRules:
         return rule[self.config.rule](self.config)
 
     def applies_to(self, spec: ItemSpec) -> bool:
-        """Return whether items with this declaration are combined by a rule other than the mean."""
+        """Return whether items with this specification are combined by a robust rule."""
         config = self.config
         rules = {"rows": config.predictions, "class_sums": config.statistics, "counts": "mean"}
         return rules.get(spec.kind, config.rule) != "mean"
@@ -62,8 +63,8 @@ class AggregationRules:
 class RobustModelMeans:
     """Combination of the named tensors of several clients by a robust rule.
 
-    This class replaces `OwnerMeans`. The tensors of an architecture group that the same clients
-    sent form one block. Rules compute distances and norms over all tensors of a block.
+    This class is used in place of `OwnerMeans`. The tensors of an architecture group that the same
+    clients sent form one block. Rules compute distances and norms over all tensors of a block.
 
     Args:
         name: Name of the item.
@@ -72,7 +73,8 @@ class RobustModelMeans:
         common: Prefixes of the names of tensors that are averaged across architectures.
 
     Attributes:
-        roots: Models trained by the server, by architecture group, for rules with `uses_root`.
+        roots: Models trained by the server, keyed by architecture group. Only rules with
+            `uses_root` need these models.
     """
 
     def __init__(
@@ -95,8 +97,9 @@ class RobustModelMeans:
 
         Args:
             group: Architecture group of the sender.
-            tensors: Tensors by name.
-            weight: Ignored, because all clients have equal weight.
+            tensors: Tensors of the sender, keyed by name.
+            weight: Weight of the sender, which is ignored, because a malicious client could report
+                a large weight.
         """
         client_info = self.senders[len(self._sent)]
         reference: Tensors = {}
@@ -106,35 +109,44 @@ class RobustModelMeans:
 
     @property
     def sent(self) -> list[tuple[ClientInfo, Tensors]]:
-        """Clients and the tensors that they sent."""
+        """Pairs of a client and the tensors that the client sent."""
         return [
             (client_info, tensors)
             for client_info, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
         ]
 
     def by_group(self) -> dict[str, Tensors]:
-        """Return the combined tensors of each group, without those that too few clients sent."""
+        """Return the combined tensors, keyed by architecture group and tensor name.
+
+        Tensors that too few clients sent are left out.
+        """
         return {
             group: {name: mean for name, (mean, _) in named.items()}
             for group, named in self._results_by_group().items()
         }
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """Return the weight of each combined tensor: the number of clients that sent it."""
+        """Return the weight of each combined tensor, keyed by architecture group and tensor name.
+
+        The weight of a tensor is the number of clients that sent the tensor.
+        """
         return {
             group: {name: float(count) for name, count in named.items()}
             for group, named in self.counts_by_group().items()
         }
 
     def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """Return the number of clients that sent each combined tensor, by group and name."""
+        """Return the number of clients that sent each combined tensor.
+
+        The numbers are keyed by architecture group and tensor name.
+        """
         return {
             group: {name: count for name, (_, count) in named.items()}
             for group, named in self._results_by_group().items()
         }
 
     def _results_by_group(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
-        """Return each combined tensor with the number of senders, by group and name."""
+
         combined = self._combined()
         results: dict[str, dict[str, tuple[Tensor, int]]] = {}
         for group, tensors, _ in self._sent:
@@ -185,8 +197,8 @@ class RobustModelMeans:
 class RobustItemMeans:
     """Combination of the predictions or class sums of several clients by a robust rule.
 
-    This class replaces `ItemSum`. The weights of predictions `[N, C]` are ignored. The weights of
-    class sums `[C, …]` are the numbers of rows, by which the sums are divided.
+    This class is used in place of `ItemSum`. The weights of predictions `[N, C]` are ignored. The
+    weights of class sums `[C, …]` are the numbers of rows, by which the sums are divided.
 
     Args:
         name: Name of the item.
@@ -214,10 +226,11 @@ class RobustItemMeans:
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:
-        """Combined tensor times its weight, and the weight.
+        """Combined tensor multiplied by the weight, and the weight.
 
         The weight is the number of clients that sent the item. For class sums, there is a weight
-        for each class, which is the number of clients that have rows of the class.
+        for each class, which is the number of clients that have rows of the class. If too few
+        clients sent the item, both tensors are 0.
         """
         combined = self._combined()
         if combined is None:
@@ -236,7 +249,7 @@ class RobustItemMeans:
         return self._results
 
     def _class_means(self) -> tuple[Tensor, Tensor]:
-        """Return the median over clients of each class mean, and the number of clients by class.
+        """Return the median client mean and the number of clients for each class.
 
         Both are 0 for a class if half or more of the clients that have the class may be malicious.
         """

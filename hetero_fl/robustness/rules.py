@@ -1,6 +1,6 @@
 """Byzantine-robust aggregation rules: medians, trimmed means, Krum, norm bounds and FLTrust.
 
-All rules for parameters give equal weight to all clients. In a configuration,
+The rules do not weight clients by the number of training rows. In a configuration,
 `python:package.module:Name` in place of a rule's name selects a user-defined subclass of `Rule` or
 `PredictionRule`.
 """
@@ -27,11 +27,11 @@ class UploadBlock:
 
     Args:
         sent: Tensors of each client, which all have the same names and shapes.
-        references: Tensors that each client received under the same names. Missing tensors count
-            as zero.
-        parameters: Names of the trained tensors; None if all tensors are trained. The others are
-            buffers (BatchNorm statistics).
-        root: Tensors trained by the server, for rules with `uses_root`.
+        references: Tensors that each client received under the same names. If None, or if a tensor
+            is missing, the received values are zeros.
+        parameters: Names of the trained tensors. If None, all tensors are trained. The other
+            tensors are buffers, such as BatchNorm statistics.
+        root: Tensors of the model that the server trained, which only rules with `uses_root` need.
 
     Attributes:
         names: Names of all tensors.
@@ -60,7 +60,10 @@ class UploadBlock:
         return torch.stack([tensors[name] for tensors in self.sent])
 
     def start(self, name: str) -> Tensor:
-        """Return the tensors `name` that the clients received, stacked to shape `[n, …]`."""
+        """Return the tensors `name` that the clients received, stacked to shape `[n, …]`.
+
+        If a client did not receive the tensor, the values are zeros.
+        """
         pairs = zip(self.sent, self.references, strict=True)
         return torch.stack([r[name] if name in r else torch.zeros_like(t[name]) for t, r in pairs])
 
@@ -136,7 +139,7 @@ class PredictionRule(RobustRule):
 
     Predictions are logits, log probabilities or probabilities. For multi-class tasks, the caller
     subtracts the mean over the classes from each row, because the softmax of logits does not depend
-    on it.
+    on this mean.
 
     Attributes:
         exclusive: Whether the rule is for multi-class tasks only.
@@ -157,7 +160,8 @@ class PredictionRule(RobustRule):
             predictions: Predictions of the clients, shape `[n, N, C]`.
             num_malicious: Number of malicious clients to tolerate.
             clients: Ids of the clients.
-            memory: State of the rule, which is kept between rounds, such as a score by client id.
+            memory: State that the rule may update, such as a score for each client id. The state is
+                kept between rounds.
 
         Returns:
             Combined predictions, shape `[N, C]`.
@@ -176,8 +180,8 @@ def trimmed_mean(values: Tensor, num_malicious: int | None = None) -> Tensor:
 
     Args:
         values: Values of the clients, shape `[n, …]`.
-        num_malicious: Number of lowest values and number of highest values to leave out. None
-            returns the median.
+        num_malicious: Number of lowest values and number of highest values to leave out. If None,
+            the median is returned.
 
     Returns:
         Trimmed mean, shape `[…]`.
@@ -271,7 +275,7 @@ class Bulyan(Rule):
 
     Krum is applied repeatedly and selects n − 2f of n clients, one at a time, where f is the number
     of malicious clients to tolerate. Each coordinate of the result is the mean of the n − 4f
-    selected values nearest to their median.
+    selected values that are nearest to the median of the selected values.
     """
 
     @override
@@ -314,9 +318,9 @@ TINY = 1e-12
 class NormBound(Rule):
     """Mean of updates clipped to a norm (Sun et al. 2019, section 4).
 
-    The bound is the setting `bound`, or the median of the clients' norms. Updates of buffers are
-    clipped separately, always to the median of their norms, so that a clipped buffer lies between
-    the received value and the sent value.
+    The bound is the setting `bound`. If this setting is None, the bound is the median norm of the
+    clients' updates. Updates of buffers are clipped separately, always to their median norm, so
+    that a clipped buffer is between the received value and the sent value.
     """
 
     uses_reference = True
@@ -340,8 +344,8 @@ class FLTrust(Rule):
     similarity with the server's update. If all weights are 0, the model does not change. Updates of
     buffers have the same weights, but are never enlarged.
 
-    Deviation from the paper: the server does not train on labeled rows. It distills the median of
-    the predictions of the uploaded models on the unlabeled proxy set (`root_models`).
+    Unlike in the paper, the server does not train on labeled rows. Instead, the server distills the
+    median prediction of the uploaded models on the unlabeled proxy set (`root_models`).
     """
 
     uses_reference = True
@@ -359,11 +363,12 @@ class FLTrust(Rule):
 
     @staticmethod
     def trust_scores(block: UploadBlock) -> tuple[Tensor, Tensor]:
-        """Return the trust score of each client and the norm of the server's update.
+        """Compute the trust score of each client and the norm of the server's update.
+
+        The trust score is the ReLU of the cosine similarity with the server's update.
 
         Returns:
-            The ReLU of the cosine similarity between the update of each client and that of the
-            server, shape `[n]`, and the norm, a scalar tensor.
+            The trust scores, shape `[n]`, and the norm, a scalar tensor. Both are float64.
         """
         assert block.root is not None
         dots = torch.zeros(len(block), dtype=torch.float64)
@@ -509,7 +514,7 @@ def root_models(
 ) -> Plan[dict[str, Tensors]]:
     """Train the server's models on the proxy set for rules with `uses_root`.
 
-    The median of the predictions of all uploaded models, regardless of their architecture, is
+    The median prediction of all uploaded models, which may have different architectures, is
     distilled into the model of each architecture group for one epoch.
 
     Args:
@@ -517,7 +522,7 @@ def root_models(
         sent: Clients with proxy rows, and the tensors that they sent.
 
     Returns:
-        Plan that returns the trained models by architecture group.
+        Plan that returns the trained models, keyed by architecture group.
     """
     predictions = yield [
         Predict(

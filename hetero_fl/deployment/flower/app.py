@@ -96,8 +96,8 @@ def write_app(
 
     Args:
         folder: Output folder, which must be new or empty.
-        source: Configuration, or path of its file.
-        overrides: Changes to the configuration, `key.path=value`.
+        source: Configuration, or path of a configuration file.
+        overrides: Changes to the configuration in the format `key.path=value`.
         allow_code: Whether the configuration may reference code.
 
     Returns:

@@ -55,9 +55,9 @@ def serve_grid(grid: Grid, context: Context) -> None:
 def limit_memory(message_bytes: int) -> None:
     """Limit the memory of this process to a few messages.
 
-    A small Flower message can expand to a large one, because an array may refer to the same chunk
-    several times. With the limit, reading such a message fails, but other messages are not
-    affected.
+    A small Flower message can expand to a large message, because an array may refer to the same
+    chunk several times. With the limit, reading such a message fails, but other messages are not
+    affected. On systems other than Linux, no limit is set.
 
     Args:
         message_bytes: Maximum size of a message in bytes.

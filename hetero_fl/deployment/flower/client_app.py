@@ -1,8 +1,8 @@
 """ClientApp that forwards each message to the worker process of its site.
 
 Flower starts a new process for every message. To start quickly, this process neither imports torch
-nor loads data. The worker (see `worker.py`) is started at the first message and keeps both in
-memory.
+nor loads data. The worker (see `worker.py`) is started at the first message and keeps models and
+data in memory.
 """
 
 from __future__ import annotations

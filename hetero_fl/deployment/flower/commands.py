@@ -35,10 +35,11 @@ DEFAULT_ENVIRONMENT = {
 
 
 def check_installed() -> None:
-    """Check the installed version of Flower without importing it.
+    """Check that a supported version of Flower is installed, without importing Flower.
 
     Raises:
-        UserError: If Flower is not installed or its version is not supported.
+        UserError: If Flower is not installed, or if the version of Python or Flower is not
+            supported.
     """
     wanted = ".".join(map(str, MIN_VERSION))
     advice = f"run pip install 'hetero_fl[flower]', which installs flwr {wanted} or later"
@@ -56,11 +57,11 @@ def check_installed() -> None:
 
 
 def environment(home: Path, *folders: Path) -> dict[str, str]:
-    """Return the environment for Flower's commands.
+    """Return the environment variables for Flower's commands.
 
     Args:
         home: Flower's folder for settings and installed apps.
-        *folders: Folders that precede all others in the search path.
+        *folders: Folders that come first in the search path.
     """
     scripts = (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent)
     path = os.pathsep.join([*map(str, (*folders, *scripts)), os.environ.get("PATH", "")])
@@ -71,8 +72,8 @@ class FlowerCommand:
     """Child process that runs a command of Flower, such as `flower-superlink`.
 
     Args:
-        command: The command and its arguments.
-        environ: Environment variables of the process; see `environment`.
+        command: Name and arguments of the command.
+        environ: Environment variables of the process, as returned by `environment`.
         log: File to which the output is appended.
         scratch: Folder that is deleted if the parent process is killed.
     """
@@ -105,7 +106,7 @@ class FlowerCommand:
         return self._process.poll() is None
 
     def terminate(self) -> None:
-        """Ask the process to end, and kill it if it does not end in time."""
+        """Ask the process to end, and kill the process if it does not end in time."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.write(b"\n")
@@ -133,7 +134,7 @@ class FlowerCommand:
             is_ready: Function that returns whether the process is ready.
 
         Raises:
-            RunFailedError: If the process ends or is not ready in time.
+            RunFailedError: If the process ends or is not ready within 120 seconds.
         """
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
@@ -146,7 +147,10 @@ class FlowerCommand:
             time.sleep(0.05)
 
     def last_output(self) -> str:
-        """Return the last error in the log, or the last line if there is no error."""
+        """Return the last error in the log, or the last line if there is no error.
+
+        The text is a clause for an error message, such as "it printed nothing".
+        """
         with suppress(OSError):
             text = COLORS.sub("", self.log.read_text(errors="replace"))
             if lines := [line.strip() for line in text.splitlines() if line.strip()]:
@@ -157,7 +161,7 @@ class FlowerCommand:
 
 
 def run_flwr(environ: dict[str, str], *arguments: str) -> str:
-    """Run a `flwr` command and return its output.
+    """Run a `flwr` command and return the output.
 
     Args:
         environ: Environment variables of the process.
@@ -201,7 +205,7 @@ def free_port(host: str, port: int = 0) -> int:
 
     Args:
         host: Address to listen on.
-        port: Port to check; 0 for any free port.
+        port: Port to check. If 0, any free port is returned.
 
     Raises:
         UserError: If the address or the port is not available.

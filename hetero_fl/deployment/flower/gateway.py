@@ -44,7 +44,7 @@ class Gateway:
         self._client = httpx.AsyncClient(base_url=url, verify=context, timeout=TIMEOUT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a request or refuse it (ASGI interface)."""
+        """Forward a request to the SuperLink, or respond with an HTTP error."""
         if scope["type"] != "http":
             return
         if scope["method"] != "POST" or not scope["path"].startswith(PREFIX):

@@ -27,8 +27,8 @@ PAUSE_GROWTH = 1.15
 # Seconds between checks of the connected nodes while answers are pending.
 NODES_SECONDS = 2.0
 
-# Result of a pull: empty if there is no answer yet, one answer (None if it will never arrive), or
-# the error if the SuperLink does not respond.
+# Result of a pull. The list is empty if there is no answer yet. Otherwise, it contains one answer,
+# which is None if it will never arrive. If the SuperLink does not respond, the result is an error.
 PullResult = list[Envelope | None] | RunFailedError
 
 
@@ -77,22 +77,26 @@ class GridTransport:
         self._grid = grid
         self._numbers = itertools.count(1)
         self._lost_numbers = itertools.count(1)
-        # By (Flower ID, time of activation): number of the node.
+        # Node numbers, keyed by (Flower ID, time of activation).
         self._known: dict[tuple[int, str], int] = {}
-        # By number of a connected node: its Flower ID.
+        # Flower IDs of the connected nodes, keyed by node number.
         self._flower_ids: dict[int, int] = {}
-        # By message with a pending answer: number of the node.
+        # Node numbers of the messages with a pending answer.
         self._awaited: dict[str, int] = {}
-        # By message with a pending or unread answer: time at which it expires.
+        # Expiry times of the messages with a pending or unread answer.
         self._expiry: dict[str, float] = {}
-        # By message whose node disconnected: time at which it expires.
+        # Expiry times of the messages whose node disconnected.
         self._unclaimed: dict[str, float] = {}
         self._ready: dict[str, Envelope | None] = {}
         self._pulling: set[str] = set()
         self._results: queue.SimpleQueue[tuple[str, PullResult]] = queue.SimpleQueue()
 
     def nodes(self) -> Mapping[int, bytes]:
-        """Return the public keys of the connected nodes in PEM format, by node number."""
+        """Return the public keys of the connected nodes in PEM format, keyed by node number.
+
+        Raises:
+            RunFailedError: If the SuperLink does not respond or Flower has stopped the run.
+        """
         try:
             found = list(self._grid.get_nodes())
         except BaseException as error:
@@ -112,10 +116,15 @@ class GridTransport:
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Send a message to a node and return the ID of the message.
 
+        If the node is not connected, the message is not sent, and its answer is None.
+
         Args:
             node: Number of the node.
-            envelope: The message.
+            envelope: Message to send.
             within: Seconds after which the message and its answer expire.
+
+        Raises:
+            RunFailedError: If the SuperLink does not respond or Flower has stopped the run.
         """
         if node not in self._flower_ids:
             return f"lost-{next(self._lost_numbers)}"
@@ -133,7 +142,7 @@ class GridTransport:
         return sent[0]
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Return the answers that have arrived; see `Transport.pull`."""
+        """Return the answers that have arrived (see `Transport.pull`)."""
         deadline = time.monotonic() + wait
         next_check = time.monotonic() + NODES_SECONDS
         pause = MIN_PAUSE
@@ -157,7 +166,10 @@ class GridTransport:
             pause = min(pause * PAUSE_GROWTH, MAX_PAUSE)
 
     def close(self) -> None:
-        """Discard all messages; Flower closes the grid."""
+        """Discard all messages.
+
+        The grid stays open, because Flower closes it.
+        """
         self._awaited.clear()
         self._unclaimed.clear()
 
@@ -207,7 +219,7 @@ class GridTransport:
         return dict.fromkeys(lost)
 
     def _abandon_expired(self, numbers: Collection[str]) -> None:
-        """Discard expired messages and pull their answers, so that Flower deletes them."""
+        """Discard expired messages and pull the answers, so that Flower deletes these answers."""
         now = time.monotonic()
         for number in [n for n, end in self._unclaimed.items() if end < now]:
             del self._unclaimed[number]
@@ -220,7 +232,7 @@ class GridTransport:
 
 
 def _failure(error: BaseException) -> RunFailedError:
-    """Translate an error of Flower; interrupts are raised unchanged."""
+    """Convert an error of Flower to a RunFailedError, or raise it again if it is an interrupt."""
     # This class is not public and not a subclass of Exception.
     if type(error).__name__ == "RunNotRunningException":
         return RunFailedError("Flower has stopped the run")

@@ -1,4 +1,4 @@
-"""Script that runs a command, and kills it and its child processes when stdin is closed.
+"""Script that runs a command, and kills all processes of the command when stdin is closed.
 
 No process of the command outlives the parent of this script, even if the parent is killed. A byte
 on stdin terminates the command. The first argument is a folder to delete if the parent has ended,
@@ -18,7 +18,7 @@ GRACE_SECONDS = 1.0
 
 
 def main() -> None:
-    """Run the command in `sys.argv` and kill its remaining child processes."""
+    """Run the command in `sys.argv`, and kill all child processes when the command has ended."""
     scratch = sys.argv[1]
     parent = os.getppid()
     command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)

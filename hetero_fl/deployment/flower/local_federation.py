@@ -56,10 +56,10 @@ def run_local_federation(
     Private state is stored in the folder `sites` of the run directory.
 
     Args:
-        source: Configuration, or path of its file.
-        out: Run directory; None for `runs/<name>-<time>`.
+        source: Configuration, or path of a configuration file.
+        out: Run directory. If None, `runs/<name>-<time>` is used.
         resume: Whether to continue from the newest checkpoint in `out`.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration in the format `key.path=value`.
         callbacks: Functions that are called with the record of each round.
         quiet: Whether to hide progress.
         allow_code: Whether the server and the clients may run the code that the configuration

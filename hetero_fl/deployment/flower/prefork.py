@@ -45,7 +45,8 @@ def write_launcher(folder: Path, command: str) -> None:
 
     Args:
         folder: Output folder, which must be the first entry of the SuperNode's search path.
-        command: Path of Flower's command, which the launcher runs if the process has ended.
+        command: Path of Flower's command, which the launcher runs if the process that forks has
+            ended.
     """
     launcher = folder / COMMAND
     name = repr(str(folder / CALLS))
@@ -59,7 +60,11 @@ def write_launcher(folder: Path, command: str) -> None:
 
 
 def serve(folder: Path) -> None:
-    """Fork a process for each call of the launcher until this process is killed."""
+    """Fork a process for each call of the launcher until this process is killed.
+
+    Args:
+        folder: Folder of the launcher, in which the socket is created.
+    """
     (run,) = [e for e in entry_points(group="console_scripts") if e.name == COMMAND]
     command = run.load()
     import hetero_fl.deployment.flower.client_app  # noqa: F401

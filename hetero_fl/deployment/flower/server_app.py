@@ -50,8 +50,8 @@ def run_in_app(
 
     Args:
         grid: Flower's grid.
-        run_config: Flower's run configuration; see `RUN_CONFIG`.
-        source: Configuration, or path of its file.
+        run_config: Flower's run configuration. Missing keys have the defaults in `RUN_CONFIG`.
+        source: Configuration, or path of a configuration file.
 
     Returns:
         The finished run.
@@ -99,7 +99,7 @@ def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_keys(file: Path) -> dict[str, bytes]:
-    """Load the public key of each client's node; paths are relative to the file."""
+    """Load the public key of each client's node from paths relative to `file`."""
     raw = read_config_file(file)
     for client, path in raw.items():
         if not isinstance(path, str):

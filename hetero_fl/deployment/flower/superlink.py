@@ -47,7 +47,7 @@ class SuperLink:
 
     Args:
         host: Address at which nodes connect.
-        port: Port at which nodes connect; 0 for any free port.
+        port: Port at which nodes connect. If 0, any free port is used.
         files: Certificates and key of the server. If None, connections are not encrypted.
         nodes: Files with the public keys of the nodes, used only with `files`.
 
@@ -102,14 +102,14 @@ class SuperLink:
         return self._process.is_running
 
     def revive_gateway(self) -> None:
-        """Restart the gateway if it has ended."""
+        """Restart the gateway if there is one and its process has ended."""
         if self._gateway is not None and not self._gateway.is_running:
             assert self._files is not None
             self._gateway.kill()
             self._gateway = self._start_gateway(self._files)
 
     def revive(self) -> None:
-        """Restart the SuperLink if it has ended.
+        """Restart the SuperLink and the gateway if these processes have ended.
 
         Raises:
             RunFailedError: If the SuperLink ended shortly after its start.
@@ -134,7 +134,7 @@ class SuperLink:
         run_flwr(self._environment, "run", str(app), NAME)
 
     def last_output(self) -> str:
-        """Return the last error in the log of the SuperLink, or the last line without an error."""
+        """Return the last error in the SuperLink's log, or the last line if there is no error."""
         return self._process.last_output()
 
     def close(self) -> None:
@@ -198,7 +198,7 @@ class FlowerTransport:
     nodes get new numbers.
 
     Args:
-        superlink: The SuperLink; it is closed with the transport.
+        superlink: SuperLink, which is closed together with the transport.
         message_bytes: Maximum size of a message in bytes.
     """
 
@@ -244,7 +244,10 @@ class FlowerTransport:
         return {f"{current}{number}": answer for number, answer in pulled.items()}
 
     def close(self) -> None:
-        """Stop the app and the SuperLink; nodes keep trying to connect."""
+        """Stop the app and the SuperLink.
+
+        The nodes are not notified and keep trying to connect.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -253,7 +256,7 @@ class FlowerTransport:
         self._superlink.close()
 
     def _call(self, call: Callable[[RemoteTransport], T]) -> T:
-        """Call the app; if it has ended, restart it without the pending messages.
+        """Call the app, which is restarted without the pending messages if it has ended.
 
         Raises:
             RunFailedError: If the app reports an error, or ends shortly after its start.

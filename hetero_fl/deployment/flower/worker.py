@@ -164,17 +164,18 @@ def check_site_data(path: Path, site: SiteConfig) -> None:
 
 
 class LoggedNode:
-    """Node that logs its tasks.
+    """Wrapper around a node that logs each task.
 
     Args:
-        node: The node.
+        node: Node that answers the messages.
         log: Log with a line for each task.
         stop: Event that is set if the server refuses the node or, with `once`, at the end of a run.
+            If None, the node keeps waiting for runs.
         once: Whether to participate in one run only.
 
     Attributes:
-        refused: Reason for which the server refused the node or ended the run; empty if there is
-            none.
+        refused: Reason for which the server refused the node or ended the run, or an empty string
+            if there is none.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class LoggedNode:
         self.refused = ""
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a message; see `Node.handle`."""
+        """Answer a message (see `Node.handle`) and log the task if the message contains one."""
         start = time.monotonic()
         head = envelope.head
         answer = self._node.handle(envelope)
@@ -212,7 +213,7 @@ class LoggedNode:
 
 
 class WorkerListener:
-    """Context manager for the socket of a site.
+    """Context manager for the socket at which a site receives messages.
 
     Args:
         address: Path of the socket.
@@ -248,7 +249,14 @@ class WorkerListener:
 
 @contextmanager
 def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM; raise KeyboardInterrupt on a second SIGTERM."""
+    """Set `stop` on SIGTERM, and raise KeyboardInterrupt on a second SIGTERM.
+
+    Outside the main thread, signals are not handled.
+
+    Args:
+        log: Log with a line for the first SIGTERM.
+        stop: Event that is set on the first SIGTERM.
+    """
     # Signal handlers can be set in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -276,7 +284,7 @@ def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
 
 
 def _end_with(parent: int, address: Path) -> None:
-    """End this process when the process `parent` ends; all answers are stored on disk."""
+    """End this process when the process `parent` ends, because all answers are stored on disk."""
     while is_process_running(parent):
         time.sleep(PARENT_SECONDS)
     address.unlink(missing_ok=True)
@@ -284,7 +292,7 @@ def _end_with(parent: int, address: Path) -> None:
 
 
 def main() -> int:
-    """Run the worker in this process, which `worker_socket.py` starts."""
+    """Run the worker process that `worker_socket.py` starts, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("site", type=Path)
     parser.add_argument("socket", type=Path)

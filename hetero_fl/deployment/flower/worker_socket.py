@@ -1,7 +1,7 @@
-"""Connection to the worker process of a site over a Unix socket; the worker is started if needed.
+"""Connection to the worker process of a site over a Unix socket.
 
-Flower starts a process for every message. To start quickly, this module imports only the standard
-library and filelock.
+The worker is started if it is not running. Flower starts a process for every message. To start
+quickly, this module imports only the standard library and filelock.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class WorkerError(Exception):
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Yield a path to a Unix socket that does not exceed the maximum length."""
+    """Yield a path to a Unix socket that does not exceed the maximum length.
+
+    On systems other than Linux, the original path is yielded.
+    """
     if len(os.fsencode(path)) <= MAX_PATH_BYTES or sys.platform != "linux":
         yield str(path)
         return
@@ -93,7 +96,7 @@ def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelop
     """Send a message to a site's worker, which is started if needed, and return the answer.
 
     Args:
-        envelope: The message.
+        envelope: Message to send.
         site: Path of the site file, which identifies the worker.
         allow_code: Whether a newly started worker may run the code that the site file references.
 
@@ -121,7 +124,10 @@ def ask(envelope: Envelope, address: Path) -> Envelope:
 
 
 def send(connection: Connection, envelope: Envelope) -> None:
-    """Write a message to a connection: first the head as JSON, then the body."""
+    """Write a message to a connection.
+
+    The head is written as JSON and is followed by the body.
+    """
     head = {
         name: {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
         for name, value in envelope.head.items()
@@ -131,7 +137,7 @@ def send(connection: Connection, envelope: Envelope) -> None:
 
 
 def receive(connection: Connection) -> Envelope:
-    """Read a message from a connection."""
+    """Read a message that `send` wrote to a connection."""
     head: Head = {
         name: base64.b64decode(value["bytes"]) if isinstance(value, dict) else value
         for name, value in json.loads(connection.recv_bytes()).items()

@@ -1,4 +1,8 @@
-"""Facts about a comparison: columns, data and the settings of each method."""
+"""Facts about a comparison: columns, data and the settings of each method.
+
+A row contains the results of one run (see `hetero_fl.reporting.comparison.report.comparison_row`).
+A label consists of the name of a method and optional settings, such as `hybrid:teacher=mean`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _ShownMetrics:
-    """Metrics of a kind of task that comparisons show.
+    """Metrics that a comparison shows for one kind of task.
 
     Attributes:
         metrics: Metrics on the global and the local test.
@@ -72,7 +76,7 @@ class Column:
     Attributes:
         key: Key of the values in a row.
         title: Title of the column.
-        metric: The metric.
+        metric: Name of the metric.
         group: Name of the test, shown above several columns.
         short: Title below the name of the test.
     """
@@ -90,7 +94,8 @@ class ComparedMethods:
 
     Attributes:
         federated: Labels of all methods except bounds.
-        bounds: Labels of bounds, methods with the rows or models of all clients in one place.
+        bounds: Labels of bounds, which are methods that need the rows or models of all clients in
+            one place.
     """
 
     federated: tuple[str, ...]
@@ -103,7 +108,7 @@ class ComparedMethods:
 
     @property
     def baseline(self) -> str | None:
-        """Label of the baseline without federation, if it is part of the comparison."""
+        """Label of the baseline without federation, or None if no baseline was compared."""
         return next((label for label in self.federated if is_baseline(label)), None)
 
 
@@ -117,7 +122,10 @@ def compared_methods(rows: Sequence[Row]) -> ComparedMethods:
 
 
 def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
-    """Sort rows by the mean score of their method in the first column of the tables, best first."""
+    """Sort rows by the mean score of the method in the first column of the tables, best first.
+
+    Rows of methods without a score come last. If there are no columns, the order is unchanged.
+    """
     columns = columns_of(rows, task, "last")
     if not columns:
         return list(rows)
@@ -186,12 +194,12 @@ DEFAULTS = "defaults"
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that differs from the default of its method.
+    """A setting of a method that differs from the default.
 
     Attributes:
         key: Key of the setting.
         value: Value as text.
-        origin: Origin of the setting, such as `grid`.
+        origin: Place where the setting was defined, such as `grid` for a tuning grid.
     """
 
     key: str
@@ -226,7 +234,7 @@ class UsedSettings:
 
 
 def format_settings(settings: Sequence[Setting]) -> str:
-    """Format settings by origin: `a = 1, b = 2 (variant); c = 3 (grid)`."""
+    """Format settings grouped by origin, such as `a = 1, b = 2 (variant); c = 3 (grid)`."""
     parts = []
     for origin, found in groupby(settings, key=lambda setting: setting.origin):
         parts.append(f"{', '.join(f'{s.key} = {s.value}' for s in found)} ({origin})")
@@ -244,11 +252,12 @@ class ComparisonFacts:
     """Facts about a comparison.
 
     Attributes:
-        facts: Facts as pairs of name and text.
-        warning: A sentence about generated data; empty for real data.
+        facts: Pairs of a name and a text, such as "Seeds" and "0, 1, 2".
+        warning: A sentence about generated data, or an empty string for real data.
         command: The command line or the Python call.
-        jobs: Number of runs that were executed in parallel; None if unknown.
-        local_test_note: A sentence about the number of local test rows.
+        jobs: Number of runs that were executed in parallel, or None if unknown.
+        local_test_note: A sentence about the number of local test rows, or an empty string if there
+            are none.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -261,12 +270,14 @@ class ComparisonFacts:
 def gather_facts(
     out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None
 ) -> ComparisonFacts:
-    """Gather the facts about a comparison from the rows and, if they exist, the files of the runs.
+    """Gather the facts about a comparison from the rows and the files of the runs.
+
+    If there are no run files, only facts that follow from the rows are included.
 
     Args:
         out: The folder of the comparison.
         rows: One row for each run.
-        missing: Reasons why methods or runs are not among the rows.
+        missing: Reasons why methods or runs are not among the rows, keyed by method or run.
     """
     runs = _finished_runs(out, rows)
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
@@ -306,7 +317,7 @@ def gather_facts(
 
 
 def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
-    """Return a sentence about the number of local test rows; empty if there are none."""
+    """Return a sentence about the number of local test rows, if there are any."""
     counts = [count for rows in tested for count in rows.values()]
     if not any(counts):
         return ""
@@ -356,7 +367,7 @@ def _own_model(client: Json, details: Json) -> str:
 
 
 def _parallel_runs(out: Path) -> int | None:
-    """Return the largest number of parallel runs in the log; None without a log."""
+    """Return the largest number of parallel runs in the log, or None without a log."""
     try:
         text = (out / "log.txt").read_text(encoding="utf-8")
     except OSError:
@@ -369,7 +380,7 @@ def _parallel_runs(out: Path) -> int | None:
 
 
 def _command_line() -> str:
-    """Return the command line of this process with short paths; empty if it is not a comparison."""
+    """Return the command line of this process with short paths, if it is that of a comparison."""
     program, *rest = sys.argv or [""]
     name = Path(program).name
     if Path(program).resolve() == PACKAGE.resolve().parent / "scripts" / "compare.py":

@@ -43,13 +43,13 @@ MANY = 16
 def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     """Plot the scores, bytes, time and requirements of each method.
 
-    Scores are from the last round and are shown as mean and standard deviation over seeds; faint
+    Scores are from the last round and are shown as mean and standard deviation over seeds. Faint
     points are single seeds. A dotted line marks the baseline. Bounds are below a dashed line.
 
     Args:
         rows: One row for each run.
         task: Task of the runs.
-        jobs: Number of runs that were executed in parallel; None if unknown.
+        jobs: Number of runs that were executed in parallel, or None if unknown.
     """
     shown = compared_methods(rows)
     metrics = [
@@ -209,7 +209,7 @@ DOT: dict[str, Any] = {
 def _draw_needs(
     axes: Axes, needs: Sequence[Sequence[tuple[str, ...]]], needed: Sequence[str]
 ) -> None:
-    """Draw a dot for each requirement of a method; hollow dots are alternatives."""
+    """Draw a dot for each requirement of a method, which is hollow if there are alternatives."""
     for row, needs_of_method in enumerate(needs):
         for need in needs_of_method:
             for word in need:
@@ -249,7 +249,10 @@ History = Sequence[Mapping[str, Any]]
 """Records of the rounds of one run."""
 
 MANY_CURVES = 10
-"""Maximum number of methods in a plot of learning curves; with more, there is no plot."""
+"""Maximum number of methods in a plot of learning curves.
+
+With more methods, no plot is written.
+"""
 
 COLORS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
 
@@ -257,14 +260,14 @@ COLORS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
 def write_curves(
     path: Path, histories: Mapping[str, Sequence[History]], task: Task, timed: bool = False
 ) -> None:
-    """Plot the global test score of each method, as mean and standard deviation over seeds.
+    """Write a plot of the global test score of each method against the round or simulated time.
 
-    Nothing is written if there are more than 10 methods, or if no method was evaluated in several
-    rounds.
+    The curves are the mean and standard deviation over seeds. Nothing is written if there are more
+    than 10 methods, or if no method was evaluated in several rounds.
 
     Args:
-        path: The PNG file.
-        histories: Records of the runs of each method.
+        path: Path of the PNG file.
+        histories: Records of the runs of each method, keyed by label.
         task: Task of the runs.
         timed: Whether the x axis is simulated hours instead of rounds.
     """
@@ -291,8 +294,9 @@ def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, f
         task: Task of the runs.
 
     Returns:
-        A dictionary for each run that contains the hours, with the column name as key. All
-        dictionaries are empty if any run has no simulated time or no scores.
+        A dictionary for each run that contains the hours, keyed by the column name, such as
+        `simulated_hours_to_accuracy_0.80`. All dictionaries are empty if any run has no simulated
+        time or no scores.
     """
     metric = _curve_metric(task)
     sign = -1 if metric in SMALLER_IS_BETTER else 1
@@ -321,7 +325,7 @@ def _curve_points(
 
     Args:
         runs: Records of the runs of a method.
-        metric: The metric.
+        metric: Name of the metric.
         timed: Whether the position of a point is the mean of the simulated hours, not the round.
     """
     values: dict[int, list[float]] = {}

@@ -34,11 +34,14 @@ NEEDS_NOTE = (
 
 
 def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of a run from the content of its `summary.json`.
+    """Return the row of a run in a comparison.
 
     The keys are `algorithm`, `seed`, `{personal,global,server}_{last,best}_{metric}` for existing
     scores, `personal_{last,best}_{metric}_worst` for the worst client, `up_bytes`, `down_bytes`,
     `seconds_total` and, for runs with simulated time, `simulated_hours`.
+
+    Args:
+        summary: Content of the run's `summary.json`.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
     for test in TEST_NAMES:
@@ -73,7 +76,7 @@ def write_comparison(
 ) -> None:
     """Write the tables, the plot and the report of a comparison.
 
-    Methods are listed in the order of the rows, with bounds last. Facts about the comparison are
+    Methods are listed in the order of the rows, with bounds last. Information about the runs is
     read from `runs/` and `log.txt` in `out_dir` if they exist.
 
     Args:
@@ -83,9 +86,10 @@ def write_comparison(
         title: Title of the report.
         note: A sentence about the tuning, shown below the title and in LaTeX captions.
         task: Task of the runs.
-        missing: Reasons why methods or runs are not among the rows.
+        missing: Reasons why methods or runs are not among the rows, keyed by method or run.
         tried: Candidates of a tuning grid.
-        settings: Settings of the methods that differ from their defaults.
+        settings: Settings of the methods that differ from the defaults. If None, the report does
+            not list settings.
 
     Raises:
         ValueError: If there are no rows.
@@ -137,7 +141,10 @@ def write_comparison(
 
 
 def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
-    """Return the columns of `comparison.csv`, with additional columns after the standard ones."""
+    """Return the columns of `comparison.csv`.
+
+    The standard columns for the task come first, followed by all other keys of the rows.
+    """
     names = ["algorithm", "seed"]
     names += [
         f"{test}_{moment}_{metric}"

@@ -21,11 +21,11 @@ SHOWN = ("global_last_", "personal_last_")
 
 
 class Comparison:
-    """A finished comparison, read from its folder.
+    """A finished comparison in a folder.
 
     Args:
         path: The folder of the comparison.
-        allow_code: Whether code that the files of the runs name may be executed.
+        allow_code: Whether code that the run files reference may be executed.
 
     Attributes:
         path: The folder, with `comparison.csv`, `comparison.md`, `comparison.tex`,
@@ -51,7 +51,7 @@ class Comparison:
         self._kept: list[object] = []
 
     def keep(self, *objects: object) -> None:
-        """Keep objects alive as long as the comparison, such as a temporary folder."""
+        """Keep objects, such as a temporary folder, alive as long as this instance."""
         self._kept.extend(objects)
 
     def __repr__(self) -> str:
@@ -71,7 +71,7 @@ class Comparison:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """The content of `comparison.csv`: one row for each run, scores as fractions."""
+        """The content of `comparison.csv`, with one row for each run and scores as fractions."""
         # Imported here because loading pandas is slow.
         import pandas as pd
 
@@ -84,11 +84,11 @@ class Comparison:
         return [Run(folders / str(name), self._permission) for name in self.frame["run"]]
 
     def to_markdown(self) -> str:
-        """Return the table of means and standard deviations over seeds in Markdown."""
+        """Return the content of `comparison.md`, with means and standard deviations over seeds."""
         return (self.path / "comparison.md").read_text(encoding="utf-8")
 
     def to_latex(self) -> str:
-        """Return the table of means and standard deviations over seeds in LaTeX."""
+        """Return the content of `comparison.tex`, with means and standard deviations over seeds."""
         return (self.path / "comparison.tex").read_text(encoding="utf-8")
 
     def plot(self) -> Picture:

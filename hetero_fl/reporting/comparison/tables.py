@@ -49,11 +49,11 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     """Compute the p-value of a two-sided paired t-test over the seeds of two methods.
 
     Args:
-        a: Scores of the first method by seed.
-        b: Scores of the second method by seed.
+        a: Scores of the first method, keyed by seed.
+        b: Scores of the second method, keyed by seed.
 
     Returns:
-        The p-value as text; a dash if the methods share fewer than 5 seeds.
+        The p-value as text, or a dash if the methods share fewer than 5 seeds.
     """
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < MIN_SEEDS:
@@ -70,7 +70,11 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
 
 
 def seconds_note(jobs: int | None) -> str:
-    """Return a sentence that explains what the column “Seconds” measures."""
+    """Return a sentence that explains what the column “Seconds” measures.
+
+    Args:
+        jobs: Number of runs that were executed in parallel, or None if unknown.
+    """
     return render_line("seconds.txt", jobs=jobs)
 
 
@@ -79,8 +83,8 @@ class TableCell:
     """The score of a method in a column.
 
     Attributes:
-        mean: Mean over seeds; None without scores.
-        deviation: Sample standard deviation over seeds; None for a single seed.
+        mean: Mean over seeds, or None without scores.
+        deviation: Sample standard deviation over seeds, or None with fewer than two scores.
         text: Mean and standard deviation as text.
         best: Whether the score is the best in its column.
         below: Whether the score is worse than the score of the baseline.
@@ -107,9 +111,9 @@ class TableLine:
     Attributes:
         algorithm: Label of the method.
         name: Display name of the method.
-        bound: Whether the method is a bound.
+        bound: Whether the method is a reference bound, which is not ranked with other methods.
         cells: Scores, in the order of the columns.
-        p: p-value of the difference from the best method; empty for bounds.
+        p: p-value of the difference from the best method, or an empty string for bounds.
         megabytes: Megabytes exchanged per run.
         seconds: Seconds per run.
         needs: Requirements of the method.
@@ -135,7 +139,7 @@ class ComparisonTable:
         lines: Rows of the table, bounds last.
         caption: Text below the table.
         tested: Whether there is a column with p-values.
-        jobs: Number of runs that were executed in parallel; None if unknown.
+        jobs: Number of runs that were executed in parallel, or None if unknown.
     """
 
     title: str
@@ -197,7 +201,7 @@ def make_table(
         rows: One row for each run.
         task: Task of the runs.
         moment: `last`, or `best` for the selected round.
-        jobs: Number of runs that were executed in parallel; None if unknown.
+        jobs: Number of runs that were executed in parallel, or None if unknown.
         local_test_note: A sentence about the local test rows, for the caption.
     """
     columns = columns_of(rows, task, moment)
@@ -268,7 +272,10 @@ def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]
 def _make_column(
     column: Column, means: pd.Series, deviations: pd.Series, shown: ComparedMethods
 ) -> list[TableCell]:
-    """Return the cells of a column. Scores that round to the best score are also marked as best."""
+    """Return the cells of a column.
+
+    Scores that round to the best score are also marked as best.
+    """
     metric = column.metric
     best = _best_method(column, means, shown)
     best_mean = math.nan if best is None else float(means[best])
@@ -300,7 +307,7 @@ def _make_column(
 
 
 def _best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> str | None:
-    """Return the federated method with the best mean in a column; None without scores."""
+    """Return the federated method with the best mean in a column, or None without scores."""
     known = means[list(shown.federated)].dropna()
     if known.empty:
         return None
@@ -324,7 +331,7 @@ def _format_megabytes(value: float) -> str:
 
 
 def format_single(value: float | None, metric: str) -> str:
-    """Format the score of one run as in the tables."""
+    """Format the score of one run as in the tables, or return a dash if the score is None."""
     return MISSING if value is None else _format_score(value, metric)
 
 
@@ -340,8 +347,8 @@ class Candidate:
 
     Attributes:
         algorithm: Label of the method.
-        point: Settings as `key=value`.
-        score: Mean validation score over seeds, larger is better; None if there is no score.
+        point: Settings in the format `key=value`.
+        score: Mean validation score over seeds, or None if there is no score. Larger is better.
         chosen: Whether the candidate was chosen.
     """
 
@@ -358,8 +365,8 @@ class TuningTable:
     Attributes:
         title: Title of the table.
         header: Titles of the columns.
-        lines: The method, the settings, the validation score and whether the candidate was chosen,
-            for each candidate.
+        lines: One tuple for each candidate, which consists of the method, the settings, the
+            validation score and whether the candidate was chosen.
         caption: Text below the table.
     """
 
@@ -378,7 +385,7 @@ class TuningTable:
 
 
 def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTable | None:
-    """Return the table of tuning candidates; None if there are none."""
+    """Return the table of tuning candidates, or None if there are no candidates."""
     if not candidates:
         return None
     metric, sign = selection_metric(task)

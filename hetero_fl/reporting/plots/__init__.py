@@ -37,11 +37,11 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
 
     Args:
         run: The finished run.
-        log: Function called with a line for each plot that cannot be drawn. None: the error is
-            raised instead.
+        log: Function that is called with a line for each plot that cannot be drawn. If None, the
+            error is raised.
 
     Returns:
-        The plots as PNG by name, in the order of the report.
+        The contents of the PNG files, keyed by the name of the plot, in the order of the report.
 
     Raises:
         UserError: If a file of the run is missing.
@@ -73,7 +73,7 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
 
 @contextmanager
 def report_errors(subject: str, log: Callable[[str], None] | None) -> Iterator[None]:
-    """Log an error as one line that begins with `subject`, or raise it if `log` is None."""
+    """Log an error as one line that begins with `subject`, or raise the error if `log` is None."""
     try:
         yield
     except Exception as error:
@@ -85,11 +85,15 @@ def report_errors(subject: str, log: Callable[[str], None] | None) -> Iterator[N
 def write_plots(
     run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None
 ) -> list[Path]:
-    """Draw the plots of a finished run, save them in its folder `plots/` and return their paths.
+    """Draw the plots of a finished run and save them in the folder `plots/`.
 
     Args:
         run_dir: The run directory.
-        log: See `draw_plots`.
+        log: Function that is called with a line for each plot that cannot be drawn. If None, the
+            error is raised.
+
+    Returns:
+        Paths of the PNG files.
 
     Raises:
         UserError: If the folder does not contain a finished run.

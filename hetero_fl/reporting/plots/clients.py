@@ -42,6 +42,10 @@ def plot_client_scores(summary: Json, details: Json) -> Figure:
     Up to 40 clients are plotted as lines between two points, labeled with the number n of local
     test rows. With more clients, a scatter plot shows global against local test scores. Clients
     with fewer than 20 local test rows have hollow points.
+
+    Args:
+        summary: Content of `summary.json`.
+        details: Content of `details.json`.
     """
     rows = summary["clients"]
     tested = local_test_rows(details)
@@ -165,10 +169,14 @@ def _scatter(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
 def plot_labels(summary: Json, details: Json) -> Figure:
     """Plot the label distribution of each client.
 
-    For up to 40 clients, stacked bars show up to 4 classes, and bubbles show up to 20 classes. With
-    more clients or classes, stacked areas show up to 4 classes, and a heat map shows the fractions
-    of the 20 most frequent classes. Without classes or label counts, the plot shows the number of
-    rows in each split.
+    Up to 4 classes are shown as stacked bars, or as stacked areas for more than 40 clients. Up to
+    20 classes are shown as bubbles, or as a heat map for more than 40 clients. Of more than 20
+    classes, the 20 most frequent ones are shown as a heat map. Without classes or label counts, the
+    plot shows the number of rows in each split.
+
+    Args:
+        summary: Content of `summary.json`.
+        details: Content of `details.json`.
     """
     counts = details["label_counts"]
     names = details["labels"]

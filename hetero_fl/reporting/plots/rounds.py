@@ -32,9 +32,9 @@ Json = dict[str, Any]
 
 
 def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
-    """Plot the selection metric and a second metric by round, on all tests.
+    """Plot the selection metric and a second metric against the round, on all tests.
 
-    Curves are means over clients; bands are one standard deviation over clients.
+    Curves are means over clients. Bands are one standard deviation over clients.
 
     Args:
         summary: Content of `summary.json`.
@@ -74,7 +74,7 @@ def plot_communication(summary: Json, records: Sequence[Json], details: Json) ->
         details: Content of `details.json`.
 
     Returns:
-        The figure; None if no bytes were exchanged.
+        The figure, or None if no bytes were exchanged.
     """
     total = list(accumulate(r["up_bytes"] + r["down_bytes"] for r in records))
     if not total or not total[-1]:
@@ -113,8 +113,8 @@ def _draw_tests(
     """Draw a curve for each test, with markers at the last and the selected round.
 
     Args:
-        axes: The axes.
-        metric: The metric. Rounds in which the metric is undefined are omitted.
+        axes: Axes to draw on.
+        metric: Name of the metric. Rounds in which the metric is undefined are omitted.
         x: Position of each round on the x axis.
         rounds: Records of the rounds.
         summary: Content of `summary.json`.
@@ -170,7 +170,7 @@ def tests_legend(figure: Figure, summary: Json, bands: bool, more: Sequence[Arti
     """Add a legend of the tests below a figure.
 
     Args:
-        figure: The figure.
+        figure: Figure to which the legend is added.
         summary: Content of `summary.json`.
         bands: Whether the figure has bands of one standard deviation.
         more: Additional entries.
@@ -211,7 +211,15 @@ def tests_legend(figure: Figure, summary: Json, bands: bool, more: Sequence[Arti
 
 
 def plot_privacy(summary: Json, records: Sequence[Json]) -> Figure | None:
-    """Plot the largest ε of any client by round, or return None for runs without privacy."""
+    """Plot the largest ε of any client against the round.
+
+    Args:
+        summary: Content of `summary.json`.
+        records: Records of the rounds.
+
+    Returns:
+        The figure, or None for runs without differential privacy.
+    """
     if not summary.get("privacy"):
         return None
     points = [
@@ -251,13 +259,13 @@ TASK_ROUNDS = 15
 
 
 def timed_records(records: Sequence[Json]) -> list[Json]:
-    """Return the records with simulated time; empty if no simulated time passed."""
+    """Return the records with simulated time, or an empty list if no simulated time passed."""
     timed = [r for r in records if r.get("simulated")]
     return timed if timed and timed[-1]["simulated"]["end"] > 0 else []
 
 
 def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
-    """Plot the selection metric by simulated time, and the outcomes of invited clients by round.
+    """Plot the selection metric against simulated time, and client outcomes against the round.
 
     Args:
         summary: Content of `summary.json`.
@@ -265,7 +273,7 @@ def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure |
         details: Content of `details.json`.
 
     Returns:
-        The figure; None for runs without simulated time.
+        The figure, or None for runs without simulated time.
     """
     timed = timed_records(records)
     if not timed:
@@ -329,10 +337,12 @@ def _outcome_handles(records: Sequence[Json]) -> list[Patch | Line2D]:
 
 
 def plot_tasks(records: Sequence[Json]) -> Figure | None:
-    """Plot a Gantt chart of the tasks in the first rounds, for the clients invited most often.
+    """Plot a Gantt chart of client tasks against simulated time.
+
+    The chart shows the first 15 rounds and the 30 clients with the most tasks in these rounds.
 
     Returns:
-        The figure; None for runs without simulated time.
+        The figure, or None for runs without simulated time.
     """
     timed = timed_records(records)[:TASK_ROUNDS]
     tasks = [task for record in timed for task in record["tasks"]]
@@ -376,7 +386,11 @@ def plot_tasks(records: Sequence[Json]) -> Figure | None:
 
 
 def plot_staleness(records: Sequence[Json]) -> Figure | None:
-    """Plot a histogram of the staleness of uploads, or return None for synchronous runs."""
+    """Plot a histogram of upload staleness.
+
+    Returns:
+        The figure, or None for synchronous runs.
+    """
     counts = Counter[int]()
     for record in records:
         counts.update(

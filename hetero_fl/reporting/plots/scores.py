@@ -39,17 +39,18 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
     """Plot confusion matrices after the last round, normalized by true class.
 
     For up to 6 clients, the figure shows a matrix for the local test of each client, labeled with
-    the number n of test rows, above a matrix for the global test. For up to 12 clients, it shows a
-    matrix for the global test of each client. With more clients, it shows a matrix for all clients
-    together and the matrices of the 11 clients with the lowest scores. For multilabel tasks, it
-    shows a matrix for each of the first 16 labels, for all clients together.
+    the number n of test rows, above a matrix for the global test. For up to 12 clients, the figure
+    shows a matrix for the global test of each client. With more clients, the figure shows a matrix
+    for all clients together and the matrices of the 11 clients with the lowest scores. Without a
+    global test, the local test is used. For multilabel tasks, the figure shows a matrix for each of
+    the first 16 labels, for all clients together.
 
     Args:
         summary: Content of `summary.json`.
         details: Content of `details.json`.
 
     Returns:
-        The figure; None for tasks without classes.
+        The figure, or None for tasks without classes.
     """
     by_client = _order_clients(details["confusion"], summary)
     local_test, global_test = (
@@ -94,9 +95,9 @@ def _panels_by_client(
 
     Args:
         ids: Ids of the clients.
-        local_test: Confusion matrices on the local test, by client id.
-        global_test: Confusion matrices on the global test, by client id.
-        num_rows: Number of local test rows, by client id.
+        local_test: Confusion matrices on the local test, keyed by client id.
+        global_test: Confusion matrices on the global test, keyed by client id.
+        num_rows: Numbers of local test rows, keyed by client id.
         columns: Number of panels in a row.
     """
     # Titles of narrow panels must be short.
@@ -239,7 +240,7 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
         details: Content of `details.json`.
 
     Returns:
-        The figure; None for tasks without classes.
+        The figure, or None for tasks without classes.
     """
     found = {
         client_id: by_test
@@ -364,13 +365,14 @@ def _order_clients(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any
 def _with_all(
     by_client: Mapping[str, Any], summary: Json, details: Json, merge: Any
 ) -> dict[str, Any]:
-    """Return the values for each panel: all clients, or the merged clients and the weakest ones.
+    """Return the values to plot, keyed by the name of the panel.
 
-    The weakest clients have the lowest scores on the global test, or on the local test if there is
-    no global test.
+    For up to 12 clients, there is a panel for each client. With more clients, there is a panel with
+    the merged values of all clients, and a panel for each of the 11 clients with the lowest scores.
+    The scores are those on the global test, or on the local test if there is no global test.
 
     Args:
-        by_client: Values to plot, by client id.
+        by_client: Values to plot, keyed by client id.
         summary: Content of `summary.json`.
         details: Content of `details.json`.
         merge: Function that merges the values of two clients.
@@ -402,17 +404,17 @@ LAST_DATE = 253_402_300_799
 
 
 def plot_forecasts(summary: Json, details: Json) -> Figure | None:
-    """Plot targets and forecasts on the latest local test rows of each client.
+    """Plot targets and forecasts on the latest local test rows of up to 8 clients.
 
-    The plot shows the last output, which has the longest forecast horizon, and the forecast of the
-    simple baseline rule with the smallest error.
+    The plot shows the last output of each model, which has the longest forecast horizon, and the
+    forecast of the simple baseline rule with the smallest error.
 
     Args:
         summary: Content of `summary.json`.
         details: Content of `details.json`.
 
     Returns:
-        The figure; None for data without timestamps.
+        The figure, or None for data without timestamps.
     """
     found = details.get("forecast", {})
     shown = [row["id"] for row in summary["clients"] if found.get(row["id"], {}).get("time")][

@@ -76,20 +76,31 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Apply this style to figures in a context. Matplotlib's settings are restored on exit."""
+    """Apply this style to figures in a context.
+
+    Matplotlib's settings are restored on exit.
+    """
     with matplotlib.rc_context(_SETTINGS):
         yield
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
-    """Create an empty figure without pyplot. Sizes are in inches."""
+    """Create an empty figure without pyplot.
+
+    Args:
+        height: Height in inches.
+        width: Width in inches.
+    """
     made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(made)
     return made
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a figure as a cropped PNG. Equal figures give equal bytes."""
+    """Render a figure as a cropped PNG.
+
+    Equal figures result in equal bytes.
+    """
     buffer = BytesIO()
     figure.savefig(
         buffer,
@@ -103,13 +114,16 @@ def to_png(figure: Figure) -> bytes:
 
 
 def embed_picture(picture: bytes) -> dict[str, Any]:
-    """Return the base64 data of a PNG for an HTML page, and its width in CSS pixels."""
+    """Return the base64 data and the width in CSS pixels of a PNG for an HTML page."""
     width = int.from_bytes(picture[16:20], "big")
     return {"data": b64encode(picture).decode("ascii"), "width": round(width * 140 / DPI)}
 
 
 def shorten(text: str, length: int = 18) -> str:
-    """Shorten a label in the middle, because similar names often differ only at the end."""
+    """Shorten a label with more than `length` characters in the middle.
+
+    The end is kept, because similar names often differ only at the end.
+    """
     if len(text) <= length:
         return text
     tail = (length - 1) // 2
@@ -159,7 +173,7 @@ def draw_band(
         x: Positions of the points on the x axis.
         mean: Values of the curve.
         deviation: Standard deviations.
-        metric: The metric. Bands of metrics in [0, 1] are clipped.
+        metric: Name of the metric. Bands of metrics in [0, 1] are clipped to this range.
         color: Color of the curve.
         alpha: Opacity of the band.
     """
@@ -172,14 +186,17 @@ def draw_band(
 
 
 def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **place: Any) -> Axes:
-    """Add a color bar without a frame, and return its axes.
+    """Add a color bar without a frame to a figure.
 
     Args:
-        figure: The figure.
-        image: The image.
+        figure: Figure that contains the axes.
+        image: Image whose colors the color bar explains.
         axes: The axes, or a list of axes, next to which the color bar is placed.
         label: Label of the color bar.
-        place: Size and padding, passed to `Figure.colorbar`.
+        **place: Size and padding, passed to `Figure.colorbar`.
+
+    Returns:
+        The axes of the color bar.
     """
     bar = figure.colorbar(image, ax=axes, **place)
     bar.set_label(label)

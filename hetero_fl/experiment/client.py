@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -354,6 +355,11 @@ def optimizer_section(create: OptimizerFunction, where: str) -> dict[str, Any]:
         raise TypeError(
             f"{where}optimizer: expected a function that returns a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}"
+        )
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise UserError(
+            f"{where}optimizer: {type(optimizer).__name__} needs a closure, which local training "
+            "does not have; choose an optimizer such as torch.optim.SGD"
         )
     return {"name": reference_to(create), "lr": float(optimizer.param_groups[0]["lr"])}
 

@@ -21,6 +21,7 @@ from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.data.registry import reads_key
+from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission, find_references
@@ -32,7 +33,7 @@ CACHE = Path("~/.cache/hetero_fl")
 
 def evaluate(
     run: Run | str | Path,
-    data: str,
+    data: Any,
     client: str | None = None,
     personal: bool = False,
     label: str | None = None,
@@ -48,8 +49,9 @@ def evaluate(
 
     Args:
         run: A finished run or its directory.
-        data: Name of a data source, or path of a local file or image folder. A file is a table, or
-            a `.npz` file in the MedMNIST layout.
+        data: Name of a data source; path of a local file or image folder; or examples of any type
+            that `Client.data` accepts, such as a pair (x, y) of arrays. A file is a table, or a
+            `.npz` file in the MedMNIST layout.
         client: Client id or "server". If None, all models are evaluated.
         personal: Whether each model predicts with the label frequencies of its client, as on the
             client's own examples.
@@ -78,23 +80,29 @@ def evaluate(
         ['accuracy', 'auroc', 'average_precision']
     """
     run = Run.open(run, allow_code)
-    CodePermission.from_argument(allow_code).check_caller_references(
-        find_references({"--data": data})
-    )
     models = run.load_models(client)
-    dataset = load_as(run, data, label, models)
+    if isinstance(data, str | Path):
+        title = str(data)
+        CodePermission.from_argument(allow_code).check_caller_references(
+            find_references({"--data": title})
+        )
+        dataset = load_as(run, title, label, models)
+    else:
+        dataset = _from_objects(data, run, label, models)
+        title = dataset.name
     # A named source without a test split is split as in a federation.
-    dataset_with_test = dataset if Path(data).exists() else with_test(dataset)
+    is_named = isinstance(data, str) and not Path(data).exists()
+    dataset_with_test = with_test(dataset) if is_named else dataset
     examples = dataset_with_test.test or dataset_with_test.train
     results = {}
     for name, model in models.items():
-        _check_model_fits(run, name, model, dataset, examples.x, data=data)
+        _check_model_fits(run, name, model, dataset, examples.x, data=title)
         with data_argument():
-            y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {data}")
+            y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {title}")
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(preprocess(examples.x), personal)
         results[name] = score(model.task, logits, y, examples.unit)
-    rows = f"the {pluralize(len(examples), 'row')} of {data}"
+    rows = f"the {pluralize(len(examples), 'row')} of {title}"
     if run.directory.finished and (
         note := TransferSource(run).overlap(examples.x, rows, "the models")
     ):
@@ -229,6 +237,18 @@ def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedMo
     missing = any(p.get("missing") or p.get("spans") for p in preprocesses)
     with data_argument():
         return order_columns(load_source(source, CACHE.expanduser(), "data", missing), run, models)
+
+
+def _from_objects(
+    data: Any, run: Run, label: str | None, models: Mapping[str, SavedModel]
+) -> Dataset:
+    """Convert examples in memory to a data set whose columns are in the order of the run's."""
+    label = label or (run.directory.config().get("data") or {}).get("label")
+    is_frame = hasattr(data, "columns") or hasattr(data, "column_names")
+    task = next(iter(models.values())).task
+    options = {} if is_frame or isinstance(data, Dataset) else {"task": task}
+    dataset = to_dataset(data, "data", label if is_frame else None, **options)
+    return order_columns(dataset, run, models)
 
 
 @contextmanager

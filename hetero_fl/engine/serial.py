@@ -102,8 +102,8 @@ class CachedOutputs:
         Integer buffers are not compared, because they do not affect the outputs in evaluation mode.
 
         Args:
-            x: Inputs, shape `[N, ...]`; compared by identity.
-            tensors: The model's tensors by name; compared by value.
+            x: Inputs, shape `[N, ...]`, which are compared by identity.
+            tensors: The model's tensors, keyed by name, which are compared by value.
         """
         if self._x() is not x or self.outputs._version != self._version:
             return False

@@ -62,12 +62,12 @@ class FedAsync(StalenessWeighted):
     The server computes θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k, where the staleness τ is the number of
     server versions since the client received its model (Xie et al. 2019, Algorithm 1). With several
     architectures, an upload updates the model of its architecture. The setting `staleness` selects
-    the function s; the default is the polynomial s(τ) = (1 + τ)^−a. BatchNorm statistics are mixed
-    in the same way as weights. The method always runs asynchronously, regardless of `runtime.mode`.
+    the function s. By default, s is the polynomial (1 + τ)^−a. BatchNorm statistics are mixed in
+    the same way as weights. The method always runs asynchronously, regardless of `runtime.mode`.
 
     Use this method where clients differ in speed and no client should wait for another. With
     strongly skewed labels and a large α, each upload pulls the model towards the labels of one
-    client; `fedbuff` averages several uploads first. The paper uses α from 0.6 to 0.9 and ρ from
+    client. `fedbuff` averages several uploads first. The paper uses α from 0.6 to 0.9 and ρ from
     0.005 to 0.01.
 
     References:
@@ -119,7 +119,7 @@ class FedBuff(StalenessWeighted):
 
     Clients upload Δ_k = θ_k − θ. After every K uploads the server computes θ ← θ + λ·Σ s(τ_k)·Δ_k /
     K with s(τ) = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1). With several architectures, the sum
-    and its divisor are computed separately for each architecture in the buffer. BatchNorm
+    and the divisor K are computed separately for each architecture in the buffer. BatchNorm
     statistics are moved towards the clients' statistics with the same weights, because adding a
     change could make a variance negative. The method always runs asynchronously.
 
@@ -148,7 +148,7 @@ class FedBuff(StalenessWeighted):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
-        """Requirements of the method: those of the base class, with the buffer size K."""
+        """Requirements of the method: the requirements of the base class, with buffer size K."""
         needs = super().needs
         assert needs.asynchronous is not None
         return replace(needs, asynchronous=replace(needs.asynchronous, buffer_size=self.buffer))

@@ -148,8 +148,8 @@ class Algorithm(Settings):
     By default, clients train locally, and the server averages the `shared` part of the models
     within each architecture. Settings of a method are pydantic fields. A configuration lists these
     settings next to `algorithm.name`. Hooks that train models or compute predictions are
-    generators, called plans (see `hetero_fl.core.plan`); other hooks are ordinary functions.
-    Decorate a subclass with `@register_algorithm("name")` to make it available under a name.
+    generators, called plans (see `hetero_fl.core.plan`). All other hooks are ordinary functions.
+    The decorator `@register_algorithm("name")` makes a subclass available under a name.
 
     Attributes:
         title: Display name. The first sentence of the docstring is the one-line summary.
@@ -314,7 +314,7 @@ class Algorithm(Settings):
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
     """Return whether the method or a client's objective is defined outside this package.
 
-    Such code may modify its arguments in place.
+    Such code may modify tensors in place.
     """
     return is_user_method(algorithm) or any(
         profile.settings.objective is not None for profile in client_infos.profiles
@@ -374,7 +374,7 @@ def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
 
 
 def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
-    """Return whether a client uploads in a round, as its setting `share_every` determines."""
+    """Return whether a client uploads in a round, given the client's setting `share_every`."""
     return (round_idx + 1) % settings.share_every == 0
 
 
@@ -632,7 +632,7 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
     Args:
         server: The server.
         uploads: Uploads of the round with the item "model".
-        rate: Server learning rate λ; 1 replaces parameters by their mean.
+        rate: Server learning rate λ. If 1, parameters are replaced by their mean as well.
 
     Example:
         >>> import torch
@@ -662,7 +662,7 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
 def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
     """Add the scaled sum of the clients' updates to the model of each architecture group.
 
-    Each upload must have weight 1, or its staleness weight in an asynchronous run.
+    Each upload must have weight 1, or the staleness weight of the upload in an asynchronous run.
 
     Args:
         server: The server.

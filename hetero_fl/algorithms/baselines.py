@@ -41,9 +41,9 @@ from hetero_fl.utils.ordering import natural_order
 class Local(Algorithm):
     """Train every client alone, without communication.
 
-    This is the baseline that a federated method has to improve on. Include it in every comparison:
-    under label skew, several published methods have a lower local test accuracy. The global test
-    accuracy of local models is low where clients lack classes.
+    This is the baseline that a federated method has to improve on. Include this baseline in every
+    comparison: under label skew, several published methods have a lower local test accuracy. The
+    global test accuracy of local models is low where clients lack classes.
 
     Example:
         >>> from hetero_fl.algorithms import Local

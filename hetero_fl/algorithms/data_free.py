@@ -56,7 +56,10 @@ GENERATOR = "generator"
 
 
 class DataFreeDistillation(Algorithm):
-    """Base class of methods that train a generator of examples and a student at the server."""
+    """Base class of methods that train a generator of examples and a student at the server.
+
+    The student distills the clients' models on generated examples, so no proxy set is needed.
+    """
 
     synthesis_epochs: PositiveInt = Field(
         15, description="alternations between generator and student; 200 in the paper"
@@ -135,7 +138,7 @@ class DataFreeDistillation(Algorithm):
 
 @register_algorithm("dense")
 class Dense(DataFreeDistillation):
-    """Upload every model once after local training and distill them all on generated examples.
+    """Upload every model once after local training and distill all models on generated examples.
 
     Clients train alone and upload their parameters in the last round. The server then uses the
     uploaded models as teachers and alternates between two steps (Zhang et al. 2022, Algorithm 1).
@@ -144,9 +147,9 @@ class Dense(DataFreeDistillation):
     and student on the examples for which they predict different classes. Then, a student learns the
     mean logits of the teachers on all batches generated so far.
 
-    The student has the architecture of one client, and all clients use it afterwards. Before the
-    last round, each client uses its own model, as with `local`. A run that stops early trains no
-    student.
+    The student has the architecture of one client. After the last round, all clients use the
+    student. Before the last round, each client uses its own model, as with `local`. A run that
+    stops early trains no student.
 
     Use this method where clients can be reached only once and there is no proxy set. The method is
     weak where clients have different classes or models without BatchNorm.
@@ -311,19 +314,19 @@ def preprocessing_of(client_info: ClientInfo) -> View:
 
 @register_algorithm("fedgen")
 class FedGen(CommonHead, FedAvg):
-    """Average parameters; clients also train on features from a generator at the server.
+    """Average parameters, and train clients on additional features from a generator at the server.
 
     The method is FedAvg within each architecture, extended by a generator G(y, ε) that maps a class
     y and noise ε to features. Clients train on their own rows and additionally train their heads on
     generated features (Zhu et al. 2021, Algorithm 1). The server trains G so that the clients'
-    heads classify a generated feature as class y; each head is weighted by the client's share of
+    heads classify a generated feature as class y. Each head is weighted by the client's share of
     all examples of this class. The server sends the model, the generator and the label counts of
     the round.
 
     All architectures share one generator, which consists of a linear layer, BatchNorm, ReLU and a
-    second linear layer. If a client does not share label counts, its classes are assumed to be
-    balanced. If a client does not share its head, the head does not contribute to the training of
-    G.
+    second linear layer. If a client does not share label counts, the client's classes are assumed
+    to be balanced. If a client does not share the head, this head does not contribute to the
+    training of G.
 
     Use this method under label skew without a proxy set. The authors' code sets `weight` and
     `latent_weight` to 10, with a `decay` of 0.98.

@@ -34,9 +34,9 @@ PROXY_INDICES = "drawn"
 class ProxyTraining(Algorithm):
     """Base class of methods that distill a teacher on the proxy set (Hinton et al. 2015).
 
-    The loss is the mean of KL(softmax(z_teacher/T) ‖ softmax(z/T))·T² over the batch; the teacher
-    is constant. The setting `data.proxy` reserves rows of the training set as the proxy set or
-    names another data set. With D proxy rows and C classes, predictions require 4·D·C bytes per
+    The loss is the mean of KL(softmax(z_teacher/T) ‖ softmax(z/T))·T² over the batch, and the
+    teacher is constant. The setting `data.proxy` reserves rows of the training set as the proxy set
+    or names another data set. With D proxy rows and C classes, predictions require 4·D·C bytes per
     client and round in each direction, regardless of the model size.
 
     With `proxy_rows`, each round uses a sample of the proxy set. Server and clients draw the same
@@ -91,7 +91,7 @@ class ProxyTraining(Algorithm):
     def store_teacher(self, server: Participant, **content: object) -> None:
         """Store values, such as the teacher, in the server's state.
 
-        If each round samples its proxy rows, the index of the round is stored as well.
+        If proxy rows are sampled in each round, the index of the round is stored as well.
 
         Args:
             server: The server.
@@ -230,7 +230,7 @@ DistilledStatistics = Annotated[
 
 
 def predicts_without_prior(settings: ClientSettings) -> bool:
-    """Return whether a client's proxy predictions do not include its class prior."""
+    """Return whether the class prior does not affect a client's proxy predictions."""
     return bool(settings.logit_adjustment or settings.prior_correction)
 
 
@@ -393,10 +393,10 @@ DONE = "initial_phase"
 class InitialPhase(ProxyTraining):
     """Base class of methods with an initial training phase before a client's first round.
 
-    In the first round in which a client participates, it trains on the labeled proxy set (FedMD)
-    and then on its own rows. The completed phase is recorded in the client's private state and
-    repeated only if the round fails. Models that are evaluated earlier are untrained. The number of
-    epochs is fixed, whereas the authors stop early. Clients use their own optimizers.
+    In its first round, a client trains on the labeled proxy set (FedMD only) and then on its own
+    rows, before the regular training. The completed phase is recorded in the client's private state
+    and repeated only if the round fails. Models that are evaluated earlier are untrained. The
+    number of epochs is fixed, whereas the authors stop early. Clients use their own optimizers.
 
     FedMD needs `data.proxy.labels: true`, unless `initial_public_epochs` is 0. The phase cannot be
     combined with `privacy.unit: record` and is not part of the simulated time.
@@ -410,7 +410,7 @@ class InitialPhase(ProxyTraining):
     )
 
     def initial_training(self, client: Participant, public_epochs: int = 0) -> Plan[None]:
-        """Run the initial phase of a client, if it is enabled and has not been run.
+        """Run the initial phase of a client, unless the phase is disabled or has been completed.
 
         The loss on proxy rows uses neither logit adjustment nor class weights, because both depend
         on the client's own rows.

@@ -34,12 +34,12 @@ class FedAvg(Algorithm):
 
     The server computes θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1). With several
     architectures, models are averaged within each architecture, and tensors that `clients.common`
-    names are averaged across architectures. BatchNorm statistics are averaged like weights; integer
+    names are averaged across architectures. BatchNorm statistics are averaged like weights. Integer
     buffers are not sent.
 
-    `weighting: sum` adds the clients' updates instead of averaging them: θ ← θ + λ·Σ(θ_k − θ). With
-    K uploads this equals uniform weights and a server learning rate of λ·K, except that buffers
-    never move beyond the mean.
+    `weighting: sum` adds the clients' updates without averaging: θ ← θ + λ·Σ(θ_k − θ). With K
+    uploads this equals uniform weights and a server learning rate of λ·K, except that buffers never
+    move beyond the mean.
 
     Use this method where clients have the same model and similar labels. With skewed labels and
     many local epochs, the models of the clients drift apart.
@@ -87,7 +87,7 @@ class FedAvg(Algorithm):
 
 @register_algorithm("fedavg_ft")
 class FedAvgFT(FedAvg):
-    """Average parameters; clients fine-tune the average on their own rows before evaluation.
+    """Average parameters and fine-tune the average on each client's own rows before evaluation.
 
     This is an alias of `fedavg` with `fine_tune_epochs: 5`, the value of FedBABU.
 
@@ -113,9 +113,9 @@ class FedAvgFT(FedAvg):
 class FedProx(FedAvg):
     """Average parameters trained with a proximal term that keeps clients close to the average.
 
-    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the model that they received at the start
-    of the round (Li et al. 2020, eq. 2). The norm includes all parameters. The exchange is the same
-    as in FedAvg.
+    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the received model at the start of the
+    round (Li et al. 2020, eq. 2). The norm includes all parameters. The exchange is the same as in
+    FedAvg.
 
     Use this method where the models of clients drift apart because of skewed labels, many local
     epochs or unequal amounts of work. A large μ keeps the models close to the received model. With
@@ -157,9 +157,9 @@ class FedNova(Algorithm):
     Nesterov momentum. Clients upload ‖a_k‖₁ as the item `path`. If ‖a_k‖₁ is equal for all clients,
     the method equals FedAvg. Buffers (BatchNorm statistics) are averaged without normalization.
 
-    Use this method where clients take unequal numbers of steps, because their data sets differ in
-    size or a deadline stops some of them early; FedAvg minimizes a different objective in this
-    case. The theory covers SGD. A step of any other optimizer counts as 1.
+    Use this method where clients take unequal numbers of steps, because data sets differ in size or
+    a deadline stops some clients early. In this case, FedAvg minimizes a different objective. The
+    theory covers SGD. A step of any other optimizer counts as 1.
 
     References:
         Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated

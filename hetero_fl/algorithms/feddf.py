@@ -118,7 +118,8 @@ class FedDF(ProxyDistillation, FedAvg):
     ) -> Plan[dict[str, Tensors]]:
         """Return the tensors with which each client's model predicts the proxy rows.
 
-        Clients' BatchNorm statistics are recomputed on proxy rows if their settings require it.
+        BatchNorm statistics are recomputed on proxy rows for clients with the setting `recalibrate:
+        [proxy_predictions]`.
 
         Args:
             server: The server.

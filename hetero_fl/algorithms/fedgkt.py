@@ -50,8 +50,7 @@ class FedGKT(CommonFeatureWidth):
     Clients then upload the features, logits and label of every training row. The server trains its
     model on all features with the same loss, where the clients' logits are the teacher, and sends
     its own logits back (He et al. 2020, Algorithm 1). For evaluation, clients receive the large
-    model. A client that missed rounds receives the logits of the last round in which it
-    participated.
+    model. A client that missed rounds receives the logits of its last round of participation.
 
     Uploaded features and labels reveal information about each training row. Clients without
     `features` in `shares` upload nothing. Use this method where clients have little compute and the

@@ -69,8 +69,8 @@ class FedLC(FedAvg):
 
     Clients minimize the cross-entropy of z_c − τ·n_c^(−1/4), where the client has n_c examples of
     class c (Zhang et al. 2022, eq. 5). In the paper's equation, the denominator of the softmax
-    excludes the true class. The margin of classes without examples is infinite, which removes them
-    from the softmax. The exchange is the same as in FedAvg.
+    excludes the true class. The margin of classes without examples is infinite, which removes these
+    classes from the softmax. The exchange is the same as in FedAvg.
 
     Use this method where labels are skewed and all clients have the same model. The related rule of
     Menon et al. (2021) is available for other methods as the setting `logit_adjustment`.

@@ -31,7 +31,7 @@ class FedMD(InitialPhase, ProxyDistillation):
     Deviations: the default distance is the KL divergence with T = 2, whereas the authors' code uses
     the mean absolute error of logits. The paper's initial phase is off by default
     (`initial_phase`), so that the proxy set needs no labels. The initial phase has no early
-    stopping, and local training follows it in the first round.
+    stopping and is followed by local training in the first round.
 
     References:
         Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019.

@@ -60,12 +60,12 @@ class FedAvgM(ServerOptimizer):
     """Average parameters with momentum at the server.
 
     The server computes v ← β·v + Δ and θ ← θ + λ·v, where Δ = Σ w_k θ_k − θ (Hsu et al. 2019,
-    section 4.2). The momentum stays at the server. The exchange is the same as in FedAvg; β = 0 is
-    FedAvg.
+    section 4.2). The momentum stays at the server. The exchange is the same as in FedAvg. With β =
+    0, the method equals FedAvg.
 
     Use this method in long runs in which the mean update is noisy, because few clients participate
-    in a round or labels are skewed. It helps little in runs of a few rounds. Tune λ together with
-    β.
+    in a round or labels are skewed. The momentum has little effect in runs of a few rounds. Tune λ
+    together with β.
 
     References:
         Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
@@ -99,7 +99,7 @@ class AdaptiveServerOptimizer(ServerOptimizer):
     """Base class of server optimizers with second moments (Reddi et al. 2021, Algorithm 2).
 
     The server computes m ← β₁m + (1 − β₁)Δ and θ ← θ + λ·m/(√v + τ). A subclass computes the second
-    moment v from Δ²; the initial value of v is τ². As in the paper, there is no bias correction.
+    moment v from Δ². The initial value of v is τ². As in the paper, there is no bias correction.
     """
 
     server_lr: PositiveFloat = Field(0.01, description="server learning rate λ")
@@ -138,7 +138,7 @@ class FedAdam(AdaptiveServerOptimizer):
     """Apply the mean update with the Adam optimizer at the server.
 
     With Δ = Σ w_k θ_k − θ, the server computes m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ² and θ ← θ
-    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). The initial value of v is τ²; as in the paper,
+    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). The initial value of v is τ². As in the paper,
     there is no bias correction. Buffers are set to the mean, because an extrapolated variance could
     be negative. The exchange is the same as in FedAvg.
 

@@ -262,7 +262,7 @@ def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
 class HeteroFL(FedAvg):
     """Train slices of one wide model and average each element over the clients that have it.
 
-    A wide model replaces the clients' models; each client trains, uploads and receives as many
+    A wide model replaces the clients' models. Each client trains, uploads and receives as many
     leading channels as its width specifies (Diao et al. 2021, Algorithm 1). All clients have equal
     weight, as in the authors' code. BatchNorm is static, as in the paper: each batch is normalized
     with the statistics of the batch, running statistics stay at the client, and scales and shifts
@@ -270,7 +270,7 @@ class HeteroFL(FedAvg):
     evaluated only if it has no BatchNorm.
 
     Use this method where clients differ in compute only. At least one client must have the full
-    width. The setting `widths` supports at most 1,000 clients; for more clients, set models of
+    width. The setting `widths` supports at most 1,000 clients. For more clients, set models of
     these widths for the groups of clients.
 
     Deviation: the mask of absent classes is off by default. The mask reveals a client's classes to

@@ -35,10 +35,10 @@ from hetero_fl.core.plan import Plan
 class Hybrid(ProxyDistillation, FedAvg):
     """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
-    The server averages each tensor over the clients that share it and distills the consensus of all
-    clients into the average of each architecture, with the loss KL·T². The setting `shares` of each
-    client determines the content of the upload: parameters, backbone, predictions on the proxy set,
-    or several of these.
+    The server averages each tensor over the clients that share the tensor and distills the
+    consensus of all clients into the average of each architecture, with the loss KL·T². The setting
+    `shares` of each client determines the content of the upload: parameters, backbone, predictions
+    on the proxy set, or several of these.
 
     Five defaults make distillation work under label skew: a logit-adjusted local loss (Menon et al.
     2021), a contrast-weighted teacher, the alignment of the teacher with label frequencies,
@@ -49,7 +49,7 @@ class Hybrid(ProxyDistillation, FedAvg):
 
     Without these defaults, the method equals FedAvg if all clients have the same architecture and
     there is no proxy set, and FedMD with the KL divergence if all architectures differ and clients
-    distill. Without replay, it equals FedDF with the same settings.
+    distill. Without replay, the method equals FedDF with the same settings.
 
     References:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.

@@ -1,4 +1,4 @@
-"""Local training of a client: the training step, its objective, and adjustments of logits."""
+"""Local training of a client: the training step, the objective, and adjustments of logits."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> d
     Args:
         task: The task.
         counts: Label counts of the training rows, shape `[C]`.
-        settings: Settings of the client; `logit_adjustment` and `class_weights` are used.
+        settings: Settings of the client, of which `logit_adjustment` and `class_weights` are used.
 
     Returns:
         A dictionary with the entries "log_prior" and "class_weights", each of shape `[C]`. Entries

@@ -177,7 +177,10 @@ class MenteeTraining(Algorithm):
 
     @staticmethod
     def mentee_mean(uploads: Uploads) -> Tensors:
-        """Return the weighted mean of each tensor of the mentee over the clients that sent it."""
+        """Return the weighted mean of each tensor of the mentee over the clients that uploaded it.
+
+        The dictionary is empty if no client uploaded a mentee.
+        """
         return uploads.mean_by_group(MENTEE).get("", {})
 
     @override
@@ -395,14 +398,14 @@ class FedMRL(MenteeTraining):
     """Train each client's model and a small shared model on nested projections of their features.
 
     Only the shared model G, the mentee, is averaged (Yi et al. 2024, Algorithm 1). The features of
-    G have width d₁, and those of the client's model F have width d₂ > d₁. A private linear
+    G have width d₁, and the features of the client's model F have width d₂ > d₁. A private linear
     projection maps the concatenated features of both models to width d₂. The head of F uses all
     components of the projection, the head of G uses the first d₁ components, and the two losses are
-    added. If the mentee is not narrower than all clients' models, its feature width is set to half
-    of the smallest width.
+    added. If the mentee is not narrower than all clients' models, the mentee's feature width is set
+    to half of the smallest width.
 
     Clients predict with the head of F on the projected features, on local and global test sets. A
-    prediction needs G, F and the projection; the saved models contain only F.
+    prediction needs G, F and the projection. The saved models contain only F.
 
     References:
         Yi et al., "Federated Model Heterogeneous Matryoshka Representation Learning", NeurIPS 2024.

@@ -34,10 +34,10 @@ HEAD = ("head.",)
 
 @register_algorithm("fedper")
 class FedPer(FedAvg):
-    """Average the backbone; each client keeps its own head (Arivazhagan et al. 2019).
+    """Average the backbone, while each client keeps its own head (Arivazhagan et al. 2019).
 
     Backbone and head are trained together. In the paper, one or more of the last layers stay at the
-    client; here, the head does.
+    client. Here, only the head stays.
 
     Use this method where clients' labels differ and local test accuracy matters. FedPer is the
     simplest personalized method. The global test accuracy is low, because a head does not predict
@@ -60,7 +60,7 @@ class FedPer(FedAvg):
 
 @register_algorithm("lg_fedavg")
 class LGFedAvg(FedAvg):
-    """Average the head; each client keeps its own backbone (Liang et al. 2020).
+    """Average the head, while each client keeps its own backbone (Liang et al. 2020).
 
     Backbone and head are trained together. Few parameters are exchanged. With a common
     `feature_dim` and `clients.common: [head.]`, heads are averaged across architectures as well.
@@ -127,13 +127,13 @@ class FedBN(FedAvg):
 
     @property
     def shared(self) -> SharedPart:  # type: ignore[override]  # depends on a setting
-        """The whole model without its BatchNorm layers or statistics."""
+        """Exchanged part: the whole model, without BatchNorm layers or without their statistics."""
         return SharedPart(local="batch_norm" if self.keep == "layers" else "batch_norm_statistics")
 
 
 @register_algorithm("fedrep")
 class FedRep(FedPer):
-    """Average the backbone; clients train their own heads first and the backbone afterwards.
+    """Average the backbone, while clients train their own heads first and the backbone afterwards.
 
     The backbone is frozen while the head is trained, and vice versa (Collins et al. 2021, Algorithm
     1). The paper trains heads for 10 epochs.
@@ -169,7 +169,7 @@ class FedRep(FedPer):
 
 @register_algorithm("fedbabu")
 class FedBABU(FedPer):
-    """Train and average the backbone with a frozen head; clients fine-tune before evaluation.
+    """Train and average the backbone with a frozen head, and fine-tune models before evaluation.
 
     All clients keep the same initial head during training. Before evaluation, each client
     fine-tunes a copy of the model (Oh et al. 2022, Algorithm 1 and section 5). The default of the
@@ -242,12 +242,13 @@ PERSONAL = "personal"
 
 @register_algorithm("ditto")
 class Ditto(FedAvg):
-    """Average parameters; each client also trains a personal model close to the average.
+    """Average parameters, while each client also trains a personal model close to the average.
 
     The personal model v minimizes loss + (λ/2)‖v − θ‖², where θ is the received model (Li et al.
     2021, Algorithm 1). The personal model starts from the first received model and stays at the
-    client. It is evaluated on the local test set, the shared model on the global test set. Clients
-    that have not been trained use the shared model for both test sets.
+    client. Clients are evaluated with the personal model on the local test set and with the shared
+    model on the global test set. Clients that have not been trained use the shared model for both
+    test sets.
 
     Use this method where you need good personal models and a good shared model. Local training
     takes twice as long. The global test accuracy equals the accuracy of FedAvg. With λ = 0, the

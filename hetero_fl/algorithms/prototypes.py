@@ -85,7 +85,7 @@ class CommonHead(CommonFeatureWidth):
 
 
 def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
-    """Check that the features of a model are not its inputs, which would reveal the client's data.
+    """Check that the features of a model are not the inputs, which would reveal the client's data.
 
     Args:
         client_id: The client's id, for the error message.
@@ -128,8 +128,8 @@ class FedProto(CommonFeatureWidth):
     prototype of a class is the mean feature of all rows of this class at all clients. Examples are
     assigned to the nearest prototype (Tan et al. 2022, Algorithm 1). After local training, clients
     upload the sums of features `[C, d]` and the number of rows `[C]` per class. The next broadcast
-    contains the prototypes `[C, d]`. A class that no client uploads in a round keeps its prototype;
-    a class without a prototype is never predicted. Before the first aggregation, the head
+    contains the prototypes `[C, d]`. A class that no client uploads in a round keeps its prototype.
+    A class without a prototype is never predicted. Before the first aggregation, the head
     classifies.
 
     Use this method where models differ, traffic must be small and local test accuracy matters.
@@ -167,7 +167,7 @@ class FedProto(CommonFeatureWidth):
     def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
         """Requirements of the method: one feature width for all clients.
 
-        Settings of the class prior apply only if the head predicts.
+        Settings of the class prior and `fine_tune_epochs` apply only with `inference: head`.
         """
         return Needs(
             tasks=("multiclass",),
@@ -262,7 +262,7 @@ PROTOTYPES = "prototypes"
 
 @register_algorithm("fedtgp")
 class FedTGP(FedProto):
-    """Train separated class prototypes at the server; clients train as in FedProto.
+    """Train well-separated class prototypes at the server, while clients train as in FedProto.
 
     The prototypes are P̂_c = F(P̆_c), where F consists of a linear layer, ReLU and a second linear
     layer (Zhang et al. 2024, Algorithm 1). In each round, the server continues to train P̆ and F so
@@ -273,9 +273,10 @@ class FedTGP(FedProto):
     Use this method where FedProto's prototypes are too similar. With few local steps per round,
     training can diverge: use more local epochs or a smaller `margin`.
 
-    The default λ is taken from the authors' script; the paper uses 0.1. Deviations: for δ, the
+    The default λ is the value in the authors' script. The paper uses 0.1. Deviations: for δ, the
     authors' code uses the largest distance between a center and its nearest neighbor. The authors
-    initialize P̆ from a standard normal distribution; here it is uniform in ±1/√C.
+    initialize P̆ from a standard normal distribution. Here, the initial values are uniform in
+    ±1/√C.
 
     References:
         Zhang et al., "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive
@@ -385,7 +386,7 @@ class FedGH(CommonHead):
     one example per client and class, the mean feature. Models are evaluated with the new head.
     Before the first aggregation, clients keep their own heads.
 
-    Use this method where backbones differ and all clients have all classes; otherwise, the head
+    Use this method where backbones differ and all clients have all classes. Otherwise, the head
     predicts classes that the client's features do not separate. Deviation: the server trains for
     100 epochs per round, because a head with little training reduces accuracy. The paper uses each
     example once.

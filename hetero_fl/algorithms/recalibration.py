@@ -1,8 +1,8 @@
 """Recalibration: recomputing BatchNorm statistics on public rows before a prediction.
 
-The running statistics of a client describe its own rows. Proxy rows have another class
-distribution. If the client's labels are skewed, these statistics therefore bias predictions on
-proxy rows, and consensus distillation amplifies the bias from round to round.
+The running statistics of a client's model describe the client's own rows. Proxy rows have another
+class distribution. If the client's labels are skewed, these statistics therefore bias predictions
+on proxy rows, and consensus distillation amplifies the bias from round to round.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ CONTROL = "control"
 
 @register_algorithm("scaffold")
 class Scaffold(FedAvg):
-    """Average parameters; control variates correct the drift of each client's local steps.
+    """Average parameters, with control variates that correct the drift of clients' local steps.
 
     Each local step is corrected by c − c_k, where the control variates c and c_k estimate the mean
     gradients of the federation and of client k (Karimireddy et al. 2020, Algorithm 1, option II).
@@ -43,7 +43,7 @@ class Scaffold(FedAvg):
     clients participated. The server also sends c and clients also upload the change of c_k, so the
     traffic is twice the traffic of FedAvg.
 
-    Use this method where clients participate often; an outdated c_k corrects steps in the wrong
+    Use this method where clients participate often. An outdated c_k corrects steps in the wrong
     direction.
 
     Deviations: the mean uses the clients' weights, whereas the paper uses uniform weights. The
@@ -85,7 +85,7 @@ class Scaffold(FedAvg):
     def optimizer(self, client: Participant) -> OptimizerConfig:
         """Return the SGD configuration with which a client trains in this round.
 
-        This is the client's own optimizer if it is SGD, otherwise SGD with `sgd_lr` and
+        Clients with SGD keep their own optimizer. All other clients train with `sgd_lr` and
         `sgd_momentum`. The learning rate follows the client's schedule.
         """
         config = client.settings.optimizer

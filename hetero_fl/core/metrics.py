@@ -72,7 +72,7 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     - `balanced_accuracy`: mean recall over the classes in `y`.
     - `macro_f1`: mean F1 score over the classes that occur in `y` or are predicted (the default of
       scikit-learn).
-    - `auroc`: area under the ROC curve of class 1 for two classes, otherwise the one-vs-rest mean;
+    - `auroc`: area under the ROC curve of class 1 for two classes, otherwise the one-vs-rest mean.
       None unless all classes occur in `y`.
     - `average_precision`: one-vs-rest mean over the classes in `y`, None if `y` contains only one
       class. For a task with a `rare` class, the average precision of this class.
@@ -382,7 +382,7 @@ def summarize_clients(
 
     Returns:
         For each metric m, the mean as `m`, the standard deviation as `m_std` and the worst value as
-        `m_worst`; all three are None if the metric is undefined for all clients. Undefined values
+        `m_worst`. All three are None if the metric is undefined for all clients. Undefined values
         are excluded, as are values whose magnitude exceeds `MAX_METRIC_VALUE`. The entry
         `m_undefined` is the number of excluded values, if any.
 

@@ -38,10 +38,10 @@ class ModelSpec:
         name: Name of the model, as accepted by `model_zoo.create_model`.
         outputs: Number of outputs.
         input_shape: Shape of an example, `(channels, *size)`, or `(length,)` for tokens.
-        feature_dim: Width of the features; None keeps the model's own width.
+        feature_dim: Width of the features. If None, the model's own width is used.
         options: Further arguments of the model, as sorted pairs of name and value.
         pretrained: Whether training starts from published weights.
-        vocabulary: Number of different tokens; None for numeric examples.
+        vocabulary: Number of different tokens, or None for numeric examples.
         label: Name in tables and reports. If empty, `name` is used. The label is neither compared
             nor stored.
         group: Name of the group to which the model belongs. If empty, `spec_id` is used. The group
@@ -86,10 +86,10 @@ class ModelSpec:
             name: Name of the model.
             outputs: Number of outputs.
             input_shape: Shape of an example.
-            feature_dim: Width of the features; None keeps the model's own width.
+            feature_dim: Width of the features. If None, the model's own width is used.
             options: Further arguments of the model, keyed by name. Lists are converted to tuples.
             pretrained: Whether training starts from published weights.
-            vocabulary: Number of different tokens; None for numeric examples.
+            vocabulary: Number of different tokens, or None for numeric examples.
         """
         pairs = tuple(sorted((k, freeze_lists(v)) for k, v in (options or {}).items()))
         return cls(name, outputs, tuple(input_shape), feature_dim, pairs, pretrained, vocabulary)

@@ -200,9 +200,9 @@ def distillation_loss(
 
     For multiclass tasks, the loss is `T**2 * KL(softmax(teacher / T) || softmax(student / T))`
     (Hinton et al. 2015, section 2), whose mean over examples equals the reduction `batchmean` of
-    PyTorch. For multilabel tasks, it is the sum over labels of the same divergence between
-    Bernoulli distributions, and for regression the mean squared error over outputs. The teacher is
-    detached.
+    PyTorch. For multilabel tasks, the loss is the sum over labels of the same divergence between
+    Bernoulli distributions. For regression, the loss is the mean squared error over outputs. The
+    teacher is detached.
 
     Args:
         kind: Kind of the task.
@@ -417,8 +417,8 @@ class ProxyReplay(Supervised):
     """The supervised loss plus a distillation loss on public rows.
 
     The distillation loss preserves what a client's model has learned about other clients' classes
-    while it is trained on private rows. The columns `public_x` and `public_teacher` contain the
-    public examples and the logits of the teacher.
+    during training on private rows. The columns `public_x` and `public_teacher` contain the public
+    examples and the logits of the teacher.
 
     Args:
         weight: Weight of the distillation loss.
@@ -523,8 +523,8 @@ def log_prior(task: Task, counts: Tensor) -> Tensor | None:
 class SupervisedDistillation(Supervised):
     """The supervised loss plus distillation from the column `teacher` (FedGKT, He et al. 2020).
 
-    If the batch has a column `log_prior` `[B, C]`, its values are added to the logits. A batch can
-    therefore contain rows of several clients with different class priors.
+    If the batch has a column `log_prior` `[B, C]`, the values of this column are added to the
+    logits. A batch can therefore contain rows of several clients with different class priors.
 
     Args:
         weight: Weight of the distillation loss.

@@ -135,7 +135,7 @@ class ClientProfile:
 
     Args:
         settings: Settings of the clients.
-        models: Architectures of the clients' models by slot.
+        models: Architectures of the clients' models, keyed by slot.
         first: Name of the first of these clients in the configuration.
         count: Number of clients.
     """
@@ -154,9 +154,8 @@ class ClientProfile:
 class ClientDirectory(Mapping[str, ClientInfo]):
     """All clients of a federation, keyed by name, with the properties that the server can access.
 
-    A `ClientInfo` is created when it is accessed. Use `profiles` for properties that depend only on
-    the settings of clients, because the number of profiles does not grow with the number of
-    clients.
+    Each `ClientInfo` is created on access. Use `profiles` for properties that depend only on the
+    settings of clients, because the number of profiles does not grow with the number of clients.
 
     Args:
         clients: The population of clients.
@@ -198,7 +197,9 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         ]
 
     def set_default(self, name: str, value: object) -> None:
-        """Set a setting for all clients that have not set it, for use in `Algorithm.configure`.
+        """Set a setting of all clients for which the setting is None.
+
+        Methods call this function in `Algorithm.configure`.
 
         Args:
             name: A field of `ClientSettings`.
@@ -269,7 +270,7 @@ def _split_profiles(
 
     Args:
         clients: The population of clients.
-        models: Architectures by client and slot.
+        models: Architectures, keyed by client name and slot.
 
     Returns:
         The index of each client's profile, and the profiles.
@@ -441,7 +442,7 @@ def scheduled_optimizer(config: OptimizerConfig, context: RoundContext) -> Optim
 
 
 def copy_tree(tree: Any) -> Any:
-    """Return a deep copy of a tree of dictionaries, lists and tensors; tensors are detached."""
+    """Return a deep copy of a tree of dictionaries, lists and detached tensors."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):

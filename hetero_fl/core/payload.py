@@ -67,7 +67,7 @@ class Item:
     """An entry of a payload: one or several tensors with a weight and a kind.
 
     Args:
-        values: A tensor, or tensors by name.
+        values: A tensor, or a dictionary of tensors.
         weight: Weight in the mean over clients. A tensor is broadcast against the values, for
             example a weight per class for logits `[N, C]`.
         kind: Meaning of the values. `params` are tensors of a model, and `update` is the difference
@@ -455,7 +455,7 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
-    """Return the norm of a tensor in an item, in double precision if it is large.
+    """Return the norm of a tensor in an item, in double precision if the norm is large.
 
     If any value is NaN, infinite or too large, the norm is NaN or exceeds `MAX_MAGNITUDE`. Elements
     are therefore checked only in this case.

@@ -1,4 +1,4 @@
-"""Plans and the compute steps that they yield.
+"""Plans, and the compute steps that plans yield.
 
 A plan is a generator. A plan yields a step, or a list of steps that may run together in any order,
 receives the result or the results, and returns a value such as an upload. The engine decides how a
@@ -61,8 +61,8 @@ class Rows:
     """Rows of a participant's named data set, with optional extra columns.
 
     Args:
-        name: Name of the data set: `train`, `validation`, `test` or `proxy`; at the server also
-            `common_validation`.
+        name: Name of the data set: `train`, `validation`, `test` or `proxy`. The server also has
+            the data set `common_validation`.
         rows: Indices of the rows to use, int64 `[N]`. If None, all rows are used.
         extra_columns: Further columns, keyed by name, such as a teacher's logits. The rows of these
             columns are aligned with the selected rows.

@@ -116,7 +116,7 @@ class DropoutStreams:
 
 
 class _StackedMask(torch.autograd.Function):
-    """The mask of one participant; under vmap, the masks of all participants."""
+    """The mask of one participant, or the masks of all participants under vmap."""
 
     @staticmethod
     def forward(x: Tensor, _place: Tensor, p: float, streams: DropoutStreams) -> Tensor:

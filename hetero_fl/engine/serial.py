@@ -188,7 +188,7 @@ class SerialBackend:
         return results
 
     def _fit(self, participant: Participant, fit: Fit) -> FitReport:
-        """Run a fit; if the device runs out of memory, free the cached copies and try again."""
+        """Run a fit, and repeat it without cached copies if the device runs out of memory."""
         uses = dict(participant.stream_uses)
         try:
             return run_fit(participant, fit, self.templates)

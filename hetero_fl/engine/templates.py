@@ -49,7 +49,7 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
     On CPUs, the format reduces the time of convolutions that use each weight at many positions to
     70–90%. The format increases the time of wide convolutions on images of a few pixels, such as
     the last blocks of ResNet-18 at 28x28, to 120–140%. User-defined models use the default format,
-    because a `view` in their code may depend on it.
+    because a `view` in the user's code may depend on the memory format.
     """
     if arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
         return False
@@ -157,7 +157,7 @@ class Template:
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Copy tensors into the module and return the module.
 
-        Tensors that are already those of the module are not copied.
+        A tensor that is the module's own tensor is not copied.
 
         Raises:
             KeyError: If a tensor of the module is missing.
@@ -243,7 +243,7 @@ class Templates:
 
 
 def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
-    """Compute the forward pass in bfloat16; parameters, outputs and losses stay in float32."""
+    """Make a module compute the forward pass in bfloat16 and return outputs in float32."""
     forward = module.forward
 
     def mixed_forward(x: Tensor) -> Outputs:

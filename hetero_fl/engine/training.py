@@ -150,7 +150,7 @@ def restore_optimizer(
 
     Args:
         optimizer: The optimizer.
-        trainable: The tensors that the optimizer updates, by "slot:name".
+        trainable: The tensors that the optimizer updates, keyed by "slot:name".
         saved: The return value of `snapshot_optimizer`.
     """
     for name, state in saved.items():
@@ -255,7 +255,7 @@ def run_fit(
     Args:
         participant: The participant.
         fit: The fit, which specifies the models to train.
-        templates: The modules by architecture and slot.
+        templates: The modules, keyed by architecture and slot.
         gradients: Source of batches and gradients. If None, the gradient of the mean loss is used.
 
     Returns:
@@ -330,7 +330,7 @@ def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, 
 def _finite_mean_loss(
     fit: Fit, total: Tensor, parameters: Sequence[Tensor], num_steps: int
 ) -> float:
-    """Return the mean loss; raise DivergedError if the loss or a parameter is not finite."""
+    """Return the mean loss, or raise DivergedError if the loss or a parameter is not finite."""
     norms = torch._foreach_norm([p.detach() for p in parameters])
     # Synchronize with the device once, not for each tensor.
     loss_sum, *magnitudes = torch.stack([total, *(n.to(total) for n in norms)]).tolist()

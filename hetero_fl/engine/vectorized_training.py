@@ -119,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The product x Wᵀ of one participant; under vmap, the products of all participants."""
+    """The product x Wᵀ of one participant, or the products of all participants under vmap."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class StackedBatches:
         return range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
 
     def dropout_keys(self, step: int, who: Tensor | slice) -> list[int]:
-        """Return the dropout key of each selected participant in a step, the seed of its masks."""
+        """Return the dropout key (the seed of the masks) of each selected participant in a step."""
         return [self.runs[i].dropout_key_at(step) for i in self.members(who)]
 
     def batch_at(
@@ -256,7 +256,7 @@ class StackedBatches:
 
 
 def _stack(drawn: Sequence[Columns]) -> Columns:
-    """Stack columns; raise RuntimeError if the names or dtypes of the columns differ."""
+    """Stack columns, or raise RuntimeError if the names or dtypes of the columns differ."""
     first = drawn[0]
     for other in drawn:
         if other.keys() != first.keys() or any(other[n].dtype != t.dtype for n, t in first.items()):
@@ -274,7 +274,7 @@ def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedEr
 
     Args:
         work: Pairs of participant and fit.
-        templates: The modules by architecture and slot.
+        templates: The modules, keyed by architecture and slot.
 
     Returns:
         The report of each fit in order. The result of a fit that diverges is a `DivergedError`.
@@ -456,7 +456,7 @@ class _StackedFits:
         context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
-        """Return the loss of one participant; runs under vmap."""
+        """Return the loss of one participant, as the function to which vmap is applied."""
         nets = ModelViews(
             {slot: self.templates[slot].view_of(own) for slot, own in tensors.items()}
         )

@@ -1,7 +1,7 @@
 """Objects of the running program that a configuration names as `object:NAME`.
 
-A program may pass arrays, classes and functions instead of names. As a configuration is plain text,
-it contains generated names of these objects. A name is valid as long as the program keeps a
+A program may pass arrays, classes and functions instead of names. A configuration is plain text and
+therefore contains generated names of these objects. A name is valid as long as the program keeps a
 reference to the object.
 """
 

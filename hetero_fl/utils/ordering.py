@@ -86,7 +86,7 @@ class IdSeries:
 
 
 class ClientIds:
-    """The ids of several series in natural order, stored as ranges of the series.
+    """The ids of several `IdSeries` in natural order, stored as ranges of the series.
 
     Args:
         series: The series.

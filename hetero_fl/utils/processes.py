@@ -24,7 +24,7 @@ ADVICE = (
 
 
 def exit_if_importing() -> None:
-    """Exit the process if it is a worker process that is importing the main script.
+    """Exit if the calling process is a worker process that is importing the main script.
 
     The exit status is `UNGUARDED`, for which the parent process prints `ADVICE`.
     """
@@ -41,9 +41,8 @@ def ignore_interrupts_in_children() -> Iterator[None]:
     """Make all processes that are started inside the `with` block ignore SIGINT.
 
     A terminal sends Ctrl-C to all processes. Only the parent process handles the signal and stops
-    the child processes without tracebacks. If the parent receives the signal inside the block, it
-    handles the signal at the end of the block. Outside the main thread, the context manager has no
-    effect.
+    the child processes without tracebacks. A signal that arrives inside the block is handled at the
+    end of the block. Outside the main thread, the context manager has no effect.
     """
     # Only the main thread can set a handler.
     if threading.current_thread() is not threading.main_thread():

@@ -89,7 +89,7 @@ class Registry(Generic[T]):
 
 
 def split_label(label: str) -> tuple[str, list[str]]:
-    """Split a label such as `NAME:KEY=VALUE` into the name of a method and its settings.
+    """Split a label such as `NAME:KEY=VALUE` into the name of a method and a list of settings.
 
     Example:
         >>> from hetero_fl.utils.registry import split_label
@@ -119,10 +119,9 @@ def import_reference(
 ) -> Any:
     """Return the class or function that a reference names.
 
-    For `python:package.module:Name`, the module is imported. It may be located in the working
-    directory, and the caller must check that the code may run (see
-    `hetero_fl.utils.code_permission`). `object:NAME` is an object of this program (see
-    `hetero_fl.utils.objects`).
+    For `python:package.module:Name`, the module is imported, also from the working directory. The
+    caller must check that the code may run (see `hetero_fl.utils.code_permission`). `object:NAME`
+    is an object of this program (see `hetero_fl.utils.objects`).
 
     Args:
         reference: The reference.

@@ -111,7 +111,7 @@ def encoded_size(tree: Tree, form: str) -> int:
 
 
 def _layout(tree: Tree, form: str) -> tuple[bytes, list[Tensor]]:
-    """Return the header of a safetensors file, and the tensors that follow it."""
+    """Return the header of a safetensors file, and the tensors in the order of the file."""
     tensors: dict[str, Tensor] = {}
     plain = _flatten(tree, tensors)
     head = json.dumps({"form": form, "tree": plain}, allow_nan=False)
@@ -301,7 +301,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     Args:
         path: The file.
         data: The new content.
-        private: Whether only the owner may read the file, even while it is being written.
+        private: Whether only the owner may read the file, even during writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is always the same, so that files left by crashes do not accumulate.

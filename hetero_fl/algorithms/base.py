@@ -81,7 +81,8 @@ class Needs:
         one_upload: Whether clients upload only once, in the last round. Such a run cannot be
             extended by further rounds.
         models_per_client: Whether clients with equal settings may have different models.
-        asynchronous: Policy of a method that only runs asynchronously.
+        asynchronous: Policy of a method that only runs asynchronously. If None, `runtime.mode`
+            applies.
         largest_uploads: Settings that result in the largest uploads, for methods whose upload size
             depends on the training.
         also: Descriptions of further requirements, as printed in tables.
@@ -118,7 +119,9 @@ class Needs:
 
 @dataclass(frozen=True)
 class SharedPart:
-    """The exchanged part of a client's model, for methods that must specify more than a part.
+    """The part of a client's model that client and server exchange.
+
+    Use this class as `Algorithm.shared` if prefixes of tensor names do not suffice.
 
     Args:
         part: Prefixes of the names of exchanged tensors. If None, the whole model is exchanged. If
@@ -297,7 +300,7 @@ class Algorithm(Settings):
 
         By default, this is the student if there is one. Otherwise, this is the global model,
         provided that all clients have the same architecture, at least one client shares its whole
-        model, and no tensors always stay at the clients.
+        model, and no BatchNorm tensors are excluded from the exchange (`SharedPart.local`).
         """
         if STUDENT in server.models:
             return STUDENT

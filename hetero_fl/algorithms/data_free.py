@@ -84,7 +84,7 @@ class DataFreeDistillation(Algorithm):
     )
 
     def generator(self, shape: tuple[int, ...]) -> ModelSpec:
-        """Return the specification of a generator that maps noise to examples."""
+        """Return the specification of a generator that maps noise to examples of a shape."""
         name = f"python:{Generator.__module__}:{Generator.__name__}"
         options = {"shape": shape}
         return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
@@ -308,7 +308,7 @@ class Dense(DataFreeDistillation):
 
 
 def preprocessing_of(client_info: ClientInfo) -> View:
-    """Return the input shape of a client's model, and the mean and standard deviation of inputs."""
+    """Return a client's input shape, and the mean and standard deviation that normalize inputs."""
     return client_info.arch.input_shape, client_info.preprocess.mean, client_info.preprocess.std
 
 
@@ -372,7 +372,10 @@ class FedGen(CommonHead, FedAvg):
     )
 
     def generator(self, classes: int) -> ModelSpec:
-        """Return the specification of the generator from a one-hot class and noise to features."""
+        """Return the specification of the generator.
+
+        The generator maps a one-hot class and noise to features.
+        """
         options = {"hidden": [self.generator_hidden], "norm": "batch"}
         return ModelSpec.from_config(
             "mlp", self.feature_dim or 1, (classes + self.noise_dim,), options=options

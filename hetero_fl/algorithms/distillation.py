@@ -45,8 +45,8 @@ class ProxyTraining(Algorithm):
 
     The setting `server.model: NAME` adds a student of any architecture to the server. In each
     round, the server distills the consensus of the clients into the student on the proxy set for
-    `student_epochs`. Reports list the results of the student as `server`. The parameters of the
-    student are saved as `models/server.safetensors`.
+    `student_epochs` epochs. Reports list the results of the student as `server`. The parameters of
+    the student are saved as `models/server.safetensors`.
     """
 
     needs = Needs(proxy_set="required", shared_model=True)
@@ -103,7 +103,7 @@ class ProxyTraining(Algorithm):
 
     @staticmethod
     def teacher_for(server: Participant, client_info: ClientInfo) -> Items:
-        """Return the teacher and the index of the round of the teacher's proxy rows as items.
+        """Return the items to broadcast: the teacher, and the round in which its rows were sampled.
 
         The round is left out if the whole proxy set is used. The dictionary is empty before the
         first teacher exists and for clients without the proxy set.
@@ -120,7 +120,7 @@ class ProxyTraining(Algorithm):
         return self.proxy_indices(client, int(received[PROXY_INDICES]))
 
     def predict_proxy(self, client: Participant, rows: Tensor | None) -> Plan[Tensor]:
-        """Predict proxy rows with the client's model, for an upload.
+        """Predict proxy rows with the client's own model.
 
         The client's settings `recalibrate` and `prior_correction` apply.
 

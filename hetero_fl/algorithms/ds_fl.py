@@ -34,8 +34,8 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
             distributions, too. Otherwise, each value is rounded to the nearest level.
 
     Returns:
-        Levels from 0 to 2^bits − 1, uint8 `[N, C]`. The quantized probability is level / (2^bits −
-        1).
+        Levels from 0 to 2^bits − 1, uint8 `[N, C]`. A level divided by 2^bits − 1 is the quantized
+        probability.
 
     Example:
         >>> import torch

@@ -56,7 +56,7 @@ class FedGKT(CommonFeatureWidth):
     `features` in `shares` upload nothing. Use this method where clients have little compute and the
     server may see features.
 
-    Deviations: the inputs of the server's model are feature vectors, where the paper uses feature
+    Deviations: the inputs of the server's model are feature vectors, whereas the paper uses feature
     maps, and the models of clients may differ. The feature extractor is the backbone of a client's
     model, whose features have the common width.
 
@@ -202,7 +202,7 @@ class FedGKT(CommonFeatureWidth):
 
     @staticmethod
     def log_prior_of(server: Participant, upload: Upload) -> Tensor:
-        """Return a client's log class prior, repeated for each of its rows, shape `[n, C]`.
+        """Return a client's log class prior, repeated for each uploaded row, shape `[n, C]`.
 
         All values are 0 if the client does not use logit adjustment.
         """

@@ -48,8 +48,8 @@ class Hybrid(ProxyDistillation, FedAvg):
     private rows.
 
     Without these defaults, the method equals FedAvg if all clients have the same architecture and
-    there is no proxy set, and FedMD with the KL divergence if all architectures differ and clients
-    distill. Without replay, the method equals FedDF with the same settings.
+    there is no proxy set. If all architectures differ and clients distill, the method equals FedMD
+    with the KL divergence. Without replay, the method equals FedDF with the same settings.
 
     References:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.

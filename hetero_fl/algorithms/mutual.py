@@ -163,7 +163,10 @@ class MenteeTraining(Algorithm):
         return self.upload_mentee(client)
 
     def objective(self, task: Task) -> MutualDistillation:
-        """Return the objective that trains a client's own model and the mentee."""
+        """Return the objective that trains a client's own model and the mentee.
+
+        Subclasses must override this method.
+        """
         raise TypeError(f"{type(self).__name__} does not define objective")
 
     def upload_mentee(self, client: Participant) -> Items:

@@ -20,7 +20,7 @@ from hetero_fl.utils.seeding import keyed_generator
 
 
 def recalibrates(settings: ClientSettings, prediction: Recalibration) -> bool:
-    """Return whether a client recomputes BatchNorm statistics before a kind of prediction."""
+    """Return whether a client recomputes BatchNorm statistics for a kind of prediction."""
     return prediction in (settings.recalibrate or ())
 
 

@@ -28,7 +28,7 @@ TASKS = {"multiclass": "multi-class", "multilabel": "multi-label", "regression":
 
 
 def method_title(method_class: type[Algorithm]) -> str:
-    """Return the title that a class itself defines, or an empty string without such a title."""
+    """Return the title that a class itself defines, or an empty string if it defines none."""
     return str(vars(method_class).get("title", ""))
 
 
@@ -49,7 +49,10 @@ def is_baseline(method_class: type[Algorithm]) -> bool:
 
 
 def describe_needs(method: Algorithm) -> list[Need]:
-    """Return the requirements of a method as text, in descending order of importance."""
+    """Return the requirements of a method, in descending order of importance.
+
+    Each requirement is a tuple of alternatives, of which one suffices.
+    """
     needs = method.needs
     found: list[Need] = [(ALL_CLIENTS,)] if needs.all_clients else []
     if needs.proxy_set == "optional" and needs.one_architecture:
@@ -67,7 +70,10 @@ def describe_needs(method: Algorithm) -> list[Need]:
 
 
 def shared_kinds(method: Algorithm) -> list[str]:
-    """Return the kinds of information that leave a client, such as `backbone parameters`."""
+    """Return the kinds of information that leave a client, such as `backbone parameters`.
+
+    The list is empty if clients upload nothing.
+    """
     shares = dict.fromkeys(spec.needed_share for spec in method.uploads.values())
     words = [SHARES[share] for share in SHARES if share in shares]
     part = shared_part_of(method).part

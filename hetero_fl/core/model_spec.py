@@ -227,7 +227,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class _ModelFacts:
+class _ModelProperties:
     """Properties of a model that do not depend on the values of its tensors."""
 
     parameters: frozenset[str]
@@ -238,12 +238,12 @@ class _ModelFacts:
 
 
 @lru_cache(maxsize=256)
-def _measure(arch: ModelSpec) -> _ModelFacts:
+def _measure(arch: ModelSpec) -> _ModelProperties:
     # Cached because methods create equal specifications in each round.
     with torch.random.fork_rng(devices=[]):
         module = arch.build()
     layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
-    return _ModelFacts(
+    return _ModelProperties(
         frozenset(n for n, _ in module.named_parameters()),
         int(module.feature_dim),
         module.head_path,

@@ -83,8 +83,8 @@ class RoundContext:
         seed: Seed of the run.
         round_idx: Index of the round, starting at 0.
         num_rounds: Number of rounds of the run.
-        attempt: In asynchronous runs, the number of times that the participant has already trained
-            in this round.
+        attempt: Number of times that the participant has already trained in this round. Always 0 in
+            synchronous runs.
     """
 
     seed: int = 0
@@ -159,8 +159,8 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 
     Args:
         clients: The population of clients.
-        models: For each profile in `clients.profiles`, the architectures, keyed by slot. If clients
-            with equal settings may have different models, the architectures of each client, keyed
+        models: Architectures of each profile in `clients.profiles`, keyed by slot. If clients with
+            equal settings may have different models, pass the architectures of each client, keyed
             by client name and slot.
         data: The federated data, a `hetero_fl.data.FederatedData`.
 
@@ -442,7 +442,7 @@ def scheduled_optimizer(config: OptimizerConfig, context: RoundContext) -> Optim
 
 
 def copy_tree(tree: Any) -> Any:
-    """Return a deep copy of a tree of dictionaries, lists and detached tensors."""
+    """Return a deep copy of a tree of dictionaries, lists and tensors, with detached tensors."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):

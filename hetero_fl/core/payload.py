@@ -71,8 +71,8 @@ class Item:
         weight: Weight in the mean over clients. A tensor is broadcast against the values, for
             example a weight per class for logits `[N, C]`.
         kind: Meaning of the values. `params` are tensors of a model, and `update` is the difference
-            of a model's tensors from the received ones. `rows` is a tensor with one row per
-            example. `counts` is a vector that is summed. `class_sums` are sums per class, whose
+            between the tensors of a model and the received tensors. `rows` is a tensor with one row
+            per example. `counts` is a vector that is summed. `class_sums` are sums per class, whose
             weight `[C, 1]` is the divisor of the mean.
 
     Example:
@@ -536,7 +536,7 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         like: Items with the expected names, shapes and dtypes.
 
     Raises:
-        PayloadError: If an item does not match.
+        PayloadError: If an item does not match its declaration or the expected item.
 
     Example:
         >>> import torch

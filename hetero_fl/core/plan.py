@@ -227,8 +227,10 @@ class Predict(RecordedStep):
         data: The examples.
         readout: The output to return, `logits` or `features`.
         batch_size: Number of examples per forward pass.
-        tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model to which `tensors` belong.
+        tensors: Tensors of a model that another participant sent, keyed by name. If None, the
+            participant's own model in the slot is used.
+        arch: Architecture of the model to which `tensors` belong. If None, the architecture of the
+            slot is used.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Rows
@@ -295,8 +297,10 @@ class Recalibrate(RecordedStep):
         slot: Slot of the model.
         data: The examples.
         batch_size: Number of examples per forward pass.
-        tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model to which `tensors` belong.
+        tensors: Tensors of a model that another participant sent, keyed by name. If None, the
+            participant's own model in the slot is used.
+        arch: Architecture of the model to which `tensors` belong. If None, the architecture of the
+            slot is used.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Recalibrate, Rows

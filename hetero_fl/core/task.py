@@ -25,8 +25,8 @@ class Task:
         outputs: Number of outputs of a model.
         names: Names of the outputs. Empty if the outputs have no names.
         unit: Unit of the targets in a regression, such as `vehicles`. Default: no unit.
-        rare: In a binary task, the index of a class to which fewer than a tenth of all rows belong,
-            or None if there is no such class. The average precision of a rare class is more
+        rare: Index of the class to which fewer than a tenth of all rows belong, in a binary task.
+            None if there is no such class. The average precision of a rare class is more
             informative than accuracy.
 
     Example:

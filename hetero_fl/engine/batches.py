@@ -58,7 +58,7 @@ def index_batches(
 
 
 def step_count(n: int, fit: Fit, step_share: float = 1.0) -> int:
-    """Return the number of batches that `index_batches` returns, without drawing them.
+    """Return the number of batches that `index_batches` returns, without drawing batches.
 
     Args:
         n: Number of rows.

@@ -132,7 +132,10 @@ class DeviceMemory:
         return {name: self.keep(column) for name, column in columns.items()}
 
     def has_room_for_state(self, num_bytes: int) -> bool:
-        """Return whether private states of `num_bytes` in total fit on the storage device."""
+        """Return whether private states of `num_bytes` in total fit on the storage device.
+
+        The result is always True if the storage device is the CPU.
+        """
         if self.storage_device.type == "cpu":
             return True
         if self._max_state_bytes is None:

@@ -41,7 +41,9 @@ def iterate_strings(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def find_references(tree: object) -> dict[str, str]:
-    """Return a mapping of the references to code in a tree to the path of the first occurrence.
+    """Find the references to code in a tree, and the path at which each reference occurs first.
+
+    The paths are keyed by reference.
 
     Example:
         >>> from hetero_fl.utils.code_permission import find_references

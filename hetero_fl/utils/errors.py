@@ -226,7 +226,7 @@ def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> 
             more than 20 choices.
 
     Returns:
-        `; did you mean 'x'?` or `; choose from x, y, z`; an empty string without choices.
+        The text `; did you mean 'x'?` or `; choose from x, y, z`. Without choices, an empty string.
     """
     names = sorted(map(str, choices))
     if hint := suggest_similar(found, names):

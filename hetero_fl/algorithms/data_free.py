@@ -448,7 +448,7 @@ class FedGen(CommonHead, FedAvg):
         Args:
             labels: Relative frequencies of the sampled classes, shape `[C]`.
         """
-        # Random generators are on the CPU.
+        # The random generator is on the CPU, so the frequencies must be, too.
         labels = labels.cpu()
         one_hot = torch.eye(len(labels))
 

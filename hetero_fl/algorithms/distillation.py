@@ -345,7 +345,7 @@ class ProxyDistillation(ProxyTraining):
         log_q = log_prior(server.task, server.state[LABELS].clamp(min=0))
         if log_q is None:
             return teacher
-        # All clients agree (see `hetero_fl.experiment.compatibility`).
+        # These settings are equal for all clients, as `hetero_fl.experiment.compatibility` checks.
         balanced = predicts_without_prior(server.peers.main_profile.settings)
         return align_to_labels(teacher, log_q, self.align, balanced)
 

@@ -130,7 +130,7 @@ class CachedPredictions(ProxyDistillation):
         made: Tensor | None = server.state.get(CONSENSUS_ROUNDS)
         if made is None:
             return torch.full((len(server.data("proxy", None)["x"]),), -1)
-        # Proxy indices are on the CPU.
+        # Proxy indices are on the CPU, so the result must be, too.
         return made.cpu()
 
     def cache_update(self, server: Participant, client_info: ClientInfo) -> Items:
@@ -317,7 +317,7 @@ class DSFL(CachedPredictions):
         return {"codes": replace(weighted, values=pack_labels(levels, self.bits)), **counts}
 
     def weighted_probabilities(self, client: Participant, logits: Tensor) -> Item:
-        """Return an item with a client's (log) probabilities and the weight in the teacher."""
+        """Return an item with a client's (log) probabilities and their weight in the teacher."""
         p = predicted_probabilities(client.task, logits)
         weighted = self.weighted_predictions(client, logits)
         return replace(weighted, values=self.averaged_form(client.task, p))

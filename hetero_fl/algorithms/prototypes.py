@@ -239,8 +239,9 @@ def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Ten
         known: 1 for classes with a prototype, else 0, shape `[C]`.
 
     Returns:
-        Logits of shape `[N, C]`: −‖f − prototype_c‖₂ for classes with a prototype, and a lower
-        value for all other classes.
+        Logits of shape `[N, C]`: −‖f − prototype_c‖₂ for each class c with a prototype. The logits
+        of all other classes are lower than the lowest of these logits by
+        `MISSING_PROTOTYPE_MARGIN`.
 
     Example:
         >>> import torch

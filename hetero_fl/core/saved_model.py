@@ -213,10 +213,10 @@ class SavedModel:
         """Convert raw examples to the shape and type of training examples before preprocessing.
 
         Args:
-            x: Images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 or
-                0..255; tables `[N, F]`; series `[N, T, F]`; tokens `[N, T]` as returned by
-                `Vocabulary.encode`. For models that use only some columns or blocks, see
-                `hetero_fl.data.inference`.
+            x: Images, shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, as uint8 or as floats in
+                0..1 or 0..255. Tables have the shape `[N, F]`, series `[N, T, F]`, and tokens `[N,
+                T]`, as returned by `Vocabulary.encode`. For models that use only some columns or
+                blocks, see `hetero_fl.data.inference`.
 
         Raises:
             UserError: If `x` is not numeric, has another shape or an ambiguous range, or contains

@@ -32,9 +32,9 @@ def pack_objects(*trees: Any) -> bytes:
 
 
 def unpack_objects(packed: bytes) -> None:
-    """Make the objects that `pack_objects` serialized in another process available in this process.
+    """Deserialize the objects that `pack_objects` serialized in another process.
 
-    The objects keep the names that they have in the other process. Empty bytes are ignored.
+    The objects are available under the same names as in the other process. Empty bytes are ignored.
     """
     if not packed:
         return

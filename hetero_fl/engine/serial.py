@@ -259,7 +259,7 @@ class SerialBackend:
 
     def _output_results(self, work: Work) -> list[Any]:
         participant = work[0][0]
-        # `run` does not pass fits.
+        # `run` passes neither fits nor recalibrations to this method.
         steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]
         results: list[Any] = []
         for step, outputs in zip(steps, self._outputs(participant, steps), strict=True):

@@ -91,7 +91,7 @@ def _make_custom_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that a user's function creates, with the configured learning rate."""
     create = import_reference(config.name, "optimizer.name", torch.optim.Optimizer, "parameters")
-    # The constructor of an optimizer adds its own learning rate to groups without a learning rate.
+    # Read the learning rates first, because an optimizer adds its own rate to groups without one.
     head_rates = [group.get("lr") for group in groups]
     parameters = groups if config.head_lr else [p for group in groups for p in group["params"]]
     with translate_user_errors():

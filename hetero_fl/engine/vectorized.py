@@ -82,7 +82,8 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     for begin in range(0, len(x[0]), step.batch_size):
         active = sum(len(rows) > begin for rows in x)
         parts = [rows[begin : begin + step.batch_size].to(device) for rows in x[:active]]
-        # Shorter batches are padded with zeros; in evaluation mode rows do not affect each other.
+        # Shorter batches are padded with zeros, because rows do not affect each other in evaluation
+        # mode.
         batch = pad_sequence(parts, batch_first=True)
         tensors = {n: t[:active] for n, t in stacked.items()}
         out = vmap(outputs, randomness="error")(tensors, batch)

@@ -139,7 +139,7 @@ class _Linear(torch.autograd.Function):
     def vmap(
         info: Any, dims: tuple[int | None, int | None], x: Tensor, weight: Tensor
     ) -> tuple[Tensor, int]:
-        # All participants have the same weights: one matrix product.
+        # If all participants have the same weights, one matrix product is sufficient.
         if dims[1] is None:
             assert dims[0] is not None
             return F.linear(x, weight), dims[0]
@@ -193,7 +193,8 @@ class StackedBatches:
         self._starts = (torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)).to(device)
         self._table = torch.where(is_real, table, table[:, :1]).to(device)
         self._weights = is_real.to(torch.get_default_dtype()).to(device)
-        # Rows of all participants by column, and whether all participants have the same rows.
+        # Rows of all participants, keyed by column, and whether all participants have the same
+        # rows.
         self._columns: dict[str, tuple[Tensor, bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)

@@ -117,7 +117,7 @@ def _layout(tree: Tree, form: str) -> tuple[bytes, list[Tensor]]:
     head = json.dumps({"form": form, "tree": plain}, allow_nan=False)
     header: dict[str, Any] = {"__metadata__": {"hetero_fl": head}}
     offset = 0
-    # This order aligns all tensors.
+    # In descending order of the element size, all tensors are aligned.
     widest_first = sorted(tensors.items(), key=lambda entry: -entry[1].itemsize)
     for name, tensor in widest_first:
         header[name] = {

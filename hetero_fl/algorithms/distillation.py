@@ -254,7 +254,7 @@ class ProxyDistillation(ProxyTraining):
     are distributed like the classes of all clients together.
 
     Contrast weights and alignment use the label counts of clients whose `shares` contain
-    `statistics`, in multi-class tasks only. For other clients, `contrast` assumes balanced classes.
+    `statistics`, in multiclass tasks only. For other clients, `contrast` assumes balanced classes.
     Label counts are private data and receive noise under `privacy`.
     """
 
@@ -303,7 +303,7 @@ class ProxyDistillation(ProxyTraining):
     def label_counts(self, client: Participant) -> Items:
         """Return the client's label counts as an item.
 
-        The dictionary is empty if the teacher is not aligned, the task is not multi-class, or the
+        The dictionary is empty if the teacher is not aligned, the task is not multiclass, or the
         client does not share statistics in this round.
         """
         is_used = bool(self.align) and client.task.kind == "multiclass"

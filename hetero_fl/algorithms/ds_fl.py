@@ -361,7 +361,7 @@ class DSFL(CachedPredictions):
     def align_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
         """Align the mean prediction with the label frequencies, before sharpening.
 
-        The mean is returned unchanged if `align` is 0 or the task is not multi-class.
+        The mean is returned unchanged if `align` is 0 or the task is not multiclass.
 
         Args:
             server: The server.
@@ -382,5 +382,5 @@ class DSFL(CachedPredictions):
 
 
 def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
-    """Return the softmax of logits for a multi-class task, otherwise the sigmoid."""
+    """Return the softmax of logits for a multiclass task, otherwise the sigmoid."""
     return logits.softmax(-1) if task.kind == "multiclass" else logits.sigmoid()

@@ -385,7 +385,7 @@ class HeteroFL(FedAvg):
         return self.upload_slice(client)
 
     def uses_mask(self, client: Participant) -> bool:
-        """Return whether the mask applies: `masked` is set and the task is multi-class."""
+        """Return whether the mask applies: `masked` is set and the task is multiclass."""
         return self.masked and client.task.kind == "multiclass"
 
     @staticmethod

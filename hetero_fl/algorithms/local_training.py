@@ -140,7 +140,7 @@ def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
     """Add the client's log class prior to logits, if the client's settings require it.
 
     The class prior consists of the relative label frequencies in the training rows, smoothed by
-    adding 1 to each count. The logits are returned unchanged if the task is not multi-class.
+    adding 1 to each count. The logits are returned unchanged if the task is not multiclass.
 
     Example:
         >>> import torch
@@ -163,7 +163,7 @@ def subtract_log_prior(client: Participant, logits: Tensor) -> Tensor:
 
     The result approximates the logits of a model that was trained on balanced classes (Menon et al.
     2021, section 4.1). The correction suits models that the client has trained on its own rows. The
-    logits are returned unchanged if the task is not multi-class.
+    logits are returned unchanged if the task is not multiclass.
 
     Args:
         client: The client.

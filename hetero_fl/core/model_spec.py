@@ -148,7 +148,7 @@ class ModelSpec:
 
     @property
     def display_name(self) -> str:
-        """Name in tables and reports."""
+        """Name in tables and reports: the label, or the name of the model if there is no label."""
         return self.label or self.name.removeprefix(OBJECT_PREFIX)
 
     @cached_property

@@ -121,7 +121,7 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def prediction_key(participant: Participant, step: Step) -> Any:
-    """Return the cache key of a prediction on public rows, or None for any other step.
+    """Return the cache key of a prediction on a whole public data set, or None for other steps.
 
     The key contains neither the values of the rows nor the tensors of the model.
     """

@@ -121,7 +121,8 @@ class VectorizedBackend:
 
     Args:
         memory: The device and its cached tensors.
-        log: Function that is called with a message for each architecture that cannot be vectorized.
+        log: Function that is called with a message if steps cannot be vectorized or do not fit into
+            memory together.
         precision: "float32" or "bfloat16".
     """
 
@@ -337,7 +338,8 @@ def make_backend(
         memory: The device and its cached tensors.
         chunk: Number of clients that are processed together. If 1, the serial backend is created.
         precision: "float32" or "bfloat16".
-        log: Function that is called with a message for each architecture that cannot be vectorized.
+        log: Function that is called with a message if steps cannot be vectorized or do not fit into
+            memory together.
     """
     if chunk == 1:
         return SerialBackend(memory, precision)

@@ -121,7 +121,10 @@ def use_one_core() -> None:
 
 
 def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use.
+
+    The result is 1 after a call of `use_one_core`.
+    """
     if _one_core:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,6 @@
 """Federated learning methods, one module per method or family of methods.
 
-Importing this package registers all of them in `register_algorithm`.
+Importing this package registers all methods in `register_algorithm`.
 """
 
 from hetero_fl.algorithms.asynchronous import FedAsync, FedBuff

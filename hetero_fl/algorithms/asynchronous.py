@@ -57,17 +57,18 @@ class StalenessWeighted(Algorithm):
 
 @register_algorithm("fedasync")
 class FedAsync(StalenessWeighted):
-    """Mix every upload into the server's model on arrival; its weight decreases with staleness.
+    """Mix every upload into the server's model on arrival, with less weight for stale uploads.
 
     The server computes θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k, where the staleness τ is the number of
     server versions since the client received its model (Xie et al. 2019, Algorithm 1). With several
     architectures, an upload updates the model of its architecture. The setting `staleness` selects
-    the function s; the default is the polynomial s(τ) = (1 + τ)^−a. BatchNorm statistics are mixed
-    in the same way as weights. The method always runs asynchronously, regardless of `runtime.mode`.
+    the function s. By default, s is the polynomial (1 + τ)^−a. BatchNorm statistics are mixed in
+    the same way as weights. The method always runs asynchronously, regardless of `runtime.mode`.
 
-    Use it where clients differ in speed and no client should wait for another. With strongly skewed
-    labels and a large α, each upload pulls the model towards the labels of one client; `fedbuff`
-    averages several uploads first. The paper uses α from 0.6 to 0.9 and ρ from 0.005 to 0.01.
+    Use this method where clients differ in speed and no client should wait for another. With
+    strongly skewed labels and a large α, each upload pulls the model towards the labels of one
+    client. `fedbuff` averages several uploads first. The paper uses α from 0.6 to 0.9 and ρ from
+    0.005 to 0.01.
 
     References:
         Xie et al., "Asynchronous Federated Optimization", OPT 2020.
@@ -114,16 +115,16 @@ PAPER_BUFFER_SIZE = 10
 
 @register_algorithm("fedbuff")
 class FedBuff(StalenessWeighted):
-    """Collect updates in a buffer and apply their staleness-weighted mean when it is full.
+    """Collect updates in a buffer and apply the staleness-weighted mean when the buffer is full.
 
     Clients upload Δ_k = θ_k − θ. After every K uploads the server computes θ ← θ + λ·Σ s(τ_k)·Δ_k /
-    K with s(τ) = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1). With several architectures, the
-    sum and its divisor are computed separately for each architecture in the buffer. BatchNorm
-    statistics are interpolated towards those of the clients with the same weights, because adding a
+    K with s(τ) = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1). With several architectures, the sum
+    and the divisor K are computed separately for each architecture in the buffer. BatchNorm
+    statistics are moved towards the clients' statistics with the same weights, because adding a
     change could make a variance negative. The method always runs asynchronously.
 
-    Use it like `fedasync`, with many clients or skewed labels. If K is close to the number of
-    clients, the server waits almost as long as in synchronous rounds.
+    Use this method like `fedasync`, with many clients or skewed labels. If K is close to the number
+    of clients, the server waits almost as long as in synchronous rounds.
 
     References:
         Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022.
@@ -147,7 +148,7 @@ class FedBuff(StalenessWeighted):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
-        """Requirements of the method: those of the base class, with the buffer size K."""
+        """Requirements of the method: the requirements of the base class, with buffer size K."""
         needs = super().needs
         assert needs.asynchronous is not None
         return replace(needs, asynchronous=replace(needs.asynchronous, buffer_size=self.buffer))
@@ -201,10 +202,10 @@ class FedBuff(StalenessWeighted):
 
 
 def mean_weights(uploads: Uploads, name: str) -> dict[str, dict[str, float]]:
-    """Return the mean staleness weight Σ s / K of each tensor, by architecture group.
+    """Return the mean staleness weight Σ s / K of each tensor, keyed by group and name.
 
-    K is the number of clients that sent the tensor. The weighted mean of the updates, multiplied by
-    this factor, is Σ s·Δ / K.
+    K is the number of clients that uploaded the tensor. The weighted mean of the updates,
+    multiplied by this factor, is Σ s·Δ / K.
     """
     counts = uploads.counts_by_group(name)
     return {

@@ -1,4 +1,9 @@
-"""Base class of federated methods, declarations of their properties, and helpers for subclasses."""
+"""Base class of federated methods, declarations of their properties, and helpers for subclasses.
+
+A slot is the name under which a client or the server stores a model. A part of a model is a tuple
+of prefixes of tensor names, or None for the whole model. An item is a named entry of an upload or a
+broadcast (see `hetero_fl.core.payload`).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +37,8 @@ from hetero_fl.utils.registry import Registry
 
 # Slot of the student model that the server trains.
 STUDENT = "student"
-# Content of an upload or a broadcast by item name: an `Item`, a tensor, or tensors by name.
+# Content of an upload or a broadcast, keyed by item name. Each value is an `Item`, a tensor, or a
+# dictionary of tensors.
 Items = dict[str, Any]
 # Decorator that registers a method: `@register_algorithm("name")`. `register_algorithm["name"]`
 # returns the class.
@@ -46,8 +52,8 @@ class AsyncPolicy:
     """Policy of an asynchronous method for buffering and weighting uploads.
 
     Args:
-        buffer_size: Number of uploads per aggregation. None uses `runtime.buffer`.
-        staleness: Weight of a stale upload. None uses `runtime.staleness`.
+        buffer_size: Number of uploads per aggregation. If None, `runtime.buffer` is used.
+        staleness: Settings of the weight of stale uploads. If None, `runtime.staleness` is used.
 
     Example:
         >>> from hetero_fl.algorithms import AsyncPolicy
@@ -64,8 +70,8 @@ class Needs:
     """Requirements of a method, which are checked before a run and listed in tables.
 
     Args:
-        proxy_set: Use of a proxy set, a public data set on which clients exchange predictions.
-            `labeled` means that the method requires the proxy set and its labels.
+        proxy_set: Whether the method uses a proxy set, a public data set on which clients exchange
+            predictions. With `labeled`, the method requires a proxy set with labels.
         tasks: Supported kinds of task.
         one_architecture: Whether parameters are averaged within each architecture. A client with a
             unique architecture then learns nothing from other clients.
@@ -75,14 +81,16 @@ class Needs:
         one_upload: Whether clients upload only once, in the last round. Such a run cannot be
             extended by further rounds.
         models_per_client: Whether clients with equal settings may have different models.
-        asynchronous: Policy of a method that only runs asynchronously.
+        asynchronous: Policy of a method that only runs asynchronously. If None, `runtime.mode`
+            applies.
         largest_uploads: Settings that result in the largest uploads, for methods whose upload size
             depends on the training.
         also: Descriptions of further requirements, as printed in tables.
         shared_model: Whether the model that predicts the global test set was last trained by
-            several clients or by the server. The setting `prior_correction` does not apply to it.
+            several clients or by the server. The setting `prior_correction` does not apply to such
+            a model.
         unused_options: Client settings that have no meaning for the method, such as
-            `fine_tune_epochs`. A run that sets one of them is refused.
+            `fine_tune_epochs`. Runs that set one of these settings are rejected.
 
     Example:
         >>> from hetero_fl.algorithms import Needs
@@ -111,16 +119,19 @@ class Needs:
 
 @dataclass(frozen=True)
 class SharedPart:
-    """The exchanged part of a client's model, for methods that need more than name prefixes.
+    """The part of a client's model that client and server exchange.
+
+    Use this class as `Algorithm.shared` if prefixes of tensor names do not suffice.
 
     Args:
-        part: Prefixes of the names of exchanged tensors. None selects the whole model, `()` no
-            tensors.
-        slot: Slot of the model, the name under which the client stores it.
-        received: Prefixes of the names of tensors that the client replaces with those of the
-            server. None replaces all of `part`.
-        local: BatchNorm tensors that never leave the client: all tensors of these layers, or only
-            their running statistics. None exchanges BatchNorm layers like all others.
+        part: Prefixes of the names of exchanged tensors. If None, the whole model is exchanged. If
+            `()`, no tensors are exchanged.
+        slot: Slot of the model. Default: `"model"`, the client's own model.
+        received: Prefixes of the names of tensors that the client replaces with the server's
+            tensors. If None, the client replaces all tensors in `part`.
+        local: BatchNorm tensors that never leave the client: all tensors of BatchNorm layers, or
+            only the running statistics. If None, BatchNorm layers are exchanged like all other
+            layers.
 
     Example:
         >>> from hetero_fl.algorithms import SharedPart
@@ -137,21 +148,21 @@ class SharedPart:
 class Algorithm(Settings):
     """Base class of federated methods.
 
-    By default, clients train locally, and the server averages the `shared` part of their models by
-    architecture. Settings are pydantic fields; in a configuration they are keys next to
-    `algorithm.name`. Hooks that train models or compute predictions are generators, called plans
-    (see `hetero_fl.core.plan`); other hooks are ordinary functions. Decorate a subclass with
-    `@register_algorithm("name")` to make it available under a name.
+    By default, clients train locally, and the server averages the `shared` part of the models
+    within each architecture. Settings of a method are pydantic fields. A configuration lists these
+    settings next to `algorithm.name`. Hooks that train models or compute predictions are
+    generators, called plans (see `hetero_fl.core.plan`). All other hooks are ordinary functions.
+    The decorator `@register_algorithm("name")` makes a subclass available under a name.
 
     Attributes:
         title: Display name. The first sentence of the docstring is the one-line summary.
-        renamed_settings: New names of renamed settings, by former name.
+        renamed_settings: New names of renamed settings, keyed by former name.
         evaluated_when: Description of the evaluated model, for tables.
-        shared: Part of the model that is exchanged: None for all, () for nothing, prefixes of
-            tensor names, or a `SharedPart`.
-        uploads: Declarations of the items that clients upload, by name.
-        downloads: Declarations of broadcast items, by name. Only items whose compression differs
-            from the default of their kind need a declaration.
+        shared: Part of the model that is exchanged: None for the whole model, `()` for nothing,
+            prefixes of tensor names, or a `SharedPart`.
+        uploads: Declarations of the items that clients upload, keyed by item name.
+        downloads: Declarations of broadcast items, keyed by item name. Only items whose compression
+            differs from the default of their kind need a declaration.
         needs: Requirements of the method.
 
     Example:
@@ -187,8 +198,8 @@ class Algorithm(Settings):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         """Derive unset settings from the federation.
 
-        This hook is called once, before models are built. The run's `config.yaml` contains the
-        result.
+        This hook is called once, before models are built. The settings of the returned method are
+        saved in the run's `config.yaml`. By default, the method is returned unchanged.
 
         Args:
             clients: All clients of the federation.
@@ -202,7 +213,7 @@ class Algorithm(Settings):
         return self, []
 
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        """Return the architectures of a client's models by slot.
+        """Return the architectures of a client's models, keyed by slot.
 
         The client's own model is in the slot `model`. This hook is called once for all clients with
         equal settings, or once for each client if `needs.models_per_client` is set.
@@ -210,10 +221,17 @@ class Algorithm(Settings):
         return {"model": client.arch}
 
     def setup(self, server: Participant) -> None:
-        """Initialize the server's state before the first round."""
+        """Initialize the server's state before the first round.
+
+        By default, the state is not changed.
+        """
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         """Return the items that the server sends to one client.
+
+        By default, the broadcast contains the shared part of the server's model with the client's
+        architecture. The broadcast is empty in rounds in which the client does not replace its
+        model.
 
         Args:
             server: The server.
@@ -226,20 +244,30 @@ class Algorithm(Settings):
         return {"model": shareable_tensors(self, recipient.arch, model, part)}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        """Update the client's models with the received items, so that the client can predict."""
+        """Update the client's models with the received items, so that the client can predict.
+
+        By default, the received tensors replace the tensors of the same names.
+        """
         slot = shared_part_of(self).slot
         if slot in received:
             client.load(slot, received[slot])
         yield from ()
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        """Train a client for one round and return its upload."""
+        """Train a client for one round and return the client's upload.
+
+        By default, the client deploys the received items, trains its model with its own settings,
+        and uploads the shared part of the model.
+        """
         yield from self.deploy(client, received)
         yield local_fit(client)
         return upload_model(self, client)
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        """Aggregate the uploads of a round at the server."""
+        """Aggregate the uploads of a round at the server.
+
+        By default, the uploaded models are averaged within each architecture.
+        """
         if "model" in self.uploads:
             average_models(server, uploads)
         yield from ()
@@ -248,13 +276,16 @@ class Algorithm(Settings):
         """Adapt the deployed model to the client's own rows before evaluation.
 
         The engine calls this hook on a copy of the client. By default, the model is trained for the
-        number of epochs in the client's setting `fine_tune_epochs`.
+        number of epochs in the client's setting `fine_tune_epochs`. If this setting is 0 or None,
+        the model is not changed.
         """
         if client.settings.fine_tune_epochs:
             yield local_fit(client, epochs=client.settings.fine_tune_epochs, label="fine-tune")
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         """Return the client's logits, shape `[N, C]`.
+
+        By default, the client's own model predicts, and `adjust_to_labels` adjusts the logits.
 
         Args:
             client: The client.
@@ -265,10 +296,11 @@ class Algorithm(Settings):
         return adjust_to_labels(self, client, logits, personal)
 
     def server_model(self, server: Participant) -> str | None:
-        """Return the slot of the model that the server can deploy, or None.
+        """Return the slot of the model that the server can deploy, or None if there is none.
 
-        By default, this is the student if there is one, otherwise the global model if all clients
-        have the same architecture and at least one client shares its whole model.
+        By default, this is the student if there is one. Otherwise, this is the global model,
+        provided that all clients have the same architecture, at least one client shares its whole
+        model, and no BatchNorm tensors are excluded from the exchange (`SharedPart.local`).
         """
         if STUDENT in server.models:
             return STUDENT
@@ -285,7 +317,7 @@ class Algorithm(Settings):
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
     """Return whether the method or a client's objective is defined outside this package.
 
-    Such code may modify its arguments in place.
+    Such code may modify tensors in place.
     """
     return is_user_method(algorithm) or any(
         profile.settings.objective is not None for profile in client_infos.profiles
@@ -320,7 +352,7 @@ def shared_part_of(method: Algorithm) -> SharedPart:
 
 
 def permitted_part(shares: Sequence[str]) -> Part:
-    """Return the part of the model that a client's `shares` permit it to share."""
+    """Return the part of a model that a client with the setting `shares` may exchange."""
     if "parameters" in shares:
         return None
     prefixes = ["backbone." if share == "backbone" else share for share in shares]
@@ -345,17 +377,20 @@ def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
 
 
 def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
-    """Return whether a client uploads in this round."""
+    """Return whether a client uploads in a round, given the client's setting `share_every`."""
     return (round_idx + 1) % settings.share_every == 0
 
 
 def upload_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return the part of the model that a client uploads in a round; () without an upload."""
+    """Return the part of the model that a client uploads in a round.
+
+    The part is empty if the client does not upload in this round.
+    """
     return shared_part(method, settings) if uploads_in_round(settings, round_idx) else ()
 
 
 def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return the part of its model that a client replaces with the server's model in a round.
+    """Return the part of a client's model that the server's model replaces in a round.
 
     The part is empty except in the first round and in the round after each upload.
     """
@@ -365,7 +400,7 @@ def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -
 
 
 def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds: int) -> int:
-    """Return a number that is equal for all rounds in which uploads have the same form.
+    """Return a number that is equal for rounds in which uploads contain the same items and shapes.
 
     Args:
         method: The method.
@@ -379,7 +414,10 @@ def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds
 
 
 def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
-    """Return the names of the tensors that stay at clients with this architecture."""
+    """Return the names of the tensors that always stay at clients with this architecture.
+
+    The set is empty unless the method excludes BatchNorm tensors (`SharedPart.local`).
+    """
     local = shared_part_of(method).local
     if local is None:
         return frozenset()
@@ -390,12 +428,14 @@ def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
 def shareable_tensors(
     method: Algorithm, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
 ) -> Tensors:
-    """Return the floating-point tensors of a part that client and server exchange.
+    """Return the tensors of a part that client and server exchange.
+
+    Integer buffers and the tensors of `local_tensor_names` are left out.
 
     Args:
         method: The method.
         arch: Architecture of the model.
-        tensors: Tensors of the model by name.
+        tensors: Tensors of the model, keyed by name.
         part: The shared part.
     """
     local = local_tensor_names(method, arch)
@@ -404,7 +444,11 @@ def shareable_tensors(
 
 
 def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
-    """Return the tensors of a client's models that no broadcast replaces, by slot."""
+    """Return the tensors that a client must store between rounds, keyed by slot.
+
+    These are the tensors of the client's models that no broadcast replaces. Models without such
+    floating-point tensors are left out.
+    """
     slot = shared_part_of(method).slot
     settings = client.settings
     replaced = download_part(method, settings, 0) if settings.share_every == 1 else ()
@@ -418,6 +462,9 @@ def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
 
 def may_share(client: Participant, share: str) -> bool:
     """Return whether a client may upload an item of this kind in this round.
+
+    The client must share this kind and upload in this round. Predictions also require the proxy
+    set.
 
     Args:
         client: The client.
@@ -474,9 +521,10 @@ def adjust_to_labels(
         personal: Whether the rows follow the client's own label distribution.
 
     Returns:
-        With the class prior π of the client, `logits + log π` for the client's own rows and
-        `logits - log π` for other rows, if the settings require it; otherwise `logits`. A model
-        that others have trained, too, does not predict with π and is not corrected.
+        Logits, shape `[N, C]`. With the client's class prior π, the result for the client's own
+        rows is `logits + log π` if `local_prior` applies. The result for other rows is
+        `logits - log π` if `prior_correction` is set, unless the model has also been trained by
+        other clients or the server. Otherwise, the logits are returned unchanged.
     """
     if personal:
         return add_log_prior(client, logits)
@@ -499,7 +547,7 @@ def unused_options(method: Algorithm) -> set[str]:
 def predicting_models(
     method: Algorithm, client: Participant, personal: bool
 ) -> list[tuple[Predict, Any]]:
-    """Return the models whose outputs `predict` requests in its first step.
+    """Return the model outputs that the first step of `predict` requests.
 
     Args:
         method: The method.
@@ -507,10 +555,10 @@ def predicting_models(
         personal: Whether the client predicts its own rows.
 
     Returns:
-        The prediction by each model, and the preprocessing of its inputs or None for that of the
-        client. Empty if the first step requests anything else.
+        The `Predict` step of each model, and the preprocessing of the model's inputs (None for the
+        client's own preprocessing). The list is empty if the first step requests anything else.
     """
-    # Use a copy, as a plan that draws random numbers would advance the client's streams.
+    # Use a copy, because a plan that draws random numbers would advance the client's streams.
     plan = method.predict(replace(client, stream_uses={}), Rows("train"), personal)
     if not isinstance(plan, GeneratorType):
         return []
@@ -526,11 +574,13 @@ def predicting_models(
 def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     """Return the model with which a deployed client predicts its own rows.
 
-    This is the model whose logits `predict` requests in its first step. If that step requests
-    anything else, for example the outputs of several models, it is the client's own model.
+    This is the model whose logits the first step of `predict` requests. If this step requests
+    anything else, for example the outputs of several models, the slot of the client's own model is
+    returned.
 
     Returns:
-        The slot of the model, and the preprocessing of its inputs or None for that of the client.
+        The slot of the model, and the preprocessing of the model's inputs (None for the client's
+        own preprocessing).
     """
     models = predicting_models(method, client, personal=True)
     if len(models) == 1 and models[0][0].readout == "logits":
@@ -546,7 +596,8 @@ def upload_model(method: Algorithm, client: Participant, weight: float | None = 
     Args:
         method: The method.
         client: The client.
-        weight: Weight of the client in the mean. None uses the number of its training rows.
+        weight: Weight of the client in the mean. If None, the number of the client's training rows
+            is used.
 
     Example:
         >>> from hetero_fl.algorithms import FedAvg, FedPer, upload_model
@@ -579,10 +630,12 @@ def upload_model(method: Algorithm, client: Participant, weight: float | None = 
 def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
     """Move the model of each architecture group towards the mean of the uploaded models.
 
+    Buffers are replaced by their mean, regardless of `rate`.
+
     Args:
         server: The server.
         uploads: Uploads of the round with the item "model".
-        rate: Server learning rate λ; 1 replaces parameters by their mean.
+        rate: Server learning rate λ. If 1, parameters are replaced by their mean as well.
 
     Example:
         >>> import torch
@@ -612,12 +665,12 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
 def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
     """Add the scaled sum of the clients' updates to the model of each architecture group.
 
-    Each upload must have weight 1, or its staleness weight in an asynchronous run.
+    Each upload must have weight 1, or the staleness weight of the upload in an asynchronous run.
 
     Args:
         server: The server.
         uploads: Uploads of the round with the item "model".
-        factor: Scale of the sum.
+        factor: Factor by which the sum is multiplied.
     """
     owners = uploads.weights_by_group("model")
     for group, mean in uploads.mean_by_group("model").items():

@@ -41,9 +41,9 @@ from hetero_fl.utils.ordering import natural_order
 class Local(Algorithm):
     """Train every client alone, without communication.
 
-    This is the baseline that a federated method has to improve on. Include it in every comparison:
-    under label skew, several published methods have a lower local test accuracy. The global test
-    accuracy of local models is low where clients lack classes.
+    This is the baseline that a federated method has to improve on. Include this baseline in every
+    comparison: under label skew, several published methods have a lower local test accuracy. The
+    global test accuracy of local models is low where clients lack classes.
 
     Example:
         >>> from hetero_fl.algorithms import Local
@@ -58,7 +58,8 @@ class Local(Algorithm):
     needs = Needs(counts_traffic=False)
 
 
-# Prefix of the slots with the models of an ensemble. Client ids contain no spaces.
+# Prefix of the slots of an ensemble's models, followed by a client id. Client ids contain no
+# spaces.
 MEMBER = "member "
 
 
@@ -67,15 +68,16 @@ class Ensemble(Local):
     """Average the class probabilities of all clients' locally trained models.
 
     Each model predicts with its own preprocessing. For regression, outputs are averaged. Every
-    client uploads its model and, for evaluation only, receives the models of all others.
+    client uploads its model. For evaluation only, every client receives the models of all clients.
 
-    The ensemble shows what distillation can gain. It is a reference, neither a model to deploy nor
-    an upper bound: under label skew, the mean is dominated by models that over-predict their own
-    classes. The teachers of FedMD and FedDF differ from this ensemble, because they are mean logits
-    of federated models.
+    The ensemble shows what distillation can gain. The ensemble is a reference, neither a model to
+    deploy nor an upper bound: under label skew, models that over-predict their own classes dominate
+    the mean. The teachers of FedMD and FedDF differ from this ensemble, because these teachers are
+    the mean logits of federated models.
 
-    With `prior_correction`, a client subtracts its log class prior from the bias of its head before
-    the upload, so that each model is corrected by the prior of its own client, on both test sets.
+    With `prior_correction`, each client subtracts its log class prior from the bias of the head
+    before the upload. Each model is thus corrected with the prior of the client that trained the
+    model, on both test sets.
 
     Example:
         >>> from hetero_fl.algorithms import Ensemble
@@ -152,14 +154,14 @@ class Ensemble(Local):
 class Centralized(Algorithm):
     """Train one model on the pooled rows of all clients.
 
-    Each round runs the clients' local training on the pooled rows (without the proxy set) with a
-    new optimizer. This is the same computation as FedAvg with λ = 1 and one client that has all
-    rows. The model, the settings and the preprocessing are those of the most frequent client
-    profile.
+    In each round, one model is trained on the pooled rows (without the proxy set) with a new
+    optimizer. This computation equals FedAvg with λ = 1 and a single client that has all rows. The
+    architecture, the settings and the preprocessing are those of the first client with the most
+    frequent architecture.
 
-    The gap between `local` and this method shows how much a federated method can gain. It is not
-    a strict upper bound: personal models may have a higher local test accuracy, and methods with
-    more training per round may have a higher global test accuracy.
+    The gap between `local` and this method shows how much a federated method can gain. The accuracy
+    of this method is not a strict upper bound: personal models may have a higher local test
+    accuracy, and methods with more training per round may have a higher global test accuracy.
 
     Example:
         >>> from hetero_fl.algorithms import Centralized
@@ -227,5 +229,8 @@ class Centralized(Algorithm):
 
 
 def pooled_client(participant: Participant) -> ClientInfo:
-    """Return the first client of the most frequent profile; the pooled model has its settings."""
+    """Return the first client with the most frequent architecture.
+
+    The pooled model has the architecture, settings and preprocessing of this client.
+    """
     return participant.peers[participant.peers.main_profile.first]

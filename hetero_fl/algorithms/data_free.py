@@ -56,7 +56,10 @@ GENERATOR = "generator"
 
 
 class DataFreeDistillation(Algorithm):
-    """Base class of methods that train a generator of examples and a student at the server."""
+    """Base class of methods that train a generator of examples and a student at the server.
+
+    The student distills the clients' models on generated examples, so no proxy set is needed.
+    """
 
     synthesis_epochs: PositiveInt = Field(
         15, description="alternations between generator and student; 200 in the paper"
@@ -81,7 +84,7 @@ class DataFreeDistillation(Algorithm):
     )
 
     def generator(self, shape: tuple[int, ...]) -> ModelSpec:
-        """Return the specification of a generator that maps noise to examples of the shape."""
+        """Return the specification of a generator that maps noise to examples of a shape."""
         name = f"python:{Generator.__module__}:{Generator.__name__}"
         options = {"shape": shape}
         return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
@@ -94,12 +97,12 @@ class DataFreeDistillation(Algorithm):
         return {"x": x, "y": y}
 
     def train_generator(self, synthesis: Synthesis, noise: Columns, frozen: tuple[str, ...]) -> Fit:
-        """Create the step that trains the generator on one batch of noise.
+        """Create the `Fit` step that trains the generator on one batch of noise.
 
         Args:
             synthesis: Objective of the generator.
             noise: The batch of noise and labels.
-            frozen: Slots that the objective uses but does not train.
+            frozen: Slots of the models that the objective uses without training them.
         """
         return Fit(
             {GENERATOR: None},
@@ -114,12 +117,12 @@ class DataFreeDistillation(Algorithm):
         )
 
     def train_student(self, server: Participant, x: Tensor, teacher: Tensor) -> Fit:
-        """Create the step that trains the student on generated examples.
+        """Create the `Fit` step that trains the student on generated examples.
 
         Args:
             server: The server.
             x: All examples generated so far, shape `[N, *shape]`.
-            teacher: Logits of the teachers' ensemble, shape `[N, C]`.
+            teacher: Mean logits of the teachers, shape `[N, C]`.
         """
         return Fit(
             {STUDENT: None},
@@ -135,21 +138,21 @@ class DataFreeDistillation(Algorithm):
 
 @register_algorithm("dense")
 class Dense(DataFreeDistillation):
-    """Upload every model once after local training and distill them all on generated examples.
+    """Upload every model once after local training and distill all models on generated examples.
 
-    Clients train alone and upload their parameters in the last round; the server then uses their
-    models as teachers and alternates between two steps (Zhang et al. 2022, Algorithm 1). First, a
-    generator minimizes CE + λ₁·BN − λ₂·KL on one batch, where BN is the distance of the batch from
-    the BatchNorm statistics of the teachers, and KL is the divergence between teachers and student
-    on the examples for which they predict different classes. Then, a student learns the mean logits
-    of the teachers on all batches generated so far.
+    Clients train alone and upload their parameters in the last round. The server then uses the
+    uploaded models as teachers and alternates between two steps (Zhang et al. 2022, Algorithm 1).
+    First, a generator minimizes CE + λ₁·BN − λ₂·KL on one batch, where BN is the distance of the
+    batch from the BatchNorm statistics of the teachers, and KL is the divergence between teachers
+    and student on the examples for which they predict different classes. Then, a student learns the
+    mean logits of the teachers on all batches generated so far.
 
-    The student has the architecture of one client, and all clients use it afterwards. Before the
-    last round, each client uses its own model, as with `local`. A run that stops early trains no
-    student.
+    The student has the architecture of one client. After the last round, all clients use the
+    student. Before the last round, each client uses its own model, as with `local`. A run that
+    stops early trains no student.
 
-    Use it where clients can be reached only once and there is no proxy set. It is weak where
-    clients have different classes or models without BatchNorm.
+    Use this method where clients can be reached only once and there is no proxy set. The method is
+    weak where clients have different classes or models without BatchNorm.
 
     Deviations from the authors' code: defaults are smaller, one generator is used for all batches,
     images are not augmented, and BN is averaged over the teachers.
@@ -305,26 +308,28 @@ class Dense(DataFreeDistillation):
 
 
 def preprocessing_of(client_info: ClientInfo) -> View:
-    """Return the shape, mean and standard deviation of the inputs of a client's model."""
+    """Return a client's input shape, and the mean and standard deviation that normalize inputs."""
     return client_info.arch.input_shape, client_info.preprocess.mean, client_info.preprocess.std
 
 
 @register_algorithm("fedgen")
 class FedGen(CommonHead, FedAvg):
-    """Average parameters; clients also train on features from a generator at the server.
+    """Average parameters, and train clients on additional features from a generator at the server.
 
     The method is FedAvg within each architecture, extended by a generator G(y, ε) that maps a class
-    y and noise ε to features. Clients train their heads on generated features in addition to their
-    own rows (Zhu et al. 2021, Algorithm 1). The server trains G so that the clients' heads classify
-    a generated feature as class y; each head is weighted by its client's share of the examples of
-    that class. The server sends the model, the generator and the label counts of the round.
+    y and noise ε to features. Clients train on their own rows and additionally train their heads on
+    generated features (Zhu et al. 2021, Algorithm 1). The server trains G so that the clients'
+    heads classify a generated feature as class y. Each head is weighted by the client's share of
+    all examples of this class. The server sends the model, the generator and the label counts of
+    the round.
 
     All architectures share one generator, which consists of a linear layer, BatchNorm, ReLU and a
-    second linear layer. A client that does not share label counts is treated as if its classes were
-    balanced; one that does not share its head does not contribute.
+    second linear layer. If a client does not share label counts, the client's classes are assumed
+    to be balanced. If a client does not share the head, this head does not contribute to the
+    training of G.
 
-    Use it under label skew without a proxy set. The authors' code sets `weight` and `latent_weight`
-    to 10, with a `decay` of 0.98.
+    Use this method under label skew without a proxy set. The authors' code sets `weight` and
+    `latent_weight` to 10, with a `decay` of 0.98.
 
     References:
         Zhu et al., "Data-Free Knowledge Distillation for Heterogeneous Federated Learning", ICML
@@ -367,7 +372,10 @@ class FedGen(CommonHead, FedAvg):
     )
 
     def generator(self, classes: int) -> ModelSpec:
-        """Return the specification of a generator from a one-hot class and noise to features."""
+        """Return the specification of the generator.
+
+        The generator maps a one-hot class and noise to features.
+        """
         options = {"hidden": [self.generator_hidden], "norm": "batch"}
         return ModelSpec.from_config(
             "mlp", self.feature_dim or 1, (classes + self.noise_dim,), options=options
@@ -408,7 +416,7 @@ class FedGen(CommonHead, FedAvg):
         return items
 
     def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
-        """Create the local training step with additional batches of generated features.
+        """Create the `Fit` step of local training with additional batches of generated features.
 
         Args:
             client: The client.
@@ -438,9 +446,9 @@ class FedGen(CommonHead, FedAvg):
         """Return a function that samples inputs of the generator: one-hot classes and noise.
 
         Args:
-            labels: Relative frequencies with which classes are sampled, shape `[C]`.
+            labels: Relative frequencies of the sampled classes, shape `[C]`.
         """
-        # Random generators are on the CPU.
+        # The random generator is on the CPU, so the frequencies must be, too.
         labels = labels.cpu()
         one_hot = torch.eye(len(labels))
 

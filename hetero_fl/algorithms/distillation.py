@@ -1,7 +1,7 @@
 """Base classes of methods that distill on a proxy set.
 
-They select proxy rows, compute a teacher from clients' predictions and align it with label
-frequencies, create distillation steps, and implement the initial training phase of a client.
+The classes select proxy rows, compute a teacher from clients' predictions, align the teacher with
+label frequencies, create distillation steps, and implement the initial training phase of a client.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
 from hetero_fl.utils.seeding import keyed_generator
 
 TEACHER = "teacher"
-# Item with the index of the round in which the teacher's proxy rows were sampled.
+# Name of the item with the index of the round in which the teacher's proxy rows were sampled.
 PROXY_INDICES = "drawn"
 
 
 class ProxyTraining(Algorithm):
     """Base class of methods that distill a teacher on the proxy set (Hinton et al. 2015).
 
-    The loss is the mean of KL(softmax(z_teacher/T) ‖ softmax(z/T))·T² over the batch; the teacher
-    is constant. The setting `data.proxy` reserves rows of the training set as the proxy set or
-    names another data set. With D proxy rows and C classes, predictions take 4·D·C bytes per client
-    and round in each direction, regardless of the size of the models.
+    The loss is the mean of KL(softmax(z_teacher/T) ‖ softmax(z/T))·T² over the batch, and the
+    teacher is constant. The setting `data.proxy` reserves rows of the training set as the proxy set
+    or names another data set. With D proxy rows and C classes, predictions require 4·D·C bytes per
+    client and round in each direction, regardless of the model size.
 
     With `proxy_rows`, each round uses a sample of the proxy set. Server and clients draw the same
     sample from equally seeded generators, so indices are not sent. A teacher from an earlier round
-    is distilled on the rows of that round.
+    is distilled on the proxy rows that were sampled in the earlier round.
 
     The setting `server.model: NAME` adds a student of any architecture to the server. In each
     round, the server distills the consensus of the clients into the student on the proxy set for
-    `student_epochs`. Reports list the results of the student as `server`, and its parameters are
-    saved as `models/server.safetensors`.
+    `student_epochs` epochs. Reports list the results of the student as `server`. The parameters of
+    the student are saved as `models/server.safetensors`.
     """
 
     needs = Needs(proxy_set="required", shared_model=True)
@@ -68,13 +68,13 @@ class ProxyTraining(Algorithm):
     def proxy_indices(
         self, participant: Participant, round_idx: int | None = None
     ) -> Tensor | None:
-        """Return the indices of a round's proxy rows, int64 `[D]`; None for all rows.
+        """Return the indices of a round's proxy rows, int64 `[D]`, or None for all rows.
 
-        Client and server draw them from equally seeded generators, so indices are not sent.
+        Client and server draw the indices from equally seeded generators, so indices are not sent.
 
         Args:
             participant: The client or the server.
-            round_idx: Index of the round. None is the current round.
+            round_idx: Index of the round. If None, the current round is used.
         """
         if self.proxy_rows is None:
             return None
@@ -89,13 +89,13 @@ class ProxyTraining(Algorithm):
         return torch.randperm(total, generator=generator)[: self.proxy_rows].sort().values
 
     def store_teacher(self, server: Participant, **content: object) -> None:
-        """Store values such as the teacher in the server's state.
+        """Store values, such as the teacher, in the server's state.
 
-        If each round samples its proxy rows, the index of the round is stored as well.
+        If proxy rows are sampled in each round, the index of the round is stored as well.
 
         Args:
             server: The server.
-            **content: The values by name.
+            **content: The values, keyed by name.
         """
         server.state.update(content)
         if self.proxy_rows is not None:
@@ -103,9 +103,10 @@ class ProxyTraining(Algorithm):
 
     @staticmethod
     def teacher_for(server: Participant, client_info: ClientInfo) -> Items:
-        """Return the items to broadcast: the teacher and the round of its proxy rows.
+        """Return the items to broadcast: the teacher, and the round in which its rows were sampled.
 
-        The result is empty before the first teacher exists and for clients without proxy rows.
+        The round is left out if the whole proxy set is used. The dictionary is empty before the
+        first teacher exists and for clients without the proxy set.
         """
         if not client_info.has_proxy:
             return {}
@@ -113,19 +114,19 @@ class ProxyTraining(Algorithm):
         return {name: server.state[name] for name in names if name in server.state}
 
     def teacher_rows(self, client: Participant, received: Payload) -> Tensor | None:
-        """Return the indices of the proxy rows of a received teacher; None for all rows."""
+        """Return the indices of the proxy rows of a received teacher, or None for all rows."""
         if PROXY_INDICES not in received:
             return None
         return self.proxy_indices(client, int(received[PROXY_INDICES]))
 
     def predict_proxy(self, client: Participant, rows: Tensor | None) -> Plan[Tensor]:
-        """Predict proxy rows with the client's model, for an upload.
+        """Predict proxy rows with the client's own model.
 
         The client's settings `recalibrate` and `prior_correction` apply.
 
         Args:
             client: The client.
-            rows: Indices of the rows, int64 `[D]`; None for all rows.
+            rows: Indices of the rows, int64 `[D]`. If None, all rows are predicted.
 
         Returns:
             Logits, shape `[D, C]`.
@@ -144,13 +145,13 @@ class ProxyTraining(Algorithm):
         teacher: Tensor | None = None,
         **objective: Any,
     ) -> Fit:
-        """Create the step that distills the teacher into a client's model on the proxy set.
+        """Create the `Fit` step that distills the teacher into a client's model on the proxy set.
 
         Args:
             client: The client.
             received: Received items, which include the teacher.
             epochs: Number of epochs.
-            teacher: Logits of the teacher, shape `[D, C]`. None uses the received logits.
+            teacher: Logits of the teacher, shape `[D, C]`. If None, the received logits are used.
             **objective: Further fields of `TeacherDistillation`.
         """
         loss = TeacherDistillation(client.task.kind, self.temperature, **objective)
@@ -161,7 +162,9 @@ class ProxyTraining(Algorithm):
         )
 
     def proxy_replay(self, client: Participant, received: Payload, weight: float) -> Fit:
-        """Create the local training step that also distills on a batch of proxy rows.
+        """Create the `Fit` step of local training that also distills the teacher on proxy rows.
+
+        Each optimizer step uses a random batch of proxy rows in addition to the client's own batch.
 
         Args:
             client: The client.
@@ -180,7 +183,7 @@ class ProxyTraining(Algorithm):
         return local_fit(client, objective, extra_batches=batches)
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
-        """Distill this round's teacher into the server's student, if there is one."""
+        """Distill this round's teacher into the server's student, if the server has a student."""
         if STUDENT in server.models:
             yield self.server_fit(server, STUDENT, teacher, self.student_epochs)
 
@@ -192,14 +195,14 @@ class ProxyTraining(Algorithm):
         epochs: int,
         preprocess: object = None,
     ) -> Fit:
-        """Create the step that distills this round's teacher into one of the server's models.
+        """Create the `Fit` step that distills this round's teacher into one of the server's models.
 
         Args:
             server: The server.
             slot: Slot of the model. The student keeps its optimizer state between rounds.
             teacher: Logits of the round's proxy rows, shape `[D, C]`.
             epochs: Number of epochs.
-            preprocess: Preprocessing of the rows. None uses that of the server.
+            preprocess: Preprocessing of the rows. If None, the server's preprocessing is used.
         """
         rows = self.proxy_indices(server)
         return Fit(
@@ -227,11 +230,11 @@ DistilledStatistics = Annotated[
 
 
 def predicts_without_prior(settings: ClientSettings) -> bool:
-    """Return whether a client's proxy predictions do not include its class prior."""
+    """Return whether the class prior does not affect a client's proxy predictions."""
     return bool(settings.logit_adjustment or settings.prior_correction)
 
 
-# Key of the server's state with the label counts of all uploads so far.
+# Entry of the server's state with the sum of all uploaded label counts.
 LABELS = "labels"
 
 
@@ -240,9 +243,9 @@ class ProxyDistillation(ProxyTraining):
 
     The teacher is the weighted mean of the clients' logits. The setting `teacher` selects the
     weights: equal weights (`mean`), the number of rows n_k of client k (`samples`), exp(−entropy)
-    of each prediction (`entropy`), or weights by class (`contrast`). With `contrast`, the values
-    max(log p, −8) are averaged instead, with weights n_kc·(1 − n_kc/n_k) + 0.1, where client k has
-    n_kc rows of class c. DS-FL averages probabilities instead of logits.
+    of each prediction (`entropy`), or weights per class (`contrast`). With `contrast`, the values
+    max(log p, −8) are averaged instead of the logits, with weights n_kc·(1 − n_kc/n_k) + 0.1, where
+    client k has n_kc rows of class c. DS-FL averages probabilities instead of logits.
 
     With `align: λ`, the server adds λ·(log q_c − log p̄_c) to class c of the teacher, where q are
     the label frequencies of all uploads so far and p̄ is the teacher's mean prediction
@@ -251,7 +254,7 @@ class ProxyDistillation(ProxyTraining):
     are distributed like the classes of all clients together.
 
     Contrast weights and alignment use the label counts of clients whose `shares` contain
-    `statistics`, in multi-class tasks only. For other clients, `contrast` assumes balanced classes.
+    `statistics`, in multiclass tasks only. For other clients, `contrast` assumes balanced classes.
     Label counts are private data and receive noise under `privacy`.
     """
 
@@ -268,17 +271,20 @@ class ProxyDistillation(ProxyTraining):
     @property
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
-        """Predictions on the proxy set, and label counts if the teacher is aligned."""
+        """Declarations of the predictions, and of label counts if the teacher is aligned."""
         logits = ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
         return {"logits": logits, **self.label_counts_spec()}
 
     def label_counts_spec(self, use: Literal["sum", "each"] = "sum") -> Mapping[str, ItemSpec]:
-        """Return the declaration of label counts; empty if the teacher is not aligned."""
+        """Return the declaration of label counts.
+
+        The mapping is empty if the teacher is not aligned.
+        """
         spec = ItemSpec("counts", use, private=True, share="statistics")
         return {COUNTS: spec} if self.align else {}
 
     def upload_predictions(self, client: Participant) -> Plan[Items]:
-        """Predict the round's proxy rows and return the upload.
+        """Predict the round's proxy rows and return the client's upload.
 
         The upload is empty if the client does not share predictions in this round.
         """
@@ -295,17 +301,21 @@ class ProxyDistillation(ProxyTraining):
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 
     def label_counts(self, client: Participant) -> Items:
-        """Return the client's label counts as an item; empty if not needed or not shared."""
+        """Return the client's label counts as an item.
+
+        The dictionary is empty if the teacher is not aligned, the task is not multiclass, or the
+        client does not share statistics in this round.
+        """
         is_used = bool(self.align) and client.task.kind == "multiclass"
         if not is_used or not may_share(client, "statistics"):
             return {}
         return {COUNTS: Item(client.counts, kind="counts")}
 
     def update_teacher(self, server: Participant, uploads: Uploads) -> Tensor | None:
-        """Compute, store and return the teacher, the mean of uploaded logits.
+        """Compute, store and return the teacher, the weighted mean of the uploaded logits.
 
         Returns:
-            Logits of shape `[D, C]`; None if no client uploaded logits.
+            Logits of shape `[D, C]`, or None if no client uploaded logits.
         """
         teacher = uploads.mean("logits")
         if teacher is not None:
@@ -316,7 +326,7 @@ class ProxyDistillation(ProxyTraining):
     def align_teacher(self, server: Participant, uploads: Uploads, teacher: Tensor) -> Tensor:
         """Align the teacher with the labels of all uploads so far, if `align` is set.
 
-        Counts accumulate over the rounds, as a small cohort may lack a class.
+        Label counts are accumulated over all rounds, because a small cohort may lack a class.
 
         Args:
             server: The server.
@@ -324,7 +334,8 @@ class ProxyDistillation(ProxyTraining):
             teacher: Mean logits, shape `[D, C]`.
 
         Returns:
-            Aligned logits, shape `[D, C]`.
+            Aligned logits, shape `[D, C]`, or the unchanged logits if no label counts are
+            available.
         """
         if self.align and uploads.is_available(COUNTS):
             server.state[LABELS] = uploads.total(COUNTS)[0] + server.state.get(LABELS, 0)
@@ -334,7 +345,7 @@ class ProxyDistillation(ProxyTraining):
         log_q = log_prior(server.task, server.state[LABELS].clamp(min=0))
         if log_q is None:
             return teacher
-        # All clients agree (see `hetero_fl.experiment.compatibility`).
+        # These settings are equal for all clients, as `hetero_fl.experiment.compatibility` checks.
         balanced = predicts_without_prior(server.peers.main_profile.settings)
         return align_to_labels(teacher, log_q, self.align, balanced)
 
@@ -352,12 +363,14 @@ class ProxyDistillation(ProxyTraining):
         Args:
             server: The server.
             teacher: Logits of the round's proxy rows, shape `[D, C]`.
-            senders: Clients that uploaded a model. Groups without such a client are not trained.
+            senders: Clients that uploaded a model. Models of groups without such a client are not
+                changed.
             epochs: Number of epochs.
-            statistics: Source of the models' BatchNorm statistics: `proxy` keeps those of the proxy
-                rows, `clients` restores the mean of the clients' statistics.
+            statistics: Source of the models' BatchNorm statistics. With `proxy`, the statistics of
+                the proxy rows are kept. With `clients`, the mean of the clients' statistics is
+                restored.
         """
-        # The client with the lowest id determines the preprocessing of its group.
+        # The client with the lowest id determines the preprocessing of the whole group.
         preprocess = {
             c.arch.spec_id: c.preprocess
             for c in sorted(senders, key=lambda c: c.client_id, reverse=True)
@@ -380,13 +393,13 @@ DONE = "initial_phase"
 class InitialPhase(ProxyTraining):
     """Base class of methods with an initial training phase before a client's first round.
 
-    In the first round in which a client participates, it trains on the labeled proxy set (FedMD)
-    and then on its own rows. The client's private state records the phase, which is repeated only
-    if that round fails. Models that are evaluated before that round are untrained. The number of
-    epochs is fixed, where the authors stop early, and clients use their own optimizers.
+    In its first round, a client trains on the labeled proxy set (FedMD only) and then on its own
+    rows, before the regular training. The completed phase is recorded in the client's private state
+    and repeated only if the round fails. Models that are evaluated earlier are untrained. The
+    number of epochs is fixed, whereas the authors stop early. Clients use their own optimizers.
 
-    FedMD needs `data.proxy.labels: true`, unless `initial_public_epochs` is 0. The phase
-    cannot be combined with `privacy.unit: record`, and simulated time does not include it.
+    FedMD needs `data.proxy.labels: true`, unless `initial_public_epochs` is 0. The phase cannot be
+    combined with `privacy.unit: record` and is not part of the simulated time.
     """
 
     initial_phase: bool = Field(
@@ -397,14 +410,15 @@ class InitialPhase(ProxyTraining):
     )
 
     def initial_training(self, client: Participant, public_epochs: int = 0) -> Plan[None]:
-        """Run the initial phase of a client, if it is enabled and has not been run.
+        """Run the initial phase of a client, unless the phase is disabled or has been completed.
 
         The loss on proxy rows uses neither logit adjustment nor class weights, because both depend
         on the client's own rows.
 
         Args:
             client: The client.
-            public_epochs: Epochs on the labeled proxy set; 0 skips it.
+            public_epochs: Epochs on the labeled proxy set. If 0, the client trains on its own rows
+                only.
         """
         if not self.initial_phase or DONE in client.state:
             return

@@ -29,12 +29,13 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
     Args:
         p: Probabilities, shape `[N, C]`.
         bits: Number of bits per probability. One bit is a vote for the most probable class.
-        sums_to_one: Whether rows are distributions. They then stay distributions: all values are
-            rounded down, and the missing levels are added to the largest remainders. Otherwise each
-            value is rounded to the nearest level.
+        sums_to_one: Whether each row is a distribution. If True, all values are rounded down, and
+            the missing levels are added to the largest remainders, so that quantized rows are
+            distributions, too. Otherwise, each value is rounded to the nearest level.
 
     Returns:
-        Levels from 0 to 2^bits − 1, uint8 `[N, C]`; the probability is level / (2^bits − 1).
+        Levels from 0 to 2^bits − 1, uint8 `[N, C]`. A level divided by 2^bits − 1 is the quantized
+        probability.
 
     Example:
         >>> import torch
@@ -55,14 +56,22 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
 
 
 def pack_labels(levels: Tensor, bits: int) -> Tensor:
-    """Pack levels `[N, C]` with `bits` bits each into uint8 `[N, ceil(C·bits / 8)]`."""
+    """Pack quantized levels of `bits` bits each into bytes.
+
+    Args:
+        levels: Levels, uint8 `[N, C]`.
+        bits: Number of bits per level.
+
+    Returns:
+        Packed levels, uint8 `[N, ceil(C·bits / 8)]`.
+    """
     single_bits = (levels.cpu()[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
     packed = np.packbits(single_bits.flatten(1).numpy(), axis=1, bitorder="little")
     return torch.from_numpy(packed).to(levels.device)
 
 
 def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
-    """Reverse `pack_labels`.
+    """Unpack the levels that `pack_labels` packed into bytes.
 
     Args:
         packed: Packed levels, uint8 `[N, ceil(C·bits / 8)]`.
@@ -78,17 +87,17 @@ def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
     return levels.to(packed.device)
 
 
-# Key of the server's state for the round in which each cached row was computed.
+# Entry of the server's state with the index of the round in which each cached row was computed.
 CONSENSUS_ROUNDS = "made"
 
 
 class CachedPredictions(ProxyDistillation):
     """Base class of methods that cache the consensus on proxy rows (SCARLET, Azuma et al. 2025).
 
-    Rows are requested and sent only if the receiver lacks them or they have expired. The server
-    stores the `teacher`, shape `[D, C]`, the round in which each of its rows was computed, and for
-    each client the last round in which the client's cache was up to date. Clients store a `cache`,
-    shape `[D, C]`.
+    A row is requested and sent only if the cache of the receiver does not contain the row or the
+    cached row has expired. The state of the server contains the `teacher`, shape `[D, C]`, the
+    round in which each row of the teacher was computed, and the last round in which the cache of
+    each client was up to date. The state of a client contains a `cache`, shape `[D, C]`.
     """
 
     cache_life: PositiveInt | None = Field(
@@ -114,15 +123,22 @@ class CachedPredictions(ProxyDistillation):
 
     @staticmethod
     def consensus_rounds(server: Participant) -> Tensor:
-        """Return the round of each row's consensus, int64 `[D]`; -1 for rows without one."""
+        """Return the round in which the consensus on each row was computed, int64 `[D]`.
+
+        The value is -1 for rows without a consensus.
+        """
         made: Tensor | None = server.state.get(CONSENSUS_ROUNDS)
         if made is None:
             return torch.full((len(server.data("proxy", None)["x"]),), -1)
-        # Proxy indices are on the CPU.
+        # Proxy indices are on the CPU, so the result must be, too.
         return made.cpu()
 
     def cache_update(self, server: Participant, client_info: ClientInfo) -> Items:
-        """Return the items to broadcast: requested rows, and teacher rows that the client lacks."""
+        """Return the requested rows, and the rows of the teacher that the client lacks, as items.
+
+        Rows are requested only for training. The dictionary is empty for clients without the proxy
+        set.
+        """
         if not client_info.has_proxy:
             return {}
         items: Items = {}
@@ -143,10 +159,11 @@ class CachedPredictions(ProxyDistillation):
         Args:
             server: The server.
             uploads: Uploads of the round.
-            teacher: Logits of the requested rows; None if no client predicted them.
+            teacher: Logits of the requested rows, or None if no client uploaded predictions.
 
         Returns:
-            Logits of all rows of the round; None if some were requested but not predicted.
+            Logits of all proxy rows of the round, or None if rows were requested but no client
+            uploaded predictions.
         """
         requested = self.requested_rows(server)
         now = server.round_context.round_idx
@@ -173,10 +190,11 @@ class CachedPredictions(ProxyDistillation):
         Args:
             client: The client.
             received: Received items, which include the teacher.
-            rows: Indices of the rows to return; None for all.
+            rows: Indices of the rows to return. If None, all rows are returned.
 
         Returns:
-            Logits of these rows, shape `[D, C]`.
+            Logits of these rows, shape `[D, C]`. If the method does not use a cache, the received
+            teacher.
         """
         teacher: Tensor = received[TEACHER]
         if "new" not in received:
@@ -201,12 +219,12 @@ class DSFL(CachedPredictions):
 
     The setting `sharpen` selects how the mean p̄ is sharpened: `era` (entropy reduction) computes
     softmax(p̄ / T), and `power` computes p̄^β / Σ p̄^β (SCARLET, Azuma et al. 2025). With
-    `cache_life`, rows are sent only if the receiver lacks them or they have expired (SCARLET; the
-    authors use 50 rounds). With `bits`, clients upload probabilities that are quantized to
-    multiples of 1/(2^b − 1) for b bits (CFD, Sattler et al. 2020).
+    `cache_life`, only missing and expired rows are sent (SCARLET, where the authors use 50 rounds).
+    With `bits`, clients upload probabilities that are quantized to multiples of 1/(2^b − 1) for b
+    bits (CFD, Sattler et al. 2020).
 
-    Use it where the mean prediction is uncertain; set `cache_life` and `bits` to reduce traffic.
-    Where the mean prediction is confident but wrong, sharpening makes it worse.
+    Use this method where the mean prediction is uncertain. Set `cache_life` and `bits` to reduce
+    traffic. Where the mean prediction is confident but wrong, sharpening increases the error.
 
     References:
         Itahara et al., "Distillation-Based Semi-Supervised Federated Learning for
@@ -254,7 +272,11 @@ class DSFL(CachedPredictions):
     @property
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
-        """Probabilities or their codes, and label counts if the teacher is aligned."""
+        """Declarations of the uploaded items.
+
+        Clients upload probabilities (quantized `codes` if `bits` is set), and label counts if the
+        teacher is aligned.
+        """
         # Codes cannot be summed, and the cache records which clients sent predictions.
         can_sum = self.bits is None and self.cache_life is None
         use: Literal["each", "sum"] = "sum" if can_sum else "each"
@@ -301,11 +323,11 @@ class DSFL(CachedPredictions):
         return replace(weighted, values=self.averaged_form(client.task, p))
 
     def averaged_form(self, task: Task, p: Tensor) -> Tensor:
-        """Return the values to average: probabilities, or their clipped logarithms."""
+        """Return the values that are averaged: probabilities, or clipped log-probabilities."""
         return p.log().clamp(min=CLIP) if self.averages_logarithms(task) else p
 
     def averages_logarithms(self, task: Task) -> bool:
-        """Return whether logarithms of probabilities are averaged."""
+        """Return whether log-probabilities are averaged instead of probabilities."""
         return self.teacher == "contrast" and task.kind == "multiclass"
 
     @override
@@ -325,7 +347,7 @@ class DSFL(CachedPredictions):
             yield from self.train_student(server, teacher)
 
     def decoded_mean(self, server: Participant, uploads: Uploads) -> Tensor | None:
-        """Return the mean of the quantized uploads, or None if there are none."""
+        """Return the mean of the decoded uploads, or None if no client uploaded codes."""
         assert self.bits is not None
         predictions = {}
         for upload in uploads.containing("codes"):
@@ -337,7 +359,9 @@ class DSFL(CachedPredictions):
         return uploads.consensus("codes", predictions)
 
     def align_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
-        """Align the mean prediction with the label frequencies, before it is sharpened.
+        """Align the mean prediction with the label frequencies, before sharpening.
+
+        The mean is returned unchanged if `align` is 0 or the task is not multiclass.
 
         Args:
             server: The server.
@@ -358,5 +382,5 @@ class DSFL(CachedPredictions):
 
 
 def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
-    """Return the softmax of logits, or their sigmoid if the task is not multi-class."""
+    """Return the softmax of logits for a multiclass task, otherwise the sigmoid."""
     return logits.softmax(-1) if task.kind == "multiclass" else logits.sigmoid()

@@ -22,11 +22,12 @@ class FD(Algorithm):
     """Distill the mean logits of each class over all clients into the clients' models.
 
     The local loss is cross-entropy plus λ·KL·T² towards the mean logits of the example's class
-    (Jeong et al. 2018, Algorithm 1). Clients upload sums of logits `[C, C]` and counts `[C]` by
-    class; the server divides the total sums by the total counts and sends the means `[C, C]`.
+    (Jeong et al. 2018, Algorithm 1). Clients upload the sums of logits `[C, C]` and the number of
+    rows `[C]` per class. The server divides the total sums by the total counts and broadcasts the
+    means `[C, C]`.
 
-    Use it where models differ, there is no proxy set and traffic must be small. Expect a small gain
-    over `local`.
+    Use this method where models differ, there is no proxy set and traffic must be small. Expect a
+    small gain over `local`.
 
     Deviations: a client's own logits are part of its teacher, and logits are computed after local
     training.
@@ -75,10 +76,10 @@ class FD(Algorithm):
         return {"class_logits": (yield from self.class_statistics(client))}
 
     def class_statistics(self, client: Participant) -> Plan[Item]:
-        """Return an item with the sums of the client's outputs by true class, shape `[C, C]`.
+        """Return an item with the sums of the client's outputs per true class, shape `[C, C]`.
 
-        The outputs are logits or, with `teacher: contrast`, clipped log-probabilities that are
-        multiplied by the contrast weight of the class.
+        The outputs are logits. With `teacher: contrast`, the outputs are clipped log-probabilities
+        instead, multiplied by the contrast weight of each class.
         """
         if self.teacher == "mean":
             sums, counts = yield ClassSums("model")

@@ -34,15 +34,15 @@ class FedAvg(Algorithm):
 
     The server computes θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1). With several
     architectures, models are averaged within each architecture, and tensors that `clients.common`
-    names are averaged across architectures. BatchNorm statistics are averaged like weights; integer
+    names are averaged across architectures. BatchNorm statistics are averaged like weights. Integer
     buffers are not sent.
 
-    `weighting: sum` adds the clients' updates instead of averaging them: θ ← θ + λ·Σ(θ_k − θ). With
-    K uploads this equals uniform weights and a server learning rate of λ·K, except that buffers
-    never move beyond the mean.
+    `weighting: sum` adds the clients' updates without averaging: θ ← θ + λ·Σ(θ_k − θ). With K
+    uploads this equals uniform weights and a server learning rate of λ·K, except that buffers never
+    move beyond the mean.
 
-    Use it where clients have the same model and similar labels. With skewed labels and many local
-    epochs, the models of the clients drift apart.
+    Use this method where clients have the same model and similar labels. With skewed labels and
+    many local epochs, the models of the clients drift apart.
 
     References:
         McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
@@ -64,7 +64,10 @@ class FedAvg(Algorithm):
     server_lr: PositiveFloat = Field(1.0, description="server learning rate λ")
 
     def weight_of(self, client: Participant | ClientInfo) -> float:
-        """Return the weight of a client in the mean."""
+        """Return the weight of a client in the mean.
+
+        The weight is the number of training rows with `weighting: samples`, otherwise 1.
+        """
         return float(client.num_rows) if self.weighting == "samples" else 1.0
 
     @override
@@ -84,7 +87,7 @@ class FedAvg(Algorithm):
 
 @register_algorithm("fedavg_ft")
 class FedAvgFT(FedAvg):
-    """Average parameters; clients fine-tune the average on their own rows before evaluation.
+    """Average parameters and fine-tune the average on each client's own rows before evaluation.
 
     This is an alias of `fedavg` with `fine_tune_epochs: 5`, the value of FedBABU.
 
@@ -110,13 +113,13 @@ class FedAvgFT(FedAvg):
 class FedProx(FedAvg):
     """Average parameters trained with a proximal term that keeps clients close to the average.
 
-    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the model that they received at the start
-    of the round (Li et al. 2020, eq. 2). The norm includes all parameters. The exchange is the same
-    as in FedAvg.
+    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the received model at the start of the
+    round (Li et al. 2020, eq. 2). The norm includes all parameters. The exchange is the same as in
+    FedAvg.
 
-    Use it where the models of clients drift apart because of skewed labels, many local epochs or
-    unequal amounts of work. A large μ keeps them at the received model; μ = 0 is FedAvg. The paper
-    tunes μ between 0.001 and 1.
+    Use this method where the models of clients drift apart because of skewed labels, many local
+    epochs or unequal amounts of work. A large μ keeps the models close to the received model. With
+    μ = 0, the method equals FedAvg. The paper tunes μ between 0.001 and 1.
 
     References:
         Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020.
@@ -140,6 +143,7 @@ class FedProx(FedAvg):
         return upload_model(self, client, self.weight_of(client))
 
 
+# Name of the item with the norms ‖a_k‖₁.
 PATH = "path"
 
 
@@ -149,13 +153,13 @@ class FedNova(Algorithm):
 
     The server computes θ ← θ + λ·τ_eff·Σ w_k (θ_k − θ)/‖a_k‖₁ with τ_eff = Σ w_k ‖a_k‖₁ (Wang et
     al., NeurIPS 2020, eqs. 3, 6 and 13). Without momentum, ‖a_k‖₁ is the number τ of local steps.
-    With momentum ρ, it is (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ), where ρ² replaces the first ρ for
-    Nesterov momentum. Clients upload it as the item `path`. If ‖a_k‖₁ is equal for all clients, the
-    method equals FedAvg. Buffers (BatchNorm statistics) are averaged without normalization.
+    With momentum ρ, ‖a_k‖₁ is (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ), where ρ² replaces the first ρ for
+    Nesterov momentum. Clients upload ‖a_k‖₁ as the item `path`. If ‖a_k‖₁ is equal for all clients,
+    the method equals FedAvg. Buffers (BatchNorm statistics) are averaged without normalization.
 
-    Use it where clients take unequal numbers of steps, because their data sets differ in size or a
-    deadline stops some of them early; FedAvg then minimizes a different objective. The theory
-    covers SGD. A step of any other optimizer counts as 1.
+    Use this method where clients take unequal numbers of steps, because data sets differ in size or
+    a deadline stops some clients early. In this case, FedAvg minimizes a different objective. The
+    theory covers SGD. A step of any other optimizer counts as 1.
 
     References:
         Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
@@ -220,9 +224,9 @@ class FedNova(Algorithm):
 def accumulated_steps(steps: int, optimizer: OptimizerConfig) -> float:
     """Return ‖a‖₁, the sum of the coefficients of all gradients in a client's update.
 
-    Coefficients are multiples of the learning rate. For SGD without momentum and for all other
-    optimizers, the sum is the number of steps τ. With momentum ρ, it is
-    (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ) (Wang et al. 2020, section 4); with Nesterov momentum, ρ²
+    Coefficients are expressed as multiples of the learning rate. For SGD without momentum and for
+    all other optimizers, the sum is the number of steps τ. With momentum ρ, the sum is
+    (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ) (Wang et al. 2020, section 4). With Nesterov momentum, ρ²
     replaces the first ρ.
     """
     rho = optimizer.momentum

@@ -1,4 +1,4 @@
-"""FedDF: averaging by architecture, followed by ensemble distillation at the server."""
+"""FedDF: averaging within each architecture, then ensemble distillation at the server."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from hetero_fl.core.plan import Plan, Predict, Recalibrate, Rows
 
 @register_algorithm("feddf")
 class FedDF(ProxyDistillation, FedAvg):
-    """Average models by architecture, then distill the ensemble of all clients into each average.
+    """Average models per architecture, then distill the ensemble of all clients into each average.
 
-    The teacher is the mean of all clients' logits on the proxy set. The server distills it into the
-    average of each architecture and sends the result (Lin et al. 2020, Algorithm 3). Clients that
-    do not share their whole model upload their logits on the proxy set, which results in the same
-    teacher. Label counts are uploaded only for a contrast-weighted or an aligned teacher.
+    The teacher is the mean of all clients' logits on the proxy set. The server distills the teacher
+    into the average of each architecture and broadcasts the result (Lin et al. 2020, Algorithm 3).
+    Clients that do not share their whole model upload logits on the proxy set instead, which
+    results in the same teacher. Label counts are uploaded only for a contrast-weighted teacher, an
+    aligned teacher, or `prior_correction`.
 
-    Use it where clients may send parameters and the server has public rows and enough compute.
-    Secure aggregation is not possible, because the server evaluates each uploaded model. Under
-    label skew, set `logit_adjustment` and either `teacher: contrast` or `align`.
+    Use this method where clients may send parameters and the server has public rows and enough
+    compute. Secure aggregation is not possible, because the server evaluates each uploaded model.
+    Under label skew, set `logit_adjustment` and either `teacher: contrast` or `align`.
 
     Deviations from the authors' defaults (T = 1, batches of 128, up to 10,000 steps with early
     stopping): T = 2, batches of 32 and a fixed number of epochs with a constant learning rate.
@@ -73,7 +74,7 @@ class FedDF(ProxyDistillation, FedAvg):
         return items
 
     def needs_counts(self, settings: ClientSettings) -> bool:
-        """Return whether the server needs a client's label counts to use its predictions."""
+        """Return whether the server needs label counts to use a client's predictions."""
         return self.teacher == "contrast" or bool(settings.prior_correction)
 
     @override
@@ -117,14 +118,15 @@ class FedDF(ProxyDistillation, FedAvg):
     ) -> Plan[dict[str, Tensors]]:
         """Return the tensors with which each client's model predicts the proxy rows.
 
-        Clients' BatchNorm statistics are recomputed on proxy rows if their settings require it.
+        BatchNorm statistics are recomputed on proxy rows for clients with the setting `recalibrate:
+        [proxy_predictions]`.
 
         Args:
             server: The server.
             teachers: Uploads with a whole model.
 
         Returns:
-            The tensors of the models by client id.
+            The tensors of the models, keyed by client id.
         """
         models = {u.client: {**server.models[u.group], **u.payload["model"]} for u in teachers}
         recalibrated = [

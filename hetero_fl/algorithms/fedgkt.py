@@ -37,7 +37,8 @@ from model_zoo import ModelError
 
 # Slot of the server's model, whose inputs are features.
 LARGE = "large"
-# Uploaded items by name, and the columns of the server's training set that they become.
+# Names of the uploaded items, and the names of the corresponding columns of the server's training
+# set.
 ROWS = {"features": "x", "logits": "teacher", "labels": "y"}
 
 
@@ -45,17 +46,17 @@ ROWS = {"features": "x", "logits": "teacher", "labels": "y"}
 class FedGKT(CommonFeatureWidth):
     """Train a large server model on clients' features, with mutual distillation of logits.
 
-    Clients minimize CE + λ·KL·T² with the server's logits for their rows as teacher and upload the
-    features, logits and label of every training row. The server trains its model on all features
-    with the same loss and the clients' logits as teacher, and sends its logits back (He et al.
-    2020, Algorithm 1). For evaluation, clients receive the large model. A client that missed rounds
-    receives the logits of the last round in which it participated.
+    Clients minimize CE + λ·KL·T², where the server's logits of the client's rows are the teacher.
+    Clients then upload the features, logits and label of every training row. The server trains its
+    model on all features with the same loss, where the clients' logits are the teacher, and sends
+    its own logits back (He et al. 2020, Algorithm 1). For evaluation, clients receive the large
+    model. A client that missed rounds receives the logits of its last round of participation.
 
     Uploaded features and labels reveal information about each training row. Clients without
-    `features` in `shares` upload nothing. Use it where clients have little compute and the server
-    may see features.
+    `features` in `shares` upload nothing. Use this method where clients have little compute and the
+    server may see features.
 
-    Deviations: the inputs of the server's model are feature vectors, where the paper uses feature
+    Deviations: the inputs of the server's model are feature vectors, whereas the paper uses feature
     maps, and the models of clients may differ. The feature extractor is the backbone of a client's
     model, whose features have the common width.
 
@@ -103,7 +104,7 @@ class FedGKT(CommonFeatureWidth):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
-        """Requirements of the method: one feature width."""
+        """Requirements of the method: one feature width for all clients."""
         by_server = self.inference == "server"
         return Needs(
             tasks=("multiclass",),
@@ -201,7 +202,7 @@ class FedGKT(CommonFeatureWidth):
 
     @staticmethod
     def log_prior_of(server: Participant, upload: Upload) -> Tensor:
-        """Return a client's log class prior, repeated for each of its rows, shape `[n, C]`.
+        """Return a client's log class prior, repeated for each uploaded row, shape `[n, C]`.
 
         All values are 0 if the client does not use logit adjustment.
         """

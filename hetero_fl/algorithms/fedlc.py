@@ -51,7 +51,9 @@ class CalibratedMargins(Supervised):
 
 
 def label_margins(counts: Tensor, tau: float) -> Tensor:
-    """Return the margin τ·n_c^(−1/4) of each class; infinite for classes without examples.
+    """Return the margin τ·n_c^(−1/4) of each class, shape `[C]`.
+
+    The margin of a class without examples is infinite.
 
     Args:
         counts: Number of examples of each class, shape `[C]`.
@@ -67,11 +69,11 @@ class FedLC(FedAvg):
 
     Clients minimize the cross-entropy of z_c − τ·n_c^(−1/4), where the client has n_c examples of
     class c (Zhang et al. 2022, eq. 5). In the paper's equation, the denominator of the softmax
-    excludes the true class. The margin of classes without examples is infinite, which removes them
-    from the softmax. The exchange is the same as in FedAvg.
+    excludes the true class. The margin of classes without examples is infinite, which removes these
+    classes from the softmax. The exchange is the same as in FedAvg.
 
-    Use it where labels are skewed and all clients have the same model. The related rule of Menon et
-    al. (2021) is available for other methods as the setting `logit_adjustment`.
+    Use this method where labels are skewed and all clients have the same model. The related rule of
+    Menon et al. (2021) is available for other methods as the setting `logit_adjustment`.
 
     The implementation has not been compared with the authors' code, which does not seem to be
     public, and the paper does not state τ. Other implementations use 0.1 or 1, and the usual

@@ -21,17 +21,17 @@ class FedMD(InitialPhase, ProxyDistillation):
     """Distill the mean of all clients' predictions on a public proxy set into each client's model.
 
     Clients first distill the last round's consensus on the proxy set, then train on their own rows
-    (Li and Wang 2019, Algorithm 1). They upload logits, shape `[D, C]` for D proxy rows and C
-    classes, and receive the mean. Labels of the proxy set are not used.
+    (Li and Wang 2019, Algorithm 1). Clients upload logits, shape `[D, C]` for D proxy rows and C
+    classes, and receive the mean of all uploads. Labels of the proxy set are not used.
 
-    Use it where all models differ and no parameter may leave a client. It needs public rows that
-    resemble the private ones. Under label skew, set `logit_adjustment` and either
+    Use this method where all models differ and no parameter may leave a client. The method needs
+    public rows that resemble the private rows. Under label skew, set `logit_adjustment` and either
     `teacher: contrast` or `align`.
 
-    Deviations: the default distance is the KL divergence with T = 2; the authors' code uses the
-    mean absolute error of logits. The paper's initial phase is off by default (`initial_phase`), so
-    that the proxy set needs no labels. The initial phase has no early stopping, and local training
-    follows it in the first round.
+    Deviations: the default distance is the KL divergence with T = 2, whereas the authors' code uses
+    the mean absolute error of logits. The paper's initial phase is off by default
+    (`initial_phase`), so that the proxy set needs no labels. The initial phase has no early
+    stopping and is followed by local training in the first round.
 
     References:
         Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019.

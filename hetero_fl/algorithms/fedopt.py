@@ -21,8 +21,8 @@ class ServerOptimizer(FedAvg):
     """Base class of methods that apply an optimizer to the mean update Δ = Σ w_k θ_k − θ.
 
     Each architecture has its own optimizer state, which stays at the server. Tensors that no client
-    uploads in a round do not change, nor does their optimizer state. Buffers are set to the mean,
-    because an extrapolated variance could be negative.
+    uploads in a round do not change, and neither does the optimizer state of these tensors. Buffers
+    are set to the mean, because an extrapolated variance could be negative.
     """
 
     weighting: Literal["samples", "uniform"] = Field(
@@ -44,12 +44,13 @@ class ServerOptimizer(FedAvg):
     def server_step(
         self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
     ) -> Tensors:
-        """Return the parameters after one step of the optimizer.
+        """Return the parameters after one step of the server optimizer.
 
         Args:
             model: Current model of the server.
             mean: Mean of the clients' parameters.
-            optimizer_state: State of the optimizer by kind and tensor name; updated in place.
+            optimizer_state: State of the optimizer, keyed by kind and tensor name. The state is
+                updated in place.
         """
         raise TypeError(f"{type(self).__name__} has no server optimizer")
 
@@ -59,11 +60,12 @@ class FedAvgM(ServerOptimizer):
     """Average parameters with momentum at the server.
 
     The server computes v ← β·v + Δ and θ ← θ + λ·v, where Δ = Σ w_k θ_k − θ (Hsu et al. 2019,
-    section 4.2). The momentum stays at the server. The exchange is the same as in FedAvg; β = 0 is
-    FedAvg.
+    section 4.2). The momentum stays at the server. The exchange is the same as in FedAvg. With β =
+    0, the method equals FedAvg.
 
-    Use it in long runs in which the mean update is noisy, because few clients participate in a
-    round or labels are skewed. It helps little in runs of a few rounds. Tune λ together with β.
+    Use this method in long runs in which the mean update is noisy, because few clients participate
+    in a round or labels are skewed. The momentum has little effect in runs of a few rounds. Tune λ
+    together with β.
 
     References:
         Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
@@ -97,7 +99,7 @@ class AdaptiveServerOptimizer(ServerOptimizer):
     """Base class of server optimizers with second moments (Reddi et al. 2021, Algorithm 2).
 
     The server computes m ← β₁m + (1 − β₁)Δ and θ ← θ + λ·m/(√v + τ). A subclass computes the second
-    moment v from Δ²; the initial value of v is τ². As in the paper, there is no bias correction.
+    moment v from Δ². The initial value of v is τ². As in the paper, there is no bias correction.
     """
 
     server_lr: PositiveFloat = Field(0.01, description="server learning rate λ")
@@ -136,12 +138,12 @@ class FedAdam(AdaptiveServerOptimizer):
     """Apply the mean update with the Adam optimizer at the server.
 
     With Δ = Σ w_k θ_k − θ, the server computes m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ² and θ ← θ
-    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). The initial value of v is τ²; as in the paper,
+    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). The initial value of v is τ². As in the paper,
     there is no bias correction. Buffers are set to the mean, because an extrapolated variance could
     be negative. The exchange is the same as in FedAvg.
 
-    Use it in long runs where the updates of different parameters differ much in size. Tune λ first,
-    for example with `--grid`; it is roughly the distance that a parameter moves per round.
+    Use this method in long runs where the updates of different parameters differ much in size. Tune
+    λ first, for example with `--grid`: λ is roughly the distance that a parameter moves per round.
 
     References:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295
@@ -165,8 +167,8 @@ class FedYogi(AdaptiveServerOptimizer):
     """Apply the mean update with the Yogi optimizer at the server.
 
     The method is FedAdam with the second moment v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large
-    update does not dominate v (Reddi et al. 2021, Algorithm 2). Prefer it to FedAdam if the size of
-    the updates changes over the run.
+    update does not dominate v (Reddi et al. 2021, Algorithm 2). Prefer FedYogi to FedAdam if the
+    size of the updates changes over the run.
 
     References:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295

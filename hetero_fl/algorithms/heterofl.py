@@ -41,7 +41,7 @@ from model_zoo import can_narrow, narrow_options, share_of
 MIN_WIDTH = 1 / 16
 # Largest number of clients whose widths are configured by client id.
 MAX_LISTED_CLIENTS = 1000
-# Default wide models by the number of input dimensions; 0 stands for tokens.
+# Default wide models, keyed by the number of input dimensions. The key 0 stands for tokens.
 DEFAULT_MODELS = {
     0: ModelConfig(name="text_cnn"),
     1: ModelConfig(name="mlp", hidden=[64]),
@@ -51,11 +51,11 @@ DEFAULT_MODELS = {
 
 
 def choose_model(client_infos: ClientDirectory) -> ModelConfig:
-    """Return the wide model: the widest model of the family that most clients use.
+    """Choose the wide model: the widest model of the family that most clients use.
 
-    A family consists of a model and its narrower copies. Of equally frequent families, the one with
-    the widest model is chosen. If no client's model can be narrowed, the choice depends on the
-    shape of the examples.
+    A family consists of a model and all narrower copies of this model. Of equally frequent
+    families, the family with the widest model is chosen. If no client's model can be narrowed, a
+    default model for the shape of the examples is chosen.
     """
     members = Counter[ModelSpec]()
     for profile in sorted(client_infos.profiles, key=lambda p: natural_key(p.first)):
@@ -77,16 +77,19 @@ def choose_widths(
     model: ModelConfig,
     client_infos: ClientDirectory,
 ) -> dict[str, float] | None:
-    """Return each client's share of the wide model's channels by client id.
+    """Return the width of each client's model, keyed by client id.
+
+    A width is the share of the wide model's channels that a client trains.
 
     Args:
-        configured: The setting `algorithm.widths`. None derives widths from the clients' models.
+        configured: The setting `algorithm.widths`. If None, widths are derived from the clients'
+            models.
         model: The wide model.
         client_infos: All clients.
 
     Returns:
-        Widths by client id; None if there are more than `MAX_LISTED_CLIENTS` clients, whose widths
-        then follow from their models.
+        The widths, or None if there are more than `MAX_LISTED_CLIENTS` clients. In the latter case,
+        widths follow from the clients' models.
 
     Raises:
         UserError: If the model cannot be narrowed or the widths do not suit the clients.
@@ -145,11 +148,11 @@ def _match_widths(configured: Mapping[str, float], client_ids: Sequence[str]) ->
 def describe_widths(
     model: ModelConfig, widths: Mapping[str, float] | None, client_infos: ClientDirectory
 ) -> list[str]:
-    """Return a note on the wide model and the width of each client.
+    """Describe the wide model and the width of each client in one line.
 
     Args:
         model: The wide model.
-        widths: Widths by client id; None derives them from the clients' models.
+        widths: Widths, keyed by client id. If None, widths are derived from the clients' models.
         client_infos: All clients.
     """
     if widths is None:
@@ -173,7 +176,7 @@ def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
     """Return the width of a client with this architecture, relative to the wide model.
 
     If the architecture is not a narrower copy of the wide model, the width is the power of two from
-    1/16 to 1 that is nearest to the square root of the ratio of their numbers of parameters. The
+    1/16 to 1 that is nearest to the square root of the ratio of both numbers of parameters. The
     number of parameters grows with the square of the width.
     """
     wide = wide_model(model, arch)
@@ -185,7 +188,7 @@ def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
 
 
 def wide_model(model: ModelConfig, arch: ModelSpec) -> ModelSpec:
-    """Return the wide model for the inputs of a client with this architecture."""
+    """Return the wide model with the input shape and outputs of a client's architecture."""
     sizes = (arch.outputs, arch.input_shape, model.feature_dim)
     return ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
 
@@ -211,7 +214,8 @@ def _check_full_width(model: ModelConfig, widest: float) -> None:
         )
 
 
-# With `masked`, heads are uploaded as one padded tensor, so that heads of all widths can be summed.
+# Names of the tensors of the head. With `masked`, the head is uploaded as one padded tensor, so
+# that heads of all widths can be summed.
 HEAD = ("head.weight", "head.bias")
 
 
@@ -237,16 +241,16 @@ def pack_head(weight: Tensor, bias: Tensor, width: int, mask: Tensor) -> tuple[T
 
 
 def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
-    """Return the wide model's head, with values replaced by the mean of packed heads.
+    """Return the wide model's head after replacing its values with the mean of the packed heads.
 
     Args:
         model: The wide model.
         mean: Mean of the packed heads, shape `[C, width + 1]`.
-        weight: Total weight of each value, shape `[C, width + 1]`. Values without weight keep their
-            current value.
+        weight: Total weight of each value, shape `[C, width + 1]`. Values with weight 0 keep the
+            current value of the wide model.
 
     Returns:
-        The new weight and bias by name.
+        The new weight and bias, keyed by tensor name.
     """
     width = mean.shape[1] - 1
     current = torch.cat([model[HEAD[0]], model[HEAD[1]][:, None]], 1)
@@ -258,19 +262,19 @@ def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
 class HeteroFL(FedAvg):
     """Train slices of one wide model and average each element over the clients that have it.
 
-    A wide model replaces the clients' models; each client trains, uploads and receives the leading
-    channels up to its width (Diao et al. 2021, Algorithm 1). All clients have equal weight, as in
-    the authors' code. BatchNorm is static, as in the paper: batches are normalized with their own
-    statistics, running statistics stay at the client, and scales and shifts are averaged. Each
-    client is evaluated with its own slice and scaler. The wide model is evaluated only if it has no
-    BatchNorm.
+    A wide model replaces the clients' models. Each client trains, uploads and receives as many
+    leading channels as its width specifies (Diao et al. 2021, Algorithm 1). All clients have equal
+    weight, as in the authors' code. BatchNorm is static, as in the paper: each batch is normalized
+    with the statistics of the batch, running statistics stay at the client, and scales and shifts
+    are averaged. Each client is evaluated with its own slice of the wide model. The wide model is
+    evaluated only if it has no BatchNorm.
 
-    Use it where clients differ in compute only. At least one client must have the full width. The
-    setting `widths` supports at most 1,000 clients; for more clients, set models of these widths
-    for the groups of clients.
+    Use this method where clients differ in compute only. At least one client must have the full
+    width. The setting `widths` supports at most 1,000 clients. For more clients, set models of
+    these widths for the groups of clients.
 
-    Deviation: the mask of absent classes is off by default. It reveals a client's classes to the
-    server and requires `statistics` in `shares`.
+    Deviation: the mask of absent classes is off by default. The mask reveals a client's classes to
+    the server and requires `statistics` in `shares`.
 
     References:
         Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learning for
@@ -312,7 +316,7 @@ class HeteroFL(FedAvg):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
-        """Requirements of the method: one model family."""
+        """Requirements of the method: one model family for all clients."""
         return Needs(
             also=("one model family",),
             models_per_client=self.widths is not None,
@@ -333,7 +337,7 @@ class HeteroFL(FedAvg):
         return method, describe_widths(model, widths, clients)
 
     def wide_model(self, arch: ModelSpec) -> ModelSpec:
-        """Return the wide model for the inputs of a client with this architecture."""
+        """Return the wide model with the input shape and outputs of a client's architecture."""
         assert self.model is not None, "configure sets the model"
         return wide_model(self.model, arch)
 
@@ -381,7 +385,7 @@ class HeteroFL(FedAvg):
         return self.upload_slice(client)
 
     def uses_mask(self, client: Participant) -> bool:
-        """Return whether the mask applies to the client's task."""
+        """Return whether the mask applies: `masked` is set and the task is multiclass."""
         return self.masked and client.task.kind == "multiclass"
 
     @staticmethod
@@ -396,7 +400,10 @@ class HeteroFL(FedAvg):
         return (client.counts > 0).to(ones.dtype)
 
     def upload_slice(self, client: Participant) -> Items:
-        """Return the upload of the client's slice; with `masked`, the head is a separate item."""
+        """Return the upload of the client's slice.
+
+        If the mask applies, the head is a separate item.
+        """
         items = upload_model(self, client, self.weight_of(client))
         if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items

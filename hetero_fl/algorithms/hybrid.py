@@ -35,21 +35,21 @@ from hetero_fl.core.plan import Plan
 class Hybrid(ProxyDistillation, FedAvg):
     """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
-    The server averages each tensor over the clients that share it and distills the consensus of all
-    clients into the average of each architecture, with the loss KL·T². The setting `shares` of each
-    client determines what it uploads: its parameters, its backbone, its predictions on the proxy
-    set, or several of them.
+    The server averages each tensor over the clients that share the tensor and distills the
+    consensus of all clients into the average of each architecture, with the loss KL·T². The setting
+    `shares` of each client determines the content of the upload: parameters, backbone, predictions
+    on the proxy set, or several of these.
 
     Five defaults make distillation work under label skew: a logit-adjusted local loss (Menon et al.
     2021), a contrast-weighted teacher, the alignment of the teacher with label frequencies,
     BatchNorm statistics that are recomputed for predictions on proxy rows, and replay, the
     distillation of the teacher during local training. The weights and the alignment of the teacher
     need label counts (`statistics` in `shares`). Distillation needs public rows that resemble the
-    private ones.
+    private rows.
 
     Without these defaults, the method equals FedAvg if all clients have the same architecture and
-    there is no proxy set, and FedMD with the KL divergence if all architectures differ and clients
-    distill. Without replay, it equals FedDF with the same settings.
+    there is no proxy set. If all architectures differ and clients distill, the method equals FedMD
+    with the KL divergence. Without replay, the method equals FedDF with the same settings.
 
     References:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
@@ -94,13 +94,13 @@ class Hybrid(ProxyDistillation, FedAvg):
     @property
     @override
     def shared(self) -> SharedPart:  # type: ignore[override]  # depends on a setting
-        """The whole model; with `heads: keep`, clients receive the backbone only."""
+        """The whole model is exchanged. With `heads: keep`, clients receive only the backbone."""
         return SharedPart(received=("backbone.",) if self.heads == "keep" else None)
 
     @property
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
-        """Parameters and predictions, and label counts if the teacher is aligned."""
+        """Declarations of parameters, predictions, and label counts if the teacher is aligned."""
         return {"model": ItemSpec("params"), **super().uploads}
 
     @override

@@ -18,7 +18,7 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, TensorRows
 
-# Slot of a linear layer whose bias is 0. Column k of its weight has the coefficients of client k.
+# Slot of a linear layer with bias 0. Column k of the weight contains the coefficients of client k.
 MIX = "mix"
 
 
@@ -31,16 +31,17 @@ class KTpFL(InitialPhase):
     p_k)·T² + ρ‖c_k − 1/N‖² and projects each row onto the probability simplex after every step.
     Clients upload predictions after local training, before distillation.
 
-    With partial participation, c is learned among the participants of the round, and teachers are
-    mixtures of their predictions. The server keeps a coefficient for each pair of clients seen so
-    far.
+    With partial participation, the server learns only the coefficients among the participants of
+    the round, and teachers are mixtures of the participants' predictions. The server keeps a
+    coefficient for each pair of clients seen so far.
 
-    Use it where clients form groups with similar data. It is not suited to very many clients, as
-    the number of coefficients grows with the square of the number of clients.
+    Use this method where clients form groups with similar data. The method is not suited to very
+    many clients, because the number of coefficients grows with the square of the number of clients.
 
     Deviations: the authors normalize c with a softmax and use the mean squared error for
-    distillation. They train each model on its client's rows before the first round. Here, this
-    phase is off by default (`initial_phase`) and followed by local training in the first round.
+    distillation. The authors also train each model on the client's own rows before the first round.
+    Here, this phase is off by default (`initial_phase`) and is followed by local training in the
+    first round.
 
     References:
         Zhang et al., "Parameterized Knowledge Transfer for Personalized Federated Learning",
@@ -96,10 +97,12 @@ class KTpFL(InitialPhase):
         }
 
     def mixed_teacher(self, weights: Tensor, p: Tensor) -> Tensor:
-        """Return logits whose softmax at temperature T is a mixture of predictions.
+        """Return the logits of a teacher whose softened prediction is a mixture of predictions.
+
+        The softmax of the logits at temperature T equals the mixture.
 
         Args:
-            weights: Weights of the mixture, shape `[K]`.
+            weights: Weights of the mixture, shape `[K]`, which sum to 1.
             p: Predictions of K clients, shape `[K, D, C]`.
 
         Returns:
@@ -142,12 +145,14 @@ class KTpFL(InitialPhase):
 
     @staticmethod
     def extend_coefficients(server: Participant, client_ids: list[str], p: Tensor) -> Tensor:
-        """Add clients to the clients seen so far and return the extended coefficients.
+        """Add clients to the clients seen so far and return the extended matrix of coefficients.
+
+        The coefficients of new clients are 1/N, where N is the number of all clients.
 
         Args:
             server: The server.
             client_ids: Participants of the round.
-            p: Predictions, which determine the device and dtype of the result.
+            p: Predictions of the participants, which determine the device and dtype of the result.
 
         Returns:
             Coefficients of the S clients seen so far, shape `[S, S]`.
@@ -193,7 +198,7 @@ class KTpFL(InitialPhase):
 
 
 def normalize_rows(weights: Tensor) -> Tensor:
-    """Divide each row by its sum; rows with sum 0 become uniform."""
+    """Divide each row by the sum of the row. Rows whose sum is not positive become uniform."""
     total = weights.sum(-1, keepdim=True)
     return torch.where(
         total > 0, weights / total.clamp(min=TINY), torch.full_like(weights, 1 / weights.shape[-1])

@@ -1,4 +1,4 @@
-"""Local training of a client with its own settings: training steps, losses and predictions."""
+"""Local training of a client: the training step, the objective, and adjustments of logits."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def local_fit(
     context: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Fit:
-    """Create the step that trains a client's model with the client's own settings.
+    """Create the `Fit` step that trains a client's model with the client's own settings.
 
     The supervised loss applies the client's `logit_adjustment` and `class_weights`.
 
     Args:
         client: The client.
-        objective: Objective to minimize. None uses the client's `objective`, or the supervised
-            loss if that is not set.
-        data: Rows to train on. None uses the client's training rows.
+        objective: Objective to minimize. If None, the client's setting `objective` is used, or the
+            supervised loss if this setting is None as well.
+        data: Rows to train on. If None, the client's training rows are used.
         context: Tensors that the objective needs in addition to the batch.
         **changes: Values of other fields of `Fit`, such as `train`, `epochs` or `label`.
 
@@ -78,12 +78,12 @@ def local_fit(
 
 
 def load_objective(reference: str | None, task: Task) -> Objective:
-    """Return the objective of a client.
+    """Return the objective that a reference names.
 
     Args:
-        reference: Reference to a loss function, an `Objective` or a subclass of it. None is the
-            supervised loss.
-        task: The task, whose kind is passed to a subclass.
+        reference: Reference to a loss function, an `Objective` or a subclass of `Objective`. If
+            None, the supervised loss is returned.
+        task: The learning task. Its kind is passed to the objective.
 
     Raises:
         UserError: If the reference cannot be imported or is not an objective.
@@ -105,10 +105,11 @@ def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> d
     Args:
         task: The task.
         counts: Label counts of the training rows, shape `[C]`.
-        settings: Settings of the client; `logit_adjustment` and `class_weights` are used.
+        settings: Settings of the client, of which `logit_adjustment` and `class_weights` are used.
 
     Returns:
-        The entries "log_prior" and "class_weights", each of shape `[C]`, that the settings require.
+        A dictionary with the entries "log_prior" and "class_weights", each of shape `[C]`. Entries
+        that the settings do not require are left out.
     """
     context = {}
     prior = log_prior(task, counts) if settings.logit_adjustment else None
@@ -124,7 +125,7 @@ def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> d
 
 
 def augmentation(settings: ClientSettings) -> AugmentConfig | None:
-    """Return the augmentation of training images; None if there is none."""
+    """Return the augmentation of training images, or None if nothing is augmented."""
     return None if settings.augment == AugmentConfig() else settings.augment
 
 
@@ -139,7 +140,7 @@ def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
     """Add the client's log class prior to logits, if the client's settings require it.
 
     The class prior consists of the relative label frequencies in the training rows, smoothed by
-    adding 1 to each count.
+    adding 1 to each count. The logits are returned unchanged if the task is not multiclass.
 
     Example:
         >>> import torch
@@ -161,7 +162,8 @@ def subtract_log_prior(client: Participant, logits: Tensor) -> Tensor:
     """Subtract the client's log class prior from logits if `prior_correction` is set.
 
     The result approximates the logits of a model that was trained on balanced classes (Menon et al.
-    2021, section 4.1). It suits models that the client has trained on its own rows.
+    2021, section 4.1). The correction suits models that the client has trained on its own rows. The
+    logits are returned unchanged if the task is not multiclass.
 
     Args:
         client: The client.

@@ -54,7 +54,7 @@ from hetero_fl.utils.ordering import natural_key
 
 # Slot of the small shared model.
 MENTEE = "mentee"
-# Default mentees by the number of input dimensions; 0 stands for tokens.
+# Default mentees, keyed by the number of input dimensions. The key 0 stands for tokens.
 DEFAULT_MENTEES = {
     0: ModelConfig(name="text_transformer"),
     1: ModelConfig(name="mlp", hidden=[64]),
@@ -66,18 +66,18 @@ DEFAULT_MENTEES = {
 class MenteeTraining(Algorithm):
     """Base class of methods that train a small shared model, the mentee, with each client's model.
 
-    Only the mentee is exchanged and averaged over all clients; m parameters take 4·m bytes per
-    round in each direction. The mentee has the same architecture for all clients. In local
-    training, a client's own model and its mentee are trained on the same augmented batches. Images
-    of another shape are resized to the mentee's input shape, and their channels are averaged or
+    Only the mentee is exchanged and averaged over all clients. A mentee of m parameters requires
+    4·m bytes per round in each direction. The mentee has the same architecture for all clients. In
+    local training, a client's own model and its mentee are trained on the same augmented batches.
+    Images of another shape are resized to the mentee's input shape, and channels are averaged or
     repeated. A client's own model is evaluated on the local test set, the mentee on the global test
     set.
 
-    With `shares: [backbone]`, only the mentee's backbone is shared; a client that shares no
-    parameters trains its mentee alone.
+    With `shares: [backbone]`, only the mentee's backbone is shared. The mentee of a client that
+    shares no parameters is trained on this client only.
 
     Attributes:
-        trained: Part of each slot that local training updates.
+        trained: Part of each model that local training updates, keyed by slot.
     """
 
     evaluated_when = (
@@ -126,7 +126,10 @@ class MenteeTraining(Algorithm):
         return {"model": client.arch, MENTEE: self.mentee_model(client.arch)}
 
     def mentee_model(self, own: ModelSpec) -> ModelSpec:
-        """Return the mentee's architecture, with the outputs and vocabulary of a client's model."""
+        """Return the architecture of the mentee, given the client's own architecture.
+
+        The mentee has the outputs and the vocabulary of the client's own model.
+        """
         assert self.mentee is not None and self.mentee_input is not None, "set by configure"
         config = self.mentee
         return ModelSpec.from_config(
@@ -160,11 +163,14 @@ class MenteeTraining(Algorithm):
         return self.upload_mentee(client)
 
     def objective(self, task: Task) -> MutualDistillation:
-        """Return the objective that trains a client's own model and the mentee."""
+        """Return the objective that trains a client's own model and the mentee.
+
+        Subclasses must override this method.
+        """
         raise TypeError(f"{type(self).__name__} does not define objective")
 
     def upload_mentee(self, client: Participant) -> Items:
-        """Return the upload of the mentee."""
+        """Return the upload of a client: the shared part of the mentee."""
         return upload_model(self, client)
 
     @override
@@ -174,7 +180,10 @@ class MenteeTraining(Algorithm):
 
     @staticmethod
     def mentee_mean(uploads: Uploads) -> Tensors:
-        """Return the weighted mean of each tensor of the mentee over the clients that sent it."""
+        """Return the weighted mean of each tensor of the mentee over the clients that uploaded it.
+
+        The dictionary is empty if no client uploaded a mentee.
+        """
         return uploads.mean_by_group(MENTEE).get("", {})
 
     @override
@@ -195,12 +204,14 @@ class MenteeTraining(Algorithm):
 class FML(MenteeTraining):
     """Train each client's model and a small shared model by mutual distillation.
 
-    The client's own model minimizes α·CE + (1 − α)·KL to the predictions of the shared model, the
-    mentee ("meme model" in the paper), which minimizes β·CE + (1 − β)·KL to those of the own model.
-    The server averages the mentee (Shen et al. 2020, Algorithm 1).
+    The client's own model minimizes α·CE + (1 − α)·KL, where KL is the divergence from the
+    predictions of the shared model, the mentee ("meme model" in the paper). The mentee minimizes
+    β·CE + (1 − β)·KL with the divergence from the predictions of the client's own model. The server
+    averages the mentee (Shen et al. 2020, Algorithm 1).
 
-    Use it where you need a shared model and personal models of any architecture. The global test
-    accuracy is that of the mentee. A mentee that is too small for the task is also a poor teacher.
+    Use this method where you need a shared model and personal models of any architecture. The
+    global test accuracy is the accuracy of the mentee. A mentee that is too small for the task is
+    also a poor teacher.
 
     References:
         Shen et al., "Federated Mutual Learning", 2020. https://arxiv.org/abs/2006.16765
@@ -240,16 +251,16 @@ class FedKD(MenteeTraining):
     Distillation terms are divided by the sum of the task losses of both models. Updates of the
     shared model, the mentee, are truncated singular value decompositions that keep a share of the
     energy, the sum of squared singular values. The share rises over the rounds (Wu et al. 2022,
-    Algorithm 1). The server applies the truncated mean update to its mentee, which thus equals the
-    mentee of the clients. Clients that missed a round receive the whole mentee. Tensors that
-    truncation would not make smaller are sent unchanged.
+    Algorithm 1). The server applies the truncated mean update to its own mentee, so that all
+    mentees stay equal. Clients that missed a round receive the whole mentee. Tensors whose
+    truncated form would be larger are sent unchanged.
 
-    Use it like FML where traffic must be small. The ranks depend on the training, so `--check`
-    prints an upper bound of the traffic.
+    Use this method like FML where traffic must be small. The ranks of the updates depend on the
+    training, so `--check` prints an upper bound of the traffic.
 
-    Deviations: the denominator of the distillation terms is detached, because its gradient would
-    reward errors, and the mean squared error of the features is counted once, where the authors'
-    code counts it once for each model.
+    Deviations: the denominator of the distillation terms is detached, because the gradient of the
+    denominator would reward errors. The mean squared error between features is counted once,
+    whereas the authors' code counts the error once for each model.
 
     References:
         Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature
@@ -283,7 +294,10 @@ class FedKD(MenteeTraining):
     )
 
     def kept_energy(self, participant: Participant) -> float:
-        """Return the share of an update's energy that is kept in this round."""
+        """Return the share of an update's energy that is kept in this round.
+
+        The share changes linearly from `energy_start` to `energy_end` over the run.
+        """
         done = participant.round_context.round_idx / max(
             1, participant.round_context.num_rounds - 1
         )
@@ -363,7 +377,10 @@ class FedKD(MenteeTraining):
 
 
 def add_low_rank(tensors: Tensors, change: Mapping[str, Tensor]) -> Tensors:
-    """Return tensors to which a low-rank change has been added."""
+    """Add a low-rank change to tensors and return the new tensors.
+
+    Tensors that are absent from `change` are returned unchanged.
+    """
     restored = reconstruct_low_rank(change, tensors)
     return {**tensors, **{n: tensors[n] + d for n, d in restored.items()}}
 
@@ -374,7 +391,8 @@ def _restore_update(upload: Upload, like: Tensors) -> Upload:
     return Upload(upload.client_info, Payload({MENTEE: replace(item, values=values)}))
 
 
-# Slot of the projection from the features of both models, which stays at the client.
+# Slot of the projection of the concatenated features of both models. The projection stays at the
+# client.
 PROJECTION = "projection"
 
 
@@ -383,13 +401,14 @@ class FedMRL(MenteeTraining):
     """Train each client's model and a small shared model on nested projections of their features.
 
     Only the shared model G, the mentee, is averaged (Yi et al. 2024, Algorithm 1). The features of
-    G have width d₁, and those of the client's model F have width d₂ > d₁. A private linear
-    projection maps the concatenation of both to width d₂. The head of F uses the whole projection,
-    the head of G uses its first d₁ components, and the two losses are added. If the mentee is not
-    narrower than all clients' models, its feature width is set to half of the smallest width.
+    G have width d₁, and the features of the client's model F have width d₂ > d₁. A private linear
+    projection maps the concatenated features of both models to width d₂. The head of F uses all
+    components of the projection, the head of G uses the first d₁ components, and the two losses are
+    added. If the mentee is not narrower than all clients' models, the mentee's feature width is set
+    to half of the smallest width.
 
     Clients predict with the head of F on the projected features, on local and global test sets. A
-    prediction needs G, F and the projection; the saved models contain only F.
+    prediction needs G, F and the projection. The saved models contain only F.
 
     References:
         Yi et al., "Federated Model Heterogeneous Matryoshka Representation Learning", NeurIPS 2024.

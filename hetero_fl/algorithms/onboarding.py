@@ -26,14 +26,14 @@ HEAD = ("head.",)
 class JoiningClient(ProxyTraining):
     """Train one new client on its own rows, starting from a shared backbone, a teacher or both.
 
-    If the client receives a teacher, it distills the teacher before local training, and local
-    training replays the teacher on proxy rows to preserve what the model has learned. If it
-    receives only a backbone, it trains the new head alone before it trains the whole model (linear
+    A client that receives a teacher distills the teacher before local training. Local training then
+    also distills the teacher on proxy rows, which preserves what the model has learned. A client
+    that receives only a backbone trains the new head alone before it trains the whole model (linear
     probing followed by fine-tuning, Kumar et al. 2022).
 
-    The server's state contains `backbone` (tensors by name), `teacher` (logits of the proxy rows,
-    shape `[D, outputs]`), both or neither; the client receives them once. The method is not
-    registered, because it is not meant for runs of several rounds.
+    The server's state contains `backbone` (a dictionary of tensors), `teacher` (logits of the proxy
+    rows, shape `[D, outputs]`), both or neither. The client receives these items once. The method
+    is not registered, because it is not meant for runs of several rounds.
     """
 
     evaluated_when = "after local training"

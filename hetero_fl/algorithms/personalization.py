@@ -34,14 +34,14 @@ HEAD = ("head.",)
 
 @register_algorithm("fedper")
 class FedPer(FedAvg):
-    """Average the backbone; each client keeps its own head (Arivazhagan et al. 2019).
+    """Average the backbone, while each client keeps its own head (Arivazhagan et al. 2019).
 
     Backbone and head are trained together. In the paper, one or more of the last layers stay at the
-    client; here, the head does.
+    client. Here, only the head stays.
 
-    Use it where clients' labels differ and local test accuracy matters. It is the simplest
-    personalized method. The global test accuracy is low, because a head does not predict classes
-    that its client lacks.
+    Use this method where clients' labels differ and local test accuracy matters. FedPer is the
+    simplest personalized method. The global test accuracy is low, because a head does not predict
+    classes that are absent from the client's rows.
 
     References:
         Arivazhagan et al., "Federated Learning with Personalization Layers", 2019.
@@ -60,14 +60,14 @@ class FedPer(FedAvg):
 
 @register_algorithm("lg_fedavg")
 class LGFedAvg(FedAvg):
-    """Average the head; each client keeps its own backbone (Liang et al. 2020).
+    """Average the head, while each client keeps its own backbone (Liang et al. 2020).
 
     Backbone and head are trained together. Few parameters are exchanged. With a common
     `feature_dim` and `clients.common: [head.]`, heads are averaged across architectures as well.
 
-    Use it where clients' inputs differ. It is not suited to clients with little data, because their
-    backbones learn nothing from other clients. Deviation: the authors start from a model that was
-    trained with FedAvg; set `init_from` to do so.
+    Use this method where clients' inputs differ. The method is not suited to clients with little
+    data, because backbones learn nothing from other clients. Deviation: the authors start from a
+    model that was trained with FedAvg. Set `init_from` to start from such a model.
 
     References:
         Liang et al., "Think Locally, Act Globally: Federated Learning with Local and Global
@@ -84,12 +84,14 @@ class LGFedAvg(FedAvg):
 
 
 def fit_part(client: Participant, part: tuple[str, ...], **changes: Any) -> Plan[None]:
-    """Train one part of the model, unless the part is empty, like the backbone of `linear`.
+    """Train one part of a client's own model.
+
+    Nothing is trained if the part contains no parameters, like the backbone of the model `linear`.
 
     Args:
         client: The client.
         part: Prefixes of the names of the trained tensors.
-        **changes: Arguments of `local_fit`.
+        **changes: Further arguments of `local_fit`.
     """
     if any(n.startswith(part) for n in client.arch["model"].parameter_names):
         yield replace(local_fit(client, **changes), train={"model": part})
@@ -102,9 +104,9 @@ class FedBN(FedAvg):
     Clients keep whole BatchNorm layers (Li et al. 2021, Algorithm 1) or only their running
     statistics (SiloBN, Andreux et al. 2020). The layers are identified by their type.
 
-    Use it where inputs differ between clients, for example images of different scanners. Models
-    without BatchNorm are averaged as in FedAvg. Clients that never train keep the BatchNorm layers
-    of the initial model.
+    Use this method where inputs differ between clients, for example images of different scanners.
+    Models without BatchNorm are averaged as in FedAvg. Clients that never train keep the BatchNorm
+    layers of the initial model.
 
     References:
         Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization",
@@ -125,19 +127,19 @@ class FedBN(FedAvg):
 
     @property
     def shared(self) -> SharedPart:  # type: ignore[override]  # depends on a setting
-        """The whole model without its BatchNorm layers or statistics."""
+        """Exchanged part: the whole model, without BatchNorm layers or without their statistics."""
         return SharedPart(local="batch_norm" if self.keep == "layers" else "batch_norm_statistics")
 
 
 @register_algorithm("fedrep")
 class FedRep(FedPer):
-    """Average the backbone; clients train their own heads first and the backbone afterwards.
+    """Average the backbone, while clients train their own heads first and the backbone afterwards.
 
     The backbone is frozen while the head is trained, and vice versa (Collins et al. 2021, Algorithm
     1). The paper trains heads for 10 epochs.
 
-    Use it like `fedper`, for many clients with little data each. The epochs of the head add to the
-    time of local training.
+    Use this method like `fedper`, for many clients with little data each. The epochs of the head
+    add to the time of local training.
 
     References:
         Collins et al., "Exploiting Shared Representations for Personalized Federated Learning",
@@ -167,15 +169,15 @@ class FedRep(FedPer):
 
 @register_algorithm("fedbabu")
 class FedBABU(FedPer):
-    """Train and average the backbone with a frozen head; clients fine-tune before evaluation.
+    """Train and average the backbone with a frozen head, and fine-tune models before evaluation.
 
     All clients keep the same initial head during training. Before evaluation, each client
     fine-tunes a copy of the model (Oh et al. 2022, Algorithm 1 and section 5). The default of the
     client setting `fine_tune_epochs` is 5.
 
-    Use it where labels differ and clients, including new ones, can fine-tune the model before they
-    use it. All results of clients, also on the global test set, are those of the fine-tuned copies.
-    The results of `server` are those of the model before fine-tuning.
+    Use this method where labels differ and clients, including new ones, can fine-tune the model
+    before use. Clients are evaluated with the fine-tuned copies, also on the global test set. The
+    server is evaluated with the model before fine-tuning.
 
     References:
         Oh et al., "FedBABU: Towards Enhanced Representation for Federated Image Classification",
@@ -240,16 +242,17 @@ PERSONAL = "personal"
 
 @register_algorithm("ditto")
 class Ditto(FedAvg):
-    """Average parameters; each client also trains a personal model close to the average.
+    """Average parameters, while each client also trains a personal model close to the average.
 
     The personal model v minimizes loss + (λ/2)‖v − θ‖², where θ is the received model (Li et al.
-    2021, Algorithm 1). It starts from the first received model and stays at the client. The
-    personal model is evaluated on the local test set, the shared model on the global test set.
-    Clients that have not been trained use the shared model for both.
+    2021, Algorithm 1). The personal model starts from the first received model and stays at the
+    client. Clients are evaluated with the personal model on the local test set and with the shared
+    model on the global test set. Clients that have not been trained use the shared model for both
+    test sets.
 
-    Use it where you need good personal models and a good shared model. Local training takes twice
-    as long; the global test accuracy is that of FedAvg. With λ = 0, the personal model trains
-    alone. The paper tunes λ between 0.1 and 1.
+    Use this method where you need good personal models and a good shared model. Local training
+    takes twice as long. The global test accuracy equals the accuracy of FedAvg. With λ = 0, the
+    personal model trains alone. The paper tunes λ between 0.1 and 1.
 
     References:
         Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021.

@@ -29,12 +29,12 @@ class CommonFeatureWidth(Algorithm):
     """Base class of methods that need the same feature width for all clients.
 
     Models with another feature width are extended by a projection to the common width. By default,
-    this is the most frequent width, or the largest of several equally frequent widths. Class
-    statistics for C classes and d features take 4·C·(d + 1) bytes per client and round. They are
-    computed from private rows and require `statistics` in `shares`.
+    the common width is the most frequent width, or the largest of several equally frequent widths.
+    Class statistics for C classes and d features require 4·C·(d + 1) bytes per client and round.
+    These statistics are computed from private rows and require `statistics` in `shares`.
 
     Attributes:
-        features_leave: Whether clients upload features, by row or as class means.
+        features_leave: Whether clients upload features, either per row or as class means.
     """
 
     needs = Needs(one_architecture=True, also=("one feature width",), shared_model=True)
@@ -85,7 +85,7 @@ class CommonHead(CommonFeatureWidth):
 
 
 def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
-    """Check that the features of a model are not its inputs, which would reveal the client's data.
+    """Check that the features of a model are not the inputs, which would reveal the client's data.
 
     Args:
         client_id: The client's id, for the error message.
@@ -115,25 +115,27 @@ def require_linear_head(client_id: str, arch: ModelSpec) -> None:
         )
 
 
-# Difference between the logit of the farthest prototype and that of a class without a prototype,
-# which makes such a class less probable by a factor of e^-20.
+# Margin by which the logit of a class without a prototype is lower than the lowest logit of all
+# other classes. The probability of such a class is smaller by a factor of e^-20.
 MISSING_PROTOTYPE_MARGIN = 20.0
 
 
 @register_algorithm("fedproto")
 class FedProto(CommonFeatureWidth):
-    """Exchange class prototypes; clients train features that are close to their prototype.
+    """Exchange class prototypes and train features to be close to the prototype of their class.
 
     The loss is cross-entropy plus λ·MSE between a feature and the prototype of its class. The
-    prototype of a class is the mean feature over all clients' rows of the class, and examples are
+    prototype of a class is the mean feature of all rows of this class at all clients. Examples are
     assigned to the nearest prototype (Tan et al. 2022, Algorithm 1). After local training, clients
-    upload sums of features `[C, d]` and counts `[C]` by class, and they receive prototypes `[C, d]`
-    with the next broadcast. A class that no client uploads in a round keeps its prototype; a class
-    without a prototype is never predicted. Before the first aggregation, the head classifies.
+    upload the sums of features `[C, d]` and the number of rows `[C]` per class. The next broadcast
+    contains the prototypes `[C, d]`. A class that no client uploads in a round keeps its prototype.
+    A class without a prototype is never predicted. Before the first aggregation, the head
+    classifies.
 
-    Use it where models differ, traffic must be small and local test accuracy matters. Published
-    comparisons find it worse than `local` with many architectures, whose features are dissimilar.
-    The prototype of a class with one row reveals the features of that row.
+    Use this method where models differ, traffic must be small and local test accuracy matters.
+    Published comparisons find FedProto worse than `local` if clients have many architectures,
+    because the features are dissimilar. The prototype of a class with one row reveals the features
+    of that row.
 
     References:
         Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI
@@ -163,7 +165,10 @@ class FedProto(CommonFeatureWidth):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
-        """Requirements of the method: one feature width. Distances to prototypes have no prior."""
+        """Requirements of the method: one feature width for all clients.
+
+        Settings of the class prior and `fine_tune_epochs` apply only with `inference: head`.
+        """
         return Needs(
             tasks=("multiclass",),
             also=("one feature width",),
@@ -215,7 +220,7 @@ class FedProto(CommonFeatureWidth):
 
 
 def upload_class_features(client: Participant) -> Plan[Items]:
-    """Sum the client's features by class and return the upload.
+    """Sum a client's features per class and return the client's upload.
 
     The upload is empty if the client does not share statistics in this round.
     """
@@ -234,8 +239,9 @@ def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Ten
         known: 1 for classes with a prototype, else 0, shape `[C]`.
 
     Returns:
-        Logits of shape `[N, C]`: −‖f − prototype_c‖₂ for classes with a prototype, and a lower
-        value for all other classes.
+        Logits of shape `[N, C]`: −‖f − prototype_c‖₂ for each class c with a prototype. The logits
+        of all other classes are lower than the lowest of these logits by
+        `MISSING_PROTOTYPE_MARGIN`.
 
     Example:
         >>> import torch
@@ -250,14 +256,14 @@ def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Ten
     return torch.where(has, -distances, lowest)
 
 
-# Slots of the server: P̆, a trainable row for each class, and the network F.
+# Slots of the server's models: the vectors P̆, one trainable vector per class, and the network F.
 VECTORS = "vectors"
 PROTOTYPES = "prototypes"
 
 
 @register_algorithm("fedtgp")
 class FedTGP(FedProto):
-    """Train separated class prototypes at the server; clients train as in FedProto.
+    """Train well-separated class prototypes at the server, while clients train as in FedProto.
 
     The prototypes are P̂_c = F(P̆_c), where F consists of a linear layer, ReLU and a second linear
     layer (Zhang et al. 2024, Algorithm 1). In each round, the server continues to train P̆ and F so
@@ -265,12 +271,13 @@ class FedTGP(FedProto):
     min(largest distance between two class centers, τ). A class center is the unweighted mean of the
     clients' class means.
 
-    Use it where FedProto's prototypes are too similar. With few local steps per round, training can
-    diverge: use more local epochs or a smaller `margin`.
+    Use this method where FedProto's prototypes are too similar. With few local steps per round,
+    training can diverge: use more local epochs or a smaller `margin`.
 
-    The default λ is taken from the authors' script; the paper uses 0.1. Deviations: for δ, the
+    The default λ is the value in the authors' script. The paper uses 0.1. Deviations: for δ, the
     authors' code uses the largest distance between a center and its nearest neighbor. The authors
-    initialize P̆ from a standard normal distribution; here it is uniform in ±1/√C.
+    initialize P̆ from a standard normal distribution. Here, the initial values are uniform in
+    ±1/√C.
 
     References:
         Zhang et al., "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive
@@ -306,7 +313,7 @@ class FedTGP(FedProto):
         )
         for slot in (VECTORS, PROTOTYPES):
             server.models[slot] = server.arch[slot].initial_tensors(server.round_context.seed)
-        # P̆ has no bias, so that of the linear layer stays 0.
+        # P̆ has no bias, so the bias of the linear layer stays 0.
         server.load(VECTORS, {"head.bias": torch.zeros(width)})
 
     @override
@@ -340,7 +347,7 @@ def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
     """Return the class means of K clients, and a mask of the means that exist.
 
     Args:
-        items: Sums and counts of features by class, one item per client.
+        items: Sums and counts of features per class, one item per client.
 
     Returns:
         Means of shape `[K, C, d]`, and a mask of shape `[K, C]`.
@@ -353,7 +360,8 @@ def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
 def largest_center_distance(means: Tensor, has: Tensor) -> Tensor:
     """Return the largest Euclidean distance between two class centers, a scalar.
 
-    A class center is the mean over the clients that have the class.
+    A class center is the unweighted mean of the class means over the clients that have the class.
+    The result is 0 if fewer than two classes exist.
 
     Args:
         means: Class means of K clients, shape `[K, C, d]`.
@@ -373,16 +381,16 @@ HEAD = "head"
 class FedGH(CommonHead):
     """Train a shared head at the server on clients' mean features of each class.
 
-    Clients of any architecture replace their head with the server's head, train on their own rows,
-    and keep their backbone (Yi et al. 2023, Algorithm 1). After local training, they upload sums of
-    features `[C, d]` and counts `[C]` by class. The server trains the head on one example per
-    client and class, the mean feature. Models are evaluated with the new head. Before the first
-    aggregation, clients keep their own heads.
+    Clients of any architecture replace the head with the server's head, train on their own rows,
+    and keep the backbone (Yi et al. 2023, Algorithm 1). After local training, clients upload the
+    sums of features `[C, d]` and the number of rows `[C]` per class. The server trains the head on
+    one example per client and class, the mean feature. Models are evaluated with the new head.
+    Before the first aggregation, clients keep their own heads.
 
-    Use it where backbones differ and all clients have all classes; otherwise the head predicts
-    classes that a client's features do not separate. Deviation: the server trains for 100 epochs
-    per round, because a head with little training reduces accuracy. The paper uses each example
-    once.
+    Use this method where backbones differ and all clients have all classes. Otherwise, the head
+    predicts classes that the client's features do not separate. Deviation: the server trains for
+    100 epochs per round, because a head with little training reduces accuracy. The paper uses each
+    example once.
 
     References:
         Yi et al., "FedGH: Heterogeneous Federated Learning with Generalized Global Header", ACM MM

@@ -1,8 +1,8 @@
 """Recalibration: recomputing BatchNorm statistics on public rows before a prediction.
 
-The running statistics of a client describe its own rows. If the client's labels are skewed,
-predictions on proxy rows, whose classes are distributed differently, are biased with these
-statistics, and consensus distillation amplifies the bias from round to round.
+The running statistics of a client's model describe the client's own rows. Proxy rows have another
+class distribution. If the client's labels are skewed, these statistics therefore bias predictions
+on proxy rows, and consensus distillation amplifies the bias from round to round.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def recalibrated_tensors(
     """Return the tensors of a model, with BatchNorm statistics recomputed on rows.
 
     Args:
-        participant: The participant; its model does not change.
+        participant: The participant. The participant's own model is not changed.
         slot: Slot of the model.
         data: Rows from which the statistics are computed.
     """
@@ -52,18 +52,19 @@ def recalibrates_evaluation(client: Participant, personal: bool) -> bool:
 def recalibrated_models(
     method: Algorithm, client: Participant, personal: bool
 ) -> Plan[dict[str, Tensors]]:
-    """Return the models of a client, with recomputed statistics of those that predict, by slot.
+    """Return the models of a client, keyed by slot, after recalibrating the models that predict.
 
-    Each model receives rows with the preprocessing and the shape with which it predicts.
+    Each model is recalibrated with the preprocessing and the input shape that are used for
+    predictions. The client itself is not changed.
 
     Args:
         method: The method.
         client: The client, which must have the proxy set.
-        personal: Whether the models predict the client's own rows. The statistics are then computed
-            on `local_sample`, otherwise on the proxy set.
+        personal: Whether the models predict the client's own rows. If True, the statistics are
+            computed on `local_sample`, otherwise on the proxy set.
     """
     predicting = predicting_models(method, client, personal)
-    # The model that is saved may be another one.
+    # The saved model may differ from the models that predict this test set.
     used = dict([inference_model(method, client)])
     used |= {prediction.slot: preprocess for prediction, preprocess in predicting}
     models = dict(client.models)
@@ -80,7 +81,7 @@ def proxy_sample(participant: Participant, preprocess: object = None) -> Rows:
 
     Args:
         participant: The participant.
-        preprocess: Preprocessing of the rows. None uses that of the participant.
+        preprocess: Preprocessing of the rows. If None, the participant's own preprocessing is used.
     """
     num_rows = len(participant.data("proxy", preprocess)["x"])
     return Rows(
@@ -91,11 +92,11 @@ def proxy_sample(participant: Participant, preprocess: object = None) -> Rows:
 def local_sample(client: Participant, preprocess: object = None) -> TensorRows:
     """Return equal numbers of the client's training rows and proxy rows, shuffled.
 
-    Each number is the size of the smaller of the two sets.
+    Both numbers equal the size of the smaller set.
 
     Args:
         client: The client.
-        preprocess: Preprocessing of the rows. None uses that of the client.
+        preprocess: Preprocessing of the rows. If None, the client's own preprocessing is used.
     """
     own = client.data("train", preprocess)["x"]
     proxy = client.data("proxy", preprocess)["x"]

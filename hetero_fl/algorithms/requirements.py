@@ -7,7 +7,7 @@ import re
 
 from hetero_fl.algorithms.base import Algorithm, Needs, shared_part_of
 
-# A requirement: one item, or alternatives of which one suffices.
+# A requirement: one description, or several alternatives of which one suffices.
 Need = tuple[str, ...]
 
 # Sections of a docstring that follow its paragraphs.
@@ -28,7 +28,7 @@ TASKS = {"multiclass": "multi-class", "multilabel": "multi-label", "regression":
 
 
 def method_title(method_class: type[Algorithm]) -> str:
-    """Return the title that the class itself defines; empty if it defines none."""
+    """Return the title that a class itself defines, or an empty string if it defines none."""
     return str(vars(method_class).get("title", ""))
 
 
@@ -43,13 +43,16 @@ def is_bound(method_class: type[Algorithm]) -> bool:
 
 
 def is_baseline(method_class: type[Algorithm]) -> bool:
-    """Return whether the method trains every client alone."""
+    """Return whether the method trains every client alone, without communication."""
     needs = needs_of(method_class)
     return not needs.counts_traffic and not needs.all_clients
 
 
 def describe_needs(method: Algorithm) -> list[Need]:
-    """Return the requirements of a method in descending order of importance."""
+    """Return the requirements of a method, in descending order of importance.
+
+    Each requirement is a tuple of alternatives, of which one suffices.
+    """
     needs = method.needs
     found: list[Need] = [(ALL_CLIENTS,)] if needs.all_clients else []
     if needs.proxy_set == "optional" and needs.one_architecture:
@@ -67,7 +70,10 @@ def describe_needs(method: Algorithm) -> list[Need]:
 
 
 def shared_kinds(method: Algorithm) -> list[str]:
-    """Return the kinds of information that leave a client, such as `backbone parameters`."""
+    """Return the kinds of information that leave a client, such as `backbone parameters`.
+
+    The list is empty if clients upload nothing.
+    """
     shares = dict.fromkeys(spec.needed_share for spec in method.uploads.values())
     words = [SHARES[share] for share in SHARES if share in shares]
     part = shared_part_of(method).part
@@ -77,25 +83,28 @@ def shared_kinds(method: Algorithm) -> list[str]:
 
 
 def supported_tasks(method: Algorithm) -> list[str]:
-    """Return the supported kinds of target; empty if all are supported."""
+    """Return the supported kinds of task, or an empty list if all kinds are supported."""
     tasks = method.needs.tasks
     return [] if tasks == Needs().tasks else [TASKS[task] for task in tasks]
 
 
 def format_needs(needs: list[Need]) -> str:
-    """Join requirements into a text such as `proxy set, single uploads`; empty without any."""
+    """Join requirements into a text such as `proxy set, single uploads`.
+
+    The text is empty if there are no requirements.
+    """
     return ", ".join(" or ".join(need) for need in needs)
 
 
 def method_paragraphs(method_class: type[Algorithm]) -> list[str]:
-    """Return the paragraphs of the docstring before its first section, each as one line."""
+    """Return the paragraphs before the first section of a method's docstring, each as one line."""
     docstring = inspect.cleandoc(method_class.__doc__ or "")
     text = re.split(rf"\n\n(?:{'|'.join(SECTIONS)}):\n", docstring, maxsplit=1)[0]
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
 
 
 def method_references(method_class: type[Algorithm]) -> list[str]:
-    """Return the papers in the section "References" of the docstring, each as one line."""
+    """Return the papers in the section "References" of a method's docstring, each as one line."""
     docstring = inspect.cleandoc(method_class.__doc__ or "")
     section = docstring.partition("\n\nReferences:\n")[2].partition("\n\n")[0]
     # Continued lines are indented further.
@@ -104,7 +113,7 @@ def method_references(method_class: type[Algorithm]) -> list[str]:
 
 
 def method_summary(method_class: type[Algorithm]) -> str:
-    """Return the first sentence of the docstring; empty if there is none."""
+    """Return the first sentence of a method's docstring, or an empty string without a docstring."""
     summary, stop, rest = method_paragraphs(method_class)[0].partition(". ")
     # The period of an abbreviation, as in `et al. 2017`, does not end the sentence.
     while stop and not rest[:1].isupper():

@@ -34,18 +34,19 @@ CONTROL = "control"
 
 @register_algorithm("scaffold")
 class Scaffold(FedAvg):
-    """Average parameters; control variates correct the drift of each client's local steps.
+    """Average parameters, with control variates that correct the drift of clients' local steps.
 
     Each local step is corrected by c − c_k, where the control variates c and c_k estimate the mean
     gradients of the federation and of client k (Karimireddy et al. 2020, Algorithm 1, option II).
     If K steps with learning rate η lead from x to y, the client computes c_k⁺ = c_k − c + (x −
     y)/(Kη). The server adds |S|/N times the weighted mean of c_k⁺ − c_k to c, where |S| of the N
-    clients participated. As the server also sends c and clients upload the change of c_k, the
-    traffic is twice that of FedAvg.
+    clients participated. The server also sends c and clients also upload the change of c_k, so the
+    traffic is twice the traffic of FedAvg.
 
-    Use it where clients participate often; an outdated c_k corrects in the wrong direction.
+    Use this method where clients participate often. An outdated c_k corrects steps in the wrong
+    direction.
 
-    Deviations: the mean uses the weights of the models, where the paper uses uniform weights. The
+    Deviations: the mean uses the clients' weights, whereas the paper uses uniform weights. The
     correction is applied after the optimizer step, because momentum would accumulate a correction
     of the gradient. Clients whose optimizer is not SGD train with SGD, because Kη does not describe
     the length of an adaptive optimizer's path.
@@ -82,7 +83,11 @@ class Scaffold(FedAvg):
         return self, [note]
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
-        """Return the SGD configuration with which a client trains in this round."""
+        """Return the SGD configuration with which a client trains in this round.
+
+        Clients with SGD keep their own optimizer. All other clients train with `sgd_lr` and
+        `sgd_momentum`. The learning rate follows the client's schedule.
+        """
         config = client.settings.optimizer
         if config.name != "sgd":
             changes = {
@@ -168,7 +173,7 @@ class Scaffold(FedAvg):
         yield from ()
 
     def num_owners(self, server: Participant, group: str, name: str) -> int:
-        """Return the number of clients whose tensor is averaged with that of a group.
+        """Return the number of clients whose uploads of a tensor are averaged for a group.
 
         Args:
             server: The server.

@@ -1,4 +1,4 @@
-"""Change images: random augmentation, simulated scanners and a user's transforms."""
+"""Transformations of images: random augmentation, simulated scanners and user-defined functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetero_fl.utils.registry import call_reference
 
 
 def apply_transform(reference: str, x: Tensor, where: str) -> Tensor:
-    """Apply a user's function to a batch.
+    """Apply a user-defined function to a batch.
 
     Args:
         reference: Reference to the function.
@@ -36,12 +36,14 @@ def apply_transform(reference: str, x: Tensor, where: str) -> Tensor:
 
 
 def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Randomly crop, flip and rotate each image of a batch, then apply the user's transform.
+    """Randomly crop, flip and rotate each image of a batch, then apply a user-defined transform.
 
-    Pixels outside an image repeat its edge.
+    Only the operations that `config` enables are applied. Pixels outside an image are filled with
+    the nearest edge pixel.
 
     Args:
-        x: Preprocessed images `[B, C, H, W]` on any device. They are not modified in place.
+        x: Preprocessed images, shape `[B, C, H, W]`, on any device. The images are not modified in
+            place.
         config: Augmentation settings.
         generator: Random generator on the CPU, so that all devices use the same random numbers.
 
@@ -79,7 +81,7 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
 
 
 def _crop(x: Tensor, offsets: Tensor) -> Tensor:
-    """Shift each image by offsets in rows and columns, int64 `[2, B]`, and repeat the edges."""
+    """Shift each image by offsets in rows and columns, int64 `[2, B]`, and repeat edge pixels."""
     batch, _, height, width = x.shape
     rows = (torch.arange(height, device=x.device) + offsets[0, :, None]).clamp(0, height - 1)
     columns = (torch.arange(width, device=x.device) + offsets[1, :, None]).clamp(0, width - 1)
@@ -89,7 +91,7 @@ def _crop(x: Tensor, offsets: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rotate each image about its center by an angle in radians (`[B]`), bilinearly."""
-    # Both grid axes span -1..1, so without the ratio non-square images would be sheared.
+    # Both grid axes span -1..1, so non-square images would be sheared without the ratio.
     ratio = x.shape[-2] / x.shape[-1]
     cos = angle.cos()
     sin = angle.sin()
@@ -106,12 +108,12 @@ SCANNER_CHUNK = 256
 def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
     """Simulate the imaging device of a site (feature shift).
 
-    The steps are: resolution (bilinear down- and upsampling), Gaussian blur, contrast around middle
-    gray, brightness and Gaussian noise. uint8 images are clipped to 0..255 and rounded; floats are
-    assumed to be in 0..1 and are not clipped.
+    The operations are, in this order: bilinear down- and upsampling (`resolution`), Gaussian blur,
+    contrast around middle gray, brightness, and Gaussian noise. uint8 images are rounded and
+    clipped to 0..255. Floats are assumed to be in 0..1 and are not clipped.
 
     Args:
-        x_raw: Images `[N, C, H, W]`, uint8 or floats. They are not modified in place.
+        x_raw: Images, shape `[N, C, H, W]`, uint8 or floats. The images are not modified in place.
         config: Settings of the device.
         generator: Random generator for the noise.
 
@@ -150,7 +152,7 @@ def _apply(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> 
 
 
 def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:
-    """Apply a Gaussian filter along one axis, truncated at 3 sigma, with repeated edges."""
+    """Apply a Gaussian filter along one axis, truncated at 3 sigma, with repeated edge pixels."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma) ** 2)

@@ -16,7 +16,7 @@ from hetero_fl.utils.errors import UserError
 
 # Usual numbers of channels: gray and RGB.
 USUAL_CHANNELS = (1, 3)
-# Of two candidates for the axis of channels, one that is longer than this is ruled out.
+# Maximum number of channels. A longer axis is not the axis of channels if another axis is shorter.
 MAX_CHANNELS = 16
 # Tolerance for rounding errors of images scaled to [0, 1].
 SCALE_TOLERANCE = 1e-3
@@ -25,7 +25,7 @@ MIN_BYTE_MAXIMUM = 128
 
 
 def as_numbers(values: Any, where: str) -> Tensor:
-    """Convert an array to a tensor of type uint8, int64 or floating point.
+    """Convert an array to a CPU tensor of type uint8, int64 or floating point.
 
     Args:
         values: Any array-like object.
@@ -87,13 +87,15 @@ def as_bytes(x: Tensor, where: str) -> Tensor:
 def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
     """Convert images `[N, C, H, W]` or `[N, H, W, C]` to `[N, C, H, W]`.
 
-    The axis of channels is inferred from the lengths of the axes. The result is a view of `x`.
+    The position of the channels is inferred from the lengths of the axes: an axis of length 1 or 3
+    contains the channels, otherwise the only axis with at most 16 elements.
+    The result is a view of `x`.
 
     Args:
         x: The images.
         where: Prefix of error messages.
-        documented: The position of the channels, `first` or `last`, that the documentation of the
-            data source specifies. It is used if neither position results in one or three channels.
+        documented: Position of the channels, `first` or `last`, according to the documentation of
+            the data source. This position is used only if the lengths of the axes are inconclusive.
 
     Raises:
         UserError: If both positions result in one or three channels, and the images are square for
@@ -120,15 +122,17 @@ def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
 def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     """Convert the floating-point images of a data set to the range [0, 1].
 
-    Floats with a maximum between 128 and 255 are interpreted as bytes: they are divided by 255, or
-    converted to uint8 if all values are integers. All parts of the data set are treated equally.
+    Floats with a maximum between 128 and 255 are interpreted as bytes: images are converted to
+    uint8 if all values are integers, otherwise divided by 255. All parts of the data set are
+    treated equally.
 
     Args:
-        images: Images `[N, C, H, W]` by name, which error messages quote. Images with NaN or
-            infinity are not changed, because `check_examples` rejects them later.
+        images: Images `[N, C, H, W]`, keyed by the name that error messages quote. If any image
+            contains NaN or infinity, no image is changed, because `check_examples` rejects such
+            images later.
 
     Returns:
-        The images, and whether they were bytes.
+        The images, and whether floats were interpreted as bytes.
 
     Raises:
         UserError: If floats have another range.

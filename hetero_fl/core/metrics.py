@@ -1,4 +1,4 @@
-"""Metrics of one model, and their mean, standard deviation and worst value over clients.
+"""Metrics of a model, and the mean, standard deviation and worst value of metrics over clients.
 
 Metrics are computed in float64. Scores are fractions, not percentages, and errors of a regression
 have the unit of the target. An undefined metric is None, never NaN.
@@ -33,7 +33,7 @@ MANY = (
     "average_precision",
     "loss",
 )
-# Metrics of larger magnitude are undefined; all others can be squared and summed in float32.
+# Metrics of larger magnitude are undefined. All other metrics can be squared and summed in float32.
 MAX_METRIC_VALUE = 1e18
 SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
 
@@ -55,7 +55,7 @@ def metric_names(task: Task) -> tuple[str, ...]:
 
 
 def selection_metric(task: Task) -> tuple[str, int]:
-    """Return the metric that selects the best round, and 1 if larger is better or -1 if not."""
+    """Return the metric that selects the best round, and 1 if larger is better, otherwise -1."""
     if task.kind == "regression":
         return "mae", -1
     if task.has_many_classes:
@@ -72,7 +72,7 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     - `balanced_accuracy`: mean recall over the classes in `y`.
     - `macro_f1`: mean F1 score over the classes that occur in `y` or are predicted (the default of
       scikit-learn).
-    - `auroc`: area under the ROC curve of class 1 for two classes, otherwise the one-vs-rest mean;
+    - `auroc`: area under the ROC curve of class 1 for two classes, otherwise the one-vs-rest mean.
       None unless all classes occur in `y`.
     - `average_precision`: one-vs-rest mean over the classes in `y`, None if `y` contains only one
       class. For a task with a `rare` class, the average precision of this class.
@@ -93,11 +93,11 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
         task: The task.
         logits: Outputs, shape `[N, C]`.
         y: Targets, shape `[N]` (classes) or `[N, C]`.
-        unit: Factor of each example by which outputs and targets of a regression are multiplied,
-            shape `[N]`.
+        unit: Factor by which outputs and targets of each example are multiplied in a regression,
+            shape `[N]`. If None, nothing is multiplied. Ignored for other tasks.
 
     Returns:
-        The metrics by name, in the order of `metric_names`.
+        The metrics, keyed by name, in the order of `metric_names`.
 
     Raises:
         ValueError: If the shapes do not match the task.
@@ -147,14 +147,18 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
 
 
 def apply_metric(function: MetricFunction, task: Task, logits: Tensor, y: Tensor) -> float | None:
-    """Return the value of a user's metric; None without examples or if it is not finite.
+    """Compute a user's metric on the outputs of a model.
 
     Args:
-        function: Function of predictions `[N, C]` (probabilities, or values for a regression) and
-            targets, `[N]` or `[N, C]`.
+        function: Function of predictions `[N, C]` and targets (`[N]` or `[N, C]`) that returns a
+            number. Predictions are probabilities, or the model outputs in a regression.
         task: The task.
         logits: Outputs, shape `[N, C]`.
         y: Targets, shape `[N]` (classes) or `[N, C]`.
+
+    Returns:
+        The value of the metric. None if there are no examples, or the value is NaN or its magnitude
+        exceeds `MAX_METRIC_VALUE`.
 
     Example:
         >>> import torch
@@ -241,15 +245,16 @@ def _regression(outputs: Tensor, y: Tensor) -> list[Tensor | None]:
 def _ranking(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the area under the ROC curve and the average precision of each row.
 
-    Equal scores share one threshold: the area counts ties as one half (the Mann-Whitney U statistic
-    with midranks), and each positive example has the precision at the end of its run of ties.
+    Equal scores share one threshold. The area counts ties as one half (the Mann-Whitney U statistic
+    with midranks). The precision of a positive example is computed at the end of the run of ties to
+    which the example belongs.
 
     Args:
         scores: Scores, shape `[R, N]`.
-        truth: Which examples are positive, shape `[R, N]`.
+        truth: Whether each example is positive, shape `[R, N]`.
 
     Returns:
-        Two tensors of shape `[R]`, NaN where undefined.
+        Area and average precision, shape `[R]` each. Undefined values are NaN.
     """
     n = scores.shape[1]
     ordered, order = scores.sort(dim=1, descending=True)
@@ -271,7 +276,7 @@ def _ranking(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """Compute the confusion matrix; rows are true classes, columns are predicted classes.
+    """Compute the confusion matrix, whose rows are true classes and columns predicted classes.
 
     Args:
         task: The task.
@@ -311,9 +316,10 @@ def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[s
         bins: Number of bins (i / bins, (i + 1) / bins].
 
     Returns:
-        A dictionary with the error `ece`, which is None if there are no examples or probabilities
-        are not finite, and lists with one value per bin: the mean `confidence` and the `accuracy`,
-        which are None for empty bins, and the `count` of predictions.
+        A dictionary with the calibration error `ece` and three lists with one value per bin: the
+        mean `confidence`, the `accuracy` and the `count` of predictions. The error is None if there
+        are no examples or a probability is not finite. Confidence and accuracy of an empty bin are
+        None.
 
     Raises:
         ValueError: If the task is a regression or the shapes do not match the task.
@@ -372,12 +378,13 @@ def summarize_clients(
     The result does not depend on the order of the clients.
 
     Args:
-        values: Metrics by client and name.
+        values: Metrics of each client, keyed by client id and metric name.
 
     Returns:
         For each metric m, the mean as `m`, the standard deviation as `m_std` and the worst value as
-        `m_worst`; all three are None if the metric is undefined for all clients. Undefined values,
-        including those beyond `MAX_METRIC_VALUE`, are excluded; their number is `m_undefined`.
+        `m_worst`. All three are None if the metric is undefined for all clients. Undefined values
+        are excluded, as are values whose magnitude exceeds `MAX_METRIC_VALUE`. The entry
+        `m_undefined` is the number of excluded values, if any.
 
     Example:
         >>> from hetero_fl.core.metrics import summarize_clients

@@ -1,4 +1,7 @@
-"""Hashable specifications of models, from which every process builds the same module."""
+"""Hashable specifications of models, from which every process builds the same module.
+
+A group is a set of models that the server averages.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,28 @@ Tensors = dict[str, Tensor]
 
 
 def freeze_lists(value: Any) -> Any:
-    """Return a value with all nested lists converted to tuples."""
+    """Return a value after converting all nested lists to tuples."""
     return tuple(map(freeze_lists, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The specification of a model: its name and everything that determines its shapes.
+    """The specification of a model: the name, and all arguments that determine tensor shapes.
 
     Models with equal specifications have tensors with equal names and shapes.
 
     Args:
-        name: Name of the model, see `model_zoo.create_model`.
+        name: Name of the model, as accepted by `model_zoo.create_model`.
         outputs: Number of outputs.
         input_shape: Shape of an example, `(channels, *size)`, or `(length,)` for tokens.
-        feature_dim: Width of the features; None keeps the model's own width.
-        options: Options of the model as sorted pairs.
+        feature_dim: Width of the features. If None, the model's own width is used.
+        options: Further arguments of the model, as sorted pairs of name and value.
         pretrained: Whether training starts from published weights.
-        vocabulary: Number of different tokens; None for numeric examples.
-        label: Name in tables and reports; if empty, `name` is used. The label is neither compared
+        vocabulary: Number of different tokens, or None for numeric examples.
+        label: Name in tables and reports. If empty, `name` is used. The label is neither compared
             nor stored.
-        group: Name of the group of models that are averaged with this one; if empty, `spec_id` is
-            used. The group is neither compared nor stored.
+        group: Name of the group to which the model belongs. If empty, `spec_id` is used. The group
+            is neither compared nor stored.
 
     Example:
         >>> from hetero_fl.core.model_spec import ModelSpec
@@ -83,25 +86,25 @@ class ModelSpec:
             name: Name of the model.
             outputs: Number of outputs.
             input_shape: Shape of an example.
-            feature_dim: Width of the features; None keeps the model's own width.
-            options: Options of the model by name; lists are converted to tuples.
+            feature_dim: Width of the features. If None, the model's own width is used.
+            options: Further arguments of the model, keyed by name. Lists are converted to tuples.
             pretrained: Whether training starts from published weights.
-            vocabulary: Number of different tokens; None for numeric examples.
+            vocabulary: Number of different tokens, or None for numeric examples.
         """
         pairs = tuple(sorted((k, freeze_lists(v)) for k, v in (options or {}).items()))
         return cls(name, outputs, tuple(input_shape), feature_dim, pairs, pretrained, vocabulary)
 
     @property
     def size_arguments(self) -> tuple[int, int, tuple[int, ...], int | None]:
-        """Number of outputs, channels, size and feature width, the arguments of `create_model`."""
+        """Number of outputs, channels, size and feature width, as passed to `create_model`."""
         channels, *size = self.input_shape if self.vocabulary is None else (1, *self.input_shape)
         return self.outputs, channels, tuple(size), self.feature_dim
 
     def build(self, pretrained: bool = False) -> SplitModel:
-        """Build a module with initial weights from the global random number generator.
+        """Build a module whose initial weights are drawn from the global random number generator.
 
         Args:
-            pretrained: Whether to load published weights instead.
+            pretrained: Whether to load published weights instead of drawing initial weights.
 
         Raises:
             ModelError: If the model cannot be created.
@@ -116,7 +119,7 @@ class ModelSpec:
         )
 
     def build_given(self, given: GivenModel) -> Tensors:
-        """Return the tensors of a user's module that is passed as a model of this architecture.
+        """Return the tensors of a user's module that has this architecture.
 
         Raises:
             ModelError: If the module has another architecture.
@@ -126,12 +129,15 @@ class ModelSpec:
         return {n: t.detach() for n, t in model.state_dict().items()}
 
     def initial_tensors(self, seed: int) -> Tensors:
-        """Return the initial tensors for a seed; the tensors must not be modified."""
+        """Return the initial tensors for a seed, keyed by name.
+
+        The tensors are cached and must not be modified in place.
+        """
         return dict(_initial_tensors(self, seed, torch.get_default_dtype()))
 
     @cached_property
     def spec_id(self) -> str:
-        """A line of text that identifies the architecture."""
+        """Text that identifies the architecture, such as `cnn(1x28x28->10, width=8)`."""
         detail = [f"{'x'.join(map(str, self.input_shape))}->{self.outputs}"]
         detail += [f"vocabulary={self.vocabulary}"] if self.vocabulary else []
         detail += [f"feature_dim={self.feature_dim}"] if self.feature_dim else []
@@ -142,22 +148,22 @@ class ModelSpec:
 
     @property
     def display_name(self) -> str:
-        """Name in tables and reports."""
+        """Name in tables and reports: the label, or the name of the model if there is no label."""
         return self.label or self.name.removeprefix(OBJECT_PREFIX)
 
     @cached_property
     def group_id(self) -> str:
-        """Name of the group of models that are averaged with this one, a slot of the server."""
+        """Name of the group to which the model belongs, and of the server's model of this group."""
         return self.group or self.spec_id
 
     @cached_property
     def parameter_names(self) -> frozenset[str]:
-        """Names of the trainable tensors; all others are buffers."""
+        """Names of the trainable tensors. All other tensors are buffers."""
         return _measure(self).parameters
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of all tensors by name."""
+        """Shapes of all tensors, keyed by tensor name."""
         return _measure(self).shapes
 
     @property
@@ -172,17 +178,17 @@ class ModelSpec:
 
     @property
     def head_path(self) -> str:
-        """Path of the head in the user's module."""
+        """Path of the head: `head`, or the path in the user's module, such as `fc`."""
         return _measure(self).head_path
 
     def to_json(self) -> str:
-        """Return the specification as JSON text, which is stored together with saved tensors."""
+        """Return the specification as JSON, without the label and the group."""
         stored = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return json.dumps(stored, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """Create a specification from the result of `to_json`.
+        """Create a specification from the JSON text that `to_json` returned.
 
         Raises:
             ValueError: If the text is not a specification.
@@ -221,7 +227,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class _ModelFacts:
+class _ModelProperties:
     """Properties of a model that do not depend on the values of its tensors."""
 
     parameters: frozenset[str]
@@ -232,12 +238,12 @@ class _ModelFacts:
 
 
 @lru_cache(maxsize=256)
-def _measure(arch: ModelSpec) -> _ModelFacts:
+def _measure(arch: ModelSpec) -> _ModelProperties:
     # Cached because methods create equal specifications in each round.
     with torch.random.fork_rng(devices=[]):
         module = arch.build()
     layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
-    return _ModelFacts(
+    return _ModelProperties(
         frozenset(n for n, _ in module.named_parameters()),
         int(module.feature_dim),
         module.head_path,
@@ -254,17 +260,20 @@ def _initial_tensors(arch: ModelSpec, seed: int, _dtype: torch.dtype) -> Tensors
         return {n: t.detach().clone() for n, t in arch.build(arch.pretrained).state_dict().items()}
 
 
-# Name and shape of a tensor, and the group of the model; "" for tensors common to all groups.
+# Name and shape of a tensor, and the group of the model. The group is "" for tensors that are
+# averaged across groups.
 Owner = tuple[str, tuple[int, ...], str]
 
 
 def owners_of(
     tensors: Mapping[str, Tensor], group: str, common: tuple[str, ...]
 ) -> dict[str, Owner]:
-    """Return the owner of each tensor of a model; tensors with equal owners are averaged.
+    """Return the owner of each tensor of a model, keyed by tensor name.
+
+    Tensors with equal owners are averaged.
 
     Args:
-        tensors: Tensors of the model by name.
+        tensors: Tensors of the model, keyed by name.
         group: Group of the client's model.
         common: Prefixes of the names of tensors that are averaged across groups.
     """

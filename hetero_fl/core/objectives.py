@@ -2,7 +2,8 @@
 
 The separation allows exact weighting of padded batches, per-example gradient clipping (the penalty
 is never clipped) and vectorized training of many clients. Objectives are frozen dataclasses, so
-clients with equal objectives can be trained together.
+clients with equal objectives can be trained together. A slot is the name of a model in the training
+step (`hetero_fl.core.plan.Fit`).
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ MIN_LOSS_SUM = 1e-12
 
 
 class ModelView:
-    """A callable view of a model that objectives use; it returns `Outputs(logits, features)`.
+    """A model as passed to objectives, a callable that returns `Outputs(logits, features)`.
 
-    The model is an ordinary module, or one of several models that are trained together with `vmap`.
+    The model is an ordinary module, or one of several stacked models that are trained with `vmap`.
 
     Args:
         forward: Function that maps inputs to outputs.
         head: Function that maps features to logits.
-        parameters: Trainable tensors by name.
+        parameters: Trainable tensors, keyed by name.
 
     Attributes:
         head: Function that maps features to logits.
-        parameters: Trainable tensors by name.
+        parameters: Trainable tensors, keyed by name.
     """
 
     def __init__(
@@ -83,17 +84,17 @@ class AttributeDict(dict[str, T]):
 
 
 class ModelViews(AttributeDict[ModelView]):
-    """The models of a `Fit` step by slot; `nets.model` is `nets["model"]`."""
+    """The models of a `Fit` step, keyed by slot. `nets.model` is `nets["model"]`."""
 
     kind = "model"
     hint = "name it in `train` or `frozen` of the fit"
 
 
 class Batch(AttributeDict[Tensor]):
-    """The columns of a batch; `batch.x` is `batch["x"]`.
+    """The columns of a batch, keyed by name. `batch.x` is `batch["x"]`.
 
     Attributes:
-        weight: 1 for examples and 0 for padding, shape `[B]`; None if there is no padding.
+        weight: 1 for examples and 0 for padding, shape `[B]`, or None if there is no padding.
     """
 
     kind = "column"
@@ -112,7 +113,7 @@ class Objective:
 
     Subclasses are frozen dataclasses and implement `loss`. The arguments of all methods are:
 
-    - `nets`: the models by slot,
+    - `nets`: the models, keyed by slot,
     - `batch`: the columns of the batch, and
     - `context`: the tensors of `Fit.context`.
 
@@ -136,7 +137,10 @@ class Objective:
         raise TypeError(f"{type(self).__name__} does not implement loss")
 
     def penalty(self, nets: ModelViews, context: Context) -> Tensor | float:
-        """Return a scalar penalty on the parameters, which is neither clipped nor weighted."""
+        """Return the penalty on the parameters, a scalar that is neither clipped nor weighted.
+
+        By default, the penalty is 0.
+        """
         return 0.0
 
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
@@ -148,11 +152,14 @@ class Objective:
         return self.loss(nets, batch, context)
 
     def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor | float:
-        """Return the part of the loss that depends on `Fit.extra_batches` only, a scalar."""
+        """Return the part of the loss that depends on `Fit.extra_batches` only, a scalar.
+
+        By default, this part is 0.
+        """
         return 0.0
 
     def total_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        """Return the scalar that an optimizer step minimizes."""
+        """Return the mean loss plus the penalty, the scalar that an optimizer step minimizes."""
         return batch.mean(self.loss(nets, batch, context)) + self.penalty(nets, context)
 
 
@@ -193,9 +200,9 @@ def distillation_loss(
 
     For multiclass tasks, the loss is `T**2 * KL(softmax(teacher / T) || softmax(student / T))`
     (Hinton et al. 2015, section 2), whose mean over examples equals the reduction `batchmean` of
-    PyTorch. For multilabel tasks, it is the sum over labels of the same divergence between
-    Bernoulli distributions, and for regression the mean squared error over outputs. The teacher is
-    detached.
+    PyTorch. For multilabel tasks, the loss is the sum over labels of the same divergence between
+    Bernoulli distributions. For regression, the loss is the mean squared error over outputs. The
+    teacher is detached.
 
     Args:
         kind: Kind of the task.
@@ -230,7 +237,12 @@ def distillation_loss(
 
 
 def squared_distance(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of squared differences between two sets of tensors with equal names."""
+    """Return the sum of squared differences between parameters and the anchor's tensors.
+
+    Args:
+        parameters: Tensors, keyed by name.
+        anchor: Tensors of the same shapes, with at least the same names.
+    """
     return torch.stack([(p - anchor[n]).square().sum() for n, p in parameters.items()]).sum()
 
 
@@ -266,7 +278,7 @@ class Supervised(Objective):
     def loss_of_outputs(
         self, outputs: Outputs, batch: Batch, context: Context, reduction: str = "none"
     ) -> Tensor:
-        """Return the loss of outputs that have already been computed.
+        """Return the loss of model outputs that have already been computed.
 
         Args:
             outputs: Outputs of the model.
@@ -296,7 +308,8 @@ class LossFunction(Supervised):
 
     Args:
         function: Function of logits `[B, C]` and targets that returns the loss of each example,
-            `[B]` or `[B, ...]`. The reduction of a loss of `torch.nn` is switched off.
+            `[B]` or `[B, ...]`. Further dimensions are averaged. If the function has an attribute
+            `reduction`, like the losses of `torch.nn`, a copy with `reduction="none"` is used.
 
     Example:
         >>> import torch
@@ -337,7 +350,7 @@ class Masked(Supervised):
     """The supervised loss with the logits of missing classes set to 0.
 
     This is the masked loss of HeteroFL (Diao et al. 2021, section 3). In the context, `present`
-    `[C]` is 1 for classes that the client has and 0 for others.
+    `[C]` is 1 for classes that occur in the client's rows and 0 for all other classes.
     """
 
     @override
@@ -367,13 +380,13 @@ class Proximal(Supervised):
 
 @dataclass(frozen=True)
 class TeacherDistillation(Objective):
-    """The distance of the model's logits from the column `teacher`.
+    """The distance of the model's logits from the teacher's logits, the column `teacher`.
 
     Args:
         kind: Kind of the task.
         temperature: Temperature of the distillation loss.
-        distance: `kl` is the distillation loss, `mae` the mean absolute error of logits as in the
-            code of the FedMD authors.
+        distance: `kl` for the distillation loss, `mae` for the mean absolute error of logits as in
+            the code of the FedMD authors.
         slot: Slot of the model.
 
     Example:
@@ -404,8 +417,8 @@ class ProxyReplay(Supervised):
     """The supervised loss plus a distillation loss on public rows.
 
     The distillation loss preserves what a client's model has learned about other clients' classes
-    while it is trained on private rows. The columns `public_x` and `public_teacher` contain the
-    public examples and the logits of the teacher.
+    during training on private rows. The columns `public_x` and `public_teacher` contain the public
+    examples and the logits of the teacher.
 
     Args:
         weight: Weight of the distillation loss.
@@ -510,8 +523,8 @@ def log_prior(task: Task, counts: Tensor) -> Tensor | None:
 class SupervisedDistillation(Supervised):
     """The supervised loss plus distillation from the column `teacher` (FedGKT, He et al. 2020).
 
-    If the batch has a column `log_prior` `[B, C]`, its values are added to the logits. A batch can
-    therefore contain rows of several clients with different class priors.
+    If the batch has a column `log_prior` `[B, C]`, the values of this column are added to the
+    logits. A batch can therefore contain rows of several clients with different class priors.
 
     Args:
         weight: Weight of the distillation loss.
@@ -534,10 +547,11 @@ class Coefficients(Objective):
     """The loss of the knowledge coefficients of KT-pFL (Zhang et al. 2021).
 
     The loss of client k is `T**2 * KL(Σ_j c_kj p_j || p_k) + ρ ‖c_k - 1/K‖²`, with the divergence
-    averaged over D public examples. Each example of a batch represents one client: the column `x`
-    `[B, K]` is the one-hot index of the client, which the model in the slot `mix` maps to c_k, and
-    the column `own` `[B]` is the index k. In the context, `predictions` `[K, D, C]` are the
-    softened probabilities p. Unlike in distillation, the gradient passes through the mixture.
+    averaged over D public examples. Each example of a batch represents one client. The column `x`
+    `[B, K]` is the one-hot index of the client, and the column `own` `[B]` is the index k. The
+    model in the slot `mix` maps the one-hot index to c_k. In the context, `predictions` `[K, D, C]`
+    are the softened probabilities p. Unlike in distillation, the gradient passes through the
+    mixture, the first argument of the divergence.
 
     Args:
         temperature: Temperature T.
@@ -559,8 +573,8 @@ class Coefficients(Objective):
 def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Return whether `to_shape` can convert examples of one shape to another.
 
-    This is the case if the shapes are equal, or if both are shapes of images and their numbers of
-    channels are equal or one of them is 1.
+    Shapes are convertible if they are equal, or if both are image shapes whose numbers of channels
+    are equal or include 1.
     """
     images = len(shape) == len(other) == 3
     return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)
@@ -569,8 +583,8 @@ def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Convert examples to another shape.
 
-    Images are resized by bilinear interpolation. Their channels are then averaged into one, or a
-    single channel is repeated.
+    Images are resized by bilinear interpolation. If the numbers of channels differ, the channels
+    are then averaged into one, or a single channel is repeated.
 
     Args:
         x: Examples, shape `[B, …]`.
@@ -592,7 +606,8 @@ class MutualDistillation(Supervised):
 
     The loss is the sum of α·task(p) + (1 - α)·KL(m ‖ p) for the client's model p and
     β·task(m) + (1 - β)·KL(p ‖ m) for the small shared model m, the mentee. The teacher of each
-    divergence is detached, so one step trains each model with the gradient of its own loss.
+    divergence is detached, so that one optimizer step trains each model with the gradient of its
+    own loss.
 
     Args:
         alpha: Weight α of the model's supervised loss.

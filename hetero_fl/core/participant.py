@@ -1,4 +1,9 @@
-"""Participants of a federation, clients and the server, and the server's directory of clients."""
+"""Participants of a federation (clients and the server), and the server's directory of clients.
+
+A slot is the name under which a participant stores a model. A part of a model is a tuple of
+prefixes of tensor names, or None for the whole model. A profile is a set of clients with equal
+settings and architectures (`ClientProfile`).
+"""
 
 from __future__ import annotations
 
@@ -26,14 +31,14 @@ Columns = dict[str, Tensor]
 # Maximum number of clients that are searched for messages and suggestions.
 MAX_SEARCHED_CLIENTS = 1000
 CACHED_CLIENTS = 4096
-# Maximum number of values that a client may log in a round. A report has room for a few more.
+# Maximum number of values that a client may log in a round. A report may contain a few more values.
 MAX_LOGGED = 60
 # A part of a model: prefixes of tensor names, or None for the whole model.
 Part = tuple[str, ...] | None
 
 
 def copy_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Return detached copies of tensors, which own their memory.
+    """Return detached copies of tensors that do not share memory with the originals.
 
     Example:
         >>> import torch
@@ -48,12 +53,12 @@ def copy_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def select_part(tensors: Mapping[str, Tensor], part: Part) -> Tensors:
-    """Return the tensors that belong to a part of a model."""
+    """Return the tensors that belong to a part of a model, keyed by name."""
     return {n: t for n, t in tensors.items() if part is None or n.startswith(part)}
 
 
 def exclude_part(tensors: Mapping[str, Tensor], part: Part) -> Tensors:
-    """Return the tensors that do not belong to a part of a model."""
+    """Return the tensors that do not belong to a part of a model, keyed by name."""
     return {} if part is None else {n: t for n, t in tensors.items() if not n.startswith(part)}
 
 
@@ -72,13 +77,14 @@ def floating_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
 
 @dataclass(frozen=True)
 class RoundContext:
-    """The current round of a run, which is part of the key of random streams.
+    """The current round of a run, which determines the seeds of random streams.
 
     Args:
         seed: Seed of the run.
         round_idx: Index of the round, starting at 0.
         num_rounds: Number of rounds of the run.
-        attempt: In asynchronous runs, how often the participant has already trained in this round.
+        attempt: Number of times that the participant has already trained in this round. Always 0 in
+            synchronous runs.
     """
 
     seed: int = 0
@@ -97,9 +103,11 @@ class ClientInfo:
         num_rows: Number of training rows.
         preprocess: Preprocessing of public examples, a `hetero_fl.data.Preprocess`.
         settings: Settings of the client.
-        purpose: Purpose of a broadcast to the client; with `evaluate`, the client does not train.
-        has_proxy: Whether the client can use the proxy set, if there is one.
-        models: Architectures of all models of the client by slot; `arch` is the slot `model`.
+        purpose: Purpose of a broadcast to the client. With `evaluate`, the client is evaluated
+            without training.
+        has_proxy: Whether the client can use the proxy set, if the run has a proxy set.
+        models: Architectures of all models of the client, keyed by slot. The slot `model` is
+            `arch`.
 
     Example:
         >>> from hetero_fl.config.clients import ClientSettings
@@ -127,7 +135,7 @@ class ClientProfile:
 
     Args:
         settings: Settings of the clients.
-        models: Architectures of the clients' models by slot.
+        models: Architectures of the clients' models, keyed by slot.
         first: Name of the first of these clients in the configuration.
         count: Number of clients.
     """
@@ -144,15 +152,16 @@ class ClientProfile:
 
 
 class ClientDirectory(Mapping[str, ClientInfo]):
-    """All clients of a federation by name, with the properties that the server can access.
+    """All clients of a federation, keyed by name, with the properties that the server can access.
 
-    Entries are created on access. Use `profiles` for properties that depend only on the settings of
-    clients; the number of profiles does not grow with the number of clients.
+    Each `ClientInfo` is created on access. Use `profiles` for properties that depend only on the
+    settings of clients, because the number of profiles does not grow with the number of clients.
 
     Args:
         clients: The population of clients.
-        models: Architectures by slot, for each profile in `clients.profiles`; or architectures by
-            client and slot if clients with equal settings may have different models.
+        models: Architectures of each profile in `clients.profiles`, keyed by slot. If clients with
+            equal settings may have different models, pass the architectures of each client, keyed
+            by client name and slot.
         data: The federated data, a `hetero_fl.data.FederatedData`.
 
     Attributes:
@@ -168,7 +177,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
     ) -> None:
         self.clients = clients
         self._data = data
-        # Index in `profiles` by client; None if the profiles are those of `clients`.
+        # Index of each client's profile in `profiles`. None if the profiles are those of `clients`.
         self._places: dict[str, int] | None = None
         if isinstance(models, Mapping):
             self._places, self.profiles = _split_profiles(clients, models)
@@ -188,7 +197,9 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         ]
 
     def set_default(self, name: str, value: object) -> None:
-        """Set a setting of all clients for which it is None, for use in `Algorithm.configure`.
+        """Set a setting of all clients for which the setting is None.
+
+        Methods call this function in `Algorithm.configure`.
 
         Args:
             name: A field of `ClientSettings`.
@@ -200,7 +211,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 
     @property
     def main_profile(self) -> ClientProfile:
-        """Profile of the first client, in natural order, with the most frequent architecture."""
+        """Profile of the first client (in natural order) with the most frequent architecture."""
         members = Counter[str]()
         for profile in self.profiles:
             members[profile.arch.spec_id] += profile.count
@@ -259,7 +270,7 @@ def _split_profiles(
 
     Args:
         clients: The population of clients.
-        models: Architectures by client and slot.
+        models: Architectures, keyed by client name and slot.
 
     Returns:
         The index of each client's profile, and the profiles.
@@ -287,22 +298,23 @@ class Participant:
     Args:
         participant_id: Name of the client, or `server`.
         task: The learning task.
-        arch: Architectures by slot. A client's own model is in the slot `model`; the server has a
-            slot for each group of models.
-        models: Tensors of the models by slot and name.
+        arch: Architectures, keyed by slot. A client's own model is in the slot `model`. The server
+            has a slot for each group of models that are averaged.
+        models: Tensors of the models, keyed by slot and tensor name.
         data: Function `data(name, preprocess)` that returns the columns of a named data set. If
             `preprocess` is None, the participant's own preprocessing is used.
         settings: Settings of the client.
-        label_counts: Function that returns the number of training rows by class.
+        label_counts: Function that returns the number of training rows per class.
         num_rows: Number of training rows.
         has_proxy: Whether the participant can use the proxy set.
         peers: All clients, with the properties that the participant can access.
         common: Prefixes of the names of tensors that are averaged across architectures.
         state: Private state that the method keeps between rounds.
         round_context: The current round of the run.
-        step_share: Share of the local steps that a simulated device completes in time.
-        stream_uses: Index of the last use of each random stream in this round, by label.
-        logged: Values that the participant logged in this round, by name.
+        step_share: Fraction of the local optimizer steps that a simulated device completes before
+            the deadline.
+        stream_uses: Index of the last use of each random stream in this round, keyed by label.
+        logged: Values that the participant logged in this round, keyed by name.
 
     Example:
         >>> import torch
@@ -351,14 +363,14 @@ class Participant:
 
     @cached_property
     def counts(self) -> Tensor:
-        """Number of training rows by class, shape `[outputs]`."""
+        """Number of training rows per class, shape `[outputs]`."""
         return self.label_counts()
 
     def log(self, name: str, value: float) -> None:
         """Log a value in the record of this round.
 
-        The record lists logged values by client in the field `logged`. A client's values are sent
-        with its upload, unless uploads are private or only their sum is revealed.
+        The field `logged` of the record contains the logged values of each client. Values are sent
+        together with the upload, unless uploads are private or only the sum of uploads is revealed.
 
         Args:
             name: Name of the value.
@@ -380,21 +392,24 @@ class Participant:
 
         Args:
             slot: The slot.
-            tensors: New tensors by name. All other tensors of the model are kept.
+            tensors: New tensors, keyed by name. All other tensors of the model are kept.
         """
         plain = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
         self.models[slot] = {**self.models[slot], **plain}
 
     def stream(self, label: str, stream_id: str | None = None) -> tuple[Key, ...]:
-        """Return a new key for a random stream; each call with the same label returns another key.
+        """Return the key that seeds a new random stream.
+
+        Each call with the same label in a round returns another key.
 
         Args:
             label: Label of the stream.
-            stream_id: Name of the participant whose stream is used; None for this participant.
+            stream_id: Name of the participant whose stream is used. If None, this participant's own
+                stream is used.
         """
         use = self.stream_uses.get(label, -1) + 1
         self.stream_uses[label] = use
-        # Part of the key: renaming "again" would change the results of asynchronous runs.
+        # "again" is part of the key, so another word would change the results of asynchronous runs.
         attempt = ("again", self.round_context.attempt) if self.round_context.attempt else ()
         return (
             self.round_context.seed,
@@ -407,12 +422,12 @@ class Participant:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """Optimizer settings of this round, with scheduled learning rates."""
+        """Optimizer settings of this round, with learning rates according to the schedule."""
         return scheduled_optimizer(self.settings.optimizer, self.round_context)
 
 
 def scheduled_optimizer(config: OptimizerConfig, context: RoundContext) -> OptimizerConfig:
-    """Return the optimizer settings of a round, with scheduled learning rates."""
+    """Return the optimizer settings of a round, with learning rates according to the schedule."""
     done = min(1.0, context.round_idx / max(1, context.num_rounds - 1))
     factor = {
         "constant": 1.0,
@@ -427,7 +442,7 @@ def scheduled_optimizer(config: OptimizerConfig, context: RoundContext) -> Optim
 
 
 def copy_tree(tree: Any) -> Any:
-    """Return a deep copy of a tree of dictionaries, lists and tensors; tensors are detached."""
+    """Return a deep copy of a tree of dictionaries, lists and tensors, with detached tensors."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):
@@ -436,7 +451,7 @@ def copy_tree(tree: Any) -> Any:
 
 
 def move_tree(tree: Any, device: torch.device) -> Any:
-    """Return a tree of dictionaries, lists and tensors with all tensors on a device."""
+    """Move all tensors of a tree of dictionaries, lists and tensors to a device."""
     if isinstance(tree, Tensor):
         return tree.to(device)
     if isinstance(tree, Mapping):
@@ -445,7 +460,7 @@ def move_tree(tree: Any, device: torch.device) -> Any:
 
 
 def copy_containers(tree: Any) -> Any:
-    """Return a copy of a tree of dictionaries and lists that shares the original's tensors."""
+    """Copy a tree of dictionaries and lists without copying the tensors in the tree."""
     if isinstance(tree, dict):
         return {k: copy_containers(v) for k, v in tree.items()}
     return [copy_containers(v) for v in tree] if isinstance(tree, list) else tree

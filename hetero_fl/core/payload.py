@@ -20,6 +20,7 @@ from hetero_fl.utils.serialization import CodecError, decode, encode, encoded_si
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
+# Name of the format of encoded payloads.
 FORM = "hetero_fl payload 1"
 MAX_MESSAGE_CHARACTERS = 240
 # Prefix of the names of logged values in a report.
@@ -29,8 +30,8 @@ MAX_REPORT_VALUES = 64
 MAX_REPORT_CHARACTERS = 256
 # Maximum magnitude of values and weights, so that their squares do not overflow in float32.
 MAX_MAGNITUDE = 1e18
-# Bytes that a message may have in addition to its tensors: in total, and for the name, shape and
-# offset of each tensor.
+# Bytes that a message may contain in addition to the values of tensors: in total, and for the name,
+# shape and offset of each tensor.
 SPARE_BYTES = 2**16
 SPARE_TENSOR_BYTES = 2**10
 
@@ -55,7 +56,7 @@ class PayloadError(ValueError):
 
 
 class MissingItemError(KeyError):
-    """Raised when a payload does not contain an item, or no upload can contain it."""
+    """Raised when a payload does not contain an item, or no upload can contain this item."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -66,13 +67,13 @@ class Item:
     """An entry of a payload: one or several tensors with a weight and a kind.
 
     Args:
-        values: A tensor, or tensors by name.
+        values: A tensor, or a dictionary of tensors.
         weight: Weight in the mean over clients. A tensor is broadcast against the values, for
             example a weight per class for logits `[N, C]`.
         kind: Meaning of the values. `params` are tensors of a model, and `update` is the difference
-            of a model's tensors from the received ones. `rows` has one row per example. `counts` is
-            a vector that is summed. `class_sums` are sums by class, whose weight `[C, 1]` is the
-            divisor of the mean.
+            between the tensors of a model and the received tensors. `rows` is a tensor with one row
+            per example. `counts` is a vector that is summed. `class_sums` are sums per class, whose
+            weight `[C, 1]` is the divisor of the mean.
 
     Example:
         >>> import torch
@@ -87,11 +88,15 @@ class Item:
 
     @property
     def tensors(self) -> Tensors:
-        """The values as tensors by name; a single tensor has the name ""."""
+        """The values as a dictionary of tensors. A single tensor has the name ""."""
         return self.values if isinstance(self.values, dict) else {"": self.values}
 
     def with_tensors(self, tensors: Tensors) -> Item:
-        """Return a copy of the item with other values of the same names."""
+        """Return a copy of the item with other values.
+
+        Args:
+            tensors: The new values, keyed by the names of the present values.
+        """
         return replace(self, values=tensors if isinstance(self.values, dict) else tensors[""])
 
 
@@ -111,20 +116,19 @@ class ItemSpec:
 
     Args:
         kind: Kind of the item, see `Item`.
-        use: `sum` if the server needs only the weighted sum over clients, which secure aggregation
-            can provide; `each` if it needs the items of individual clients.
+        use: `sum` if the server only needs the weighted sum over clients, which secure aggregation
+            can provide. `each` if the server needs the items of individual clients.
         private: Whether the item is computed directly from private rows, so that it needs separate
             noise under differential privacy.
-        share: The entry of a client's `shares` that permits the upload; None for the default of
-            the kind (`SHARE_OF_KIND`).
+        share: The entry of a client's setting `shares` that permits the upload. If None, the
+            default of the kind is used (`SHARE_OF_KIND`).
         ranks: Whether matrices are sent as rank-one terms, shape `[k, …]`, whose number k depends
             on the values (see `hetero_fl.communication.compression`).
         across_architectures: Whether the tensors belong to one model that clients of all
             architectures share.
         rows_of: Data set of the rows of an item of kind `rows`: the proxy set or the sender's
             training set.
-        prediction_type: `logits` or `probabilities` for rows that are predictions; "" for other
-            rows.
+        prediction_type: `logits` or `probabilities` if the rows are predictions, otherwise "".
 
     Example:
         >>> from hetero_fl.core.payload import ItemSpec
@@ -144,21 +148,23 @@ class ItemSpec:
 
     @property
     def needed_share(self) -> Share:
-        """The entry of a client's `shares` that permits the upload."""
+        """The entry of a client's setting `shares` that permits the upload."""
         return self.share or SHARE_OF_KIND[self.kind]
 
 
 class Payload(Mapping[str, Any]):
-    """A mapping of names to items; `payload[name]` returns the values of an item.
+    """A mapping of names to items, in which `payload[name]` returns the values of an item.
 
     Args:
-        items: Items by name. A tensor, or a dictionary of tensors, becomes an item with weight 1.
+        items: Items, keyed by name. A tensor or a dictionary of tensors is converted to an item
+            with weight 1.
         report: Short values that are sent with the items, such as the training loss.
 
     Attributes:
-        items_by_name: The items, with weight and kind.
+        items_by_name: The items, with weight and kind, keyed by name.
         report: The report.
-        magnitude: Largest norm of a tensor if the payload was decoded, otherwise 0.
+        magnitude: Largest norm of a tensor if the payload was decoded with `decode` or
+            `from_untrusted`, otherwise 0.
 
     Example:
         >>> import torch
@@ -192,7 +198,8 @@ class Payload(Mapping[str, Any]):
 
         Args:
             items: The return value.
-            specs: Declarations against which the items are validated; None skips the validation.
+            specs: Declarations of the items, keyed by name. If None, items are not compared with
+                declarations.
 
         Raises:
             PayloadError: If the return value is not a dictionary of items, or an item does not
@@ -246,7 +253,10 @@ class Payload(Mapping[str, Any]):
         return self.items_by_name[name]
 
     def to(self, device: torch.device) -> Payload:
-        """Return a payload with all tensors on a device: this payload if they already are."""
+        """Move all tensors to a device and return the payload.
+
+        If all tensors are already on the device, this payload is returned, otherwise a new payload.
+        """
         weights = [i.weight for i in self.items_by_name.values() if isinstance(i.weight, Tensor)]
         tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         if all(t.device == device for t in [*tensors, *weights]):
@@ -262,23 +272,26 @@ class Payload(Mapping[str, Any]):
         return moved
 
     def norm(self) -> float:
-        """Return the largest norm among the floating-point tensors."""
+        """Return the largest norm among the floating-point tensors, or 0 without such tensors."""
         tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         return max(_norms([t for t in tensors if t.is_floating_point()]), default=0.0)
 
     def encode(self) -> bytes:
-        """Encode the payload for transmission; the number of bytes is the communication cost."""
+        """Encode the payload for transmission.
+
+        The number of bytes is the communication cost of the payload.
+        """
         return encode(self.tree(), FORM)
 
     @property
     def encoded_size(self) -> int:
-        """Number of bytes of `encode()`, computed without encoding the tensors."""
+        """Number of bytes that `encode` would return, computed without encoding the tensors."""
         return encoded_size(self.tree(), FORM)
 
     def tree(self) -> dict[str, Any]:
         """Return the payload as nested dictionaries, the input of `from_untrusted`.
 
-        All tensors are detached and contiguous; tensors that already are contiguous are not copied.
+        All tensors are detached and contiguous. Tensors that are already contiguous are not copied.
         """
         items = {
             n: {"values": _plain(i.values), "weight": _plain(i.weight), "kind": i.kind}
@@ -292,8 +305,8 @@ class Payload(Mapping[str, Any]):
 
         Args:
             data: The encoded payload.
-            like: Items with the expected names, shapes and dtypes, if known. A header that is
-                longer than such items need is not parsed.
+            like: Items with the expected names, shapes and dtypes. If given, a header that is too
+                long for such items is rejected before it is parsed.
 
         Raises:
             PayloadError: If the payload is malformed, or a value is not finite or exceeds
@@ -308,7 +321,7 @@ class Payload(Mapping[str, Any]):
 
     @classmethod
     def from_untrusted(cls, tree: Any) -> Payload:
-        """Create a payload from received nested dictionaries, which are validated.
+        """Validate received nested dictionaries and convert them to a payload.
 
         Args:
             tree: A dictionary with the entries `items`, a dictionary of items with values, weight
@@ -341,10 +354,10 @@ def _plain(value: Any) -> Any:
 def report_with_loss(
     loss: float | None, logged: Mapping[str, float] | None = None
 ) -> dict[str, str]:
-    """Return the report of an upload: the training loss and the values that the client logged.
+    """Create the report of an upload: the training loss and the values that the client logged.
 
     Numbers are formatted with 17 significant digits, so that the size of an upload does not depend
-    on their values.
+    on the values. If the loss is None, the report contains no loss.
     """
     values = {} if loss is None else {"loss": loss}
     values |= {LOGGED_PREFIX + name: value for name, value in (logged or {}).items()}
@@ -352,12 +365,15 @@ def report_with_loss(
 
 
 def loss_from_report(report: Mapping[str, Any]) -> float | None:
-    """Return the loss in a report; None if it is missing, not a number, or too large."""
+    """Return the loss in a report, or None if the loss is missing, not a number or too large."""
     return _read_number(report.get("loss"))
 
 
 def logged_from_report(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the logged values in a report whose magnitude is at most `MAX_MAGNITUDE`."""
+    """Return the logged values in a report, keyed by name.
+
+    Values whose magnitude exceeds `MAX_MAGNITUDE` are left out, as are values that are not numbers.
+    """
     logged = {
         name.removeprefix(LOGGED_PREFIX): _read_number(value)
         for name, value in report.items()
@@ -395,7 +411,7 @@ def _check_report(report: Mapping[str, Any]) -> None:
 
 
 def _item(name: str, raw: Any) -> tuple[Item, float]:
-    """Return an item of an untrusted tree and the largest norm of its tensors."""
+    """Convert an entry of an untrusted tree to an item, and return the largest norm of a tensor."""
     if not isinstance(raw, dict) or set(raw) != {"values", "weight", "kind"}:
         raise PayloadError(f"item {name!r}: expected values, weight and kind")
     values = raw["values"]
@@ -439,10 +455,10 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
-    """Return the norm of a tensor in an item, in double precision if it is large.
+    """Return the norm of a tensor in an item, in double precision if the norm is large.
 
-    If any value is NaN, infinite or too large, the norm is NaN or exceeds `MAX_MAGNITUDE`, so the
-    elements are checked only in that case.
+    If any value is NaN, infinite or too large, the norm is NaN or exceeds `MAX_MAGNITUDE`. Elements
+    are therefore checked only in this case.
 
     Raises:
         PayloadError: If a value is not finite or exceeds `MAX_MAGNITUDE`.
@@ -461,9 +477,10 @@ def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
 
 
 def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
-    """Check the size of a message before it is read.
+    """Check the size of an uploaded message before the message is read.
 
-    The maximum is three times the bytes of the expected tensors plus a constant for names.
+    The maximum is three times the bytes of the expected tensors plus constants for names and
+    shapes.
 
     Args:
         size: Bytes of the message.
@@ -486,7 +503,7 @@ def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item
 
 
 def check_header(data: bytes, like: Mapping[str, Item]) -> None:
-    """Check the size of a message's header before it is parsed.
+    """Check the size of a message's header before the header is parsed.
 
     Args:
         data: The message.
@@ -519,7 +536,7 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         like: Items with the expected names, shapes and dtypes.
 
     Raises:
-        PayloadError: If an item does not match.
+        PayloadError: If an item does not match its declaration or the expected item.
 
     Example:
         >>> import torch
@@ -561,7 +578,7 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
                 raise PayloadError(
                     f"{place}: expected dtype {expected.dtype}, got {received.dtype}"
                 )
-        # A weight may be a plain number or have another precision.
+        # A weight may be a Python number or a tensor of another precision.
         expected_weight = torch.as_tensor(expected_item.weight)
         weight = torch.as_tensor(item.weight)
         if weight.shape != expected_weight.shape:

@@ -1,8 +1,8 @@
-"""Plans and the compute steps that they yield.
+"""Plans, and the compute steps that plans yield.
 
-A plan is a generator. It yields a step, or a list of steps that may run together in any order,
+A plan is a generator. A plan yields a step, or a list of steps that may run together in any order,
 receives the result or the results, and returns a value such as an upload. The engine decides how a
-step is computed.
+step is computed. A slot is the name under which a participant stores a model.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from hetero_fl.core.participant import Columns, Part, Participant
 
 
 class StepKey:
-    """The identity of a step; copies made by `dataclasses.replace` share it."""
+    """The identity of a step, which copies made by `dataclasses.replace` share."""
 
 
-# The steps created while `record_steps` is active, by key; None if it is not active.
+# The steps created inside the `with` block of `record_steps`, by key; None outside such a block.
 _created: ContextVar[dict[StepKey, Step] | None] = ContextVar("created_steps", default=None)
 
 
 @contextmanager
 def record_steps() -> Iterator[dict[StepKey, Step]]:
-    """Record the steps that are created inside the `with` block, by key.
+    """Record the steps that are created inside the `with` block, keyed by `StepKey`.
 
     The dry run compares the recorded steps with the yielded steps to detect a forgotten `yield`.
     """
@@ -46,7 +46,7 @@ def record_steps() -> Iterator[dict[StepKey, Step]]:
 
 
 class RecordedStep:
-    """Base class of steps, whose instances are recorded by `record_steps`."""
+    """Base class of steps, which `record_steps` records on creation."""
 
     key: StepKey
 
@@ -61,11 +61,12 @@ class Rows:
     """Rows of a participant's named data set, with optional extra columns.
 
     Args:
-        name: Name of the data set: `train`, `validation`, `test` or `proxy`; at the server also
-            `common_validation`.
-        rows: Indices of the rows to use, int64 `[N]`; None for all rows.
-        extra_columns: Further columns, aligned with the selected rows, such as a teacher's logits.
-        preprocess: Preprocessing of the rows. None uses that of the participant.
+        name: Name of the data set: `train`, `validation`, `test` or `proxy`. The server also has
+            the data set `common_validation`.
+        rows: Indices of the rows to use, int64 `[N]`. If None, all rows are used.
+        extra_columns: Further columns, keyed by name, such as a teacher's logits. The rows of these
+            columns are aligned with the selected rows.
+        preprocess: Preprocessing of the rows. If None, the participant's own preprocessing is used.
 
     Example:
         >>> import torch
@@ -81,7 +82,7 @@ class Rows:
     preprocess: Any = None
 
     def columns(self, participant: Participant) -> Columns:
-        """Return the columns by name, aligned along dimension 0."""
+        """Return the columns, keyed by name and aligned along dimension 0."""
         columns = participant.data(self.name, self.preprocess)
         if self.rows is not None:
             columns = {n: t[self.rows] for n, t in columns.items()}
@@ -93,7 +94,7 @@ class TensorRows:
     """Rows that are passed as tensors, for example data that the server derived from uploads.
 
     Args:
-        tensors: Columns by name, aligned along dimension 0.
+        tensors: Columns, keyed by name and aligned along dimension 0.
 
     Example:
         >>> import torch
@@ -106,7 +107,7 @@ class TensorRows:
     tensors: Columns
 
     def columns(self, participant: Participant) -> Columns:
-        """Return the columns by name, aligned along dimension 0."""
+        """Return the columns, keyed by name and aligned along dimension 0."""
         return self.tensors
 
 
@@ -115,8 +116,8 @@ class SampledBatches:
     """An endless stream of random batches.
 
     Args:
-        draw: Function `draw(generator, size)` that returns the columns of a batch. The random
-            generator is seeded with a key of the participant.
+        draw: Function `draw(generator, size)` that returns the columns of a batch. The generator is
+            seeded with a random stream of the participant.
         size: Number of examples in a batch.
 
     Example:
@@ -138,27 +139,31 @@ class Fit(RecordedStep):
     """A step that minimizes an objective. Its result is a `FitReport`.
 
     Args:
-        train: The part of the model to train, by slot; None trains the whole model.
+        train: The part of each model to train, keyed by slot. A part is a tuple of prefixes of
+            parameter names, or None for the whole model.
         objective: The objective.
         data: The examples.
         epochs: Number of passes over the data.
-        steps: Number of optimizer steps, which replaces `epochs`. All batches are full; the data is
-            shuffled again whenever all examples have been used.
+        steps: Number of optimizer steps. If None, the number follows from `epochs`, which is
+            ignored otherwise. With `steps`, all batches are full, and the data is shuffled again
+            whenever all examples have been used.
         batch_size: Number of examples in a batch.
         optimizer: Settings of the optimizer.
-        augment: Random augmentation of the images of each batch.
-        anneal: Whether the learning rate decreases to 0 within this step, following a cosine.
+        augment: Random augmentation of the images of each batch. If None, images are not augmented.
+        anneal: Whether the learning rate decreases to 0 within this fit, following a cosine.
         frozen: Slots of models that the objective uses without training them.
         context: Tensors, or dictionaries of tensors, that the objective uses in addition to the
             batch.
-        extra_batches: Sources of further batches, by name. Each optimizer step draws a batch from
-            each source and adds its columns to the batch, with the name as prefix (`name_x`).
-        drift: Correction d by slot: every optimizer step is followed by θ ← θ - lr · d.
-        keep: Name under which the participant stores the optimizer's state for later steps; None
-            discards the state.
-        label: Label of the step's random stream.
-        stream_id: Name of the participant whose random stream is used; None for the participant
-            itself.
+        extra_batches: Sources of further batches, keyed by name. Each optimizer step draws a batch
+            from each source and adds the columns of this batch to the main batch. The name of the
+            source is the prefix of the column names (`name_x`).
+        drift: Correction d of the parameters, keyed by slot and tensor name. Every optimizer step
+            is followed by θ ← θ - lr · d.
+        keep: Name under which the participant stores the state of the optimizer for later fits. If
+            None, the state is discarded.
+        label: Label of the random stream, and name of the fit in reports and messages.
+        stream_id: Name of the participant whose random stream is used. If None, the participant's
+            own random stream is used.
 
     Example:
         >>> from hetero_fl.core.objectives import Supervised
@@ -214,16 +219,18 @@ class FitReport:
 class Predict(RecordedStep):
     """A step that computes the outputs of a model in evaluation mode.
 
-    The result is a tensor of shape `[N, C]` (logits) or `[N, feature_dim]` (features), in the order
-    of the rows.
+    The result is a tensor of shape `[N, C]` (logits) or `[N, feature_dim]` (features), whose rows
+    have the order of the examples.
 
     Args:
         slot: Slot of the model.
         data: The examples.
         readout: The output to return, `logits` or `features`.
         batch_size: Number of examples per forward pass.
-        tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model to which `tensors` belong.
+        tensors: Tensors of a model that another participant sent, keyed by name. If None, the
+            participant's own model in the slot is used.
+        arch: Architecture of the model to which `tensors` belong. If None, the architecture of the
+            slot is used.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Rows
@@ -245,16 +252,17 @@ class Predict(RecordedStep):
 
 @dataclass(frozen=True)
 class ClassSums(RecordedStep):
-    """A step that sums a model's outputs on labeled rows by class.
+    """A step that sums a model's outputs on labeled rows, separately for each class.
 
-    The result is a pair: the sums, shape `[C, width]`, and the number of rows by class, shape
+    The result is a pair: the sums, shape `[C, width]`, and the number of rows per class, shape
     `[C]`.
 
     Args:
         slot: Slot of the model.
         data: The examples.
         readout: The output to sum, `logits`, `features` or `log_probabilities`.
-        at_least: Lower bound to which the outputs are clipped before they are summed.
+        at_least: Lower bound to which outputs are clipped before the sum. If None, outputs are not
+            clipped.
         batch_size: Number of examples per forward pass.
 
     Example:
@@ -279,17 +287,20 @@ class ClassSums(RecordedStep):
 class Recalibrate(RecordedStep):
     """A step that recomputes the statistics of a model's BatchNorm layers.
 
-    The result is a dictionary of running means and variances by tensor name, which is empty if the
-    model has no BatchNorm layers. Each statistic is the mean over all batches in a single pass over
-    the data in training mode, without dropout. A last batch with a single example is left out. The
-    participant's model does not change.
+    The result is a dictionary of running means and variances, keyed by tensor name. The dictionary
+    is empty if the model has no BatchNorm layers or there are fewer than two examples. Each
+    statistic is the mean over all batches in a single pass over the data, in which BatchNorm is in
+    training mode and all other layers are in evaluation mode. A last batch with a single example is
+    left out. The participant's model is not changed.
 
     Args:
         slot: Slot of the model.
         data: The examples.
         batch_size: Number of examples per forward pass.
-        tensors: Tensors to use instead of the slot's, for a model that another participant sent.
-        arch: Architecture of the model to which `tensors` belong.
+        tensors: Tensors of a model that another participant sent, keyed by name. If None, the
+            participant's own model in the slot is used.
+        arch: Architecture of the model to which `tensors` belong. If None, the architecture of the
+            slot is used.
 
     Example:
         >>> from hetero_fl.core.plan import Predict, Recalibrate, Rows

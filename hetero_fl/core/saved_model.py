@@ -21,12 +21,13 @@ from hetero_fl.utils.errors import UserError
 from model_zoo import SplitModel
 
 FORM = "hetero_fl model 1"
-# Prefix, in a model file, of the names of BatchNorm statistics for the client's own examples.
+# Prefix of the names of local statistics in a model file, the BatchNorm statistics for the client's
+# own examples.
 LOCAL = "local_statistics/"
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """Return the metadata and the tensors of a model file without running code from it.
+    """Read the metadata and the tensors of a model file without running any code.
 
     Raises:
         UserError: If the file is not a saved model.
@@ -52,21 +53,23 @@ def split_statistics(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model of a finished run: tensors, architecture, preprocessing and task.
+    """A saved model with everything that is needed for inference.
 
     Args:
-        tensors: Tensors of the model by name.
+        tensors: Tensors of the model, keyed by name.
         arch: Architecture of the model.
-        preprocess: Fields of `hetero_fl.data.Preprocess`.
+        preprocess: Preprocessing of examples, as the fields of `hetero_fl.data.Preprocess`.
         task: The learning task.
         log_prior: Logarithm of the client's class prior, which is added to the logits of the
-            client's own examples; None if nothing is added.
-        columns: Names of the columns of raw examples, by which the columns of tables are matched.
-        categories: Text columns and their possible values, which are encoded as numeric columns.
+            client's own examples. If None, nothing is added.
+        columns: Names of the columns of raw examples, to which the columns of a table are matched.
+            Empty if columns have no names.
+        categories: Names of the text columns, each with the possible values. Text columns are
+            encoded as numeric columns.
         correction: Logarithm of the client's class prior, which is subtracted from the logits of
-            all other examples; None if nothing is subtracted.
-        local_statistics: BatchNorm statistics for the client's own examples, by name of the tensor
-            that each replaces.
+            all other examples. If None, nothing is subtracted.
+        local_statistics: BatchNorm statistics for the client's own examples, keyed by the name of
+            the tensor that they replace.
     """
 
     tensors: Tensors
@@ -88,7 +91,7 @@ class SavedModel:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata of the model's file as JSON values."""
+        """Return the metadata of the model file as JSON-compatible values."""
         metadata = {
             "form": FORM,
             "architecture": asdict(self.arch),
@@ -103,7 +106,10 @@ class SavedModel:
         return plain
 
     def encode(self) -> bytes:
-        """Return the content of a `.safetensors` file; equal models have equal bytes."""
+        """Encode the model as the content of a `.safetensors` file.
+
+        Equal models are encoded as equal bytes.
+        """
         local = {f"{LOCAL}{name}": t for name, t in self.local_statistics.items()}
         tensors = {n: t.detach().cpu().contiguous() for n, t in {**self.tensors, **local}.items()}
         return save(tensors, {"hetero_fl": json.dumps(self.metadata(), sort_keys=True)})
@@ -114,7 +120,7 @@ class SavedModel:
 
         Args:
             path: The file.
-            allow_code: Whether a user-defined model may be imported.
+            allow_code: Whether the code of a user-defined model may be imported.
 
         Raises:
             UserError: If the file is not a saved model, or needs code that is not permitted.
@@ -158,7 +164,7 @@ class SavedModel:
         """Build the model with the saved tensors, in evaluation mode.
 
         Args:
-            personal: Whether the model will predict the client's own examples, for which
+            personal: Whether the model will predict the client's own examples. If True,
                 `local_statistics` are used.
         """
         tensors = {**self.tensors, **self.local_statistics} if personal else self.tensors
@@ -178,8 +184,8 @@ class SavedModel:
 
         Args:
             x: Preprocessed examples, shape `[N, *input_shape]`.
-            personal: Whether these are the client's own examples, for which `log_prior` and
-                `local_statistics` are used; `correction` is used for all other examples.
+            personal: Whether these are the client's own examples. If True, `log_prior` and
+                `local_statistics` are used, otherwise `correction`.
             batch_size: Number of examples per forward pass.
 
         Returns:
@@ -191,23 +197,26 @@ class SavedModel:
         return z if offset is None else z + offset.to(z.dtype)
 
     def offset(self, personal: bool) -> Tensor | None:
-        """Return the vector that is added to the logits, shape `[outputs]`; None if there is none.
+        """Return the vector that is added to the logits, shape `[outputs]`.
 
         Args:
-            personal: Whether the logits are those of the client's own examples.
+            personal: Whether the examples are the client's own examples.
+
+        Returns:
+            The vector, or None if nothing is added.
         """
         if personal:
             return None if self.log_prior is None else torch.tensor(self.log_prior)
         return None if self.correction is None else -torch.tensor(self.correction)
 
     def examples(self, x: Any) -> Tensor:
-        """Convert raw examples to the form of the training data before preprocessing.
+        """Convert raw examples to the shape and type of training examples before preprocessing.
 
         Args:
-            x: Images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 or
-                0..255; tables `[N, F]`; series `[N, T, F]`; tokens `[N, T]` as returned by
-                `Vocabulary.encode`. For models that use only some columns or blocks, see
-                `hetero_fl.data.inference`.
+            x: Images, shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, as uint8 or as floats in
+                0..1 or 0..255. Tables have the shape `[N, F]`, series `[N, T, F]`, and tokens `[N,
+                T]`, as returned by `Vocabulary.encode`. For models that use only some columns or
+                blocks, see `hetero_fl.data.inference`.
 
         Raises:
             UserError: If `x` is not numeric, has another shape or an ambiguous range, or contains
@@ -250,7 +259,7 @@ class SavedModel:
         """Return images with channels first.
 
         If only one position of the channels results in a shape that the model accepts, this
-        position is used. Otherwise, it is inferred from the lengths of the axes.
+        position is used. Otherwise, the position is inferred from the lengths of the axes.
         """
         candidates = (x, x.movedim(-1, 1))
         accepted = [images for images in candidates if self._accepts_shape(tuple(images.shape[1:]))]

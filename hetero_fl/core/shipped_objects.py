@@ -1,4 +1,4 @@
-"""Send the objects that a configuration names to other processes."""
+"""Serialization of the objects that a configuration names, for other processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _kept: list[Any] = []
 def pack_objects(*trees: Any) -> bytes:
     """Serialize the objects that configurations name.
 
-    Classes and functions that are defined in a notebook or a script are serialized by value; those
-    of modules are serialized by reference.
+    Classes and functions that are defined in a notebook or a script are serialized by value.
+    Classes and functions of modules are serialized by reference.
 
     Args:
         *trees: Configurations, or parts of configurations.
 
     Returns:
-        The serialized objects; empty if the configurations name no object.
+        The serialized objects, or empty bytes if the configurations name no object.
     """
     names = {name for tree in trees for _, name in iterate_objects(tree)}
     found = {name: _find(name) for name in sorted(names)}
@@ -32,7 +32,10 @@ def pack_objects(*trees: Any) -> bytes:
 
 
 def unpack_objects(packed: bytes) -> None:
-    """Make objects that another process serialized available under the same names."""
+    """Deserialize the objects that `pack_objects` serialized in another process.
+
+    The objects are available under the same names as in the other process. Empty bytes are ignored.
+    """
     if not packed:
         return
     for name, value in cloudpickle.loads(packed).items():

@@ -7,7 +7,7 @@ from typing import Literal
 
 from hetero_fl.utils.text import pluralize
 
-# Minimum number of classes for which tables show top-3 accuracy instead of figures by class.
+# Minimum number of classes for which tables show top-3 accuracy instead of metrics per class.
 MANY_CLASSES = 20
 # Maximum number of output names that `Task.describe` lists.
 MAX_LISTED_NAMES = 6
@@ -23,11 +23,11 @@ class Task:
     Args:
         kind: Kind of the task.
         outputs: Number of outputs of a model.
-        names: Names of the outputs; empty if they have none.
-        unit: Unit of the targets of a regression, such as `vehicles`.
-        rare: Index of the class that fewer than a tenth of all rows have, in a binary task; None
-            without such a class. The average precision of a rare class is more informative than
-            accuracy.
+        names: Names of the outputs. Empty if the outputs have no names.
+        unit: Unit of the targets in a regression, such as `vehicles`. Default: no unit.
+        rare: Index of the class to which fewer than a tenth of all rows belong, in a binary task.
+            None if there is no such class. The average precision of a rare class is more
+            informative than accuracy.
 
     Example:
         >>> from hetero_fl.core.task import Task
@@ -55,12 +55,15 @@ class Task:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the outputs; their indices if the outputs have no names."""
+        """Names of the outputs, or the indices of the outputs as text if there are no names."""
         return self.names or tuple(str(i) for i in range(self.outputs))
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Integer labels of the classes if they differ from the class indices, otherwise empty."""
+        """Integer labels of the classes.
+
+        The tuple is empty if class names are not integers or equal the class indices.
+        """
         are_integers = self.kind == "multiclass" and all(
             name.isascii() and name.removeprefix("-").isdigit() for name in self.names
         )
@@ -69,5 +72,5 @@ class Task:
 
     @property
     def has_many_classes(self) -> bool:
-        """Whether there are too many classes for figures by class to be informative."""
+        """Whether there are too many classes for metrics per class to be informative."""
         return self.kind == "multiclass" and self.outputs >= MANY_CLASSES

@@ -1,1 +1,1 @@
-"""Backends that compute the steps of plans, serially or vectorized over clients."""
+"""Backends that compute the steps of plans (`hetero_fl.core.plan`), serially or vectorized."""

@@ -1,4 +1,8 @@
-"""Batches of training steps, which are the same on every machine and with every backend."""
+"""Batches of training steps, which are equal on all machines and with all backends.
+
+In this module, a step is an optimizer step of a `Fit`. A stream is a tuple of values that is hashed
+to seed random generators (see `hetero_fl.utils.seeding`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
-# Dropout keys have 32 bits.
+# A dropout key is the seed of the dropout masks of a step. Dropout keys have 32 bits.
 MASK = 0xFFFFFFFF
 # Difference between the dropout keys of two consecutive steps.
 GOLDEN = 0x9E3779B9
@@ -33,7 +37,7 @@ def index_batches(
     Args:
         n: Number of rows.
         fit: The fit, which specifies the batch size and the number of epochs or steps.
-        stream: Key of the random draws.
+        stream: Stream of the random permutations.
         step_share: Fraction of the steps to compute. At least one step is computed.
     """
     size = min(fit.batch_size, n)
@@ -54,7 +58,7 @@ def index_batches(
 
 
 def step_count(n: int, fit: Fit, step_share: float = 1.0) -> int:
-    """Return the number of batches that `index_batches` returns, without drawing them.
+    """Return the number of batches that `index_batches` returns, without drawing batches.
 
     Args:
         n: Number of rows.
@@ -71,7 +75,7 @@ def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> 
         n: Number of rows.
         batch_size: Number of examples per step.
         epochs: Number of passes over the rows. Ignored if `steps` is not None.
-        steps: Number of steps; None if the number of epochs determines it.
+        steps: Number of steps. If None, the number of steps follows from `epochs`.
     """
     if steps is not None:
         return steps
@@ -83,7 +87,9 @@ def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> 
 
 
 class Batches:
-    """Batches of a fit. Iterating yields the dropout key and the batch of each step.
+    """Batches of a fit.
+
+    Iterating over the batches yields the dropout key and the batch of each step.
 
     Args:
         participant: The participant that is trained.
@@ -93,8 +99,9 @@ class Batches:
     Attributes:
         count: Number of steps.
         examples: Total number of examples in all steps.
-        source: The columns of all rows on the CPU, by name; not set for `SampledBatches`.
-        indices: Row indices of each step, shape `[B]` each; not set for `SampledBatches`.
+        source: The columns of all rows before they are moved to the device, keyed by name. Not set
+            for `SampledBatches`.
+        indices: Row indices of each step, shape `[B]` each. Not set for `SampledBatches`.
     """
 
     def __init__(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> None:
@@ -120,7 +127,7 @@ class Batches:
 
     @cached_property
     def columns(self) -> Columns:
-        """The columns of all rows on the device, by name."""
+        """The columns of all rows on the device, keyed by name."""
         return {n: self.memory.keep(t).to(self.device) for n, t in self.source.items()}
 
     @cached_property
@@ -143,7 +150,7 @@ class Batches:
             yield self.dropout_key_at(step), self._batch(step)
 
     def dropout_key_at(self, step: int) -> int:
-        """Return the seed of the dropout masks of a step."""
+        """Return the dropout key of a step."""
         return (self.dropout_key + step * GOLDEN) & MASK
 
     def _batch(self, step: int) -> Batch:
@@ -158,7 +165,7 @@ class Batches:
         return batch
 
     def sampled_batch(self, step: int) -> Columns:
-        """Draw the batch of a step. The data of the fit must be a `SampledBatches`."""
+        """Draw the batch of a step from the data of the fit, which must be a `SampledBatches`."""
         assert isinstance(self.fit.data, SampledBatches)
         columns = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
         return {n: t.to(self.device) for n, t in columns.items()}

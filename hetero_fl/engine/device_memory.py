@@ -1,4 +1,7 @@
-"""Device memory: cached copies of CPU tensors, and estimates of the memory for training."""
+"""Device memory: cached copies of CPU tensors, and estimates of the memory for training.
+
+Private states are the values that participants keep between rounds (`Participant.state`).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ CACHE_SHARE = 0.5
 # Maximum size of private states on the device, as a fraction of the memory that is free when the
 # first state is stored.
 STATE_SHARE = 0.25
-# Batch sizes of the two forward passes that are compared; BatchNorm needs at least two examples.
+# Batch sizes of the two forward passes in `activation_bytes`. BatchNorm needs two examples or more.
 SMALL_BATCH = 2
 LARGE_BATCH = 4
 
@@ -48,14 +51,14 @@ class DeviceCopy(NamedTuple):
 class DeviceMemory:
     """A device with a cache for copies of CPU tensors.
 
-    The rows of a data set, for example, are used in every round but copied to the device only once.
-    A copy does not keep the original tensor alive, and is removed together with the original.
+    For example, the rows of a data set are used in every round but copied to the device only once.
+    A copy does not keep the original tensor alive and is removed together with the original.
 
     Args:
         device: The device. If it is the CPU, nothing is copied.
         keeps_copies: Whether copies are cached. Must be False if tensors may be modified without a
-            new version number (by `.data` or `.numpy()`), as in user-defined methods. All tensors
-            are then copied each time.
+            new version number (by `.data` or `.numpy()`), as in user-defined methods. If False,
+            tensors are copied each time.
         stores_tensors: Whether the tensors of participants (models, state, rows, predictions and
             messages within the process) are stored on the device if it is a GPU.
 
@@ -72,7 +75,8 @@ class DeviceMemory:
         self.device = device
         self.storage_device = device if stores_tensors and device.type == "cuda" else CPU
         self._keeps_copies = keeps_copies
-        # Maximum number of bytes of private states; None before it is needed.
+        # Maximum number of bytes of private states; None before the first call of
+        # `has_room_for_state`.
         self._max_state_bytes: int | None = None
         self._copies: BoundedCache[DeviceCopy] | None = None
         # Cache keys of tensors that no longer exist.
@@ -82,12 +86,12 @@ class DeviceMemory:
         """Return a cached, detached copy of a tensor on the device.
 
         The tensor itself is returned if it is already on the device, does not fit into the cache or
-        cannot be cached. Callers must therefore still move the result to the device, and must not
-        modify it in place.
+        cannot be cached. Callers must therefore move the result to the device and must not modify
+        the result in place.
 
         Args:
-            tensor: Any tensor. If it was modified in place, it is copied again. Modifications that
-                do not increment the version of the tensor (by `.data`, `.numpy()` or fused
+            tensor: Any tensor. A tensor that was modified in place is copied again. Modifications
+                that do not increment the version of the tensor (by `.data`, `.numpy()` or fused
                 optimizers) are not detected.
         """
         if tensor.device.type == self.device.type or not self._keeps_copies:
@@ -112,21 +116,26 @@ class DeviceMemory:
         return known.copy
 
     def to_storage(self, tree: Any) -> Any:
-        """Return a tree of dictionaries and lists with all tensors on the storage device."""
+        """Move all tensors of a tree of dictionaries and lists to the storage device."""
         return move_tree(tree, self.storage_device)
 
     def columns_to_storage(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the columns of a data set on the storage device; unchanged if they do not fit.
+        """Return the columns of a data set on the storage device.
+
+        Columns that do not fit into the cache are returned unchanged.
 
         Args:
-            columns: Tensors by column name.
+            columns: Tensors, keyed by column name.
         """
         if self.storage_device.type == "cpu":
             return dict(columns)
         return {name: self.keep(column) for name, column in columns.items()}
 
     def has_room_for_state(self, num_bytes: int) -> bool:
-        """Return whether private states of `num_bytes` in total fit on the storage device."""
+        """Return whether private states of `num_bytes` in total fit on the storage device.
+
+        The result is always True if the storage device is the CPU.
+        """
         if self.storage_device.type == "cpu":
             return True
         if self._max_state_bytes is None:
@@ -134,7 +143,10 @@ class DeviceMemory:
         return num_bytes <= self._max_state_bytes
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return tensors stacked on the device. A tensor that occurs repeatedly is copied once."""
+        """Stack tensors on the device.
+
+        A tensor that occurs repeatedly is copied only once if copies are cached.
+        """
         return torch.stack([self.keep(t).detach().to(self.device) for t in tensors])
 
     @property
@@ -151,7 +163,7 @@ class DeviceMemory:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of a GPU that this process can still allocate; 0 for other devices."""
+    """Return the bytes of a GPU that this process can still allocate, or 0 for other devices."""
     if device.type != "cuda":
         return 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -168,7 +180,7 @@ class MemoryPlan:
     Attributes:
         weights: Bytes of the parameters and buffers of the models.
         gradients: Bytes of the gradients of all parameters.
-        optimizer: Bytes of the optimizer's state: momentum, or both moments of Adam.
+        optimizer: Bytes of the optimizer state: the momentum, or both moments of Adam.
         activations: Bytes of the tensors that the forward pass of a batch saves for the backward
             pass.
     """
@@ -180,17 +192,17 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Sum of all parts in bytes."""
+        """Total number of bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     @classmethod
     def estimate(
         cls, models: Mapping[str, ModelSpec], optimizer: OptimizerConfig, batch_size: int
     ) -> MemoryPlan:
-        """Estimate the memory of a participant that trains all of its models at once.
+        """Estimate the memory for training all models of a participant at once.
 
         Args:
-            models: The models by slot.
+            models: The models, keyed by slot.
             optimizer: Settings of the optimizer.
             batch_size: Number of examples per step.
         """

@@ -1,4 +1,7 @@
-"""Execution of plans in lockstep: compute the steps that plans yield and send back the results."""
+"""Execution of plans in lockstep: compute the steps that plans yield and send back the results.
+
+Plans and steps are defined in `hetero_fl.core.plan`. A fit is a step of the type `Fit`.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,19 @@ T = TypeVar("T")
 
 
 def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step | list[Step]:
-    """Send the result of the last step to a plan, and return the next step or list of steps.
+    """Send the result of the last step to a plan and return the next step or list of steps.
 
-    A hook that yields no steps may be an ordinary function. `plan` is then the return value of the
-    function.
+    A hook that yields no steps may be an ordinary function. In this case, `plan` is the return
+    value of the function.
 
     Args:
         participant: The participant to which the plan belongs.
-        plan: The return value of a hook, usually a generator.
-        answer: The result of the last step, or a list of results; None for the first step.
+        plan: Return value of a hook of the method, usually a generator.
+        answer: Result of the last step, or a list of results. Must be None before the first step.
 
     Raises:
-        StopIteration: If the plan returns. The attribute `value` is the return value of the plan.
+        StopIteration: If the plan is finished. The attribute `value` is the return value of the
+            plan.
         UserError: If the plan yields an object that is not a step, or a step on a model that the
             participant does not have.
     """
@@ -58,7 +62,10 @@ def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step
 
 
 def model_slots(step: Step) -> tuple[str, ...]:
-    """Return the slots of the participant's models that a step uses."""
+    """Return the slots of the participant's models that a step uses.
+
+    The result is empty if the step contains a model that another participant sent.
+    """
     if isinstance(step, Fit):
         return (*step.train, *step.frozen)
     is_sent = isinstance(step, Predict | Recalibrate) and step.arch is not None
@@ -91,12 +98,12 @@ class DivergedError(NoUploadError):
 class Backend(Protocol):
     """Interface of backends, which compute the steps of plans.
 
-    A fit changes the participant's models and state.
+    A backend updates the models and the state of a participant in place when it computes a fit.
     """
 
     @property
     def templates(self) -> Templates:
-        """The modules on the device of the backend, by architecture and slot."""
+        """The modules of the backend, keyed by architecture and slot."""
 
     def run(self, work: Work) -> list[Any]:
         """Compute steps and return their results in order.
@@ -114,8 +121,8 @@ class PlanOutcome(Generic[T]):
     """The outcome of a plan.
 
     Attributes:
-        value: Return value of the plan; None if it ended early.
-        failure: Error of the fit that ended the plan early.
+        value: Return value of the plan, or None if the plan ended early.
+        failure: Error of the fit that ended the plan early, or None if the plan returned.
         reports: Label and report of each fit.
     """
 
@@ -189,7 +196,7 @@ def _advance_plans(
     answers: dict[int, Any],
     outcomes: Sequence[PlanOutcome[T]],
 ) -> dict[int, Any]:
-    """Return the next steps by plan index, and set the value of the plans that return."""
+    """Return the next steps, keyed by plan index, and store the values of finished plans."""
     requests: dict[int, Any] = {}
     for i, answer in answers.items():
         try:
@@ -207,7 +214,7 @@ def _compute(
     try:
         return backend.run([(plans[i][0], step) for i, step in work])
     except Exception as error:
-        # Raise it where the first step was yielded, so that the traceback shows the plan.
+        # Raise the error where the first step was yielded, so that the traceback shows the plan.
         with suppress(StopIteration):
             plans[work[0][0]][1].throw(error)
         raise
@@ -234,7 +241,7 @@ def run_plan(
 
 
 def reported_loss(reports: list[tuple[str, FitReport]]) -> float | None:
-    """Return the loss that a client reports: the loss of the last fit with the label "train".
+    """Return the loss of the last fit with the label "train", which a client reports.
 
     The result is None if there is no such fit.
     """
@@ -250,8 +257,8 @@ MAX_MESSAGE_LENGTH = 300
 def translate_user_errors() -> Iterator[None]:
     """Convert exceptions of user-defined methods, objectives and models to RunFailedError.
 
-    The message is one line with the file and line number; the original exception is the cause.
-    Other exceptions pass unchanged.
+    The message is one line with the file and line number. The original exception is the cause.
+    Exceptions that do not pass through user-defined code are raised unchanged.
     """
     try:
         yield

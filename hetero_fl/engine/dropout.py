@@ -1,7 +1,7 @@
 """Dropout with masks from a generator that is seeded for each step and participant.
 
-A mask depends on the step, the participant and the position of the layer. It depends neither on the
-global generator nor on the other participants that are trained at the same time.
+A mask depends on the optimizer step, the participant and the position of the layer. Masks depend
+neither on the global generator nor on other participants that are trained at the same time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-# Difference between the seeds of two consecutive masks of a step. It must not equal the difference
-# between two steps.
+# Difference between the seeds of two consecutive masks of a step. This number must differ from
+# `GOLDEN` in `engine.batches`, the difference between two steps.
 STRIDE = 0x7F4A7C15
 # Number of seeds that the CPU generator of torch distinguishes.
 SEEDS = 2**32
@@ -25,10 +25,11 @@ LEVELS = 2**16
 
 
 class DropoutStreams:
-    """The dropout masks of a step, for one participant or for each participant of a stack.
+    """The dropout masks of an optimizer step, for one or for several stacked participants.
 
     Each mask has its own seed and is drawn for a full batch. A smaller batch uses the first rows of
-    the mask, so padding a batch to the size of another participant's batch does not change masks.
+    the mask. Therefore, padding a batch to the size of another participant's batch does not change
+    the mask.
 
     Args:
         device: The device on which masks are drawn.
@@ -42,7 +43,7 @@ class DropoutStreams:
         self._place: Tensor | None = None
 
     def seed(self, keys: Sequence[int], batch_size: int = 0) -> None:
-        """Begin a step.
+        """Begin an optimizer step, so that the next mask is the first mask of this step.
 
         Args:
             keys: The seed of each participant.
@@ -56,10 +57,10 @@ class DropoutStreams:
 
     @contextmanager
     def stacked(self, place: Tensor) -> Iterator[None]:
-        """Draw a mask for each participant of a stack within the context.
+        """Draw the masks of all stacked participants inside the `with` block.
 
         Args:
-            place: Index of the participant under `torch.vmap`, a scalar.
+            place: Index of the participant, a scalar under `torch.vmap`.
         """
         self._place = place
         try:
@@ -68,7 +69,7 @@ class DropoutStreams:
             self._place = None
 
     def mask(self, x: Tensor, p: float) -> Tensor:
-        """Return the next mask.
+        """Draw the next mask of the step.
 
         Args:
             x: Tensor that determines shape, dtype and device of the mask, shape `[B, ...]`.
@@ -89,7 +90,7 @@ class DropoutStreams:
         return self._draw(x, self._keys[0], p)
 
     def draw_stacked(self, like: Tensor, p: float) -> Tensor:
-        """Return the masks of all participants.
+        """Draw the next mask of each participant.
 
         Args:
             like: Tensor in the shape of the masks, `[K, B, ...]`.
@@ -115,7 +116,7 @@ class DropoutStreams:
 
 
 class _StackedMask(torch.autograd.Function):
-    """The mask of one participant; under vmap, the masks of all participants."""
+    """The mask of one participant, or the masks of all participants under vmap."""
 
     @staticmethod
     def forward(x: Tensor, _place: Tensor, p: float, streams: DropoutStreams) -> Tensor:
@@ -156,7 +157,7 @@ class KeyedDropout(nn.Dropout):
 
 
 def use_keyed_dropout(module: nn.Module, streams: DropoutStreams) -> bool:
-    """Replace the dropout layers of a model in place.
+    """Replace all `nn.Dropout` layers of a model by `KeyedDropout` layers, in place.
 
     Args:
         module: The model.

@@ -1,8 +1,9 @@
-"""Backend that computes one step after the other.
+"""Backend that computes one step of a plan after the other.
 
 Predictions on public rows are cached. After FedAvg, for example, all clients have equal models, and
-the global test set is predicted once. These predictions are computed for one model at a time: the
-outputs of stacked models differ in the last bits, and results must not depend on cache hits.
+the global test set is predicted once. Cached predictions are computed for one model at a time,
+because the outputs of stacked models differ in the last bits, and results must not depend on cache
+hits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from model_zoo import Outputs, is_batch_norm
 
 
 def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
-    """Select the output that a step uses, shape `[B, ...]`.
+    """Select the model output that a step requests, shape `[B, ...]`.
+
+    The output is clipped if the step has a lower bound (`ClassSums.at_least`).
 
     Args:
         step: The step.
@@ -50,7 +53,7 @@ def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
 
 
 def class_sums(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the sum of the values and the number of rows of each class.
+    """Compute the sum of the values and the number of rows of each class.
 
     Args:
         values: Values, shape `[N, D]`.
@@ -76,14 +79,14 @@ CACHED_RECEIVED = 128
 
 
 class CachedOutputs:
-    """Outputs of a model, and the rows and tensors from which they were computed.
+    """Outputs of a model, and the rows and tensors from which the outputs were computed.
 
-    The rows are referenced weakly. Outputs no longer match after one of the model's tensors has
-    been modified in place.
+    The rows are referenced weakly. After one of the model's tensors or the outputs have been
+    modified in place, `matches` returns False.
 
     Args:
         x: Inputs, shape `[N, ...]`.
-        tensors: The model's tensors by name.
+        tensors: The model's tensors, keyed by name.
         outputs: The outputs, shape `[N, ...]`.
     """
 
@@ -99,8 +102,8 @@ class CachedOutputs:
         Integer buffers are not compared, because they do not affect the outputs in evaluation mode.
 
         Args:
-            x: Inputs, shape `[N, ...]`; compared by identity.
-            tensors: The model's tensors by name; compared by value.
+            x: Inputs, shape `[N, ...]`, which are compared by identity.
+            tensors: The model's tensors, keyed by name, which are compared by value.
         """
         if self._x() is not x or self.outputs._version != self._version:
             return False
@@ -118,7 +121,7 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def prediction_key(participant: Participant, step: Step) -> Any:
-    """Return the cache key of a prediction on public rows; None for any other step.
+    """Return the cache key of a prediction on a whole public data set, or None for other steps.
 
     The key contains neither the values of the rows nor the tensors of the model.
     """
@@ -185,7 +188,7 @@ class SerialBackend:
         return results
 
     def _fit(self, participant: Participant, fit: Fit) -> FitReport:
-        """Run a fit. If the device runs out of memory, free the cached copies and try again."""
+        """Run a fit, and repeat it without cached copies if the device runs out of memory."""
         uses = dict(participant.stream_uses)
         try:
             return run_fit(participant, fit, self.templates)
@@ -198,7 +201,7 @@ class SerialBackend:
         return run_fit(participant, fit, self.templates)
 
     def predict_public(self, key: Any, participant: Participant, step: Predict) -> Tensor:
-        """Return a prediction on public rows, from the cache if possible.
+        """Return the cached result of a prediction on public rows, or compute and cache the result.
 
         Several participants may receive the same tensor, which must not be modified in place.
 
@@ -221,14 +224,15 @@ class SerialBackend:
 
     @torch.no_grad()
     def recalibrate(self, participant: Participant, step: Recalibrate) -> Tensors:
-        """Return the running means and variances of BatchNorm layers on the rows of a step.
+        """Compute the running means and variances of BatchNorm layers on the rows of a step.
 
         Args:
             participant: The participant whose model is used.
             step: The step.
 
         Returns:
-            Tensors by name; empty if the model has no BatchNorm layers or there are too few rows.
+            The means and variances, keyed by tensor name. The dictionary is empty if the model has
+            no BatchNorm layers or there are fewer than two rows.
         """
         template = self.templates(step_model_spec(participant, step))
         layers = {n: m for n, m in template.module.named_modules() if is_batch_norm(m)}
@@ -255,7 +259,7 @@ class SerialBackend:
 
     def _output_results(self, work: Work) -> list[Any]:
         participant = work[0][0]
-        # `run` does not pass fits.
+        # `run` passes neither fits nor recalibrations to this method.
         steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]
         results: list[Any] = []
         for step, outputs in zip(steps, self._outputs(participant, steps), strict=True):
@@ -272,7 +276,8 @@ class SerialBackend:
         is_received = getattr(first, "tensors", None) is not None
         slot = "" if is_received else first.slot
         template = self.templates(step_model_spec(participant, first), slot)
-        # Integer counters are not transmitted, and evaluation ignores them.
+        # Integer counters are not transmitted, and the forward pass in evaluation mode ignores
+        # counters.
         counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
         module = template.load({**counters, **step_tensors(participant, first)})
         template.set_mode(training=False)
@@ -286,7 +291,7 @@ class SerialBackend:
 
 
 def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:
-    """Return whether two steps use outputs of the same model on the same rows."""
+    """Return whether one forward pass can compute two steps: equal model, rows and batch size."""
     participant, a = one
     other_participant, b = other
     if participant is not other_participant or isinstance(a, Fit) or isinstance(b, Fit):

@@ -1,4 +1,8 @@
-"""Modules into which the tensors of participants are loaded, and estimates of training time."""
+"""Modules into which the tensors of participants are loaded, and estimates of training time.
+
+A `Template` wraps such a module, which is built once per architecture and slot instead of once per
+participant.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,13 @@ from hetero_fl.utils.objects import OBJECT_PREFIX
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 from model_zoo.shapes import make_shape
 
-# Estimates of operations are the same on every machine. The measured durations of tasks affect only
-# the order in which clients start, which does not change results.
+# Estimates of operations are equal on all machines. Measured durations of tasks only affect the
+# order in which clients start, and this order does not change results.
 
-# Assumed floating-point operations per second of one core; converts estimates to seconds.
+# Assumed floating-point operations per second of one core, to convert estimates to seconds.
 RATE = 2e10
-# Floating-point operations per parameter and example from which a convolutional model uses the
-# channels-last memory format.
+# Minimum number of floating-point operations per parameter and example for which a convolutional
+# model uses the channels-last memory format.
 INTENSE = 10
 
 
@@ -43,9 +47,9 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
     """Return whether a model is likely to be faster in the channels-last memory format.
 
     On CPUs, the format reduces the time of convolutions that use each weight at many positions to
-    70–90%. It increases the time of wide convolutions on images of a few pixels, such as the last
-    blocks of ResNet-18 at 28x28, to 120–140%. User-defined models use the default format, because
-    a `view` in their code may depend on it.
+    70–90%. The format increases the time of wide convolutions on images of a few pixels, such as
+    the last blocks of ResNet-18 at 28x28, to 120–140%. User-defined models use the default format,
+    because a `view` in the user's code may depend on the memory format.
     """
     if arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
         return False
@@ -79,10 +83,10 @@ def example_flops(arch: ModelSpec) -> int:
 
 
 class TaskCosts:
-    """Estimated or measured duration of each client's task.
+    """Estimated or measured duration of each client's task, the local training in one round.
 
     Args:
-        client_infos: Information on each client, by client id.
+        client_infos: Information on each client, keyed by client id.
     """
 
     def __init__(self, client_infos: Mapping[str, ClientInfo]) -> None:
@@ -90,12 +94,15 @@ class TaskCosts:
         self._measured: dict[str, float] = {}
 
     def cost_of(self, client_id: str) -> float:
-        """Return the last measured duration of a client's task, or an estimate, in seconds."""
+        """Return the duration of a client's task in seconds.
+
+        This is the last measured duration, or an estimate if no duration has been recorded.
+        """
         measured = self._measured.get(client_id)
         return measured or training_flops(self._client_infos[client_id]) / RATE
 
     def update(self, seconds: Mapping[str, float]) -> None:
-        """Record measured durations in seconds, by client id."""
+        """Record measured durations in seconds, keyed by client id."""
         self._measured.update(seconds)
 
 
@@ -111,8 +118,9 @@ class Template:
     Attributes:
         module: The module.
         drops: Whether the module has dropout layers with a positive probability.
-        tensors: The module's parameters and buffers by name.
-        parameters: The module's parameters by name, without those that the model has frozen.
+        tensors: The module's parameters and buffers, keyed by name.
+        parameters: The module's trainable parameters, keyed by name. Parameters that the model
+            itself has frozen are left out.
     """
 
     def __init__(
@@ -141,16 +149,18 @@ class Template:
         self.parameters: Mapping[str, nn.Parameter] = {
             name: p for name, p in self.module.named_parameters() if p.requires_grad
         }
-        # `module.training` is not sufficient, because the `train` method of a model may do more
-        # than set this attribute.
+        # None before the first call of `set_mode`. `module.training` is not sufficient, because the
+        # `train` method of a model may do more than set this attribute.
         self._mode: bool | None = None
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Copy tensors into the module and return the module.
 
+        A tensor that is the module's own tensor is not copied.
+
         Raises:
-            KeyError: If a tensor is missing.
+            KeyError: If a tensor of the module is missing.
         """
         for name, mine in self.tensors.items():
             if tensors[name] is mine:
@@ -162,14 +172,14 @@ class Template:
         return self.module
 
     def set_mode(self, training: bool) -> None:
-        """Set the module to training or evaluation mode, unless it is already in this mode."""
+        """Set the module to training or evaluation mode, unless it already has this mode."""
         # A call of `train` takes half a millisecond, because it visits every layer.
         if self._mode is not training or self.module.training is not training:
             self.module.train(training)
             self._mode = training
 
     def hand_over(self) -> Tensors:
-        """Return the module's tensors by name, contiguous and on the storage device.
+        """Return the module's tensors, keyed by name, contiguous and on the storage device.
 
         The tensors are copied only if necessary. For tensors that are not copied, the next `load`
         allocates new memory in the module.
@@ -189,10 +199,10 @@ class Template:
         return tensors
 
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
-        """Return the module as a function that uses other tensors, without changing the module.
+        """Return a view of the module that uses other tensors, without changing the module.
 
         Args:
-            tensors: Parameters and buffers by name.
+            tensors: Parameters and buffers, keyed by name.
         """
         head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
         return ModelView(
@@ -203,7 +213,7 @@ class Template:
 
 
 class Templates:
-    """The templates of a process by architecture and slot, which are created on request.
+    """The templates of a process, keyed by architecture and slot and created on first use.
 
     Models in different slots have different modules, even if their architectures are equal.
 
@@ -226,14 +236,14 @@ class Templates:
         self._templates: dict[tuple[ModelSpec, str], Template] = {}
 
     def __call__(self, arch: ModelSpec, slot: str = "") -> Template:
-        """Return the template of an architecture and slot."""
+        """Return the template of an architecture and slot, which is created on the first call."""
         if (arch, slot) not in self._templates:
             self._templates[arch, slot] = Template(arch, self.memory, self.precision, self.dropout)
         return self._templates[arch, slot]
 
 
 def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
-    """Compute the forward pass in bfloat16; parameters, outputs and losses stay in float32."""
+    """Make a module compute the forward pass in bfloat16 and return outputs in float32."""
     forward = module.forward
 
     def mixed_forward(x: Tensor) -> Outputs:
@@ -261,8 +271,8 @@ def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
         threads: Number of CPU threads.
 
     Returns:
-        Duration in seconds: the minimum of several steps without the first one. For a slow model,
-        the duration of the first step.
+        Duration in seconds. This is the minimum over several steps except the first step. For a
+        slow model, only the first step is measured.
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -291,11 +301,17 @@ OutputStep = Predict | ClassSums
 
 
 def step_model_spec(participant: Participant, step: OutputStep | Recalibrate) -> ModelSpec:
-    """Return the architecture of the model that a step uses."""
+    """Return the architecture of the model that a step uses.
+
+    If the step contains no architecture, this is the architecture of the participant's own model.
+    """
     return getattr(step, "arch", None) or participant.arch[step.slot]
 
 
 def step_tensors(participant: Participant, step: OutputStep | Recalibrate) -> Mapping[str, Tensor]:
-    """Return the tensors of the model that a step uses, from the step or the participant."""
+    """Return the tensors of the model that a step uses.
+
+    If the step contains no tensors, these are the tensors of the participant's own model.
+    """
     received: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
     return participant.models[step.slot] if received is None else received

@@ -1,5 +1,8 @@
 """Training loop for one participant at a time, and optimizers.
 
+In this module, a step is an optimizer step of a `Fit`. Trained tensors are keyed by "slot:name",
+that is, the slot of the model and the name of the parameter.
+
 The module `vectorized_training` contains the training loop for several participants at once.
 """
 
@@ -26,9 +29,9 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.seeding import seed_torch, stream_key
 
-# Trained tensors by "slot:name".
+# Trained tensors, keyed by "slot:name".
 TrainableTensors = dict[str, Tensor]
-# Optimizer state of each trained tensor by "slot:name".
+# Optimizer state of each trained tensor, keyed by "slot:name".
 OptimizerSnapshot = dict[str, dict[str, Tensor]]
 
 
@@ -55,11 +58,14 @@ def split_name(key: str) -> tuple[str, str]:
 def make_optimizer(
     config: OptimizerConfig, trainable: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
-    """Return a PyTorch optimizer.
+    """Create the PyTorch optimizer that a configuration specifies.
 
     Args:
-        config: Settings of the optimizer; heads may have a different learning rate.
-        trainable: The tensors to optimize, by "slot:name".
+        config: Settings of the optimizer. If `head_lr` is set, heads have this learning rate.
+        trainable: The tensors to optimize, keyed by "slot:name".
+
+    Raises:
+        UserError: If a user-defined optimizer cannot be created.
     """
     heads = [key for key in trainable if config.head_lr and split_name(key)[1].startswith("head.")]
     groups: list[dict[str, Any]] = [
@@ -85,7 +91,7 @@ def _make_custom_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that a user's function creates, with the configured learning rate."""
     create = import_reference(config.name, "optimizer.name", torch.optim.Optimizer, "parameters")
-    # An optimizer adds its own learning rate to the groups, so they are read before.
+    # Read the learning rates first, because an optimizer adds its own rate to groups without one.
     head_rates = [group.get("lr") for group in groups]
     parameters = groups if config.head_lr else [p for group in groups for p in group["params"]]
     with translate_user_errors():
@@ -101,13 +107,13 @@ def _make_custom_optimizer(
         return optimizer
     first = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
-        # The groups of the function keep the ratios of their learning rates.
+        # The ratios between the learning rates of groups that the function defines are preserved.
         group["lr"] = config.lr if group["lr"] == first else group["lr"] * config.lr / first
     return optimizer
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each learning rate to its initial value multiplied by a factor."""
+    """Set each learning rate to the product of the initial learning rate and a factor."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("first_lr", group["lr"]) * factor
 
@@ -115,11 +121,11 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> Non
 def snapshot_optimizer(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], device: torch.device
 ) -> OptimizerSnapshot:
-    """Return a copy of the state of an optimizer.
+    """Copy the state of an optimizer.
 
     Args:
         optimizer: The optimizer.
-        trainable: The tensors that the optimizer updates, by "slot:name".
+        trainable: The tensors that the optimizer updates, keyed by "slot:name".
         device: The device of the copy.
     """
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
@@ -144,7 +150,7 @@ def restore_optimizer(
 
     Args:
         optimizer: The optimizer.
-        trainable: The tensors that the optimizer updates, by "slot:name".
+        trainable: The tensors that the optimizer updates, keyed by "slot:name".
         saved: The return value of `snapshot_optimizer`.
     """
     for name, state in saved.items():
@@ -158,7 +164,7 @@ def restore_optimizer(
 
 
 def move_to_device(memory: DeviceMemory, value: Any) -> Any:
-    """Detach the tensors of a tree and move them to the device.
+    """Detach the tensors of a tree and move the tensors to the device.
 
     Args:
         memory: The device. Copies of tensors are cached.
@@ -175,7 +181,7 @@ def move_to_device(memory: DeviceMemory, value: Any) -> Any:
 
 
 def divergence_error(fit: Fit, loss: float) -> DivergedError:
-    """Return the error for a fit that diverged.
+    """Create the error for a fit that diverged.
 
     Args:
         fit: The fit.
@@ -190,9 +196,9 @@ class FitState:
 
     Attributes:
         fit: The fit.
-        modules: The modules by slot.
-        trainable: The trained parameters by "slot:name".
-        nets: The models in the form that is passed to the objective.
+        modules: The modules, keyed by slot.
+        trainable: The trained parameters, keyed by "slot:name".
+        nets: The models as passed to the objective.
         context: The tensors that the objective reads, on the device.
         batches: The batches of the fit.
         dropout: The masks of the dropout layers.
@@ -208,14 +214,14 @@ class FitState:
 
     @property
     def uses_dropout(self) -> bool:
-        """Whether a model has dropout layers."""
+        """Whether any model has dropout layers with a positive probability."""
         return any(template.drops for template in self.modules.values())
 
 
 class Gradients(Protocol):
     """Interface for custom gradients, such as the gradients of DP-SGD.
 
-    An implementation draws the batches of a fit and computes the gradients.
+    An implementation draws the batches of a fit and computes the gradients of each step.
     """
 
     def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> Batches:
@@ -228,7 +234,7 @@ class Gradients(Protocol):
         """
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
-        """Set the gradients of the trained parameters.
+        """Compute the gradients of one step and assign them to the trained parameters.
 
         Args:
             state: State of the fit, in which all gradients are None.
@@ -237,7 +243,7 @@ class Gradients(Protocol):
             batch: The examples.
 
         Returns:
-            The loss, or a substitute if the loss must not be revealed; a scalar.
+            The loss, a scalar. If the loss must not be revealed, a substitute is returned.
         """
 
 
@@ -249,15 +255,15 @@ def run_fit(
     Args:
         participant: The participant.
         fit: The fit, which specifies the models to train.
-        templates: The modules by architecture and slot.
-        gradients: Source of batches and gradients; None for the gradient of the mean loss.
+        templates: The modules, keyed by architecture and slot.
+        gradients: Source of batches and gradients. If None, the gradient of the mean loss is used.
 
     Returns:
         The number of steps, the number of examples, and the mean loss over the steps.
 
     Raises:
-        DivergedError: If the loss or a trained tensor is no longer finite. The participant's models
-            and state are then unchanged.
+        DivergedError: If the loss or a trained tensor is no longer finite. In this case, the
+            participant's models and state are not changed.
     """
     modules = {slot: templates(participant.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
     trainable = _prepare(participant, fit, modules)
@@ -312,7 +318,7 @@ def run_fit(
 
 
 def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, Tensor]]:
-    """Return each trained parameter that has a correction in `Fit.drift`, with the correction."""
+    """Return the trained parameters that have a correction in `Fit.drift`, with this correction."""
     named = [(*split_name(key), p) for key, p in trainable.items()]
     return [
         (p, fit.drift[slot][name].to(p))
@@ -324,7 +330,7 @@ def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, 
 def _finite_mean_loss(
     fit: Fit, total: Tensor, parameters: Sequence[Tensor], num_steps: int
 ) -> float:
-    """Return the mean loss; raise DivergedError if the loss or a parameter is not finite."""
+    """Return the mean loss, or raise DivergedError if the loss or a parameter is not finite."""
     norms = torch._foreach_norm([p.detach() for p in parameters])
     # Synchronize with the device once, not for each tensor.
     loss_sum, *magnitudes = torch.stack([total, *(n.to(total) for n in norms)]).tolist()

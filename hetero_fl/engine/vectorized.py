@@ -1,9 +1,9 @@
 """Backend that computes equal steps of several participants at once with `torch.vmap`.
 
-Steps are equal if they have the same `vectorization_key`, that is, the same architectures,
-objective, optimizer and shapes. The number of rows may differ. Steps that `torch.vmap` does not
-support run serially: recurrent networks, dropout of whole channels or paths, and branches that
-depend on data.
+A step is a compute step of a plan (`hetero_fl.core.plan`). Steps are equal if they have the same
+`vectorization_key`, that is, the same architectures, objective, optimizer and shapes. The number of
+rows may differ. Steps that `torch.vmap` does not support run serially: recurrent networks, dropout
+of whole channels or paths, and branches that depend on data.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
 @torch.no_grad()
 def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
-    """Compute equal `Predict` or `ClassSums` steps together, and return their results in order.
+    """Compute equal `Predict` or `ClassSums` steps together and return the results in order.
 
     Args:
         work: Pairs of participant and step.
-        templates: The modules by architecture and slot.
+        templates: The modules, keyed by architecture and slot.
 
     Raises:
         RuntimeError: If `torch.vmap` does not support the model.
@@ -63,7 +63,8 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     device = templates.device
     template = templates(step_model_spec(*work[0]), "")
     module = template.module.eval()
-    # Models with the most rows come first, so that those with remaining rows are always a prefix.
+    # Models with the most rows come first, so that the models with remaining rows are always a
+    # prefix.
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
     models = [step_tensors(*work[i]) for i in order]
     # Integer counters are not transmitted, and evaluation ignores them.
@@ -81,7 +82,8 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     for begin in range(0, len(x[0]), step.batch_size):
         active = sum(len(rows) > begin for rows in x)
         parts = [rows[begin : begin + step.batch_size].to(device) for rows in x[:active]]
-        # Shorter batches are padded with zeros; in evaluation mode rows do not affect each other.
+        # Shorter batches are padded with zeros, because rows do not affect each other in evaluation
+        # mode.
         batch = pad_sequence(parts, batch_first=True)
         tensors = {n: t[:active] for n, t in stacked.items()}
         out = vmap(outputs, randomness="error")(tensors, batch)
@@ -119,7 +121,8 @@ class VectorizedBackend:
 
     Args:
         memory: The device and its cached tensors.
-        log: Function that is called with a message for each architecture that cannot be vectorized.
+        log: Function that is called with a message if steps cannot be vectorized or do not fit into
+            memory together.
         precision: "float32" or "bfloat16".
     """
 
@@ -134,7 +137,7 @@ class VectorizedBackend:
         self.templates = self.serial.templates
         self._unsupported: set[Any] = set()
         self._logged: set[str] = set()
-        # Largest number of participants whose steps fit into device memory together.
+        # Largest number of participants whose steps fit into device memory at once.
         self._max_group_sizes: dict[Any, int] = {}
 
     def run(self, work: Work) -> list[Any]:
@@ -160,7 +163,7 @@ class VectorizedBackend:
                 results[i] = self.serial.predict_public(key, participant, step)
                 continue
             # Fits of one participant with the same label draw from one random stream in the order
-            # of the work, so they run in successive waves.
+            # of the work. Such fits must run one after the other, in successive waves.
             wave = 0
             if isinstance(step, Fit):
                 wave = seen[id(participant), step.label] = (
@@ -181,7 +184,7 @@ class VectorizedBackend:
         return [results[i] for i in range(len(work))]
 
     def _split_by_size(self, members: Sequence[int], work: Work) -> list[Sequence[int]]:
-        """On a CPU, split a group so that no stacked tensor exceeds MAX_STACK_BYTES."""
+        """Split a group so that no stacked tensor on a CPU exceeds MAX_STACK_BYTES."""
         if self.templates.device.type != "cpu":
             return [members]
         participant, step = work[members[0]]
@@ -254,7 +257,7 @@ def _split_evenly(members: Sequence[T], max_size: int) -> list[Sequence[T]]:
 
 
 def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
-    """Return the architectures of all models that a step uses."""
+    """Return the architectures of all models that a step uses, in the order of the slots."""
     if isinstance(step, Fit):
         return [participant.arch[slot] for slot in (*step.train, *step.frozen)]
     return [step_model_spec(participant, step)]
@@ -263,6 +266,7 @@ def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
 def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
     """Return a key that is equal for steps that can be computed together.
 
+    Steps that must be computed alone, such as fits with a user-defined optimizer, have unique keys.
     The key is not hashable if the objective is not hashable.
     """
     if not isinstance(step, Fit):
@@ -308,7 +312,7 @@ def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
 
 
 def _vmap_support_key(participant: Participant, step: Fit | OutputStep) -> Any:
-    """Return a key; vmap supports either all steps with the same key or none of them."""
+    """Return a key such that vmap supports either all steps with this key or none."""
     if not isinstance(step, Fit):
         return type(step), step_model_spec(participant, step), step.readout
     archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))
@@ -328,13 +332,14 @@ def make_backend(
     precision: str = "float32",
     log: Callable[[str], None] = lambda _line: None,
 ) -> Backend:
-    """Return a serial or a vectorized backend.
+    """Create a serial or a vectorized backend.
 
     Args:
         memory: The device and its cached tensors.
-        chunk: Number of clients that are processed together; 1 for the serial backend.
+        chunk: Number of clients that are processed together. If 1, the serial backend is created.
         precision: "float32" or "bfloat16".
-        log: Function that is called with a message for each architecture that cannot be vectorized.
+        log: Function that is called with a message if steps cannot be vectorized or do not fit into
+            memory together.
     """
     if chunk == 1:
         return SerialBackend(memory, precision)

@@ -1,8 +1,8 @@
 """Training loop for models of equal architecture, stacked along a client dimension.
 
 Only the forward pass runs under `torch.vmap`. The backward pass and the elementwise optimizer use
-stacked tensors `[K, ...]`, because the loss of a participant depends only on the participant's own
-slice.
+stacked tensors `[K, ...]` of K participants, because the loss of a participant depends only on the
+participant's own slice. In this module, a step is an optimizer step of a `Fit`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from model_zoo.split_model import is_batch_norm
 
 
 def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
-    """Stack the tensors of trees with equal structure.
+    """Stack the tensors of trees (nested dictionaries) with equal structure.
 
     Returns:
-        The stacked tree, and a tree with the `in_dims` of `torch.vmap`. A tensor that all trees
-        share is not stacked, and its dimension is None.
+        The stacked tree, and a tree with the `in_dims` of `torch.vmap`. If all trees contain the
+        same tensor, this tensor is not stacked and its dimension is None.
     """
     first = trees[0]
     if isinstance(first, Mapping):
@@ -59,7 +59,7 @@ def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
-    """Return the slices of some participants from a stacked tree.
+    """Select the slices of some participants from a stacked tree.
 
     Args:
         tree: The stacked tree.
@@ -72,7 +72,7 @@ def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
 
 
 def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
-    """Stack the states of optimizers. Their step counters must be equal."""
+    """Stack the states of optimizers, which must have equal step counters."""
     return {
         key: {
             n: v if n == "step" else torch.stack([s[key][n] for s in saved])
@@ -82,7 +82,7 @@ def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnaps
     }
 
 
-# Number of weights from which a linear layer uses `_Linear`.
+# Minimum number of weights for which a linear layer uses `_Linear`.
 LARGE = 2**14
 
 
@@ -99,9 +99,9 @@ class StackedOps(TorchFunctionMode):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear` with a backward pass that is faster under `torch.vmap`.
 
-    The batching rule of PyTorch returns a transposed gradient of stacked weights, and copying the
-    gradient takes as long as computing it. Layers with fewer than `LARGE` weights use `F.linear`,
-    because the overhead of this function would be larger.
+    The batching rule of PyTorch returns a transposed gradient of stacked weights, and copying this
+    gradient takes as long as computing the gradient. Layers with fewer than `LARGE` weights use
+    `F.linear`, because the overhead of this function would be larger.
 
     Args:
         x: Inputs, shape `[..., in]`.
@@ -119,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The product x Wᵀ of one participant; under vmap, the products of all participants."""
+    """The product x Wᵀ of one participant, or the products of all participants under vmap."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class _Linear(torch.autograd.Function):
     def vmap(
         info: Any, dims: tuple[int | None, int | None], x: Tensor, weight: Tensor
     ) -> tuple[Tensor, int]:
-        # All participants have the same weights: one matrix product.
+        # If all participants have the same weights, one matrix product is sufficient.
         if dims[1] is None:
             assert dims[0] is not None
             return F.linear(x, weight), dims[0]
@@ -169,14 +169,13 @@ class _StackedLinear(torch.autograd.Function):
 
 
 class StackedBatches:
-    """The batches of equal fits of several participants, one stacked batch per step.
+    """Batches of equal fits of several participants, stacked to one batch per step.
 
-    A batch that is smaller than others of the same step is padded with copies of its first row,
-    which have weight zero.
+    Smaller batches of a step are padded with copies of the first row. The copies have weight 0.
 
     Args:
-        runs: The batches of each participant, in descending order of the number of batches, so that
-            the participants that are still training are always a prefix.
+        runs: The batches of each participant, in descending order of the number of batches. The
+            participants that are still training are therefore always a prefix.
     """
 
     def __init__(self, runs: Sequence[Batches]) -> None:
@@ -194,7 +193,8 @@ class StackedBatches:
         self._starts = (torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)).to(device)
         self._table = torch.where(is_real, table, table[:, :1]).to(device)
         self._weights = is_real.to(torch.get_default_dtype()).to(device)
-        # Rows of all participants by column, and whether all participants have the same rows.
+        # Rows of all participants, keyed by column, and whether all participants have the same
+        # rows.
         self._columns: dict[str, tuple[Tensor, bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)
@@ -216,7 +216,7 @@ class StackedBatches:
         return range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
 
     def dropout_keys(self, step: int, who: Tensor | slice) -> list[int]:
-        """Return the seed of the dropout masks of each selected participant in a step."""
+        """Return the dropout key (the seed of the masks) of each selected participant in a step."""
         return [self.runs[i].dropout_key_at(step) for i in self.members(who)]
 
     def batch_at(
@@ -230,8 +230,8 @@ class StackedBatches:
             sizes: Batch size of each of these participants.
 
         Returns:
-            Columns by name, shape `[K, B, ...]` each, and weights of the rows, shape `[K, B]`, or
-            None instead of the weights if all sizes are equal.
+            The columns, keyed by name, shape `[K, B, ...]` each, and the weights of the rows, shape
+            `[K, B]`. If all batch sizes are equal, None is returned instead of the weights.
         """
         members = self.members(who)
         weight = None
@@ -257,7 +257,7 @@ class StackedBatches:
 
 
 def _stack(drawn: Sequence[Columns]) -> Columns:
-    """Stack columns; raise RuntimeError if their names or dtypes differ."""
+    """Stack columns, or raise RuntimeError if the names or dtypes of the columns differ."""
     first = drawn[0]
     for other in drawn:
         if other.keys() != first.keys() or any(other[n].dtype != t.dtype for n, t in first.items()):
@@ -275,14 +275,15 @@ def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedEr
 
     Args:
         work: Pairs of participant and fit.
-        templates: The modules by architecture and slot.
+        templates: The modules, keyed by architecture and slot.
 
     Returns:
         The report of each fit in order. The result of a fit that diverges is a `DivergedError`.
 
     Raises:
-        RuntimeError: If `torch.vmap` does not support the models or the objective. The models and
-            states of the participants are unchanged, but their random streams have advanced.
+        RuntimeError: If `torch.vmap` does not support the models or the objective. In this case,
+            the models and states of the participants are not changed, but the random streams have
+            advanced.
     """
     batches = [Batches(participant, fit, templates.memory) for participant, fit in work]
     order = sorted(range(len(work)), key=lambda i: -batches[i].count)
@@ -456,7 +457,7 @@ class _StackedFits:
         context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
-        """Return the loss of one participant; runs under vmap."""
+        """Return the loss of one participant, as the function to which vmap is applied."""
         nets = ModelViews(
             {slot: self.templates[slot].view_of(own) for slot, own in tensors.items()}
         )

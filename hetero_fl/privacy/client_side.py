@@ -232,13 +232,7 @@ class ClientPrivacy:
         """
         twice = 2 if self.config.unit == "local" else 1
         multiplier = self.config.known_noise_multiplier if z is None else z
-        return (
-            twice
-            * multiplier
-            * len(self.items) ** 0.5
-            * self.config.clip_norm(name)
-            * factor
-        )
+        return twice * multiplier * len(self.items) ** 0.5 * self.config.clip_norm(name) * factor
 
     @staticmethod
     def factors_item(factors: Mapping[str, float]) -> dict[str, str]:

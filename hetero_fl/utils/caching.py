@@ -13,13 +13,13 @@ T = TypeVar("T")
 class BoundedCache(cachetools.LRUCache[Hashable, T], Generic[T]):
     """A least recently used (LRU) cache of bounded size.
 
-    A value that is larger than the whole cache replaces all others. A pickled cache is empty, so
-    the process that loads it computes its own values.
+    A value that is larger than the whole cache replaces all other values. Pickling a cache omits
+    its values, so the process that unpickles the cache computes values anew.
 
     Args:
-        maxsize: Maximum number of values or, with `size`, maximum sum of their sizes; greater than
-            0.
-        size: Function that returns the size of a value; None counts each value as 1.
+        maxsize: Maximum number of values. If `size` is given, the maximum total size of the values.
+            Must be greater than 0.
+        size: Function that returns the size of a value. If None, each value has size 1.
     """
 
     def __init__(self, maxsize: float, size: Callable[[T], int] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Permission to run code that a configuration references as `python:package.module:Name`.
 
-References are checked before any code is imported: when a configuration, a run directory or the
-file of a deployment site is loaded, and on the command line.
+References are checked before any code is imported. Checks take place when a configuration, a run
+directory or the file of a deployment site is loaded, and on the command line.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ CODE_PREFIX = "python:"
 ALLOW_CODE = "own_code_is_allowed"
 _REFERENCE = re.compile(r"python:[\w.]+:\w+")
 
-# Function of a file, a key and a reference that asks the user whether the code may run.
+# Function of a file, a key and a reference that asks the user whether the code may run. A key is
+# the path of a value in a configuration, such as `algorithm.name`.
 Ask = Callable[[str, str, str], bool]
-# The file that contains a reference, or a function from a key to the file.
+# The file that contains a reference, or a function that maps a key to this file.
 Where = str | Callable[[str], str]
 
 
 def iterate_strings(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the path and the value of each string in a tree, including keys of dictionaries.
+    """Yield the path and the value of each string in a tree, including the keys of dictionaries.
 
-    A tree consists of nested dictionaries, lists and tuples. The path of a string joins the keys
-    and indices that lead to it with periods.
+    A tree consists of nested dictionaries, lists and tuples. The path of a string consists of the
+    keys and indices that lead to the string, joined with periods.
     """
     if isinstance(tree, str):
         yield path, tree
@@ -40,7 +41,9 @@ def iterate_strings(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def find_references(tree: object) -> dict[str, str]:
-    """Return the references to code in a tree, each with the path of its first occurrence.
+    """Find the references to code in a tree, and the path at which each reference occurs first.
+
+    The paths are keyed by reference.
 
     Example:
         >>> from hetero_fl.utils.code_permission import find_references
@@ -59,16 +62,17 @@ class CodePermission:
 
     Args:
         everything: Whether all references are permitted.
-        granted: References that are permitted in any case.
-        ask: Function that asks the user for permission, called once for each other reference. None
-            refuses these references.
+        granted: References that are permitted without asking.
+        ask: Function that asks the user for permission, called once for each other reference. If
+            None, all other references are refused.
         trusts_caller: Whether references that the caller passes as dictionaries or overrides are
-            permitted. In Python, they are part of the caller's program; on the command line, they
-            need permission.
+            permitted. In Python, such references are part of the caller's program. On the command
+            line, they need permission.
 
     Attributes:
         everything: Whether all references are permitted.
-        granted: References that are permitted, including those that the user has permitted.
+        granted: References that are permitted, including the references that the user has permitted
+            when asked.
         trusts_caller: Whether references that the caller passes are permitted.
     """
 
@@ -87,7 +91,11 @@ class CodePermission:
 
     @classmethod
     def from_argument(cls, allow_code: bool | CodePermission) -> CodePermission:
-        """Return the permission for a value of the argument `allow_code` of public functions."""
+        """Convert the argument `allow_code` of a public function to a permission.
+
+        True permits all references, and False only the references that the caller passes. A
+        `CodePermission` is returned unchanged.
+        """
         if isinstance(allow_code, CodePermission):
             return allow_code
         return cls(everything=allow_code, trusts_caller=True)
@@ -95,10 +103,13 @@ class CodePermission:
     def with_caller_references(
         self, source: object, overrides: Iterable[str] = ()
     ) -> CodePermission:
-        """Return this permission extended to the references that the caller passed.
+        """Return this permission, extended to the references that the caller passed.
+
+        The permission is returned unchanged if the caller is not trusted.
 
         Args:
-            source: The configuration: a path, or a dictionary that the caller wrote.
+            source: The configuration. A path extends the permission only to the overrides. A
+                dictionary, which the caller wrote, permits all references.
             overrides: Overrides of the configuration.
         """
         if self.everything or not self.trusts_caller:
@@ -129,7 +140,7 @@ class CodePermission:
         return {**self.__dict__, "_ask": None}
 
     def find_refused(self, found: Mapping[str, str], where: Where) -> Iterator[tuple[str, str]]:
-        """Yield the references that are not permitted and their keys, after asking the user.
+        """Yield each reference that is not permitted, with its key, after asking the user.
 
         Args:
             found: References and the keys at which they occur, see `find_references`.

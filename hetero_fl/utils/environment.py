@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the properties of the environment that are needed to reproduce a run.
+    """Describe the environment: the properties that are needed to reproduce a run.
 
     Args:
         choice: Device, threads and executor of the run (`hetero_fl.federation.executors.choose`).
@@ -45,7 +45,7 @@ def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def package_version(package: str) -> str | None:
-    """Return the version of an installed package; None if it is not installed."""
+    """Return the version of a package, or None if the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -64,7 +64,9 @@ def _processor() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for a value of `runtime.device`; `auto` prefers a CUDA device.
+    """Return the device for a value of `runtime.device`.
+
+    The value `auto` selects a CUDA device if one is available, otherwise the CPU.
 
     Raises:
         UserError: If the device does not exist.
@@ -91,7 +93,10 @@ _one_core = False
 
 
 def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
-    """Enable or disable deterministic algorithms on a GPU; algorithms on the CPU always are.
+    """Enable or disable deterministic algorithms on a GPU.
+
+    For other devices, this function has no effect, because algorithms on the CPU are always
+    deterministic.
 
     Args:
         device: Device of the run.
@@ -107,19 +112,25 @@ def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
 
 
 def use_one_core() -> None:
-    """Limit `available_cores` to 1 in this process, because other workers use the other cores."""
+    """Limit `available_cores` to 1 in this process.
+
+    Worker processes call this function, because other workers use the other cores.
+    """
     global _one_core  # noqa: PLW0603 (a property of the process, set once when a worker starts)
     _one_core = True
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of CPU cores that this process may use.
+
+    The result is 1 after a call of `use_one_core`.
+    """
     if _one_core:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_limit() -> int | None:
-    """Return the value of OMP_NUM_THREADS, or None if it is not a positive integer."""
+    """Return the value of OMP_NUM_THREADS, or None if the value is not a positive integer."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return int(limit) if limit.isdigit() and int(limit) > 0 else None

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 # Maximum length of a line that quotes untrusted text.
 MAX_LINE_CHARACTERS = 400
-# Minimum length of an abbreviation.
+# Minimum length of a name that is compared as an abbreviation.
 MIN_ABBREVIATION = 3
 # Maximum number of files in a folder with which a missing file is compared.
 MAX_COMPARED_FILES = 1000
@@ -31,10 +31,10 @@ class UserError(ValueError):
     """Raised for an invalid configuration, file, data set or option.
 
     The message is one line that names the place, the value found and what is valid. The command
-    line prints it and exits with status 2.
+    line prints the message and exits with status 2.
 
     Args:
-        message: The message; whitespace is collapsed.
+        message: The message, in which whitespace is collapsed.
     """
 
     def __init__(self, message: object) -> None:
@@ -56,11 +56,11 @@ class RunFailedError(Exception):
 
 
 class NoUploadError(Exception):
-    """Raised when a client cannot upload; the message is the reason."""
+    """Raised when a client cannot upload. The message states the reason."""
 
 
 class RoundAbandonedError(RunFailedError):
-    """Raised when too few clients remain to complete the protocol of a round."""
+    """Raised when too few clients remain to complete the secure aggregation of a round."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -92,8 +92,8 @@ def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:
     truncated and ends with an ellipsis.
 
     Args:
-        text: Any object; its `str` is used.
-        max_length: Maximum length of the result.
+        text: Any object, which is converted with `str`.
+        max_length: Maximum number of characters of the result.
 
     Example:
         >>> from hetero_fl.utils.errors import one_line
@@ -111,7 +111,7 @@ def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:
 
 
 def closest(found: object, choices: Iterable[str]) -> str | None:
-    """Return the choice to which a misspelled or abbreviated name most likely refers.
+    """Find the choice to which a misspelled or abbreviated name most likely refers.
 
     The comparison ignores case, hyphens and underscores.
 
@@ -133,9 +133,10 @@ def closest(found: object, choices: Iterable[str]) -> str | None:
 
 
 def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
-    """Return the most similar choice within about one edit per four letters, or None.
+    """Find the most similar choice that differs from a name by about one edit per four letters.
 
-    An edit is an insertion, a deletion, a substitution or a swap of adjacent letters.
+    An edit is an insertion, a deletion, a substitution or a swap of adjacent letters. The result is
+    None if no choice is similar enough.
     """
     names = {_normalize(name): name for name in sorted(map(str, choices), reverse=True)}
     word = _normalize(str(found))
@@ -156,11 +157,12 @@ def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
 
 
 def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:
-    """Return the only choice that a name abbreviates or extends, or None.
+    """Find the only choice that a name abbreviates or extends.
 
     The name may be the beginning of the choice (`temp` for `temperature`), the last word of the
     choice (`decay` for `weight_decay`), or the choice followed by further words (`dirichlet_split`
-    for `dirichlet`).
+    for `dirichlet`). The result is None if there are no or several such choices, or the name is too
+    short.
     """
     word = _normalize(str(found))
     if len(word) < MIN_ABBREVIATION:
@@ -202,7 +204,10 @@ def _edit_distance(a: str, b: str) -> int:
 
 
 def suggest_similar(found: object, choices: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` if a choice is similar (see `closest`), else an empty string."""
+    """Return the text `; did you mean 'x'?` for the choice that is closest to a name.
+
+    The text is empty if no choice is similar (see `closest`).
+    """
     match = closest(found, choices)
     return "" if match is None else f"; did you mean '{match}'?"
 
@@ -217,11 +222,11 @@ def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> 
     Args:
         found: The name that was found.
         choices: Valid names.
-        all_of: Command or function that lists all choices, which the text mentions if there are
-            more than 20.
+        all_of: Command or function that lists all choices. The text mentions `all_of` if there are
+            more than 20 choices.
 
     Returns:
-        `; did you mean 'x'?` or `; choose from x, y, z`; an empty string without choices.
+        The text `; did you mean 'x'?` or `; choose from x, y, z`. Without choices, an empty string.
     """
     names = sorted(map(str, choices))
     if hint := suggest_similar(found, names):
@@ -259,13 +264,13 @@ def check_names(
 
 
 def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:
-    """Return `; did you mean 'x'?` if the folder of a missing file has a file of a similar name.
+    """Return the text `; did you mean 'x'?` if a missing file has a sibling of a similar name.
 
     Names are compared without their suffixes.
 
     Args:
         path: The missing file.
-        suffixes: Suffixes of the files to consider; empty for all files.
+        suffixes: Suffixes of the files to consider. If empty, all files are considered.
 
     Returns:
         The suggestion, or an empty string.

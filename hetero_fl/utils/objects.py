@@ -1,7 +1,7 @@
 """Objects of the running program that a configuration names as `object:NAME`.
 
-A program may pass arrays, classes and functions instead of names. The configuration, which is plain
-text, then contains generated names of these objects. A name is valid as long as the program keeps a
+A program may pass arrays, classes and functions instead of names. A configuration is plain text and
+therefore contains generated names of these objects. A name is valid as long as the program keeps a
 reference to the object.
 """
 
@@ -19,7 +19,7 @@ _objects: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def name_object(title: str, value: object) -> str:
-    """Make an object available under a name, and return the name.
+    """Make an object available under a generated name and return the name.
 
     The name is `object:TITLE`, or `object:TITLE~2` if another object already has this name.
 
@@ -46,7 +46,7 @@ def name_object(title: str, value: object) -> str:
 
 
 def restore_object(name: str, value: object) -> None:
-    """Make an object available under the name that it has in another process.
+    """Make an object available under the name that the object has in another process.
 
     Args:
         name: The name, `object:TITLE`.
@@ -56,7 +56,12 @@ def restore_object(name: str, value: object) -> None:
 
 
 def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the key and the name of each object that a configuration names."""
+    """Yield the path and the name of each object that a configuration names.
+
+    Args:
+        tree: A configuration, or a part of a configuration.
+        path: Path of `tree` in the configuration, the keys joined with periods.
+    """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from iterate_objects(value, f"{path}.{key}" if path else str(key))
@@ -68,7 +73,7 @@ def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def get_object(name: str) -> Any:
-    """Return the object with a name, or None if this program has no such object."""
+    """Return the object with a name, or None if there is no such object in this program."""
     return _objects.get(name)
 
 

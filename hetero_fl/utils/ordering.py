@@ -1,7 +1,7 @@
-"""Client ids in natural order, without a list of all ids.
+"""Client ids in natural order, without storing a list of all ids.
 
-The ids of a group follow from the name and the size of the group. The ids of several groups are
-merged as a few ranges, so the i-th of a million ids is found quickly.
+The ids of a group of clients follow from the name and the size of the group. The ids of several
+groups are merged as a few ranges, so the i-th of a million ids is found quickly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def natural_key(name: str) -> tuple[list[Any], str]:
 
 
 def natural_order(ids: Iterable[str]) -> list[str]:
-    """Return ids in natural order, in which sums are computed and data is assigned to clients.
+    """Sort ids in natural order, in which `site_2` precedes `site_10`.
+
+    Sums over clients are computed and data is assigned to clients in this order.
 
     Example:
         >>> from hetero_fl.utils.ordering import natural_order
@@ -37,7 +39,7 @@ def natural_order(ids: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class IdSeries:
-    """The ids of a group: `name_1`, `name_2`, …, padded with zeros to equal width.
+    """The ids of a group of clients: `name_1`, `name_2`, …, padded with zeros to equal width.
 
     If the group has a single client, the id is the name of the group.
 
@@ -51,7 +53,7 @@ class IdSeries:
 
     @property
     def width(self) -> int:
-        """Number of digits of each index."""
+        """Number of digits of the number in each id."""
         return len(str(self.count))
 
     def __len__(self) -> int:
@@ -84,18 +86,19 @@ class IdSeries:
 
 
 class ClientIds:
-    """The ids of several series in natural order, stored as ranges of the series.
+    """The ids of several `IdSeries` in natural order, stored as ranges of the series.
 
     Args:
         series: The series.
 
     Raises:
-        ValueError: If two series contain the same id. The message is this id.
+        ValueError: If two series contain the same id. The message consists of this id.
     """
 
     def __init__(self, series: Sequence[IdSeries]) -> None:
         self._series = series
-        # Position of the first id of each range; the series of the id and its position in it.
+        # For each range: the position of the first id, and the series of this id with the position
+        # in the series.
         self._starts: list[int] = []
         self._ranges: list[tuple[int, int]] = []
         self._count = 0

@@ -24,7 +24,7 @@ ADVICE = (
 
 
 def exit_if_importing() -> None:
-    """Exit if a worker process calls this function while it imports the main script.
+    """Exit if the calling process is a worker process that is importing the main script.
 
     The exit status is `UNGUARDED`, for which the parent process prints `ADVICE`.
     """
@@ -40,9 +40,9 @@ def exit_if_importing() -> None:
 def ignore_interrupts_in_children() -> Iterator[None]:
     """Make all processes that are started inside the `with` block ignore SIGINT.
 
-    A terminal sends Ctrl-C to all processes. Only the parent reacts to the signal and stops the
-    others without tracebacks. Inside the block, the parent delays its reaction to the signal until
-    the end of the block.
+    A terminal sends Ctrl-C to all processes. Only the parent process handles the signal and stops
+    the child processes without tracebacks. A signal that arrives inside the block is handled at the
+    end of the block. Outside the main thread, the context manager has no effect.
     """
     # Only the main thread can set a handler.
     if threading.current_thread() is not threading.main_thread():
@@ -67,7 +67,7 @@ def ignore_interrupts_in_children() -> Iterator[None]:
 
 
 def is_process_running(pid: int) -> bool:
-    """Return whether a process exists on this machine, of this or another user."""
+    """Return whether a process exists on this machine, including processes of other users."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -77,20 +77,20 @@ def is_process_running(pid: int) -> bool:
     return True
 
 
-# Modules that every worker process imports: creating an optimizer imports torch._dynamo.
+# Modules that every worker process imports. Creating an optimizer imports torch._dynamo.
 PRELOADED = ["torch._dynamo"]
 
 
 def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
     """Return the multiprocessing context for worker processes.
 
-    On Linux, processes are forked from a server process that has imported the required modules, so
-    modules are imported only once. The server process uses no data, threads or accelerators. On
-    other systems, each process is spawned.
+    On Linux, processes are forked from a server process that has already imported the required
+    modules. The server process uses no data, threads or accelerators. On other systems, each
+    process is spawned.
 
     Args:
-        modules: Modules to import in the server process. They have an effect only before the first
-            process is started.
+        modules: Names of modules to import in the server process. Names that are passed after the
+            first process has been started have no effect.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -100,6 +100,9 @@ def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
 
 
 def adopt_environment(environ: Mapping[str, str]) -> None:
-    """Replace the environment variables of this process, which a fork server may have kept."""
+    """Replace all environment variables of this process.
+
+    A process that is forked from a server process starts with the variables of the server process.
+    """
     os.environ.clear()
     os.environ.update(environ)

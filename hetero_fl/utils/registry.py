@@ -1,4 +1,4 @@
-"""Registries of classes by name, and references `python:package.module:Name` to user code."""
+"""Registries of named classes, and references `python:package.module:Name` to user code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A registry of classes by name; `registry("name")` is a decorator that registers a class.
+    """A registry of named classes.
+
+    `registry("name")` is a decorator that registers a class, and `registry["name"]` is the class.
 
     Args:
         kind: Noun for the classes in error messages, such as "algorithm".
         base: Function that returns the base class that user-defined classes must have.
-        all_of: Command that lists all names, for error messages.
+        all_of: Command that lists all names. If empty, error messages mention no command.
 
     Attributes:
         kind: Noun for the classes in error messages.
@@ -52,7 +54,7 @@ class Registry(Generic[T]):
         return name in self._known
 
     def __getitem__(self, name: str) -> T:
-        """Return the class with a name, or import the class that a reference names.
+        """Return the registered class with a name, or import the class that a reference names.
 
         The caller must check that the code of a reference may run.
 
@@ -70,9 +72,10 @@ class Registry(Generic[T]):
         return self._known[name]
 
     def get_loaded(self, name: str) -> T | None:
-        """Return the class with a name without importing anything, or None.
+        """Return the class that a name or a reference denotes, without importing anything.
 
-        A user-defined class is found only if its module has already been imported.
+        The result is None if the name is unknown, or the module of a user-defined class has not
+        been imported.
         """
         if name.startswith(OBJECT_PREFIX):
             return cast("T | None", get_object(name))
@@ -86,7 +89,7 @@ class Registry(Generic[T]):
 
 
 def split_label(label: str) -> tuple[str, list[str]]:
-    """Split a label such as `NAME:KEY=VALUE` into the name of a method and its settings.
+    """Split a label such as `NAME:KEY=VALUE` into the name of a method and a list of settings.
 
     Example:
         >>> from hetero_fl.utils.registry import split_label
@@ -116,17 +119,16 @@ def import_reference(
 ) -> Any:
     """Return the class or function that a reference names.
 
-    For `python:package.module:Name`, the module is imported. It may be located in the working
-    directory, and the caller must check that the code may run (see
-    `hetero_fl.utils.code_permission`). `object:NAME` is an object of this program (see
-    `hetero_fl.utils.objects`).
+    For `python:package.module:Name`, the module is imported, also from the working directory. The
+    caller must check that the code may run (see `hetero_fl.utils.code_permission`). `object:NAME`
+    is an object of this program (see `hetero_fl.utils.objects`).
 
     Args:
         reference: The reference.
         where: Prefix of error messages.
-        base: Base class whose subclasses are accepted; None accepts no classes.
-        takes: Arguments of a function, for error messages. None accepts no functions, otherwise
-            functions that the module defines are accepted.
+        base: Base class whose subclasses are accepted. If None, no classes are accepted.
+        takes: Arguments of a function, for error messages. If given, functions that the module
+            defines are accepted. If None, no functions are accepted.
 
     Raises:
         UserError: If the reference is malformed, cannot be imported, or is neither an accepted
@@ -166,7 +168,10 @@ def import_reference(
 
 
 def importable_reference(value: Any) -> str | None:
-    """Return `python:package.module:Name` of a class or function, or None for a local one.
+    """Return the reference `python:package.module:Name` of a class or function.
+
+    The result is None for objects that cannot be imported under this name, such as local functions
+    and objects of the main script.
 
     Example:
         >>> import torch
@@ -186,8 +191,8 @@ def importable_reference(value: Any) -> str | None:
 def reference_to(value: Any) -> str:
     """Return a reference to a class, a function or another callable.
 
-    The reference is `python:package.module:Name` if the object can be imported, else
-    `object:NAME`, which is valid as long as the caller keeps the object.
+    The reference is `python:package.module:Name` if the object can be imported. Otherwise, the
+    reference is `object:NAME`, which is valid as long as the caller keeps the object.
 
     Raises:
         UserError: If the object cannot be referenced.
@@ -205,7 +210,7 @@ def reference_to(value: Any) -> str:
 def call_reference(
     reference: str, where: str, takes: str, arguments: tuple[Any, ...], base: type | None = None
 ) -> Any:
-    """Call a function by reference and return its result.
+    """Import the function that a reference names, call the function and return the result.
 
     Args:
         reference: The reference, which must be permitted.

@@ -1,9 +1,9 @@
-"""Random streams whose seeds depend on keys, not on the order or place of computations.
+"""Random streams with reproducible seeds, regardless of the order or place of computations.
 
-A key is a hash of, for example, the run's seed, the round, the participant and the label of a step.
-The same configuration therefore results in the same random numbers, regardless of the order of
-clients, the number of workers and restarts after a crash. The global random number generator is
-not used.
+A stream is seeded with a hash of a key. A key is a sequence of strings and integers, for example
+the run's seed, the round, the participant and the label of a step. The same configuration therefore
+results in the same random numbers, regardless of the order of clients, the number of workers and
+restarts after a crash. The global random number generator is not used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import numpy as np
 import torch
 
+# One part of a key.
 Key = str | int
 
 
@@ -28,7 +29,7 @@ def stream_key(*parts: Key) -> int:
 
 
 def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
-    """Sample integers from 0 to `total - 1` without replacement, in ascending order.
+    """Sample integers from 0 to `total - 1` without replacement and return them in ascending order.
 
     With Floyd's algorithm (CACM 30(9), 1987), the time is proportional to `count` and does not
     depend on `total`.
@@ -46,12 +47,12 @@ def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
 
 
 def keyed_generator(*parts: Key) -> torch.Generator:
-    """Return a new generator on the CPU, seeded with the key that consists of the parts."""
+    """Create a generator on the CPU that is seeded with the hash of a key."""
     return torch.Generator().manual_seed(stream_key(*parts))
 
 
 def keyed_numpy_generator(*parts: Key) -> np.random.Generator:
-    """Return a new NumPy generator, seeded with the key that consists of the parts."""
+    """Create a NumPy generator that is seeded with the hash of a key."""
     return np.random.default_rng(stream_key(*parts))
 
 

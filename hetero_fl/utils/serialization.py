@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("bool"),
 }
 NAMES = {torch.from_numpy(np.empty(0, dtype)).dtype: name for name, dtype in DTYPES.items()}
+# Maximum nesting depth of a tree.
 DEEPEST = 12
 # Limits of a header. A parsed value occupies up to a hundred bytes, even if its text is short.
 # A header of 10,000 tensors with names of 100 characters has 3 MB, and about 13 values per tensor.
@@ -59,7 +60,7 @@ class CodecError(ValueError):
 
 
 def as_tensor(data: bytes) -> Tensor:
-    """Return bytes as a tensor, uint8 `[N]`."""
+    """Copy bytes to a tensor, uint8 `[N]`."""
     return (
         torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if data
@@ -68,7 +69,7 @@ def as_tensor(data: bytes) -> Tensor:
 
 
 def as_bytes(data: Tensor) -> bytes:
-    """Return the bytes of a tensor created by `as_tensor`."""
+    """Convert a tensor created by `as_tensor` to bytes."""
     return data.numpy().tobytes()
 
 
@@ -77,7 +78,7 @@ def encode(tree: Tree, form: str) -> bytes:
 
     Args:
         tree: The tree.
-        form: Name of the format, such as `payload 1`; `decode` checks it.
+        form: Name and version of the format, such as `payload 1`, which `decode` checks.
 
     Raises:
         TypeError: If a value cannot be encoded.
@@ -96,19 +97,27 @@ def encode(tree: Tree, form: str) -> bytes:
 
 
 def encoded_size(tree: Tree, form: str) -> int:
-    """Return the length of `encode(tree, form)` without reading the tensors."""
+    """Return the length of the encoded tree in bytes, without encoding the tensors.
+
+    Args:
+        tree: The tree.
+        form: Name and version of the format.
+
+    Raises:
+        TypeError: If a value cannot be encoded.
+    """
     header, tensors = _layout(tree, form)
     return len(header) + sum(tensor.nbytes for tensor in tensors)
 
 
 def _layout(tree: Tree, form: str) -> tuple[bytes, list[Tensor]]:
-    """Return the header of a safetensors file, and the tensors that follow it."""
+    """Return the header of a safetensors file, and the tensors in the order of the file."""
     tensors: dict[str, Tensor] = {}
     plain = _flatten(tree, tensors)
     head = json.dumps({"form": form, "tree": plain}, allow_nan=False)
     header: dict[str, Any] = {"__metadata__": {"hetero_fl": head}}
     offset = 0
-    # This order aligns all tensors.
+    # In descending order of the element size, all tensors are aligned.
     widest_first = sorted(tensors.items(), key=lambda entry: -entry[1].itemsize)
     for name, tensor in widest_first:
         header[name] = {
@@ -161,8 +170,8 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
     Args:
         data: Untrusted bytes.
         form: Name of the format, as passed to `encode`.
-        bounded: Whether headers that exceed the limits are rejected before they are parsed. Files
-            that this process wrote to its run directory may have longer headers.
+        bounded: Whether headers that exceed the limits are rejected before they are parsed. Set to
+            False for files in the run directory, whose headers may be longer.
 
     Raises:
         CodecError: If the bytes are malformed or exceed the limits.
@@ -176,7 +185,7 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
 
 
 def copy_tree(tree: Tree) -> Tree:
-    """Return a copy of a tree, as if it had been encoded and decoded, on the same devices.
+    """Copy a tree, with the same result as encoding and decoding, on the same devices.
 
     Raises:
         TypeError: If a value cannot be encoded.
@@ -192,7 +201,7 @@ def read_json(text: str | bytes, bounded: bool = True) -> Any:
     """Parse untrusted JSON.
 
     Args:
-        text: The text; bytes are decoded as UTF-8.
+        text: The text. Bytes are decoded as UTF-8.
         bounded: Whether texts that exceed the limits of a header are rejected.
 
     Raises:
@@ -225,7 +234,7 @@ def check_header(data: bytes) -> None:
 
 @contextmanager
 def _refuse_malformed() -> Iterator[None]:
-    """Convert all errors that malformed bytes cause to CodecError."""
+    """Convert all errors that malformed bytes cause inside the `with` block to CodecError."""
     try:
         yield
     except CodecError:
@@ -286,13 +295,13 @@ def _unflatten(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
 def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     """Replace the content of a file in one step.
 
-    The data is written to a temporary file, flushed to disk and renamed, so that after a crash the
-    file has either the old or the new content. Missing folders are created.
+    The data is written to a temporary file, flushed to disk and renamed, so that the file has
+    either the old or the new content after a crash. Missing folders are created.
 
     Args:
         path: The file.
         data: The new content.
-        private: Whether only the owner may read the file, even while it is being written.
+        private: Whether only the owner may read the file, even during writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is always the same, so that files left by crashes do not accumulate.
@@ -316,7 +325,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 digest of a file's content as hexadecimal digits."""
+    """Return the SHA-256 digest of a file as hexadecimal digits."""
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -325,7 +334,10 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to disk, which makes a rename durable; not needed on Windows."""
+    """Flush a folder to disk, so that a renamed file survives a crash.
+
+    This function has no effect on Windows, where flushing folders is not necessary.
+    """
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

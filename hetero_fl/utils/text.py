@@ -1,4 +1,4 @@
-"""Functions for text: splitting outside of brackets, lists of names, plurals."""
+"""Functions for text: splitting outside brackets, joining lists of names, and plurals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ CLOSING = "]})"
 
 
 def split_top_level(text: str, separator: str) -> list[str]:
-    """Split a text at a separator (one character) outside of brackets.
+    """Split a text at each occurrence of a separator outside brackets.
+
+    The separator is a single character.
 
     Example:
         >>> from hetero_fl.utils.text import split_top_level
@@ -34,11 +36,11 @@ def _split_top_level(text: str, separator: str) -> Iterator[str]:
 
 
 def format_list(names: Iterable[str], max_names: int = 8, quote: bool = False) -> str:
-    """Join names with commas and count those beyond a maximum.
+    """Join names with commas and count the names beyond a maximum.
 
     Args:
         names: The names.
-        max_names: Maximum number of listed names.
+        max_names: Maximum number of names to list.
         quote: Whether to put names in single quotes.
 
     Example:
@@ -52,5 +54,8 @@ def format_list(names: Iterable[str], max_names: int = 8, quote: bool = False) -
 
 
 def pluralize(count: int, noun: str) -> str:
-    """Return a count with its noun, such as `1 round` or `2,000 rows`."""
+    """Return a count followed by a noun, such as `1 round` or `2,000 rows`.
+
+    The plural is formed by adding `s`.
+    """
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

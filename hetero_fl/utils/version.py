@@ -8,8 +8,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# New names of documented modules, classes and functions that have moved, by old name. Entries are
-# kept for one release.
+# New names of documented modules, classes and functions that have moved, keyed by old name. Entries
+# are kept for one release.
 MOVED_NAMES = {
     "hetero_fl.aggregation.rules": "hetero_fl.robustness.rules",
     "hetero_fl.aggregation.rules.base": "hetero_fl.robustness.rules",
@@ -42,8 +42,8 @@ MOVED_NAMES = {
     "hetero_fl.state.own": "hetero_fl.core.participant.copy_tensors",
 }
 
-# Documented members and arguments that have been renamed, by class and old name: the new member of
-# the class, or the code to write instead. Entries are kept for one release.
+# Renamed members and arguments, keyed by class and old name. A value is the new member of the
+# class, or the code to write instead. Entries are kept for one release.
 RENAMED_MEMBERS = {
     "Algorithm": {
         "add_log_prior": "hetero_fl.algorithms.add_log_prior(client, logits)",
@@ -188,13 +188,13 @@ RENAMED_MEMBERS = {
 
 
 def describe_new_name(error: Exception) -> str:
-    """Return a hint with the new name if an error was caused by a name that has changed.
+    """Return a hint with the new name if an error was caused by a renamed object.
 
     Args:
         error: The error that an unknown import, attribute or argument raised.
 
     Returns:
-        Text to append to the message of the error; empty if the name has not changed.
+        Text to append to the message of the error, or an empty string if the name has not changed.
 
     Example:
         >>> from hetero_fl.utils.version import describe_new_name
@@ -222,14 +222,14 @@ def describe_new_name(error: Exception) -> str:
 
 
 def describe_renamed_hooks(cls: type) -> str:
-    """Return the renamed methods and class variables that a user's class defines.
+    """Describe the renamed methods and class variables that a user's class defines.
 
     Args:
         cls: The user's class.
 
     Returns:
-        Text such as `Class.old is now new`, separated by commas; empty if the class defines no old
-        name.
+        Texts such as `Class.old is now new`, separated by commas, or an empty string if the class
+        defines no old name.
     """
     bases = [base.__name__ for base in cls.__mro__ if _is_internal(base)]
     renamed = {old: new for base in bases for old, new in RENAMED_MEMBERS.get(base, {}).items()}

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.cli.printing import print_scores
 from hetero_fl.core.metrics import CLASSIFICATION
@@ -190,3 +191,32 @@ def test_score_table_shows_all_metric_names(width: int) -> None:
     for name in CLASSIFICATION:
         for word in name.split("_"):
             assert word in text.split()
+
+
+def test_evaluate_accepts_examples_in_memory(tmp_path: Path) -> None:
+    # The model predicts the second class for images that are not black.
+    task = Task("multiclass", 2, ("normal", "ill"))
+    run = saved(tmp_path / "run", task, (1, 4, 4), [0.0, 1.0])
+    x = np.stack([np.full((4, 4), 255, dtype=np.uint8)] * 3 + [np.zeros((4, 4), dtype=np.uint8)])
+
+    by_name = evaluate(run, (x, ["ill", "ill", "normal", "normal"]))["a"]
+    by_number = evaluate(run, (x, np.array([1, 1, 0, 0])))["a"]
+
+    assert by_name["accuracy"] == by_number["accuracy"] == 0.75
+
+
+def test_evaluate_matches_the_columns_of_a_data_frame(tmp_path: Path) -> None:
+    values = np.arange(40, dtype=float)
+    frame = pd.DataFrame({"age": values, "dose": values**2, "ill": ["no", "yes"] * 20})
+    config = {
+        "data": {"name": "table", "path": str(tmp_path / "data.csv"), "label": "ill"},
+        "clients": {"count": 2, "defaults": {"model": "linear"}},
+        "rounds": 1,
+        "output": {"plots": False, "report": False},
+    }
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    run = hetero_fl.run(config, out=tmp_path / "run")
+
+    rearranged = evaluate(run, frame[["dose", "ill", "age"]], client="server")
+
+    assert rearranged == evaluate(run, str(tmp_path / "data.csv"), client="server")

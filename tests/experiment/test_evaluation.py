@@ -206,8 +206,8 @@ def test_evaluate_accepts_examples_in_memory(tmp_path: Path) -> None:
 
 
 def test_evaluate_matches_the_columns_of_a_data_frame(tmp_path: Path) -> None:
-    values = np.arange(40, dtype=float)
-    frame = pd.DataFrame({"age": values, "dose": values**2, "ill": ["no", "yes"] * 20})
+    values = np.arange(120, dtype=float)
+    frame = pd.DataFrame({"age": values, "dose": values**2, "ill": ["no", "yes"] * 60})
     config = {
         "data": {"name": "table", "path": str(tmp_path / "data.csv"), "label": "ill"},
         "clients": {"count": 2, "defaults": {"model": "linear"}},
@@ -217,6 +217,9 @@ def test_evaluate_matches_the_columns_of_a_data_frame(tmp_path: Path) -> None:
     frame.to_csv(tmp_path / "data.csv", index=False)
     run = hetero_fl.run(config, out=tmp_path / "run")
 
-    rearranged = evaluate(run, frame[["dose", "ill", "age"]], client="server")
+    warnings: list[str] = []
+    rearranged = evaluate(run, frame[["dose", "ill", "age"]], client="server", log=warnings.append)
 
-    assert rearranged == evaluate(run, str(tmp_path / "data.csv"), client="server")
+    path = str(tmp_path / "data.csv")
+    assert rearranged == evaluate(run, path, client="server", log=warnings.append)
+    assert "52 of the 120 rows of table" in warnings[0]

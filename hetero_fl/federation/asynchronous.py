@@ -1,7 +1,7 @@
 """Asynchronous training: clients train continuously, and the server aggregates buffered uploads.
 
 The version of the server is the number of aggregations so far. The staleness of an upload is the
-number of aggregations since the client received its broadcast. See FedAsync (Xie et al. 2019) and
+number of aggregations since the client received the broadcast. See FedAsync (Xie et al. 2019) and
 FedBuff (Nguyen et al. 2022).
 """
 
@@ -109,7 +109,7 @@ class TaskQueue:
 
     @property
     def next_end(self) -> float:
-        """Time at which the next task ends, in seconds; infinite if no end time is known."""
+        """Time at which the next task ends, in seconds. Infinite if no end time is known."""
         return self._ends[0][0] if self._ends else math.inf
 
     def push(self, task: ClientTask) -> None:
@@ -189,8 +189,9 @@ class TaskQueue:
 
         Args:
             state: The return value of `state_dict`.
-            outcome_of: Function that returns the fault of a task from its client id and number.
-                Faults are not part of the state, because they depend only on seeded random draws.
+            outcome_of: Function that returns the fault of a task. The arguments are the client id
+                and the number of the task. Faults are not part of the state, because they depend
+                only on seeded random draws.
         """
         queue = cls()
         broadcasts = {int(idx): as_bytes(body) for idx, body in state["broadcasts"].items()}
@@ -473,7 +474,8 @@ class AsynchronousTrainer(FederatedTrainer):
         """Buffer the upload of a task and commit the client's private state, or record the failure.
 
         Raises:
-            RunFailedError: If too many consecutive tasks have failed.
+            RunFailedError: If too many consecutive tasks have failed, or if training diverged and
+                `runtime.divergence` is "stop".
         """
         try:
             payload = self._receive_upload(task)

@@ -1,7 +1,7 @@
 """Encoding of the server's broadcasts, either in full or as changes to models that clients have.
 
 With a sparse or low-rank stage in `channel.compress_down`, the server and the clients store an
-estimate of each model. A message then contains the compressed difference between a model and its
+estimate of each model. A message then contains the compressed difference between a model and the
 estimate, which the server and the clients add to the estimate (EF21-P: Gruntkowska, Tyurin and
 Richtárik 2023, Algorithm 1). The name of an estimate is a hash of all differences so far.
 """
@@ -193,8 +193,8 @@ class EstimateStep:
 class Estimate:
     """Estimate of a model: the model that clients decode from all changes so far.
 
-    The server stores the latest changes for clients that did not receive them. After each change,
-    the name of the estimate is a new hash.
+    The server stores the latest changes, because some clients may not have received all changes.
+    After each change, the name of the estimate is a new hash.
     """
 
     def __init__(self) -> None:
@@ -330,7 +330,7 @@ class SentBroadcast:
 class ClientEstimates:
     """Record of the estimates that each client has.
 
-    A client stores estimates in its private state. The estimates after a broadcast are recorded
+    A client stores estimates in the private state. The estimates after a broadcast are recorded
     only when the private state is committed, which happens when the server has used the client's
     upload.
 
@@ -586,7 +586,7 @@ def estimate_group(algorithm: Algorithm, client_info: ClientInfo) -> str:
     """Return the name of the group of clients with which a client shares estimates.
 
     Clients with the same models share estimates. If the method sends individual models
-    (`Needs.models_per_client`), each client is a group of its own.
+    (`Needs.models_per_client`), each client forms a separate group.
     """
     if algorithm.needs.models_per_client:
         return client_info.client_id
@@ -661,7 +661,10 @@ def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payl
 
 
 def split_models(payload: Payload) -> tuple[Payload, Payload]:
-    """Split a payload into its models and all other items."""
+    """Split a payload into a payload with the models and a payload with all other items.
+
+    The report is part of the second payload.
+    """
     models = {name: item for name, item in payload.items_by_name.items() if item.kind == "params"}
     others = {name: item for name, item in payload.items_by_name.items() if item.kind != "params"}
     return Payload(models), Payload(others, payload.report)

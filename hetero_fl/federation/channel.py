@@ -31,7 +31,8 @@ class FederationLinks:
     Args:
         algorithm: The method.
         federation: The federation.
-        bound: Whether to encode each message with the maximum size for its shapes.
+        bound: Whether to encode each message with the maximum size of messages with the same
+            shapes.
 
     Attributes:
         is_upper_bound: Whether `bound` is True and the size of messages depends on values.

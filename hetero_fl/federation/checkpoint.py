@@ -1,9 +1,9 @@
-"""Incremental checkpoints of a run, of which the two newest are kept.
+"""Incremental checkpoints of a run.
 
 A checkpoint is a `Segment` file. The file contains the private states of clients that have changed
 since the previous checkpoint, the rest of the run's state, and a head with the locations of both.
-Unchanged private states remain in older files. A file is removed when neither of the two newest
-checkpoints refers to it.
+Unchanged private states remain in older files. The two newest checkpoints are kept. Older files are
+removed when neither of these checkpoints refers to them.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class Checkpoints:
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Load the newest undamaged checkpoint, including its private states.
+        """Load the newest undamaged checkpoint, including the private states.
 
-        All private states in the store are replaced by those of the checkpoint.
+        All private states in the store are replaced by the private states in the checkpoint.
 
         Returns:
             The rest of the run's state, or None if there is no checkpoint.
@@ -107,7 +107,7 @@ class Checkpoints:
     def load_before(self, completed: int) -> dict[str, Any] | None:
         """Load the newest undamaged checkpoint before a round, and remove later checkpoints.
 
-        All private states in the store are replaced by those of the checkpoint.
+        All private states in the store are replaced by the private states in the checkpoint.
 
         Args:
             completed: Number of completed rounds. Only checkpoints with fewer completed rounds are

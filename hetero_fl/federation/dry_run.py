@@ -283,7 +283,7 @@ class ExpectedUploads:
                 )
 
     def placeholder_client(self, client_info: ClientInfo, round_idx: int) -> PlaceholderClient:
-        """Return a client with the real proxy rows and placeholders for its private rows."""
+        """Create a client with the real proxy rows, and placeholders for the private rows."""
         federation = self.federation
 
         def data(name: str, preprocess: Any) -> Columns:
@@ -320,7 +320,7 @@ class ExpectedUploads:
 
 @translate_user_errors()
 def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """Run the hooks of a user-defined method without computation, and check them for mistakes.
+    """Check a user-defined method for mistakes by running the hooks without computation.
 
     Raises:
         UserError: If the name of a hook is misspelled, `deploy` is not a generator, a plan is never
@@ -357,7 +357,7 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
 
 
 def _user_functions(algorithm_class: type) -> list[FunctionType]:
-    """Return the functions defined by a class and those of its bases outside this package."""
+    """Return the functions of a class and of all base classes outside this package."""
     bases = [b for b in algorithm_class.__mro__ if not b.__module__.startswith("hetero_fl.")]
     return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
 
@@ -375,7 +375,11 @@ def _check_hook_names(algorithm_class: type) -> None:
 
 
 def _check_plans_are_run(algorithm_class: type) -> None:
-    """Raise UserError if a statement creates a plan without running it."""
+    """Check that each statement that creates a plan also runs the plan.
+
+    Raises:
+        UserError: If a plan is created but never run.
+    """
     for function in _user_functions(algorithm_class):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -414,7 +418,7 @@ def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def payload_structure(payload: Payload) -> tuple[Any, ...]:
-    """Return for each item the name, and the shape of the tensor or the number of tensors."""
+    """Return the names of the items, each with the shape of a single tensor or the tensor count."""
     return tuple(
         (name, tuple(values.shape) if isinstance(values, Tensor) else len(values))
         for name, values in payload.items()

@@ -327,7 +327,7 @@ class FederationSpec:
         return noisy_label_counts(counts, self.task.kind, self.privacy, self.noise, client_id)
 
     def server(self) -> Participant:
-        """Create the server in its initial state.
+        """Create the server in the initial state.
 
         The server has a model for each architecture of the clients, in the slot
         `ModelSpec.spec_id`, and a model in the slot "student" if `student` is not None.

@@ -139,7 +139,7 @@ class DerivedSetup:
 def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
     """Create the protocol by which uploads reach the server.
 
-    Secure aggregation is used if it is configured and the method uploads items.
+    Secure aggregation is used if `channel.secure_sum` is configured and the method uploads items.
     """
     config = federation.channel.secure_sum
     if config is None or not algorithm.uploads:

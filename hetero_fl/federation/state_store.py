@@ -366,7 +366,7 @@ class StateStore:
     def num_bytes(self, client: str) -> int:
         """Return the size of a client's committed state in bytes. 0 if the state is empty.
 
-        The size is that of the cached or encoded state.
+        If the state is not cached, the size of the encoded state is returned.
         """
         version = self._committed.get(client)
         return 0 if version is None else _num_bytes(self._load(client, version))
@@ -530,7 +530,7 @@ class StateStore:
         self._committed_size = 0 if self.open_segment is None else self.open_segment.size
 
     def _load(self, client: str, version: StateVersion) -> PrivateState | bytes:
-        """Return a cached state or, if the state is not in the cache, the encoded state from disk."""
+        """Return the cached state. If there is none, return the encoded state from disk."""
         cached = self._cache.get(version.stamp)
         if cached is not None:
             return cached

@@ -57,7 +57,7 @@ class EvaluationResult:
 
 
 def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
-    """Add the scores of an evaluation to the record of its round, in place."""
+    """Add the scores of an evaluation to the record of a round, in place."""
     by_name = {
         name: summarize_clients(
             {c: r.scores[name] for c, r in evaluation.clients.items() if name in r.scores}
@@ -290,7 +290,7 @@ class FederatedTrainer(ABC):
         round_idx: int,
         attempt: int = 0,
     ) -> Payload:
-        """Decode an upload and validate its structure.
+        """Decode an upload, and validate the structure.
 
         Args:
             client_info: The sender.

@@ -187,7 +187,7 @@ class UploadCollector:
         self._sent.pop(client_id, None)
 
     def refuse(self, client_id: str, reason: str) -> None:
-        """Record that a client's upload cannot be used, and discard its new private state."""
+        """Record that a client's upload cannot be used, and discard the new private state."""
         self.fail(client_id, reason)
         self.trainer.store.discard_client(client_id)
 

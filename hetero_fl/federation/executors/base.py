@@ -1,8 +1,8 @@
 """Interface of executors, which run the tasks of clients, and an executor in this process.
 
 A chunk consists of clients that are processed together. Chunks depend only on client ids and
-architectures. The number of workers and the duration of tasks do not affect them, so results are
-bit-identical in each run.
+architectures. Results are therefore bit-identical for any number of workers and any duration of
+tasks.
 """
 
 from __future__ import annotations

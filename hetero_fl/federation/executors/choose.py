@@ -1,8 +1,8 @@
 """Choice of the executor, workers, threads and device of a run.
 
 The choice depends on the architectures, the numbers of rows, rounds and cores, and the device. If
-it is not clear from these whether worker processes save time, training steps are timed. A resumed
-run uses the choice of the original run. See docs/explanation/limits.md.
+these numbers do not determine whether worker processes save time, training steps are timed. A
+resumed run uses the choice of the original run. See docs/explanation/limits.md.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def worker_count(
 
     Args:
         executor: Name of the executor.
-        requested: Configured number of workers. If None, there is one worker for each `threads`
-            cores.
+        requested: Configured number of workers. If None, the number of cores is divided by
+            `threads`.
         threads: Number of threads per worker.
         most: Maximum number of workers. Ignored if `requested` is given.
         available: Number of cores of this machine. Ignored for Ray, which uses the number of CPUs
@@ -158,7 +158,7 @@ def worker_count(
 
 @dataclass(frozen=True)
 class ExecutorChoice:
-    """Executor of a run, with its device and settings.
+    """Executor of a run, with the device and the settings.
 
     All attributes except `workers` and `reasons` can affect the rounding of the results. A resumed
     run therefore uses the attributes of the original run.
@@ -289,7 +289,7 @@ def choose_executor(
 ) -> ExecutorChoice:
     """Choose the executor, the device and the runtime settings of a new run.
 
-    Configured settings are kept. All others are chosen automatically.
+    Settings that are not configured are chosen automatically.
 
     Args:
         config: The configuration of the run.
@@ -362,7 +362,7 @@ def _measure_if_undecided(
     available: int,
     threads_per_process: int | None,
 ) -> RunLoad:
-    """Return the load, with measured durations if the choice depends on them."""
+    """Return the load. Training steps are timed if the choice depends on the duration of a step."""
     is_short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
     if device.type != "cpu" or available == 1 or load.cohort == 1 or is_short:
         return load
@@ -399,7 +399,8 @@ def _select_executor(
 
     Args:
         load: Estimated load of the run.
-        group: Number of clients that benefit from vectorization; 0 if vectorization is not useful.
+        group: Number of clients that benefit from vectorization, or 0 if vectorization is not
+            useful.
         device: Device on which clients train.
         available: Number of cores of this machine.
         threads_per_process: Configured number of threads of each process. If None, one thread per
@@ -419,7 +420,7 @@ def _select_executor(
 
 
 def _reason_against_workers(load: RunLoad, available: int, threads_per_process: int | None) -> str:
-    """Return the reason why worker processes do not save time; empty if they save time."""
+    """Return the reason why worker processes do not save time, or "" if they save time."""
     workers = min(max(1, available // (threads_per_process or 1)), load.busy)
     speedup_of_each = load.thread_speedup if threads_per_process else 1.0
     with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)

@@ -95,7 +95,7 @@ class SharedMemoryConnection:
     other end has cached, such as the same broadcast to another client, is not sent again.
 
     Each process must answer messages in order. Messages are written to two blocks of shared memory
-    in turn, so a process may send at most two messages before the first of them is answered.
+    in turn, so a process may send at most two messages before the first message is answered.
 
     Args:
         connection: This end of the pipe.
@@ -127,7 +127,7 @@ class SharedMemoryConnection:
         self.connection.send((update, message))
 
     def receive(self) -> Any:
-        """Wait for the next message and return it.
+        """Wait for the next message, and return the message.
 
         Raises:
             EOFError: If the other end is closed.
@@ -143,7 +143,7 @@ class SharedMemoryConnection:
         return message
 
     def _to_reference(self, value: Any, new: list[memoryview]) -> Any:
-        """Return a reference to a tensor or long string. Other values are returned unchanged.
+        """Return a reference to a tensor or long string. Other values do not change.
 
         The bytes that must be written to shared memory are appended to `new`.
         """
@@ -252,7 +252,7 @@ class StringCache:
         self._next_number = 0
 
     def add(self, string: bytes) -> int:
-        """Add a string and return its number."""
+        """Add a string, and return the number of the string."""
         number = self._next_number
         self._next_number += 1
         self.strings[number] = string
@@ -280,7 +280,7 @@ class ProcessPool(WorkerPool):
     """Pool of worker processes on this machine.
 
     Processes that were killed by a signal are replaced. The data sets are moved to shared memory,
-    so that workers do not copy them.
+    so that workers do not need copies.
 
     Args:
         setup: Setup of the workers.

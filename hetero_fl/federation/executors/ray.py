@@ -146,7 +146,7 @@ def connect(address: str | None, cpus: int) -> Iterator[None]:
         address: Address of the cluster. If None, the address in the environment variable
             RAY_ADDRESS is used. If neither is set, a cluster is started on this machine and stopped
             at the end of the context.
-        cpus: Number of CPUs of the cluster if it is started on this machine.
+        cpus: Number of CPUs of a cluster that is started on this machine.
 
     Raises:
         UserError: If the address is invalid or no cluster answers at the address.
@@ -203,7 +203,7 @@ def cluster_cpus() -> int:
 
 @contextmanager
 def _keep_signal_handlers() -> Iterator[None]:
-    """Restore the handler of SIGTERM at the end of the context, because Ray replaces it."""
+    """Restore the handler of SIGTERM at the end of the context, because Ray sets another one."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -232,6 +232,6 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _describe(error: BaseException) -> str:
-    """Return the class of an error and the last line of its message."""
+    """Return the class name of an error and the last line of the message."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

@@ -1,7 +1,7 @@
 """Workers as torchrun ranks: rank 0 runs the command, and the other ranks run jobs.
 
 Jobs are sent with the gloo backend of torch.distributed, because NCCL can send only tensors on a
-GPU. Rank 0 waits for each other rank in a separate thread, so that its main thread still receives
+GPU. Rank 0 waits for each other rank in a separate thread, so that the main thread still receives
 Ctrl-C. When a rank dies, torchrun ends all ranks.
 """
 
@@ -52,7 +52,7 @@ def run_as_ranks(lead: Callable[[], int]) -> int:
     The other ranks run until the command has ended.
 
     Args:
-        lead: Function that runs the command and returns its exit status.
+        lead: Function that runs the command and returns the exit status.
 
     Returns:
         The exit status of this rank, which is 0 for all ranks except rank 0.

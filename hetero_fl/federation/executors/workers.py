@@ -178,7 +178,7 @@ class JobResult:
 
 
 class Worker:
-    """Worker that runs jobs in its own process.
+    """Worker that runs jobs in a process.
 
     Args:
         setup: Setup of the workers.
@@ -269,8 +269,8 @@ class Worker:
             clients: The clients of the finished job.
 
         Returns:
-            The clients whose state is dropped after the next job, unless the next job includes
-            them.
+            The clients whose states are dropped after the next job. States of clients in the next
+            job are not dropped.
         """
         for client in set(self._to_drop).difference(clients):
             self.store.stage(client, b"")
@@ -305,7 +305,7 @@ class RemoteTracebackError(Exception):
 class WorkerPool(Protocol):
     """Interface of pools of workers, which are numbered from 0.
 
-    Each worker runs jobs in the order in which they were sent.
+    Each worker runs jobs in the order of sending.
 
     Attributes:
         size: Number of workers.

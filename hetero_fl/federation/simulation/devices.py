@@ -238,8 +238,8 @@ class Devices:
     Args:
         federation: The federation.
         config: The configuration of devices.
-        traces: Rows of the device file. Rows without a client id are assigned to the other clients
-            at random.
+        traces: Rows of the device file. Rows without a client id are assigned at random to the
+            clients without a row.
     """
 
     def __init__(
@@ -387,8 +387,9 @@ class TaskTimes:
 class Timing:
     """Durations of tasks, which depend on the devices and the sizes of messages.
 
-    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds, not counting the
-    time in which the client is offline.
+    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds, where
+    `operations` is the number of floating-point operations. The time in which the client is offline
+    is added.
 
     Args:
         devices: Devices of the clients.

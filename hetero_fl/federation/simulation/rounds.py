@@ -40,8 +40,8 @@ class RoundAttempt:
     def counts(self) -> Counter[str]:
         """Number of tasks, keyed by outcome.
 
-        The outcomes are "arrived", "failed" and "late". The entry "invited" is the sum of the
-        others.
+        The outcomes are "arrived", "failed" and "late". The entry "invited" is the sum of these
+        entries.
         """
         invited = len(self.schedule.tasks)
         late = len(self.schedule.late)

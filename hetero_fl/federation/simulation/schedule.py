@@ -140,7 +140,7 @@ class SimulationEnvironment:
         return [line for applies, line in rules if applies] + self._unreachable_deadline()
 
     def _unreachable_deadline(self) -> list[str]:
-        """Return a message if no client can finish training before the deadline."""
+        """Return a list with a message if no client can finish training before the deadline."""
         policy = self.policy
         client_infos = self.devices.federation.client_infos
         if policy.deadline is None:
@@ -234,7 +234,7 @@ class Schedule:
     def protocol_clients(self) -> set[str]:
         """Ids of the clients that participate in the exchanges before training.
 
-        All clients participate except those that fail before training.
+        Clients that fail before training do not participate.
         """
         return {client for client, task in self.tasks.items() if task.outcome.kind != "before"}
 

@@ -44,7 +44,7 @@ class RunningMean:
 
     @classmethod
     def from_mean(cls, value: Tensor, weight: float, count: int) -> RunningMean:
-        """Create a running mean from its value, total weight and number of terms.
+        """Create a running mean that continues from a given mean.
 
         Args:
             value: The mean.
@@ -155,7 +155,7 @@ class ItemSum:
 def mean_of_items(items: Sequence[Item]) -> Tensor:
     """Return the mean of one or more single-tensor items (see `ItemSum`).
 
-    The items are added in the given order, on which the rounding of the mean depends.
+    The order of the items affects the rounding of the mean.
     """
     item_sum = ItemSum()
     for item in items:
@@ -164,7 +164,9 @@ def mean_of_items(items: Sequence[Item]) -> Tensor:
 
 
 class OwnerMeans:
-    """Weighted mean of each named tensor over its owners, accumulated model by model.
+    """Weighted mean of each named tensor over the owners of the tensor.
+
+    Models are added one at a time.
 
     Tensors are averaged within the architecture groups of the clients. Tensors whose name starts
     with a prefix in `common` are averaged over all groups with the same name and shape.
@@ -183,7 +185,7 @@ class OwnerMeans:
 
         Args:
             group: Architecture group of the model.
-            tensors: The tensors by name.
+            tensors: The tensors, keyed by name.
             weight: Weight of the model in the means.
         """
         for name, owner in self._owners(group, tensors).items():
@@ -243,9 +245,9 @@ def tie_common_tensors(
 ) -> None:
     """Replace the tensors that several groups share by the same tensor, in place.
 
-    Groups share a tensor if its name starts with a prefix in `common` and the shapes are equal.
-    Methods that add updates to models call this function, because the results differ between
-    groups that start from different tensors. Means of models are equal in all groups.
+    Groups share a tensor if the name starts with a prefix in `common` and the shapes are equal.
+    Methods that add updates to models call this function, because the results differ between groups
+    that start from different tensors. Means of models are equal in all groups.
 
     Args:
         models: The models, keyed by group and tensor name.
@@ -273,13 +275,13 @@ def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float
     """Return the weighted mean of each element over the members that contain the element.
 
     Args:
-        current: The current tensors by name.
+        current: The current tensors, keyed by name.
         members: Tensors, keyed by name, and weight of each member. Each tensor is a leading slice
             of the current tensor with the same name.
 
     Returns:
-        The means of the tensors that at least one member sent. Elements that no member sent keep
-        their current value.
+        The means of the tensors that at least one member sent. Elements that no member sent do not
+        change.
     """
     means: Tensors = {}
     weights: dict[str, Tensor] = {}
@@ -306,7 +308,7 @@ def interpolate_model(
     running variance negative.
 
     Args:
-        current: The current tensors by name.
+        current: The current tensors, keyed by name.
         mean: Means of some or all tensors.
         rate: Server learning rate. If 1, the result is exactly the mean.
         parameters: Names of the parameters. All other tensors are buffers.
@@ -336,7 +338,7 @@ def add_updates(
     running variance negative.
 
     Args:
-        current: The current tensors by name.
+        current: The current tensors, keyed by name.
         mean: Means of some or all tensors over their owners.
         owners: Number of owners K, keyed by tensor name.
         factor: Factor of the updates.

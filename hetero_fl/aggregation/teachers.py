@@ -31,7 +31,8 @@ CERTAIN = 1e-6
 def contrast_weights(counts: Tensor) -> Tensor:
     """Return the weight of a client for each class, `n_c * (1 - n_c / n) + 0.1`.
 
-    The weight is large if the client has many examples of the class and many of other classes.
+    The weight is large if the client has many examples of the class and many examples of other
+    classes.
 
     Args:
         counts: Number of the client's examples n_c of each class, shape `[C]`.
@@ -52,9 +53,9 @@ def proxy_predictions(
 
     - "mean": logits with weight 1.
     - "samples": logits with weight `n`.
-    - "contrast": log-probabilities, at least -8, with `contrast_weights`; like "samples" for
-      multi-label tasks and regression, which have no exclusive classes.
-    - "entropy": logits with `certainty_weights`; like "mean" for regression.
+    - "contrast": log-probabilities, at least -8, with `contrast_weights`. For multi-label tasks and
+      regression, which have no exclusive classes, the same as "samples".
+    - "entropy": logits with `certainty_weights`. For regression, the same as "mean".
 
     Args:
         task: The task.
@@ -98,8 +99,8 @@ def align_to_labels(teacher: Tensor, log_q: Tensor, strength: float, balanced: b
     over all rows and q are the label frequencies. Without alignment, clients do not learn the
     classes that the teacher predicts too rarely, and the next teacher predicts these classes even
     more rarely. The function resembles distribution alignment (Berthelot et al., ICLR 2020, section
-    3.1), which scales probabilities and has strength 1; p = q is also a fixed point of the EM
-    algorithm of Saerens et al. (Neural Computation 2002).
+    3.1), which scales probabilities and has strength 1. The state p = q is also a fixed point of
+    the EM algorithm of Saerens et al. (Neural Computation 2002).
 
     Args:
         teacher: Logits, shape `[N, C]`.

@@ -169,7 +169,8 @@ class Uploads:
     def add(self, upload: Upload) -> None:
         """Add an upload.
 
-        Uploads must be added in the order of client ids, on which the rounding of sums depends.
+        Uploads must be added in the order of client ids, because the order affects the rounding of
+        sums.
         """
         self._count += 1
         kept_items = {}
@@ -214,7 +215,7 @@ class Uploads:
             self._models[name].add(group, item.values, float(item.weight))
 
     def _prepare_aggregate(self, name: str) -> None:
-        """Accumulate the kept uploads of an item when its mean or sum is first requested."""
+        """Accumulate the stored uploads of an item when the mean or sum is first requested."""
         self._check_declared(name)
         if (
             self._spec(name).use == "each"
@@ -260,7 +261,7 @@ class Uploads:
         return list(self._staleness_weights.get(name, [1.0] * len(self.senders(name))))
 
     def mean(self, name: str) -> Tensor | None:
-        """Return the elementwise mean of a single-tensor item, or the result of its robust rule.
+        """Return the elementwise mean of a single-tensor item, or the result of the robust rule.
 
         Returns:
             The mean, or None if no client sent the item. If `noise` is set and clients may send the
@@ -284,7 +285,7 @@ class Uploads:
 
         Raises:
             MissingItemError: If the method does not declare the item.
-            KeyError: If no client sent the item and no noise is added to its sum.
+            KeyError: If no client sent the item and no noise is added to the sum.
         """
         self._prepare_aggregate(name)
         if self._spec(name).kind == "counts":
@@ -357,7 +358,7 @@ class Uploads:
         return robust_means.mean if client_ids else None
 
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
-        """Create an object with other uploads that are aggregated by the same robust rules.
+        """Create an `Uploads` object with other uploads and the same robust rules.
 
         The items in `specs` are added to `aggregated_items` of this object.
 

@@ -49,7 +49,7 @@ def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
 
     A tensor of two or more dimensions is treated as a matrix `[m, n]`, where m is the size of the
     first dimension. The matrix becomes a tensor `[k, m + n]` of k rank-one terms. Each row contains
-    a left singular vector, scaled by its singular value, and a right singular vector. If k such
+    a left singular vector, multiplied by the singular value, and a right singular vector. If k such
     rows do not have fewer values than the matrix, the values of the matrix are instead written into
     rows of length m + n, padded with zeros. The two cases differ in the number of rows. Tensors
     with fewer than two dimensions do not change.
@@ -167,7 +167,8 @@ class Stage(ABC):
     def compresses(self, layout: Layout) -> bool:
         """Return whether the stage changes a vector with the given layout.
 
-        The result depends on the layout only, so it is the same at the sender and the receiver.
+        The result depends only on the layout. The sender and the receiver therefore obtain the same
+        result.
         """
 
     @abstractmethod
@@ -449,8 +450,8 @@ class Quantize(NumberFormat):
     def _encode_levels(self, normalized: Tensor, chance: Tensor | None) -> Tensor:
         """Round numbers in [-1, 1] to indices of levels, where the lowest level has index 0.
 
-        Numbers are rounded stochastically with the uniform random numbers `chance`. If `chance` is
-        None, they are rounded to the nearest level.
+        If `chance` is None, numbers are rounded to the nearest level. Otherwise, numbers are
+        rounded stochastically with the uniform random numbers `chance`.
         """
         if self.bits == 1:
             level = normalized.add_(1).div_(2)
@@ -484,7 +485,7 @@ class Quantize(NumberFormat):
         return max(1, 2 ** (self.bits - 1) - 1)
 
     def _block_shapes(self, layout: Layout) -> Iterator[tuple[int, int]]:
-        """Yield the shapes `[rows, width]` of blocks in which each row has its own scale."""
+        """Yield the shapes `[rows, width]` of blocks whose rows have separate scales."""
         for size in map(prod, layout):
             width = min(size, self.bucket or size)
             if size:

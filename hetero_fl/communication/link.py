@@ -71,7 +71,8 @@ class StageChain:
     def transforms(self, layout: Layout) -> bool:
         """Return whether the chain changes a vector with the given layout.
 
-        The result depends on the layout only, so it is the same at the sender and the receiver.
+        The result depends only on the layout. The sender and the receiver therefore obtain the same
+        result.
         """
         return not isinstance(self.format, FullPrecision) or any(
             s.compresses(layout) for s in self.reducing
@@ -216,7 +217,8 @@ class ItemCodec:
     def groups(self, form: ItemForm, spec: ItemSpec, base: Tensors) -> list[TensorGroup]:
         """Divide the tensors of an item into groups, each of which is encoded as one vector.
 
-        The result does not depend on values, so it is the same at the sender and the receiver.
+        The result does not depend on values. The sender and the receiver therefore obtain the same
+        result.
 
         Args:
             form: Description of the item.
@@ -400,8 +402,8 @@ class Link:
             key: Values that seed the random generators. The receiver must use the same values.
             plain: Names of tensors that are not compressed, such as BatchNorm statistics.
             reference: A payload that the sender and the receiver have. Models are encoded as the
-                difference from its models. If None, whole models are encoded, and the message
-                contains a layout.
+                difference from the models in the reference. If None, whole models are encoded, and
+                the message contains a layout.
             memory: Private state of the sender. The values that biased chains omit are stored under
                 the key `UNSENT` and added to the next message. If None, these values are lost.
         """
@@ -451,7 +453,7 @@ class Link:
     ) -> Payload:
         """Decode a payload that was encoded by `send`.
 
-        The message may be untrusted, and the memory for decoding it is limited.
+        The message may be untrusted. The memory for decoding is limited.
 
         Args:
             data: The message.
@@ -515,7 +517,7 @@ class Link:
 
 
 def _reference_item(reference: Payload | None, name: str, kind: str) -> Tensors:
-    """Return the reference tensors of an item; an empty dictionary if there is no reference."""
+    """Return the reference tensors of an item, or an empty dictionary without a reference."""
     if reference is None or kind != "params" or name not in reference:
         return {}
     return reference.item(name).tensors

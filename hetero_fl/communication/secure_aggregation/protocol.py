@@ -240,7 +240,7 @@ class SharedSetup(Interface):
         """
 
     def num_rows(self, client: str) -> int:
-        """Return the number of training rows of a client, which limits the weights of its items."""
+        """Return the number of training rows of a client, which limits the weights of items."""
 
 
 class SecureAggregation(RoundProtocol):

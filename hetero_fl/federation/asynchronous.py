@@ -185,7 +185,7 @@ class TaskQueue:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], outcome_of: Any) -> TaskQueue:
-        """Restore a queue from `state_dict`.
+        """Create a queue from the return value of `state_dict`.
 
         Args:
             state: The return value of `state_dict`.

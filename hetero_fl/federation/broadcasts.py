@@ -173,7 +173,7 @@ class PlainBroadcasts(Broadcasts):
 
 @dataclass
 class EstimateStep:
-    """Update of an estimate towards a model.
+    """Update of an estimate toward a model.
 
     Attributes:
         version: Number of completed rounds or aggregations when the step was computed.
@@ -214,7 +214,7 @@ class Estimate:
         archs: Iterable[ModelSpec],
         version: int,
     ) -> EstimateStep:
-        """Return the step towards a model, without applying the step.
+        """Return the step toward a model, without applying the step.
 
         Repeated calls with the same model and version return the same step.
 
@@ -483,7 +483,7 @@ class EstimateBroadcasts(Broadcasts):
     def _steps(
         self, client_info: ClientInfo, models: Payload
     ) -> dict[tuple[str, str], EstimateStep]:
-        """Return the steps towards the models in a client's broadcast, keyed by item and group.
+        """Return the steps toward the models in a client's broadcast, keyed by item and group.
 
         Raises:
             UserError: If the models differ between clients that share an estimate.

@@ -175,7 +175,7 @@ def checkpoint_round(path: Path) -> int:
     """Return the number of completed rounds in the file name of a checkpoint.
 
     Raises:
-        ValueError: If the file name is not that of a checkpoint.
+        ValueError: If the file name does not have the form of `checkpoint_name`.
     """
     match = _NAME.fullmatch(path.name)
     if match is None:
@@ -246,7 +246,12 @@ def _decode_head(path: Path) -> dict[str, Any]:
 def _encode_locations(
     locations: Mapping[str, BlobLocation], numbers: Mapping[Segment, int]
 ) -> dict[str, Any]:
-    """Encode locations as a table with a row per client. `numbers` are file indices by segment."""
+    """Encode locations as a table with one row per client.
+
+    Args:
+        locations: Locations, keyed by client id.
+        numbers: Index of each segment in the list of files.
+    """
     rows = [(numbers[blob.segment], blob.offset, blob.length) for blob in locations.values()]
     return {
         "clients": list(locations),

@@ -144,7 +144,7 @@ def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
 
 
 def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[str, Any]:
-    """Return the data for a plot of predictions for the latest rows.
+    """Return the data for a plot of predictions for the latest `FORECAST_ROWS` rows.
 
     Args:
         task: The learning task.

@@ -418,7 +418,7 @@ def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def payload_structure(payload: Payload) -> tuple[Any, ...]:
-    """Return the names of the items, each with the shape of a single tensor or the tensor count."""
+    """Return the name of each item, and the shape of the tensor or the number of named tensors."""
     return tuple(
         (name, tuple(values.shape) if isinstance(values, Tensor) else len(values))
         for name, values in payload.items()

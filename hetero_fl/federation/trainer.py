@@ -352,7 +352,7 @@ class FederatedTrainer(ABC):
         Raises:
             RunFailedError: If training at the server diverges and `runtime.divergence` is "stop",
                 or if training has diverged in `MAX_DIVERGED_ROUNDS` successive rounds. In a run
-                with fewer rounds, if training has diverged in all rounds.
+                with fewer rounds, the limit is the number of rounds.
         """
         # Free memory for the aggregation.
         self._clear_broadcasts()

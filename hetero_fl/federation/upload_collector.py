@@ -130,7 +130,9 @@ class UploadCollector:
         """Yield the exchanges of the round.
 
         The replies to an exchange must be added before the next exchange is requested. After the
-        last exchange, attacks and secure sums are added to `uploads`.
+        last exchange, simulated attacks replace the uploads of malicious clients. With secure
+        aggregation, `uploads` is set to the aggregated sum. If the protocol abandons the round, all
+        clients that did not fail before are recorded as failed.
 
         Args:
             clients: Ids of the clients of the cohort that participate. If None, all clients
@@ -182,7 +184,7 @@ class UploadCollector:
                 self._add_upload(client_id, content)
 
     def fail(self, client_id: str, reason: str) -> None:
-        """Record that a client sent no upload."""
+        """Record that a client sent no usable upload, and the reason."""
         self.failed[client_id] = reason
         self._sent.pop(client_id, None)
 

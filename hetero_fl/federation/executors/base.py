@@ -225,7 +225,7 @@ class InProcessExecutor(Executor):
 
 
 def drain(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
-    """Remove and yield the entries of a dictionary one by one, so that their memory is freed."""
+    """Remove and yield the entries of a dictionary one by one, to free memory."""
     while replies:
         client = next(iter(replies))
         yield client, replies.pop(client)

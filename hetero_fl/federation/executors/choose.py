@@ -97,7 +97,7 @@ def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
         executor: Name of the chosen executor.
 
     Raises:
-        UserError: If the executor is not available.
+        UserError: If the executor is not available or the cluster cannot be reached.
     """
     if executor == "torchrun" and num_ranks() == 1:
         raise UserError(
@@ -125,6 +125,8 @@ def worker_count(
     executor: str, requested: int | None, threads: int, most: int, available: int
 ) -> tuple[int, str]:
     """Return the number of workers of an executor, and the reason for the number.
+
+    With torchrun, all ranks except the first are workers, and all other arguments are ignored.
 
     Args:
         executor: Name of the executor.
@@ -460,8 +462,9 @@ def _choose_threads(
 def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
     """Return the expected number of clients of a round that benefit from vectorization.
 
-    Only clients with the most frequent suitable architecture are counted. The result is 0 if their
-    number is too small, or if at most half of all clients have a suitable architecture.
+    Only clients with the most frequent suitable architecture are counted. The result is 0 if the
+    number of these clients is too small, or if at most half of all clients have a suitable
+    architecture.
     """
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:

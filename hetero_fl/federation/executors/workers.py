@@ -656,7 +656,7 @@ class ChunkQueue:
         self._waiting_cost += sum(self._costs[chunk[0]] for chunk in chunks)
 
     def mark_finished(self, chunks: list[list[str]]) -> None:
-        """Remove finished chunks."""
+        """Remove finished chunks from the queue."""
         self._finished.update(chunk[0] for chunk in chunks)
         while self._order and self._order[0][0] in self._finished:
             self._order.popleft()

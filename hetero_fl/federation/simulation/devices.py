@@ -217,7 +217,10 @@ class Device:
             midnight += self.day
 
     def online_seconds(self, at: float, end: float) -> float:
-        """Return the seconds for which the device is online between two times."""
+        """Return the number of seconds from `at` to `end` in which the device is online.
+
+        The result is 0 if `end` is before `at`.
+        """
         if not self.online:
             return max(0.0, end - at)
         return max(0.0, self._online_before(end) - self._online_before(at))

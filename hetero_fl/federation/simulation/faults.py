@@ -1,4 +1,4 @@
-"""Simulated faults of clients' tasks and of the delivery of their uploads."""
+"""Simulated faults of clients' tasks and of the delivery of uploads."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Faults:
 def inject_faults(
     replies: Iterator[tuple[str, Reply]], outcomes: Mapping[str, FaultOutcome], *parts: Key
 ) -> Iterator[tuple[str, Reply]]:
-    """Corrupt or duplicate the replies of tasks with such a fault.
+    """Corrupt or duplicate replies as determined by the faults of the tasks.
 
     Args:
         replies: Pairs of client id and reply.
@@ -110,8 +110,8 @@ def inject_faults(
         *parts: Values that seed the random draws.
 
     Yields:
-        Pairs of client id and reply, in the order in which the replies arrive. Replies without such
-        a fault do not change.
+        Pairs of client id and reply, in the order in which the replies arrive. All other replies do
+        not change.
     """
     for client, reply in replies:
         kind = outcomes[client].kind

@@ -24,7 +24,7 @@ SUMS = ("class_sums", "counts")
 class RunningMean:
     """Running weighted mean of tensors of the same shape, with scalar weights.
 
-    The mean starts at the first term and is interpolated towards each further term by the term's
+    The mean starts at the first term and is interpolated toward each further term by the term's
     share of the total weight so far. If all terms are equal, the mean is therefore bit-identical to
     the terms. While all weights are zero, the mean is unweighted. After a positive weight, terms of
     weight zero have no effect.
@@ -166,10 +166,9 @@ def mean_of_items(items: Sequence[Item]) -> Tensor:
 class OwnerMeans:
     """Weighted mean of each named tensor over the owners of the tensor.
 
-    Models are added one at a time.
-
-    Tensors are averaged within the architecture groups of the clients. Tensors whose name starts
-    with a prefix in `common` are averaged over all groups with the same name and shape.
+    Models are added one at a time. Tensors are averaged within the architecture groups of the
+    clients. Tensors whose name starts with a prefix in `common` are averaged over all groups with
+    the same name and shape.
 
     Args:
         common: Prefixes of the names of tensors that are averaged across groups.
@@ -243,7 +242,7 @@ def tie_common_tensors(
     common: Sequence[str],
     updated: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> None:
-    """Replace the tensors that several groups share by the same tensor, in place.
+    """Replace each tensor that several groups share by a single tensor, in place.
 
     Groups share a tensor if the name starts with a prefix in `common` and the shapes are equal.
     Methods that add updates to models call this function, because the results differ between groups
@@ -302,7 +301,7 @@ def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float
 def interpolate_model(
     current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]
 ) -> Tensors:
-    """Move a model towards a mean: `current + rate * (mean - current)` for parameters.
+    """Move a model toward a mean: `current + rate * (mean - current)` for parameters.
 
     Buffers such as BatchNorm statistics are set to the mean, because a rate above 1 could make a
     running variance negative.

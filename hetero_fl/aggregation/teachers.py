@@ -31,11 +31,11 @@ CERTAIN = 1e-6
 def contrast_weights(counts: Tensor) -> Tensor:
     """Return the weight of a client for each class, `n_c * (1 - n_c / n) + 0.1`.
 
-    The weight is large if the client has many examples of the class and many examples of other
-    classes.
+    The client has n examples, of which n_c belong to class c. The weight is large if the client has
+    many examples of the class and many examples of other classes.
 
     Args:
-        counts: Number of the client's examples n_c of each class, shape `[C]`.
+        counts: Number of examples n_c of each class, shape `[C]`.
 
     Returns:
         Weights, shape `[C]`.

@@ -146,7 +146,7 @@ class Uploads:
         specs: Mapping[str, ItemSpec],
         noise: CombineNoise | None = None,
     ) -> Uploads:
-        """Create the uploads of a round from their sums, for example after secure aggregation.
+        """Create the uploads of a round from sums over clients, as after secure aggregation.
 
         Args:
             count: Number of clients in the sums.

@@ -24,7 +24,7 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb
 
 
 class ByteReader:
-    """A reader that consumes untrusted bytes from front to back.
+    """Reader that consumes untrusted bytes from front to back.
 
     Args:
         data: The bytes.

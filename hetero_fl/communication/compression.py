@@ -1,8 +1,8 @@
 """Stages of compression: top-k, random-k, low rank, top classes, quantization, half precision.
 
 A chain of stages compresses a vector in which several tensors are concatenated. Each `Stage`
-reduces the vector to fewer numbers and side information, such as their indices. A `NumberFormat`
-at the end of the chain encodes the remaining numbers as bytes.
+reduces the vector to fewer numbers and side information, such as the indices of these numbers. A
+`NumberFormat` at the end of the chain encodes the remaining numbers as bytes.
 """
 
 from __future__ import annotations
@@ -607,7 +607,7 @@ class RandomK(SparseStage):
 def largest_indices(numbers: Tensor, k: int) -> Tensor:
     """Return the ascending indices of the k numbers of largest magnitude.
 
-    Equal vectors have equal results, also if several numbers have the same magnitude.
+    The result is deterministic even if several numbers have the same magnitude.
     """
     size = numbers.abs().numpy()
     indices = np.argpartition(size, len(size) - k)[len(size) - k :]

@@ -285,6 +285,9 @@ def share_threshold(members: int) -> int:
 
     The number is more than half of the members, so that a server that sends inconsistent requests
     cannot obtain both secrets of a client from two disjoint sets of holders.
+
+    Args:
+        members: Number of clients in a neighborhood.
     """
     return members // 2 + 1
 

@@ -247,7 +247,7 @@ class SecureAggregation(RoundProtocol):
     """Secure aggregation (Bonawitz et al. 2017) with the mask graph of Bell et al. (2020).
 
     The four exchanges are "keys", "shares", "train" and "unmask". In the exchange "train", clients
-    train and send masked vectors. The sum can be unmasked even if clients drop out or diverge
+    train and send masked vectors. The sum can be unmasked even if some clients drop out or diverge
     during training.
 
     Args:

@@ -160,7 +160,6 @@ class SecureAggregationRound:
         return AggregatedUploads(clients, total, 2.0**self.unit, dropouts)
 
     def _exchange_keys(self) -> Iterator[SecureExchange]:
-        """Collect the clients' public keys."""
 
         def take(number: int, reply: Arrays) -> None:
             self.public[number] = reply["keys"]

@@ -105,7 +105,7 @@ class Broadcasts(ABC):
 
         Args:
             client_id: The client, which still trains on the message.
-            round_idx: Index of the round in which the message was sent, starting at 0.
+            round_idx: Index of the round in which the message was sent, from 0.
             body: The message.
         """
 

@@ -75,8 +75,8 @@ class FederationLinks:
         """Encode an upload on the client.
 
         With secure aggregation, the values are compressed and decompressed, and the decompressed
-        values are encoded. The server therefore aggregates the same values as without secure
-        aggregation.
+        values are encoded. Except for fixed-point rounding, the server therefore aggregates the
+        same values as without secure aggregation.
 
         Args:
             client_info: The sender.

@@ -48,7 +48,7 @@ class Stopwatch:
         self._start = time.monotonic() - elapsed
 
     def elapsed(self) -> float:
-        """Return the elapsed time of the run in seconds, including the time before the start."""
+        """Return the time of the run in seconds, which starts at the argument `elapsed`."""
         return time.monotonic() - self._start
 
 

@@ -515,7 +515,7 @@ class SparseStage(Stage):
     sorts = frozenset({"change"})
 
     def num_kept(self, total: int) -> int:
-        """Return the number of values that are sent of a vector of length `total`."""
+        """Return the number of values that are sent if the vector has `total` values."""
         return (
             max(1, ceil(self.amount * total)) if self.amount < 1 else min(int(self.amount), total)
         )

@@ -1,7 +1,8 @@
 """Weighted means over the owners of each tensor, accumulated as uploads arrive.
 
-The owners of a tensor are the clients whose models contain it. The means need memory for one
-upload, not for all uploads of a round. The module also discounts stale uploads.
+The owners of a tensor are the clients whose models contain the tensor. Only the means and the
+current upload are in memory. An item is an entry of an upload (see `hetero_fl.core.payload.Item`).
+The module also discounts stale uploads.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from torch import Tensor
 from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.payload import Item, Payload
 
-# Kinds of items whose values are sums already; their weight is the divisor of the mean.
+# Kinds of items whose values are already sums. The divisor of their mean is the sum of the weights.
 SUMS = ("class_sums", "counts")
 
 
 class RunningMean:
-    """The weighted mean of tensors of one shape, with scalar weights.
+    """Running weighted mean of tensors of the same shape, with scalar weights.
 
-    The mean starts as the first term and is interpolated towards each further term by the term's
-    share of the total weight so far. The mean is therefore bit-identical to its terms if they are
-    all equal or if there is only one. As long as all weights are zero, it is the unweighted mean.
+    The mean starts at the first term and is interpolated toward each further term by the term's
+    share of the total weight so far. If all terms are equal, the mean is therefore bit-identical to
+    the terms. While all weights are zero, the mean is unweighted. After a positive weight, terms of
+    weight zero have no effect.
 
     Attributes:
         weight: Sum of the weights.
@@ -37,12 +39,12 @@ class RunningMean:
         self.count = 0
         self._weightless = 0
         self._value: Tensor | None = None
-        # Whether the value was created here and not yet returned, and may be changed in place.
+        # Whether `_value` may be modified in place: it was created by `add` and not yet returned.
         self._is_owned = False
 
     @classmethod
     def from_mean(cls, value: Tensor, weight: float, count: int) -> RunningMean:
-        """Create a running mean with a given state.
+        """Create a running mean that continues from a given mean.
 
         Args:
             value: The mean.
@@ -57,12 +59,15 @@ class RunningMean:
 
     @property
     def value(self) -> Tensor | None:
-        """The mean so far, or None without terms; adding terms does not change this tensor."""
+        """The mean of the terms so far, or None if there are no terms.
+
+        Later calls of `add` do not modify the returned tensor in place.
+        """
         self._is_owned = False
         return self._value
 
     def add(self, value: Tensor, weight: float) -> None:
-        """Add a term to the mean; `value` is not changed in place."""
+        """Add a term to the mean without modifying `value` in place."""
         self.count += 1
         if weight == 0 and self.weight > 0:
             return
@@ -84,10 +89,11 @@ class RunningMean:
 
 
 class ItemSum:
-    """The mean and the totals of single-tensor items with the same name.
+    """Accumulator of the mean and the totals of single-tensor items with the same name.
 
-    Scalar weights are accumulated in a running mean. If a weight is a tensor, or the values are
-    sums already (`class_sums`, `counts`), the sums of values and weights are accumulated instead.
+    Items with scalar weights are accumulated in a `RunningMean`. If a weight is a tensor, or the
+    values are already sums (kinds `class_sums` and `counts`), the sums of values and weights are
+    accumulated instead.
     """
 
     def __init__(self) -> None:
@@ -95,10 +101,10 @@ class ItemSum:
         self._sums: tuple[Tensor, Tensor] | None = None
 
     def add(self, item: Item) -> None:
-        """Add an item.
+        """Add an item to the mean and the totals.
 
         Raises:
-            TypeError: If the item consists of named tensors.
+            TypeError: If the values of the item are named tensors.
         """
         if not isinstance(item.values, Tensor):
             raise TypeError("item: expected a single tensor, got named tensors; use mean_by_group")
@@ -118,14 +124,18 @@ class ItemSum:
 
     @classmethod
     def from_total(cls, total: Tensor, weight: Tensor) -> ItemSum:
-        """Create a sum from the totals of weighted values and of weights."""
+        """Create an accumulator from the sum of weighted values and the sum of weights."""
         item_sum = cls()
         item_sum._sums = (total, weight)
         return item_sum
 
     @property
     def mean(self) -> Tensor:
-        """The elementwise mean Σ w v / Σ w; zero for elements without weight."""
+        """The elementwise mean Σ w v / Σ w, or Σ v / Σ w for values that are already sums.
+
+        Where the sum of tensor weights is zero, the numerator is returned. If all weights are
+        scalars and zero, the mean is unweighted.
+        """
         if self._sums is None:
             assert self._mean is not None and self._mean.value is not None
             return self._mean.value
@@ -134,7 +144,7 @@ class ItemSum:
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:
-        """The totals Σ w v and Σ w."""
+        """The pair Σ w v and Σ w, or Σ v and Σ w for values that are already sums."""
         if self._sums is not None:
             return self._sums
         assert self._mean is not None and self._mean.value is not None
@@ -143,7 +153,10 @@ class ItemSum:
 
 
 def mean_of_items(items: Sequence[Item]) -> Tensor:
-    """Return the mean of single-tensor items, added in the given order (see `ItemSum`)."""
+    """Return the mean of one or more single-tensor items (see `ItemSum`).
+
+    The order of the items affects the rounding of the mean.
+    """
     item_sum = ItemSum()
     for item in items:
         item_sum.add(item)
@@ -151,10 +164,11 @@ def mean_of_items(items: Sequence[Item]) -> Tensor:
 
 
 class OwnerMeans:
-    """The mean of each named tensor over its owners, accumulated as models arrive.
+    """Weighted mean of each named tensor over the owners of the tensor.
 
-    A tensor is averaged within its architecture group. If its name starts with a prefix in
-    `common`, it is averaged with the tensors of the same name and shape in all groups.
+    Models are added one at a time. Tensors are averaged within the architecture groups of the
+    clients. Tensors whose name starts with a prefix in `common` are averaged over all groups with
+    the same name and shape.
 
     Args:
         common: Prefixes of the names of tensors that are averaged across groups.
@@ -170,19 +184,20 @@ class OwnerMeans:
 
         Args:
             group: Architecture group of the model.
-            tensors: The tensors by name.
-            weight: Weight in the mean.
+            tensors: The tensors, keyed by name.
+            weight: Weight of the model in the means.
         """
         for name, owner in self._owners(group, tensors).items():
             self._means.setdefault(owner, RunningMean()).add(tensors[name], weight)
 
     def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
-        """Set the mean of a tensor over all of its owners.
+        """Set the mean of a tensor to a value that was computed elsewhere.
 
-        Call this method once for each group that has the tensor.
+        The new mean replaces the previous one. Call this method once for each owner, because each
+        call adds 1 to the number of uploads in the mean.
 
         Args:
-            group: Architecture group.
+            group: Architecture group of the owner.
             name: Name of the tensor.
             mean: The mean.
             weight: Sum of the weights.
@@ -197,7 +212,7 @@ class OwnerMeans:
         return owners
 
     def by_group(self) -> dict[str, Tensors]:
-        """Return the means of the tensors that each group sent, by group and tensor name."""
+        """Return the mean of each tensor that a group sent, keyed by group and tensor name."""
         return {
             group: {
                 name: mean
@@ -208,14 +223,14 @@ class OwnerMeans:
         }
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """Return the sum of the weights in each mean, by group and tensor name."""
+        """Return the total weight of each mean, keyed by group and tensor name."""
         return {
             group: {name: self._means[owner].weight for name, owner in owners.items()}
             for group, owners in self._groups.items()
         }
 
     def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """Return the number of uploads in each mean, by group and tensor name."""
+        """Return the number of uploads in each mean, keyed by group and tensor name."""
         return {
             group: {name: self._means[owner].count for name, owner in owners.items()}
             for group, owners in self._groups.items()
@@ -227,17 +242,17 @@ def tie_common_tensors(
     common: Sequence[str],
     updated: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> None:
-    """Make tensors that several groups share equal in all of these groups, in place.
+    """Replace each tensor that several groups share by a single tensor, in place.
 
-    Tensors are shared if they have the same name and shape. Methods that add updates to a model
-    need this function: means of models are equal in all groups, but sums of updates are equal only
-    if the groups start from equal tensors.
+    Groups share a tensor if the name starts with a prefix in `common` and the shapes are equal.
+    Methods that add updates to models call this function, because the results differ between groups
+    that start from different tensors. Means of models are equal in all groups.
 
     Args:
-        models: Tensors by group.
+        models: The models, keyed by group and tensor name.
         common: Prefixes of the names of common tensors.
-        updated: Names of updated tensors by group. All groups receive the first updated tensor, or
-            the tensor of the first group if none was updated.
+        updated: Names of the updated tensors, keyed by group. All groups receive the first updated
+            tensor. If no tensor was updated, all groups receive the tensor of the first group.
     """
     first: dict[tuple[str, torch.Size], Tensor] = {}
     for group, names in [*updated.items(), *models.items()]:
@@ -251,21 +266,21 @@ def tie_common_tensors(
 
 
 def leading_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a view of the leading slice of a tensor, such as its first channels."""
+    """Return a view of the first `shape[i]` elements of a tensor along each dimension i."""
     return tensor[tuple(slice(0, size) for size in shape)]
 
 
 def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> Tensors:
-    """Return the weighted mean of each element over the members whose tensors contain it.
+    """Return the weighted mean of each element over the members that contain the element.
 
     Args:
-        current: The current tensors by name.
-        members: Tensors and weight of each member. Each tensor is a leading slice of the current
-            tensor with the same name.
+        current: The current tensors, keyed by name.
+        members: Tensors, keyed by name, and weight of each member. Each tensor is a leading slice
+            of the current tensor with the same name.
 
     Returns:
-        The means of the tensors that at least one member sent. Elements that no member sent keep
-        their current value.
+        The means of the tensors that at least one member sent. Elements that no member sent do not
+        change.
     """
     means: Tensors = {}
     weights: dict[str, Tensor] = {}
@@ -286,16 +301,19 @@ def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float
 def interpolate_model(
     current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]
 ) -> Tensors:
-    """Move a model towards a mean: `current + rate * (mean - current)` for parameters.
+    """Move a model toward a mean: `current + rate * (mean - current)` for parameters.
 
     Buffers such as BatchNorm statistics are set to the mean, because a rate above 1 could make a
     running variance negative.
 
     Args:
-        current: The current tensors by name.
+        current: The current tensors, keyed by name.
         mean: Means of some or all tensors.
-        rate: Server learning rate; with 1, the result is the mean without rounding.
-        parameters: Names of the parameters; all other tensors are buffers.
+        rate: Server learning rate. If 1, the result is exactly the mean.
+        parameters: Names of the parameters. All other tensors are buffers.
+
+    Returns:
+        The new tensors, keyed by name. Tensors without a mean do not change.
     """
     trainable = set(parameters)
     updated = {
@@ -314,16 +332,19 @@ def add_updates(
 ) -> Tensors:
     """Add the sum of the owners' updates: `current + factor * sum(θ_k - current)`.
 
-    This is a step of `factor * K` towards the mean of the K owners of each tensor. Buffers follow
-    the same rule but do not move beyond the mean, because extrapolation could make a running
-    variance negative.
+    The sum is computed as `factor * K * (mean - current)` for the K owners of a tensor. For
+    buffers, `factor * K` is limited to 1, because extrapolation beyond the mean could make a
+    running variance negative.
 
     Args:
-        current: The current tensors by name.
+        current: The current tensors, keyed by name.
         mean: Means of some or all tensors over their owners.
-        owners: Number of owners K of each tensor.
+        owners: Number of owners K, keyed by tensor name.
         factor: Factor of the updates.
-        parameters: Names of the parameters; all other tensors are buffers.
+        parameters: Names of the parameters. All other tensors are buffers.
+
+    Returns:
+        The new tensors, keyed by name. Tensors without a mean do not change.
     """
     trainable = set(parameters)
     updated = {}
@@ -334,7 +355,11 @@ def add_updates(
 
 
 def discount_upload(payload: Payload, factor: float) -> Payload:
-    """Return an upload with all weights, and all values that are sums, multiplied by a factor."""
+    """Multiply the weights of an upload, and the values that are already sums, by a factor.
+
+    Returns:
+        A new payload, or `payload` itself if the factor is 1.
+    """
     if factor == 1:
         return payload
     return Payload(

@@ -1,7 +1,7 @@
 """Consensus teachers: weighted and sharpened means of clients' predictions on the proxy set.
 
-Contrast weights depend on the number of examples of a class that a client has, entropy weights on
-the confidence of each prediction. `align_to_labels` restores classes that the consensus has lost.
+Contrast weights depend on a client's label counts, and entropy weights on the confidence of each
+prediction. `align_to_labels` raises the logits of classes that the consensus predicts too rarely.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ CERTAIN = 1e-6
 def contrast_weights(counts: Tensor) -> Tensor:
     """Return the weight of a client for each class, `n_c * (1 - n_c / n) + 0.1`.
 
-    The weight is large if the client has many examples of the class and many of other classes.
+    The client has n examples, of which n_c belong to class c. The weight is large if the client has
+    many examples of the class and many examples of other classes.
 
     Args:
-        counts: Number of the client's examples n_c of each class, shape `[C]`.
+        counts: Number of examples n_c of each class, shape `[C]`.
 
     Returns:
         Weights, shape `[C]`.
@@ -52,16 +53,16 @@ def proxy_predictions(
 
     - "mean": logits with weight 1.
     - "samples": logits with weight `n`.
-    - "contrast": log-probabilities, at least -8, with `contrast_weights`; like "samples" for
-      multi-label tasks and regression, which have no exclusive classes.
-    - "entropy": logits with `certainty_weights`; like "mean" for regression.
+    - "contrast": log-probabilities, at least -8, with `contrast_weights`. For multi-label tasks and
+      regression, which have no exclusive classes, the same as "samples".
+    - "entropy": logits with `certainty_weights`. For regression, the same as "mean".
 
     Args:
         task: The task.
-        kind: Weighting of the predictions, see above.
+        kind: Type of the weights (see above).
         logits: Logits, shape `[N, C]`.
-        counts: Number of the client's examples of each class, shape `[C]`. None if the client does
-            not share them; the classes are then assumed to be balanced.
+        counts: Number of the client's examples of each class, shape `[C]`. If None, the classes are
+            assumed to be balanced. Used only if `kind` is "contrast".
         n: Number of the client's examples.
     """
     if kind == "contrast" and task.kind == "multiclass":
@@ -83,7 +84,7 @@ def certainty_weights(task: Task, logits: Tensor) -> Tensor:
         logits: Logits, shape `[N, C]`.
 
     Returns:
-        Weights, shape `[N, 1]`; for multi-label tasks one per label, shape `[N, C]`.
+        Weights, shape `[N, 1]`. In multi-label tasks, one weight per label, shape `[N, C]`.
     """
     if task.kind == "multilabel":
         pairs = torch.stack([logits, torch.zeros_like(logits)], -1)
@@ -95,11 +96,11 @@ def align_to_labels(teacher: Tensor, log_q: Tensor, strength: float, balanced: b
     """Align the mean prediction of a teacher with the label frequencies.
 
     The bias `strength * (log q_c - log p_c)` is added to each class, where p is the mean prediction
-    over all rows and q are the label frequencies. Without alignment, a class that the consensus has
-    lost is no longer learned by any client, and the next consensus is even worse. The function
-    resembles distribution alignment (Berthelot et al., ICLR 2020, section 3.1), which scales
-    probabilities and has strength 1; p = q is also a fixed point of the EM algorithm of Saerens et
-    al. (Neural Computation 2002).
+    over all rows and q are the label frequencies. Without alignment, clients do not learn the
+    classes that the teacher predicts too rarely, and the next teacher predicts these classes even
+    more rarely. The function resembles distribution alignment (Berthelot et al., ICLR 2020, section
+    3.1), which scales probabilities and has strength 1. The state p = q is also a fixed point of
+    the EM algorithm of Saerens et al. (Neural Computation 2002).
 
     Args:
         teacher: Logits, shape `[N, C]`.
@@ -134,8 +135,8 @@ def sharpen(task: Task, p: Tensor, method: Sharpening, strength: float) -> Tenso
     Args:
         task: The task.
         p: Probabilities, shape `[N, C]`.
-        method: "era", "power" or "none", see above.
-        strength: Temperature T of "era" or exponent β of "power".
+        method: "era", "power" or "none" (see above).
+        strength: Temperature T of "era" or exponent β of "power". Not used by "none".
 
     Returns:
         Logits, shape `[N, C]`.

@@ -1,7 +1,8 @@
-"""The uploads of a round, and their weighted means over the owners of each element.
+"""Aggregation of the uploads of a round by weighted means or robust rules.
 
-Uploads are accumulated in the order of client ids as they arrive; items declared with `use="each"`
-are also kept individually. Robust rules (`hetero_fl.robustness.rules`) can replace the mean.
+An upload consists of items (see `hetero_fl.core.payload.Item`). Uploads are accumulated in the
+order of client ids. Items that are declared with `use="each"` are also stored individually. Robust
+rules (`hetero_fl.robustness.rules`) can replace the mean.
 """
 
 from __future__ import annotations
@@ -29,16 +30,22 @@ from hetero_fl.utils.ordering import natural_order
 
 
 class CombineNoise(Protocol):
-    """Interface for the noise of client-level differential privacy on the sums of a round."""
+    """Interface of the noise that client-level differential privacy adds to the sums of a round."""
 
     def expects(self, name: str) -> bool:
-        """Return whether clients may send a single tensor as the item with this name."""
+        """Return whether clients may upload a single-tensor item with this name."""
 
     def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the totals of values and weights with noise; `totals` is None without uploads."""
+        """Return the noisy totals Σ w v and Σ w of a single-tensor item.
+
+        Args:
+            name: Name of the item.
+            totals: The totals without noise. If None, no client sent the item, and noise is added
+                to zeros.
+        """
 
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the mean with noise; `totals` is None without uploads."""
+        """Return the noisy mean of a single-tensor item. See `total` for the arguments."""
 
     def by_group(
         self,
@@ -47,30 +54,32 @@ class CombineNoise(Protocol):
         weights: Mapping[str, Mapping[str, float]],
         senders: Sequence[ClientInfo],
     ) -> dict[str, Tensors]:
-        """Return the means with noise, for every group whose clients may have sent the item.
+        """Return the noisy means of named tensors for every group whose clients may send the item.
 
         Args:
             name: Name of the item.
-            means: Means by group and tensor name, for groups that sent the item.
-            weights: Sum of the weights of each mean.
+            means: Means without noise, keyed by group and tensor name. Groups that did not send the
+                item are missing.
+            weights: Total weight of each mean, keyed by group and tensor name.
             senders: The clients that sent the item.
         """
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the expected number of clients in each mean, by group and tensor name."""
+        """Return the expected number of clients in each mean, keyed by group and tensor name."""
 
     def senders(self, name: str) -> list[ClientInfo]:
-        """Return one client of each profile that may send the item."""
+        """Return one client of each set of clients with equal settings that may send the item."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """The upload of one client.
+    """Upload of one client.
 
     Attributes:
-        client_info: The client.
-        payload: The items.
-        staleness_weight: Factor by which all weights were multiplied because of staleness.
+        client_info: Information on the client.
+        payload: The uploaded items.
+        staleness_weight: Factor by which the weights were multiplied because the upload is stale. 1
+            for a current upload.
     """
 
     client_info: ClientInfo
@@ -89,18 +98,18 @@ class Upload:
 
 
 class Uploads:
-    """The uploads of a round and their means and sums.
+    """Uploads of a round, with methods for their means and sums.
 
     Args:
-        uploads: Uploads, which are added in the order of client ids. Further uploads can be added
-            later.
-        specs: The items that the method declares, by name.
+        uploads: The first uploads, in any order. Further uploads are added by `add`.
+        specs: Declarations of the method's items, keyed by name. If None, items of any name are
+            accepted.
         common: Prefixes of the names of tensors that are averaged across architectures.
-        rules: Robust aggregation rules that replace the mean.
-        noise: Noise that is added to every sum.
+        rules: Robust aggregation rules. If None, items are averaged.
+        noise: Noise that is added to every sum. If None, no noise is added.
 
     Attributes:
-        aggregated_items: Items whose mean or sum has been requested, as pairs of name and kind.
+        aggregated_items: Pairs of name and kind of the items whose mean or sum has been requested.
     """
 
     def __init__(
@@ -137,15 +146,15 @@ class Uploads:
         specs: Mapping[str, ItemSpec],
         noise: CombineNoise | None = None,
     ) -> Uploads:
-        """Create the uploads of a round from sums, if individual uploads are not known.
+        """Create the uploads of a round from sums over clients, as after secure aggregation.
 
         Args:
-            count: Number of clients.
-            senders: The clients that sent each item.
-            items: Sums of single-tensor items by name.
-            models: Means of named tensors by item name.
-            specs: The items that the method declares, by name.
-            noise: Noise that is added to every sum.
+            count: Number of clients in the sums.
+            senders: Clients that sent each item, keyed by item name.
+            items: Accumulators of single-tensor items, keyed by item name.
+            models: Means of named tensors, keyed by item name.
+            specs: Declarations of the method's items, keyed by name.
+            noise: Noise that is added to every sum. If None, no noise is added.
         """
         uploads = cls(specs=specs, noise=noise)
         uploads._count = count
@@ -158,7 +167,11 @@ class Uploads:
         return self._count
 
     def add(self, upload: Upload) -> None:
-        """Add an upload; uploads must be added in the order of their client ids."""
+        """Add an upload.
+
+        Uploads must be added in the order of client ids, because the order affects the rounding of
+        sums.
+        """
         self._count += 1
         kept_items = {}
         for name in upload.payload:
@@ -202,7 +215,7 @@ class Uploads:
             self._models[name].add(group, item.values, float(item.weight))
 
     def _prepare_aggregate(self, name: str) -> None:
-        """Accumulate the kept uploads of an item when its mean or sum is first requested."""
+        """Accumulate the stored uploads of an item when the mean or sum is first requested."""
         self._check_declared(name)
         if (
             self._spec(name).use == "each"
@@ -221,7 +234,8 @@ class Uploads:
     def senders(self, name: str) -> list[ClientInfo]:
         """Return the clients that sent the item.
 
-        With noise, which hides the senders, return one client of each profile that may send it.
+        If `noise` is set, the senders are not revealed: the result contains one client of each set
+        of clients with equal settings that may send the item.
 
         Raises:
             MissingItemError: If the method does not declare the item.
@@ -232,15 +246,30 @@ class Uploads:
         return list(self._senders.get(name, []))
 
     def is_available(self, name: str) -> bool:
-        """Return whether a client sent the item or, with noise, may have sent it."""
+        """Return whether a client sent the item or, if `noise` is set, may send the item.
+
+        Raises:
+            MissingItemError: If the method does not declare the item.
+        """
         return bool(self.senders(name))
 
     def staleness_weights(self, name: str) -> list[float]:
-        """Return the staleness weight of each client in `senders`; 1 in synchronous rounds."""
+        """Return the staleness weights of the clients that sent the item.
+
+        If no upload of the item has been added, the result contains a 1 for each of `senders`.
+        """
         return list(self._staleness_weights.get(name, [1.0] * len(self.senders(name))))
 
     def mean(self, name: str) -> Tensor | None:
-        """Return the elementwise mean of a single-tensor item, or None if no client sent it."""
+        """Return the elementwise mean of a single-tensor item, or the result of the robust rule.
+
+        Returns:
+            The mean, or None if no client sent the item. If `noise` is set and clients may send the
+            item, the noisy mean is returned in both cases.
+
+        Raises:
+            MissingItemError: If the method does not declare the item.
+        """
         self._prepare_aggregate(name)
         self.aggregated_items.add((name, self._spec(name).kind))
         if self._noise is not None and self._noise.expects(name):
@@ -250,10 +279,13 @@ class Uploads:
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the totals Σ w v and Σ w of a single-tensor item.
+        """Return the totals Σ w v and Σ w of a single-tensor item, with noise if `noise` is set.
+
+        For values that are already sums, the first total is Σ v.
 
         Raises:
-            KeyError: If no client sent the item.
+            MissingItemError: If the method does not declare the item.
+            KeyError: If no client sent the item and no noise is added to the sum.
         """
         self._prepare_aggregate(name)
         if self._spec(name).kind == "counts":
@@ -265,9 +297,15 @@ class Uploads:
         return self._tensors[name].total
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
-        """Return the mean of each named tensor of an item over its owners, by architecture group.
+        """Return the mean of each named tensor of an item.
 
-        If the item was declared with `across_architectures`, there is one group "".
+        The means are keyed by architecture group and tensor name. A mean is computed over the
+        clients that sent the tensor. If the item was declared with `across_architectures`, the only
+        group is "". If `noise` is set, the means are noisy, and groups that may send the item are
+        included even if no client did. Otherwise, the result is empty if no client sent the item.
+
+        Raises:
+            MissingItemError: If the method does not declare the item.
         """
         self._prepare_aggregate(name)
         self.aggregated_items.add((name, "models"))
@@ -278,16 +316,19 @@ class Uploads:
         return self._noise.by_group(name, means, weights, self._senders.get(name, []))
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the sum of the weights of each tensor that `mean_by_group` returns."""
+        """Return the total weight of each mean of `mean_by_group`, with the same keys.
+
+        If `noise` is set, the expected number of clients is returned instead.
+        """
         self._prepare_aggregate(name)
         if self._noise is not None:
             return self._noise.weights_by_group(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
     def counts_by_group(self, name: str) -> Mapping[str, Mapping[str, float]]:
-        """Return the number of uploads of each tensor that `mean_by_group` returns.
+        """Return the number of uploads in each mean of `mean_by_group`, with the same keys.
 
-        With noise, this is the expected number.
+        If `noise` is set, the expected number is returned instead.
         """
         self._prepare_aggregate(name)
         if self._noise is not None:
@@ -295,14 +336,14 @@ class Uploads:
         return self._models[name].counts_by_group() if name in self._models else {}
 
     def consensus(self, name: str, predictions: Mapping[str, Item]) -> Tensor | None:
-        """Return the mean of predictions that the server computed from individual uploads.
+        """Aggregate predictions that the server computed from individual uploads.
 
         Args:
-            name: Name of the item, under which robust aggregation rules keep their state.
-            predictions: Predictions of each client by id, shape `[N, C]`.
+            name: Name under which robust aggregation rules store their state.
+            predictions: Items of kind `rows` with values of shape `[N, C]`, keyed by client id.
 
         Returns:
-            The mean, computed as for items of kind "rows"; None without predictions.
+            The mean or the result of the robust rule for `rows`. None if `predictions` is empty.
         """
         self.aggregated_items.add((name, "rows"))
         client_ids = natural_order(predictions)
@@ -317,21 +358,27 @@ class Uploads:
         return robust_means.mean if client_ids else None
 
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
-        """Create uploads that are aggregated by the same robust rules.
+        """Create an `Uploads` object with other uploads and the same robust rules.
+
+        The items in `specs` are added to `aggregated_items` of this object.
 
         Args:
-            uploads: The uploads, for example decompressed copies of the present ones.
-            specs: Declarations of the items of these uploads, by name.
+            uploads: The other uploads, for example decompressed copies of the uploads in this
+                object.
+            specs: Declarations of the items of the other uploads, keyed by name.
         """
         derived = Uploads(uploads, specs, rules=self._rules)
         self.aggregated_items |= {(name, "models") for name in specs}
         return derived
 
     def prepare(self, server: Participant) -> Plan[None]:
-        """Train the root models that some robust rules need, before models are aggregated.
+        """Train the root models that some robust rules need.
+
+        The plan must be run before models are aggregated. For all other rules, the plan does
+        nothing.
 
         Args:
-            server: A copy of the server, which must not be used afterwards.
+            server: A copy of the server, which the training modifies.
         """
         for models in self._models.values():
             if isinstance(models, RobustModelMeans) and models.rules.of_parameters.uses_root:
@@ -342,7 +389,7 @@ class Uploads:
         """The individual uploads, with the items that are declared with `use="each"`.
 
         Raises:
-            UserError: If no item is declared with `use="each"`.
+            UserError: If there are uploads but no item is declared with `use="each"`.
         """
         if self._count and all(spec.use != "each" for spec in self._specs.values()):
             raise UserError("uploads.each: no item of this method is declared with use='each'")
@@ -352,7 +399,8 @@ class Uploads:
         """Return the individual uploads that contain an item declared with `use="each"`.
 
         Raises:
-            UserError: If the item is not declared with `use="each"`.
+            MissingItemError: If the method does not declare the item.
+            UserError: If the item is declared with another value of `use`.
         """
         self._check_declared(name)
         if name in self._specs and self._specs[name].use != "each":

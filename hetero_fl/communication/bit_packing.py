@@ -1,7 +1,8 @@
-"""Pack integers into as few bits as they need, and read untrusted bytes with bounds checks.
+"""Pack integers into a fixed number of bits, and read untrusted bytes with bounds checks.
 
-Ascending indices use the Elias-Fano code (Elias 1974; Fano 1971), which takes k (2 + log2(n / k))
-bits for k of n indices. Optionally, their differences are compressed with LZMA if that is shorter.
+Ascending indices are encoded with the Elias-Fano code (Elias 1974; Fano 1971), which needs about
+k (2 + log2(n / k)) bits for k of n indices. Optionally, the differences of the indices are
+compressed with LZMA if the result is shorter.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import numpy as np
 from hetero_fl.core.payload import PayloadError
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
-# First byte of encoded indices: Elias-Fano code, or compressed differences.
+# First byte of encoded indices: `FANO` for the Elias-Fano code, `GAPS` for compressed differences.
 FANO = b"\0"
 GAPS = b"\1"
-# Differences from this value on are escaped: written separately, in 32 bits.
+# Differences of at least this value are replaced by it, and written separately in 32 bits.
 ESCAPE = 255
 FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
 
 
 class ByteReader:
-    """A reader that consumes untrusted bytes from front to back.
+    """Reader that consumes untrusted bytes from front to back.
 
     Args:
         data: The bytes.
@@ -34,10 +35,10 @@ class ByteReader:
         self._offset = 0
 
     def take(self, count: int) -> memoryview:
-        """Return the next `count` bytes without copying them.
+        """Return the next `count` bytes without a copy.
 
         Raises:
-            PayloadError: If fewer bytes are left.
+            PayloadError: If fewer bytes remain or `count` is negative.
         """
         if not 0 <= count <= len(self._view) - self._offset:
             raise PayloadError(
@@ -47,7 +48,11 @@ class ByteReader:
         return self._view[self._offset - count : self._offset]
 
     def read_integer(self, size: int) -> int:
-        """Return the next unsigned little-endian integer of `size` bytes."""
+        """Return the next unsigned little-endian integer of `size` bytes.
+
+        Raises:
+            PayloadError: If fewer bytes remain.
+        """
         return int.from_bytes(self.take(size), "little")
 
     def read_rest(self) -> memoryview:
@@ -55,7 +60,11 @@ class ByteReader:
         return self.take(len(self._view) - self._offset)
 
     def expect_end(self) -> None:
-        """Raise PayloadError if any bytes are left."""
+        """Check that all bytes have been read.
+
+        Raises:
+            PayloadError: If any bytes remain.
+        """
         if self._offset != len(self._view):
             raise PayloadError(f"{len(self._view) - self._offset} unexpected bytes at the end")
 
@@ -68,8 +77,9 @@ def packed_size(count: int, bits: int) -> int:
 def pack_bits(values: Numbers, bits: int) -> bytes:
     """Pack integers into `bits` bits each.
 
-    First, whole low bytes are written in planes: the lowest byte of all values, then the second
-    byte of all values, and so on. The remaining high bits follow, packed without gaps.
+    The lowest `bits // 8` bytes are written byte by byte: the lowest byte of all values, then the
+    second byte of all values, and so on. The remaining `bits % 8` high bits of all values follow
+    without gaps.
 
     Args:
         values: Integers from 0 to 2^bits - 1, shape `[N]`.
@@ -99,7 +109,7 @@ def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
     """Unpack integers that were packed by `pack_bits`.
 
     Args:
-        source: The bytes.
+        source: Reader at the start of the packed integers.
         count: Number of integers.
         bits: Bits per integer, at most 32.
 
@@ -107,7 +117,7 @@ def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
         Integers, shape `[count]`, of type uint8, uint16 or int64.
 
     Raises:
-        PayloadError: If there are too few bytes.
+        PayloadError: If fewer bytes remain.
     """
     dtype = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.int64
     raw = source.take(packed_size(count, bits))
@@ -136,12 +146,13 @@ def _low_bits(total: int, count: int) -> int:
 
 
 def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
-    """Encode ascending indices; the number of indices is not part of the code.
+    """Encode ascending indices. The number of indices is not part of the result.
 
     Args:
         indices: At least one index, int64, shape `[K]`.
         total: Exclusive upper bound of the indices.
-        entropy: Whether to compress differences with LZMA if that is shorter.
+        entropy: Whether to compress the differences of the indices with LZMA if the result is
+            shorter.
     """
     low = _low_bits(total, len(indices))
     bitmap = np.zeros(len(indices) + (total - 1 >> low) + 1, bool)
@@ -162,8 +173,8 @@ def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
     """Decode indices that were encoded by `write_indices`.
 
     Args:
-        source: The bytes.
-        count: Number of indices.
+        source: Reader at the start of the encoded indices.
+        count: Number of indices, at least 1.
         total: Exclusive upper bound of the indices.
 
     Returns:

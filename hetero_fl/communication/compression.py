@@ -1,7 +1,8 @@
 """Stages of compression: top-k, random-k, low rank, top classes, quantization, half precision.
 
-A chain of stages processes one vector of numbers. Each `Stage` reduces the vector to fewer numbers
-and some side information, and a `NumberFormat` at the end encodes the remaining numbers as bytes.
+A chain of stages compresses a vector in which several tensors are concatenated. Each `Stage`
+reduces the vector to fewer numbers and side information, such as the indices of these numbers. A
+`NumberFormat` at the end of the chain encodes the remaining numbers as bytes.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from hetero_fl.core.payload import PayloadError
 Sort = Literal["change", "whole", "predictions", "rows"]
 # Shapes of the tensors that are concatenated into one vector.
 Layout = tuple[tuple[int, ...], ...]
-# Returns a random generator for a label, equally seeded at the sender and the receiver.
+# Function that returns a random generator for a label. The sender and the receiver use the same
+# seed.
 Draw = Callable[[str], torch.Generator]
-# Largest exponent of the power of two by which half precision scales a tensor; float32 has as many.
+# Largest exponent of the power of two by which half precision scales a tensor, as in float32.
 MAX_SHIFT = 126
-# An energy above 1, which no truncated SVD reaches, so that matrices are sent unfactored.
+# An energy above 1, with which `compress_low_rank` does not factor matrices.
 WHOLE = 2.0
 
 
@@ -47,14 +49,18 @@ def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
 
     A tensor of two or more dimensions is treated as a matrix `[m, n]`, where m is the size of the
     first dimension. The matrix becomes a tensor `[k, m + n]` of k rank-one terms. Each row contains
-    a left singular vector, scaled by its singular value, and a right singular vector. If k such
-    rows are not smaller than the matrix, its values are packed into rows of length m + n, padded
-    with zeros; the number of rows distinguishes the two cases. Vectors do not change.
+    a left singular vector, multiplied by the singular value, and a right singular vector. If k such
+    rows do not have fewer values than the matrix, the values of the matrix are instead written into
+    rows of length m + n, padded with zeros. The two cases differ in the number of rows. Tensors
+    with fewer than two dimensions do not change.
 
     Args:
-        tensors: Finite tensors by name.
-        energy: Share of the sum of squared singular values that the terms must reach, 0 to 1.
-            Above 1, no matrix is factored.
+        tensors: Finite tensors, keyed by name.
+        energy: Fraction of the sum of squared singular values that the terms must reach, 0 to 1. If
+            greater than 1, no matrix is factored.
+
+    Returns:
+        The compressed tensors, keyed by name.
     """
     return {
         n: _terms(t.reshape(len(t), -1), energy) if t.ndim > 1 else t for n, t in tensors.items()
@@ -62,7 +68,12 @@ def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
 
 
 def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
-    """Reconstruct tensors from the result of `compress_low_rank`, with the shapes of `like`."""
+    """Reconstruct tensors from the result of `compress_low_rank`.
+
+    Args:
+        packed: The return value of `compress_low_rank`.
+        like: Tensors with the original shapes, keyed by name.
+    """
     return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
 
 
@@ -74,7 +85,7 @@ def widest_packed_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _num_packed_rows(m: int, n: int) -> int:
-    """Return the number of rows of m + n values that contain m * n values."""
+    """Return the number of rows of length m + n that are needed for m * n values."""
     return -(-m * n // (m + n))
 
 
@@ -100,12 +111,17 @@ def _matrix(packed: Tensor, like: Tensor) -> Tensor:
 
 
 def num_values(layout: Layout) -> int:
-    """Return the length of a vector with the given layout."""
+    """Return the length of a vector in which tensors of the given shapes are concatenated."""
     return sum(map(prod, layout))
 
 
 def split_vector(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """Yield views of the tensors that are concatenated in a vector."""
+    """Yield views of the tensors that are concatenated in a vector.
+
+    Args:
+        numbers: The vector.
+        layout: Shapes of the tensors.
+    """
     for flat, shape in zip(numbers.split([prod(shape) for shape in layout]), layout, strict=True):
         yield flat.view(shape)
 
@@ -114,12 +130,12 @@ def read_numbers(source: ByteReader, count: int, dtype: torch.dtype) -> Tensor:
     """Read floating-point numbers.
 
     Args:
-        source: The bytes.
+        source: Reader at the start of the values.
         count: Number of values.
-        dtype: Type of the values.
+        dtype: Data type of the values.
 
     Raises:
-        PayloadError: If there are too few bytes.
+        PayloadError: If fewer bytes remain.
     """
     kind = np.dtype(str(dtype).removeprefix("torch."))
     return torch.from_numpy(np.frombuffer(bytearray(source.take(count * kind.itemsize)), kind))
@@ -128,27 +144,31 @@ def read_numbers(source: ByteReader, count: int, dtype: torch.dtype) -> Tensor:
 class Stage(ABC):
     """Base class of stages, which reduce a vector to fewer numbers.
 
-    Vectors have shape `[n]` and a floating-point type. The layout of a vector consists of the
-    shapes of the tensors that are concatenated in it.
+    Vectors have shape `[n]` and a floating-point data type. The layout of a vector consists of the
+    shapes of the tensors that are concatenated in the vector.
 
     Attributes:
-        sorts: The sorts of numbers to which the stage applies.
-        biased: Whether the stage omits values that the sender must store and add to its next
-            message (error feedback).
+        sorts: Meanings of numbers to which the stage applies (see `Sort`).
+        biased: Whether the sender must store the values that the stage omits and add the stored
+            values to the next message (error feedback).
     """
 
     sorts: ClassVar[frozenset[Sort]]
     biased: ClassVar[bool]
 
     def with_worst_case_size(self) -> Stage:
-        """Return a stage whose messages always have the maximum size of this stage's messages."""
+        """Return a stage with the maximum message size of this stage.
+
+        The message size of the returned stage does not depend on the values of the vector.
+        """
         return self
 
     @abstractmethod
     def compresses(self, layout: Layout) -> bool:
-        """Return whether the stage changes a vector of this layout.
+        """Return whether the stage changes a vector with the given layout.
 
-        The result depends on the layout only, so it is the same at the sender and the receiver.
+        The result depends only on the layout. The sender and the receiver therefore obtain the same
+        result.
         """
 
     @abstractmethod
@@ -171,12 +191,12 @@ class Stage(ABC):
         """Read the side information at the receiver.
 
         Args:
-            source: The bytes.
+            source: Reader at the start of the side information.
             layout: Layout of the uncompressed vector.
             draw: Function that returns a random generator for a label.
 
         Returns:
-            The layout of the remaining numbers, and the argument of `decompress`.
+            The layout of the remaining numbers, and the side information for `decompress`.
 
         Raises:
             PayloadError: If the bytes are malformed.
@@ -202,7 +222,7 @@ class NumberFormat(ABC):
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         """Encode a vector.
 
-        If the vector contains values that are not finite, so does the decoded vector.
+        If the vector contains a value that is not finite, the decoded vector also contains one.
 
         Args:
             numbers: The vector.
@@ -215,9 +235,9 @@ class NumberFormat(ABC):
         """Decode a vector.
 
         Args:
-            source: The bytes.
+            source: Reader at the start of the encoded vector.
             layout: Layout of the vector.
-            dtype: Type of the numbers.
+            dtype: Data type of the numbers.
 
         Raises:
             PayloadError: If the bytes are malformed.
@@ -226,9 +246,10 @@ class NumberFormat(ABC):
 
 @dataclass(frozen=True)
 class TopClasses(Stage):
-    """A stage that keeps the k largest values of each prediction and the mean of the others.
+    """Stage that keeps the k largest values of each prediction and the mean of the other values.
 
-    Predictions `[N, C]` become `[N, k + 1]`. Decompression preserves the sum of each row.
+    Predictions of shape `[N, C]` are reduced to shape `[N, k + 1]`. Decompression preserves the sum
+    of each row.
 
     Attributes:
         k: Number of classes to keep.
@@ -279,10 +300,11 @@ class TopClasses(Stage):
 
 @dataclass(frozen=True)
 class HalfPrecision(NumberFormat):
-    """IEEE half precision: 11 significant bits per number.
+    """Number format with IEEE half precision, which has 11 significant bits per number.
 
-    Each tensor is first multiplied by a power of two that brings its largest value near the upper
-    limit. Otherwise small updates would be rounded to zero, and sums of many rows could overflow.
+    Each tensor is first multiplied by a power of two, so that the largest magnitude is close to the
+    maximum of half precision. Without this factor, small updates would be rounded to zero, and sums
+    of many rows could overflow.
     """
 
     @override
@@ -312,7 +334,7 @@ class HalfPrecision(NumberFormat):
 
 @dataclass(frozen=True)
 class FullPrecision(NumberFormat):
-    """Full precision, the default number format: all bits of each number."""
+    """Number format that encodes numbers without loss. This is the default format."""
 
     @override
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
@@ -325,12 +347,12 @@ class FullPrecision(NumberFormat):
 
 @dataclass(frozen=True)
 class LowRank(Stage):
-    """A stage that approximates each matrix of an update by a few rank-one terms.
+    """Stage that approximates each matrix of an update by a few rank-one terms.
 
     See `compress_low_rank`.
 
     Attributes:
-        energy: Share of the sum of squared singular values to keep, 0 to 1.
+        energy: Fraction of the sum of squared singular values to keep, 0 to 1.
     """
 
     energy: float
@@ -386,19 +408,20 @@ class LowRank(Stage):
 
 @dataclass(frozen=True)
 class Quantize(NumberFormat):
-    """Quantization to equidistant levels between -m and m, where m is the largest magnitude.
+    """Number format that quantizes numbers to equidistant levels between -m and m.
 
-    With b bits there are 2^b - 1 levels including zero; one bit is the sign (Alistarh et al. 2017,
-    QSGD, with the maximum norm). Numbers are rounded stochastically, so that the expected value of
-    a decoded number is the number itself.
+    The scale m is the largest magnitude. With b > 1 bits, there are 2^b - 1 levels including zero.
+    With one bit, the levels are -m and m. Numbers are rounded stochastically, so that the expected
+    value of a decoded number is the number itself (QSGD with the maximum norm, Alistarh et al.
+    2017).
 
     Attributes:
         bits: Bits per number.
-        bucket: Number of values that share a scale m; None for one scale per tensor.
-        nearest: Whether to round to the nearest level, for a sender that adds the remainder to its
-            next message. With two or more bits, the remainder is exact in floating point (Sterbenz
-            lemma). With one bit, the scale is then the mean magnitude, because the largest
-            magnitude is much larger than most numbers.
+        bucket: Number of values that share a scale m. If None, there is one scale per tensor.
+        nearest: Whether to round to the nearest level instead. Used if the sender adds the rounding
+            error to the next message. With two or more bits, the rounding error is exact in
+            floating point (Sterbenz lemma). With one bit, the scale is the mean magnitude, because
+            the largest magnitude is much larger than most numbers.
     """
 
     bits: int
@@ -425,7 +448,11 @@ class Quantize(NumberFormat):
         return torch.cat(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
 
     def _encode_levels(self, normalized: Tensor, chance: Tensor | None) -> Tensor:
-        """Round numbers in [-1, 1] to levels, counted from the lowest level."""
+        """Round numbers in [-1, 1] to indices of levels, where the lowest level has index 0.
+
+        If `chance` is None, numbers are rounded to the nearest level. Otherwise, numbers are
+        rounded stochastically with the uniform random numbers `chance`.
+        """
         if self.bits == 1:
             level = normalized.add_(1).div_(2)
             if chance is None:
@@ -454,11 +481,11 @@ class Quantize(NumberFormat):
 
     @property
     def _max_level(self) -> int:
-        """The highest level; the lowest is its negative."""
+        """The integer of the highest level. The lowest level is `-_max_level`."""
         return max(1, 2 ** (self.bits - 1) - 1)
 
     def _block_shapes(self, layout: Layout) -> Iterator[tuple[int, int]]:
-        """Yield the shapes `[rows, width]` of blocks in which each row has its own scale."""
+        """Yield the shapes `[rows, width]` of blocks whose rows have separate scales."""
         for size in map(prod, layout):
             width = min(size, self.bucket or size)
             if size:
@@ -474,13 +501,13 @@ class Quantize(NumberFormat):
 
 @dataclass(frozen=True)
 class SparseStage(Stage):
-    """Base class of stages that send a subset of the numbers of an update.
+    """Base class of stages that send some of the numbers of an update.
 
     The receiver sets all other numbers to zero.
 
     Attributes:
-        amount: How many numbers to keep: a fraction if less than 1, otherwise a count. At least one
-            number is kept.
+        amount: Fraction of the numbers to keep if less than 1, otherwise number of values to keep.
+            At least one value is kept.
     """
 
     amount: float
@@ -488,7 +515,7 @@ class SparseStage(Stage):
     sorts = frozenset({"change"})
 
     def num_kept(self, total: int) -> int:
-        """Return how many of `total` numbers are sent."""
+        """Return the number of values that are sent if the vector has `total` values."""
         return (
             max(1, ceil(self.amount * total)) if self.amount < 1 else min(int(self.amount), total)
         )
@@ -504,10 +531,10 @@ class SparseStage(Stage):
 
 @dataclass(frozen=True)
 class TopK(SparseStage):
-    """A stage that keeps the k numbers of largest magnitude and their indices (Stich et al. 2018).
+    """Stage that keeps the k numbers of largest magnitude and their indices (Stich et al. 2018).
 
     Attributes:
-        entropy: Whether to compress indices with LZMA if that is shorter.
+        entropy: Whether to compress the indices with LZMA if the result is shorter.
     """
 
     entropy: bool = False
@@ -534,20 +561,21 @@ class TopK(SparseStage):
 
 @dataclass(frozen=True)
 class RandomK(SparseStage):
-    """A stage that keeps k of n numbers, which are selected at random.
+    """Stage that keeps k of n numbers, which are selected uniformly at random.
 
-    Sender and receiver draw the same indices from equally seeded generators, so indices are not
-    sent.
+    The sender and the receiver draw the same indices from generators with the same seed. The
+    indices are therefore not sent.
 
     Attributes:
         scaled: Whether to divide the kept numbers by the sampling rate k / n, so that the expected
-            value of the decompressed vector is the vector itself. False if omitted values are added
-            to the next message.
+            value of the decompressed vector is the vector itself. Set to False if omitted values
+            are added to the next message.
     """
 
     scaled: bool = True
 
-    # A property, because it depends on a setting; the base class declares a class variable.
+    # The base class declares a class variable, but here the value depends on the attribute
+    # `scaled`.
     @property
     @override
     def biased(self) -> bool:  # type: ignore[override]
@@ -579,7 +607,7 @@ class RandomK(SparseStage):
 def largest_indices(numbers: Tensor, k: int) -> Tensor:
     """Return the ascending indices of the k numbers of largest magnitude.
 
-    Ties are broken deterministically.
+    The result is deterministic even if several numbers have the same magnitude.
     """
     size = numbers.abs().numpy()
     indices = np.argpartition(size, len(size) - k)[len(size) - k :]
@@ -587,7 +615,8 @@ def largest_indices(numbers: Tensor, k: int) -> Tensor:
     return torch.from_numpy(indices)
 
 
-# Functions that create a stage from its settings and `entropy`, by name in the configuration.
+# Functions that create a stage from its settings and `channel.entropy`, keyed by name in the
+# configuration.
 STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
     "topk": lambda c, entropy: TopK(c.topk or 0, entropy),
     "randk": lambda c, _entropy: RandomK(c.randk or 0),
@@ -601,7 +630,7 @@ STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
 def with_worst_case_size(
     stages: Sequence[Stage | NumberFormat],
 ) -> tuple[Stage | NumberFormat, ...]:
-    """Return a chain whose messages always have the maximum size of this chain's messages."""
+    """Return a chain with the maximum message size of the given chain (see `Stage`)."""
     return tuple(
         stage.with_worst_case_size() if isinstance(stage, Stage) else stage for stage in stages
     )
@@ -613,10 +642,10 @@ def build_stages(
     """Return the stages of a configured chain, in order.
 
     Args:
-        chain: The configuration.
-        entropy: Whether to compress indices with LZMA if that is shorter.
-        has_feedback: Whether omitted values are added to the next message. Kept values are then not
-            divided by the sampling rate.
+        chain: Settings of the stages.
+        entropy: Whether to compress indices with LZMA if the result is shorter.
+        has_feedback: Whether omitted values are added to the next message. If True, `RandomK` does
+            not divide the kept numbers by the sampling rate.
     """
     stages = tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)
     if not has_feedback:

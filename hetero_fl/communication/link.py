@@ -1,8 +1,9 @@
-"""One direction of the channel: encode payloads as compressed bytes, and decode them.
+"""Encoding of payloads as compressed messages in one direction, and decoding of the messages.
 
 A message consists of `"hfl1" | report | layout | number of streams | streams | other items`. Each
-compressed item is one stream, `item index, length, weight, bits`. Parameters are compressed as
-their change from a reference that both sender and receiver have.
+compressed item is one stream, `item index, length, weight, bits`. The layout describes the
+compressed items (see `ItemForm`). Model parameters are compressed as the difference from a
+reference that both the sender and the receiver have.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ MARK = b"hfl1"
 WEIGHT = "weight 1"
 # Maximum bytes of the JSON layout.
 MAX_LAYOUT_BYTES = 1 << 22
-# Maximum number of values in a message with a layout, as a short message can describe many values.
+# Maximum number of values that a layout may describe, because a short layout can describe many.
 MAX_NUMBERS = 1 << 30
-# Key of the sender's private state for values that have not been sent yet.
+# Name of the entry in the sender's private state with the values that have not been sent yet.
 UNSENT = "unsent"
 
 
 class StageChain:
-    """The stages that apply to one sort of numbers.
+    """Chain of the configured stages that apply to numbers of one meaning.
 
     Args:
         stages: The configured stages.
-        sort: The sort of numbers.
+        sort: Meaning of the numbers (see `compression.Sort`).
 
     Attributes:
-        reducing: The stages that reduce the vector, in their order.
+        reducing: The stages that reduce the vector, in order of application.
         format: The number format that encodes the remaining numbers.
         biased: Whether the sender must store the values that are not sent.
     """
@@ -68,20 +69,21 @@ class StageChain:
             self.format = replace(self.format, nearest=True)
 
     def transforms(self, layout: Layout) -> bool:
-        """Return whether the chain changes a vector of this layout.
+        """Return whether the chain changes a vector with the given layout.
 
-        The result depends on the layout only, so it is the same at the sender and the receiver.
+        The result depends only on the layout. The sender and the receiver therefore obtain the same
+        result.
         """
         return not isinstance(self.format, FullPrecision) or any(
             s.compresses(layout) for s in self.reducing
         )
 
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
-        """Encode a vector.
+        """Apply the stages to a vector and encode the result.
 
         Args:
             numbers: The vector, shape `[n]`.
-            layout: Layout of the vector.
+            layout: Shapes of the tensors that are concatenated in the vector.
             draw: Function that returns a random generator for a label.
         """
         parts = []
@@ -95,9 +97,9 @@ class StageChain:
         """Decode a vector that was encoded by `encode`.
 
         Args:
-            source: The bytes.
+            source: Reader at the start of the encoded vector.
             layout: Layout of the vector.
-            dtype: Type of the numbers.
+            dtype: Data type of the numbers.
             draw: Function that returns a random generator for a label.
 
         Raises:
@@ -117,12 +119,12 @@ class StageChain:
 
 @dataclass(frozen=True)
 class ItemForm:
-    """The kind, dtype and shapes of an item, without its values.
+    """Description of an item without the values.
 
     Attributes:
-        kind: Kind of the item.
-        dtype: Type of all tensors, "float32" or "float64".
-        shapes: Shapes by tensor name, in the order of the item.
+        kind: Kind of the item (see `Item`).
+        dtype: Data type of all tensors, "float32" or "float64".
+        shapes: Shapes, keyed by tensor name, in the order of the tensors in the item.
         plain: Names of tensors that are not compressed.
     """
 
@@ -133,7 +135,17 @@ class ItemForm:
 
     @classmethod
     def from_item(cls, item: Item, plain: frozenset[str]) -> ItemForm | None:
-        """Return the form of an item, or None if its tensors are not of one floating type."""
+        """Create the description of an item.
+
+        Args:
+            item: The item.
+            plain: Names of tensors that are not compressed. Names that the item does not contain
+                are ignored.
+
+        Returns:
+            The description, or None if the data types of the tensors differ or are neither float32
+            nor float64. Such items are not compressed.
+        """
         tensors = item.tensors
         dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
         if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
@@ -142,12 +154,12 @@ class ItemForm:
         return cls(item.kind, dtypes.pop(), shapes, plain & shapes.keys())
 
     def to_json(self) -> list[Any]:
-        """Return the form as JSON content."""
+        """Return the attributes as a list that can be serialized to JSON."""
         return [self.kind, self.dtype, self.shapes, sorted(self.plain)]
 
     @classmethod
     def from_json(cls, content: Any) -> ItemForm:
-        """Create a form from the result of `to_json`.
+        """Create a description from the return value of `to_json`, which may be untrusted.
 
         Raises:
             PayloadError: If the content is malformed.
@@ -176,9 +188,10 @@ class TensorGroup:
 
     Attributes:
         chain: The chain.
-        names: Names of the tensors.
+        names: Names of the tensors, in the order of concatenation.
         layout: Shapes of the tensors.
-        change: Whether to encode the change from the reference, if there is one.
+        change: Whether to encode the difference from the reference tensors. Tensors without a
+            reference are encoded unchanged.
     """
 
     chain: StageChain
@@ -188,11 +201,11 @@ class TensorGroup:
 
 
 class ItemCodec:
-    """An encoder and decoder of items, with the stages of one direction.
+    """Encoder and decoder of items in one direction.
 
     Args:
         stages: The configured stages.
-        outputs: Number of outputs of the task, the width of predictions.
+        outputs: Number of outputs of the task, which is the number of columns of predictions.
     """
 
     def __init__(self, stages: Sequence[Stage | NumberFormat], outputs: int) -> None:
@@ -202,12 +215,15 @@ class ItemCodec:
         self._plain = StageChain((), "whole")
 
     def groups(self, form: ItemForm, spec: ItemSpec, base: Tensors) -> list[TensorGroup]:
-        """Divide the tensors of an item into groups, equally at the sender and the receiver.
+        """Divide the tensors of an item into groups, each of which is encoded as one vector.
+
+        The result does not depend on values. The sender and the receiver therefore obtain the same
+        result.
 
         Args:
-            form: The form of the item.
+            form: Description of the item.
             spec: Declaration of the item.
-            base: The reference tensors by name.
+            base: The reference tensors, keyed by name. Empty if there is no reference.
 
         Returns:
             The groups, or an empty list if the item is not compressed.
@@ -259,19 +275,19 @@ class ItemCodec:
         key: tuple[Key, ...],
         unsent: Mapping[str, Tensor] | None,
     ) -> tuple[bytes, Tensors]:
-        """Encode an item.
+        """Encode the values of an item.
 
         Args:
-            groups: The return value of `groups`.
+            groups: The return value of the method `groups`.
             item: The item.
-            base: The reference tensors by name.
-            key: Key of the random draws.
-            unsent: Values that earlier messages omitted, by tensor name; None if the sender does
-                not store them.
+            base: The reference tensors, keyed by name.
+            key: Values that seed the random generators.
+            unsent: Values that earlier messages omitted, keyed by tensor name. If None, the sender
+                does not store omitted values.
 
         Returns:
-            The stream, and the values that biased chains omit from each tensor, which are exactly
-            update + unsent - decoded.
+            The encoded values, and the values that biased chains omit, keyed by tensor name. The
+            omitted values are exactly `update + unsent - decoded`. Empty if `unsent` is None.
         """
         tensors = item.tensors
         bodies = []
@@ -307,14 +323,17 @@ class ItemCodec:
         """Decode the values of an item.
 
         Args:
-            groups: The return value of `groups`.
-            form: The form of the item.
-            base: The reference tensors by name.
-            key: Key of the random draws.
-            source: The stream.
+            groups: The return value of the method `groups`.
+            form: Description of the item.
+            base: The reference tensors, keyed by name.
+            key: Values that seed the random generators, as in `encode`.
+            source: Reader at the start of the encoded values.
+
+        Returns:
+            A tensor if the item is a single-tensor item, otherwise tensors, keyed by name.
 
         Raises:
-            PayloadError: If the stream is malformed.
+            PayloadError: If the encoded values are malformed.
         """
         tensors: Tensors = {}
         for place, group in enumerate(groups):
@@ -331,7 +350,10 @@ class ItemCodec:
 
 
 def value_kinds(spec: ItemSpec) -> set[Sort]:
-    """Return the possible sorts of the numbers of an item."""
+    """Return the possible meanings of the numbers of an item (see `compression.Sort`).
+
+    The result is empty if the item is never compressed.
+    """
     if spec.ranks or spec.kind == "counts":
         return set()
     if spec.kind in ("params", "update"):
@@ -342,13 +364,15 @@ def value_kinds(spec: ItemSpec) -> set[Sort]:
 
 
 class Link:
-    """Encodes and decodes the payloads of one direction, broadcasts or uploads.
+    """Encoder and decoder of the payloads in one direction, either broadcasts or uploads.
 
     Args:
         stages: The configured stages.
-        specs: Declarations of items by name. Broadcasts may contain items without a declaration.
-        outputs: Number of outputs of the task, the width of predictions.
-        includes_layout: Whether messages contain their layout even if there is a reference.
+        specs: Declarations of items, keyed by name. Broadcasts may contain items without a
+            declaration.
+        outputs: Number of outputs of the task, which is the number of columns of predictions.
+        includes_layout: Whether each message contains a layout. If False, only messages without a
+            reference contain a layout.
     """
 
     def __init__(
@@ -375,12 +399,13 @@ class Link:
 
         Args:
             payload: The payload.
-            key: Key of the random draws, which the receiver must also use.
+            key: Values that seed the random generators. The receiver must use the same values.
             plain: Names of tensors that are not compressed, such as BatchNorm statistics.
-            reference: A payload that sender and receiver have, from which changes are computed.
-                Without a reference, the message contains its layout.
-            memory: The sender's private state, which stores the values that a biased chain omits,
-                so that they are added to the next message.
+            reference: A payload that the sender and the receiver have. Models are encoded as the
+                difference from the models in the reference. If None, whole models are encoded, and
+                the message contains a layout.
+            memory: Private state of the sender. The values that biased chains omit are stored under
+                the key `UNSENT` and added to the next message. If None, these values are lost.
         """
         forms: dict[str, ItemForm] = {}
         bodies = {}
@@ -426,18 +451,21 @@ class Link:
         reference: Payload | None = None,
         like: Mapping[str, Item] | None = None,
     ) -> Payload:
-        """Decode a payload that was encoded by `send`, with bounded memory.
+        """Decode a payload that was encoded by `send`.
+
+        The message may be untrusted. The memory for decoding is limited.
 
         Args:
             data: The message.
-            key: Key of the random draws.
-            plain: Names of tensors that are not compressed.
-            reference: The payload from which changes are computed.
-            like: A payload with the expected names, shapes and dtypes, if the message does not
-                contain its layout.
+            key: The values that were passed to `send`.
+            plain: The names that were passed to `send`.
+            reference: The payload that was passed to `send`.
+            like: Items with the expected names, shapes and dtypes, keyed by name. If None, the
+                layout in the message is used.
 
         Raises:
-            PayloadError: If the message is malformed, not of the expected form, or not finite.
+            PayloadError: If the message is malformed, contains unexpected items, or contains a
+                value that is not finite or too large.
         """
         source = ByteReader(data)
         if source.take(min(len(MARK), len(data))) != MARK:
@@ -489,7 +517,7 @@ class Link:
 
 
 def _reference_item(reference: Payload | None, name: str, kind: str) -> Tensors:
-    """Return the reference tensors of an item by name, or an empty dictionary."""
+    """Return the reference tensors of an item, or an empty dictionary without a reference."""
     if reference is None or kind != "params" or name not in reference:
         return {}
     return reference.item(name).tensors
@@ -524,7 +552,7 @@ def _json(raw: bytes) -> dict[str, Any]:
 
 
 def _item_forms(layout: bytes) -> dict[str, ItemForm | None]:
-    """Decode the layout in a message, and return the form of each item."""
+    """Decode the layout in a message, and return the description of each item."""
     try:
         raw = zlib.decompressobj().decompress(layout, MAX_LAYOUT_BYTES)
     except zlib.error:

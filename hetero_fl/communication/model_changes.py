@@ -1,4 +1,8 @@
-"""Binary form of messages with changes to models (see `hetero_fl.federation.broadcasts`)."""
+"""Binary format of messages with changes to models (see `hetero_fl.federation.broadcasts`).
+
+An estimate is the model that a client has decoded so far. Each estimate is identified by a hash of
+8 bytes, and a change updates one estimate to the next.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,26 @@ from typing import NamedTuple
 
 from hetero_fl.core.payload import PayloadError
 
-# Name of an estimate before the first change.
+# Hash of the estimate before the first change.
 NO_ESTIMATE = bytes(8)
 # Number of models in a message.
 COUNT = struct.Struct(">B")
-# Header of a model: length of the item's name in bytes, names of the estimates before and after,
-# number of changes.
+# Header of a model: length of the item's name in bytes, hash of the estimate before the changes,
+# hash of the estimate after the changes, number of changes.
 HEADER = struct.Struct(">B8s8sB")
-# Header of a change: number and size in bytes.
+# Header of a change: number of the change, size of the body in bytes.
 CHANGE_HEADER = struct.Struct(">II")
 # Number of a change that replaces the estimate by a model without compression.
 WHOLE = 0
 
 
 class Change(NamedTuple):
-    """The part of a message that updates an estimate of a model.
+    """Change of an estimate.
 
     Attributes:
-        number: Number of the change, from 1, which keys random draws; or `WHOLE`.
-        body: The encoded difference, or the encoded estimate if `number` is `WHOLE`.
+        number: Number of the change, starting at 1, which seeds random draws. `WHOLE` if the change
+            replaces the estimate.
+        body: The encoded difference. If `number` is `WHOLE`, the encoded new estimate.
     """
 
     number: int
@@ -34,13 +39,13 @@ class Change(NamedTuple):
 
 
 class ModelPart(NamedTuple):
-    """The part of a message that concerns one model.
+    """Part of a message with the changes to one model.
 
     Attributes:
-        item: Name of the item.
-        before: Name of the estimate that the client has.
-        after: Name of the estimate after the changes.
-        changes: The changes from one estimate to the other, in order.
+        item: Name of the item that contains the model.
+        before: Hash of the estimate that the client has.
+        after: Hash of the estimate after the changes.
+        changes: The changes, in the order in which the client applies them.
     """
 
     item: str
@@ -53,8 +58,8 @@ def message_bytes(models: Mapping[str, Sequence[int]], rest: int) -> int:
     """Return the size of a message in bytes.
 
     Args:
-        models: Sizes of the changes of each model in bytes, by item.
-        rest: Size of the part of the message that contains no models, in bytes.
+        models: Size of each change in bytes, keyed by the name of the model's item.
+        rest: Size in bytes of the part of the message without models.
     """
     parts = sum(
         HEADER.size + len(n.encode()) + sum(CHANGE_HEADER.size + size for size in sizes)
@@ -64,7 +69,12 @@ def message_bytes(models: Mapping[str, Sequence[int]], rest: int) -> int:
 
 
 def pack_changes(parts: Sequence[ModelPart], rest: bytes) -> bytes:
-    """Return a message of the parts that concern models, and the rest."""
+    """Encode a message.
+
+    Args:
+        parts: The parts with the changes to models.
+        rest: The encoded items that are not models.
+    """
     pieces = [COUNT.pack(len(parts))]
     for part in parts:
         name = part.item.encode()
@@ -75,7 +85,10 @@ def pack_changes(parts: Sequence[ModelPart], rest: bytes) -> bytes:
 
 
 def unpack_changes(body: bytes) -> tuple[list[ModelPart], bytes]:
-    """Return the parts of a message that concern models, and the rest of the message.
+    """Decode a message that was encoded by `pack_changes`.
+
+    Returns:
+        The parts with the changes to models, and the encoded items that are not models.
 
     Raises:
         PayloadError: If the message is malformed.

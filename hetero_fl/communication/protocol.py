@@ -1,4 +1,7 @@
-"""Messages between server and clients, and the exchanges that make up a round."""
+"""Messages between server and clients, and the exchanges of a round.
+
+In an exchange, the server sends a request to each of several clients, and the clients reply.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from hetero_fl.utils.errors import NoUploadError
 
 T = TypeVar("T")
 
-# Encoded content, or the payload itself if sender and receiver are in the same process.
+# Encoded content, or the payload itself if the sender and the receiver are in the same process.
 Content = bytes | Payload
 
 
 def encoded(content: Content) -> bytes:
-    """Return the content as bytes, encoded if necessary."""
+    """Return the content as bytes. A payload is encoded."""
     return content if isinstance(content, bytes) else content.encode()
 
 
@@ -31,18 +34,19 @@ def content_size(content: Content) -> int:
 
 @dataclass(frozen=True)
 class Message:
-    """One transfer between server and client.
+    """Request to a client or reply of a client.
 
     Args:
         kind: Kind of the request or reply, such as "train" or "upload".
-        content: The encoded content, or the payload if the receiver is in this process. The tensors
+        content: The encoded content, or the payload if the receiver is in the same process. Tensors
             of a payload must not be modified in place.
-        round_idx: Index of the round; in an asynchronous run, the server's version. Together with
-            `attempt`, it is part of the key of the client's random streams.
-        attempt: In asynchronous runs, the number of earlier requests to the client in that round.
-        step_share: Share of the local steps that the client computes.
-        checksum: SHA-256 digest of `body` at the sender, if the message leaves the machine or a
-            simulated fault may change it. It is not counted as traffic.
+        round_idx: Index of the round. In an asynchronous run, the number of aggregations before the
+            request. The client's random draws are seeded with `round_idx` and `attempt`.
+        attempt: Number of earlier requests to the client with the same `round_idx`, which is
+            greater than 0 only in asynchronous runs.
+        step_share: Fraction of the local training steps that the client computes.
+        checksum: SHA-256 digest of `body` at the sender, which does not count as traffic. If None,
+            `is_intact` is always True.
     """
 
     kind: str
@@ -63,12 +67,12 @@ class Message:
         return content_size(self.content)
 
     def with_checksum(self) -> Message:
-        """Return a copy with the checksum of the body."""
+        """Return a copy of the message with the SHA-256 digest of `body` as checksum."""
         return replace(self, checksum=hashlib.sha256(self.body).digest())
 
     @property
     def is_intact(self) -> bool:
-        """Whether the body matches the checksum; true without a checksum."""
+        """Whether `body` matches the checksum, or there is no checksum."""
         return self.checksum is None or self.checksum == hashlib.sha256(self.body).digest()
 
 
@@ -77,13 +81,14 @@ Reply = Message | NoUploadError
 
 @dataclass
 class AggregatedUploads:
-    """The result of secure aggregation: the sum of the uploads.
+    """Sum of the uploads of a round, which is the result of secure aggregation.
 
     Args:
-        clients: The clients in the sum.
-        total: Sum of the clients' vectors, integers modulo 2^64, uint64, shape `[L]`.
-        unit: Factor by which the decoded sum is multiplied, as clients divide their vectors by it.
-        dropouts: The reasons why other clients are not in the sum, by client id.
+        clients: Ids of the clients whose uploads are in the sum.
+        total: Sum of the clients' vectors modulo 2^64, dtype uint64, shape `[L]`.
+        unit: Factor by which clients divide their vectors before encoding. The decoded sum must be
+            multiplied by `unit`.
+        dropouts: Reasons why the uploads of other clients are not in the sum, keyed by client id.
     """
 
     clients: list[str]
@@ -93,21 +98,30 @@ class AggregatedUploads:
 
 
 class Exchange(Interface):
-    """Interface for an exchange: one request to each of several clients, and their replies.
+    """Interface of an exchange: one request to each of several clients, and their replies.
 
     Attributes:
         kind: Kind of the request.
-        clients: The clients that receive it.
+        clients: Ids of the clients that receive the request.
     """
 
     kind: str
     clients: Sequence[str]
 
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        """Return the request to a client; `broadcast_to` returns the broadcast for a client id."""
+        """Return the request to a client.
+
+        Args:
+            client_id: The client.
+            broadcast_to: Function that returns the broadcast to the client with a given id.
+        """
 
     def accept(self, client_id: str, reply: Message) -> Content | None:
-        """Process a reply; return its upload, or None if the server may not see the upload."""
+        """Process the reply of a client.
+
+        Returns:
+            The upload in the reply. None if the reply contains no upload that the server may read.
+        """
 
 
 Exchanges = Generator[Exchange, None, AggregatedUploads | None]
@@ -115,11 +129,11 @@ Exchanges = Generator[Exchange, None, AggregatedUploads | None]
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A request to train.
+    """Request to train on a broadcast.
 
     Attributes:
         broadcast: The broadcast on which the client trains.
-        reply: Function that converts an upload to the reply.
+        reply: Function that converts the client's upload to the reply.
     """
 
     broadcast: Content
@@ -127,19 +141,25 @@ class TrainingRequest:
 
 
 class RoundProtocol(Interface):
-    """Interface for the protocol by which the uploads of a round reach the server.
+    """Interface of protocols, which define the exchanges by which uploads reach the server.
 
     Attributes:
-        setup: Kinds of the exchanges that precede the exchange "train", in which clients train.
-        takes_payload: Whether broadcasts and uploads need not be encoded within a process, because
-            the protocol does not read their bytes.
+        setup: Kinds of the exchanges before the exchange "train", in which clients train.
+        takes_payload: Whether the protocol accepts broadcasts and uploads that are not encoded. If
+            True, encoding can be omitted if server and clients are in the same process.
     """
 
     setup: tuple[str, ...]
     takes_payload: bool
 
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
-        """Yield the exchanges of a round, each after the replies to the previous one.
+        """Yield the exchanges of a round.
+
+        The replies to an exchange must be processed before the next exchange is requested.
+
+        Args:
+            cohort: Ids of the clients in the round.
+            round_idx: Index of the round.
 
         Returns:
             The sum of the uploads if the protocol reveals only the sum, otherwise None.
@@ -157,10 +177,11 @@ class RoundProtocol(Interface):
             client_id: The client.
             message: The request.
             round_idx: Index of the round.
-            notes: State of clients between the exchanges of a round, by client id.
+            notes: State of the clients between the exchanges of a round, keyed by client id. The
+                mapping is modified in place.
 
         Returns:
-            The reply, or a request to train.
+            The reply, or a request to train if the client must compute an upload first.
         """
 
     def sizes(
@@ -171,17 +192,17 @@ class RoundProtocol(Interface):
         Args:
             cohort: Number of clients.
             round_idx: Index of the round.
-            broadcast: Bytes of the broadcast alone.
-            upload: Bytes of the upload alone.
+            broadcast: Size of the encoded broadcast in bytes.
+            upload: Size of the encoded upload in bytes.
 
         Returns:
-            The bytes per client, as pairs (down, up) by kind of exchange.
+            Bytes sent to and by each client, as pairs (down, up), keyed by the kind of exchange.
         """
 
 
 @dataclass
 class TrainExchange(Exchange):
-    """The exchange in which clients receive a broadcast and send an upload."""
+    """Exchange in which clients receive a broadcast and send an upload."""
 
     clients: Sequence[str]
     kind: str = "train"
@@ -196,7 +217,7 @@ class TrainExchange(Exchange):
 
 
 class DirectProtocol(RoundProtocol):
-    """The protocol with a single exchange: clients receive a broadcast, train, and upload."""
+    """Protocol with a single exchange, in which clients receive a broadcast, train and upload."""
 
     setup: tuple[str, ...] = ()
     takes_payload = True
@@ -224,14 +245,14 @@ def _upload(content: Content) -> Message:
 
 
 def total_bytes(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return the total number of bytes of several exchanges, as a pair (down, up)."""
+    """Return the total number of bytes of one or more exchanges, as a pair (down, up)."""
     down, up = zip(*sizes, strict=True)
     return sum(down), sum(up)
 
 
 @dataclass
 class Traffic:
-    """The number of bytes of encoded messages, by direction.
+    """Number of bytes of encoded messages in each direction.
 
     Attributes:
         up: Bytes from clients to the server.
@@ -243,24 +264,24 @@ class Traffic:
 
 
 class EncodeCache(Generic[T]):
-    """A cache that encodes equal payloads only once.
+    """Cache of encoded payloads, so that equal payloads are encoded only once.
 
-    Clients of one group receive the same tensors, so the encoding of the first payload is reused.
-    Payloads are equal if their reports are equal and their tensors share the same memory.
+    Clients with the same architecture usually receive the same tensors. Two payloads are equal if
+    their reports are equal and their items share the same tensor memory.
 
     Args:
         encode: Function that encodes a payload.
-        max_entries: Number of encodings to keep.
+        max_entries: Maximum number of entries. If the cache is full, the oldest entry is removed.
     """
 
     def __init__(self, encode: Callable[[Payload], T], max_entries: int = 8) -> None:
         self._encode = encode
         self._max_entries = max_entries
-        # An entry keeps its payload alive, so that no other tensor gets the same memory.
+        # An entry keeps a reference to the payload, so that no new tensor uses the same memory.
         self._entries: dict[Any, tuple[Payload, T]] = {}
 
     def __call__(self, payload: Payload) -> T:
-        """Return the encoding of `payload`."""
+        """Return the result of `encode` for the payload or for an equal payload in the cache."""
         items = [
             (name, item.kind, _identity(item.values), _identity(item.weight))
             for name, item in payload.items_by_name.items()
@@ -276,7 +297,7 @@ class EncodeCache(Generic[T]):
 def _identity(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((name, _identity(tensor)) for name, tensor in value.items())
-    # The address also identifies views that are created for each client.
+    # The memory address is compared, because each payload may contain new views of the same tensor.
     if isinstance(value, Tensor) and value.numel():
         # The version counts changes in place.
         version = 0 if value.is_inference() else value._version

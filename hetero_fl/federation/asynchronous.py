@@ -1,6 +1,8 @@
 """Asynchronous training: clients train continuously, and the server aggregates buffered uploads.
 
-See FedAsync (Xie et al. 2019) and FedBuff (Nguyen et al. 2022).
+The version of the server is the number of aggregations so far. The staleness of an upload is the
+number of aggregations since the client received the broadcast. See FedAsync (Xie et al. 2019) and
+FedBuff (Nguyen et al. 2022).
 """
 
 from __future__ import annotations
@@ -33,27 +35,28 @@ from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import sample_numbers
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-# The run fails after this number of consecutive faults, times the number of concurrent tasks.
+# The run fails if this number, times the number of concurrent tasks, of consecutive tasks fail
+# because of faults.
 MAX_FAULTS_PER_PLACE = 100
 
 
 @dataclass
 class ClientTask:
-    """A training task of one client, from its assignment until its upload arrives or it fails.
+    """Training task of one client, from the assignment to the arrival of the upload or a failure.
 
     Attributes:
         number: Number of the task in the run.
-        client: The client's id.
-        place: Position of the client's id among all client ids.
-        version: The server's version at the assignment.
-        attempt: Number of earlier tasks of the client for the same version.
+        client: Id of the client.
+        place: Position of the client's id in the list of all client ids.
+        version: Version of the server at the assignment.
+        attempt: Number of earlier tasks of the client with the same version.
         start: Time of the assignment in seconds.
-        end: End time in seconds; infinite while it is unknown.
+        end: End time in seconds, or infinity if the end time is not known yet.
         broadcast: The encoded broadcast.
         up_bytes: Expected size of the upload in bytes.
         fault: The simulated fault.
-        upload: The upload; None before it is computed.
-        diverged: Reason why training produced no upload, or None.
+        upload: The upload, or None if no upload has been computed.
+        diverged: Reason why training produced no upload, or None if training did not fail.
     """
 
     number: int
@@ -71,12 +74,15 @@ class ClientTask:
 
     @property
     def request(self) -> Message:
-        """The request to the client."""
+        """The training request that is sent to the client."""
         return Message("train", self.broadcast, self.version, self.attempt)
 
     @property
     def is_computed(self) -> bool:
-        """Whether no computation is needed. Tasks that fail because of a fault are not computed."""
+        """Whether the result of the task is known.
+
+        Tasks that fail because of a simulated fault are never computed.
+        """
         return self.fault.is_failure or self.upload is not None or self.diverged is not None
 
 
@@ -103,11 +109,11 @@ class TaskQueue:
 
     @property
     def next_end(self) -> float:
-        """Time at which the next task ends, in seconds; infinite if no end time is known."""
+        """Time at which the next task ends, in seconds. Infinite if no end time is known."""
         return self._ends[0][0] if self._ends else math.inf
 
     def push(self, task: ClientTask) -> None:
-        """Add a task of a client that has no other task."""
+        """Add a task of a client that has no task in the queue."""
         self._tasks[task.number] = task
         if task.end < math.inf:
             self.set_end(task)
@@ -116,16 +122,16 @@ class TaskQueue:
             self._uncomputed[task.number] = task
 
     def set_end(self, task: ClientTask) -> None:
-        """Schedule a task by its end time, once `task.end` is known."""
+        """Schedule a task in the queue at `task.end`, once the end time is known."""
         heapq.heappush(self._ends, (task.end, task.number))
 
     @property
     def first(self) -> ClientTask:
-        """The task that ends next."""
+        """The task that ends next. At least one end time must be known."""
         return self._tasks[self._ends[0][1]]
 
     def pop(self) -> ClientTask:
-        """Remove and return the task that ends next."""
+        """Remove and return the task that ends next. At least one end time must be known."""
         _, number = heapq.heappop(self._ends)
         task = self._tasks.pop(number)
         self._uncomputed.pop(number, None)
@@ -133,21 +139,24 @@ class TaskQueue:
         return task
 
     def pop_uncomputed(self) -> list[ClientTask]:
-        """Return the tasks that need computation and were not returned before, in order."""
+        """Return the tasks that must be computed, in the order of assignment.
+
+        Each task is returned by a single call only.
+        """
         tasks = list(self._uncomputed.values())
         self._uncomputed.clear()
         return tasks
 
     def idle_position(self, rank: int) -> int:
-        """Return the position of an idle client among all clients.
+        """Return the position of an idle client in the list of all clients.
 
         Args:
-            rank: Position of the client among the idle clients, from 0.
+            rank: Position of the client in the list of idle clients, starting at 0.
         """
         return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; a broadcast that tasks share is stored once."""
+        """Return the state for a checkpoint. A broadcast that tasks share is stored only once."""
         broadcasts: dict[bytes, int] = {}
         rows = []
         for t in self:
@@ -176,12 +185,13 @@ class TaskQueue:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], outcome_of: Any) -> TaskQueue:
-        """Restore a queue from `state_dict`.
+        """Create a queue from the return value of `state_dict`.
 
         Args:
             state: The return value of `state_dict`.
-            outcome_of: Function that returns the fault of a task from its client id and number.
-                Faults are not saved, because they depend only on keyed random draws.
+            outcome_of: Function that returns the fault of a task. The arguments are the client id
+                and the number of the task. Faults are not part of the state, because they depend
+                only on seeded random draws.
         """
         queue = cls()
         broadcasts = {int(idx): as_bytes(body) for idx, body in state["broadcasts"].items()}
@@ -209,16 +219,16 @@ class TaskQueue:
 
 @dataclass
 class BufferRecord:
-    """Record of an asynchronous round.
+    """Events of an asynchronous round, for the line of the round in `metrics.jsonl`.
 
     Attributes:
         start: Time at which the round began, in seconds.
         cohort: Ids of the clients whose uploads were accepted, in the order of arrival.
-        failed: Reason why the last failed task of a client failed, by client id.
-        losses: Training loss of the last upload, by client id.
-        logged: Values that clients logged, by client id and name.
-        staleness: Number of accepted uploads, by staleness.
-        tasks: Client id, start and end in seconds, and outcome of each task.
+        failed: Reason why a client's last failed task failed, keyed by client id.
+        losses: Training loss reported with a client's last upload, keyed by client id.
+        logged: Values that clients logged, keyed by client id and name.
+        staleness: Number of accepted uploads, keyed by staleness.
+        tasks: A list `[client, start, end, outcome]` for each finished task, with times in seconds.
     """
 
     start: float
@@ -235,7 +245,7 @@ class BufferRecord:
         Args:
             task: The task.
             payload: The upload.
-            versions: Staleness of the upload: number of aggregations since the assignment.
+            versions: Staleness of the upload.
         """
         self.cohort.append(task.client)
         self.tasks.append([task.client, task.start, task.end, "arrived"])
@@ -246,19 +256,20 @@ class BufferRecord:
             self.logged[task.client] = logged
 
     def add_failure(self, task: ClientTask, reason: str) -> None:
-        """Record a failed task."""
+        """Record a failed task and the reason for the failure."""
         self.failed[task.client] = reason
         self.tasks.append([task.client, task.start, task.end, "failed"])
 
     def record(self, now: float, version: int, time_kind: str) -> Record:
-        """Return the entries of the round in `metrics.jsonl`.
+        """Return the entries for the round in `metrics.jsonl`.
 
-        No client is late, because an upload can always be used in the next aggregation.
+        The number of late clients is always 0, because every upload is used in the next
+        aggregation.
 
         Args:
             now: Time at which the round ends, in seconds.
             version: Number of aggregations so far.
-            time_kind: Key of the round's time, "simulated" or "wall".
+            time_kind: Name of the entry with the start and end times, "simulated" or "wall".
         """
         num_arrived = len(self.cohort)
         num_tasks = len(self.tasks)
@@ -286,8 +297,9 @@ class TaskFailedError(Exception):
     """Raised when a task produces no usable upload.
 
     Args:
-        reason: The reason, for the record.
-        cause: "fate" for a random fault, "client" for a failure that would occur again.
+        reason: Description of the failure.
+        cause: "fate" for a random fault. "client" for a failure that would be repeated, such as
+            divergence.
     """
 
     def __init__(self, reason: str, cause: str) -> None:
@@ -298,26 +310,28 @@ class TaskFailedError(Exception):
 class AsynchronousTrainer(FederatedTrainer):
     """Trainer that aggregates uploads asynchronously.
 
-    The server assigns tasks to clients, each with the newest broadcast. When a task ends, its
-    upload is added to a buffer with a weight that depends on its staleness, and an idle client
-    receives the next task. The server aggregates the uploads whenever the buffer is full. A "round"
-    consists of as many accepted uploads as there are concurrent tasks.
+    The server assigns tasks to clients, each with the newest broadcast. When a task ends, the
+    server adds the upload to a buffer, with a weight that depends on the staleness of the upload.
+    An idle client then receives a new task. Whenever the buffer is full, the server aggregates the
+    buffered uploads. A round in `metrics.jsonl` consists of as many accepted uploads as there are
+    concurrent tasks.
 
-    In a simulation, the faults of a task are known when it is assigned. All tasks in flight can
-    therefore be computed together when the first of them ends, without an effect on the results.
+    In a simulation, the fault of a task is known at the assignment. When the first task ends, all
+    tasks in flight can therefore be computed together. This does not affect the results.
 
     Args:
         *args: Arguments of `FederatedTrainer`. `per_round` is the number of concurrent tasks.
         environment: Simulated devices, faults and timing.
-        buffer: Number of uploads per aggregation, unless the method sets it; None for the number
-            of concurrent tasks.
-        staleness: Weights of stale uploads, unless the method sets them.
+        buffer: Number of uploads per aggregation. If None, the number of concurrent tasks. Ignored
+            if the method sets the buffer size.
+        staleness: Weights of stale uploads. If None, the default `StalenessConfig`. Ignored if the
+            method sets the weights.
         **options: Keyword arguments of `FederatedTrainer`.
 
     Attributes:
         version: Number of aggregations so far.
         queue: The tasks in flight.
-        time_kind: Key of the round's time in its record.
+        time_kind: Name of the entry with the start and end times in the record of a round.
     """
 
     keeps_requests = True
@@ -346,7 +360,7 @@ class AsynchronousTrainer(FederatedTrainer):
         self._buffer: list[tuple[str, Payload, float]] = []
         # Number of tasks of this version, by client id.
         self._attempts: Counter[str] = Counter()
-        # Number of samples of clients drawn in this version.
+        # Number of times that clients have been sampled in this version.
         self._num_samples = 0
         # Number of failed tasks since the last accepted upload, by cause.
         self._num_failed: Counter[str] = Counter()
@@ -390,7 +404,7 @@ class AsynchronousTrainer(FederatedTrainer):
         }
 
     def _next_task(self) -> ClientTask:
-        """Assign new tasks, and return the task that ends next."""
+        """Assign new tasks, and remove and return the task that ends next."""
         # Tasks that end at the same time are all finished before new ones are assigned.
         if not len(self.queue) or self.queue.next_end > self.now:
             self._assign_tasks()
@@ -401,8 +415,8 @@ class AsynchronousTrainer(FederatedTrainer):
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
         """Return the number of idle clients, and a function that returns the position of each.
 
-        The argument of the function is a client's rank among the idle clients, from 0. The result
-        is the client's position among all clients.
+        The argument of the function is the position of a client in the list of idle clients,
+        starting at 0. The result is the position of the client in the list of all clients.
         """
         return len(self.ids) - len(self.queue), self.queue.idle_position
 
@@ -413,7 +427,7 @@ class AsynchronousTrainer(FederatedTrainer):
         if not num_free:
             return
         self._set_round_context(self.version)
-        # The first sample of a version equals that of a synchronous cohort.
+        # The first sample of a version equals the cohort of a synchronous run.
         repeated = (self._num_samples,) if self._num_samples else ()
         key = (self.federation.seed, self.version, "cohort", *repeated)
         ranks = sample_numbers(num_idle, num_free, *key)
@@ -422,7 +436,7 @@ class AsynchronousTrainer(FederatedTrainer):
             self.queue.push(self._make_task(self.ids[place], place))
 
     def _make_task(self, client: str, place: int) -> ClientTask:
-        """Return the next task of a client."""
+        """Create the next task of a client, and count the traffic of the broadcast."""
         number = self.num_tasks
         attempt = self._attempts[client]
         client_info = self.federation.client_infos[client]
@@ -457,10 +471,11 @@ class AsynchronousTrainer(FederatedTrainer):
                 tasks[client].diverged = str(reply)
 
     def _finish_task(self, task: ClientTask, buffer_record: BufferRecord) -> None:
-        """Buffer the upload of a task and commit the client's state, or record the failure.
+        """Buffer the upload of a task and commit the client's private state, or record the failure.
 
         Raises:
-            RunFailedError: If too many tasks have failed in a row.
+            RunFailedError: If too many consecutive tasks have failed, or if training diverged and
+                `runtime.divergence` is "stop".
         """
         try:
             payload = self._receive_upload(task)
@@ -491,6 +506,7 @@ class AsynchronousTrainer(FederatedTrainer):
 
         Raises:
             TaskFailedError: If no upload arrives, or if the upload is damaged or malformed.
+            RunFailedError: If training diverged and `runtime.divergence` is "stop".
         """
         if task.fault.is_failure:
             self.count_traffic(up=task.up_bytes if task.fault.kind == "lost" else 0)
@@ -506,7 +522,7 @@ class AsynchronousTrainer(FederatedTrainer):
         )
         arrivals = [message for _, message in replies if isinstance(message, Message)]
         self.count_traffic(up=sum(message.size for message in arrivals))
-        # A duplicate is recognized by the number of its task and dropped.
+        # The second of two equal uploads of a task is ignored.
         upload = arrivals[0]
         if not upload.is_intact:
             raise TaskFailedError(DAMAGED, "fate")
@@ -520,7 +536,7 @@ class AsynchronousTrainer(FederatedTrainer):
             raise TaskFailedError(f"upload refused: {error}", "client") from None
 
     def _aggregate(self) -> None:
-        """Aggregate the buffered uploads into the next version."""
+        """Aggregate the buffered uploads. The version is incremented unless training diverges."""
         self._set_round_context(self.version)
         client_infos = self.federation.client_infos
         entries = sorted(self._buffer, key=lambda entry: natural_key(entry[0]))

@@ -1,8 +1,9 @@
 """Encoding of the server's broadcasts, either in full or as changes to models that clients have.
 
-With a sparse or low-rank stage in `channel.compress_down`, a message contains the compressed
-difference between each model and an estimate of the model that the clients have (EF21-P:
-Gruntkowska, Tyurin and Richtárik 2023, Algorithm 1).
+With a sparse or low-rank stage in `channel.compress_down`, the server and the clients store an
+estimate of each model. A message then contains the compressed difference between a model and the
+estimate, which the server and the clients add to the estimate (EF21-P: Gruntkowska, Tyurin and
+Richtárik 2023, Algorithm 1). The name of an estimate is a hash of all differences so far.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-# Number of changes that the server keeps. A client that missed more receives the whole estimate.
+# Number of changes that the server stores. A client that missed more changes receives the whole
+# estimate.
 KEPT_CHANGES = 16
-# Key of a client's private state under which its estimates are stored, by item.
+# Name of the entry in a client's private state that contains the client's estimates, keyed by item.
 ESTIMATES_KEY = "received"
 
 
@@ -58,11 +60,13 @@ class Broadcasts(ABC):
         archs: Iterable[ModelSpec],
         training: Collection[str] = (),
     ) -> None:
-        """Begin a round and drop the messages of earlier rounds.
+        """Begin a round, and drop the messages of earlier rounds.
+
+        Messages on which clients still train are not dropped.
 
         Args:
-            round_idx: Index of the round, from 0, which keys random draws.
-            version: Number of completed rounds; in an asynchronous run, number of aggregations.
+            round_idx: Index of the round, from 0, which seeds random draws.
+            version: Number of completed rounds. In an asynchronous run, number of aggregations.
             archs: Architectures of the server's models.
             training: Ids of clients that still train on an earlier version.
         """
@@ -73,22 +77,34 @@ class Broadcasts(ABC):
 
     @abstractmethod
     def _clear(self, training: Collection[str]) -> None:
-        """Drop all messages except those on which clients still train."""
+        """Drop all messages except those on which the clients in `training` still train."""
 
     @abstractmethod
     def content(self, client_info: ClientInfo, payload: Payload) -> Content:
-        """Return the message to a client; clients with the same broadcast share one object."""
+        """Return the message to a client.
+
+        Clients with the same message receive the same object.
+
+        Args:
+            client_info: The client.
+            payload: The broadcast.
+        """
 
     @abstractmethod
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
-        """Return the payload that a client decodes from its message."""
+        """Return the payload that a client decodes from the message.
+
+        Args:
+            client_info: The client.
+            payload: The broadcast before encoding.
+        """
 
     @abstractmethod
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        """Return the payload that a client decoded from an earlier message and still trains on.
+        """Return the payload that a client decoded from an earlier message.
 
         Args:
-            client_id: The client.
+            client_id: The client, which still trains on the message.
             round_idx: Index of the round in which the message was sent, from 0.
             body: The message.
         """
@@ -97,8 +113,8 @@ class Broadcasts(ABC):
         """Record that a client has lost its private state.
 
         Returns:
-            A replacement for the message on which the client trains, which can be decoded without
-            private state; None if no replacement is needed.
+            A message that replaces the message on which the client trains, and that can be decoded
+            without private state. None if no replacement is needed.
         """
         return None
 
@@ -107,20 +123,20 @@ class Broadcasts(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state from `state_dict`.
+        """Restore the state from the return value of `state_dict`.
 
-        The clients' private states must be loaded before.
+        The clients' private states must be loaded first.
         """
         return
 
 
 class PlainBroadcasts(Broadcasts):
-    """Broadcasts that do not depend on what clients received before.
+    """Encoder of broadcasts that do not depend on earlier messages.
 
     Args:
         links: The links that encode and decode messages.
-        hand_over: Whether payloads are passed to clients in this process without encoding. Has no
-            effect if broadcasts are compressed.
+        hand_over: Whether payloads are passed to clients in this process without encoding. Ignored
+            if broadcasts are compressed.
     """
 
     def __init__(self, links: FederationLinks, hand_over: bool = False) -> None:
@@ -157,14 +173,14 @@ class PlainBroadcasts(Broadcasts):
 
 @dataclass
 class EstimateStep:
-    """A step of an estimate toward a model.
+    """Update of an estimate toward a model.
 
     Attributes:
-        version: The server's version.
+        version: Number of completed rounds or aggregations when the step was computed.
         digest: Digest of the model.
         name: Name of the estimate after the step.
         payload: The estimate after the step, as a payload of one item.
-        change: The change that leads to this estimate; None once the step has been applied.
+        change: The encoded change. None if the step has been applied to the estimate.
     """
 
     version: int
@@ -177,12 +193,12 @@ class EstimateStep:
 class Estimate:
     """Estimate of a model: the model that clients decode from all changes so far.
 
-    After each change, the estimate has a new name, which is a hash of all changes. The latest
-    changes are kept for clients that missed them.
+    The server stores the latest changes, because some clients may not have received all changes.
+    After each change, the name of the estimate is a new hash.
     """
 
     def __init__(self) -> None:
-        # Names of the estimates before, between and after the kept changes.
+        # Names of the estimates before, between and after the stored changes.
         self._names = deque([NO_ESTIMATE], KEPT_CHANGES + 1)
         self._changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
         # Number of changes so far.
@@ -198,16 +214,16 @@ class Estimate:
         archs: Iterable[ModelSpec],
         version: int,
     ) -> EstimateStep:
-        """Return the step toward a model.
+        """Return the step toward a model, without applying the step.
 
-        Repeated calls for the same model and server version return the same step.
+        Repeated calls with the same model and version return the same step.
 
         Args:
             links: The links that encode and decode the change.
             target: The model, as a payload of one item.
             digest: Digest of the model.
             archs: Architectures of the server's models.
-            version: The server's version.
+            version: Number of completed rounds or aggregations.
         """
         for step in (self._last, self._next):
             if step is not None and (step.version, step.digest) == (version, digest):
@@ -221,7 +237,9 @@ class Estimate:
         return self._next
 
     def apply(self, step: EstimateStep) -> EstimateStep:
-        """Apply a step to the estimate, unless it has already been applied.
+        """Apply a step to the estimate.
+
+        If the step has already been applied, the estimate does not change.
 
         Returns:
             The applied step, without the change.
@@ -243,8 +261,8 @@ class Estimate:
             before: Name of the client's estimate.
 
         Returns:
-            The changes that the client does not have, in order; or the whole estimate, if it is
-            shorter or some changes are no longer kept.
+            The changes that the client does not have, in order. If some changes are no longer
+            stored or the whole estimate is shorter, a single change that replaces the estimate.
         """
         whole = step.payload.encoded_size
         if before in self._names:
@@ -257,7 +275,7 @@ class Estimate:
         return [Change(WHOLE, step.payload.encode())]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. `has_moved` must be true."""
+        """Return the state for a checkpoint. `has_moved` must be True."""
         assert self._last is not None
         return {
             "names": [name.hex() for name in self._names],
@@ -269,12 +287,12 @@ class Estimate:
 
     @property
     def has_moved(self) -> bool:
-        """Whether a step has been applied."""
+        """Whether a step has been applied to the estimate."""
         return self._last is not None
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Estimate:
-        """Restore an estimate from `state_dict`."""
+        """Create an estimate from the return value of `state_dict`."""
         estimate = cls()
         estimate._names = deque(map(bytes.fromhex, state["names"]), KEPT_CHANGES + 1)
         estimate._changes.extend(Change(n, as_bytes(body)) for n, body in state["changes"])
@@ -291,14 +309,15 @@ class Estimate:
 
 @dataclass
 class SentBroadcast:
-    """The broadcast on which a client trains.
+    """Broadcast on which a client trains.
 
     Attributes:
-        names: Names of the estimates after the broadcast, by item.
+        names: Names of the client's estimates after the broadcast, keyed by item.
         received: The payload that the client decodes.
-        rest: The part of the message that contains no models.
-        stamp: Stamp of the client's private state when the broadcast was sent.
-        version: The server's version when the broadcast was sent.
+        rest: The part of the message without models.
+        stamp: Version number of the client's private state when the broadcast was sent (see
+            `StateStore.stamp`).
+        version: Number of completed rounds or aggregations when the broadcast was sent.
     """
 
     names: dict[str, bytes]
@@ -311,17 +330,18 @@ class SentBroadcast:
 class ClientEstimates:
     """Record of the estimates that each client has.
 
-    A client stores estimates in its private state, which is committed once the server has used the
-    client's upload. The estimates of a broadcast therefore count only after the commit.
+    A client stores estimates in the private state. The estimates after a broadcast are recorded
+    only when the private state is committed, which happens when the server has used the client's
+    upload.
 
     Args:
-        stamp: Function that returns a number that changes with each commit of a client's private
-            state.
+        stamp: Function that returns the version number of a client's private state
+            (`StateStore.stamp`).
 
     Attributes:
-        names: Names of the estimates that each client has, by client id and item.
-        sent: The last broadcast to each client, by client id. An entry is removed when the private
-            state of the client has been committed.
+        names: Names of the estimates that each client has, keyed by client id and item.
+        sent: The last broadcast to each client, keyed by client id. An entry is removed after the
+            private state of the client has been committed.
     """
 
     def __init__(self, stamp: Callable[[str], int | None]) -> None:
@@ -330,7 +350,7 @@ class ClientEstimates:
         self.sent: dict[str, SentBroadcast] = {}
 
     def names_of(self, client_id: str) -> Mapping[str, bytes]:
-        """Return the names of the estimates that a client has, by item."""
+        """Return the names of the estimates that a client has, keyed by item."""
         sent = self.sent.get(client_id)
         if sent is not None and sent.stamp != self._stamp(client_id):
             self.names[client_id] = {**self.names.get(client_id, {}), **sent.names}
@@ -344,10 +364,10 @@ class ClientEstimates:
 
         Args:
             client_id: The client.
-            names: Names of the estimates after the broadcast, by item.
+            names: Names of the client's estimates after the broadcast, keyed by item.
             received: The payload that the client decodes.
-            rest: The part of the message that contains no models.
-            version: The server's version.
+            rest: The part of the message without models.
+            version: Number of completed rounds or aggregations.
         """
         self.names_of(client_id)
         self.sent[client_id] = SentBroadcast(names, received, rest, self._stamp(client_id), version)
@@ -356,7 +376,7 @@ class ClientEstimates:
         """Drop broadcasts of earlier versions, except those on which clients still train.
 
         Args:
-            version: The server's current version.
+            version: Current number of completed rounds or aggregations.
             training: Ids of clients that still train on an earlier version.
         """
         for client_id in list(self.sent):
@@ -372,22 +392,19 @@ class ClientEstimates:
 
 
 class EstimateBroadcasts(Broadcasts):
-    """Broadcasts that contain compressed changes to estimates of the models.
+    """Encoder of broadcasts that contain compressed changes to estimates of the models.
 
-    The estimate of a model is the model that a client decodes from all messages so far. A message
-    contains the compressed difference between the model and the estimate, which both the server and
-    the client add to the estimate. All recipients of a model share one estimate. A client that
-    missed changes receives all of these changes or the whole estimate. Broadcasts for evaluation do
-    not change the estimates.
+    All recipients of a model share one estimate. A client that missed changes receives the missed
+    changes or the whole estimate. Broadcasts for evaluation do not change the estimates.
 
     Args:
         links: The links that encode and decode messages.
-        stamp: Function that returns a number that changes with each commit of a client's private
-            state.
+        stamp: Function that returns the version number of a client's private state
+            (`StateStore.stamp`).
 
     Attributes:
         known: Record of the estimates that each client has.
-        estimates: The estimates by item and group of clients (see `estimate_group`).
+        estimates: The estimates, keyed by item and group of clients (see `estimate_group`).
     """
 
     def __init__(self, links: FederationLinks, stamp: Callable[[str], int | None]) -> None:
@@ -466,7 +483,7 @@ class EstimateBroadcasts(Broadcasts):
     def _steps(
         self, client_info: ClientInfo, models: Payload
     ) -> dict[tuple[str, str], EstimateStep]:
-        """Return the steps toward the models in a client's broadcast, by item and group.
+        """Return the steps toward the models in a client's broadcast, keyed by item and group.
 
         Raises:
             UserError: If the models differ between clients that share an estimate.
@@ -489,7 +506,10 @@ class EstimateBroadcasts(Broadcasts):
         return steps
 
     def _decoded(self, steps: Mapping[tuple[str, str], EstimateStep], others: Payload) -> Payload:
-        """Return the payload that clients decode; clients with the same broadcast share it."""
+        """Return the payload that clients decode.
+
+        The same object is returned for all clients with the same broadcast.
+        """
         rest, decoded = self._others(others)
         key = tuple((place, step.name) for place, step in steps.items()), rest
         if key not in self._received:
@@ -504,7 +524,7 @@ class EstimateBroadcasts(Broadcasts):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # Update `names` before they are saved.
+        # Record the estimates of clients whose private state has been committed.
         for client_id in list(self.known.sent):
             self.known.names_of(client_id)
         # Sorted, because the order in which workers process clients varies.
@@ -548,12 +568,14 @@ class EstimateBroadcasts(Broadcasts):
 def make_broadcasts(
     links: FederationLinks, stamp: Callable[[str], int | None], hand_over: bool = False
 ) -> Broadcasts:
-    """Return the encoder of a federation's broadcasts.
+    """Create the encoder of broadcasts that the configuration of the channel requires.
 
     Args:
         links: The links that encode and decode messages.
-        stamp: Function that returns the stamp of a client's private state (`StateStore.stamp`).
-        hand_over: Whether payloads are passed to clients in this process without encoding.
+        stamp: Function that returns the version number of a client's private state
+            (`StateStore.stamp`).
+        hand_over: Whether payloads are passed to clients in this process without encoding. Ignored
+            if broadcasts are compressed.
     """
     if links.sends_changes:
         return EstimateBroadcasts(links, stamp)
@@ -561,7 +583,11 @@ def make_broadcasts(
 
 
 def estimate_group(algorithm: Algorithm, client_info: ClientInfo) -> str:
-    """Return the name of the group of clients that share the estimates of a client's models."""
+    """Return the name of the group of clients with which a client shares estimates.
+
+    Clients with the same models share estimates. If the method sends individual models
+    (`Needs.models_per_client`), each client forms a separate group.
+    """
     if algorithm.needs.models_per_client:
         return client_info.client_id
     return ",".join(f"{slot}={arch.spec_id}" for slot, arch in sorted(client_info.models.items()))
@@ -576,7 +602,8 @@ def read_broadcast(
         links: The links that decode messages.
         round_idx: Index of the round, from 0.
         body: The message.
-        estimates: The client's estimates (`ESTIMATES_KEY` of the private state), or None.
+        estimates: The client's estimates (`ESTIMATES_KEY` of the private state). If None, the
+            client has no estimates.
 
     Raises:
         PayloadError: If the message is malformed, or contains changes to an estimate that the
@@ -609,7 +636,10 @@ def updated_estimates(
     Args:
         body: The message.
         received: The decoded message.
-        estimates: The client's estimates before the message, or None.
+        estimates: The client's estimates before the message. If None, the client has no estimates.
+
+    Returns:
+        For each item, a dictionary with the entries `name` and `tensors`.
     """
     after = dict(estimates or {})
     for part in unpack_changes(body)[0]:
@@ -631,7 +661,10 @@ def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payl
 
 
 def split_models(payload: Payload) -> tuple[Payload, Payload]:
-    """Split a payload into its models and all other items."""
+    """Split a payload into a payload with the models and a payload with all other items.
+
+    The report is part of the second payload.
+    """
     models = {name: item for name, item in payload.items_by_name.items() if item.kind == "params"}
     others = {name: item for name, item in payload.items_by_name.items() if item.kind != "params"}
     return Payload(models), Payload(others, payload.report)

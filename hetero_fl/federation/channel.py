@@ -1,4 +1,4 @@
-"""Encoding of uploads and broadcasts, configured identically on clients and server."""
+"""Encoding of uploads and broadcasts. Clients and server use the same configuration."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ CACHED_SIZES = 64
 class FederationLinks:
     """Encoder and decoder of the messages between clients and server.
 
-    Messages of reference methods, which do not need communication, are not compressed.
+    Messages of methods whose communication is not counted (`Needs.counts_traffic`) are not
+    compressed.
 
     Args:
         algorithm: The method.
         federation: The federation.
-        bound: Whether to encode messages at their largest possible size.
+        bound: Whether to encode each message with the maximum size of messages with the same
+            shapes.
 
     Attributes:
-        is_upper_bound: Whether `bound` is set and the size of messages depends on their values.
-        up: Link for uploads; None if uploads are not compressed.
-        down: Link for broadcasts; None if broadcasts are not compressed.
-        sends_changes: Whether broadcasts contain changes to estimates of the models, which clients
-            keep (see `EstimateBroadcasts`).
+        is_upper_bound: Whether `bound` is True and the size of messages depends on values.
+        up: Link for uploads, or None if uploads are not compressed.
+        down: Link for broadcasts, or None if broadcasts are not compressed.
+        sends_changes: Whether broadcasts contain changes to estimates of the models (see
+            `EstimateBroadcasts`).
     """
 
     def __init__(
@@ -72,17 +74,19 @@ class FederationLinks:
     ) -> bytes:
         """Encode an upload on the client.
 
-        With secure aggregation, values are compressed and decompressed before they are encoded,
-        because the server sees only their sum.
+        With secure aggregation, the values are compressed and decompressed, and the decompressed
+        values are encoded. Except for fixed-point rounding, the server therefore aggregates the
+        same values as without secure aggregation.
 
         Args:
             client_info: The sender.
             round_idx: Index of the round, from 0.
             payload: The upload.
             received: The broadcast on which the client trained.
-            memory: The client's private state, in which compression errors are stored.
-            attempt: Number of times that the client has already trained in this round. It is part
-                of the key of random draws.
+            memory: Private state of the client. Values that the compression omits are stored in
+                `memory` and added to the next upload.
+            attempt: Number of times that the client has already trained in this round, which seeds
+                random draws together with `round_idx`.
         """
         if self.up is None:
             return payload.encode()
@@ -115,10 +119,9 @@ class FederationLinks:
             client_info: The sender.
             round_idx: Index of the round, from 0.
             data: The encoded upload.
-            like: Items with the expected names, shapes and dtypes.
+            like: Items with the expected names, shapes and dtypes, keyed by name.
             received: The broadcast on which the client trained.
-            attempt: Number of times that the client has already trained in this round. It is part
-                of the key of random draws.
+            attempt: The number that was passed to `encode_upload`.
 
         Raises:
             PayloadError: If the upload is malformed.
@@ -146,12 +149,12 @@ class FederationLinks:
         """Encode a broadcast on the server.
 
         Args:
-            round_idx: Index of the round, from 0, or the number of the change if there is a
-                reference.
+            round_idx: Number that seeds random draws: the index of the round, from 0, or the
+                number of the change to an estimate.
             payload: The broadcast.
             archs: Architectures of the server's models.
-            reference: The estimate that clients already have, from which the difference is encoded;
-                None to encode the payload itself.
+            reference: The estimate that clients have. The difference from the estimate is encoded.
+                If None, the payload itself is encoded.
         """
         if self.down is None:
             return payload.encode()
@@ -164,9 +167,9 @@ class FederationLinks:
         """Decode a broadcast on the client.
 
         Args:
-            round_idx: The number passed to `encode_broadcast`.
+            round_idx: The number that was passed to `encode_broadcast`.
             data: The encoded broadcast.
-            reference: The estimate that the client already has, or None.
+            reference: The estimate that was passed to `encode_broadcast`, or None.
 
         Raises:
             PayloadError: If the broadcast is malformed.
@@ -178,7 +181,7 @@ class FederationLinks:
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
     ) -> Payload:
-        """Encode and decode a broadcast, to obtain the payload that clients decode.
+        """Return the payload that clients decode from a broadcast.
 
         Args:
             round_idx: Index of the round, from 0.
@@ -201,12 +204,15 @@ class FederationLinks:
 
 
 class UploadSizes:
-    """Expected sizes of uploads in bytes, exact except for the number of digits of item weights.
+    """Function object that returns the expected size of an upload in bytes.
+
+    The size can differ from the real size by the number of digits of weights. If the compression
+    depends on values, the maximum size is returned.
 
     Args:
         algorithm: The method.
         federation: The federation.
-        expectations: The expected structure of uploads.
+        expectations: Names, shapes and dtypes of the uploaded items.
     """
 
     def __init__(
@@ -214,7 +220,7 @@ class UploadSizes:
     ) -> None:
         self._expectations = expectations
         self._links = FederationLinks(algorithm, federation, bound=True)
-        # Keyed by the identity of the expected items, an object that clients with uploads of the
+        # Keyed by the id of the dictionary of expected items, which clients with uploads of the
         # same structure share.
         self._sizes: BoundedCache[tuple[Mapping[str, Item], int]] = BoundedCache(CACHED_SIZES)
 

@@ -1,8 +1,9 @@
-"""Incremental checkpoints of a run, of which the two newest are kept.
+"""Incremental checkpoints of a run.
 
-A checkpoint is a segment (see `state_store.py`) with the private states that have changed since the
-previous one, the rest of the run's state, and a head with the locations of both. Unchanged states
-stay in older files, which are kept as long as one of the two newest checkpoints refers to them.
+A checkpoint is a `Segment` file. The file contains the private states of clients that have changed
+since the previous checkpoint, the rest of the run's state, and a head with the locations of both.
+Unchanged private states remain in older files. The two newest checkpoints are kept. Older files are
+removed when neither of these checkpoints refers to them.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ from hetero_fl.utils.serialization import (
 )
 
 FORM = "hetero_fl checkpoint 3"
-# Maximum size in bytes of a tree that is written and read as a whole. A larger tree is split into
-# pieces, so that it is not in memory twice.
+# Maximum size in bytes of nested dictionaries that are written and read as a whole. Larger
+# dictionaries are split, so that a second copy of the whole state is never in memory.
 PIECE = 16 << 20
 KEPT_CHECKPOINTS = 2
 _NAME = re.compile(r"round-(\d{6,})\.ckpt")
 
 
 class Checkpoints:
-    """Checkpoints of a run, in the folder of its store.
+    """Checkpoints of a run, in the folder of the state store.
 
     If less than a quarter of a file is in use, the next checkpoint copies the part in use, and the
-    file is removed later. If all clients train in every round, there are therefore two complete
-    files. If clients are sampled, the files take up to about four times the size of the state.
+    file is removed later. If all clients train in every round, there are two complete files. If
+    clients are sampled, the total size of the files is up to about four times the size of the
+    state.
 
     Args:
-        store: The clients' private state.
+        store: Store of the clients' private states.
         log: Function that is called with a message for each damaged checkpoint.
 
     Raises:
-        ValueError: If the store has no folder.
+        ValueError: If the store has no folder, so that private states are only in memory.
     """
 
     def __init__(self, store: StateStore, log: Callable[[str], None]) -> None:
@@ -57,11 +59,11 @@ class Checkpoints:
         self.log = log
 
     def save(self, completed: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint with the committed private states.
+        """Write a checkpoint, including the committed and staged private states.
 
         Args:
             completed: Number of completed rounds.
-            state: The rest of the run's state.
+            state: The rest of the run's state, as nested dictionaries.
 
         Returns:
             Path of the checkpoint.
@@ -76,15 +78,15 @@ class Checkpoints:
         pieces = _write_tree(dict(state), segment)
         segment.seal(path, _encode_head(pieces, self.store, segment, path.name))
         self.store.start_segment()
-        # Later files are damaged ones that were skipped by `load_newest`.
+        # Later files are damaged checkpoints, which `load_newest` has skipped.
         self._remove_files_after(completed)
         self._remove_unused_files()
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Load the newest undamaged checkpoint, including its private states.
+        """Load the newest undamaged checkpoint, including the private states.
 
-        The private states are put into the store.
+        All private states in the store are replaced by the private states in the checkpoint.
 
         Returns:
             The rest of the run's state, or None if there is no checkpoint.
@@ -105,10 +107,10 @@ class Checkpoints:
     def load_before(self, completed: int) -> dict[str, Any] | None:
         """Load the newest undamaged checkpoint before a round, and remove later checkpoints.
 
-        The private states are put into the store.
+        All private states in the store are replaced by the private states in the checkpoint.
 
         Args:
-            completed: Number of completed rounds. Only checkpoints with fewer rounds are
+            completed: Number of completed rounds. Only checkpoints with fewer completed rounds are
                 considered.
 
         Returns:
@@ -140,7 +142,7 @@ class Checkpoints:
                 path.unlink()
 
     def _remove_unused_files(self) -> None:
-        """Remove files to which neither of the newest checkpoints refers."""
+        """Remove files to which neither of the two newest checkpoints nor the store refers."""
         files = checkpoint_files(self.folder)
         used = self.store.files()
         for path in files[-KEPT_CHECKPOINTS:]:
@@ -159,9 +161,9 @@ def checkpoint_name(completed: int) -> str:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the paths of the checkpoints in a folder, oldest first.
+    """Return the paths of the checkpoints in a folder, sorted by round.
 
-    Files that are not named like checkpoints are ignored.
+    Other files are ignored.
     """
     return sorted(
         (path for path in folder.glob("round-*.ckpt") if _NAME.fullmatch(path.name)),
@@ -170,10 +172,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_round(path: Path) -> int:
-    """Return the number of completed rounds from the file name of a checkpoint.
+    """Return the number of completed rounds in the file name of a checkpoint.
 
     Raises:
-        ValueError: If the file is not named like a checkpoint.
+        ValueError: If the file name does not have the form of `checkpoint_name`.
     """
     match = _NAME.fullmatch(path.name)
     if match is None:
@@ -185,10 +187,10 @@ class SavedState(NamedTuple):
     """Contents of a checkpoint.
 
     Attributes:
-        tree: State of the run, except for private states.
-        locations: Location of each client's committed private state, by client id.
-        staged_locations: Location of each client's staged private state, by client id; None for an
-            empty state.
+        tree: State of the run without private states, as nested dictionaries.
+        locations: Location of each client's committed private state, keyed by client id.
+        staged_locations: Location of each client's staged private state, keyed by client id. The
+            value is None if the state is empty.
     """
 
     tree: dict[str, Any]
@@ -197,10 +199,12 @@ class SavedState(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> SavedState:
-    """Read and verify a checkpoint, including private states in older files.
+    """Read and verify a checkpoint.
+
+    The checksums of all private states are verified, including states in older files.
 
     Raises:
-        CodecError: If any byte of the checkpoint is damaged, in this file or in an older one.
+        CodecError: If any byte of the checkpoint is damaged, in the file or in an older file.
         OSError: If a file is missing or cannot be read.
     """
     head = _decode_head(path)
@@ -214,7 +218,7 @@ def read_checkpoint(path: Path) -> SavedState:
 
 
 def _encode_head(pieces: Any, store: StateStore, segment: OpenSegment, file_name: str) -> bytes:
-    """Encode the head of a segment that will be sealed as `file_name`."""
+    """Encode the head of a segment that will have the name `file_name`."""
     locations = store.locations()
     staged = store.staged_locations()
     staged_on_disk = {c: location for c, location in staged.items() if location is not None}
@@ -242,7 +246,12 @@ def _decode_head(path: Path) -> dict[str, Any]:
 def _encode_locations(
     locations: Mapping[str, BlobLocation], numbers: Mapping[Segment, int]
 ) -> dict[str, Any]:
-    """Encode locations as tables with one row per client, in which files have numbers."""
+    """Encode locations as a table with one row per client.
+
+    Args:
+        locations: Locations, keyed by client id.
+        numbers: Index of each segment in the list of files.
+    """
     rows = [(numbers[blob.segment], blob.offset, blob.length) for blob in locations.values()]
     return {
         "clients": list(locations),
@@ -261,10 +270,10 @@ def _decode_locations(table: Mapping[str, Any], segments: list[Segment]) -> dict
 
 
 def _write_tree(tree: Any, segment: OpenSegment) -> Any:
-    """Write a tree and return its location.
+    """Write nested dictionaries to a segment, and return the location.
 
-    If the tree is larger than `PIECE`, its values are written separately, and their locations are
-    returned by key.
+    If the dictionary is larger than `PIECE`, each value is written separately, and a dictionary of
+    locations is returned.
     """
     if isinstance(tree, dict) and num_tensor_bytes(tree) > PIECE:
         return {key: _write_tree(value, segment) for key, value in tree.items()}

@@ -1,6 +1,7 @@
 """Client side of a run: execution of plans for training, deployment and evaluation.
 
-The same code runs in simulations and on the nodes of a deployment.
+A plan is a generator of compute steps (see `hetero_fl.core.plan`). The same code runs in
+simulations and on the nodes of a deployment.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ from hetero_fl.robustness.attacks import TRIGGERED
 MAX_BROADCASTS = 8
 # Number of rows in the plot of a forecast: one week of hourly values.
 FORECAST_ROWS = 168
-# Data set of each evaluation, and whether it follows the client's own label distribution.
+# Data set of each evaluation, and whether the rows follow the label distribution of the client.
 EVALUATION_SETS = {
     "personal": ("test", True),
     "global": ("common_test", False),
     "validation_personal": ("validation", True),
     "validation_global": ("common_validation", False),
 }
-# Confusion matrices of more classes are too large to read and to store for every client.
+# Maximum number of classes for which the confusion matrix of each client is stored.
 MAX_CONFUSION_CLASSES = 100
-# Number of cached logits and labels that several clients may share.
+# Maximum number of cached tensors (logits and labels) that several clients share.
 MAX_SHARED = 64
 
 
@@ -77,14 +78,17 @@ class ReceivedBroadcast(NamedTuple):
 
 
 class BroadcastCache:
-    """Cache of the broadcasts of a round, so that each message is decoded and validated once.
+    """Cache of the decoded broadcasts of a round, so that each message is decoded only once.
 
-    Clients that receive the same message share its tensors, also with a server in the same process.
-    The methods of this package do not modify these tensors in place.
+    Clients that receive the same message share the decoded tensors. If the server is in the same
+    process, the server may share the tensors, too. The methods of this package do not modify these
+    tensors in place.
 
     Args:
-        decode: Function that decodes a message from client id, round index and message.
-        max_entries: Number of messages to keep; 0 for methods that may modify tensors in place.
+        decode: Function that decodes a message. The arguments are the client id, the index of the
+            round and the message.
+        max_entries: Maximum number of messages. Set to 0 for methods that may modify received
+            tensors in place.
     """
 
     def __init__(
@@ -94,11 +98,12 @@ class BroadcastCache:
         self._entries: deque[ReceivedBroadcast] = deque(maxlen=max_entries)
 
     def get(self, client_id: str, round_idx: int, content: Content) -> Payload:
-        """Return the decoded broadcast in new dictionaries.
+        """Return a decoded broadcast, whose dictionaries may be modified in place.
 
         Args:
             client_id: The client.
-            round_idx: Index of the round; entries of other rounds are dropped.
+            round_idx: Index of the round. If the cache contains messages of another round, the
+                cache is cleared.
             content: The message. Messages are compared by identity.
 
         Raises:
@@ -128,28 +133,29 @@ def copy_dictionaries(payload: Payload) -> Payload:
 
 
 def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
-    """Return the scores of each baseline, by name.
+    """Return the scores of each baseline, keyed by the name of the baseline.
 
     Args:
         task: The learning task.
-        rows: The rows, with the outputs of the baselines.
-        y: Targets of the rows.
+        rows: Examples with the outputs of the baselines.
+        y: Targets of the examples.
     """
     return {name: score(task, outputs, y, rows.unit) for name, outputs in rows.baselines.items()}
 
 
 def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[str, Any]:
-    """Return targets, predictions and baselines of the latest rows for a plot.
+    """Return the data for a plot of predictions for the latest `FORECAST_ROWS` rows.
 
     Args:
         task: The learning task.
-        rows: The rows, with their times and the outputs of the baselines.
+        rows: Examples with times and the outputs of the baselines.
         y: Targets of the rows, shape `[N, outputs]`.
         predicted: Predictions for the rows, shape `[N, outputs]`.
 
     Returns:
-        Times of the rows and, for each output, lists of values in the unit of the target. Empty if
-        the rows have no time or the task is not a regression.
+        A dictionary with the entries `time`, `truth`, `predicted` and `baselines`. All entries
+        except `time` contain a list per output with values in the unit of the target. The
+        dictionary is empty if the rows have no time or the task is not a regression.
     """
     if rows.time is None or task.kind != "regression":
         return {}
@@ -172,19 +178,19 @@ def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[s
 
 @dataclass
 class ClientEvaluation:
-    """Evaluation of one client.
+    """Results of the evaluation of one client.
 
     In a deployment, only the scores are sent to the server. All other attributes are used in
     reports of simulations.
 
     Attributes:
-        scores: Scores by name of the evaluation (see `EVALUATION_SETS`).
-        confusion: Confusion matrices by name of the evaluation.
-        calibration: Calibration by name of the evaluation.
-        baselines: Scores by name of the evaluation and name of the baseline.
-        forecast: Forecast for the latest rows of the local test set (see `forecast`).
-        triggered: Success rate of a backdoor: the fraction of global test rows with the trigger
-            that are classified as the target class; None without a backdoor.
+        scores: Scores, keyed by name of the evaluation (see `EVALUATION_SETS`).
+        confusion: Confusion matrices, keyed by name of the evaluation.
+        calibration: Calibration, keyed by name of the evaluation.
+        baselines: Scores of the baselines, keyed by name of the evaluation and of the baseline.
+        forecast: Forecast for the latest rows of the local test set (see the function `forecast`).
+        triggered: Success rate of a backdoor, which is the fraction of global test rows with the
+            trigger that are classified as the target class. None if there is no backdoor.
         model: The deployed model, encoded by `SavedModel.encode`.
     """
 
@@ -198,25 +204,27 @@ class ClientEvaluation:
 
 
 class ClientRuntime:
-    """Runtime that executes the plans of clients on their data and private state.
+    """Runtime that executes the plans of clients for training and evaluation.
 
     The plans of several clients can be executed together.
 
     Args:
         algorithm: The method.
         federation: The federation.
-        store: The clients' private state.
-        backend: Backend that runs the steps.
+        store: Store of the clients' private states.
+        backend: Backend that computes the steps of plans.
         protocol: Protocol by which uploads reach the server.
-        local: Whether the server is in this process. If so, uploads are passed to the server
+        local: Whether the server is in this process. If True, uploads are passed to the server
             without encoding where possible. Uploads of user-defined methods are always encoded,
             because such methods may modify tensors after the upload.
 
     Attributes:
         hands_over: Whether uploads are passed to the server without encoding.
-        listener: Function that is called with a message when a step begins, or None.
-        review_upload: Function that is called with client id and upload before encoding, or None.
-            It may raise an exception to refuse the upload.
+        listener: Function that is called with a message when a step of a plan begins. If None, no
+            function is called.
+        review_upload: Function that is called with the client id and the upload before the upload
+            is encoded. The function may raise an exception to prevent the upload. If None, no
+            function is called.
     """
 
     def __init__(
@@ -245,18 +253,20 @@ class ClientRuntime:
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
-        # CPU copies and scores of tensors that several clients share, by the tensor's identity.
+        # CPU copies and scores of tensors that several clients share, keyed by the id of the
+        # tensor.
         self._host_copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._shared_scores: dict[int, tuple[Tensor, Scores]] = {}
 
     def run(self, requests: Mapping[str, Message]) -> dict[str, Reply]:
-        """Execute one request for each client.
+        """Execute one request for each client, and stage the clients' new private states.
 
         Args:
-            requests: The request to each client, by client id.
+            requests: The request to each client, keyed by client id.
 
         Returns:
-            The reply of each client, by client id. It is a `DivergedError` if training diverged.
+            The reply of each client, keyed by client id. If training diverged, the reply is a
+            `DivergedError`, and no private state is staged.
 
         Raises:
             PayloadError: If a broadcast is malformed.
@@ -322,7 +332,7 @@ class ClientRuntime:
     def _estimates(
         self, client_id: str, content: Content, received: Payload
     ) -> dict[str, Any] | None:
-        """Return the client's estimates after a broadcast; None if broadcasts use no estimates."""
+        """Return the client's estimates after a broadcast. None if broadcasts use no estimates."""
         if not self.links.sends_changes:
             return None
         return updated_estimates(
@@ -374,14 +384,16 @@ class ClientRuntime:
     def deploy_clients(
         self, received: Mapping[str, Payload], round_idx: int
     ) -> dict[str, Participant]:
-        """Return copies of clients with the personalized models that they would deploy now.
+        """Return copies of clients with the personalized models for deployment.
+
+        The private states in the store do not change.
 
         Args:
-            received: The decoded broadcast of each client, by client id.
+            received: The decoded broadcast of each client, keyed by client id.
             round_idx: Index of the round, from 0.
 
         Returns:
-            The clients by id.
+            The copies, keyed by client id.
 
         Raises:
             DivergedError: If training for deployment diverges.
@@ -397,15 +409,17 @@ class ClientRuntime:
         """Evaluate clients' models on local and global test and validation sets.
 
         Args:
-            broadcasts: The message to each client, by client id.
+            broadcasts: The message to each client, keyed by client id.
             round_idx: Index of the round, from 0.
-            details: Whether to compute all results that a report shows.
+            details: Whether to compute all results that a report shows. If False, only scores and
+                the success rate of a backdoor are computed.
 
         Returns:
-            The evaluation of each client, by client id.
+            The evaluation of each client, keyed by client id.
 
         Raises:
             DivergedError: If training for deployment diverges.
+            PayloadError: If a broadcast is malformed.
         """
         for client in broadcasts:
             self._report_progress(client, "evaluation")
@@ -442,7 +456,7 @@ class ClientRuntime:
     def _recalibrate(
         self, clients: Mapping[str, Participant], personal: bool
     ) -> dict[str, Participant]:
-        """Return the clients with the BatchNorm statistics that an evaluation uses."""
+        """Return the clients with the BatchNorm statistics for local or global evaluations."""
         changed = {c: p for c, p in clients.items() if recalibrates_evaluation(p, personal)}
         plans = {c: recalibrated_models(self.algorithm, p, personal) for c, p in changed.items()}
         models = self._run(plans, changed)
@@ -453,7 +467,7 @@ class ClientRuntime:
 
         Args:
             participant: The client.
-            local: The client with the BatchNorm statistics for predictions on its own rows.
+            local: The client with the BatchNorm statistics for predictions on local rows.
         """
         task = self.federation.task
         slot, view = inference_model(self.algorithm, participant)
@@ -492,7 +506,7 @@ class ClientRuntime:
         labels: Tensor,
         logits: Tensor,
     ) -> None:
-        """Add baselines, forecast, confusion matrix and calibration of one set of rows."""
+        """Add the baselines, forecast, confusion matrix and calibration of one data set."""
         task = self.federation.task
         reveals_rows = self.federation.privacy is not None and name == "personal"
         evaluation.baselines[name] = baseline_scores(task, examples, labels)
@@ -516,7 +530,7 @@ class ClientRuntime:
             evaluations[c].triggered = float((logits.argmax(-1) == target).double().mean())
 
     def _on_host(self, tensor: Tensor) -> Tensor:
-        """Return logits or labels on the CPU; tensors that clients share are copied once."""
+        """Return logits or labels on the CPU. Tensors that clients share are copied once."""
         if tensor.is_cpu:
             return tensor
         known = self._host_copies.get(id(tensor))
@@ -533,7 +547,7 @@ class ClientRuntime:
         self._shared_scores.clear()
 
     def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:
-        """Return the scores of logits; tensors that clients share are scored once."""
+        """Return the scores of logits. Logits that clients share are scored once."""
         known = self._shared_scores.get(id(logits))
         if known is None or known[0] is not logits:
             if len(self._shared_scores) >= MAX_SHARED:
@@ -550,7 +564,7 @@ class ClientRuntime:
         Args:
             participant: The client, as returned by `deploy_clients`.
             rows: The rows to predict.
-            personal: Whether the rows follow the client's own label distribution.
+            personal: Whether the rows follow the label distribution of the client.
         """
         plan = self.algorithm.predict(participant, rows, personal)
         return run_plan(plan, participant, self.backend)[0].cpu()

@@ -31,11 +31,11 @@ class CommunicationCost:
     """Expected communication of a run in bytes.
 
     Attributes:
-        up: Bytes of uploads, by client id.
-        down: Bytes of broadcasts for training, by client id.
-        evaluation: Bytes of broadcasts for evaluation only, by client id.
-        is_upper_bound: Whether the numbers are upper bounds, because sizes of messages depend on
-            learned values.
+        up: Bytes of uploads, keyed by client id.
+        down: Bytes of broadcasts for training, keyed by client id.
+        evaluation: Bytes of broadcasts for evaluation, keyed by client id.
+        is_upper_bound: Whether the numbers are upper bounds. This is the case if the size of
+            messages depends on learned values.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -52,7 +52,7 @@ def communication_cost(
     per_round: int | None = None,
     every: int = 1,
 ) -> CommunicationCost:
-    """Estimate the bytes that a run sends, from one dry run of each kind of round.
+    """Estimate the number of bytes that a run sends, without training.
 
     Every sampled client is assumed to upload once. Failures, repeated rounds, early stopping by
     `evaluation.patience` and, in asynchronous runs, the different speeds of clients are ignored.
@@ -61,11 +61,12 @@ def communication_cost(
         algorithm: The method.
         federation: The federation.
         rounds: Number of rounds. In an asynchronous run, a round has as many uploads as a cohort.
-        per_round: Number of clients sampled for a round; None for all.
+        per_round: Number of clients sampled for a round. If None, all clients participate.
         every: Number of rounds between evaluations. The last round is always evaluated.
 
     Returns:
-        The expected bytes, by client id.
+        The expected number of bytes. All counts are 0 for methods whose communication is not
+        counted (`Needs.counts_traffic`).
 
     Raises:
         UserError: If the method does not support this federation.
@@ -93,8 +94,8 @@ class ExchangeCost(NamedTuple):
     """Cost of a client's participation in a round.
 
     Attributes:
-        down: Bytes sent to the client.
-        up: Bytes uploaded by the client.
+        down: Number of bytes sent to the client.
+        up: Number of bytes uploaded by the client.
         charges: Privacy charges of the upload.
     """
 
@@ -104,11 +105,11 @@ class ExchangeCost(NamedTuple):
 
 
 class DryRun:
-    """Run without computation, which determines the sizes of messages in each kind of round.
+    """Run without training, which determines the sizes of messages.
 
     Rounds in which clients with the same settings send and receive items of the same names and
-    shapes form a phase. Each phase is run once. The first round is a phase of its own, because it
-    precedes any aggregation.
+    shapes form a phase. For each phase, only one round is run. The first round is a separate phase,
+    because no aggregation has changed the server's state yet.
 
     Args:
         algorithm: The method.
@@ -123,19 +124,19 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        # Estimates of models, by item and group of clients.
+        # Estimates of models, keyed by item and group of clients (see `EstimateBroadcasts`).
         self._estimates: dict[tuple[str, str], ExpectedEstimate] = {}
-        # Number of the last change that a client received, by client id and item.
+        # Number of the last change that a client received, keyed by client id and item.
         self._received: dict[tuple[str, str], int] = {}
         self._uploads: dict[Any, tuple[int, tuple[PrivacyCharge, ...]]] = {}
         self._exchanges: dict[Any, ExchangeCost] = {}
         # Sizes of encoded broadcasts and of their parts, in bytes.
         self._lengths: dict[Any, int] = {}
-        # Phases for which the server's part has been run.
+        # Phases in which the server has aggregated.
         self._aggregated: set[tuple[int, ...]] = set()
 
     def exchange_cost(self, client_id: str, round_idx: int) -> ExchangeCost:
-        """Return the cost of a client's participation in a round."""
+        """Return the bytes and the privacy charges of a client's participation in a round."""
         phase = self._begin_round(round_idx)
         client_info = self.federation.client_infos[client_id]
         received = call_broadcast(self.algorithm, self.server, client_info)
@@ -156,14 +157,19 @@ class DryRun:
         return self._exchanges[key, down]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
-        """Return the bytes sent to a client for an evaluation before a round."""
+        """Return the number of bytes sent to a client for the evaluation before a round."""
         self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
         received = call_broadcast(self.algorithm, self.server, client_info)
         return self._broadcast_bytes(client_info, received, round_idx)
 
     def aggregate(self, cohort: list[str], round_idx: int) -> None:
-        """Run the server's part of a round, once for each phase."""
+        """Run the aggregation of a round, unless a round of the same phase has been aggregated.
+
+        Args:
+            cohort: Ids of the clients in the round. If empty, there is no aggregation.
+            round_idx: Index of the round, from 0.
+        """
         phase = self._begin_round(round_idx)
         if phase in self._aggregated or not cohort:
             return
@@ -178,7 +184,7 @@ class DryRun:
         run_plan(plan, self.server, self.expectations.backend)
 
     def _begin_round(self, round_idx: int) -> tuple[int, ...]:
-        """Set the round of the server, and return the phase of the round."""
+        """Set the round context of the server, and return the phase of the round."""
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
         return (min(round_idx, 1), *self.expectations.round_phase(round_idx))
@@ -190,7 +196,7 @@ class DryRun:
     def _broadcast_bytes(self, client_info: ClientInfo, payload: Payload, round_idx: int) -> int:
         """Return the size of a broadcast in bytes.
 
-        If the client trains, the estimates that it will have are recorded.
+        If the broadcast is for training, the client's new estimates are recorded.
         """
         if not self.links.sends_changes:
             return self._length(payload, round_idx)
@@ -245,7 +251,7 @@ class ExpectedEstimate:
 
     Attributes:
         number: Number of changes so far.
-        version: The server's version at the last change.
+        version: Index of the round of the last change, or -1 before the first change.
     """
 
     number: int = 0

@@ -1,4 +1,8 @@
-"""Dry runs of plans, to determine the structure of uploads and to check user-defined methods."""
+"""Dry runs of plans, which determine the structure of uploads and check user-defined methods.
+
+A dry run executes the hooks of a method with a backend that computes nothing. The structure of an
+upload consists of the names, shapes and dtypes of the items.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +57,14 @@ MAX_DENSE_ZEROS = 2**24
 
 
 class DryRunBackend:
-    """Backend that returns zeros of the right shapes and does not train.
+    """Backend that returns placeholders of the right shapes instead of computing steps.
 
-    Large results take the memory of a single element, because their number of rows is reported by
+    A large result takes the memory of a single element, because the number of rows is reported by
     clients and cannot be trusted.
 
     Attributes:
-        templates: Modules by architecture.
-        computed: Keys of the steps that have been run.
+        templates: Modules, keyed by architecture.
+        computed: Keys of the steps for which a placeholder has been returned.
     """
 
     def __init__(self) -> None:
@@ -89,10 +93,10 @@ class DryRunBackend:
 
 
 class PlaceholderClient(Participant):
-    """Client with placeholders for its private data.
+    """Client with placeholders instead of private data.
 
     Attributes:
-        counts_accessed: Whether the label counts have been read.
+        counts_accessed: Whether a plan has read the label counts.
     """
 
     counts_accessed = False
@@ -104,7 +108,7 @@ class PlaceholderClient(Participant):
 
 
 class ExpectedUploads:
-    """Expected structure of uploads: the names, shapes and dtypes of their items.
+    """Expected structure of uploads: the names, shapes and dtypes of the items.
 
     The structure of a client's upload is determined by a dry run of the client's plan.
 
@@ -115,8 +119,8 @@ class ExpectedUploads:
     Attributes:
         is_user_method: Whether the method is defined outside this package.
         backend: The backend of the dry runs.
-        specs: Specification of each item of the uploads, by name.
-        privacy: Client side of differential privacy; None without differential privacy.
+        specs: Declarations of the uploaded items, keyed by name.
+        privacy: Client side of differential privacy, or None if the run is not private.
     """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -139,7 +143,7 @@ class ExpectedUploads:
             round_idx: Index of the round, from 0.
 
         Returns:
-            Items by name. Clients with uploads of the same structure share one object.
+            Items, keyed by name. The same object is returned for uploads of the same structure.
 
         Raises:
             UserError: If the method's `train` returns undeclared items, or if an upload does not
@@ -157,7 +161,8 @@ class ExpectedUploads:
             client_info.num_rows if has_train_rows else None,
         )
         if key not in self._known:
-            # Uploads of a user-defined method may differ in every round: drop earlier ones.
+            # Uploads of a user-defined method may differ in every round, so entries of other rounds
+            # are dropped.
             if self.is_user_method:
                 self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
             try:
@@ -174,26 +179,31 @@ class ExpectedUploads:
         return self._known[key]
 
     def trained_names(self, client_info: ClientInfo, item: str) -> frozenset[str]:
-        """Return the names of the parameters of the model that an item contains.
+        """Return the names of the trained parameters in an item that contains a model.
 
-        An item with the name of a slot contains the model in that slot; any other item contains
-        the client's main model.
+        If the client has a model named `item`, the names of the parameters of this model are
+        returned. Otherwise, the names of the parameters of the client's main model are returned.
         """
         return client_info.models.get(item, client_info.arch).parameter_names
 
     def upload_phase(self, share_every: int, round_idx: int) -> int:
-        """Return the phase of a round: uploads have the same structure in all rounds of a phase.
+        """Return the number of the phase to which a round belongs.
 
-        With a user-defined method, the structure may change in every round.
+        Uploads have the same structure in all rounds of a phase. With a user-defined method, each
+        round is a separate phase.
+
+        Args:
+            share_every: Number of rounds between uploads of the client.
+            round_idx: Index of the round, from 0.
         """
         if self.is_user_method:
             return round_idx
         return upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
 
     def round_phase(self, round_idx: int) -> tuple[int, ...]:
-        """Return the phases of a round, one for each value of `share_every` among the clients.
+        """Return the phase of a round for each value of `share_every` among the clients.
 
-        The phases are in ascending order of these values.
+        The phases are in ascending order of `share_every`.
         """
         profiles = self.federation.client_infos.profiles
         intervals = sorted({profile.settings.share_every for profile in profiles})
@@ -202,7 +212,7 @@ class ExpectedUploads:
     def dry_run_upload(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
     ) -> tuple[Payload, tuple[PrivacyCharge, ...]]:
-        """Run a client's plan without computation and return the upload.
+        """Run the training plan of a client without computation, and return the upload.
 
         Args:
             client_info: The client.
@@ -210,11 +220,12 @@ class ExpectedUploads:
             round_idx: Index of the round, from 0.
 
         Returns:
-            An upload of the same size as the real one, including the report, and its privacy
+            An upload with the same structure and report entries as the real upload, and the privacy
             charges.
 
         Raises:
-            UserError: If the method's `train` returns undeclared items.
+            UserError: If the method's `train` returns items that are not declared or that the
+                client does not share, or creates a step without yielding the step.
         """
         client = self.placeholder_client(client_info, round_idx)
         if self.is_user_method:
@@ -248,13 +259,15 @@ class ExpectedUploads:
 
     @contextmanager
     def check_yields(self, hook: str) -> Iterator[None]:
-        """Check that a user-defined hook yields all steps that it creates within the context.
+        """Check that a user-defined hook yields all steps that the hook creates in the context.
+
+        Methods of this package are not checked.
 
         Args:
             hook: Name of the hook, for the error message.
 
         Raises:
-            UserError: If a step is created but not yielded.
+            UserError: If a step is created but not yielded. Raised at the end of the context.
         """
         if not self.is_user_method:
             yield
@@ -270,7 +283,7 @@ class ExpectedUploads:
                 )
 
     def placeholder_client(self, client_info: ClientInfo, round_idx: int) -> PlaceholderClient:
-        """Return a client with the real proxy rows and placeholders for its private rows."""
+        """Create a client with the real proxy rows, and placeholders for the private rows."""
         federation = self.federation
 
         def data(name: str, preprocess: Any) -> Columns:
@@ -307,7 +320,7 @@ class ExpectedUploads:
 
 @translate_user_errors()
 def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """Run the hooks of a user-defined method without computation, to find mistakes before training.
+    """Check a user-defined method for mistakes by running the hooks without computation.
 
     Raises:
         UserError: If the name of a hook is misspelled, `deploy` is not a generator, a plan is never
@@ -339,12 +352,12 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
     except UserError:
         raise
     except Exception:
-        # The uploads have meaningless values. A real error shows in the first round.
+        # The uploads contain zeros, which can cause errors that do not occur in a real round.
         return
 
 
 def _user_functions(algorithm_class: type) -> list[FunctionType]:
-    """Return the functions that a class and its base classes outside this package define."""
+    """Return the functions of a class and of all base classes outside this package."""
     bases = [b for b in algorithm_class.__mro__ if not b.__module__.startswith("hetero_fl.")]
     return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
 
@@ -362,7 +375,11 @@ def _check_hook_names(algorithm_class: type) -> None:
 
 
 def _check_plans_are_run(algorithm_class: type) -> None:
-    """Raise UserError if a statement creates a plan without running it."""
+    """Check that each statement that creates a plan also runs the plan.
+
+    Raises:
+        UserError: If a plan is created but never run.
+    """
     for function in _user_functions(algorithm_class):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -390,14 +407,18 @@ def _creates_plan(node: ast.expr, algorithm_class: type, function: FunctionType)
 
 
 def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor of zeros; a large one is read-only and takes the memory of one element."""
+    """Return a tensor of zeros.
+
+    If the tensor has more than `MAX_DENSE_ZEROS` elements, all elements share the memory of one
+    element, and the tensor must not be modified in place.
+    """
     if math.prod(shape) <= MAX_DENSE_ZEROS:
         return torch.zeros(shape, dtype=dtype)
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
 def payload_structure(payload: Payload) -> tuple[Any, ...]:
-    """Return the name of each item, with the shape of its tensor or its number of tensors."""
+    """Return the name of each item, and the shape of the tensor or the number of named tensors."""
     return tuple(
         (name, tuple(values.shape) if isinstance(values, Tensor) else len(values))
         for name, values in payload.items()

@@ -1,4 +1,8 @@
-"""Specification of a federation: its clients, their models and their data."""
+"""Specification of a federation: the clients, their models and their data.
+
+A slot is the name of a model of a participant, such as "model". Clients with the same settings and
+models have the same profile (see `ClientProfile`).
+"""
 
 from __future__ import annotations
 
@@ -48,32 +52,32 @@ NUM_REPRESENTATIVE = 100
 class FederationSpec:
     """Specification of a federation: clients, models, data and settings.
 
-    The specification does not change during a run. Participants are created from it for each task
-    and dropped afterwards.
+    The specification does not change during a run. Participants are created for each task and
+    dropped afterwards.
 
     Attributes:
         task: The learning task.
         data: The data of all clients and the server.
-        client_infos: Information on each client, by client id.
-        server_settings: Settings for training at the server.
+        client_infos: Information on each client, keyed by client id.
+        server_settings: Settings of training at the server.
         server_preprocess: Preprocessing of examples at the server.
-        student: The model that the server trains; None if the method does not train at the server.
+        student: The model that the server trains, or None if the server does not train a model.
         seed: Seed of the run.
         num_rounds: Number of rounds of the run.
         common: Prefixes of the names of tensors that all architectures share.
         cohort: Number of clients sampled for a round.
         evaluated_clients: Ids of the clients whose models are evaluated, in the order of the
             configuration.
-        representative_clients: Ids of a sample of clients, used where it would be too slow to
-            inspect every client. Contains all clients if there are at most `MAX_EVALUATED`.
+        representative_clients: Ids of a sample of the clients, from which costs are estimated. If
+            there are at most `MAX_EVALUATED` clients, the sample contains all clients.
         channel: Compression of messages.
         aggregation: Aggregation rules.
-        malicious: The malicious clients, or None.
-        privacy: Settings of differential privacy, or None.
+        malicious: The simulated malicious clients, or None if there are none.
+        privacy: Settings of differential privacy, or None if the run is not private.
         noise: Source of the noise for differential privacy. In a deployment, the noise is drawn
             from the random number generator of the operating system.
-        metrics: References to the user's metrics, by name.
-        memory: Memory in which participants store their tensors.
+        metrics: References to user-defined metrics, keyed by name.
+        memory: Memory of the device on which participants store tensors.
     """
 
     task: Task
@@ -107,13 +111,15 @@ class FederationSpec:
     ) -> FederationSpec:
         """Build the federation that a configuration describes.
 
-        Each architecture is built once to check it. Models of malicious clients are not evaluated.
+        Each architecture is built once to check the configuration. Malicious clients are excluded
+        from `evaluated_clients`.
 
         Args:
             config: The configuration of the run.
             data: The data of all clients and the server.
-            clients: Settings of each client, by id.
-            student: Whether the method can train a model at the server.
+            clients: Settings of each client, keyed by client id.
+            student: Whether the method can train a model at the server. If False, `student` of the
+                federation is None.
 
         Raises:
             UserError: If the model of a client or of the server cannot be built, if
@@ -167,15 +173,19 @@ class FederationSpec:
         )
 
     def score(self, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
-        """Compute the metrics of the task and the user's metrics.
+        """Compute the metrics of the task and the user-defined metrics.
 
         Args:
             logits: Outputs, shape `[N, C]`.
             y: Targets, shape `[N]` (classes) or `[N, C]`.
-            unit: Factors for outputs and targets of a regression by example, shape `[N]`.
+            unit: Factors by which outputs and targets of a regression are multiplied, shape `[N]`.
+                If None, the factors are 1.
+
+        Returns:
+            The scores, keyed by the name of the metric.
 
         Raises:
-            RunFailedError: If a user's metric raises an exception.
+            RunFailedError: If a user-defined metric raises an exception.
         """
         scores = score(self.task, logits, y, unit)
         for name, reference in self.metrics.items():
@@ -190,7 +200,7 @@ class FederationSpec:
         """Return a copy of the federation with other client models.
 
         Args:
-            models: The models by slot, either for each client profile or by client id.
+            models: The models, keyed by slot, either for each client profile or keyed by client id.
 
         Raises:
             UserError: If the model of a client cannot be built.
@@ -203,13 +213,19 @@ class FederationSpec:
         return replace(self, client_infos=client_infos)
 
     def with_memory(self, memory: DeviceMemory) -> FederationSpec:
-        """Return a copy of the federation whose participants store their tensors in `memory`."""
+        """Return the federation with another memory for the tensors of participants.
+
+        If the device does not change, the federation itself is returned.
+        """
         if memory.storage_device == self.memory.storage_device:
             return self
         return replace(self, memory=memory, _initial={})
 
     def initial_tensors(self, arch: ModelSpec) -> Tensors:
-        """Return the initial tensors of an architecture. They must not be modified in place."""
+        """Return the initial tensors of an architecture, keyed by name.
+
+        The tensors are cached and must not be modified in place.
+        """
         if arch.spec_id not in self._initial:
             tensors = self.memory.to_storage(arch.initial_tensors(self.seed))
             self._initial[arch.spec_id] = tensors
@@ -230,13 +246,13 @@ class FederationSpec:
         With `privacy.poisson_cohorts`, each client is sampled independently.
 
         Args:
-            count: Number of clients to sample, or its expectation for Poisson sampling; None for
-                all clients.
+            count: Number of clients. With `privacy.poisson_cohorts`, the expected number of
+                clients. If None, all clients are returned.
             round_idx: Index of the round, from 0.
             attempt: Number of earlier attempts at the round.
 
         Returns:
-            Client ids, sorted in natural order.
+            Client ids in natural order.
         """
         ids = self.client_infos.clients.ids
         if count is not None and self.privacy is not None and self.privacy.poisson_cohorts:
@@ -251,11 +267,11 @@ class FederationSpec:
     def client(
         self, client_id: str, state: PrivateState, round_idx: int, attempt: int = 0
     ) -> Participant:
-        """Return a client with its private state, for one task of a round.
+        """Create a client with private state, for one task of a round.
 
         Args:
             client_id: The client.
-            state: The client's private state.
+            state: Private state of the client, which is not modified in place.
             round_idx: Index of the round, from 0.
             attempt: Number of times that the client has already trained in this round.
         """
@@ -294,13 +310,13 @@ class FederationSpec:
 
     @property
     def has_noisy_counts(self) -> bool:
-        """Whether label counts are noisy, which is the case if privacy protects single records."""
+        """Whether label counts are noisy, because differential privacy protects single records."""
         return self.privacy is not None and self.privacy.unit == "record"
 
     def label_counts(self, client_id: str) -> Tensor:
-        """Return the label counts of a client's training rows.
+        """Return the number of a client's training examples of each class.
 
-        The counts are noisy if `has_noisy_counts` is true.
+        If `has_noisy_counts` is True, noise is added to the counts.
 
         Returns:
             Label counts in the default dtype, shape `[outputs]`.
@@ -311,7 +327,11 @@ class FederationSpec:
         return noisy_label_counts(counts, self.task.kind, self.privacy, self.noise, client_id)
 
     def server(self) -> Participant:
-        """Return the server in its initial state, with a model for each architecture."""
+        """Create the server in the initial state.
+
+        The server has a model for each architecture of the clients, in the slot
+        `ModelSpec.spec_id`, and a model in the slot "student" if `student` is not None.
+        """
         archs = {profile.arch.spec_id: profile.arch for profile in self.client_infos.profiles}
         models = {slot: dict(self.initial_tensors(arch)) for slot, arch in sorted(archs.items())}
         if self.student is not None:
@@ -336,8 +356,11 @@ class FederationSpec:
     def preprocessing_of(self, slot: str) -> Preprocess:
         """Return the preprocessing of public examples for a model at the server.
 
-        A model that clients train uses the preprocessing of the first client with its architecture;
-        any other model uses the preprocessing of the server.
+        If clients train the model, the preprocessing of the first client with the architecture is
+        returned. Otherwise, the preprocessing of the server is returned.
+
+        Args:
+            slot: Slot of the model.
         """
         for profile in self.client_infos.profiles:
             if profile.arch.spec_id == slot:
@@ -346,19 +369,25 @@ class FederationSpec:
 
 
 def attempt_key(attempt: int) -> tuple[Key, ...]:
-    """Return the part of a random stream's key that distinguishes attempts at a round."""
+    """Return values that seed the random draws of repeated attempts at a round.
+
+    The result is empty for the first attempt.
+
+    Args:
+        attempt: Number of earlier attempts.
+    """
     return ("attempt", attempt) if attempt else ()
 
 
 def load_metric(name: str, reference: str) -> MetricFunction:
-    """Return a user's metric.
+    """Import a user-defined metric.
 
     Args:
         name: Name of the metric.
-        reference: Reference to the function.
+        reference: Reference to the function, such as `python:package.module:function`.
 
     Raises:
-        UserError: If the function does not exist.
+        UserError: If the function cannot be imported.
     """
     function: MetricFunction = import_reference(
         reference, f"evaluation.metrics.{name}", takes="predictions, targets"
@@ -367,7 +396,7 @@ def load_metric(name: str, reference: str) -> MetricFunction:
 
 
 def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) -> ModelSpec:
-    """Return the specification of a configured model.
+    """Create the specification of a configured model.
 
     Args:
         model: Configuration of the model.
@@ -386,7 +415,7 @@ def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) 
 
 
 def _fill_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:
-    """Return the model's options, with `blocks` from the preprocessing if the model needs them."""
+    """Return the model's options, with the `blocks` of the preprocessing if required."""
     known = model_options(model.name)
     if view.blocks and "blocks" not in model.options and known.get("blocks", 0) in ((), None):
         return {**model.options, "blocks": tuple(tuple(block) for block in view.blocks)}
@@ -426,5 +455,5 @@ def _check_model(arch: ModelSpec, where: str) -> None:
 
 
 def describe_settings(settings: ClientSettings) -> dict[str, Any]:
-    """Return the settings that differ from the defaults, for reports."""
+    """Return the client settings that differ from the defaults, as JSON content."""
     return settings.model_dump(mode="json", exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""Trainers in real time for clients on other machines, which may connect and disconnect."""
+"""Trainers for deployments, in which clients on other machines may connect and disconnect."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class Stopwatch:
     The time between a crash and the resumption of the run does not count.
 
     Args:
-        elapsed: Time that has elapsed before the start, in seconds.
+        elapsed: Time of the run before the start of the stopwatch, in seconds.
     """
 
     def __init__(self, elapsed: float = 0.0) -> None:
         self._start = time.monotonic() - elapsed
 
     def elapsed(self) -> float:
-        """Return the elapsed time of the run in seconds."""
+        """Return the time of the run in seconds, which starts at the argument `elapsed`."""
         return time.monotonic() - self._start
 
 
 def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
-    """Return an entry for a round's record with the clients that lost their private state.
+    """Return the entry of a round's record with the clients that have lost their private state.
 
-    The entry is empty if no client has lost its private state since the last call.
+    The result is empty if no client has lost its private state since the previous call.
     """
     clients = executor.pop_reset_clients()
     return {"anew": clients} if clients else {}  # style: ok (file key)
@@ -64,7 +64,7 @@ def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
 class RemoteSynchronousTrainer(ScheduledTrainer):
     """Synchronous trainer with clients on other machines.
 
-    A round ends when enough uploads have arrived or its deadline has passed. The arguments are the
+    A round ends when enough uploads have arrived or the deadline has passed. The arguments are the
     same as those of `ScheduledTrainer`.
     """
 
@@ -149,9 +149,9 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
 class RemoteAsynchronousTrainer(AsynchronousTrainer):
     """Asynchronous trainer with clients on other machines.
 
-    Clients are sampled among those that are connected. If the same clients are connected and their
-    uploads arrive in the same order, a run is reproduced bit by bit. After a crash of the server,
-    tasks in flight are sent again unchanged. The arguments are the same as those of
+    Clients are sampled among the connected clients. If the same clients are connected and the
+    uploads arrive in the same order, the results of two runs are bit-identical. After a crash of
+    the server, tasks in flight are sent again unchanged. The arguments are the same as those of
     `AsynchronousTrainer`.
     """
 
@@ -162,8 +162,8 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
         super().__init__(*args, **options)
         self.executor.on_reset = self._resend_model
         self.stopwatch = Stopwatch()
-        # Clients that did not answer since the last aggregation, and the reasons. They are not
-        # sampled.
+        # Reasons why clients did not reply since the last aggregation, keyed by client id. These
+        # clients are not sampled.
         self._unresponsive: dict[str, str] = {}
 
     @override
@@ -215,7 +215,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
         return task.request
 
     def _resend_model(self, client: str) -> None:
-        """Include the whole model in the next request to a client that has lost its state."""
+        """Replace the broadcast in the task of a client that has lost its private state."""
         body = self.broadcasts.reset(client)
         for task in self.queue:
             if task.client == client and body is not None:
@@ -224,7 +224,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
 
     @override
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
-        # Clients that did not answer are sampled again after the next aggregation, or if no other
+        # Clients that did not reply are sampled again after the next aggregation, or if no other
         # clients are connected.
         connected = set(self.executor.connected_clients())
         busy = {task.client for task in self.queue}

@@ -1,4 +1,8 @@
-"""Secure aggregation in a federation: layout of the vectors, and conversion of sums to uploads."""
+"""Secure aggregation in a federation: layout of the vectors, and conversion of sums to uploads.
+
+Clients send vectors that contain the values and weights of all uploaded tensors (see
+`hetero_fl.communication.secure_aggregation`).
+"""
 
 from __future__ import annotations
 
@@ -36,14 +40,15 @@ MAX_LAYOUTS = 8
 class DerivedSetup:
     """Setup of secure aggregation that the server and each client derive independently.
 
-    The layout of the vectors in a round follows from a dry run of one client of each profile.
+    The layout of the vectors in a round is determined by a dry run of one client per
+    `ClientProfile`.
 
     Args:
         algorithm: The method.
         federation: The federation.
 
     Attributes:
-        expectations: The expected structure of uploads.
+        expectations: Names, shapes and dtypes of the uploaded items.
     """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -53,7 +58,10 @@ class DerivedSetup:
         self._layouts: BoundedCache[VectorLayout] = BoundedCache(MAX_LAYOUTS)
 
     def layout(self, round_idx: int) -> VectorLayout:
-        """Return the layout of the vectors in a round. Rounds of the same phase share a layout."""
+        """Return the layout of the vectors in a round.
+
+        Rounds in which uploads have the same structure share a layout.
+        """
         phase = self.expectations.round_phase(round_idx)
         if phase not in self._layouts:
             forms = [
@@ -68,8 +76,8 @@ class DerivedSetup:
     def upload_form(self, client: str, round_idx: int) -> Mapping[str, Item]:
         """Return the expected items of a client's upload in a round, with placeholder values.
 
-        The items are derived from the server in its initial state, because the layout must not
-        depend on received uploads.
+        The items are determined with the server in its initial state, because the layout must not
+        depend on uploads.
         """
         client_info = self.federation.client_infos[client]
         self.server.round_context = self.federation.round_context(round_idx)
@@ -101,12 +109,11 @@ class DerivedSetup:
             client: The client.
             round_idx: Index of the round, from 0.
             layout: Layout of the vector.
-            unit: Value of one unit of the vector.
-            shares: Number of shares that add up to the required noise.
+            unit: Factor by which the client divides values and weights.
+            shares: Number of shares that make up the required noise.
 
         Returns:
-            The noise in units of the vector, shape `[layout.size]`, or None if clients do not add
-            noise.
+            The noise, divided by `unit`, shape `[layout.size]`. None if clients do not add noise.
         """
         privacy = self.expectations.privacy
         if privacy is None or not privacy.config.distributed:
@@ -130,7 +137,10 @@ class DerivedSetup:
 
 
 def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
-    """Return the protocol by which uploads reach the server, with or without secure aggregation."""
+    """Create the protocol by which uploads reach the server.
+
+    Secure aggregation is used if `channel.secure_sum` is configured and the method uploads items.
+    """
     config = federation.channel.secure_sum
     if config is None or not algorithm.uploads:
         return DirectProtocol()
@@ -146,17 +156,17 @@ def open_sums(
 ) -> tuple[Uploads, float | None]:
     """Convert a securely aggregated sum to the uploads of a round.
 
-    Tensors with a total weight of zero were not sent by any client and are left out.
+    Named tensors with a total weight of zero are omitted, because no client sent these tensors.
 
     Args:
         aggregated: The sum.
         layout: Layout of the summed vectors.
-        fixed: Fixed-point representation of the sum.
-        forms: The clients in the sum, each with the expected items of its upload.
-        noise: Privacy noise on the sums, or None.
+        fixed: Fixed-point format of the sum.
+        forms: Pairs of a client in the sum and the expected items of the client's upload.
+        noise: Privacy noise that is added to the sums. If None, no noise is added.
 
     Returns:
-        The uploads, and the mean training loss or None.
+        The uploads, and the mean training loss. The loss is None if no client reports a loss.
     """
     vector = fixed.decode(aggregated.total)
     common = layout.common

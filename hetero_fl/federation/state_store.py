@@ -1,7 +1,7 @@
 """Storage of clients' private state between rounds, in append-only segment files.
 
-The new state of a client is staged after training and committed when the server has used the
-client's upload. The checkpoint of the round (see `checkpoint.py`) then seals the segment.
+The new state of a client is staged after training. Staged states are committed when the server has
+used the client's upload. The next checkpoint seals the segment (see `checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from hetero_fl.utils.serialization import (
 )
 
 MAGIC = b"HFLCKPT2"
-# Number of bytes that are in memory at a time while a blob is verified or copied.
+# Maximum number of bytes in memory while a blob is verified or copied.
 CHUNK = 1 << 20
-# Bytes after the head: its length and a SHA-256 checksum.
+# Number of bytes after the head: the length of the head and a SHA-256 checksum.
 TRAILER = 8 + 32
 FORM = "private state 1"
 # Default size of the cache of states in bytes.
 MEMORY = 1 << 30
-# If less than 1 / COMPACT of a segment is in use, this part is copied and the segment is removed.
+# If less than 1 / COMPACT of a segment is in use, the part in use is copied, and the segment is
+# removed.
 COMPACT = 4
 
 
@@ -47,9 +48,9 @@ class Segment:
     """File that contains blobs, which are byte strings such as encoded states.
 
     A segment consists of 8 magic bytes, the blobs, the head, the length of the head (8 bytes,
-    little-endian), and the SHA-256 checksum of head and length. The head contains the locations and
-    checksums of blobs in this and older segments. Blob locations refer to the segment object, so
-    they remain valid when the file is renamed.
+    little-endian), and the SHA-256 checksum of the head and the length. The head contains the
+    locations and checksums of blobs in this segment and in older segments. Locations refer to the
+    segment object and therefore remain valid when the file is renamed.
 
     Args:
         path: Path of the file.
@@ -65,12 +66,12 @@ class Segment:
         """Open a sealed segment.
 
         Raises:
-            OSError: If the file does not exist.
+            OSError: If the file does not exist or is not accessible.
         """
         return cls(path, path.stat().st_size)
 
     def read(self, location: BlobLocation) -> bytes:
-        """Return a blob.
+        """Read a blob, and verify the checksum.
 
         Raises:
             CodecError: If the blob is damaged.
@@ -80,10 +81,10 @@ class Segment:
         return b"".join(self.stream(location, location.length))
 
     def stream(self, location: BlobLocation, chunk_size: int = CHUNK) -> Iterator[bytes]:
-        """Yield the chunks of a blob.
+        """Yield the chunks of a blob, and verify the checksum after the last chunk.
 
         Raises:
-            CodecError: If the blob is damaged; raised after the last chunk.
+            CodecError: If the blob is damaged. Raised after all chunks have been yielded.
             OSError: If the file cannot be read.
         """
         checksum = hashlib.sha256()
@@ -110,7 +111,8 @@ class Segment:
         """Return the head of a sealed segment.
 
         Raises:
-            CodecError: If the magic bytes, the head or the trailer are damaged.
+            CodecError: If the magic bytes, the head or the bytes after the head are damaged.
+            OSError: If the file cannot be read.
         """
         with open(self.path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
@@ -129,7 +131,7 @@ class BlobLocation(NamedTuple):
     """Location and checksum of a blob.
 
     Attributes:
-        segment: The segment with the blob.
+        segment: The segment that contains the blob.
         offset: Offset of the first byte.
         length: Number of bytes.
         digest: SHA-256 checksum.
@@ -141,15 +143,15 @@ class BlobLocation(NamedTuple):
     digest: bytes
 
     def read(self) -> bytes:
-        """Return the blob (see `Segment.read`)."""
+        """Read the blob, and verify the checksum (see `Segment.read`)."""
         return self.segment.read(self)
 
 
 class OpenSegment(Segment):
-    """Segment that is being written, under a temporary name.
+    """Segment to which blobs can be appended.
 
-    The file is renamed when it is sealed, so that a sealed segment is always complete. It is not
-    kept open between calls, because the process may be killed at any time.
+    The file has a temporary name until the segment is sealed, so that a sealed segment is always
+    complete. The file is closed after each call, because the process may be killed at any time.
 
     Args:
         folder: Folder of the file.
@@ -160,14 +162,14 @@ class OpenSegment(Segment):
         super().__init__(folder / ".next.ckpt.tmp", 0)
 
     def append(self, data: bytes) -> BlobLocation:
-        """Append a blob and return its location.
+        """Append a blob, and return the location of the blob.
 
-        If writing fails, the next blob overwrites the incomplete one.
+        If writing fails, the next blob overwrites the incomplete blob.
         """
         return self._append([data], hashlib.sha256(data).digest())
 
     def copy(self, location: BlobLocation) -> BlobLocation:
-        """Append a blob of another segment and return its new location.
+        """Append a blob of another segment, and return the new location of the blob.
 
         Only one chunk is in memory at a time.
 
@@ -191,13 +193,13 @@ class OpenSegment(Segment):
         return location
 
     def truncate(self, size: int) -> None:
-        """Remove all blobs from offset `size` on."""
+        """Remove all blobs at offsets from `size` on."""
         if size < self.size:
             os.truncate(self.path, size)
             self.size = size
 
     def seal(self, path: Path, head: bytes) -> None:
-        """Append the head, flush the file to disk and rename it.
+        """Append the head, flush the file to disk, and rename the file.
 
         No blobs can be appended afterwards.
 
@@ -224,8 +226,9 @@ class PrivateState:
     """Private state of one client.
 
     Attributes:
-        models: Tensors of the models that the client keeps, by slot.
-        state: Further state: nested dictionaries and lists of tensors and plain values.
+        models: Tensors of the client's personal models, keyed by slot (name of the model) and
+            tensor name.
+        state: Further state, as nested dictionaries and lists of tensors and plain values.
     """
 
     models: dict[str, Tensors] = field(default_factory=dict)
@@ -235,7 +238,10 @@ class PrivateState:
         return bool(self.models or self.state)
 
     def encode(self) -> bytes:
-        """Encode the state for disk and other processes; an empty state is encoded as `b""`."""
+        """Encode the state for storage and for other processes.
+
+        An empty state is encoded as `b""`.
+        """
         return encode({"models": self.models, "state": self.state}, FORM) if self else b""
 
     @classmethod
@@ -248,7 +254,7 @@ class PrivateState:
 
         Raises:
             CodecError: If the bytes are malformed.
-            TypeError: If the bytes encode another object.
+            TypeError: If the bytes encode an object other than a private state.
         """
         return cls(**decode(data, FORM, bounded)) if data else cls()
 
@@ -272,8 +278,8 @@ class StateVersion:
     """Staged or committed version of a client's state.
 
     Attributes:
-        stamp: Number of the version, which is unique in this process.
-        location: Location on disk; None if the store has no folder.
+        stamp: Number of the version, which is unique in a store.
+        location: Location on disk, or None if the store has no folder.
     """
 
     stamp: int
@@ -281,20 +287,19 @@ class StateVersion:
 
 
 class StateStore:
-    """Store of clients' private states. Clients without private state take no memory.
+    """Store of the private states of clients.
 
-    Cached states equal the states on disk, so results depend neither on the size of the cache nor
-    on whether a run is resumed.
+    Clients with an empty state take no memory. Cached states are equal to the states on disk.
+    Results therefore do not depend on the size of the cache or on whether a run is resumed.
 
     Args:
-        folder: Folder to which states are written when they are staged. Without a folder, all
-            states stay in memory.
-        memory: Maximum size of the cache in bytes if there is a folder.
+        folder: Folder to which staged states are written. If None, all states are stored in memory.
+        memory: Maximum size of the cache in bytes. Ignored if `folder` is None.
 
     Attributes:
-        open_segment: The segment to which states are written; None without a folder.
-        notes: Data that clients keep between the exchanges of a round, by client id; not written to
-            disk.
+        open_segment: The segment to which states are written, or None if there is no folder.
+        notes: State of the clients between the exchanges of a round, keyed by client id. The notes
+            are never written to disk.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
@@ -302,7 +307,7 @@ class StateStore:
         self.memory = memory
         self.open_segment: OpenSegment | None = None
         self.notes: dict[str, bytes] = {}
-        # Cached states by stamp.
+        # Cached states, keyed by stamp.
         self._cache: LRUCache[int, PrivateState | bytes] = LRUCache(
             math.inf if folder is None else memory, getsizeof=_num_bytes
         )
@@ -323,7 +328,8 @@ class StateStore:
         """Return the committed state of a client.
 
         Returns:
-            The state, which must not be modified in place. It is empty if the client has no state.
+            The state, which must not be modified in place. If the client has no committed state, an
+            empty state is returned.
 
         Raises:
             RunFailedError: If the state is damaged on disk.
@@ -338,7 +344,7 @@ class StateStore:
         return state
 
     def encoded(self, client: str) -> bytes | None:
-        """Return the encoded committed state of a client; None if the client has no state.
+        """Return the encoded committed state of a client, or None if the state is empty.
 
         Raises:
             RunFailedError: If the state is damaged on disk.
@@ -350,28 +356,35 @@ class StateStore:
         return state if isinstance(state, bytes) else state.encode()
 
     def stamp(self, client: str) -> int | None:
-        """Return a number that changes when a new state is committed; None if there is no state."""
+        """Return the version number of a client's committed state, or None if the state is empty.
+
+        The number changes with each commit of a new state.
+        """
         version = self._committed.get(client)
         return None if version is None else version.stamp
 
     def num_bytes(self, client: str) -> int:
-        """Return the size of a client's committed state in memory, in bytes."""
+        """Return the size of a client's committed state in bytes. 0 if the state is empty.
+
+        If the state is not cached, the size of the encoded state is returned.
+        """
         version = self._committed.get(client)
         return 0 if version is None else _num_bytes(self._load(client, version))
 
     def clients(self) -> list[str]:
-        """Return the ids of clients with a committed state, sorted."""
+        """Return the sorted ids of the clients with a committed state that is not empty."""
         return sorted(self._committed)
 
     def stage(self, client: str, private: PrivateState | bytes) -> int | None:
-        """Stage the new state of a client, which is committed when the client's upload is used.
+        """Stage the new state of a client, which replaces a staged state of the client.
 
         Args:
-            client: The client's id.
-            private: The state, encoded if it comes from another process.
+            client: Id of the client.
+            private: The state, or the return value of `PrivateState.encode`.
 
         Returns:
-            The stamp that the state will have once it is committed; None if the state is empty.
+            The version number that the state will have when it is committed (see `stamp`). None if
+            the state is empty.
         """
         self.discard_client(client)
         if not private:
@@ -388,14 +401,18 @@ class StateStore:
         return version.stamp
 
     def discard_client(self, client: str) -> None:
-        """Drop the staged state of a client whose upload is not used."""
+        """Drop the staged state of a client, for example because the upload cannot be used.
+
+        This method has no effect if the client has no staged state.
+        """
         self._remove_from_cache(self._staged.pop(client, None))
 
     def commit(self, clients: Collection[str] | None = None) -> None:
-        """Commit staged states, which replace the clients' previous states.
+        """Commit staged states, which replace the clients' previous states, and clear all notes.
 
         Args:
-            clients: Ids of the clients whose uploads were used; None for all.
+            clients: Ids of the clients whose states are committed. If None, all staged states are
+                committed.
         """
         used = list(self._staged)
         if clients is not None:
@@ -409,7 +426,7 @@ class StateStore:
         self._mark_committed_size()
 
     def discard(self) -> None:
-        """Drop all staged states."""
+        """Drop all staged states and all notes."""
         for client in list(self._staged):
             self.discard_client(client)
         self.notes.clear()
@@ -417,7 +434,7 @@ class StateStore:
             self.open_segment.truncate(self._committed_size)
 
     def locations(self) -> dict[str, BlobLocation]:
-        """Return the location of each client's committed state on disk, by client id."""
+        """Return the locations of the committed states on disk, keyed by client id."""
         return {
             client: version.location
             for client, version in sorted(self._committed.items())
@@ -425,7 +442,10 @@ class StateStore:
         }
 
     def staged_locations(self) -> dict[str, BlobLocation | None]:
-        """Return the location of each client's staged state by client id, None for empty states."""
+        """Return the locations of the staged states on disk, keyed by client id.
+
+        The value is None if the state is empty or if the store has no folder.
+        """
         return {
             client: None if version is None else version.location
             for client, version in sorted(self._staged.items())
@@ -437,10 +457,10 @@ class StateStore:
         return {segment.path for segment in segments}
 
     def compact_segments(self, replaced: Path) -> None:
-        """Copy the states in use from segments that contain few of them to the open segment.
+        """Copy states from segments of which only a small part is in use to the open segment.
 
         Args:
-            replaced: File that will be replaced. All states in use are copied from this file.
+            replaced: File that will be overwritten. All states in use in this file are copied.
 
         Raises:
             RunFailedError: If a state is damaged on disk.
@@ -465,7 +485,10 @@ class StateStore:
         self._mark_committed_size()
 
     def start_segment(self) -> None:
-        """Start a new segment after a checkpoint has sealed the previous one."""
+        """Start a new segment. Call this method after the previous segment has been sealed.
+
+        This method has no effect if the store has no folder.
+        """
         if self.folder is not None:
             self.open_segment = OpenSegment(self.folder)
         self._mark_committed_size()
@@ -478,9 +501,9 @@ class StateStore:
         """Replace all states by the states of a checkpoint.
 
         Args:
-            locations: Location of each client's committed state, by client id.
-            staged_locations: Location of each client's staged state, by client id; None for an
-                empty state.
+            locations: Location of each client's committed state, keyed by client id.
+            staged_locations: Location of each client's staged state, keyed by client id. The value
+                is None if the state is empty.
         """
         self._cache.clear()
         self._committed = {
@@ -507,7 +530,7 @@ class StateStore:
         self._committed_size = 0 if self.open_segment is None else self.open_segment.size
 
     def _load(self, client: str, version: StateVersion) -> PrivateState | bytes:
-        """Return a state from the cache, or the encoded state from disk."""
+        """Return the cached state. If there is none, return the encoded state from disk."""
         cached = self._cache.get(version.stamp)
         if cached is not None:
             return cached

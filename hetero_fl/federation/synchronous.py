@@ -1,4 +1,4 @@
-"""Synchronous rounds: sample, broadcast, train, collect, aggregate."""
+"""Trainer of synchronous rounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from hetero_fl.federation.upload_collector import UploadCollector
 
 
 class SynchronousTrainer(FederatedTrainer):
-    """Trainer that waits for the cohort in each round (McMahan et al. 2017, Algorithm 1)."""
+    """Trainer that runs synchronous rounds (McMahan et al. 2017, Algorithm 1).
+
+    In each round, the server samples a cohort, sends the broadcast, waits for the uploads of the
+    cohort and aggregates the uploads.
+    """
 
     @override
     def run_round(self) -> Record:
@@ -35,7 +39,11 @@ class SynchronousTrainer(FederatedTrainer):
         return collector.record(traffic, time.perf_counter() - started)
 
     def sample_cohort(self, round_idx: int) -> list[str]:
-        """Return the ids of the clients in a round, sorted; all clients if `per_round` is None."""
+        """Sample the clients of a round.
+
+        Returns:
+            Client ids in natural order. If `per_round` is None, the ids of all clients.
+        """
         return self.federation.sample_cohort(self.per_round, round_idx)
 
     def collect(self, cohort: list[str]) -> UploadCollector:
@@ -51,10 +59,13 @@ class SynchronousTrainer(FederatedTrainer):
         return collector
 
     def aggregate(self, collector: UploadCollector) -> str:
-        """Aggregate the uploads.
+        """Aggregate the uploads, and update the server.
+
+        If training at the server diverges, the server and the private states of the clients are
+        restored.
 
         Returns:
-            Reason why training at the server diverged; empty if it did not.
+            Reason why training at the server diverged. Empty if training did not diverge.
         """
 
         def aggregate() -> None:
@@ -72,10 +83,10 @@ class SynchronousTrainer(FederatedTrainer):
         return diverged
 
     def abandon_round(self, collector: UploadCollector) -> None:
-        """Discard a round with too few uploads.
+        """Discard the private states of a round with too few uploads.
 
         Raises:
-            RunFailedError: If `cohort.too_few` is not "skip".
+            RunFailedError: If `on_too_few` is not "skip".
         """
         if self.on_too_few != "skip":
             raise collector.shortage()

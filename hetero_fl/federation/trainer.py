@@ -44,11 +44,11 @@ class EvaluationResult:
     """Result of an evaluation of all clients and the server.
 
     Attributes:
-        clients: Evaluation of each client, by client id.
-        server: Scores of the server's model on the global test and validation sets, by name; None
-            if the server has no model.
-        absent_clients: Reasons why clients could not be evaluated, by client id. These clients are
-            excluded from all means.
+        clients: Evaluation of each client, keyed by client id.
+        server: Scores of the server's model on the global test and validation sets, keyed by
+            "global" and "validation_global". None if the server has no model.
+        absent_clients: Reasons why clients could not be evaluated, keyed by client id. These
+            clients are excluded from all means.
     """
 
     clients: dict[str, ClientEvaluation]
@@ -57,7 +57,7 @@ class EvaluationResult:
 
 
 def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
-    """Add the scores of an evaluation to the record of its round, in place."""
+    """Add the scores of an evaluation to the record of a round, in place."""
     by_name = {
         name: summarize_clients(
             {c: r.scores[name] for c, r in evaluation.clients.items() if name in r.scores}
@@ -95,20 +95,21 @@ class FederatedTrainer(ABC):
         algorithm: The method.
         federation: The clients, their models and data.
         executor: Executor that runs the clients' tasks.
-        per_round: Number of clients in a round; None for all.
+        per_round: Number of clients in a round. If None, all clients participate.
         stop_on_divergence: Whether the run ends if training of a client or the server diverges.
-        policy: Policy for the sampling of cohorts and for rounds with too few uploads.
+        policy: Policy for the sampling of cohorts and for rounds with too few uploads. If None, the
+            default `CohortConfig` is used.
 
     Attributes:
-        keeps_requests: Whether requests are still in use after the server has changed, and are part
-            of checkpoints.
+        keeps_requests: Whether requests are stored in checkpoints, because clients may still train
+            on a request after the server has changed.
         hands_over: Whether broadcasts are passed to clients in this process without encoding.
             Broadcasts of user-defined methods are always encoded, because such methods may modify
             received tensors in place.
         traffic: Bytes sent so far.
         completed: Number of completed rounds.
-        now: Simulated or measured time since the start of the run, in seconds; 0.0 in trainers
-            without a clock.
+        now: Simulated or measured time since the start of the run in seconds. Always 0.0 in
+            trainers without a clock.
     """
 
     keeps_requests = False
@@ -147,7 +148,7 @@ class FederatedTrainer(ABC):
         self.traffic = Traffic()
         # None if uploads are aggregated by the plain mean.
         self.rules_config = None if federation.aggregation.is_plain_mean else federation.aggregation
-        # State of the aggregation rules that is kept between rounds.
+        # State of the aggregation rules that is stored between rounds.
         self.rule_memory: dict[str, Any] = {}
         self.now = 0.0
         self.completed = 0
@@ -162,24 +163,27 @@ class FederatedTrainer(ABC):
 
     @property
     def round_idx(self) -> int:
-        """Index of the next round, from 0, which keys the server's random draws."""
+        """Index of the next round, from 0, which seeds the random draws of the server."""
         return self.completed
 
     @abstractmethod
     def run_round(self) -> Record:
-        """Run the next round and commit it.
+        """Run the next round, and commit the new state of the server and the clients.
 
         Returns:
             The round's line in `metrics.jsonl`.
 
         Raises:
-            RunFailedError: If no upload can be used, or a user-defined method fails. The clients'
-                private state is then the same as before the round.
+            RunFailedError: If there are too few usable uploads and the policy requires a failure,
+                or if a user-defined method fails. The private states of the clients are restored.
         """
 
     @contextmanager
     def rollback_on_error(self) -> Iterator[None]:
-        """Restore private states, traffic and clock if the round in this context fails."""
+        """Restore private states, `traffic` and `now` if an exception is raised in the context.
+
+        Exceptions of user-defined code are converted to `RunFailedError`.
+        """
         traffic = replace(self.traffic)
         now = self.now
         try:
@@ -203,19 +207,22 @@ class FederatedTrainer(ABC):
         self.on_checkpoint()
 
     def on_checkpoint(self) -> None:
-        """Handle a checkpoint that was written or loaded. Subclasses may override this method."""
+        """Handle a checkpoint that has been written or loaded.
+
+        The base class does nothing. Subclasses may override this method.
+        """
         return
 
     @property
     def fingerprint(self) -> str:
-        """Hash of inputs other than data and configuration; empty if there are none."""
+        """Hash of the inputs other than data and configuration, or "" if there are none."""
         return ""
 
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
         """Set the initial private states of clients.
 
         Args:
-            states: Private states by client id.
+            states: Private states, keyed by client id.
         """
         for client_id, state in states.items():
             self.store.stage(client_id, state)
@@ -225,7 +232,7 @@ class FederatedTrainer(ABC):
         """Return the payload of the server's broadcast to a client.
 
         The method may be called several times and in any order of clients, because random draws are
-        keyed by the client.
+        seeded with the client id.
         """
         server = replace(
             self.server,
@@ -236,11 +243,23 @@ class FederatedTrainer(ABC):
         return payload if self.privacy is None else self.privacy.add_bounds(payload)
 
     def broadcast_content(self, client_info: ClientInfo, payload: Payload) -> Content:
-        """Return the message to a client; clients with the same broadcast share one object."""
+        """Return the message to a client.
+
+        Clients with the same message receive the same object.
+
+        Args:
+            client_info: The client.
+            payload: The broadcast.
+        """
         return self.broadcasts.content(client_info, payload)
 
     def as_received(self, client_info: ClientInfo, payload: Payload) -> Payload:
-        """Return the payload that a client decodes from a broadcast."""
+        """Return the payload that a client decodes from a broadcast.
+
+        Args:
+            client_info: The client.
+            payload: The broadcast before encoding.
+        """
         return self.broadcasts.received(client_info, payload)
 
     def _clear_broadcasts(self) -> None:
@@ -271,7 +290,7 @@ class FederatedTrainer(ABC):
         round_idx: int,
         attempt: int = 0,
     ) -> Payload:
-        """Decode an upload and validate its structure.
+        """Decode an upload, and validate the structure.
 
         Args:
             client_info: The sender.
@@ -297,7 +316,7 @@ class FederatedTrainer(ABC):
         return payload
 
     def count_traffic(self, up: int = 0, down: int = 0) -> None:
-        """Count bytes as traffic, unless the method is a reference method without communication.
+        """Count bytes as traffic, unless the communication of the method is not counted.
 
         Args:
             up: Bytes uploaded by clients.
@@ -308,25 +327,32 @@ class FederatedTrainer(ABC):
             self.traffic.down += down
 
     def check_divergence(self, client_id: str, error: DivergedError | str) -> None:
-        """Raise RunFailedError if the run is configured to stop when a client diverges."""
+        """Handle the divergence of a client.
+
+        Raises:
+            RunFailedError: If the run is configured to stop when a client diverges.
+        """
         if self.stop_on_divergence:
             raise RunFailedError(f"round {self.completed + 1}: {client_id} diverged: {error}")
 
     def update_server(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
-        """Update the server, and restore its state if training at the server diverges.
+        """Update the server.
+
+        If training at the server diverges, the state before the update is restored.
 
         Args:
             aggregate: Function that updates the server, the state of the aggregation rules and the
                 privacy bounds.
-            magnitudes: Norm of each upload, by client id.
+            magnitudes: Norm of each upload, keyed by client id, which is used in the description of
+                a divergence.
 
         Returns:
-            Reason why training at the server diverged; empty if it did not.
+            Reason why training at the server diverged. Empty if training did not diverge.
 
         Raises:
             RunFailedError: If training at the server diverges and `runtime.divergence` is "stop",
-                or if it has diverged in `MAX_DIVERGED_ROUNDS` successive rounds (in all rounds of a
-                shorter run).
+                or if training has diverged in `MAX_DIVERGED_ROUNDS` successive rounds. In a run
+                with fewer rounds, the limit is the number of rounds.
         """
         # Free memory for the aggregation.
         self._clear_broadcasts()
@@ -365,7 +391,13 @@ class FederatedTrainer(ABC):
 
     @translate_user_errors()
     def request_upload(self, client_id: str, round_idx: int) -> tuple[Payload, Payload]:
-        """Train one client in a round, discard its new private state, and return the upload.
+        """Train one client in a round, and return the upload.
+
+        The new private state of the client is discarded.
+
+        Args:
+            client_id: The client.
+            round_idx: Index of the round, from 0.
 
         Returns:
             The broadcast that the client received, and the upload as the server decodes it.
@@ -392,15 +424,15 @@ class FederatedTrainer(ABC):
     def evaluate(
         self, details: bool = False, save: Callable[[str, bytes], None] | None = None
     ) -> EvaluationResult:
-        """Evaluate the models that the clients would deploy now, and the server's model.
+        """Evaluate the present models of the clients and the server's model.
 
         All clients in `federation.evaluated_clients` are evaluated, including clients outside the
-        cohort of the round. They receive the next broadcast, which counts as traffic.
+        cohort of the round. The clients receive the next broadcast, which counts as traffic.
 
         Args:
             details: Whether to compute all results that a report shows, including the models.
-            save: Function that is called with the id and the model of each client, encoded by
-                `SavedModel.encode`. If given, the models are not part of the result.
+            save: Function that is called with the id and the encoded model of each client (see
+                `SavedModel.encode`). If None, the encoded models are part of the result.
 
         Raises:
             RunFailedError: If a model cannot be evaluated.
@@ -438,16 +470,16 @@ class FederatedTrainer(ABC):
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
     def server_tensors(self, slot: str) -> Tensors:
-        """Return the tensors with which one of the server's models is deployed.
+        """Return the tensors of one of the server's models for deployment.
 
         With `recalibrate: [global_test]`, the model's BatchNorm statistics are computed on the
         proxy set.
 
         Args:
-            slot: Slot of the model.
+            slot: Name of the model in `server.models`.
 
         Returns:
-            Tensors by name.
+            The tensors, keyed by name.
         """
         tensors = self.server.models[slot]
         settings = self.server.peers.main_profile.settings
@@ -473,7 +505,7 @@ class FederatedTrainer(ABC):
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, except for the clients' private state."""
+        """Return the state for a checkpoint, without the private states of the clients."""
         state: dict[str, Any] = {
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
@@ -488,7 +520,7 @@ class FederatedTrainer(ABC):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state from `state_dict`."""
+        """Restore the state from the return value of `state_dict`."""
         self.completed = state["completed"]
         self.num_diverged = state.get("diverged", 0)
         to_storage = self.federation.memory.to_storage

@@ -35,26 +35,27 @@ DAMAGED = "upload refused: its bytes are not those that were sent"
 class UploadCollector:
     """Collector of the replies of one cohort.
 
-    Each upload is added to the aggregation when it arrives, so that only one upload is in memory at
-    a time. Once the upload of a simulated malicious client has arrived, this upload and all later
-    ones are kept until the end of the round, because an attack may depend on all of them.
+    Each upload is added to the aggregation on arrival, so that only one upload is in memory at a
+    time. When the upload of a simulated malicious client has arrived, this upload and all later
+    uploads are stored until the end of the round, because an attack may depend on the uploads of
+    all malicious clients.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer that runs the round.
         cohort: Ids of the clients in the round, in order.
 
     Attributes:
         uploads: The uploads that the method aggregates.
-        losses: Training loss by client id; with secure aggregation, only the mean, under the key
+        losses: Training loss, keyed by client id. With secure aggregation, the only entry is
             "mean".
-        logged: Values that clients logged, by client id and name.
-        failed: Reasons why clients sent no usable upload, by client id.
+        logged: Values that clients logged, keyed by client id and name.
+        failed: Reasons why clients sent no usable upload, keyed by client id.
         late: Ids of clients that had not replied when the round ended.
-        magnitudes: Norm of each upload, by client id.
+        magnitudes: Largest norm of a tensor in each upload, keyed by client id.
         malicious: Ids of simulated malicious clients whose uploads arrived.
-        abandoned: Error with which the round was abandoned, or None.
+        abandoned: Error with which the protocol abandoned the round, or None.
         attempts: Number of attempts at the round, including this one.
-        diverged: Reason why training at the server diverged; empty if it did not.
+        diverged: Reason why training at the server diverged. Empty if training did not diverge.
         up_bytes: Bytes uploaded in the round.
     """
 
@@ -83,11 +84,12 @@ class UploadCollector:
         self.attempts = 1
         self.diverged = ""
         self.up_bytes = 0
-        # Bytes sent to clients, by kind of the exchange and client id.
+        # Bytes sent to clients, keyed by kind of the exchange and client id.
         self._sent_bytes: dict[tuple[str, str], int] = {}
-        # Broadcasts to clients that have not replied, by client id.
+        # Broadcasts to clients that have not replied, keyed by client id.
         self._sent: dict[str, Payload] = {}
-        # Uploads that are kept until the uploads of all malicious clients have arrived.
+        # Uploads that are stored until the uploads of all malicious clients have arrived, keyed by
+        # client id.
         self._waiting: dict[str, Payload] = {}
 
     @property
@@ -99,13 +101,16 @@ class UploadCollector:
     def is_sufficient(self) -> bool:
         """Whether enough uploads arrived for an aggregation.
 
-        Always true for an empty cohort, which can be sampled with `privacy.poisson_cohorts`. The
-        sum of its uploads consists of noise only.
+        The result is always True for an empty cohort, which can be sampled with
+        `privacy.poisson_cohorts`. In this case, the aggregated sum consists of noise only.
         """
         return not self.cohort or len(self.uploads) >= self.trainer.policy.least
 
     def shortage(self) -> RunFailedError:
-        """Return an error that describes why there are too few uploads."""
+        """Return an error that describes why there are too few uploads.
+
+        If the protocol abandoned the round, the error of the protocol is returned.
+        """
         if self.abandoned is not None:
             return self.abandoned
         least = self.trainer.policy.least
@@ -122,10 +127,16 @@ class UploadCollector:
         return RunFailedError(line)
 
     def exchanges(self, clients: Sequence[str] | None = None) -> Iterator[Exchange]:
-        """Yield the exchanges of the round, each after the replies to the previous exchange.
+        """Yield the exchanges of the round.
+
+        The replies to an exchange must be added before the next exchange is requested. After the
+        last exchange, simulated attacks replace the uploads of malicious clients. With secure
+        aggregation, `uploads` is set to the aggregated sum. If the protocol abandons the round, all
+        clients that did not fail before are recorded as failed.
 
         Args:
-            clients: Ids of the clients of the cohort that participate; None for all.
+            clients: Ids of the clients of the cohort that participate. If None, all clients
+                participate.
         """
         clients = self.cohort if clients is None else clients
         try:
@@ -139,7 +150,10 @@ class UploadCollector:
             self._poison()
 
     def request(self, exchange: Exchange, client_id: str) -> Message:
-        """Return the request to a client. The traffic of a repeated request is counted once."""
+        """Return the request to a client, and count the traffic.
+
+        If a request is repeated, only the last request counts.
+        """
         message = exchange.request(client_id, self._broadcast_to)
         self._sent_bytes[exchange.kind, client_id] = message.size
         return replace(message, round_idx=self.round_idx)
@@ -170,12 +184,12 @@ class UploadCollector:
                 self._add_upload(client_id, content)
 
     def fail(self, client_id: str, reason: str) -> None:
-        """Record that a client sent no upload."""
+        """Record that a client sent no usable upload, and the reason."""
         self.failed[client_id] = reason
         self._sent.pop(client_id, None)
 
     def refuse(self, client_id: str, reason: str) -> None:
-        """Record that a client's upload cannot be used, and discard its new private state."""
+        """Record that a client's upload cannot be used, and discard the new private state."""
         self.fail(client_id, reason)
         self.trainer.store.discard_client(client_id)
 
@@ -202,7 +216,7 @@ class UploadCollector:
             self.uploads.add(Upload(client_info, payload))
 
     def _poison(self) -> None:
-        """Replace the uploads of malicious clients by the attack, and add all waiting uploads."""
+        """Replace the uploads of malicious clients by the attack, and add all stored uploads."""
         attacks = self.trainer.federation.malicious
         assert attacks is not None
         client_infos = self.trainer.federation.client_infos
@@ -253,7 +267,7 @@ class UploadCollector:
                 self.fail(client_id, "the round was given up")
 
     def _make_rules(self) -> AggregationRules | None:
-        """Return the aggregation rules of this round; None for the plain mean."""
+        """Return the aggregation rules of the round, or None for the plain mean."""
         if self.trainer.rules_config is None:
             return None
         return AggregationRules(
@@ -274,7 +288,10 @@ class UploadCollector:
         return self.trainer.as_received(client_info, self.trainer.broadcast(client_info))
 
     def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
-        """Return the tensors of an item that a client received, by name; empty if none."""
+        """Return the tensors of a model that a client received, keyed by name.
+
+        The result is empty if the client received no model as the item `name`.
+        """
         item = self._received_by(client_info).items_by_name.get(name)
         if item is None or item.kind != "params" or not isinstance(item.values, dict):
             return {}
@@ -284,7 +301,7 @@ class UploadCollector:
         """Return the round's line in `metrics.jsonl`.
 
         Args:
-            traffic: Bytes sent in the round, including all attempts.
+            traffic: Bytes sent in all attempts at the round.
             seconds: Wall-clock time of the round in seconds.
         """
         record = {

@@ -1,8 +1,9 @@
-"""The client side of secure aggregation: four replies, each of which is sent once per round.
+"""Client side of secure aggregation: four replies, each of which is sent once per round.
 
-See Bonawitz et al. (2017), figure 4. Between the replies, a client stores its secrets in `notes`,
-which are private and deleted when the round ends. Only a deployment writes the notes to disk, to
-the folder of the node, because a node may be killed between two replies.
+See Bonawitz et al. (2017), figure 4. Between two replies, the client's secrets are stored in
+`notes`, which the server never receives and which are deleted when the round ends. In a deployment,
+the notes are also written to the disk of the client's machine, because the process may be killed
+between two replies.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from hetero_fl.communication.secure_aggregation.messages import (
 )
 from hetero_fl.core.payload import PayloadError
 
-# Converts (upload, unit of weights) to the integers of the sum; raises PayloadError.
+# Function that converts an encoded upload to the integers that are summed. The second argument is
+# the factor by which values and weights are divided. Raises PayloadError for an invalid upload.
 Packer = Callable[[bytes, float], Words]
 Notes = MutableMapping[str, bytes]
 # The state of a client between two requests:
@@ -60,18 +62,19 @@ STATE_FIELDS: dict[str, Field] = {
 def answer(
     client_id: str, message: Message, notes: Notes, packer: Callable[[bytes], Packer]
 ) -> Message | TrainingRequest:
-    """Answer one request.
+    """Answer one request of the server.
 
     Args:
         client_id: The client.
         message: The request.
-        notes: State of clients between exchanges, by client id.
+        notes: Encoded state of the clients between exchanges, keyed by client id. Modified in
+            place.
         packer: Function that returns the packer for the digest of a layout, or raises PayloadError
             for an unknown layout.
 
     Returns:
-        The reply, or a request to train. If an honest server would not send the request at this
-        point, the reply has the kind "refused" and contains the reason.
+        The reply, or a request to train. If the request is invalid or out of order, the reply has
+        the kind "refused" and contains the reason.
     """
     try:
         if message.kind not in REQUESTS:
@@ -180,7 +183,7 @@ def _share(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
 
 
 def _streams(state: Arrays, request: Arrays) -> list[tuple[bytes, bool]]:
-    """Return the keys of the masks on this client's vector, and whether to subtract each mask.
+    """Return the key of each mask on the client's vector, and whether to subtract the mask.
 
     The masks are the client's own mask and one mask for each neighbor that still participates.
     """
@@ -205,9 +208,9 @@ def _streams(state: Arrays, request: Arrays) -> list[tuple[bytes, bool]]:
 def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
     """Return a share of one secret of each neighbor.
 
-    The secret is the neighbor's seed if the neighbor's vector is in the sum, and its masking key if
-    it dropped out, but never both. The notes are deleted, so that a second request in the same
-    round is refused.
+    If a neighbor's vector is in the sum, the secret is the seed of the neighbor's own mask. If the
+    neighbor dropped out, the secret is the neighbor's masking key. Shares of both secrets are never
+    returned. The notes are deleted, so that a second request in the same round is refused.
     """
     own_number, threshold = state["head"].tolist()
     survivors = client_numbers(request["survivors"])
@@ -234,7 +237,7 @@ def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
                 context = _associated_data(state["tag"].tobytes(), number, own_number)
                 pair = crypto.decrypt(pairs[number].tobytes(), sealed[number].tobytes(), context)
         except PayloadError:
-            # The neighbor sent an invalid share; those of other clients may suffice.
+            # The neighbor sent an invalid share. The shares of other clients may suffice.
             continue
         numbers.append(number)
         shares.append(
@@ -253,18 +256,18 @@ def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
 def pair_mask(
     private: X25519PrivateKey, public: bytes, number: int, other: int, tag: bytes
 ) -> tuple[bytes, bool]:
-    """Return the mask that two clients share.
+    """Return the key and the sign of the mask that two clients share.
 
     Args:
-        private: The masking key of a client.
-        public: Both public keys of the other client.
-        number: Number of the client.
-        other: Number of the other client.
+        private: Private masking key of the first client.
+        public: Both public keys of the second client.
+        number: Number of the first client.
+        other: Number of the second client.
         tag: Bytes that identify the round.
 
     Returns:
-        The key of the mask, and whether the client subtracts the mask. The client with the lower
-        number subtracts it, the other adds it.
+        The key of the mask, and whether the first client subtracts the mask. The client with the
+        lower number subtracts the mask, and the other client adds the mask.
     """
     low, high = sorted((number, other))
     purpose = b"mask" + _associated_data(tag, low, high)

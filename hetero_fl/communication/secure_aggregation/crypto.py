@@ -1,8 +1,9 @@
-"""Key agreement, secret sharing, masks, fixed-point numbers and the mask graph.
+"""Cryptography of secure aggregation: key agreement, secret sharing, masks and the mask graph.
 
 The module uses X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, RFC 5869, NIST SP 800-38D) and Shamir's
-secret sharing. Keys are drawn from the operating system's random source and used for one round
-only. They do not depend on the seed of the run, as anyone who knew it could remove every mask.
+secret sharing. Keys are drawn from the random number generator of the operating system and used for
+one round only. Keys do not depend on the seed of the run, because anyone who knows the seed could
+otherwise remove the masks.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
 def new_key() -> bytes:
-    """Return a new private key."""
+    """Return a new X25519 private key, 32 bytes."""
     return X25519PrivateKey.generate().private_bytes_raw()
 
 
@@ -64,24 +65,28 @@ def new_seed() -> bytes:
 
 
 def public_key(private: bytes) -> bytes:
-    """Return the public key that belongs to a private key."""
+    """Return the X25519 public key of a private key, 32 bytes."""
     return load_private_key(private).public_key().public_bytes_raw()
 
 
 def load_private_key(private: bytes) -> X25519PrivateKey:
-    """Return a private key object, which can be reused for several key agreements."""
+    """Convert the bytes of a private key to an object for key agreement."""
     return X25519PrivateKey.from_private_bytes(private)
 
 
 def check_public_key(public: bytes) -> None:
-    """Raise PayloadError for a public key of low order or not below 2^255 - 19 (RFC 7748)."""
+    """Check that a public key is less than 2^255 - 19 and does not have low order (RFC 7748).
+
+    Raises:
+        PayloadError: If the public key is invalid.
+    """
     if int.from_bytes(public, "little") >= PRIME:
         raise PayloadError("invalid public key")
     derive_shared_key(load_private_key(new_key()), public, b"check")
 
 
 def derive_shared_key(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
-    """Return the key that two parties share for a purpose.
+    """Derive the key that two parties share for a purpose.
 
     Args:
         private: The private key of one party.
@@ -89,7 +94,8 @@ def derive_shared_key(private: X25519PrivateKey, public: bytes, purpose: bytes) 
         purpose: Bytes that distinguish several keys of the same parties.
 
     Raises:
-        PayloadError: If the public key has low order, so that the result would be predictable.
+        PayloadError: If the public key has the wrong length or has low order, with which the result
+            would be predictable.
     """
     try:
         secret = private.exchange(X25519PublicKey.from_public_bytes(public))
@@ -102,7 +108,7 @@ def encrypt(key: bytes, plain: bytes, associated_data: bytes) -> bytes:
     """Encrypt and authenticate bytes.
 
     Args:
-        key: The key.
+        key: The key, 32 bytes.
         plain: The plaintext.
         associated_data: Data that is authenticated but not encrypted.
 
@@ -117,9 +123,9 @@ def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
     """Decrypt bytes that were encrypted by `encrypt`.
 
     Args:
-        key: The key.
+        key: The key, 32 bytes.
         sealed: The return value of `encrypt`.
-        associated_data: The data that was authenticated but not encrypted.
+        associated_data: The data that was passed to `encrypt`.
 
     Raises:
         PayloadError: If the key, the ciphertext or the associated data differs from the original.
@@ -131,26 +137,35 @@ def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
 
 
 def commit_to_seed(seed: bytes, tag: bytes) -> bytes:
-    """Return a commitment to a seed of 256 random bits; the commitment does not reveal the seed."""
+    """Return a commitment to a seed, as a SHA-256 digest.
+
+    The digest does not reveal the seed, because the seed has 256 random bits.
+
+    Args:
+        seed: The seed, 32 random bytes.
+        tag: Bytes that identify the round.
+    """
     return hashlib.sha256(b"hetero_fl secure sum: seed" + tag + seed).digest()
 
 
 def split_secret(secret: bytes, threshold: int, holders: Sequence[int]) -> list[bytes]:
     """Split a secret into shares (Shamir 1979).
 
-    Any `threshold` shares reconstruct the secret, and fewer reveal nothing about it. A share is the
-    value of a random polynomial of degree `threshold - 1` whose value at 0 is the secret.
+    Any `threshold` shares reconstruct the secret. Fewer shares reveal nothing about the secret. A
+    share is the value of a random polynomial of degree `threshold - 1` whose value at 0 is the
+    secret.
 
     Args:
         secret: The secret, 32 bytes.
         threshold: Number of shares that reconstruct the secret.
-        holders: Distinct positive numbers of the holders of shares.
+        holders: Distinct positive numbers that identify the recipients of the shares.
 
     Returns:
-        The share of each holder.
+        The share of each recipient, 33 bytes, in the order of `holders`.
 
     Raises:
-        ValueError: If `holders` are not distinct and positive, or fewer than `threshold`.
+        ValueError: If `holders` are not distinct and positive, if there are fewer than `threshold`
+            holders, or if `threshold` is less than 1.
     """
     if (
         len(set(holders)) < len(holders)
@@ -172,7 +187,15 @@ def split_secret(secret: bytes, threshold: int, holders: Sequence[int]) -> list[
 
 
 def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
-    """Reconstruct a secret from shares by holder; None if the result has more than 32 bytes."""
+    """Reconstruct a secret from shares of `split_secret`.
+
+    Args:
+        shares: Shares, keyed by the number of the holder. The result is wrong if there are fewer
+            than `threshold` shares or if a share is wrong.
+
+    Returns:
+        The secret, or None if the result has more than 32 bytes because a share is wrong.
+    """
     weights = _lagrange_weights_at_zero(tuple(shares))
     total = sum(
         weight * int.from_bytes(share, "little")
@@ -181,10 +204,10 @@ def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
     return None if total % FIELD_PRIME >= 2**256 else (total % FIELD_PRIME).to_bytes(32, "little")
 
 
-# In a complete graph the same holders reconstruct the secrets of all clients.
+# In a complete mask graph, the secrets of all clients are reconstructed from the same holders.
 @lru_cache(maxsize=64)
 def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
-    """Return the weights with which shares are summed to the value of the polynomial at 0."""
+    """Return the Lagrange weight of each share in the value of the polynomial at 0."""
     weights = []
     for x in holders:
         numerator = 1
@@ -198,15 +221,15 @@ def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
 
 
 def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
-    """Add masks to a vector or subtract them, modulo 2^64 and in place.
+    """Add masks to a vector or subtract masks from the vector, modulo 2^64 and in place.
 
-    A mask is the keystream of AES-256 in counter mode, which was faster than ChaCha20 in a
-    benchmark (1.1 ms and 1.3 ms for 8 MB in blocks; 10 ms without blocks). Each key is used for one
-    mask of one round, so the counter starts at 0.
+    A mask is the keystream of AES-256 in counter mode. Each key is used for one mask of one round,
+    so the counter starts at 0. In a benchmark with 8 MB, AES-256 took 1.1 ms in blocks and 10 ms
+    without blocks. ChaCha20 took 1.3 ms in blocks.
 
     Args:
-        vector: The vector, shape `[L]`.
-        streams: The 32-byte key of each mask, and whether to subtract the mask.
+        vector: The vector, dtype uint64, shape `[L]`.
+        streams: For each mask, the key of 32 bytes and whether to subtract the mask.
     """
     zeros = bytes(8 * BLOCK)
     buffer = bytearray(8 * BLOCK + 15)
@@ -221,14 +244,14 @@ def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Fixed-point numbers: x is represented by the integer `round(x * 2**bits)` modulo 2^64.
+    """Fixed-point format, in which x is encoded as the integer `round(x * 2**bits)` modulo 2^64.
 
-    Sums are exact, and masks cancel without rounding. The configuration guarantees that the sum
-    over a cohort does not overflow: cohort * limit * 2^bits < 2^63.
+    Sums of encoded numbers are exact, and masks cancel without rounding errors. The configuration
+    guarantees that the sum over a cohort does not overflow: cohort * limit * 2^bits < 2^63.
 
     Attributes:
-        bits: Fraction bits.
-        limit: Maximum magnitude of a number.
+        bits: Number of fraction bits.
+        limit: Maximum magnitude of a number before encoding.
     """
 
     bits: int
@@ -236,11 +259,11 @@ class FixedPoint:
 
     @classmethod
     def from_config(cls, config: SecureAggregationConfig, cohort: int) -> FixedPoint:
-        """Create the configured format for a cohort of a given size."""
+        """Create the format that a configuration determines for a cohort of a given size."""
         return cls(config.num_fraction_bits(cohort), config.range)
 
     def encode(self, values: np.ndarray) -> Words:
-        """Encode float64 values as integers, shape `[L]`.
+        """Encode float64 values of shape `[L]` as uint64 integers of the same shape.
 
         Raises:
             PayloadError: If a value is not finite or exceeds the limit.
@@ -253,15 +276,18 @@ class FixedPoint:
         return np.rint(values * 2.0**self.bits).astype(np.int64).view(np.uint64)
 
     def decode(self, total: Words) -> np.ndarray:
-        """Decode a sum of encoded vectors to float64 values, shape `[L]`."""
+        """Decode a sum of encoded vectors of shape `[L]` to float64 values of the same shape."""
         return total.view(np.int64) * 2.0**-self.bits
 
 
 def share_threshold(members: int) -> int:
-    """Return the number of shares that reconstruct a secret in a neighborhood of a given size.
+    """Return the number of shares that are needed to reconstruct a secret.
 
     The number is more than half of the members, so that a server that sends inconsistent requests
     cannot obtain both secrets of a client from two disjoint sets of holders.
+
+    Args:
+        members: Number of clients in a neighborhood.
     """
     return members // 2 + 1
 
@@ -272,10 +298,11 @@ def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -
     Args:
         cohort: Number of clients.
         survivors: Number of clients that must remain until the end of the round.
-        configured: The configured number; None for the smallest number that is secure.
+        configured: The configured number. If None, the smallest secure number is computed.
 
     Returns:
-        The number of neighbors. The maximum is `cohort - 1`, with which the graph is complete.
+        The number of neighbors, at most `cohort - 1`. With `cohort - 1` neighbors, the graph is
+        complete.
     """
     if configured is not None:
         return min(configured, cohort - 1)
@@ -295,12 +322,15 @@ def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[i
         degree: Number of neighbors of each client.
 
     Returns:
-        The ascending numbers of the clients in each client's neighborhood, including the client.
+        The numbers of the clients in each client's neighborhood in ascending order, including the
+        client itself, keyed by client number. If `degree` is at least `len(clients) - 1`, each
+        neighborhood consists of all clients.
     """
     if degree >= len(clients) - 1:
         return {client: sorted(clients) for client in clients}
     circle = list(clients)
-    # From the operating system: if the order were predictable, attackers could surround a client.
+    # The order must not be predictable. Otherwise, malicious clients could choose positions next to
+    # a client.
     random.SystemRandom().shuffle(circle)
     half = degree // 2
     return {

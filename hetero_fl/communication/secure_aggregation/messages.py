@@ -1,7 +1,7 @@
-"""The eight messages of secure aggregation: named arrays, encoded without pickle.
+"""Requests and replies of the four exchanges of secure aggregation, as named arrays.
 
-Clients are identified by their number in the cohort, starting at 1, so that the length of a message
-does not depend on their names.
+Messages are encoded without pickle. Clients are identified by their number in the cohort, starting
+at 1, so that the length of a message does not depend on client ids.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.serialization import CodecError, decode, encode
 
 FORM = "hetero_fl secure sum 1"
-# Length of the random bytes that identify a round, so that messages of other rounds are refused.
+# Number of random bytes that identify a round, so that messages of other rounds are refused.
 TAG = 16
-# Length in bytes of two shares that are encrypted together.
+# Length in bytes of two encrypted shares, which are encrypted together.
 SEALED = crypto.NONCE + 2 * crypto.SHARE_LENGTH + crypto.MARK
 Arrays = dict[str, np.ndarray]
-# Type and shape of an array; None stands for any length.
+# Data type and shape of an array, in which None matches any size.
 Field = tuple[type[np.generic], tuple[int | None, ...]]
 
 TAGGED: Field = (np.uint8, (TAG,))
@@ -62,19 +62,20 @@ REPLIES: dict[str, dict[str, Field]] = {
 
 
 def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Encode the arrays of a message."""
+    """Encode named arrays as the body of a message."""
     return encode({name: torch.from_numpy(array) for name, array in arrays.items()}, FORM)
 
 
 def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
-    """Decode the arrays of a message.
+    """Decode the arrays of a message, and check the names, data types and shapes of the arrays.
 
     Args:
         data: The encoded message.
-        fields: Expected types and shapes of the arrays, by name.
+        fields: Expected data types and shapes of the arrays, keyed by name.
 
     Raises:
-        PayloadError: If the message does not consist of these fields.
+        PayloadError: If the message is malformed, or the names, data types or shapes differ from
+            `fields`.
     """
     try:
         tree = decode(data, FORM)
@@ -97,7 +98,7 @@ def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
 
 
 def client_numbers(array: np.ndarray) -> list[int]:
-    """Return an array of client numbers as a list.
+    """Convert an array of client numbers to a list, and check the numbers.
 
     Raises:
         PayloadError: If the numbers are not distinct and positive.
@@ -109,12 +110,12 @@ def client_numbers(array: np.ndarray) -> list[int]:
 
 
 def stack_byte_strings(*strings: bytes) -> np.ndarray:
-    """Return byte strings of equal length as rows, uint8, shape `[n, length]`."""
+    """Return byte strings of equal length as the rows of an array, dtype uint8."""
     return np.frombuffer(bytearray(b"".join(strings)), np.uint8).reshape(len(strings), -1)
 
 
 def byte_string_to_row(string: bytes) -> np.ndarray:
-    """Return a byte string as an array, uint8, shape `[length]`."""
+    """Return a byte string as a one-dimensional array, dtype uint8."""
     return np.frombuffer(bytearray(string), np.uint8)
 
 
@@ -124,10 +125,10 @@ def message_sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple
     Args:
         members: Number of clients in a client's neighborhood, including the client.
         numbers: Length of the vector.
-        broadcast: Bytes of the broadcast.
+        broadcast: Size of the encoded broadcast in bytes.
 
     Returns:
-        The bytes per client, as pairs (down, up) by kind of exchange.
+        Bytes sent to and by each client, as pairs (down, up), keyed by the kind of exchange.
     """
     known_lengths = {"vector": numbers, "broadcast": broadcast, "dropped": 0}
 

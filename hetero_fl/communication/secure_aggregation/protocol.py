@@ -1,8 +1,8 @@
 """Secure aggregation as a round protocol, and the layout of the vector that clients send.
 
-All clients of a round use the same layout for the vector, so that a sum of vectors is a sum of
-items. Every client sends the whole vector, whose length therefore does not reveal which tensors the
-client has. See docs/how_to/secure_aggregation.md.
+All clients of a round use the same layout, so that a sum of vectors contains the sums of items.
+Every client sends the whole vector. The length of the vector therefore does not reveal which
+tensors the client has. See docs/how_to/secure_aggregation.md.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from hetero_fl.communication.secure_aggregation.server import SecureAggregationR
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, loss_from_report
 
-# Kinds of items whose values are sums already.
+# Kinds of items whose values are already sums.
 SUMS = ("class_sums", "counts")
-# The totals Σ w v and Σ w.
+# The totals Σ w v and Σ w over clients.
 Weighted = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class TensorKey:
-    """The identity of a tensor in the vector that clients send.
+    """Identifier of a tensor in the vector that clients send.
 
     Attributes:
         item: Name of the item.
-        tensor: Name of the tensor; "" for a single-tensor item.
-        group: Architecture group; "" if the tensor is common to all groups.
+        tensor: Name of the tensor. "" for a single-tensor item.
+        group: Architecture group. "" if the tensor is averaged over all groups.
         shape: Shape of the tensor.
     """
 
@@ -52,12 +52,12 @@ class TensorKey:
 
 @dataclass(frozen=True)
 class VectorSlice:
-    """The position of a tensor's values and weights in the vector that clients send.
+    """Position of a tensor's values and weights in the vector that clients send.
 
     Attributes:
-        start: Index of the first value; the weights follow the values.
+        start: Index of the first value. The weights follow the values.
         weight_shape: Shape of the weights.
-        dtype: Type of the tensor.
+        dtype: Data type of the tensor.
     """
 
     start: int
@@ -65,19 +65,24 @@ class VectorSlice:
     dtype: torch.dtype
 
     def parts(self, key: TensorKey) -> tuple[slice, slice]:
-        """Return the slices of the values and of the weights."""
+        """Return the slices of the vector with the values and the weights.
+
+        Args:
+            key: Identifier of the tensor, which contains the shape of the values.
+        """
         middle = self.start + math.prod(key.shape)
         return slice(self.start, middle), slice(middle, middle + math.prod(self.weight_shape))
 
 
 @dataclass
 class VectorLayout:
-    """The layout of the vector that every client sends in a round.
+    """Layout of the vector that every client sends in a round.
 
-    The last two elements contain the training loss and the number of clients that report one.
+    The last two elements of the vector are the training loss and 1, or zeros if the client reports
+    no training loss.
 
     Args:
-        specs: The items that the method declares, by name.
+        specs: Declarations of the method's items, keyed by name.
         common: Prefixes of the names of tensors that are averaged across architectures.
         slices: Position of each tensor.
         size: Length of the vector.
@@ -95,12 +100,14 @@ class VectorLayout:
         specs: Mapping[str, ItemSpec],
         common: Sequence[str] = (),
     ) -> VectorLayout:
-        """Create the layout for all forms of uploads, independent of their order.
+        """Create a layout that contains the tensors of all given uploads.
+
+        The result does not depend on the order of the uploads.
 
         Args:
-            forms: Architecture group and items of each form of upload; the values of the items do
-                not matter.
-            specs: The items that the method declares, by name.
+            forms: Pairs of an architecture group and example items, keyed by name. The values of
+                the items are not used.
+            specs: Declarations of the method's items, keyed by name.
             common: Prefixes of the names of tensors that are averaged across architectures.
         """
         layout = cls(specs, tuple(common))
@@ -122,13 +129,13 @@ class VectorLayout:
         return hashlib.sha256(repr((list(self.slices.items()), self.size)).encode()).digest()
 
     def digest_with(self, terms: str) -> bytes:
-        """Return the digest of the layout and of `terms`, a text of further parameters."""
+        """Return the SHA-256 digest of the layout and of further parameters as a string."""
         return hashlib.sha256(self.digest + terms.encode()).digest()
 
     def _terms(
         self, group: str, items: Mapping[str, Item]
     ) -> Iterable[tuple[TensorKey, Tensor, Tensor]]:
-        """Yield the key, values and weight of each tensor."""
+        """Yield the identifier, values and weight of each tensor."""
         for name, item in items.items():
             weight = torch.as_tensor(item.weight, dtype=torch.float64)
             for tensor, values in item.tensors.items():
@@ -137,18 +144,21 @@ class VectorLayout:
                 yield TensorKey(name, tensor, owner, tuple(values.shape)), values, weight
 
     def pack(self, group: str, payload: Payload, unit: float) -> np.ndarray:
-        """Return the vector of a client.
+        """Convert an upload to the vector that the client sends.
 
         Args:
-            group: The client's architecture group.
+            group: Architecture group of the client.
             payload: The upload.
-            unit: Unit of the weights, a power of two that no weight of the cohort exceeds.
+            unit: Power of two by which values and weights are divided. No weight of a client in the
+                cohort exceeds `unit`.
 
         Returns:
-            The values w v / unit and w / unit of all tensors, float64, shape `[size]`.
+            The elements w v / unit and w / unit of all tensors, dtype float64, shape `[size]`. For
+            values that are already sums, v / unit replaces w v / unit. Elements of tensors that the
+            upload does not contain are zero.
 
         Raises:
-            PayloadError: If an item is not part of the layout.
+            PayloadError: If a tensor is not part of the layout or a weight has the wrong shape.
         """
         vector = np.zeros(self.size)
         items = {name: payload.item(name) for name in payload}
@@ -174,33 +184,38 @@ class VectorLayout:
         return vector
 
     def read(self, key: TensorKey, vector: np.ndarray, unit: float) -> Weighted:
-        """Return the totals of a tensor.
+        """Return the totals of a tensor from a sum of vectors.
 
         Args:
-            key: The tensor.
+            key: Identifier of the tensor.
             vector: The sum of the clients' vectors.
-            unit: Unit of the weights.
+            unit: Factor by which the clients divided values and weights.
 
         Returns:
-            The totals Σ w v, in the shape of the tensor, and Σ w, in the shape of the weights, both
-            float64.
+            The totals Σ w v with the shape of the tensor and Σ w with the shape of the weights,
+            both of dtype float64.
         """
         place = self.slices[key]
         values, weights = (torch.from_numpy(vector[part] * unit) for part in place.parts(key))
         return values.reshape(key.shape), weights.reshape(place.weight_shape)
 
     def tensor_keys(self, group: str, items: Mapping[str, Item]) -> list[TensorKey]:
-        """Return the keys of the tensors in an upload of a given form."""
+        """Return the identifiers of the tensors in an upload.
+
+        Args:
+            group: Architecture group of the client.
+            items: Items of the upload, keyed by name. The values are not used.
+        """
         return [key for key, _, _ in self._terms(group, items)]
 
     @staticmethod
     def mean_loss(vector: np.ndarray) -> float | None:
-        """Return the mean training loss of the clients that report one."""
+        """Return the mean training loss from a sum of vectors. None if no client reports a loss."""
         return float(vector[-2] / vector[-1]) if vector[-1] >= 1 else None
 
 
 class SharedSetup(Interface):
-    """Interface for the setup that the server and all clients share."""
+    """Interface of the setup that the server and all clients share."""
 
     def layout(self, round_idx: int) -> VectorLayout:
         """Return the layout of the vector that clients send in a round."""
@@ -211,28 +226,32 @@ class SharedSetup(Interface):
     def noise(
         self, client: str, round_idx: int, layout: VectorLayout, unit: float, shares: int
     ) -> np.ndarray | None:
-        """Return a client's share of the noise that is added to the sum, or None without noise.
+        """Return a client's share of the noise that is added to the sum.
 
         Args:
             client: The client.
             round_idx: Index of the round.
             layout: The layout of the vector.
-            unit: Unit of the weights.
+            unit: Factor by which the client divides values and weights.
             shares: Number of shares that make up the noise of the sum.
+
+        Returns:
+            The noise on the vector, shape `[layout.size]`. None if clients do not add noise.
         """
 
     def num_rows(self, client: str) -> int:
-        """Return the number of a client's training rows, which no weight of its items exceeds."""
+        """Return the number of training rows of a client, which limits the weights of items."""
 
 
 class SecureAggregation(RoundProtocol):
     """Secure aggregation (Bonawitz et al. 2017) with the mask graph of Bell et al. (2020).
 
-    The four exchanges are keys, shares, masked vectors and unmasking. Clients train in the third
-    exchange, so a client that drops out or diverges in training does not affect the others.
+    The four exchanges are "keys", "shares", "train" and "unmask". In the exchange "train", clients
+    train and send masked vectors. The sum can be unmasked even if some clients drop out or diverge
+    during training.
 
     Args:
-        config: The settings.
+        config: Settings of secure aggregation.
         cohort: Number of clients in a round.
         shared_setup: The setup that the server and all clients share.
     """
@@ -278,13 +297,15 @@ class SecureAggregation(RoundProtocol):
     def encode_upload(
         self, client: str, payload: Payload, layout: VectorLayout, unit: float, round_idx: int
     ) -> Words:
-        """Return the integers that represent an upload before they are masked.
+        """Convert an upload to the integers that are masked and summed.
+
+        The integers include the client's share of the privacy noise.
 
         Args:
             client: The client.
             payload: The upload.
             layout: The layout of the vector.
-            unit: Unit of the weights.
+            unit: Factor by which values and weights are divided.
             round_idx: Index of the round.
 
         Raises:
@@ -306,5 +327,5 @@ class SecureAggregation(RoundProtocol):
         return layout.digest_with(repr(self.fixed))
 
     def _unit(self, clients: Sequence[str]) -> int:
-        """Return the exponent of the smallest power of two that no weight of the cohort exceeds."""
+        """Return the exponent of the smallest power of two that is not less than any weight."""
         return math.ceil(math.log2(max(1, *map(self.agreed.num_rows, clients))))

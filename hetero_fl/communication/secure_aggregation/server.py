@@ -1,6 +1,7 @@
-"""The server side of secure aggregation: four exchanges, dropouts between them, and unmasking.
+"""Server side of secure aggregation: the four exchanges and the removal of masks from the sum.
 
-A client is included in the sum if its vector arrived, even if it drops out afterwards.
+A client's vector is part of the sum if the server received the vector, even if the client drops out
+afterwards.
 """
 
 from __future__ import annotations
@@ -44,15 +45,18 @@ from hetero_fl.utils.errors import RoundAbandonedError
 
 @dataclass
 class SecureExchange:
-    """One exchange of the protocol.
+    """One exchange of secure aggregation (see `Exchange`).
 
     Args:
         secure_round: The round to which the exchange belongs.
         kind: Kind of the request.
         numbers: Numbers of the clients that receive a request.
-        arrays: Function that returns the content of the request to a client.
-        take: Function that processes a valid reply.
-        check: Function that raises PayloadError for an invalid reply.
+        arrays: Function that returns the arrays of the request to a client. The arguments are the
+            client's number and a function that returns the broadcast to a client id.
+        take: Function that processes a valid reply. The arguments are the client's number and the
+            arrays of the reply.
+        check: Function with the same arguments that raises PayloadError for an invalid reply. If
+            None, only names, data types and shapes of the arrays are checked.
 
     Attributes:
         clients: Ids of the clients that receive a request.
@@ -70,13 +74,17 @@ class SecureExchange:
         self.clients: Sequence[str] = list(self._silent)
 
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        """Return the request to a client."""
+        """Return the request to a client (see `Exchange.request`)."""
         arrays = self.arrays(self.secure_round.numbers[client_id], broadcast_to)
         tag = byte_string_to_row(self.secure_round.tag)
         return Message(self.kind, encode_arrays({"tag": tag, **arrays}))
 
     def accept(self, client_id: str, reply: Message) -> None:
-        """Process a reply; drop the client if the reply is invalid."""
+        """Process the reply of a client.
+
+        If the reply is invalid, the client drops out of the round. Further replies of the client
+        are ignored.
+        """
         number = self._silent.pop(client_id, None)
         if number is None:
             return
@@ -86,28 +94,29 @@ class SecureExchange:
             self.secure_round.dropouts[client_id] = str(error)
 
     def close(self) -> None:
-        """Drop the clients that have not replied."""
+        """Record that the clients without a reply drop out of the round."""
         reason = f"no reply to {self.kind!r} of the secure aggregation"
         self.secure_round.dropouts.update(dict.fromkeys(self._silent, reason))
 
 
 class SecureAggregationRound:
-    """One round of the protocol on the server.
+    """One round of secure aggregation on the server.
 
-    Clients are identified by numbers, starting at 1.
+    Clients are identified by their number in the cohort, starting at 1.
 
     Args:
-        cohort: The clients.
+        cohort: Ids of the clients.
         survivors: Number of clients that must remain until the end of the round.
-        neighbours: Number of neighbors of each client; None for the smallest secure number.
+        neighbours: Number of neighbors of each client. If None, the smallest secure number is used.
         layout: Digest of the layout and length of the vector.
-        unit: Exponent of the unit of weights, which is a power of two.
+        unit: Exponent of the power of two by which clients divide values and weights.
         round_idx: Index of the round.
 
     Attributes:
-        dropouts: The reasons why clients dropped out, by client id.
-        mask_partners: The numbers of the neighbors with which each client shares a mask.
-        threshold: Number of shares that reconstruct a secret.
+        dropouts: Reasons why clients dropped out, keyed by client id.
+        mask_partners: Numbers of the neighbors with which each client shares a mask, keyed by
+            client number.
+        threshold: Number of shares that are needed to reconstruct a secret.
     """
 
     def __init__(
@@ -136,7 +145,7 @@ class SecureAggregationRound:
         self.threshold = 0
 
     def exchanges(self) -> Exchanges:
-        """Yield the four exchanges and return the unmasked sum.
+        """Yield the four exchanges, and return the unmasked sum.
 
         Raises:
             RoundAbandonedError: If too few clients are left, or a secret cannot be reconstructed.
@@ -151,7 +160,6 @@ class SecureAggregationRound:
         return AggregatedUploads(clients, total, 2.0**self.unit, dropouts)
 
     def _exchange_keys(self) -> Iterator[SecureExchange]:
-        """Collect the clients' public keys."""
 
         def take(number: int, reply: Arrays) -> None:
             self.public[number] = reply["keys"]
@@ -169,7 +177,7 @@ class SecureAggregationRound:
     def _exchange_shares(
         self,
     ) -> Generator[SecureExchange, None, dict[int, dict[int, np.ndarray]]]:
-        """Draw neighborhoods and return the encrypted shares by receiver and sender."""
+        """Draw neighborhoods, and return the encrypted shares, keyed by receiver and sender."""
         k = num_neighbours(len(self.public), min(self.survivors, len(self.public)), self.neighbours)
         self.mask_partners = draw_neighbourhoods(list(self.public), k)
         self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
@@ -274,7 +282,8 @@ class SecureAggregationRound:
             kind: Kind of the request.
             number: Number of the client.
             message: The reply.
-            check: Function that raises PayloadError for an invalid reply.
+            check: Function that raises PayloadError for an invalid reply (see `SecureExchange`). If
+                None, no further check is made.
 
         Raises:
             PayloadError: If the client refused the request or the reply is invalid.

@@ -1,7 +1,8 @@
 """Interface of executors, which run the tasks of clients, and an executor in this process.
 
-Clients are processed in chunks that depend only on client ids and architectures, neither on the
-number of workers nor on the duration of tasks, so that results are reproducible bit by bit.
+A chunk consists of clients that are processed together. Chunks depend only on client ids and
+architectures. Results are therefore bit-identical for any number of workers and any duration of
+tasks.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class Executor(Protocol):
     """Interface of executors, which run the tasks of clients.
 
     Attributes:
-        store: The clients' private state. The new state of a client is staged before its reply is
-            yielded.
-        backend: Backend in this process for the server's plans.
-        takes_payload: Whether clients run in this process, so that requests may contain broadcasts
-            that are not encoded.
+        store: Store of the clients' private states. The new state of a client is staged before the
+            reply of the client is yielded.
+        backend: Backend in this process, which computes the server's plans.
+        takes_payload: Whether requests may contain broadcasts that are not encoded, because clients
+            run in this process.
     """
 
     store: StateStore
@@ -48,17 +49,17 @@ class Executor(Protocol):
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield the reply of each client to a request, in the order of `clients`.
+        """Send a request to each client, and yield the replies in the order of `clients`.
 
-        Clients that do not reply are left out.
+        Clients that do not reply are omitted.
 
         Args:
             clients: Client ids.
-            request: Function that returns the request to a client. It is called each time the
-                request is sent.
+            request: Function that returns the request to a client id. The function is called again
+                if a request is sent again.
 
         Yields:
-            Client ids and replies.
+            Pairs of client id and reply.
         """
 
     def evaluate(
@@ -68,34 +69,41 @@ class Executor(Protocol):
         round_idx: int,
         details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
-        """Yield the evaluation of each client's model, in the order of `clients`.
+        """Evaluate the models of clients, and yield the evaluations in the order of `clients`.
 
         Args:
             clients: Client ids.
-            broadcast: Function that returns the broadcast to a client.
+            broadcast: Function that returns the broadcast to a client id.
             round_idx: Index of the next round, from 0.
             details: Whether to compute all results that a report shows.
 
         Yields:
-            Client ids and evaluations.
+            Pairs of client id and evaluation. If a client on another machine does not reply, the
+            second element is a `ClientAbsentError`.
 
         Raises:
             DivergedError: If training for deployment diverges.
         """
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        """Set a function that is called with a message when a task begins; None removes it."""
+        """Set a function that is called with a message when a task begins.
+
+        Args:
+            listener: The function. If None, no function is called.
+        """
 
     def close(self) -> None:
         """Release all resources. The executor cannot be used afterwards."""
 
 
 class RemoteExecutor(Executor, Protocol):
-    """Executor whose clients are on other machines and may connect and disconnect at any time.
+    """Interface of executors whose clients are on other machines.
+
+    Clients may connect and disconnect at any time.
 
     Attributes:
-        on_reset: Function that is called with the id of a client that has lost its private state,
-            before the request to the client is created again.
+        on_reset: Function that is called with a client id if the client has lost its private state.
+            Afterwards, the request to the client is created again.
     """
 
     on_reset: Callable[[str], object]
@@ -103,15 +111,15 @@ class RemoteExecutor(Executor, Protocol):
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield the reply of each client to a request, in the order of arrival.
+        """Send a request to each client, and yield the replies in the order of arrival.
 
         Args:
             clients: Client ids.
-            request: Function that returns the request to a client. It is called each time the
-                request is sent.
+            request: Function that returns the request to a client id. The function is called again
+                if a request is sent again.
 
         Yields:
-            Client ids and replies.
+            Pairs of client id and reply.
         """
 
     def connected_clients(self) -> Collection[str]:
@@ -122,28 +130,35 @@ class RemoteExecutor(Executor, Protocol):
 
         Args:
             client: The client.
-            make_request: Function that returns the request to the client. It is called again if
-                the client has lost its private state.
+            make_request: Function that returns the request to a client id. The function is called
+                again if the client has lost its private state.
         """
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
-        """Return the next reply to a dispatched request; None if none arrives in `wait` seconds."""
-
-    def send_states(self, states: Mapping[str, PrivateState]) -> None:
-        """Send clients their initial private states, and stage these states.
+        """Return the next reply to a dispatched request.
 
         Args:
-            states: Private states by client id.
+            wait: Maximum waiting time in seconds.
+
+        Returns:
+            The client id and the reply, or None if no reply arrives in time.
+        """
+
+    def send_states(self, states: Mapping[str, PrivateState]) -> None:
+        """Send initial private states to clients, and stage these states.
+
+        Args:
+            states: Private states, keyed by client id.
 
         Raises:
             RunFailedError: If a client cannot be reached.
         """
 
     def on_checkpoint(self) -> None:
-        """Instruct clients to keep their states at a checkpoint, to which the run may fall back."""
+        """Instruct clients to keep their present private states, to which the run may be reset."""
 
     def pop_reset_clients(self) -> list[str]:
-        """Return the ids of clients that have lost their private state since the last call."""
+        """Return the ids of clients that have lost their private state since the previous call."""
 
 
 class InProcessExecutor(Executor):
@@ -210,7 +225,7 @@ class InProcessExecutor(Executor):
 
 
 def drain(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
-    """Remove and yield the entries of a dictionary one by one, to free their memory."""
+    """Remove and yield the entries of a dictionary one by one, to free memory."""
     while replies:
         client = next(iter(replies))
         yield client, replies.pop(client)
@@ -222,12 +237,12 @@ def client_chunks(
     """Divide clients into chunks that are processed together.
 
     Args:
-        client_ids: The clients.
-        client_infos: Information on each client, by client id.
+        client_ids: The clients, in any order.
+        client_infos: Information on each client, keyed by client id.
         size: Maximum number of clients in a chunk.
 
     Returns:
-        Chunks of clients with the same architecture, sorted by the id of their first client.
+        Chunks of clients with the same architecture, in natural order of the first client id.
     """
     client_ids = natural_order(client_ids)
     if size == 1:
@@ -244,11 +259,14 @@ def client_chunks(
 
 
 def in_order(clients: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-    """Yield pairs of client id and value in the order of `clients`, as soon as possible.
+    """Yield pairs of client id and value in the order of `clients`.
+
+    A pair is yielded as soon as all earlier pairs have arrived. Clients without a pair in
+    `arrivals` are omitted.
 
     Args:
         clients: Client ids.
-        arrivals: Pairs of client id and value in any order. Clients that do not occur are left out.
+        arrivals: Pairs of client id and value, in any order.
     """
     waiting: dict[str, T] = {}
     source = iter(arrivals)

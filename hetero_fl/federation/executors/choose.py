@@ -1,8 +1,8 @@
 """Choice of the executor, workers, threads and device of a run.
 
 The choice depends on the architectures, the numbers of rows, rounds and cores, and the device. If
-these do not decide whether workers are worthwhile, training steps are timed. A resumed run keeps
-its choice. See docs/explanation/limits.md.
+these numbers do not determine whether worker processes save time, training steps are timed. A
+resumed run uses the choice of the original run. See docs/explanation/limits.md.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ START_SECONDS = 4.5
 ESTIMATE_FACTOR = 10
 # Maximum number of architectures whose steps are timed, starting with the most expensive.
 MAX_MEASURED = 4
-# Parameters are copied to workers and back. Workers are worthwhile only if this takes at most this
-# number of bytes per second of training.
+# Parameters are copied to workers and back. Workers are used only if at most this number of bytes
+# is copied per second of training.
 MAX_TRAFFIC = 3e8
-# Floating-point operations of the forward pass of a batch from which a second thread helps
+# Minimum number of floating-point operations per forward pass of a batch for more than one thread
 # (benchmarks/speed/threads.py).
 LARGE_STEP = 5e7
 # Speedup by each worker, relative to training on one core without workers.
@@ -88,14 +88,16 @@ EXECUTOR_KEYS = {
 
 @contextmanager
 def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
-    """Check that an executor is available, and connect to its Ray cluster within the context.
+    """Check that an executor is available, and connect to a Ray cluster if the executor uses Ray.
+
+    The connection is closed at the end of the context.
 
     Args:
         config: The runtime settings.
         executor: Name of the chosen executor.
 
     Raises:
-        UserError: If the executor is not available.
+        UserError: If the executor is not available or the cluster cannot be reached.
     """
     if executor == "torchrun" and num_ranks() == 1:
         raise UserError(
@@ -122,14 +124,18 @@ def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
 def worker_count(
     executor: str, requested: int | None, threads: int, most: int, available: int
 ) -> tuple[int, str]:
-    """Return the number of workers of an executor, and the reason for it.
+    """Return the number of workers of an executor, and the reason for the number.
+
+    With torchrun, all ranks except the first are workers, and all other arguments are ignored.
 
     Args:
         executor: Name of the executor.
-        requested: Configured number of workers, or None.
+        requested: Configured number of workers. If None, the number of cores is divided by
+            `threads`.
         threads: Number of threads per worker.
-        most: Maximum number of workers, unless a number is configured.
-        available: Number of cores of this machine.
+        most: Maximum number of workers. Ignored if `requested` is given.
+        available: Number of cores of this machine. Ignored for Ray, which uses the number of CPUs
+            of the cluster.
 
     Raises:
         UserError: If a cluster has too few CPUs.
@@ -154,13 +160,14 @@ def worker_count(
 
 @dataclass(frozen=True)
 class ExecutorChoice:
-    """Executor of a run, with its device and settings.
+    """Executor of a run, with the device and the settings.
 
-    All attributes except `workers` and `reasons` can affect the last bits of the results, so a
-    resumed run keeps them.
+    All attributes except `workers` and `reasons` can affect the rounding of the results. A resumed
+    run therefore uses the attributes of the original run.
 
     Attributes:
-        executor: "serial" or "batched" in this process, or "processes", "ray" or "torchrun".
+        executor: "serial" or "batched" (clients run in this process), "processes", "ray" or
+            "torchrun".
         device: Device on which clients train.
         threads: Number of threads of each process that trains clients.
         server_threads: Number of threads of the server's process.
@@ -168,7 +175,7 @@ class ExecutorChoice:
         precision: "float32" or "bfloat16".
         deterministic: Whether to use deterministic algorithms.
         workers: Number of workers.
-        reasons: Reasons for the choice, for the log.
+        reasons: Reasons for the choice, which are logged.
     """
 
     executor: str
@@ -182,12 +189,14 @@ class ExecutorChoice:
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
     def record(self) -> dict[str, Any]:
-        """Return the choice as a dictionary, to be stored with the results and in checkpoints."""
+        """Return the choice as a dictionary that can be serialized."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], config: RuntimeConfig) -> ExecutorChoice:
-        """Restore the choice of a resumed run, and determine the number of workers again.
+        """Create the choice of a resumed run.
+
+        The number of workers is determined again, because the machine may have changed.
 
         Args:
             record: The return value of `record`.
@@ -208,16 +217,16 @@ class ExecutorChoice:
 
 @dataclass(frozen=True)
 class RunLoad:
-    """Estimated amount of training of a run.
+    """Estimated computational load of a run.
 
     Attributes:
         cohort: Number of clients in a round.
         seconds: Duration of training in all rounds on one core, in seconds.
         model_bytes: Bytes of parameters per second of training.
-        busy: Number of workers that can be busy at the same time, because each client is processed
-            by a single worker.
-        step: Floating-point operations of the forward pass of a batch of the most expensive client.
-        thread_speedup: Speedup of a process by several threads, relative to one thread.
+        busy: Maximum average number of workers that run at the same time. The number is limited by
+            the most expensive client, which is processed by a single worker.
+        step: Floating-point operations per forward pass of a batch of the most expensive client.
+        thread_speedup: Speedup of a process with several threads relative to one thread.
     """
 
     cohort: int
@@ -229,7 +238,7 @@ class RunLoad:
 
     @classmethod
     def estimate(cls, config: Config, federation: FederationSpec) -> RunLoad:
-        """Estimate the load of a run from representative clients."""
+        """Estimate the load of a run from the representative clients, without measurements."""
         clients = [federation.client_infos[c] for c in federation.representative_clients]
         population = len(federation.client_infos)
         cohort = min(population, config.clients.per_round or population)
@@ -246,12 +255,13 @@ class RunLoad:
         )
 
     def measure(self, federation: FederationSpec, threads: int) -> RunLoad:
-        """Return the load, corrected by the duration of training steps on this machine.
+        """Return the load, corrected by measured durations of training steps on this machine.
+
+        At most `MAX_MEASURED` architectures are measured, starting with the most expensive one.
 
         Args:
-            federation: The federation. Only the architectures that take the most training are
-                measured.
-            threads: Number of threads of a process that trains all clients.
+            federation: The federation.
+            threads: Number of threads with which steps are measured, in addition to one thread.
         """
         flops: dict[tuple[ModelSpec, int], float] = defaultdict(float)
         for client_id in federation.representative_clients:
@@ -279,14 +289,15 @@ class RunLoad:
 def choose_executor(
     config: Config, federation: FederationSpec, measure: bool = True
 ) -> ExecutorChoice:
-    """Choose the executor of a new run, with its device and settings.
+    """Choose the executor, the device and the runtime settings of a new run.
 
     Settings that are not configured are chosen automatically.
 
     Args:
         config: The configuration of the run.
         federation: The federation.
-        measure: Whether training steps may be timed if the choice depends on their duration.
+        measure: Whether training steps may be timed if the choice depends on the duration of a
+            step.
 
     Raises:
         UserError: If the device or the executor is not available, or if runtime settings
@@ -353,7 +364,7 @@ def _measure_if_undecided(
     available: int,
     threads_per_process: int | None,
 ) -> RunLoad:
-    """Return the load, measured if the estimate does not decide whether workers are worthwhile."""
+    """Return the load. Training steps are timed if the choice depends on the duration of a step."""
     is_short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
     if device.type != "cpu" or available == 1 or load.cohort == 1 or is_short:
         return load
@@ -365,7 +376,10 @@ def _measure_if_undecided(
 def _choose_chunk(
     config: RuntimeConfig, federation: FederationSpec, device: torch.device, executor: str
 ) -> tuple[int, list[str]]:
-    """Return the number of clients processed together, and the reason if it is automatic."""
+    """Return the number of clients processed together, and a list of reasons for the number.
+
+    The list is empty unless the number is determined from the memory of the device.
+    """
     if executor == "serial":
         return 1, []
     if executor == "batched" and config.chunk is None and device.type == "cuda":
@@ -383,14 +397,16 @@ def _select_executor(
 ) -> tuple[str, str]:
     """Return the name of the fastest executor, and the reason for the choice.
 
-    The configured number of workers is ignored, so that it does not affect the results.
+    The configured number of workers is ignored, so that the number does not affect the results.
 
     Args:
-        load: Estimated amount of training.
-        group: Number of clients that are worth processing together.
-        device: Device of the clients.
+        load: Estimated load of the run.
+        group: Number of clients that benefit from vectorization, or 0 if vectorization is not
+            useful.
+        device: Device on which clients train.
         available: Number of cores of this machine.
-        threads_per_process: Configured number of threads of each process, or None.
+        threads_per_process: Configured number of threads of each process. If None, one thread per
+            process is assumed.
     """
     if device.type != "cpu" or available == 1 or load.cohort == 1:
         place = "core" if device.type == "cpu" else "device"
@@ -406,7 +422,7 @@ def _select_executor(
 
 
 def _reason_against_workers(load: RunLoad, available: int, threads_per_process: int | None) -> str:
-    """Return the reason why worker processes are not worthwhile; empty if they are."""
+    """Return the reason why worker processes do not save time, or "" if they save time."""
     workers = min(max(1, available // (threads_per_process or 1)), load.busy)
     speedup_of_each = load.thread_speedup if threads_per_process else 1.0
     with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)
@@ -425,7 +441,7 @@ def _reason_against_workers(load: RunLoad, available: int, threads_per_process: 
 def _choose_threads(
     config: RuntimeConfig, load: RunLoad, group_size: int, executor: str, available: int
 ) -> tuple[int, int, str]:
-    """Return the number of threads for clients, the number for the server, and the reason."""
+    """Return the numbers of threads for clients and for the server, and the reason."""
     limit = thread_limit()
     if config.threads is not None:
         reason = f"{pluralize(config.threads, 'thread')}: runtime.threads"
@@ -444,11 +460,11 @@ def _choose_threads(
 
 
 def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
-    """Return the number of clients of a round that are worth processing together.
+    """Return the expected number of clients of a round that benefit from vectorization.
 
-    These are the clients with the most frequent architecture among those that benefit from
-    vectorization. The result is 0 if there are too few of them, or if less than half of all clients
-    would benefit.
+    Only clients with the most frequent suitable architecture are counted. The result is 0 if the
+    number of these clients is too small, or if at most half of all clients have a suitable
+    architecture.
     """
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
@@ -464,7 +480,7 @@ def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torc
 
 
 def plan_memory(client_info: ClientInfo) -> MemoryPlan:
-    """Estimate the memory of a client's local training."""
+    """Estimate the memory that the local training of a client needs."""
     settings = client_info.settings
     return MemoryPlan.estimate(client_info.models, settings.optimizer, settings.batch_size)
 
@@ -473,7 +489,7 @@ def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple
     """Return the number of clients that are processed together on a device, and the reason."""
     client_infos = federation.client_infos
     largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
-    # The rest of the memory caches copies of the host's tensors.
+    # The rest of the device's memory is used for cached copies of tensors.
     free = (1 - CACHE_SHARE) * free_bytes(device)
     chunk = min(MAX_CHUNK, max(1, int(free // largest)))
     return chunk, (
@@ -483,7 +499,7 @@ def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:
-    """Return the average number of clients in a round that can be processed together (>= 1)."""
+    """Return the expected number of clients of a round that can be processed together (>= 1)."""
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
         if not is_recurrent(profile.arch):
@@ -492,7 +508,7 @@ def _largest_group(federation: FederationSpec, cohort: int) -> int:
 
 
 def stays_on_device(algorithm: Algorithm, federation: FederationSpec) -> bool:
-    """Return whether a run in one process may keep all tensors of participants on its device.
+    """Return whether a run in one process may store all tensors of participants on the device.
 
     Compression, secure aggregation, privacy, attacks, robust aggregation rules and user-defined
     code work on the CPU.
@@ -516,14 +532,17 @@ def make_executor(
     store: StateStore | None = None,
     log: Callable[[str], None] = lambda _line: None,
 ) -> Executor:
-    """Create the chosen executor, and set the number of threads of this process.
+    """Create the chosen executor, and configure PyTorch for the run.
+
+    The number of threads of this process and the use of deterministic algorithms are set.
 
     Args:
         choice: The choice of the executor.
         algorithm: The method.
         federation: The federation.
-        store: The clients' private state; None for a new store in memory.
-        log: Function that is called with a message on each limitation of the backend.
+        store: Store of the clients' private states. If None, a new store in memory is created.
+        log: Function that is called with a message about each limitation of the backend. By
+            default, messages are ignored.
     """
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)

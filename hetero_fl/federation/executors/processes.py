@@ -41,13 +41,15 @@ from hetero_fl.utils.processes import (
     worker_context,
 )
 
-# Minimum length in bytes of byte strings that are sent through shared memory; tensors always are.
+# Minimum length in bytes of byte strings that are sent through shared memory. Tensors of any size
+# are sent through shared memory.
 LONG = 2**16
-# Number of broadcasts that both ends cache, because many clients receive the same broadcast.
+# Number of broadcasts that both ends of a connection cache, because many clients receive the same
+# broadcast.
 BROADCASTS = 2
 # Types of values that need no conversion.
 PLAIN = (str, int, float, bool, type(None))
-# Seconds within which a process with a broken pipe must end.
+# Maximum time in seconds until a process whose pipe is broken has ended.
 EXIT_SECONDS = 5.0
 
 
@@ -57,8 +59,8 @@ class StringReference:
 
     Attributes:
         number: Number of the string in the caches of both ends.
-        start: Offset of the first byte in shared memory if the string is new.
-        stop: Offset after the last byte; 0 if the string is in the cache.
+        start: Offset of the first byte in shared memory. 0 if the string is in the caches.
+        stop: Offset after the last byte. 0 if the string is in the caches.
     """
 
     number: int
@@ -84,21 +86,21 @@ class TensorReference:
 
 
 class SharedMemoryConnection:
-    """One end of a connection between two processes that answer messages in order.
+    """One end of a connection between two processes, with shared memory for large messages.
 
-    Messages are sent through a pipe, except for tensors and long byte strings. These are copied
-    through shared memory, because a pipe is slow for large messages and blocks both processes. If
-    shared memory is full, everything is sent through the pipe. A string that the other end has
-    cached, such as the same broadcast to another client, is not sent again. Messages are
-    dictionaries, lists, dataclasses and payloads, which may contain byte strings and tensors.
+    Messages are dictionaries, lists, dataclasses and payloads, which may contain byte strings and
+    tensors. Tensors and long byte strings are copied through shared memory, because a pipe is slow
+    for large messages and blocks both processes. Everything else is sent through a pipe. If shared
+    memory is full, tensors and byte strings are sent through the pipe, too. A long string that the
+    other end has cached, such as the same broadcast to another client, is not sent again.
 
-    Messages are written to two blocks of shared memory in turn. One end may therefore send a second
-    message before the first is answered, but not a third.
+    Each process must answer messages in order. Messages are written to two blocks of shared memory
+    in turn, so a process may send at most two messages before the first message is answered.
 
     Args:
         connection: This end of the pipe.
-        sent_strings: Number of long strings that are cached after sending.
-        received_strings: Number of long strings that are cached after receiving. Must equal
+        sent_strings: Maximum number of sent long strings that are cached.
+        received_strings: Maximum number of received long strings that are cached. Must be equal to
             `sent_strings` of the other end.
     """
 
@@ -125,7 +127,7 @@ class SharedMemoryConnection:
         self.connection.send((update, message))
 
     def receive(self) -> Any:
-        """Wait for the next message and return it.
+        """Wait for the next message, and return the message.
 
         Raises:
             EOFError: If the other end is closed.
@@ -141,7 +143,10 @@ class SharedMemoryConnection:
         return message
 
     def _to_reference(self, value: Any, new: list[memoryview]) -> Any:
-        """Return a reference in place of a tensor or long string, and add new bytes to `new`."""
+        """Return a reference to a tensor or long string. Other values do not change.
+
+        The bytes that must be written to shared memory are appended to `new`.
+        """
         start = sum(map(len, new))
         if isinstance(value, Tensor):
             array = value.detach().cpu().contiguous().numpy()
@@ -168,11 +173,11 @@ class SharedMemoryConnection:
 
 
 def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a copy of a message with its tensors, byte strings and references replaced.
+    """Return a copy of a message in which tensors, byte strings and references are replaced.
 
     Args:
         value: The message.
-        change: Function that returns the replacement of a value.
+        change: Function that returns the replacement of a tensor, byte string or reference.
     """
     if type(value) in PLAIN:
         return value
@@ -189,18 +194,22 @@ def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 class SharedMemoryBlock:
-    """Block of shared memory, which is replaced by a larger one when needed."""
+    """Block of shared memory, which is replaced by a larger block when needed.
+
+    Attributes:
+        tensor: The bytes of the block, dtype uint8. None if nothing has been written yet.
+    """
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
 
     def fill(self, strings: list[memoryview]) -> Tensor | bytes | None:
-        """Write byte strings one after the other.
+        """Write byte strings to the block, one after the other.
 
         Returns:
-            Information that the other process needs to read the strings: the new block if it has
-            been replaced, the joined strings if they do not fit into shared memory (which may be
-            limited to 64 MB in a container), or None.
+            The value that must be sent to the other process. If the block has been replaced, the
+            tensor of the new block. If there is not enough shared memory, which may be limited to
+            64 MB in a container, the joined strings. Otherwise None.
         """
         size = sum(map(len, strings))
         replaced = None
@@ -218,29 +227,32 @@ class SharedMemoryBlock:
         return replaced
 
     def view(self) -> memoryview:
-        """Return the bytes of the block."""
+        """Return a writable view of the bytes of the block, which is empty at first."""
         return memoryview(b"") if self.tensor is None else memoryview(self.tensor.numpy().data)
 
 
 class StringCache:
-    """Cache of the latest long strings sent in one direction, with the same content at both ends.
+    """Cache of the latest long strings that were sent in one direction of a connection.
+
+    The caches at both ends of the connection have the same content.
 
     Args:
-        max_strings: Maximum number of strings to keep between messages.
+        max_strings: Maximum number of strings after `trim`.
 
     Attributes:
-        strings: The strings by number.
+        strings: The strings, keyed by number. Strings are numbered in the order of addition.
     """
 
     def __init__(self, max_strings: int) -> None:
         self.max_strings = max_strings
         self.strings: OrderedDict[int, bytes] = OrderedDict()
-        # Numbers of the strings by identity, which is unique while the cache keeps them alive.
+        # Numbers of the strings, keyed by id. Ids are unique, because the cache keeps references to
+        # the strings.
         self._numbers: dict[int, int] = {}
         self._next_number = 0
 
     def add(self, string: bytes) -> int:
-        """Add a string and return its number."""
+        """Add a string, and return the number of the string."""
         number = self._next_number
         self._next_number += 1
         self.strings[number] = string
@@ -248,20 +260,27 @@ class StringCache:
         return number
 
     def find(self, string: bytes) -> int | None:
-        """Return the number of a string, compared by identity; None if it is not cached."""
+        """Return the number of a string, or None if the string is not cached.
+
+        Strings are compared by identity.
+        """
         return self._numbers.get(id(string))
 
     def trim(self) -> None:
-        """Drop the oldest strings. Call it only between messages, which need all their strings."""
+        """Drop the oldest strings until at most `max_strings` strings are cached.
+
+        Call this method only between messages, because a message may refer to all cached strings.
+        """
         while len(self.strings) > self.max_strings:
             _, string = self.strings.popitem(last=False)
             del self._numbers[id(string)]
 
 
 class ProcessPool(WorkerPool):
-    """Pool of worker processes on this machine. Processes that die are replaced.
+    """Pool of worker processes on this machine.
 
-    The data sets are moved to shared memory, which all workers read without a copy.
+    Processes that were killed by a signal are replaced. The data sets are moved to shared memory,
+    so that workers do not need copies.
 
     Args:
         setup: Setup of the workers.
@@ -276,7 +295,7 @@ class ProcessPool(WorkerPool):
         self._setup = replace(setup, shares_memory=True)
         self._context = worker_context(__name__)
         self._workers: list[tuple[BaseProcess, SharedMemoryConnection]] = []
-        # Workers whose messages can no longer be read.
+        # Indices of workers that were ended because sending or receiving was interrupted.
         self._interrupted: set[int] = set()
         try:
             setup.federation.data.share_memory()
@@ -325,11 +344,12 @@ class ProcessPool(WorkerPool):
 
     @contextlib.contextmanager
     def _communicate_with(self, worker: int) -> Iterator[SharedMemoryConnection]:
-        """Return a context in which to use the connection to a worker.
+        """Return a context in which the connection to a worker is used.
 
-        A dead worker is ignored here, because `receive` reports it. If this process is interrupted,
-        the worker is replaced: after an incomplete message, both ends would wait for each other or
-        read the wrong block of memory.
+        Errors caused by a dead worker are ignored, because `receive` reports dead workers. If this
+        process is interrupted in the context, the worker is killed and later replaced. After an
+        incomplete message, both ends would otherwise wait for each other or read the wrong block of
+        memory.
         """
         process, connection = self._workers[worker]
         try:
@@ -343,7 +363,7 @@ class ProcessPool(WorkerPool):
             raise
 
     def _replace(self, worker: int) -> tuple[int, None]:
-        """Replace a worker, and return the result of `receive` for a dead worker."""
+        """Replace a worker, and return the result of `receive` for a worker that has died."""
         self._end(worker)
         self._workers[worker] = self._start(worker)
         return worker, None
@@ -362,11 +382,11 @@ class ProcessPool(WorkerPool):
         return process, SharedMemoryConnection(parent_end, sent_strings=BROADCASTS)
 
     def _check_exit(self, index: int) -> None:
-        """Check why a worker has died. A worker that was killed by a signal can be replaced.
+        """Check that a dead worker was killed by a signal, so that the worker can be replaced.
 
         Raises:
-            UserError: If the user's script lacks the `__main__` guard.
-            RunFailedError: If the worker ended by itself, because its replacement would end, too.
+            UserError: If the `__main__` guard is missing in the user's script.
+            RunFailedError: If the process ended by itself, because a new process would also end.
         """
         process, _ = self._workers[index]
         # The pipe breaks slightly before the exit status is known.
@@ -388,13 +408,13 @@ class ProcessPool(WorkerPool):
 def run_worker(
     connection: Connection, setup: WorkerSetup, index: int, environ: Mapping[str, str]
 ) -> None:
-    """Run jobs until the other end of the connection is closed.
+    """Run the jobs of a worker process until the other end of the connection is closed.
 
     Args:
         connection: The worker's end of the pipe.
         setup: Setup of the workers.
         index: Index of the worker.
-        environ: Environment variables of the parent process.
+        environ: Environment variables of the parent process, which are adopted.
     """
     adopt_environment(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """Workers as actors on a Ray cluster.
 
-The federation is put into the object store once. The actors of a node read it from there without a
-copy.
+The setup of the workers, including the data, is put into the object store once. The actors of a
+node read the data from the object store without a copy.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from hetero_fl.federation.executors.workers import (
 )
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-# Seconds within which a cluster must start a worker, and between two checks.
+# Maximum time in seconds until a cluster has started a worker, and time between two checks.
 START_TIMEOUT = 600.0
 CHECK_INTERVAL = 10.0
-# Seconds within which a cluster's head must answer.
+# Maximum time in seconds until the head of a cluster answers.
 CONNECT_TIMEOUT = 10.0
 
 
@@ -57,8 +57,8 @@ class RayActorPool(WorkerPool):
         self._stack = ExitStack()
         self._stack.enter_context(connect(None, size * setup.threads))
         self._setup = _store_setup(setup)
-        # Tasks of each worker in order. `receive` waits only for the first one, because a smaller
-        # result of a later task may arrive earlier.
+        # Tasks of each worker in order. `receive` waits for the first task of each worker, because
+        # the result of a later task may arrive earlier if the result is small.
         self._tasks: list[deque[Any]] = [deque() for _ in range(size)]
         self._workers = [self._start(i, setup.threads) for i in range(size)]
 
@@ -95,7 +95,7 @@ class RayActorPool(WorkerPool):
         self._stack.close()
 
     def _start(self, index: int, cpus: int) -> tuple[Any, Any, float]:
-        """Return a new actor, a future that is ready when it has started, and the current time."""
+        """Return a new actor, a future that is ready when the actor has started, and the time."""
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self.size) if self._gpu else 0.0
         actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(
             RayActor
@@ -117,7 +117,7 @@ class RayActorPool(WorkerPool):
 
 
 class RayActor:
-    """Worker in the process of an actor, which can use only the GPU that Ray assigns to the actor.
+    """Actor that runs the jobs of a worker, on the GPU that Ray assigns to the actor.
 
     Args:
         setup: Setup of the workers.
@@ -128,26 +128,28 @@ class RayActor:
         self._worker = Worker(setup, index)
 
     def is_ready(self) -> bool:
-        """Return True once the actor has started."""
+        """Return True. The call returns when the actor has started."""
         return True
 
     def run_job(self, job: WorkerJob) -> JobResult:
-        """Run a job (see `Worker.run_job`) and return its result with checksums of the messages."""
+        """Run a job (see `Worker.run_job`), and return the result with checksums of the replies."""
         return self._worker.run_job(job).with_checksums()
 
 
 @contextmanager
 def connect(address: str | None, cpus: int) -> Iterator[None]:
-    """Connect to a Ray cluster. An existing connection is reused and stays open.
+    """Connect to a Ray cluster within the context.
+
+    If this process is already connected to a cluster, the connection is used and stays open.
 
     Args:
-        address: Address of the cluster; None for the address in the environment variable
-            RAY_ADDRESS. If neither is set, a cluster is started on this machine and stopped
-            afterwards.
-        cpus: Number of CPUs of the cluster if it is started on this machine.
+        address: Address of the cluster. If None, the address in the environment variable
+            RAY_ADDRESS is used. If neither is set, a cluster is started on this machine and stopped
+            at the end of the context.
+        cpus: Number of CPUs of a cluster that is started on this machine.
 
     Raises:
-        UserError: If no cluster answers at the address.
+        UserError: If the address is invalid or no cluster answers at the address.
     """
     if ray.is_initialized():
         yield
@@ -175,7 +177,11 @@ def connect(address: str | None, cpus: int) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raise UserError if the address cannot be reached, because Ray would retry for minutes."""
+    """Check that an address can be reached, because Ray would try to connect for minutes.
+
+    Raises:
+        UserError: If the address is invalid or cannot be reached.
+    """
     host, colon, port = address.rpartition(":")
     if address in ("auto", "local"):
         return
@@ -197,7 +203,7 @@ def cluster_cpus() -> int:
 
 @contextmanager
 def _keep_signal_handlers() -> Iterator[None]:
-    """Restore the handler of SIGTERM at the end of the context, because Ray replaces it."""
+    """Restore the handler of SIGTERM at the end of the context, because Ray sets another one."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -207,7 +213,10 @@ def _keep_signal_handlers() -> Iterator[None]:
 
 
 def _store_setup(setup: WorkerSetup) -> Any:
-    """Put the setup into the object store, with tensors as NumPy arrays; return a reference."""
+    """Put the setup into the object store, and return a reference to the stored object.
+
+    Tensors are stored as NumPy arrays, which actors read without a copy.
+    """
     register_serializer(torch.Tensor, serializer=torch.Tensor.numpy, deserializer=_to_tensor)
     try:
         return ray.put(setup)
@@ -223,6 +232,6 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _describe(error: BaseException) -> str:
-    """Return the class of an error and the last line of its message."""
+    """Return the class name of an error and the last line of the message."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

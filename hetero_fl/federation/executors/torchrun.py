@@ -1,7 +1,7 @@
-"""Workers as torchrun ranks: rank 0 runs the command, and the other ranks run jobs for it.
+"""Workers as torchrun ranks: rank 0 runs the command, and the other ranks run jobs.
 
 Jobs are sent with the gloo backend of torch.distributed, because NCCL can send only tensors on a
-GPU. Rank 0 waits for each other rank in a separate thread, so that its main thread still receives
+GPU. Rank 0 waits for each other rank in a separate thread, so that the main thread still receives
 Ctrl-C. When a rank dies, torchrun ends all ranks.
 """
 
@@ -31,29 +31,31 @@ from hetero_fl.utils.errors import RunFailedError
 
 # Ranks wait for each other without a time limit, because torchrun detects ranks that have died.
 NO_TIMEOUT = timedelta(days=20)
-# Time within which all ranks must be connected.
+# Maximum time until all ranks are connected.
 START_TIMEOUT = timedelta(minutes=10)
 # Seconds to wait for the end of the other ranks.
 EXIT_SECONDS = 10.0
-# Sent instead of a job at the end of the run.
+# Object that is sent instead of a job at the end of the run.
 END = None
 # Threads of rank 0 that wait for results.
 _listeners: list[threading.Thread] = []
 
 
 def num_ranks() -> int:
-    """Return the number of processes that torchrun has started; 1 without torchrun."""
+    """Return the number of processes that torchrun has started, or 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def run_as_ranks(lead: Callable[[], int]) -> int:
-    """Run a command in rank 0, and its jobs in the other ranks until the command has ended.
+    """Run a command in rank 0, and the jobs of the command in the other ranks.
+
+    The other ranks run until the command has ended.
 
     Args:
-        lead: Function that runs the command and returns its exit status.
+        lead: Function that runs the command and returns the exit status.
 
     Returns:
-        The exit status of this rank.
+        The exit status of this rank, which is 0 for all ranks except rank 0.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         # Rank 0 handles interrupts and ends the others.
@@ -82,9 +84,9 @@ def run_as_ranks(lead: Callable[[], int]) -> int:
 
 
 class TorchrunPool(WorkerPool):
-    """Pool of the ranks that torchrun started. Worker i is rank i + 1.
+    """Pool of the ranks that torchrun has started, in which worker i is rank i + 1.
 
-    Each command creates only one pool.
+    A command must create only one pool. If a rank ends, the run fails.
 
     Args:
         setup: Setup of the workers.
@@ -138,7 +140,7 @@ def _receive_object(source: int) -> Any:
 
 
 def _serve_rank_zero() -> None:
-    """Run jobs until rank 0 ends. If rank 0 is killed, end this process even during a job."""
+    """Run jobs until rank 0 ends. If rank 0 is killed, this process also ends during a job."""
     setup = _receive_object(0)
     if setup is END:
         return
@@ -147,7 +149,7 @@ def _serve_rank_zero() -> None:
 
 
 def _receive_job() -> Any:
-    """Wait for the next job and return it; end this process if there are no more jobs."""
+    """Wait for the next job and return the job. If there are no more jobs, end this process."""
     try:
         job = _receive_object(0)
     except RuntimeError:

@@ -1,8 +1,9 @@
 """Distribution of clients' tasks to workers: processes, Ray actors or ranks of torchrun.
 
-A worker receives the method and the federation once, and then only tasks. The result of a client
-depends only on its task, and the chunks of clients depend only on the cohort. The number of
-workers, their order and their failures therefore do not change the results.
+A worker receives the method and the federation once, and then jobs. A job consists of the tasks of
+some clients, in chunks of clients that are processed together. The result of a client depends only
+on the task, and chunks depend only on the cohort. The number of workers, the order of jobs and the
+failure of workers therefore do not change the results.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 MAX_HELD_STATE_BYTES = 256 * 2**20
 # The run fails after this number of workers have died while processing the same client.
 MAX_DEATHS = 3
-# In a large cohort, only the first unfinished chunks may start: this number per worker.
+# In a large cohort, only this number of chunks per worker may start before the first unfinished
+# chunk has finished.
 CHUNKS_AHEAD = 4
 # Maximum number of chunks in a job, whose results are sent together.
 MAX_CHUNKS_PER_JOB = 2
@@ -63,19 +65,19 @@ _TRANSFERABLE_ERRORS = (UserError, RunFailedError, DivergedError, PayloadError)
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """Setup that a worker receives once.
+    """Setup that a worker receives once, at the start.
 
     Attributes:
         algorithm: The method.
         federation: The federation.
         threads: Number of threads of a worker.
-        devices: Devices, which are assigned to workers in turn.
+        devices: Names of the devices, which are assigned to workers in turn.
         chunk: Number of clients of one architecture that are processed together.
         precision: "float32" or "bfloat16".
         dtype: Default dtype of PyTorch.
-        shares_memory: Whether workers share memory with the server's process.
-        deterministic: Whether to use deterministic algorithms.
-        owns_device: Whether each worker has a device of its own.
+        shares_memory: Whether workers share memory with the process of the server.
+        deterministic: Whether PyTorch uses deterministic algorithms.
+        owns_device: Whether no two workers use the same device.
     """
 
     algorithm: Algorithm
@@ -110,17 +112,18 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """Tasks of some clients for one worker.
+    """Tasks of some clients that are sent to one worker.
 
     Attributes:
         number: Number of the job.
-        kind: "answer" to execute requests, "read" to evaluate models.
-        chunks: Ids of the clients, in chunks that are processed together.
-        requests: Request to each client, by client id.
-        private: Encoded private states that the worker does not have, by client id; None for an
-            empty state.
+        kind: "answer" if requests are executed, "read" if models are evaluated.
+        chunks: Lists of client ids that are processed together.
+        requests: Request to each client, keyed by client id.
+        private: Encoded private states that the worker does not have, keyed by client id. The value
+            is None if the state is empty.
         details: Whether an evaluation computes all results that a report shows.
-        notes: Data that clients keep from earlier exchanges of the round, by client id.
+        notes: State of the clients between the exchanges of a round, keyed by client id (see
+            `RoundProtocol.answer`).
     """
 
     number: int
@@ -133,7 +136,7 @@ class WorkerJob:
 
     @property
     def clients(self) -> list[str]:
-        """Ids of all clients of the job, in order."""
+        """Ids of all clients in the chunks, in order."""
         return [client for chunk in self.chunks for client in chunk]
 
 
@@ -143,15 +146,16 @@ class JobResult:
 
     Attributes:
         job: Number of the job.
-        replies: Reply of each client, by client id.
-        evaluations: Evaluation of each client, by client id.
-        private: Encoded private states that changed, by client id.
-        notes: Data that clients keep for later exchanges of the round, by client id.
-        seconds: Duration of each client's task in seconds, by client id. The duration of a chunk is
-            divided equally among its clients.
-        dropped_states: Ids of clients whose private state the server must send again.
-        error: The exception with which the job failed, which ends the run; otherwise None.
-        trace: Traceback of the error.
+        replies: Reply of each client, keyed by client id.
+        evaluations: Evaluation of each client, keyed by client id.
+        private: Encoded private states that have changed, keyed by client id.
+        notes: State of the clients between the exchanges of a round, keyed by client id.
+        seconds: Duration of each client's task in seconds, keyed by client id. The duration of a
+            chunk is divided equally among the clients in the chunk.
+        dropped_states: Ids of clients whose private state the worker drops. The server must send
+            these states again.
+        error: The exception with which the job failed, or None. An exception ends the run.
+        trace: Traceback of the exception as text.
     """
 
     job: int
@@ -165,7 +169,7 @@ class JobResult:
     trace: str = ""
 
     def with_checksums(self) -> JobResult:
-        """Return a copy in which messages have checksums, to be sent to another machine."""
+        """Return a copy in which replies have checksums, for a transfer to another machine."""
         replies = {
             client: reply.with_checksum() if isinstance(reply, Message) else reply
             for client, reply in self.replies.items()
@@ -174,14 +178,14 @@ class JobResult:
 
 
 class Worker:
-    """Runner of jobs in a worker process.
+    """Worker that runs jobs in a process.
 
     Args:
         setup: Setup of the workers.
         index: Index of the worker.
 
     Attributes:
-        store: The clients' private state.
+        store: Store of the private states that the worker has received or computed.
     """
 
     def __init__(self, setup: WorkerSetup, index: int) -> None:
@@ -198,7 +202,10 @@ class Worker:
 
     @cached_property
     def runtime(self) -> ClientRuntime:
-        """The clients' runtime. The first job creates it, so that errors are part of a result."""
+        """Runtime that executes the plans of clients.
+
+        The runtime is created by the first job, so that errors are part of the result of the job.
+        """
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
         use_deterministic_algorithms(device, self.setup.deterministic)
         algorithm = self.setup.algorithm
@@ -219,7 +226,7 @@ class Worker:
         )
 
     def run_job(self, job: WorkerJob) -> JobResult:
-        """Run a job and return its result. Exceptions are part of the result and not raised."""
+        """Run a job, and return the result. Exceptions are stored in the result and not raised."""
         result = JobResult(job.number)
         try:
             for chunk in job.chunks:
@@ -262,7 +269,8 @@ class Worker:
             clients: The clients of the finished job.
 
         Returns:
-            The clients whose state is dropped after the next job, unless that job includes them.
+            The clients whose states are dropped after the next job. States of clients in the next
+            job are not dropped.
         """
         for client in set(self._to_drop).difference(clients):
             self.store.stage(client, b"")
@@ -281,7 +289,7 @@ class Worker:
 
 
 def _transferable_error(error: Exception) -> Exception:
-    """Return an error that a process without the user's classes can unpickle."""
+    """Convert an exception to one that a process without the user's classes can unpickle."""
     if type(error) in _TRANSFERABLE_ERRORS:
         return error
     if isinstance(error, _TRANSFERABLE_ERRORS):
@@ -291,11 +299,13 @@ def _transferable_error(error: Exception) -> Exception:
 
 
 class RemoteTracebackError(Exception):
-    """Cause of an error in a worker. The message is the traceback in the worker's process."""
+    """Cause of an exception in a worker, with the traceback of the worker's process as message."""
 
 
 class WorkerPool(Protocol):
-    """Pool of workers, which are numbered from 0. Each worker runs its jobs in order.
+    """Interface of pools of workers, which are numbered from 0.
+
+    Each worker runs jobs in the order of sending.
 
     Attributes:
         size: Number of workers.
@@ -304,14 +314,17 @@ class WorkerPool(Protocol):
     size: int
 
     def send(self, worker: int, job: WorkerJob) -> None:
-        """Send a job to a worker, which must have fewer than `JOBS_PER_WORKER` jobs."""
+        """Send a job to a worker.
+
+        The worker must have fewer than `JOBS_PER_WORKER` unfinished jobs.
+        """
 
     def receive(self) -> tuple[int, JobResult | None]:
         """Wait for the next result.
 
         Returns:
-            The worker and the result. The result is None if the worker has died and was replaced;
-            its jobs are then lost.
+            The number of the worker and the result. If the worker has died and was replaced, the
+            result is None, and all unfinished jobs of the worker are lost.
         """
 
     def close(self) -> None:
@@ -321,15 +334,15 @@ class WorkerPool(Protocol):
 def run_jobs(
     worker: Worker, receive: Callable[[], WorkerJob], send: Callable[[JobResult], None]
 ) -> None:
-    """Run jobs in order, and receive the next job while a job runs.
+    """Run the jobs that a worker receives, until `receive` raises an exception.
 
-    If jobs were received only between runs, both processes could block: one while sending a long
-    job, the other while sending a long result.
+    The next job is received while a job runs. Otherwise, both processes could block: one process
+    while sending a long job, the other process while sending a long result.
 
     Args:
         worker: Worker that runs the jobs.
-        receive: Function that waits for the next job and returns it. If it raises an exception, the
-            jobs received before are run, and the exception is raised.
+        receive: Function that waits for the next job and returns the job. If the function raises an
+            exception, the jobs that were received before are run, and the exception is raised.
         send: Function that sends a result.
     """
     received: queue.SimpleQueue[WorkerJob | Exception] = queue.SimpleQueue()
@@ -356,9 +369,9 @@ class WorkerExecutor(Executor):
 
     Args:
         pool: The workers.
-        client_infos: Information on each client, by client id.
-        store: The clients' private state.
-        backend: Backend for the server's plans.
+        client_infos: Information on each client, keyed by client id.
+        store: Store of the clients' private states.
+        backend: Backend that computes the server's plans.
         chunk: Number of clients of one architecture that are processed together.
     """
 
@@ -378,7 +391,7 @@ class WorkerExecutor(Executor):
         self.backend = backend
         self.chunk = chunk
         self.costs = TaskCosts(client_infos)
-        # By client id: the worker that has the client's state, and the stamp of that state.
+        # Worker that has the private state of a client, and stamp of the state, keyed by client id.
         self._holders: dict[str, tuple[int, int]] = {}
         # Unfinished jobs of each worker, in order. They may belong to an abandoned round.
         self._running: defaultdict[int, deque[WorkerJob]] = defaultdict(deque)
@@ -423,7 +436,7 @@ class WorkerExecutor(Executor):
         request: Callable[[str], Message],
         details: bool = False,
     ) -> Iterator[JobResult]:
-        """Run all tasks, and yield each result on arrival, after staging its private states."""
+        """Run all tasks, and yield each result after staging the private states in the result."""
         chunks = client_chunks(clients, self.client_infos, self.chunk)
         waiting = ChunkQueue(chunks, self.costs, self.pool.size)
         deaths: Counter[str] = Counter()
@@ -431,8 +444,8 @@ class WorkerExecutor(Executor):
         last_old_job = self._num_jobs
 
         def may_wait_behind(job: WorkerJob) -> bool:
-            # The next job is created with the present private states, which an old job may still
-            # change.
+            # The next job contains the present private states, which an unfinished job of an
+            # abandoned call may still change.
             return job.number > last_old_job and waiting.keeps_workers_busy(job)
 
         def make_job(worker: int, chunks: list[list[str]]) -> WorkerJob:
@@ -470,7 +483,7 @@ class WorkerExecutor(Executor):
         may_wait_behind: Callable[[WorkerJob], bool],
         make_job: Callable[[int, list[list[str]]], WorkerJob],
     ) -> None:
-        """Send waiting chunks to workers, to idle workers first."""
+        """Send jobs with waiting chunks to workers, starting with idle workers."""
         for num_jobs in range(JOBS_PER_WORKER):
             for worker in range(self.pool.size):
                 jobs = self._running[worker]
@@ -524,7 +537,7 @@ class WorkerExecutor(Executor):
         return WorkerJob(self._num_jobs, kind, chunks, requests, private, details, notes)
 
     def _accept(self, worker: int, job: WorkerJob, result: JobResult) -> None:
-        """Stage private states, and record notes and costs."""
+        """Stage the private states in a result, and record the notes and costs."""
         for client, private in result.private.items():
             self._record_holder(worker, client, self.store.stage(client, private))
         for client in job.clients:
@@ -542,7 +555,7 @@ class WorkerExecutor(Executor):
         return holder is None or holder[0] == worker
 
     def _record_holder(self, worker: int, client: str, stamp: int | None) -> None:
-        """Record which worker has a client's state; a client without state may go to any worker."""
+        """Record which worker has the state of a client. If `stamp` is None, there is no state."""
         if stamp is None:
             self._holders.pop(client, None)
         else:
@@ -556,7 +569,7 @@ class WorkerExecutor(Executor):
 
 
 def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
-    """Count the death of a worker for all clients of its job, any of which may be the cause.
+    """Count the death of a worker for all clients of a job, because any client may be the cause.
 
     Raises:
         RunFailedError: If `MAX_DEATHS` workers have died while processing the same client.
@@ -571,18 +584,18 @@ def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
 
 
 def _needs_state(kind: str, request: Message) -> bool:
-    """Return whether a task needs private state. The setup exchanges of a protocol do not."""
+    """Return whether a task needs private state. Exchanges before training do not."""
     return kind == "read" or request.kind == "train"
 
 
 class ChunkQueue:
-    """Queue of unfinished chunks, of which the most expensive ones start first.
+    """Queue of unfinished chunks, from which the most expensive chunks start first.
 
-    In a large cohort, only the first unfinished chunks may start, so that few results have to wait
-    for earlier ones.
+    In a large cohort, only the first unfinished chunks may start. Results are processed in the
+    order of the cohort, so only few results then wait in memory for earlier results.
 
     Args:
-        chunks: The chunks in order.
+        chunks: The chunks in the order of the cohort.
         costs: Estimated cost of each client's task.
         workers: Number of workers.
     """
@@ -598,7 +611,7 @@ class ChunkQueue:
         self._num_near = CHUNKS_AHEAD * workers if is_large else len(chunks)
         self._waiting_cost = sum(self._costs.values())
         self._workers = workers
-        # A job with several chunks has at most this part, `1 / _num_shares`, of the waiting cost.
+        # The cost of a job with several chunks is at most `_waiting_cost / _num_shares`.
         self._num_shares = LARGE_COHORT * workers
 
     def __len__(self) -> int:
@@ -613,8 +626,9 @@ class ChunkQueue:
         return self._waiting_cost > self._workers * cost
 
     def take(self, may_compute: Callable[[str], bool]) -> list[list[str]]:
-        """Remove and return the next chunks for a worker: an expensive one or a few small ones.
+        """Remove and return the next chunks for a worker.
 
+        The result is one expensive chunk or a few small chunks, and empty if no chunk may start.
         Jobs become smaller toward the end, so that workers finish at about the same time.
 
         Args:
@@ -642,7 +656,7 @@ class ChunkQueue:
         self._waiting_cost += sum(self._costs[chunk[0]] for chunk in chunks)
 
     def mark_finished(self, chunks: list[list[str]]) -> None:
-        """Remove finished chunks."""
+        """Remove finished chunks from the queue."""
         self._finished.update(chunk[0] for chunk in chunks)
         while self._order and self._order[0][0] in self._finished:
             self._order.popleft()

@@ -1,4 +1,7 @@
-"""Simulated devices of clients: traces, speeds and durations of tasks."""
+"""Simulated devices of clients: device files, speeds and durations of tasks.
+
+A trace is a row of a device file, which describes one device.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from hetero_fl.utils.seeding import Key, stream_key
 DURATION_FIELDS = ("speed", "up", "down")
 NUMBERS = (*DURATION_FIELDS, "jitter", "failure")
 COLUMNS = ("client", *NUMBERS, "online")
-# Description of the valid values by column, for error messages.
+# Description of the valid values for error messages, keyed by column.
 VALID_VALUES = {
     **dict.fromkeys(DURATION_FIELDS, "a number > 0, such as 1.0e+8"),
     "jitter": f"a number from 0 to {WIDEST:g}",
@@ -34,7 +37,7 @@ VALID_VALUES = {
 }
 # Sorted, disjoint intervals [start, end) in seconds of the day.
 Spans = tuple[tuple[float, float], ...]
-# Parsed row of a device file, by column.
+# Parsed row of a device file, keyed by column.
 Trace = dict[str, Any]
 # Seconds of a day.
 DAY = 86400.0
@@ -49,10 +52,11 @@ def read_traces(path: str) -> list[Trace]:
         path: Path of the file.
 
     Returns:
-        The rows, without missing values.
+        The rows. Missing values are omitted.
 
     Raises:
-        UserError: If the file cannot be read or a value is invalid.
+        UserError: If the file cannot be read or contains no rows, or if a column, a value or a
+            client id is invalid or occurs twice.
     """
     where = f"devices.file: {path}"
     try:
@@ -140,7 +144,11 @@ def _parse_spans(text: str) -> Spans:
 
 
 def uniform(*parts: Key) -> float:
-    """Return a uniformly distributed number in (0, 1), keyed by `parts`."""
+    """Return a uniformly distributed number in (0, 1).
+
+    Args:
+        *parts: Values that seed the random draw.
+    """
     return ((stream_key(*parts) >> 11) + 0.5) / 2**52
 
 
@@ -149,23 +157,24 @@ def log_normal(median: float, sigma: float, *parts: Key) -> float:
 
     Args:
         median: Median of the distribution.
-        sigma: Standard deviation of the logarithm.
-        *parts: Key of the random draw.
+        sigma: Standard deviation of the logarithm. If 0, the median is returned.
+        *parts: Values that seed the random draw.
     """
     return median * math.exp(sigma * NormalDist().inv_cdf(uniform(*parts))) if sigma else median
 
 
 @dataclass(frozen=True)
 class Device:
-    """Simulated machine of a client.
+    """Simulated device of a client.
 
     Attributes:
-        speed: Speed of training in FLOP/s; infinite if training takes no time.
-        up: Upload bandwidth in bytes/s.
-        down: Download bandwidth in bytes/s.
+        speed: Speed of training in FLOP/s. If infinite, training takes no time.
+        up: Upload bandwidth in bytes/s. If infinite, uploads take no time.
+        down: Download bandwidth in bytes/s. If infinite, downloads take no time.
         jitter: Standard deviation of the logarithm of the training time.
         failure: Probability that a task fails.
-        online: Intervals of the day at which the device is online; empty for always.
+        online: Intervals of the day in which the device is online, in seconds. If empty, the device
+            is always online.
         day: Length of a day in seconds.
     """
 
@@ -178,13 +187,13 @@ class Device:
     day: float = DAY
 
     def next_online(self, at: float) -> float:
-        """Return the earliest time, not before `at`, at which the device is online, in seconds."""
+        """Return the earliest time from `at` on at which the device is online, in seconds."""
         return self.finish_time(at, 0.0)
 
     def finish_time(self, at: float, busy: float) -> float:
         """Return the time at which work is finished, in seconds.
 
-        The work pauses while the device is offline.
+        Work pauses while the device is offline.
 
         Args:
             at: Time at which the work begins, in seconds.
@@ -193,7 +202,7 @@ class Device:
         if not self.online:
             return at + busy
         each = sum(end - start for start, end in self.online)
-        # Skip whole days; the work ends on the following day.
+        # Skip whole days. The work ends on the day after the skipped days.
         days = max(0, math.ceil(busy / each) - 1)
         busy = max(0.0, busy - days * each)
         midnight = at - at % self.day
@@ -208,7 +217,10 @@ class Device:
             midnight += self.day
 
     def online_seconds(self, at: float, end: float) -> float:
-        """Return the seconds for which the device is online between two times."""
+        """Return the number of seconds from `at` to `end` in which the device is online.
+
+        The result is 0 if `end` is before `at`.
+        """
         if not self.online:
             return max(0.0, end - at)
         return max(0.0, self._online_before(end) - self._online_before(at))
@@ -221,7 +233,7 @@ class Device:
 
 
 class Devices:
-    """Simulated machines of all clients, computed on request.
+    """Simulated devices of all clients, which are computed on request.
 
     The settings of a client take precedence over the device file, and the device file takes
     precedence over the configuration of devices.
@@ -229,7 +241,8 @@ class Devices:
     Args:
         federation: The federation.
         config: The configuration of devices.
-        traces: Rows of the device file. Rows without a client id are assigned at random.
+        traces: Rows of the device file. Rows without a client id are assigned at random to the
+            clients without a row.
     """
 
     def __init__(
@@ -242,11 +255,12 @@ class Devices:
 
     @classmethod
     def from_config(cls, federation: FederationSpec, config: DevicesConfig | None) -> Devices:
-        """Return the machines of a federation; without a configuration, tasks take no time.
+        """Create the devices that a configuration describes.
 
         Args:
             federation: The federation.
-            config: The configuration of devices, or None.
+            config: The configuration of devices. If None, only the settings of the clients
+                determine the devices.
 
         Raises:
             UserError: If the device file cannot be read or contradicts the configuration.
@@ -277,7 +291,7 @@ class Devices:
         return cls(federation, config, traces)
 
     def device(self, client_id: str) -> Device:
-        """Return a client's machine.
+        """Return the device of a client.
 
         Raises:
             KeyError: If the client does not exist.
@@ -304,18 +318,19 @@ class Devices:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content of the device file; empty without a file."""
+        """Hash of the content of the device file, or "" if there is no file."""
         rows = sorted(self._named.items()), self._drawn
         return hashlib.sha256(repr(rows).encode()).hexdigest() if any(rows) else ""
 
     def timing_of_profiles(self) -> Iterator[tuple[str, bool, bool]]:
-        """Yield the timing for each combination of a client profile and a row of the device file.
+        """Yield the timing of each combination of a client profile and a row of the device file.
 
-        Only rows that may apply to a client of the profile are considered.
+        Clients with the same settings have the same profile (see `ClientProfile`). Only rows that
+        may apply to a client of the profile are considered.
 
         Yields:
-            Id of a client, whether tasks take time while the client is online, and whether the
-            client is always online.
+            Id of an example client, whether tasks take time while the client is online, and whether
+            the client is always online.
         """
         client_infos = self.federation.client_infos
         num_named = Counter(client_infos.profile(client_id).first for client_id in self._named)
@@ -347,7 +362,7 @@ class Devices:
 
 
 def _online_hours(hours: AvailabilityConfig, random_phase: float) -> Spans:
-    """Return the online hours of the day, as two intervals if they include midnight."""
+    """Return the online hours of a day. Hours that include midnight are two intervals."""
     if hours.share == 1:
         return ()
     start = (random_phase if hours.phase is None else hours.phase) * hours.day
@@ -373,13 +388,14 @@ class TaskTimes:
 
 
 class Timing:
-    """Durations of clients' tasks, from their machines and the sizes of their messages.
+    """Durations of tasks, which depend on the devices and the sizes of messages.
 
-    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds, not counting the
-    time in which the client is offline.
+    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds, where
+    `operations` is the number of floating-point operations. The time in which the client is offline
+    is added.
 
     Args:
-        devices: The clients' machines.
+        devices: Devices of the clients.
     """
 
     def __init__(self, devices: Devices) -> None:
@@ -391,7 +407,8 @@ class Timing:
 
         Args:
             client_id: The client.
-            task: Number of the task, which keys the jitter.
+            task: Number of the task, which seeds the random factor of the duration
+                (`Device.jitter`).
         """
         device = self.devices.device(client_id)
         factor = log_normal(1.0, device.jitter, self.federation.seed, "jitter", client_id, task)
@@ -411,11 +428,12 @@ class Timing:
 
         Args:
             client_id: The client.
-            down_bytes: Bytes of the broadcast.
-            up_bytes: Bytes of the upload.
+            down_bytes: Size of the broadcast in bytes.
+            up_bytes: Size of the upload in bytes.
             at: Time of the assignment in seconds.
-            task: Number of the task, which keys the jitter.
-            step_share: Fraction of the local steps that the client performs.
+            task: Number of the task, which seeds the random factor of the duration
+                (`Device.jitter`).
+            step_share: Fraction of the local training steps that the client performs.
         """
         device = self.devices.device(client_id)
         received = device.finish_time(at, down_bytes / device.down)
@@ -432,18 +450,19 @@ class Timing:
         *,
         deadline: float,
     ) -> float:
-        """Return the largest fraction of the local steps after which the upload arrives in time.
+        """Return the largest fraction of local training after which the upload arrives in time.
 
         Args:
             client_id: The client.
-            down_bytes: Bytes of the broadcast.
-            up_bytes: Bytes of the upload.
+            down_bytes: Size of the broadcast in bytes.
+            up_bytes: Size of the upload in bytes.
             at: Time of the assignment in seconds.
-            task: Number of the task, which keys the jitter.
+            task: Number of the task, which seeds the random factor of the duration
+                (`Device.jitter`).
             deadline: Time at which the upload must have arrived, in seconds.
 
         Returns:
-            A fraction from 0 to 1.
+            A fraction from 0 to 1. 0 if the upload cannot arrive in time even without training.
         """
         device = self.devices.device(client_id)
         available = (
@@ -454,6 +473,6 @@ class Timing:
 
 
 def local_steps(client_info: ClientInfo) -> int:
-    """Return the number of steps of a client's local training in a round."""
+    """Return the number of local training steps of a client in a round."""
     s = client_info.settings
     return full_step_count(client_info.num_rows, s.batch_size, s.epochs, s.steps)

@@ -1,4 +1,4 @@
-"""Simulated faults of clients' tasks and of the delivery of their uploads."""
+"""Simulated faults of clients' tasks and of the delivery of uploads."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ MAX_CHANGED_BYTES = 8
 
 @dataclass(frozen=True)
 class FaultOutcome:
-    """Fault of a task.
+    """Simulated fault of a task.
 
     Attributes:
-        kind: Kind of fault; "fine" for none.
-        delay: Seconds by which the upload is late.
-        completed_share: Fraction of the training completed if the task fails during training.
+        kind: Kind of the fault. "fine" if there is no fault.
+        delay: Delay of the upload in seconds, in addition to the normal duration of the task.
+        completed_share: Fraction of the training that is completed if the task fails during
+            training.
     """
 
     kind: FaultKind = "fine"
@@ -39,12 +40,16 @@ class FaultOutcome:
 
     @property
     def is_failure(self) -> bool:
-        """Whether no upload arrives."""
+        """Whether no upload arrives at the server."""
         return self.kind in DESCRIPTIONS
 
     @property
     def description(self) -> str:
-        """Description of the failure, for the record."""
+        """Description of the failure.
+
+        Raises:
+            KeyError: If the fault is not a failure (see `is_failure`).
+        """
         return DESCRIPTIONS[self.kind]
 
 
@@ -52,11 +57,14 @@ NO_FAULT = FaultOutcome()
 
 
 class Faults:
-    """Faults of all tasks, drawn from a random stream for each client and task.
+    """Simulated faults of all tasks.
+
+    The fault of a task depends only on the seed of the run, the client id and the number of the
+    task.
 
     Args:
-        config: Probabilities of faults; None for no faults.
-        devices: Devices of the clients, which have failure probabilities of their own.
+        config: Probabilities of faults. If None, the probabilities are 0.
+        devices: Devices of the clients, which have additional failure probabilities.
     """
 
     def __init__(self, config: FaultsConfig | None, devices: Devices) -> None:
@@ -64,7 +72,7 @@ class Faults:
         self.devices = devices
 
     def outcome(self, client_id: str, task: int) -> FaultOutcome:
-        """Return the fault of a task; repeated calls return the same fault.
+        """Return the fault of a task. Repeated calls return the same fault.
 
         Args:
             client_id: The client.
@@ -94,12 +102,16 @@ class Faults:
 def inject_faults(
     replies: Iterator[tuple[str, Reply]], outcomes: Mapping[str, FaultOutcome], *parts: Key
 ) -> Iterator[tuple[str, Reply]]:
-    """Yield the replies that arrive at the server: corrupted, twice or unchanged.
+    """Corrupt or duplicate replies as determined by the faults of the tasks.
 
     Args:
-        replies: Client ids and replies.
-        outcomes: Fault of each client's task, by client id.
-        *parts: Key of the random draws.
+        replies: Pairs of client id and reply.
+        outcomes: Fault of each client's task, keyed by client id.
+        *parts: Values that seed the random draws.
+
+    Yields:
+        Pairs of client id and reply, in the order in which the replies arrive. All other replies do
+        not change.
     """
     for client, reply in replies:
         kind = outcomes[client].kind
@@ -115,7 +127,7 @@ def inject_faults(
 
 
 def drop_duplicates(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str, Reply]]:
-    """Yield the first reply of each client."""
+    """Yield the first reply of each client, as pairs of client id and reply."""
     answered: set[str] = set()
     for client, reply in replies:
         if client not in answered:
@@ -129,8 +141,8 @@ def flip_bytes(body: bytes, *parts: Key) -> bytes:
     """Return a copy of a byte string in which 1 to `MAX_CHANGED_BYTES` bytes are changed.
 
     Args:
-        body: The byte string. If it is empty, a zero byte is returned.
-        *parts: Key of the random draws.
+        body: The byte string. If the byte string is empty, a zero byte is returned.
+        *parts: Values that seed the random draws.
     """
     if not body:
         return b"\0"

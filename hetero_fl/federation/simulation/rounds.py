@@ -1,4 +1,4 @@
-"""Trainers of synchronous rounds that take simulated or real time and may be repeated."""
+"""Trainers of synchronous rounds with simulated or real time and repeated attempts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RoundAttempt:
 
     Attributes:
         schedule: Schedule of the tasks.
-        failed: Reasons why clients failed, by client id.
+        failed: Reasons why clients failed, keyed by client id.
     """
 
     schedule: Schedule
@@ -38,19 +38,23 @@ class RoundAttempt:
 
     @property
     def counts(self) -> Counter[str]:
-        """Number of tasks by outcome, with invited = arrived + failed + late."""
+        """Number of tasks, keyed by outcome.
+
+        The outcomes are "arrived", "failed" and "late". The entry "invited" is the sum of these
+        entries.
+        """
         invited = len(self.schedule.tasks)
         late = len(self.schedule.late)
         failed = len(self.failed)
         return Counter(invited=invited, arrived=invited - late - failed, failed=failed, late=late)
 
     def task_rows(self) -> list[list[object]]:
-        """Return each task as `[client, start, end, outcome]`, in seconds."""
+        """Return a list `[client, start, end, outcome]` for each task, with times in seconds."""
         return self.schedule.record(self.failed)
 
 
 class ScheduledTrainer(SynchronousTrainer):
-    """Synchronous trainer under the conditions of an environment.
+    """Synchronous trainer with the policies of a `SimulationEnvironment`.
 
     The environment determines how cohorts are sampled, how much time tasks take, and whether rounds
     with too few uploads are repeated.
@@ -96,9 +100,10 @@ class ScheduledTrainer(SynchronousTrainer):
 
     @override
     def collect(self, cohort: list[str]) -> UploadCollector:
-        """Collect the uploads of a cohort, and repeat the round if the policy requires it.
+        """Collect the uploads of a cohort, and repeat the round if there are too few uploads.
 
-        A repeated round has a newly sampled cohort. The uploads of the last attempt are returned.
+        The round is repeated only if `on_too_few` is "repeat". Each attempt has a newly sampled
+        cohort. The uploads of the last attempt are returned.
         """
         self._attempts = []
         collector = self.collect_attempt(cohort, 0)
@@ -143,13 +148,13 @@ class ScheduledTrainer(SynchronousTrainer):
     ) -> None:
         """Run the exchanges of a round.
 
-        Requests are also sent to clients that do not reply, and count as traffic.
+        Requests to clients that do not reply also count as traffic.
 
         Args:
             schedule: Schedule of the round.
             collector: Collector of the replies.
             clients: Ids of the clients of the cohort that participate.
-            task: Number of the tasks, which keys random draws.
+            task: Number of the tasks, which seeds random draws.
         """
         for exchange in collector.exchanges(clients):
             present: Collection[str] = schedule.computing
@@ -174,17 +179,17 @@ class ScheduledTrainer(SynchronousTrainer):
         clients: Sequence[str],
         task: int,
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield the replies of an exchange, in the order of `clients`.
+        """Send the requests of an exchange, and yield the replies in the order of `clients`.
 
         Args:
             schedule: Schedule of the round.
             collector: Collector that creates the requests.
             exchange: The exchange.
             clients: Ids of the clients that reply.
-            task: Number of the tasks, which keys random draws.
+            task: Number of the tasks, which seeds random draws.
 
         Yields:
-            Client ids and replies.
+            Pairs of client id and reply.
         """
 
         def request(client_id: str) -> Message:
@@ -194,7 +199,9 @@ class ScheduledTrainer(SynchronousTrainer):
         return self.executor.run(clients, request)
 
     def time_record(self, start: float) -> dict[str, Any]:
-        """Return the entries of the round's record for start and end times.
+        """Return the entries of the round's record for the start, the end and the tasks.
+
+        The base class returns no entries.
 
         Args:
             start: Time at which the round began, in seconds.
@@ -202,7 +209,10 @@ class ScheduledTrainer(SynchronousTrainer):
         return {}
 
     def task_record(self) -> dict[str, Any]:
-        """Return the entries of the round's record for the tasks of all attempts."""
+        """Return the entries of the round's record for the tasks of all attempts.
+
+        The entries are `counts`, `tasks` and, if the round was repeated, `attempts`.
+        """
         counts: Counter[str] = sum((attempt.counts for attempt in self._attempts), Counter())
         names = ("invited", "arrived", "failed", "late")
         record: dict[str, Any] = {"counts": {name: counts[name] for name in names}}
@@ -235,7 +245,11 @@ class SimulatedTrainer(ScheduledTrainer):
 
     @override
     def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
-        """Collect the uploads that arrive in time. Other uploads are not computed."""
+        """Collect the uploads that arrive in time, and return the schedule of the tasks.
+
+        Other uploads are not computed. If too few uploads would arrive in time, no upload is
+        computed.
+        """
         cohort = collector.cohort
         task = task_number(self.round_idx, number)
         sizes = {client_id: self._sizes(client_id, len(cohort)) for client_id in cohort}
@@ -280,7 +294,7 @@ class SimulatedTrainer(ScheduledTrainer):
         )
 
     def _sizes(self, client_id: str, cohort_size: int) -> dict[str, tuple[int, int]]:
-        """Return the expected bytes sent to a client and by the client in each exchange."""
+        """Return the expected bytes sent to and by a client, keyed by the kind of exchange."""
         client_info = self.federation.client_infos[client_id]
         payload = self.broadcast(client_info)
         upload = 0
@@ -292,7 +306,7 @@ class SimulatedTrainer(ScheduledTrainer):
     def _count_unseen_traffic(
         self, schedule: Schedule, sizes: dict[str, dict[str, tuple[int, int]]], seen: set[str]
     ) -> None:
-        """Count the traffic of messages that the simulation did not create or did not use."""
+        """Count the traffic of messages that the simulation does not create or does not use."""
         wasted = sum(sizes[client_id]["train"][1] for client_id in schedule.wasted_uploads)
         totals = {
             client_id: total_bytes(sizes[client_id].values())
@@ -318,5 +332,12 @@ class SimulatedTrainer(ScheduledTrainer):
 
 
 def task_number(round_idx: int, attempt: int) -> int:
-    """Return the identifier of the tasks of an attempt, `round_idx` for the first attempt."""
+    """Return the number of the tasks of an attempt, which seeds random draws.
+
+    The number is `round_idx` for the first attempt.
+
+    Args:
+        round_idx: Index of the round, from 0.
+        attempt: Number of earlier attempts at the round.
+    """
     return attempt << 32 | round_idx

@@ -1,4 +1,4 @@
-"""Sampling of cohorts among the available clients, uniformly or by utility (Oort)."""
+"""Sampling of cohorts, either uniformly, among available clients or by utility (Oort)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ POLL_INTERVAL = 1.0
 # of checks.
 WAIT_SHARE = 1 / 24
 MAX_WAITS = 48
-# Fraction of new clients in the first round, its factor per round, and its minimum (Oort).
+# Fraction of new clients in the first round, factor of the fraction per round, and minimum fraction
+# (Oort).
 EXPLORATION = 0.9
 EXPLORATION_DECAY = 0.98
 MIN_EXPLORATION = 0.2
-# To select n known clients, those below this fraction of the n-th largest utility are excluded
+# To select n known clients, clients below this fraction of the n-th largest utility are excluded
 # (Oort).
 UTILITY_CUTOFF = 0.95
 # Exponent of the penalty for slow clients (Oort's alpha).
@@ -37,21 +38,24 @@ PENALTY = 2.0
 
 
 class ClientSampler:
-    """Sampler of the cohorts of a run: uniform, among available clients, or by utility.
+    """Sampler of the cohorts of a run.
+
+    Clients are sampled uniformly, uniformly among the available clients, or by utility.
 
     Sampling by utility follows Oort (Lai et al. 2021, Algorithm 1), except that the utility of a
-    client with n examples is n * loss: the paper uses n times the root mean squared loss of the
-    examples, which clients do not report. Let T be the deadline or, without a deadline, the median
-    duration of tasks. The utility of a client that takes t > T seconds is multiplied by (T/t)**2,
-    and the utility of clients that were not sampled for a long time is increased. New clients are
-    sampled uniformly.
+    client with n examples is n times the mean loss. The paper uses n times the root mean squared
+    loss of the examples, which clients do not report. Let T be the deadline or, without a deadline,
+    the median duration of tasks. If the last task of a client took t > T seconds, the utility is
+    multiplied by `(T / t)**2`. The utility of clients that were not sampled for a long time is
+    increased. New clients are sampled uniformly.
 
     Args:
-        environment: Devices and policy.
+        environment: Conditions of the run, including the devices and the policy.
 
     Attributes:
-        known: Utility, duration of the task in seconds, and index of the last round of each client
-            sampled so far, by client id (Oort only).
+        known: A list `[utility, duration of the last task in seconds, index of the last round]` for
+            each client that has been sampled, keyed by client id. Empty unless sampling is by
+            utility.
     """
 
     def __init__(self, environment: SimulationEnvironment) -> None:
@@ -72,7 +76,8 @@ class ClientSampler:
             seconds.
 
         Raises:
-            RunFailedError: If no client is available for two days.
+            RunFailedError: If no client is online or, in a deployment, too few clients are
+                connected within two days.
         """
         count = self.environment.num_sampled
         policy = self.environment.policy
@@ -99,10 +104,10 @@ class ClientSampler:
     def _available_clients(
         self, count: int, round_idx: int, attempt: int, at: float
     ) -> tuple[list[str], float]:
-        """Return the available clients in a large sample, and the time of their availability.
+        """Return the available clients in a large sample, and the time of the sample.
 
-        The server waits until as many clients are available as a round needs. If there are never
-        enough clients in a simulation, the first non-empty set of available clients is returned.
+        The server waits until enough clients for a round are available. If enough clients are never
+        available in a simulation, the first non-empty set of available clients is returned.
         """
         if self.environment.connected_clients is not None:
             return self._connected_cohort(self.environment.connected_clients, round_idx), at
@@ -144,7 +149,7 @@ class ClientSampler:
     def _connected_cohort(
         self, connected: Callable[[], Collection[str]], round_idx: int
     ) -> list[str]:
-        """Wait until enough clients are connected, and return them."""
+        """Wait until enough clients are connected, and return the ids of the connected clients."""
         deadline = time.monotonic() + MAX_WAIT
         while len(clients := natural_order(connected())) < self._min_clients:
             if time.monotonic() > deadline:
@@ -158,7 +163,7 @@ class ClientSampler:
     def _select_by_utility(
         self, online: list[str], count: int, round_idx: int, attempt: int
     ) -> list[str]:
-        """Return known clients selected by utility, and some new clients."""
+        """Return known clients selected by utility, and new clients selected uniformly."""
         seed = self.federation.seed
         repeated = attempt_key(attempt)
         known = [client_id for client_id in online if client_id in self.known]
@@ -183,12 +188,13 @@ class ClientSampler:
         return chosen
 
     def utilities(self, client_ids: Sequence[str], round_idx: int) -> dict[str, float]:
-        """Return the utilities of clients that were sampled before, by client id.
+        """Return the utilities of clients that were sampled before, keyed by client id.
 
-        The product of loss and number of examples is divided by its maximum over all known clients.
+        The product of loss and number of examples is divided by the maximum product over all known
+        clients.
 
         Args:
-            client_ids: Ids of the clients.
+            client_ids: Ids of clients in `known`.
             round_idx: Index of the round, from 0.
         """
         if not client_ids:
@@ -208,11 +214,14 @@ class ClientSampler:
         return utilities
 
     def update(self, schedule: Schedule, losses: Mapping[str, float], round_idx: int) -> None:
-        """Update the utilities after a round. Has no effect unless sampling is by utility.
+        """Update the utilities after a round.
+
+        This method has no effect unless sampling is by utility.
 
         Args:
             schedule: Schedule of the round.
-            losses: Training loss by client id.
+            losses: Training loss, keyed by client id. The utility of clients without a loss does
+                not change.
             round_idx: Index of the round, from 0.
         """
         if self.environment.policy.sampling != "oort":
@@ -239,10 +248,10 @@ class ClientSampler:
         return {"known": self.known} if self.known else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state from `state_dict`."""
+        """Restore the state from the return value of `state_dict`."""
         self.known = state.get("known", {})
 
 
 def round_half(value: float) -> int:
-    """Round to the nearest integer, with halves rounded up."""
+    """Round a number to the nearest integer. Halves are rounded up."""
     return math.floor(value + 0.5)

@@ -16,23 +16,24 @@ from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Fault
 # Maximum number of clients for which a deadline is checked.
 MAX_CHECKED = 1000
 
-# Maps a client id to the bytes sent to the client and the bytes sent by the client.
+# Function that returns the number of bytes sent to a client and sent by the client.
 Sizes = Callable[[str], tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class SimulationEnvironment:
-    """Conditions of a run: devices, faults, and the policy of rounds.
+    """Conditions of a run: devices, faults and the policy for rounds.
 
     Attributes:
         policy: Policy for the sampling of cohorts and for rounds with too few uploads.
         devices: Devices of the clients.
         timing: Durations of tasks.
         faults: Faults of tasks.
-        per_round: Number of uploads that a round waits for; None for all.
+        per_round: Number of uploads for which a round waits. If None, a round waits for all
+            uploads.
         simulated: Whether time and faults are simulated.
-        connected_clients: Function that returns the ids of the connected clients, if clients are on
-            other machines; otherwise None.
+        connected_clients: Function that returns the ids of the connected clients. None if clients
+            are not on other machines.
     """
 
     policy: CohortConfig
@@ -50,18 +51,19 @@ class SimulationEnvironment:
         config: Config,
         connected_clients: Callable[[], Collection[str]] | None = None,
     ) -> SimulationEnvironment:
-        """Return the conditions that a configuration describes.
+        """Create the conditions that a configuration describes.
 
         If clients are on other machines, devices and faults are not simulated.
 
         Args:
             federation: The federation.
             config: The configuration.
-            connected_clients: Function that returns the ids of the connected clients. Used only if
-                clients are on other machines.
+            connected_clients: Function that returns the ids of the connected clients. Ignored
+                unless clients are on other machines.
 
         Raises:
-            UserError: If the device file is missing or malformed.
+            UserError: If the device file cannot be read, is malformed or contradicts the
+                configuration.
         """
         policy = config.cohort
         is_distributed = federation.data.is_distributed
@@ -92,7 +94,10 @@ class SimulationEnvironment:
         )
 
     def notes(self) -> list[str]:
-        """Return a message for each setting that has no effect or probably an unintended one."""
+        """Return messages about settings that have no effect or probably an unintended effect.
+
+        The result is empty if clients are on other machines.
+        """
         if self.devices.federation.data.is_distributed:
             return []
         policy = self.policy
@@ -135,7 +140,7 @@ class SimulationEnvironment:
         return [line for applies, line in rules if applies] + self._unreachable_deadline()
 
     def _unreachable_deadline(self) -> list[str]:
-        """Return a message if no client can finish training before the deadline."""
+        """Return a list with a message if no client can finish training before the deadline."""
         policy = self.policy
         client_infos = self.devices.federation.client_infos
         if policy.deadline is None:
@@ -158,15 +163,16 @@ class SimulationEnvironment:
 
 
 def _has_own_machines(federation: FederationSpec) -> bool:
-    """Return whether the settings of a client describe its machine."""
+    """Return whether the settings of any client describe a device."""
     profiles = federation.client_infos.profiles
     return any(profile.settings.machine != DeviceConfig() for profile in profiles)
 
 
 def unused_simulation_keys(federation: FederationSpec, config: Config) -> list[str]:
-    """Return a message that lists the simulation settings, which a deployment does not use.
+    """Return a message about the simulation settings, which have no effect in a deployment.
 
-    The returned list is empty if there are no such settings.
+    The message is returned as a list of one element. If there are no such settings, the list is
+    empty.
 
     Args:
         federation: The federation.
@@ -187,9 +193,9 @@ class ScheduledTask:
     Attributes:
         client: The client's id.
         outcome: The fault of the task.
-        step_share: Fraction of the local steps that the client performs.
-        end: Time at which the server observes the end of the task, in seconds; infinite if the
-            server does not observe it.
+        step_share: Fraction of the local training steps that the client performs.
+        end: Time at which the server observes the end of the task, in seconds. Infinite if the
+            server does not observe the end.
     """
 
     client: str
@@ -203,12 +209,12 @@ class Schedule:
     """Schedule of a round's tasks.
 
     Attributes:
-        tasks: Task of each client, by client id.
+        tasks: Task of each client, keyed by client id.
         start: Time at which the round begins, in seconds.
         end: Time at which the round ends, in seconds.
         computing: Ids of clients whose uploads arrive in time, including corrupted uploads. Only
             the tasks of these clients are computed.
-        failed: Reasons why clients fail, by client id.
+        failed: Reasons why clients fail, keyed by client id.
         late: Ids of clients whose uploads arrive too late.
     """
 
@@ -221,22 +227,23 @@ class Schedule:
 
     @property
     def num_expected(self) -> int:
-        """Number of usable uploads if no client diverges."""
+        """Number of usable uploads, if training of no client diverges."""
         return sum(self.tasks[client].outcome.kind != "corrupted" for client in self.computing)
 
     @property
     def protocol_clients(self) -> set[str]:
-        """Ids of the clients that take part in the exchanges before training.
+        """Ids of the clients that participate in the exchanges before training.
 
-        These are all clients that do not fail before training.
+        Clients that fail before training do not participate.
         """
         return {client for client, task in self.tasks.items() if task.outcome.kind != "before"}
 
     @property
     def wasted_uploads(self) -> list[str]:
-        """Ids of clients with an upload that has no effect: lost, delayed or duplicated.
+        """Ids of clients that send an upload without effect because of a fault.
 
-        Slow clients are not included, because they stop when the round ends.
+        Such uploads are lost, delayed beyond the end of the round or duplicated. Slow clients are
+        not included, because a client that is still training when the round ends sends no upload.
         """
         sent = [
             c
@@ -246,7 +253,7 @@ class Schedule:
         return [*sent, *(c for c in self.computing if self.tasks[c].outcome.kind == "twice")]
 
     def record(self, failed: Collection[str]) -> list[list[object]]:
-        """Return each task as `[client, start, end, outcome]`, in seconds.
+        """Return a list `[client, start, end, outcome]` for each task, with times in seconds.
 
         Args:
             failed: Ids of clients that failed or whose uploads were refused.
@@ -264,7 +271,7 @@ class Schedule:
 
 
 def immediate_schedule(cohort: Sequence[str], at: float = 0.0) -> Schedule:
-    """Return a schedule in which tasks take no time and all uploads arrive.
+    """Create a schedule in which tasks take no time and all uploads arrive.
 
     Args:
         cohort: Ids of the clients.
@@ -278,18 +285,18 @@ def immediate_schedule(cohort: Sequence[str], at: float = 0.0) -> Schedule:
 def make_schedule(
     cohort: Sequence[str], environment: SimulationEnvironment, sizes: Sizes, at: float, number: int
 ) -> Schedule:
-    """Return the schedule of a round.
+    """Create the schedule of a simulated round.
 
     The round ends when enough usable uploads have arrived, when the outcomes of all tasks are
-    known, or at the deadline. The server observes a failure when it happens. It observes the loss
-    of an upload when the upload should have arrived, or not at all if there is a deadline.
+    known, or at the deadline. The server observes a failure when it happens. The server observes
+    the loss of an upload at the expected time of arrival or, if there is a deadline, not at all.
 
     Args:
         cohort: Ids of the clients.
         environment: The conditions of the run.
-        sizes: Function that returns the bytes sent to a client and by the client.
+        sizes: Function that returns the number of bytes sent to a client and sent by the client.
         at: Time at which the round begins, in seconds.
-        number: Number of the tasks, which keys random draws.
+        number: Number of the tasks, which seeds random draws.
     """
     policy = environment.policy
     deadline = math.inf if policy.deadline is None else at + policy.deadline
@@ -303,7 +310,7 @@ def make_schedule(
         if not t.outcome.is_failure and t.outcome.kind != "corrupted" and t.end <= deadline
     ]
     num_required = min(len(cohort), environment.per_round or len(cohort))
-    # Clients with equal machines arrive in a different order in each round.
+    # If several uploads arrive at the same time, their order is random in each round.
     seed = environment.devices.federation.seed
     on_time.sort(key=lambda task: (task.end, uniform(seed, "turn", task.client, number)))
     last = min(deadline, max((task.end for task in tasks.values()), default=at))
@@ -339,7 +346,7 @@ def _schedule_task(
             # There is no time for a single step.
             return ScheduledTask(client_id, fault, 0.0, math.inf)
     stages = timing.task_times(client_id, *size, at, number, step_share=step_share)
-    # Rounding errors must not make a client late whose work was reduced to meet the deadline.
+    # If the work was reduced to meet the deadline, rounding errors must not make the client late.
     arrived = min(stages.arrived, deadline) if step_share < 1 else stages.arrived
     ends = {
         "before": stages.received,

@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-GROUPS = ("", "speed", "scale", "science", "robustness")  # "": the modules of the folder itself
+# The empty name stands for the modules directly in the folder.
+GROUPS = ("", "speed", "scale", "science", "robustness")
 
 
 def find_benchmarks() -> dict[str, Path]:
-    """Return the files of benchmarks, which are modules with a function `main`, by name."""
+    """Return the files of all modules with a function `main`, keyed by module name."""
     found = {}
     for group in GROUPS:
         for path in sorted((FOLDER / group).glob("[!_]*.py")):
@@ -29,18 +30,18 @@ def find_benchmarks() -> dict[str, Path]:
 
 
 def module_name(path: Path) -> str:
-    """Return the name by which a benchmark is imported."""
+    """Return the dotted module name of a benchmark."""
     return ".".join(path.relative_to(FOLDER.parent).with_suffix("").parts)
 
 
 def summary(path: Path) -> str:
-    """Return the first line of a module's docstring."""
+    """Return the first docstring line of a module file."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
 
 
 def main() -> None:
-    """List the benchmarks or run the one that the command line names."""
+    """Run the benchmark that is named on the command line, or list all benchmarks."""
     benchmarks = find_benchmarks()
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print((__doc__ or "").strip())

@@ -1,7 +1,8 @@
-"""Shared parts of the benchmarks: options, data, runs in memory, paired timing.
+"""Options, data, runs in memory and paired timing that the benchmarks share.
 
-Contenders are timed in turns within one process, in reverse order every other turn, after one
-turn that is not counted. The output is the median and range of the ratios of the turns.
+Contenders, which are the programs to compare, are timed in turns within one process, in reverse
+order every other turn. The first turn is a warm-up. The output is the median and range of the
+time ratios over the turns. A bare loop is plain PyTorch code with the same arithmetic as a run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ _SETTINGS = argparse.Namespace(cpu_time=False)
 
 
 def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks share."""
+    """Create a parser with the options that the benchmarks share.
+
+    Args:
+        doc: Description of the benchmark, for `--help`.
+        pairs: Default number of timed turns.
+        data: Whether to add the option `--data`.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,14 +62,17 @@ def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.A
 
 
 def add_quick(parser: argparse.ArgumentParser) -> None:
-    """Add `--quick`, which runs a small case for tests; its results are meaningless."""
+    """Add the option `--quick`, which runs a small case for tests, without meaningful results."""
     parser.add_argument("--quick", action="store_true", help="one turn of a small case, for tests")
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the options and set the number of threads."""
+    """Parse the options and set the number of threads.
+
+    If `GOMP_SPINCOUNT` is not set, the process is restarted with this variable.
+    """
     options = parser.parse_args()
-    # `hetero-fl` sets this before torch is loaded, so the process starts again.
+    # `hetero-fl` sets this variable before torch is loaded. Torch is loaded here already.
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     _SETTINGS.cpu_time = options.cpu_time
@@ -77,14 +87,17 @@ def cores() -> int:
 
 
 def images(path: Path | None, rows: int) -> Dataset:
-    """Return CIFAR-10 from a file, or `rows` generated images of the same shape."""
+    """Load CIFAR-10 from a file, or generate `rows` training images of that shape without one."""
     if path is not None:
         return load_source(SourceConfig(name="npz", path=str(path)), Path())
     return make_images(rows, max(200, rows // 5), classes=CLASSES, channels=3, side=32)
 
 
 def rounds_of(prepared: PreparedRun, **runtime: Any) -> SynchronousTrainer:
-    """Return a trainer with changed `runtime` settings; this sets the threads of the process."""
+    """Create a trainer with changed settings of the section `runtime`.
+
+    This also sets the number of threads of the process.
+    """
     config = prepared.config.model_copy(
         update={"runtime": prepared.config.runtime.model_copy(update=runtime)}
     )
@@ -92,12 +105,20 @@ def rounds_of(prepared: PreparedRun, **runtime: Any) -> SynchronousTrainer:
 
 
 def now() -> float:
-    """Return the time in seconds on the selected clock."""
+    """Return the current time in seconds: processor time with `--cpu-time`, else wall time."""
     return time.process_time() if _SETTINGS.cpu_time else time.perf_counter()
 
 
 def in_turns(contenders: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
-    """Return the seconds of each contender in each counted turn."""
+    """Time contenders in turns.
+
+    Args:
+        contenders: Functions to time, keyed by name.
+        pairs: Number of timed turns after the warm-up turn.
+
+    Returns:
+        The seconds of each timed turn, keyed by contender.
+    """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(pairs + 1):
@@ -117,13 +138,14 @@ def print_ratios(
     against: str,
     targets: Mapping[str, float | None],
 ) -> None:
-    """Print the ratio of each contender's times to those of a reference.
+    """Print the time ratios of contenders to a reference.
 
     Args:
-        title: Title of the table.
-        seconds: Seconds of each contender in each turn.
+        title: Title of the output.
+        seconds: Seconds of each turn, keyed by contender.
         against: Name of the reference.
-        targets: Largest acceptable ratio of each contender; None for no target.
+        targets: Largest acceptable ratios, keyed by contender. A value of None means that there is
+            no target.
     """
     base = seconds[against]
     print(
@@ -142,12 +164,12 @@ def print_ratios(
 
 
 class TrainerRun:
-    """A run that records the losses of its clients and uses its own number of threads.
+    """A run that records the losses of its clients and has its own number of threads.
 
     Args:
         prepared: The prepared run.
         evaluate: Whether each round ends with an evaluation.
-        runtime: Changed settings of `runtime`.
+        **runtime: Changed settings of the section `runtime`.
     """
 
     def __init__(self, prepared: PreparedRun, evaluate: bool = False, **runtime: Any) -> None:
@@ -155,12 +177,12 @@ class TrainerRun:
         self.rounds = rounds_of(prepared, **runtime)
         self.evaluate = evaluate
         self.losses: list[list[float]] = []
-        # Set by the executor.
+        # The number of threads that the executor has set.
         self.threads = torch.get_num_threads()
         torch.set_num_threads(others)
 
     def round(self) -> None:
-        """Run a round."""
+        """Run one round and record the training losses of its clients."""
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         self.losses.append(list(self.rounds.run_round()["train_loss"].values()))
@@ -175,17 +197,21 @@ def agree(
     bare: Sequence[Sequence[float]],
     tolerance: float = 0.005,
 ) -> None:
-    """Exit if the losses of the first two rounds differ from those of the bare loop.
+    """Exit if the losses of the first two rounds differ from the losses of a bare loop.
 
-    The second round depends on everything that was exchanged in the first. There the median client
-    is compared, because round-off grows fast where BatchNorm sees one pixel of a small batch (in
-    the last blocks of a ResNet-18 on 32x32 images).
+    The losses of the second round depend on everything that was exchanged in the first round. In
+    the first round, the largest difference over the clients is checked. In the second round, the
+    median difference is checked, because round-off errors grow fast if BatchNorm is applied to
+    single pixels of small batches, as in the last blocks of a ResNet-18 on 32x32 images.
 
     Args:
         what: Name of the comparison.
-        ours: Losses of the clients in each round.
-        bare: Losses of the bare loop.
-        tolerance: Largest relative difference.
+        ours: Losses of the clients for each round.
+        bare: Losses of the bare loop for each round.
+        tolerance: Largest acceptable relative difference.
+
+    Raises:
+        SystemExit: If the losses differ or are not finite.
     """
     first, second = (
         sorted(abs(a - b) / max(1.0, abs(b)) for a, b in zip(*pair, strict=True))

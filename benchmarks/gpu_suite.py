@@ -4,14 +4,14 @@
     python -m benchmarks gpu_suite --out FOLDER [--minutes 9] [--only PART …]
                                    [--pfl CHECKOUT] [--htfllib CHECKOUT] [--dry]
 
-Each part writes FOLDER/PART.json when it ends, and FOLDER/table.md is rewritten from all of them. A
-part that has its file is not repeated, and none begins that may not end within `--minutes`: repeat
-the command until no part is left. A part that failed or was interrupted before comes last. Images
-are generated; nothing is downloaded.
+At its end, each part writes FOLDER/PART.json and updates FOLDER/table.md. Parts that have a file
+are not repeated. A part is not started if it may not end within `--minutes`. Repeat the command
+until no part is left. Parts that failed or were interrupted are executed last. Images are generated
+and nothing is downloaded.
 
-`--pfl` and `--htfllib` are checkouts of pfl-research and HtFLlib, which are then measured too; what
-they import besides must be installed. `--dry` computes everything on the CPU in a small form: its
-figures mean nothing, and it needs a folder of its own.
+With `--pfl` and `--htfllib`, pfl-research and HtFLlib are also measured. CHECKOUT is a checkout of
+the project, whose dependencies must be installed. With `--dry`, small cases are executed on the
+CPU. The results of dry runs are meaningless and must be written to a separate folder.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ from model_zoo import create_model
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = "tests/engine/test_gpu.py"
 CLIENTS, ROWS, BATCH = 100, 60, 10
-# Model, its options, side and channels of its images.
+# Options of each model, and side length and number of channels of its images.
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     "cnn": ({"name": "cnn_bn_small"}, 28, 1),
     "mlp": ({"name": "mlp"}, 28, 1),
     "resnet8": ({"name": "resnet8"}, 32, 3),
     "vit_tiny": ({"name": "vit", "patch": 4, "width": 192, "depth": 12, "heads": 3}, 32, 3),
 }
-EXECUTORS = {"serial": "serial", "vectorized": "batched"}  # as `runtime.executor` names them
+# Values of `runtime.executor`, keyed by the names in the results.
+EXECUTORS = {"serial": "serial", "vectorized": "batched"}
 SWITCHES = (
     "none",
     "bfloat16",
@@ -68,7 +69,8 @@ SWITCHES = (
     "torch.compile",
     "fused optimizer",
 )
-STEPS = 50  # of a turn, when single steps are measured
+# Training steps per turn of `measure_switches`.
+STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,10 @@ class Setting:
     """Device and size of the measurements.
 
     Attributes:
-        is_dry: Whether everything is small and on the CPU.
-        pairs: Turns that are counted.
-        pfl: A checkout of pfl-research.
-        htfllib: A checkout of HtFLlib.
+        is_dry: Whether to execute small cases on the CPU.
+        pairs: Number of timed turns.
+        pfl: Checkout of pfl-research. If None, pfl-research is not measured.
+        htfllib: Checkout of HtFLlib. If None, HtFLlib is not measured.
     """
 
     is_dry: bool
@@ -89,7 +91,7 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """Return the name of the device."""
+        """Name of the torch device."""
         return "cpu" if self.is_dry else "cuda"
 
 
@@ -98,12 +100,12 @@ class Outcome:
     """The result of a part.
 
     Attributes:
-        title: What was measured.
-        seconds: Of each contender's turns.
-        targets: Contender, what it is compared with, and the ratio that is aimed at.
-        details: Further figures of contenders, by their names.
-        tests: Numbers of tests by result, and the names of those that failed.
-        failures: Why contenders could not be measured, by their names.
+        title: Description of the measurement.
+        seconds: Seconds of each turn, keyed by contender.
+        targets: Tuples of a contender, its reference, and the target ratio or None.
+        details: Additional results, keyed by contender.
+        tests: Numbers of tests, keyed by result, and the names of the failed tests.
+        failures: Reasons why contenders could not be measured, keyed by contender.
     """
 
     title: str
@@ -115,7 +117,12 @@ class Outcome:
 
 
 def run_tests(setting: Setting, expression: str) -> Outcome:
-    """Run the tests that are marked `gpu` and match an expression of pytest."""
+    """Run the tests that are marked `gpu` and match a pytest expression.
+
+    Args:
+        setting: Device and size of the measurements.
+        expression: Value of the pytest option `-k`.
+    """
     if setting.is_dry:
         expression = "mlp or pretended"
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +146,12 @@ def run_tests(setting: Setting, expression: str) -> Outcome:
 
 
 def profile_round(run: TrainerRun, device: str) -> dict[str, Any]:
-    """Return the peak memory of a round, the fraction of GPU computation, and the copies."""
+    """Run and profile one round.
+
+    Returns:
+        The peak memory, the fraction of the time in which the GPU computes, and the numbers of
+        kernels and copies. The result is empty on a CPU.
+    """
     if device == "cpu":
         run.round()
         return {}
@@ -163,7 +175,10 @@ def profile_round(run: TrainerRun, device: str) -> dict[str, Any]:
 
 
 def _covered(spans: Iterator[tuple[float, float]]) -> float:
-    """Return the seconds of microseconds that spans cover; kernels on several streams overlap."""
+    """Return the seconds that are covered by time spans in microseconds.
+
+    The spans may overlap, because kernels run on several streams.
+    """
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -174,7 +189,14 @@ def _covered(spans: Iterator[tuple[float, float]]) -> float:
 def compare_runs(
     title: str, runs: Mapping[str, TrainerRun], setting: Setting, target: float | None
 ) -> Outcome:
-    """Time rounds of runs in turns, then profile one of each; the first is compared with."""
+    """Time rounds of several runs in turns, and then profile one round of each run.
+
+    Args:
+        title: Description of the measurement.
+        runs: Runs to compare, keyed by name. The first run is the reference.
+        setting: Device and size of the measurements.
+        target: Target of the time ratio to the reference, or None.
+    """
     seconds = in_turns({name: run.round for name, run in runs.items()}, setting.pairs)
     details = {name: profile_round(run, setting.device) for name, run in runs.items()}
     first, *others = runs
@@ -182,7 +204,7 @@ def compare_runs(
 
 
 def equal_clients(setting: Setting, model: str) -> PreparedRun:
-    """Return FedAvg of clients that all have the same model, before its first round."""
+    """Prepare a FedAvg run in which all clients have the same model."""
     options, side, channels = MODELS[model]
     clients = 3 if setting.is_dry else CLIENTS
     rows = 20 if setting.is_dry else ROWS
@@ -195,7 +217,7 @@ def equal_clients(setting: Setting, model: str) -> PreparedRun:
 
 
 def measure_vectorized(setting: Setting, model: str) -> Outcome:
-    """Measure vectorized against serial training."""
+    """Compare vectorized with serial training."""
     prepared = equal_clients(setting, model)
     runs = {
         name: TrainerRun(prepared, executor=executor, device=setting.device)
@@ -208,7 +230,7 @@ def measure_vectorized(setting: Setting, model: str) -> Outcome:
 
 
 def measure_precision(setting: Setting, executor: str) -> Outcome:
-    """Measure `runtime.precision`."""
+    """Compare the values of `runtime.precision`."""
     prepared = equal_clients(setting, "resnet8")
     runs = {
         precision: TrainerRun(
@@ -222,7 +244,7 @@ def measure_precision(setting: Setting, executor: str) -> Outcome:
 
 
 def measure_pfl(setting: Setting) -> Outcome:
-    """Measure pfl-research's benchmark: 50 clients, 5 steps of 10 images."""
+    """Measure the benchmark of pfl-research: 50 clients, which take 5 steps of 10 images each."""
     size = pfl_research.Size(12, 3) if setting.is_dry else pfl_research.Size()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -244,7 +266,7 @@ def measure_pfl(setting: Setting) -> Outcome:
 def pfl_commands(
     setting: Setting, size: pfl_research.Size, images: Path, folder: Path
 ) -> dict[str, list[list[str]]]:
-    """Return the command lines of each contender's processes, by name."""
+    """Return the command lines of the processes of each contender, keyed by contender."""
     bare = [sys.executable, "-m", "benchmarks.speed.bare_loop", str(images), str(size.rows)]
     found = {"bare loop": [[*bare, str(size.per_round), setting.device]]}
     for name, executor in EXECUTORS.items():
@@ -265,7 +287,13 @@ def pfl_commands(
 
 
 def profile_both(prepared: PreparedRun, setting: Setting) -> dict[str, dict[str, Any]]:
-    """Profile the second round of each executor: the first copies what stays on the device."""
+    """Profile the second round with each executor.
+
+    The first round is not profiled because it copies data that remains on the device.
+
+    Returns:
+        The results of `profile_round`, keyed by contender.
+    """
     details = {}
     for name, executor in EXECUTORS.items():
         run = TrainerRun(prepared, executor=executor, device=setting.device)
@@ -275,7 +303,7 @@ def profile_both(prepared: PreparedRun, setting: Setting) -> dict[str, dict[str,
 
 
 def measure_htfllib(setting: Setting) -> Outcome:
-    """Measure a round of 10 CNNs and 10 ResNet-18 against HtFLlib's."""
+    """Compare a round of 10 CNNs and 10 ResNet-18 with HtFLlib."""
     size = htfllib.Size(4, 32, 32) if setting.is_dry else htfllib.Size()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -288,14 +316,15 @@ def measure_htfllib(setting: Setting) -> Outcome:
 
 
 def measure_switches(setting: Setting, model: str, batch_size: int) -> Outcome:
-    """Measure the effect of each torch switch on steps of a bare training loop."""
+    """Measure the effect of each option in `SWITCHES` on the steps of a bare loop."""
     steps, failures = {}, {}
     for switch in SWITCHES:
         if switch == "CUDA graph" and setting.is_dry:
             continue
         try:
             run = make_steps(setting, model, batch_size, switch)
-            run()  # compiles, where anything is compiled
+            # The first call may compile the model.
+            run()
             steps[switch] = run
         except Exception as error:
             failures[switch] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -305,7 +334,7 @@ def measure_switches(setting: Setting, model: str, batch_size: int) -> Outcome:
 
 
 def make_steps(setting: Setting, model: str, batch_size: int, switch: str) -> Callable[[], None]:
-    """Return a function that takes some training steps of SGD with one switch on."""
+    """Return a function that executes training steps with SGD and one option of `SWITCHES`."""
     device = torch.device(setting.device)
     draws = torch.Generator(device).manual_seed(0)
     side = 16 if setting.is_dry else 32
@@ -341,7 +370,13 @@ def make_steps(setting: Setting, model: str, batch_size: int, switch: str) -> Ca
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Return the step as a CUDA graph, captured after some steps on a stream of its own."""
+    """Capture a training step as a CUDA graph.
+
+    Three warm-up steps are executed on a side stream first, as torch requires.
+
+    Returns:
+        A function that replays the graph.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -357,7 +392,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def tensor_float_32(enabled: bool) -> Iterator[None]:
-    """Enable or disable TF32 for float32 products and convolutions."""
+    """Enable or disable TF32 for matrix products and convolutions inside the `with` block."""
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
@@ -369,7 +404,7 @@ def tensor_float_32(enabled: bool) -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-# The parts, and the minutes after which each is interrupted.
+# Parts with the minutes after which a part is interrupted, most important parts first.
 PARTS: dict[str, tuple[Callable[[Setting], Outcome], float]] = {
     "tests_serial": (partial(run_tests, expression="serial"), 5),
     "vectorized_cnn": (partial(measure_vectorized, model="cnn"), 2),
@@ -398,7 +433,7 @@ def describe_machine(is_dry: bool) -> dict[str, str]:
 
 
 def format_part(name: str, part: Mapping[str, Any]) -> str:
-    """Return a part as Markdown: a table of its contenders, or its tests."""
+    """Format the result of a part in Markdown, with a table of contenders or a list of tests."""
     lines = [f"## {name}", "", f"{part['title']} ({part['machine']['device']})", ""]
     if part["tests"]:
         counts = [f"{n} {kind}" for kind, n in part["tests"].items() if isinstance(n, int)]
@@ -429,7 +464,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def write_table(folder: Path) -> None:
-    """Write one page with all parts that have been measured."""
+    """Write `table.md` with the results of all parts in a folder."""
     found = {name: folder / f"{name}.json" for name in PARTS}
     parts = {n: json.loads(p.read_text("utf-8")) for n, p in found.items() if p.exists()}
     text = "\n".join(format_part(name, part) for name, part in parts.items())
@@ -439,16 +474,18 @@ def write_table(folder: Path) -> None:
 def run_parts(
     names: Sequence[str], setting: Setting, folder: Path, minutes: float
 ) -> dict[str, str]:
-    """Run parts that have no file yet; the others are run when one fails or takes too long.
+    """Run the parts that have no result file yet.
+
+    If a part fails or exceeds its time limit, the next part is run.
 
     Args:
-        names: The parts, most important first.
-        setting: Where and how large.
-        folder: Of the files.
-        minutes: In which all of it must end.
+        names: Names of the parts, most important first.
+        setting: Device and size of the measurements.
+        folder: Folder of the result files.
+        minutes: Time limit for all parts together.
 
     Returns:
-        Why parts have no file, by their names.
+        Reasons why parts have no result file, keyed by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     started = now()
@@ -465,7 +502,8 @@ def run_parts(
             missing[name] = f"takes {longest:g} minutes, {left:.1f} were left"
             continue
         print(f"{name} …", flush=True)
-        failure_file.touch()  # until it ends well, even if this process is killed
+        # The file is deleted on success, so it also marks parts whose process was killed.
+        failure_file.touch()
         try:
             with time_limit(60 * longest):
                 outcome = vars(part(setting))
@@ -484,7 +522,7 @@ def run_parts(
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after `seconds`."""
+    """Raise TimeoutError in the main thread if the `with` block takes longer than `seconds`."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise TimeoutError(f"took more than {seconds:g} s")
@@ -499,7 +537,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def check_folder(folder: Path, is_dry: bool) -> None:
-    """Exit if a folder would contain results of both dry and full runs."""
+    """Exit if the folder contains dry results and this run is not dry, or vice versa."""
     for file in folder.glob("*.json"):
         was_dry = json.loads(file.read_text("utf-8"))["machine"] == describe_machine(True)
         if was_dry != is_dry:
@@ -508,7 +546,7 @@ def check_folder(folder: Path, is_dry: bool) -> None:
 
 
 def main() -> None:
-    """Run the parts that the command line names."""
+    """Run the selected parts, or all parts by default."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

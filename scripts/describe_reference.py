@@ -61,7 +61,7 @@ REFERENCE = ROOT / "docs" / "reference"
 
 
 def all_pages() -> dict[str, str]:
-    """Return the text of each generated page, by path below docs/reference."""
+    """Return the texts of all generated pages, keyed by path below docs/reference."""
     pages = {
         "configuration.md": configuration_page(),
         "deployment_files.md": deployment_files_page(),
@@ -160,12 +160,12 @@ def _sections(
 ) -> list[str]:
     """Return the lines of the page section for a model of the schema.
 
-    The sections of nested models follow, each at the first use of the model.
+    The sections of nested models follow. Each nested model has one section, at its first use.
 
     Args:
         model: The pydantic model.
-        path: Key of the model in the configuration; empty for the whole configuration.
-        seen: Links to the models that have a section. New models are added.
+        path: Configuration key of the model, or an empty string for the whole configuration.
+        seen: Links to the sections, keyed by model. New models are added in place.
         title: Heading of the section if `path` is empty.
     """
     seen[model] = _section_link(path)
@@ -230,14 +230,14 @@ def _section_link(path: str) -> str:
 
 
 class Family(NamedTuple):
-    """Family of methods that one page describes.
+    """A family of methods that are described on one page.
 
     Args:
-        page: Name of the page.
+        page: Name of the page file, without suffix.
         title: Title of the page.
         text: Introduction of the page.
         methods: Names of the methods.
-        notes: Base classes whose docstrings are printed, by heading.
+        notes: Base classes whose docstrings are added to the page, keyed by heading.
     """
 
     page: str
@@ -368,13 +368,17 @@ CONTENTS = {
 
 
 def built_in_methods() -> dict[str, type[Algorithm]]:
-    """Return the built-in methods by name."""
+    """Return the classes of the built-in methods, keyed by name."""
     methods = {name: register_algorithm[name] for name in register_algorithm}
     return {n: kind for n, kind in methods.items() if kind.__module__.startswith("hetero_fl.")}
 
 
 def methods_index() -> str:
-    """Return the text of docs/reference/methods.md."""
+    """Return the text of docs/reference/methods.md.
+
+    Raises:
+        SystemExit: If `FAMILIES` does not contain exactly the built-in methods.
+    """
     known = built_in_methods()
     listed = [name for family in FAMILIES for name in family.methods]
     if missing := sorted(set(known) ^ set(listed)):
@@ -400,7 +404,7 @@ def methods_index() -> str:
 
 
 def family_page(family: Family) -> str:
-    """Return the text of a page below docs/reference/methods."""
+    """Return the text of the page of a family, which is docs/reference/methods/`page`.md."""
     known = built_in_methods()
     lines = [f"# {family.title}", "", _notice("hetero_fl/algorithms"), "", family.text, ""]
     for name in family.methods:
@@ -444,9 +448,10 @@ def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
 
 
 def exchanged_items(method: Algorithm) -> list[tuple[str, ...]]:
-    """Return the table rows (item, direction, content, share) of the items of a method.
+    """Return one table row (item, direction, content, share) for each exchanged item of a method.
 
-    Other settings of the method may add items.
+    An item is a named part of a broadcast or upload. With other settings, the method may exchange
+    additional items.
     """
     shared = shared_part_of(method)
     rows: list[tuple[str, ...]] = []
@@ -633,7 +638,11 @@ def messages_page() -> str:
 
 
 def collect_messages() -> dict[str, set[tuple[str, str, str]]]:
-    """Return tuples (message, error class, module) for all errors in the source, by package."""
+    """Collect the messages of all errors in the source code.
+
+    Returns:
+        Tuples (message, error class, module), keyed by package.
+    """
     found: dict[str, set[tuple[str, str, str]]] = {}
     for source in SOURCES:
         for path in sorted((ROOT / source).rglob("*.py")):
@@ -659,8 +668,8 @@ def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
         if isinstance(statement, ast.AnnAssign) and _name_of(statement.target).endswith("NOTES")
         for call in ast.walk(statement)
     }
-    # Inner functions come last in a walk. They are searched first, because the most names are
-    # defined in their scopes.
+    # `ast.walk` yields inner functions last. Inner functions are searched first, because their
+    # scopes contain the most names.
     for scope, names in reversed(scopes):
         for node in ast.walk(scope):
             if not isinstance(node, ast.Call) or node in seen:
@@ -675,7 +684,7 @@ def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _assigned_texts(body: list[ast.stmt] | list[ast.AST]) -> dict[str, list[ast.expr]]:
-    """Return the text expressions that are assigned to each variable, by name."""
+    """Return the text expressions that are assigned to variables, keyed by variable name."""
     found: dict[str, list[ast.expr]] = {}
     for node in body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
@@ -688,7 +697,7 @@ def _assigned_texts(body: list[ast.stmt] | list[ast.AST]) -> dict[str, list[ast.
 
 
 def _texts(node: ast.expr, names: dict[str, list[ast.expr]]) -> list[str]:
-    """Return all texts to which an expression may evaluate, with variable names in braces."""
+    """Return all texts to which an expression can evaluate, with variable names in braces."""
     if isinstance(node, ast.Constant):
         return [node.value] if isinstance(node.value, str) else []
     if isinstance(node, ast.JoinedStr):
@@ -719,7 +728,10 @@ def _placeholder(node: ast.expr) -> str:
 
 
 def _name_of(node: ast.AST) -> str:
-    """Return a short name for a value: the name of a variable, an attribute or a function."""
+    """Return a short name for an expression.
+
+    The name is that of the variable, attribute or function, or empty for other expressions.
+    """
     name = ""
     if isinstance(node, ast.Name):
         name = node.id
@@ -737,7 +749,7 @@ def _name_of(node: ast.AST) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a text as Markdown code for a table cell."""
+    """Format a text as Markdown code for a table cell."""
     # Messages of rules contain attributes, such as {run.config.clients.per_round:g}.
     short = re.sub(r"\{(?:\w+\.)*(\w+)(?:\[\w+\])?(?::[^}]*)?\}", r"{\1}", text)
     line = " ".join(short.split()).replace("|", "\\|")
@@ -777,7 +789,7 @@ def modules_page() -> str:
 
 
 def first_sentence(path: Path) -> str:
-    """Return the first sentence of a module's docstring for a table cell."""
+    """Return the first sentence of the docstring of a module file, for a table cell."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first = " ".join(docstring.partition("\n\n")[0].split())
     first = re.split(r"(?<=\.)(?<!et al\.) ", first)[0]
@@ -785,7 +797,11 @@ def first_sentence(path: Path) -> str:
 
 
 def main() -> int:
-    """Write or check the pages."""
+    """Write the generated pages, or check with `--check` whether they are up to date.
+
+    Returns:
+        The exit status, which is 1 if a checked page is outdated and 0 otherwise.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--check",

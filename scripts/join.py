@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run `hetero-fl join` from a checkout; `--help` lists the options."""
+"""Run the command `hetero-fl join` from a checkout of the repository."""
 
 import sys
 from pathlib import Path

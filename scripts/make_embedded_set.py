@@ -22,15 +22,15 @@ OUTPUT = Path(__file__).resolve().parents[1] / "hetero_fl" / "data" / "embedded"
 
 
 def stratified(labels: np.ndarray, count: int, split: str) -> np.ndarray:
-    """Sample rows in the proportions of the classes.
+    """Sample rows at random, with the class proportions of all rows.
 
     Args:
         labels: Labels of all rows, shape `[N]`.
         count: Number of rows to sample.
-        split: Name of the split, which is part of the random seed.
+        split: Name of the split, from which the random seed is derived.
 
     Returns:
-        Sorted row indices, shape `[count]`.
+        Row indices in ascending order, shape `[count]`.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     draws = np.random.default_rng(stream_key("embedded", "chest_xray", split))
@@ -46,10 +46,11 @@ def select_rows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Select the rows of the embedded data set.
 
     Args:
-        arrays: Images `[N, H, W]` and labels `[N, 1]` of each split, in the MedMNIST layout.
+        arrays: Images `[N, H, W]` and labels `[N, 1]` of each split, keyed by array name as in
+            MedMNIST.
 
     Returns:
-        The selected rows, in the same layout.
+        The selected rows in the same layout.
     """
     smaller = {}
     for split in ("train", "val", "test"):

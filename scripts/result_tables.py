@@ -58,8 +58,8 @@ ADJUSTED = "*With LA*"
 BOUNDS = "*Bounds*"
 WORST = "Worst client, local test"
 TEXT = ("algorithm", "commit")
-# Columns and methods of the summary in README.md. They include FedAvg and FedDF with a contrast
-# teacher, which are better than Hybrid in some columns.
+# Columns and methods of the summary in README.md. The methods include FedAvg, and FedDF with a
+# contrast teacher, which are better than Hybrid in some columns.
 SUMMARY_COLUMNS = tuple(
     f"{test}_last_{metric}"
     for test in ("global", "personal")
@@ -84,7 +84,7 @@ def archive(folder: Path, commit: str, name: str = "") -> None:
 
     Args:
         folder: Folder of a finished comparison.
-        commit: Commit of the runs, which becomes the last column, after their number of threads.
+        commit: Commit of the runs, which is written to the last column, after the number of threads.
         name: Name of the archive. If empty, the name of the configuration is used.
     """
     config = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()
@@ -104,7 +104,7 @@ def archive(folder: Path, commit: str, name: str = "") -> None:
 
 
 def archived(name: str) -> list[Row]:
-    """Return the rows of an archived comparison; missing numbers are None."""
+    """Read the rows of an archived comparison. Missing numbers are None."""
     with open(ARCHIVE / f"{name}.csv", newline="", encoding="utf-8") as file:
         return [
             {key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)
@@ -120,11 +120,15 @@ def _value(key: str, text: str) -> Any:
 
 
 def section(rows: list[Row]) -> str:
-    """Return the table of the last round, followed by a line with the p-values and the commit.
+    """Format the table of the last round, followed by a line with the p-values and the commit.
 
-    The table has the columns of `comparison.md` without those for the server's model, p-values,
-    seconds and needs, so that it fits the width of a GitHub page. Methods with logit adjustment
-    are a separate group, which separates the effect of this component from the effect of a method.
+    The columns are those of `comparison.md`, except the columns for the server's model, p-values,
+    seconds and needs, so that the table fits the width of a GitHub page. Methods with logit
+    adjustment form a separate group, which distinguishes the effect of this component from the
+    effect of a method.
+
+    Args:
+        rows: Rows of an archived comparison.
     """
     table = make_table(rows, TASK, "last")
     kept = [
@@ -148,9 +152,12 @@ def section(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Return the table for README.md with the scores and the bytes of a few methods.
+    """Format the table for README.md, with the scores and traffic of `SUMMARY_METHODS`.
 
-    Bold marks the best of all methods, including methods that are not shown.
+    A score is bold if it is the best of all methods, including methods that are not shown.
+
+    Args:
+        rows: Rows of an archived comparison.
     """
     table = make_table(rows, TASK, "last")
     kept = [
@@ -171,7 +178,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def replication(name: str) -> str:
-    """Return the replicated table `name`, computed from the recorded runs."""
+    """Format the replicated table with the given name, from the recorded runs."""
     table = published.TABLES[name]
     record = read_record(ARCHIVE / "replication.json")
     return score_table(table, jobs_of([table], None, "", ARCHIVE, record))
@@ -190,7 +197,7 @@ def _cell(cell: TableCell, key: str) -> str:
 
 
 def _name(label: str) -> str:
-    """Return the name of a method with short settings, such as `FedDF + LA + contrast teacher`."""
+    """Return the name of a method with abbreviated settings, such as `FedDF + LA`."""
     base = algorithm_base(label)
     settings = split_top_level(label[len(base) + 1 :], ":")
     if all(setting in SHORT for setting in settings):
@@ -223,7 +230,7 @@ def _origin(table: ComparisonTable, rows: list[Row]) -> str:
 
 
 def written(text: str) -> str:
-    """Return the text of a page with all marked tables updated from the archive."""
+    """Return the text of a page in which all marked tables are updated from the archive."""
 
     def replaced(match: re.Match[str]) -> str:
         kind, name = match["kind"], match["name"]
@@ -246,7 +253,11 @@ def written(text: str) -> str:
 
 
 def main() -> int:
-    """Archive comparisons, and check or write the pages."""
+    """Archive comparisons, and write the pages, or check them with `--check`.
+
+    Returns:
+        The exit status, which is 1 if a checked page is outdated and 0 otherwise.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--archive",

@@ -1,1 +1,1 @@
-"""Effects of crashes, kills, real processes and malicious clients."""
+"""Robustness against crashes, killed processes, real deployments and malicious clients."""

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Compare attacks and robust rules: 20 equal clients on Fashion-MNIST, 10 rounds.
+"""Compare robust rules under attacks, with 20 clients on Fashion-MNIST over 10 rounds.
 
     python -m benchmarks attacks --data fashionmnist.npz [--out robustness.jsonl]
                                  [--only TEXT] [--most N] [--alpha 10]
 
-FedAvg is attacked through training rows and updates, Hybrid through predictions and all of its
-uploads. A fifth of the clients is malicious, two fifths under the strongest attacks. Every run adds
-a line to `--out` and is not repeated; at the end, the command prints a table of all lines. The
-label skew is small (Dirichlet 10), because rules that compare clients reject clients that differ.
-Accuracy is that of the other clients' models on the global test after the last round.
+Attacks on FedAvg change training rows and updates, and attacks on Hybrid change predictions and all
+other uploads. A fifth of the clients is malicious, or two fifths for the strongest attacks. Every
+run adds a line to `--out`, and recorded runs are not repeated. At the end, the command prints a
+table of all lines. The label skew is small (Dirichlet 10), because rules that compare clients
+reject clients that differ. Accuracy is the mean global test accuracy of the honest clients' models
+after the last round.
 """
 
 from __future__ import annotations
@@ -47,15 +48,23 @@ ON_ROWS = ("flipped", "confident_wrong", "targeted", "collusion")
 RULES = ("mean", "median", "trimmed_mean", "multi_krum", "norm_bound")
 FEWER = ("krum", "bulyan", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
-# Strong enough to have an effect. little_is_enough does no harm with the z of the paper (0.16)
-# or 2; Gaussian noise of 10 times the update costs 2 points.
+# Strengths that have an effect. With the z of the paper (0.16) or z = 2, little_is_enough has no
+# effect, and Gaussian noise of 10 times the update reduces accuracy by only 2 points.
 STRENGTH = {"little_is_enough": 6.0, "gaussian": 100.0}
 WORST = ("sign_flip", "gaussian", "inner_product")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: method, attack, rules, and fraction of malicious clients."""
+    """Specification of a run.
+
+    Attributes:
+        method: Name of the method.
+        attack: Name of the attack, or "none".
+        rule: Aggregation rule for parameters.
+        predictions: Aggregation rule for predictions.
+        share: Fraction of malicious clients.
+    """
 
     method: str
     attack: str
@@ -68,7 +77,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Yield all 99 runs; those without attack apply to every share."""
+    """Yield the specifications of all 99 runs. Runs without attack apply to every share."""
     for attack in (HONEST, *ON_UPDATES):
         yield from (Case("fedavg", attack, rule) for rule in RULES)
     for attack in (HONEST, "sign_flip", "little_is_enough", "inner_product"):
@@ -90,7 +99,15 @@ def cases() -> Iterator[Case]:
 
 
 def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
-    """Return a configuration that expects the actual fraction of malicious clients."""
+    """Return the configuration of a run.
+
+    The robust rules are configured with the actual fraction of malicious clients.
+
+    Args:
+        case: The run.
+        alpha: Concentration of the Dirichlet distribution.
+        seed: Seed of the run.
+    """
     return {
         "rounds": ROUNDS,
         "seed": seed,
@@ -126,7 +143,16 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
 
 
 def carry_out(case: Case, dataset: Dataset, alpha: float, seed: int) -> dict[str, Any]:
-    """Execute a run and return its line."""
+    """Execute a run and return its line for the result file.
+
+    The accuracy is None if the attack made the models non-finite.
+
+    Args:
+        case: The run.
+        dataset: The data set.
+        alpha: Concentration of the Dirichlet distribution.
+        seed: Seed of the run.
+    """
     started = time.perf_counter()
     rounds = prepare(configuration(case, alpha, seed), dataset=dataset).make_trainer()
     accuracy: float | None = None
@@ -149,7 +175,13 @@ def carry_out(case: Case, dataset: Dataset, alpha: float, seed: int) -> dict[str
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return a table for each method and share, of attacks by rules, the best rule in bold."""
+    """Format one Markdown table for each method and fraction of malicious clients.
+
+    The rows are attacks and the columns are rules. The best rule of each row is bold.
+
+    Args:
+        lines: Lines of the result file.
+    """
     parts = []
     for method in dict.fromkeys(line["method"] for line in lines):
         for share in sorted({line["share"] for line in lines if line["method"] == method}):
@@ -199,7 +231,7 @@ def _cell(line: dict[str, Any] | None, best: float) -> str:
 
 
 def main() -> None:
-    """Execute missing runs and print the table."""
+    """Execute missing runs and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Compare a federation on Flower with the simulation: models, scores and bytes, bit for bit.
+"""Check that a federation on Flower and a simulation have bit-identical results.
 
     python -m benchmarks federation_equal [--configs A B] [--methods hybrid fedavg …] [--secure]
                                           [--rounds 2] [key=value …]
 
-For each configuration and method, the benchmark runs `scripts/train.py` and `scripts/federate.py`
-(a SuperLink, and a node process for each client) with one thread each, and compares every model
-file and the scores of both summaries. `--secure` uses secure aggregation, which is exact for any
-random secrets. The exit status is 1 if anything differs.
+For each configuration and method, the benchmark runs `scripts/train.py`, and `scripts/federate.py`
+with a SuperLink and a node process for each client, with one thread each. All model files and the
+scores and traffic in both summaries are compared. `--secure` enables secure aggregation, whose sums
+do not depend on the random secrets. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ COMPARED = ("personal", "global", "server", "clients", "communication", "rounds_
 
 
 def carried_out(script: str, config: Path, out: Path, overrides: list[str]) -> float:
-    """Execute a run in new processes and return its seconds."""
+    """Execute a script in a new process and return the seconds.
+
+    Args:
+        script: Name of the script.
+        config: The configuration file.
+        out: The run directory.
+        overrides: Overrides of the configuration.
+
+    Raises:
+        SystemExit: If the script fails.
+    """
     started = time.perf_counter()
     command = [
         sys.executable,
@@ -47,7 +57,7 @@ def carried_out(script: str, config: Path, out: Path, overrides: list[str]) -> f
 
 
 def differing(one: Path, other: Path) -> list[str]:
-    """Return the parts of the summary and the models that differ between two runs."""
+    """Return the summary entries and the model files that differ between two runs."""
     a, b = (json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (one, other))
     found = [part for part in COMPARED if a[part] != b[part]]
     models = {file.name for run in (one, other) for file in (run / "models").iterdir()}
@@ -57,12 +67,12 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 def content(file: Path) -> bytes:
-    """Return the content of a file; empty if it is missing."""
+    """Return the content of a file, or no bytes if the file does not exist."""
     return file.read_bytes() if file.exists() else b""
 
 
 def main() -> None:
-    """Run all comparisons and print a line for each."""
+    """Run all comparisons and print one line for each comparison."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Kill runs at random times: resumed runs must end with byte-identical models.
+"""Check that runs that are killed and resumed have the same models as uninterrupted runs.
 
     python -m benchmarks kills [--kills 100] [--each 5] [--kinds serial batched …] [--out DIR]
 
-Hybrid with top-k on scikit-learn's digits, four clients of three architectures with private heads.
-The kinds of runs take turns: serial, batched, with worker processes, asynchronous with faults, and
-federations on Flower, whose nodes end with the server. The results of a federation are compared
-with a simulation. A run is killed up to `--each` times at any
-time after its start and is resumed each time; then its models and scores are compared with those of
-an uninterrupted run. With `--out`, which stores the counts, the same command continues.
+Four clients of three architectures with private heads train with Hybrid and top-k compression on
+scikit-learn's digits. The kinds of runs take turns: serial, batched, with worker processes,
+asynchronous with faults, and federations on Flower, whose nodes end with the server. A run is
+killed up to `--each` times at random times after its start, and resumed each time. The models and
+scores are then compared with those of an uninterrupted run, which is a simulation for federations
+on Flower. The counts are stored in `--out`, so that the same command continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hetero_fl.experiment import run
 
 Source = dict[str, Any]
 ROUNDS = 8
-# The fork server imports modules once for all runs; optimizers load torch._dynamo.
+# The fork server imports modules once for all runs. Optimizers import torch._dynamo.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "torch._dynamo"])
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
@@ -63,12 +63,12 @@ KINDS: dict[str, Source] = {
     },
 }
 FEDERATED = ("federation", "secure")
-# Keys that depend on real time, or exist only in federations.
+# Keys of records that depend on wall time or exist only in federations.
 TIMED = ("seconds", "wall", "tasks", "counts")
 
 
 def source(kind: str) -> Source:
-    """Return the configuration of a kind of run."""
+    """Return the configuration of a kind of run in `KINDS`."""
     models = [
         "cnn_bn_small",
         {"name": "mlp", "hidden": [24]},
@@ -102,7 +102,7 @@ def source(kind: str) -> Source:
 
 
 def train(kind: str, out: str, is_federation: bool) -> None:
-    """Start or resume a run."""
+    """Start or resume a run in this process, on Flower if `is_federation`."""
     if is_federation:
         run_local_federation(source(kind), out=out, resume=True)
     else:
@@ -110,21 +110,21 @@ def train(kind: str, out: str, is_federation: bool) -> None:
 
 
 def start(kind: str, out: Path, is_federation: bool = False) -> Any:
-    """Start or resume a run in a new process."""
+    """Start or resume a run in a new process, and return the process."""
     process = CONTEXT.Process(target=train, args=(kind, str(out), is_federation))
     process.start()
     return process
 
 
 def read_results(out: Path) -> tuple[dict[str, bytes], list[Source]]:
-    """Return the models and scores of a finished run."""
+    """Return the model files and the records of a finished run, without `TIMED` keys."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figures = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
     return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}, figures
 
 
 def run_whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]], float]:
-    """Execute an uninterrupted run; return its results and the seconds of a round."""
+    """Execute an uninterrupted run, and return its results and the median seconds per round."""
     out = folder / f"whole-{kind}"
     process = start(kind, out)
     process.join()
@@ -135,13 +135,18 @@ def run_whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Sou
 
 
 def completed_rounds(out: Path) -> int:
-    """Return the number of completed rounds."""
+    """Return the number of completed rounds of a run."""
     lines = out / "metrics.jsonl"
     return len(lines.read_bytes().splitlines()) if lines.exists() else 0
 
 
 def kill(process: Any, out: Path) -> tuple[int, int]:
-    """Kill a run; return whether it was running, and whether it was past its first checkpoint."""
+    """Kill the process of a run.
+
+    Returns:
+        1 if the process was running, else 0; and 1 if the run was also past its first checkpoint
+        and unfinished, else 0.
+    """
     process.kill()
     process.join()
     hit = process.exitcode == -signal.SIGKILL
@@ -150,7 +155,7 @@ def kill(process: Any, out: Path) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Kill, resume and compare runs."""
+    """Kill, resume and compare runs until the requested number of kills is reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="total number of kills")
     parser.add_argument("--each", type=int, default=5, help="maximum number of kills of one run")
@@ -189,7 +194,7 @@ def main() -> None:
                 hit, mid = kill(process, out)
                 hits += hit
                 mids += mid
-                # The run had ended before.
+                # The process had ended before it was killed.
                 if not hit:
                     break
             process = start(kind, out, is_federation)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Measure memory and open files over many rounds of a federation whose nodes are killed at random.
+"""Measure the growth of memory and open files in a federation whose nodes are killed at random.
 
     python -m benchmarks soak [--rounds 300] [--restarts 0.05] [--out FILE.csv]
 
-Four clients on Flower, as started by `hetero-fl federate`, train tiny models with private heads and
-compressed uploads. After each round a node is killed with probability `--restarts`; it is started
-again. Every `--every` rounds the memory and open files of the server and of every process below it
-are recorded. The table lists the slope over rounds with its standard error, without the first
-`--warm` rounds of each process.
+As with `hetero-fl federate`, four clients on Flower train tiny models with private heads and
+compressed uploads. After each round, a node is killed with probability `--restarts`, and the server
+restarts the node. Every `--every` rounds, the memory and open files of the server and of all its
+descendant processes are recorded. The table contains the slopes over the rounds with standard
+errors. The first `--warm` rounds of each process are omitted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.common import add_quick
 from hetero_fl.deployment.flower.local_federation import run_local_federation
 
 LIBC = ctypes.CDLL("libc.so.6")
-# Names of processes in the table, by a part of their command line.
+# Names of processes in the table, keyed by a part of the command line.
 NAMES = {
     "flower-superlink": "SuperLink",
     "flwr-serverapp": "ServerApp",
@@ -40,7 +40,7 @@ NAMES = {
 
 
 class Sample(NamedTuple):
-    """What one process uses after a round."""
+    """Resource usage of one process after a round."""
 
     round_idx: int
     name: str
@@ -50,7 +50,7 @@ class Sample(NamedTuple):
 
 
 def source(rounds: int) -> dict[str, Any]:
-    """Return a configuration with cheap rounds that use every kind of state."""
+    """Return a configuration with fast rounds, private heads and residuals of compression."""
     return {
         "name": "soak",
         "rounds": rounds,
@@ -88,7 +88,7 @@ def open_files(pid: int) -> int:
 
 
 def descendants() -> list[int]:
-    """Return the processes that this one has started, directly or indirectly."""
+    """Return the ids of the processes that this process has started directly or indirectly."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):
@@ -101,7 +101,7 @@ def descendants() -> list[int]:
 
 
 def measure(round_idx: int) -> list[Sample]:
-    """Measure the server, its nodes and Flower's processes."""
+    """Measure the server, its nodes, and the processes of Flower."""
     gc.collect()
     LIBC.malloc_trim(0)
     names = {os.getpid(): "server"}
@@ -118,10 +118,13 @@ def measure(round_idx: int) -> list[Sample]:
 
 
 def slope(series: Sequence[Sequence[tuple[int, float]]]) -> tuple[float, float]:
-    """Fit one slope and a level for each series of (round, value) by least squares.
+    """Fit a common slope with a separate intercept for each series by least squares.
+
+    Args:
+        series: Series of (round, value) pairs.
 
     Returns:
-        The slope and its standard error; NaN if there are too few values.
+        The slope and its standard error, which are NaN if there are too few values.
     """
     centered = []
     for values in series:
@@ -138,7 +141,12 @@ def slope(series: Sequence[Sequence[tuple[int, float]]]) -> tuple[float, float]:
 
 
 def print_slopes(samples: Sequence[Sample], warm: int) -> None:
-    """Print the table of slopes."""
+    """Print a table with the slopes of memory and open files for each kind of process.
+
+    Args:
+        samples: Measurements of all processes.
+        warm: Number of rounds at the start of each process to omit.
+    """
     print("| | MiB, median | KiB per round | files, maximum | files per round | samples |")
     print("|---|---|---|---|---|---|")
     for name in ("server", "nodes", *NAMES.values()):
@@ -165,7 +173,7 @@ def print_slopes(samples: Sequence[Sample], warm: int) -> None:
 
 
 def main() -> None:
-    """Train, sample and print the table."""
+    """Train with killed nodes, record samples and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument(

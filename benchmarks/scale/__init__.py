@@ -1,1 +1,1 @@
-"""Time and memory with many clients, large cohorts or much private state."""
+"""Time and memory for many clients, large cohorts and large private state."""

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Measure the memory of aggregation for a cohort of 1,000 in a FedAvg round, in model sizes.
+"""Measure the memory of aggregating 1,000 uploads in a FedAvg round, in multiples of the model.
 
     python -m benchmarks aggregation_memory
 
 The measurement is the peak resident memory of the server process, minus the memory before the round
-and the broadcast model. The computation of clients is not part of it: with `serial`, each upload is
-a copy of precomputed bytes, passed on one at a time. With `processes`, clients train for one step
-in two workers, and early uploads wait in encoded form in the server process. Each case runs in a
-new process that returns freed memory to the system immediately (MALLOC_MMAP_THRESHOLD_). Targets:
-serial 3 models (the mean, an upload, the decoded upload), processes 3 + 4 per worker. Linux only.
+and the size of the broadcast model. The computation of clients is not included: with `serial`,
+uploads arrive one at a time, and each upload is a copy of precomputed bytes. With `processes`,
+clients train for one step in two workers, and early uploads wait in encoded form in the server
+process. Each case runs in a new process that returns freed memory to the system immediately
+(MALLOC_MMAP_THRESHOLD_). Targets: 3 models with `serial` (the mean, an upload and the decoded
+upload), and 3 + 4 per worker with `processes`. Linux only.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def configuration(cohort: int) -> dict[str, object]:
 
 
 class Arrivals:
-    """An executor without computation: every upload is a copy of the same bytes."""
+    """An executor without computation, in which every upload is a copy of the same bytes."""
 
     def __init__(self, rounds: SynchronousTrainer) -> None:
         (arch,) = {card.arch for card in rounds.federation.client_infos.values()}
@@ -65,14 +66,14 @@ class Arrivals:
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Message]]:
-        """Reply to each request."""
+        """Yield each client with an upload, after the request for the client was created."""
         for client in clients:
             assert request(client).body
             yield client, Message("upload", self.upload[:1] + self.upload[1:])
 
 
 def measured(executor: str, cohort: int) -> None:
-    """Measure one case in this process and print its memory in models."""
+    """Measure one case in this process, and print the memory in multiples of the model size."""
     torch.set_num_threads(1)
     dataset = make_images(cohort * 2 + 1, 50, classes=10, channels=3, side=32)
     prepared = prepare(configuration(cohort), dataset=dataset)
@@ -84,7 +85,7 @@ def measured(executor: str, cohort: int) -> None:
     rounds.run_round()
     rounds.per_round = None
     before = status("VmRSS")
-    # Reset the peak.
+    # Reset the recorded peak.
     Path("/proc/self/clear_refs").write_text("5")
     rounds.run_round()
     # `size` is the broadcast, which is encoded once for all clients.
@@ -103,7 +104,7 @@ def status(name: str) -> int:
 
 
 def main() -> None:
-    """Measure both cases in new processes, or one in this process."""
+    """Measure both cases in new processes, or with `--case` one case in this process."""
     parser = arguments(__doc__, pairs=1)
     parser.add_argument(
         "--case", choices=list(TARGETS), help="measure only this case, in this process"

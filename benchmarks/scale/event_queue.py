@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the cost of an event of an asynchronous run: 100,000 clients, 1,000 in flight.
+"""Measure the cost per event of an asynchronous run with 100,000 clients.
 
     python -m benchmarks event_queue
 
-FedBuff with a linear model on scikit-learn's digits. Uploads are precomputed, so the measurement
-covers the queue, client sampling, simulated devices and faults, broadcasts, validation of uploads
-and aggregation. Target: 1 ms of processor time per event.
+The run uses FedBuff with a linear model on scikit-learn's digits, and 1,000 clients train at any
+time. Uploads are precomputed, so the measurement covers the queue, client sampling, simulated
+devices and faults, broadcasts, validation of uploads, and aggregation. Target: 1 ms of processor
+time per event.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ TARGET = 1.0
 
 
 def source(clients: int, flight: int) -> dict[str, Any]:
-    """Return the configuration."""
+    """Return the configuration.
+
+    Args:
+        clients: Number of clients.
+        flight: Number of clients that train at any time.
+    """
     return {
         "rounds": 1000,
         "data": {"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
@@ -44,7 +50,7 @@ def source(clients: int, flight: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Time rounds of events."""
+    """Time rounds and print the processor time per event."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=100_000)
     parser.add_argument(

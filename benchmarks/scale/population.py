@@ -3,13 +3,14 @@
 
     python -m benchmarks population
 
-FedAvg with an MLP on scikit-learn's digits; each client draws its own rows. Both federations run
-their rounds in turns in one process; the output is the median and range of the ratios. Of 1,000
-clients many are sampled again and find their rows cached; of 1,000,000 nearly all are new, and the
-time includes drawing their rows. Start-up time and peak memory are measured in separate processes:
-the total peak, which is mostly Python and PyTorch, and the increase after the imports. With private
-state (FedPer), memory grows with the number of clients seen. Targets: 1.1 for the time of a round,
-1.2 for peak memory.
+The runs use FedAvg with an MLP on scikit-learn's digits, and each client samples its rows. The two
+federations run rounds in turns in one process, and the output is the median and range of the time
+ratios. Among 1,000 clients, many are sampled repeatedly, and their rows are cached. Among 1,000,000
+clients, nearly all sampled clients are new, so the time includes sampling of rows. Start-up time
+and peak memory are measured in separate processes. The total peak is mostly due to Python and
+PyTorch, so the increase after the imports is also reported. With private state (FedPer), memory
+grows with the number of clients seen. Targets: 1.1 for the time of a round, and 1.2 for peak
+memory.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FEW, MANY = 1_000, 1_000_000
 
 
 def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
-    """Return the configuration of a case."""
+    """Return the configuration of a federation."""
     return {
         "rounds": 1000,
         "data": {"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
@@ -50,12 +51,18 @@ def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
 
 
 def make_trainer(method: str, clients: int, cohort: int) -> SynchronousTrainer:
-    """Return a trainer before its first round."""
+    """Create the trainer of a federation."""
     return prepare(source(method, clients, cohort)).make_trainer()
 
 
 def measure(method: str, clients: int, cohort: int, rounds: int) -> dict[str, float]:
-    """Measure one case in this process: seconds to start, peak MiB, MiB after imports."""
+    """Measure one federation in this process.
+
+    Returns:
+        The start-up time in seconds under `start`, the peak memory and its increase after the
+        imports in MiB under `peak` and `added`, the number of clients seen under `seen`, and the
+        private state in MiB under `private`.
+    """
     _warm(method, cohort)
     imports, start = _peak(), time.perf_counter()
     run = make_trainer(method, clients, cohort)
@@ -82,9 +89,9 @@ def _warm(method: str, cohort: int) -> None:
 
 
 def _peak() -> float:
-    """Return the peak resident memory of this process.
+    """Return the peak resident memory of this process in MiB.
 
-    On Linux `ru_maxrss` includes the peak of the parent process.
+    On Linux, /proc is preferred because `ru_maxrss` includes the peak of the parent process.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -109,7 +116,7 @@ def _spread(ratios: list[float]) -> str:
 
 
 def main() -> None:
-    """Measure time, then memory."""
+    """Measure time and then memory, and print the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure secure aggregation: seconds of a round of the protocol, and bytes per client.
+"""Measure the time and traffic of one round of the secure aggregation protocol.
 
     python -m benchmarks secure_sum
     python -m benchmarks secure_sum --clients 100 --numbers 10000 --neighbours 54 --leaving 10
 
-Nothing is trained. Clients reply one after the other in this process on one core. In a federation
-they work in parallel, so a round waits for the server and one client. Targets: 20 clients with 10^6
-numbers, and 100 clients with 10^4 numbers and the sparse graph, in less than 10 s each.
+No model is trained. Clients reply one after the other in this process on one core. In a federation,
+clients work in parallel, so a round waits for the server and one client. Targets: less than 10 s
+each for 20 clients with 10^6 numbers, and for 100 clients with 10^4 numbers and the sparse graph.
 """
 
 from __future__ import annotations
@@ -34,28 +34,35 @@ SPECS = {"model": ItemSpec("params")}
 
 @dataclass
 class Cohort:
-    """Clients with one model each, created again for each upload."""
+    """Clients with one random model each, which is generated again for each upload.
+
+    Attributes:
+        clients: Client ids.
+        numbers: Number of parameters of a model.
+        notes: State of the clients between messages.
+        busy: Processor time of all clients in seconds.
+    """
 
     clients: list[str]
     numbers: int
     notes: dict[str, bytes] = field(default_factory=dict)
-    busy: float = 0.0  # seconds of all clients
+    busy: float = 0.0
 
     def layout(self, round_idx: int) -> VectorLayout:
-        """Return the layout of all vectors."""
+        """Return the layout of the vectors of all clients."""
         return VectorLayout.from_forms(
             [("a", {"model": Item({"w": torch.zeros(self.numbers)}, 1.0, "params")})], SPECS
         )
 
     def aggregation_group(self, client: str) -> str:
-        """Return the only group."""
+        """Return the only aggregation group."""
         return "a"
 
     def noise(self, *about: object) -> None:
-        """Return no private items."""
+        """Return None, because no noise is added."""
 
     def num_rows(self, client: str) -> int:
-        """Return the same number of rows for all clients."""
+        """Return 1, because all clients have the same weight."""
         return 1
 
     def upload(self, client: str) -> Payload:
@@ -68,7 +75,15 @@ class Cohort:
     def hold(
         self, protocol: SecureAggregation, leaving: set[str]
     ) -> tuple[AggregatedUploads, Traffic]:
-        """Run a round in which some clients drop out before they send their vector."""
+        """Run a round in which some clients drop out before they send a vector.
+
+        Args:
+            protocol: The protocol.
+            leaving: Ids of the clients that drop out.
+
+        Returns:
+            The aggregated uploads, and the traffic of the round.
+        """
         traffic = Traffic()
         exchanges = protocol.exchanges(self.clients, 0)
         try:
@@ -86,7 +101,7 @@ class Cohort:
             return stop.value, traffic
 
     def answer(self, protocol: SecureAggregation, client: str, request: Message) -> Message:
-        """Time the reply of a client without training."""
+        """Return the reply of a client, and add the processor time to `busy`."""
         upload = self.upload(client).encode() if request.kind == "train" else b""
         started = time.process_time()
         answer = protocol.answer(client, request, 0, self.notes)
@@ -96,7 +111,14 @@ class Cohort:
 
 
 def measure_round(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
-    """Run one round, check its sum and print its time."""
+    """Run one round, check the sum and print time and traffic.
+
+    Args:
+        clients: Number of clients.
+        numbers: Number of values per upload.
+        neighbours: Number of neighbors of each client. If None, the default is used.
+        leaving: Number of clients that drop out.
+    """
     cohort = Cohort([f"site_{i}" for i in range(1, clients + 1)], numbers)
     config = SecureAggregationConfig(
         threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbours=neighbours
@@ -122,7 +144,7 @@ def measure_round(clients: int, numbers: int, neighbours: int | None, leaving: i
 
 
 def main() -> None:
-    """Measure the target cases, or one of another size."""
+    """Measure the cases with targets, or with `--clients` a single case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the store for private state: peak memory and seconds per commit, with data on disk.
+"""Measure peak memory and time per commit of the store for clients' private state.
 
     python -m benchmarks store
 
-Every client has a state of the size of a small CNN. In each round a cohort reads its state, changes
-all of it and stages it, and a checkpoint is written. At the end, another store reads everything
-back. Target: 500 clients with 1.2 million float32 parameters in less than 4 GB of resident memory.
+The private state of each client has the size of a small CNN and is mostly stored on disk. In each
+round, the state of a cohort is read, changed completely and staged, and a checkpoint is written. At
+the end, another store reads all states. Target: 500 clients with 1.2 million float32 parameters in
+less than 4 GB of resident memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def peak() -> float:
 
 
 def changed(private: PrivateState, parameters: int) -> PrivateState:
-    """Return the state of a client after training, in which all tensors changed."""
+    """Return a copy of a client's state in which all tensors are changed."""
     start = private.models.get("model") or {
         f"layer{i}": torch.zeros(parameters // LAYERS) for i in range(LAYERS)
     }
@@ -47,7 +48,12 @@ def changed(private: PrivateState, parameters: int) -> PrivateState:
 def run_round(
     checkpoints: Checkpoints, cohort: list[str], parameters: int, round_idx: int
 ) -> tuple[float, float, int]:
-    """Return seconds to read and stage, seconds to commit and save, and bytes written."""
+    """Change the states of a cohort and write a checkpoint.
+
+    Returns:
+        The seconds to read and stage the states, the seconds to commit and save, and the size of
+        the checkpoint in bytes.
+    """
     store, started = checkpoints.store, time.perf_counter()
     for client in cohort:
         store.stage(client, changed(store.get(client), parameters))
@@ -58,7 +64,7 @@ def run_round(
 
 
 def main() -> None:
-    """Measure rounds and the peak memory."""
+    """Measure rounds and the peak memory, and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

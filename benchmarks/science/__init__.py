@@ -1,1 +1,1 @@
-"""Scores of methods: replications of published tables, and studies."""
+"""Scores of methods in replications of published tables and in studies."""

@@ -3,13 +3,14 @@
 
     python -m benchmarks asynchronous --data fashionmnist.npz --out runs/asynchronous
 
-Twelve clients of three architectures on Fashion-MNIST train with Hybrid; their speeds differ by a
-factor of ten (configs/fashion_devices.yaml, with less data: SMALLER). The other variants wait until
-a deadline, over-select clients, or train asynchronously. For each seed, the target is the global
-test accuracy of the synchronous run after the last round, minus one point; the other variants get a
-fraction of its simulated time. `--out` receives every run when it ends, and finished runs are not
-repeated. It also receives `table.md` and `time_to_accuracy.png`. Target: asynchronous training
-reaches the accuracy in at most 0.5 of the time.
+Twelve clients of three architectures train with Hybrid on Fashion-MNIST, and the speeds of the
+clients differ by a factor of ten (configs/fashion_devices.yaml with less data). One variant is
+synchronous. The other variants wait until a deadline, over-select clients, or train asynchronously,
+and end after a fraction of the simulated time of the synchronous variant. For each seed, the target
+accuracy is the global test accuracy of the synchronous run after the last round, minus one point.
+Finished runs are stored in `--out` and not repeated. The command also writes `table.md` and
+`time_to_accuracy.png` to `--out`. Target: asynchronous training reaches the target accuracy in at
+most 0.5 of the time.
 """
 
 from __future__ import annotations
@@ -50,12 +51,21 @@ WAYS: dict[str, list[str]] = {
 COMPARED = ["synchronous", "deadline", "over-selection", "asynchronous", "asynchronous, buffer 6"]
 POINT, TARGET = 0.01, 0.5
 Run = dict[str, Any]
-# simulated seconds, accuracy, bytes, uploads so far
+# Points of simulated seconds, accuracy, total bytes and total uploads.
 Curve = Sequence[tuple[float, float, int, int]]
 
 
 def hold(overrides: list[str], until: float | None, rounds: int) -> Run:
-    """Return the global test accuracy by simulated time, until the rounds or the time end."""
+    """Execute a run and record the global test accuracy over simulated time.
+
+    Args:
+        overrides: Overrides of the configuration.
+        until: Simulated seconds after which the run ends. If None, time is not limited.
+        rounds: Maximum number of rounds.
+
+    Returns:
+        The points of the curve under `curve`, and the total counts of the rounds under `counts`.
+    """
     prepared = prepare(CONFIG, [*overrides, f"rounds={rounds}"])
     session = prepared.make_trainer()
     curve: list[tuple[float, float, int, int]] = []
@@ -76,7 +86,7 @@ def hold(overrides: list[str], until: float | None, rounds: int) -> Run:
 
 
 def durations(overrides: list[str]) -> list[float]:
-    """Return the seconds of each client's task in the first synchronous round."""
+    """Return the simulated task duration of each client in the first round, in seconds."""
     session = prepare(CONFIG, overrides).make_trainer()
     timing, size = session.environment.timing, 200_000
     return [
@@ -86,7 +96,14 @@ def durations(overrides: list[str]) -> list[float]:
 
 
 def reached(curve: Curve, mark: float) -> float | None:
-    """Return the first time from which on the accuracy stays above the target."""
+    """Return the first time from which on the accuracy stays at or above a target.
+
+    The result is None if the last accuracy is below the target.
+
+    Args:
+        curve: Points in the order of time.
+        mark: Target accuracy.
+    """
     at = None
     for seconds, accuracy, *_ in reversed(curve):
         if accuracy < mark:
@@ -96,16 +113,24 @@ def reached(curve: Curve, mark: float) -> float | None:
 
 
 def mark_of(runs: Mapping[str, Run]) -> tuple[float, float]:
-    """Return the target of a seed, and the simulated seconds of its synchronous run."""
+    """Return the target accuracy of a seed, and the duration of the synchronous run.
+
+    Args:
+        runs: Runs with this seed, keyed by variant.
+    """
     seconds, accuracy, *_ = runs["synchronous"]["curve"][-1]
     return accuracy - POINT, seconds
 
 
 def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
-    """Return a table in Markdown with a row for each variant.
+    """Format a Markdown table with a row for each variant.
 
-    It shows the relative time to the target for each seed, the accuracy at half of the time of the
-    synchronous run, and the uploads and bytes until then.
+    The columns are the relative time to the target accuracy for each seed, the accuracy at half of
+    the time of the synchronous run, and the uploads and traffic until then.
+
+    Args:
+        found: Runs, keyed by seed and variant.
+        ways: Names of the variants.
     """
     rows = [
         "| | relative time to the target | accuracy at half of the time | uploads until then "
@@ -129,7 +154,15 @@ def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
 
 
 def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Path) -> None:
-    """Plot accuracy minus target by relative simulated time: mean over seeds, and range."""
+    """Plot the accuracy above the target over relative simulated time.
+
+    Lines are means over the seeds, and bands are ranges.
+
+    Args:
+        found: Runs, keyed by seed and variant.
+        ways: Names of the variants.
+        path: The PNG file to write.
+    """
     from hetero_fl.reporting.plots import style
 
     grid = np.linspace(0, 1, 401)
@@ -181,7 +214,7 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
 
 
 def main() -> None:
-    """Execute missing runs and write the table and plot."""
+    """Execute missing runs, and write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="Fashion-MNIST as .npz instead of a download")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of the synchronous run")

@@ -1,10 +1,11 @@
-"""Measure accuracy against bytes, with compression in either direction, in both, and without.
+"""Measure accuracy and traffic with compression in one direction, in both, and without.
 
     python -m benchmarks channel_cost [--seeds 0,1,2,3,4] [--out runs/channel_cost] [key=value ...]
 
-Compares the settings of `CHANNELS` on `configs/medical_hetero.yaml`. Runs that have finished in
-`--out` are kept. Writes `channel_cost.csv` there, with a line for each run, and prints the table of
-docs/how_to/compression.md: means over the seeds and their standard deviations.
+The benchmark compares the settings in `CHANNELS` on `configs/medical_hetero.yaml`. Finished runs in
+`--out` are not repeated. The command writes `channel_cost.csv` to `--out`, with a line for each
+run, and prints the table of docs/how_to/compression.md, which contains means and standard
+deviations over the seeds.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ Row = Mapping[str, str]
 
 
 def run_channel(name: str, seeds: Sequence[int], out: Path, changes: Sequence[str]) -> list[Row]:
-    """Return a row for each seed of a setting; missing runs are executed."""
+    """Run the missing seeds of a setting and return a row for each seed.
+
+    Args:
+        name: Name of the setting in `CHANNELS`.
+        seeds: Seeds of the runs.
+        out: Folder that contains a comparison for each setting.
+        changes: Overrides of the configuration.
+    """
     overrides = [*CHANNELS[name], "output.plots=false", "output.report=false", *changes]
     comparison = hetero_fl.compare(
         ROOT / "configs" / "medical_hetero.yaml",
@@ -56,7 +64,7 @@ def run_channel(name: str, seeds: Sequence[int], out: Path, changes: Sequence[st
 
 
 def format_row(name: str, rows: Sequence[Row]) -> str:
-    """Return a row of the table."""
+    """Format the table row of a setting, with means and standard deviations over the seeds."""
     up, down = (
         statistics.fmean(float(r[f"{direction}_bytes"]) for r in rows) / MB
         for direction in ("up", "down")

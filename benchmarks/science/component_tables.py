@@ -1,7 +1,7 @@
-"""The tables of Hybrid and its components: scores of archived comparisons, one per column.
+"""Tables with scores of Hybrid and its components, in which each column is a comparison.
 
-docs/results/hybrid.md and docs/explanation/label_skew.md contain them; `scripts/result_tables.py`
-writes them.
+`scripts/result_tables.py` writes the tables to docs/results/hybrid.md and
+docs/explanation/label_skew.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_na
 from hetero_fl.utils.text import split_top_level
 
 Row = dict[str, Any]
-Scores = dict[str, dict[int, float]]  # in percent, by label and seed
+# Scores in percent, keyed by label and seed.
+Scores = dict[str, dict[int, float]]
 
 GLOBAL = "global_last_balanced_accuracy"
 LOCAL = "personal_last_accuracy"
@@ -49,7 +50,7 @@ SETTINGS = {
     "clients.defaults.epochs=5": "five epochs",
 }
 MORE_EPOCHS = "clients.defaults.epochs=5"
-# The components of Hybrid, with the setting that switches each off.
+# Components of Hybrid, mapped to the settings that disable them.
 COMPONENTS = {
     "LA": "logit_adjustment=false",
     "contrast teacher": "teacher=mean",
@@ -62,12 +63,12 @@ COMPONENTS = {
 
 @dataclass(frozen=True)
 class ComponentTable:
-    """A table of methods by federations.
+    """Specification of a table with a row for each method and a column for each federation.
 
     Args:
-        columns: Names of archived comparisons, by column title.
-        metric: Column of the archive.
-        seeds: Number of seeds, from the first; None for all.
+        columns: Names of archived comparisons, keyed by column title.
+        metric: Column of the archived comparisons.
+        seeds: Number of seeds to use, starting with the smallest. If None, all seeds are used.
         style: `methods` names each row's method, `components` marks the components of Hybrid, and
             `lead` compares Hybrid with the best other method of each federation.
     """
@@ -92,11 +93,11 @@ TABLES = {
 
 
 def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Row]]) -> str:
-    """Return a table in Markdown.
+    """Format a table in Markdown.
 
     Args:
-        table: The table.
-        archived: Returns the rows of an archived comparison, by name.
+        table: Specification of the table.
+        archived: Function that returns the rows of the archived comparison with a given name.
     """
     scores = {
         title: _scores(archived(name), table.metric, table.seeds)
@@ -129,7 +130,7 @@ def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Ro
 
 
 def method_name(label: str) -> str:
-    """Return the name of a method with its components: `FedAvg + LA`."""
+    """Return the name of a method with its components, such as `FedAvg, LA`."""
     base = algorithm_base(label)
     settings = split_top_level(label[len(base) + 1 :], ":") if label != base else []
     return ", ".join([algorithm_name(base), *(SETTINGS[setting] for setting in settings)])
@@ -145,9 +146,10 @@ def _scores(rows: Sequence[Row], metric: str, seeds: int | None) -> Scores:
 
 
 def _lead_table(scores: Mapping[str, Scores]) -> str:
-    """Compare Hybrid with the better of Local and FedAvg by mean, and seed by seed.
+    """Format a table that compares Hybrid with the best other method of each federation.
 
-    All have one local epoch.
+    The comparison is made for means over the seeds and for single seeds. Methods with more local
+    epochs are excluded.
     """
     head = ["Federation", "Hybrid", "best other", "difference of means", "smallest, one seed"]
     lines = [_joined([*head, "smallest to Local"]), _joined(["---", *["---:"] * 5])]
@@ -176,7 +178,7 @@ def _lead_table(scores: Mapping[str, Scores]) -> str:
 
 
 def _best_mean(rows: Sequence[Mapping[int, float]]) -> float:
-    """Return the highest mean of the rows that have all seeds of a federation."""
+    """Return the highest mean score of the methods that were run with all seeds."""
     num_seeds = max(len(values) for values in rows)
     return max(statistics.mean(values.values()) for values in rows if len(values) == num_seeds)
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Explain the FedAvg row of FedGen's table: the authors' code, with and without shuffling.
+"""Explain the FedAvg row of FedGen's table by training with and without shuffling.
 
     python -m benchmarks fedgen_order --data DIR [--seeds 0,1,2] [--alpha 0.1]
 
-DIR contains `mnist.npz`. This is a bare loop with the data, model and settings of
-`configs/replication/fedgen_mnist.yaml`: clients keep their BatchNorm statistics, and each is
-evaluated on the test images of its own classes. Batches are taken from rows sorted by class, in
-order as in the authors' code of that time, or shuffled. The output is the last score and the mean
-of the five best of forty, in percent.
+DIR contains `mnist.npz`. The benchmark is a training loop in plain PyTorch with the data, model and
+settings of `configs/replication/fedgen_mnist.yaml`. As in the authors' code, clients keep their
+BatchNorm statistics, and each client is evaluated on the test images of its own classes. Batches
+are either taken in order from rows sorted by class, as in the authors' code at the time of
+publication, or shuffled. The output is the last score and the mean of the five best of forty
+scores, in percent.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ COHORT, STEPS, BATCH, LR, FALL = 10, 20, 32, 0.01, 0.99
 
 
 def batches(y: Tensor, draws: torch.Generator, shuffled: bool) -> Iterator[Tensor]:
-    """Yield the rows of full batches endlessly."""
+    """Yield the row indices of full batches without end.
+
+    Args:
+        y: Labels, shape `[N]`.
+        draws: Random generator.
+        shuffled: Whether to shuffle the rows in each epoch. If False, rows are sorted by class.
+    """
     sorted_rows = y.argsort(stable=True)
     while True:
         rows = torch.randperm(len(y), generator=draws) if shuffled else sorted_rows
@@ -37,7 +44,15 @@ def batches(y: Tensor, draws: torch.Generator, shuffled: bool) -> Iterator[Tenso
 
 
 def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
-    """Return the accuracy on all clients' test images every fifth round, in percent."""
+    """Train all rounds and record the accuracy every fifth round.
+
+    Args:
+        prepared: The run, which provides data, model and settings.
+        shuffled: Whether to shuffle the rows.
+
+    Returns:
+        The accuracies on the test images of all clients, in percent.
+    """
     federation = prepared.federation
     ids = list(federation.client_infos)
     (arch,) = {card.arch for card in federation.client_infos.values()}
@@ -85,7 +100,7 @@ def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
 
 
 def main() -> None:
-    """Measure both orders for every seed."""
+    """Train with and without shuffling for every seed, and print the scores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Explain the FedProto row of its published table: vary the setting of the authors' code.
+"""Explain the published FedProto score by varying the settings of the authors' code.
 
     python -m benchmarks fedproto_setting --data DIR [--only TEXT] [--rounds 100]
 
-DIR contains `mnist.npz`. As in the authors' code, the classes of clients are drawn with seed 1234.
-For each class, a client has a block of consecutive training rows (99 or 100) and a block of test
-images that no other client has. Initial weights differ between clients, batches have exactly four
-rows, prototypes are computed during training with dropout, and the global prototypes are means of
-the clients' means. The output is the mean ± deviation over clients, in percent, of the predictions
-by the head, by the nearest prototype of the client's classes, and as the authors' code counts them
-(its counters are not reset between clients and evaluations). Test images come from MNIST's test
-set, as in the authors' code, or from its training set.
+DIR contains `mnist.npz`. As in the authors' code, the classes of the clients are sampled with seed
+1234. For each class, a client has a block of 99 or 100 consecutive training rows and a block of
+test images that no other client has. Initial weights differ between clients, batches have exactly
+four rows, prototypes are computed during training with dropout, and the global prototypes are means
+of the clients' means. The output is the mean and standard deviation of the clients' accuracies in
+percent. Predictions are made by the head or by the nearest prototype of the client's classes. The
+last accuracy is counted as in the authors' code, in which counters are not reset between clients
+and evaluations. Test images are from the MNIST test set, as in the authors' code, or from the
+training set.
 """
 
 from __future__ import annotations
@@ -32,11 +33,20 @@ CLIENTS, BATCH, LR, MOMENTUM, BLOCK, SEED = 20, 4, 0.01, 0.5, 110, 1234
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting of the authors' code and its variations."""
+    """Settings of training, whose defaults are those of the authors' code.
 
-    weight: float = 1.0  # λ; 0: each client alone
-    equal: bool = False  # clients start from equal weights
-    after: bool = False  # prototypes after training, in evaluation mode, by rows
+    Attributes:
+        weight: Weight λ of the prototype loss. If 0, clients train alone.
+        equal: Whether all clients start from the same weights.
+        after: Whether prototypes are computed after training in evaluation mode, and weighted by
+            the number of rows.
+        momentum: Momentum of SGD.
+        epochs: Number of local epochs.
+    """
+
+    weight: float = 1.0
+    equal: bool = False
+    after: bool = False
     momentum: float = MOMENTUM
     epochs: int = 1
 
@@ -49,7 +59,8 @@ CASES = {
     "FedProto, prototypes after training": replace(AUTHORS, after=True),
     "FedProto, no momentum": replace(AUTHORS, momentum=0.0),
 }
-TESTS = {  # part, first row of a class, images of a class for each client
+# Split, first row of each class, and number of images per class and client.
+TESTS = {
     "40 of the test set": ("test", 0, 40),
     "15 of the test set": ("test", 0, 15),
     "40 of the training set": ("train", CLIENTS * BLOCK, 40),
@@ -58,7 +69,14 @@ TESTS = {  # part, first row of a class, images of a class for each client
 
 @dataclass(frozen=True)
 class Client:
-    """A client: rows, model, and test images by the names of `TESTS`."""
+    """A client.
+
+    Attributes:
+        x: Training images, `[N, 1, 28, 28]`.
+        y: Labels, `[N]`.
+        tests: Test images and labels, keyed by the names in `TESTS`.
+        model: The client's model.
+    """
 
     x: Tensor
     y: Tensor
@@ -67,9 +85,10 @@ class Client:
 
 
 def clients_of(data: dict[str, np.ndarray], setting: Setting) -> list[Client]:
-    """Draw classes and numbers of rows as the authors' code does."""
+    """Create the clients, with classes and numbers of rows sampled as in the authors' code."""
     numbers, names = np.random.RandomState(SEED), random.Random(SEED)
-    classes = numbers.randint(2, 6, CLIENTS)  # 3 give or take 2, two at least
+    # 3 classes with a deviation of up to 2, at least two.
+    classes = numbers.randint(2, 6, CLIENTS)
     shots = numbers.randint(99, 101, CLIENTS)
     rows = {
         part: [np.flatnonzero(data[f"{part}_labels"] == c) for c in range(10)]
@@ -97,7 +116,18 @@ def clients_of(data: dict[str, np.ndarray], setting: Setting) -> list[Client]:
 def train(
     client: Client, setting: Setting, prototypes: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Train an epoch; return sums of features by class `[C, d]` and counts `[C]`."""
+    """Train a client for the local epochs of one round.
+
+    Args:
+        client: The client.
+        setting: Settings of training.
+        prototypes: Global prototypes, `[C, d]`.
+        known: Whether there is a prototype of each class, bool `[C]`.
+
+    Returns:
+        The sum of the features of each class, `[C, d]`, and the number of rows of each class,
+        `[C]`.
+    """
     optimizer = torch.optim.SGD(client.model.train().parameters(), LR, setting.momentum)
     seen, labels = [], []
     for rows in [
@@ -131,7 +161,8 @@ def course(clients: list[Client], setting: Setting, rounds: int) -> Tensor:
     for _ in range(rounds):
         parts = [train(client, setting, prototypes, known) for client in clients]
         sums, counts = torch.stack([s for s, _ in parts]), torch.stack([n for _, n in parts])
-        if not setting.after:  # a mean of the clients' means
+        if not setting.after:
+            # The global prototypes are means of the clients' means.
             sums, counts = sums / counts.clamp(min=1)[..., None], (counts > 0).to(counts.dtype)
         known = counts.sum(0) > 0
         prototypes = sums.sum(0) / counts.sum(0).clamp(min=1)[:, None]
@@ -139,7 +170,16 @@ def course(clients: list[Client], setting: Setting, rounds: int) -> Tensor:
 
 
 def readings(clients: list[Client], prototypes: Tensor | None, tests: str) -> dict[str, np.ndarray]:
-    """Return the accuracies of the clients in percent for each kind of prediction."""
+    """Evaluate all clients.
+
+    Args:
+        clients: The clients.
+        prototypes: Global prototypes, `[C, d]`. If None, only the heads are evaluated.
+        tests: Name of the test images in `TESTS`.
+
+    Returns:
+        The accuracies of the clients in percent, keyed by kind of prediction.
+    """
     right: list[list[int]] = []
     total: list[int] = []
     with torch.no_grad():
@@ -163,7 +203,7 @@ def readings(clients: list[Client], prototypes: Tensor | None, tests: str) -> di
 
 
 def main() -> None:
-    """Measure all selected cases."""
+    """Train and evaluate all selected cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compare images, genes, both and a federation for each kind of hospital.
+"""Compare single modalities, both modalities and federations for each kind of hospital.
 
     python -m benchmarks multimodal [--seeds 0,1,2] [--out runs/multimodal] [key=value …]
 
-Runs `configs/medical_multimodal.yaml` once for each row of the table and each seed, one at a time,
-and writes `multimodal.md` and `multimodal.png` to `--out` after each. Finished runs are not
-repeated. All rows train with logit adjustment, so they differ only in the modalities that clients
-see and in what they share.
+The benchmark runs `configs/medical_multimodal.yaml` for each row of the table and each seed, one
+run at a time. After each run, it updates `multimodal.md` and `multimodal.png` in `--out`. Finished
+runs are not repeated. All rows train with logit adjustment, so they differ only in the modalities
+that clients use and in what clients share.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ KINDS = {
     "clinic": "clinics (images)",
     "institute": "institutes (genes)",
 }
-# they see what they see in any case
+# Combinations of row and kind of hospital in which the modalities of the hospital do not change.
 SAME = {("images alone", "institute"), ("genes alone", "clinic")}
 METRICS = ("auroc", "balanced_accuracy")
-# kind -> test -> mean over its hospitals for each seed
+# Means over the hospitals for each seed, keyed by kind of hospital and score.
 Figures = dict[str, dict[str, list[float]]]
 
 
 def run_of(row: str, seed: int, out: Path, changes: list[str]) -> Run:
-    """Return the run of a row with a seed; execute it if it is missing."""
+    """Return the run of a row with a seed, which is executed unless it has finished."""
     path = out / f"{''.join(c if c.isalnum() else '_' for c in row)}-seed{seed}"
     if not (path / "summary.json").exists():
         quick = [
@@ -69,7 +69,18 @@ def run_of(row: str, seed: int, out: Path, changes: list[str]) -> Run:
 
 
 def figures(run: Run, dataset: Dataset) -> dict[str, dict[str, float]]:
-    """Return mean scores by kind of hospital: global test, local test, global test by images."""
+    """Compute the mean scores of each kind of hospital.
+
+    The scores are those on the global test, on the local tests, and, for models with both
+    modalities, on the global test with images only.
+
+    Args:
+        run: A finished run.
+        dataset: The data set with both modalities.
+
+    Returns:
+        The scores, keyed by kind of hospital and by name.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     assert dataset.test is not None and dataset.test.y is not None
     image = dataset.test.x[:, :784].reshape(-1, 1, 28, 28)
@@ -92,13 +103,18 @@ def figures(run: Run, dataset: Dataset) -> dict[str, dict[str, float]]:
 
 
 def cell(values: list[float]) -> str:
-    """Format mean and standard deviation over seeds in percent."""
+    """Format the mean and standard deviation over the seeds in percent."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.fmean(values):.1f} ± {100 * spread:.1f}"
 
 
 def table(found: dict[str, Figures], metric: str) -> str:
-    """Return a table of one metric: global test / local test."""
+    """Format a Markdown table of one metric, as global test / local test.
+
+    Args:
+        found: Scores, keyed by row.
+        metric: Name of the metric.
+    """
     lines = [
         "| | " + " | ".join(KINDS.values()) + " | universities, by images alone |",
         "| --- |" + " ---: |" * 4,
@@ -119,7 +135,7 @@ def table(found: dict[str, Figures], metric: str) -> str:
 
 
 def gains(found: dict[str, Figures]) -> str:
-    """Return the differences of federations to local training with both modalities, by seed."""
+    """List the gains of federations over local training with both modalities for each seed."""
     lines = []
     base = found.get("both, without federation", {})
     for row, kinds in found.items():
@@ -140,7 +156,12 @@ def gains(found: dict[str, Figures]) -> str:
 
 
 def draw(found: dict[str, Figures], path: Path) -> None:
-    """Plot the global test AUROC by kind of hospital: mean over seeds, and each seed."""
+    """Plot the global test AUROC for each kind of hospital, as the mean and for each seed.
+
+    Args:
+        found: Scores, keyed by row.
+        path: The image file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +191,7 @@ def draw(found: dict[str, Figures], path: Path) -> None:
 
 
 def main() -> None:
-    """Execute missing runs and write the table and plot."""
+    """Execute missing runs, and write the tables and the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

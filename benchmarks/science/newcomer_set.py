@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Create the data of a joining client: images of PneumoniaMNIST outside the embedded set.
+"""Create the data of a joining client from PneumoniaMNIST images outside the embedded set.
 
     python -m benchmarks newcomer_set --data pneumoniamnist.npz --out newcomer.npz
 
-The input has the MedMNIST layout. All its splits are joined, training first; `join.py` uses a fifth
-for testing. Images are compared by their pixels, so duplicates of embedded images are dropped too.
+The input has the MedMNIST layout. Its splits are concatenated, starting with the training split.
+`join.py` uses a fifth of the images for testing. Images are compared by their pixels, so duplicates
+of embedded images are also removed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ Arrays = dict[str, np.ndarray]
 
 
 def left_over(whole: Arrays, taken: Arrays) -> Arrays:
-    """Return the images `[N, ...]` and labels of `whole` that are in no split of `taken`."""
+    """Return the images of `whole` that are in no split of `taken`.
+
+    Args:
+        whole: Arrays in the MedMNIST layout.
+        taken: Arrays in the MedMNIST layout.
+
+    Returns:
+        The images `[N, ...]` under `train_images`, and the labels under `train_labels`.
+    """
     images, labels = (
         np.concatenate([whole[f"{s}_{part}"] for s in SPLITS]) for part in ("images", "labels")
     )
@@ -30,13 +39,13 @@ def left_over(whole: Arrays, taken: Arrays) -> Arrays:
 
 
 def read(path: Path) -> Arrays:
-    """Read the arrays of a file."""
+    """Read the arrays of an `.npz` file, keyed by name."""
     with np.load(path, allow_pickle=False) as archive:
         return dict(archive)
 
 
 def main() -> None:
-    """Write the images to a file."""
+    """Select the images and write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="PneumoniaMNIST, 28x28, as an .npz file"

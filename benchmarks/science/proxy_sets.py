@@ -1,9 +1,10 @@
-"""Write proxy sets of chest X-rays that differ from the hospitals' images.
+"""Create proxy sets of chest X-rays that differ from the hospitals' images.
 
-`python -m benchmarks proxy_sets --data pneumoniamnist.npz --out runs/proxy_sets` writes 500 images
-of the full PneumoniaMNIST that `chest_xray` does not contain, as `.npz` files for
-`data.proxy.source`: `scanner.npz`, as if taken by another scanner, and `few_normal.npz`, in which
-one image in twenty is normal instead of one in four.
+    python -m benchmarks proxy_sets --data pneumoniamnist.npz --out runs/proxy_sets
+
+The command writes two `.npz` files for `data.proxy.source`. Each file contains 500 images of
+PneumoniaMNIST that are not in the source `chest_xray`. The images in `scanner.npz` look as if taken
+by another scanner. In `few_normal.npz`, one image in twenty is normal instead of one in four.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ Images = NDArray[np.uint8]
 
 
 def draw(labels: NDArray[Any], share: float, generator: np.random.Generator) -> list[int]:
-    """Return the rows of a set of `SIZE` images with a share of normal ones (label 0)."""
+    """Sample the row indices of `SIZE` images with a given share of normal images.
+
+    Args:
+        labels: Labels of all images, of which 0 is normal.
+        share: Share of normal images.
+        generator: Random generator.
+    """
     normal = round(share * SIZE)
     rows = [
         generator.choice(np.flatnonzero(labels == label), count, replace=False)
@@ -39,13 +46,13 @@ def draw(labels: NDArray[Any], share: float, generator: np.random.Generator) -> 
 
 
 def other_scanner(images: Images) -> Images:
-    """Return images with lower contrast and brightness, and blur."""
+    """Blur images, and change their contrast and brightness."""
     blurred = np.stack([gaussian_filter(image.astype(np.float64), BLUR) for image in images])
     return np.clip(CONTRAST * blurred + BRIGHTNESS, 0, 255).astype(np.uint8)
 
 
 def main() -> None:
-    """Write the files."""
+    """Write both files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

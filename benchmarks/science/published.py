@@ -1,46 +1,73 @@
-"""Published tables that a CPU can replicate: their scores and the settings used here.
+"""Scores of published tables that a CPU can replicate, and the settings of the replications.
 
-Accuracies are percentages, with the standard deviation if the paper reports one. `minutes` is the
-duration of a run on one core of the machine described in benchmarks/README.md.
+Accuracies are percentages, with the standard deviation if the paper reports one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FILE = "{file}"  # in an override: the data file of the table
+# Placeholder in overrides for the data file of the table.
+FILE = "{file}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a table: settings, and the published mean and deviation if there are any."""
+    """A row of a table.
+
+    Attributes:
+        method: Name of the method.
+        changes: Overrides of the configuration.
+        mean: Published mean, or None.
+        deviation: Published standard deviation, or None.
+        mended: Mean and standard deviation that the authors published after they corrected an error
+            in their code, or None.
+        minutes: Duration of a run on one core of the machine described in benchmarks/README.md.
+        seeds: Number of requested seeds that are used, starting with the first. If None, all
+            requested seeds are used.
+    """
 
     method: str
     changes: tuple[str, ...]
     mean: float | None = None
     deviation: float | None = None
-    # The score that the authors published after they corrected an error in their code.
     mended: tuple[float, float] | None = None
     minutes: float = 1.0
-    seeds: int | None = None  # so many of the asked seeds only; none: all
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: configuration, data file, and the accuracy that corresponds to the paper's."""
+    """A published table.
+
+    Attributes:
+        name: Name of the table.
+        title: Title of the table.
+        config: Name of the configuration file without suffix.
+        file: Name of the data file.
+        accuracy: Accuracy that corresponds to the paper: "personal", "global" or "server".
+        rows: Rows of the table.
+        seeds: Default seeds.
+        held: Whether the paper's code evaluates each model on the classes of its client only.
+    """
 
     name: str
     title: str
     config: str
     file: str
-    accuracy: str  # personal, global or server
+    accuracy: str
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    held: bool = False  # whether the paper's code reads a model on the classes of its client only
+    held: bool = False
 
 
 def _fedgen(alpha: str, published: dict[str, tuple[float, float | None]]) -> list[Row]:
-    """Return FedGen's table for one α."""
+    """Return the rows of FedGen's table for one α.
+
+    Args:
+        alpha: Concentration of the Dirichlet distribution.
+        published: Published mean and deviation, keyed by method.
+    """
     proxy = f"data.proxy={{size: 3000, source: {{name: mnist, path: '{FILE}'}}}}"
     feddf = ("algorithm.name=feddf", "algorithm.temperature=1", "algorithm.distill_epochs=1", proxy)
     changes = {
@@ -186,7 +213,7 @@ ORDERING = Table(
     ),
 )
 
-# 225 steps per round, as in the paper.
+# With these settings, clients take 225 steps per round, as in the paper.
 _STEPS = ("rounds=20", "evaluation.every=5", "clients.defaults.epochs=7")
 
 ORDERING_LIGHT = Table(

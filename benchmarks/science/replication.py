@@ -4,11 +4,11 @@
     python -m benchmarks replication --data DIR [--tables fedgen,fedproto,…] [--seeds 0,1,2]
                                      [--out DIR]
 
-DIR contains `mnist.npz` and `cifar10.npz` in the MedMNIST layout (train_images, train_labels,
-test_images, test_labels). The command prints an estimate of the duration and executes the missing
-runs one at a time. After each it writes `replication.md` to `--out` and the scores to `--record`, a
-file of the repository; recorded runs are not repeated. Runs that were killed continue from their
-last round. `--only TEXT` selects rows whose method contains the text.
+The folder `--data` contains `mnist.npz` and `cifar10.npz` in the MedMNIST layout (train_images,
+train_labels, test_images, test_labels). The command prints an estimate of the duration and executes
+the missing runs one at a time. After each run, it writes `replication.md` to `--out` and the scores
+to `--record`, a file of the repository. Recorded runs are not repeated, and runs that were killed
+continue from their last round. `--only TEXT` selects rows whose method contains the text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIGS = ROOT / "configs" / "replication"
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line; exit with one line on invalid values."""
+    """Parse the command line, and exit with an error message if a value is invalid."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""The runs of `replication.py`, and the record of their scores.
+"""The runs of the benchmark `replication`, and the record of their scores.
 
-Runs take hours and stay on the machine that executed them. Their scores are recorded in a file of
-the repository, so that another machine can continue.
+Runs take hours and remain on the machine that executed them. The scores are recorded in a file of
+the repository, so that the replication can be continued on another machine.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ from typing import Any
 
 from benchmarks.science.published import FILE, Row, Table
 
-Record = dict[str, dict[str, float]]  # by `Job.key`
+# Scores of runs, keyed by `Job.key`.
+Record = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run: a row of a table with a seed."""
+    """A run, which is given by a row of a table and a seed.
+
+    Attributes:
+        table: The table.
+        row: The row of the table.
+        seed: Seed of the run.
+        out: Folder that contains the run directories of all tables.
+        record: Scores of earlier runs.
+    """
 
     table: Table
     row: Row
@@ -35,17 +44,21 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the scores exist, from this machine or from the record."""
+        """Whether the scores exist in the record or in the run directory."""
         return self.key in self.record or (self.path / "summary.json").exists()
 
     @property
     def key(self) -> str:
-        """The name in the record."""
+        """Key of the run in the record."""
         return f"{self.table.name}: {self.row.method}, seed {self.seed}"
 
     @property
     def figures(self) -> dict[str, float]:
-        """Return the scores in percent and the minutes, from the record or the run directory."""
+        """Scores in percent, and duration in minutes.
+
+        If the run is not in the record, the scores are read from the run directory and added to the
+        record.
+        """
         if self.key not in self.record:
             which = (
                 {"held": accuracy_held(self)}
@@ -62,7 +75,11 @@ class Job:
         return self.record[self.key]
 
     def overrides(self, data: Path) -> list[str]:
-        """Return the overrides of the table's configuration."""
+        """Return the overrides of the table's configuration for this run.
+
+        Args:
+            data: Folder of the data files.
+        """
         file = str(data / self.table.file)
         return [
             f"data.path={file}",
@@ -71,7 +88,7 @@ class Job:
         ]
 
     def read(self, name: str) -> Any:
-        """Read one of the run's JSON files."""
+        """Read a JSON file in the run directory."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
@@ -82,7 +99,15 @@ def jobs_of(
     out: Path,
     record: Record | None = None,
 ) -> list[Job]:
-    """Return all runs, ordered by seed."""
+    """Return the runs of tables, ordered by table and seed.
+
+    Args:
+        tables: The tables.
+        seeds: Seeds. If None, the default seeds of each table are used.
+        only: Text that the method of a row must contain, regardless of case.
+        out: Folder of the run directories.
+        record: Scores of earlier runs. If None, there are none.
+    """
     jobs, known = [], {} if record is None else record
     for table in tables:
         chosen = table.seeds if seeds is None else seeds
@@ -97,12 +122,12 @@ def jobs_of(
 
 
 def read_record(path: Path) -> Record:
-    """Return the scores of earlier runs; empty if the file is missing."""
+    """Read the scores of earlier runs. The result is empty if the file does not exist."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def write_record(path: Path, jobs: Sequence[Job]) -> None:
-    """Add the scores of finished runs to the record."""
+    """Add the scores of finished runs to a record file."""
     known = read_record(path) | {job.key: job.figures for job in jobs if job.finished}
     path.write_text(
         json.dumps(dict(sorted(known.items())), indent=1, ensure_ascii=False) + "\n",
@@ -111,7 +136,10 @@ def write_record(path: Path, jobs: Sequence[Job]) -> None:
 
 
 def estimate(jobs: Sequence[Job]) -> str:
-    """Estimate the duration of each table, from finished runs of the same row if possible."""
+    """Describe the number of missing runs and the estimated duration for each table.
+
+    The estimate is based on finished runs of the same row, or else on `Row.minutes`.
+    """
     lines = []
     for table in dict.fromkeys(job.table for job in jobs):
         mine = [job for job in jobs if job.table is table]
@@ -125,13 +153,19 @@ def estimate(jobs: Sequence[Job]) -> str:
 
 
 def accuracy(job: Job, which: str) -> float:
-    """Return the score of the `last` round or the one selected by validation."""
+    """Return the accuracy of a finished run in percent.
+
+    Args:
+        job: The run.
+        which: "last" for the last round, or "best_by_validation" for the round with the best
+            validation score.
+    """
     value = job.read("summary.json")[job.table.accuracy][which]["accuracy"]
     return 100 * float(value)
 
 
 def accuracy_held(job: Job) -> float:
-    """Return the accuracy of client models on global test images of their own classes."""
+    """Return the accuracy of client models on global test images of their classes, in percent."""
     details = job.read("details.json")
     right = total = 0
     for client, counts in details["label_counts"].items():
@@ -143,7 +177,7 @@ def accuracy_held(job: Job) -> float:
 
 
 def best_test_round(job: Job) -> float:
-    """Return the best score on test data of any round, as some papers report it."""
+    """Return the best test accuracy over all rounds in percent, as reported in some papers."""
     lines = (job.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     read = [
         record[job.table.accuracy]["accuracy"]

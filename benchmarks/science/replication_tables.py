@@ -1,4 +1,4 @@
-"""The tables of `replication.py`: scores of finished runs next to published ones."""
+"""Tables of the benchmark `replication`, with scores of finished runs and published scores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from benchmarks.science.replication_runs import Job
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format mean ± standard deviation over seeds."""
+    """Format the mean and standard deviation of values over the seeds."""
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else "not run"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def difference(row: Row, ours: Sequence[float]) -> str:
-    """Return the difference to the paper and whether it is within two standard deviations."""
+    """Describe the difference of a mean score from the published score.
+
+    The text states whether the difference is within two standard deviations, which are those of the
+    paper or else those over the seeds. The text is empty if there is no published score or no run.
+
+    Args:
+        row: Row of the table.
+        ours: Scores for each seed.
+    """
     if row.mean is None or not ours:
         return ""
     distance = statistics.mean(ours) - row.mean
@@ -30,19 +38,33 @@ def difference(row: Row, ours: Sequence[float]) -> str:
 
 
 def given(mean: float | None, deviation: float | None) -> str:
-    """Format the score of a paper."""
+    """Format the score of a paper, which is empty if `mean` is None."""
     return "" if mean is None else f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation else "")
 
 
 def against(row: Row, held: Sequence[float]) -> list[str]:
-    """Compare the evaluation of the authors' code with published and corrected scores."""
+    """Compare scores of the authors' evaluation with published and corrected scores.
+
+    Args:
+        row: Row of the table.
+        held: Accuracies on the clients' own classes, for each seed.
+
+    Returns:
+        Three table cells: the difference from the published score, the corrected score, and the
+        difference from the corrected score.
+    """
     mean, deviation = row.mended or (None, None)
     again = replace(row, mean=mean, deviation=deviation)
     return [difference(row, held), given(mean, deviation), difference(again, held)]
 
 
 def score_table(table: Table, jobs: Sequence[Job]) -> str:
-    """Return the scores of a table's runs in Markdown."""
+    """Format the scores of a table in Markdown.
+
+    Args:
+        table: The table.
+        jobs: Runs of the table. Only finished runs are included in the scores.
+    """
     extra = "own classes, last" if table.held else "best test round"
     head = ["method", "published", "last", "selected", "last − published", extra]
     head += (
@@ -69,7 +91,7 @@ def score_table(table: Table, jobs: Sequence[Job]) -> str:
 
 
 def write(jobs: Sequence[Job], out: Path) -> str:
-    """Write all tables to `replication.md` and return them."""
+    """Write the tables of all runs to `replication.md` in a folder, and return the tables."""
     tables = dict.fromkeys(job.table for job in jobs)
     text = "\n".join(
         f"## {table.title}\n\n{score_table(table, [job for job in jobs if job.table is table])}\n"

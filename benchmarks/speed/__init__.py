@@ -1,1 +1,1 @@
-"""Time of a round, step or message, compared with bare loops or other executors."""
+"""Time per round, step or message, in comparison with bare loops, executors and other projects."""

@@ -1,11 +1,12 @@
-"""Seconds per round of the working tree over those of a given commit.
+"""Compare the seconds per round of the working tree with those of a commit.
 
     python -m benchmarks against_commit COMMIT [--pairs 9] [--only PATTERN] [--out FILE.json]
 
-Each case is a list of configurations that both sides run through the public interface alone. A
-side is a process of its own that stays up for the whole case and trains one round when asked; the
-sides take turns, in reverse order every other time. The first round is not counted. Printed are the
-median and the range of the ratios of the pairs, and the geometric mean of the medians.
+Each case is a set of configurations that both sides, which are the working tree and the commit, run
+through the public interface. A side is a separate process that exists for the whole case and trains
+on request. The sides take turns, in reverse order every other turn, and the first turn is a
+warm-up. The output is the median and range of the time ratios, and the geometric mean of the
+medians.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ Config = dict[str, Any]
 
 @dataclass
 class Case:
-    """Configurations whose times are added: turn i of a case is turn i of each of them.
+    """Configurations whose times are summed.
+
+    In each turn of a case, all configurations take one turn.
 
     Args:
-        name: Shown in the table and matched by `--only`.
-        configs: Configurations without `rounds`, by label.
+        name: Name in the table, which `--only` matches.
+        configs: Configurations without `rounds`, keyed by label.
         rounds: Rounds per turn.
-        one_shot: Labels of configurations of which a turn is a whole run, as one round has all
-            their work.
+        one_shot: Labels of configurations for which a turn is a whole run, because a single round
+            does all the work.
     """
 
     name: str
@@ -54,11 +57,15 @@ class Case:
     one_shot: Sequence[str] = ()
 
     def tasks(self, pairs: int) -> list[dict[str, Any]]:
-        """Return what each process of the case has to do, as `timed_rounds.py` reads it."""
+        """Return the tasks for each process of the case, in the format of `timed_rounds.py`.
+
+        Args:
+            pairs: Number of timed turns.
+        """
         tasks = []
         for label, config in self.configs.items():
             rounds = 0 if label in self.one_shot else self.rounds
-            # One round before the first turn, and one after the last, which is evaluated in full.
+            # One round before the first turn, and one after the last turn with a full evaluation.
             planned = 1 if label in self.one_shot else pairs * rounds + 2
             tasks.append(
                 {"config": {**config, "rounds": planned}, "turns": pairs, "rounds": rounds}
@@ -68,7 +75,13 @@ class Case:
 
 @dataclass
 class Result:
-    """Seconds of each pair of a case, in total and by configuration."""
+    """Result of a case.
+
+    Attributes:
+        working_tree: Seconds of each turn of the working tree.
+        commit: Seconds of each turn of the commit.
+        medians: Median time ratios, keyed by label of the configuration.
+    """
 
     working_tree: list[float]
     commit: list[float]
@@ -76,25 +89,25 @@ class Result:
 
     @property
     def ratios(self) -> list[float]:
-        """Return the working tree's seconds over the commit's, pair by pair."""
+        """Time ratio of the working tree to the commit for each turn."""
         return [ours / theirs for ours, theirs in zip(self.working_tree, self.commit, strict=True)]
 
 
 class Side(Protocol):
-    """One of the two trees that are compared."""
+    """One of the two source trees to compare."""
 
     def turn(self) -> float:
-        """Carry out the next turn and return its seconds."""
+        """Execute the next turn and return the seconds."""
 
 
 class RoundsProcess:
-    """A process that trains one turn of rounds for each line on its standard input.
+    """A process that executes one turn for each line on its standard input.
 
     Args:
-        name: Shown if it ends too soon.
-        command: Its command line.
-        folder: Its working folder.
-        environ: Its environment variables.
+        name: Name for error messages.
+        command: Command line of the process.
+        folder: Working directory of the process.
+        environ: Environment variables of the process.
     """
 
     def __init__(
@@ -111,22 +124,30 @@ class RoundsProcess:
         )
 
     def turn(self) -> float:
-        """Carry out the next turn and return its seconds."""
+        """Execute the next turn and return the seconds."""
         return float(self._ask()["seconds"])
 
     def finish_task(self) -> None:
-        """Run the current configuration to its end."""
+        """Complete the run of the current configuration.
+
+        Raises:
+            SystemExit: If the process reports another turn instead.
+        """
         if "done" not in self._ask():
             raise SystemExit(f"{self.name}: expected the end of a run, got another turn")
 
     def request(self) -> None:
-        """Start the next turn."""
+        """Request the next turn without waiting for its end."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
     def reply(self) -> dict[str, Any]:
-        """Return the report of the turn."""
+        """Wait for the end of the requested turn and return the report.
+
+        Raises:
+            SystemExit: If the process ends without a report.
+        """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -141,18 +162,23 @@ class RoundsProcess:
     def close(self) -> None:
         """End the process."""
         self.process.kill()
-        with self.process:  # closes the pipes and waits
+        # The context manager closes the pipes and waits.
+        with self.process:
             pass
 
 
 class CommandLine:
-    """`scripts/train.py` of one tree, in a new process for each turn."""
+    """A side that runs `scripts/train.py` in a new process for each turn.
+
+    Args:
+        tree: The source tree.
+    """
 
     def __init__(self, tree: Path) -> None:
         self.tree = tree
 
     def turn(self) -> float:
-        """Run one round of the quickstart and return the seconds of the whole command."""
+        """Run one round of digits_quickstart and return the seconds of the whole command."""
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "scripts/train.py", "--out", f"{folder}/run"]
             command += ["--config", "configs/digits_quickstart.yaml", "rounds=1"]
@@ -165,8 +191,8 @@ class CommandLine:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """Return the environment of a process that imports the package from `tree`."""
-    # Both sides start from compiled modules, as an installed package does.
+    """Return the environment variables of a process that imports the package from `tree`."""
+    # As with an installed package, both sides use compiled modules.
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     # PYTHONSAFEPATH: modules next to the script must not hide those of the standard library.
     return {
@@ -178,11 +204,14 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def alternate(sides: Sequence[Side], pairs: int) -> list[list[float]]:
-    """Return the seconds of each side's turns, after one that is not counted.
+    """Time sides in turns, in reverse order every other turn.
 
     Args:
-        sides: They take turns, in reverse order every other time.
-        pairs: Turns of each side that are counted.
+        sides: The sides.
+        pairs: Number of timed turns after the warm-up turn.
+
+    Returns:
+        The seconds of each timed turn, for each side.
     """
     seconds: list[list[float]] = [[] for _ in sides]
     for index in range(pairs + 1):
@@ -195,7 +224,13 @@ def alternate(sides: Sequence[Side], pairs: int) -> list[list[float]]:
 
 
 def measure_rounds(case: Case, trees: Sequence[Path], pairs: int) -> Result:
-    """Measure a case of configurations in one process per tree."""
+    """Measure a case with one process per source tree.
+
+    Args:
+        case: The case.
+        trees: The working tree and the tree of the commit.
+        pairs: Number of timed turns.
+    """
     totals = [[0.0] * pairs for _ in trees]
     medians = {}
     with ExitStack() as stack:
@@ -218,12 +253,22 @@ def measure_rounds(case: Case, trees: Sequence[Path], pairs: int) -> Result:
 
 
 def measure_startup(trees: Sequence[Path], pairs: int) -> Result:
-    """Measure the whole command of a run of one round."""
+    """Measure the command that trains one round, including startup."""
     return Result(*alternate([CommandLine(tree) for tree in trees], pairs))
 
 
 def write_images(path: Path, rows: int, side: int, channels: int) -> Path:
-    """Write random images of ten classes as an archive in the layout of MedMNIST."""
+    """Write random images of ten classes as an `.npz` file in the MedMNIST layout.
+
+    Args:
+        path: The file to write.
+        rows: Number of training images.
+        side: Side length of the images in pixels.
+        channels: Number of channels.
+
+    Returns:
+        The path of the file.
+    """
     generator = np.random.default_rng(0)
     shape = (side, side) if channels == 1 else (side, side, channels)
     arrays = {}
@@ -235,7 +280,11 @@ def write_images(path: Path, rows: int, side: int, channels: int) -> Path:
 
 
 def federation(**sections: Any) -> Config:
-    """Return a configuration that trains with SGD on one thread and draws nothing."""
+    """Return a configuration with SGD, one thread, and no plots or report.
+
+    Args:
+        **sections: Sections that are merged into the configuration.
+    """
     base: Config = {
         "name": "against_commit",
         "clients": {"defaults": {"optimizer": {"name": "sgd", "lr": 0.05}, "batch_size": 10}},
@@ -246,7 +295,7 @@ def federation(**sections: Any) -> Config:
 
 
 def overhead(folder: Path) -> Case:
-    """Return a case of many clients that each take one step with a linear model."""
+    """Return a case in which many clients take one step each with a linear model."""
     images = write_images(folder / "small.npz", rows=6_000, side=8, channels=1)
     config = federation(
         data={
@@ -263,7 +312,13 @@ def overhead(folder: Path) -> Case:
 
 
 def fedavg_cifar(folder: Path, name: str, runtime: Config) -> Case:
-    """Return a case of FedAvg with a CNN on images of CIFAR-10's shape, without evaluation."""
+    """Return a case of FedAvg with a CNN on images of CIFAR-10 shape, without evaluation.
+
+    Args:
+        folder: Folder for the images.
+        name: Name of the case.
+        runtime: Section `runtime` of the configuration.
+    """
     images = write_images(folder / "color.npz", rows=1_100, side=32, channels=3)
     config = federation(
         data={
@@ -281,7 +336,7 @@ def fedavg_cifar(folder: Path, name: str, runtime: Config) -> Case:
 
 
 def heterogeneous(folder: Path) -> Case:
-    """Return a case of two CNNs and two ResNet-18, with evaluation."""
+    """Return a case with two CNN clients and two ResNet-18 clients, with evaluation."""
     images = write_images(folder / "mixed.npz", rows=200, side=32, channels=3)
     configs = {}
     for method in ("fd", "fedproto", "fml", "fedkd"):
@@ -304,7 +359,7 @@ def heterogeneous(folder: Path) -> Case:
 
 
 def every_method() -> Case:
-    """Return a case of every method on three small CNNs and three MLPs, with evaluation."""
+    """Return a case that trains three small CNNs and three MLPs with every method."""
     configs = {}
     for method in METHODS:
         configs[method] = federation(
@@ -330,7 +385,7 @@ def every_method() -> Case:
 
 
 def population() -> Case:
-    """Return a case of 100,000 clients with 20 participants per round."""
+    """Return a case with 100,000 clients, of which 20 are sampled per round."""
     config = federation(
         data={"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
         clients={
@@ -347,7 +402,11 @@ Measurement = Callable[[Sequence[Path], int], Result]
 
 
 def all_measurements(folder: Path) -> dict[str, Measurement]:
-    """Return what measures each case by its name; generated data is written to `folder`."""
+    """Return functions that measure the cases, keyed by name of the case.
+
+    Args:
+        folder: Folder to which generated data is written.
+    """
     workers = {"executor": "processes", "workers": 2}
     cases = [
         overhead(folder),
@@ -364,7 +423,7 @@ def all_measurements(folder: Path) -> dict[str, Measurement]:
 
 
 def describe(name: str, result: Result) -> str:
-    """Return the line of a case."""
+    """Format the result of a case in one line."""
     ratios = result.ratios
     spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     ours = statistics.median(result.working_tree)
@@ -373,13 +432,13 @@ def describe(name: str, result: Result) -> str:
 
 
 def describe_slowest(result: Result, most: int = 5) -> str:
-    """Return the line with the configurations of a case that became slowest."""
+    """List the `most` configurations of a case with the highest time ratios in one line."""
     slowest = sorted(result.medians.items(), key=lambda pair: -pair[1])[:most]
     return "  " + ", ".join(f"{label} {ratio:.3f}" for label, ratio in slowest)
 
 
 def main() -> None:
-    """Measure the selected cases one after the other and print a line for each."""
+    """Measure the selected cases and print one line for each case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

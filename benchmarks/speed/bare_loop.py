@@ -1,8 +1,9 @@
-"""FedAvg by hand on pfl-research's benchmark: a loop without a framework, for `pfl_research`.
+"""FedAvg in plain PyTorch on the benchmark of pfl-research, for the benchmark `pfl_research`.
 
     python -m benchmarks.speed.bare_loop IMAGES.npz ROWS CLIENTS [DEVICE]
 
-For each line on standard input a round is trained, and one line of JSON with its `seconds` printed.
+For each line on standard input, the script trains one round and prints one line of JSON with the
+`seconds` of the round.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROWS, BATCH, LR = 50, 10, 0.1  # rows of a client, rows of a step
+# Number of rows per client, number of rows per step, and learning rate.
+ROWS, BATCH, LR = 50, 10, 0.1
 
 
 class ChannelsLast(nn.Module):
-    """Convert images to channels-last, like the first layer of pfl-research's model."""
+    """Layer that converts images to the channels-last memory format, as in pfl-research."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the same images, shape `[batch, channels, height, width]`."""
+        """Return the images in channels-last format, `[batch, channels, height, width]`."""
         return x.contiguous(memory_format=torch.channels_last)
 
 
 class SimpleCNN(nn.Module):
-    """The `simple_cnn` of pfl-research: two convolutions, a hidden layer, two layers of dropout.
+    """The model `simple_cnn` of pfl-research.
 
-    It has 1,626,442 parameters for images of 32x32x3 and 10 classes.
+    The model consists of two convolutions, a hidden layer and two dropout layers. For images of
+    32x32x3 and 10 classes, it has 1,626,442 parameters.
+
+    Args:
+        num_classes: Number of classes.
+        in_channels: Number of image channels.
+        input_size: Height and width of the images.
     """
 
     def __init__(self, num_classes: int, in_channels: int, input_size: tuple[int, int]) -> None:
@@ -57,12 +65,12 @@ class SimpleCNN(nn.Module):
 
 
 class BareLoop:
-    """FedAvg without a framework: nothing is encoded, checked, recorded or saved.
+    """FedAvg in plain PyTorch, which does not encode, check, record or save anything.
 
     Args:
-        images: Shape `[rows, channels, height, width]`, normalized, on the device that computes.
-        labels: Shape `[rows]`, on the same device.
-        per_round: Clients per round.
+        images: Normalized images on the training device, `[rows, channels, height, width]`.
+        labels: Labels on the training device, `[rows]`.
+        per_round: Number of clients per round.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, per_round: int) -> None:
@@ -74,7 +82,7 @@ class BareLoop:
         self.weights = {n: t.clone() for n, t in self.module.state_dict().items()}
 
     def run_round(self) -> None:
-        """Train a cohort, client after client, and average the weights as they come."""
+        """Train a random cohort one client after the other, and average the weights."""
         mean = {n: torch.zeros_like(t) for n, t in self.weights.items()}
         for client in torch.randperm(len(self.images))[: self.per_round].tolist():
             x, y = self.images[client], self.labels[client]
@@ -92,7 +100,14 @@ class BareLoop:
 
 
 def serve(path: Path, rows: int, per_round: int, device: str = "cpu") -> None:
-    """Train a round for each line on standard input."""
+    """Train a round for each line on standard input.
+
+    Args:
+        path: The `.npz` file of the images.
+        rows: Number of training rows of all clients.
+        per_round: Number of clients per round.
+        device: The torch device.
+    """
     torch.manual_seed(0)
     with np.load(path) as arrays:
         images = torch.from_numpy(arrays["train_images"][:rows])

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure when batching pays: local training of equal clients, vectorized against serial.
+"""Compare vectorized and serial local training of clients with the same model.
 
     python -m benchmarks batched
     python -m benchmarks batched --models mlp --groups 100 --batches 10 --rows 60
 
 Both sides train the same models on the same batches, in turns, in one process. The table has a row
 for each model, image size and batch size, and a column for each number of clients, with the median
-and range of the ratio batched/serial. Below 1, batching is faster.
+and range of the time ratio batched/serial. If the ratio is below 1, vectorized training is faster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,19 @@ MODELS = ["linear", "mlp", "cnn_bn_small", "cnn_gn_small", "lenet", "fedavg_cnn"
 def equal_clients(
     model: str, clients: int, batch: int, *, rows: int, side: int, optimizer: str
 ) -> list[tuple[Participant, Fit]]:
-    """Return equal clients, each with its local training of one epoch."""
+    """Create clients with the same model and the local training of one epoch.
+
+    Args:
+        model: Name of the model.
+        clients: Number of clients.
+        batch: Batch size.
+        rows: Number of training rows per client.
+        side: Side length of the images in pixels.
+        optimizer: Name of the optimizer.
+
+    Returns:
+        Pairs of a client and its local training.
+    """
     source = {
         "data": {
             "name": "synthetic_images",
@@ -64,7 +76,16 @@ def equal_clients(
 def pairs(
     work: list[tuple[Participant, Fit]], count: int, device: torch.device
 ) -> list[tuple[float, float]]:
-    """Return the seconds of serial and vectorized training, without the warm-up pair."""
+    """Time serial and vectorized training in turns.
+
+    Args:
+        work: Pairs of a client and its local training.
+        count: Number of timed pairs after the warm-up pair.
+        device: The device.
+
+    Returns:
+        Pairs of the seconds of serial and vectorized training.
+    """
     serial, batched, seconds = (
         SerialBackend(DeviceMemory(device)),
         VectorizedBackend(DeviceMemory(device), print),

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure compression: milliseconds to send and receive a model update, and its relative size.
+"""Measure the time to send and receive compressed model updates, and the compression ratio.
 
     python -m benchmarks compression [--threads 1] [--quick]
 
-There are two models: the CNN of McMahan et al. (2017) with 1.7 million parameters, and ResNet-18
-with 11 million. Updates are random, with a different scale for each tensor. The time to send
-includes the residual that top-k keeps.
+The models are the CNN of McMahan et al. (2017) with 1.7 million parameters, and ResNet-18 with 11
+million. Updates are random, with a different scale for each tensor. The time to send includes the
+update of the residual that top-k accumulates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ CHAINS: dict[str, tuple[list[Any], bool]] = {
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a model by name."""
+    """Return the tensor shapes of a model, keyed by name.
+
+    Args:
+        size: "cnn" for the CNN. Any other value selects ResNet-18.
+    """
     if size == "cnn":
         layers = [(32, 1, 5, 5), (64, 32, 5, 5), (512, 3136), (10, 512)]
     else:
@@ -60,7 +64,17 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 def measured(
     link: Link | None, sent: Payload, got: Payload, times: int
 ) -> tuple[float, float, int]:
-    """Return the median milliseconds to send and to receive, and the bytes of the message."""
+    """Time sending and receiving of a payload.
+
+    Args:
+        link: The compressed link. If None, the payload is encoded without compression.
+        sent: The payload to send.
+        got: The payload that the sender has received, to which the update is relative.
+        times: Number of timed repetitions after a warm-up.
+
+    Returns:
+        The median milliseconds to send and to receive, and the size of the message in bytes.
+    """
     key, state, taken = (0, 0, "site", "link"), dict[str, Any](), []
     for _ in range(times + 1):
         started = common.now()
@@ -76,7 +90,7 @@ def measured(
 
 
 def main() -> None:
-    """Print a line for each chain and model."""
+    """Measure each compression chain with each model, and print one line for each."""
     options = common.parsed(common.arguments(__doc__, pairs=3))
     print(
         f"{'model':8} {'chain':20} {'send ms':>9} {'receive ms':>11} "

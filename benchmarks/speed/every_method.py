@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Compare a round of every method, with evaluation, with a bare loop of the same arithmetic.
+"""Compare a round of every method, including evaluation, with a bare loop in plain PyTorch.
 
     python -m benchmarks every_method [--methods fedprox,fedmd,…]
 
-There are 3 clients with FedAvg's CNN and 3 with a small BatchNorm CNN, 1,800 images of 28x28 and
-200 public ones; everything is serial on one thread. In the first two rounds the losses have to
-agree with the bare loop. In the second one optimizer steps, images passed through models and
-floating point operations of both sides are counted. Then rounds are timed in turns. Target: 1.05.
-`heterogeneous` measures FD, FedProto, FML and FedKD, `fedavg_cifar` measures FedAvg.
+Three clients have the CNN of FedAvg, and three have a small CNN with BatchNorm. There are 1,800
+images of 28x28 pixels and 200 public images. All computations are serial on one thread. In the
+first two rounds, the losses must agree with the bare loop, which has the same arithmetic. In the
+second round, the optimizer steps, the images passed through models, and the floating-point
+operations of both sides are counted. Then rounds are timed in turns. Target: a ratio of 1.05. The
+benchmark `heterogeneous` measures FD, FedProto, FML and FedKD.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LOOPS: dict[str, type[Loop]] = {
     "ensemble": bounds.Ensemble,
     "centralized": bounds.Centralized,
     "fedavg": averaging.FedAvg,
-    # The rounds of FedAvg; only evaluation or the constant of the loss differ.
+    # These methods have the same rounds as FedAvg, except for evaluation or a constant of the loss.
     "fedavg_ft": averaging.FedAvg,
     "fedlc": averaging.FedAvg,
     "fedprox": averaging.FedProx,
@@ -72,7 +73,8 @@ LOOPS: dict[str, type[Loop]] = {
     "fedmrl": features.FedMRL,
     "dense": bounds.Dense,
 }
-SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not suit the case
+# Settings of methods whose defaults are not suitable for this benchmark.
+SETTINGS: dict[str, dict[str, Any]] = {
     # The same number of operations as the two models of the other methods.
     "heterofl": {"model": "cnn_bn_large", "widths": [1, 0.5]},
     "dense": {"synthesis_epochs": 2, "generator_steps": 5, "student_steps": 10},
@@ -80,9 +82,17 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not suit the ca
 
 
 def configuration(method: str, clients: int, rows: int, public: int) -> dict[str, Any]:
-    """Return a configuration in which half of the clients have each model."""
+    """Return a configuration in which half of the clients have each model.
+
+    Args:
+        method: Name of the method.
+        clients: Number of clients.
+        rows: Number of private rows of all clients.
+        public: Number of public rows.
+    """
     return {
-        "rounds": 1 if method == "dense" else 100,  # DENSE has all its work in the last round
+        # DENSE does all its work in the last round.
+        "rounds": 1 if method == "dense" else 100,
         "data": {
             "train_limit": rows + public,
             "test_limit": public,
@@ -103,7 +113,13 @@ def configuration(method: str, clients: int, rows: int, public: int) -> dict[str
 
 
 class Counted:
-    """Count optimizer steps, images passed through models, and operations."""
+    """Context manager that counts optimizer steps, images passed through models, and operations.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        images: Number of images passed through models.
+        operations: Number of floating-point operations, available after the `with` block.
+    """
 
     def __enter__(self) -> Counted:
         self.steps = self.images = 0
@@ -130,14 +146,14 @@ class Counted:
 
 
 class Framework(TrainerRun):
-    """A run of the framework that records the losses of evaluations."""
+    """A run that also records the losses of evaluations."""
 
     def __init__(self, *args: Any, **runtime: Any) -> None:
         super().__init__(*args, **runtime)
         self.scores: list[list[float]] = []
 
     def round(self) -> None:
-        """Run a round and record the losses of its evaluation."""
+        """Run and evaluate a round, and record the training and evaluation losses."""
         if self.rounds.federation.num_rounds == 1:
             self.rounds.completed = 0
         super().round()
@@ -149,7 +165,10 @@ class Framework(TrainerRun):
 
 
 def apart(ours: list[list[float]], bare: list[list[float]]) -> float:
-    """Return the largest relative difference of losses in the first two rounds."""
+    """Return the largest relative difference of losses in the first two rounds.
+
+    The result is infinite if a difference is not finite.
+    """
     pairs = [
         pair for a, b in zip(ours[:2], bare[:2], strict=True) for pair in zip(a, b, strict=True)
     ]
@@ -160,7 +179,11 @@ def apart(ours: list[list[float]], bare: list[list[float]]) -> float:
 
 
 def measure(method: str, options: argparse.Namespace) -> str:
-    """Return the row of a method; exit if both sides do not compute the same."""
+    """Measure a method and format its table row.
+
+    Raises:
+        SystemExit: If the losses of the run and the bare loop differ.
+    """
     sizes = (4, 120, 20) if options.quick else (6, 1800, 200)
     case = configuration(method, *sizes)
     prepared = prepare(case, dataset=make_images(2000, 200, classes=CLASSES, channels=1, side=28))
@@ -198,7 +221,7 @@ def measure(method: str, options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Measure all selected methods."""
+    """Measure all selected methods and print the table."""
     parser = arguments(__doc__)
     parser.set_defaults(threads=1)
     parser.add_argument("--methods", default=",".join(LOOPS), metavar="A,B,…", help="methods (all)")

@@ -1,11 +1,11 @@
-"""Check whether `auto` chooses the executor with which a whole run is fastest.
+"""Check whether the executor `auto` selects the fastest executor for a whole run.
 
     python -m benchmarks executor_choice [--repeats 3] [--only PATTERN]
 
-There are ten runs, short and long, of small and large models. Each is trained in a new process,
-with `auto` and with each fixed executor in turn. The seconds are those of the whole run, including
-worker processes, after imports. `auto` is right if its executor takes at most 1.05 of the time of
-the fastest one. Target: nine of ten.
+The benchmark consists of ten short and long runs of small and large models. Each run is executed in
+new processes with `auto` and with each fixed executor in turn. The seconds are those of the whole
+run after imports, including the start of worker processes. The choice of `auto` is right if the
+chosen executor takes at most 1.05 times as long as the fastest. Target: nine of ten.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXECUTORS = ("serial", "batched", "processes")
 TOLERANCE = 1.05
 TARGET = 9
 
-# Runs a configuration from standard input; prints its seconds and the executor.
+# Script that runs a configuration from standard input and prints the seconds and the executor.
 CHILD = """
 import json, sys, tempfile, time
 import hetero_fl
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     print(json.dumps([seconds, choice["executor"]]))
 """
 
-# rounds; clients, rows of each, side and channels of the images; settings of clients
+# Number of rounds; number of clients, rows per client, image side and channels; client settings.
 Case = tuple[int, tuple[int, int, int, int], dict[str, Any]]
 MLP = (100, 60, 28, 1), {"model": "mlp", "batch_size": 10}
 SMALL_CNN = (20, 60, 28, 1), {"model": "cnn_bn_small", "batch_size": 10}
@@ -64,7 +64,12 @@ CASES: dict[str, Case] = {
 
 
 def configuration(images: Path, case: Case) -> dict[str, Any]:
-    """Return a case as a configuration."""
+    """Return the configuration of a case.
+
+    Args:
+        images: The `.npz` file of the images.
+        case: The case.
+    """
     rounds, (clients, rows, _, _), defaults = case
     return {
         "name": "executor_choice",
@@ -89,7 +94,7 @@ def configuration(images: Path, case: Case) -> dict[str, Any]:
 
 
 def run_once(config: Mapping[str, Any], executor: str) -> tuple[float, str]:
-    """Return the seconds of a run in a new process, and its executor."""
+    """Execute a run in a new process, and return the seconds and the executor that was used."""
     asked = {**config, "runtime": {"executor": executor}}
     environ = {**environment(ROOT), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +114,15 @@ def run_once(config: Mapping[str, Any], executor: str) -> tuple[float, str]:
 
 
 def measure(config: Mapping[str, Any], repeats: int) -> tuple[dict[str, float], str]:
-    """Return the median seconds of each executor, and the choice of `auto` in most of its runs."""
+    """Measure all executors with a configuration.
+
+    Args:
+        config: The configuration.
+        repeats: Number of runs of each executor.
+
+    Returns:
+        The median seconds, keyed by executor, and the most frequent choice of `auto`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in EXECUTORS}
     choices = []
     for turn in range(repeats):
@@ -120,7 +133,7 @@ def measure(config: Mapping[str, Any], repeats: int) -> tuple[dict[str, float], 
 
 
 def main() -> None:
-    """Print a line for each run, and how often the choice was right."""
+    """Print one line for each case, and the number of right choices."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

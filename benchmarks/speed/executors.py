@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Compare the executors on several federations, and check which one `auto` chooses.
+"""Compare the executors on several federations, including the choice of `auto`.
 
     python -m benchmarks executors [--executors serial,batched,processes]
 
-Times whole FedAvg rounds without evaluation. Targets: auto against serial 0.5 on 100 MLP clients
-with 60 examples; batched against serial 0.7 on 20 equal small CNNs; auto against the best fixed
-executor 1.1 everywhere. `auto` takes the number of rounds into account, which is 100.
+The benchmark times whole FedAvg rounds without evaluation. Targets of the time ratios: auto/serial
+0.5 for 100 MLP clients with 60 examples; batched/serial 0.7 for 20 small CNNs; and 1.1 for `auto`
+in relation to the best fixed executor in all cases. The choice of `auto` depends on the number of
+rounds, which is 100.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks.common import TrainerRun, arguments, in_turns, parsed, print_rat
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
 
-# clients, rows of each, side and channels of the images, settings, targets
+# `shape` is the number of clients, rows per client, image side and channels.
 CASES: dict[str, dict[str, Any]] = {
     "100 MLP clients of 60 examples, 28x28, batch 10": {
         "shape": (100, 60, 28, 1),
@@ -49,7 +50,13 @@ AUTO_TARGET = 1.1
 
 
 def configuration(clients: int, rows: int, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration of equal clients."""
+    """Return a configuration in which all clients have the same settings.
+
+    Args:
+        clients: Number of clients.
+        rows: Number of training rows per client.
+        defaults: Settings of the clients.
+    """
     return {
         "rounds": 100,
         "data": {
@@ -67,7 +74,7 @@ def configuration(clients: int, rows: int, defaults: dict[str, Any]) -> dict[str
 
 
 def main() -> None:
-    """Measure all cases."""
+    """Measure all cases and print the ratios."""
     parser = arguments(__doc__)
     parser.add_argument(
         "--executors",

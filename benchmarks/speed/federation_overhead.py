@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Time a round of a real federation without computation, ours and Flower's.
+"""Compare the duration of a federation round without computation between hetero-fl and Flower.
 
     python -m benchmarks federation_overhead [--nodes 4] [--pairs 5] [--bytes 0] [--out FILE]
 
-Both have a SuperLink and SuperNodes on this machine. In a round, every node receives one message
-and sends one reply. Flower's app does nothing, in a separate process for each message. It is timed
-twice: with default settings (`send_and_receive`), and with the shortest polling intervals:
-SuperExec looks for work every 0.05 s (FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp polls
-for replies as often. hetero-fl passes messages to a persistent process: `warm` by Flower's own
-process for each message, `forked` by processes forked after the imports. The sides take turns.
+Both federations have a SuperLink and SuperNodes on this machine. In a round, every node receives
+one message and sends one reply. The Flower app, which runs in a separate process for each message,
+does nothing. It is timed with default settings (`send_and_receive`) and with short polling
+intervals of 0.05 s, at which SuperExec looks for work (FLWR_SUPEREXEC_TASK_POLL_INTERVAL) and the
+ServerApp polls for replies. hetero-fl passes each message to a persistent worker process. With
+`warm`, Flower starts a process for each message. With `forked`, these processes are forked after
+the imports. The two federations take turns.
 """
 
 from __future__ import annotations
@@ -107,7 +108,13 @@ def main(grid, context):
 
 
 def echo(address: str, folder: Path, forks: bool) -> None:
-    """Run a SuperNode and the warm process of its site, which echoes messages."""
+    """Run a SuperNode and the worker of its site, which returns each message as the reply.
+
+    Args:
+        address: Address of the SuperLink.
+        folder: New folder for the files of the node.
+        forks: Whether ClientApps are forked from a process that has imported Flower.
+    """
     folder.mkdir()
     log = EventLog()
     log.quiet = True
@@ -124,9 +131,12 @@ def echo(address: str, folder: Path, forks: bool) -> None:
 
 @contextmanager
 def ours(nodes: int, size: int, forks: bool) -> Iterator[Callable[[], float]]:
-    """Run a federation of warm workers and yield a function that times a round.
+    """Run a hetero-fl federation and yield a function that times a round.
 
-    `forks`: whether ClientApps are forked from a process that has imported Flower.
+    Args:
+        nodes: Number of SuperNodes.
+        size: Size of each message in bytes.
+        forks: Whether ClientApps are forked from a process that has imported Flower.
     """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
@@ -159,12 +169,12 @@ def ours(nodes: int, size: int, forks: bool) -> Iterator[Callable[[], float]]:
 
 @contextmanager
 def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]]:
-    """Run a federation of Flower and yield a function that times a round.
+    """Run a Flower federation and yield a function that times a round.
 
     Args:
         nodes: Number of SuperNodes.
-        size: Bytes of each message.
-        pause: Polling interval in seconds; 0 for the defaults.
+        size: Size of each message in bytes.
+        pause: Polling interval in seconds. If 0, Flower's default settings are used.
     """
     scratch = Path(tempfile.mkdtemp())
     tools, port = Path(sys.executable).parent, free_port("127.0.0.1", 0)
@@ -251,7 +261,7 @@ def _wait(there: Callable[[], Any], started: list[subprocess.Popen[bytes]], logs
 
 
 def main() -> None:
-    """Time rounds of all sides in turns."""
+    """Time rounds of both federations in turns, for each combination of settings."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,12 +3,13 @@
 
     python -m benchmarks htfllib --rival CHECKOUT [--device cuda] [--pairs 5]
 
-Federated distillation (FD) of class-wise mean predictions with evaluation after each round: 20
-clients with 192 training and 64 test images of CIFAR-10's shape each, batches of 32, one epoch.
-Each side is a process of its own that trains a round when asked, in turns. HtFLlib needs h5py and
-calmsize. Its CNN has no padding, and does less arithmetic than ours; it does not shuffle the rows.
+The method is federated distillation (FD) of mean predictions per class, with an evaluation after
+each round. Each of the 20 clients has 192 training and 64 test images of CIFAR-10 shape, and trains
+one epoch with batches of 32. Each contender is a separate process that trains a round on request,
+and the contenders take turns. HtFLlib requires h5py and calmsize. The CNN of HtFLlib has no padding
+and therefore needs fewer operations, and HtFLlib does not shuffle the rows.
 
-`--rival` is a checkout of HtFLlib; without it ours is timed alone.
+`--rival` is a checkout of HtFLlib. Without this option, only hetero_fl is timed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ LR = 0.01
 
 @dataclass(frozen=True)
 class Size:
-    """Clients, half of which have each model, and the images of each."""
+    """Size of the benchmark.
+
+    Attributes:
+        clients: Number of clients, of which half have each model.
+        train: Number of training images per client.
+        test: Number of test images per client.
+    """
 
     clients: int = 20
     train: int = 192
@@ -43,7 +50,13 @@ class Size:
 
 
 def configuration(images: Path, size: Size, **runtime: Any) -> dict[str, Any]:
-    """Return our configuration of the benchmark."""
+    """Return the configuration of the benchmark for hetero_fl.
+
+    Args:
+        images: The `.npz` file of the images.
+        size: Size of the benchmark.
+        **runtime: Section `runtime` of the configuration.
+    """
     each = size.train + size.test
     return {
         "name": "htfllib",
@@ -73,7 +86,13 @@ def configuration(images: Path, size: Size, **runtime: Any) -> dict[str, Any]:
 
 
 def write_clients(images: Path, size: Size, folder: Path) -> None:
-    """Write the images as HtFLlib reads them, a file for each client and part."""
+    """Write the images in the format of HtFLlib, with a file for each client and split.
+
+    Args:
+        images: The `.npz` file of the images.
+        size: Size of the benchmark.
+        folder: The folder to write to.
+    """
     with np.load(images) as arrays:
         x = arrays["train_images"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         y = arrays["train_labels"].reshape(-1).astype(np.int64)
@@ -90,7 +109,19 @@ def write_clients(images: Path, size: Size, folder: Path) -> None:
 def contenders(
     folder: Path, images: Path, rival: Path | None, size: Size, *, pairs: int, device: str
 ) -> dict[str, list[list[str]]]:
-    """Return the command lines of each contender's processes, by name."""
+    """Write the input files of all contenders and return the command lines.
+
+    Args:
+        folder: Folder for the input files.
+        images: The `.npz` file of the images.
+        rival: Checkout of HtFLlib. If None, HtFLlib is omitted.
+        size: Size of the benchmark.
+        pairs: Number of timed rounds.
+        device: Device of all contenders.
+
+    Returns:
+        The command lines of the processes of each contender, keyed by contender.
+    """
     found = {}
     for name, executor in {"serial": "serial", "vectorized": "batched"}.items():
         tasks = folder / f"{name}.json"
@@ -108,10 +139,22 @@ def contenders(
 def compare(
     folder: Path, rival: Path | None, size: Size, pairs: int, device: str
 ) -> dict[str, list[float]]:
-    """Return the seconds of each contender's rounds."""
+    """Measure all contenders.
+
+    Args:
+        folder: Folder for the input files.
+        rival: Checkout of HtFLlib. If None, HtFLlib is omitted.
+        size: Size of the benchmark.
+        pairs: Number of timed rounds.
+        device: Device of all contenders.
+
+    Returns:
+        The seconds of each timed round, keyed by contender.
+    """
     rows = size.clients * (size.train + size.test)
     images = write_images(folder / "images.npz", rows, side=32, channels=3)
-    work = folder / "work"  # HtFLlib reads ../dataset
+    # HtFLlib reads the data from ../dataset.
+    work = folder / "work"
     work.mkdir()
     return measure(contenders(folder, images, rival, size, pairs=pairs, device=device), work, pairs)
 

@@ -1,11 +1,12 @@
-"""Run HtFLlib's own training script a round at a time, whenever `htfllib` asks for one.
+"""Run the training script of HtFLlib one round at a time, for the benchmark `htfllib`.
 
     python htfllib_rounds.py SYSTEM DEVICE ROUNDS [option of its main.py …]
 
-`SYSTEM` is the folder `system` of a checkout of HtFLlib. The working folder must have `../dataset`
-with the files of the clients. The script runs unchanged, but waits before each round for a line on
-standard input, and prints one line of JSON with the `seconds` of the round before. Methods that
-need packages of their own (generative models, `higher`) are replaced by empty modules.
+`SYSTEM` is the folder `system` of a checkout of HtFLlib. The folder `../dataset`, relative to the
+working directory, must contain the files of the clients. Before each round, the script waits for a
+line on standard input. After each round, it prints one line of JSON with the `seconds` of the
+round. Methods that require additional packages (generative models, `higher`) are replaced with
+empty modules.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ LEFT_OUT = {
 
 
 class TurnTimer:
-    """Stand in for `Server.select_clients`, with which each of its rounds begins."""
+    """Replacement of `Server.select_clients`, which HtFLlib calls at the start of each round.
+
+    Args:
+        select: The original function.
+        replies: Stream to which the seconds are written.
+    """
 
     def __init__(self, select: Any, replies: TextIO) -> None:
         self.select = select
@@ -36,7 +42,7 @@ class TurnTimer:
         self.started: float | None = None
 
     def __call__(self, server: Any) -> Any:
-        """Report the round that has ended, wait for the next request, and begin."""
+        """Report the previous round, wait for the next request, and start a round."""
         if self.started is not None:
             seconds = time.perf_counter() - self.started
             print(json.dumps({"seconds": seconds}), file=self.replies, flush=True)
@@ -46,11 +52,18 @@ class TurnTimer:
 
 
 def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
-    """Run the training script."""
-    # Output of the script must not be mixed with replies.
+    """Run the training script of HtFLlib.
+
+    Args:
+        system: The folder `system` of a checkout of HtFLlib.
+        device: Device of the training.
+        rounds: Number of rounds.
+        options: Additional options of the training script.
+    """
+    # Replies use the original stdout, and other output is redirected to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    # It saves whole modules and loads them, which torch refuses by default since 2.6.
+    # HtFLlib saves and loads whole modules, which torch refuses by default since version 2.6.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     sys.path.insert(0, system)
     for name, method in LEFT_OUT.items():
@@ -61,7 +74,7 @@ def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
 
     timer = TurnTimer(Server.select_clients, replies)
 
-    # A function, so that it is bound to its object like a method.
+    # Unlike `TurnTimer` objects, a function is bound to the server like a method.
     def select_clients(server: Any) -> Any:
         return timer(server)
 

@@ -1,16 +1,16 @@
-"""Compare a round of pfl-research's CIFAR-10 benchmark with pfl-research and a bare loop.
+"""Compare hetero_fl with pfl-research and a bare loop on the CIFAR-10 benchmark of pfl-research.
 
     python -m benchmarks pfl_research [--rival CHECKOUT] [--data cifar10.npz] [--pairs 5]
 
-1,000 clients of 50 images, 50 of them per round, 5 steps of batch 10 with SGD, a CNN with two
-layers of dropout; no evaluation. Each contender is a process of its own (or two) that trains one
-round when asked; they take turns, in reverse order every other time, and the first round is not
-counted. Only one contender computes at a time. Contenders on one core have one thread, those on two
-cores two processes with one thread each.
+Of 1,000 clients with 50 images each, 50 clients train a CNN with two dropout layers in each round,
+for 5 steps of SGD with batches of 10, without evaluation. Each contender consists of one or two
+processes that train a round on request. Contenders take turns, in reverse order every other turn,
+and the first round is a warm-up. Only one contender computes at a time. Contenders on one core have
+one thread, and contenders on two cores have two processes with one thread each.
 
-`--rival` is a checkout of pfl-research, for the training script in its folder `benchmarks`; the
-package itself is the one that is installed (`pip install pfl`). Without it ours is compared with
-the bare loops alone.
+`--rival` is a checkout of pfl-research, whose folder `benchmarks` contains the training script. The
+package must be installed separately (`pip install pfl`). Without this option, hetero_fl is compared
+with the bare loops only.
 """
 
 from __future__ import annotations
@@ -52,13 +52,17 @@ TARGETS = [
 
 
 class Contender:
-    """One or more processes that train their shares of a round at the same time."""
+    """One or more processes that train parts of a round in parallel.
+
+    Args:
+        processes: The processes.
+    """
 
     def __init__(self, processes: Sequence[RoundsProcess]) -> None:
         self.processes = processes
 
     def turn(self) -> float:
-        """Train a round; return the seconds of the slowest process."""
+        """Train a round and return the seconds of the slowest process."""
         for process in self.processes:
             process.request()
         return max(float(process.reply()["seconds"]) for process in self.processes)
@@ -66,19 +70,30 @@ class Contender:
 
 @dataclass(frozen=True)
 class Size:
-    """Number of clients, and of participants per round."""
+    """Size of the benchmark.
+
+    Attributes:
+        clients: Number of clients.
+        per_round: Number of clients per round.
+    """
 
     clients: int = 1_000
     per_round: int = 50
 
     @property
     def rows(self) -> int:
-        """Return the training rows of all clients."""
+        """Number of training rows of all clients."""
         return self.clients * ROWS
 
 
 def configuration(images: Path, size: Size, **runtime: Any) -> dict[str, Any]:
-    """Return our configuration of the benchmark."""
+    """Return the configuration of the benchmark for hetero_fl.
+
+    Args:
+        images: The `.npz` file of the images.
+        size: Size of the benchmark.
+        **runtime: Section `runtime` of the configuration.
+    """
     return {
         "name": "pfl_research",
         "rounds": 1_500,
@@ -109,7 +124,13 @@ def configuration(images: Path, size: Size, **runtime: Any) -> dict[str, Any]:
 
 
 def write_pickles(images: Path, size: Size, folder: Path) -> None:
-    """Write the images as pfl-research's benchmark reads them."""
+    """Write the images in the format of the benchmark of pfl-research.
+
+    Args:
+        images: The `.npz` file of the images.
+        size: Size of the benchmark.
+        folder: The folder to write to.
+    """
     with np.load(images) as arrays:
         for part, count in {"train": size.rows, "test": TEST_ROWS}.items():
             rows = arrays[f"{part}_images"][:count], arrays[f"{part}_labels"][:count].reshape(-1, 1)
@@ -119,7 +140,18 @@ def write_pickles(images: Path, size: Size, folder: Path) -> None:
 def contenders(
     folder: Path, images: Path, rival: Path | None, size: Size, pairs: int
 ) -> dict[str, list[list[str]]]:
-    """Return the command lines of each contender's processes, by name."""
+    """Write the input files of all contenders and return the command lines.
+
+    Args:
+        folder: Folder for the input files.
+        images: The `.npz` file of the images.
+        rival: Checkout of pfl-research. If None, pfl-research is omitted.
+        size: Size of the benchmark.
+        pairs: Number of timed rounds.
+
+    Returns:
+        The command lines of the processes of each contender, keyed by contender.
+    """
     python = [sys.executable, "-m"]
     bare = [*python, "benchmarks.speed.bare_loop", str(images), str(size.rows)]
     found = {
@@ -147,7 +179,16 @@ def contenders(
 def measure(
     commands: dict[str, list[list[str]]], folder: Path, pairs: int
 ) -> dict[str, list[float]]:
-    """Return the seconds of each contender's rounds."""
+    """Measure contenders in turns.
+
+    Args:
+        commands: The command lines of the processes of each contender, keyed by contender.
+        folder: Working directory of the processes.
+        pairs: Number of timed rounds after the warm-up.
+
+    Returns:
+        The seconds of each timed round, keyed by contender.
+    """
     environ = {**environment(ROOT), "OMP_NUM_THREADS": "1"}
     if "PYTHONPATH" in os.environ:
         environ["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
@@ -158,7 +199,8 @@ def measure(
             for process in processes:
                 stack.callback(process.close)
             sides.append(Contender(processes))
-            sides[-1].turn()  # its start and first round, while nobody else computes
+            # The contender starts and trains its first round while no other contender computes.
+            sides[-1].turn()
         return dict(zip(commands, alternate(sides, pairs), strict=True))
 
 

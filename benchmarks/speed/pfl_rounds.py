@@ -1,11 +1,11 @@
-"""Run pfl-research's own training script a round at a time, whenever `pfl_research` asks for one.
+"""Run the training script of pfl-research one round at a time, for the benchmark `pfl_research`.
 
     python pfl_rounds.py BENCHMARKS DATA ROUNDS [option of its train.py …]
 
-`BENCHMARKS` is the folder `benchmarks` of a checkout of pfl-research, `DATA` the folder with its
-pickled images. The script runs unchanged, but for a callback in place of its stopwatch. For each
-line on standard input one line of JSON with the `seconds` of a round is printed, by the first
-process of several.
+`BENCHMARKS` is the folder `benchmarks` of a checkout of pfl-research, and `DATA` is the folder with
+the pickled images. The training script is unchanged, except that a callback replaces the stopwatch.
+For each line on standard input, a round is trained and the process with rank 0 prints one line of
+JSON with the `seconds` of the round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pfl.metrics import Metrics
 
 
 class TurnTimer(TrainingProcessCallback):  # type: ignore[misc]  # pfl has no types
-    """Report the seconds of each round, and wait for the next request."""
+    """Callback that reports the seconds of each round and waits for the next request."""
 
     replies: TextIO
 
@@ -36,20 +36,28 @@ class TurnTimer(TrainingProcessCallback):  # type: ignore[misc]  # pfl has no ty
     def after_central_iteration(
         self, aggregate_metrics: Any, model: Any, *, central_iteration: int
     ) -> tuple[bool, Metrics]:
-        """Report the round that has ended."""
+        """Report the seconds of the round that has ended, and wait for the next request."""
         if not dist.is_initialized() or dist.get_rank() == 0:
             seconds = time.perf_counter() - self.started
             print(json.dumps({"seconds": seconds}), file=self.replies, flush=True)
             sys.stdin.readline()
         if dist.is_initialized():
-            dist.barrier()  # all processes begin the next round together
+            # All processes start the next round at the same time.
+            dist.barrier()
         self.started = time.perf_counter()
         return False, Metrics()
 
 
 def serve(benchmarks: Path, data: str, rounds: str, options: list[str]) -> None:
-    """Run the training script."""
-    # Output of the script must not be mixed with replies.
+    """Run the training script of pfl-research.
+
+    Args:
+        benchmarks: The folder `benchmarks` of a checkout of pfl-research.
+        data: Folder with the pickled images.
+        rounds: Number of rounds.
+        options: Additional options of the training script.
+    """
+    # Replies use the original stdout, and other output is redirected to stderr.
     TurnTimer.replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if os.environ.get("RANK", "0") == "0":

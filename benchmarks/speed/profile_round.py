@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Profile whole rounds of a configuration with the serial executor in this process.
+"""Profile rounds of a configuration with the serial executor in this process.
 
-    python -m benchmarks profile_round                             (as in fedavg_cifar)
-    python -m benchmarks profile_round --config FILE [key=value ...]     (with evaluation)
+    python -m benchmarks profile_round                                (as in fedavg_cifar)
+    python -m benchmarks profile_round --config FILE [key=value ...]  (with evaluation)
 
-The first table shows the stages of a round with all functions that they call, the second one the
-functions with the most time of their own. The profiler adds time to every Python call, so small
-functions appear slower than they are.
+The first table lists the cumulative time of the stages of a round. The second table lists the
+functions with the most time excluding called functions. The profiler adds time to every Python
+call, so small functions appear slower than they are.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ STAGES: dict[Callable[..., Any], str] = {
 
 
 def main() -> None:
-    """Print both tables."""
+    """Profile rounds and print both tables."""
     parser = arguments(__doc__, pairs=2, data=True)
     parser.add_argument(
         "--config", type=Path, help="a configuration; without it FedAvg on CIFAR-10"
@@ -99,7 +99,13 @@ def main() -> None:
 
 
 def print_stages(stats: Any, rounds: int, clients: int) -> None:
-    """Print the milliseconds of each stage, per round and per client."""
+    """Print the cumulative milliseconds of each stage, per round and per client.
+
+    Args:
+        stats: Result of the profiler, a `pstats.Stats` object.
+        rounds: Number of profiled rounds.
+        clients: Number of clients per round.
+    """
     print(f"{'stage':48} {'ms/round':>11} {'ms/client':>12} {'calls/round':>14}")
     for function, what in STAGES.items():
         code = inspect.unwrap(function).__code__
@@ -115,7 +121,13 @@ def print_stages(stats: Any, rounds: int, clients: int) -> None:
 
 
 def print_top(stats: Any, rounds: int, top: int) -> None:
-    """Print the functions with the most time of their own."""
+    """Print the functions with the most time excluding called functions.
+
+    Args:
+        stats: Result of the profiler, a `pstats.Stats` object.
+        rounds: Number of profiled rounds.
+        top: Number of functions to print.
+    """
     rows = sorted(stats.stats.items(), key=lambda entry: -entry[1][2])[:top]
     for (path, line, name), (_, calls, own, _, _) in rows:
         where = name if path == "~" else f"{Path(path).name}:{line} {name}"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure the gain of a second thread in a training step, for the thread rule of `auto`.
+"""Measure the effect of a second thread on training steps, which determines the default threads.
 
     GOMP_SPINCOUNT=1000 python -m benchmarks threads
 
-Forward, backward and optimizer step of a bare loop are timed with one and two threads, in turns;
-the output is the ratio of the medians. It depends on how long idle OpenMP threads spin. Time with
-two threads over time with one, on two virtual cores:
+Forward pass, backward pass and optimizer step in plain PyTorch are timed with one and two threads,
+in turns. The output is the ratio of the medians, which depends on how long idle OpenMP threads
+spin. Ratios of the time with two threads to the time with one thread, on two virtual cores:
 
     GOMP_SPINCOUNT                1000    OpenMP's default
     mlp, batch 10                 1.44    0.99
@@ -14,10 +14,10 @@ two threads over time with one, on two virtual cores:
     fedavg_cnn, batch 10          0.68    0.82
     resnet18, batch 32            0.63    0.61
 
-Two runs at the same time on these two cores take a third longer than one with 1000, and nine times
-as long with 100000 (ResNet-18 of `executors`), because spinning threads compete for the cores. With
-`OMP_WAIT_POLICY=PASSIVE` threads do not spin, and a second thread makes serial rounds of
-`executors` at most 5 percent faster.
+If two runs of the ResNet-18 case of `executors` share these two cores, they take a third longer
+than one run with a GOMP_SPINCOUNT of 1000, and nine times as long with 100000, because spinning
+threads compete for the cores. With `OMP_WAIT_POLICY=PASSIVE`, threads do not spin, and a second
+thread makes serial rounds of `executors` at most 5 percent faster.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CASES = [
 
 
 def main() -> None:
-    """Print a line for each case."""
+    """Measure all cases and print one line for each case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,12 @@
-"""Run configurations a round at a time, whenever `against_commit` asks for one.
+"""Run configurations one turn at a time, for the benchmark `against_commit`.
 
     python timed_rounds.py TASKS.json
 
-The script is executed with `PYTHONPATH` set to the tree that is measured, so it imports nothing but
-the public interface of `hetero_fl`. `TASKS.json` is a list of tasks: a `config`, the number of
-`turns`, and `rounds` per turn, or 0 if a turn is a run of its own. For each line on standard input
-one line of JSON is printed: the `seconds` of a turn, or that the task is `done`.
+The script is executed with `PYTHONPATH` set to the source tree that is measured, so it imports only
+the public interface of `hetero_fl`. `TASKS.json` is a list of tasks. The keys of a task are
+`config`, the number of `turns`, and the number of `rounds` per turn, which is 0 if a turn is a
+whole run. For each line on standard input, one line of JSON is printed, with the `seconds` of a
+turn, or with `done` if the task has ended.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from typing import Any, TextIO
 
 
 class TurnTimer:
-    """A callback that reports the seconds of each turn, and then waits for the next request.
+    """Callback that reports the seconds of each turn and waits for the next request.
 
     Args:
-        replies: Where to report to.
-        turns: Turns that are reported; afterwards the run goes on without waiting.
-        rounds: Rounds per turn. The first round, with all that precedes it, is a turn of its own.
+        replies: Stream to which the seconds are written.
+        turns: Number of turns after the first. After these, the run continues without waiting.
+        rounds: Number of rounds per turn. The first turn is the first round, including startup.
     """
 
     def __init__(self, replies: TextIO, turns: int, rounds: int) -> None:
@@ -37,7 +38,7 @@ class TurnTimer:
         self.started = time.perf_counter()
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        """Report the turn that ends with this round, if one does."""
+        """Report the turn and wait, if a turn ends with this round."""
         ends_turn = self.completed % self.rounds == 0
         if ends_turn and self.completed <= self.turns * self.rounds:
             reply(self.replies, {"seconds": time.perf_counter() - self.started})
@@ -47,7 +48,7 @@ class TurnTimer:
 
 
 def run_rounds(task: Mapping[str, Any], replies: TextIO) -> None:
-    """Run a task's configuration once, stopping after each turn."""
+    """Run the configuration of a task once, and wait for a request after each turn."""
     import hetero_fl
 
     timer = TurnTimer(replies, task["turns"], task["rounds"])
@@ -56,7 +57,7 @@ def run_rounds(task: Mapping[str, Any], replies: TextIO) -> None:
 
 
 def run_repeatedly(task: Mapping[str, Any], replies: TextIO) -> None:
-    """Run the configuration of a task completely, once for each turn and once for warm-up."""
+    """Run the configuration of a task from start to end, once for warm-up and once per turn."""
     import hetero_fl
 
     for _ in range(task["turns"] + 1):
@@ -68,13 +69,13 @@ def run_repeatedly(task: Mapping[str, Any], replies: TextIO) -> None:
 
 
 def reply(replies: TextIO, message: Mapping[str, Any]) -> None:
-    """Write one line of JSON."""
+    """Write a message as one line of JSON."""
     print(json.dumps(message), file=replies, flush=True)
 
 
 def serve(path: str) -> None:
-    """Run all tasks of a file in order."""
-    # Output of the package must not be mixed with replies.
+    """Run the tasks of a JSON file one after the other."""
+    # Replies use the original stdout, and other output is redirected to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for task in json.loads(Path(path).read_text(encoding="utf-8")):

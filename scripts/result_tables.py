@@ -84,7 +84,7 @@ def archive(folder: Path, commit: str, name: str = "") -> None:
 
     Args:
         folder: Folder of a finished comparison.
-        commit: Commit of the runs, which is written to the last column, after the number of threads.
+        commit: Commit of the runs, which is written to the last column, after the threads.
         name: Name of the archive. If empty, the name of the configuration is used.
     """
     config = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()

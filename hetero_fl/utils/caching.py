@@ -14,7 +14,7 @@ class BoundedCache(cachetools.LRUCache[Hashable, T], Generic[T]):
     """A least recently used (LRU) cache of bounded size.
 
     A value that is larger than the whole cache replaces all other values. Pickling a cache omits
-    its values, so the process that unpickles the cache computes values anew.
+    its values, so the process that unpickles the cache computes the values again.
 
     Args:
         maxsize: Maximum number of values. If `size` is given, the maximum total size of the values.

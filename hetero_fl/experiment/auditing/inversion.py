@@ -122,7 +122,7 @@ def match_order(found: Tensor, true: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ObservedUpload:
-    """What an attacker at the server observes of one training step of a client.
+    """The information about one training step of a client that an attacker at the server has.
 
     Attributes:
         arch: Architecture of the client's model.

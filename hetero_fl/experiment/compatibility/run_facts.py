@@ -648,7 +648,7 @@ class RunFacts(ConfigFacts):
 
     @property
     def acts_on(self) -> frozenset[str]:
-        """What the attack changes: `data`, `rows`, `updates`, or nothing without an attack."""
+        """The targets of the attack: `data`, `rows`, `updates`, or none without an attack."""
         return self.malicious.attack.acts_on if self.malicious else frozenset()
 
     @property

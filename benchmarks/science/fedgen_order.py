@@ -84,7 +84,7 @@ def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
             for n in learnt:
                 mean[n].add_(state[n], alpha=len(train[c]["y"]) / total)
         shared = mean
-        if round % 5 == 4:
+        if round_idx % 5 == 4:
             right = rows_read = 0
             for c in ids:
                 module.load_state_dict({**shared, **kept[c]})

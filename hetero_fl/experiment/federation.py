@@ -371,7 +371,8 @@ class Federation:
 
         Args:
             methods: Methods, method classes, or method names with optional settings, such as
-                `fedavg:logit_adjustment=true`.
+                `fedavg:logit_adjustment=true`. `all` stands for all methods that the federation
+                supports.
             rounds: Number of rounds, see `train`.
             seeds: Seeds. Each method is trained once with each seed.
             out: The folder of the comparison. If None, a temporary folder is used, which is deleted

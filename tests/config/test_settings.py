@@ -1,0 +1,42 @@
+"""Settings as arguments of Python classes: signatures, docstrings and unexpected arguments."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import hetero_fl as hfl
+from hetero_fl.config.base import Settings
+
+
+def test_signature_has_plain_types() -> None:
+    signature = inspect.signature(hfl.FedMD)
+
+    assert signature.parameters["temperature"].annotation is float
+    assert signature.parameters["temperature"].default == 2.0
+    assert "Annotated" not in str(signature)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (hfl.IID, {"min_size"}),
+        (hfl.Dirichlet, {"alpha", "cap", "min_size"}),
+        (hfl.Classes, {"classes", "classes_spread", "shots", "min_size"}),
+        (hfl.Quantity, {"alpha", "min_size"}),
+    ],
+)
+def test_partitions_list_only_the_settings_that_they_use(
+    kind: type[Settings], arguments: set[str]
+) -> None:
+    assert set(inspect.signature(kind).parameters) == arguments
+    documented = str(kind.__doc__)
+    assert ("shots:" in documented) == ("shots" in arguments)
+
+
+def test_unused_settings_are_unexpected_arguments() -> None:
+    with pytest.raises(TypeError, match="Adam.. got an unexpected keyword argument 'momentum'"):
+        hfl.Adam(momentum=0.9)
+    with pytest.raises(TypeError, match="Dirichlet.. got an unexpected .* did you mean 'alpha'"):
+        hfl.Dirichlet(alpa=0.3)

@@ -36,7 +36,7 @@ def test_partitions_list_only_the_settings_that_they_use(
 
 
 def test_unused_settings_are_unexpected_arguments() -> None:
-    with pytest.raises(TypeError, match="Adam.. got an unexpected keyword argument 'momentum'"):
+    with pytest.raises(TypeError, match=r"Adam.. got an unexpected keyword argument 'momentum'"):
         hfl.Adam(momentum=0.9)
-    with pytest.raises(TypeError, match="Dirichlet.. got an unexpected .* did you mean 'alpha'"):
+    with pytest.raises(TypeError, match=r"Dirichlet.. got an unexpected .* did you mean 'alpha'"):
         hfl.Dirichlet(alpa=0.3)

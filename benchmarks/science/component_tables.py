@@ -41,7 +41,17 @@ FASHION_PROXIES = {
     "MNIST digits": "shifted_fashion",
     "None": "none_fashion",
 }
+METHODS = {"Digits, three architectures": "methods_digits", "X-rays, one": "methods_medical"}
+WITHOUT_BATCH_NORM = {"Digits, three architectures": "gn_digits", "X-rays, one": "gn_medical"}
+ALL_COMPONENTS = (
+    "logit_adjustment=true:teacher=contrast:align=1:recalibrate=[proxy_predictions,local_test]"
+)
+"""Settings with which other methods have the components that Hybrid has by default."""
 SETTINGS = {
+    ALL_COMPONENTS: "all components",
+    "local_prior=true": "prior at prediction",
+    "prior_correction=true": "prior correction",
+    "fine_tune_epochs=1": "fine-tuned",
     "logit_adjustment=true": "LA",
     "recalibrate=[local_test]": "recalibrated local tests",
     "recalibrate=[global_test,local_test]": "recalibrated tests",
@@ -85,6 +95,10 @@ TABLES = {
     "local": ComponentTable(FEDERATIONS, LOCAL),
     "xray_proxies": ComponentTable(XRAY_PROXIES, seeds=5),
     "fashion_proxies": ComponentTable(FASHION_PROXIES, seeds=5),
+    "methods_global": ComponentTable(METHODS),
+    "methods_local": ComponentTable(METHODS, LOCAL),
+    "without_batch_norm": ComponentTable(WITHOUT_BATCH_NORM),
+    "without_batch_norm_local": ComponentTable(WITHOUT_BATCH_NORM, LOCAL),
     "ablation": ComponentTable(
         {"X-rays, one architecture": "ablation_medical", "Fashion-MNIST": "ablation_fashion"},
         style="components",
@@ -132,7 +146,8 @@ def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Ro
 def method_name(label: str) -> str:
     """Return the name of a method with its components, such as `FedAvg, LA`."""
     base = algorithm_base(label)
-    settings = split_top_level(label[len(base) + 1 :], ":") if label != base else []
+    text = label[len(base) + 1 :]
+    settings = [text] if text in SETTINGS else split_top_level(text, ":") if text else []
     return ", ".join([algorithm_name(base), *(SETTINGS[setting] for setting in settings)])
 
 

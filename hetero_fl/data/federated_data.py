@@ -581,7 +581,12 @@ def federate(
     owners = {name for names in all_owners.values() for name in names}
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
-    if config.partition.kind == "drawn" and not absent:
+    if config.partition.kind == "drawn" and absent:
+        raise UserError(
+            "data.partition.kind=drawn: clients on other machines have rows of their own; choose "
+            "another kind"
+        )
+    if config.partition.kind == "drawn":
         lazy_partition = LazyPartition(
             RowSelection(dataset.train, rows),
             dataset.task,

@@ -532,8 +532,8 @@ def read_npz(
     if (patients := arrays.get(patient or PATIENT)) is not None:
         if patients.shape not in ((len(train),), (len(train), 1)):
             raise UserError(
-                f"{where}: {patient or PATIENT}: expected shape ({len(train)},) as train_images "
-                f"has rows, got {patients.shape}"
+                f"{where}: {patient or PATIENT}: expected shape ({len(train)},), one entry per "
+                f"row of train_images, got {patients.shape}"
             )
         train.patient, train.patient_names = index_names(patients.reshape(-1).tolist())
     elif patient is not None:

@@ -74,8 +74,8 @@ def match_to_common(
         )
     if any(pair not in common_set.categories for pair in own.categories):
         raise UserError(
-            f"{where}.categories: {own.name} encodes different values than the common set "
-            f"{common_set.name}; set data.categories only"
+            f"{where}.categories: {own.name} encodes other values than the main data set; "
+            "set data.categories only"
         )
     place = f"{where}: {own.name}"
     advice = (
@@ -86,7 +86,7 @@ def match_to_common(
     x, extra = match_columns(
         own.train.x, own.columns, common_set, place, needed=needed, owner=owner, advice=advice
     )
-    detail = f" does not exist in the common set {common_set.name}"
+    detail = " does not exist in the main data set"
     check_names(extra, common_set.columns, f"{place}: column", detail)
     return replace(own.train, x=x, y=y)
 
@@ -106,17 +106,14 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     own_task = own.task
     task = common_set.task
     place = f"{where}: {own.name}"
-    in_common = f"as in the common set {common_set.name}"
+    in_common = "as in the main data set"
     if own.vocabulary != common_set.vocabulary:
-        raise UserError(
-            f"{place}: the vocabulary differs from that of the common set {common_set.name}; "
-            f"{TOKENS}"
-        )
+        raise UserError(f"{place}: the vocabulary differs from that of the main data set; {TOKENS}")
     if own_task.kind != task.kind:
         raise UserError(f"{place}: expected a {task.kind} task {in_common}, got {own_task.kind}")
     y = own.train.labels
     if own_task.kind == "multiclass" and own_task.names and task.names:
-        detail = f" does not exist in the common set {common_set.name}"
+        detail = " does not exist in the main data set"
         check_names(own_task.names, task.names, f"{place}: class", detail)
         y = torch.tensor([task.names.index(name) for name in own_task.names])[y]
     elif task.numbers and not own_task.names:
@@ -239,8 +236,8 @@ def match_columns(
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
             raise UserError(
-                f"{where}: column '{column}' not found, which {owner or 'the common data'} "
-                f"{'contains' if owner else 'contain'}{suggest_or_list(column, names)}{advice}"
+                f"{where}: column '{column}' not found, which "
+                f"{owner or 'the main data set'} contains{suggest_or_list(column, names)}{advice}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
     x = (
@@ -301,16 +298,16 @@ def match_blocks(
     for name, shape in blocks:
         if name not in shapes:
             raise UserError(
-                f"{where}: block '{name}' does not exist in the common set {common_set.name}"
+                f"{where}: block '{name}' does not exist in the main data set"
                 f"{suggest_or_list(name, shapes)}"
             )
         if shapes[name] != shape:
             raise UserError(
-                f"{where}: block '{name}': expected shape {shapes[name]} as in the common set "
-                f"{common_set.name}, got {shape}"
+                f"{where}: block '{name}': expected shape {shapes[name]} as in the main data set, "
+                f"got {shape}"
             )
     required = [name for name in shapes if needed is None or name in needed]
-    detail = " not found, which the common data contain"
+    detail = " not found, which the main data set contains"
     check_names(required, parts, f"{where}: block", detail)
     return torch.cat(
         [parts.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common_set.blocks], 1
@@ -345,12 +342,12 @@ def load_unlabeled(
         dataset = load_source(config, root, where, missing=True)
         if dataset.vocabulary != vocabulary:
             raise UserError(
-                f"{where}: {config.name}: the vocabulary differs from that of the common set; "
+                f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
                 f"{TOKENS}"
             )
         return dataset.train.x, dataset.columns, dataset.blocks
     if vocabulary is not None:
-        raise UserError(f"{where}.path: expected text as in the common set, got '{config.path}'")
+        raise UserError(f"{where}.path: expected text as in the main data set, got '{config.path}'")
     x, columns = unlabeled
     if bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any())):
         raise UserError(f"{where}.path: {config.path}: the examples have NaN or infinite values")
@@ -528,8 +525,8 @@ def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceCon
         if source is not None:
             if (source.name, source.path) == (config.name, config.path):
                 raise UserError(
-                    f"clients: '{name}': data: is the common source; remove the key to use a part "
-                    "of the common source"
+                    f"clients: '{name}': data: is the source of the main data set; remove it to "
+                    "use a part of the main data set"
                 )
             clients_of.setdefault(source, []).append(name)
     return clients_of

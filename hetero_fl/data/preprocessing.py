@@ -381,8 +381,8 @@ def check_same_shape(
     for participant, section, own_shape, common_shape in views:
         if own_shape != common_shape:
             raise UserError(
-                f"{where}: expected examples of shape {common_shape} as in the common set "
-                f"{common.name} after preprocessing for {participant}, got {own_shape} from "
+                f"{where}: expected examples of shape {common_shape} as in the main data set "
+                f"after preprocessing for {participant}, got {own_shape} from "
                 f"{name}; set {section}.resize or channels"
             )
 

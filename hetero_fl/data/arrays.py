@@ -133,6 +133,12 @@ def from_arrays(
             f"{name}: time: cannot be combined with validation or test, which are split by date; "
             "remove them or time"
         )
+    for split, inputs_of_split in zip(given, inputs, strict=True):
+        if len(labels[split]) != len(inputs_of_split):
+            raise UserError(
+                f"{name}: {split}: y: expected {len(inputs_of_split)} rows as in x, got "
+                f"{len(labels[split])}"
+            )
     extra = _extra_columns(group, patient, time, unit, name)
     examples = {
         split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))

@@ -69,7 +69,7 @@ def match_to_common(
     if own.blocks or common_set.blocks:
         return replace(
             own.train,
-            x=match_blocks(own.train.x, own.blocks, common_set, f"{where}: {own.name}", needed),
+            x=match_blocks(own.train.x, own.blocks, common_set, _place(where, own.name), needed),
             y=y,
         )
     if any(pair not in common_set.categories for pair in own.categories):
@@ -77,7 +77,7 @@ def match_to_common(
             f"{where}.categories: {own.name} encodes other values than the main data set; "
             "set data.categories only"
         )
-    place = f"{where}: {own.name}"
+    place = _place(where, own.name)
     advice = (
         "; set preprocess.missing=indicate for all clients"
         if owner
@@ -89,6 +89,11 @@ def match_to_common(
     detail = " does not exist in the main data set"
     check_names(extra, common_set.columns, f"{place}: column", detail)
     return replace(own.train, x=x, y=y)
+
+
+def _place(where: str, name: str) -> str:
+    """Return a place for error messages: the key of a source and its name, if they differ."""
+    return where if name == where else f"{where}: {name}"
 
 
 def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
@@ -105,7 +110,7 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     """
     own_task = own.task
     task = common_set.task
-    place = f"{where}: {own.name}"
+    place = _place(where, own.name)
     in_common = "as in the main data set"
     if own.vocabulary != common_set.vocabulary:
         raise UserError(f"{place}: the vocabulary differs from that of the main data set; {TOKENS}")
@@ -442,8 +447,8 @@ def _hold_out(
     if size >= len(complete):
         detail = "" if names is None else f" with {' and '.join(names)}"
         raise UserError(
-            f"data.proxy.size: must be < {len(complete)}, the number of training rows of "
-            f"{dataset.name}{detail}, got {size}"
+            f"data.proxy.size: must be < {len(complete)}, the number of training rows{detail}, "
+            f"got {size}"
         )
     held, rest = draw_rows(complete, size, generator, train.patient)
     y = train.y if config.proxy.labels else None
@@ -466,7 +471,8 @@ def _load_proxy_set(
     """Load the proxy set from `data.proxy.source` and convert it to the main data set's columns."""
     source = config.proxy.source
     assert source is not None
-    where = "data.proxy.source"
+    is_object = source.name.startswith(OBJECT_PREFIX)
+    where = "proxy" if is_object else "data.proxy.source"
     size = config.proxy.size
     read = source_with_task(source, dataset.task, config.text, dataset.categories)
     root = Path(config.root).expanduser()
@@ -478,7 +484,7 @@ def _load_proxy_set(
         blocks = own.blocks
     else:
         x, columns, blocks = load_unlabeled(read, root, where, dataset.vocabulary)
-    name = f"{where}: {source.name}"
+    name = where if is_object else f"{where}: {source.name}"
     if blocks or dataset.blocks:
         # Clients for which all blocks are missing do not train on the proxy set.
         x = match_blocks(x, blocks, dataset, name, ())
@@ -488,9 +494,7 @@ def _load_proxy_set(
     if config.proxy.columns is not None:
         x = dataset.layout.keep_columns(x, config.proxy.columns, PROXY_COLUMNS)
     clients = {profile.first: profile.settings for profile in profiles}
-    check_same_shape(
-        tuple(x.shape[1:]), where, source.name, clients=clients, common=dataset, server=server
-    )
+    check_same_shape(tuple(x.shape[1:]), where, clients=clients, common=dataset, server=server)
     proxy = RowSelection.all_rows(Examples(x, y))
     if 0 < size < len(x):
         proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, generator)[0])
@@ -561,7 +565,9 @@ def load_client_sources(
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated
-        found.notes += [f"{where}: {note}" for note in own.notes]
+        found.notes += [
+            _place(where, note) if not note.startswith(where) else note for note in own.notes
+        ]
         needed = required_columns((clients[name] for name in owners), common_set.layout)
         converted = Dataset(
             own.name,
@@ -573,7 +579,6 @@ def load_client_sources(
             check_same_shape(
                 raw_shape(converted),
                 f"clients: '{name}': data",
-                own.name,
                 clients={name: clients[name]},
                 common=common_set,
             )

@@ -127,7 +127,7 @@ def test_unknown_columns_are_refused() -> None:
             ["crp"],
             (
                 "preprocess.columns: unknown name 'crp'; the columns of "
-                "this data set have no names, remove the key"
+                "this data set have no names, remove it"
             ),
         ),
     ):
@@ -190,7 +190,7 @@ def test_missing_values_require_a_setting() -> None:
         UserError,
         match=(
             r"clients: 'b': preprocess\.missing: row \d+ of \w+ has "
-            r"no value in column 'genes'; choose indicate"
+            r"no value in column 'genes'; set it to indicate"
         ),
     ):
         hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})

@@ -223,7 +223,7 @@ def test_client_source_must_match_common_source(npz: Any, images: Dataset, tmp_p
             local,
             (
                 "'own': data: expected examples of shape (1, 28, 28) as in the main data set "
-                "after preprocessing for client 'own', got (1, 8, 8) from npz"
+                "after preprocessing for client 'own', got (1, 8, 8)"
             ),
         ),
         (

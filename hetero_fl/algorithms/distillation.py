@@ -223,8 +223,8 @@ Alignment = Annotated[float, Field(ge=0, le=1)]
 DistilledStatistics = Annotated[
     Literal["proxy", "clients"],
     Field(
-        description="BatchNorm statistics of a distilled model: those of the proxy rows, or the "
-        "mean of the clients', for proxy rows of another distribution"
+        description="BatchNorm statistics of a distilled model; `proxy`: from the proxy rows; "
+        "`clients`: the mean of the clients' statistics, for proxy rows of another distribution"
     ),
 ]
 

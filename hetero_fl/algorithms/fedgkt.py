@@ -123,7 +123,7 @@ class FedGKT(CommonFeatureWidth):
             raise UserError(f"algorithm.large_model: {error}") from None
         return method, [
             *notes,
-            "fedgkt: features, logits and label of every training row go to the server",
+            "fedgkt uploads the features, logits and label of every training row to the server",
         ]
 
     def large_model_spec(self, outputs: int) -> ModelSpec:

@@ -296,14 +296,15 @@ class HeteroFL(FedAvg):
     )
     model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
-        description="the wide model; `null`: the widest of the clients' most frequent model family "
-        "that can be narrowed, else cnn_gn_medium, mlp or text_cnn by the kind of data",
+        description="the wide model; `null`: the widest model of the clients' most frequent "
+        "family that can be narrowed, or else cnn_gn_medium, mlp or text_cnn by the kind of data",
     )
     widths: dict[str, float] | list[float] | None = Field(
         None,
-        description="widths relative to the wide model, by client id or pattern, or a list that is "
-        "repeated; `null`: that of a narrower copy of the wide model, for other models the power "
-        "of two from 1/16 to 1 nearest to the square root of the ratio of parameters",
+        description="widths relative to the wide model, by client id or pattern, or as a list that "
+        "is cycled over the clients; `null`: the width of the client's model if it is a "
+        "narrower copy of the wide model, else the power of two from 1/16 to 1 that is nearest to "
+        "the square root of the ratio of parameter counts",
     )
     scaler: bool = Field(
         True, description="whether to divide layer outputs of a narrow model by its width"

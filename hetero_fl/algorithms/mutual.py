@@ -227,10 +227,16 @@ class FML(MenteeTraining):
     uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
 
     alpha: float = Field(
-        0.5, ge=0, le=1, description="weight α of the own model's task loss; that of KL is 1 − α"
+        0.5,
+        ge=0,
+        le=1,
+        description="weight α of the task loss of the client's model; the KL loss has weight 1 − α",
     )
     beta: float = Field(
-        0.5, ge=0, le=1, description="weight β of the mentee's task loss; that of KL is 1 − β"
+        0.5,
+        ge=0,
+        le=1,
+        description="weight β of the task loss of the mentee; the KL loss has weight 1 − β",
     )
 
     @override

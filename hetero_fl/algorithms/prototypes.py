@@ -159,8 +159,9 @@ class FedProto(CommonFeatureWidth):
     weight: NonNegativeFloat = Field(1.0, description="weight λ of the distance to the prototype")
     inference: Literal["prototype", "own", "head"] = Field(
         "prototype",
-        description="classify by the nearest prototype; on local tests by the nearest prototype of "
-        "the client's classes, as in the authors' code; or by the head",
+        description="`prototype`: predict the class of the nearest prototype; `own`: on local "
+        "tests only among the client's classes, as in the authors' code; `head`: predict with "
+        "the head",
     )
 
     @property

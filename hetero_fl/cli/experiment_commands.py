@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--shadows",
     default=4,
-    help="Number of shadow runs: an even number >= 4, or 0 to attack by the loss alone.",
+    help="Number of shadow runs: an even number >= 4, or 0 for the loss attack only.",
 )
 @click.option("--images", default=3, help="Number of training steps to invert per client.")
 @click.option("--batch", default=1, help="Number of images per training step, 1 to 4.")

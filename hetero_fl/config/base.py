@@ -138,7 +138,9 @@ def _check_reference(value: object) -> object:
         isinstance(value, str) and value.startswith((CODE_PREFIX, OBJECT_PREFIX))
     ):
         return value
-    raise ValueError(f"expected python:package.module:name, got {format_value(value)}")
+    raise ValueError(
+        f"expected a function, in a file python:package.module:name, got {format_value(value)}"
+    )
 
 
 def _serialize_reference(value: object) -> object:
@@ -315,8 +317,10 @@ class OptimizerConfig(ConfigSection):
     @model_validator(mode="after")
     def _check_combination(self) -> OptimizerConfig:
         """Check that momentum and Nesterov momentum are used with SGD only."""
-        if self.nesterov and (self.name != "sgd" or not self.momentum):
-            raise ValueError("nesterov=true requires name=sgd and momentum > 0")
+        if self.nesterov and self.name != "sgd":
+            raise ValueError(f"nesterov requires name=sgd, got name={self.name}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov requires momentum > 0, got momentum=0")
         if self.momentum and self.name != "sgd":
             raise ValueError(f"momentum requires name=sgd, got name={self.name}")
         if self.weight_decay and self.is_custom:

@@ -136,6 +136,12 @@ def from_arrays(
             f"{name}: time: cannot be combined with validation or test, which are split by date; "
             "remove them or time"
         )
+    for split, inputs_of_split in zip(given, inputs, strict=True):
+        if len(labels[split]) != len(inputs_of_split):
+            raise UserError(
+                f"{name}: {split}: y: expected {len(inputs_of_split)} rows as in x, got "
+                f"{len(labels[split])}"
+            )
     extra = _extra_columns(group, patient, time, unit, name)
     examples = {
         split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))
@@ -535,8 +541,8 @@ def read_npz(
     if (patients := arrays.get(patient or PATIENT)) is not None:
         if patients.shape not in ((len(train),), (len(train), 1)):
             raise UserError(
-                f"{where}: {patient or PATIENT}: expected shape ({len(train)},) as train_images "
-                f"has rows, got {patients.shape}"
+                f"{where}: {patient or PATIENT}: expected shape ({len(train)},), one entry per "
+                f"row of train_images, got {patients.shape}"
             )
         train.patient, train.patient_names = index_names(patients.reshape(-1).tolist())
     elif patient is not None:

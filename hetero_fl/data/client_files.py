@@ -90,7 +90,7 @@ def pool_client_files(
     notes += _note_unshared_classes(own)
     is_from_objects = config.name == OBJECT_PREFIX
     notes.append(
-        f"{'no test set' if is_from_objects else 'data.path is not set'}: common test, validation "
+        f"{'no test set' if is_from_objects else 'data.path is not set'}: global test, validation "
         f"and proxy rows are held out of the {'data' if is_from_objects else 'files'} of all "
         f"{len(own)} clients"
     )
@@ -109,15 +109,16 @@ def pool_client_files(
 
 def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]:
     """Return the source of each client, with unset keys filled in from `data`."""
-    missing = f"data.path: missing; {config.name} reads a local file or folder"
+    missing = "data.path: missing"
     if config.name not in (*POOLED, OBJECT_PREFIX):
         raise UserError(
-            f"{missing}, and files of clients can be pooled only for data.name {', '.join(POOLED)}"
+            f"{missing}; only data.name {', '.join(POOLED)} can pool the files of clients, got "
+            f"{config.name}"
         )
     if config.partition.kind not in ("iid", "natural"):
         raise UserError(
             f"data.partition.kind={config.partition.kind} needs data.path, as otherwise every "
-            "client has its own file; remove the key"
+            "client has its own file; remove it"
         )
     found: dict[str, SourceConfig] = {}
     owner: dict[str | None, str] = {}
@@ -125,8 +126,8 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
         source = clients[client].data
         if source is None:
             raise UserError(
-                f"{missing}, and client '{client}' has no file of its own; set data.path, or data "
-                "for each client"
+                f"{missing}, and client '{client}' has no data of its own; set data.path, or "
+                "data for each client"
             )
         if not source.name.startswith(OBJECT_PREFIX) and source.name != config.name:
             raise UserError(

@@ -140,7 +140,7 @@ class ColumnLayout:
         if names and not self.names:
             raise UserError(
                 f"{where}: unknown name '{printable(names[0])}'; the columns of this data set have "
-                "no names, remove the key"
+                "no names, remove it"
             )
         check_names(map(printable, names), self.names, f"{where}: unknown name")
         return merge_spans(tuple(span for name, span in self.boundaries.items() if name in names))

@@ -72,15 +72,15 @@ def match_to_common(
     if own.blocks or common_set.blocks:
         return replace(
             own.train,
-            x=match_blocks(own.train.x, own.blocks, common_set, f"{where}: {own.name}", needed),
+            x=match_blocks(own.train.x, own.blocks, common_set, _place(where, own.name), needed),
             y=y,
         )
     if any(pair not in common_set.categories for pair in own.categories):
         raise UserError(
-            f"{where}.categories: {own.name} encodes different values than the common set "
-            f"{common_set.name}; set data.categories only"
+            f"{where}.categories: {own.name} encodes other values than the main data set; "
+            "set data.categories only"
         )
-    place = f"{where}: {own.name}"
+    place = _place(where, own.name)
     advice = (
         "; set preprocess.missing=indicate for all clients"
         if owner
@@ -89,9 +89,14 @@ def match_to_common(
     x, extra = match_columns(
         own.train.x, own.columns, common_set, place, needed=needed, owner=owner, advice=advice
     )
-    detail = f" does not exist in the common set {common_set.name}"
+    detail = " does not exist in the main data set"
     check_names(extra, common_set.columns, f"{place}: column", detail)
     return replace(own.train, x=x, y=y)
+
+
+def _place(where: str, name: str) -> str:
+    """Return a place for error messages: the key of a source and its name, if they differ."""
+    return where if name == where else f"{where}: {name}"
 
 
 def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
@@ -108,18 +113,15 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     """
     own_task = own.task
     task = common_set.task
-    place = f"{where}: {own.name}"
-    in_common = f"as in the common set {common_set.name}"
+    place = _place(where, own.name)
+    in_common = "as in the main data set"
     if own.vocabulary != common_set.vocabulary:
-        raise UserError(
-            f"{place}: the vocabulary differs from that of the common set {common_set.name}; "
-            f"{TOKENS}"
-        )
+        raise UserError(f"{place}: the vocabulary differs from that of the main data set; {TOKENS}")
     if own_task.kind != task.kind:
         raise UserError(f"{place}: expected a {task.kind} task {in_common}, got {own_task.kind}")
     y = own.train.labels
     if own_task.kind == "multiclass" and own_task.names and task.names:
-        detail = f" does not exist in the common set {common_set.name}"
+        detail = " does not exist in the main data set"
         check_names(own_task.names, task.names, f"{place}: class", detail)
         y = torch.tensor([task.names.index(name) for name in own_task.names])[y]
     elif task.numbers and not own_task.names:
@@ -246,8 +248,8 @@ def match_columns(
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
             raise UserError(
-                f"{where}: column '{column}' not found, which {owner or 'the common data'} "
-                f"{'contains' if owner else 'contain'}{suggest_or_list(column, names)}{advice}"
+                f"{where}: column '{column}' not found, which "
+                f"{owner or 'the main data set'} contains{suggest_or_list(column, names)}{advice}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
     x = (
@@ -310,16 +312,16 @@ def match_blocks(
     for name, shape in blocks:
         if name not in shapes:
             raise UserError(
-                f"{where}: block '{name}' does not exist in the common set {common_set.name}"
+                f"{where}: block '{name}' does not exist in the main data set"
                 f"{suggest_or_list(name, shapes)}"
             )
         if shapes[name] != shape:
             raise UserError(
-                f"{where}: block '{name}': expected shape {shapes[name]} as in the common set "
-                f"{common_set.name}, got {shape}"
+                f"{where}: block '{name}': expected shape {shapes[name]} as in the main data set, "
+                f"got {shape}"
             )
     required = [name for name in shapes if needed is None or name in needed]
-    detail = " not found, which the common data contain"
+    detail = " not found, which the main data set contains"
     check_names(required, parts, f"{where}: block", detail)
     return torch.cat(
         [parts.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common_set.blocks], 1
@@ -355,12 +357,12 @@ def load_unlabeled(
         dataset = load_source(config, root, where, missing=True)
         if dataset.vocabulary != vocabulary:
             raise UserError(
-                f"{where}: {config.name}: the vocabulary differs from that of the common set; "
+                f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
                 f"{TOKENS}"
             )
         return dataset.train.x, dataset.columns, dataset.blocks
     if vocabulary is not None:
-        raise UserError(f"{where}.path: expected text as in the common set, got '{config.path}'")
+        raise UserError(f"{where}.path: expected text as in the main data set, got '{config.path}'")
     x, columns = unlabeled
     if bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any())):
         raise UserError(f"{where}.path: {config.path}: the examples have NaN or infinite values")
@@ -456,8 +458,8 @@ def _hold_out(
     if size >= len(complete):
         detail = "" if names is None else f" with {' and '.join(names)}"
         raise UserError(
-            f"data.proxy.size: must be < {len(complete)}, the number of training rows of "
-            f"{dataset.name}{detail}, got {size}"
+            f"data.proxy.size: must be < {len(complete)}, the number of training rows{detail}, "
+            f"got {size}"
         )
     held, rest = draw_rows(complete, size, generator, train.patient)
     y = train.y if config.proxy.labels else None
@@ -480,7 +482,8 @@ def _load_proxy_set(
     """Load `data.proxy.source` and convert the examples to the columns of the main data set."""
     source = config.proxy.source
     assert source is not None
-    where = "data.proxy.source"
+    is_object = source.name.startswith(OBJECT_PREFIX)
+    where = "proxy" if is_object else "data.proxy.source"
     size = config.proxy.size
     read = source_with_task(source, dataset.task, config.text, dataset.categories)
     root = Path(config.root).expanduser()
@@ -492,7 +495,7 @@ def _load_proxy_set(
         blocks = own.blocks
     else:
         x, columns, blocks = load_unlabeled(read, root, where, dataset.vocabulary)
-    name = f"{where}: {source.name}"
+    name = where if is_object else f"{where}: {source.name}"
     if blocks or dataset.blocks:
         # Clients for which all blocks are missing do not train on the proxy set.
         x = match_blocks(x, blocks, dataset, name, ())
@@ -502,9 +505,7 @@ def _load_proxy_set(
     if config.proxy.columns is not None:
         x = dataset.layout.keep_columns(x, config.proxy.columns, PROXY_COLUMNS)
     clients = {profile.first: profile.settings for profile in profiles}
-    check_same_shape(
-        tuple(x.shape[1:]), where, source.name, clients=clients, common=dataset, server=server
-    )
+    check_same_shape(tuple(x.shape[1:]), where, clients=clients, common=dataset, server=server)
     proxy = RowSelection.all_rows(Examples(x, y))
     if 0 < size < len(x):
         proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, generator)[0])
@@ -541,8 +542,8 @@ def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceCon
         if source is not None:
             if (source.name, source.path) == (config.name, config.path):
                 raise UserError(
-                    f"clients: '{name}': data: is the common source; remove the key to use a part "
-                    "of the common source"
+                    f"clients: '{name}': data: is the source of the main data set; remove it to "
+                    "use a part of the main data set"
                 )
             clients_of.setdefault(source, []).append(name)
     return clients_of
@@ -580,7 +581,9 @@ def load_client_sources(
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated
-        found.notes += [f"{where}: {note}" for note in own.notes]
+        found.notes += [
+            _place(where, note) if not note.startswith(where) else note for note in own.notes
+        ]
         needed = required_columns((clients[name] for name in owners), common_set.layout)
         converted = Dataset(
             own.name,
@@ -592,7 +595,6 @@ def load_client_sources(
             check_same_shape(
                 raw_shape(converted),
                 f"clients: '{name}': data",
-                own.name,
                 clients={name: clients[name]},
                 common=common_set,
             )

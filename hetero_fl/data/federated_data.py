@@ -311,7 +311,7 @@ class FederatedData:
             UserError: If the settings do not apply to the examples.
         """
         if config.normalize is not None and self.vocabulary is not None:
-            raise UserError("server.preprocess.normalize: does not apply to tokens; remove the key")
+            raise UserError("server.preprocess.normalize: does not apply to tokens; remove it")
         public = self.public_sets.get("proxy", self.public_sets["common_validation"])
         return Preprocess.resolve(
             config, public.copy_rows().x, "server.preprocess", self.layout, self.input_shape

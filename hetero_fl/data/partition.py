@@ -605,8 +605,8 @@ def partition_natural(context: PartitionContext) -> list[Tensor]:
     parts = [torch.nonzero(context.group == g).squeeze(1) for g in present]
     if (smallest := min(map(len, parts))) < context.config.min_size:
         raise UserError(
-            f"{WHERE}.min_size: must be <= {smallest}, the rows of the smallest group, got "
-            f"{context.config.min_size}"
+            f"{WHERE}.min_size: must be <= {smallest}, the number of rows of the smallest "
+            f"group or client, got {context.config.min_size}"
         )
     return parts
 

@@ -297,7 +297,7 @@ class Preprocess:
         if self.missing is not None and len(selected) == 3:
             raise UserError(
                 f"{where}.missing: does not apply to images, only to tables, series and blocks; "
-                "remove the key"
+                "remove it"
             )
         output = self._output_shape(selected, where)
         count, axis = (output[0], "channel") if len(selected) == 3 else (selected[-1], "column")
@@ -317,7 +317,7 @@ class Preprocess:
             key = "resize" if self.resize is not None else "channels"
             raise UserError(
                 f"{where}.{key}: applies to images only, got examples of shape {selected_shape}; "
-                "remove the key"
+                "remove it"
             )
         channels, height, width = selected_shape
         if self.channels is not None and self.channels not in (1, channels) and channels != 1:
@@ -347,7 +347,6 @@ def check_settings(profiles: Iterable[SettingsProfile], dataset: Dataset) -> Non
 def check_same_shape(
     shape: Shape,
     where: str,
-    name: str,
     *,
     clients: Mapping[str, ClientSettings],
     common: Dataset,
@@ -358,7 +357,6 @@ def check_same_shape(
     Args:
         shape: Raw shape of the examples.
         where: Configuration key of the examples, for error messages.
-        name: Name of the examples, for error messages.
         clients: Settings of the clients that use the examples, keyed by client id.
         common: Main data set.
         server: Preprocessing of the server. If None, the server is not checked.
@@ -381,10 +379,12 @@ def check_same_shape(
         views.append(("the server", place, *(view.shape(raw, place) for raw in shapes)))
     for participant, section, own_shape, common_shape in views:
         if own_shape != common_shape:
+            is_image = len(own_shape) == 3
+            advice = f"; set {section}.resize or channels" if is_image else ""
             raise UserError(
-                f"{where}: expected examples of shape {common_shape} as in the common set "
-                f"{common.name} after preprocessing for {participant}, got {own_shape} from "
-                f"{name}; set {section}.resize or channels"
+                f"{where}: expected examples of shape {common_shape} as in the main data set "
+                f"after preprocessing for {participant}, got "
+                f"{own_shape}{advice}"
             )
 
 
@@ -417,7 +417,7 @@ def preprocessed_shape(
         if value != default and len(shape) != 3:
             raise UserError(
                 f"clients: '{name}': {key}: applies to images only, got examples of shape {shape}; "
-                "remove the key"
+                "remove it"
             )
     if len(output) == 3 and settings.augment.crop >= min(output[1:]):
         raise UserError(
@@ -442,7 +442,7 @@ def _check_tokens(name: str, view: PreprocessConfig) -> None:
     for key in ("normalize", "missing"):
         if getattr(view, key) is not None:
             raise UserError(
-                f"clients: '{name}': preprocess.{key}: does not apply to tokens; remove the key"
+                f"clients: '{name}': preprocess.{key}: does not apply to tokens; remove it"
             )
 
 
@@ -557,7 +557,7 @@ def check_view(
             location = f" ({first_missing})" if first_missing else ""
             raise UserError(
                 f"{where}.missing: row {int(rows[row])} of {set_name} has no value in "
-                f"{column_name}{location}; choose indicate, or exclude the column by "
+                f"{column_name}{location}; set it to indicate, or exclude the column by "
                 "preprocess.columns"
             )
 

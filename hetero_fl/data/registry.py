@@ -211,7 +211,7 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
     }
     for key in OPTIONAL_KEYS:
         if getattr(config, key) is not None and key not in accepted:
-            raise UserError(f"{where}.{key}: does not apply to source {name}; remove the key")
+            raise UserError(f"{where}.{key}: does not apply to source {name}; remove it")
 
 
 def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:

@@ -18,6 +18,7 @@ from hetero_fl.config.data import DataConfig, SplitConfig
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
+from hetero_fl.utils.text import pluralize
 
 RARE = 0.1
 """Share of the rows below which a class is rare."""
@@ -226,9 +227,8 @@ def split_client(
     count = split_counts(len(rows), config)
     if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
-            f"data.partition.min_size: client '{client}' has {len(rows)} rows, too few to split "
-            f"into train, validation and test, got {min_size}; choose a larger number, or give the "
-            "client more rows"
+            f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split into "
+            f"train, validation and test; give it more rows, or increase data.partition.min_size={min_size}"
         )
     num_splits = 1 + (count["validation"] > 0) + (count["test"] > 0)
     if patient is not None and (num_patients := len(patient[rows].unique())) < num_splits:

@@ -110,7 +110,7 @@ class ServerConnectionConfig(ConfigSection):
     authority: str | None = Field(
         None,
         description="certificate of the authority that signed the server's certificate; null: no "
-        "encryption, for a server on the same machine",
+        "encryption, only for a server on the same machine",
     )
     key: str = Field("key", description="the site's private key; the server has the public key")
 
@@ -232,7 +232,8 @@ class CertificatesConfig(ConfigSection):
     """
 
     authority: str = Field(
-        "authority.pem", description="certificate of the authority, which nodes have too"
+        "authority.pem",
+        description="certificate of the authority that signed `certificate`; nodes need a copy",
     )
     certificate: str = Field("server.pem", description="the server's certificate")
     key: str = Field("server.key", description="the server's private key")
@@ -258,7 +259,8 @@ class DeploymentServerConfig(ConfigSection):
     )
     nodes: dict[str, str] = Field(
         min_length=1,
-        description="by client, the file with its node's public key, relative to the server's file",
+        description="for each client, the file with the public key of its node, "
+        "relative to the server file",
     )
     wait: PositiveFloat = Field(
         600.0, description="seconds to wait for all clients before the first round"

@@ -187,7 +187,7 @@ def divergence_error(fit: Fit, loss: float) -> DivergedError:
         fit: The fit.
         loss: Mean loss over the steps.
     """
-    return DivergedError(f"'{fit.label}' is no longer finite (loss {loss:g})")
+    return DivergedError(f"loss or parameters of '{fit.label}' are not finite (mean loss {loss:g})")
 
 
 @dataclass

@@ -144,7 +144,7 @@ class Client:
         }
         if isinstance(optimizer, str | torch.optim.Optimizer):
             raise TypeError(
-                f"Client({name!r}): optimizer: expected a class such as Adam(lr=1e-3), or a "
+                f"Client({name!r}): optimizer: expected an optimizer such as Adam(lr=1e-3), or a "
                 f"function of parameters, got {type(optimizer).__name__}"
             )
         if callable(optimizer):

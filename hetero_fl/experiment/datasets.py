@@ -131,9 +131,13 @@ def _check_own_sets(client: Client, has_test: bool) -> None:
         if part == "data":
             continue
         if client.data is None or is_source(client.data):
-            raise UserError(f"{_place(client, part)}: needs data of the client's own as an object")
+            raise UserError(
+                f"{_place(client, part)}: requires data=... as arrays, a data frame or a data set"
+            )
         if not has_test:
-            raise UserError(f"{_place(client, part)}: needs a global test set; pass test=...")
+            raise UserError(
+                f"{_place(client, part)}: requires a global test set; pass Federation(test=...)"
+            )
 
 
 def _column(data: Any, label: str | None) -> str | None:

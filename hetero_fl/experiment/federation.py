@@ -509,7 +509,7 @@ def run_directory(
     if out is not None:
         return None, Path(out)
     if resume:
-        raise UserError("resume: needs out, the run directory to continue")
+        raise UserError("resume: requires out, the directory of the run to continue")
     if federation.is_from_file:
         return None, default_out(prepared.config)
     temporary = TemporaryFolder()

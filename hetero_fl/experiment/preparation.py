@@ -433,14 +433,14 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         "{run.name} averages clients with the same architecture: {groups} {verb} only one client",
     ),
     CompatibilityRule(
-        ("algorithm.align", "data.name"),
+        ("algorithm.align", "data set"),
         lambda run: run.idle_class_settings(),
-        "{found}, because data.name has a {run.task.kind} task",
+        "{found}, because the data set has a {run.task.kind} task",
     ),
     CompatibilityRule(
         ("recalibrate", "data.proxy.size"),
         lambda run: run.idle_recalibration(),
-        "{found} has no effect, because data.proxy.size is 0",
+        "{found} has no effect without a proxy set (data.proxy.size is 0)",
     ),
     # Robust aggregation and attacks
     CompatibilityRule(

@@ -24,6 +24,7 @@ from hetero_fl.privacy.accounting import (
     worst_epsilon,
 )
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import pluralize
 
 PROTECTED = {
     "record": "a training row",
@@ -154,7 +155,8 @@ class PrivacyBudget:
         return (
             f"privacy of {PROTECTED[privacy.unit]}: "
             f"noise multiplier {privacy.known_noise_multiplier:g}, "
-            f"ε {self.epsilon(rounds):.3g} at δ {privacy.delta:g} after {rounds} rounds"
+            f"ε {self.epsilon(rounds):.3g} at δ {privacy.delta:g} "
+            f"after {pluralize(rounds, 'round')}"
         )
 
     def affordable_rounds(self) -> int:

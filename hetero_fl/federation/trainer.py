@@ -385,7 +385,7 @@ class FederatedTrainer(ABC):
             reason += f"; the upload of {client} has the largest magnitude, {largest}"
         limit = min(MAX_DIVERGED_ROUNDS, self.federation.num_rounds)
         if self.num_diverged >= limit or self.stop_on_divergence:
-            times = f", {self.num_diverged} times in succession" if self.num_diverged > 1 else ""
+            times = f", {self.num_diverged} times in a row" if self.num_diverged > 1 else ""
             raise RunFailedError(f"round {self.completed + 1}: {reason}{times}") from None
         return reason
 

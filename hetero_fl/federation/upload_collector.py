@@ -29,7 +29,7 @@ from hetero_fl.utils.text import pluralize
 if TYPE_CHECKING:
     from hetero_fl.federation.trainer import FederatedTrainer
 
-DAMAGED = "upload refused: its bytes are not those that were sent"
+DAMAGED = "upload refused: checksum mismatch"
 
 
 class UploadCollector:
@@ -264,7 +264,7 @@ class UploadCollector:
         self.abandoned = error
         for client_id in self.cohort:
             if client_id not in self.failed and client_id not in self.late:
-                self.fail(client_id, "the round was given up")
+                self.fail(client_id, "the round was abandoned")
 
     def _make_rules(self) -> AggregationRules | None:
         """Return the aggregation rules of the round, or None for the plain mean."""

@@ -174,8 +174,8 @@ class Run:
             if not self.directory.finished:
                 raise UserError(f"{self.path}: has no models; the run has not finished")
             raise UserError(
-                f"{self.path}: has no models; no site uploads its own "
-                "(tells.model in a site's file)"
+                f"{self.path}: has no models; a site uploads its model only with "
+                "tells.model=true in its site file"
             )
         return [file.stem for file in files]
 
@@ -259,7 +259,7 @@ class Run:
         Raises:
             UserError: If the folder is not empty.
         """
-        check_vacant(Path(path))
+        check_vacant(Path(path), alternatives="")
         shutil.copytree(self.path, path, dirs_exist_ok=True)
         saved = Run(path, self.permission)
         saved.keep(*self._kept)

@@ -156,12 +156,15 @@ def regression(method: str, **options: Any) -> dict[str, Any]:
 
 def test_settings_without_effect_are_noted() -> None:
     notes = prepare(regression("hybrid"), dataset=table()).notes
-    assert "algorithm.align has no effect, because data.name has a regression task" in notes
+    assert "algorithm.align has no effect, because the data set has a regression task" in notes
     assert any(line.startswith("algorithm.teacher=contrast weights clients") for line in notes)
 
     options = {"name": "fedavg", "recalibrate": ["global_test"]}
     notes = prepare(config(algorithm=options, data__proxy__size=0)).notes
-    assert "clients.defaults.recalibrate has no effect, because data.proxy.size is 0" in notes
+    assert (
+        "clients.defaults.recalibrate has no effect without a proxy set (data.proxy.size is 0)"
+        in notes
+    )
     assert not any("no effect" in line for line in prepare(config("hybrid")).notes)
 
 

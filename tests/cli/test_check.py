@@ -139,7 +139,7 @@ FINISHED = {
         lambda path: shutil.copy(
             path / "models/site_1.safetensors", path / "models/site_9.safetensors"
         ),
-        "models/site_9.safetensors: not a model of this run",
+        "models/site_9.safetensors: does not belong to this run",
     ),
     "summary edited": (
         replace("summary.json", '"seed": 0', '"seed": 1'),

@@ -62,7 +62,8 @@ def test_same_optimizer_inherits_momentum() -> None:
 
 def test_contradicting_layers_raise_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"^clients: 'a': optimizer: .*nesterov=true requires name=sgd and momentum"
+        UserError,
+        match=r"^clients: 'a': optimizer: .*nesterov requires momentum > 0, got momentum=0",
     ) as error:
         expand(defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"momentum": 0.0}}])
     assert "\n" not in str(error.value)

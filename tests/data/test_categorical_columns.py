@@ -171,7 +171,7 @@ def test_client_categories_must_match_common_ones(tmp_path: Path) -> None:
     own = table(tmp_path / "own.csv").model_copy(update={"categories": {"ward": ("B", "A")}})
 
     with pytest.raises(
-        UserError, match=r"clients: 'own': data\.categories: table encodes different values"
+        UserError, match=r"clients: 'own': data\.categories: table encodes other values"
     ):
         federated(tmp_path, table(tmp_path / "common.csv"), own)
 
@@ -181,7 +181,9 @@ def test_client_file_may_lack_unused_encoded_columns(tmp_path: Path) -> None:
     frame = pd.read_csv(tmp_path / "own.csv").drop(columns="ward")
     frame.to_csv(tmp_path / "own.csv", index=False)
 
-    with pytest.raises(UserError, match="column 'ward' not found, which the common data contain"):
+    with pytest.raises(
+        UserError, match="column 'ward' not found, which the main data set contains"
+    ):
         federated(tmp_path, common, own)
     rows = federated(tmp_path, common, own, missing="indicate").columns("own", "train", RAW)["x"]
     assert rows[:, 1:].isnan().all() and not rows[:, 0].isnan().any()
@@ -196,7 +198,9 @@ def test_client_file_requires_used_columns(tmp_path: Path) -> None:
 
     assert data.columns("own", "train", data.preprocess("own"))["x"].sum(1).eq(1).all()
     full.drop(columns="ward").to_csv(tmp_path / "own.csv", index=False)
-    with pytest.raises(UserError, match="column 'ward' not found, which the common data contain"):
+    with pytest.raises(
+        UserError, match="column 'ward' not found, which the main data set contains"
+    ):
         federated(tmp_path, common, own, columns=["ward"])
 
 

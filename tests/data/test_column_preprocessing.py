@@ -127,7 +127,7 @@ def test_unknown_columns_are_refused() -> None:
             ["crp"],
             (
                 "preprocess.columns: unknown name 'crp'; the columns of "
-                "this data set have no names, remove the key"
+                "this data set have no names, remove it"
             ),
         ),
     ):
@@ -190,7 +190,7 @@ def test_missing_values_require_a_setting() -> None:
         UserError,
         match=(
             r"clients: 'b': preprocess\.missing: row \d+ of \w+ has "
-            r"no value in column 'genes'; choose indicate"
+            r"no value in column 'genes'; set it to indicate"
         ),
     ):
         hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})
@@ -257,17 +257,17 @@ def test_external_sets_are_matched_by_name() -> None:
         (
             torch.rand(2, 4),
             (Block("gene", (4,)),),
-            "block 'gene' does not exist in the common set common; did you mean 'genes'?",
+            "block 'gene' does not exist in the main data set; did you mean 'genes'?",
         ),
         (
             torch.rand(2, 5),
             (Block("genes", (5,)),),
-            "block 'genes': expected shape (4,) as in the common set common, got (5,)",
+            "block 'genes': expected shape (4,) as in the main data set, got (5,)",
         ),
         (
             torch.rand(2, 4),
             (Block("genes", (4,)),),
-            "here: block 'image' not found, which the common data contain",
+            "here: block 'image' not found, which the main data set contains",
         ),
     ):
         with pytest.raises(UserError) as refused:
@@ -279,7 +279,7 @@ def test_external_sets_are_matched_by_name() -> None:
     )
     assert x[0, [0, 2]].tolist() == [1, 0] and x[0, [1, 3]].isnan().all() and extra == ["new"]
     with pytest.raises(
-        UserError, match="here: column 'crp' not found, which the common data contain"
+        UserError, match="here: column 'crp' not found, which the main data set contains"
     ):
         match_columns(
             torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"crp"}

@@ -113,7 +113,7 @@ def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: 
     found = federate(table, config, THREE, 0).columns("", "proxy", PLAIN)["x"]
     assert torch.allclose(found, table.train.x[:30])
     frame.drop(columns="x3").to_csv(tmp_path / "p.csv", index=False)
-    with pytest.raises(UserError, match="column 'x3' not found, which the common data contain"):
+    with pytest.raises(UserError, match="column 'x3' not found, which the main data set contains"):
         federate(table, config, THREE, 0)
 
 
@@ -222,30 +222,27 @@ def test_client_source_must_match_common_source(npz: Any, images: Dataset, tmp_p
             xray,
             local,
             (
-                "'own': data: expected examples of shape (1, 28, 28) as in the common set "
-                "chest_xray after preprocessing for client 'own', got (1, 8, 8) from npz"
+                "'own': data: expected examples of shape (1, 28, 28) as in the main data set "
+                "after preprocessing for client 'own', got (1, 8, 8)"
             ),
         ),
         (
             xray,
             SourceConfig(name="digits"),
-            "'own': data: digits: expected 2 classes as in the common set chest_xray, got 10",
+            "'own': data: digits: expected 2 classes as in the main data set, got 10",
         ),
         (
             images,
             SourceConfig(),
-            (
-                "'own': data: chest_xray: expected 4 classes as in "
-                "the common set synthetic_images, got 2"
-            ),
+            ("'own': data: chest_xray: expected 4 classes as in the main data set, got 2"),
         ),
-        (xray, SourceConfig(), "'own': data: is the common source"),
+        (xray, SourceConfig(), "'own': data: is the source of the main data set"),
         (
             make_table(kind="regression"),
             local,
             (
                 "'own': data: npz: expected a regression task as in the "
-                "common set synthetic_table, got multiclass"
+                "main data set, got multiclass"
             ),
         ),
         (
@@ -280,11 +277,11 @@ def test_client_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
     assert torch.equal(columns["x"][:, 0], -columns["x"][:, 1]) and columns["x"][:, 0].min() > 0
     assert torch.equal(columns["y"], columns["x"][:, 0].long() % 3)
     for change, words in (
-        (rows.rename(columns={"u": "w"}), "column 'u' not found, which the common data contain"),
-        (rows.assign(w=1), "column 'w' does not exist in the common set table"),
+        (rows.rename(columns={"u": "w"}), "column 'u' not found, which the main data set contains"),
+        (rows.assign(w=1), "column 'w' does not exist in the main data set"),
         (
             rows.replace({"kind": {"y": "yy"}}),
-            "class 'yy' does not exist in the common set table",
+            "class 'yy' does not exist in the main data set",
         ),
     ):
         change.to_csv(tmp_path / "own.csv", index=False)

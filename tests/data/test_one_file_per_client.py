@@ -175,8 +175,8 @@ def test_classes_and_columns_of_all_files_are_matched_by_name(
         (
             {"south": None},
             (
-                r"^data\.path: missing; table reads a local file .* "
-                r"client 'south' has no file of its own"
+                r"^data\.path: missing, and "
+                r"client 'south' has no data of its own"
             ),
         ),
         (
@@ -194,7 +194,7 @@ def test_classes_and_columns_of_all_files_are_matched_by_name(
         ),
         (
             {"data": {"name": "text"}},
-            r"^data\.path: missing; text reads .* only for data\.name table, npz, image_folder",
+            r"^data\.path: missing; only data\.name table, npz, image_folder can pool",
         ),
         (
             {"frame": {"ward": 1}},

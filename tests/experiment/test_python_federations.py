@@ -498,7 +498,7 @@ def test_timm_module() -> None:
 X, Y = images(40, 1)
 
 MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
-    "data without labels": (UserError, "labels missing", lambda: one_client(X)),
+    "data without labels": (UserError, "got x without labels", lambda: one_client(X)),
     "iterator": (TypeError, "read only once", lambda: one_client(iter([X, Y]))),
     "generator": (TypeError, "read only once", lambda: one_client(i for i in range(3))),
     "number as data": (TypeError, "expected a pair", lambda: one_client(5)),
@@ -587,7 +587,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "name of an optimizer": (
         TypeError,
-        "optimizer: expected a class such as Adam",
+        "optimizer: expected an optimizer such as Adam",
         lambda: hfl.Client("a", "mlp", optimizer="adam"),  # type: ignore[arg-type]
     ),
     "text and numbers": (
@@ -599,12 +599,12 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "test of a client without a global test": (
         UserError,
-        "'a': test: needs a global test set",
+        "'a': test: requires a global test set",
         lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y), test=(X, Y))]),
     ),
     "resume without a folder": (
         UserError,
-        "resume: needs out",
+        "resume: requires out",
         lambda: federation().train(hfl.Local(), rounds=1, resume=True),
     ),
     "negative label": (

@@ -198,7 +198,7 @@ def test_invalid_attack_settings_raise_one_line() -> None:
         attacks={"name": "sign_flip"},
     )
     refused(
-        "attacks.target: class must be less than 10",
+        "attacks.target: class must be < 10",
         attacks={"name": "backdoor", "target": 10},
     )
     refused(
@@ -207,7 +207,7 @@ def test_invalid_attack_settings_raise_one_line() -> None:
     )
     refused("attacks.from_round: must be <= ", attacks={"name": "scaled", "from_round": 9})
     refused(
-        "attacks.pairs: class must be less than 10",
+        "attacks.pairs: class must be < 10",
         attacks={"name": "label_flip", "pairs": {0: 11}},
     )
     refused(

@@ -238,7 +238,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "loss fails": (UserError, "objective: 'column'", lambda: train(federation(objective=fail))),
     "loss is a number": (
         UserError,
-        "objective: expected python:package.module:name, got 5",
+        "objective: expected a function, in a file python:package.module:name, got 5",
         lambda: federation(objective=5),
     ),
     "optimizer fails": (

@@ -120,7 +120,9 @@ def write_run(path: Path, case: Case, seed: int = 0) -> RunDirectory:
         record: dict[str, Any] = {
             "round": r,
             "cohort": ids,
-            "failed": {ids[1]: "its loss is no longer finite"} if case.failures and r == 2 else {},
+            "failed": {ids[1]: "loss or parameters of 'model' are not finite"}
+            if case.failures and r == 2
+            else {},
             "train_loss": {i: float(0.7 / r**0.5 + rng.normal(0, 0.02)) for i in ids},
             "up_bytes": per_round,
             "down_bytes": 2 * per_round,

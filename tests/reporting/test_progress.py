@@ -33,7 +33,9 @@ def test_quiet_progress_prints_evaluated_rounds(
     play(run, Progress(tmp_path / "log.txt", console=Console(file=shown, soft_wrap=True)))
     lines = shown.getvalue().splitlines()
     assert lines[0] == "6 clients, 5 rounds"
-    assert lines[1].startswith("round 2: hospital_2 dropped (its loss is no longer finite)")
+    assert lines[1].startswith(
+        "round 2: hospital_2 dropped (loss or parameters of 'model' are not finite)"
+    )
     assert [line.split()[1] for line in lines[2:-1]] == ["2/5", "4/5", "5/5"]
     assert (
         "local test: balanced accuracy" in lines[2] and "global test: balanced accuracy" in lines[2]

@@ -40,7 +40,7 @@ def test_training_settings_include_logit_adjustment() -> None:
 @pytest.mark.parametrize("attack", ["membership", "inversion"])
 def test_audit_page_names_only_the_attacks_made(attack: str) -> None:
     tables: dict[str, list[list[str]]] = {"membership": [], "inversion": []}
-    tables[attack] = [["site_1", "by the loss", "", "", "", ""]]
+    tables[attack] = [["site_1", "loss", "", "", "", ""]]
     page = render(
         "audit.html",
         title="Audit",

@@ -184,8 +184,8 @@ def test_report_states_warnings_first(made_run: MakeRun) -> None:
     page = read(made_run(simulated=True, failures=True))
     assert "The data of this run is generated, not real." in page.text
     assert (
-        "Clients dropped in 1 round: round 2: hospital_2 (its loss is no longer finite)."
-        in page.text
+        "Clients dropped in 1 round: round 2: hospital_2 "
+        "(loss or parameters of 'model' are not finite)." in page.text
     )
     assert page.text.index("The data of this run is generated") < page.text.index("Summary")
 

@@ -122,7 +122,8 @@ def test_missing_models_are_explained(tmp_path: Path) -> None:
     run.write_json("details.json", {})
     run.finish({"rounds_completed": 1})
     with pytest.raises(
-        UserError, match=r"has no models; no site uploads its own \(tells.model in a site's file\)"
+        UserError,
+        match=r"has no models; a site uploads its model only with tells.model=true in its",
     ):
         _ = Run(run.path).models
 

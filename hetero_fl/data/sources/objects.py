@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,6 +133,9 @@ def _from_frame(frame: pd.DataFrame, where: str, label: str | None) -> Dataset:
         raise UserError(
             f"{where}: label: missing; name the column of the labels{suggest_or_list('', columns)}"
         )
+    columns = list(map(str, frame.columns))
+    labels = [label] if label in columns else [part.strip() for part in label.split(",")]
+    check_names(labels, columns, f"{where}: label: column", " not found")
     return read_table(frame.reset_index(drop=True), where, label)
 
 
@@ -187,7 +190,7 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
             "collect its items in arrays"
         )
     if isinstance(data, Tensor | np.ndarray):
-        raise UserError(f"{where}: labels missing; pass a pair (x, y)")
+        raise UserError(f"{where}: expected a pair (x, y), got x without labels")
     if not isinstance(data, tuple | list):
         raise TypeError(f"{where}: expected {KINDS}, got {type(data).__name__}")
     if len(data) != 2:

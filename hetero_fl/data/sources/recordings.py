@@ -76,8 +76,8 @@ def _read_windows(path: Path, label: str, group: str, needs_group: bool) -> Data
     for name in (label, group):
         if name in arrays and arrays[name].shape != (len(x),):
             raise UserError(
-                f"{where}: {name}: expected shape {(len(x),)} as x has windows, got "
-                f"{arrays[name].shape}"
+                f"{where}: {name}: expected shape {(len(x),)}, one entry per window of x, "
+                f"got {arrays[name].shape}"
             )
     if not np.isfinite(x).all():
         window, sample, channel = np.argwhere(~np.isfinite(x))[0]

@@ -109,9 +109,7 @@ def activity(config: SourceConfig, _root: Path) -> Dataset:
         return read_recorded(path, windows, config.label, config.group)
     for key in ("label", "group", "windows"):
         if getattr(config, key) is not None:
-            raise UserError(
-                f"{key}: needs path, as it describes a file; set path or remove the key"
-            )
+            raise UserError(f"{key}: needs path, as it describes a file; set path or remove it")
     recordings = []
     activities = []
     for number in range(PERSONS):

@@ -308,7 +308,7 @@ def traffic(config: SourceConfig, _root: Path) -> Dataset:
         return read_traffic(Path(config.path).expanduser(), series, config.label, config.group)
     for key in ("label", "group"):
         if getattr(config, key) is not None:
-            raise UserError(f"{key}: needs path, as it names a column; set path or remove the key")
+            raise UserError(f"{key}: needs path, as it names a column; set path or remove it")
     selected = series.sites or tuple(name for name in JUNCTIONS if name != PUBLIC)
     check_names(selected, JUNCTIONS, "series.sites: unknown site")
     sites = [site for site in make_junctions() if site.name in selected]

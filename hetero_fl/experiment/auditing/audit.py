@@ -154,8 +154,7 @@ def _check_arguments(attack: str, shadows: int, images: int, batch: int) -> None
         raise ArgumentError(f"attack: unknown attack '{attack}'{suggest_or_list(attack, attacks)}")
     if shadows and (shadows < 4 or shadows % 2):
         raise ArgumentError(
-            f"shadows: must be an even number >= 4, or 0 for the attack by the loss alone, "
-            f"got {shadows}"
+            f"shadows: must be an even number >= 4, or 0 for the loss attack only, got {shadows}"
         )
     if not 1 <= batch <= 4:
         raise ArgumentError(f"batch: must be between 1 and 4, got {batch}")
@@ -202,7 +201,7 @@ def _membership(
     candidate_rows = {client: candidates(prepared.data, client, seed) for client in clients}
     if any(c.examples.time is not None for c in candidate_rows.values()):
         notes.append(
-            "rows are split by date: non-members are later than members, so the attack by the loss "
+            "rows are split by date: non-members are later than members, so the loss attack "
             "may detect dates instead of membership"
         )
     assignments: dict[str, Tensor] = {}

@@ -17,16 +17,16 @@ from hetero_fl.reporting.summary import PRIVACY_UNITS
 from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
-ATTACKS = {"loss": "by the loss", "lira": "with shadow models"}
+ATTACKS = {"loss": "loss", "lira": "LiRA"}
 COLORS = {"loss": style.GREY, "lira": style.VERMILION}
-LABELS = {"read": "read off it", "misread": "misread", "known": "known"}
+LABELS = {"read": "recovered", "misread": "wrong", "known": "assumed known"}
 # PSNR in dB from which a reconstruction counts as exact.
 EXACT = 99.0
 # Line styles, one for each client.
 LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dot"}
 # Largest number of images in a row.
 MAX_COLUMNS = 8
-MEMBERSHIP = ("client", "attack", "rows in / out", "AUROC ± s.e.", "hits at 1% false alarms", "")
+MEMBERSHIP = ("client", "attack", "rows in / out", "AUROC ± s.e.", "TPR at 1% FPR", "")
 INVERSION = ("client", "step", "upload", "PSNR (dB)", "SSIM", "label")
 
 
@@ -94,7 +94,7 @@ def inversion_rows(content: Json) -> list[list[str]]:
         [
             r["client"],
             str(r["step"]),
-            "none: the mean image" if r["way"] == "blind" else r["way"],
+            "none (mean image)" if r["way"] == "blind" else r["way"],
             "exact" if r["psnr"] >= EXACT else f"{r['psnr']:.1f}",
             f"{r['ssim']:.2f}",
             LABELS.get(r.get("label", ""), ""),
@@ -144,8 +144,8 @@ def _membership(part: FigureBase, rows: list[Json]) -> None:
     curves.set(
         xlim=(0, 1),
         ylim=(0, 1),
-        xlabel="false alarms",
-        ylabel="members found",
+        xlabel="false positive rate",
+        ylabel="true positive rate",
         title="Membership inference",
     )
     words = list(LINES.values())

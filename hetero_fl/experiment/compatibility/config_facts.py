@@ -19,6 +19,7 @@ from hetero_fl.config import Config
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
+from hetero_fl.utils.objects import OBJECT_PREFIX
 
 ROBUST_KEYS = ("rule", "predictions", "statistics")
 """Keys of the section `aggregation` that select a rule, each for a different kind of item."""
@@ -60,6 +61,15 @@ class ConfigFacts:
             for name in (*CLIENT_OPTIONS, "class_weights"):
                 if value := getattr(settings, name):
                     yield place + name, name, value
+
+    def given_models(self) -> dict[str, str] | None:
+        """Describe the models that initialize the run, if any, and how to run without them."""
+        source = self.config.init_from
+        if not source:
+            return None
+        if source.startswith(OBJECT_PREFIX):
+            return {"found": "init='given'", "advice": "pass model classes, or set init='seeded'"}
+        return {"found": f"init_from={source}", "advice": "remove one of them"}
 
     def unused_option(self) -> str | None:
         """Return the key of a client option that is set but not used by the method, or None."""

@@ -36,17 +36,18 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     # Methods
     "task_of_method": CompatibilityRule(
-        ("algorithm.name", "data.name"),
+        ("algorithm.name", "data set"),
         lambda run: (
             run.task.kind not in run.algorithm.needs.tasks and ", ".join(run.algorithm.needs.tasks)
         ),
-        "algorithm.name={run.name} supports {found}, but data.name has a {run.task.kind} task",
+        "algorithm.name={run.name} supports {found} tasks, but the data set has a "
+        "{run.task.kind} task",
     ),
     "no_proxy_set": CompatibilityRule(
         ("algorithm.name", "data.proxy.size"),
         lambda run: run.algorithm.needs.has_required_proxy and not run.num_proxy,
-        "algorithm.name={run.name} requires a proxy set, but data.proxy.size is 0; set "
-        "data.proxy.size > 0 to make training rows public, or set data.proxy.source",
+        "algorithm.name={run.name} requires a proxy set; set data.proxy.size > 0 to make "
+        "training rows public, or data.proxy.source (Federation: pass proxy=...)",
     ),
     "no_proxy_labels": CompatibilityRule(
         ("algorithm.initial_phase", "data.proxy.labels"),
@@ -57,10 +58,10 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "data.proxy.labels is false; set it to true, or set algorithm.initial_public_epochs=0",
     ),
     "no_shares": CompatibilityRule(
-        ("algorithm.name", "clients.defaults.shares"),
+        ("algorithm.name", "shares"),
         lambda run: run.missing_shares(),
         "algorithm.name={run.name} requires clients that share {found}; add it to "
-        "clients.defaults.shares or to the shares of some clients",
+        "shares of some or all clients",
     ),
     "large_population": CompatibilityRule(
         ("algorithm.name", "clients"),
@@ -87,28 +88,28 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     # Training
     "class_weights_of_other_task": CompatibilityRule(
-        ("class_weights", "data.name"),
+        ("class_weights", "data set"),
         lambda run: (
             run.task.kind != "multiclass"
             and first(k.first for k in run.profiles if k.settings.class_weights is not None)
         ),
-        "clients: {found}: class_weights: requires a multiclass task, but data.name has a "
+        "clients: {found}: class_weights: requires a multiclass task, but the data set has a "
         "{run.task.kind} task",
     ),
     "number_of_class_weights": CompatibilityRule(
-        ("class_weights", "data.name"),
+        ("class_weights", "class"),
         lambda run: first(
             {"client": client, "count": len(weights)}
             for client, weights in run.class_weights.items()
             if len(weights) != run.task.outputs
         ),
         "clients: {client}: class_weights: expected {run.task.outputs} numbers, one for each "
-        "class of data.name, got {count}",
+        "class, got {count}",
     ),
     "prior_of_other_task": CompatibilityRule(
-        ("prior", "data.name"),
+        ("prior", "data set"),
         lambda run: run.task.kind != "multiclass" and run.prior_option(),
-        "{found}: requires a multiclass task, but data.name has a {run.task.kind} task",
+        "{found}: requires a multiclass task, but the data set has a {run.task.kind} task",
     ),
     "correction_of_adjusted_predictions": CompatibilityRule(
         ("prior_correction", "logit_adjustment"),
@@ -243,14 +244,14 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "algorithm.name={run.name}, which averages '{found}' separately from its model",
     ),
     "exclusive_rule": CompatibilityRule(
-        ("aggregation.predictions", "data.name"),
+        ("aggregation.predictions", "data set"),
         lambda run: (
             run.task.kind != "multiclass"
             and "predictions" in run.rules
             and prediction_rule[run.rules["predictions"]].exclusive
             and run.rules["predictions"]
         ),
-        "aggregation.predictions={found} requires a multiclass task, but data.name has a "
+        "aggregation.predictions={found} requires a multiclass task, but the data set has a "
         "{run.task.kind} task",
     ),
     "rule_without_proxy_set": CompatibilityRule(
@@ -290,19 +291,19 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "factors of updates; choose label_flip",
     ),
     "attack_on_classes": CompatibilityRule(
-        ("attacks.name", "data.name"),
+        ("attacks.name", "data set"),
         lambda run: "data" in run.acts_on and run.task.kind == "regression",
-        "{run.attack} requires a classification task, but data.name has a regression task",
+        "{run.attack} requires a classification task, but the data set has a regression task",
     ),
     "trigger_of_other_task": CompatibilityRule(
-        ("attacks.name", "data.name"),
+        ("attacks.name", "data set"),
         lambda run: run.has_trigger and run.task.kind != "multiclass",
-        "{run.attack} requires a multiclass task, but data.name has a {run.task.kind} task",
+        "{run.attack} requires a multiclass task, but the data set has a {run.task.kind} task",
     ),
     "trigger_without_images": CompatibilityRule(
-        ("attacks.name", "data.name"),
+        ("attacks.name", "images"),
         lambda run: run.has_trigger and any(len(k.arch.input_shape) != 3 for k in run.profiles),
-        "{run.attack} requires images, but not all clients of data.name have images",
+        "{run.attack} requires images, but the data of some clients are not images",
     ),
     "attack_after_the_run": CompatibilityRule(
         ("attacks.from_round", "rounds"),
@@ -313,16 +314,15 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "got {run.config.attacks.from_round}",
     ),
     "trigger_larger_than_images": CompatibilityRule(
-        ("attacks.trigger", "data.name"),
+        ("attacks.trigger", "images"),
         lambda run: run.has_trigger and run.small_image(),
-        "attacks.trigger: must be <= {found}, the side of images in data.name in pixels, got "
+        "attacks.trigger: must be <= {found}, the side length of the images in pixels, got "
         "{run.config.attacks.trigger}",
     ),
     "unknown_class_in_attack": CompatibilityRule(
-        ("attacks.target", "data.name"),
+        ("attacks.target", "classes"),
         lambda run: run.unknown_class(),
-        "attacks.{key}: class must be less than {run.task.outputs}, the number of classes in "
-        "data.name, got {value}",
+        "attacks.{key}: class must be < {run.task.outputs}, the number of classes, got {value}",
     ),
     # Asynchronous runs
     "asynchronous_single_uploads": CompatibilityRule(

@@ -75,9 +75,9 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
     ),
     "private_run_from_other_models": CompatibilityRule(
         ("init_from", "privacy.unit"),
-        lambda run: run.unit and run.config.init_from,
-        "init_from={found} cannot be combined with privacy.unit={run.unit}, because ε does "
-        "not include what these models reveal; remove one of them",
+        lambda run: run.unit and run.given_models(),
+        "{found} cannot be combined with privacy.unit={run.unit}, because ε does not include what "
+        "these models reveal; {advice}",
     ),
     "private_sampling": CompatibilityRule(
         ("cohort.sampling", "privacy.unit"),

@@ -46,6 +46,7 @@ from hetero_fl.privacy.client_side import uploadable_items
 from hetero_fl.robustness.robust_means import AggregationRules, RobustModelMeans
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.text import format_list
 from model_zoo import is_batch_norm, model_options
 
@@ -715,7 +716,10 @@ def _lone_owners(
 
 
 def _other(arch: ModelSpec) -> dict[str, str]:
-    """Return the name of a model, and the configuration of a similar model with GroupNorm."""
+    """Return the name of a model, and a similar model without BatchNorm."""
+    if arch.name.startswith(OBJECT_PREFIX):
+        model = arch.name.removeprefix(OBJECT_PREFIX)
+        return {"model": model, "other": "a module with GroupNorm or LayerNorm"}
     return {"model": arch.name, "other": group_norm_variant(arch.name)}
 
 

@@ -395,7 +395,7 @@ class ProcessPool(WorkerPool):
             raise UserError(ADVICE)
         if process.exitcode is not None and process.exitcode >= 0:
             raise RunFailedError(
-                f"a worker process ended with status {process.exitcode}; see its error output"
+                f"a worker process exited with status {process.exitcode}; see its error output"
             )
 
     def _end(self, index: int) -> None:

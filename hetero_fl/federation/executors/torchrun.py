@@ -111,8 +111,8 @@ class TorchrunPool(WorkerPool):
         worker, result = self._results.get()
         if result is None:
             raise RunFailedError(
-                f"rank {worker + 1} has ended, and torchrun ends all others; "
-                "resume the run with the same command"
+                f"rank {worker + 1} exited and torchrun stopped all ranks; "
+                "run the same command again to resume"
             )
         return worker, result
 

@@ -245,7 +245,7 @@ def config(**changes: object) -> dict[str, object]:
                     "source": {"name": "phrases_public", "text": {"length": 8, "vocabulary": 50}}
                 }
             },
-            "phrases_public: the vocabulary differs from that of the common set; set the same text",
+            "phrases_public: the vocabulary differs from that of the main data set; set the same",
         ),
         ({"algorithm": {"name": "dense"}}, "algorithm.name: dense cannot generate tokens"),
         (

@@ -365,7 +365,7 @@ def test_exception_in_worker_is_reported_in_one_line(
         run(source, out=tmp_path / "workers")
     assert set(multiprocessing.active_children()) <= set(before)
     if method == "Leaves":
-        assert str(error.value) == "a worker process ended with status 3; see its error output"
+        assert str(error.value) == "a worker process exited with status 3; see its error output"
         return
     assert isinstance(error.value.__cause__, RemoteTracebackError) and "ZeroDivisionError" in str(
         error.value.__cause__

@@ -86,8 +86,8 @@ if TYPE_CHECKING:
     from hetero_fl.data import from_arrays, register_partition, register_source
     from hetero_fl.experiment import audit, compare, evaluate, export, join, prepare, run
     from hetero_fl.experiment.client import Client, split
+    from hetero_fl.experiment.configuration import load_config
     from hetero_fl.experiment.federation import Federation
-    from hetero_fl.experiment.preparation import load_config
     from hetero_fl.experiment.trainer import Trainer
     from hetero_fl.reporting.comparison.result import Comparison
     from hetero_fl.reporting.run import Run

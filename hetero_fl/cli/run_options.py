@@ -227,7 +227,7 @@ def load_checked_run(
     if check:
         from hetero_fl.cli.printing import print_check, print_draft
         from hetero_fl.experiment import prepare
-        from hetero_fl.experiment.preparation import draft_config
+        from hetero_fl.experiment.configuration import draft_config
 
         draft = draft_config(config, overrides)
         if refused := dict(permission.find_refused(draft.code_references, draft.key_source)):

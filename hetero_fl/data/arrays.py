@@ -1,37 +1,32 @@
-"""Data sets from arrays in memory and from `.npz` files in the MedMNIST layout."""
+"""Data sets from arrays in memory."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_fl.core.images import (
-    MAX_CHANNELS,
-    USUAL_CHANNELS,
     as_bytes,
     as_numbers,
     channels_first,
     in_range,
 )
 from hetero_fl.core.task import Task
+from hetero_fl.data.checks import check_examples, first_true
 from hetero_fl.data.dataset import (
     MAX_NUMBERED_CLASSES,
     Block,
     Dataset,
     Examples,
     Vocabulary,
-    check_examples,
-    first_true,
     index_names,
 )
-from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import UserError, suggest_or_list
 
 Kind = Literal["multiclass", "multilabel", "regression"]
 MAX_LISTED_CLASSES = 8
@@ -347,7 +342,7 @@ def _read_labels(
         kind, remarks = _label_kind(list(y.values()), has_unit, name)
     if kind == "multiclass" and width == 1:
         numbers = {
-            split: _class_numbers(part.numpy(), f"{name}: {split}: y") for split, part in y.items()
+            split: class_numbers(part.numpy(), f"{name}: {split}: y") for split, part in y.items()
         }
         return _classes(numbers, num_classes, remarks, name)
     if kind == "multiclass":
@@ -429,7 +424,7 @@ def _is_one_hot(y: list[Tensor]) -> bool:
     )
 
 
-def _class_numbers(y: np.ndarray, where: str) -> Tensor:
+def class_numbers(y: np.ndarray, where: str) -> Tensor:
     """Convert labels `[N]`, which must be whole numbers, to int64."""
     if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
         raise UserError(f"{where}: row {row}: expected a class number, got {y[row]:g}")
@@ -467,248 +462,3 @@ def _targets(y: Tensor, task: Task) -> Tensor:
         y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
         return y if y.is_floating_point() else y.long()
     return (y[:, None] if y.ndim == 1 else y).float()
-
-
-SPLITS = {"train": "train", "validation": "val", "test": "test"}
-"""Prefix of the arrays of each split in the MedMNIST layout."""
-PATIENT = "patient"
-TABLES = (".csv", ".tsv", ".parquet")
-"""Suffixes of files that the source `table` reads."""
-
-
-def read_npz(
-    path: Path,
-    name: str,
-    task: Task | None = None,
-    kind: str | None = None,
-    patient: str | None = None,
-) -> Dataset:
-    """Read a `.npz` file in the MedMNIST layout.
-
-    The file contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
-    those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`
-    and values in 0..1 or 0..255. Floats `[N, F]` are rows of a table. Labels have shape `[N]`,
-    `[N, 1]` or `[N, L]`. Integers in one column are classes, several columns of 0 and 1 are
-    multilabel targets, and fractions are regression targets.
-
-    Args:
-        path: File to read.
-        name: Name of the data set.
-        task: Learning task. If set, the file must contain images. If None, the task is inferred
-            from the labels, with classes numbered from 0.
-        kind: Kind of the task, "multiclass", "multilabel" or "regression". If None, the kind is
-            inferred from the labels.
-        patient: Name of the array with the patient of each training row. If None, the array
-            "patient" is used if it exists.
-
-    Raises:
-        UserError: If the file is missing or malformed. The message names the array and the row.
-    """
-    where = f"path: {path}"
-    wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
-        patient or PATIENT
-    ]
-    arrays, names = read_npz_arrays(path, wanted)
-    raw = {
-        split: _split_arrays(arrays, prefix, where)
-        for split, prefix in SPLITS.items()
-        if f"{prefix}_images" in arrays
-    }
-    if "train" not in raw:
-        raise _missing_images_error(where, names)
-    known = task is not None
-    task = task or _npz_task([y for _, y in raw.values()], where, kind)
-    notes = (
-        ()
-        if known or kind is not None
-        else _ambiguity_note([y for _, y in raw.values()], task, f"{where}: train_labels")
-    )
-    read = _npz_images(
-        {f"{where}: {SPLITS[s]}_images": x for s, (x, _) in raw.items()}, table=not known
-    )
-    splits = {}
-    for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
-        images = f"{SPLITS[split]}_images"
-        labels = f"{SPLITS[split]}_labels"
-        splits[split] = Examples(pixels, _npz_targets(y, task, f"{where}: {labels}"))
-        check_examples(splits[split], task, where, names=(images, labels))
-        if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
-            raise UserError(
-                f"{where}: {images}: expected rows of shape {raw['train'][0].shape[1:]} as in "
-                f"train_images, got shape {x.shape}"
-            )
-    train = splits["train"]
-    if (patients := arrays.get(patient or PATIENT)) is not None:
-        if patients.shape not in ((len(train),), (len(train), 1)):
-            raise UserError(
-                f"{where}: {patient or PATIENT}: expected shape ({len(train)},), one entry per "
-                f"row of train_images, got {patients.shape}"
-            )
-        train.patient, train.patient_names = index_names(patients.reshape(-1).tolist())
-    elif patient is not None:
-        raise UserError(
-            f"patient: array '{patient}' not found in {path}{suggest_or_list(patient, names)}"
-        )
-    return Dataset(
-        name,
-        task,
-        train,
-        splits.get("validation"),
-        splits.get("test"),
-        about=f"local file {path.name}",
-        notes=notes,
-    )
-
-
-def read_images(path: Path) -> Tensor:
-    """Read the training images of a `.npz` file in the MedMNIST layout, without labels.
-
-    Returns:
-        Images, uint8 or float32 `[N, C, H, W]`, or rows of a table, float32 `[N, F]`.
-
-    Raises:
-        UserError: If the file is missing or malformed.
-    """
-    where = f"path: {path}"
-    arrays, names = read_npz_arrays(path, ["train_images"])
-    if not arrays:
-        raise _missing_images_error(where, names)
-    if arrays["train_images"].shape[:1] in ((), (0,)):
-        raise UserError(f"{where}: train_images: has no rows")
-    return _npz_images({f"{where}: train_images": arrays["train_images"]}, table=True)[0]
-
-
-def _missing_images_error(where: str, names: Sequence[str]) -> UserError:
-    found = ", ".join(names) or "no arrays"
-    return UserError(f"{where}: array 'train_images' not found; the file has {found}")
-
-
-def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read selected arrays of a `.npz` file.
-
-    Args:
-        path: File to read.
-        wanted: Names of the arrays to read. Arrays that do not exist are skipped.
-
-    Returns:
-        The existing arrays, keyed by name, and the names of all arrays in the file.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    where = f"path: {path}"
-    if not path.is_file():
-        raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            names = list(archive.files)
-            return {name: archive[name] for name in names if name in wanted}, names
-    except Exception as error:
-        # zipfile, zlib and numpy raise many kinds of errors for a damaged file.
-        raise UserError(
-            f"{where}: not a readable .npz file{_unreadable_reason(path, error)}"
-        ) from error
-
-
-def _unreadable_reason(path: Path, error: Exception) -> str:
-    # NumPy's message would recommend unpickling the file.
-    if not is_zipfile(path):
-        return ": expected a complete archive as written by numpy.savez"
-    if "pickle" in str(error):
-        return ": contains an array of Python objects; save arrays of numbers"
-    return f" ({type(error).__name__}: {error})"
-
-
-def _split_arrays(
-    arrays: dict[str, np.ndarray], split: str, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    images = f"{split}_images"
-    labels = f"{split}_labels"
-    if labels not in arrays:
-        raise UserError(f"{where}: array '{labels}' not found, which '{images}' needs")
-    x = arrays[images]
-    y = arrays[labels]
-    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
-        raise UserError(f"{where}: {labels}: expected shape (N,), (N, 1) or (N, L), got {y.shape}")
-    if x.ndim == 0 or len(x) != len(y):
-        raise UserError(
-            f"{where}: {labels}: expected {len(x) if x.ndim else 0} rows as in {images}, got "
-            f"{len(y)}"
-        )
-    if y.dtype.kind not in "buif":
-        raise UserError(f"{where}: {labels}: expected numbers, got {y.dtype}")
-    if y.dtype.kind == "f" and not np.isfinite(y).all():
-        row = np.argwhere(~np.isfinite(y))[0][0]
-        raise UserError(f"{where}: {labels}: row {row}: NaN or infinite value")
-    return x, y[:, None] if y.ndim == 1 else y
-
-
-def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """Return the task of the labels of all splits, inferred from the labels if `kind` is None."""
-    widths = {y.shape[1] for y in labels}
-    if len(widths) > 1:
-        raise UserError(
-            f"{where}: labels: expected the same number of columns in every split, got "
-            f"{' and '.join(map(str, sorted(widths)))}"
-        )
-    y = np.concatenate(labels)
-    if len(y) == 0:
-        raise UserError(f"{where}: train_images: has no rows")
-    if kind is None and y.dtype.kind == "f" and (y != np.floor(y)).any():
-        kind = "regression"
-    if kind == "regression":
-        return Task("regression", y.shape[1])
-    if kind == "multilabel" or (kind is None and y.shape[1] > 1):
-        return Task("multilabel", y.shape[1])
-    values = np.unique(y)
-    # At least half of the class numbers must occur, so that a stray 255 among two classes is
-    # reported instead of creating 256 classes.
-    if values[0] >= 0 and int(values[-1]) + 1 > 2 * len(values):
-        raise UserError(
-            f"{where}: labels: label {int(values[-1])} is out of range for {len(values)} distinct "
-            "labels; number the classes from 0"
-        )
-    return Task("multiclass", int(max(values[-1], 0)) + 1)
-
-
-def _ambiguity_note(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
-    """Return a remark if the labels of all splits are ambiguous, otherwise an empty tuple."""
-    y = np.concatenate(labels)
-    if task.kind == "multiclass" and (
-        absent := sorted(set(range(task.outputs)) - set(y[:, 0].astype(int).tolist()))
-    ):
-        listed = ", ".join(map(str, absent))
-        return (f"{where}: read as {task.outputs} classes from 0, of which {listed} do not occur",)
-    if task.kind == "multilabel" and bool((y.sum(1) == 1).all()):
-        return (
-            f"{where}: every row has exactly one 1, read as multilabel; if they are classes, save "
-            "one column of class numbers",
-        )
-    return ()
-
-
-def _npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
-    if task.kind != "multiclass":
-        return torch.from_numpy(y.astype(np.float32))
-    if y.shape[1] != 1:
-        raise UserError(f"{where}: expected one column of labels, got {y.shape[1]}")
-    return _class_numbers(y[:, 0], where)
-
-
-def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
-    """Return images `[N, C, H, W]` as uint8 or float32 or, if `table` is set, tables `[N, F]`."""
-    read = {}
-    for where, x in raw.items():
-        if x.dtype.kind not in "buif":
-            raise UserError(f"{where}: expected images as uint8 or floats, got {x.dtype}")
-        images = as_numbers(x, where)
-        images = as_bytes(images, where) if x.ndim > 2 else images.float()
-        if x.ndim == 3:
-            images = images[:, None]
-        elif x.ndim == 4 and (x.shape[-1] <= MAX_CHANNELS or x.shape[1] in USUAL_CHANNELS):
-            images = channels_first(images, where, documented="last")
-        elif x.ndim != 2 or not table:
-            raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {x.shape}")
-        read[where] = images.float() if images.is_floating_point() else images
-    ranged, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
-    return list((read | ranged).values())

@@ -18,20 +18,13 @@ from hetero_fl.config.clients import PreprocessConfig
 from hetero_fl.config.data import DataConfig, SourceConfig, TextConfig
 from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import read_images
-from hetero_fl.data.dataset import (
-    Block,
-    Categories,
-    Dataset,
-    Examples,
-    Vocabulary,
-    first_true,
-    spans_of,
-)
+from hetero_fl.data.checks import first_true
+from hetero_fl.data.dataset import Block, Categories, Dataset, Examples, Vocabulary, spans_of
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
 from hetero_fl.data.registry import load_source, reads_key
 from hetero_fl.data.sources.images import image_files, read_image_files
+from hetero_fl.data.sources.npz_files import read_images
 from hetero_fl.data.splits import RowSelection, Splits, draw_rows, holdout_strategy
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list

@@ -9,8 +9,9 @@ from typing import Literal
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import TABLES, read_npz
-from hetero_fl.data.dataset import Dataset, check_examples
+from hetero_fl.data.checks import check_examples
+from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.sources.npz_files import TABLES, read_npz
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object

@@ -24,7 +24,8 @@ from hetero_fl.deployment.messages import (
     refusal_reason,
 )
 from hetero_fl.deployment.validation import MAX_PIXELS, read_data_info, read_settings
-from hetero_fl.experiment.preparation import PreparedRun, load_config, load_federated_data, prepare
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import PreparedRun, load_federated_data, prepare
 from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors.base import ClientAbsentError
 from hetero_fl.utils.code_permission import CodePermission, find_references

@@ -46,7 +46,8 @@ from hetero_fl.deployment.policy import (
 )
 from hetero_fl.deployment.transport import Envelope, find_violation
 from hetero_fl.deployment.validation import read_data_info
-from hetero_fl.experiment.preparation import load_config, load_federated_data, prepare
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.workers import Worker, WorkerJob, WorkerSetup
 from hetero_fl.federation.state_store import PrivateState

@@ -33,7 +33,8 @@ from hetero_fl.deployment.remote_executor import NodeExecutor
 from hetero_fl.deployment.transport import MESSAGE_BYTES, BoundedTransport, Transport
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
-from hetero_fl.experiment.preparation import PreparedRun, load_config
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.simulation.schedule import unused_simulation_keys

@@ -24,7 +24,8 @@ from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import Overrides, override_list, read_config_file
 from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.preparation import load_config, prepare
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import prepare
 from hetero_fl.experiment.runner import run
 from hetero_fl.experiment.used_settings import add_method_defaults, used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings, rank_methods

@@ -34,8 +34,9 @@ from hetero_fl.config.schema import (
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.experiment.client import Client, plain_value
 from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.datasets import FederationDatasets
-from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
+from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
 from hetero_fl.reporting.comparison.result import Comparison

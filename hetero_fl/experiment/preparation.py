@@ -1,28 +1,18 @@
-"""Load the configuration, data and method of a run, and check that they fit together."""
+"""Load the data and method of a run, and check that they fit the configuration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.base import shared_part_of
 from hetero_fl.config import Config, expand_population
-from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import (
     Overrides,
-    Source,
-    apply_overrides,
-    is_tutorial,
-    override_list,
-    plain,
-    read_config_file,
-    translate_tutorial,
 )
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientDirectory
@@ -39,6 +29,7 @@ from hetero_fl.experiment.compatibility import (
     check_rules,
     check_user_code,
 )
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
@@ -55,10 +46,10 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
-from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
+from hetero_fl.utils.code_permission import CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
-from hetero_fl.utils.errors import UserError, closest
-from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
@@ -517,224 +508,3 @@ LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
 def compatibility_notes(notes: Iterable[CompatibilityRule[RunFacts]], run: RunFacts) -> list[str]:
     """Return the lines of all notes that apply to a run."""
     return [line for note in notes for line in note.lines(run)]
-
-
-@dataclass(frozen=True)
-class DraftConfig:
-    """A configuration that was validated without importing code that the configuration refers to.
-
-    Args:
-        config: The configuration. The settings of the algorithm have not been validated.
-        raw: The configuration as plain values, with overrides.
-        overrides: The overrides, as `key.path=value`.
-        source: Name of the configuration file, for error messages.
-        written: The configuration as plain values, without overrides.
-    """
-
-    config: Config
-    raw: dict[str, Any]
-    overrides: list[str]
-    source: str
-    written: dict[str, Any]
-
-    @property
-    def code_references(self) -> dict[str, str]:
-        """References to code, each mapped to the configuration key where the reference occurs."""
-        written = find_references(self.raw)
-        return {
-            name: written.get(name, key)
-            for name, key in find_references(self.config.model_dump()).items()
-        }
-
-    def key_source(self, key: str) -> str:
-        """Return the origin of a key.
-
-        The origin is the last override that sets the key or a section around it. If there is none,
-        the origin is the configuration file.
-        """
-        where = self.source
-        for override in self.overrides:
-            named = override.partition("=")[0]
-            where = override if key == named or key.startswith(f"{named}.") else where
-        return where
-
-    def error(self, line: str) -> UserError:
-        """Create an error whose message is prefixed with the origin of the key.
-
-        If the key is a section, the origin is the last override within the section whose removal
-        changes the error. If only the removal of all overrides within the section changes the
-        error, the origin is the last of these overrides.
-
-        Args:
-            line: Error message that begins with a key.
-        """
-        key = line.partition(": ")[0]
-        where = self.key_source(key)
-        # The search tries other combinations of overrides and must not import code.
-        names_code = bool(find_references([self.raw, self.written])) or any(
-            CODE_PREFIX in o for o in self.overrides
-        )
-        if where == self.source and not names_code:
-            where = self._override_in(key, line) or where
-        return UserError(f"{where}: {line}")
-
-    def _override_in(self, section: str, line: str) -> str | None:
-        inside = [o for o in self.overrides if section == "here" or o.startswith(f"{section}.")]
-        if not inside or _find_error(self.written, []) == line:
-            return None
-        for override in reversed(inside):
-            if _find_error(self.written, [o for o in self.overrides if o != override]) != line:
-                return override
-        outside = [o for o in self.overrides if o not in inside]
-        return inside[-1] if _find_error(self.written, outside) != line else None
-
-
-def load_config(
-    source: Source, overrides: Overrides = (), allow_code: bool | CodePermission = False
-) -> Config:
-    """Load and check a configuration.
-
-    If an override selects a different algorithm than the file, the algorithm settings in the file
-    are ignored. JSON files in the format of a well-known tutorial (see `hetero_fl.config.load`) are
-    translated.
-
-    Args:
-        source: A YAML or JSON file, a dictionary, or another configuration.
-        overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
-        allow_code: Whether code that a file refers to (`python:package.module:Name`) may be
-            executed. References in a dictionary or in `overrides` are always allowed.
-
-    Returns:
-        The validated configuration, with all defaults.
-
-    Raises:
-        UserError: If the configuration is invalid. The message names the invalid key.
-
-    Example:
-        >>> import hetero_fl
-        >>> config = hetero_fl.load_config({"rounds": 5}, overrides=["algorithm.name=fedprox"])
-        >>> config.rounds
-        5
-        >>> config.algorithm["mu"]
-        0.01
-        >>> hetero_fl.load_config({"round": 5})
-        Traceback (most recent call last):
-        hetero_fl.utils.errors.UserError: configuration: round: unknown key; did you mean 'rounds'?
-    """
-    overrides = override_list(overrides)
-    draft = draft_config(source, overrides)
-    permission = CodePermission.from_argument(allow_code).with_caller_references(source, overrides)
-    permission.check(draft.code_references, draft.key_source)
-    if isinstance(source, str | Path):
-        for key, value in iterate_objects(draft.raw):
-            raise draft.error(
-                f"{key}: found '{value}', an object of a Python program, which a file cannot name"
-            )
-    config = draft.config
-    if draft.code_references:
-        try:
-            config = Config.model_validate(draft.raw, context={ALLOW_CODE: True})
-        except ValidationError as error:
-            raise draft.error(describe_error(error, draft.raw)) from None
-    loaded = config.model_copy(update={"algorithm": _load_algorithm_config(draft, permission)})
-    if "algorithm" not in config.model_fields_set:
-        # `model_copy` marks the updated field as set.
-        loaded.model_fields_set.discard("algorithm")
-    return loaded
-
-
-def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
-    """Read and validate a configuration without importing code that the configuration refers to.
-
-    The settings of the algorithm are not validated.
-
-    Args:
-        source: A YAML or JSON file, a dictionary, or another configuration.
-        overrides: Changes to the configuration, as `key.path=value` or as a dictionary.
-
-    Raises:
-        UserError: If the configuration is invalid.
-    """
-    where = str(source) if isinstance(source, str | Path) else "configuration"
-    raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
-    if not raw and isinstance(source, str | Path):
-        raise UserError(f"{where}: has no keys; expected at least data, clients and algorithm")
-    overrides = override_list(overrides)
-    if is_tutorial(raw):
-        raw, overrides = translate_tutorial(raw, overrides, where)
-    values = apply_overrides(raw, overrides)
-    try:
-        return DraftConfig(Config.model_validate(values), values, overrides, where, raw)
-    except ValidationError as error:
-        draft = DraftConfig(Config(), values, overrides, where, raw)
-        raise draft.error(describe_error(error, values, own=_method_keys(values))) from None
-
-
-def _find_error(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """Return the first error in a configuration, or None if the configuration is valid.
-
-    The configuration must not contain references to code.
-    """
-    try:
-        values = apply_overrides(raw, overrides)
-        _validate_algorithm(Config.model_validate(values).algorithm)
-    except ValidationError as error:
-        return describe_error(error, values, own=_method_keys(values))
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> dict[str, Any]:
-    """Return the settings of the algorithm with all defaults.
-
-    Raises:
-        UserError: If a setting is invalid. The message contains the origin of the setting.
-    """
-    try:
-        settings = _validate_algorithm(draft.config.algorithm)
-    except UserError as error:
-        raise draft.error(str(error)) from None
-    found = {name: f"algorithm.{key}" for name, key in find_references(settings).items()}
-    permission.check(found, draft.key_source)
-    try:
-        return (
-            _validate_algorithm(draft.config.algorithm, {ALLOW_CODE: True}) if found else settings
-        )
-    except UserError as error:
-        raise draft.error(str(error)) from None
-
-
-def _validate_algorithm(
-    section: Mapping[str, Any], context: Mapping[str, bool] | None = None
-) -> dict[str, Any]:
-    if "name" not in section and (misspelled := closest("name", section)) is not None:
-        raise UserError(f"algorithm.{misspelled}: unknown key; did you mean 'name'?")
-    name = section.get("name")
-    if not isinstance(name, str):
-        raise UserError(
-            f"algorithm.name: expected the name of a method, got {name!r}; "
-            f"choose from {', '.join(register_algorithm)}"
-        )
-    try:
-        algorithm_type = register_algorithm[name]
-    except UserError as error:
-        raise UserError(f"algorithm.name: {str(error).removeprefix('algorithm: ')}") from None
-    settings = {key: value for key, value in section.items() if key != "name"}
-    try:
-        validated = algorithm_type.model_validate(settings, context=context)
-    except ValidationError as error:
-        problem = describe_error(error, settings, algorithm_type, ["algorithm"])
-        raise UserError(f"{problem} (algorithm.name={name})") from None
-    return {"name": name, **validated.model_dump()}
-
-
-def _method_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Return the names of the algorithm's settings, or no names if the algorithm is unknown."""
-    section = raw.get("algorithm")
-    name = section.get("name") if isinstance(section, dict) else None
-    return (
-        list(register_algorithm[name].model_fields)
-        if isinstance(name, str) and name in register_algorithm
-        else []
-    )

@@ -13,7 +13,7 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, ModelView, ModelViews, PrototypePull
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 from tests.references.local_training import clients, largest_difference, module, train
 

@@ -15,7 +15,7 @@ from hetero_fl.algorithms.heterofl import pack_head, unpack_head
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, train

@@ -18,7 +18,7 @@ from hetero_fl.algorithms.requirements import (
 )
 from hetero_fl.cli import main
 from hetero_fl.core.payload import ItemSpec
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 
 BUILT_IN = [

@@ -13,7 +13,7 @@ from hetero_fl.cli import main
 from hetero_fl.config import expand_population
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.comparison import Study, Variant
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.plots import write_curves
 
 ROOT = Path(__file__).parents[2]

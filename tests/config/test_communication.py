@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hetero_fl.config import dump
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config
 

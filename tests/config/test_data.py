@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hetero_fl.config.data import SplitConfig
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hetero_fl.config import expand_population
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}

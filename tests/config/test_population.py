@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 from hetero_fl.config import expand_population
 from hetero_fl.config.population import GroupMembers, OverrideLayer, Population
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries, natural_order
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hetero_fl.config import describe_difference, dump, expand_population, resolve_config
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 
 ROOT = Path(__file__).parents[2]
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}

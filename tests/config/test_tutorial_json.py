@@ -12,7 +12,7 @@ import pytest
 import hetero_fl
 from hetero_fl.config import Config
 from hetero_fl.config.population import expand_population
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 
 FILE = Path(__file__).parents[2] / "configs" / "cifar10_conf.json"

@@ -13,7 +13,7 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
-from hetero_fl.data.arrays import read_npz
+from hetero_fl.data.sources.npz_files import read_npz
 from hetero_fl.utils.errors import UserError
 
 Y = np.arange(6) % 2

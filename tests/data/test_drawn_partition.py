@@ -14,7 +14,7 @@ from hetero_fl.config import expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, SplitConfig
 from hetero_fl.data import FederatedData, federate, make_table
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, identical, numbered, rows_of

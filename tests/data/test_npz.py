@@ -10,7 +10,7 @@ import torch
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
-from hetero_fl.data.arrays import read_images, read_npz
+from hetero_fl.data.sources.npz_files import read_images, read_npz
 from hetero_fl.utils.errors import UserError
 
 TWO = Task("multiclass", 2)

@@ -11,7 +11,8 @@ import pytest
 
 import hetero_fl
 from hetero_fl.data import FederatedData
-from hetero_fl.experiment.preparation import load_config, load_federated_data
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
 
 HOSPITALS = ("north", "south", "east")

@@ -18,7 +18,7 @@ from hetero_fl.deployment.messages import RequestRefusedError, message
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.policy import check_config, check_raw_config, run_fingerprint
 from hetero_fl.deployment.transport import Envelope, Handle
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.privacy.accounting import gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode

@@ -21,7 +21,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.experiment import PreparedRun, prepare
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.state_store import StateStore

@@ -8,7 +8,7 @@ import pytest
 
 from hetero_fl.config.robustness import ATTACKS
 from hetero_fl.experiment import prepare, run
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.robustness.attacks import Attack
 from hetero_fl.robustness.rules import PredictionRule, Rule
 from hetero_fl.utils.errors import UserError

@@ -34,7 +34,7 @@ PACKAGES = (
     "deployment",
     "cli",
 )
-MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 14, 725, 250
+MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 14, 735, 260
 # One module per method or group of similar methods.
 WIDE_FOLDERS = {"algorithms"}
 TEST_FOLDERS = {

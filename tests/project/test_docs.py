@@ -24,7 +24,7 @@ from hetero_fl.algorithms.requirements import describe_needs, format_needs
 from hetero_fl.cli import main
 from hetero_fl.cli.commands import APP
 from hetero_fl.deployment.config import load_server_config, load_site_config
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

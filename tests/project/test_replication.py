@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetero_fl.config.population import expand_population
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 
 ROOT = Path(__file__).parents[2]
 

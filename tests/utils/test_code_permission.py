@@ -23,7 +23,7 @@ from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.handshake import perform_handshake
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import begin_run
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.methods import describe_methods, method_class
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import read_npz
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.npz_files import read_npz
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hetero_fl.config.data import SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import read_npz_arrays
 from hetero_fl.data.dataset import Dataset, Examples, index_names
+from hetero_fl.data.sources.npz_files import read_npz_arrays
 from hetero_fl.data.sources.table_files import (
     check_columns,
     decimal_commas,

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
+from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import (
     MAX_NUMBERED_CLASSES,
     ColumnLayout,
     Dataset,
     Examples,
-    first_true,
     index_names,
     indicator_names,
 )

@@ -11,7 +11,7 @@ import yaml
 
 from hetero_fl.config import Config, resolve_config
 from hetero_fl.deployment.server import check_deployable
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
 

@@ -25,7 +25,7 @@ from hetero_fl.deployment.flower.supernode import start_prefork
 from hetero_fl.deployment.flower.worker import run_node
 from hetero_fl.deployment.server import check_deployable, run_federation
 from hetero_fl.deployment.transport import Envelope, Transport
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.runner import Callback, default_out
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import SITES, check_vacant, lock_folder

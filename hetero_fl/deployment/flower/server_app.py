@@ -17,7 +17,7 @@ from hetero_fl.deployment.flower.app import RUN_CONFIG
 from hetero_fl.deployment.flower.grid import GridTransport
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.deployment.server import run_federation
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.runner import default_out
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError, UserError, suggest_or_list

@@ -24,6 +24,7 @@ from hetero_fl.data.dataset import ColumnLayout, Examples, Vocabulary
 from hetero_fl.data.groups import most_common_stratum
 from hetero_fl.data.preprocessing import NOTHING, check_missing_values, usable_rows
 from hetero_fl.data.splits import RowSelection
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.evaluation import (
     are_comparable,
     data_argument,
@@ -32,7 +33,7 @@ from hetero_fl.experiment.evaluation import (
     renumber_targets,
 )
 from hetero_fl.experiment.onboarding.transfer import TransferSource
-from hetero_fl.experiment.preparation import PreparedRun, load_config
+from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.starting_models import StartingTensors
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.reporting.run import Run

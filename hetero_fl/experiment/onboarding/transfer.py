@@ -25,7 +25,8 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
 from hetero_fl.data.preprocessing import usable_rows
-from hetero_fl.experiment.preparation import PreparedRun, load_config, make_algorithm, prepare
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import PreparedRun, make_algorithm, prepare
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import ArgumentError, UserError
 

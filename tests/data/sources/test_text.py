@@ -13,7 +13,7 @@ from hetero_fl.data import Dataset, Examples, Vocabulary, check_examples, from_a
 from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
 from hetero_fl.data.sources import text as phrases
 from hetero_fl.experiment import prepare
-from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
 from tests.helpers.small_federations import changed

@@ -1,0 +1,176 @@
+"""Checks of the dtypes, shapes and values of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.core.images import dtype_name
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import Examples, Vocabulary
+from hetero_fl.utils.errors import UserError
+
+CHECKED_ROWS = 4096
+"""Number of rows whose values are checked at a time."""
+
+
+def check_examples(
+    examples: Examples,
+    task: Task,
+    where: str,
+    *,
+    names: tuple[str, str] = ("x", "y"),
+    missing: bool = False,
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Check the dtypes, shapes and values of labeled examples.
+
+    Examples of a single class are accepted.
+
+    Args:
+        examples: Examples to check.
+        task: Learning task.
+        where: Name of the examples, for error messages. Rows in messages count from 0.
+        names: Names of x and y in the source, for error messages.
+        missing: Whether NaN in x stands for a missing value instead of being an error. Images must
+            not contain NaN in any case.
+        vocabulary: Vocabulary if x consists of tokens, otherwise None.
+
+    Raises:
+        UserError: If there are no rows, y is missing, or x, y, times, units or baselines have a
+            wrong dtype or shape or values that are not finite or out of range.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import Examples, check_examples
+        >>> examples = Examples(torch.zeros(2, 3), torch.tensor([0, 5]))
+        >>> check_examples(examples, Task("multiclass", 2), "toy")
+        Traceback (most recent call last):
+        hetero_fl.utils.errors.UserError: toy: y: row 1: label 5 is out of range 0 to 1
+    """
+    x_name, y_name = names
+    if len(examples.x) == 0:
+        raise UserError(f"{where}: {x_name}: has no rows")
+    if vocabulary is not None:
+        _check_tokens(examples.x, vocabulary.size, f"{where}: {x_name}")
+    else:
+        _check_values(examples.x, f"{where}: {x_name}", x_name, missing)
+    if examples.y is None:
+        raise UserError(f"{where}: {y_name}: missing; only proxy sets may be unlabeled")
+    if task.kind == "multiclass":
+        _check_class_labels(examples.y, task.outputs, len(examples), f"{where}: {y_name}")
+    else:
+        _check_float_targets(examples.y, task, len(examples), f"{where}: {y_name}")
+    _check_extra_columns(examples, task, where)
+
+
+def _check_tokens(x: Tensor, vocabulary_size: int, where: str) -> None:
+    if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
+        raise UserError(
+            f"{where}: expected int64 tokens of shape [rows, length], got {_describe(x)}"
+        )
+    if (row := first_true(((x < 0) | (x >= vocabulary_size)).any(1))) is not None:
+        raise UserError(f"{where}: row {row}: token is out of range 0 to {vocabulary_size - 1}")
+
+
+def _check_values(x: Tensor, where: str, name: str, missing: bool) -> None:
+    """Check images, series and tables. `name` is the name of x in the source."""
+    if x.dtype == torch.uint8:
+        if x.ndim != 4 or 0 in x.shape:
+            hint = f'; for a table pass {name}.astype("float32")' if x.ndim == 2 else ""
+            raise UserError(
+                f"{where}: expected images of shape [rows, channels, height, width], "
+                f"got {_describe(x)}{hint}"
+            )
+    elif not x.is_floating_point():
+        if x.ndim == 2:
+            hint = f'for a table pass {name}.astype("float32"), for tokens pass a vocabulary'
+        else:
+            hint = "tokens need a vocabulary"
+        raise UserError(f"{where}: expected uint8 images or floats, got {_describe(x)}; {hint}")
+    elif x.ndim < 2 or 0 in x.shape:
+        raise UserError(f"{where}: expected at least one value per row, got {_describe(x)}")
+    elif missing and x.ndim < 4:
+        if (row := _first_row(x, torch.isinf)) is not None:
+            raise UserError(f"{where}: row {row}: infinite value")
+    elif (row := _first_row(x, lambda block: ~torch.isfinite(block))) is not None:
+        raise UserError(f"{where}: row {row}: NaN or infinite value")
+
+
+def _first_row(x: Tensor, is_invalid: Callable[[Tensor], Tensor]) -> int | None:
+    """Return the index of the first row with an invalid value, or None if there is none."""
+    # In blocks of rows, because the masks of a large data set would occupy as much memory as it.
+    for start in range(0, len(x), CHECKED_ROWS):
+        row = first_true(is_invalid(x[start : start + CHECKED_ROWS]).flatten(1).any(1))
+        if row is not None:
+            return start + row
+    return None
+
+
+def _check_class_labels(y: Tensor, num_classes: int, num_rows: int, where: str) -> None:
+    if y.dtype != torch.int64 or y.ndim != 1:
+        raise UserError(
+            f"{where}: expected int64 class labels of shape ({num_rows},), got {_describe(y)}"
+        )
+    if (row := first_true((y < 0) | (y >= num_classes))) is not None:
+        raise UserError(
+            f"{where}: row {row}: label {int(y[row])} is out of range 0 to {num_classes - 1}"
+        )
+
+
+def _check_float_targets(y: Tensor, task: Task, num_rows: int, where: str) -> None:
+    """Check multilabel and regression targets."""
+    if not y.is_floating_point() or y.shape != (num_rows, task.outputs):
+        raise UserError(
+            f"{where}: expected {task.kind} targets as floats of shape "
+            f"{(num_rows, task.outputs)}, got {_describe(y)}"
+        )
+    if (row := first_true(~torch.isfinite(y).all(1))) is not None:
+        raise UserError(f"{where}: row {row}: NaN or infinite value")
+    if task.kind == "multilabel" and (row := first_true(((y != 0) & (y != 1)).any(1))) is not None:
+        raise UserError(f"{where}: row {row}: multilabel targets must be 0 or 1")
+
+
+def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
+    """Check times, units and baselines."""
+    time = examples.time
+    unit = examples.unit
+    if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
+        raise UserError(
+            f"{where}: time: expected int64 of shape ({len(examples)},), got {_describe(time)}"
+        )
+    if unit is not None:
+        if not unit.is_floating_point() or unit.ndim != 1:
+            raise UserError(
+                f"{where}: unit: expected floats of shape ({len(examples)},), got {_describe(unit)}"
+            )
+        if task.kind != "regression":
+            raise UserError(
+                f"{where}: unit: cannot be combined with a {task.kind} task; it scales "
+                "regression targets"
+            )
+        if (row := first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
+            raise UserError(f"{where}: unit: row {row}: must be > 0, got {float(unit[row]):g}")
+    shape = (len(examples), task.outputs)
+    for name, outputs in examples.baselines.items():
+        if outputs.shape != shape:
+            raise UserError(
+                f"{where}: baselines: {name}: expected shape {shape}, got {tuple(outputs.shape)}"
+            )
+        if not bool(torch.isfinite(outputs).all()):
+            raise UserError(f"{where}: baselines: {name}: NaN or infinite value")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{dtype_name(tensor)} of shape {tuple(tensor.shape)}"
+
+
+def first_true(mask: Any) -> int | None:
+    """Return the index of the first True in a mask `[N]`, or None if there is none."""
+    values = np.asarray(mask, dtype=bool)
+    return int(values.argmax()) if values.any() else None

@@ -398,7 +398,7 @@ def check(run: Path) -> None:
     from hetero_fl.reporting.run_directory import is_locked
 
     if is_locked(run):
-        raise UserError(f"{run}: in use by another process; check it after that has ended")
+        raise UserError(f"{run}: in use by another process; check it when that process has ended")
     findings = inspect(run)
     for line in findings.lines:
         print(f"error: {line}", file=sys.stderr)

@@ -220,8 +220,9 @@ def split_client(
     count = split_counts(len(rows), config)
     if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
-            f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split into "
-            f"train, validation and test; give it more rows, or increase data.partition.min_size={min_size}"
+            f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split "
+            "into train, validation and test; give it more rows, or increase "
+            f"data.partition.min_size={min_size}"
         )
     num_splits = 1 + (count["validation"] > 0) + (count["test"] > 0)
     if patient is not None and (num_patients := len(patient[rows].unique())) < num_splits:

@@ -180,8 +180,8 @@ def compare(
 ) -> None:
     """Compare methods over several seeds.
 
-    The table is printed, and written to --out with figures and a report. To continue an interrupted
-    comparison, repeat the command.
+    The table is printed and written to --out together with figures and a report. To continue
+    an interrupted comparison, repeat the command.
     """
     from hetero_fl import experiment
     from hetero_fl.experiment.comparison import Study

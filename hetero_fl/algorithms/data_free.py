@@ -204,8 +204,8 @@ class Dense(DataFreeDistillation):
             shape = arch.input_shape
             if not is_convertible(shape, own):
                 raise UserError(
-                    f"algorithm.student: examples of {student} have shape {list(shape)}, those of "
-                    f"{profile.first} {list(own)}"
+                    f"algorithm.student: expected a client whose example shape can be converted to "
+                    f"that of {profile.first}, {list(own)}, got {student} with {list(shape)}"
                 )
         note = (
             f"dense: the student is a {arch.name}, as at {student}; clients upload their models in "

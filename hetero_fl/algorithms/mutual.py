@@ -112,8 +112,8 @@ class MenteeTraining(Algorithm):
             own = profile.arch.input_shape
             if not is_convertible(own, shape):
                 raise UserError(
-                    f"algorithm.mentee_input: {list(shape)} does not suit examples of "
-                    f"{profile.first}, which have shape {list(own)}"
+                    f"algorithm.mentee_input: expected a shape to which examples of "
+                    f"{profile.first}, {list(own)}, can be converted, got {list(shape)}"
                 )
         dimensions = 0 if clients.profiles[0].arch.vocabulary else len(shape)
         mentee = self.mentee or DEFAULT_MENTEES[dimensions]

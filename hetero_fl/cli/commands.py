@@ -136,7 +136,7 @@ def evaluate(
 )
 @allow_code_option
 def methods(names: tuple[str, ...], allow_code: bool) -> None:
-    """List all methods, or describe some of them."""
+    """List all methods, or describe the given methods."""
     from rich.console import Console
 
     from hetero_fl.cli.printing import print_method_details, print_methods

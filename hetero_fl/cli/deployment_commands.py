@@ -82,7 +82,7 @@ def server(source: Path, server_file: Path | None, **options: Any) -> Run:
     "--key",
     type=PATH,
     metavar="FILE",
-    help="With --audit: public key of the node (.pub) to verify the signatures with.",
+    help="With --audit: file with the public key of the node (.pub), to verify the signatures.",
 )
 @click.option(
     "--head",

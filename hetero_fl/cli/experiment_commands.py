@@ -180,8 +180,8 @@ def compare(
 ) -> None:
     """Compare methods over several seeds.
 
-    The table is printed, and written to --out with figures and a report. To continue an interrupted
-    comparison, repeat the command.
+    The table is printed and written to --out together with figures and a report. To continue
+    an interrupted comparison, repeat the command.
     """
     from hetero_fl import experiment
     from hetero_fl.experiment.comparison import Study
@@ -398,7 +398,7 @@ def check(run: Path) -> None:
     from hetero_fl.reporting.run_directory import is_locked
 
     if is_locked(run):
-        raise UserError(f"{run}: in use by another process; check it after that has ended")
+        raise UserError(f"{run}: in use by another process; check it when that process has ended")
     findings = inspect(run)
     for line in findings.lines:
         print(f"error: {line}", file=sys.stderr)

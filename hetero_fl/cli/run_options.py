@@ -42,8 +42,8 @@ def examples(*lines: str, hint: str = "") -> str:
 allow_code_option = click.option(
     "--allow-code",
     is_flag=True,
-    help="Allow code that a file or an option names as python:module:Name. By default, ask for "
-    "permission in a terminal, and refuse otherwise.",
+    help="Allow running code that a file or an option names as python:module:Name. By default, "
+    "you are asked in a terminal, and the code is refused elsewhere.",
 )
 
 

@@ -217,6 +217,8 @@ def _index_differences(coded: bytes, count: int) -> Numbers:
     gaps = np.frombuffer(raw[:count], np.uint8).astype(np.int64)
     wide = gaps == ESCAPE
     if len(gaps) != count or len(raw) != count + 4 * int(wide.sum()):
-        raise PayloadError(f"indices: {len(raw)} bytes of differences for {count} indices")
+        raise PayloadError(
+            f"indices: expected differences of {count} indices, got {len(raw)} bytes"
+        )
     gaps[wide] = np.frombuffer(raw[count:], "<u4")
     return gaps

@@ -278,7 +278,7 @@ class ClientSettings(ConfigSection):
         parts = [share for share in value if share.endswith(".")]
         if extents and len(extents + parts) > 1:
             first, second, *_ = extents + parts
-            raise ValueError(f"'{first}' and '{second}' exclude each other, got {value}")
+            raise ValueError(f"'{first}' cannot be combined with '{second}', got {value}")
         if len(set(value)) < len(value):
             raise ValueError(f"each entry may occur once, got {value}")
         return value

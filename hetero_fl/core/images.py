@@ -46,9 +46,9 @@ def as_numbers(values: Any, where: str) -> Tensor:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: not an array of numbers: {error}") from error
+        raise UserError(f"{where}: expected an array of numbers ({error})") from error
     if array.dtype.kind not in "buif":
-        message = f"{where}: not an array of numbers: found {array.dtype}"
+        message = f"{where}: expected an array of numbers, got {array.dtype}"
         if hasattr(values, "columns"):
             raise UserError(
                 f"{message}; save the data frame to a file and load it with data.name=table"
@@ -78,8 +78,8 @@ def as_bytes(x: Tensor, where: str) -> Tensor:
     high = int(x.max())
     if low < 0 or high > 255:
         raise UserError(
-            f"{where}: found {dtype_name(x)} from {low} to {high}; "
-            "pass uint8, or floats from 0 to 1"
+            f"{where}: expected uint8 or floats from 0 to 1, got {dtype_name(x)} from {low} "
+            f"to {high}"
         )
     return x.to(torch.uint8)
 
@@ -106,7 +106,7 @@ def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
         is_square = middle == last
         if is_square == (first == middle):
             raise UserError(
-                f"{where}: found shape {tuple(x.shape)}, channels first or last is ambiguous; "
+                f"{where}: ambiguous shape {tuple(x.shape)}, channels first or last; "
                 "pass images of shape (N, 1 or 3, H, W)"
             )
         is_first = is_square
@@ -152,8 +152,8 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         name = next(n for n, (a, b) in ranges.items() if a == low or b == high)
         a, b = ranges[name]
         raise UserError(
-            f"{name}: found floats from {a:g} to {b:g}; pass uint8, or floats from 0 to 1 "
-            "(preprocess.normalize standardizes them)"
+            f"{name}: expected uint8 or floats from 0 to 1, got floats from {a:g} to {b:g}; "
+            "preprocess.normalize standardizes them"
         )
     are_integers = all(bool((images[n] == images[n].floor()).all()) for n in ranges)
     converted = dict(images)

@@ -206,7 +206,9 @@ class Payload(Mapping[str, Any]):
                 match its declaration.
         """
         if not isinstance(items, Mapping):
-            raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
+            raise PayloadError(
+                f"expected a dictionary of items as return value, got {type(items).__name__}"
+            )
         payload = cls(items)
         for name, item in payload.items_by_name.items():
             invalid = [type(t).__name__ for t in item.tensors.values() if not isinstance(t, Tensor)]

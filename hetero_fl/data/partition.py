@@ -242,7 +242,7 @@ def _check_parts(parts: object, config: PartitionConfig, rows: int, clients: int
             f"{all_rows.max()}"
         )
     if len(all_rows.unique()) < len(all_rows):
-        raise UserError(f"{where}: assigns a row twice")
+        raise UserError(f"{where}: expected each row at most once, got a row twice")
     if (smallest := min(map(len, tensors))) < config.min_size:
         raise UserError(
             f"{where}: assigns only {smallest} rows to a client; {WHERE}.min_size is "

@@ -328,7 +328,7 @@ def _read(
             raise UserError(f"{path}: line {number}: changed after it was written")
         hashes.append(last)
     if len(lines) < count:
-        what = f"expected {count} lines, found {len(lines)}"
+        what = f"expected {count} lines, got {len(lines)}"
         raise UserError(f"{path}: line {len(lines) + 1}: {what}; the log was truncated")
     if key is not None:
         for number in range(len(lines) if since is None else since + 1, len(lines) + 1):
@@ -415,7 +415,7 @@ def _check_known_head(path: Path, hashes: list[str], known_head: str) -> None:
         )
     if int(number) > len(hashes):
         raise UserError(
-            f"{path}: expected at least {number} lines, found {len(hashes)}; the log was truncated"
+            f"{path}: expected at least {number} lines, got {len(hashes)}; the log was truncated"
         )
     if [INITIAL_HASH, *hashes][int(number)] != found:
         raise UserError(

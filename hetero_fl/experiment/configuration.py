@@ -136,7 +136,7 @@ def load_config(
     if isinstance(source, str | Path):
         for key, value in iterate_objects(draft.raw):
             raise draft.error(
-                f"{key}: found '{value}', an object of a Python program, which a file cannot name"
+                f"{key}: '{value}' is an object of a Python program, which a file cannot name"
             )
     config = draft.config
     if draft.code_references:

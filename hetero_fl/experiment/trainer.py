@@ -116,7 +116,7 @@ class Trainer:
         session = self._stack.enter_context(opened)
         if session is None:
             self._stack.close()
-            raise UserError(f"{self.path}: this run has finished; read it with Run")
+            raise UserError(f"{self.path}: this run has finished; open it with Run")
         session.start()
         self._records = iter(session)
         self._trainer = session.trainer

@@ -315,7 +315,7 @@ def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) ->
     if isinstance(step, ClassSums):
         return PrivacyCharge(1.0, scale=privacy.statistics_noise)
     raise UserError(
-        "privacy.unit: record cannot be combined with a method that predicts private rows"
+        "privacy.unit=record cannot be combined with a method that predicts private rows"
     )
 
 
@@ -447,7 +447,7 @@ def without_private_data(data: StepData) -> StepData:
     def public_data(name: str, preprocess: Any) -> Columns:
         if name not in PUBLIC:
             raise UserError(
-                f"privacy.unit: record cannot be combined with a method that reads '{name}' rows "
+                f"privacy.unit=record cannot be combined with a method that reads '{name}' rows "
                 "outside of its steps, as that adds no noise"
             )
         return data(name, preprocess)

@@ -172,6 +172,4 @@ class CodePermission:
         for reference, key in self.find_refused(found, where):
             place = where(key) if callable(where) else where
             prefix = ": ".join(filter(None, [place, key]))
-            raise UserError(
-                f"{prefix}: found '{reference}', which names code; {self._advice} to run it"
-            )
+            raise UserError(f"{prefix}: '{reference}' names code; {self._advice} to run it")

@@ -138,7 +138,7 @@ def import_reference(
         return find_object(reference, where)
     module_name, _, name = reference.removeprefix(CODE_PREFIX).partition(":")
     if not module_name or not name:
-        raise UserError(f"{where}: found '{reference}'; write python:package.module:Name")
+        raise UserError(f"{where}: expected python:package.module:Name, got '{reference}'")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

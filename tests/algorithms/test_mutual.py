@@ -353,8 +353,8 @@ def test_invalid_settings_raise_one_line() -> None:
         ),
         (
             {"mentee_input": [64]},
-            "algorithm.mentee_input: [64] does not suit examples of site_1, "
-            "which have shape [1, 8, 8]",
+            "algorithm.mentee_input: expected a shape to which examples of site_1, "
+            "[1, 8, 8], can be converted, got [64]",
         ),
     ):
         with pytest.raises(UserError) as error:

@@ -354,8 +354,11 @@ class Forgotten(FedAvg):
             "return Item(values, weight, 'counts')",
         ),
         (Number, "Number.train: item 'model': expected a tensor or tensors by name, got float"),
-        (NoReturn, "NoReturn.train: returns NoneType, not a dictionary of items"),
-        (NoBroadcast, "NoBroadcast.broadcast: returns NoneType, not a dictionary of items"),
+        (NoReturn, "NoReturn.train: expected a dictionary of items as return value, got NoneType"),
+        (
+            NoBroadcast,
+            "NoBroadcast.broadcast: expected a dictionary of items as return value, got NoneType",
+        ),
         (Forgotten, "Forgotten.train: a Fit is created but never yielded"),
     ],
 )

@@ -203,7 +203,7 @@ def test_federate_runs_code_only_with_permission(tmp_path: Path) -> None:
 
     with started(*command, cwd=tmp_path, log=log) as process:
         assert ended(process, log) == 2, log.read_text()
-    assert f"found '{name}', which names code; pass --allow-code" in log.read_text()
+    assert f"'{name}' names code; pass --allow-code" in log.read_text()
     with started(*command, "--allow-code", cwd=tmp_path, log=log) as process:
         assert ended(process, log) == 0, log.read_text()
 

@@ -79,7 +79,9 @@ def test_image_blocks_are_scaled_like_image_sets(tmp_path: Any) -> None:
     lacking[2] = NAN
     seen = preprocess_inputs(model, {"image": lacking, "marks": marks})
     assert torch.allclose(seen[[0, 1, 3, 4]], expected[[0, 1, 3, 4]]) and seen[2, 51] == 1
-    with pytest.raises(UserError, match="image: found floats from"):
+    with pytest.raises(
+        UserError, match="image: expected uint8 or floats from 0 to 1, got floats from"
+    ):
         preprocess_inputs(model, {"image": images.float() - 128, "marks": marks})
 
 

@@ -335,7 +335,7 @@ def test_partition_can_be_a_function(own: Callable[[str], list[torch.Tensor]]) -
     for name, words in (
         ("three", "expected a list with the rows of each of 2 clients"),
         ("none", "expected a list with the rows of each of 2 clients"),
-        ("twice", "assigns a row twice"),
+        ("twice", "got a row twice"),
         ("outside", "expected row indices from 0 to 99, got 0 to 100"),
         ("words", "expected row indices as integers"),
         ("short", "assigns only 0 rows to a client"),

@@ -266,7 +266,7 @@ def test_patient_column_of_tables(tmp_path: Path) -> None:
         UserError, match=r"data\.patient: column 'wo' not found in .*; did you mean 'who'"
     ):
         table(path, "wo", who=range(8))
-    with pytest.raises(UserError, match=r"data\.patient: is a label already, got 'ill'"):
+    with pytest.raises(UserError, match=r"data\.patient: must differ from label, got 'ill'"):
         table(path, "ill")
     with pytest.raises(UserError, match="row 2, column 'who': missing value"):
         table(path, "who", who=["x", None] * 4)

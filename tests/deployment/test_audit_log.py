@@ -72,8 +72,8 @@ FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
         lambda ls: [ls[0], ls[2], ls[1], *ls[3:]],
         "line 2: expected number 2, got 3",
     ),
-    "the last is cut off": (lambda ls: ls[:-1], "line 6: expected 6 lines, found 5"),
-    "all are gone": (lambda ls: [], "line 1: expected 6 lines, found 0"),
+    "the last is cut off": (lambda ls: ls[:-1], "line 6: expected 6 lines, got 5"),
+    "all are gone": (lambda ls: [], "line 1: expected 6 lines, got 0"),
     "the end is half a line": (lambda ls: [*ls[:-1], ls[-1][:20]], "line 6: expected 6 lines"),
     "one is put to it twice": (lambda ls: [*ls, ls[-1]], "line 7: expected number 7, got 6"),
 }
@@ -344,8 +344,8 @@ def test_append_refuses_rewritten_history(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: None, "line 1: expected 3 lines, found 0"),
-        (lambda data: data[:-20], "line 3: expected 3 lines, found 2"),
+        (lambda data: None, "line 1: expected 3 lines, got 0"),
+        (lambda data: data[:-20], "line 3: expected 3 lines, got 2"),
         (lambda data: data.replace(b'"out": 1', b'"out": 9', 1), "line 1: changed"),
         (lambda data: data + b'{"n": 4}\n', "line 4"),
     ],
@@ -433,7 +433,7 @@ def test_recorded_head_detects_truncation(tmp_path: Path) -> None:
         path.write_bytes(data)
 
     assert len(verify(log.path, KEY.public_key(), noted)) == 3
-    with pytest.raises(UserError, match="expected at least 4 lines, found 3"):
+    with pytest.raises(UserError, match="expected at least 4 lines, got 3"):
         verify(log.path, KEY.public_key(), later)
     with pytest.raises(UserError, match="line 3: differs from the given head"):
         verify(log.path, KEY.public_key(), f"3:{INITIAL_HASH}")

@@ -330,7 +330,7 @@ def test_invalid_shares_raise_one_line() -> None:
         reduced("fedavg", "clients.defaults.shares=[backbone.imag.]")
     with pytest.raises(
         UserError,
-        match=r"'backbone' and 'backbone\.image\.' exclude each other",
+        match=r"'backbone' cannot be combined with 'backbone\.image\.'",
     ):
         load_config(CONFIG, ["clients.defaults.shares=[backbone,backbone.image.]"])
     with pytest.raises(UserError, match="unknown value 'backbones'; did you mean 'backbone'"):

@@ -182,8 +182,8 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
     for split, entries in files.items():
         if not entries:
             raise UserError(
-                f"path: {parts.get(split, path)}: no images found as {pattern} with suffix "
-                f"{', '.join(sorted(SUFFIXES))}"
+                f"path: {parts.get(split, path)}: expected images as {pattern} with suffix "
+                f"{', '.join(sorted(SUFFIXES))}, found none"
             )
     x = read_image_files([file for file, _, _ in all_files], side).split(
         [len(entries) for entries in files.values()]

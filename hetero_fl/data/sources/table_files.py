@@ -480,7 +480,7 @@ def read_table(
     check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
     for key, column in owners.items():
         if column in labels:
-            raise UserError(f"{key}: is a label already, got '{column}'; choose another column")
+            raise UserError(f"{key}: must differ from label, got '{column}'; choose another column")
     indexed = {
         key: index_names(parse_names(frame[column], where)) for key, column in owners.items()
     }

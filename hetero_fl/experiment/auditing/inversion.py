@@ -280,7 +280,7 @@ def observe_upload(
     gradient = {name: -tensor / rate for name, tensor in update.items()}
     if not any(bool(g.any()) for g in gradient.values()):
         raise ArgumentError(
-            f"clients: '{client}': the update is all zeros, so that the upload reveals nothing"
+            f"clients: '{client}': the update is all zeros, so the upload reveals nothing"
         )
     return ObservedUpload(client_info.arch, before, gradient, fits[-1].objective, fits[-1].context)
 

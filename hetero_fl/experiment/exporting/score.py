@@ -180,7 +180,9 @@ def _add_indicator_columns(
 
 
 def _missing_column(path: Path, name: str, header: list[str]) -> ScoringError:
-    return ScoringError(f"--data: {path}: column '{name}' not found; found {', '.join(header)}")
+    return ScoringError(
+        f"--data: {path}: column '{name}' not found; the file has {', '.join(header)}"
+    )
 
 
 def _normalize_cell(cell: str, categories: list[str]) -> str:

@@ -500,14 +500,14 @@ def _joining_site(
     requested = sorted(set(patients))
     if not requested or requested[0] < 2:
         raise ArgumentError(
-            "patients: expected integers >= 2, such as 10,30,100; "
+            "patients: expected integers >= 2, such as 10,30,100, "
             f"got {', '.join(map(str, requested)) or 'none'}"
         )
     counts = tuple(n for n in requested if n <= available)
     if not counts:
         raise ArgumentError(
             f"patients: must be <= {available}, the number of labeled training {unit} in "
-            f"{dataset.name}; got {requested[0]}"
+            f"{dataset.name}, got {requested[0]}"
         )
     if len(counts) < len(requested):
         source_run.notes.append(

@@ -444,10 +444,10 @@ def _choose_threads(
     """Return the numbers of threads for clients and for the server, and the reason."""
     limit = thread_limit()
     if config.threads is not None:
-        reason = f"{pluralize(config.threads, 'thread')}: runtime.threads"
+        reason = f"{pluralize(config.threads, 'thread')} (runtime.threads)"
         return config.threads, config.threads, reason
     if limit is not None:
-        return limit, limit, f"{pluralize(limit, 'thread')}: OMP_NUM_THREADS"
+        return limit, limit, f"{pluralize(limit, 'thread')} (OMP_NUM_THREADS)"
     is_large = load.step * group_size >= LARGE_STEP
     server_threads = min(MAX_THREADS, available) if is_large else 1
     threads = server_threads if executor in IN_PROCESS else 1

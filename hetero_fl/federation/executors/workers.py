@@ -578,8 +578,8 @@ def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
     for client in job.clients:
         if deaths[client] >= MAX_DEATHS:
             raise RunFailedError(
-                f"{client}: {MAX_DEATHS} workers died during its tasks; if memory was full, reduce "
-                "runtime.workers or runtime.chunk"
+                f"{client}: {MAX_DEATHS} workers died during its tasks; if they ran out of memory, "
+                "reduce runtime.workers or runtime.chunk"
             )
 
 

@@ -75,7 +75,7 @@ def test_images_are_scaled_on_reading(tmp_path: Path) -> None:
 def test_invalid_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.path: folder '.*none' not found"):
         load(tmp_path / "none")
-    with pytest.raises(UserError, match="no images found as CLASS/"):
+    with pytest.raises(UserError, match="expected images as CLASS/"):
         load(tmp_path)
     save(tmp_path / "one" / "a" / "0.png")
     save(tmp_path / "one" / "b" / "1.png", size=(7, 5))

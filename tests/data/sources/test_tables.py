@@ -184,7 +184,7 @@ def test_invalid_columns_are_named(csv: Path) -> None:
     for label, group, words in (
         ("reslt", None, "data.label: column 'reslt' not found in .*; did you mean 'result'"),
         ("result", "sit", "data.group: column 'sit' not found in .*; did you mean 'site'"),
-        ("result", "result", "data.group: is a label already, got 'result'"),
+        ("result", "result", "data.group: must differ from label, got 'result'"),
         (None, None, "data.label: missing; set the column of the labels, choose from age, note"),
     ):
         with pytest.raises(UserError, match=words):

@@ -234,7 +234,7 @@ def test_absent_block_and_channels_last_are_accepted(
         (
             "mlp_of_columns",
             "weight,pulse\n1,2\n",
-            "column 'glucose' not found; found weight, pulse",
+            "column 'glucose' not found; the file has weight, pulse",
         ),
         (
             "mlp_of_columns",

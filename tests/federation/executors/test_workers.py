@@ -345,7 +345,7 @@ def test_three_worker_deaths_on_one_client_end_the_run(
     killed = kill_workers(pool, monkeypatch, lambda job: client in job.clients)
     with pytest.raises(
         RunFailedError,
-        match=rf"^{client}: 3 workers died during its tasks; if memory was full, reduce "
+        match=rf"^{client}: 3 workers died during its tasks; if they ran out of memory, reduce "
         r"runtime\.workers or runtime\.chunk$",
     ):
         rounds.run_round()

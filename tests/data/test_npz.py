@@ -136,7 +136,7 @@ FRACTION[11] = 0.5
         ),
         (
             {"train_images": np.full((30, 8, 8), 4000)},
-            "train_images: found int64 from 4000 to 4000",
+            "train_images: expected uint8 or floats from 0 to 1, got int64 from 4000",
         ),
         (
             {"train_images": np.zeros((30, 8, 8), complex)},

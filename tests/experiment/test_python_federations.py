@@ -40,6 +40,7 @@ METHODS = [
     hfl.FedProto(),
     hfl.Ditto(),
     hfl.Hybrid(),
+    hfl.FedProx(),
 ]
 
 
@@ -111,13 +112,15 @@ def test_objects_and_configuration_give_identical_bits(method: Any, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("executor", ["batched", "processes"])
+@pytest.mark.parametrize("executor", ["serial", "batched", "processes"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_executors_and_modes_give_identical_bits(
     method: Any, executor: str, mode: str, tmp_path: Path
 ) -> None:
     if mode == "async" and isinstance(method, hfl.FedDF):
         pytest.skip("the method has no asynchronous mode")
+    if mode == "sync" and executor == "serial":
+        pytest.skip("tested by test_objects_and_configuration_give_identical_bits")
     overrides = [f"runtime.executor={executor}", "runtime.threads=1", f"runtime.mode={mode}"]
     first, second = runs_from_both(method, tmp_path, overrides)
 

@@ -428,7 +428,7 @@ def class_numbers(y: np.ndarray, where: str) -> Tensor:
     """Convert labels `[N]`, which must be whole numbers, to int64."""
     if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
         raise UserError(f"{where}: row {row}: expected a class number, got {y[row]:g}")
-    return torch.from_numpy(y.astype(np.int64))
+    return torch.from_numpy(y.astype(np.int64, copy=False))
 
 
 def _classes(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,18 @@ from hetero_fl.algorithms import average_models
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelError
+from tests.helpers.python_federations import (
+    DIGITS,
+    QUIET,
+    Digits,
+    Net,
+    images,
+    same_models,
+    table,
+    tensors,
+    without_seconds,
+)
 
-QUIET = ["runtime.executor=serial", "runtime.threads=1"]
 METHODS = [
     hfl.Local(),
     hfl.FedAvg(),
@@ -31,44 +40,8 @@ METHODS = [
     hfl.FedProto(),
     hfl.Ditto(),
     hfl.Hybrid(),
+    hfl.FedProx(),
 ]
-
-
-def images(rows: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    y = np.arange(rows) % classes
-    x = rng.random((rows, 8, 8)) * 80 + y[:, None, None] * 60
-    return x.astype(np.uint8), y
-
-
-def table(rows: int, seed: int) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    y = np.arange(rows) % 2
-    return pd.DataFrame({"age": rng.normal(size=rows) + y, "dose": rng.random(rows), "ill": y})
-
-
-class Net(nn.Module):
-    """A network in the style of the PyTorch tutorials."""
-
-    def __init__(self, width: int = 4, num_classes: int = 3) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, width, 3)
-        self.out = nn.Linear(36 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.conv(x).relu().flatten(1))  # type: ignore[no-any-return]
-
-
-class Digits(nn.Module):
-    """A class that a configuration can name."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
-        self.head = nn.Linear(32, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))  # type: ignore[no-any-return]
 
 
 class Mean(hfl.FedAvg):
@@ -95,24 +68,12 @@ def federation(*models: Any, **settings: Any) -> hfl.Federation:
     return hfl.Federation(clients, **given)
 
 
-def without_seconds(run: hfl.Run) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in run.metrics]
-
-
-def same_models(first: hfl.Run, second: hfl.Run) -> bool:
-    return all(
-        torch.equal(tensor, second.models[client].tensors[name])
-        for client, model in first.models.items()
-        for name, tensor in model.tensors.items()
-    )
-
-
 def runs_from_both(method: Any, folder: Path, overrides: list[str]) -> tuple[hfl.Run, hfl.Run]:
     """Train the same federation from objects and from a configuration."""
     data = {"name": "digits", "train_limit": 200, "test_limit": 30}
     names = [f"site_{i}" for i in range(1, 5)]
     models: list[Any] = ["cnn_bn_small", Digits]
-    in_file: list[Any] = ["cnn_bn_small", f"python:{__name__}:Digits"]
+    in_file: list[Any] = ["cnn_bn_small", DIGITS]
     objects = hfl.Federation(
         [
             hfl.Client(name, models[i % 2], optimizer=hfl.SGD(lr=0.05))
@@ -151,13 +112,15 @@ def test_objects_and_configuration_give_identical_bits(method: Any, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("executor", ["batched", "processes"])
+@pytest.mark.parametrize("executor", ["serial", "batched", "processes"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_executors_and_modes_give_identical_bits(
     method: Any, executor: str, mode: str, tmp_path: Path
 ) -> None:
     if mode == "async" and isinstance(method, hfl.FedDF):
         pytest.skip("the method has no asynchronous mode")
+    if mode == "sync" and executor == "serial":
+        pytest.skip("tested by test_objects_and_configuration_give_identical_bits")
     overrides = [f"runtime.executor={executor}", "runtime.threads=1", f"runtime.mode={mode}"]
     first, second = runs_from_both(method, tmp_path, overrides)
 
@@ -353,7 +316,7 @@ def test_file_that_names_an_object_is_refused(tmp_path: Path) -> None:
 
 def test_code_of_a_file_needs_permission(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(f"clients: {{count: 2, defaults: {{model: 'python:{__name__}:Digits'}}}}")
+    path.write_text(f"clients: {{count: 2, defaults: {{model: '{DIGITS}'}}}}")
     with pytest.raises(UserError, match="pass allow_code=True"):
         hfl.Federation.from_config(path)
     assert len(hfl.Federation.from_config(path, allow_code=True)) == 2
@@ -386,11 +349,6 @@ def test_configuration_file_of_a_federation(tmp_path: Path) -> None:
 
 
 # Ways to hand over data and models
-
-
-def tensors(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    x, y = images(rows, seed)
-    return torch.from_numpy(x)[:, None], torch.from_numpy(y)
 
 
 class Items(torch.utils.data.Dataset[Any]):

@@ -18,15 +18,7 @@ from typing_extensions import override
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import RunFailedError, UserError
-
-QUIET = ["runtime.executor=serial", "runtime.threads=1"]
-
-
-def images(rows: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    y = np.arange(rows) % classes
-    x = rng.random((rows, 8, 8)) * 80 + y[:, None, None] * 60
-    return x.astype(np.uint8), y
+from tests.helpers.python_federations import QUIET, images, same_models
 
 
 def federation(**client: Any) -> hfl.Federation:
@@ -65,14 +57,6 @@ class SquaredError(hfl.Objective):
     def loss(self, nets: Any, batch: Any, context: Any) -> Tensor:
         p = nets.model(batch.x).logits.softmax(1)
         return (p - functional.one_hot(batch.y, p.shape[1])).square().sum(1)
-
-
-def same_models(first: hfl.Run, second: hfl.Run) -> bool:
-    return all(
-        torch.equal(tensor, second.models[client].tensors[name])
-        for client, model in first.models.items()
-        for name, tensor in model.tensors.items()
-    )
 
 
 OBJECTS: dict[str, dict[str, Any]] = {

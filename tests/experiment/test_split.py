@@ -1,0 +1,188 @@
+"""Dividing one data set among new clients with `hetero_fl.split`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hetero_fl as hfl
+from hetero_fl.data import from_arrays
+from hetero_fl.utils.errors import UserError
+from tests.helpers.python_federations import NO_REPORT, Net, images, table
+
+
+def numbered(rows: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    """Return a table whose first column is the row number, and three classes."""
+    x = np.stack([np.arange(rows), np.ones(rows)], 1).astype("float32")
+    return x, np.arange(rows) % 3
+
+
+def rows_of(clients: list[hfl.Client]) -> dict[str, list[int]]:
+    return {client.name: client.data.train.x[:, 0].int().tolist() for client in clients}
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [None, hfl.Dirichlet(alpha=0.5), hfl.Quantity(alpha=1.0), hfl.Classes(classes=2)],
+    ids=["default", "dirichlet", "quantity", "classes"],
+)
+def test_split_gives_each_row_to_one_client(partition: Any) -> None:
+    clients = hfl.split(numbered(), clients=4, partition=partition)
+
+    found = rows_of(clients)
+    assert list(found) == ["client_1", "client_2", "client_3", "client_4"]
+    assert sorted(row for rows in found.values() for row in rows) == list(range(120))
+
+
+def test_split_keeps_the_label_of_each_row() -> None:
+    for client in hfl.split(numbered(), clients=3, partition=hfl.Dirichlet(alpha=0.3)):
+        rows = client.data.train
+        assert torch.equal(rows.x[:, 0].long() % 3, rows.y)
+
+
+def test_split_depends_on_the_seed_only() -> None:
+    def divided(seed: int, global_seed: int) -> dict[str, list[int]]:
+        torch.manual_seed(global_seed)
+        np.random.seed(global_seed)
+        return rows_of(hfl.split(numbered(), clients=3, seed=seed))
+
+    assert divided(1, global_seed=1) == divided(1, global_seed=2)
+    assert divided(1, global_seed=1) != divided(2, global_seed=1)
+
+
+def test_split_applies_the_partition() -> None:
+    clients = hfl.split(numbered(), clients=3, partition=hfl.Classes(classes=1))
+
+    assert [len(client.data.train.y.unique()) for client in clients] == [1, 1, 1]
+
+
+def test_split_names_clients() -> None:
+    clients = hfl.split(numbered(), clients=["north", "south"])
+
+    assert list(rows_of(clients)) == ["north", "south"]
+
+
+def test_split_divides_training_rows_only() -> None:
+    x, y = numbered()
+    dataset = from_arrays(x[:90], y[:90], test=(x[90:], y[90:]), num_classes=3)
+
+    clients = hfl.split(dataset, clients=2)
+
+    assert sorted(row for rows in rows_of(clients).values() for row in rows) == list(range(90))
+    assert all(client.data.test is None for client in clients)
+
+
+def test_split_assigns_models_in_turn() -> None:
+    clients = hfl.split(images(90, 1), clients=3, model=["mlp", Net])
+
+    assert [client.model for client in clients] == ["mlp", Net, "mlp"]
+    assert [client.init for client in clients] == ["seeded"] * 3
+
+
+def test_split_passes_settings_to_each_client() -> None:
+    preprocess = hfl.Preprocess(resize=12)
+    clients = hfl.split(
+        images(90, 1),
+        clients=2,
+        model="mlp",
+        preprocess=preprocess,
+        optimizer=hfl.SGD(lr=0.05),
+        epochs=3,
+        shares=["predictions"],
+    )
+
+    prepared = hfl.Federation(clients, test=images(30, 9)).prepare(hfl.Local())
+
+    for info in prepared.federation.client_infos.values():
+        assert info.settings.epochs == 3
+        assert info.settings.optimizer.lr == 0.05
+        assert list(info.settings.shares) == ["predictions"]
+        assert info.arch.input_shape == (1, 12, 12)
+
+
+def test_split_reads_the_label_column() -> None:
+    frame = table(60, 1).rename(columns={"ill": "state"})
+
+    clients = hfl.split(frame, clients=2, label="state")
+
+    assert clients[0].data.columns == ("age", "dose")
+    assert sum(len(client.data.train) for client in clients) == 60
+
+
+def test_split_loads_a_source_by_name() -> None:
+    by_name = hfl.split("digits", clients=2)
+    by_source = hfl.split({"name": "digits"}, clients=2)
+
+    first, second = (clients[1].data.train for clients in (by_name, by_source))
+    assert torch.equal(first.x, second.x)
+
+
+def test_split_clients_train() -> None:
+    clients = hfl.split(images(120, 1), clients=3, partition=hfl.Dirichlet(alpha=1.0), model="mlp")
+
+    own = hfl.Federation(clients, test=images(30, 9), proxy=images(20, 8)[0])
+
+    run = own.train(hfl.FedMD(), rounds=1, overrides=NO_REPORT)
+    assert set(run.models) == {"client_1", "client_2", "client_3"}
+
+
+MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "no clients": (UserError, "at least one client", lambda: hfl.split(numbered(), clients=0)),
+    "no names": (UserError, "at least one client", lambda: hfl.split(numbered(), clients=[])),
+    "invalid name": (UserError, "name", lambda: hfl.split(numbered(), clients=["1 a"])),
+    "more clients than rows": (UserError, "rows", lambda: hfl.split(numbered(5), clients=9)),
+    "no labels": (
+        UserError,
+        "data: labels missing",
+        lambda: hfl.split(numbered()[0], clients=2),
+    ),
+    "iterator": (TypeError, "read only once", lambda: hfl.split(iter(numbered()), clients=2)),
+    "unknown source": (
+        UserError,
+        "did you mean 'digits'",
+        lambda: hfl.split("digitz", clients=2),
+    ),
+    "label of arrays": (
+        UserError,
+        "label: applies to",
+        lambda: hfl.split(numbered(), clients=2, label="y"),
+    ),
+    "unknown label": (
+        UserError,
+        "'il' not found",
+        lambda: hfl.split(table(30, 1), clients=2, label="il"),
+    ),
+    "unknown argument": (
+        TypeError,
+        "unexpected keyword argument 'epoch'",
+        lambda: hfl.split(numbered(), clients=2, epoch=2),
+    ),
+    "wrong setting": (
+        UserError,
+        r"Client\('client_1'\): epochs: must be",
+        lambda: hfl.split(numbered(), clients=2, epochs=-1),
+    ),
+    "unknown model": (
+        UserError,
+        "did you mean 'mlp'",
+        lambda: hfl.split(numbered(), clients=2, model="mpl"),
+    ),
+    "partition without groups": (
+        UserError,
+        "group",
+        lambda: hfl.split(numbered(), clients=2, partition=hfl.Natural()),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_split_mistake_raises_one_line(mistake: str) -> None:
+    kind, words, make = MISTAKES[mistake]
+    with pytest.raises(kind, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError | TypeError)

@@ -116,7 +116,7 @@ def test_import_reference_imports_or_explains(
     (tmp_path / "broken_for_import.py").write_text("1 / 0\n")
     assert import_reference("python:mine_for_import:value", "data.name", takes="")() == 7
     for reference, words in (
-        ("python:mine_for_import", "write python:package.module:Name"),
+        ("python:mine_for_import", "expected python:package.module:Name"),
         ("python:mine_for_import:valu", "did you mean 'value'?"),
         ("python:no_such_module:x", "module 'no_such_module' not found in the working directory"),
         ("python:broken_for_import:x", "ZeroDivisionError"),

@@ -300,7 +300,7 @@ def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
         or federation.privacy is not None
         or (is_temporal and not any(is_temporal))
     ):
-        raise RequestRefusedError("forecast: expected only for time series without privacy")
+        raise RequestRefusedError("expected only for time series without privacy")
     named = _check_names(found, ("time", "truth", "predicted", "baselines"))
     rows = len(named["time"])
     if not 0 < rows <= FORECAST_ROWS:

@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from model_zoo.errors import ModelError
 from model_zoo.heads import find_head, split_module
@@ -47,6 +48,7 @@ class GivenModel:
 
     Raises:
         TypeError: If `model` is neither a module nor callable.
+        ModelError: If the module has lazy layers that were not initialized.
 
     Example:
         >>> from torch import nn
@@ -62,6 +64,10 @@ class GivenModel:
             raise TypeError(
                 "model: expected a torch.nn.Module, or a class or function that creates one, got "
                 f"{type(model).__name__}"
+            )
+        if isinstance(model, nn.Module) and any(map(is_lazy, model.parameters())):
+            raise ModelError(
+                "model: has lazy layers without shapes; call the module once on an example first"
             )
         self._model = model
         self.head = head

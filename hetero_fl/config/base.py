@@ -44,11 +44,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    """Settings that a class determines, such as the name of an optimizer."""
     unused: ClassVar[frozenset[str]] = frozenset()
-    """Inherited settings that a class fixes or does not use, and therefore does not accept."""
+    """Inherited settings that have no effect in a class."""
 
     def __init__(self, **settings: Any) -> None:
-        for name in self.unused & settings.keys():
+        for name in settings.keys() - self.accepted().keys() & type(self).model_fields.keys():
             raise self._unexpected(name)
         try:
             super().__init__(**settings)
@@ -61,6 +63,7 @@ class Settings(BaseModel):
                     raise self._unexpected(str(problem["loc"][0])) from None
             described = describe_error(error, settings, type(self))
             raise UserError(f"{self.__repr_name__()}: {described}") from None
+        self.__pydantic_fields_set__.update(self.fixed)
 
     # Without this attribute, pydantic would also call __init__ for nested sections, and the errors
     # of nested sections would not contain the path of the key.
@@ -75,7 +78,8 @@ class Settings(BaseModel):
     @classmethod
     def accepted(cls) -> dict[str, FieldInfo]:
         """Return the settings that are arguments of this class, by name."""
-        return {n: f for n, f in cls.model_fields.items() if n not in cls.unused}
+        excluded = cls.fixed | cls.unused
+        return {name: info for name, info in cls.model_fields.items() if name not in excluded}
 
     def _unexpected(self, name: str) -> TypeError:
         hint = suggest_or_list(name, list(self.accepted()))

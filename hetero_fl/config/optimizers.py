@@ -16,7 +16,7 @@ class SGD(OptimizerConfig):
         'sgd'
     """
 
-    unused: ClassVar = frozenset({"name"})
+    fixed: ClassVar = frozenset({"name"})
 
     name: Literal["sgd"] = "sgd"
 
@@ -30,7 +30,8 @@ class Adam(OptimizerConfig):
         0.0005
     """
 
-    unused: ClassVar = frozenset({"name", "momentum", "nesterov"})
+    fixed: ClassVar = frozenset({"name"})
+    unused: ClassVar = frozenset({"momentum", "nesterov"})
 
     name: Literal["adam"] = "adam"
 
@@ -44,6 +45,7 @@ class AdamW(OptimizerConfig):
         'adamw'
     """
 
-    unused: ClassVar = frozenset({"name", "momentum", "nesterov"})
+    fixed: ClassVar = frozenset({"name"})
+    unused: ClassVar = frozenset({"momentum", "nesterov"})
 
     name: Literal["adamw"] = "adamw"

@@ -8,7 +8,7 @@ from hetero_fl.config.data import PartitionConfig
 
 
 def _all_but(*used: str) -> frozenset[str]:
-    return frozenset(PartitionConfig.model_fields) - set(used)
+    return frozenset(PartitionConfig.model_fields) - {"kind", *used}
 
 
 class IID(PartitionConfig):
@@ -20,6 +20,7 @@ class IID(PartitionConfig):
         'iid'
     """
 
+    fixed: ClassVar = frozenset({"kind"})
     unused: ClassVar = _all_but("min_size")
 
     kind: Literal["iid"] = "iid"
@@ -34,6 +35,7 @@ class Dirichlet(PartitionConfig):
         0.3
     """
 
+    fixed: ClassVar = frozenset({"kind"})
     unused: ClassVar = _all_but("alpha", "cap", "min_size")
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -48,6 +50,7 @@ class Classes(PartitionConfig):
         'classes'
     """
 
+    fixed: ClassVar = frozenset({"kind"})
     unused: ClassVar = _all_but("classes", "classes_spread", "shots", "min_size")
 
     kind: Literal["classes"] = "classes"
@@ -62,6 +65,7 @@ class Quantity(PartitionConfig):
         'quantity'
     """
 
+    fixed: ClassVar = frozenset({"kind"})
     unused: ClassVar = _all_but("alpha", "min_size")
 
     kind: Literal["quantity"] = "quantity"
@@ -76,6 +80,7 @@ class Natural(PartitionConfig):
         'natural'
     """
 
+    fixed: ClassVar = frozenset({"kind"})
     unused: ClassVar = _all_but("min_size")
 
     kind: Literal["natural"] = "natural"

@@ -97,6 +97,8 @@ def pool_client_files(
     dataset = replace(
         schema,
         name=OWN_DATA if is_from_objects else config.name,
+        # Objects get the same test rows as files of the same content.
+        source=("table" if schema.columns else "npz") if is_from_objects else config.name,
         train=train,
         about=f"{len(train):,} rows of {len(own)} {'clients' if is_from_objects else 'files'}",
         notes=tuple(notes),

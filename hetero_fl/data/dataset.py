@@ -526,6 +526,8 @@ class Dataset:
             `Examples.time`, which contains the time of the last target.
         vocabulary: Vocabulary if x consists of tokens, otherwise None.
         categories: Text columns that are one-hot encoded, with their values.
+        source: Name of the source, on which the choice of held-out test rows depends. If empty,
+            `name` is used.
 
     Example:
         >>> import torch
@@ -550,8 +552,10 @@ class Dataset:
     span: int = 0
     vocabulary: Vocabulary | None = None
     categories: Categories = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
+        self.source = self.source or self.name
         self.blocks = tuple(Block(str(name), tuple(shape)) for name, shape in self.blocks)
         check_blocks(self.blocks, tuple(self.train.x.shape[1:]), self.name)
 

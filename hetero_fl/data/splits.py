@@ -350,7 +350,10 @@ class RandomHoldout:
                 f"data.name: {name}: has {len(rows)} rows, too few to split off a test set"
             )
         return draw_rows(
-            rows, count, keyed_generator("data", name, "test"), self.dataset.train.patient
+            rows,
+            count,
+            keyed_generator("data", self.dataset.source, "test"),
+            self.dataset.train.patient,
         )
 
     def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -608,7 +611,7 @@ def common_sets(
     test = RowSelection.all_rows(dataset.test)
     if config.test_limit is not None and config.test_limit < len(test.rows):
         # The generator does not depend on the seed, so all seeds have the same test set.
-        generator = keyed_generator("data", dataset.name, "test_limit")
+        generator = keyed_generator("data", dataset.source, "test_limit")
         test = RowSelection(dataset.test, draw_rows(test.rows, config.test_limit, generator)[0])
     return {"common_validation": validation, "common_test": test}, rows
 

@@ -33,6 +33,7 @@ from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.registry import importable_reference, reference_to
 from hetero_fl.utils.text import pluralize
+from model_zoo import ModelError
 from model_zoo.given_models import GivenModel, redraw_weights
 
 Model = nn.Module | type[nn.Module] | Mapping[str, Any] | str | Any
@@ -323,6 +324,8 @@ def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenMo
         given = GivenModel(model, head)
     except TypeError as error:
         raise TypeError(f"{where}{error}") from None
+    except ModelError as error:
+        raise UserError(f"{where}{error}") from None
     if init == "given" and not given.is_instance:
         raise UserError(
             f"{where}init: 'given' needs a module with weights, got {given.title}; create it"
@@ -390,11 +393,6 @@ def plain_value(value: Any) -> Any:
     Configuration sections become dictionaries of the keys that are set, tuples become lists, and
     functions and classes become references. Other values are returned unchanged.
     """
-    # `name` and `kind` are constants of the class, which `exclude_unset` would omit.
-    if isinstance(value, OptimizerConfig):
-        return {"name": value.name, **value.model_dump(mode="json", exclude_unset=True)}
-    if isinstance(value, PartitionConfig):
-        return {"kind": value.kind, **value.model_dump(mode="json", exclude_unset=True)}
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, tuple):

@@ -53,6 +53,11 @@ class FederationDatasets:
             if not is_source(data)
         }
         for client in clients:
+            if client.data is None and "data" not in sets:
+                raise UserError(
+                    f"{_place(client)}: missing; pass data to the client, or data=... to divide to "
+                    "the federation"
+                )
             _check_own_sets(client, has_test="test" in sets or "data" in sets)
         self._named = _plain_source(sets.get("data"))
         labeled |= {
@@ -71,6 +76,8 @@ class FederationDatasets:
         for client in clients:
             self._add_own_sets(client)
         proxy = sets.get("proxy")
+        if isinstance(proxy, int) and proxy < 1:
+            raise UserError(f"proxy: expected examples, or a number of rows >= 1, got {proxy}")
         self._proxy_size = proxy if isinstance(proxy, int) else None
         if self._proxy_size is not None and "test" in sets and "data" not in sets:
             raise UserError(
@@ -89,7 +96,7 @@ class FederationDatasets:
             if own is None:
                 continue
             dataset = self.datasets[_place(client)]
-            examples = match_to_common(own, dataset, _place(client, part), owner="data")
+            examples = _matched(own, dataset, _place(client, part))
             dataset = _with_split(dataset, part, examples)
             self.datasets[_place(client)] = dataset
 
@@ -219,9 +226,21 @@ def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
     common = replace(common, train=match_to_common(main, common, "data"))
     for part in ("validation", "test"):
         if part in datasets:
-            examples = match_to_common(datasets[part], common, part)
+            examples = _matched(datasets[part], common, part)
             common = _with_split(common, part, examples)
     return common
+
+
+def _matched(own: Dataset, dataset: Dataset, place: str) -> Examples:
+    """Return the examples with the classes and columns of another data set of the same shape."""
+    examples = match_to_common(own, dataset, place)
+    shape = tuple(dataset.train.x.shape[1:])
+    if tuple(examples.x.shape[1:]) != shape:
+        raise UserError(
+            f"{place}: expected examples of shape {shape} as in the training data, got "
+            f"{tuple(examples.x.shape[1:])}"
+        )
+    return examples
 
 
 def _with_split(dataset: Dataset, part: str, examples: Examples) -> Dataset:

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args, get_type_hints
 
 import yaml
 from typing_extensions import Unpack
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.config.base import Settings
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
@@ -141,8 +142,12 @@ class Federation:
         seed: int = 0,
         name: str = DEFAULT_NAME,
     ) -> None:
+        if isinstance(clients, Client):
+            raise TypeError("clients: expected a list of Client objects, got a Client")
         self.clients = list(clients)
         _check_names(self.clients)
+        if partition is not None and all(client.data is not None for client in self.clients):
+            raise UserError("partition: has no effect, because all clients have their own data")
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
         datasets = FederationDatasets(self.clients, sets, label, num_classes)
@@ -468,7 +473,7 @@ class Federation:
         config = dict(self._config)
         for key, value in sections.items():
             if value is not None:
-                config[key] = plain_value(value)
+                config[key] = _section(key, value)
         if method is not None:
             config["algorithm"] = method_section(method)
         if rounds is not None:
@@ -541,6 +546,19 @@ def _variant(method: Algorithm | type[Algorithm] | str) -> str:
     section = method_section(method)
     settings = (f"{key}={_setting(value)}" for key, value in section.items() if key != "name")
     return ":".join([section["name"], *settings])
+
+
+def _section(key: str, value: Any) -> Any:
+    """Return a section of the configuration as plain values.
+
+    Raises:
+        TypeError: If the section is another one.
+    """
+    expected = get_args(get_type_hints(Sections)[key])[0]
+    if isinstance(value, Settings) and not isinstance(value, expected):
+        names = (cls.__name__.removesuffix("Config") for cls in (expected, type(value)))
+        raise TypeError("{}: expected {}(...), got {}(...)".format(key, *names))
+    return plain_value(value)
 
 
 def _setting(value: Any) -> str:

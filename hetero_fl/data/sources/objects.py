@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +82,8 @@ def to_pair(data: Any, where: str) -> Any:
         data: Data of any type that `to_dataset` accepts.
         where: Name of the data in error messages.
     """
+    if isinstance(data, tuple | list):
+        return _pair(data, where)
     is_torch = isinstance(data, torch.utils.data.Dataset) and not _is_hugging_face(data)
     return _from_torch(data, where) if is_torch else data
 
@@ -154,7 +156,7 @@ def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
     if len(data) == 0:
         raise UserError(f"{where}: has no rows")
     # One pass over the items, which may be read from disk or augmented at random.
-    items = [_item(data[i], where, i) for i in range(len(data))]
+    items = [_item(data, where, i) for i in range(len(data))]
     x = [_as_array(x) for x, _ in items]
     shapes = {tuple(each.shape) for each in x}
     if len(shapes) > 1:
@@ -172,7 +174,12 @@ def _two_columns(tensors: Any, where: str) -> tuple[Any, Any]:
     return tensors[0], tensors[1]
 
 
-def _item(item: Any, where: str, row: int) -> tuple[Any, Any]:
+def _item(data: Any, where: str, row: int) -> tuple[Any, Any]:
+    try:
+        item = data[row]
+    # A user's data set may raise any exception.
+    except Exception as error:
+        raise UserError(f"{where}: row {row}: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         found = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
         raise UserError(f"{where}: row {row}: expected a pair (x, y), got {found}")
@@ -195,6 +202,8 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
         raise TypeError(f"{where}: expected {KINDS}, got {type(data).__name__}")
     if len(data) != 2:
         raise UserError(f"{where}: expected a pair (x, y), got {len(data)} values")
+    if data[1] is None:
+        raise UserError(f"{where}: labels missing; pass a pair (x, y)")
     return data[0], data[1]
 
 

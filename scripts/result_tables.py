@@ -264,8 +264,8 @@ def main() -> int:
         nargs="+",
         default=[],
         metavar="[NAME=]FOLDER",
-        help="folders of finished comparisons to copy to docs/results first (default of NAME: name "
-        "of the configuration)",
+        help="folders of finished comparisons; they are copied to docs/results before the tables "
+        "are written (default of NAME: name of the configuration)",
     )
     parser.add_argument("--commit", help="commit of the archived runs (default: current commit)")
     parser.add_argument(

@@ -32,7 +32,6 @@ LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
 OPTION_NAMES = {
     "file_format": "format",
     "hosts": "host",
-    "personal": "home",
     "transfer": "take",
 }
 

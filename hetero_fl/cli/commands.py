@@ -23,9 +23,9 @@ from hetero_fl.cli.deployment_commands import (
 )
 from hetero_fl.cli.experiment_commands import audit, check, compare, export, join
 from hetero_fl.cli.run_options import (
-    HOME_HELP,
     METHODS_HINT,
     PATH,
+    PERSONAL_HELP,
     QUIET_HELP,
     allow_code_option,
     code_permission,
@@ -79,7 +79,7 @@ def train(source: Path, **options: Any) -> Run:
     metavar="ID",
     help="Evaluate only the model of this client, or of `server`.  [default: all models]",
 )
-@click.option("--home", is_flag=True, help=HOME_HELP)
+@click.option("--personal", is_flag=True, help=PERSONAL_HELP)
 @click.option(
     "--json", "json_file", type=PATH, metavar="FILE", help="Also write the metrics to a JSON file."
 )
@@ -91,7 +91,7 @@ def evaluate(
     data: str,
     label: str | None,
     client: str | None,
-    home: bool,
+    personal: bool,
     json_file: Path | None,
     allow_code: bool,
     quiet: bool,
@@ -112,7 +112,7 @@ def evaluate(
         loaded,
         data,
         client,
-        personal=home,
+        personal=personal,
         label=label,
         allow_code=permission,
         log=lambda note: log(f"note: {note}"),

@@ -87,7 +87,8 @@ def server(source: Path, server_file: Path | None, **options: Any) -> Run:
 @click.option(
     "--head",
     metavar="N:HASH",
-    help="With --audit: head printed by an earlier verification, which the log must contain.",
+    help="With --audit: number of entries and hash of the last one, as printed by an earlier "
+    "verification. The log must contain this entry.",
 )
 @allow_code_option
 @quiet_option
@@ -192,7 +193,7 @@ def certificates(folder: Path, hosts: tuple[str, ...], clients: str) -> None:
 @click.argument(
     "run",
     metavar="RUN|ADDRESS",
-    help="Run directory, or address (host:port or URL) of the server's metrics.",
+    help="Run directory, or address (host:port or URL) of the server's metrics endpoint.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def status(run: str, as_json: bool) -> None:

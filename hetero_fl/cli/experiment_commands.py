@@ -10,9 +10,9 @@ import click
 from click.exceptions import Exit
 
 from hetero_fl.cli.run_options import (
-    HOME_HELP,
     METHODS_HINT,
     PATH,
+    PERSONAL_HELP,
     allow_code_option,
     code_permission,
     command,
@@ -49,8 +49,12 @@ if TYPE_CHECKING:
     default=4,
     help="Number of shadow runs: an even number >= 4, or 0 for the loss attack only.",
 )
-@click.option("--images", default=3, help="Number of training steps to invert per client.")
-@click.option("--batch", default=1, help="Number of images per training step, 1 to 4.")
+@click.option(
+    "--images",
+    default=3,
+    help="Number of training steps to invert per client. Each step has --batch images.",
+)
+@click.option("--batch", default=1, help="Batch size of each inverted training step, 1 to 4.")
 @click.option("--seed", default=0, help="Random seed of the audit.")
 @click.option(
     "--out",
@@ -238,7 +242,7 @@ def _option_or_study(name: str, value: Any, study: Study | None) -> Any:
     metavar="NAME",
     help="File format: onnx or safetensors.",
 )
-@click.option("--home", is_flag=True, help=HOME_HELP)
+@click.option("--personal", is_flag=True, help=PERSONAL_HELP)
 @click.option(
     "--out",
     type=PATH,
@@ -252,7 +256,7 @@ def export(
     run: Path,
     client: str | None,
     file_format: str,
-    home: bool,
+    personal: bool,
     out: Path | None,
     allow_code: bool,
     quiet: bool,
@@ -265,7 +269,7 @@ def export(
         client,
         file_format,
         out,
-        home,
+        personal,
         log=make_printer(quiet),
         allow_code=code_permission(allow_code),
     )
@@ -278,7 +282,8 @@ def export(
     "overrides",
     nargs=-1,
     metavar="[key.path=value]...",
-    help="Settings of the new client, such as optimizer.lr=0.01, or of `runtime`.",
+    help="Settings of the new client, such as optimizer.lr=0.01, or keys of `runtime`, such as "
+    "runtime.device=cpu.",
 )
 @click.option(
     "--data",

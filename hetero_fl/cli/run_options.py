@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 METHODS_HINT = "Run `hetero-fl methods` to list the valid values of algorithm.name."
 PATH = click.Path(path_type=Path)
 QUIET_HELP = "Print only results and errors."
-HOME_HELP = (
-    "Add the log of the client's label frequencies to the logits, if the run uses logit adjustment."
+PERSONAL_HELP = (
+    "Predict as on the client's own examples: add the log of its label frequencies to the logits, "
+    "if the run uses logit adjustment."
 )
 
 command = partial(

@@ -90,6 +90,13 @@ def format_metric(value: float | None, metric: str) -> str:
     return f"{value:.3f}" if metric in _DECIMAL else format_significant(value)
 
 
+def format_deviation(deviation: float, metric: str, mean: float) -> str:
+    """Format the standard deviation of a metric with as many decimals as its mean."""
+    if metric in _PERCENT or metric in _DECIMAL:
+        return format_metric(deviation, metric)
+    return f"{deviation:.{significant_decimals(mean)}f}"
+
+
 def metric_name(metric: str, unit: str = "") -> str:
     """Return the display name of a metric, such as `mean absolute error (vehicles)`.
 
@@ -116,8 +123,13 @@ def format_significant(value: float, count: int = 3) -> str:
 
     All digits before the decimal point are kept, even if there are more than `count`.
     """
+    return f"{value:.{significant_decimals(value, count)}f}"
+
+
+def significant_decimals(value: float, count: int = 3) -> int:
+    """Return the number of decimals with which a number has `count` significant digits."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{value:.{min(max(0, count - before), MAX_DECIMALS)}f}"
+    return min(max(0, count - before), MAX_DECIMALS)
 
 
 def format_bytes(count: float) -> str:

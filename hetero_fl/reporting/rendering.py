@@ -11,6 +11,7 @@ from hetero_fl.reporting.formatting import (
     algorithm_name,
     capitalize_first,
     format_bytes,
+    format_deviation,
     format_duration,
     format_metric,
     format_privacy,
@@ -71,11 +72,52 @@ def markdown_table(
     )
 
 
-def join_values(value: Any) -> str:
-    """Format a value of `environment.json`, including lists and objects, as one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {join_values(found)}" for name, found in value.items())
-    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+def format_environment(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Format the content of `environment.json` as the labels and values of a table.
+
+    Rows of missing entries are omitted. Unknown entries are listed under their own names.
+    """
+    known = dict(environment)
+    choice = known.pop("choice", {})
+    threads = known.pop("threads", None)
+    version = known.pop("run_directory_version", None)
+    release = known.pop("hetero_fl", None)
+    cores = known.pop("cores", None)
+    device = known.pop("device", "")
+    reasons = choice.get("reasons", [])
+    thread_reasons = [text for text in reasons if re.match(r"\d+ threads?\b", text)]
+    prefix = f"{choice.get('executor')} executor: "
+    other_reasons = [text.removeprefix(prefix) for text in reasons if text not in thread_reasons]
+    if "server_threads" in choice:
+        threads = f"{threads} for clients, {choice['server_threads']} for the server"
+    for text in thread_reasons:
+        # The part after the colon is the reason for the numbers before it.
+        threads = f"{threads} ({text.partition(': ')[2] or text})"
+    workers = choice.get("workers", 1)
+    chunk = choice.get("chunk", 1)
+    rows = {
+        "Executor": [
+            choice.get("executor"),
+            pluralize(workers, "worker") if workers > 1 else None,
+            f"{pluralize(chunk, 'client')} at a time" if chunk > 1 else None,
+        ],
+        "Reason": ["; ".join(other_reasons)],
+        "Threads": [threads],
+        "Device, precision": [
+            "CPU" if device == "cpu" else device,
+            choice.get("precision"),
+            "deterministic algorithms" if choice.get("deterministic") else None,
+        ],
+        "Processor": [known.pop("cpu", None), pluralize(cores, "core") if cores else None],
+        "Platform": [known.pop("platform", None)],
+        "Run id": [known.pop("run", None)],
+        "hetero_fl": [f"{release} (run directory format {version})" if release else None],
+        "Python": [known.pop("python", None)],
+        "Packages": [f"{name} {found}" for name, found in known.pop("packages", {}).items()],
+        **{name: found if isinstance(found, list) else [found] for name, found in known.items()},
+    }
+    texts = {name: ", ".join(str(part) for part in parts if part) for name, parts in rows.items()}
+    return {name: text for name, text in texts.items() if text}
 
 
 # Client settings that change the loss or the predictions and that methods may enable.
@@ -104,7 +146,8 @@ def format_training(settings: Mapping[str, Any]) -> str:
             continue
         word = name.replace("_", " ")
         if name == "recalibrate":
-            word += f" {' + '.join(value)}".replace("_", " ")
+            predictions = ", ".join(value).replace("_", " ")
+            word = f"recalibrated BatchNorm statistics ({predictions})"
         elif name == "fine_tune_epochs":
             word += f" {value}"
         words.append(word)
@@ -123,11 +166,11 @@ FILTERS: dict[str, Callable[..., str]] = {
     "bytes": format_bytes,
     "capitalize_first": capitalize_first,
     "code": format_code,
+    "deviation": format_deviation,
     "duration": format_duration,
     "latex": escape_latex,
     "metric": format_metric,
     "metric_name": metric_name,
-    "plain": join_values,
     "plural": pluralize,
     "printable": lambda text: printable(str(text)),
     "privacy": format_privacy,

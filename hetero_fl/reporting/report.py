@@ -34,7 +34,7 @@ from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.clients import FEW
 from hetero_fl.reporting.plots.rounds import TASK_CLIENTS, TASK_ROUNDS
 from hetero_fl.reporting.plots.scores import PANELS
-from hetero_fl.reporting.rendering import render
+from hetero_fl.reporting.rendering import format_environment, render
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import describe_attack, describe_protections
 from hetero_fl.utils.code_permission import find_references
@@ -76,7 +76,7 @@ def _page(run: RunDirectory, log: Callable[[str], None] | None) -> str:
         title=run.summary()["name"],
         pictures={name: style.embed_picture(pictures[name]) for name in pictures},
         command=_repeat_command(run),
-        environment=run.environment(),
+        environment=format_environment(run.environment()),
         config=run.read_text("config.yaml"),
     )
 

@@ -10,6 +10,7 @@ from hetero_fl.reporting.formatting import (
     algorithm_base,
     algorithm_name,
     format_bytes,
+    format_deviation,
     format_duration,
     format_evaluation,
     format_metric,
@@ -33,6 +34,21 @@ def test_format_metric_and_format_significant() -> None:
         "-2.80",
     ]
     assert len(format_significant(5e-324)) < 30
+
+
+@pytest.mark.parametrize(
+    ("deviation", "metric", "mean", "text"),
+    [
+        (0.0515, "loss", 1.5, "0.05"),
+        (3.456, "mae", 12.0, "3.5"),
+        (0.0523, "accuracy", 0.8, "5.2%"),
+        (0.0523, "auroc", 0.9, "0.052"),
+    ],
+)
+def test_deviation_has_the_decimals_of_the_mean(
+    deviation: float, metric: str, mean: float, text: str
+) -> None:
+    assert format_deviation(deviation, metric, mean) == text
 
 
 @pytest.mark.parametrize(

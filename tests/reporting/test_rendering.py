@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from hetero_fl.reporting.rendering import format_training, join_values, render
+from hetero_fl.reporting.rendering import format_environment, format_training, render
 
 
-@pytest.mark.parametrize(
-    ("value", "line"),
-    [
-        ("cpu", "cpu"),
-        (["2 threads", "one core"], "2 threads; one core"),
-        (
-            {"executor": "serial", "reasons": ["2 threads", "one core"]},
-            "executor serial, reasons 2 threads; one core",
-        ),
-    ],
-)
-def test_environment_values_are_formatted_in_one_line(value: Any, line: str) -> None:
-    assert join_values(value) == line
+def test_environment_rows_have_labels_instead_of_keys() -> None:
+    environment = {
+        "run_directory_version": 1,
+        "run": "e1b25231376e8167",
+        "hetero_fl": "0.1.0",
+        "cpu": "a processor",
+        "cores": 2,
+        "threads": 1,
+        "device": "cpu",
+        "choice": {
+            "executor": "serial",
+            "device": "cpu",
+            "threads": 1,
+            "server_threads": 1,
+            "chunk": 1,
+            "precision": "float32",
+            "deterministic": False,
+            "workers": 1,
+            "reasons": [
+                "serial executor: too short to benefit from worker processes",
+                "1 thread for clients, 1 for the server: training steps are too small",
+            ],
+        },
+        "packages": {"torch": "2.5.1", "numpy": "2.0.0"},
+    }
+
+    assert format_environment(environment) == {
+        "Executor": "serial",
+        "Reason": "too short to benefit from worker processes",
+        "Threads": "1 for clients, 1 for the server (training steps are too small)",
+        "Device, precision": "CPU, float32",
+        "Processor": "a processor, 2 cores",
+        "Run id": "e1b25231376e8167",
+        "hetero_fl": "0.1.0 (run directory format 1)",
+        "Packages": "torch 2.5.1, numpy 2.0.0",
+    }
+
+
+def test_environment_rows_name_workers_and_clients_at_a_time() -> None:
+    choice = {"executor": "processes", "workers": 4, "chunk": 12, "deterministic": True}
+
+    rows = format_environment({"device": "cuda:0 (a GPU)", "choice": choice})
+
+    assert rows == {
+        "Executor": "processes, 4 workers, 12 clients at a time",
+        "Device, precision": "cuda:0 (a GPU), deterministic algorithms",
+    }
 
 
 def test_training_settings_include_logit_adjustment() -> None:
@@ -33,7 +65,8 @@ def test_training_settings_include_logit_adjustment() -> None:
     assert adjusted == "lr 0.1, epochs 2, logit adjustment, class weights"
     options = {"recalibrate": ["global_test", "local_test"], "fine_tune_epochs": 3}
     assert format_training({**settings, **options}) == (
-        "lr 0.1, epochs 2, recalibrate global test + local test, fine tune epochs 3"
+        "lr 0.1, epochs 2, recalibrated BatchNorm statistics (global test, local test), "
+        "fine tune epochs 3"
     )
 
 

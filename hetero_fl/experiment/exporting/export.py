@@ -183,7 +183,8 @@ def export(
         file_format: "onnx" or "safetensors".
         out: The folder to write to. Default: `export` in the run directory.
         personal: Whether to include the client's label frequencies, as `Run.predict` does by
-            default. If True, the file is named `NAME-home`. Not supported for safetensors files.
+            default. If True, the file is named `NAME-personal`. Not supported for safetensors
+            files.
         log: Function that is called with a line for each exported model.
         allow_code: Whether code that the files of the run refer to may be executed.
 
@@ -243,7 +244,7 @@ def _export_model(
     else:
         content = _onnx_content(name, model, personal)
         largest = _largest_difference(run, name, load_scorer(content), personal)
-    stem = f"{name}-home" if personal else name
+    stem = f"{name}-personal" if personal else name
     file = folder / f"{stem}{SUFFIXES[file_format]}"
     card = folder / f"{stem}.json"
     source = sha256_of(run.path / "models" / f"{name}.safetensors")

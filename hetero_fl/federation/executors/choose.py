@@ -414,8 +414,7 @@ def _select_executor(
     else:
         serial_reason = _reason_against_workers(load, available, threads_per_process)
         if not serial_reason:
-            seconds = f"about {load.seconds:.0f} s of training on one core"
-            return "processes", f"{seconds}, {available} cores available"
+            return "processes", f"{_training_time(load)}, {available} cores available"
     if group:
         return "batched", f"small steps of {group} clients with one architecture"
     return "serial", serial_reason
@@ -427,15 +426,19 @@ def _reason_against_workers(load: RunLoad, available: int, threads_per_process: 
     speedup_of_each = load.thread_speedup if threads_per_process else 1.0
     with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)
     saved = load.seconds / load.thread_speedup - with_workers
-    seconds = f"about {load.seconds:.0f} s of training on one core"
     if saved >= START_SECONDS:
         if load.model_bytes <= MAX_TRAFFIC:
             return ""
         rate = f"{load.model_bytes / 1e6:.0f} MB per second of training"
         return f"sending models to workers takes too long ({rate})"
     if with_workers < START_SECONDS:
-        return f"{seconds}, too short to benefit from worker processes"
-    return f"{seconds}, where threads are about as fast as worker processes"
+        return f"{_training_time(load)}, too short to benefit from worker processes"
+    return f"{_training_time(load)}, where threads are about as fast as worker processes"
+
+
+def _training_time(load: RunLoad) -> str:
+    time = f"about {load.seconds:.0f} s" if load.seconds >= 1 else "less than 1 s"
+    return f"training takes {time} on one core"
 
 
 def _choose_threads(

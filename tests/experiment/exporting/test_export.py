@@ -63,7 +63,7 @@ def test_exported_files_predict_as_the_run(run: hetero_fl.Run, tmp_path: Path) -
                 score((x,)), run.predict(name, x, personal=False), atol=1e-5, rtol=0
             )
         assert file.largest_difference is not None and file.largest_difference < 1e-5
-    assert personal.model.stem == "site_2-home"
+    assert personal.model.stem == "site_2-personal"
     found = export.load_scorer(personal.model.read_bytes())((x,))
     torch.testing.assert_close(found, run.predict("site_2", x), atol=1e-5, rtol=0)
     assert not torch.allclose(found, run.predict("site_2", x, personal=False), atol=1e-2)
@@ -158,7 +158,7 @@ def test_card_states_privacy_and_caveats(run: hetero_fl.Run, tmp_path: Path) -> 
     page = hetero_fl.export(altered, "site_2", out=tmp_path, personal=True)[
         "site_2"
     ].card.read_text()
-    client_info = json.loads((tmp_path / "site_2-home.json").read_text())
+    client_info = json.loads((tmp_path / "site_2-personal.json").read_text())
     assert client_info["privacy"]["epsilon"] == 7.5
     for words in (
         "ε = 7.5 at δ = 1e-05",
@@ -210,8 +210,8 @@ def test_export_command_prints_the_folder(
         (["--client", "sitee_2"], "--client: no model of 'sitee_2'; did you mean 'site_2'?"),
         (["--format", "onx"], "--format: unknown format 'onx'; did you mean 'onnx'?"),
         (
-            ["--format", "safetensors", "--home"],
-            "--home: cannot be combined with the format safetensors",
+            ["--format", "safetensors", "--personal"],
+            "--personal: cannot be combined with the format safetensors",
         ),
         (["--format", "torchscript"], "--format: torchscript is no longer supported"),
         (["--format", "safetensors", "--out", "FILE/x"], "cannot be written"),

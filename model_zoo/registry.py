@@ -34,8 +34,9 @@ class CatalogEntry:
 
     Attributes:
         summary: One-line description of the architecture.
-        build: Function `build(shape, *, option=default, …)` that returns the backbone and the width
-            of the features. If pretrained weights exist, the function has an argument `pretrained`.
+        build: Function `build(shape, *, option=default, …)` that returns the backbone, the width of
+            the features and, optionally, the dropout rate between the features and the head. If
+            pretrained weights exist, the function has an argument `pretrained`.
         kinds: Kinds of examples that the model accepts.
         min_size: Minimum height and width of an image in pixels.
         fixed: Options that the name of the model determines.
@@ -94,8 +95,9 @@ def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
     """Check the value of an option and return it.
 
     The default of the option determines which values are valid. The default is an integer for
-    integers of at least 1, a tuple for sequences of such integers, a float for numbers in [0, 1),
-    and a string for one of several names.
+    integers of at least 1, a tuple for such an integer or a sequence of them, a float for numbers
+    in [0, 1), and a string for one of several names. Blocks of the multimodal model are recognized
+    by the type hint.
 
     Args:
         name: Name of the option, for the error message.
@@ -104,7 +106,7 @@ def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
         hint: Type hint of the option, which lists the valid names.
 
     Returns:
-        The value, with sequences converted to tuples.
+        The value, converted to the type of the default.
 
     Raises:
         ModelError: If the value is not valid.

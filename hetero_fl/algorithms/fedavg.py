@@ -1,4 +1,4 @@
-"""Parameter averaging: FedAvg, FedProx and FedNova."""
+"""Parameter averaging: FedAvg, FedAvg-FT, FedProx and FedNova."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ class FedAvg(Algorithm):
 class FedAvgFT(FedAvg):
     """Average parameters and fine-tune the average on each client's own rows before evaluation.
 
-    This is an alias of `fedavg` with `fine_tune_epochs: 5`, the value of FedBABU.
+    The method equals `fedavg` with `fine_tune_epochs: 5`, the value of FedBABU, for clients whose
+    settings do not specify `fine_tune_epochs`.
 
     Example:
         >>> from hetero_fl.algorithms import FedAvgFT
@@ -113,9 +114,9 @@ class FedAvgFT(FedAvg):
 class FedProx(FedAvg):
     """Average parameters trained with a proximal term that keeps clients close to the average.
 
-    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the received model at the start of the
-    round (Li et al. 2020, eq. 2). The norm includes all parameters. The exchange is the same as in
-    FedAvg.
+    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the client's model at the start of the
+    round, after the received parameters have been loaded (Li et al. 2020, eq. 2). The norm includes
+    all parameters. The exchange is the same as in FedAvg.
 
     Use this method where the models of clients drift apart because of skewed labels, many local
     epochs or unequal amounts of work. A large μ keeps the models close to the received model. With

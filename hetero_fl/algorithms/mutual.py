@@ -66,12 +66,12 @@ DEFAULT_MENTEES = {
 class MenteeTraining(Algorithm):
     """Base class of methods that train a small shared model, the mentee, with each client's model.
 
-    Only the mentee is exchanged and averaged over all clients. A mentee of m parameters requires
-    4·m bytes per round in each direction. The mentee has the same architecture for all clients. In
-    local training, a client's own model and its mentee are trained on the same augmented batches.
-    Images of another shape are resized to the mentee's input shape, and channels are averaged or
-    repeated. A client's own model is evaluated on the local test set, the mentee on the global test
-    set.
+    Only the mentee is exchanged and averaged over all clients. Without compression, a mentee of m
+    parameters requires 4·m bytes per round in each direction. The mentee has the same architecture
+    for all clients. In local training, a client's own model and its mentee are trained on the same
+    augmented batches. Images of another shape are resized to the mentee's input shape, and channels
+    are averaged or repeated. By default, a client's own model is evaluated on the local test set,
+    and the mentee on the global test set.
 
     With `shares: [backbone]`, only the mentee's backbone is shared. The mentee of a client that
     shares no parameters is trained on this client only.
@@ -170,7 +170,10 @@ class MenteeTraining(Algorithm):
         raise TypeError(f"{type(self).__name__} does not define objective")
 
     def upload_mentee(self, client: Participant) -> Items:
-        """Return the upload of a client: the shared part of the mentee."""
+        """Return the upload of a client: the shared part of the mentee.
+
+        The upload is empty if the client shares nothing in this round.
+        """
         return upload_model(self, client)
 
     @override
@@ -206,8 +209,9 @@ class FML(MenteeTraining):
 
     The client's own model minimizes α·CE + (1 − α)·KL, where KL is the divergence from the
     predictions of the shared model, the mentee ("meme model" in the paper). The mentee minimizes
-    β·CE + (1 − β)·KL with the divergence from the predictions of the client's own model. The server
-    averages the mentee (Shen et al. 2020, Algorithm 1).
+    β·CE + (1 − β)·KL with the divergence from the predictions of the client's own model. In a
+    regression, mean squared errors replace CE and KL. The server averages the mentee (Shen et al.
+    2020, Algorithm 1).
 
     Use this method where you need a shared model and personal models of any architecture. The
     global test accuracy is the accuracy of the mentee. A mentee that is too small for the task is
@@ -256,10 +260,11 @@ class FedKD(MenteeTraining):
 
     Distillation terms are divided by the sum of the task losses of both models. Updates of the
     shared model, the mentee, are truncated singular value decompositions that keep a share of the
-    energy, the sum of squared singular values. The share rises over the rounds (Wu et al. 2022,
-    Algorithm 1). The server applies the truncated mean update to its own mentee, so that all
-    mentees stay equal. Clients that missed a round receive the whole mentee. Tensors whose
-    truncated form would be larger are sent unchanged.
+    energy, the sum of squared singular values. The share changes linearly from `energy_start` to
+    `energy_end` over the rounds (Wu et al. 2022, Algorithm 1). The server applies the truncated
+    mean update to its own mentee, so that it stays equal to the mentees of clients that receive
+    each update. Clients that missed an update receive the whole mentee. Vectors, and matrices whose
+    truncated form would not be smaller, are sent without truncation.
 
     Use this method like FML where traffic must be small. The ranks of the updates depend on the
     training, so `--check` prints an upper bound of the traffic.
@@ -409,9 +414,12 @@ class FedMRL(MenteeTraining):
     Only the shared model G, the mentee, is averaged (Yi et al. 2024, Algorithm 1). The features of
     G have width d₁, and the features of the client's model F have width d₂ > d₁. A private linear
     projection maps the concatenated features of both models to width d₂. The head of F uses all
-    components of the projection, the head of G uses the first d₁ components, and the two losses are
-    added. If the mentee is not narrower than all clients' models, the mentee's feature width is set
-    to half of the smallest width.
+    components of the projection, and the head of G uses the first d₁ components. The loss is the
+    sum of both losses, weighted by `own_weight` and `mentee_weight`.
+
+    The mentee must be narrower than every client's model. If it is not and `mentee.feature_dim` is
+    None, the mentee's feature width is set to half of the smallest width of the clients' models. If
+    it is not and `mentee.feature_dim` is set, or the smallest width is 1, `UserError` is raised.
 
     Clients predict with the head of F on the projected features, on local and global test sets. A
     prediction needs G, F and the projection. The saved models contain only F.

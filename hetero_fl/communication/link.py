@@ -143,8 +143,8 @@ class ItemForm:
                 are ignored.
 
         Returns:
-            The description, or None if the data types of the tensors differ or are neither float32
-            nor float64. Such items are not compressed.
+            The description, or None if there are no tensors, or their data types differ or are
+            neither float32 nor float64. Such items are not compressed.
         """
         tensors = item.tensors
         dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
@@ -287,7 +287,8 @@ class ItemCodec:
 
         Returns:
             The encoded values, and the values that biased chains omit, keyed by tensor name. The
-            omitted values are exactly `update + unsent - decoded`. Empty if `unsent` is None.
+            omitted values are exactly `update + unsent - decoded`. Empty if `unsent` is None or no
+            chain is biased.
         """
         tensors = item.tensors
         bodies = []
@@ -453,13 +454,14 @@ class Link:
     ) -> Payload:
         """Decode a payload that was encoded by `send`.
 
-        The message may be untrusted. The memory for decoding is limited.
+        The message may be untrusted. A layout of more than `MAX_NUMBERS` numbers is rejected, which
+        bounds the memory for decoding.
 
         Args:
             data: The message.
-            key: The values that were passed to `send`.
-            plain: The names that were passed to `send`.
-            reference: The payload that was passed to `send`.
+            key: The values that were passed to `send` as `key`.
+            plain: The names that were passed to `send` as `plain`.
+            reference: The payload that was passed to `send` as `reference`.
             like: Items with the expected names, shapes and dtypes, keyed by name. If None, the
                 layout in the message is used.
 

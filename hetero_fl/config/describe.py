@@ -51,7 +51,8 @@ def describe_key(model: type[BaseModel], name: str) -> str:
 def format_default(field: FieldInfo) -> str:
     """Format the default of a key as in YAML.
 
-    If the default is a section, its `name` is returned, or an empty string if it has no name.
+    If the default is a section, its `name` is returned, or an empty string if it has no name. For a
+    list of sections, the names are returned.
     """
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
@@ -140,7 +141,7 @@ def _bounds(metadata: Iterable[Any]) -> str:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section of the schema that a field contains, or None for other fields."""
+    """Return the first section (Pydantic model) in a type annotation, or None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(section_of, typing.get_args(annotation))), None)
@@ -207,7 +208,8 @@ def _without_object_numbers(value: Any) -> Any:
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Describe the differences between two resolved configurations in one line.
 
-    At most three differences are listed. The result is None if the configurations are equal.
+    At most three differences are listed, followed by the number of further differences. The result
+    is None if the configurations are equal.
     """
     differing = list(_differing_leaves(old, new, ""))
     parts = [

@@ -1,7 +1,8 @@
 """Metrics of a model, and the mean, standard deviation and worst value of metrics over clients.
 
-Metrics are computed in float64. Scores are fractions, not percentages, and errors of a regression
-have the unit of the target. An undefined metric is None, never NaN.
+Metrics are computed in float64, except for user-defined metrics, which receive predictions in the
+data type of the outputs. Scores are fractions, not percentages, and errors of a regression have the
+unit of the target. An undefined metric is None, never NaN.
 """
 
 from __future__ import annotations
@@ -70,24 +71,30 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
 
     - `accuracy`: fraction of correct predictions.
     - `balanced_accuracy`: mean recall over the classes in `y`.
-    - `macro_f1`: mean F1 score over the classes that occur in `y` or are predicted (the default of
-      scikit-learn).
+    - `macro_f1`: mean F1 score over the classes that occur in `y` or are predicted, as in
+      scikit-learn's `f1_score` with `average="macro"`.
     - `auroc`: area under the ROC curve of class 1 for two classes, otherwise the one-vs-rest mean.
       None unless all classes occur in `y`.
-    - `average_precision`: one-vs-rest mean over the classes in `y`, None if `y` contains only one
-      class. For a task with a `rare` class, the average precision of this class.
+    - `average_precision`: one-vs-rest mean over the classes in `y` or, for a task with a `rare`
+      class, the average precision of this class. None if `y` contains only one class.
     - `loss`: mean cross-entropy.
-    - `top3_accuracy` and `perplexity` (exponential of the loss): only for tasks with many classes.
+    - `top3_accuracy` and `perplexity` (exponential of the loss): only for tasks with 20 or more
+      classes.
 
-    Multilabel: the same metrics, computed for each label with a threshold of 0.5 on probabilities
-    and averaged over the labels for which they are defined. `accuracy` and `loss` are means over
-    all pairs of an example and a label.
+    Multilabel: the same metrics, computed for each label and averaged over the labels for which
+    they are defined. `macro_f1` and `average_precision` of a label refer to the positive class.
+    `auroc` and `average_precision` are defined for labels with positive and negative examples.
+    Labels are predicted with a threshold of 0.5 on probabilities. `accuracy` and `loss` (binary
+    cross-entropy) are means over all pairs of an example and a label.
 
-    Regression: `mae`, `rmse` and `r2`, averaged over the outputs. `r2` is averaged over the outputs
-    whose targets vary.
+    Regression: `mae`, `rmse` and `r2`, averaged over the outputs. `r2` uses only the outputs whose
+    targets vary, and is None if there are none.
 
-    All metrics are None if there are no examples or the outputs contain NaN or infinity. A metric
-    whose magnitude exceeds `MAX_METRIC_VALUE` is None.
+    All metrics are None if there are no examples or the outputs contain NaN or infinity, with two
+    exceptions. In a multiclass task, -inf is treated as probability 0 unless all outputs of an
+    example are -inf. Only `top3_accuracy` is then None, as are `loss` and `perplexity` if the
+    output of a true class is -inf. In a regression, `r2` ignores outputs whose targets do not vary.
+    A metric whose magnitude exceeds `MAX_METRIC_VALUE` is None.
 
     Args:
         task: The task.
@@ -151,7 +158,8 @@ def apply_metric(function: MetricFunction, task: Task, logits: Tensor, y: Tensor
 
     Args:
         function: Function of predictions `[N, C]` and targets (`[N]` or `[N, C]`) that returns a
-            number. Predictions are probabilities, or the model outputs in a regression.
+            number. Predictions are probabilities, or the model outputs in a regression. They are
+            not checked for NaN or infinity.
         task: The task.
         logits: Outputs, shape `[N, C]`.
         y: Targets, shape `[N]` (classes) or `[N, C]`.
@@ -278,6 +286,8 @@ def _ranking(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     """Compute the confusion matrix, whose rows are true classes and columns predicted classes.
 
+    Labels of a multilabel task are predicted with a threshold of 0.5 on probabilities.
+
     Args:
         task: The task.
         logits: Outputs, shape `[N, C]`.
@@ -317,9 +327,9 @@ def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[s
 
     Returns:
         A dictionary with the calibration error `ece` and three lists with one value per bin: the
-        mean `confidence`, the `accuracy` and the `count` of predictions. The error is None if there
-        are no examples or a probability is not finite. Confidence and accuracy of an empty bin are
-        None.
+        mean `confidence`, the `accuracy` and the `count` of predictions. The error is None and all
+        bins are empty if there are no examples or a probability is not finite. Confidence and
+        accuracy of an empty bin are None.
 
     Raises:
         ValueError: If the task is a regression or the shapes do not match the task.
@@ -375,16 +385,17 @@ def summarize_clients(
 ) -> dict[str, float | int | None]:
     """Compute the mean, population standard deviation and worst value of metrics over clients.
 
-    The result does not depend on the order of the clients.
+    All clients have the same weight. The values do not depend on the order of the clients.
 
     Args:
         values: Metrics of each client, keyed by client id and metric name.
 
     Returns:
         For each metric m, the mean as `m`, the standard deviation as `m_std` and the worst value as
-        `m_worst`. All three are None if the metric is undefined for all clients. Undefined values
-        are excluded, as are values whose magnitude exceeds `MAX_METRIC_VALUE`. The entry
-        `m_undefined` is the number of excluded values, if any.
+        `m_worst`. The worst value is the maximum for metrics in `SMALLER_IS_BETTER`, otherwise the
+        minimum. Clients are excluded if the metric is missing, None or NaN, or if its magnitude
+        exceeds `MAX_METRIC_VALUE`. All three values are None if all clients are excluded. The entry
+        `m_undefined` is the number of excluded clients, if any.
 
     Example:
         >>> from hetero_fl.core.metrics import summarize_clients

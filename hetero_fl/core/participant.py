@@ -106,7 +106,7 @@ class ClientInfo:
         purpose: Purpose of a broadcast to the client. With `evaluate`, the client is evaluated
             without training.
         has_proxy: Whether the client can use the proxy set, if the run has a proxy set.
-        models: Architectures of all models of the client, keyed by slot. The slot `model` is
+        models: Architectures of all models of the client, keyed by slot. The entry `model` equals
             `arch`.
 
     Example:

@@ -25,9 +25,9 @@ class Task:
         outputs: Number of outputs of a model.
         names: Names of the outputs. Empty if the outputs have no names.
         unit: Unit of the targets in a regression, such as `vehicles`. Default: no unit.
-        rare: Index of the class to which fewer than a tenth of all rows belong, in a binary task.
-            None if there is no such class. The average precision of a rare class is more
-            informative than accuracy.
+        rare: Index of the class to which fewer than a tenth of the training rows belong, in a
+            binary task. None if there is no such class. The average precision of a rare class is
+            more informative than accuracy.
 
     Example:
         >>> from hetero_fl.core.task import Task

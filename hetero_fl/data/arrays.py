@@ -64,9 +64,10 @@ def from_arrays(
             `columns` to distinguish them from images. Tokens need `vocabulary`.
         y: Labels. Integers `[N]` are classes. Unless the integers are 0 to C - 1, the sorted
             distinct labels become the class names. Strings `[N]` are class names. Zeros and ones
-            `[N, L]` are multilabel targets, or classes if every row has exactly one 1. Other floats
-            are regression targets, unless they are nonnegative integers with at most 20 distinct
-            values, which are classes.
+            `[N, L]` are multilabel targets, or classes if every row has exactly one 1. Other labels
+            are regression targets, unless they are floats `[N]` with 2 to 20 distinct values, fewer
+            than rows, all of which are nonnegative integers, and `unit` is None. Such floats are
+            classes.
         validation: (x, y) of the global validation set. If None, `federate` holds out the share
             `data.validation` of the training rows.
         test: (x, y) of the global test set. If None, `federate` holds out training rows (see
@@ -93,8 +94,10 @@ def from_arrays(
 
     Raises:
         UserError: If the examples are invalid (see `check_examples`), the value range or axis order
-            of images is ambiguous, floats `[N, A, B]` could be images or series, the labels do not
-            match `task` or `num_classes`, or arguments contradict each other.
+            of images is ambiguous, floats `[N, A, B]` could be images or series, the labels are
+            ambiguous (more than 20 distinct integers, some of them negative, without `task` or
+            `num_classes`), the labels do not match `task` or `num_classes`, or arguments contradict
+            each other.
 
     Example:
         >>> import numpy as np
@@ -360,7 +363,7 @@ def _read_labels(
 
 
 def _check_kind(kind: str | None, num_classes: int | None, name: str) -> str | None:
-    """Return the kind of task that the arguments `task` and `num_classes` determine, if any."""
+    """Return the kind of task given by `kind` and `num_classes`, or None if both are None."""
     if kind is not None and kind not in get_args(Kind):
         raise UserError(
             f"{name}: task: unknown task '{kind}'{suggest_or_list(kind, get_args(Kind))}"

@@ -21,9 +21,12 @@ from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.text import pluralize
 
 RARE = 0.1
-"""Share of the rows below which a class is rare."""
+"""Share of the training rows below which a class is rare."""
 MIN_TRAIN_ROWS = 2
-"""Minimum number of training rows of a client, as BatchNorm cannot train on a single row."""
+"""Minimum number of training rows of a client in a random split, without regard to patients.
+
+BatchNorm cannot train on a single row.
+"""
 TEST_SHARE = 0.2
 """Share of the rows, or of the covered time, to hold out if a data set has no test set."""
 
@@ -119,7 +122,8 @@ def draw_rows(
 
     Args:
         rows: Row indices, int64 `[M]`.
-        count: Number of rows to sample, or the maximum number if `patient` is set.
+        count: Number of rows to sample. If `patient` is set, the maximum number, as in
+            `sample_patients`.
         generator: Random generator.
         patient: Patient of each row of the whole data set, int64 `[N]`. If set, whole patients are
             sampled (see `sample_patients`).
@@ -129,7 +133,7 @@ def draw_rows(
         The sampled rows and the remaining rows, both sorted.
 
     Raises:
-        UserError: If there are too few patients.
+        UserError: If `patient` is set, `count` is positive, and there are at most `leave` patients.
     """
     if patient is not None:
         sampled = sample_patients(patient[rows], count, generator, leave)
@@ -141,9 +145,9 @@ def draw_rows(
 def mark_rare_class(dataset: Dataset) -> Dataset:
     """Return a copy of a binary data set with `task.rare` set to the rare class.
 
-    A class is rare if it has at least one but less than a tenth of the training rows. The data set
-    itself is returned if no class is rare, there are not two classes, or `task.rare` is already
-    set.
+    A class is rare if it has at least one row, but less than a tenth of the training rows. The data
+    set itself is returned if no class is rare, the task is not multiclass with two classes, the
+    training rows have no labels, or `task.rare` is already set.
     """
     task = dataset.task
     y = dataset.train.y
@@ -172,10 +176,10 @@ def check_classes(dataset: Dataset, config: DataConfig) -> None:
 
 
 def check_categories(dataset: Dataset, config: DataConfig) -> None:
-    """Check that the columns of `data.categories` are features of the data set.
+    """Check that the columns of `data.categories` are one-hot encoded features of the data set.
 
     Raises:
-        UserError: If a column is not a feature of the data set.
+        UserError: If a column is not such a feature.
     """
     encoded = dict(dataset.categories)
     for column in config.categories or {}:
@@ -189,7 +193,8 @@ def check_categories(dataset: Dataset, config: DataConfig) -> None:
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:
     """Return the number of rows in each split of a client without regard to patients.
 
-    The validation and test splits have at least one row each, unless the share is 0.
+    The validation and test splits have at least one row each, unless the share is 0. The training
+    split gets the remaining rows. This number is not positive if there are too few rows.
     """
     shares = {"validation": config.validation, "test": config.test}
     count = {name: max(1, round(share * rows)) if share else 0 for name, share in shares.items()}
@@ -246,16 +251,18 @@ def split_client(
 
 
 def split_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Tensor]:
-    """Split rows into those before and those after a cut in time.
+    """Split rows into those after and those before a cut in time.
+
+    Rows whose last target follows the cut by at most `span` are in neither part, because they can
+    have targets on both sides. Targets at the time of the cut are before the cut.
 
     Args:
         time: Time of the last target of each row, int64 `[N]`.
         share: Share of the covered time that follows the cut.
-        span: Maximum time between the first and the last target of a row. Rows with targets on
-            both sides of the cut are in neither part.
+        span: Maximum time between the first and the last target of a row.
 
     Returns:
-        Masks `[N]` of the rows after and before the cut.
+        Masks of the rows after and before the cut, bool `[N]` each.
     """
     first = int(time.min())
     last = int(time.max())
@@ -268,6 +275,8 @@ def split_rows_by_date(
 ) -> dict[str, Tensor]:
     """Split rows into train, validation and test, in chronological order.
 
+    Rows that can have targets on both sides of a cut are in no split (see `split_by_date`).
+
     Args:
         rows: Sorted row indices, int64 `[M]`.
         time: Time of the last target of each row of the whole data set, int64 `[N]`.
@@ -276,7 +285,7 @@ def split_rows_by_date(
         where: Configuration key and client, for error messages.
 
     Returns:
-        Row indices, keyed by "train", "validation" and "test".
+        Sorted row indices, keyed by "train", "validation" and "test".
 
     Raises:
         UserError: If a split with a positive share gets no row, or no training row is left.
@@ -301,7 +310,7 @@ def split_rows_by_date(
 def rows_of_groups(examples: Examples, like: Examples, rows: Tensor) -> Tensor:
     """Return the rows whose groups occur among selected rows of other examples.
 
-    Groups are matched by name.
+    Groups are matched by name, or by index if the groups have no names.
 
     Args:
         examples: Examples to select from.
@@ -339,6 +348,9 @@ class RandomHoldout:
     def split_test(self) -> tuple[Tensor, Tensor]:
         """Return a fifth of the training rows as a test set, and the remaining rows, both sorted.
 
+        If the training rows identify patients, the test set consists of whole patients, usually
+        with at most a fifth of the rows (see `sample_patients`).
+
         Raises:
             UserError: If there are too few rows or patients.
         """
@@ -361,7 +373,8 @@ class RandomHoldout:
 
         Args:
             rows: Training rows, int64 `[M]`.
-            share: Share of the rows to hold out.
+            share: Share of the rows to hold out, but at least one row. If the rows identify
+                patients, whole patients are held out (see `sample_patients`).
             seed: Seed of the run.
 
         Raises:
@@ -404,7 +417,7 @@ class RandomHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
-        """Return an empty dictionary, as all rows of a client's own source are split at random."""
+        """Return an empty dictionary, as rows of a client's own source are split at random."""
         return {}
 
 
@@ -412,7 +425,7 @@ class RandomHoldout:
 class TemporalHoldout:
     """A strategy that holds out rows by date.
 
-    Validation and test rows follow training rows in time.
+    Held-out validation and test rows follow the remaining training rows in time.
 
     Args:
         dataset: Data set with times.
@@ -426,8 +439,8 @@ class TemporalHoldout:
         """Check that the configuration and the data set can be combined with this strategy.
 
         Raises:
-            UserError: If the partition is `drawn`, the data set identifies patients, or a split has
-                no times.
+            UserError: If the partition is `drawn`, the training rows identify patients, or a split
+                has no times.
         """
         name = self.dataset.name
         if config.partition.kind == "drawn":
@@ -448,12 +461,12 @@ class TemporalHoldout:
                 )
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        """Return the last fifth of the covered time as a test set, and the earlier rows.
+        """Return the rows in the last fifth of the covered time as a test set, and earlier rows.
 
-        Rows with targets on both sides of the cut are dropped.
+        Rows that can have targets on both sides of the cut are dropped (see `split_by_date`).
 
         Raises:
-            UserError: If there are too few rows.
+            UserError: If there are no rows on one side of the cut.
         """
         rows = torch.arange(len(self.time))
         too_few = (
@@ -463,9 +476,9 @@ class TemporalHoldout:
         return self._cut_rows(rows, TEST_SHARE, too_few)
 
     def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the latest rows as the global validation set, and the earlier rows.
+        """Return the latest rows as the global validation set, and earlier rows.
 
-        Rows with targets on both sides of the cut are dropped.
+        Rows that can have targets on both sides of the cut are dropped (see `split_by_date`).
 
         Args:
             rows: Training rows, int64 `[M]`.
@@ -473,7 +486,7 @@ class TemporalHoldout:
             seed: Unused, as a split by date is deterministic.
 
         Raises:
-            UserError: If there are too few rows.
+            UserError: If there are no rows on one side of the cut.
         """
         too_few = (
             f"data.validation: {self.dataset.name} has too few rows to split off validation rows "
@@ -490,12 +503,15 @@ class TemporalHoldout:
     ) -> dict[str, Splits]:
         """Split the rows of each client by date.
 
-        In a natural partition, the validation and test rows of a client are the rows of the
-        client's groups in the global validation and test sets.
+        In a natural partition, all rows of a client are training rows, and the validation and test
+        rows of the client are the rows of its groups in the global validation and test sets. In
+        other partitions, and for clients with their own source, the client's rows are split, and
+        rows that can have targets on both sides of a cut are dropped.
 
         Args:
             shares: Rows of each client, keyed by client id.
-            common_rows: Global validation and test rows. Empty if the clients have another source.
+            common_rows: Global validation and test rows, keyed by "validation" and "test". Empty if
+                the clients have another source.
             config: Data configuration.
             seed: Unused, as a split by date is deterministic.
 
@@ -503,7 +519,8 @@ class TemporalHoldout:
             Splits of each client, keyed by client id.
 
         Raises:
-            UserError: If a client has too few rows.
+            UserError: If a client has too few rows, or the partition is natural and a global set
+                has no groups.
         """
         if common_rows and config.partition.kind == "natural":
             return {
@@ -530,7 +547,7 @@ class TemporalHoldout:
     def sets_of_own_source(self) -> dict[str, Examples]:
         """Return the validation and test sets of a client's own source, keyed by name.
 
-        If either set does not exist, the dictionary is empty.
+        The dictionary is empty unless both sets exist.
         """
         own = {name: part for name, part in self.dataset.splits().items() if name != "train"}
         return own if len(own) == 2 else {}
@@ -555,11 +572,14 @@ def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
 def with_test(dataset: Dataset) -> Dataset:
     """Return the data set with a test set, which is held out of the training rows if necessary.
 
-    The test set is a random fifth of the rows or, for a data set with times, the last fifth of the
-    time. As the test set does not depend on the seed of the run, it is the same for all seeds.
+    An existing test set is kept. Otherwise, a random fifth of the rows is held out. If the data set
+    identifies patients, whole patients are held out, usually with at most a fifth of the rows. For
+    a data set with times, the rows in the last fifth of the covered time are held out, and rows
+    that can have targets on both sides of the cut are dropped. As the test set does not depend on
+    the seed of the run, it is the same for all seeds.
 
     Raises:
-        UserError: If there are too few rows.
+        UserError: If there are too few rows or patients.
 
     Example:
         >>> import torch
@@ -584,7 +604,9 @@ def common_sets(
     """Create the global validation and test sets.
 
     If the data set has no validation set, the share `data.validation` of the training rows is held
-    out. If the test set has more than `data.test_limit` rows, rows are sampled from it.
+    out by the holdout strategy. If the share is 0, the validation set is empty. If the test set has
+    more than `data.test_limit` rows, this number of rows is sampled at random, without regard to
+    patients and times. The sample is the same for all seeds.
 
     Args:
         dataset: Data set with a test set.
@@ -598,7 +620,7 @@ def common_sets(
         rows.
 
     Raises:
-        UserError: If there are too few rows or patients.
+        UserError: If there are too few rows or patients to hold out a validation set.
     """
     assert dataset.test is not None
     if dataset.validation is not None:
@@ -621,7 +643,11 @@ def _splits(share: RowSelection, parts: Mapping[str, Tensor]) -> Splits:
 
 
 def _rows_of_same_groups(common_rows: RowSelection, share: RowSelection) -> RowSelection:
-    """Return the rows of a global set that belong to the groups of a client's rows."""
+    """Return the rows of a global set that belong to the groups of a client's rows.
+
+    Raises:
+        UserError: If the global set has no groups.
+    """
     if common_rows.examples.group is None:
         raise UserError(
             "data.partition.kind=natural needs groups for the validation and test rows of a time "

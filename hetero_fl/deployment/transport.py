@@ -12,7 +12,7 @@ from typing import Protocol
 
 Head = dict[str, str | int | float | bool | bytes]
 
-# Default maximum size of a message in bytes.
+# Default maximum size of the body of a message in bytes.
 MESSAGE_BYTES = 2**30
 MAX_HEAD_ENTRIES = 32
 MAX_HEAD_BYTES = 2**16
@@ -23,7 +23,7 @@ class Envelope:
     """Message between the server and a node.
 
     Args:
-        head: Plain values, keyed by name.
+        head: Strings, bytes and numbers, keyed by name.
         body: Encoded content.
     """
 
@@ -37,7 +37,9 @@ Handle = Callable[[Envelope], Envelope]
 def find_violation(envelope: Envelope, max_body_bytes: int) -> str:
     """Describe how a message violates the limits.
 
-    A head must consist of a limited number of plain values that can be encoded as UTF-8.
+    A head must consist of at most `MAX_HEAD_ENTRIES` strings, bytes and numbers, with a total size
+    of at most `MAX_HEAD_BYTES`. The size includes the names, and 8 bytes for each number and
+    string. Names and strings must be valid Unicode, and integers must have at most 64 bits.
 
     Args:
         envelope: The received message.
@@ -84,24 +86,33 @@ class Transport(Protocol):
     def nodes(self) -> Mapping[int, bytes]:
         """Return the public keys of the connected nodes in PEM format, keyed by node number.
 
-        The public keys are empty if the transport does not authenticate nodes. A node that restarts
-        may have a new number.
+        The public keys are empty if the transport does not authenticate nodes. A node may have a
+        new number after the node or the transport restarts.
+
+        Raises:
+            RunFailedError: If the transport fails.
         """
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Send a message to a node and return the number of the message.
 
+        If the node is not connected, the message is not sent, and its answer is None.
+
         Args:
             node: Number of the node.
             envelope: Message to send.
             within: Seconds after which the message and its answer expire.
+
+        Raises:
+            RunFailedError: If the transport fails.
         """
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Return the answers that have arrived, keyed by message number.
 
-        An answer is None if it will never arrive, because the message expired or the node
-        disconnected or failed. The mapping is empty if no answer arrives in time.
+        An answer is None if it will never arrive, because the message expired, the node
+        disconnected or failed, or the transport restarted. The mapping is empty if no answer
+        arrives in time.
 
         Args:
             numbers: Numbers of the messages.
@@ -116,7 +127,7 @@ class Transport(Protocol):
 
 
 class BoundedTransport:
-    """Transport that replaces answers that violate the limits by `UnreadableAnswer`.
+    """Transport that replaces answers that violate the limits with `UnreadableAnswer`.
 
     Args:
         transport: The wrapped transport.

@@ -140,7 +140,7 @@ def check_resumable(directory: RunDirectory, saved: Mapping[str, Any]) -> None:
 
 
 def evidence_of_start(directory: RunDirectory) -> str:
-    """Describe a file that shows that the run has started and wrote a first checkpoint.
+    """Describe a file that shows that the run has started and written its first checkpoint.
 
     Returns:
         The description, or an empty string if there is no such file.
@@ -292,7 +292,7 @@ def _lines(directory: RunDirectory, inspection: Inspection) -> list[bytes]:
 
 
 def _evidence_of_rounds(directory: RunDirectory) -> str:
-    """Describe a file that shows that the run completed a round, if there is such a file."""
+    """Describe a file that shows that the run completed a round, or return an empty string."""
     metrics = directory.path / METRICS
     if metrics.is_file() and metrics.stat().st_size > 0:
         return f"{METRICS} has rounds"

@@ -19,7 +19,7 @@ def norm_2d(norm: Norm, channels: int) -> nn.Module:
 
     `batch` is BatchNorm, `group` is GroupNorm, and `none` is the identity. The number of groups is
     the largest divisor of the number of channels that is at most 32 and leaves at least 4 channels
-    per group (Wu & He, "Group Normalization", ECCV 2018).
+    per group, or 1 for fewer than 4 channels (Wu & He, "Group Normalization", ECCV 2018).
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)

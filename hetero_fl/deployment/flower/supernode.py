@@ -67,7 +67,8 @@ class SuperNode:
         """Start the SuperNode if it is not running and the server can be reached.
 
         Raises:
-            UserError: If the server cannot be authenticated or does not admit this node.
+            UserError: If the server cannot be authenticated or does not admit this node, or if the
+                command `flwr-clientapp` is not found.
         """
         now = time.monotonic()
         if self._prefork is not None and not self._prefork.is_running:
@@ -92,7 +93,8 @@ class SuperNode:
         """Log why the SuperNode ended.
 
         Raises:
-            UserError: If the SuperNode ends repeatedly.
+            UserError: If the SuperNode has been ending for more than `PATIENCE` seconds, each time
+                within `ADMITTED_SECONDS` of its start.
         """
         self._log_once(f"Flower's SuperNode ended; {process.last_output()}")
         if self._failing_since is None or now - process.started > ADMITTED_SECONDS:
@@ -108,7 +110,8 @@ class SuperNode:
         """Return why the server cannot be reached, or an empty string if it can be reached.
 
         Raises:
-            UserError: If the server's certificate is not valid, or the server does not use TLS.
+            UserError: If `server.authority` is set, and the server's certificate is not valid or
+                the server does not use TLS.
         """
         address = self._server.address
         host, _, port = address.rpartition(":")
@@ -149,7 +152,7 @@ class SuperNode:
         return FlowerCommand(command, self._environment, log, scratch)
 
     def _log_once(self, line: str) -> None:
-        """Log a line unless it is equal to the previous line."""
+        """Log a line unless it is empty or equal to the previous line."""
         if line and line != self._last_line:
             self._log(line)
         self._last_line = line

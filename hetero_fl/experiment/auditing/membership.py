@@ -192,7 +192,8 @@ class Candidates:
     """Rows of one client for which an attack infers membership in the training set.
 
     Members are training rows, and non-members are validation and test rows. Members and non-members
-    have the same number of rows and the same class frequencies.
+    have the same number of rows in each stratum (see `hetero_fl.data.row_strata`), which is the
+    class in multiclass tasks.
 
     Attributes:
         examples: The candidate rows.
@@ -200,7 +201,7 @@ class Candidates:
         others: All other training rows, which all shadow runs use for training.
         unit: Index of the patient of each row, int64 `[N]`. Without patients, each row has its own
             index. A shadow run trains either on all candidate rows of a patient or on none.
-        stratum: Index of the stratum of each row, such as the class, int64 `[N]`.
+        stratum: Index of the stratum of each row, int64 `[N]`.
     """
 
     examples: Examples
@@ -212,8 +213,10 @@ class Candidates:
     def shadow_assignments(self, shadows: int, seed: int, client: str) -> Tensor:
         """Choose the candidate rows on which each shadow run trains.
 
-        Shadow runs form pairs. The first run of a pair trains on a random half of each class, and
-        the second run on the other half. Each row is therefore used by half of the shadow runs.
+        Shadow runs form pairs. The first run of a pair trains on a random half of the patients of
+        each stratum (without patients, of the rows), and the second run on the other half. The
+        stratum of a patient is the most common stratum of the patient's rows. Each row is therefore
+        used by half of the shadow runs.
 
         Args:
             shadows: Number of shadow runs, which must be even.
@@ -232,7 +235,7 @@ class Candidates:
                 generator=keyed_generator("audit", seed, "halves", client, pair),
                 dtype=torch.float64,
             )
-            # Sort by class, in random order within each class.
+            # Sort by stratum, in random order within each stratum.
             order = torch.argsort(label.double() + tiebreak)
             chosen = torch.zeros(len(label), dtype=torch.bool)
             chosen[order[pair % 2 :: 2]] = True
@@ -253,8 +256,8 @@ class Candidates:
 def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
     """Select the rows of a client for a membership attack at random.
 
-    The number of training rows of each class equals the number of validation and test rows of the
-    class.
+    The number of training rows of each stratum (see `hetero_fl.data.row_strata`) equals the number
+    of validation and test rows of the stratum.
 
     Args:
         data: The data of the run.

@@ -212,7 +212,7 @@ class UsedSettings:
     """The settings of the methods of a comparison.
 
     Attributes:
-        methods: The label and the settings of each method.
+        methods: The label of each method and its settings that differ from the defaults.
         note: A sentence about the settings in the section `algorithm` of the configuration.
     """
 
@@ -317,7 +317,7 @@ def gather_facts(
 
 
 def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
-    """Return a sentence about the number of local test rows, if there are any."""
+    """Return text about the number of local test rows, or an empty string if there are none."""
     counts = [count for rows in tested for count in rows.values()]
     if not any(counts):
         return ""
@@ -367,7 +367,7 @@ def _own_model(client: Json, details: Json) -> str:
 
 
 def _parallel_runs(out: Path) -> int | None:
-    """Return the largest number of parallel runs in the log, or None without a log."""
+    """Return the largest number of parallel runs in the log, or None if the log has no number."""
     try:
         text = (out / "log.txt").read_text(encoding="utf-8")
     except OSError:
@@ -380,7 +380,10 @@ def _parallel_runs(out: Path) -> int | None:
 
 
 def _command_line() -> str:
-    """Return the command line of this process with short paths, if it is that of a comparison."""
+    """Return the command line of a comparison with short paths.
+
+    The result is empty if this process was not started as a comparison.
+    """
     program, *rest = sys.argv or [""]
     name = Path(program).name
     if Path(program).resolve() == PACKAGE.resolve().parent / "scripts" / "compare.py":

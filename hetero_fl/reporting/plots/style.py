@@ -173,7 +173,8 @@ def draw_band(
         x: Positions of the points on the x axis.
         mean: Values of the curve.
         deviation: Standard deviations.
-        metric: Name of the metric. Bands of metrics in [0, 1] are clipped to this range.
+        metric: Name of the metric. The band is clipped to [0, 1], except for `r2` and the metrics
+            in `SMALLER_IS_BETTER`.
         color: Color of the curve.
         alpha: Opacity of the band.
     """
@@ -205,5 +206,5 @@ def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **plac
 
 
 def evenly_spaced_positions(count: int, max_labels: int) -> range:
-    """Return at most `max_labels` evenly spaced positions from 0 to `count` - 1."""
+    """Return at most `max_labels` evenly spaced positions that start at 0 and are below `count`."""
     return range(0, count, -(-count // max_labels))

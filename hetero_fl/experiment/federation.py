@@ -146,6 +146,10 @@ class Federation:
             raise TypeError("clients: expected a list of Client objects, got a Client")
         self.clients = list(clients)
         _check_names(self.clients)
+        if partition is not None and not isinstance(partition, PartitionConfig):
+            raise TypeError(
+                f"partition: expected a partition such as Dirichlet(alpha=0.5), got {partition!r}"
+            )
         if partition is not None and all(client.data is not None for client in self.clients):
             raise UserError("partition: has no effect, because all clients have their own data")
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}

@@ -243,7 +243,8 @@ def test_label_column_of_a_client_replaces_that_of_the_federation() -> None:
 
     assert prepared.data.layout.columns == ("age", "dose", "ill")
     rows = prepared.data.client_rows["a"]["train"].examples
-    assert rows.y[:4].tolist() == [1, 0, 1, 0]
+    # The labels are the column `state`, which is the opposite of the feature `ill`.
+    assert torch.equal(rows.labels, 1 - rows.x[:, 2].long())
 
 
 def test_names_of_classes_in_a_data_set_keep_their_order() -> None:

@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "more clients than rows": (UserError, "rows", lambda: hfl.split(numbered(5), clients=9)),
     "no labels": (
         UserError,
-        "data: labels missing",
+        "data: expected a pair",
         lambda: hfl.split(numbered()[0], clients=2),
     ),
     "iterator": (TypeError, "read only once", lambda: hfl.split(iter(numbered()), clients=2)),

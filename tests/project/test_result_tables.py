@@ -269,14 +269,14 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
         for name in ("local", "fedavg")
     ]
     for run in runs:
-        run.write_text("config.yaml", "name: medical_hetero\n")
+        run.write_text("config.yaml", "name: medical_hetero\nruntime: {threads: 1}\n")
     rows = [comparison_row(run.summary()) for run in runs]
     write_comparison(out, rows, title="t", note="", task=Task("multiclass", 2))
 
     script.archive(out, "0123abc")
 
     kept = script.archived("medical_hetero")
-    assert [row["commit"] for row in kept] == ["0123abc", "0123abc"]
+    assert [(row["threads"], row["commit"]) for row in kept] == [(1, "0123abc")] * 2
     for row, result in zip(kept, rows, strict=True):
         assert {key: row[key] for key in result} == result
     assert "| Local | " in script.section(kept)

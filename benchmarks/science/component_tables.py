@@ -41,7 +41,7 @@ FASHION_PROXIES = {
     "MNIST digits": "shifted_fashion",
     "None": "none_fashion",
 }
-METHODS = {"Digits, three architectures": "methods_digits", "X-rays, one": "methods_medical"}
+METHODS = {"Digits, three architectures": "methods_digits"}
 WITHOUT_BATCH_NORM = {"Digits, three architectures": "gn_digits", "X-rays, one": "gn_medical"}
 ALL_COMPONENTS = (
     "logit_adjustment=true:teacher=contrast:align=1:recalibrate=[proxy_predictions,local_test]"
@@ -121,7 +121,8 @@ def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Ro
         return _lead_table(scores)
     labels = list(dict.fromkeys(label for found in scores.values() for label in found))
     # Methods of a single column belong to another table.
-    labels = [label for label in labels if sum(label in found for found in scores.values()) > 1]
+    needed = min(2, len(scores))
+    labels = [x for x in labels if sum(x in found for found in scores.values()) >= needed]
     if table.metric == LOCAL:
         # Recalibration before the global test does not change local tests.
         labels = [label for label in labels if "global_test" not in label]

@@ -12,7 +12,8 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.config import expand_population
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.comparison import Study, Variant
+from hetero_fl.experiment.comparison import Study
+from hetero_fl.experiment.comparison_jobs import Variant
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.plots import write_curves
 

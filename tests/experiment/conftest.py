@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import comparison
+from hetero_fl.experiment.comparison_jobs import ComparisonJob, run_job
 
 
 @pytest.fixture
@@ -17,14 +18,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run_jobs(
         source: Any,
         base: list[str],
-        work: list[comparison.ComparisonJob],
+        work: list[ComparisonJob],
         jobs: int,
         progress: Any,
         *,
         allow_code: Any = False,
-    ) -> dict[comparison.ComparisonJob, str]:
+    ) -> dict[ComparisonJob, str]:
         for job in work:
-            comparison.run_job(source, [*base, *job.overrides], job.out, allow_code)
+            run_job(source, [*base, *job.overrides], job.out, allow_code)
             ran.append(job.out.name)
         return {}
 

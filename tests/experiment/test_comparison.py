@@ -14,6 +14,7 @@ from hetero_fl import Comparison
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare, comparison
+from hetero_fl.experiment.comparison_jobs import ComparisonJob, Variant
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
@@ -133,10 +134,10 @@ def test_choice_uses_the_metric_of_the_task(
             self.metrics = [{"validation": {"personal": None, "global": {**both, **accuracy}}}]
 
     monkeypatch.setattr(comparison, "Run", Finished)
-    variant = comparison.Variant.parse("local")
+    variant = Variant.parse("local")
     points = [("lr=1",), ("lr=2",)]
     jobs = [
-        comparison.ComparisonJob(variant, p, 0, Path(name))
+        ComparisonJob(variant, p, 0, Path(name))
         for p, name in zip(points, ("first", "second"), strict=True)
     ]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
@@ -179,7 +180,7 @@ def test_lists_are_not_split_within_brackets(tmp_path: Path, in_process: list[st
 )
 def test_label_gives_name_and_overrides(label: str, base: str, name: str) -> None:
     assert algorithm_base(label) == base and algorithm_name(label) == name
-    variant = comparison.Variant.parse(label)
+    variant = Variant.parse(label)
     assert variant.overrides[0] == f"algorithm.name={base}" and len(variant.overrides) == 3
 
 

@@ -10,7 +10,8 @@ import yaml
 
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare
-from hetero_fl.experiment.comparison import Variant, used_settings
+from hetero_fl.experiment.comparison_jobs import Variant
+from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import Setting
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError

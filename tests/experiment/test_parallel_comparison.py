@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.experiment import compare, comparison, run
+from hetero_fl.experiment import compare, comparison_jobs, run
+from hetero_fl.experiment.comparison_jobs import ComparisonJob, Variant, run_folder
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.processes import UNGUARDED
@@ -103,9 +104,9 @@ def test_settings_derived_by_a_run_do_not_differ(
 
 def moved(out: Path, method: str) -> Path:
     """Rename the first run as if it had been made with another student; return the folder."""
-    variant = comparison.Variant.parse(f"{method}:student=site_2")
-    name = comparison._folder(comparison.Variant.parse(method), (), 0)
-    (out / "runs" / name).rename(out / "runs" / comparison._folder(variant, (), 0))
+    variant = Variant.parse(f"{method}:student=site_2")
+    name = run_folder(Variant.parse(method), (), 0)
+    (out / "runs" / name).rename(out / "runs" / run_folder(variant, (), 0))
     return out
 
 
@@ -249,22 +250,21 @@ def test_compare_ends_with_a_line_for_each_failed_run(
 
 
 def test_remaining_time_follows_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish(job: comparison.ComparisonJob) -> None:
+    def finish(job: ComparisonJob) -> None:
         job.out.mkdir()
         (job.out / "config.yaml").write_text("{}")
         (job.out / "summary.json").write_text("{}")
 
-    def left_at(seconds: float, job: comparison.ComparisonJob) -> str:
+    def left_at(seconds: float, job: ComparisonJob) -> str:
         monkeypatch.setattr("time.monotonic", lambda: seconds)
         return schedule.remaining_after(job)
 
     work = [
-        comparison.ComparisonJob(comparison.Variant.parse("local"), (), seed, tmp_path / str(seed))
-        for seed in range(6)
+        ComparisonJob(Variant.parse("local"), (), seed, tmp_path / str(seed)) for seed in range(6)
     ]
     finish(work[0])
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    schedule = comparison._Schedule(work)
+    schedule = comparison_jobs._Schedule(work)
 
     assert left_at(100.0, work[0]) == "", "earlier runs do not count"
     finish(work[1])

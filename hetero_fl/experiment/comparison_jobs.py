@@ -1,0 +1,262 @@
+"""The runs of a comparison, and the processes that execute them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
+from hetero_fl.experiment.runner import run
+from hetero_fl.reporting.formatting import (
+    format_duration,
+    format_final_evaluation,
+)
+from hetero_fl.reporting.progress import Progress
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.environment import use_one_core
+from hetero_fl.utils.errors import (
+    ArgumentError,
+    RunFailedError,
+    UserError,
+)
+from hetero_fl.utils.processes import (
+    ADVICE,
+    UNGUARDED,
+    adopt_environment,
+    ignore_interrupts_in_children,
+    worker_context,
+)
+from hetero_fl.utils.registry import split_label
+from hetero_fl.utils.text import pluralize
+
+Source = str | Path | Mapping[str, Any]
+Point = tuple[str, ...]
+"""A point of the tuning grid: one string `key=value` for each key of the grid."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An algorithm with its settings, such as `hybrid:teacher=mean:heads=take`.
+
+    Args:
+        label: The text that the variant was parsed from.
+        overrides: Changes to the configuration, as `key.path=value`.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Parse a variant such as `name:setting=value`.
+
+        A setting is a key of the section `algorithm`. If the setting contains a dot, it is a full
+        key path.
+
+        Raises:
+            UserError: If a setting has no value.
+        """
+        name, settings = split_label(text)
+        for setting in settings:
+            if "=" not in setting:
+                raise ArgumentError(f"algorithms: {text}: expected setting=value, got '{setting}'")
+        paths = [s if "." in s.split("=")[0] else f"algorithm.{s}" for s in settings]
+        return cls(text, (f"algorithm.name={name}", *paths))
+
+
+@dataclass(frozen=True)
+class ComparisonJob:
+    """One run of a comparison.
+
+    Args:
+        variant: The algorithm and its settings.
+        point: The grid point.
+        seed: The seed of the run.
+        out: The run directory.
+    """
+
+    variant: Variant
+    point: Point
+    seed: int
+    out: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        """Changes to the configuration for this run, as `key.path=value`."""
+        return [*self.variant.overrides, *self.point, f"seed={self.seed}"]
+
+    def __str__(self) -> str:
+        return " ".join([self.variant.label, *self.point, f"seed {self.seed}"])
+
+
+def run_jobs(
+    source: Source,
+    base: list[str],
+    work: list[ComparisonJob],
+    jobs: int,
+    progress: Progress,
+    *,
+    allow_code: bool | CodePermission = False,
+) -> dict[ComparisonJob, str]:
+    """Execute runs in worker processes.
+
+    When a run ends, the function logs the scores or the error, and the estimated remaining time.
+
+    Args:
+        source: The configuration.
+        base: Overrides for all runs.
+        work: The runs. Runs that have already finished are skipped.
+        jobs: Number of runs at a time.
+        progress: Progress display, which also writes the log.
+        allow_code: Whether code that a file refers to may be executed (see
+            `hetero_fl.load_config`).
+
+    Returns:
+        The error messages of the failed runs, keyed by run.
+
+    Raises:
+        UserError: If the calling script has no `__main__` guard.
+    """
+    failed: dict[ComparisonJob, str] = {}
+    pool_size = min(jobs, len(work))
+    parallel = f", {pool_size} at a time" if pool_size > 1 else ""
+    progress.log(f"{pluralize(len(work), 'run')}{parallel}")
+    schedule = _Schedule(work)
+    workers: list[BaseProcess] = []
+    context = _record_processes(worker_context(__name__), workers)
+    named = [override.partition("=")[2] for job in work for override in job.overrides]
+    environ = (dict(os.environ), pack_objects(source, named))
+    with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
+        try:
+            with ignore_interrupts_in_children():
+                waiting = {
+                    pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job
+                    for job in work
+                }
+        except BrokenPipeError:
+            # A worker that imports a script without a `__main__` guard exits before reading a task.
+            raise UserError(ADVICE) from None
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                job = waiting[future]
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    # Exit codes are only known after the shutdown.
+                    pool.shutdown()
+                    if any(worker.exitcode == UNGUARDED for worker in workers):
+                        raise UserError(ADVICE) from None
+                    failed[job] = (
+                        "its process was killed, possibly for lack of memory; "
+                        "run the command again to continue"
+                    )
+                except (UserError, RunFailedError) as error:
+                    failed[job] = str(error)
+                result = f"failed: {failed[job]}" if job in failed else _format_scores(job.out)
+                mark = " (finished before)" if job in schedule.finished_before else ""
+                line = f"{job}{mark}: {result} {schedule.remaining_after(job)}"
+                progress.finish_job(line, done, len(work))
+        except BaseException:
+            # Any error, such as a closed output stream, stops the workers. The interrupted runs
+            # can be resumed.
+            for worker in workers:
+                worker.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
+    """Return a copy of a multiprocessing context that appends each process it creates to `started`.
+
+    `multiprocessing.active_children` omits processes that have already ended.
+    """
+    create = context.Process
+
+    def create_and_record(*args: Any, **kwargs: Any) -> BaseProcess:
+        started.append(create(*args, **kwargs))
+        return started[-1]
+
+    context = copy.copy(context)
+    context.Process = create_and_record
+    return context
+
+
+def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
+    """Initialize a worker process and restrict it to a single core.
+
+    Args:
+        environ: Environment variables of the parent process.
+        objects: Serialized objects that the configuration refers to.
+    """
+    adopt_environment(environ)
+    unpack_objects(objects)
+    use_one_core()
+
+
+class _Schedule:
+    """Estimator of the remaining time, based on the mean duration of the finished runs."""
+
+    def __init__(self, work: Sequence[ComparisonJob]) -> None:
+        self.finished_before = {job for job in work if RunDirectory(job.out).finished}
+        self._todo = [job for job in work if job not in self.finished_before]
+        self._started = time.monotonic()
+        self._num_finished = 0
+
+    def remaining_after(self, job: ComparisonJob) -> str:
+        """Record that a run has ended, and describe the estimated remaining time.
+
+        Returns:
+            A text such as `(about 3 min 20 s left)`. The text is empty as long as no run has
+            finished, and after the last run has ended.
+        """
+        if job in self._todo:
+            self._todo.remove(job)
+            self._num_finished += RunDirectory(job.out).finished
+        if not self._todo or not self._num_finished:
+            return ""
+        # Wall time includes startup and plots, and accounts for runs in parallel.
+        seconds = (time.monotonic() - self._started) / self._num_finished * len(self._todo)
+        return f"(about {format_duration(seconds)} left)"
+
+
+def _format_scores(out: Path) -> str:
+    finished = RunDirectory.open(out)
+    return format_final_evaluation(finished.summary(), finished.details().get("unit", ""))
+
+
+def run_job(
+    source: Source, overrides: list[str], out: Path, allow_code: bool | CodePermission = False
+) -> None:
+    """Execute one run. An interrupted run is resumed, and a finished run is skipped.
+
+    Args:
+        source: The configuration.
+        overrides: Changes to the configuration, as `key.path=value`.
+        out: The run directory.
+        allow_code: Whether code that a file refers to may be executed (see
+            `hetero_fl.load_config`).
+    """
+    run(source, out=out, resume=True, overrides=overrides, allow_code=allow_code)
+
+
+def run_folder(variant: Variant, point: Point, seed: int) -> str:
+    """Return the name of the run directory of a variant, a grid point and a seed."""
+    parts = [variant.label, *point, f"seed{seed}"]
+    return "-".join(
+        "".join(c if c.isalnum() or c in "._=" else "_" for c in part) for part in parts
+    )
+
+
+def point_values(point: Point) -> dict[str, str]:
+    """Return the values of a grid point, keyed by key path."""
+    return {key: value for key, _, value in (entry.partition("=") for entry in point)}

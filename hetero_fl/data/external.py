@@ -382,7 +382,8 @@ def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]]
         return read_images(path), ()
     if config.name == "table" and config.label is None:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_files import decimal_commas, features, read_frame
+        from hetero_fl.data.sources.table_columns import decimal_commas
+        from hetero_fl.data.sources.table_files import features, read_frame
 
         categories = config.categories or {}
         frame, _ = decimal_commas(read_frame(path, categories), f"path: {path}", categories)

@@ -97,7 +97,7 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
 def _encode_indicators(column: Any, values: tuple[str, ...]) -> Tensor:
     import pandas as pd
 
-    from hetero_fl.data.sources.table_files import encode_indicators
+    from hetero_fl.data.sources.table_columns import encode_indicators
 
     return torch.from_numpy(encode_indicators(pd.Series(np.asarray(column)), values))
 

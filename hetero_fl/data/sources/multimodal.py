@@ -83,12 +83,8 @@ def join_images_and_table(
         tensor([61., 54.])
     """
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_files import (
-        check_columns,
-        decimal_commas,
-        features,
-        parse_names,
-    )
+    from hetero_fl.data.sources.table_columns import check_columns, decimal_commas, parse_names
+    from hetero_fl.data.sources.table_files import features
 
     frame, where = _read_table(table, (by, table_group))
     image_set = from_arrays(images, y, patient=patient, group=group, name=name)
@@ -221,7 +217,7 @@ def _join_rows(
 
 def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) -> list[int]:
     """Return the classes of the patients in the selected rows of the table."""
-    from hetero_fl.data.sources.table_files import parse_numbers
+    from hetero_fl.data.sources.table_columns import parse_numbers
 
     labels = parse_numbers(column, where)
     if labels is None:
@@ -240,7 +236,7 @@ def _table_groups(
     frame: pd.DataFrame, rows: list[int], table_group: str | None, images: Examples, where: str
 ) -> list[str]:
     """Return the groups of patients in selected rows of the table, or [] without groups."""
-    from hetero_fl.data.sources.table_files import parse_names
+    from hetero_fl.data.sources.table_columns import parse_names
 
     if images.group is None:
         return []

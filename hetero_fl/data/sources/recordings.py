@@ -14,19 +14,18 @@ from torch import Tensor
 
 from hetero_fl.config.data import SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
+from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.data.sources.npz_files import read_npz_arrays
-from hetero_fl.data.sources.table_files import (
+from hetero_fl.data.sources.table_columns import (
     check_columns,
     decimal_commas,
-    features,
-    first_true,
     parse_names,
     parse_numbers,
     raise_cell_error,
-    read_frame,
     require_no_missing,
 )
+from hetero_fl.data.sources.table_files import features, read_frame
 from hetero_fl.data.sources.traffic import HOUR, HourlySeries
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order

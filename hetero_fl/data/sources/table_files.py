@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import (
     MAX_NUMBERED_CLASSES,
     ColumnLayout,
@@ -27,317 +25,22 @@ from hetero_fl.data.dataset import (
     index_names,
     indicator_names,
 )
-from hetero_fl.utils.errors import UserError, check_names, suggest_file
+from hetero_fl.data.sources.table_columns import (
+    CATEGORICAL,
+    MANY_CATEGORIES,
+    check_columns,
+    column_as_text,
+    decimal_commas,
+    encode_indicators,
+    find_categories,
+    is_categorical,
+    parse_column,
+    parse_names,
+    parse_numbers,
+)
+from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
-
-INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")
-"""Pattern of integers such as 1, 01 and 1.0."""
-WHOLE = re.compile(r"\s*[+-]?\d+\s*")
-COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
-THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
-SEPARATED = re.compile(r"\s*[+-]?\d{1,3}(?:[.,'’]\d{3})+(?:[.,]\d+)?\s*")
-MANY_CATEGORIES = 20
-"""Number of distinct values from which text columns are not one-hot encoded by default."""
-CATEGORICAL = "; for categories, list the values in data.categories"
-NUMBER_HINT = "write numbers as 1234.5"
-
-
-def decimal_commas(
-    frame: pd.DataFrame, where: str, excluded: Collection[str] = ()
-) -> tuple[pd.DataFrame, list[str]]:
-    """Convert text columns with decimal commas, such as "0,5", to numbers.
-
-    As numbers such as "1,250" are ambiguous, at least one cell of the table must have an
-    unambiguous decimal comma.
-
-    Args:
-        frame: Table.
-        where: Name of the file, for error messages.
-        excluded: Columns that are not converted.
-
-    Returns:
-        The table, and the names of the converted columns.
-
-    Raises:
-        UserError: If all cells are ambiguous, or another column has decimal points that may
-            separate thousands.
-    """
-    columns = {
-        name: frame[name].dropna().astype(str)
-        for name in frame.columns
-        if str(name) not in excluded and is_text(frame[name])
-    }
-    commas = {
-        name: texts
-        for name, texts in columns.items()
-        if (decimal := texts.str.fullmatch(COMMA)).any()
-        and (decimal | texts.str.fullmatch(WHOLE)).all()
-    }
-    if not commas:
-        return frame, []
-    if all(
-        texts[texts.str.contains(",")].str.fullmatch(THOUSANDS).all() for texts in commas.values()
-    ):
-        name, texts = next(iter(commas.items()))
-        row = int(frame[name].astype(str).str.contains(",").to_numpy().argmax())
-        raise_cell_error(
-            where,
-            row,
-            str(name),
-            f"ambiguous number '{texts.loc[frame.index[row]]}' (decimal comma or thousands); "
-            f"{NUMBER_HINT}",
-        )
-    for name in frame.columns:
-        if types.is_float_dtype(frame[name]) and _may_be_thousands(frame[name]):
-            raise UserError(
-                f"{where}: column '{name}': points may separate thousands, as column "
-                f"'{next(iter(commas))}' has decimal commas; {NUMBER_HINT}"
-            )
-    frame = frame.copy(deep=False)
-    for name in commas:
-        frame[name] = frame[name].str.replace(",", ".").astype(np.float64)
-    return frame, list(map(str, commas))
-
-
-def _may_be_thousands(column: pd.Series) -> bool:
-    """Return whether all fractions of a float column have at most three digits, as in 1.250."""
-    values = column.dropna().to_numpy(dtype=np.float64)
-    values = values[np.isfinite(values) & (values != np.floor(values))]
-    return bool(
-        len(values)
-        and (np.abs(values) >= 1).all()
-        and np.allclose(values * 1000, np.round(values * 1000), 0, 1e-6)
-    )
-
-
-def parse_numbers(
-    column: pd.Series, where: str, allow_missing: list[str] | None = None, hint: str = ""
-) -> np.ndarray | None:
-    """Return a column as numbers, float64 `[N]`, or None if all cells are text or dates.
-
-    Args:
-        column: Column to read.
-        where: Name of the file, for error messages.
-        allow_missing: List to which the location of the first missing value is appended. Missing
-            values are then NaN. If None, a missing value is an error.
-        hint: End of the error message for a cell that is not a number.
-
-    Raises:
-        UserError: If a cell is missing or not a finite number.
-    """
-    name = str(column.name)
-    if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
-        if not is_text(column):
-            return None
-        read = pd.to_numeric(column, errors="coerce")
-        text = read.isna() & column.notna()
-        if text.any() and read.isna().all() and not _has_separators(column):
-            return None
-        if (row := first_true(text)) is not None:
-            cell = str(column.iloc[row])
-            remedy = f"; {NUMBER_HINT}" if re.search(r"\d[.,'’]\d", cell) else hint
-            raise_cell_error(where, row, name, f"expected a number, got '{cell}'{remedy}")
-        column = read
-    gap = first_missing_value(column, where)
-    if gap is not None:
-        if allow_missing is None:
-            raise UserError(f"{gap}; fill or remove missing values")
-        allow_missing.append(gap)
-    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-    too_large = ~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max)
-    if (row := first_true(too_large & ~column.isna().to_numpy())) is not None:
-        raise_cell_error(where, row, name, f"expected a finite number, got {values[row]}")
-    return values
-
-
-def _has_separators(column: pd.Series) -> bool:
-    """Return whether all cells are numbers with thousands separators, such as 1.234,5."""
-    return bool(column.dropna().astype(str).str.fullmatch(SEPARATED).all())
-
-
-def parse_names(column: pd.Series, where: str) -> pd.Series:
-    """Convert a column of labels, sites or patients to text.
-
-    Surrounding spaces are removed, and 1.0 becomes 1. Leading zeros in a text column are kept.
-
-    Raises:
-        UserError: If a value is missing.
-    """
-    column = strip_text(column, where)
-    if types.is_float_dtype(column):
-        whole = column == np.floor(column)
-        return column.astype(str).where(~whole, column.where(whole, 0).astype(np.int64).astype(str))
-    text = column.astype(str)
-    return (
-        text.str.replace(INTEGER_PATTERN, r"\1", regex=True)
-        if text.str.fullmatch(INTEGER_PATTERN).all()
-        else text
-    )
-
-
-def column_as_text(column: pd.Series) -> pd.Series:
-    """Convert a column to stripped text, in which 1.0 becomes 1 and missing values are NaN."""
-    present = column[column.notna()]
-    text = (
-        parse_names(present, "")
-        if types.is_float_dtype(present)
-        else present.astype(str).str.strip()
-    )
-    return text[text != ""].astype(object).reindex(column.index)
-
-
-def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
-    """Return the values of the text columns to one-hot encode by default, keyed by column.
-
-    These are the columns with at least one and fewer than `MANY_CATEGORIES` distinct values.
-
-    Raises:
-        UserError: If a column contains both numbers and text.
-    """
-    categories = {}
-    for name in frame.columns:
-        if (
-            is_categorical(frame[name])
-            and parse_numbers(frame[name], where, [], CATEGORICAL) is None
-        ):
-            values = column_as_text(frame[name]).dropna().unique().tolist()
-            if 0 < len(values) < MANY_CATEGORIES:
-                categories[str(name)] = tuple(natural_order(values))
-    return categories
-
-
-def encode_indicators(
-    column: pd.Series, values: Sequence[str], notes: list[str] | None = None
-) -> np.ndarray:
-    """One-hot encode a column.
-
-    Args:
-        column: Column to encode.
-        values: Known values.
-        notes: List to which remarks on missing and unknown values are appended. If None, there are
-            no remarks.
-
-    Returns:
-        Indicators, float64 `[N, len(values)]`. A row with a missing or unknown value is all 0.
-    """
-    text = column_as_text(column)
-    plain = text.map(
-        lambda cell: INTEGER_PATTERN.sub(r"\1", cell) if INTEGER_PATTERN.fullmatch(cell) else cell,
-        na_action="ignore",
-    )
-    indicators = np.stack(
-        [(text == value).to_numpy(bool) | (plain == value).to_numpy(bool) for value in values],
-        axis=1,
-    )
-    unknown = text.notna().to_numpy() & ~indicators.any(axis=1)
-    empty = text.isna().to_numpy()
-    if notes is not None and (row := first_true(unknown)) is not None:
-        notes.append(
-            f"column '{column.name}': {int(unknown.sum())} of {len(text)} rows have none of "
-            f"{', '.join(values)} (row {row + 1}: '{text.iloc[row]}'); their indicators are 0"
-        )
-    if notes is not None and (row := first_true(empty)) is not None:
-        notes.append(
-            f"column '{column.name}': {int(empty.sum())} of {len(text)} cells are empty "
-            f"(row {row + 1}); their indicators are 0"
-        )
-    return indicators.astype(np.float64)
-
-
-def parse_column(column: pd.Series, where: str) -> pd.Series:
-    """Convert a column to numbers if every cell is a finite number, otherwise strip the text.
-
-    Raises:
-        UserError: If a value is missing.
-    """
-    column = strip_text(column, where)
-    if is_text(column):
-        read = pd.to_numeric(column.astype(str), errors="coerce")
-        return read if np.isfinite(read).all() else column
-    return column
-
-
-def strip_text(column: pd.Series, where: str) -> pd.Series:
-    """Remove surrounding spaces from the text of a column.
-
-    Raises:
-        UserError: If a value is missing.
-    """
-    if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
-        text = column.astype(object).map(
-            lambda value: value.strip() if isinstance(value, str) else value
-        )
-        column = text.mask(text == "")
-    require_no_missing(column, where)
-    return column
-
-
-def require_no_missing(column: pd.Series, where: str) -> None:
-    """Check that a column has no missing value.
-
-    Raises:
-        UserError: If a value is missing.
-    """
-    if (gap := first_missing_value(column, where)) is not None:
-        raise UserError(f"{gap}; fill or remove missing values")
-
-
-def first_missing_value(column: pd.Series, where: str) -> str | None:
-    """Return the location of the first missing value as text, or None if no value is missing."""
-    gaps = column.isna()
-    row = first_true(gaps)
-    if row is None:
-        return None
-    count = f"{int(gaps.sum())} in {len(gaps)} rows"
-    return f"{where}: row {row + 1}, column '{column.name}': missing value ({count})"
-
-
-def is_text(column: pd.Series) -> bool:
-    """Return whether a column contains text or other objects."""
-    return not types.is_numeric_dtype(column) and (
-        types.is_object_dtype(column) or types.is_string_dtype(column)
-    )
-
-
-def is_categorical(column: pd.Series) -> bool:
-    """Return whether a column contains text or has the categorical dtype of pandas."""
-    return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
-
-
-def check_columns(
-    frame: pd.DataFrame, wanted: Iterable[tuple[str, str | None]], file: object
-) -> None:
-    """Check that the columns that a configuration names exist in a table.
-
-    Args:
-        frame: Table.
-        wanted: Pairs of a configuration key and the column that the key names. If the column is
-            None, the pair is ignored.
-        file: Name of the table, for error messages.
-
-    Raises:
-        UserError: If a column is missing.
-    """
-    for key, column in wanted:
-        if column is not None:
-            check_names([column], frame.columns, f"{key}: column", f" not found in {file}")
-
-
-def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoReturn:
-    """Raise an error that describes the problem of a cell.
-
-    Args:
-        where: Name of the file.
-        row: Row of the cell, from 0. The message counts from 1 below the header.
-        column: Name of the column.
-        problem: Description of the problem.
-
-    Raises:
-        UserError: Always.
-    """
-    raise UserError(f"{where}: row {row + 1}, column '{column}': {problem}")
-
 
 SNIFFED_ROWS = 20
 """Maximum number of rows below the header from which the separator is determined."""

@@ -417,6 +417,9 @@ class FedMRL(MenteeTraining):
     components of the projection, and the head of G uses the first d₁ components. The loss is the
     sum of both losses, weighted by `own_weight` and `mentee_weight`.
 
+    The head of every client's model must be a linear layer with a bias. Otherwise, `UserError` is
+    raised.
+
     The mentee must be narrower than every client's model. If it is not and `mentee.feature_dim` is
     None, the mentee's feature width is set to half of the smallest width of the clients' models. If
     it is not and `mentee.feature_dim` is set, or the smallest width is 1, `UserError` is raised.

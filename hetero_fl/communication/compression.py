@@ -73,6 +73,9 @@ def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor
     Args:
         packed: The return value of `compress_low_rank`.
         like: Tensors with the original shapes, keyed by name.
+
+    Returns:
+        The tensors with the original shapes, keyed by name.
     """
     return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
 

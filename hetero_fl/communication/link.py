@@ -462,12 +462,16 @@ class Link:
             key: The values that were passed to `send` as `key`.
             plain: The names that were passed to `send` as `plain`.
             reference: The payload that was passed to `send` as `reference`.
-            like: Items with the expected names, shapes and dtypes, keyed by name. If None, the
-                layout in the message is used.
+            like: Items with the expected names, shapes and dtypes, keyed by name. Required if the
+                message contains no layout. Must be None if the message contains a layout, which is
+                then used (see `Link`).
+
+        Returns:
+            The decoded payload.
 
         Raises:
             PayloadError: If the message is malformed, contains unexpected items, or contains a
-                value that is not finite or too large.
+                value that is too large, infinite or NaN.
         """
         source = ByteReader(data)
         if source.take(min(len(MARK), len(data))) != MARK:

@@ -281,7 +281,7 @@ class EncodeCache(Generic[T]):
         self._entries: dict[Any, tuple[Payload, T]] = {}
 
     def __call__(self, payload: Payload) -> T:
-        """Return the result of `encode` for the payload or for an equal payload in the cache."""
+        """Return the encoded payload, from the cache if it contains an equal payload."""
         items = [
             (name, item.kind, _identity(item.values), _identity(item.weight))
             for name, item in payload.items_by_name.items()

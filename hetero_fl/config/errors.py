@@ -296,7 +296,7 @@ def _normalized_path(path: Sequence[str]) -> str:
 
 
 def _common_prefix_length(path: Sequence[str], place: Sequence[str]) -> int:
-    """Return the number of equal leading parts, where all list indices are treated as equal."""
+    """Return the number of equal leading parts of two paths. List indices count as equal."""
     count = 0
     for a, b in zip(path, place, strict=False):
         if a != b and not (a.isdigit() and b.isdigit()):

@@ -91,9 +91,13 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     targets vary, and is None if there are none.
 
     All metrics are None if there are no examples or the outputs contain NaN or infinity, with two
-    exceptions. In a multiclass task, -inf is treated as probability 0 unless all outputs of an
-    example are -inf. Only `top3_accuracy` is then None, as are `loss` and `perplexity` if the
-    output of a true class is -inf. In a regression, `r2` ignores outputs whose targets do not vary.
+    exceptions:
+
+    - In a multiclass task, an output of -inf is treated as probability 0, unless all outputs of an
+      example are -inf. `top3_accuracy` is then None, and so are `loss` and `perplexity` if the
+      output of a true class is -inf. All other metrics are computed.
+    - In a regression, NaN and infinity in an output whose targets do not vary do not affect `r2`.
+
     A metric whose magnitude exceeds `MAX_METRIC_VALUE` is None.
 
     Args:

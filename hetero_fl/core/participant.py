@@ -101,13 +101,15 @@ class ClientInfo:
         client_id: Name of the client.
         arch: Architecture of the client's model.
         num_rows: Number of training rows.
-        preprocess: Preprocessing of public examples, a `hetero_fl.data.Preprocess`.
+        preprocess: Preprocessing of the client, a `hetero_fl.data.Preprocess`, which is applied to
+            the client's own examples and, for this client, to public examples. With
+            `normalize: own`, it contains statistics of the client's training rows.
         settings: Settings of the client.
         purpose: Purpose of a broadcast to the client. With `evaluate`, the client is evaluated
             without training.
         has_proxy: Whether the client can use the proxy set, if the run has a proxy set.
-        models: Architectures of all models of the client, keyed by slot. The entry `model` equals
-            `arch`.
+        models: Architectures of all models of the client, keyed by slot. If not empty, the entry
+            `model` equals `arch`. Default: empty.
 
     Example:
         >>> from hetero_fl.config.clients import ClientSettings

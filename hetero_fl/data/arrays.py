@@ -363,7 +363,12 @@ def _read_labels(
 
 
 def _check_kind(kind: str | None, num_classes: int | None, name: str) -> str | None:
-    """Return the kind of task given by `kind` and `num_classes`, or None if both are None."""
+    """Return the kind of task given by `kind` and `num_classes`, or None if both are None.
+
+    Raises:
+        UserError: If `kind` is unknown, `num_classes` is less than 2, or `num_classes` is set and
+            `kind` is not `multiclass`.
+    """
     if kind is not None and kind not in get_args(Kind):
         raise UserError(
             f"{name}: task: unknown task '{kind}'{suggest_or_list(kind, get_args(Kind))}"

@@ -152,7 +152,7 @@ class RunStatus:
             self._write()
 
     def set_presence_source(self, present: Callable[[], Collection[str]]) -> None:
-        """Set the function that returns the connected clients."""
+        """Set the function that returns the ids of the connected clients."""
         self._present = present
 
     def set_log_source(self, logs: Callable[[], Mapping[str, str]]) -> None:
@@ -317,7 +317,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            """Answer a GET request."""
+            """Respond with the requested page, or with status 404 if there is no such page."""
             pages = {"/healthz": _health, "/metrics": _metrics, "/status": _status}
             page = pages.get(self.path.split("?")[0])
             code, kind, text = (

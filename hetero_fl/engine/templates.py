@@ -66,7 +66,10 @@ def is_recurrent(arch: ModelSpec) -> bool:
 
 
 def training_flops(client_info: ClientInfo) -> float:
-    """Estimate the floating-point operations of a client's local training in one round."""
+    """Estimate the number of floating-point operations of training a client's model in one round.
+
+    Other models that a method trains at the client, such as a mentee, are not counted.
+    """
     settings = client_info.settings
     if settings.steps is None:
         examples = client_info.num_rows * settings.epochs

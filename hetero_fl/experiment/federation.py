@@ -260,7 +260,9 @@ class Federation:
         overrides: Overrides = (),
         **sections: Unpack[Sections],
     ) -> PreparedRun:
-        """Create a run and check its settings, data and models, without training or writing files.
+        """Create a run and check its settings, data and models, without training.
+
+        No run directory is created. If necessary, the data set is downloaded to `data.root`.
 
         Args:
             method: See `train`.
@@ -272,7 +274,8 @@ class Federation:
             The run, ready to train.
 
         Raises:
-            UserError: If the federation, the method and the settings do not fit together.
+            UserError: If the federation, the method and the settings do not fit together, or the
+                data cannot be loaded.
         """
         config = self._configuration(method, rounds, sections)
         prepared = prepare(config, overrides, allow_code=self._allow_code)

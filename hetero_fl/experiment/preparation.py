@@ -216,7 +216,9 @@ def prepare(
     data: FederatedData | None = None,
     allow_code: bool | CodePermission = False,
 ) -> PreparedRun:
-    """Load and check everything that a run needs, without training or writing files.
+    """Load and check everything that a run needs, without training.
+
+    No run directory is created. If necessary, the data set is downloaded to `data.root`.
 
     Args:
         source: A configuration file, a dictionary or a configuration.
@@ -230,7 +232,8 @@ def prepare(
         The run, ready to train.
 
     Raises:
-        UserError: If configuration, data, models and method do not fit together.
+        UserError: If configuration, data, models and method do not fit together, or the data cannot
+            be loaded.
 
     Example:
         >>> import hetero_fl

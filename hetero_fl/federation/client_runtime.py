@@ -506,7 +506,13 @@ class ClientRuntime:
         labels: Tensor,
         logits: Tensor,
     ) -> None:
-        """Add the baselines, forecast, confusion matrix and calibration of one data set."""
+        """Add the baselines, forecast, confusion matrix and calibration of one evaluation set.
+
+        The forecast is added for the local test set only. The confusion matrix and the calibration
+        are added for classification tasks only, and the confusion matrix only up to
+        `MAX_CONFUSION_CLASSES` outputs. With differential privacy, the forecast and the confusion
+        matrix of the local test set are omitted.
+        """
         task = self.federation.task
         reveals_rows = self.federation.privacy is not None and name == "personal"
         evaluation.baselines[name] = baseline_scores(task, examples, labels)

@@ -298,7 +298,9 @@ class UploadCollector:
         return item.values
 
     def record(self, traffic: Traffic, seconds: float) -> dict[str, Any]:
-        """Return the round's line in `metrics.jsonl`.
+        """Return the record of the round for `metrics.jsonl`, without evaluation results.
+
+        The evaluation time in `seconds` is 0 and is replaced if the round is evaluated.
 
         Args:
             traffic: Bytes sent in all attempts at the round.

@@ -52,11 +52,14 @@ class AttackContext:
     tensor: str = ""
 
     def generator(self, client_id: str = "") -> torch.Generator:
-        """Return a random generator for the round, the attacked tensor and a malicious client.
+        """Create a generator that is seeded for the round, the attacked tensor and a client.
+
+        Each call with the same `client_id` returns a new generator with the same seed, so it
+        generates the same numbers. Call this method once, and reuse the generator for all draws.
 
         Args:
-            client_id: Id of the client. If empty, the generator that all malicious clients share is
-                returned.
+            client_id: Id of a malicious client. If empty, the seed does not depend on the client,
+                so all malicious clients can use the same random numbers.
         """
         return keyed_generator(
             self.seed, self.round_idx, "attack", client_id, self.item, self.tensor

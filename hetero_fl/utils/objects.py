@@ -56,7 +56,7 @@ def restore_object(name: str, value: object) -> None:
 
 
 def iterate_objects(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the path and the name of each object that a configuration names.
+    """Yield the path and the name `object:TITLE` of each object that a configuration refers to.
 
     Args:
         tree: A configuration, or a part of a configuration.

@@ -17,9 +17,9 @@ Norm = Literal["batch", "group", "none"]
 def norm_2d(norm: Norm, channels: int) -> nn.Module:
     """Return a normalization layer for images `[B, channels, H, W]`.
 
-    `batch` is BatchNorm, `group` is GroupNorm, and `none` is the identity. The number of groups is
-    the largest divisor of the number of channels that is at most 32 and leaves at least 4 channels
-    per group, or 1 for fewer than 4 channels (Wu & He, "Group Normalization", ECCV 2018).
+    `batch` is BatchNorm, `group` is GroupNorm (Wu & He, "Group Normalization", ECCV 2018), and
+    `none` is the identity. The number of groups is the largest divisor of the number of channels
+    that is at most 32 and leaves at least 4 channels per group, or 1 for fewer than 4 channels.
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)

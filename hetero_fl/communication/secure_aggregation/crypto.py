@@ -127,6 +127,9 @@ def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
         sealed: The return value of `encrypt`.
         associated_data: The data that was passed to `encrypt`.
 
+    Returns:
+        The plaintext.
+
     Raises:
         PayloadError: If the key, the ciphertext or the associated data differs from the original.
     """

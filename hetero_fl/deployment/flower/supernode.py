@@ -93,8 +93,8 @@ class SuperNode:
         """Log why the SuperNode ended.
 
         Raises:
-            UserError: If the SuperNode has been ending for more than `PATIENCE` seconds, each time
-                within `ADMITTED_SECONDS` of its start.
+            UserError: If, for more than `PATIENCE` seconds, each SuperNode process ends within
+                `ADMITTED_SECONDS` of its start although the server can be reached.
         """
         self._log_once(f"Flower's SuperNode ended; {process.last_output()}")
         if self._failing_since is None or now - process.started > ADMITTED_SECONDS:

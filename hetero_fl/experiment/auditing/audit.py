@@ -280,7 +280,12 @@ def _inversion(
     notes: list[str],
     log: Log,
 ) -> tuple[list[Json], list[Json]]:
-    """Run gradient inversion and return the scores and images of each inverted training step."""
+    """Run gradient inversion and return the scores and images of each inverted training step.
+
+    Clients whose training steps cannot be inverted are skipped. The reasons are appended to
+    `notes`. With secure aggregation, only uploads without protection are inverted, and a note says
+    so.
+    """
     unprotected = without_protection(prepared.config)
     ways: dict[str, tuple[PreparedRun, Protect | None]] = {"as trained": (prepared, None)}
     if unprotected != prepared.config:

@@ -94,7 +94,8 @@ def are_blocks_flattened(preprocess: Preprocess) -> bool:
 def inputs_of(model: SavedModel) -> tuple[Input, ...]:
     """Describe the inputs of the exported graph.
 
-    The graph has one input for each block if `are_blocks_flattened`, and otherwise a single input.
+    The graph has one input for each block of an example if the model's backbone receives the blocks
+    as one flattened row (see `are_blocks_flattened`). Otherwise, it has a single input.
 
     Args:
         model: The saved model.

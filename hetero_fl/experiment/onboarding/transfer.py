@@ -95,7 +95,16 @@ class TransferSource:
         return self.config.clients.defaults, False
 
     def backbone(self, arch: ModelSpec) -> Tensors | None:
-        """Return the mean shared backbone of an architecture, or None if none was shared."""
+        """Return the mean of the backbone tensors that clients with an architecture shared.
+
+        All clients have the same weight. Tensors that no client shared are omitted.
+
+        Args:
+            arch: The architecture.
+
+        Returns:
+            The mean tensors, keyed by name, or None if no backbone tensor was shared.
+        """
         if shared_part_of(self.method).slot != "model":
             return None
         sent = []

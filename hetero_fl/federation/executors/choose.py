@@ -421,7 +421,7 @@ def _select_executor(
 
 
 def _reason_against_workers(load: RunLoad, available: int, threads_per_process: int | None) -> str:
-    """Return the reason why worker processes do not save time, or "" if they save time."""
+    """Return why worker processes do not save time, or an empty string if they save time."""
     workers = min(max(1, available // (threads_per_process or 1)), load.busy)
     speedup_of_each = load.thread_speedup if threads_per_process else 1.0
     with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)

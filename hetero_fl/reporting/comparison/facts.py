@@ -194,7 +194,7 @@ DEFAULTS = "defaults"
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of a method that differs from the default.
+    """A setting that a comparison lists for a method.
 
     Attributes:
         key: Key of the setting.
@@ -212,8 +212,11 @@ class UsedSettings:
     """The settings of the methods of a comparison.
 
     Attributes:
-        methods: The label of each method and its settings that differ from the defaults.
-        note: A sentence about the settings in the section `algorithm` of the configuration.
+        methods: The label of each method and its listed settings: settings that differ from their
+            defaults, client options that the method enables by default, and settings of other
+            sections that the method's variant or the tuning grid sets.
+        note: A sentence about the settings in the section `algorithm` of the configuration. Empty
+            if the section has no settings.
     """
 
     methods: tuple[tuple[str, tuple[Setting, ...]], ...] = ()
@@ -222,7 +225,7 @@ class UsedSettings:
     def lines(self) -> list[tuple[str, str]]:
         """Return the names and the settings of methods as text.
 
-        Methods that only use default settings share the first line.
+        Methods without listed settings share the first line.
         """
         default = [algorithm_name(label) for label, settings in self.methods if not settings]
         tuned = [
@@ -394,7 +397,11 @@ def _command_line() -> str:
 
 
 def _shorten_path(argument: str) -> str:
-    """Replace an absolute path in an argument by a relative path or the file name."""
+    """Shorten an absolute path in an argument such as `path` or `key=path`.
+
+    A path in the working directory becomes relative to it. Any other absolute path is replaced by
+    the file name.
+    """
     key, equals, value = argument.rpartition("=")
     path = Path(value).expanduser()
     if not path.is_absolute():

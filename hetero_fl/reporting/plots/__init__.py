@@ -73,7 +73,10 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
 
 @contextmanager
 def report_errors(subject: str, log: Callable[[str], None] | None) -> Iterator[None]:
-    """Log an error as one line that begins with `subject`, or raise the error if `log` is None."""
+    """Log an exception in the context as one line that begins with `subject`, and suppress it.
+
+    If `log` is None, the exception is raised.
+    """
     try:
         yield
     except Exception as error:

@@ -206,5 +206,8 @@ def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **plac
 
 
 def evenly_spaced_positions(count: int, max_labels: int) -> range:
-    """Return at most `max_labels` evenly spaced positions that start at 0 and are below `count`."""
+    """Return at most `max_labels` evenly spaced positions that start at 0 and are below `count`.
+
+    Both arguments must be positive.
+    """
     return range(0, count, -(-count // max_labels))

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 @click.option(
     "--shadows",
     default=4,
-    help="Number of shadow runs: an even number >= 4, or 0 for the loss attack only.",
+    help="Number of shadow runs, which repeat the run with different training rows: an even "
+    "number >= 4, or 0 for the loss attack only.",
 )
 @click.option(
     "--images",
@@ -242,7 +243,11 @@ def _option_or_study(name: str, value: Any, study: Study | None) -> Any:
     metavar="NAME",
     help="File format: onnx or safetensors.",
 )
-@click.option("--personal", is_flag=True, help=PERSONAL_HELP)
+@click.option(
+    "--personal",
+    is_flag=True,
+    help=f"{PERSONAL_HELP} Cannot be combined with the format safetensors.",
+)
 @click.option(
     "--out",
     type=PATH,

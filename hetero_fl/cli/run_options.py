@@ -20,8 +20,8 @@ METHODS_HINT = "Run `hetero-fl methods` to list the valid values of algorithm.na
 PATH = click.Path(path_type=Path)
 QUIET_HELP = "Print only results and errors."
 PERSONAL_HELP = (
-    "Predict as on the client's own examples: add the log of its label frequencies to the logits, "
-    "if the run uses logit adjustment."
+    "Predict as on the client's own examples: use its label frequencies and its own BatchNorm "
+    "statistics if the run used them for the local test."
 )
 
 command = partial(
@@ -43,8 +43,8 @@ def examples(*lines: str, hint: str = "") -> str:
 allow_code_option = click.option(
     "--allow-code",
     is_flag=True,
-    help="Allow running code that a file or an option names as python:module:Name. By default, "
-    "you are asked in a terminal, and the code is refused elsewhere.",
+    help="Allow running code that a file or an option names as python:module:Name. Without this "
+    "flag, you are asked for permission; if there is no terminal, permission is denied.",
 )
 
 

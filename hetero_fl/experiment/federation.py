@@ -379,7 +379,7 @@ class Federation:
     ) -> Comparison:
         """Train the federation with several methods and seeds.
 
-        Each run is executed in a separate process. In a script, call this method under
+        The runs are executed in worker processes. In a script, call this method under
         `if __name__ == "__main__":`.
 
         Args:

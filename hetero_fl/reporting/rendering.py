@@ -91,8 +91,9 @@ def format_environment(environment: Mapping[str, Any]) -> dict[str, str]:
     if "server_threads" in choice:
         threads = f"{threads} for clients, {choice['server_threads']} for the server"
     for text in thread_reasons:
-        # The part after the colon is the reason for the numbers before it.
-        threads = f"{threads} ({text.partition(': ')[2] or text})"
+        # The reason for the numbers follows a colon or is in parentheses.
+        reason = text.partition(": ")[2] or text.partition(" (")[2].removesuffix(")")
+        threads = f"{threads} ({reason or text})"
     workers = choice.get("workers", 1)
     chunk = choice.get("chunk", 1)
     rows = {
@@ -149,7 +150,7 @@ def format_training(settings: Mapping[str, Any]) -> str:
             predictions = ", ".join(value).replace("_", " ")
             word = f"recalibrated BatchNorm statistics ({predictions})"
         elif name == "fine_tune_epochs":
-            word += f" {value}"
+            word = f"fine-tuning epochs {value}"
         words.append(word)
     return ", ".join(words)
 

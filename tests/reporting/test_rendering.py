@@ -56,6 +56,15 @@ def test_environment_rows_name_workers_and_clients_at_a_time() -> None:
     }
 
 
+@pytest.mark.parametrize("reason", ["OMP_NUM_THREADS", "runtime.threads"])
+def test_environment_rows_do_not_repeat_the_number_of_threads(reason: str) -> None:
+    choice = {"server_threads": 2, "reasons": [f"2 threads ({reason})"]}
+
+    rows = format_environment({"threads": 2, "choice": choice})
+
+    assert rows["Threads"] == f"2 for clients, 2 for the server ({reason})"
+
+
 def test_training_settings_include_logit_adjustment() -> None:
     settings = {"optimizer": {"lr": 0.1, "momentum": None}, "epochs": 2}
 
@@ -66,7 +75,7 @@ def test_training_settings_include_logit_adjustment() -> None:
     options = {"recalibrate": ["global_test", "local_test"], "fine_tune_epochs": 3}
     assert format_training({**settings, **options}) == (
         "lr 0.1, epochs 2, recalibrated BatchNorm statistics (global test, local test), "
-        "fine tune epochs 3"
+        "fine-tuning epochs 3"
     )
 
 

@@ -308,7 +308,7 @@ def test_proxy_set_contains_only_patients_with_images() -> None:
     with pytest.raises(
         UserError,
         match=r"data\.proxy\.size: must be < \d+, "
-        r"the number of training rows of xray_genes with image",
+        r"the number of training rows with image",
     ):
         reduced("hybrid", "data.proxy.size=400")
 

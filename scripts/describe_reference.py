@@ -578,7 +578,8 @@ def _default_text(parameter: click.Parameter) -> str:
     if written:
         return f"`{written[1]}`" if "<" in written[1] or "/" in written[1] else written[1]
     value = parameter.to_info_dict()["default"]
-    return "" if value in (None, False, ()) else f"`{value}`"
+    # Compare with `is`, because 0 == False.
+    return "" if value is None or value is False or value == () else f"`{value}`"
 
 
 def _help_text(parameter: click.Parameter) -> str:

@@ -7,9 +7,11 @@ equal names, in every process and on every machine.
 from __future__ import annotations
 
 import copy
+import enum
+import functools
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -24,8 +26,6 @@ from model_zoo.split_model import SplitModel
 
 OBJECT_PREFIX = "object:"
 
-PLAIN = (bool, int, float, str, tuple)
-"""Types of attributes that distinguish modules with equal `repr`."""
 ModelFactory = Callable[..., nn.Module]
 
 
@@ -71,11 +71,12 @@ class GivenModel:
             )
         self._model = model
         self.head = head
-        described = _describe_module(model) if isinstance(model, nn.Module) else _source_of(model)
+        if isinstance(model, nn.Module):
+            described, self._identity = _describe_module(model)
+        else:
+            described, self._identity = _source_of(model), (id(model),)
         digest = hashlib.sha256(f"{described}\n{head}".encode()).hexdigest()[:8]
-        name = f"{OBJECT_PREFIX}{self.title}-{digest}"
-        is_module = isinstance(model, nn.Module)
-        self.name = name if is_module else _name_of_factory(name, model)
+        self.name = self._unique_name(f"{OBJECT_PREFIX}{self.title}-{digest}")
         _given.setdefault(self.name, WeakSet()).add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,6 +116,15 @@ class GivenModel:
         """The class or function that creates the module, or a function that copies the module."""
         return _Copy(self._model) if isinstance(self._model, nn.Module) else self._model
 
+    def _unique_name(self, name: str) -> str:
+        """Return a name of which all models have the same functions and other opaque objects."""
+        number = 1
+        unique = name
+        while any(given._identity != self._identity for given in _given.get(unique, ())):
+            number += 1
+            unique = f"{name}~{number}"
+        return unique
+
     def build(self, shape: Shape) -> SplitModel:
         """Return a copy of the module, including the weights, split into a backbone and a head.
 
@@ -127,16 +137,6 @@ class GivenModel:
             ModelError: If the module has no head, or does not accept the examples.
         """
         return split_module(self.factory(pretrained=True), shape, self.head)
-
-
-def _name_of_factory(name: str, model: ModelFactory) -> str:
-    """Return a name that no other function has, as functions with equal source texts can differ."""
-    number = 1
-    unique = name
-    while any(given._model is not model for given in _given.get(unique, ())):
-        number += 1
-        unique = f"{name}~{number}"
-    return unique
 
 
 def _restore(model: nn.Module | ModelFactory, head: str | None, name: str) -> GivenModel:
@@ -167,7 +167,7 @@ def redraw_weights(module: nn.Module) -> list[str]:
 
     Args:
         module: The module, modified in place. The method `reset_parameters` of each submodule is
-            called.
+            called, except for submodules whose parameters are all frozen.
 
     Returns:
         Names of the trainable parameters that keep their values, because their submodules have no
@@ -183,11 +183,14 @@ def redraw_weights(module: nn.Module) -> list[str]:
     """
     kept = []
     for path, part in module.named_modules():
+        own = dict(part.named_parameters(prefix=path, recurse=False))
+        trainable = [name for name, parameter in own.items() if parameter.requires_grad]
+        if own and not trainable:
+            continue
         if callable(reset := getattr(part, "reset_parameters", None)):
             reset()
-            continue
-        own = part.named_parameters(prefix=path, recurse=False)
-        kept += [name for name, parameter in own if parameter.requires_grad]
+        else:
+            kept += trainable
     return kept
 
 
@@ -209,17 +212,80 @@ def find_given(name: str) -> GivenModel:
     return given
 
 
-def _describe_module(module: nn.Module) -> str:
+def _describe_module(module: nn.Module) -> tuple[str, tuple[int, ...]]:
+    """Describe everything but the weights of a module.
+
+    Returns:
+        A text, and the ids of the objects that the text does not describe, such as lambdas.
+    """
     tensors = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-    attributes = {
-        path: {name: value for name, value in vars(part).items() if isinstance(value, PLAIN)}
-        for path, part in module.named_modules()
-    }
-    for values in attributes.values():
-        values.pop("training", None)
+    opaque: list[int] = []
+    attributes = {}
+    for path, part in module.named_modules():
+        own = {name: value for name, value in vars(part).items() if name not in _INTERNAL}
+        buffers = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
+        attributes[path] = _describe_value({**own, **buffers}, opaque, set())
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}"
+    return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}", tuple(opaque)
+
+
+_INTERNAL = vars(nn.Module()).keys()
+"""Attributes of every module, such as the mode and the dictionaries of parameters and hooks."""
+
+
+def _describe_value(value: Any, opaque: list[int], parents: set[int]) -> str:
+    """Describe an attribute of a module.
+
+    Args:
+        value: The attribute.
+        opaque: List to which the ids of objects are appended that cannot be described.
+        parents: Ids of the objects that contain the value.
+    """
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    is_importable = "<" not in name and not name.startswith("__main__")
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        shape = f"{value.dtype} {tuple(value.shape)}"
+        if value.is_meta:
+            return shape
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return f"{shape} {hashlib.sha256(raw.numpy().tobytes()).hexdigest()}"
+    if hasattr(value, "__qualname__") and is_importable:
+        return name
+    # Submodules are described by their own attributes.
+    if not isinstance(value, nn.Module) and id(value) not in parents:
+        content = _content(value)
+        if content is None:
+            opaque.append(id(value))
+        else:
+            inner = {*parents, id(value)}
+            parts = (_describe_value(each, opaque, inner) for each in content)
+            return f"{type(value).__qualname__}({', '.join(parts)})"
+    return type(value).__qualname__
+
+
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.Size, enum.Enum),
+)
+"""Types whose `repr` describes a value completely."""
+
+
+def _content(value: Any) -> Sequence[Any] | None:
+    """Return the objects that an object consists of, or None for objects such as lambdas."""
+    if isinstance(value, Mapping):
+        return [each for pair in value.items() for each in pair]
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if not callable(value) and hasattr(value, "__dict__"):
+        return _content(vars(value))
+    return None
 
 
 def _source_of(function: Any) -> str:

@@ -148,6 +148,9 @@ class Client:
                 f"Client({name!r}): optimizer: expected an optimizer such as Adam(lr=1e-3), or a "
                 f"function of parameters, got {type(optimizer).__name__}"
             )
+        if label is not None and (not isinstance(label, str) or is_source(data)):
+            found = "a source, whose key label names the column" if is_source(data) else repr(label)
+            raise TypeError(f"Client({name!r}): label: expected the name of a column, got {found}")
         if callable(optimizer):
             settings["optimizer"] = optimizer_section(optimizer, f"Client({name!r}): ")
         self.name = name
@@ -197,10 +200,11 @@ class Client:
     @property
     def model_config(self) -> Any:
         """The value of the configuration key `model`, or None if the client has no model."""
-        if self.given is not None and not self.given.is_instance:
-            is_class = isinstance(self.model, type)
-            return (importable_reference(self.model) if is_class else None) or self.given.name
-        return self.given.name if self.given is not None else self.model
+        if self.given is None:
+            return self.model
+        if isinstance(self.model, type) and self.given.head is None:
+            return importable_reference(self.model) or self.given.name
+        return self.given.name
 
 
 def split(

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset
 from hetero_fl.data.client_files import OWN_DATA
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
+from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
 from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.text import format_list
 
 
 class FederationDatasets:
@@ -46,48 +52,59 @@ class FederationDatasets:
         label: str | None,
         num_classes: int | None,
     ) -> None:
-        labeled = {
+        for client in clients:
+            _check_client(client, sets)
+        if "validation" in sets and "test" not in sets and "data" not in sets:
+            raise UserError("validation: requires a global test set; pass test=...")
+        self._named = _plain_source(sets.get("data"))
+        self._client_sources = {
+            str(client.data["name"]) for client in clients if is_source(client.data)
+        }
+        given = {
             _place(client, part): (data, client.label or _column(data, label))
             for client in clients
             for part, data in client.parts().items()
             if not is_source(data)
         }
-        for client in clients:
-            if client.data is None and "data" not in sets:
-                raise UserError(
-                    f"{_place(client)}: missing; pass data to the client, or data=... to divide to "
-                    "the federation"
-                )
-            _check_own_sets(client, has_test="test" in sets or "data" in sets)
-        self._named = _plain_source(sets.get("data"))
-        labeled |= {
-            name: (sets[name], _column(sets[name], label))
-            for name in ("data", "test", "validation")
-            if name in sets and not (name == "data" and self._named)
+        given |= {
+            name: (data, _column(data, label))
+            for name, data in sets.items()
+            if name != "proxy" and not (name == "data" and self._named)
         }
-        labeled = {
-            place: (to_pair(data, place), column) for place, (data, column) in labeled.items()
-        }
-        options = _label_options({p: data for p, (data, _) in labeled.items()}, num_classes)
+        if label is not None and not any(column == label for _, column in given.values()):
+            raise UserError(f"label: no data frame or Hugging Face Dataset has a column '{label}'")
+        pairs = {place: (to_pair(data, place), column) for place, (data, column) in given.items()}
+        options = _label_options({p: data for p, (data, _) in pairs.items()}, num_classes)
         self.datasets = {
             place: to_dataset(data, place, column, **options)
-            for place, (data, column) in labeled.items()
+            for place, (data, column) in pairs.items()
         }
+        if self._named and ("test" in sets or "validation" in sets):
+            root = Path(DataConfig().root).expanduser()
+            self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
+        _share_classes(self.datasets, num_classes)
         for client in clients:
             self._add_own_sets(client)
+        self._proxy_size = self._add_proxy(sets, label)
+        if "data" in self.datasets or "test" in self.datasets:
+            self.datasets["common"] = _common_set(self.datasets)
+
+    def _add_proxy(self, sets: Mapping[str, Any], label: str | None) -> int | None:
+        """Add the proxy set, or return its size if its rows are to be held out."""
         proxy = sets.get("proxy")
-        if isinstance(proxy, int) and proxy < 1:
+        if proxy is None:
+            return None
+        if not isinstance(proxy, numbers.Integral):
+            self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
+            return None
+        if isinstance(proxy, bool) or proxy < 1:
             raise UserError(f"proxy: expected examples, or a number of rows >= 1, got {proxy}")
-        self._proxy_size = proxy if isinstance(proxy, int) else None
-        if self._proxy_size is not None and "test" in sets and "data" not in sets:
+        if "test" in sets and "data" not in sets:
             raise UserError(
                 f"proxy: {proxy} rows cannot be held out of the clients' data if `test` is given; "
                 "pass public examples"
             )
-        if proxy is not None and self._proxy_size is None:
-            self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
-        if "data" in self.datasets or "test" in self.datasets:
-            self.datasets["common"] = _common_set(self.datasets)
+        return int(proxy)
 
     def _add_own_sets(self, client: Client) -> None:
         """Move the validation and test examples of a client into the client's data set."""
@@ -103,6 +120,9 @@ class FederationDatasets:
     def config(self) -> dict[str, Any]:
         """Return the section `data` of the configuration."""
         section: dict[str, Any] = dict(self._named or {"name": OBJECT_PREFIX})
+        if not self._named and not self.datasets and len(self._client_sources) == 1:
+            # The global sets are held out of the files of the clients.
+            section = {"name": next(iter(self._client_sources))}
         if "common" in self.datasets:
             section = self._source("common")
             common = self.datasets["common"]
@@ -132,19 +152,24 @@ def _place(client: Client, part: str = "data") -> str:
     return f"clients: '{client.name}': {part}"
 
 
-def _check_own_sets(client: Client, has_test: bool) -> None:
-    """Raise UserError if the federation cannot use the client's validation or test examples."""
-    for part in client.parts():
-        if part == "data":
-            continue
-        if client.data is None or is_source(client.data):
-            raise UserError(
-                f"{_place(client, part)}: requires data=... as arrays, a data frame or a data set"
-            )
-        if not has_test:
-            raise UserError(
-                f"{_place(client, part)}: requires a global test set; pass Federation(test=...)"
-            )
+def _check_client(client: Client, sets: Mapping[str, Any]) -> None:
+    """Raise UserError if the federation cannot use the data of a client."""
+    if client.data is None and "data" not in sets:
+        raise UserError(
+            f"{_place(client)}: missing; pass data to the client, or data=... to divide to the "
+            "federation"
+        )
+    own = [part for part in client.parts() if part != "data"]
+    if own and (client.data is None or is_source(client.data)):
+        raise UserError(
+            f"{_place(client, own[0])}: requires data=... as arrays, a data frame or a data set"
+        )
+    if isinstance(client.data, Dataset):
+        own += [part for part in client.data.splits() if part != "train"]
+    if own and "test" not in sets and "data" not in sets:
+        raise UserError(
+            f"{_place(client, own[0])}: requires a global test set; pass Federation(test=...)"
+        )
 
 
 def _column(data: Any, label: str | None) -> str | None:
@@ -214,6 +239,63 @@ def _plain_source(data: Any) -> dict[str, Any] | None:
     return dict(data) if is_source(data) else None
 
 
+def _share_classes(datasets: dict[str, Dataset], num_classes: int | None) -> None:
+    """Give all data sets of a classification the same classes, in place.
+
+    The classes are numbers if a data set has no class names. Data sets without rows of a class may
+    lack its name or number.
+
+    Args:
+        datasets: The data sets, keyed by the name that error messages use for them.
+        num_classes: Number of classes, or None.
+
+    Raises:
+        UserError: If some labels are class names and others numbers.
+    """
+    kinds = {dataset.task.kind for dataset in datasets.values()}
+    if kinds != {"multiclass"}:
+        return
+    unnamed = [place for place, dataset in datasets.items() if not dataset.task.names]
+    if not unnamed and num_classes is None:
+        return
+    for place, dataset in datasets.items():
+        names = dataset.task.names
+        if names and not all(name.isdigit() for name in names):
+            other = f"class numbers as in {unnamed[0]}" if unnamed else "class numbers"
+            raise UserError(f"{place}: y: expected {other}, got {format_list(names)}")
+        if names:
+            numbers_of = torch.tensor([int(name) for name in names])
+            datasets[place] = _renumbered(dataset, numbers_of)
+    largest = max(
+        int(examples.labels.max())
+        for each in datasets.values()
+        for examples in each.splits().values()
+        if len(examples)
+    )
+    outputs = max(each.task.outputs for each in datasets.values())
+    outputs = num_classes or max(outputs, largest + 1)
+    if largest >= outputs:
+        raise UserError(f"num_classes: must be > {largest}, the largest label, got {num_classes}")
+    for place, dataset in datasets.items():
+        datasets[place] = replace(dataset, task=Task("multiclass", outputs))
+
+
+def _renumbered(dataset: Dataset, numbers_of: Tensor) -> Dataset:
+    """Return a data set whose class names are numbers, with these numbers as labels."""
+    parts = {
+        name: replace(examples, y=numbers_of[examples.labels])
+        for name, examples in dataset.splits().items()
+    }
+    outputs = int(numbers_of.max()) + 1
+    return replace(
+        dataset,
+        task=Task("multiclass", outputs),
+        train=parts["train"],
+        validation=parts.get("validation"),
+        test=parts.get("test"),
+    )
+
+
 def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
     """Combine the rows to divide and the global test and validation sets into one data set."""
     main = datasets.get("data")
@@ -221,12 +303,13 @@ def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
         # All clients have data of their own, so there are no training rows to divide.
         given = datasets["test"]
         main = replace(given, name=OWN_DATA, train=given.train.select_rows(torch.arange(0)))
-    task = _common_task(main.task, datasets)
-    common = replace(main, task=task)
+    common = replace(main, task=_common_task(main.task, datasets))
     common = replace(common, train=match_to_common(main, common, "data"))
     for part in ("validation", "test"):
         if part in datasets:
-            examples = _matched(datasets[part], common, part)
+            # A data set with a test split is evaluated on this split.
+            own = datasets[part].splits().get(part, datasets[part].train)
+            examples = _matched(replace(datasets[part], train=own), common, part)
             common = _with_split(common, part, examples)
     return common
 

@@ -17,7 +17,7 @@ import yaml
 from typing_extensions import Unpack
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
-from hetero_fl.config.base import Settings
+from hetero_fl.config.base import OptimizerConfig, Settings
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
@@ -161,7 +161,7 @@ class Federation:
                 "name": client.name,
                 **_model_of(client),
                 **datasets.client_config(client),
-                **client.settings,
+                **_settings(client, defaults),
             }
             for client in self.clients
         ]
@@ -591,6 +591,19 @@ def _check_names(clients: Sequence[Client]) -> None:
         if client.name in names:
             raise UserError(f"clients: two clients have the name '{client.name}'; choose another")
         names.add(client.name)
+
+
+def _settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]:
+    """Return the settings of a client, whose optimizer and epochs replace those of `defaults`."""
+    settings = dict(client.settings)
+    given = set() if defaults is None else defaults.model_fields_set
+    if "optimizer" in given and "optimizer" in settings:
+        # Layers of the configuration are merged, so the other settings are reset.
+        unset = OptimizerConfig().model_dump(mode="json")
+        settings["optimizer"] = {**unset, **settings["optimizer"]}
+    if "steps" in given and "epochs" in settings:
+        settings.setdefault("steps", None)
+    return settings
 
 
 def _model_of(client: Client) -> dict[str, Any]:

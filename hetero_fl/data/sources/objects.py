@@ -187,7 +187,7 @@ def _item(data: Any, where: str, row: int) -> tuple[Any, Any]:
 
 
 def _as_array(x: Any) -> np.ndarray:
-    return x.numpy() if isinstance(x, Tensor) else np.asarray(x)
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
 def _pair(data: Any, where: str) -> tuple[Any, Any]:
@@ -202,6 +202,11 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
         raise TypeError(f"{where}: expected {KINDS}, got {type(data).__name__}")
     if len(data) != 2:
         raise UserError(f"{where}: expected a pair (x, y), got {len(data)} values")
+    if _is_frame(data[0]):
+        raise TypeError(
+            f"{where}: x is a DataFrame; add the labels as a column, and pass the frame and "
+            "label='COLUMN'"
+        )
     if data[1] is None:
         raise UserError(f"{where}: labels missing; pass a pair (x, y)")
     return data[0], data[1]

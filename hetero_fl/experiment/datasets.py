@@ -19,7 +19,7 @@ from hetero_fl.data.client_files import OWN_DATA
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
 from hetero_fl.data.registry import load_source
-from hetero_fl.data.sources.objects import is_source, to_dataset, to_examples, to_pair
+from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
@@ -71,12 +71,15 @@ class FederationDatasets:
             for name, data in sets.items()
             if name != "proxy" and not (name == "data" and self._named)
         }
-        if label is not None and not any(column == label for _, column in given.values()):
+        if label is not None and not any(_column(data, label) for data, _ in given.values()):
             raise UserError(f"label: no data frame or Hugging Face Dataset has a column '{label}'")
         pairs = {place: (to_pair(data, place), column) for place, (data, column) in given.items()}
+        self._categories = _shared_categories(
+            {**pairs, "proxy": (sets.get("proxy"), _column(sets.get("proxy"), label))}
+        )
         options = _label_options({p: data for p, (data, _) in pairs.items()}, num_classes)
         self.datasets = {
-            place: to_dataset(data, place, column, **options)
+            place: to_dataset(data, place, column, self._categories, **options)
             for place, (data, column) in pairs.items()
         }
         if self._named and ("test" in sets or "validation" in sets):
@@ -95,7 +98,9 @@ class FederationDatasets:
         if proxy is None:
             return None
         if not isinstance(proxy, numbers.Integral):
-            self.datasets["proxy"] = to_examples(proxy, "proxy", _column(proxy, label))
+            self.datasets["proxy"] = to_examples(
+                proxy, "proxy", _column(proxy, label), self._categories
+            )
             return None
         if isinstance(proxy, bool) or proxy < 1:
             raise UserError(f"proxy: expected examples, or a number of rows >= 1, got {proxy}")
@@ -176,6 +181,19 @@ def _column(data: Any, label: str | None) -> str | None:
     """Return `label` if the data has a column of this name, else None."""
     columns = getattr(data, "column_names", getattr(data, "columns", ()))
     return label if label in list(columns) else None
+
+
+def _shared_categories(
+    parts: Mapping[str, tuple[Any, str | None]],
+) -> dict[str, tuple[str, ...]] | None:
+    """Return the values of the text columns of all data frames, or None if there are no frames."""
+    frames = {place: part for place, part in parts.items() if is_frame(part[0])}
+    if not frames:
+        return None
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.table_files import categories_of_frames
+
+    return categories_of_frames(frames)
 
 
 def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:

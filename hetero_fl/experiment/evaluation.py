@@ -246,7 +246,7 @@ def _from_objects(
     label = label or (run.directory.config().get("data") or {}).get("label")
     is_frame = hasattr(data, "columns") or hasattr(data, "column_names")
     task = next(iter(models.values())).task
-    options = {} if is_frame or isinstance(data, Dataset) else {"task": task}
+    options: dict[str, Any] = {} if is_frame or isinstance(data, Dataset) else {"task": task}
     dataset = to_dataset(data, "data", label if is_frame else None, **options)
     return order_columns(dataset, run, models)
 

@@ -596,7 +596,7 @@ def _check_names(clients: Sequence[Client]) -> None:
 def _settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]:
     """Return the settings of a client, whose optimizer and epochs replace those of `defaults`."""
     settings = dict(client.settings)
-    given = set() if defaults is None else defaults.model_fields_set
+    given = defaults.model_fields_set if isinstance(defaults, ClientSettings) else set()
     if "optimizer" in given and "optimizer" in settings:
         # Layers of the configuration are merged, so the other settings are reset.
         unset = OptimizerConfig().model_dump(mode="json")

@@ -19,6 +19,7 @@ from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_
 if TYPE_CHECKING:
     import pandas as pd
 
+Categories = Mapping[str, tuple[str, ...]]
 _NO_TASK = Task("regression", 1)
 """Placeholder for the task of unlabeled examples, whose value is never used."""
 KINDS = (
@@ -27,7 +28,13 @@ KINDS = (
 )
 
 
-def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) -> Dataset:
+def to_dataset(
+    data: Any,
+    where: str,
+    label: str | None = None,
+    categories: Categories | None = None,
+    **options: Any,
+) -> Dataset:
     """Convert data of any supported type to a data set.
 
     Arrays, tensors and the tensors of a `TensorDataset` are not copied if they already have the
@@ -40,6 +47,8 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
         where: Name of the data in error messages.
         label: Column of the labels in a DataFrame or a Hugging Face data set. If None, a Hugging
             Face data set must have exactly one column of type `ClassLabel`.
+        categories: Text columns of a DataFrame to one-hot encode, with their values. If None, all
+            text columns with fewer than 20 distinct values are encoded.
         **options: Arguments of `from_arrays` for pairs and torch data sets, such as `task`,
             `num_classes` or `columns`.
 
@@ -56,8 +65,8 @@ def to_dataset(data: Any, where: str, label: str | None = None, **options: Any) 
     """
     if isinstance(data, Dataset):
         return data
-    if _is_frame(data):
-        return _from_frame(data, where, label)
+    if is_frame(data):
+        return _from_frame(data, where, label, categories)
     if _is_hugging_face(data):
         return _from_hugging_face(data, where, label, options)
     if label is not None:
@@ -88,7 +97,9 @@ def to_pair(data: Any, where: str) -> Any:
     return _from_torch(data, where) if is_torch else data
 
 
-def to_examples(data: Any, where: str, label: str | None = None) -> Dataset:
+def to_examples(
+    data: Any, where: str, label: str | None = None, categories: Categories | None = None
+) -> Dataset:
     """Convert data to an unlabeled data set, for example a proxy set.
 
     Labels in the data are dropped.
@@ -98,15 +109,16 @@ def to_examples(data: Any, where: str, label: str | None = None) -> Dataset:
         where: Name of the data in error messages.
         label: Column of the labels in a DataFrame or a Hugging Face data set. If None, all columns
             of a DataFrame are features.
+        categories: Text columns of a DataFrame to one-hot encode, with their values.
     """
     if isinstance(data, Tensor | np.ndarray):
         return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
-    if _is_frame(data) and label is None:
+    if is_frame(data) and label is None:
         from hetero_fl.data.sources.table_files import features
 
-        x, columns, _ = features(data, where)
+        x, columns, _ = features(data, where, categories=categories)
         return Dataset(where, _NO_TASK, Examples(x), columns=columns)
-    return _unlabeled(to_dataset(data, where, label))
+    return _unlabeled(to_dataset(data, where, label, categories))
 
 
 def _unlabeled(dataset: Dataset) -> Dataset:
@@ -118,7 +130,8 @@ def is_source(data: Any) -> bool:
     return isinstance(data, Mapping) and not _is_hugging_face(data)
 
 
-def _is_frame(data: Any) -> bool:
+def is_frame(data: Any) -> bool:
+    """Return whether data is a pandas DataFrame."""
     return type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
 
 
@@ -126,7 +139,9 @@ def _is_hugging_face(data: Any) -> bool:
     return type(data).__module__.partition(".")[0] == "datasets"
 
 
-def _from_frame(frame: pd.DataFrame, where: str, label: str | None) -> Dataset:
+def _from_frame(
+    frame: pd.DataFrame, where: str, label: str | None, categories: Categories | None = None
+) -> Dataset:
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import read_table
 
@@ -138,7 +153,7 @@ def _from_frame(frame: pd.DataFrame, where: str, label: str | None) -> Dataset:
     columns = list(map(str, frame.columns))
     labels = [label] if label in columns else [part.strip() for part in label.split(",")]
     check_names(labels, columns, f"{where}: label: column", " not found")
-    return read_table(frame.reset_index(drop=True), where, label)
+    return read_table(frame.reset_index(drop=True), where, label, categories=categories)
 
 
 def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
@@ -202,7 +217,7 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
         raise TypeError(f"{where}: expected {KINDS}, got {type(data).__name__}")
     if len(data) != 2:
         raise UserError(f"{where}: expected a pair (x, y), got {len(data)} values")
-    if _is_frame(data[0]):
+    if is_frame(data[0]):
         raise TypeError(
             f"{where}: x is a DataFrame; add the labels as a column, and pass the frame and "
             "label='COLUMN'"

@@ -254,9 +254,7 @@ def _describe_columns(
 
 
 def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str, ...]]:
-    """Return the values of the text columns to one-hot encode in several tables, keyed by column.
-
-    These are the columns with fewer than `MANY_CATEGORIES` distinct values in all tables together.
+    """Return the values of the text columns to one-hot encode in several files, keyed by column.
 
     Args:
         files: Sources of the tables, keyed by the configuration key of each source.
@@ -264,12 +262,50 @@ def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str,
     Raises:
         UserError: If a column is text in one table and numeric in another.
     """
+    columns = {place: _feature_columns(source, place) for place, source in files.items()}
+    names = {place: f"{place}.path: {source.path}" for place, source in files.items()}
+    return shared_categories(columns, names)
+
+
+def categories_of_frames(
+    frames: Mapping[str, tuple[pd.DataFrame, str | None]],
+) -> dict[str, tuple[str, ...]]:
+    """Return the values of the text columns to one-hot encode in several data frames.
+
+    Args:
+        frames: Pairs of a data frame and its label column, keyed by the name that error messages
+            use for the frame.
+
+    Raises:
+        UserError: If a column is text in one frame and numeric in another.
+    """
+    columns = {}
+    for place, (frame, label) in frames.items():
+        labels = _label_columns(frame, label) if label is not None else []
+        columns[place] = [frame[name] for name in frame.columns if str(name) not in labels]
+    return shared_categories(columns, {place: place for place in frames})
+
+
+def shared_categories(
+    columns: Mapping[str, Sequence[pd.Series]], names: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Return the values of the text columns to one-hot encode in several tables, keyed by column.
+
+    These are the columns with fewer than `MANY_CATEGORIES` distinct values in all tables together.
+
+    Args:
+        columns: The columns of each table without labels, keyed by the place of the table.
+        names: Names of the tables in error messages about single cells, keyed like `columns`.
+
+    Raises:
+        UserError: If a column is text in one table and numeric in another.
+    """
     texts: dict[str, dict[str, None]] = {}
     place_of: dict[str, str] = {}
     numeric: dict[str, str] = {}
-    for place, source in files.items():
-        where = f"{place}.path: {source.path}"
-        for column in _feature_columns(source, place):
+    for place, own in columns.items():
+        where = names[place]
+        for column in own:
             name = str(column.name)
             if is_categorical(column) and parse_numbers(column, where, [], CATEGORICAL) is None:
                 texts.setdefault(name, {}).update(

@@ -1,0 +1,179 @@
+"""Federations from objects: classes, columns and settings that parts of the federation share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from torch import nn
+
+import hetero_fl as hfl
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.data import from_arrays
+from hetero_fl.utils.errors import UserError
+
+
+class Scores(nn.Module):
+    """A class that a configuration can name."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.last = nn.Linear(6, num_classes)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.first(x).relu())
+
+
+def rows(n: int, classes: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    y = np.arange(n) % classes
+    x = np.random.default_rng(seed).normal(size=(n, 4)) + y[:, None]
+    return x.astype(np.float32), y
+
+
+def frame(n: int, sexes: str, label: int = 0) -> pd.DataFrame:
+    age = np.random.default_rng(n).normal(size=n)
+    sex = [sexes[i % len(sexes)] for i in range(n)]
+    return pd.DataFrame({"age": age, "sex": sex, "ill": np.arange(n) % 2 + label})
+
+
+def labels(prepared: Any, client: str) -> set[int]:
+    examples = prepared.data.client_rows[client]["train"].examples
+    return set(examples.labels.tolist())
+
+
+def test_class_numbers_of_frames_and_arrays_are_matched_by_value() -> None:
+    numbered = pd.DataFrame(rows(40)[0], columns=list("abcd")).assign(y=np.arange(40) % 2 + 1)
+
+    own = hfl.Federation([hfl.Client("a", "mlp", numbered, label="y")], test=rows(30))
+
+    prepared = own.prepare(hfl.Local())
+    assert prepared.federation.task.outputs == 3
+    assert labels(prepared, "a") == {1, 2}
+
+
+def test_class_names_and_class_numbers_are_refused() -> None:
+    named = pd.DataFrame(rows(40)[0], columns=list("abcd")).assign(y=["well", "ill"] * 20)
+
+    with pytest.raises(UserError, match="expected class numbers as in test, got ill, well"):
+        hfl.Federation([hfl.Client("a", "mlp", named, label="y")], test=rows(30))
+
+
+def test_clients_of_split_may_have_classes_that_the_test_set_lacks() -> None:
+    clients = hfl.split(rows(90, classes=3), 2, model="mlp")
+
+    own = hfl.Federation(clients, test=rows(30, classes=2))
+
+    assert own.prepare(hfl.Local()).federation.task.outputs == 3
+
+
+def test_num_classes_applies_to_data_frames() -> None:
+    data = frame(40, "fm")
+
+    own = hfl.Federation([hfl.Client("a", "mlp", data)], test=data, label="ill", num_classes=5)
+
+    assert own.prepare(hfl.Local()).federation.task.outputs == 5
+
+
+def test_text_columns_of_frames_have_the_values_of_all_frames() -> None:
+    clients = [hfl.Client("a", "mlp", frame(40, "fm")), hfl.Client("b", "mlp", frame(44, "m"))]
+    proxy = frame(20, "fx").drop(columns="ill")
+
+    own = hfl.Federation(clients, test=frame(30, "f"), proxy=proxy, label="ill")
+
+    data = own.prepare(hfl.FedMD()).data
+    assert data.layout.columns == ("age", "sex=f", "sex=m", "sex=x")
+    assert data.public_sets["proxy"].copy_rows().x[1].tolist()[1:] == [0.0, 0.0, 1.0]
+
+
+def test_named_data_is_divided_when_the_test_set_is_an_object() -> None:
+    test = (np.zeros((40, 8, 8), dtype=np.uint8), np.arange(40) % 10)
+    clients = [hfl.Client("a", "mlp"), hfl.Client("b", "mlp")]
+
+    data = hfl.Federation(clients, data="digits", test=test).prepare(hfl.Local()).data
+
+    assert data.n_train > 900
+    assert data.n_test == 40
+
+
+def test_head_of_an_importable_class() -> None:
+    client = hfl.Client("a", Scores, rows(40), head="missing")
+
+    with pytest.raises(UserError, match="missing"):
+        hfl.Federation([client], test=rows(30)).prepare(hfl.Local())
+
+
+def test_optimizer_of_a_client_replaces_the_default_one() -> None:
+    defaults = ClientSettings(optimizer=hfl.SGD(lr=0.5, momentum=0.9), steps=3)
+    clients = [
+        hfl.Client("a", "mlp", rows(40), optimizer=hfl.Adam(), epochs=4),
+        hfl.Client("b", "mlp", rows(44)),
+    ]
+
+    prepared = hfl.Federation(clients, test=rows(30), defaults=defaults).prepare(hfl.Local())
+
+    own = prepared.federation.client_infos["a"].settings
+    assert (own.optimizer.name, own.optimizer.lr, own.optimizer.momentum) == ("adam", 1e-3, 0.0)
+    assert (own.epochs, own.steps) == (4, None)
+    other = prepared.federation.client_infos["b"].settings
+    assert (other.optimizer.name, other.optimizer.lr, other.steps) == ("sgd", 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], validation=rows(9)),
+            "validation: requires a global test set",
+        ),
+        (
+            lambda: hfl.Federation(
+                [hfl.Client("a", "mlp", from_arrays(*rows(40), test=rows(20), num_classes=2))]
+            ),
+            "clients: 'a': test: requires a global test set",
+        ),
+        (
+            lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], test=rows(9), label="z"),
+            "label: no data frame or Hugging Face Dataset has a column 'z'",
+        ),
+        (
+            lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], proxy=True),
+            "proxy: expected examples, or a number of rows >= 1, got True",
+        ),
+        (
+            lambda: hfl.Client("a", "mlp", {"name": "table", "path": "x.csv"}, label="y"),
+            "label: expected the name of a column, got a source",
+        ),
+        (
+            lambda: hfl.Federation(
+                [hfl.Client("a", "mlp", (pd.DataFrame(rows(40)[0]), rows(40)[1]))], test=rows(9)
+            ),
+            "x is a DataFrame",
+        ),
+        (
+            lambda: hfl.Federation(
+                [hfl.Client("a", "mlp", rows(40))],
+                test=rows(9),
+                validation=(rows(9)[0][:, :2],) * 2,
+            ),
+            "validation",
+        ),
+        (
+            lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], partition=hfl.IID()),
+            "partition: has no effect",
+        ),
+        (
+            lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], test=rows(9)).prepare(
+                runtime=hfl.Evaluation()
+            ),
+            r"runtime: expected Runtime\(...\), got Evaluation\(...\)",
+        ),
+    ],
+)
+def test_part_without_effect_is_refused_in_one_line(make: Any, message: str) -> None:
+    with pytest.raises((UserError, TypeError), match=message) as caught:
+        make()
+
+    assert "\n" not in str(caught.value)

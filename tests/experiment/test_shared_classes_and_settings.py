@@ -156,9 +156,9 @@ def test_optimizer_of_a_client_replaces_the_default_one() -> None:
             lambda: hfl.Federation(
                 [hfl.Client("a", "mlp", rows(40))],
                 test=rows(9),
-                validation=(rows(9)[0][:, :2],) * 2,
+                validation=(rows(9)[0][:, :2], rows(9)[1]),
             ),
-            "validation",
+            r"validation: expected examples of shape \(4,\)",
         ),
         (
             lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], partition=hfl.IID()),

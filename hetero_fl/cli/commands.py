@@ -79,7 +79,7 @@ def train(source: Path, **options: Any) -> Run:
     metavar="ID",
     help="Evaluate only the model of this client, or of `server`.  [default: all models]",
 )
-@click.option("--personal", is_flag=True, help=PERSONAL_HELP)
+@click.option("--personal", "--home", "personal", is_flag=True, help=PERSONAL_HELP)
 @click.option(
     "--json", "json_file", type=PATH, metavar="FILE", help="Also write the metrics to a JSON file."
 )

@@ -245,6 +245,8 @@ def _option_or_study(name: str, value: Any, study: Study | None) -> Any:
 )
 @click.option(
     "--personal",
+    "--home",
+    "personal",
     is_flag=True,
     help=f"{PERSONAL_HELP} Cannot be combined with the format safetensors.",
 )

@@ -104,7 +104,7 @@ def compare(
         >>> config = {"data": {"name": "digits"}, "clients": {"count": 2}, "rounds": 1}
         >>> comparison = hetero_fl.compare(config, ["local", "fedavg"], out=mkdtemp(), jobs=1)
         >>> [run.summary["algorithm"] for run in comparison.runs]
-        ['fedavg', 'local']
+        ['local', 'fedavg']
         >>> print(comparison.to_markdown())
         # run...
     """

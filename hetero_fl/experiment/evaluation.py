@@ -56,7 +56,7 @@ def evaluate(
         personal: Whether each model predicts with the label frequencies of its client, as on the
             client's own examples.
         label: Label column of a table, or several columns separated by commas. If None, the label
-            column of the run is used.
+            column that the configuration of the run names is used.
         allow_code: Whether code that the files of the run refer to may be executed.
         log: Function that is called with a warning if rows of the data set were training rows of
             the run. If None, a `UserWarning` is issued. Rows are compared only if the run has

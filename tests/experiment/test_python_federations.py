@@ -19,7 +19,7 @@ import hetero_fl as hfl
 from hetero_fl.algorithms import average_models
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
-from model_zoo import ModelError
+from tests.helpers.mistakes import check_raises_one_line
 from tests.helpers.python_federations import (
     DIGITS,
     QUIET,
@@ -611,11 +611,7 @@ def one_client(data: Any, model: Any = "mlp", head: str | None = None, **setting
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_raises_one_line(mistake: str) -> None:
-    kind, words, make = MISTAKES[mistake]
-    with pytest.raises(kind, match=words) as caught:
-        make()
-    assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, UserError | ModelError | TypeError)
+    check_raises_one_line(MISTAKES[mistake])
 
 
 def test_classes_of_a_federation_are_those_of_all_parts() -> None:

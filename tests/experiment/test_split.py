@@ -12,6 +12,7 @@ import torch
 import hetero_fl as hfl
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
+from tests.helpers.mistakes import check_raises_one_line
 from tests.helpers.python_federations import NO_REPORT, Net, images, table
 
 
@@ -181,8 +182,4 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_split_mistake_raises_one_line(mistake: str) -> None:
-    kind, words, make = MISTAKES[mistake]
-    with pytest.raises(kind, match=words) as caught:
-        make()
-    assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, ValueError | TypeError)
+    check_raises_one_line(MISTAKES[mistake])

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.helpers.mistakes import check_raises_one_line
 from tests.helpers.python_federations import QUIET, images, same_models
 
 
@@ -291,10 +292,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_raises_one_line(mistake: str) -> None:
-    kind, words, make = MISTAKES[mistake]
-    with pytest.raises(kind, match=words) as caught:
-        make()
-    assert "\n" not in str(caught.value)
+    check_raises_one_line(MISTAKES[mistake])
 
 
 def test_docstrings_describe_the_settings() -> None:

@@ -7,10 +7,17 @@ resulting `FederatedData` returns the preprocessed examples of each participant.
 from hetero_fl.core.image_transforms import apply_scanner, augment
 from hetero_fl.data import sources
 from hetero_fl.data.arrays import from_arrays
-from hetero_fl.data.checks import check_examples
+from hetero_fl.data.checks import ExampleNames, check_examples
 from hetero_fl.data.dataset import Block, ColumnLayout, Columns, Dataset, Examples, Vocabulary
-from hetero_fl.data.federated_data import FederatedData, federate
-from hetero_fl.data.partition import partition_rows, register_partition, row_strata
+from hetero_fl.data.division import federate
+from hetero_fl.data.federated_data import FederatedData
+from hetero_fl.data.partition import (
+    PartitionContext,
+    Partitioner,
+    partition_rows,
+    register_partition,
+    row_strata,
+)
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.registry import check_source, list_sources, load_source, register_source
 from hetero_fl.data.sources.multimodal import join_images_and_table
@@ -22,8 +29,11 @@ __all__ = [
     "ColumnLayout",
     "Columns",
     "Dataset",
+    "ExampleNames",
     "Examples",
     "FederatedData",
+    "PartitionContext",
+    "Partitioner",
     "Preprocess",
     "Vocabulary",
     "apply_scanner",

@@ -17,7 +17,7 @@ from hetero_fl.core.images import (
     in_range,
 )
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import check_examples, first_true
+from hetero_fl.data.checks import ARRAY_NAMES, ExampleNames, check_examples, first_true
 from hetero_fl.data.dataset import (
     MAX_NUMBERED_CLASSES,
     Block,
@@ -51,6 +51,8 @@ def from_arrays(
     columns: tuple[str, ...] = (),
     blocks: Sequence[tuple[str, Sequence[int]]] = (),
     vocabulary: Vocabulary | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    names: ExampleNames = ARRAY_NAMES,
 ) -> Dataset:
     """Create a data set from NumPy arrays or tensors.
 
@@ -91,6 +93,9 @@ def from_arrays(
         blocks: (name, shape) of each modality in flat rows `[N, D]` (see also
             `join_images_and_table`).
         vocabulary: Vocabulary if x consists of integer tokens `[N, T]` (see `Vocabulary.encode`).
+        metadata: Further columns of the training rows for partition functions, such as dates, `[N]`
+            each, keyed by name.
+        names: Names of x, y and rows in the source of the arrays, for messages.
 
     Raises:
         UserError: If the examples are invalid (see `check_examples`), the value range or axis order
@@ -112,15 +117,19 @@ def from_arrays(
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
     labels, classes = _parse_labels(
-        {split: pair[1] for split, pair in given.items()}, task, num_classes, name
+        {split: pair[1] for split, pair in given.items()}, task, num_classes, name, names
     )
     inputs, notes = _parse_inputs(
-        {split: pair[0] for split, pair in given.items()}, tuple(columns), vocabulary, name
+        {f"{name}: {split}: {names.x}": pair[0] for split, pair in given.items()},
+        tuple(columns),
+        vocabulary,
     )
     if classes and not isinstance(task, Task):
         task = Task("multiclass", len(classes), classes)
     elif not isinstance(task, Task):
-        task, labels, remarks = _read_labels(labels, task, num_classes, unit is not None, name)
+        task, labels, remarks = _read_labels(
+            labels, task, num_classes, has_unit=unit is not None, name=name, names=names
+        )
         for line in remarks:
             warnings.warn(line, UserWarning, stacklevel=2)
         notes += tuple(remarks)
@@ -137,17 +146,20 @@ def from_arrays(
     for split, inputs_of_split in zip(given, inputs, strict=True):
         if len(labels[split]) != len(inputs_of_split):
             raise UserError(
-                f"{name}: {split}: y: expected {len(inputs_of_split)} rows as in x, got "
-                f"{len(labels[split])}"
+                f"{name}: {split}: {names.y}: expected {len(inputs_of_split)} rows as in "
+                f"{names.x}, got {len(labels[split])}"
             )
     extra = _extra_columns(group, patient, time, unit, name)
+    extra["metadata"] = {key: np.asarray(column) for key, column in (metadata or {}).items()}
     examples = {
         split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))
         for split, x in zip(given, inputs, strict=True)
     }
     for split, part in examples.items():
         # Missing values are checked later, against the preprocessing of each client.
-        check_examples(part, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
+        check_examples(
+            part, task, f"{name}: {split}", names=names, vocabulary=vocabulary, missing=True
+        )
     return Dataset(
         name,
         task,
@@ -164,14 +176,18 @@ def from_arrays(
 
 
 def _parse_inputs(
-    raw: Mapping[str, Any], columns: tuple[str, ...], vocabulary: Vocabulary | None, name: str
+    raw: Mapping[str, Any], columns: tuple[str, ...], vocabulary: Vocabulary | None
 ) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Return x of each split as tensors, and remarks on how images were read."""
+    """Return x of each split as tensors, and remarks on how images were read.
+
+    Args:
+        raw: The inputs of each split, keyed by their name in messages.
+        columns: Names of columns or channels.
+        vocabulary: Vocabulary if the inputs are tokens, otherwise None.
+    """
     if vocabulary is not None:
-        return [_tensor(x, f"{name}: {split}: x").long() for split, x in raw.items()], ()
-    tensors = {
-        f"{name}: {split}: x": as_numbers(x, f"{name}: {split}: x") for split, x in raw.items()
-    }
+        return [_tensor(x, where).long() for where, x in raw.items()], ()
+    tensors = {where: as_numbers(x, where) for where, x in raw.items()}
     _check_series(tensors, columns)
     return _images(tensors)
 
@@ -212,21 +228,26 @@ def _tensor(values: Any, where: str) -> Tensor:
 
 
 def _parse_labels(
-    labels: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
+    labels: Mapping[str, Any],
+    task: Task | str | None,
+    num_classes: int | None,
+    name: str,
+    names: ExampleNames,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the labels of each split as numbers, and the class names if the labels are text."""
+    places = {split: f"{name}: {split}: {names.y}" for split in labels}
     texts = {
         split: text
         for split, y in labels.items()
-        if (text := _text_labels(y, f"{name}: {split}: y")) is not None
+        if (text := _text_labels(y, places[split], names)) is not None
     }
     if not texts:
-        return {split: _tensor(y, f"{name}: {split}: y") for split, y in labels.items()}, ()
+        return {split: _tensor(y, places[split]) for split, y in labels.items()}, ()
     for split in labels:
         if split not in texts:
-            raise UserError(f"{name}: {split}: y: expected text as in other splits, got numbers")
+            raise UserError(f"{places[split]}: expected text as in other splits, got numbers")
     if isinstance(task, Task):
-        return _label_numbers(texts, task, name), task.names
+        return _label_numbers(texts, task, name, names), task.names
     if task not in (None, "multiclass"):
         raise UserError(f"{name}: task: must be 'multiclass' for text labels, got '{task}'")
     numbers, classes = index_names(label for text in texts.values() for label in text)
@@ -239,7 +260,7 @@ def _parse_labels(
     return dict(zip(texts, per_split, strict=True)), classes
 
 
-def _text_labels(y: Any, where: str) -> list[str] | None:
+def _text_labels(y: Any, where: str, names: ExampleNames) -> list[str] | None:
     """Return text labels `[N]`, or None if the labels are not text."""
     if isinstance(y, Tensor):
         return None
@@ -257,22 +278,26 @@ def _text_labels(y: Any, where: str) -> list[str] | None:
         )
     for row, label in enumerate(labels):
         if not isinstance(label, str):
-            raise UserError(f"{where}: row {row}: expected text as in other rows, got {label!r}")
+            raise UserError(
+                f"{where}: {names.row(row)}: expected text as in other rows, got {label!r}"
+            )
     return labels
 
 
-def _label_numbers(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[str, Tensor]:
+def _label_numbers(
+    texts: Mapping[str, Sequence[str]], task: Task, name: str, names: ExampleNames
+) -> dict[str, Tensor]:
     """Convert text labels to the class numbers of a task."""
     if task.kind != "multiclass" or not task.names:
         raise UserError(
-            f"{name}: y: text labels need a multiclass task with class names; add them to task, or "
-            "remove task"
+            f"{name}: {names.y}: text labels need a multiclass task with class names; add them to "
+            "task, or remove task"
         )
     for split, text in texts.items():
         for row, label in enumerate(text):
             if label not in task.names:
                 raise UserError(
-                    f"{name}: {split}: y: row {row}: unknown class '{label}'"
+                    f"{name}: {split}: {names.y}: {names.row(row)}: unknown class '{label}'"
                     f"{suggest_or_list(label, task.names)}"
                 )
     return {
@@ -327,31 +352,35 @@ def _read_labels(
     labels: Mapping[str, Tensor],
     kind: str | None,
     num_classes: int | None,
+    *,
     has_unit: bool,
     name: str,
+    names: ExampleNames,
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
     """Return the task, the targets of each split, and remarks on ambiguous labels."""
     kind = _check_kind(kind, num_classes, name)
-    y = {split: _squeeze_labels(part, f"{name}: {split}: y") for split, part in labels.items()}
+    where = f"{name}: {names.y}"
+    places = {split: f"{name}: {split}: {names.y}" for split in labels}
+    y = {split: _squeeze_labels(part, places[split]) for split, part in labels.items()}
     remarks: list[str] = []
     width = 1 if y["train"].ndim == 1 else y["train"].shape[1]
     for split, part in y.items():
         if part.shape[1:] != y["train"].shape[1:]:
             raise UserError(
-                f"{name}: {split}: y: expected {width} columns as in train, got shape "
+                f"{places[split]}: expected {width} columns as in train, got shape "
                 f"{tuple(part.shape)}"
             )
     if kind is None:
-        kind, remarks = _label_kind(list(y.values()), has_unit, name)
+        kind, remarks = _label_kind(list(y.values()), has_unit, where, names)
     if kind == "multiclass" and width == 1:
         numbers = {
-            split: class_numbers(part.numpy(), f"{name}: {split}: y") for split, part in y.items()
+            split: class_numbers(part.numpy(), places[split], names) for split, part in y.items()
         }
-        return _classes(numbers, num_classes, remarks, name)
+        return _classes(numbers, num_classes, remarks, where, names)
     if kind == "multiclass":
         if not _is_one_hot(list(y.values())) or num_classes not in (None, width):
             raise UserError(
-                f"{name}: y: a multiclass task needs one column of labels or one-hot rows, got "
+                f"{where}: a multiclass task needs one column of labels or one-hot rows, got "
                 f"{width} columns"
             )
         return (
@@ -392,13 +421,15 @@ def _squeeze_labels(y: Tensor, where: str) -> Tensor:
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
-def _label_kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
+def _label_kind(
+    y: list[Tensor], has_unit: bool, where: str, names: ExampleNames
+) -> tuple[Kind, list[str]]:
     """Infer the kind of task from the labels, with a remark if the labels are ambiguous."""
     if y[0].ndim == 2:
         if _is_one_hot(y):
             return "multiclass", [
-                f"{name}: y: every row has exactly one 1, read as {y[0].shape[1]} classes; pass "
-                "task='multilabel' if the labels are independent"
+                f"{where}: every row has exactly one 1, read as {y[0].shape[1]} classes; "
+                f"{names.set_task('multilabel')} if the labels are independent"
             ]
         binary = all(bool(((part == 0) | (part == 1)).all()) for part in y)
         return ("multilabel" if binary else "regression"), []
@@ -407,22 +438,22 @@ def _label_kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[
     if not y[0].is_floating_point():
         if count > MAX_NUMBERED_CLASSES and bool((values < 0).any()):
             raise UserError(
-                f"{name}: y: ambiguous labels, got {count} distinct integers from "
-                f"{int(values.min())} to {int(values.max())}; pass task='regression' or "
-                "task='multiclass'"
+                f"{where}: ambiguous labels, got {count} distinct integers from "
+                f"{int(values.min())} to {int(values.max())}; "
+                f"{names.set_task('regression', 'multiclass')}"
             )
         return "multiclass", []
     whole = bool((values.isfinite() & (values == values.floor())).all())
     if has_unit or not whole or not 2 <= count <= min(MAX_NUMBERED_CLASSES, len(values) - 1):
         return "regression", []
-    line = f"{name}: y: {count} distinct integers, as floats"
+    line = f"{where}: {count} distinct integers, as floats"
     if bool((values < 0).any()):
         return "regression", [
-            f"{line}, some negative, read as regression targets; pass task='multiclass' if they "
-            "are classes"
+            f"{line}, some negative, read as regression targets; "
+            f"{names.set_task('multiclass')} if they are classes"
         ]
     return "multiclass", [
-        f"{line}, read as classes; pass task='regression' if they are regression targets"
+        f"{line}, read as classes; {names.set_task('regression')} if they are regression targets"
     ]
 
 
@@ -432,15 +463,29 @@ def _is_one_hot(y: list[Tensor]) -> bool:
     )
 
 
-def class_numbers(y: np.ndarray, where: str) -> Tensor:
-    """Convert labels `[N]`, which must be whole numbers, to int64."""
-    if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
-        raise UserError(f"{where}: row {row}: expected a class number, got {y[row]:g}")
+def class_numbers(y: np.ndarray, where: str, names: ExampleNames = ARRAY_NAMES) -> Tensor:
+    """Convert labels `[N]`, which must be whole numbers, to int64.
+
+    Args:
+        y: Labels.
+        where: Name of the labels, for error messages.
+        names: Names of rows, for error messages.
+
+    Raises:
+        UserError: If a label is not a whole number.
+    """
+    invalid = ~np.isfinite(y) | (y != np.floor(y)) | (np.abs(y) >= float(2**63))
+    if (row := first_true(invalid)) is not None:
+        raise UserError(f"{where}: {names.row(row)}: expected a class number, got {y[row]:g}")
     return torch.from_numpy(y.astype(np.int64, copy=False))
 
 
 def _classes(
-    y: dict[str, Tensor], num_classes: int | None, remarks: list[str], name: str
+    y: dict[str, Tensor],
+    num_classes: int | None,
+    remarks: list[str],
+    where: str,
+    names: ExampleNames,
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
     """Return the task of integer labels, the labels as class numbers from 0, and remarks."""
     if num_classes is not None:
@@ -452,10 +497,12 @@ def _classes(
     pairs = ", ".join(f"{label} as class {index}" for index, label in enumerate(listed))
     hidden = len(values) - len(listed)
     more = f" and {hidden} more" if hidden else ""
-    keep = f"num_classes={int(values[-1]) + 1} to keep the numbers, " if int(values[0]) >= 0 else ""
+    keep = ""
+    if int(values[0]) >= 0 and not names.in_config:
+        keep = f"pass num_classes={int(values[-1]) + 1} to keep the numbers, or "
     note = (
-        f"{name}: y: read as {len(values)} classes: {pairs}{more}; pass {keep}task='regression' "
-        "for regression targets"
+        f"{where}: read as {len(values)} classes: {pairs}{more}; {keep}"
+        f"{names.set_task('regression')} for regression targets"
     )
     task = Task("multiclass", len(values), tuple(str(label) for label in values.tolist()))
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.images import dtype_name
+from hetero_fl.core.stored_rows import Column, require_tensor, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples, Vocabulary
 from hetero_fl.utils.errors import UserError
@@ -18,12 +20,48 @@ CHECKED_ROWS = 4096
 """Number of rows whose values are checked at a time."""
 
 
+@dataclass(frozen=True)
+class ExampleNames:
+    """Names in messages about examples.
+
+    Attributes:
+        x: Name of the inputs in the source.
+        y: Name of the labels in the source.
+        first_row: Number of the first row: 0 for arrays, 1 for tables.
+        in_config: Whether the task is set in the configuration instead of by an argument.
+
+    Example:
+        >>> from hetero_fl.data import ExampleNames
+        >>> ExampleNames(x="column 'age'", first_row=1).row(0)
+        'row 1'
+    """
+
+    x: str = "x"
+    y: str = "y"
+    first_row: int = 0
+    in_config: bool = False
+
+    def row(self, index: int) -> str:
+        """Return the name of the row with an index from 0."""
+        return f"row {index + self.first_row}"
+
+    def set_task(self, *kinds: str) -> str:
+        """Return the advice to set the kind of the task to one of `kinds`."""
+        if self.in_config:
+            return "set " + " or ".join(f"data.task={kind}" for kind in kinds)
+        return "pass " + " or ".join(f"task='{kind}'" for kind in kinds)
+
+
+ARRAY_NAMES = ExampleNames()
+"""Names of the arrays x and y, whose rows count from 0."""
+
+
 def check_examples(
     examples: Examples,
     task: Task,
     where: str,
     *,
-    names: tuple[str, str] = ("x", "y"),
+    names: ExampleNames = ARRAY_NAMES,
     missing: bool = False,
     vocabulary: Vocabulary | None = None,
 ) -> None:
@@ -34,8 +72,8 @@ def check_examples(
     Args:
         examples: Examples to check.
         task: Learning task.
-        where: Name of the examples, for error messages. Rows in messages count from 0.
-        names: Names of x and y in the source, for error messages.
+        where: Name of the examples, for error messages.
+        names: Names of x, y and rows in the source, for error messages.
         missing: Whether NaN in x stands for a missing value instead of being an error. Images must
             not contain NaN in any case.
         vocabulary: Vocabulary if x consists of tokens, otherwise None.
@@ -53,43 +91,46 @@ def check_examples(
         Traceback (most recent call last):
         hetero_fl.utils.errors.UserError: toy: y: row 1: label 5 is out of range 0 to 1
     """
-    x_name, y_name = names
+    in_x = f"{where}: {names.x}"
+    in_y = f"{where}: {names.y}"
     if len(examples.x) == 0:
-        raise UserError(f"{where}: {x_name}: has no rows")
+        raise UserError(f"{in_x}: has no rows")
     if vocabulary is not None:
-        _check_tokens(examples.x, vocabulary.size, f"{where}: {x_name}")
+        _check_tokens(require_tensor(examples.x, "a vocabulary"), vocabulary.size, in_x, names)
     else:
-        _check_values(examples.x, f"{where}: {x_name}", x_name, missing)
+        _check_values(examples.x, in_x, names, missing)
     if examples.y is None:
-        raise UserError(f"{where}: {y_name}: missing; only proxy sets may be unlabeled")
+        raise UserError(f"{in_y}: missing; only proxy sets may be unlabeled")
     if task.kind == "multiclass":
-        _check_class_labels(examples.y, task.outputs, len(examples), f"{where}: {y_name}")
+        _check_class_labels(examples.y, task.outputs, in_y, names)
     else:
-        _check_float_targets(examples.y, task, len(examples), f"{where}: {y_name}")
+        _check_float_targets(examples.y, task, len(examples), in_y, names)
     _check_extra_columns(examples, task, where)
 
 
-def _check_tokens(x: Tensor, vocabulary_size: int, where: str) -> None:
+def _check_tokens(x: Tensor, vocabulary_size: int, where: str, names: ExampleNames) -> None:
     if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
         raise UserError(
             f"{where}: expected int64 tokens of shape [rows, length], got {_describe(x)}"
         )
     if (row := first_true(((x < 0) | (x >= vocabulary_size)).any(1))) is not None:
-        raise UserError(f"{where}: row {row}: token is out of range 0 to {vocabulary_size - 1}")
+        raise UserError(
+            f"{where}: {names.row(row)}: token is out of range 0 to {vocabulary_size - 1}"
+        )
 
 
-def _check_values(x: Tensor, where: str, name: str, missing: bool) -> None:
-    """Check images, series and tables. `name` is the name of x in the source."""
+def _check_values(x: Column, where: str, names: ExampleNames, missing: bool) -> None:
+    """Check images, series and tables."""
     if x.dtype == torch.uint8:
         if x.ndim != 4 or 0 in x.shape:
-            hint = f'; for a table pass {name}.astype("float32")' if x.ndim == 2 else ""
+            hint = f'; for a table pass {names.x}.astype("float32")' if x.ndim == 2 else ""
             raise UserError(
                 f"{where}: expected images of shape [rows, channels, height, width], "
                 f"got {_describe(x)}{hint}"
             )
     elif not x.is_floating_point():
         if x.ndim == 2:
-            hint = f'for a table pass {name}.astype("float32"), for tokens pass a vocabulary'
+            hint = f'for a table pass {names.x}.astype("float32"), for tokens pass a vocabulary'
         else:
             hint = "tokens need a vocabulary"
         raise UserError(f"{where}: expected uint8 images or floats, got {_describe(x)}; {hint}")
@@ -97,33 +138,36 @@ def _check_values(x: Tensor, where: str, name: str, missing: bool) -> None:
         raise UserError(f"{where}: expected at least one value per row, got {_describe(x)}")
     elif missing and x.ndim < 4:
         if (row := _first_row(x, torch.isinf)) is not None:
-            raise UserError(f"{where}: row {row}: infinite value")
+            raise UserError(f"{where}: {names.row(row)}: infinite value")
     elif (row := _first_row(x, lambda block: ~torch.isfinite(block))) is not None:
-        raise UserError(f"{where}: row {row}: NaN or infinite value")
+        raise UserError(f"{where}: {names.row(row)}: NaN or infinite value")
 
 
-def _first_row(x: Tensor, is_invalid: Callable[[Tensor], Tensor]) -> int | None:
+def _first_row(x: Column, is_invalid: Callable[[Tensor], Tensor]) -> int | None:
     """Return the index of the first row with an invalid value, or None if there is none."""
     # In blocks of rows, because the masks of a large data set would occupy as much memory as it.
-    for start in range(0, len(x), CHECKED_ROWS):
-        row = first_true(is_invalid(x[start : start + CHECKED_ROWS]).flatten(1).any(1))
-        if row is not None:
+    start = 0
+    for block in split_rows(x, CHECKED_ROWS):
+        if (row := first_true(is_invalid(block).flatten(1).any(1))) is not None:
             return start + row
+        start += len(block)
     return None
 
 
-def _check_class_labels(y: Tensor, num_classes: int, num_rows: int, where: str) -> None:
+def _check_class_labels(y: Tensor, num_classes: int, where: str, names: ExampleNames) -> None:
     if y.dtype != torch.int64 or y.ndim != 1:
         raise UserError(
-            f"{where}: expected int64 class labels of shape ({num_rows},), got {_describe(y)}"
+            f"{where}: expected int64 class labels of shape ({len(y)},), got {_describe(y)}"
         )
     if (row := first_true((y < 0) | (y >= num_classes))) is not None:
         raise UserError(
-            f"{where}: row {row}: label {int(y[row])} is out of range 0 to {num_classes - 1}"
+            f"{where}: {names.row(row)}: label {int(y[row])} is out of range 0 to {num_classes - 1}"
         )
 
 
-def _check_float_targets(y: Tensor, task: Task, num_rows: int, where: str) -> None:
+def _check_float_targets(
+    y: Tensor, task: Task, num_rows: int, where: str, names: ExampleNames
+) -> None:
     """Check multilabel and regression targets."""
     if not y.is_floating_point() or y.shape != (num_rows, task.outputs):
         raise UserError(
@@ -131,9 +175,9 @@ def _check_float_targets(y: Tensor, task: Task, num_rows: int, where: str) -> No
             f"{(num_rows, task.outputs)}, got {_describe(y)}"
         )
     if (row := first_true(~torch.isfinite(y).all(1))) is not None:
-        raise UserError(f"{where}: row {row}: NaN or infinite value")
+        raise UserError(f"{where}: {names.row(row)}: NaN or infinite value")
     if task.kind == "multilabel" and (row := first_true(((y != 0) & (y != 1)).any(1))) is not None:
-        raise UserError(f"{where}: row {row}: multilabel targets must be 0 or 1")
+        raise UserError(f"{where}: {names.row(row)}: multilabel targets must be 0 or 1")
 
 
 def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
@@ -166,7 +210,7 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
             raise UserError(f"{where}: baselines: {name}: NaN or infinite value")
 
 
-def _describe(tensor: Tensor) -> str:
+def _describe(tensor: Column) -> str:
     return f"{dtype_name(tensor)} of shape {tuple(tensor.shape)}"
 
 

@@ -19,7 +19,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.external import match_to_common
 from hetero_fl.data.preprocessing import raw_shape, required_columns
-from hetero_fl.data.registry import load_source, needs_path
+from hetero_fl.data.registry import FOLDERS, load_source, needs_path
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.ordering import natural_order
@@ -112,6 +112,8 @@ def pool_client_files(
 def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]:
     """Return the source of each client, with unset keys filled in from `data`."""
     missing = "data.path: missing"
+    if config.name in FOLDERS.values():
+        raise UserError(f"{missing}; {config.name} reads a folder")
     if config.name not in (*POOLED, OBJECT_PREFIX):
         raise UserError(
             f"{missing}; only data.name {', '.join(POOLED)} can pool the files of clients, got "

@@ -15,6 +15,7 @@ from cachetools import cachedmethod
 
 from hetero_fl.config.data import PartitionConfig, SplitConfig
 from hetero_fl.config.population import Population
+from hetero_fl.core.stored_rows import split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data.partition import apportion_nonzero, row_strata
 from hetero_fl.data.preprocessing import Preprocess
@@ -24,7 +25,9 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
 HASH_ROWS = 8192
-"""Number of rows hashed at a time."""
+"""Number of rows of which all columns are hashed, one after the other."""
+HASH_BATCH = 256
+"""Number of rows hashed at a time. Does not affect the hash."""
 MAX_CACHED_CLIENTS = 1024
 """Maximum number of clients whose sampled rows are cached."""
 
@@ -38,8 +41,9 @@ class LazyPartition:
     not grow with the number of clients.
 
     If `alpha` is set, the label distribution of a client is sampled from Dirichlet(alpha * C * q),
-    where q is the label distribution of the pool with C classes (Hsu et al., arXiv:1909.06335). If
-    a class has too few rows, the missing rows are taken from the other classes.
+    where q is the label distribution of the pool with C classes. This is the distribution of Hsu et
+    al. (arXiv:1909.06335, section 3), whose concentration is `alpha * C`. If a class has too few
+    rows, the missing rows are taken from the other classes.
 
     Args:
         pool: Rows to sample from.
@@ -294,13 +298,14 @@ def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelectio
     digest = hashlib.sha256(repr(about).encode())
     for place, share in rows_by_location:
         each = share.examples
-        tensors = [t for t in (each.x, each.y, each.time, each.unit) if t is not None]
+        columns = [t for t in (each.x, each.y, each.time, each.unit) if t is not None]
         digest.update(
             repr(
-                (place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in tensors])
+                (place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in columns])
             ).encode()
         )
         for rows in share.rows.split(HASH_ROWS):
-            for tensor in tensors:
-                digest.update(tensor[rows].contiguous().numpy().data)
+            for column in columns:
+                for part in split_rows(column[rows], HASH_BATCH):
+                    digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_fl.core.images import dtype_name
+from hetero_fl.core.stored_rows import Column, join_rows
 from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError, check_names, printable
 from hetero_fl.utils.ordering import natural_order
@@ -375,7 +377,7 @@ class Vocabulary:
 MAX_NUMBERED_CLASSES = 20
 """Maximum number of distinct numeric labels that are inferred to be classes."""
 
-Columns = dict[str, Tensor]
+Columns = Mapping[str, Column]
 """Preprocessed examples: inputs "x" and, unless the examples are unlabeled, targets "y"."""
 
 
@@ -385,7 +387,8 @@ class Examples:
 
     Attributes:
         x: Inputs, which are images (uint8 or float `[N, C, H, W]`), series (float `[N, T, F]`),
-            tables (float `[N, F]`) or tokens (int64 `[N, T]`).
+            tables (float `[N, F]`) or tokens (int64 `[N, T]`). Images may be `StoredRows`, which
+            are read from files when they are used.
         y: Targets as defined by `Task`, or None if the examples are unlabeled.
         group: Group of each row, for example a hospital, as indices into `group_names`, int64
             `[N]`.
@@ -400,6 +403,8 @@ class Examples:
             is 1.
         baselines: Outputs `[N, outputs]` of simple forecasting rules, keyed by name. Model outputs
             are compared with these outputs, which are never model inputs.
+        metadata: Further columns of the source, such as a hospital or a date, as arrays `[N]` keyed
+            by name. Partition functions see these columns, which are never model inputs.
 
     Raises:
         UserError: If a column and `x` differ in the number of rows.
@@ -414,7 +419,7 @@ class Examples:
         tensor([1, 1])
     """
 
-    x: Tensor
+    x: Column
     y: Tensor | None = None
     group: Tensor | None = None
     group_names: tuple[str, ...] = ()
@@ -423,11 +428,13 @@ class Examples:
     time: Tensor | None = None
     unit: Tensor | None = None
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, column in [
             *((name, getattr(self, name)) for name in _BY_ROW),
             *self.baselines.items(),
+            *self.metadata.items(),
         ]:
             if column is not None and len(column) != len(self.x):
                 raise UserError(f"{name}: expected {len(self.x)} rows as in x, got {len(column)}")
@@ -454,9 +461,12 @@ class Examples:
             name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW
         }
         baselines = {name: outputs[rows] for name, outputs in self.baselines.items()}
-        # x may be a view of images with the channels last.
-        x = self.x[rows].contiguous()
-        return replace(self, x=x, baselines=baselines, **columns)
+        metadata = {name: values[rows.numpy()] for name, values in self.metadata.items()}
+        x = self.x[rows]
+        if isinstance(x, Tensor):
+            # x may be a view of images with the channels last.
+            x = x.contiguous()
+        return replace(self, x=x, baselines=baselines, metadata=metadata, **columns)
 
 
 _BY_ROW = ("y", "group", "patient", "time", "unit")
@@ -465,7 +475,7 @@ _BY_ROW = ("y", "group", "patient", "time", "unit")
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:
     """Concatenate parts of a data set.
 
-    Columns and baselines that any part lacks are dropped.
+    Columns, baselines and metadata that any part lacks are dropped.
 
     Args:
         parts: Examples with the same `group_names` and `patient_names`.
@@ -479,11 +489,27 @@ def concatenate_examples(parts: Sequence[Examples]) -> Examples:
         for name in parts[0].baselines
         if all(name in part.baselines for part in parts)
     }
-    x = torch.cat([part.x for part in parts])
-    return replace(parts[0], x=x, baselines=baselines, **columns)
+    metadata = {
+        name: np.concatenate([part.metadata[name] for part in parts])
+        for name in parts[0].metadata
+        if all(name in part.metadata for part in parts)
+    }
+    x = join_rows([part.x for part in parts])
+    return replace(parts[0], x=x, baselines=baselines, metadata=metadata, **columns)
 
 
-def _shape(column: Tensor) -> str:
+def without_metadata(dataset: Dataset) -> Dataset:
+    """Return the data set without the metadata of its examples. Tensors are not copied."""
+    parts = {name: replace(part, metadata={}) for name, part in dataset.splits().items()}
+    return replace(
+        dataset,
+        train=parts["train"],
+        validation=parts.get("validation"),
+        test=parts.get("test"),
+    )
+
+
+def _shape(column: Column) -> str:
     name = dtype_name(column)
     return f"{name} {list(column.shape[1:])}" if column.ndim > 1 else name
 
@@ -522,12 +548,16 @@ class Dataset:
         blocks: Blocks of multimodal float rows `[N, D]`, in order.
         first_missing: Location of the first missing value, for error messages. Empty if no location
             is known.
+        empty_classes: Class folders without images, for messages.
         span: Maximum time between the first and the last target of a row. The unit is that of
             `Examples.time`, which contains the time of the last target.
         vocabulary: Vocabulary if x consists of tokens, otherwise None.
         categories: Text columns that are one-hot encoded, with their values.
         source: Name of the source, on which the choice of held-out test rows depends. If empty,
             `name` is used.
+        local_sets: Validation and test rows of the groups of `train`, keyed by "validation" and
+            "test". In a natural partition, each client gets the rows of its groups, instead of
+            rows that are held out of its training rows.
 
     Example:
         >>> import torch
@@ -549,10 +579,12 @@ class Dataset:
     notes: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     first_missing: str = ""
+    empty_classes: tuple[str, ...] = ()
     span: int = 0
     vocabulary: Vocabulary | None = None
     categories: Categories = ()
     source: str = ""
+    local_sets: Mapping[str, Examples] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.source = self.source or self.name
@@ -560,7 +592,8 @@ class Dataset:
         check_blocks(self.blocks, tuple(self.train.x.shape[1:]), self.name)
 
     def __repr__(self) -> str:
-        splits = ", ".join(f"{name} {len(examples):,}" for name, examples in self.splits().items())
+        sets = self.splits() | {f"local {name}": part for name, part in self.local_sets.items()}
+        splits = ", ".join(f"{name} {len(examples):,}" for name, examples in sets.items())
         simulated = ", simulated" if self.simulated else ""
         return (
             f"Dataset({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, "

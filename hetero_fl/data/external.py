@@ -15,17 +15,32 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.clients import PreprocessConfig
-from hetero_fl.config.data import DataConfig, SourceConfig, TextConfig
+from hetero_fl.config.data import DataConfig, SourceConfig, SpeechConfig, TextConfig
 from hetero_fl.config.population import Population, SettingsProfile
+from hetero_fl.core.stored_rows import Column, require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import first_true
-from hetero_fl.data.dataset import Block, Categories, Dataset, Examples, Vocabulary, spans_of
+from hetero_fl.data.dataset import (
+    Block,
+    Categories,
+    Dataset,
+    Examples,
+    Vocabulary,
+    spans_of,
+    without_metadata,
+)
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
-from hetero_fl.data.registry import load_source, reads_key
-from hetero_fl.data.sources.images import image_files, read_image_files
+from hetero_fl.data.registry import HUB_PREFIX, load_source, reads_key
+from hetero_fl.data.sources.hugging_face import load_hub_inputs
+from hetero_fl.data.sources.image_files import image_files, read_image_files
 from hetero_fl.data.sources.npz_files import read_images
-from hetero_fl.data.splits import RowSelection, Splits, draw_rows, holdout_strategy
+from hetero_fl.data.splits import (
+    RowSelection,
+    Splits,
+    draw_rows,
+    holdout_strategy,
+)
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -65,7 +80,13 @@ def match_to_common(
     if own.blocks or common_set.blocks:
         return replace(
             own.train,
-            x=match_blocks(own.train.x, own.blocks, common_set, _place(where, own.name), needed),
+            x=match_blocks(
+                require_tensor(own.train.x, "a multimodal data set"),
+                own.blocks,
+                common_set,
+                _place(where, own.name),
+                needed,
+            ),
             y=y,
         )
     if any(pair not in common_set.categories for pair in own.categories):
@@ -75,9 +96,9 @@ def match_to_common(
         )
     place = _place(where, own.name)
     advice = (
-        "; set preprocess.missing=indicate for all clients"
+        "; set clients.defaults.preprocess.missing=indicate"
         if owner
-        else "; if this client lacks it, list the client's columns in preprocess.columns"
+        else "; if this client lacks it, list the columns of the client in its preprocess.columns"
     )
     x, extra = match_columns(
         own.train.x, own.columns, common_set, place, needed=needed, owner=owner, advice=advice
@@ -168,11 +189,14 @@ def source_with_task(
     text: TextConfig | None = None,
     categories: Categories = (),
     label: str | None = None,
+    *,
+    speech: SpeechConfig | None = None,
 ) -> SourceConfig:
     """Fill in the unset options of a source from the main data set.
 
     Tables get the kind of the task, which a single file may not determine, and the categories.
-    Texts get the text settings. Files of sources with label columns get the label column.
+    Texts get the text settings, and recordings of words the speech settings except the number of
+    speakers. Files of sources with label columns get the label column.
 
     Args:
         source: Source configuration.
@@ -180,6 +204,7 @@ def source_with_task(
         text: Text settings of the main data set.
         categories: Categories of the main data set.
         label: Label column of the main data set.
+        speech: Speech settings of the main data set.
 
     Returns:
         A copy of the source configuration.
@@ -187,6 +212,8 @@ def source_with_task(
     shared: dict[str, Any] = {}
     if reads_key(source.name, "text"):
         shared["text"] = text
+    if speech is not None and reads_key(source.name, "speech"):
+        shared["speech"] = speech.model_copy(update={"speakers": None})
     if source.name == "table":
         shared |= {"task": task.kind, "categories": dict(categories)}
     if reads_key(source.name, "label") and source.path is not None:
@@ -197,7 +224,7 @@ def source_with_task(
 
 
 def match_columns(
-    x: Tensor,
+    x: Column,
     names: tuple[str, ...],
     common_set: Dataset,
     where: str,
@@ -205,7 +232,7 @@ def match_columns(
     needed: Collection[str] | None = None,
     owner: str = "",
     advice: str = "",
-) -> tuple[Tensor, list[str]]:
+) -> tuple[Column, list[str]]:
     """Rearrange columns in the order of the main data set.
 
     Unnamed columns, and columns that are in this order already, are returned unchanged. A missing
@@ -229,6 +256,7 @@ def match_columns(
     """
     if not names or not common_set.columns or names == common_set.columns:
         return x, []
+    x = require_tensor(x, "a table")
     encoded = common_set.layout.encoded_columns
     prefixes = tuple(f"{column}=" for column, _ in common_set.categories)
     existing = {encoded[name] for name in names if name in encoded}
@@ -323,7 +351,7 @@ def match_blocks(
 
 def load_unlabeled(
     config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
-) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
+) -> tuple[Column, tuple[str, ...], tuple[Block, ...]]:
     """Load the training examples of a source without labels.
 
     Values may be missing (NaN). Local files need no labels. A `.npz` file may contain
@@ -347,7 +375,7 @@ def load_unlabeled(
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     if unlabeled is None:
-        dataset = load_source(config, root, where, missing=True)
+        dataset = _load_inputs(config, root, where)
         if dataset.vocabulary != vocabulary:
             raise UserError(
                 f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
@@ -357,9 +385,21 @@ def load_unlabeled(
     if vocabulary is not None:
         raise UserError(f"{where}.path: expected text as in the main data set, got '{config.path}'")
     x, columns = unlabeled
-    if bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any())):
+    if isinstance(x, Tensor) and (
+        bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any()))
+    ):
         raise UserError(f"{where}.path: {config.path}: the examples have NaN or infinite values")
     return x, columns, ()
+
+
+def _load_inputs(config: SourceConfig, root: Path, where: str) -> Dataset:
+    """Load a data set whose labels are not used, and which may have none."""
+    if not config.name.startswith(HUB_PREFIX):
+        return load_source(config, root, where, missing=True)
+    try:
+        return load_hub_inputs(config, root)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from error
 
 
 def _load_labeled(
@@ -373,7 +413,7 @@ def _load_labeled(
         raise UserError(f"data.proxy.labels=true needs matching labels: {error}") from error
 
 
-def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
+def _load_unlabeled_file(config: SourceConfig) -> tuple[Column, tuple[str, ...]] | None:
     """Return the examples and column names of an unlabeled file, or None for other sources."""
     if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
@@ -394,7 +434,7 @@ def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]]
         and (files := image_files(path))
         and all(f.parent == path for f in files)
     ):
-        return read_image_files(files, config.size), ()
+        return read_image_files(files, config.size, config.stream), ()
     return None
 
 
@@ -447,7 +487,11 @@ def _hold_out(
     complete = (
         rows
         if names is None
-        else rows[dataset.layout.has_values(train.x[rows], names, PROXY_COLUMNS)]
+        else rows[
+            dataset.layout.has_values(
+                require_tensor(train.x, PROXY_COLUMNS)[rows], names, PROXY_COLUMNS
+            )
+        ]
     )
     if size >= len(complete):
         detail = "" if names is None else f" with {' and '.join(names)}"
@@ -462,7 +506,9 @@ def _hold_out(
     rows = rows[~torch.isin(rows, held)]
     if train.patient is not None:
         rows = rows[~torch.isin(train.patient[rows], train.patient[held])]
-    public = dataset.layout.keep_columns(train.x[held], names, PROXY_COLUMNS)
+    public = dataset.layout.keep_columns(
+        require_tensor(train.x, PROXY_COLUMNS)[held], names, PROXY_COLUMNS
+    )
     return RowSelection.all_rows(Examples(public, None if y is None else y[held])), rows
 
 
@@ -479,7 +525,9 @@ def _load_proxy_set(
     is_object = source.name.startswith(OBJECT_PREFIX)
     where = "proxy" if is_object else "data.proxy.source"
     size = config.proxy.size
-    read = source_with_task(source, dataset.task, config.text, dataset.categories)
+    read = source_with_task(
+        source, dataset.task, config.text, dataset.categories, speech=config.speech
+    )
     root = Path(config.root).expanduser()
     y: Tensor | None = None
     if config.proxy.labels:
@@ -492,12 +540,14 @@ def _load_proxy_set(
     name = where if is_object else f"{where}: {source.name}"
     if blocks or dataset.blocks:
         # Clients for which all blocks are missing do not train on the proxy set.
-        x = match_blocks(x, blocks, dataset, name, ())
+        x = match_blocks(require_tensor(x, "a multimodal data set"), blocks, dataset, name, ())
     else:
         needed = required_columns((p.settings for p in profiles), dataset.layout)
         x, _ = match_columns(x, columns, dataset, name, needed=needed)
     if config.proxy.columns is not None:
-        x = dataset.layout.keep_columns(x, config.proxy.columns, PROXY_COLUMNS)
+        x = dataset.layout.keep_columns(
+            require_tensor(x, PROXY_COLUMNS), config.proxy.columns, PROXY_COLUMNS
+        )
     clients = {profile.first: profile.settings for profile in profiles}
     check_same_shape(tuple(x.shape[1:]), where, clients=clients, common=dataset, server=server)
     proxy = RowSelection.all_rows(Examples(x, y))
@@ -570,7 +620,12 @@ def load_client_sources(
     for source, owners in clients_of.items():
         where = f"clients: '{owners[0]}': data"
         read = source_with_task(
-            source, common_set.task, config.text, common_set.categories, config.label
+            source,
+            common_set.task,
+            config.text,
+            common_set.categories,
+            config.label,
+            speech=config.speech,
         )
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
@@ -592,6 +647,8 @@ def load_client_sources(
                 clients={name: clients[name]},
                 common=common_set,
             )
+        described = replace(converted, columns=common_set.columns)
+        converted = without_metadata(converted)
         all_rows = RowSelection.all_rows(converted.train)
         if len(owners) > 1:
             if config.partition.kind == "drawn":
@@ -602,8 +659,8 @@ def load_client_sources(
             # A seed for each source: with the seed of the run, two sources would be divided in the
             # same proportions.
             own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
-            shares = assign_rows(
-                converted,
+            assigned = assign_rows(
+                described,
                 all_rows.rows,
                 owners,
                 config=config,
@@ -611,6 +668,9 @@ def load_client_sources(
                 seed=own_seed,
                 notes=found.notes,
             )
+            shares = {
+                name: RowSelection(converted.train, part.rows) for name, part in assigned.items()
+            }
         else:
             # A single client gets all rows of the source, including all groups.
             shares = {owners[0]: all_rows}
@@ -618,6 +678,8 @@ def load_client_sources(
         if not kept:
             if source.name.startswith(OBJECT_PREFIX):
                 kept = {name: part for name, part in own.splits().items() if name != "train"}
+            elif len(owners) == 1:
+                kept = dict(own.local_sets)
             # Rows are held out only for the sets that are not given.
             held_out = config.split.model_copy(update=dict.fromkeys(kept, 0.0))
             own_config = config.model_copy(update={"split": held_out})

@@ -1,60 +1,50 @@
 """The data of a federation: rows of clients, proxy set, and global validation and test sets.
 
-`federate` partitions a data set among clients and returns a `FederatedData`, which preprocesses the
-examples of each participant.
+A `FederatedData` preprocesses the examples of each participant.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from operator import attrgetter
 
 import torch
 from cachetools import cachedmethod
 from torch import Tensor
 
-from hetero_fl.config.clients import ClientSettings, PreprocessConfig
-from hetero_fl.config.data import DataConfig
+from hetero_fl.config.clients import PreprocessConfig, ScannerConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.image_transforms import apply_scanner
+from hetero_fl.core.stored_rows import (
+    Column,
+    StoredRows,
+    join_rows,
+    map_rows,
+    read_all,
+    require_tensor,
+)
 from hetero_fl.core.task import Task
-from hetero_fl.data.client_rows import ClientRows, LazyPartition, fingerprint
+from hetero_fl.data.client_rows import ClientRows, fingerprint
 from hetero_fl.data.dataset import (
     ColumnLayout,
     Columns,
-    Dataset,
     Examples,
     Vocabulary,
     concatenate_examples,
 )
-from hetero_fl.data.external import clients_by_source, load_client_sources, proxy_set
-from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     NOTHING,
     Preprocess,
-    check_missing_values,
-    check_settings,
-    check_view,
     is_all_missing,
-    raw_shape,
     usable_rows,
 )
 from hetero_fl.data.splits import (
     RowSelection,
-    Splits,
-    check_categories,
-    check_classes,
-    common_sets,
-    draw_rows,
-    holdout_strategy,
-    mark_rare_class,
-    with_test,
 )
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import keyed_generator
 
 PRIVATE = ("train", "validation", "test")
@@ -130,7 +120,7 @@ class FederatedData:
         seed: int,
         simulated: bool = False,
         about: str = "",
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: float = CACHE_BYTES,
         notes: Sequence[str] = (),
         layout: ColumnLayout = NOTHING,
         vocabulary: Vocabulary | None = None,
@@ -151,6 +141,7 @@ class FederatedData:
         self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_CLIENTS)
         self._label_counts: BoundedCache[Tensor] = BoundedCache(CACHED_CLIENTS)
         self._has_proxy_values: dict[Hashable, bool] = {}
+        self._streamed_hash: str | None = None
         self._public_columns = column_cache(cache_bytes)
         self._private_columns = column_cache(cache_bytes)
 
@@ -197,15 +188,20 @@ class FederatedData:
         """Count the labels of the training rows of a client.
 
         For multilabel tasks, the count of a label is the number of rows in which the label is 1.
-        For regression tasks, each count is the number of all rows. The counts of a client on
-        another machine are available only if `reveals_labels` is True for the client.
+        For regression tasks, each count is the number of all rows.
 
         Args:
             client: Client id.
 
         Returns:
             Counts, float `[outputs]`.
+
+        Raises:
+            ValueError: If the client, on another machine, keeps the counts private (see
+                `reveals_labels`).
         """
+        if not self.reveals_labels(client):
+            raise ValueError(f"label_counts: {client} keeps its label counts private")
         return self._count_labels(client, torch.get_default_dtype())
 
     @cachedmethod(attrgetter("_label_counts"))
@@ -221,6 +217,15 @@ class FederatedData:
         else:
             counts = torch.full((self.task.outputs,), len(y))
         return counts.to(dtype)
+
+    @cached_property
+    def is_streamed(self) -> bool:
+        """Whether some rows are read from files when they are used (`data.stream`)."""
+        shares = [share for _, share in self.client_rows.rows_by_location()]
+        return any(
+            isinstance(share.examples.x, StoredRows)
+            for share in [*shares, *self.public_sets.values()]
+        )
 
     @property
     def is_distributed(self) -> bool:
@@ -383,9 +388,9 @@ class FederatedData:
 
     def raw_examples(self, name: str) -> Tensor:
         """Return the raw inputs x of a public set, shape `[N, ...]`."""
-        return self.public_sets[name].copy_rows().x
+        return read_all(self.public_sets[name].copy_rows().x)
 
-    def private_rows(self) -> Iterator[Tensor]:
+    def private_rows(self) -> Iterator[Column]:
         """Yield the raw inputs of each client's training rows, and of the pool if there is one."""
         for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
@@ -403,33 +408,43 @@ class FederatedData:
             unscanned: Clients whose training rows have already passed through the simulated scanner
                 (see `unprocessed_rows`). The scanner is not applied to these rows again.
         """
-        data = copy.copy(self)
-        data.client_rows = rows
+        # `copy.copy` would also copy the cached methods of cachetools, which are bound to `self`.
+        data = FederatedData(
+            self.task,
+            self.name,
+            self._settings,
+            rows,
+            self.public_sets,
+            seed=self._seed,
+            simulated=self.simulated,
+            about=self.about,
+            cache_bytes=self._private_columns.maxsize,
+            notes=self.notes,
+            layout=self.layout,
+            vocabulary=self.vocabulary,
+        )
         data._unscanned = frozenset(unscanned)
-        data._views = BoundedCache(CACHED_CLIENTS)
-        data._label_counts = BoundedCache(CACHED_CLIENTS)
-        data._has_proxy_values = {}
-        data._public_columns = column_cache(self._public_columns.maxsize)
-        data._private_columns = column_cache(self._private_columns.maxsize)
         return data
 
     def share_memory(self) -> None:
-        """Move the raw inputs and targets of all rows to shared memory."""
+        """Move the raw inputs and targets of all rows in memory to shared memory."""
         shares = [
             *self.public_sets.values(),
             *(share for _, share in self.client_rows.rows_by_location()),
         ]
         for examples in {id(s.examples): s.examples for s in shares}.values():
             for tensor in (examples.x, examples.y):
-                if tensor is not None:
+                if isinstance(tensor, Tensor):
                     tensor.share_memory_()
 
     def content_hash(self) -> str:
         """Return the SHA-256 hash of all examples and labels with their owners.
 
         For rows on another machine, the hash that the client reports is included. Two runs with the
-        same hash and configuration have the same data.
+        same hash and configuration have the same data. Rows in files are read only once.
         """
+        if self._streamed_hash is not None:
+            return self._streamed_hash
         located = [
             (("", name), share) for name, share in self.public_sets.items()
         ] + self.client_rows.rows_by_location()
@@ -437,9 +452,12 @@ class FederatedData:
             (client, info.content_hash)
             for client, info in sorted(self.client_rows.remote_info.items())
         ]
-        return fingerprint(
+        content_hash = fingerprint(
             (self.task.kind, self.task.outputs, *remote), sorted(located, key=lambda pair: pair[0])
         )
+        if self.is_streamed:
+            self._streamed_hash = content_hash
+        return content_hash
 
     def _raw_rows(self, client: str, split: str) -> Examples:
         """Return x and y of a client's split with the scanner applied, before preprocessing."""
@@ -447,10 +465,15 @@ class FederatedData:
         if split == "train" and client in self._unscanned:
             return rows
         generator = keyed_generator("data", self._seed, "scanner", client, split)
-        return Examples(apply_scanner(rows.x, self._settings[client].scanner, generator), rows.y)
+        scanner = self._settings[client].scanner
+        if scanner == ScannerConfig():
+            return Examples(rows.x, rows.y)
+        check_scanner(rows.x, scanner, client)
+        scan = partial(apply_scanner, config=scanner, generator=generator)
+        return Examples(map_rows(rows.x, scan), rows.y)
 
     def _preprocess(self, examples: Examples, preprocess: Preprocess) -> Columns:
-        columns = {"x": preprocess(examples.x)}
+        columns: dict[str, Column] = {"x": map_rows(examples.x, preprocess)}
         if examples.y is not None:
             columns["y"] = (
                 examples.y.to(torch.get_default_dtype())
@@ -478,7 +501,13 @@ class FederatedData:
                 f"{where}: the rows of all clients are pooled and must have one shape, got "
                 f"{shapes}; set resize and channels"
             )
-        return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
+        return {name: join_rows([part[name] for part in parts]) for name in ("x", "y")}
+
+
+def check_scanner(x: Column, scanner: ScannerConfig, client: str) -> None:
+    """Raise UserError if the noise of a scanner cannot be sampled in batches."""
+    if scanner.noise:
+        require_tensor(x, f"scanner.noise of client '{client}'")
 
 
 def _select_usable(examples: Examples, view: Preprocess) -> Examples:
@@ -499,153 +528,3 @@ def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) ->
         rows = data.client_rows[client][split].copy_rows()
         parts.append(replace(rows, x=data._raw_rows(client, split).x))
     return concatenate_examples(parts)
-
-
-def federate(
-    dataset: Dataset,
-    config: DataConfig,
-    clients: Mapping[str, ClientSettings],
-    seed: int,
-    *,
-    cache_bytes: int = CACHE_BYTES,
-    server: PreprocessConfig | None = None,
-    absent: Collection[str] = (),
-) -> FederatedData:
-    """Partition a data set among clients.
-
-    The steps are:
-
-    1. Hold out a global test set if the data set has none, and limit the test rows to `test_limit`.
-    2. Limit the training rows to `train_limit`.
-    3. Hold out the proxy set, or load the proxy set from its own source. Remove the labels unless
-       `proxy.labels` is set.
-    4. Hold out the share `validation` as the global validation set if the data set has none.
-    5. Partition the remaining rows among the clients without their own source. A source that
-       several clients name is partitioned among these clients.
-    6. Split the rows of each client into train, validation and test.
-
-    The result does not depend on the order of `clients`. If the data identifies patients, no
-    patient is in two of these sets, and the numbers of rows are approximate. With the partition
-    `drawn`, clients sample their rows on first use.
-
-    Data sets with times are split by date. In a natural partition, the validation and test rows of
-    a client are then the rows of the client's groups in the global validation and test sets.
-
-    Args:
-        dataset: Data set.
-        config: Data configuration.
-        clients: Client settings, keyed by client id.
-        seed: Seed of the run.
-        cache_bytes: Maximum size in bytes of each of the two caches of preprocessed examples.
-        server: Preprocessing of the server. If None, the server has no model.
-        absent: Clients whose rows are on other machines. These rows are not loaded.
-
-    Returns:
-        The data of all participants.
-
-    Raises:
-        UserError: If there are too few rows, if classes, columns or shapes do not match, if
-            settings do not apply to the data, or if a participant without `missing: indicate` uses
-            a missing value.
-
-    Example:
-        >>> from hetero_fl.config.clients import ClientSettings
-        >>> from hetero_fl.config.data import DataConfig
-        >>> from hetero_fl.data import federate, make_images
-        >>> config = DataConfig(partition={"kind": "dirichlet", "alpha": 0.5}, proxy={"size": 100})
-        >>> clients = {name: ClientSettings() for name in ("a", "b", "c")}
-        >>> federate(make_images(), config, clients, seed=0).n_proxy
-        100
-    """
-    check_classes(dataset, config)
-    check_categories(dataset, config)
-    dataset = mark_rare_class(with_test(dataset))
-    strategy = holdout_strategy(dataset)
-    strategy.check(config)
-    population = Population.from_settings(clients)
-    profiles = sorted(population.profiles, key=lambda profile: natural_key(profile.first))
-    check_settings(profiles, dataset)
-
-    rows = _limit_rows(dataset, config, seed)
-    proxy, rows = proxy_set(dataset, config, rows, profiles, server=server, seed=seed)
-    common, rows = common_sets(dataset, config, rows, strategy, seed)
-    public = proxy | common
-
-    notes = list(dataset.notes)
-    all_owners = clients_by_source(config, population)
-    owners_here = {
-        source: present
-        for source, names in all_owners.items()
-        if (present := [name for name in names if name not in absent])
-    }
-    owners = {name for names in all_owners.values() for name in names}
-    lazy_partition: LazyPartition | None = None
-    private: dict[str, Splits] = {}
-    if config.partition.kind == "drawn" and absent:
-        raise UserError(
-            "data.partition.kind=drawn: clients on other machines have rows of their own; choose "
-            "another kind"
-        )
-    if config.partition.kind == "drawn":
-        lazy_partition = LazyPartition(
-            RowSelection(dataset.train, rows),
-            dataset.task,
-            config.partition,
-            config.split,
-            population,
-            seed,
-        )
-        lazy_partition.check()
-    elif names := [name for name in population.ids if name not in owners and name not in absent]:
-        shares = assign_rows(
-            dataset, rows, names, config=config, clients=population, seed=seed, notes=notes
-        )
-        assert dataset.test is not None
-        # `test_limit` applies to the global test set only, not to the clients.
-        common_rows = {
-            "validation": public["common_validation"],
-            "test": RowSelection.all_rows(dataset.test),
-        }
-        private = strategy.split_clients(shares, common_rows, config, seed)
-    owned = load_client_sources(owners_here, dataset, config, population, seed)
-    client_rows = ClientRows(private | owned.private, lazy_partition)
-
-    notes += owned.notes + check_missing_values(
-        profiles,
-        population,
-        client_rows,
-        public,
-        layout=dataset.layout,
-        first_missing=dataset.first_missing,
-    )
-    if server is not None:
-        view = Preprocess.without_normalization(
-            server, dataset.layout, raw_shape(dataset), "server.preprocess"
-        )
-        if view.missing is None:
-            check_view(public, view, dataset.layout, "server.preprocess", dataset.first_missing)
-    return FederatedData(
-        dataset.task,
-        dataset.name,
-        population,
-        client_rows,
-        public,
-        seed=seed,
-        simulated=dataset.simulated or owned.simulated,
-        about=dataset.about,
-        cache_bytes=cache_bytes,
-        notes=notes,
-        layout=dataset.layout,
-        vocabulary=dataset.vocabulary,
-    )
-
-
-def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
-    """Return the indices of at most `data.train_limit` training rows, int64 `[M]`."""
-    rows = torch.arange(len(dataset.train))
-    patient = dataset.train.patient
-    if config.train_limit is None or config.train_limit >= len(rows):
-        return rows
-    return draw_rows(
-        rows, config.train_limit, keyed_generator("data", seed, "train_limit"), patient, leave=0
-    )[0]

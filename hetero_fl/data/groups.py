@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero_fl.config.data import PARTITION_KINDS
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.text import format_list
+from hetero_fl.utils.text import format_list, pluralize
 
 if TYPE_CHECKING:
     from hetero_fl.data.partition import PartitionContext, PartitionFunction
@@ -27,7 +28,8 @@ def partition_patients(
     """Partition patients as if they were rows, then move patients to clients with too few rows.
 
     The kind `natural` partitions rows by group instead. With the kind `classes`, no patients are
-    moved, as they could have classes that are not assigned to the client.
+    moved, as they could have classes that are not assigned to the client. With kinds of other
+    libraries and user-defined kinds, no patients are moved either.
 
     Args:
         partition: Partition function of the configured kind.
@@ -60,12 +62,17 @@ def partition_patients(
     min_patients = max(
         1, min(-(-context.config.min_size * len(sizes) // len(patient)), len(sizes) // clients)
     )
+    strata = most_common_stratum(context.strata, patient_index)
+    first = first_rows(context.strata, strata, patient_index)
     patients_of = partition(
         replace(
             context,
-            strata=most_common_stratum(context.strata, patient_index),
+            strata=strata,
             group=None,
             min_rows=min_patients,
+            labels=context.labels[first],
+            columns=context.columns.select_rows(first),
+            unit="patient",
         )
     )
     owner = torch.full((len(sizes),), -1)
@@ -76,11 +83,17 @@ def partition_patients(
         rows_per_client = torch.bincount(owner[patient_index] + 1, minlength=clients + 1)[1:]
         if int(rows_per_client.min()) < context.config.min_size:
             raise too_few_rows_error(context)
-    else:
+    elif context.config.kind in PARTITION_KINDS:
         order = context.shuffled(torch.arange(len(sizes)), "patients")
+        before = owner
         owner = move_patients_to_short_clients(
             owner, sizes, clients, context.config.min_size, order
         )
+        if moved := int((owner != before).sum()):
+            context.notes.append(
+                f"{WHERE}.min_size: moved {pluralize(moved, 'patient')} to clients that had fewer "
+                f"than {context.config.min_size} rows"
+            )
     return [torch.nonzero(owner[patient_index] == client).squeeze(1) for client in range(clients)]
 
 
@@ -92,7 +105,9 @@ def too_few_rows_error(context: PartitionContext) -> UserError:
     )
 
 
-def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
+def match_groups(
+    groups: list[str], clients: list[str], name: str, kind: str = "natural"
+) -> list[str]:
     """Check that the groups of a natural partition match the clients.
 
     Groups match if their names are the client ids. If no name matches, there must be as many groups
@@ -102,6 +117,7 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
         groups: Names of the groups.
         clients: Client ids.
         name: Name of the data set, for messages.
+        kind: Kind of the partition, for messages.
 
     Returns:
         Remarks on which client gets which group. If the names match, the list is empty.
@@ -132,7 +148,7 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
         hint = suggest_or_list(unmatched_groups[0], unmatched_clients) if suggest else ""
         problems.append(f"no client for group {format_list(unmatched_groups, quote=True)}{hint}")
     raise UserError(
-        f"{WHERE}.kind=natural: got {len(groups)} groups for {len(clients)} clients in {name}: "
+        f"{WHERE}.kind={kind}: got {len(groups)} groups for {len(clients)} clients in {name}: "
         f"{' and '.join(problem.removesuffix('?') for problem in problems)}"
     )
 
@@ -189,6 +205,22 @@ def most_common_stratum(strata: Tensor, patient: Tensor) -> Tensor:
     order = np.lexsort((pairs % num_strata, -rows, patient_of_pair))
     first = np.unique(patient_of_pair[order], return_index=True)[1]
     return pairs[order[first]] % num_strata
+
+
+def first_rows(strata: Tensor, patient_strata: Tensor, patient: Tensor) -> Tensor:
+    """Return the first row of each patient that has the stratum of the patient.
+
+    Args:
+        strata: Stratum of each row, int64 `[N]`.
+        patient_strata: Stratum of each patient, int64 `[P]`.
+        patient: Patient of each row, int64 `[N]`, with all values from 0 to P - 1.
+
+    Returns:
+        Row indices, int64 `[P]`.
+    """
+    rows = torch.nonzero(strata == patient_strata[patient]).squeeze(1)
+    first = np.unique(patient[rows].numpy(), return_index=True)[1]
+    return rows[torch.from_numpy(first)]
 
 
 def move_patients_to_short_clients(

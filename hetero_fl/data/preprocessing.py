@@ -6,6 +6,7 @@ view, as several participants can use different columns and formats of the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ from hetero_fl.config.clients import (
 )
 from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.core.image_transforms import apply_transform
+from hetero_fl.core.stored_rows import Column, StoredRows, require_tensor, split_rows
 from hetero_fl.data.dataset import (
     Block,
     ColumnLayout,
@@ -37,8 +39,12 @@ from hetero_fl.utils.errors import UserError
 if TYPE_CHECKING:
     from hetero_fl.data.client_rows import ClientRows
 
+CONFIG_SECTIONS = ("clients.defaults.preprocess", "server.preprocess")
+"""Sections of the configuration that error messages may name."""
 CHUNK = 4096
-"""Number of rows processed at a time for statistics."""
+"""Maximum number of rows processed at a time for statistics."""
+CHUNK_VALUES = 2**22
+"""Maximum number of values processed at a time for statistics."""
 NOTHING = ColumnLayout()
 """Layout of examples whose columns have no names."""
 
@@ -126,7 +132,7 @@ class Preprocess:
     def resolve(
         cls,
         config: PreprocessConfig,
-        train_x_raw: Tensor | None = None,
+        train_x_raw: Column | None = None,
         where: str = "preprocess",
         layout: ColumnLayout = NOTHING,
         raw: tuple[int, ...] = (),
@@ -166,24 +172,30 @@ class Preprocess:
             return replace(view, mean=float(means), std=float(stds))
         return replace(view, mean=tuple(means.tolist()), std=tuple(stds.tolist()))
 
-    def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
+    def _statistics(self, x_raw: Column) -> tuple[Tensor, Tensor]:
         """Compute mean and standard deviation, float64 `[1]` for images, otherwise `[columns]`."""
         image = len(self._selected_shape(tuple(x_raw.shape[1:]))) == 3
         columns = 1 if image else self._selected_shape(tuple(x_raw.shape[1:]))[-1]
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
-        for chunk in x_raw.split(CHUNK):
+        size = self._chunk_size(tuple(x_raw.shape[1:]))
+        for chunk in split_rows(x_raw, size):
             values = self._values(chunk).double().reshape(-1, columns)
             total = total + self._sum(values)
             rows = rows + (~values.isnan()).sum(0)
         rows = self._pool_block_sums(rows)
         mean = self._pool_block_sums(total) / rows.clamp(min=1)
         # A second pass is numerically more stable than a difference of large sums.
-        for chunk in x_raw.split(CHUNK):
+        for chunk in split_rows(x_raw, size):
             squares += self._sum(
                 (self._values(chunk).double().reshape(-1, columns) - mean).square()
             )
         squares = self._pool_block_sums(squares)
         return mean, torch.where(squares > 0, (squares / rows.clamp(min=1)).sqrt(), 1.0)
+
+    def _chunk_size(self, raw_shape: tuple[int, ...]) -> int:
+        """Return the number of rows that are processed at a time for statistics."""
+        values = max(math.prod(raw_shape), math.prod(self.shape(raw_shape)))
+        return min(CHUNK, max(1, CHUNK_VALUES // max(1, values)))
 
     def _sum(self, values: Tensor) -> Tensor:
         return values.sum(0) if self.missing is None else values.nansum(0)
@@ -521,7 +533,7 @@ def _sets_with_missing_values(all_examples: Iterable[Examples]) -> set[int]:
         key
         for key, x in sets.items()
         if x.is_floating_point()
-        and any(bool(rows.isnan().any()) for rows in x.split(MISSING_CHUNK))
+        and any(bool(rows.isnan().any()) for rows in split_rows(x, MISSING_CHUNK))
     }
 
 
@@ -548,17 +560,19 @@ def check_view(
     for set_name, share in sets.items():
         if not share.examples.x.is_floating_point():
             continue
+        x = require_tensor(share.examples.x, "a check of missing values")
         for rows in share.rows.split(MISSING_CHUNK):
-            missing = view.select_columns(share.examples.x[rows]).isnan()
+            missing = view.select_columns(x[rows]).isnan()
             if not bool(missing.any()):
                 continue
             row, *_, column = missing.nonzero()[0].tolist()
             column_name = f"column '{view.names(names)[column]}'" if names else "one column"
             location = f" ({first_missing})" if first_missing else ""
+            section = where if where in CONFIG_SECTIONS else CONFIG_SECTIONS[0]
             raise UserError(
                 f"{where}.missing: row {int(rows[row])} of {set_name} has no value in "
-                f"{column_name}{location}; set it to indicate, or exclude the column by "
-                "preprocess.columns"
+                f"{column_name}{location}; set {section}.missing=indicate, or exclude the column "
+                f"by {section}.columns"
             )
 
 
@@ -566,17 +580,19 @@ def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
     """Return whether the rows have only missing values in the columns that a view selects."""
     x = share.examples.x
     return x.is_floating_point() and all(
-        bool(view.select_columns(x[rows]).isnan().all()) for rows in share.rows.split(MISSING_CHUNK)
+        bool(view.select_columns(part).isnan().all())
+        for part in split_rows(x[share.rows], MISSING_CHUNK)
     )
 
 
-def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
+def usable_rows(x_raw: Column, view: Preprocess) -> Tensor:
     """Return a mask `[N]` of the rows that a view can use.
 
     With `missing: indicate`, a row is usable if at least one selected value is present. Otherwise,
     a row is usable if all selected values are present.
     """
-    if not x_raw.is_floating_point():
+    # Rows in files are images, which have no missing values.
+    if isinstance(x_raw, StoredRows) or not x_raw.is_floating_point():
         return torch.ones(len(x_raw), dtype=torch.bool)
     missing = view.select_columns(x_raw).isnan().flatten(1)
     return ~(missing.any(1) if view.missing is None else missing.all(1))

@@ -11,26 +11,55 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
-from hetero_fl.data.sources.npz_files import TABLES, read_npz
+from hetero_fl.data.sources.npz_files import TABLES, check_image_size, medmnist_file, read_npz
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.extras import describe_missing_package
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
-from hetero_fl.utils.registry import call_reference
+from hetero_fl.utils.registry import call_reference, is_internal
+from model_zoo.plugins import PluginError, Plugins
 
 Key = Literal[
-    "path", "label", "group", "patient", "task", "categories", "size", "series", "text", "windows"
-]
-OPTIONAL_KEYS: tuple[Key, ...] = (
+    "path",
+    "columns",
     "label",
     "group",
     "patient",
     "task",
     "categories",
     "size",
+    "stream",
+    "splits",
     "series",
+    "speech",
+    "text",
+    "windows",
+]
+OPTIONAL_KEYS: tuple[Key, ...] = (
+    "columns",
+    "label",
+    "group",
+    "patient",
+    "task",
+    "categories",
+    "size",
+    "stream",
+    "splits",
+    "series",
+    "speech",
     "text",
     "windows",
 )
+FOLDERS = {
+    "train/*.npz": "htfllib",
+    "train/*.json": "leaf",
+    "patches/patient_*": "camelyon17",
+    "metadata.csv": "iwildcam",
+    "*/*_nohash_*.wav": "speech",
+}
+"""Sources that read folders, keyed by a pattern of files that only such a folder contains."""
+HUB_PREFIX = "hf:"
+"""Prefix of the names of Hugging Face data sets, which the source `hf` reads."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """A function that takes a source configuration and the download folder and returns a data set.
 
@@ -47,6 +76,18 @@ class _Source:
 
 
 _sources: dict[str, _Source] = {}
+
+
+def _built_in_names() -> set[str]:
+    return {name for name, entry in _sources.items() if is_internal(entry.load)}
+
+
+def _check_plugin(found: object) -> str:
+    return "" if callable(found) else "expected a function of (config, root)"
+
+
+PLUGINS = Plugins("hetero_fl.sources", "data source", _built_in_names, _check_plugin)
+"""Data sources that installed packages provide."""
 
 
 def register_source(
@@ -91,24 +132,55 @@ def register_source(
 def list_sources() -> list[str]:
     """Return the sorted names of all registered sources.
 
-    `data.name` also accepts `python:package.module:function` and `medmnist:NAME`.
+    Sources of plug-ins are included. `data.name` also accepts `python:package.module:function` and
+    `medmnist:NAME`. The source `hf` is selected by `hf:NAME` or `hf:FOLDER`.
 
     Example:
         >>> from hetero_fl.data import list_sources
         >>> "chest_xray" in list_sources()
         True
     """
+    for name, function in PLUGINS.load_all().items():
+        _add_plugin(name, function)
     return sorted(_sources)
+
+
+def _load_plugin(name: str, where: str) -> None:
+    """Register the source of a plug-in if a plug-in provides the name.
+
+    Raises:
+        UserError: If the plug-in cannot be loaded.
+    """
+    if name not in PLUGINS:
+        return
+    try:
+        _add_plugin(name, PLUGINS.load(name))
+    except PluginError as error:
+        raise UserError(f"{where}.name: {error}") from error
+
+
+def _add_plugin(name: str, function: SourceFunction) -> None:
+    """Register the function of a plug-in, unless `register_source` has registered it."""
+    _sources.setdefault(name, _Source(function, None, (), False))
 
 
 def reads_key(name: object, key: Key) -> bool:
     """Return whether a registered source has this name and reads a configuration key."""
-    return name in _sources and key in _sources[str(name)].keys
+    registered = _registered_name(str(name))
+    return registered in _sources and key in _sources[registered].keys
 
 
 def needs_path(name: str) -> bool:
     """Return whether a registered source has this name and requires a local file or folder."""
-    return reads_key(name, "path") and not _sources[name].generates
+    _load_plugin(name, "data")
+    return reads_key(name, "path") and not _sources[_registered_name(name)].generates
+
+
+def _registered_name(name: str) -> str:
+    """Return the name of the source that reads a data set, without the name of the data set."""
+    if name.startswith(HUB_PREFIX):
+        return HUB_PREFIX.removesuffix(":")
+    return name.removeprefix("medmnist:")
 
 
 def check_source(config: SourceConfig, where: str = "data") -> None:
@@ -149,8 +221,9 @@ def load_source(
     """Load a data set and check every row.
 
     If `config.path` is a `.npz` file in the MedMNIST layout, the file replaces the data of the
-    source, unless the source reads such files itself. A data set that the program has passed as an
-    object (`object:NAME`) is returned without checks.
+    source, unless the source reads such files itself. For a MedMNIST set, `config.path` may also be
+    a folder with the files of several sizes, such as `pathmnist_64.npz`. A data set that the
+    program has passed as an object (`object:NAME`) is returned without checks.
 
     Args:
         config: Source configuration.
@@ -176,7 +249,8 @@ def load_source(
     if config.name.startswith(CODE_PREFIX):
         return _load_user_source(config, root, where, missing)
     name, entry = _find_source(config, where)
-    npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
+    reads_files = not entry.generates and name not in FOLDERS.values()
+    npz = config.path is not None and config.path.endswith(".npz") and reads_files
     local = npz or (config.path is not None and "path" not in entry.keys)
     _check_keys(config, name, entry, local, where)
     file = Path(config.path or "").expanduser()
@@ -187,24 +261,53 @@ def load_source(
         )
     try:
         if config.path is not None and local:
-            dataset = read_npz(file, name, entry.task, config.task, config.patient)
+            dataset = _read_local_npz(config, name, entry)
         elif config.path is None and "path" in entry.keys and not entry.generates:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:
-            dataset = entry.load(config, root)
+            dataset = _call_source(entry, config, root)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
+    except ModuleNotFoundError as error:
+        description = describe_missing_package(error)
+        if description is None:
+            raise
+        raise UserError(f"{where}.name: {name}: {description}") from error
     if dataset.first_missing and not missing:
         raise UserError(
             f"{where}.{dataset.first_missing}; fill or remove missing values, or set "
-            "preprocess.missing=indicate"
+            "clients.defaults.preprocess.missing=indicate"
         )
     _check(dataset, f"{where}.name: {name}", missing)
     return dataset
 
 
+def _read_local_npz(config: SourceConfig, name: str, entry: _Source) -> Dataset:
+    """Read the file that replaces the data of a source."""
+    file = Path(config.path or "").expanduser()
+    # A folder of MedMNIST has a file for each size.
+    by_size = "size" in entry.keys
+    file = file / medmnist_file(name, config.size) if by_size and file.is_dir() else file
+    dataset = read_npz(file, name, entry.task, config.task, config.patient)
+    if by_size and config.size is not None:
+        check_image_size(dataset.train.x, config.size, file, name)
+    return dataset
+
+
+def _call_source(entry: _Source, config: SourceConfig, root: Path) -> Dataset:
+    dataset = entry.load(config, root)
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"name: {config.name}: expected the function to return a hetero_fl.data.Dataset, got "
+            f"{type(dataset).__name__}"
+        )
+    return dataset
+
+
 def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
     """Reject keys that do not apply to the source or, if `local` is set, to a `.npz` file."""
+    if config.path is not None and config.name.startswith(HUB_PREFIX):
+        raise UserError(f"{where}.path: does not apply to source {name}; remove it")
     accepted = {
         *entry.keys,
         *(("patient",) if local else ()),
@@ -213,10 +316,17 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
     for key in OPTIONAL_KEYS:
         if getattr(config, key) is not None and key not in accepted:
             raise UserError(f"{where}.{key}: does not apply to source {name}; remove it")
+    is_hub = name == HUB_PREFIX.removesuffix(":")
+    if is_hub and config.path is not None and not config.path.endswith(".npz"):
+        raise UserError(
+            f"{where}.path: does not apply to Hugging Face data sets, got '{config.path}'; set "
+            f"{where}.name={HUB_PREFIX}{config.path}"
+        )
 
 
 def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
-    name = config.name.removeprefix("medmnist:")
+    name = _registered_name(config.name)
+    _load_plugin(name, where)
     if name not in _sources:
         if reader := _reader_for_suffix(config.name):
             kind = "folder" if Path(name).is_dir() else "file"
@@ -226,7 +336,7 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
             )
         suffix = f".{name.lower().removeprefix('.')}"
         hint = f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLES else ""
-        hint = hint or suggest_or_list(name, _sources, "hetero_fl.data.list_sources()")
+        hint = hint or suggest_or_list(name, list_sources(), "hetero_fl.data.list_sources()")
         raise UserError(f"{where}.name: unknown source '{config.name}'{hint}")
     return name, _sources[name]
 
@@ -234,8 +344,11 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
 def _reader_for_suffix(name: str) -> str:
     """Return the source that reads the file or folder `name`, or an empty string."""
     path = Path(name)
+    if path.suffix == ".zarr":
+        return "zarr"
     if path.is_dir():
-        return "image_folder"
+        matching = (source for pattern, source in FOLDERS.items() if any(path.glob(pattern)))
+        return next(matching, "image_folder")
     suffix = path.suffix.lower()
     return "table" if suffix in TABLES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
 
@@ -253,7 +366,8 @@ def _load_user_source(config: SourceConfig, root: Path, where: str, missing: boo
 
 
 def _check(dataset: Dataset, where: str, missing: bool) -> None:
-    for split, examples in dataset.splits().items():
+    local = {f"local {name}": examples for name, examples in dataset.local_sets.items()}
+    for split, examples in (dataset.splits() | local).items():
         check_examples(
             examples,
             dataset.task,

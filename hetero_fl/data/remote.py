@@ -9,6 +9,7 @@ from typing import Any
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig
 from hetero_fl.config.population import Population
+from hetero_fl.core.stored_rows import read_all
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import ClientRows, RemoteDataInfo, fingerprint
 from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Examples, Vocabulary
@@ -199,7 +200,12 @@ class PublicPack:
 
 def _public_columns(examples: Examples) -> dict[str, Any]:
     """Return all columns of public examples except groups and patients."""
-    columns = {"x": examples.x, "y": examples.y, "time": examples.time, "unit": examples.unit}
+    columns = {
+        "x": read_all(examples.x),
+        "y": examples.y,
+        "time": examples.time,
+        "unit": examples.unit,
+    }
     return {n: c for n, c in columns.items() if c is not None} | {
         "baselines": dict(examples.baselines)
     }

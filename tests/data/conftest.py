@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from hetero_fl.data import Dataset, make_images
+from tests.helpers.file_server import serve
 
 
 @pytest.fixture
@@ -31,3 +33,12 @@ def npz(tmp_path: Path) -> Any:
 @pytest.fixture
 def images() -> Dataset:
     return make_images(400, 60)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Return the address of a server and the folder that it serves."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with serve(folder) as address:
+        yield address, folder

@@ -190,7 +190,7 @@ def test_missing_values_require_a_setting() -> None:
         UserError,
         match=(
             r"clients: 'b': preprocess\.missing: row \d+ of \w+ has "
-            r"no value in column 'genes'; set it to indicate"
+            r"no value in column 'genes'; set clients\.defaults\.preprocess\.missing=indicate, or "
         ),
     ):
         hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})

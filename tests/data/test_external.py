@@ -25,6 +25,7 @@ from hetero_fl.data import (
     partition_rows,
 )
 from hetero_fl.utils.errors import UserError
+from tests.helpers.benchmark_folders import write_client_folder
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, identical, view
 
 
@@ -115,6 +116,23 @@ def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: 
     frame.drop(columns="x3").to_csv(tmp_path / "p.csv", index=False)
     with pytest.raises(UserError, match="column 'x3' not found, which the main data set contains"):
         federate(table, config, THREE, 0)
+
+
+def test_client_source_keeps_its_local_test_rows(tmp_path: Path) -> None:
+    write_client_folder(tmp_path / "common")
+    own = write_client_folder(tmp_path / "own", clients=1, rows=30)
+    common = load_source(SourceConfig(name="htfllib", path=str(tmp_path / "common")), tmp_path)
+    source = SourceConfig(name="htfllib", path=str(own))
+    config = DataConfig(partition=PartitionConfig(kind="iid", min_size=2))
+
+    data = federate(common, config, {"a": ClientSettings(), "b": ClientSettings(data=source)}, 0)
+
+    test = load_source(source, tmp_path).local_sets["test"]
+    kept = data.client_rows["b"]["test"].copy_rows()
+    assert torch.equal(kept.x, test.x) and torch.equal(kept.labels, test.labels)
+    # The other sets are held out of the training rows.
+    assert data.n_rows("b", "train") + data.n_rows("b", "validation") == 30
+    assert data.n_rows("b", "validation") > 0
 
 
 def test_client_sources_are_loaded(npz: Any, tmp_path: Path) -> None:

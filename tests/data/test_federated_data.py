@@ -11,6 +11,8 @@ from hetero_fl.config.clients import ClientSettings, PreprocessConfig, ScannerCo
 from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, make_table
+from hetero_fl.data.client_rows import ClientRows
+from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
 from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, everything, heterogeneous, view
 
@@ -35,6 +37,35 @@ def test_scanner_applies_to_private_rows_only(images: Dataset) -> None:
         for d in (once, view(images, clients={"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}))
     )
     assert torch.allclose(x - 0.5, 0.5 * (plain - 0.5), atol=2 / 255)
+
+
+def test_copy_with_other_rows_does_not_use_cached_values(images: Dataset) -> None:
+    data = view(images)
+    before = data.columns("one", "train", PLAIN)["x"]
+    counts = data.label_counts("one")
+    rows = dict.fromkeys(data.client_ids, data.client_rows["two"])
+
+    other = data.with_rows(ClientRows(rows))
+
+    assert torch.equal(other.label_counts("one"), data.label_counts("two"))
+    assert torch.equal(
+        other.columns("one", "train", PLAIN)["y"], data.columns("two", "train", PLAIN)["y"]
+    )
+    assert torch.equal(data.columns("one", "train", PLAIN)["x"], before)
+    assert torch.equal(data.label_counts("one"), counts)
+
+
+def test_private_label_counts_are_refused(images: Dataset) -> None:
+    data = view(images)
+    infos = {
+        name: describe_client_rows(data, name, send_view=True, labels=name == "one")
+        for name in data.client_ids
+    }
+    server = restrict_to_holder(data, None, infos)
+
+    assert torch.equal(server.label_counts("one"), data.label_counts("one"))
+    with pytest.raises(ValueError, match=r"^label_counts: two keeps its label counts private$"):
+        server.label_counts("two")
 
 
 def test_client_statistics_use_scanned_training_rows(images: Dataset) -> None:

@@ -121,3 +121,39 @@ def test_labels_of_all_files_are_matched(tmp_path: Path) -> None:
             "table all.csv: label ill; columns used: u, v; left out: none"
         )
         assert data.notes[1].startswith("clients: 'own': data: table own.csv: label ill")
+
+
+def test_local_sets_replace_held_out_rows_of_a_client() -> None:
+    dataset = numbered(60, groups=["a"] * 30 + ["b"] * 20 + ["c"] * 10)
+    local = numbered(12, groups=["b"] * 8 + ["a"] * 4).train
+    dataset = replace(dataset, local_sets={"test": local})
+    partition = PartitionConfig(kind="natural", min_size=2)
+    config = DataConfig(partition=partition, validation=0)
+
+    data = federate(dataset, config, dict.fromkeys("abc", PLAIN_CLIENT), seed=0)
+
+    assert rows_of(data, "a", "test") == [8, 9, 10, 11]
+    assert rows_of(data, "b", "test") == list(range(8))
+    assert rows_of(data, "c", "test") == []
+    # Validation rows are held out of the training rows, and no test rows are.
+    for client, count in (("a", 30), ("b", 20), ("c", 10)):
+        validation = round(0.15 * count)
+        assert data.n_rows(client, "validation") == validation
+        assert data.n_rows(client, "train") == count - validation
+
+
+def test_local_sets_are_ignored_in_other_partitions() -> None:
+    dataset = numbered(90, groups=["a", "b", "c"] * 30)
+    with_local = replace(
+        dataset, local_sets={"test": numbered(9, groups=["a", "b", "c"] * 3).train}
+    )
+    clients = dict.fromkeys("abc", PLAIN_CLIENT)
+
+    plain = federate(dataset, DataConfig(), clients, seed=0)
+    data = federate(with_local, DataConfig(), clients, seed=0)
+
+    assert plain.content_hash() == data.content_hash()
+    assert data.notes == [
+        "data.partition.kind=iid does not use the clients of arrays; set "
+        "data.partition.kind=natural to keep them"
+    ]

@@ -10,7 +10,7 @@ import torch
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
-from hetero_fl.data.sources.npz_files import read_images, read_npz
+from hetero_fl.data.sources.npz_files import check_image_size, read_images, read_npz
 from hetero_fl.utils.errors import UserError
 
 TWO = Task("multiclass", 2)
@@ -115,6 +115,8 @@ HIGH = (np.arange(30) % 2).astype(np.int64)
 HIGH[11] = 7
 FRACTION = HIGH.astype(float)
 FRACTION[11] = 0.5
+HUGE = HIGH.astype(float)
+HUGE[11] = 1e30
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,7 @@ FRACTION[11] = 0.5
             "train_labels: row 11: label 7 is out of range 0 to 1",
         ),
         ({"train_labels": -HIGH}, "train_labels: row 1: label -1 is out of range"),
+        ({"train_labels": HUGE}, "train_labels: row 11: expected a class number, got 1e+30"),
         ({"train_labels": FRACTION}, "train_labels: row 11: expected a class number, got 0.5"),
         ({"test_labels": np.full(9, np.nan)}, "test_labels: row 0: NaN or infinite value"),
         ({"train_labels": np.full(30, "x")}, "train_labels: expected numbers, got <U1"),
@@ -192,6 +195,16 @@ def test_labels_out_of_range_are_refused(npz: Any) -> None:
         load(npz(train_labels=np.arange(30) % 2 - 1))
     with pytest.raises(UserError, match=r"the same number of columns in every split, got 1 and 2"):
         load(npz(test_labels=np.zeros((9, 2))))
+
+
+def test_only_another_file_is_suggested_for_a_size(tmp_path: Path) -> None:
+    file = tmp_path / "pathmnist_64.npz"
+    file.write_bytes(b"")
+    images = torch.zeros(1, 3, 28, 28)
+    with pytest.raises(UserError, match=r"got 28x28; remove size, or set path to the file"):
+        check_image_size(images, 64, file, "pathmnist")
+    with pytest.raises(UserError, match=r"; did you mean 'pathmnist_64\.npz'\?"):
+        check_image_size(images, 64, tmp_path / "pathmnist.npz", "pathmnist")
 
 
 def test_invalid_npz_files_are_refused(tmp_path: Path, npz: Any) -> None:

@@ -188,9 +188,7 @@ def test_patients_with_one_row_are_partitioned_like_rows() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, full, strict=True))
 
 
-def test_unsatisfiable_patient_splits_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsatisfiable_patient_splits_are_refused() -> None:
     patient = torch.arange(200) // 2
     # rows 66 and 67 are of two groups, but not of one patient
     groups = ["a"] * 67 + ["b"] * 66 + ["c"] * 67
@@ -230,23 +228,26 @@ def test_unsatisfiable_patient_splits_are_refused(
             {"a": PLAIN_CLIENT},
             0,
         )
+
+
+def test_function_of_six_arguments_may_not_divide_patients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_deal_patients.py").write_text(
         "def odd(*a):\n    return [range(0, 200, 2), range(1, 200, 2)]\n"
     )
     own = PartitionConfig(kind="python:own_deal_patients:odd")
-    with pytest.raises(UserError, match="assigns rows 0 and 1 of the same patient"):
-        partition_rows(
-            torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, seed=0, patient=patient
-        )
-    assert (
-        len(
-            partition_rows(
-                torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, seed=0, patient=None
-            )
-        )
-        == 2
-    )
+    y = torch.zeros(200).long()
+    patient = torch.arange(200) // 2
+
+    with (
+        pytest.warns(DeprecationWarning, match="define a function of a PartitionContext"),
+        pytest.raises(UserError, match="assigns rows 0 and 1 of the same patient"),
+    ):
+        partition_rows(y, None, own, [1, 1], THREE_CLASSES, seed=0, patient=patient)
+    with pytest.warns(DeprecationWarning):
+        assert len(partition_rows(y, None, own, [1, 1], THREE_CLASSES, seed=0)) == 2
 
 
 def table(path: Path, patient: str | None = None, **columns: Any) -> Dataset:

@@ -3,6 +3,28 @@
 Data is downloaded on first use.
 """
 
-from hetero_fl.data.sources import images, sensors, synthetic, tables, text, traffic
+from hetero_fl.data.sources import (
+    benchmark_files,
+    hugging_face,
+    images,
+    sensors,
+    speech,
+    synthetic,
+    tables,
+    text,
+    traffic,
+    zarr_stores,
+)
 
-__all__ = ["images", "sensors", "synthetic", "tables", "text", "traffic"]
+__all__ = [
+    "benchmark_files",
+    "hugging_face",
+    "images",
+    "sensors",
+    "speech",
+    "synthetic",
+    "tables",
+    "text",
+    "traffic",
+    "zarr_stores",
+]

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.npz_files import read_npz
+from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
+from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
@@ -33,7 +34,9 @@ TIMEOUT = 60.0
 
 
 @contextmanager
-def download_folder(name: str, root: Path) -> Iterator[Path]:
+def download_folder(
+    name: str, root: Path, advice: str = "set data.path to a local file"
+) -> Iterator[Path]:
     """Create the folder for downloads, and convert download errors to a UserError.
 
     Console output of the download, such as progress bars, is shown on terminals only.
@@ -41,6 +44,7 @@ def download_folder(name: str, root: Path) -> Iterator[Path]:
     Args:
         name: Name of the data set, for error messages.
         root: Folder for downloads.
+        advice: End of the error message.
 
     Yields:
         The folder for downloads.
@@ -48,31 +52,42 @@ def download_folder(name: str, root: Path) -> Iterator[Path]:
     Raises:
         UserError: If the download fails.
     """
-    stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with redirect_stdout(stream), redirect_stderr(stream):
+        with quiet_unless_terminal():
             yield root
     except UserError:
         raise
     except Exception as error:
         # The exceptions of download packages have no common base class.
         raise UserError(
-            f"name: download of {name} failed ({_reason(error)}); set data.path to a local file"
+            f"name: download of {name} failed ({describe_cause(error)}); {advice}"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _reason(error: BaseException) -> str:
-    """Return the original cause of a download error, shortened. Interrupts are raised again."""
-    while (cause := error.__cause__ or error.__context__) is not None:
+@contextmanager
+def quiet_unless_terminal() -> Iterator[None]:
+    """Suppress console output, such as progress bars, unless it goes to a terminal."""
+    stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with redirect_stdout(stream), redirect_stderr(stream):
+        yield
+
+
+def describe_cause(error: BaseException) -> str:
+    """Return the original cause of a library's error, shortened. Interrupts are raised again."""
+    while (cause := _cause(error)) is not None:
         error = cause
     if isinstance(error, KeyboardInterrupt):
         raise error
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 CHEST_XRAY = Task("multiclass", 2, ("normal", "pneumonia"))
@@ -123,7 +138,6 @@ def npz(config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 SPLITS = {
     "train": "train",
     "val": "validation",
@@ -133,7 +147,7 @@ SPLITS = {
 }
 
 
-@register_source("image_folder", keys=("path", "group", "size"))
+@register_source("image_folder", keys=("path", "group", "size", "stream"))
 def image_folder(config: SourceConfig, _root: Path) -> Dataset:
     """Load the images in the folder `config.path` (see `read_image_folder`).
 
@@ -141,11 +155,20 @@ def image_folder(config: SourceConfig, _root: Path) -> Dataset:
     group, which contains the folders of the classes.
     """
     return read_image_folder(
-        Path(str(config.path)).expanduser(), grouped=config.group is not None, side=config.size
+        Path(str(config.path)).expanduser(),
+        grouped=config.group is not None,
+        side=config.size,
+        stream=config.stream,
     )
 
 
-def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = None) -> Dataset:
+def read_image_folder(
+    path: Path,
+    *,
+    grouped: bool = False,
+    side: int | None = None,
+    stream: StreamConfig | None = None,
+) -> Dataset:
     """Read a folder of images with one folder per class.
 
     The layout is `CLASS/*` or `{train,val,test}/CLASS/*`. With groups, the layout is
@@ -156,6 +179,8 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
         grouped: Whether the folders of the classes are in folders of groups.
         side: Height and width in pixels to which images are resized. If None, images keep their
             size.
+        stream: Settings for reading images when they are used. If None, all images are read into
+            memory.
 
     Raises:
         UserError: If the folder or its images are missing, there are folders of splits but no
@@ -178,6 +203,8 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
     all_files = [entry for split in files.values() for entry in split]
     classes = natural_order({c for _, c, _ in all_files})
     groups = natural_order({g for _, _, g in all_files})
+    folders = [d for part in (parts.values() or [path]) for d in _class_folders(part, grouped)]
+    empty = tuple(natural_order({d.name for d in folders} - set(classes)))
     pattern = "GROUP/CLASS/*" if grouped else "CLASS/*"
     for split, entries in files.items():
         if not entries:
@@ -185,14 +212,15 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
                 f"path: {parts.get(split, path)}: expected images as {pattern} with suffix "
                 f"{', '.join(sorted(SUFFIXES))}, found none"
             )
-    x = read_image_files([file for file, _, _ in all_files], side).split(
-        [len(entries) for entries in files.values()]
-    )
+    images = read_image_files([file for file, _, _ in all_files], side, stream)
     splits = {}
-    for (split, entries), images in zip(files.items(), x, strict=True):
+    begin = 0
+    for split, entries in files.items():
+        x = images[begin : begin + len(entries)]
+        begin += len(entries)
         y = torch.tensor([classes.index(c) for _, c, _ in entries])
         group = torch.tensor([groups.index(g) for _, _, g in entries]) if grouped else None
-        splits[split] = Examples(images, y, group, tuple(groups) if grouped else ())
+        splits[split] = Examples(x, y, group, tuple(groups) if grouped else ())
     task = Task("multiclass", len(classes), tuple(classes))
     about = f"images of {path.name}"
     return Dataset(
@@ -202,47 +230,15 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
         splits.get("validation"),
         splits.get("test"),
         about=about,
-        notes=() if grouped else _note_levels(parts.get("train", path)),
+        notes=_note_empty(empty) + (() if grouped else _note_levels(parts.get("train", path))),
+        empty_classes=empty,
     )
 
 
-def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
-    """Read image files, as grayscale if all images are grayscale, otherwise as RGB.
-
-    Args:
-        files: Files to read.
-        side: Height and width in pixels to which images are resized. If None, images keep their
-            size.
-
-    Returns:
-        Images, uint8 `[N, C, H, W]`.
-
-    Raises:
-        UserError: If a file is not an image, or the images have different sizes.
-    """
-    images = [_read(file, side) for file in files]
-    has_color = any(image.ndim == 3 for image in images)
-    for file, image in zip(files, images, strict=True):
-        if image.shape[:2] != images[0].shape[:2]:
-            expected, found = (f"{s[1]}x{s[0]}" for s in (images[0].shape, image.shape))
-            raise UserError(
-                f"path: {file}: expected {expected} pixels as in {files[0].name}, got {found}; set "
-                "data.size to resize all images"
-            )
-    if has_color:
-        images = [
-            image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
-            for image in images
-        ]
-        return torch.from_numpy(np.moveaxis(np.stack(images), -1, 1).copy())
-    return torch.from_numpy(np.stack(images)[:, None])
-
-
-def image_files(path: Path) -> list[Path]:
-    """Return the sorted paths of all images in a folder and its subfolders."""
-    return sorted(
-        f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
-    )
+def _note_empty(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return a remark if class folders have no images."""
+    names = format_list(classes, quote=True)
+    return (f"found no images of {names}, which are not classes",) if classes else ()
 
 
 def _folders(path: Path) -> list[Path]:
@@ -265,37 +261,17 @@ def _note_levels(path: Path) -> tuple[str, ...]:
 
 def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
     """Return the sorted (file, class, group) tuples of all images."""
-    groups = _folders(path) if grouped else [path]
     return [
-        (f, d.name, group.name) for group in groups for d in _folders(group) for f in image_files(d)
+        (file, folder.name, folder.parent.name)
+        for folder in _class_folders(path, grouped)
+        for file in image_files(folder)
     ]
 
 
-def _read(file: Path, side: int | None) -> np.ndarray:
-    """Return the pixels of an image file, uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB)."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            # Keep the upper 8 bits of 16-bit scans, which have mode "I" in older Pillow versions.
-            if image.mode.startswith("I"):
-                deep = np.asarray(image)
-                if deep.min() < 0 or deep.max() > 0xFFFF:
-                    raise ValueError(
-                        f"pixels from {deep.min()} to {deep.max()}; save it with 8 or 16 bits"
-                    )
-                image = Image.fromarray((deep >> 8).astype(np.uint8))
-            elif image.mode == "F":
-                raise ValueError("pixels of mode F have no fixed range; save it with 8 or 16 bits")
-            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-            return np.asarray(
-                image.resize((side, side), Image.Resampling.BILINEAR) if side else image
-            )
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"path: {file}: not a readable image ({type(error).__name__}: {error})"
-        ) from error
+def _class_folders(path: Path, grouped: bool) -> list[Path]:
+    """Return the sorted folders of the classes, of each group if the folders are grouped."""
+    groups = _folders(path) if grouped else [path]
+    return [folder for group in groups for folder in _folders(group)]
 
 
 # Listed here so that local files can be checked without the medmnist package. ChestMNIST is
@@ -317,20 +293,34 @@ OUTPUTS = {
 """Number of outputs of the 2-D sets of MedMNIST v2 (Yang et al., Scientific Data 2023)."""
 
 
+SIDES = (28, 64, 128, 224)
+"""Side lengths in pixels of the images of MedMNIST+, each of which is a separate file."""
+
+
 def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Dataset]:
-    def load(_config: SourceConfig, root: Path) -> Dataset:
-        info, package = _import_medmnist(name)
+    def load(config: SourceConfig, root: Path) -> Dataset:
+        if config.size not in (None, *SIDES):
+            raise UserError(
+                f"size: must be one of {', '.join(map(str, SIDES))} for {name}, got {config.size}; "
+                "preprocess.resize changes the size of images"
+            )
+        info = _medmnist_info(name)
+        file = medmnist_file(name, config.size)
+        suffix = file.removeprefix(name).removesuffix(".npz")
+        from torchvision.datasets.utils import download_url
+
         with download_folder(name, root) as folder:
-            getattr(package, info["python_class"])(split="train", download=True, root=str(folder))
+            # A file with this checksum is not downloaded again.
+            download_url(info[f"url{suffix}"], str(folder), file, info[f"MD5{suffix}"])
         names = tuple(info["label"][str(i)] for i in range(task.outputs))
-        dataset = read_npz(root / f"{name}.npz", name, replace(task, names=names))
+        dataset = read_npz(root / file, name, replace(task, names=names))
         dataset.about = f"{info['python_class']} (MedMNIST v2), {info['license']}"
         return dataset
 
     return load
 
 
-def _import_medmnist(name: str) -> tuple[dict[str, Any], Any]:
+def _medmnist_info(name: str) -> dict[str, Any]:
     try:
         import medmnist
     except ImportError as error:
@@ -338,12 +328,13 @@ def _import_medmnist(name: str) -> tuple[dict[str, Any], Any]:
             f"name: {name} needs the medmnist package; run pip install 'hetero_fl[medmnist]', or "
             "set data.path to a local file"
         ) from error
-    return medmnist.INFO[name], medmnist
+    info: dict[str, Any] = medmnist.INFO[name]
+    return info
 
 
 for _name, _outputs in OUTPUTS.items():
     _task = Task("multilabel" if _name == "chestmnist" else "multiclass", _outputs)
-    register_source(_name, task=_task)(_medmnist_loader(_name, _task))
+    register_source(_name, task=_task, keys=("size",))(_medmnist_loader(_name, _task))
 
 
 FASHION = (

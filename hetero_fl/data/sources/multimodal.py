@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Block, Dataset, Examples, index_names
@@ -199,8 +200,9 @@ def _join_rows(
     The rows have shape `[N + M, D]`. If M > 0, the rows have no labels, groups and patients yet.
     """
     assert images.patient is not None
-    pixels = images.x.flatten(1).float()
-    pixels = pixels / 255 if images.x.dtype == torch.uint8 else pixels
+    x = require_tensor(images.x, "a multimodal data set")
+    pixels = x.flatten(1).float()
+    pixels = pixels / 255 if x.dtype == torch.uint8 else pixels
     row_of = {table_id: row for row, table_id in enumerate(table_ids)}
     patient_rows = [row_of.get(image_id, len(table_ids)) for image_id in images.patient_names]
     rows = torch.tensor(patient_rows)[images.patient]

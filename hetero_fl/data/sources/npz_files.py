@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import numpy as np
@@ -18,9 +19,10 @@ from hetero_fl.core.images import (
     channels_first,
     in_range,
 )
+from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import class_numbers
-from hetero_fl.data.checks import check_examples
+from hetero_fl.data.checks import ExampleNames, check_examples
 from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 
@@ -65,19 +67,14 @@ def read_npz(
     ]
     arrays, names = read_npz_arrays(path, wanted)
     raw = {
-        split: _split_arrays(arrays, prefix, where)
+        split: split_arrays(arrays, prefix, where)
         for split, prefix in SPLITS.items()
         if f"{prefix}_images" in arrays
     }
     if "train" not in raw:
         raise _missing_images_error(where, names)
     known = task is not None
-    task = task or _npz_task([y for _, y in raw.values()], where, kind)
-    notes = (
-        ()
-        if known or kind is not None
-        else _ambiguity_note([y for _, y in raw.values()], task, f"{where}: train_labels")
-    )
+    task, notes = task_of_labels([y for _, y in raw.values()], where, task, kind)
     read = _npz_images(
         {f"{where}: {SPLITS[s]}_images": x for s, (x, _) in raw.items()}, table=not known
     )
@@ -85,8 +82,8 @@ def read_npz(
     for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
         images = f"{SPLITS[split]}_images"
         labels = f"{SPLITS[split]}_labels"
-        splits[split] = Examples(pixels, _npz_targets(y, task, f"{where}: {labels}"))
-        check_examples(splits[split], task, where, names=(images, labels))
+        splits[split] = Examples(pixels, npz_targets(y, task, f"{where}: {labels}"))
+        check_examples(splits[split], task, where, names=ExampleNames(images, labels))
         if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
             raise UserError(
                 f"{where}: {images}: expected rows of shape {raw['train'][0].shape[1:]} as in "
@@ -112,6 +109,28 @@ def read_npz(
         splits.get("test"),
         about=f"local file {path.name}",
         notes=notes,
+    )
+
+
+def medmnist_file(name: str, size: int | None) -> str:
+    """Return the name of the file of a MedMNIST set with images of `size` pixels (default 28)."""
+    return f"{name}.npz" if size in (None, 28) else f"{name}_{size}.npz"
+
+
+def check_image_size(images: Column, size: int, path: Path, name: str) -> None:
+    """Check that images `[N, C, H, W]` that were read from a file have the configured size.
+
+    Raises:
+        UserError: If the height or the width is not `size`.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return
+    other = path.with_name(medmnist_file(name, size))
+    hint = f"; did you mean '{other.name}'?" if other != path and other.is_file() else ""
+    raise UserError(
+        f"size: expected {size}x{size} pixels in {path}, got {width}x{height}"
+        f"{hint or '; remove size, or set path to the file of this size'}"
     )
 
 
@@ -174,9 +193,18 @@ def _unreadable_reason(path: Path, error: Exception) -> str:
     return f" ({type(error).__name__}: {error})"
 
 
-def _split_arrays(
-    arrays: dict[str, np.ndarray], split: str, where: str
-) -> tuple[np.ndarray, np.ndarray]:
+def split_arrays(arrays: Mapping[str, Any], split: str, where: str) -> tuple[Any, np.ndarray]:
+    """Return the images of a split and its labels, `[N, L]`.
+
+    Args:
+        arrays: Arrays of a file in the MedMNIST layout, keyed by name. Images may be any object
+            with a `shape`.
+        split: Prefix of the arrays of the split.
+        where: Place of the file, for error messages.
+
+    Raises:
+        UserError: If there are no labels, or the labels are malformed.
+    """
     images = f"{split}_images"
     labels = f"{split}_labels"
     if labels not in arrays:
@@ -185,17 +213,37 @@ def _split_arrays(
     y = arrays[labels]
     if y.ndim not in (1, 2) or 0 in y.shape[1:]:
         raise UserError(f"{where}: {labels}: expected shape (N,), (N, 1) or (N, L), got {y.shape}")
-    if x.ndim == 0 or len(x) != len(y):
-        raise UserError(
-            f"{where}: {labels}: expected {len(x) if x.ndim else 0} rows as in {images}, got "
-            f"{len(y)}"
-        )
+    rows = x.shape[0] if x.shape else 0
+    if not x.shape or rows != len(y):
+        raise UserError(f"{where}: {labels}: expected {rows} rows as in {images}, got {len(y)}")
     if y.dtype.kind not in "buif":
         raise UserError(f"{where}: {labels}: expected numbers, got {y.dtype}")
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         row = np.argwhere(~np.isfinite(y))[0][0]
         raise UserError(f"{where}: {labels}: row {row}: NaN or infinite value")
     return x, y[:, None] if y.ndim == 1 else y
+
+
+def task_of_labels(
+    labels: list[np.ndarray], where: str, task: Task | None, kind: str | None
+) -> tuple[Task, tuple[str, ...]]:
+    """Return the task of the labels of all splits, and remarks if the labels are ambiguous.
+
+    Args:
+        labels: Labels of each split, `[N, L]`.
+        where: Place of the file, for messages.
+        task: Learning task, or None to infer the task from the labels.
+        kind: Kind of the task. If None, the kind is inferred from the labels.
+
+    Raises:
+        UserError: If the labels do not match a task.
+    """
+    if task is not None:
+        return task, ()
+    task = _npz_task(labels, where, kind)
+    if kind is not None:
+        return task, ()
+    return task, _ambiguity_note(labels, task, f"{where}: train_labels")
 
 
 def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
@@ -242,7 +290,8 @@ def _ambiguity_note(labels: list[np.ndarray], task: Task, where: str) -> tuple[s
     return ()
 
 
-def _npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
+def npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
+    """Convert the labels of a split, `[N, L]`, to targets of a task."""
     if task.kind != "multiclass":
         return torch.from_numpy(y.astype(np.float32))
     if y.shape[1] != 1:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
+from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.registry import HUB_PREFIX
+from hetero_fl.data.sources.hugging_face import read_hub_splits
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ def to_dataset(
     if is_frame(data):
         return _from_frame(data, where, label, categories)
     if _is_hugging_face(data):
-        return _from_hugging_face(data, where, label, options)
+        return _from_hugging_face(data, where, label, categories, **options)
     if label is not None:
         raise UserError(
             f"{where}: label: applies to a DataFrame or a Hugging Face Dataset, got "
@@ -118,6 +121,8 @@ def to_examples(
 
         x, columns, _ = features(data, where, categories=categories)
         return Dataset(where, _NO_TASK, Examples(x), columns=columns)
+    if _is_hugging_face(data):
+        return _unlabeled(_from_hugging_face(data, where, label, categories, labeled=False))
     return _unlabeled(to_dataset(data, where, label, categories))
 
 
@@ -228,29 +233,23 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
 
 
 def _from_hugging_face(
-    data: Any, where: str, label: str | None, options: Mapping[str, Any]
+    data: Any,
+    where: str,
+    label: str | None,
+    categories: Categories | None = None,
+    *,
+    labeled: bool = True,
+    num_classes: int | None = None,
+    task: Task | None = None,
 ) -> Dataset:
-    """Convert a Hugging Face data set with an image column, or with columns of numbers."""
+    """Convert a Hugging Face data set of images, texts, arrays or columns of a table."""
     if isinstance(data, Mapping) or not hasattr(data, "__len__"):
         raise TypeError(
             f"{where}: expected a datasets.Dataset, got {type(data).__name__}; choose one split of "
             "a DatasetDict, and collect the items of an IterableDataset"
         )
-    kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    label = label or (labels[0] if len(labels) == 1 else None)
-    if label is None or label not in kinds:
-        raise UserError(
-            f"{where}: label: {'missing' if label is None else f'no column {label!r}'}"
-            f"{suggest_or_list(label or '', list(kinds))}"
-        )
-    images = [name for name, kind in kinds.items() if kind == "Image"]
-    if not images:
-        return _from_frame(cast("pd.DataFrame", data.to_pandas()), where, label)
-    x = [np.asarray(image) for image in data[images[0]]]
-    if len({image.shape for image in x}) > 1:
-        raise UserError(f"{where}: {images[0]}: images have several sizes; resize them first")
-    names = getattr(data.features[label], "names", None)
-    if names:
-        options = {"task": Task("multiclass", len(names), tuple(names))}
-    return from_arrays(np.stack(x), np.asarray(data[label]), name=where, **options)
+    given = None if categories is None else dict(categories)
+    config = SourceConfig(name=HUB_PREFIX, label=label, categories=given)
+    return read_hub_splits(
+        {"train": data}, where, config, labeled=labeled, num_classes=num_classes, task=task
+    )

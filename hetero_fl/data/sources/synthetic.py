@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.stored_rows import read_all
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Block, Dataset, Examples
 from hetero_fl.data.registry import register_source
@@ -218,7 +219,8 @@ def xray_genes(config: SourceConfig, root: Path) -> Dataset:
 def _rows(examples: Examples, split: str, laboratory: Tensor) -> Tensor:
     """Return pixels followed by generated gene expressions, float32 `[N, 844]`."""
     profiles = make_profiles(examples.labels, laboratory, split)
-    return torch.cat([examples.x.flatten(1).float() / 255, profiles], dim=1)
+    pixels = read_all(examples.x).flatten(1).float() / 255
+    return torch.cat([pixels, profiles], dim=1)
 
 
 def make_profiles(y: Tensor, laboratory: Tensor, split: str) -> Tensor:

@@ -24,6 +24,7 @@ MANY_CATEGORIES = 20
 """Number of distinct values from which text columns are not one-hot encoded by default."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
+PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
 
 
 def decimal_commas(
@@ -190,6 +191,13 @@ def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...
     return categories
 
 
+def metadata_array(column: pd.Series) -> np.ndarray:
+    """Return a copy of a column as an array, in which text is an array of objects."""
+    is_number = types.is_numeric_dtype(column) and not types.is_extension_array_dtype(column)
+    dtype = None if is_number or types.is_datetime64_dtype(column) else object
+    return column.to_numpy(dtype=dtype, copy=True)
+
+
 def encode_indicators(
     column: pd.Series, values: Sequence[str], notes: list[str] | None = None
 ) -> np.ndarray:
@@ -320,3 +328,30 @@ def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoRetur
         UserError: Always.
     """
     raise UserError(f"{where}: row {row + 1}, column '{column}': {problem}")
+
+
+def describe_repeated_patients(columns: Iterable[pd.Series], used: Collection[str]) -> list[str]:
+    """Return a warning if a column seems to identify patients with several rows.
+
+    Columns with two values are treated as indicators.
+
+    Args:
+        columns: Columns other than labels, groups and patients.
+        used: Names of the columns that are features.
+
+    Returns:
+        At most one remark, on the first such column.
+    """
+    for column in columns:
+        name = str(column.name)
+        if not PATIENT.search(name) or not 2 < column.nunique() < len(column):
+            continue
+        if types.is_float_dtype(column) and not (column == np.floor(column)).all():
+            continue
+        feature = ", and the column is a feature" if name in used else ""
+        return [
+            f"column '{name}' seems to identify patients and repeats; set data.patient to keep the "
+            f"rows of a patient together, otherwise they are divided between training and test"
+            f"{feature}"
+        ]
+    return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -31,9 +30,11 @@ from hetero_fl.data.sources.table_columns import (
     check_columns,
     column_as_text,
     decimal_commas,
+    describe_repeated_patients,
     encode_indicators,
     find_categories,
     is_categorical,
+    metadata_array,
     parse_column,
     parse_names,
     parse_numbers,
@@ -80,6 +81,8 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
         raise UserError(
             f"{where}: not encoded in UTF-8 ({error}); save the file as UTF-8"
         ) from error
+    except UserError:
+        raise
     except (ValueError, OSError, csv.Error) as error:
         # The errors of pandas and pyarrow are ValueErrors.
         raise UserError(
@@ -134,7 +137,6 @@ def _detect_separator(path: Path) -> str:
 
 MAX_LISTED = 20
 """Maximum number of columns that a note lists."""
-PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
 
 
 def read_table(
@@ -151,7 +153,8 @@ def read_table(
 
     Features (float32 `[N, F]`) are the numeric columns and the indicators of the one-hot encoded
     text columns. Other columns of text or dates are excluded and listed in `about` and `notes`.
-    Surrounding spaces are removed from text, and labels such as 1.0 become 1.
+    Surrounding spaces are removed from text, and labels such as 1.0 become 1. All columns that are
+    not numeric features are in the metadata of the examples, as in the table.
 
     A single column of labels is read as classes if the column contains text, booleans, or integers
     with at most 20 distinct values, otherwise as a regression target. Several columns are
@@ -205,24 +208,24 @@ def read_table(
     remarks: list[str] = []
     x, columns, left_out = features(rest, where, gaps, encoded, remarks)
     task, y = _targets(targets, where, kind)
-    group_columns = indexed.get("group", (None, ()))
-    patient_columns = indexed.get("patient", (None, ()))
-    examples = Examples(x, y, *group_columns, *patient_columns)
+    groups, group_names = indexed.get("group", (None, ()))
+    patients, patient_names = indexed.get("patient", (None, ()))
+    inputs = {name for name in columns if name not in encoded}
+    metadata = {
+        str(name): metadata_array(frame[name]) for name in frame.columns if str(name) not in inputs
+    }
+    examples = Examples(x, y, groups, group_names, patients, patient_names, metadata=metadata)
     used = ColumnLayout(columns, (), tuple(encoded.items())).names
     about = f"table {title}, {len(used)} columns" + (
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
     summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
-    summary += _describe_columns(used, encoded, left_out, commas)
+    summary += describe_columns(used, encoded, left_out, commas)
     notes = [f"table {title}: {'; '.join(summary)}"]
     notes += [f"table {title}: {remark}" for remark in remarks]
-    if patient is None and (name := _find_patient_column(rest)) is not None:
-        feature = ", and the column is a feature" if name in used else ""
-        notes.append(
-            f"table {title}: column '{name}' seems to identify patients and repeats; set "
-            f"data.patient to keep the rows of a patient together, otherwise they are divided "
-            f"between training and test{feature}"
-        )
+    if patient is None:
+        others = [rest[name] for name in rest.columns]
+        notes += [f"table {title}: {note}" for note in describe_repeated_patients(others, used)]
     return Dataset(
         "table",
         task,
@@ -235,11 +238,11 @@ def read_table(
     )
 
 
-def _describe_columns(
+def describe_columns(
     used: Sequence[str],
     encoded: Mapping[str, Sequence[str]],
     left_out: Mapping[str, str],
-    commas: Sequence[str],
+    commas: Sequence[str] = (),
 ) -> list[str]:
     """Return remarks on the columns that are used, encoded or left out."""
     remarks = [f"columns used: {format_list(used, MAX_LISTED)}"]
@@ -442,16 +445,3 @@ def _are_classes(column: pd.Series) -> bool:
         return True
     values = column.unique()
     return len(values) <= MAX_NUMBERED_CLASSES and all(float(v).is_integer() for v in values)
-
-
-def _find_patient_column(frame: pd.DataFrame) -> str | None:
-    """Return the name of a column that seems to identify patients with several rows, or None.
-
-    Columns with two values are treated as indicators.
-    """
-    for name in frame.columns:
-        if PATIENT.search(str(name)) and 2 < frame[name].nunique() < len(frame):
-            column = frame[name]
-            if not types.is_float_dtype(column) or bool((column == np.floor(column)).all()):
-                return str(name)
-    return None

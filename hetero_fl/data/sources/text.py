@@ -38,7 +38,7 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
         raise UserError(
             f"group=file needs a folder of .txt files, got the file '{path}'; set path to a folder"
         )
-    vocabulary = _vocabulary(settings)
+    vocabulary = read_vocabulary(settings)
     messages: list[list[str]] = []
     classes: list[str] = []
     owners: list[str] = []
@@ -113,7 +113,12 @@ def make_task(settings: TextConfig, vocabulary: Vocabulary, classes: tuple[str, 
     return Task("multiclass", len(names), names)
 
 
-def _vocabulary(settings: TextConfig) -> Vocabulary:
+def read_vocabulary(settings: TextConfig) -> Vocabulary:
+    """Return the vocabulary of the public text, or the vocabulary of hash values.
+
+    Raises:
+        UserError: If no public text is configured, or it cannot be read or is too short.
+    """
     if settings.tokenizer == "hashing":
         return Vocabulary(buckets=settings.vocabulary)
     if settings.public is None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import pickle
 import socket
 import tarfile
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +17,11 @@ import torchvision
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.utils.errors import UserError
+from tests.helpers.file_server import md5
 
 medmnist = pytest.importorskip("medmnist")
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """(address, folder that it serves)."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=partial(httpd.serve_forever, 0.01), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_address[1]}/", folder
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
-
-
-def md5(data: bytes) -> str:
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+ROWS = {"train": 30, "val": 6, "test": 9}
+"""Rows of each split of the fixture `npz`."""
 
 
 def get(name: str, root: Path) -> Dataset:
@@ -227,3 +202,98 @@ def test_interrupt_during_download_is_raised(
     monkeypatch.setattr("torchvision.datasets.utils.download_url", interrupted)
     with pytest.raises(KeyboardInterrupt):
         get("pathmnist", tmp_path)
+
+
+@pytest.mark.parametrize("size", [28, 64])
+def test_size_selects_the_file_of_medmnist(
+    size: int, npz: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, folder = server
+    images = {f"{s}_images": np.zeros((n, size, size, 3), np.uint8) for s, n in ROWS.items()}
+    suffix = "" if size == 28 else f"_{size}"
+    file = f"pathmnist{suffix}.npz"
+    data = npz(**images).read_bytes()
+    (folder / file).write_bytes(data)
+    monkeypatch.setitem(medmnist.INFO["pathmnist"], f"url{suffix}", address + file)
+    monkeypatch.setitem(medmnist.INFO["pathmnist"], f"MD5{suffix}", md5(data))
+    config = SourceConfig(name="pathmnist", size=size)
+
+    dataset = load_source(config, tmp_path / "root")
+    (folder / file).unlink()
+    again = load_source(config, tmp_path / "root")
+
+    assert dataset.train.x.shape == again.train.x.shape == (30, 3, size, size)
+    assert [f.name for f in (tmp_path / "root").iterdir()] == [file]
+
+
+def test_wrong_checksum_is_detected(
+    npz: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, folder = server
+    (folder / "pathmnist_64.npz").write_bytes(npz().read_bytes())
+    monkeypatch.setitem(medmnist.INFO["pathmnist"], "url_64", f"{address}pathmnist_64.npz")
+
+    with pytest.raises(UserError, match=r"download of pathmnist failed .*corrupted"):
+        load_source(SourceConfig(name="pathmnist", size=64), tmp_path / "root")
+    with pytest.raises(UserError, match=r"data\.size: must be one of 28, 64, 128, 224 for"):
+        load_source(SourceConfig(name="pathmnist", size=32), tmp_path / "root")
+
+
+def test_every_size_has_a_checksum() -> None:
+    from hetero_fl.data.sources.images import OUTPUTS, SIDES
+
+    for name in OUTPUTS:
+        info = medmnist.INFO[name]
+        for side in SIDES:
+            suffix = "" if side == 28 else f"_{side}"
+            assert len(info[f"MD5{suffix}"]) == 32 and f"{name}{suffix}.npz" in info[f"url{suffix}"]
+
+
+def test_size_selects_a_file_in_a_folder(npz: Any, tmp_path: Path) -> None:
+    for side in (28, 64):
+        images = {f"{s}_images": np.zeros((n, side, side), np.uint8) for s, n in ROWS.items()}
+        npz(f"retinamnist{'' if side == 28 else '_64'}.npz", **images)
+
+    def load(path: Path, size: int | None = None) -> Dataset:
+        return load_source(SourceConfig(name="retinamnist", path=str(path), size=size), tmp_path)
+
+    assert load(tmp_path).train.x.shape == (30, 1, 28, 28)
+    assert load(tmp_path, 64).train.x.shape == (30, 1, 64, 64)
+    assert load(tmp_path / "retinamnist_64.npz").train.x.shape == (30, 1, 64, 64)
+    assert load(tmp_path / "retinamnist_64.npz", 64).task.outputs == 5
+    with pytest.raises(UserError, match=r"data\.size: expected 64x64 pixels in .*, got 28x28; did"):
+        load(tmp_path / "retinamnist.npz", 64)
+    with pytest.raises(UserError, match=r"got 64x64; remove size, or set path to the file of"):
+        load(tmp_path / "retinamnist_64.npz", 128)
+    with pytest.raises(UserError, match=r"file '.*retinamnist_128\.npz' not found; did you mean"):
+        load(tmp_path, 128)
+
+
+def test_larger_images_train(npz: Any, tmp_path: Path) -> None:
+    import hetero_fl
+
+    draws = np.random.default_rng(0)
+    images = {
+        f"{s}_images": draws.integers(0, 256, (n, 64, 64, 3), np.uint8) for s, n in ROWS.items()
+    }
+    labels = {
+        f"{s}_labels": draws.integers(0, 2, (n, 14)).astype(np.uint8) for s, n in ROWS.items()
+    }
+    npz("chestmnist_64.npz", **images, **labels)
+    config = {
+        "rounds": 1,
+        "data": {
+            "name": "chestmnist",
+            "path": str(tmp_path),
+            "size": 64,
+            "partition": {"min_size": 4},
+        },
+        "clients": {"count": 2, "defaults": {"model": "lenet"}},
+        "algorithm": {"name": "fedavg"},
+        "output": {"plots": False, "report": False},
+    }
+
+    run = hetero_fl.run(config, out=tmp_path / "run", quiet=True)
+
+    assert run.summary["data"]["n_test"] == 9
+    assert run.summary["personal"]["last"]["loss"] > 0

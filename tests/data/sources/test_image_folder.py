@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hetero_fl import prepare
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
-from hetero_fl.data.sources.images import read_image_files, read_image_folder
+from hetero_fl.data.sources.image_files import read_image_files
+from hetero_fl.data.sources.images import read_image_folder
 from hetero_fl.utils.errors import UserError
 
 
@@ -82,7 +84,9 @@ def test_invalid_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1\.png: expected 6x5 pixels as in 0\.png, got 7x5"):
         load(tmp_path / "one")
     (tmp_path / "one" / "b" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(UserError, match=r"1\.png: not a readable image"):
+    with pytest.raises(
+        UserError, match=r"1\.png: not a readable image \(unknown format or damaged file\)$"
+    ):
         load(tmp_path / "one")
     save(tmp_path / "two" / "train" / "a" / "0.png")
     save(tmp_path / "two" / "other" / "a" / "0.png")
@@ -94,6 +98,17 @@ def test_invalid_folders_are_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="mode F"):
         read_image_files([tmp_path / "float.tif"])
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+
+    pixels = read_image_files([tmp_path / "turned.png"])
+
+    assert pixels[0, 0].tolist() == np.rot90(np.arange(6).reshape(2, 3), -1).tolist()
 
 
 def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:
@@ -111,3 +126,20 @@ def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:
     )
     assert grouped.task.names == ("ill", "well") and grouped.notes == ()
     assert load(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize("group", [None, "site"])
+def test_empty_class_folder_is_named(group: str | None, tmp_path: Path) -> None:
+    folder = tmp_path if group is None else tmp_path / "north"
+    for i in range(3):
+        save(folder / "a" / f"{i}.png", i)
+    (folder / "b").mkdir()
+    (folder / "b" / "readme.txt").write_text("no images")
+
+    dataset = load(tmp_path, group)
+
+    assert dataset.task.names == ("a",)
+    assert "found no images of 'b', which are not classes" in dataset.notes
+    data = {"name": "image_folder", "path": str(tmp_path), "group": group}
+    with pytest.raises(UserError, match=r"got 'a' in all 3 rows; found no images of 'b'$"):
+        prepare({"data": data, "clients": {"count": 2}})

@@ -226,4 +226,5 @@ def test_invalid_files_are_named(tmp_path: Path) -> None:
             load(tmp_path / name)
         message = str(refused.value)
         assert message.startswith("data.path: ") and str(tmp_path / name) in message
+        assert "UserError" not in message
         assert words in message

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
@@ -119,6 +118,54 @@ def test_dirichlet_follows_its_definition() -> None:
     assert len(sized[4]) / len(y) == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("rows", "classes", "clients", "min_size"),
+    [(20_000, 10, 1000, 20), (20_000, 10, 1000, 1), (3_000, 1000, 1000, 2), (1000, 2, 1000, 1)],
+    ids=["no row to spare", "tiny minimum", "many classes", "one row each"],
+)
+@pytest.mark.parametrize("cap", [None, 1.0], ids=["no cap", "cap"])
+def test_dirichlet_among_a_thousand_clients_takes_seconds(
+    rows: int, classes: int, clients: int, min_size: int, cap: float | None
+) -> None:
+    y = torch.arange(rows) % classes
+    config = PartitionConfig(kind="dirichlet", alpha=0.01, min_size=min_size, cap=cap)
+    notes: list[str] = []
+    start = time.perf_counter()
+
+    parts = partition_rows(
+        y, None, config, [1] * clients, Task("multiclass", classes), seed=0, notes=notes
+    )
+
+    assert time.perf_counter() - start < 30
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(rows))
+    assert min(map(len, parts)) >= min_size
+    assert notes[0].startswith("data.partition.min_size: moved ")
+
+
+def test_note_counts_moved_rows_and_clients() -> None:
+    """Nearly all rows of a class go to one client, so that the others get their minimum."""
+    y = torch.zeros(100, dtype=torch.int64)
+    config = PartitionConfig(kind="dirichlet", alpha=1e-6, min_size=5)
+    notes: list[str] = []
+    parts = partition_rows(y, None, config, [1] * 4, TEN, seed=0, notes=notes)
+    assert sorted(map(len, parts)) == [5, 5, 5, 85]
+    assert notes == ["data.partition.min_size: moved 15 rows to 3 clients that had fewer than 5"]
+
+
+def test_note_is_absent_if_nothing_moves() -> None:
+    notes: list[str] = []
+    config = PartitionConfig(kind="dirichlet", alpha=1.0, min_size=1)
+    partition_rows(labels(500), None, config, [1] * 4, TEN, seed=0, notes=notes)
+    assert notes == []
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "quantity"])
+def test_huge_alpha_gives_equal_shares(kind: str) -> None:
+    config = PartitionConfig(kind=kind, alpha=1e308)
+    parts = partition_rows(torch.arange(400) % 4, None, config, [1] * 10, TEN, seed=0)
+    assert {len(part) for part in parts} == {40}
+
+
 @pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e-3])
 def test_extreme_skew_terminates_with_min_size(alpha: float) -> None:
     y = labels(300, classes=2)
@@ -162,6 +209,14 @@ def test_classes_are_assigned_evenly_and_shared_by_size() -> None:
             TEN,
             seed=0,
         )
+
+
+@pytest.mark.filterwarnings("error")
+def test_very_large_cap_does_not_overflow() -> None:
+    y = labels(400)
+    config = PartitionConfig(kind="dirichlet", alpha=0.5, cap=1e308, min_size=1)
+    parts = partition_rows(y, None, config, [1, 1, 2], TEN, seed=0)
+    assert sum(len(part) for part in parts) == 400
 
 
 def test_dirichlet_below_a_cap() -> None:
@@ -257,6 +312,10 @@ def test_natural_partition_keeps_groups() -> None:
         partition_rows(
             y, torch.arange(100) // 45, PartitionConfig(kind="natural"), [1] * 3, TEN, seed=0
         )
+    # More than the mean number of rows, too, is compared with the smallest group.
+    with pytest.raises(UserError, match=r"must be <= 10, the number .* got 50$"):
+        large = PartitionConfig(kind="natural", min_size=50)
+        partition_rows(y, torch.arange(100) // 45, large, [1] * 3, TEN, seed=0)
 
 
 def test_strata_of_multilabel_and_regression() -> None:
@@ -295,59 +354,6 @@ def test_too_few_rows_raise() -> None:
         ),
     ):
         partition_rows(labels(99), None, PartitionConfig(), [1] * 5, TEN, seed=0)
-
-
-OWN_PARTITIONS = {
-    "halves": "lambda y, group, config, sizes, task, seed: [range(0, 50), range(50, 100)]",
-    "three": "lambda *a: [[1], [2], [3]]",
-    "twice": "lambda *a: [range(0, 51), range(50, 100)]",
-    "outside": "lambda *a: [range(0, 50), range(50, 101)]",
-    "words": "lambda *a: [['a'], ['b']]",
-    "short": "lambda *a: [range(0, 99), []]",
-    "none": "lambda *a: None",
-    "divides": "lambda *a: 1 / 0",
-    "number": "3",
-}
-
-
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[torch.Tensor]]:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_partition.py").write_text(
-        "\n".join(f"{name} = {code}" for name, code in OWN_PARTITIONS.items())
-    )
-
-    def run(name: str) -> list[torch.Tensor]:
-        return partition_rows(
-            labels(100),
-            None,
-            PartitionConfig(kind=f"python:own_partition:{name}"),
-            [1, 1],
-            TEN,
-            seed=0,
-        )
-
-    return run
-
-
-def test_partition_can_be_a_function(own: Callable[[str], list[torch.Tensor]]) -> None:
-    assert [p.tolist() for p in own("halves")] == [list(range(50)), list(range(50, 100))]
-    for name, words in (
-        ("three", "expected a list with the rows of each of 2 clients"),
-        ("none", "expected a list with the rows of each of 2 clients"),
-        ("twice", "got a row twice"),
-        ("outside", "expected row indices from 0 to 99, got 0 to 100"),
-        ("words", "expected row indices as integers"),
-        ("short", "assigns only 0 rows to a client"),
-        ("divides", "divides raised ZeroDivisionError: division by zero"),
-        ("number", "is not a function of (y, group"),
-        ("halvs", "did you mean 'halves'"),
-    ):
-        with pytest.raises(UserError) as refused:
-            own(name)
-        assert str(refused.value).startswith("data.partition.kind: ") and words in str(
-            refused.value
-        )
 
 
 def test_in_order_partition_gives_equal_slices() -> None:

@@ -1,0 +1,287 @@
+"""Divide a data set among the participants of a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.config.data import DataConfig, SourceConfig
+from hetero_fl.config.population import Population, SettingsProfile
+from hetero_fl.data.client_rows import ClientRows, LazyPartition
+from hetero_fl.data.dataset import Dataset, without_metadata
+from hetero_fl.data.external import clients_by_source, load_client_sources, proxy_set
+from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
+from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.preprocessing import (
+    Preprocess,
+    check_missing_values,
+    check_settings,
+    check_view,
+    raw_shape,
+)
+from hetero_fl.data.splits import (
+    RowSelection,
+    Splits,
+    check_categories,
+    check_classes,
+    common_sets,
+    draw_rows,
+    holdout_strategy,
+    mark_rare_class,
+    with_test,
+)
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import natural_key
+from hetero_fl.utils.seeding import keyed_generator
+
+
+def federate(
+    dataset: Dataset,
+    config: DataConfig,
+    clients: Mapping[str, ClientSettings],
+    seed: int,
+    *,
+    cache_bytes: int = CACHE_BYTES,
+    server: PreprocessConfig | None = None,
+    absent: Collection[str] = (),
+) -> FederatedData:
+    """Partition a data set among clients.
+
+    The steps are:
+
+    1. Hold out a global test set if the data set has none, and limit the test rows to `test_limit`.
+    2. Limit the training rows to `train_limit`.
+    3. Hold out the proxy set, or load the proxy set from its own source. Remove the labels unless
+       `proxy.labels` is set.
+    4. Hold out the share `validation` as the global validation set if the data set has none.
+    5. Partition the remaining rows among the clients without their own source. A source that
+       several clients name is partitioned among these clients.
+    6. Split the rows of each client into train, validation and test.
+
+    The result does not depend on the order of `clients`. If the data identifies patients, no
+    patient is in two of these sets, and the numbers of rows are approximate. With the partition
+    `drawn`, clients sample their rows on first use.
+
+    Data sets with times are split by date. In a natural partition, the validation and test rows of
+    a client are then the rows of the client's groups in the global validation and test sets. For
+    other data sets, they are the rows of the client's groups in `Dataset.local_sets`, if there are
+    any.
+
+    Args:
+        dataset: Data set.
+        config: Data configuration.
+        clients: Client settings, keyed by client id.
+        seed: Seed of the run.
+        cache_bytes: Maximum size in bytes of each of the two caches of preprocessed examples.
+        server: Preprocessing of the server. If None, the server has no model.
+        absent: Clients whose rows are on other machines. These rows are not loaded.
+
+    Returns:
+        The data of all participants.
+
+    Raises:
+        UserError: If there are too few rows, if classes, columns or shapes do not match, if
+            settings do not apply to the data, or if a participant without `missing: indicate` uses
+            a missing value.
+
+    Example:
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.config.data import DataConfig
+        >>> from hetero_fl.data import federate, make_images
+        >>> config = DataConfig(partition={"kind": "dirichlet", "alpha": 0.5}, proxy={"size": 100})
+        >>> clients = {name: ClientSettings() for name in ("a", "b", "c")}
+        >>> federate(make_images(), config, clients, seed=0).n_proxy
+        100
+    """
+    check_classes(dataset, config)
+    check_categories(dataset, config)
+    described = mark_rare_class(with_test(dataset))
+    # Partition functions see the metadata, which the participants do not need.
+    dataset = without_metadata(described)
+    strategy = holdout_strategy(dataset)
+    strategy.check(config)
+    population = Population.from_settings(clients)
+    profiles = sorted(population.profiles, key=lambda profile: natural_key(profile.first))
+    check_settings(profiles, dataset)
+
+    rows = _limit_rows(dataset, config, seed)
+    proxy, rows = proxy_set(dataset, config, rows, profiles, server=server, seed=seed)
+    common, rows = common_sets(dataset, config, rows, strategy, seed)
+    public = proxy | common
+
+    notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
+    division = _Division(dataset, described, config, population, seed)
+    sources = clients_by_source(config, population)
+    lazy_partition: LazyPartition | None = None
+    private: dict[str, Splits] = {}
+    if config.partition.kind == "drawn":
+        lazy_partition = division.draw(rows, absent)
+    else:
+        owners = {name for names in sources.values() for name in names}
+        names = [name for name in population.ids if name not in owners and name not in absent]
+        private = division.assign(rows, names, public["common_validation"], notes)
+    present = _without(sources, absent)
+    owned = load_client_sources(present, dataset, config, population, seed)
+    client_rows = ClientRows(private | owned.private, lazy_partition)
+
+    _check_scanners(profiles, client_rows)
+    notes += owned.notes + check_missing_values(
+        profiles,
+        population,
+        client_rows,
+        public,
+        layout=dataset.layout,
+        first_missing=dataset.first_missing,
+    )
+    if server is not None:
+        _check_server(server, dataset, public)
+    return FederatedData(
+        dataset.task,
+        dataset.name,
+        population,
+        client_rows,
+        public,
+        seed=seed,
+        simulated=dataset.simulated or owned.simulated,
+        about=dataset.about,
+        cache_bytes=cache_bytes,
+        notes=notes,
+        layout=dataset.layout,
+        vocabulary=dataset.vocabulary,
+    )
+
+
+def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
+    """Return the indices of at most `data.train_limit` training rows, int64 `[M]`."""
+    rows = torch.arange(len(dataset.train))
+    patient = dataset.train.patient
+    if config.train_limit is None or config.train_limit >= len(rows):
+        return rows
+    return draw_rows(
+        rows, config.train_limit, keyed_generator("data", seed, "train_limit"), patient, leave=0
+    )[0]
+
+
+def _notes_on_unused_clients(dataset: Dataset, config: DataConfig) -> list[str]:
+    """Return a note if the data set has clients that the partition does not use."""
+    if not dataset.local_sets or config.partition.kind == "natural":
+        return []
+    return [
+        f"data.partition.kind={config.partition.kind} does not use the clients of "
+        f"{dataset.name}; set data.partition.kind=natural to keep them"
+    ]
+
+
+def _without(
+    sources: Mapping[SourceConfig, list[str]], absent: Collection[str]
+) -> dict[SourceConfig, list[str]]:
+    """Return the clients of each source that are on this machine, without sources of no client."""
+    present = {
+        source: [name for name in names if name not in absent] for source, names in sources.items()
+    }
+    return {source: names for source, names in present.items() if names}
+
+
+@dataclass(frozen=True)
+class _Division:
+    """The division of the training rows among the clients without their own source.
+
+    Args:
+        dataset: Data set without metadata, with a test set.
+        described: The same data set with metadata.
+        config: Data configuration.
+        clients: Client settings, keyed by client id.
+        seed: Seed of the run.
+    """
+
+    dataset: Dataset
+    described: Dataset
+    config: DataConfig
+    clients: Population
+    seed: int
+
+    def draw(self, rows: Tensor, absent: Collection[str]) -> LazyPartition:
+        """Return the partition in which clients sample their rows on first use.
+
+        Args:
+            rows: Training rows to divide, int64 `[M]`.
+            absent: Clients whose rows are on other machines.
+
+        Raises:
+            UserError: If there are such clients, or too few rows.
+        """
+        if absent:
+            raise UserError(
+                "data.partition.kind=drawn: clients on other machines have rows of their own; "
+                "choose another kind"
+            )
+        partition = LazyPartition(
+            RowSelection(self.dataset.train, rows),
+            self.dataset.task,
+            self.config.partition,
+            self.config.split,
+            self.clients,
+            self.seed,
+        )
+        partition.check()
+        return partition
+
+    def assign(
+        self, rows: Tensor, names: list[str], validation: RowSelection, notes: list[str]
+    ) -> dict[str, Splits]:
+        """Assign rows to clients, and split the rows of each client.
+
+        Args:
+            rows: Training rows to divide, int64 `[M]`.
+            names: Ids of the clients.
+            validation: Global validation set.
+            notes: List to which remarks are appended.
+
+        Raises:
+            UserError: If there are too few rows.
+        """
+        if not names:
+            return {}
+        assigned = assign_rows(
+            self.described,
+            rows,
+            names,
+            config=self.config,
+            clients=self.clients,
+            seed=self.seed,
+            notes=notes,
+        )
+        train = self.dataset.train
+        shares = {name: RowSelection(train, own.rows) for name, own in assigned.items()}
+        assert self.dataset.test is not None
+        # `test_limit` applies to the global test set only, not to the clients.
+        common_rows = {
+            "validation": validation,
+            "test": RowSelection.all_rows(self.dataset.test),
+        }
+        strategy = holdout_strategy(self.dataset)
+        return strategy.split_clients(shares, common_rows, self.config, self.seed, notes)
+
+
+def _check_scanners(profiles: Sequence[SettingsProfile], client_rows: ClientRows) -> None:
+    """Raise UserError if the noise of a scanner cannot be sampled in batches."""
+    for profile in profiles:
+        # Clients with the partition `drawn` sample their rows on access.
+        if profile.settings.scanner.noise and profile.first in client_rows:
+            x = client_rows[profile.first]["train"].examples.x
+            check_scanner(x, profile.settings.scanner, profile.first)
+
+
+def _check_server(
+    server: PreprocessConfig, dataset: Dataset, public: Mapping[str, RowSelection]
+) -> None:
+    """Raise UserError if the server cannot use a public set because of a missing value."""
+    view = Preprocess.without_normalization(
+        server, dataset.layout, raw_shape(dataset), "server.preprocess"
+    )
+    if view.missing is None:
+        check_view(public, view, dataset.layout, "server.preprocess", dataset.first_missing)

@@ -1,0 +1,133 @@
+"""The source `hf:NAME`, which reads a data set of the Hugging Face hub or a local folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.registry import HUB_PREFIX, register_source
+from hetero_fl.data.sources.hugging_face.conversion import read_hub_splits
+from hetero_fl.data.sources.images import (
+    SPLITS,
+    describe_cause,
+    download_folder,
+    quiet_unless_terminal,
+)
+from hetero_fl.utils.errors import UserError, suggest_file
+from hetero_fl.utils.text import format_list
+
+SPLIT_OF = {**SPLITS, "dev": "validation"}
+"""Split of a data set, keyed by the name of the split in a `DatasetDict`."""
+
+
+@register_source(
+    "hf", keys=("columns", "label", "group", "patient", "task", "size", "text", "categories")
+)
+def hugging_face(config: SourceConfig, root: Path) -> Dataset:
+    """Load a data set of the Hugging Face hub (`hf:NAME`, `hf:NAME:SUBSET`) or a folder.
+
+    A folder was written by `save_to_disk` of `datasets`, or contains Parquet, JSON, CSV or image
+    files that `load_dataset` reads. The splits `train`, `validation` and `test` are used.
+    """
+    splits, notes = _load_splits(config.name, root)
+    dataset = read_hub_splits(splits, f"name: {config.name}", config)
+    return replace(dataset, name=_title(config.name), source="", notes=(*notes, *dataset.notes))
+
+
+def load_hub_inputs(config: SourceConfig, root: Path) -> Dataset:
+    """Load the training rows of a data set that needs no labels, for a proxy set.
+
+    The targets of the result have no meaning.
+    """
+    splits, _ = _load_splits(config.name, root)
+    where = f"name: {config.name}"
+    return read_hub_splits({"train": splits["train"]}, where, config, labeled=False)
+
+
+def _title(name: str) -> str:
+    reference = name.removeprefix(HUB_PREFIX)
+    path = Path(reference).expanduser()
+    return f"{HUB_PREFIX}{path.resolve().name}" if path.exists() else name
+
+
+def _load_splits(name: str, root: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the splits of a data set of the hub or in a folder, and remarks."""
+    reference = name.removeprefix(HUB_PREFIX)
+    path = Path(reference).expanduser()
+    if not reference or reference == name:
+        raise UserError(f"name: expected hf:NAME of a data set or hf:FOLDER, got '{name}'")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"name: {name} needs the package datasets; run pip install 'hetero_fl[huggingface]'"
+        ) from error
+    if path.is_file():
+        raise UserError(f"name: {name}: expected a folder, got a file; give its folder")
+    if path.is_dir():
+        found = _load_folder(datasets, path, name, root)
+    elif reference.startswith((".", "~", os.sep)) or reference.count("/") > 1:
+        raise UserError(f"name: {name}: folder not found{suggest_file(path)}")
+    else:
+        repository, _, subset = reference.partition(":")
+        advice = "check the name, or give a folder that save_to_disk wrote"
+        with download_folder(name, root, advice), _silent_logs():
+            found = datasets.load_dataset(repository, subset or None)
+    return _by_split(found, name)
+
+
+@contextmanager
+def _silent_logs() -> Iterator[None]:
+    """Suppress the logs of the libraries, such as a line for each failed attempt."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _load_folder(datasets: Any, path: Path, name: str, root: Path) -> Any:
+    try:
+        with quiet_unless_terminal(), _silent_logs():
+            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+                return datasets.load_from_disk(str(path))
+            return datasets.load_dataset(str(path), cache_dir=str(root / "huggingface"))
+    # The readers of the many formats have no common base class of exceptions.
+    except Exception as error:
+        raise UserError(
+            f"name: {name}: datasets cannot read the folder ({describe_cause(error)})"
+        ) from error
+
+
+def _by_split(found: Any, name: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the parts of a data set, keyed by "train", "validation" and "test", and remarks."""
+    if not isinstance(found, Mapping):
+        found = {"train": found}
+    splits: dict[str, Any] = {}
+    unused = []
+    for title, part in found.items():
+        split = SPLIT_OF.get(str(title).lower(), "")
+        if split and split not in splits and len(part):
+            splits[split] = part
+        else:
+            unused.append(str(title))
+    notes = [f"{name}: splits {format_list(unused, quote=True)} are not used"] if unused else []
+    if "train" not in splits:
+        if len(found) == 1 and len(only := next(iter(found.values()))):
+            return {"train": only}, [f"{name}: split '{next(iter(found))}' is read as train"]
+        raise UserError(
+            f"name: {name}: expected rows in a split 'train', got "
+            f"{format_list(map(str, found), quote=True) or 'no splits'}"
+        )
+    return splits, notes

@@ -1,0 +1,254 @@
+"""Image files, which are read into memory or when they are used."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.config.data import StreamConfig
+from hetero_fl.core.stored_rows import Column, StoredRows
+from hetero_fl.utils.errors import UserError, one_line
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+ORIENTATION_TAG = 0x0112
+"""EXIF tag of the orientation of an image."""
+ROTATED = (5, 6, 7, 8)
+"""EXIF orientations of images that are rotated by 90 degrees."""
+DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, struct.error)
+"""Errors of Pillow for damaged EXIF data."""
+
+
+def read_image_files(
+    files: Sequence[Path], side: int | None = None, stream: StreamConfig | None = None
+) -> Column:
+    """Read image files, as grayscale if all images are grayscale, otherwise as RGB.
+
+    Args:
+        files: Files to read.
+        side: Height and width in pixels to which images are resized. If None, images keep their
+            size.
+        stream: Settings for reading images when they are used. If None, all images are read into
+            memory. Otherwise, only the sizes and color modes are read.
+
+    Returns:
+        Images, uint8 `[N, C, H, W]`.
+
+    Raises:
+        UserError: If a file is not an image, or the images have different sizes.
+    """
+    places = [f"path: {file}" for file in files]
+    if stream is None:
+        return stack_images([_read(file, side) for file in files], places, files[0].name)
+    sizes = []
+    has_color = False
+    for file in files:
+        size, is_gray = _read_header(file)
+        sizes.append(size)
+        has_color = has_color or not is_gray
+    if side is None:
+        check_sizes(sizes, places, files[0].name)
+    width, height = (side, side) if side else sizes[0]
+    reader = ImageFileReader(files, side, (3 if has_color else 1, height, width))
+    return StoredRows(reader, stream)
+
+
+class ImageFileReader:
+    """Reader of image files (see `RowReader`).
+
+    Args:
+        files: Files to read.
+        side: Height and width in pixels to which images are resized. If None, images keep their
+            size.
+        shape: Shape of an image, `(C, H, W)`.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(
+        self, files: Sequence[Path], side: int | None, shape: tuple[int, int, int]
+    ) -> None:
+        # Strings take less memory than paths.
+        self._files = [str(file) for file in files]
+        self._side = side
+        self.shape: tuple[int, ...] = shape
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Read images (see `RowReader.read`)."""
+        images = np.empty((len(rows), *self.shape), dtype=np.uint8)
+        for i, row in enumerate(rows):
+            images[i] = self._read_image(Path(self._files[row]))
+        return torch.from_numpy(images)
+
+    def _read_image(self, file: Path) -> np.ndarray:
+        """Return the pixels of an image, uint8 `[C, H, W]` or `[1, H, W]`."""
+        try:
+            pixels = _read(file, self._side)
+        except UserError as error:
+            raise UserError(f"data.{error}") from error
+        channels, height, width = self.shape
+        if pixels.shape[:2] != (height, width):
+            raise UserError(
+                f"data.path: {file}: expected {width}x{height} pixels as on loading, got "
+                f"{pixels.shape[1]}x{pixels.shape[0]}; the file has changed"
+            )
+        if pixels.ndim == 3 and channels == 1:
+            raise UserError(
+                f"data.path: {file}: expected a grayscale image as on loading, got a color image; "
+                "the file has changed"
+            )
+        return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+
+
+def stack_images(images: Sequence[np.ndarray], places: Sequence[str], first: str) -> Tensor:
+    """Stack images, as grayscale if all images are grayscale, otherwise as RGB.
+
+    Args:
+        images: Pixels of each image, uint8 `[H, W]` or `[H, W, 3]`.
+        places: Place of each image, for error messages.
+        first: Name of the first image, for error messages.
+
+    Returns:
+        Images, uint8 `[N, C, H, W]`.
+
+    Raises:
+        UserError: If the images have different sizes.
+    """
+    has_color = any(image.ndim == 3 for image in images)
+    check_sizes([(image.shape[1], image.shape[0]) for image in images], places, first)
+    if has_color:
+        images = [
+            image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+            for image in images
+        ]
+        return torch.from_numpy(np.moveaxis(np.stack(images), -1, 1).copy())
+    return torch.from_numpy(np.stack(images)[:, None])
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]], places: Sequence[str], first: str) -> None:
+    """Check that all images have the same size.
+
+    Args:
+        sizes: Width and height of each image in pixels.
+        places: Place of each image, for error messages.
+        first: Name of the first image, for error messages.
+
+    Raises:
+        UserError: If the images have different sizes.
+    """
+    for place, (width, height) in zip(places, sizes, strict=True):
+        if (width, height) != sizes[0]:
+            raise UserError(
+                f"{place}: expected {sizes[0][0]}x{sizes[0][1]} pixels as in {first}, got "
+                f"{width}x{height}; set data.size to resize all images"
+            )
+
+
+def image_files(path: Path) -> list[Path]:
+    """Return the sorted paths of all images in a folder and its subfolders."""
+    return sorted(
+        f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
+    )
+
+
+@contextmanager
+def _open_image(file: Path) -> Iterator[Any]:
+    """Open an image file with Pillow, and convert errors to a UserError."""
+    from PIL import Image
+
+    if not file.is_file():
+        raise UserError(f"path: {file}: file not found")
+    try:
+        with Image.open(file) as opened:
+            yield opened
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = describe_image_error(error)
+        raise UserError(f"path: {file}: not a readable image ({reason})") from error
+
+
+def describe_image_error(error: Exception) -> str:
+    """Return why Pillow could not read an image, as one short line."""
+    from PIL import UnidentifiedImageError
+
+    # The text of Pillow contains the address of an object in memory.
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown format or damaged file"
+    return one_line(error, 200)
+
+
+def _read(file: Path, side: int | None) -> np.ndarray:
+    """Return the pixels of an image file, uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB)."""
+    with _open_image(file) as opened:
+        return image_pixels(opened, side)
+
+
+def _read_header(file: Path) -> tuple[tuple[int, int], bool]:
+    """Return the width and height of an image file in pixels, and whether it is grayscale."""
+    with _open_image(file) as opened:
+        width, height = opened.size
+        size = (height, width) if _is_rotated(opened) else (width, height)
+        return size, is_grayscale(opened.mode)
+
+
+def _is_rotated(image: Any) -> bool:
+    """Return whether the EXIF orientation of an image swaps its width and height."""
+    # Without this entry, Pillow would read the pixels of a PNG file to find the data behind them.
+    if "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(ORIENTATION_TAG) in ROTATED
+    except DAMAGED_EXIF:
+        return False
+
+
+def _upright(image: Any) -> Any:
+    """Return the image in the orientation of its EXIF data, which is ignored if damaged."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except DAMAGED_EXIF:
+        return image
+
+
+def is_grayscale(mode: str) -> bool:
+    """Return whether images of a Pillow mode are read as grayscale.
+
+    Raises:
+        ValueError: If the range of the pixels is unknown.
+    """
+    if mode == "F":
+        raise ValueError("pixels of mode F have no fixed range; save it with 8 or 16 bits")
+    return mode in ("1", "L", "LA") or mode.startswith("I")
+
+
+def image_pixels(image: Any, side: int | None) -> np.ndarray:
+    """Return the pixels of a Pillow image, uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB).
+
+    Args:
+        image: Image of any mode.
+        side: Height and width in pixels to which the image is resized. If None, it keeps its size.
+
+    Raises:
+        ValueError: If the range of the pixels is unknown.
+    """
+    from PIL import Image
+
+    image = _upright(image)
+    # Keep the upper 8 bits of 16-bit scans, which have mode "I" in older Pillow versions.
+    if image.mode.startswith("I"):
+        deep = np.asarray(image)
+        if deep.min() < 0 or deep.max() > 0xFFFF:
+            raise ValueError(f"pixels from {deep.min()} to {deep.max()}; save it with 8 or 16 bits")
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    image = image.convert("L" if is_grayscale(image.mode) else "RGB")
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR) if side else image)

@@ -1,0 +1,159 @@
+"""The source `zarr`: image arrays in a zarr store, in the MedMNIST layout of `.npz` files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.config.data import SourceConfig, StreamConfig
+from hetero_fl.core.images import MAX_CHANNELS
+from hetero_fl.core.stored_rows import StoredRows, read_all
+from hetero_fl.data.checks import ExampleNames, check_examples
+from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.npz_files import SPLITS, npz_targets, split_arrays, task_of_labels
+from hetero_fl.utils.errors import UserError, suggest_file
+
+
+@register_source("zarr", keys=("path", "task", "stream"))
+def zarr(config: SourceConfig, _root: Path) -> Dataset:
+    """Load a local zarr store with images in the MedMNIST layout (see `read_zarr`)."""
+    return read_zarr(Path(str(config.path)).expanduser(), config)
+
+
+def read_zarr(path: Path, config: SourceConfig) -> Dataset:
+    """Read a zarr store, which is a folder.
+
+    The store contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
+    those of `train` are required. Images have type uint8 and shape `[N, H, W]` or `[N, H, W, C]`.
+    Labels are as in `.npz` files (see `read_npz`).
+
+    Args:
+        path: Folder of the store.
+        config: Settings `task`, and `stream` for reading images when they are used. Without
+            `stream`, all images are read into memory.
+
+    Raises:
+        UserError: If the store is missing or malformed. The message names the array.
+    """
+    where = f"path: {path}"
+    arrays = _open_arrays(path)
+    found: dict[str, Any] = {
+        n: a if n.endswith("_images") else _read(a, f"{where}: {n}") for n, a in arrays.items()
+    }
+    raw = {
+        split: split_arrays(found, prefix, where)
+        for split, prefix in SPLITS.items()
+        if f"{prefix}_images" in found
+    }
+    if "train" not in raw:
+        listed = ", ".join(sorted(arrays)) or "no arrays"
+        raise UserError(f"{where}: array 'train_images' not found; the store has {listed}")
+    task, notes = task_of_labels([y for _, y in raw.values()], where, None, config.task)
+    splits = {}
+    for split, (array, y) in raw.items():
+        names = ExampleNames(f"{SPLITS[split]}_images", f"{SPLITS[split]}_labels")
+        stored = _stored_images(path, names.x, array, config.stream)
+        x = read_all(stored) if config.stream is None else stored
+        examples = Examples(x, npz_targets(y, task, f"{where}: {names.y}"))
+        check_examples(examples, task, where, names=names)
+        splits[split] = examples
+        if examples.x.shape[1:] != splits["train"].x.shape[1:]:
+            raise UserError(
+                f"{where}: {names.x}: expected images of shape "
+                f"{tuple(splits['train'].x.shape[1:])} as in train_images, got "
+                f"{tuple(examples.x.shape[1:])}"
+            )
+    return Dataset(
+        "zarr",
+        task,
+        splits["train"],
+        splits.get("validation"),
+        splits.get("test"),
+        about=f"zarr store {path.name}",
+        notes=notes,
+    )
+
+
+class ZarrReader:
+    """Reader of images in a zarr array (see `RowReader`).
+
+    Args:
+        path: Folder of the store.
+        name: Name of the array.
+        array: The array, uint8 `[N, H, W]` or `[N, H, W, C]`.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, path: Path, name: str, array: Any) -> None:
+        self._path = path
+        self._name = name
+        self._array = array
+        self._length = int(array.shape[0])
+        height, width, *channels = array.shape[1:]
+        self.shape = (*(channels or [1]), height, width)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_array": None}
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Read images (see `RowReader.read`)."""
+        place = f"data.path: {self._path}"
+        # zarr returns the fill value for chunks that do not exist.
+        if not (self._path / self._name).is_dir():
+            raise UserError(f"{place}: array '{self._name}' not found")
+        if self._array is None:
+            # Worker processes open the store themselves.
+            self._array = _open_arrays(self._path)[self._name]
+        if len(rows) == 0:
+            return torch.empty(0, *self.shape, dtype=self.dtype)
+        values = _read(self._array.oindex, f"{place}: {self._name}", rows)
+        if values.ndim == 3:
+            return torch.from_numpy(values[:, None])
+        return torch.from_numpy(np.moveaxis(values, -1, 1).copy())
+
+
+def _open_arrays(path: Path) -> dict[str, Any]:
+    """Open a zarr store and return the arrays of the MedMNIST layout that exist, keyed by name."""
+    # Imported here because zarr is optional.
+    import zarr
+
+    if not path.is_dir():
+        raise UserError(f"path: folder '{path}' not found{suggest_file(path)}")
+    names = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")]
+    try:
+        group = zarr.open_group(str(path), mode="r")
+        return {name: group[name] for name in names if name in group}
+    except Exception as error:
+        # Malformed metadata raises many kinds of errors.
+        raise UserError(
+            f"path: {path}: not a readable zarr store ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(array: Any, where: str, rows: np.ndarray | None = None) -> np.ndarray:
+    """Read an array, or some of its rows, and convert errors to a UserError."""
+    try:
+        return np.asarray(array[...] if rows is None else array[rows])
+    except Exception as error:
+        # Damaged chunks raise the errors of many codecs.
+        raise UserError(f"{where}: not readable ({type(error).__name__}: {error})") from error
+
+
+def _stored_images(path: Path, name: str, array: Any, stream: StreamConfig | None) -> StoredRows:
+    """Return the images of an array, whose type and shape are checked."""
+    where = f"path: {path}: {name}"
+    shape = tuple(array.shape)
+    if array.dtype != np.uint8:
+        raise UserError(f"{where}: expected images as uint8, got {array.dtype}")
+    if array.ndim not in (3, 4) or 0 in shape[1:] or (array.ndim == 4 and shape[-1] > MAX_CHANNELS):
+        raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
+    return StoredRows(ZarrReader(path, name, array), stream)

@@ -1,0 +1,274 @@
+"""Client folders of PFLlib and HtFLlib."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import hetero_fl
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import Dataset, load_source
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import load_federated_data
+from hetero_fl.utils.errors import UserError
+from tests.helpers.benchmark_folders import write_client_file, write_client_folder
+
+
+def load(path: Path) -> Dataset:
+    return load_source(SourceConfig(name="htfllib", path=str(path)), path)
+
+
+def library_rows(path: Path, split: str, client: int) -> dict[str, torch.Tensor]:
+    """Read the rows of a client like `read_client_data` of HtFLlib."""
+    with (path / split / f"{client}.npz").open("rb") as file:
+        data = np.load(file, allow_pickle=True)["data"].tolist()
+    return {"x": torch.Tensor(data["x"]), "y": torch.Tensor(data["y"]).type(torch.int64)}
+
+
+def configuration(path: Path, **data: Any) -> dict[str, Any]:
+    return {
+        "rounds": 2,
+        "data": {
+            "name": "htfllib",
+            "path": str(path),
+            "partition": {"kind": "natural", "min_size": 1},
+            "validation": 0,
+            "split": {"validation": 0},
+            **data,
+        },
+        "clients": {
+            "groups": [
+                {"name": "c0", "model": "lenet"},
+                {"name": "c1", "model": "mlp"},
+                {"name": "c2", "model": "lenet"},
+            ]
+        },
+        "algorithm": {"name": "fedproto"},
+        "output": {"plots": False, "report": False},
+    }
+
+
+def test_hidden_files_are_skipped_and_empty_clients_noted(tmp_path: Path) -> None:
+    write_client_folder(tmp_path)
+    (tmp_path / "train" / ".3.npz").write_bytes(b"")
+    empty = {"x": np.empty((0, 1, 12, 12), np.float32), "y": np.empty(0, np.int64)}
+    write_client_file(tmp_path / "test" / "1.npz", **empty)
+
+    assert load(tmp_path).notes == ("htfllib: test: 1 client without rows: '1'",)
+
+
+def write_array_version(path: Path, version: int) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("x", "y"):
+            archive.writestr(f"{name}.npy", b"\x93NUMPY" + bytes([version, 0]) + b"{}" * 40)
+
+
+def test_unreadable_files_are_described(tmp_path: Path) -> None:
+    write_client_folder(tmp_path)
+    file = tmp_path / "train" / "0.npz"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"0\.npz: expected a file, got a folder$"):
+        load(tmp_path)
+    file.rmdir()
+    write_array_version(file, 3)
+    with pytest.raises(UserError, match=r"client file \(version 3\.0 of arrays is not read\)$"):
+        load(tmp_path)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"client file \(File is not a zip file\)$"):
+        load(tmp_path)
+    write_client_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_classes": "10"}')
+    with pytest.raises(UserError, match=r"num_classes: expected an integer .*, got '10'$"):
+        load(tmp_path)
+
+
+def test_missing_path_is_named(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    del config["data"]["path"]
+
+    with pytest.raises(UserError, match=r"^data\.path: missing; htfllib reads a folder$"):
+        load_federated_data(load_config(config))
+
+
+def test_clients_have_the_same_rows_as_in_the_library(tmp_path: Path) -> None:
+    path = write_client_folder(tmp_path)
+
+    data = load_federated_data(load_config(configuration(path)))
+
+    for client in range(3):
+        for split in ("train", "test"):
+            rows = data.client_rows[f"c{client}"][split].copy_rows()
+            expected = library_rows(path, split, client)
+            assert torch.equal(rows.x, expected["x"])
+            assert torch.equal(rows.labels, expected["y"])
+        assert data.n_rows(f"c{client}", "validation") == 0
+    assert data.n_test == 8 + 9 + 10 and data.task.outputs == 2
+
+
+def test_clients_train_on_their_own_rows(tmp_path: Path) -> None:
+    path = write_client_folder(tmp_path / "mnist")
+
+    run = hetero_fl.run(configuration(path), out=tmp_path / "run", quiet=True)
+
+    clients = {client["id"]: client["n_train"] for client in run.summary["clients"]}
+    assert clients == {"c0": 24, "c1": 25, "c2": 26}
+    assert run.summary["personal"]["last"]["accuracy"] > 0.7
+
+
+def test_other_partition_is_reported(tmp_path: Path) -> None:
+    path = write_client_folder(tmp_path)
+
+    data = load_federated_data(
+        load_config(configuration(path, partition={"kind": "iid", "min_size": 1}))
+    )
+
+    assert any("set data.partition.kind=natural to keep them" in n for n in data.notes)
+    assert (
+        sum(data.n_rows(c, "train") + data.n_rows(c, "test") for c in data.client_ids)
+        == 24 + 25 + 26
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (np.zeros((2, 3, 4, 4), np.float64), (torch.float32, (2, 3, 4, 4))),
+        (np.zeros((2, 3, 4, 4), np.uint8), (torch.uint8, (2, 3, 4, 4))),
+        (np.zeros((2, 5), np.float32), (torch.float32, (2, 5))),
+        ([np.zeros((1, 4, 4), np.float32)] * 2, (torch.float32, (2, 1, 4, 4))),
+    ],
+)
+def test_layouts_of_x(x: Any, expected: Any, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_client_file(tmp_path / split / "0.npz", x=x, y=[0, np.int64(1)])
+
+    train = load(tmp_path).train
+
+    assert (train.x.dtype, tuple(train.x.shape)) == expected
+    assert train.labels.tolist() == [0, 1]
+
+
+def test_arrays_without_pickle_are_read(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        np.savez(tmp_path / split / "a.npz", x=np.ones((2, 3), np.float32), y=np.arange(2))
+
+    dataset = load(tmp_path)
+
+    assert dataset.train.x.shape == (2, 3) and dataset.train.group_names == ("a",)
+
+
+def test_number_of_classes_is_that_of_the_configuration(tmp_path: Path) -> None:
+    path = write_client_folder(tmp_path)
+    (path / "config.json").write_text(json.dumps({"num_classes": 10}))
+    assert load(path).task.outputs == 10
+    (path / "config.json").unlink()
+    assert load(path).task.outputs == 2
+
+
+def test_clients_are_in_natural_order(tmp_path: Path) -> None:
+    dataset = load(write_client_folder(tmp_path, clients=12, rows=3))
+
+    assert dataset.train.group_names == tuple(map(str, range(12)))
+    assert dataset.test is not None and dataset.test.group is None
+    assert dataset.local_sets["test"].group_names == dataset.train.group_names
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch hacked",)
+
+
+IMAGES = np.zeros((3, 1, 4, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"x": IMAGES}, "'y' not found; the file has 'x'"),
+        ({"x": IMAGES, "y": [0, 1]}, "y: expected 3 rows as in x, got 2"),
+        ({"x": IMAGES, "y": [0, 1, 0.5]}, "y: row 2: expected a class number, got 0.5"),
+        ({"x": IMAGES, "y": [0, 1, 2]}, "y: row 2: label 2 is out of range 0 to 1"),
+        ({"x": IMAGES, "y": [0, 1, -1]}, "y: row 2: label -1 is out of range"),
+        ({"x": IMAGES, "y": [[0, 1]] * 3}, "y: expected an array of numbers, got lists"),
+        ({"x": IMAGES, "y": None}, "y: expected an array of numbers, got NoneType"),
+        ({"x": np.zeros((3, 1, 5, 4), np.float32), "y": [0, 1, 0]}, "rows like those of train/0"),
+        ({"x": IMAGES[:, 0], "y": [0, 1, 0]}, r"expected shape \(N, C, H, W\) or \(N, D\)"),
+        ({"x": np.zeros((3, 80), np.int64), "y": [0, 1, 0]}, "files of texts are not read"),
+        ({"x": np.array([([1, 2], 2)] * 3, dtype=object), "y": [0, 1, 0]}, "lists; files of texts"),
+        ({"x": [np.zeros(2), np.zeros(3), np.zeros(2)], "y": [0, 1, 0]}, r"\(2,\) and \(3,\)"),
+        ({"x": IMAGES + np.nan, "y": [0, 1, 0]}, "x: row 0: NaN or infinite value"),
+        ({"x": IMAGES, "y": Evil()}, r"it uses '\w+\.system'"),
+    ],
+)
+def test_malformed_rows_are_named(
+    rows: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_client_folder(tmp_path)
+    for split, count in (("train", 4), ("test", 3)):
+        images = np.zeros((count, 1, 4, 4), np.float32)
+        write_client_file(path / split / "0.npz", x=images, y=np.arange(count) % 2)
+        (path / split / "2.npz").unlink()
+    write_client_file(path / "train" / "1.npz", **rows)
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(UserError, match=message) as caught:
+        load(path)
+
+    assert "train/1.npz" in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.path: folder '.*none' not found"):
+        load(tmp_path / "none")
+    with pytest.raises(UserError, match=r"folder 'train' not found; expected train/K\.npz"):
+        load(tmp_path)
+    path = write_client_folder(tmp_path)
+    (path / "test" / "1.npz").unlink()
+    with pytest.raises(UserError, match=r"file 'test/1\.npz' not found, but the client has a file"):
+        load(path)
+    (path / "config.json").write_text('{"num_classes": "ten"}')
+    write_client_folder(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text('{"num_classes": "ten"}')
+    with pytest.raises(UserError, match="num_classes: expected an integer from 2 to 10,000"):
+        load(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not a readable JSON file"):
+        load(tmp_path / "again")
+    with pytest.raises(UserError, match=r"set data\.name=htfllib and data\.path="):
+        load_source(SourceConfig(name=str(path)), path)
+
+
+@settings(
+    max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damaged_files_give_one_line(data: st.DataObject, tmp_path: Path) -> None:
+    path = write_client_folder(tmp_path, clients=1, rows=2)
+    file = path / "train" / "0.npz"
+    member = zipfile.ZipFile(file).read("data.npy")
+    damaged = bytearray(member)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
+    if data.draw(st.booleans()):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("data.npy", bytes(damaged))
+    else:
+        file.write_bytes(file.read_bytes()[: data.draw(st.integers(0, 200))])
+
+    try:
+        load(path)
+    except UserError as error:
+        assert "\n" not in str(error) and "0.npz" in str(error) and len(str(error)) < 1000

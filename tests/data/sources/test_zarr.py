@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.stored_rows import StoredRows, read_all
+from hetero_fl.data import Dataset, load_source
+from hetero_fl.data.sources.npz_files import read_npz
+from hetero_fl.utils.errors import UserError
+from tests.helpers.image_folders import make_arrays
+
+zarr = pytest.importorskip("zarr")
+
+
+def write(path: Path, **changes: Any) -> Path:
+    """Write 30 training and 9 test images. `changes` replace arrays, None omits one."""
+    images, labels = make_arrays(39)
+    arrays = {
+        "train_images": images[:30],
+        "train_labels": labels[:30],
+        "test_images": images[30:],
+        "test_labels": labels[30:],
+        **changes,
+    }
+    group = zarr.open_group(str(path), mode="w")
+    for name, values in arrays.items():
+        if values is not None:
+            chunks = (min(8, max(1, len(values))), *values.shape[1:])
+            array = group.create_array(name, shape=values.shape, dtype=values.dtype, chunks=chunks)
+            array[...] = values
+    return path
+
+
+def load(path: Path, **settings: Any) -> Dataset:
+    source = SourceConfig.model_validate(
+        {"name": "zarr", "path": str(path), "stream": True, **settings}
+    )
+    return load_source(source, path)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_store_equals_npz_file(tmp_path: Path, stream: bool, channels: int | None) -> None:
+    images, labels = make_arrays(30)
+    images = images[..., 0] if channels is None else images[..., :channels]
+    arrays = {"train_images": images, "train_labels": labels}
+    np.savez(tmp_path / "set.npz", **arrays)
+    store = write(tmp_path / "set.zarr", **arrays, test_images=None, test_labels=None)
+
+    dataset = load(store, stream=stream)
+    expected = read_npz(tmp_path / "set.npz", "npz")
+
+    assert isinstance(dataset.train.x, StoredRows) == stream
+    assert dataset.task == expected.task and torch.equal(
+        dataset.train.labels, expected.train.labels
+    )
+    assert torch.equal(read_all(dataset.train.x), read_all(expected.train.x))
+
+
+def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
+    images, _ = make_arrays(39)
+    x = load(write(tmp_path / "set.zarr")).train.x
+    rows = torch.tensor([29, 3, 3, 17])
+
+    assert isinstance(x, StoredRows)
+    for stored in (x, pickle.loads(pickle.dumps(x))):
+        read = stored.read(rows)
+        assert torch.equal(read, torch.from_numpy(images[rows.numpy()]).movedim(-1, 1))
+    assert x.read(rows[:0]).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_labels": None}, "array 'train_labels' not found, which 'train_images' needs"),
+        ({"train_images": None}, "array 'train_images' not found; the store has test_images"),
+        ({"test_labels": np.arange(8)}, "test_labels: expected 9 rows as in test_images, got 8"),
+        (
+            {"train_images": np.zeros((30, 8, 8), np.float32)},
+            "train_images: expected images as uint8, got float32",
+        ),
+        (
+            {"train_images": np.zeros((30, 8), np.uint8)},
+            r"train_images: expected shape \(N, H, W\) or \(N, H, W, C\), got \(30, 8\)",
+        ),
+        (
+            {"test_images": np.zeros((9, 8, 8), np.uint8)},
+            r"test_images: expected images of shape \(3, 8, 8\) as in train_images, got \(1, 8",
+        ),
+        ({"train_labels": np.full(30, np.nan)}, "train_labels: row 0: NaN or infinite value"),
+        ({"train_labels": np.full(30, 9)}, "label 9 is out of range"),
+        (
+            {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0, int)},
+            "train_images: has no rows",
+        ),
+    ],
+)
+def test_malformed_store_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    store = write(tmp_path / "set.zarr", **changes)
+
+    with pytest.raises(UserError, match=rf"^data\.path: .*set\.zarr: .*{message}"):
+        load(store)
+
+
+def test_missing_and_other_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"folder '.*none\.zarr' not found"):
+        load(tmp_path / "none.zarr")
+    with pytest.raises(UserError, match="not a readable zarr store"):
+        load(tmp_path)
+    zarr.create_array(str(tmp_path / "array.zarr"), shape=(3,), dtype="uint8")
+    with pytest.raises(UserError, match="not a readable zarr store"):
+        load(tmp_path / "array.zarr")
+    with pytest.raises(UserError, match=r"set data\.name=zarr and data\.path=set\.zarr"):
+        load_source(SourceConfig(name="set.zarr"), tmp_path)
+
+
+def test_array_that_disappears_is_named(tmp_path: Path) -> None:
+    x = load(write(tmp_path / "set.zarr")).train.x
+
+    shutil.rmtree(tmp_path / "set.zarr" / "train_images")
+
+    with pytest.raises(UserError, match=r"^data\.path: .*array 'train_images' not found"):
+        read_all(x)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_store_is_read_or_named_in_one_line(tmp_path: Path, data: st.DataObject) -> None:
+    store = tmp_path / "set.zarr"
+    shutil.rmtree(store, ignore_errors=True)
+    write(store)
+    files = sorted(f for f in store.rglob("*") if f.is_file())
+    file = data.draw(st.sampled_from(files))
+    content = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:place]
+    else:
+        content[place] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+
+    try:
+        read_all(load(store).train.x)
+    except UserError as error:
+        assert "\n" not in str(error) and "set.zarr" in str(error)

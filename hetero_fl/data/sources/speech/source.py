@@ -1,0 +1,354 @@
+"""Keyword spotting: recordings of words in the layout of Speech Commands, or generated ones.
+
+The inputs are log-mel features, which are computed when the recordings are read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetero_fl.config.data import SourceConfig, SpeechConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
+from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
+from hetero_fl.data.sources.images import download_folder
+from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
+from hetero_fl.data.sources.speech.voices import (
+    DEVICES,
+    NAMES,
+    RATE,
+    SAMPLES,
+    make_device,
+    make_voice,
+    record,
+    speak,
+)
+from hetero_fl.data.sources.speech.wav_files import read_wav
+from hetero_fl.data.sources.text import read_lines
+from hetero_fl.utils.errors import UserError, check_names, suggest_similar
+from hetero_fl.utils.ordering import natural_key, natural_order
+from hetero_fl.utils.seeding import keyed_numpy_generator
+
+URL = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
+MD5 = "6b74f3901214cb2c2934e98196829835"
+FOLDER = "speech_commands_v0.02"
+LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
+"""File with the recordings of each split that is not used for training."""
+FILE_NAME = re.compile(r"(?P<speaker>.+)_nohash_[0-9]+\.wav", re.IGNORECASE)
+
+DEVICES_PER_KIND = 3
+VALIDATION_VOICES = 6
+TEST_VOICES = 12
+PUBLIC_VOICES = 9
+RECORDINGS = 40
+"""Number of recordings of each voice that is not a client."""
+ABOUT = "generated: ten words, spoken by persons with phones, old phones and smart speakers"
+
+
+@register_source("speech", keys=("path", "speech"), generates=True)
+def speech(config: SourceConfig, _root: Path) -> Dataset:
+    """Generate recordings of nine devices (groups), or read a folder (see `read_speech_folder`).
+
+    Each device belongs to another person, who says 80 to 140 words, with shares of the words
+    sampled from a Dirichlet distribution with concentration 2. The validation and test sets contain
+    other persons and devices, with balanced words.
+    """
+    settings = config.speech or SpeechConfig()
+    if config.path is not None:
+        return read_speech_folder(Path(config.path).expanduser(), settings)
+    words = _generated_words(settings)
+    parts = []
+    groups = tuple(f"{kind}_{i + 1}" for kind in DEVICES for i in range(DEVICES_PER_KIND))
+    for index, group in enumerate(groups):
+        rng = keyed_numpy_generator("data", "speech", "client", group)
+        count = int(rng.integers(80, 141))
+        y = rng.choice(len(words), count, p=rng.dirichlet([2.0] * len(words)))
+        kind = group.rpartition("_")[0]
+        part = _generate(group, kind, y, words, settings)
+        part.group = torch.full((count,), index)
+        part.group_names = groups
+        parts.append(part)
+    return Dataset(
+        "speech",
+        Task("multiclass", len(words), words),
+        concatenate_examples(parts),
+        _other_voices("validation", VALIDATION_VOICES, words, settings),
+        _other_voices("test", TEST_VOICES, words, settings),
+        simulated=True,
+        about=ABOUT,
+        columns=band_names(settings),
+    )
+
+
+@register_source("speech_public", keys=("speech",))
+def speech_public(config: SourceConfig, _root: Path) -> Dataset:
+    """Generate recordings of nine other persons, for use as a proxy set."""
+    settings = config.speech or SpeechConfig()
+    words = _generated_words(settings)
+    train = _other_voices("public", PUBLIC_VOICES, words, settings)
+    task = Task("multiclass", len(words), words)
+    columns = band_names(settings)
+    return Dataset("speech_public", task, train, simulated=True, about=ABOUT, columns=columns)
+
+
+@register_source("speech_commands", keys=("speech",))
+def speech_commands(config: SourceConfig, root: Path) -> Dataset:
+    """Download Speech Commands v0.02 (Warden, arXiv:1804.03209), whose groups are the speakers.
+
+    The archive of 2.4 GB contains 105,829 recordings of 35 words by 2,618 speakers, licensed under
+    CC BY 4.0.
+    """
+    folder = root / FOLDER
+    if not folder.is_dir():
+        _download(root, folder)
+    dataset = read_speech_folder(folder, config.speech or SpeechConfig())
+    dataset.name = dataset.source = "speech_commands"
+    dataset.about = f"{dataset.about}, Speech Commands v0.02 (Warden, 2018), CC BY 4.0"
+    return dataset
+
+
+def _download(root: Path, folder: Path) -> None:
+    from torchvision.datasets.utils import download_url, extract_archive
+
+    advice = "set data.name=speech and data.path to a local folder"
+    with download_folder("speech_commands", root, advice):
+        archive = f"{FOLDER}.tar.gz"
+        download_url(URL, str(root), archive, MD5)
+        # An interrupted extraction must not look like a complete folder.
+        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}_", dir=root))
+        try:
+            extract_archive(str(root / archive), str(partial))
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        (root / archive).unlink()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording in a folder.
+
+    Attributes:
+        file: The file.
+        word: Name of the folder of the file.
+        speaker: Speaker in the name of the file.
+    """
+
+    file: Path
+    word: str
+    speaker: str
+
+    @property
+    def entry(self) -> str:
+        """Name of the recording in the lists of validation and test recordings."""
+        return f"{self.word}/{self.file.name}"
+
+
+def read_features(files: Sequence[Path], settings: SpeechConfig) -> Tensor:
+    """Read WAV files and compute their log-mel features, some files at a time.
+
+    Args:
+        files: Files to read, at least one.
+        settings: Speech settings.
+
+    Returns:
+        Features, float32 `[N, T, bands]` (see `hetero_fl.data.sources.speech.features.log_mel`).
+
+    Raises:
+        UserError: If a file is malformed, too long or has another rate.
+    """
+    samples = round(settings.seconds * settings.rate)
+    features = []
+    for begin in range(0, len(files), BATCH):
+        part = files[begin : begin + BATCH]
+        waves = [read_wav(file, settings.rate, samples) for file in part]
+        padded = [F.pad(wave, (0, samples - len(wave))) for wave in waves]
+        features.append(log_mel(torch.stack(padded), settings))
+    return torch.cat(features)
+
+
+def read_speech_folder(path: Path, settings: SpeechConfig) -> Dataset:
+    """Read a folder in the layout of Speech Commands.
+
+    The folder contains a folder for each word with the files `SPEAKER_nohash_NUMBER.wav`. Folders
+    whose names start with `_` or a dot, such as `_background_noise_`, are not words. The recordings
+    in `validation_list.txt` and `testing_list.txt` (`WORD/FILE` in each line) are the global
+    validation and test sets, and all others are training recordings. If neither file exists, all
+    recordings are training recordings.
+
+    Args:
+        path: Folder to read.
+        settings: Speech settings.
+
+    Returns:
+        A data set whose groups are the speakers of the training recordings.
+
+    Raises:
+        UserError: If a folder, a list or a file is missing or malformed.
+    """
+    check_folder(path)
+    words = _select_words(path, settings)
+    recordings = [each for word in words for each in _list_recordings(path / word)]
+    split_of = _read_lists(path, words, recordings)
+    splits: dict[str, list[Recording]] = {"train": [], "validation": [], "test": []}
+    for each in recordings:
+        splits[split_of.get(each.entry, "train")].append(each)
+    splits["train"] = _select_speakers(splits["train"], settings.speakers, path)
+    speakers = {each.speaker for each in splits["train"]}
+    count = sum(map(len, splits.values()))
+    about = f"{count:,} recordings of {path.name}, {len(speakers):,} speakers for training"
+    parts = {name: _read(found, words, settings) for name, found in splits.items() if found}
+    train = parts["train"]
+    train.group, train.group_names = index_names(each.speaker for each in splits["train"])
+    return Dataset(
+        "speech",
+        Task("multiclass", len(words), words),
+        train,
+        parts.get("validation"),
+        parts.get("test"),
+        about=about,
+        columns=band_names(settings),
+    )
+
+
+def _select_words(path: Path, settings: SpeechConfig) -> tuple[str, ...]:
+    """Return the configured words in their order, or the names of all folders of words."""
+    found = natural_order(
+        folder.name
+        for folder in path.iterdir()
+        if folder.is_dir() and not folder.name.startswith(("_", "."))
+    )
+    if len(found) < 2:
+        raise UserError(
+            f"path: {path}: expected a folder for each of at least two words, got "
+            f"{', '.join(found) or 'none'}"
+        )
+    if settings.words is None:
+        return tuple(found)
+    check_names(settings.words, found, f"speech.words: {path} has no folder")
+    return settings.words
+
+
+def _list_recordings(folder: Path) -> list[Recording]:
+    """Return the recordings of a word in natural order."""
+    recordings = []
+    for name in natural_order(f.name for f in folder.iterdir() if not f.name.startswith(".")):
+        file = folder / name
+        if file.suffix.lower() != ".wav" or not file.is_file():
+            raise UserError(f"path: {file}: expected only .wav files; convert or move it")
+        match = FILE_NAME.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"path: {file}: the name has no speaker; rename it to SPEAKER_nohash_NUMBER.wav"
+            )
+        recordings.append(Recording(file, folder.name, match["speaker"]))
+    if not recordings:
+        raise UserError(f"path: {folder}: the folder of this word has no .wav files")
+    return recordings
+
+
+def _read_lists(
+    path: Path, words: Sequence[str], recordings: Sequence[Recording]
+) -> dict[str, str]:
+    """Return the split of each recording that a list contains, keyed by entry."""
+    missing = [name for name in LISTS.values() if not (path / name).is_file()]
+    if len(missing) == len(LISTS):
+        return {}
+    if missing:
+        present = next(name for name in LISTS.values() if name not in missing)
+        raise UserError(
+            f"path: {path}: {missing[0]} not found, but {present} exists; add the list, which may "
+            f"be empty, or remove {present}"
+        )
+    known = {each.entry for each in recordings}
+    split_of: dict[str, str] = {}
+    for split, name in LISTS.items():
+        for number, line in read_lines(path / name, "path"):
+            entry = line.strip()
+            where = f"path: {path / name}: line {number}"
+            if split_of.get(entry, split) != split:
+                raise UserError(f"{where}: '{entry}' is also in {LISTS['validation']}")
+            is_selected = entry.partition("/")[0] in words
+            if not is_selected and (path / entry).is_file():
+                continue
+            if entry not in known:
+                raise UserError(f"{where}: '{entry}' not found{suggest_similar(entry, known)}")
+            split_of[entry] = split
+    return split_of
+
+
+def _select_speakers(
+    recordings: Sequence[Recording], count: int | None, path: Path
+) -> list[Recording]:
+    """Return the recordings of the speakers with the most recordings."""
+    if not recordings:
+        raise UserError(f"path: {path}: all recordings are in the lists, none is left for training")
+    totals = Counter(each.speaker for each in recordings)
+    if count is None:
+        return list(recordings)
+    if count > len(totals):
+        raise UserError(
+            f"speech.speakers: must be <= {len(totals)}, the speakers with training recordings in "
+            f"{path}, got {count}"
+        )
+    ranked = sorted(totals, key=lambda name: (-totals[name], natural_key(name)))
+    kept = set(ranked[:count])
+    return [each for each in recordings if each.speaker in kept]
+
+
+def _read(
+    recordings: Sequence[Recording], words: Sequence[str], settings: SpeechConfig
+) -> Examples:
+    y = torch.tensor([words.index(each.word) for each in recordings])
+    return Examples(read_features([each.file for each in recordings], settings), y)
+
+
+def _generated_words(settings: SpeechConfig) -> tuple[str, ...]:
+    """Check the settings of generated recordings and return the words."""
+    for key, expected in (("rate", RATE), ("seconds", SAMPLES / RATE)):
+        if getattr(settings, key) != expected:
+            raise UserError(
+                f"speech.{key}: must be {expected:g} for generated recordings, got "
+                f"{getattr(settings, key):g}; set path to read files"
+            )
+    if settings.speakers is not None:
+        raise UserError(
+            "speech.speakers: needs path, as it selects speakers; set path or remove it"
+        )
+    words = settings.words or NAMES
+    check_names(words, NAMES, "speech.words: unknown word", " of generated recordings")
+    return words
+
+
+def _generate(
+    name: str, kind: str, y: np.ndarray, words: Sequence[str], settings: SpeechConfig
+) -> Examples:
+    """Generate the recordings of the words `y` by the person `name` with a device of a kind."""
+    rng = keyed_numpy_generator("data", "speech", "recordings", name)
+    spoken = np.array([NAMES.index(word) for word in words])[y]
+    waves = record(make_device(kind, name), speak(make_voice(name), spoken, rng), rng)
+    return Examples(log_mel(waves, settings), torch.from_numpy(y))
+
+
+def _other_voices(name: str, count: int, words: Sequence[str], settings: SpeechConfig) -> Examples:
+    """Generate the recordings of persons who are not clients, with balanced words."""
+    parts = []
+    kinds = tuple(DEVICES)
+    for number in range(count):
+        y = np.arange(RECORDINGS) % len(words)
+        kind = kinds[number % len(kinds)]
+        parts.append(_generate(f"{name}_{number}", kind, y, words, settings))
+    return concatenate_examples(parts)

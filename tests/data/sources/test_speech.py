@@ -1,0 +1,475 @@
+"""Recordings of words: folders in the layout of Speech Commands, downloads and generated voices."""
+
+from __future__ import annotations
+
+import math
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.config.data import DataConfig, SourceConfig, SpeechConfig
+from hetero_fl.data import Dataset, check_source, federate, load_source
+from hetero_fl.data.sources.speech import source as speech, voices
+from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
+from hetero_fl.data.sources.speech.wav_files import read_wav
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN_CLIENT
+from tests.helpers.file_server import md5
+from tests.helpers.speech_folders import (
+    PITCH,
+    RATE,
+    tone,
+    write_speech_folder,
+    write_wav,
+)
+
+HERE = Path(".")
+
+
+def load(path: Path | None = None, name: str = "speech", root: Path = HERE, **keys: Any) -> Dataset:
+    settings = SpeechConfig(**keys) if keys else None
+    found = None if path is None else str(path)
+    return load_source(SourceConfig(name=name, path=found, speech=settings), root)
+
+
+def test_folder_is_read_by_word_speaker_and_list(tmp_path: Path) -> None:
+    dataset = load(write_speech_folder(tmp_path))
+
+    train = dataset.train
+    assert dataset.task.names == ("no", "up", "yes") and not dataset.simulated
+    assert train.x.shape == (12, 49, 40) and train.x.dtype == torch.float32
+    assert dataset.columns[0] == "mel_1" and dataset.columns[-1] == "mel_40"
+    assert train.group is not None and train.group_names == ("ann", "bob")
+    assert train.group.bincount().tolist() == [6, 6]
+    for part in (dataset.validation, dataset.test):
+        assert part is not None and part.labels.bincount().tolist() == [2, 2, 2]
+        assert part.group is None
+    for index, word in enumerate(dataset.task.names):
+        loudest = train.x[train.labels == index][:, :20].mean((0, 1)).argmax()
+        assert int(loudest) == pytest.approx(band_of(PITCH[word]), abs=2)
+
+
+def band_of(frequency: float) -> float:
+    """Return the index of the band with this center, of 40 bands up to 8 kHz."""
+    mel = 2595 * math.log10(1 + frequency / 700)
+    return mel / (2595 * math.log10(1 + 8000 / 700)) * 41 - 1
+
+
+def test_tone_raises_the_energy_of_its_band_only() -> None:
+    waves = torch.from_numpy(np.stack([tone(1000.0, 1.0), 0.5 * tone(1000.0, 1.0)])).float()
+
+    features = log_mel(waves, SpeechConfig())
+
+    center = round(band_of(1000.0))
+    assert int(features[0, 10].argmax()) == center
+    assert (features[0, 10, center] - features[0, 10, center + 10]) > 8
+    # Half the amplitude is a quarter of the energy.
+    assert (features[0] - features[1])[10, center] == pytest.approx(math.log(4), abs=1e-3)
+    silence = log_mel(torch.zeros(1, RATE), SpeechConfig())
+    assert torch.allclose(silence, torch.full_like(silence, math.log(FLOOR)))
+
+
+def test_log_mel_matches_a_loop_over_windows() -> None:
+    config = SpeechConfig(rate=8000, window=0.025, step=0.01, bands=12)
+    wave = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0)) * 0.1
+    filters = mel_filters(8000, 256, 12).double().numpy()
+    window = np.hanning(201)[:-1]
+    rows = []
+    for begin in range(0, 8000 - 200 + 1, 80):
+        frame = wave[0, begin : begin + 200].double().numpy() * window / window.sum()
+        rows.append(np.log(filters @ np.abs(np.fft.rfft(frame, 256)) ** 2 + FLOOR))
+
+    features = log_mel(wave, config)
+
+    assert features.shape == (1, 98, 12)
+    assert np.allclose(features[0].numpy(), np.stack(rows), atol=1e-4)
+
+
+def test_mel_filters_are_triangles_of_equal_mel_width() -> None:
+    filters = mel_filters(16_000, 4096, 10)
+    peaks = filters.argmax(1) * 16_000 / 4096
+    mel = 2595 * torch.log10(1 + peaks / 700)
+    assert torch.allclose(mel.diff(), torch.full((9,), 2840.0 / 11), rtol=0.02)
+    # Neighboring triangles add up to 1 between the first and the last peak.
+    inside = filters[:, int(filters[0].argmax()) + 1 : int(filters[-1].argmax())].sum(0)
+    assert torch.allclose(inside, torch.ones_like(inside), atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(8, 1), (16, 2), (24, 1), (24, 2), (32, 1)])
+def test_wav_of_any_width_is_read_as_mono_floats(bits: int, channels: int, tmp_path: Path) -> None:
+    samples = tone(440.0)
+    path = write_wav(tmp_path / "a.wav", samples, bits=bits, channels=channels)
+
+    found = read_wav(path, RATE)
+
+    assert found.dtype == torch.float32 and found.shape == (8000,)
+    assert np.allclose(found.numpy(), samples, atol=2.0 ** (1 - min(bits, 20)))
+
+
+def test_stereo_is_averaged(tmp_path: Path) -> None:
+    import wave
+
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(np.array([[16384, 0], [0, -16384]], "<i2").tobytes())
+
+    assert read_wav(tmp_path / "a.wav", RATE).tolist() == [0.25, -0.25]
+
+
+def test_words_speakers_and_features_are_configurable(tmp_path: Path) -> None:
+    counts = {"ann": 3, "bob": 5, "cid": 2, "dora": 2, "eve": 5}
+    write_speech_folder(tmp_path, speakers=counts)
+
+    found = load(tmp_path, words=("yes", "no"), speakers=2, bands=20, step=0.04)
+
+    assert found.task.names == ("yes", "no")
+    assert found.train.group_names == ("bob", "eve") and len(found.train) == 20
+    assert found.train.x.shape[1:] == (25, 20)
+    assert found.test is not None and len(found.test) == 4
+
+
+def test_folder_without_lists_has_training_rows_only(tmp_path: Path) -> None:
+    dataset = load(write_speech_folder(tmp_path, lists={}))
+    assert dataset.validation is None and dataset.test is None and len(dataset.train) == 24
+
+
+def test_natural_clients_are_the_speakers(tmp_path: Path) -> None:
+    counts = {"ann": 8, "bob": 8, "dora": 2}
+    lists = {"validation_list.txt": (), "testing_list.txt": ("dora",)}
+    write_speech_folder(tmp_path, speakers=counts, lists=lists)
+    config = DataConfig(
+        name="speech", path=str(tmp_path), partition={"kind": "natural"}, validation=0.1
+    )
+
+    data = federate(
+        load_source(config, HERE), config, {"ann": PLAIN_CLIENT, "bob": PLAIN_CLIENT}, 0
+    )
+
+    assert data.n_rows("ann", "train") + data.n_rows("ann", "test") <= 24
+    assert data.n_rows("ann", "train") > 8
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def append(path: Path, line: str) -> None:
+    path.write_text(path.read_text() + line + "\n")
+
+
+FIRST = "no/ann_nohash_0.wav"
+BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
+    (
+        "truncated",
+        lambda d: rewrite(d / FIRST, lambda b: b[:-1001]),
+        {},
+        f"path: DIR/{FIRST}: the file is truncated, expected 8000 samples, got 7499",
+    ),
+    (
+        "truncated header",
+        lambda d: rewrite(d / FIRST, lambda b: b[:30]),
+        {},
+        f"path: DIR/{FIRST}: not a readable WAV file (",
+    ),
+    (
+        "not a WAV file",
+        lambda d: rewrite(d / FIRST, lambda b: b"ID3\x04 an MP3 file"),
+        {},
+        f"path: DIR/{FIRST}: not a WAV file; convert it to WAV",
+    ),
+    (
+        "floating point",
+        lambda d: rewrite(d / FIRST, lambda b: b[:20] + b"\x03" + b[21:]),
+        {},
+        f"path: DIR/{FIRST}: not a readable WAV file (unknown format: 3)",
+    ),
+    (
+        "empty",
+        lambda d: write_wav(d / FIRST, np.zeros(0)),
+        {},
+        f"path: DIR/{FIRST}: the file has no samples",
+    ),
+    (
+        "rate",
+        lambda d: write_wav(d / FIRST, rate=44_100),
+        {},
+        f"path: DIR/{FIRST}: expected 16000 samples per second, got 44100; convert the file, or",
+    ),
+    (
+        "too long",
+        lambda d: write_wav(d / FIRST, np.zeros(24_000)),
+        {},
+        f"path: DIR/{FIRST}: expected at most 1 s, got 1.5 s; set speech.seconds to the length",
+    ),
+    (
+        "other file",
+        lambda d: (d / "no" / "take1.mp3").write_bytes(b"ID3"),
+        {},
+        "path: DIR/no/take1.mp3: expected only .wav files; convert or move it",
+    ),
+    (
+        "no speaker",
+        lambda d: write_wav(d / "no" / "take1.wav"),
+        {},
+        "path: DIR/no/take1.wav: the name has no speaker; rename it to SPEAKER_nohash_NUMBER.wav",
+    ),
+    (
+        "empty word",
+        lambda d: (d / "stop").mkdir(),
+        {},
+        "path: DIR/stop: the folder of this word has no .wav files",
+    ),
+    (
+        "missing list",
+        lambda d: (d / "validation_list.txt").unlink(),
+        {},
+        "path: DIR: validation_list.txt not found, but testing_list.txt exists; add the list",
+    ),
+    (
+        "missing entry",
+        lambda d: append(d / "testing_list.txt", "no/zoe_nohash_0.wav"),
+        {},
+        "path: DIR/testing_list.txt: line 7: 'no/zoe_nohash_0.wav' not found",
+    ),
+    (
+        "entry of another folder",
+        lambda d: append(d / "testing_list.txt", "../secret.wav"),
+        {"words": ("yes", "no")},
+        "path: DIR/testing_list.txt: line 7: '../secret.wav' not found",
+    ),
+    (
+        "both lists",
+        lambda d: append(d / "testing_list.txt", "no/cid_nohash_0.wav"),
+        {},
+        "line 7: 'no/cid_nohash_0.wav' is also in validation_list.txt",
+    ),
+    (
+        "list in another encoding",
+        lambda d: rewrite(d / "testing_list.txt", lambda b: b + b"no/zo\xeb.wav"),
+        {},
+        "testing_list.txt: line 7: not encoded in UTF-8",
+    ),
+    (
+        "unknown word",
+        lambda d: None,
+        {"words": ("yess", "no")},
+        "data.speech.words: DIR has no folder 'yess'; did you mean 'yes'?",
+    ),
+    (
+        "speakers",
+        lambda d: None,
+        {"speakers": 3},
+        "data.speech.speakers: must be <= 2, the speakers with training recordings in DIR, got 3",
+    ),
+    (
+        "bands",
+        lambda d: None,
+        {"bands": 128, "window": 0.01},
+        "data.speech.bands: 128 bands are too many for a window of 0.01 s at 16000 Hz; choose",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "words"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
+)
+def test_malformed_folder_raises_one_line(
+    change: Callable[[Path], object], keys: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = write_speech_folder(tmp_path / "words")
+    change(folder)
+
+    with pytest.raises(UserError) as refused:
+        load(folder, **keys)
+
+    message = str(refused.value)
+    assert words.replace("DIR", str(folder)) in message, message
+    assert message.startswith("data.") and "\n" not in message
+
+
+def test_folder_without_words_or_training_raises_one_line(tmp_path: Path) -> None:
+    write_wav(tmp_path / "flat" / "ann_nohash_0.wav")
+    with pytest.raises(UserError, match="expected a folder for each of at least two words, got no"):
+        load(tmp_path / "flat")
+    lists = {"validation_list.txt": ("cid",), "testing_list.txt": ("dora",)}
+    write_speech_folder(tmp_path / "all", speakers={"cid": 1, "dora": 1}, lists=lists)
+    with pytest.raises(UserError, match="all recordings are in the lists, none is left"):
+        load(tmp_path / "all")
+    with pytest.raises(UserError, match="expected a folder, got a file"):
+        load(write_wav(tmp_path / "a.wav"))
+    with pytest.raises(UserError, match=r"data\.name: expected a source, got the folder .*=speech"):
+        check_source(SourceConfig(name=str(tmp_path / "all")))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"words": ("yes",)}, "words"),
+        ({"words": ("yes", "yes")}, "list each word once"),
+        ({"words": (True, "up")}, "YAML reads yes, no, on and off without quotes as true; write"),
+        ({"window": 2.0}, "window: must be <= seconds=1, got 2"),
+        ({"rate": 100}, "rate"),
+    ],
+)
+def test_invalid_speech_settings_are_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SpeechConfig(**keys)
+
+
+def pack(folder: Path, archive: Path) -> str:
+    """Write the archive of a folder as it is published, and return its MD5 checksum."""
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname=".")
+    return md5(archive.read_bytes())
+
+
+def publish(server: tuple[str, Path], words: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a data set, serve its archive in place of the published one, and return the archive."""
+    address, served = server
+    archive = served / "speech_commands_v0.02.tar.gz"
+    checksum = pack(write_speech_folder(words), archive)
+    monkeypatch.setattr(speech, "URL", address + archive.name)
+    monkeypatch.setattr(speech, "MD5", checksum)
+    return archive
+
+
+def test_speech_commands_is_downloaded_once(
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    archive = publish(server, tmp_path / "words", monkeypatch)
+    root = tmp_path / "root"
+
+    first = load(name="speech_commands", root=root)
+    archive.unlink()
+    again = load(name="speech_commands", root=root, words=("yes", "no"))
+
+    assert first.name == "speech_commands" and "CC BY 4.0" in first.about
+    assert first.train.group_names == ("ann", "bob") and len(first.train) == 12
+    assert first.test is not None and len(first.test) == 6 and len(again.train) == 8
+    # The archive is removed, and no partial folder remains.
+    assert [entry.name for entry in root.iterdir()] == ["speech_commands_v0.02"]
+
+
+def test_damaged_download_is_refused(
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    archive = publish(server, tmp_path / "words", monkeypatch)
+    rewrite(archive, lambda content: content[:-100])
+
+    with pytest.raises(UserError) as refused:
+        load(name="speech_commands", root=tmp_path / "root")
+
+    message = str(refused.value)
+    assert message.startswith("data.name: download of speech_commands failed (RuntimeError: File ")
+    assert message.endswith("; set data.name=speech and data.path to a local folder")
+    assert not (tmp_path / "root" / "speech_commands_v0.02").exists()
+
+
+def test_interrupted_extraction_leaves_no_folder(
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    archive = publish(server, tmp_path / "words", monkeypatch)
+
+    def full(_archive: str, folder: str) -> None:
+        (Path(folder) / "yes").mkdir()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr("torchvision.datasets.utils.extract_archive", full)
+        load(name="speech_commands", root=tmp_path / "root")
+    assert [e.name for e in (tmp_path / "root").iterdir()] == [archive.name]
+    archive.unlink()
+
+    # The archive that was downloaded is extracted.
+    assert len(load(name="speech_commands", root=tmp_path / "root").train) == 12
+
+
+def test_generated_recordings_match_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech, "RECORDINGS", 10)
+    dataset = load()
+
+    train = dataset.train
+    assert dataset.simulated and dataset.task.names == voices.NAMES
+    assert train.group is not None and len(train.group_names) == 9
+    assert train.group_names[0] == "phone_1" and train.group_names[-1] == "smart_speaker_3"
+    counts = train.group.bincount()
+    assert int(counts.min()) >= 80 and int(counts.max()) <= 140
+    assert dataset.validation is not None and dataset.test is not None
+    assert dataset.test.labels.bincount().tolist() == [12] * 10
+    assert bool(train.x.isfinite().all()) and train.x.shape[1:] == (49, 40)
+    # Old phones do not record the upper bands, in which phones record the sound s.
+    loud = [train.x[train.group == g][..., 34:38].amax((1, 2)).mean() for g in (0, 3)]
+    assert loud[0] > loud[1] + 1
+
+
+def test_generated_data_sets_share_no_voice(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def listed(*key: str | int) -> voices.Voice:
+        used.append("/".join(map(str, key)))
+        return voices.make_voice(*key)
+
+    monkeypatch.setattr(speech, "RECORDINGS", 2)
+    monkeypatch.setattr(speech, "make_voice", listed)
+    load()
+    load(name="speech_public")
+    assert len(used) == len(set(used)) == 9 + 6 + 12 + 9
+
+
+def test_voice_has_the_pitch_of_the_person() -> None:
+    low = replace(voices.make_voice("a"), pitch=100.0, melody=0.0, breath=0.0)
+    high = replace(low, pitch=200.0)
+    word = np.full(4, voices.NAMES.index("no"))
+
+    for voice in (low, high):
+        waves = voices.speak(voice, word, np.random.default_rng(0))
+        # The most similar shift of the recording, between 1/400 and 1/60 of a second.
+        power = torch.fft.rfft(waves, 2 * RATE).abs().square()
+        similarity = torch.fft.irfft(power)[:, RATE // 400 : RATE // 60].mean(0)
+        shift = int(similarity.argmax()) + RATE // 400
+        assert RATE / shift == pytest.approx(voice.pitch, rel=0.1)
+
+
+def test_device_limits_the_bandwidth_and_adds_noise() -> None:
+    voice = voices.make_voice("a")
+    words = np.arange(10)
+    clean = voices.speak(voice, words, np.random.default_rng(0))
+    wide = voices.RecordingDevice(50, 7900, 0, -60, 0.1, 0.01)
+
+    def power(device: voices.RecordingDevice) -> torch.Tensor:
+        waves = voices.record(device, clean, np.random.default_rng(0))
+        assert waves.dtype == torch.float32 and float(waves.abs().max()) <= 1
+        return torch.fft.rfft(waves).abs().square().mean(0)
+
+    reference = power(wide)
+    narrow = power(replace(wide, highest=3400.0))
+    noisy = power(replace(wide, noise=0.0))
+
+    assert narrow[5000:].sum() < 0.05 * reference[5000:].sum()
+    assert narrow[500:2500].sum() > 0.8 * reference[500:2500].sum()
+    assert noisy.sum() > 1.2 * reference.sum()
+
+
+def test_settings_of_files_are_refused_for_generated_recordings() -> None:
+    for keys, words in (
+        ({"rate": 8000}, r"data\.speech\.rate: must be 16000 for generated recordings, got 8000"),
+        ({"seconds": 2.0}, r"data\.speech\.seconds: must be 1 for generated recordings, got 2"),
+        ({"speakers": 3}, r"data\.speech\.speakers: needs path"),
+        ({"words": ("yes", "dwn")}, "unknown word 'dwn' of generated.*; did you mean 'down'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(**keys)

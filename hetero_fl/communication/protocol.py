@@ -97,16 +97,37 @@ class AggregatedUploads:
     dropouts: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class SealedAggregate:
+    """New state of a server that a client computed from an encrypted sum of uploads.
+
+    Args:
+        clients: Ids of the clients whose uploads are in the sum.
+        state: The server's state, which the server cannot decrypt. Empty if training diverged.
+        loss: Mean training loss of the clients. None if no client reports a loss.
+        diverged: Reason why training in the aggregation diverged. Empty if it did not diverge.
+        dropouts: Reasons why the uploads of other clients are not in the sum, keyed by client id.
+    """
+
+    clients: list[str]
+    state: bytes
+    loss: float | None = None
+    diverged: str = ""
+    dropouts: dict[str, str] = field(default_factory=dict)
+
+
 class Exchange(Interface):
     """Interface of an exchange: one request to each of several clients, and their replies.
 
     Attributes:
         kind: Kind of the request.
         clients: Ids of the clients that receive the request.
+        waits_for_nodes: Whether the server waits for disconnected clients if too few are left.
     """
 
     kind: str
     clients: Sequence[str]
+    waits_for_nodes: bool
 
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
         """Return the request to a client.
@@ -124,7 +145,7 @@ class Exchange(Interface):
         """
 
 
-Exchanges = Generator[Exchange, None, AggregatedUploads | None]
+Exchanges = Generator[Exchange, None, AggregatedUploads | SealedAggregate | None]
 
 
 @dataclass(frozen=True)
@@ -140,17 +161,35 @@ class TrainingRequest:
     reply: Callable[[Any], Message]
 
 
+@dataclass(frozen=True)
+class AggregationRequest:
+    """Request to aggregate a sum of uploads at the client.
+
+    Attributes:
+        compute: Function that computes the reply with the backend of the client.
+    """
+
+    compute: Callable[[Any], Message]
+
+
 class RoundProtocol(Interface):
     """Interface of protocols, which define the exchanges by which uploads reach the server.
 
     Attributes:
         setup: Kinds of the exchanges before the exchange "train", in which clients train.
+        requests: Kinds of all requests, in the order of the exchanges.
         takes_payload: Whether the protocol accepts broadcasts and uploads that are not encoded. If
             True, encoding can be omitted if server and clients are in the same process.
+        has_one_time_requests: Whether requests refer to secrets that are valid for one sum only.
+        hides_server: Whether the server cannot read its own models and state, which clients
+            compute and decrypt.
     """
 
     setup: tuple[str, ...]
+    requests: tuple[str, ...]
     takes_payload: bool
+    has_one_time_requests: bool
+    hides_server: bool
 
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         """Yield the exchanges of a round.
@@ -162,7 +201,8 @@ class RoundProtocol(Interface):
             round_idx: Index of the round.
 
         Returns:
-            The sum of the uploads if the protocol reveals only the sum, otherwise None.
+            The sum of the uploads if the protocol reveals only the sum, the new state of the server
+            if clients aggregate, otherwise None.
 
         Raises:
             RoundAbandonedError: If too few clients are left.
@@ -170,7 +210,7 @@ class RoundProtocol(Interface):
 
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
-    ) -> Message | TrainingRequest:
+    ) -> Message | TrainingRequest | AggregationRequest:
         """Answer a request on the client.
 
         Args:
@@ -181,7 +221,18 @@ class RoundProtocol(Interface):
                 mapping is modified in place.
 
         Returns:
-            The reply, or a request to train if the client must compute an upload first.
+            The reply, or a request to train or to aggregate if the client must compute first.
+        """
+
+    def broadcast_in(self, client_id: str, message: Message) -> Content:
+        """Return the broadcast in a request, as the client reads it.
+
+        Args:
+            client_id: The client.
+            message: A request of kind "train", or of kind "read", which requests an evaluation.
+
+        Raises:
+            PayloadError: If the request is malformed or cannot be decrypted.
         """
 
     def sizes(
@@ -206,6 +257,7 @@ class TrainExchange(Exchange):
 
     clients: Sequence[str]
     kind: str = "train"
+    waits_for_nodes: bool = True
 
     @override
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
@@ -220,7 +272,10 @@ class DirectProtocol(RoundProtocol):
     """Protocol with a single exchange, in which clients receive a broadcast, train and upload."""
 
     setup: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ("train",)
     takes_payload = True
+    has_one_time_requests = False
+    hides_server = False
 
     @override
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
@@ -232,6 +287,10 @@ class DirectProtocol(RoundProtocol):
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
     ) -> TrainingRequest:
         return TrainingRequest(message.content, _upload)
+
+    @override
+    def broadcast_in(self, client_id: str, message: Message) -> Content:
+        return message.content
 
     @override
     def sizes(

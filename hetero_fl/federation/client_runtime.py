@@ -24,6 +24,7 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.recalibration import recalibrated_models, recalibrates_evaluation
 from hetero_fl.communication.protocol import (
+    AggregationRequest,
     Content,
     Message,
     Reply,
@@ -36,6 +37,7 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload, report_with_loss
 from hetero_fl.core.plan import Plan, Rows
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.stored_rows import targets
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples
 from hetero_fl.engine.driver import (
@@ -67,6 +69,11 @@ EVALUATION_SETS = {
 MAX_CONFUSION_CLASSES = 100
 # Maximum number of cached tensors (logits and labels) that several clients share.
 MAX_SHARED = 64
+
+
+def _fits_local_tests(client: Participant) -> bool:
+    """Return whether a client's model is personalized only before local tests."""
+    return client.settings.fine_tune_before == "local_tests"
 
 
 class ReceivedBroadcast(NamedTuple):
@@ -277,6 +284,8 @@ class ClientRuntime:
             answer = self.protocol.answer(client_id, request, request.round_idx, self.store.notes)
             if isinstance(answer, Message):
                 replies[client_id] = answer
+            elif isinstance(answer, AggregationRequest):
+                replies[client_id] = answer.compute(self.backend)
             else:
                 training[client_id] = answer
         clients: dict[str, Participant] = {}
@@ -384,9 +393,10 @@ class ClientRuntime:
     def deploy_clients(
         self, received: Mapping[str, Payload], round_idx: int
     ) -> dict[str, Participant]:
-        """Return copies of clients with the personalized models for deployment.
+        """Return copies of clients with the models for deployment.
 
-        The private states in the store do not change.
+        The models are personalized, except for clients whose models are personalized only before
+        local tests. The private states in the store do not change.
 
         Args:
             received: The decoded broadcast of each client, keyed by client id.
@@ -399,9 +409,28 @@ class ClientRuntime:
             DivergedError: If training for deployment diverges.
         """
         clients = {c: self.federation.client(c, self.store.get(c), round_idx) for c in received}
-        for hook in (self.algorithm.deploy, self.algorithm.personalize):
-            self._run({c: hook(p, received[c]) for c, p in clients.items()}, clients)
+        self._run({c: self.algorithm.deploy(p, received[c]) for c, p in clients.items()}, clients)
+        self._personalize({c: p for c, p in clients.items() if not _fits_local_tests(p)}, received)
         return clients
+
+    def _personalize(
+        self, clients: Mapping[str, Participant], received: Mapping[str, Payload]
+    ) -> None:
+        """Adapt the models of clients to their own rows."""
+        plans = {c: self.algorithm.personalize(p, received[c]) for c, p in clients.items()}
+        self._run(plans, clients)
+
+    def _local_clients(
+        self, clients: Mapping[str, Participant], received: Mapping[str, Payload]
+    ) -> dict[str, Participant]:
+        """Return the clients with the models that predict their own rows."""
+        adapted = {
+            c: replace(p, models={slot: dict(tensors) for slot, tensors in p.models.items()})
+            for c, p in clients.items()
+            if _fits_local_tests(p)
+        }
+        self._personalize(adapted, received)
+        return {**clients, **adapted}
 
     def evaluate(
         self, broadcasts: Mapping[str, Content], round_idx: int, details: bool = False
@@ -423,23 +452,39 @@ class ClientRuntime:
         """
         for client in broadcasts:
             self._report_progress(client, "evaluation")
-        received = {
-            c: self.broadcast_cache.get(c, round_idx, content) for c, content in broadcasts.items()
+        contents = {
+            c: self.protocol.broadcast_in(c, Message("read", content, round_idx))
+            for c, content in broadcasts.items()
         }
-        return self._evaluate_clients(self.deploy_clients(received, round_idx), details)
+        received = {
+            c: self.broadcast_cache.get(c, round_idx, content) for c, content in contents.items()
+        }
+        clients = self.deploy_clients(received, round_idx)
+        return self._evaluate_clients(clients, self._local_clients(clients, received), details)
 
     def _evaluate_clients(
-        self, clients: Mapping[str, Participant], details: bool
+        self,
+        clients: Mapping[str, Participant],
+        local_clients: Mapping[str, Participant],
+        details: bool,
     ) -> dict[str, ClientEvaluation]:
+        """Evaluate clients.
+
+        Args:
+            clients: The clients with the models for the global test.
+            local_clients: The clients with the models for their own rows.
+            details: See `evaluate`.
+        """
         evaluations = {c: ClientEvaluation() for c in clients}
         views = {
-            is_personal: self._recalibrate(clients, is_personal) for is_personal in (False, True)
+            False: self._recalibrate(clients, personal=False),
+            True: self._recalibrate(local_clients, personal=True),
         }
         if details:
             for c in clients:
                 evaluations[c].model = self._save_model(views[False][c], views[True][c]).encode()
         for name, (rows, is_personal) in EVALUATION_SETS.items():
-            labels = {c: self._on_host(p.data(rows, None)["y"]) for c, p in clients.items()}
+            labels = {c: self._on_host(targets(p.data(rows, None))) for c, p in clients.items()}
             with_rows = {c: p for c, p in views[is_personal].items() if len(labels[c])}
             plans = {
                 c: self.algorithm.predict(p, Rows(rows), is_personal) for c, p in with_rows.items()
@@ -467,7 +512,7 @@ class ClientRuntime:
 
         Args:
             participant: The client.
-            local: The client with the BatchNorm statistics for predictions on local rows.
+            local: The client with the tensors for predictions on local rows.
         """
         task = self.federation.task
         slot, view = inference_model(self.algorithm, participant)
@@ -475,12 +520,12 @@ class ClientRuntime:
         zeros = torch.zeros(task.outputs, device=self.federation.memory.storage_device)
         prior = adjust_to_labels(self.algorithm, participant, zeros, personal=True)
         correction = -adjust_to_labels(self.algorithm, participant, zeros, personal=False)
-        # The model's file must not reveal the label frequencies of a private client, nor statistics
-        # of its rows.
+        # The model's file must not reveal the label frequencies of a private client, nor tensors
+        # that depend on its rows.
         is_private = self.federation.privacy is not None
         may_save_prior = not is_private or self.federation.has_noisy_counts
         tensors = participant.models[slot]
-        statistics = {
+        local_tensors = {
             name: tensor
             for name, tensor in local.models[slot].items()
             if tensor is not tensors[name] and not is_private
@@ -495,7 +540,7 @@ class ClientRuntime:
             layout.columns,
             layout.categories,
             tuple(correction.tolist()) if bool(correction.any()) and may_save_prior else None,
-            statistics,
+            local_tensors,
         )
 
     def _add_details(

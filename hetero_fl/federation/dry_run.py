@@ -42,6 +42,7 @@ from hetero_fl.core.plan import (
 )
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import Work, reported_loss, run_plan, translate_user_errors
+from hetero_fl.engine.operations import step_flops
 from hetero_fl.engine.templates import Templates
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.accounting import PrivacyCharge
@@ -65,15 +66,18 @@ class DryRunBackend:
     Attributes:
         templates: Modules, keyed by architecture.
         computed: Keys of the steps for which a placeholder has been returned.
+        operations: Number of floating-point operations of these steps (see `step_flops`).
     """
 
     def __init__(self) -> None:
         self.templates = Templates(DeviceMemory(CPU))
         self.computed: set[StepKey] = set()
+        self.operations = 0
 
     def run(self, work: Work) -> list[Any]:
         """Return a placeholder for the result of each step, in order."""
         self.computed.update(step.key for _, step in work)
+        self.operations += sum(step_flops(participant, step) for participant, step in work)
         return [self._result_of_shape(participant, step) for participant, step in work]
 
     def _result_of_shape(self, participant: Participant, step: Step) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.population import Population
@@ -48,6 +49,14 @@ MAX_EVALUATED = 1000
 NUM_REPRESENTATIVE = 100
 
 
+def as_sender(server: Participant, client_id: str) -> Participant:
+    """Return the server as the sender of a broadcast to a client.
+
+    The random draws of the broadcast depend on the client.
+    """
+    return replace(server, participant_id=f"{server.participant_id} to {client_id}", stream_uses={})
+
+
 @dataclass
 class FederationSpec:
     """Specification of a federation: clients, models, data and settings.
@@ -76,6 +85,7 @@ class FederationSpec:
         privacy: Settings of differential privacy, or None if the run is not private.
         noise: Source of the noise for differential privacy. In a deployment, the noise is drawn
             from the random number generator of the operating system.
+        shared_key: Key of homomorphic encryption, which the clients share. None at the server.
         metrics: References to user-defined metrics, keyed by name.
         memory: Memory of the device on which participants store tensors.
     """
@@ -97,6 +107,7 @@ class FederationSpec:
     malicious: MaliciousClients | None = None
     privacy: PrivacyConfig | None = None
     noise: NoiseSource = field(default_factory=lambda: KeyedNoiseSource(0))
+    shared_key: SharedKey | None = None
     metrics: Mapping[str, str] = field(default_factory=dict)
     memory: DeviceMemory = field(default_factory=lambda: DeviceMemory(CPU), repr=False)
     _initial: dict[str, Tensors] = field(default_factory=dict, repr=False)

@@ -97,7 +97,8 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
         clients: Sequence[str],
         task: int,
     ) -> Iterator[tuple[str, Reply]]:
-        arrivals = self.executor.as_completed(clients, partial(collector.request, exchange))
+        requests = partial(collector.request, exchange)
+        arrivals = self.executor.as_completed(clients, requests, waits=exchange.waits_for_nodes)
         return in_order(clients, self._in_time(schedule, clients, arrivals))
 
     def _in_time(

@@ -69,6 +69,9 @@ class SynchronousTrainer(FederatedTrainer):
         """
 
         def aggregate() -> None:
+            if collector.sealed is not None:
+                self.adopt_state(collector.sealed)
+                return
             if collector.rules is not None:
                 scratch = replace(self.server, models=dict(self.server.models), stream_uses={})
                 run_plan(collector.uploads.prepare(scratch), scratch, self.backend)

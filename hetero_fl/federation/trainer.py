@@ -11,23 +11,31 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast, is_user_method, runs_user_code
 from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
-from hetero_fl.communication.protocol import Content, Message, Traffic, content_size
+from hetero_fl.communication.protocol import (
+    Content,
+    Message,
+    SealedAggregate,
+    Traffic,
+    content_size,
+)
 from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.metrics import Scores, summarize_clients
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
 from hetero_fl.core.plan import Predict, Recalibrate, Rows
+from hetero_fl.core.stored_rows import targets
 from hetero_fl.engine.driver import DivergedError, translate_user_errors
-from hetero_fl.federation.broadcasts import make_broadcasts
+from hetero_fl.federation.broadcasts import Broadcasts, make_broadcasts
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import ClientAbsentError, Executor
-from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.secure_aggregation import make_protocol
+from hetero_fl.federation.federation import FederationSpec, as_sender
 from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.summed_uploads import make_protocol
+from hetero_fl.federation.summed_uploads.hidden_server import SealedBroadcasts
 from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
@@ -140,7 +148,6 @@ class FederatedTrainer(ABC):
             and not self.keeps_requests
             and not runs_user_code(algorithm, federation.client_infos)
         )
-        self.broadcasts = make_broadcasts(self.links, self.store.stamp, self.hands_over)
         self.expectations = ExpectedUploads(algorithm, federation)
         self.privacy = ServerPrivacy.from_federation(
             self.expectations.privacy, federation, self.expectations.expected_items, per_round
@@ -159,6 +166,11 @@ class FederatedTrainer(ABC):
             algorithm.setup(self.server)
         self.server.models = self.federation.memory.to_storage(self.server.models)
         self.server.state = self.federation.memory.to_storage(self.server.state)
+        self.broadcasts: Broadcasts = (
+            SealedBroadcasts(self.server)
+            if self.protocol.hides_server
+            else make_broadcasts(self.links, self.store.stamp, self.hands_over)
+        )
         self._clear_broadcasts()
 
     @property
@@ -214,6 +226,27 @@ class FederatedTrainer(ABC):
         return
 
     @property
+    def server_slot(self) -> str | None:
+        """Name of the server's model that is evaluated and saved.
+
+        None if the server has no model, or cannot read its model.
+        """
+        if self.protocol.hides_server:
+            return None
+        return self.algorithm.server_model(self.server)
+
+    def adopt_state(self, aggregate: SealedAggregate) -> None:
+        """Set the server's state to the result of an aggregation at a client.
+
+        Raises:
+            DivergedError: If training in the aggregation diverged.
+        """
+        if aggregate.diverged:
+            raise DivergedError(aggregate.diverged)
+        assert isinstance(self.broadcasts, SealedBroadcasts)
+        self.broadcasts.replace(aggregate.state)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the inputs other than data and configuration, or "" if there are none."""
         return ""
@@ -234,11 +267,7 @@ class FederatedTrainer(ABC):
         The method may be called several times and in any order of clients, because random draws are
         seeded with the client id.
         """
-        server = replace(
-            self.server,
-            participant_id=f"{self.server.participant_id} to {client_info.client_id}",
-            stream_uses={},
-        )
+        server = as_sender(self.server, client_info.client_id)
         payload = call_broadcast(self.algorithm, server, client_info)
         return payload if self.privacy is None else self.privacy.add_bounds(payload)
 
@@ -490,14 +519,14 @@ class FederatedTrainer(ABC):
         return {**tensors, **statistics}
 
     def _evaluate_server(self) -> dict[str, Scores] | None:
-        slot = self.algorithm.server_model(self.server)
+        slot = self.server_slot
         if slot is None:
             return None
         view = self.federation.preprocessing_of(slot)
         server = replace(self.server, models={slot: self.server_tensors(slot)})
         scores = {}
         for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
-            y = self.server.data(rows, view)["y"].cpu()
+            y = targets(self.server.data(rows, view)).cpu()
             if len(y):
                 (logits,) = self.backend.run([(server, Predict(slot, Rows(rows, preprocess=view)))])
                 unit = self.federation.data.extra_columns(self.server.participant_id, rows).unit

@@ -13,6 +13,7 @@ from hetero_fl.communication.protocol import (
     Exchange,
     Message,
     Reply,
+    SealedAggregate,
     Traffic,
 )
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
@@ -21,7 +22,7 @@ from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.executors.base import ClientLateError
-from hetero_fl.federation.secure_aggregation import open_sums
+from hetero_fl.federation.summed_uploads.derived_setup import open_sums
 from hetero_fl.robustness.robust_means import AggregationRules
 from hetero_fl.utils.errors import NoUploadError, RoundAbandonedError, RunFailedError
 from hetero_fl.utils.text import pluralize
@@ -46,7 +47,7 @@ class UploadCollector:
 
     Attributes:
         uploads: The uploads that the method aggregates.
-        losses: Training loss, keyed by client id. With secure aggregation, the only entry is
+        losses: Training loss, keyed by client id. If uploads are summed, the only entry is
             "mean".
         logged: Values that clients logged, keyed by client id and name.
         failed: Reasons why clients sent no usable upload, keyed by client id.
@@ -56,6 +57,7 @@ class UploadCollector:
         abandoned: Error with which the protocol abandoned the round, or None.
         attempts: Number of attempts at the round, including this one.
         diverged: Reason why training at the server diverged. Empty if training did not diverge.
+        sealed: State of the server that a client computed, if the server cannot read uploads.
         up_bytes: Bytes uploaded in the round.
     """
 
@@ -83,6 +85,7 @@ class UploadCollector:
         self.abandoned: RoundAbandonedError | None = None
         self.attempts = 1
         self.diverged = ""
+        self.sealed: SealedAggregate | None = None
         self.up_bytes = 0
         # Bytes sent to clients, keyed by kind of the exchange and client id.
         self._sent_bytes: dict[tuple[str, str], int] = {}
@@ -144,8 +147,10 @@ class UploadCollector:
         except RoundAbandonedError as error:
             self._abandon(error)
             return
-        if total is not None:
+        if isinstance(total, AggregatedUploads):
             self._open_sum(total)
+        elif total is not None:
+            self._keep_sealed(total)
         if self._waiting:
             self._poison()
 
@@ -247,7 +252,21 @@ class UploadCollector:
             for info in client_infos
         ]
         layout = protocol.agreed.layout(self.round_idx)
-        self.uploads, loss = open_sums(aggregated, layout, protocol.fixed, forms, self._noise)
+        vector = protocol.fixed.decode(aggregated.total)
+        self.uploads, loss = open_sums(vector, aggregated.unit, layout, forms, self._noise)
+        self._record_sum(aggregated, loss)
+
+    def _keep_sealed(self, aggregate: SealedAggregate) -> None:
+        """Keep the result of an aggregation at a client."""
+        self.sealed = aggregate
+        specs = self.trainer.expectations.specs
+        self.uploads = Uploads.from_sums(len(aggregate.clients), {}, {}, {}, specs=specs)
+        self._record_sum(aggregate, aggregate.loss)
+
+    def _record_sum(
+        self, aggregated: AggregatedUploads | SealedAggregate, loss: float | None
+    ) -> None:
+        """Record the mean training loss and the clients whose uploads are not in a sum."""
         if loss is not None:
             self.losses = {"mean": loss}
         # Clients that dropped out after their upload are part of the sum.

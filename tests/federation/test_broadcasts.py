@@ -22,7 +22,7 @@ from hetero_fl.federation.broadcasts import (
     EstimateBroadcasts,
     read_broadcast,
 )
-from hetero_fl.federation.cost import communication_cost
+from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import encode
@@ -322,7 +322,7 @@ def test_cost_matches_traffic(method: str) -> None:
     for _ in range(3):
         assert not trainer.run_round()["failed"]
         trainer.evaluate()
-    cost = communication_cost(prepared.method, prepared.federation, 3, per_round)
+    cost = expected_cost(prepared.method, prepared.federation, 3, per_round)
     estimated = (cost.up.total(), cost.down.total() + cost.evaluation.total())
     counted = (trainer.traffic.up, trainer.traffic.down)
     if cost.is_upper_bound:
@@ -347,7 +347,7 @@ def test_cost_counts_missed_changes(models: Any, every: int, chain: str) -> None
             trainer.evaluate()
         evaluated += trainer.traffic.down - before
 
-    cost = communication_cost(prepared.method, prepared.federation, rounds, 1, every=every)
+    cost = expected_cost(prepared.method, prepared.federation, rounds, 1, every=every)
 
     estimated = (cost.down.total(), cost.evaluation.total())
     counted = (trainer.traffic.down - evaluated, evaluated)

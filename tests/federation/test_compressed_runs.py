@@ -12,7 +12,7 @@ from hetero_fl.communication.link import UNSENT
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.cost import communication_cost
+from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
@@ -42,7 +42,7 @@ def test_every_method_runs_and_cost_matches_traffic(method: str, channel: dict[s
     for _ in range(2):
         assert not rounds.run_round()["failed"]
         rounds.evaluate()
-    cost = communication_cost(prepared.method, prepared.federation, 2)
+    cost = expected_cost(prepared.method, prepared.federation, 2)
     estimated, counted = (
         (cost.up.total(), cost.down.total() + cost.evaluation.total()),
         (rounds.traffic.up, rounds.traffic.down),
@@ -64,7 +64,7 @@ def test_cost_is_an_upper_bound_for_value_dependent_sizes(
     rounds = prepared.make_trainer()
     for _ in range(2):
         rounds.run_round()
-    cost = communication_cost(prepared.method, prepared.federation, 2)
+    cost = expected_cost(prepared.method, prepared.federation, 2)
     assert cost.is_upper_bound
     assert (
         0.3 * cost.up.total() < rounds.traffic.up <= cost.up.total()

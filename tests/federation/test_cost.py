@@ -12,7 +12,7 @@ from hetero_fl.algorithms import FedAvg
 from hetero_fl.cli import main
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.cost import (
-    communication_cost,
+    expected_cost,
 )
 from hetero_fl.federation.executors.choose import plan_memory
 from hetero_fl.reporting.formatting import format_bytes
@@ -43,7 +43,7 @@ METHODS += ["ds_fl", "kt_pfl", "fedgkt", "dense"]
 def estimate_and_count(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
     prepared = prepare(source)
     c = prepared.config
-    cost = communication_cost(
+    cost = expected_cost(
         prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
     assert not cost.is_upper_bound
@@ -107,7 +107,7 @@ def test_cost_is_an_upper_bound_for_learned_sizes(
 ) -> None:
     source = small("fedkd", rounds=4, clients__per_round=3)
     prepared = prepare(source)
-    cost = communication_cost(prepared.method, prepared.federation, 4, 3)
+    cost = expected_cost(prepared.method, prepared.federation, 4, 3)
     assert cost.is_upper_bound
     counted = run(source, out=tmp_path / "run").summary["communication"]
     most = (cost.up.total(), cost.down.total() + cost.evaluation.total())
@@ -154,7 +154,7 @@ def test_cost_of_custom_method_may_depend_on_the_round() -> None:
     source = small(f"python:{__name__}:Warming", rounds=3)
     rounds = rounds_of(source, num_rounds=0)
     assert [rounds.run_round()["failed"] for _ in range(3)] == [{}] * 3
-    cost = communication_cost(rounds.algorithm, rounds.federation, 3, every=1)
+    cost = expected_cost(rounds.algorithm, rounds.federation, 3, every=1)
     assert cost.up.total() == rounds.traffic.up
 
 
@@ -164,7 +164,7 @@ def test_cost_of_custom_method_may_depend_on_the_round() -> None:
 def asynchronous_cost_and_traffic(source: dict[str, Any]) -> tuple[list[int], list[int]]:
     prepared = prepare(source)
     c = prepared.config
-    cost = communication_cost(
+    cost = expected_cost(
         prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
     trainer = prepared.make_trainer()

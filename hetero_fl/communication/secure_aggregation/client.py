@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from hetero_fl.communication.protocol import Message, TrainingRequest
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.crypto import Words, apply_masks
+from hetero_fl.communication.secure_aggregation.crypto import apply_masks
 from hetero_fl.communication.secure_aggregation.messages import (
     REQUESTS,
     SEALED,
@@ -28,6 +28,7 @@ from hetero_fl.communication.secure_aggregation.messages import (
     encode_arrays,
     stack_byte_strings,
 )
+from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import PayloadError
 
 # Function that converts an encoded upload to the integers that are summed. The second argument is

@@ -14,9 +14,7 @@ import os
 import random
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -28,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from hetero_fl.config.communication import SecureAggregationConfig
+from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import PayloadError
 
 # The prime of Curve25519.
@@ -51,7 +49,6 @@ SECURITY = 40
 # Correctness in bits: the probability that a permitted number of dropouts ends a round is at most
 # 2^-20.
 CORRECTNESS = 20
-Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
 def new_key() -> bytes:
@@ -243,44 +240,6 @@ def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
         for cipher, off in ciphers:
             cipher.update_into(memoryview(zeros)[: 8 * len(part)], buffer)
             (np.subtract if off else np.add)(part, stream[: len(part)], out=part)
-
-
-@dataclass(frozen=True)
-class FixedPoint:
-    """Fixed-point format, in which x is encoded as the integer `round(x * 2**bits)` modulo 2^64.
-
-    Sums of encoded numbers are exact, and masks cancel without rounding errors. The configuration
-    guarantees that the sum over a cohort does not overflow: cohort * limit * 2^bits < 2^63.
-
-    Attributes:
-        bits: Number of fraction bits.
-        limit: Maximum magnitude of a number before encoding.
-    """
-
-    bits: int
-    limit: float
-
-    @classmethod
-    def from_config(cls, config: SecureAggregationConfig, cohort: int) -> FixedPoint:
-        """Create the format that a configuration determines for a cohort of a given size."""
-        return cls(config.num_fraction_bits(cohort), config.range)
-
-    def encode(self, values: np.ndarray) -> Words:
-        """Encode float64 values of shape `[L]` as uint64 integers of the same shape.
-
-        Raises:
-            PayloadError: If a value is not finite or exceeds the limit.
-        """
-        largest = float(np.abs(values).max(initial=0.0))
-        if not largest <= self.limit:
-            raise PayloadError(
-                f"channel.secure_sum.range: values must be <= {self.limit:g}, got {largest:.6g}"
-            )
-        return np.rint(values * 2.0**self.bits).astype(np.int64).view(np.uint64)
-
-    def decode(self, total: Words) -> np.ndarray:
-        """Decode a sum of encoded vectors of shape `[L]` to float64 values of the same shape."""
-        return total.view(np.int64) * 2.0**-self.bits
 
 
 def share_threshold(members: int) -> int:

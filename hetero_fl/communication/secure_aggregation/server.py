@@ -23,7 +23,6 @@ from hetero_fl.communication.protocol import (
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import pair_mask
 from hetero_fl.communication.secure_aggregation.crypto import (
-    Words,
     apply_masks,
     draw_neighbourhoods,
     num_neighbours,
@@ -39,6 +38,7 @@ from hetero_fl.communication.secure_aggregation.messages import (
     decode_arrays,
     encode_arrays,
 )
+from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import SPARE_BYTES, PayloadError
 from hetero_fl.utils.errors import RoundAbandonedError
 
@@ -57,6 +57,7 @@ class SecureExchange:
             arrays of the reply.
         check: Function with the same arguments that raises PayloadError for an invalid reply. If
             None, only names, data types and shapes of the arrays are checked.
+        waits_for_nodes: Whether the server waits for disconnected clients (see `Exchange`).
 
     Attributes:
         clients: Ids of the clients that receive a request.
@@ -68,6 +69,7 @@ class SecureExchange:
     arrays: Callable[[int, Callable[[str], Content]], Arrays]
     take: Callable[[int, Arrays], None]
     check: Callable[[int, Arrays], None] | None = None
+    waits_for_nodes: bool = True
 
     def __post_init__(self) -> None:
         self._silent = {self.secure_round.names[number]: number for number in self.numbers}

@@ -109,7 +109,7 @@ class RemoteExecutor(Executor, Protocol):
     on_reset: Callable[[str], object]
 
     def as_completed(
-        self, clients: Sequence[str], request: Callable[[str], Message]
+        self, clients: Sequence[str], request: Callable[[str], Message], *, waits: bool = True
     ) -> Iterator[tuple[str, Reply]]:
         """Send a request to each client, and yield the replies in the order of arrival.
 
@@ -117,6 +117,7 @@ class RemoteExecutor(Executor, Protocol):
             clients: Client ids.
             request: Function that returns the request to a client id. The function is called again
                 if a request is sent again.
+            waits: Whether to wait for disconnected clients if too few clients are left.
 
         Yields:
             Pairs of client id and reply.

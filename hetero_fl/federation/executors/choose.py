@@ -38,8 +38,8 @@ from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.torchrun import TorchrunPool, num_ranks
 from hetero_fl.federation.executors.workers import WorkerExecutor, WorkerPool, WorkerSetup
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.environment import (
     available_cores,
     choose_device,
@@ -341,6 +341,8 @@ def choose_executor(
         reasons.append(
             f"{chunk} clients at a time: small steps of {group} clients with one architecture"
         )
+    if chunk > 1 and federation.data.is_streamed:
+        reasons.append("data.stream: clients with images in files run one after the other")
     for key, executors in EXECUTOR_KEYS.items():
         if getattr(runtime, key) is not None and executor not in executors:
             reasons.append(f"runtime.{key}: has no effect except with {', '.join(executors)}")
@@ -466,9 +468,11 @@ def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torc
     """Return the expected number of clients of a round that benefit from vectorization.
 
     Only clients with the most frequent suitable architecture are counted. The result is 0 if the
-    number of these clients is too small, or if at most half of all clients have a suitable
-    architecture.
+    number of these clients is too small, if at most half of all clients have a suitable
+    architecture, or if the rows are read from files.
     """
+    if federation.data.is_streamed:
+        return 0
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
         model = describe_model(profile.arch)

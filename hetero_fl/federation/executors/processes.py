@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -37,6 +35,7 @@ from hetero_fl.utils.processes import (
     ADVICE,
     UNGUARDED,
     adopt_environment,
+    exit_with_parent,
     ignore_interrupts_in_children,
     worker_context,
 )
@@ -418,16 +417,8 @@ def run_worker(
     """
     adopt_environment(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
     worker = Worker(setup, index)
     jobs = SharedMemoryConnection(connection, received_strings=BROADCASTS)
     with contextlib.suppress(EOFError, OSError):
         run_jobs(worker, jobs.receive, jobs.send)
-
-
-def _exit_with_parent() -> None:
-    """End this process when its parent has ended, even during a job."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

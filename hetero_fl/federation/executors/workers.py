@@ -41,8 +41,8 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
 from hetero_fl.federation.executors.base import Executor, client_chunks, drain, in_order
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
 

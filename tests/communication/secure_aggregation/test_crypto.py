@@ -16,7 +16,6 @@ from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.crypto import (
     BLOCK,
     COLLUDING,
-    FixedPoint,
     _hypergeometric_tail,
     _is_secure,
     apply_masks,
@@ -24,7 +23,7 @@ from hetero_fl.communication.secure_aggregation.crypto import (
     num_neighbours,
     share_threshold,
 )
-from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
+from hetero_fl.communication.vector_layout import FixedPoint, TensorKey, VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
 
@@ -121,7 +120,7 @@ def test_masks_are_keystreams_and_cancel() -> None:
 
 def test_fixed_point_encodes_limits() -> None:
     config = SecureAggregationConfig(range=1000)
-    fixed = FixedPoint.from_config(config, 3)
+    fixed = FixedPoint.from_config(config, 3, "channel.secure_sum")
     assert 3 * 1000 * 2**fixed.bits < 2**63 <= 3 * 1000 * 2 ** (fixed.bits + 1)
     values = np.array([1000.0, -1000.0, 0.1, -0.1, 2.0**-fixed.bits, 0.0])
     integers = fixed.encode(values)
@@ -216,7 +215,7 @@ def test_vectors_of_all_clients_have_equal_length() -> None:
     assert {len(v) for v in vectors} == {layout.size} and not vectors[-1].any()
     with pytest.raises(
         PayloadError,
-        match=r"item 'model': tensor 'head\.w' .* is not part of the secure aggregation",
+        match=r"item 'model': tensor 'head\.w' .* is not part of the summed vector",
     ):
         layout.pack("c", sent[0][1], 8.0)
     with pytest.raises(PayloadError, match="item 'rows': weight must have shape"):

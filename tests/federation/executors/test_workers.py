@@ -352,7 +352,7 @@ def test_three_worker_deaths_on_one_client_end_the_run(
     assert len(killed) == 3
 
 
-@pytest.mark.parametrize("method", ["Fails", "Leaves"])
+@pytest.mark.parametrize("method", ["Fails", "Exits", "Leaves"])
 def test_exception_in_worker_is_reported_in_one_line(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,9 +367,9 @@ def test_exception_in_worker_is_reported_in_one_line(
     if method == "Leaves":
         assert str(error.value) == "a worker process exited with status 3; see its error output"
         return
-    assert isinstance(error.value.__cause__, RemoteTracebackError) and "ZeroDivisionError" in str(
-        error.value.__cause__
-    )
+    kind = "ZeroDivisionError" if method == "Fails" else "SystemExit: 3"
+    assert isinstance(error.value.__cause__, RemoteTracebackError)
+    assert kind in str(error.value.__cause__) and kind in str(error.value)
     source["runtime"]["executor"] = "serial"
     with pytest.raises(RunFailedError) as serial_error:
         run(source, out=tmp_path / "serial")

@@ -1,7 +1,7 @@
-"""Secure aggregation in a federation: layout of the vectors, and conversion of sums to uploads.
+"""Layout of the vectors that clients send for a sum, and conversion of sums to uploads.
 
-Clients send vectors that contain the values and weights of all uploaded tensors (see
-`hetero_fl.communication.secure_aggregation`).
+The vectors contain the values and weights of all uploaded tensors (see
+`hetero_fl.communication.vector_layout`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ from hetero_fl.aggregation import Uploads
 from hetero_fl.aggregation.means import ItemSum, OwnerMeans
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.communication.protocol import AggregatedUploads, DirectProtocol, RoundProtocol
-from hetero_fl.communication.secure_aggregation.crypto import FixedPoint
-from hetero_fl.communication.secure_aggregation.protocol import (
-    SecureAggregation,
-    TensorKey,
-    VectorLayout,
-)
+from hetero_fl.communication.vector_layout import TensorKey, VectorLayout
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item
 from hetero_fl.federation.dry_run import ExpectedUploads
@@ -38,7 +32,7 @@ MAX_LAYOUTS = 8
 
 
 class DerivedSetup:
-    """Setup of secure aggregation that the server and each client derive independently.
+    """Setup of summed uploads that the server and each client derive independently.
 
     The layout of the vectors in a round is determined by a dry run of one client per
     `ClientProfile`.
@@ -136,39 +130,27 @@ class DerivedSetup:
         return self.federation.client_infos[client].num_rows
 
 
-def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
-    """Create the protocol by which uploads reach the server.
-
-    Secure aggregation is used if `channel.secure_sum` is configured and the method uploads items.
-    """
-    config = federation.channel.secure_sum
-    if config is None or not algorithm.uploads:
-        return DirectProtocol()
-    return SecureAggregation(config, federation.cohort, DerivedSetup(algorithm, federation))
-
-
 def open_sums(
-    aggregated: AggregatedUploads,
+    vector: np.ndarray,
+    unit: float,
     layout: VectorLayout,
-    fixed: FixedPoint,
     forms: Sequence[tuple[ClientInfo, Mapping[str, Item]]],
     noise: SumNoise | None = None,
 ) -> tuple[Uploads, float | None]:
-    """Convert a securely aggregated sum to the uploads of a round.
+    """Convert a sum of the clients' vectors to the uploads of a round.
 
     Named tensors with a total weight of zero are omitted, because no client sent these tensors.
 
     Args:
-        aggregated: The sum.
+        vector: The sum, dtype float64.
+        unit: Factor by which the clients divided values and weights.
         layout: Layout of the summed vectors.
-        fixed: Fixed-point format of the sum.
         forms: Pairs of a client in the sum and the expected items of the client's upload.
         noise: Privacy noise that is added to the sums. If None, no noise is added.
 
     Returns:
         The uploads, and the mean training loss. The loss is None if no client reports a loss.
     """
-    vector = fixed.decode(aggregated.total)
     common = layout.common
     senders: dict[str, list[ClientInfo]] = {}
     items: dict[str, ItemSum] = {}
@@ -179,7 +161,7 @@ def open_sums(
             senders.setdefault(name, []).append(client_info)
         for key in layout.tensor_keys(client_info.arch.spec_id, form):
             if key not in means:
-                total, weight = layout.read(key, vector, aggregated.unit)
+                total, weight = layout.read(key, vector, unit)
                 dtype = layout.slices[key].dtype
                 if key.tensor:
                     means[key] = ((total / weight).to(dtype), float(weight)) if weight > 0 else None

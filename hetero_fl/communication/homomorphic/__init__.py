@@ -1,0 +1,1 @@
+"""Homomorphic encryption of uploads: the server adds ciphertexts that it cannot decrypt."""

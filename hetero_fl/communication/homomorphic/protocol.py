@@ -1,0 +1,244 @@
+"""Homomorphic encryption as a round protocol. See docs/how_to/homomorphic_encryption.md.
+
+The server adds ciphertexts and cannot decrypt the sum. A client decrypts the sum, aggregates it as
+the server would, and returns the server's new state, which is sealed for all clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol as Interface
+
+import numpy as np
+from typing_extensions import override
+
+from hetero_fl.communication.homomorphic import ckks
+from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.homomorphic.messages import (
+    REQUESTS,
+    open_state,
+    seal_state,
+    train_sizes,
+)
+from hetero_fl.communication.homomorphic.server import HomomorphicRound
+from hetero_fl.communication.protocol import (
+    AggregationRequest,
+    Content,
+    Exchanges,
+    Message,
+    RoundProtocol,
+    TrainingRequest,
+    encoded,
+)
+from hetero_fl.communication.secure_aggregation.messages import Arrays, decode_arrays, encode_arrays
+from hetero_fl.communication.vector_layout import FixedPoint, SharedSetup, VectorLayout, weight_unit
+from hetero_fl.config.communication import HomomorphicConfig
+from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.utils.errors import NoUploadError
+
+Purpose = Literal["train", "evaluate"]
+
+
+class OpenedSum(NamedTuple):
+    """Decrypted sum of the uploads of a round.
+
+    Attributes:
+        clients: Ids of the clients in the sum.
+        vector: Sum of the clients' vectors, dtype float64.
+        unit: Factor by which the clients divided values and weights.
+    """
+
+    clients: list[str]
+    vector: np.ndarray
+    unit: float
+
+
+class AggregationResult(NamedTuple):
+    """Result of an aggregation at a client.
+
+    Attributes:
+        state: The server's encoded state after the aggregation.
+        loss: Mean training loss. None if no client reports a loss.
+    """
+
+    state: bytes
+    loss: float | None
+
+
+class ServerReplica(SharedSetup, Interface):
+    """Interface of the setup that all clients share, with which they compute the server's part.
+
+    Attributes:
+        client_ids: Ids of all clients of the federation, in order.
+    """
+
+    client_ids: Sequence[str]
+
+    def broadcast(self, client: str, state: bytes, round_idx: int, purpose: Purpose) -> bytes:
+        """Return the encoded broadcast of the server to a client.
+
+        Args:
+            client: The client.
+            state: The server's encoded state.
+            round_idx: Index of the round.
+            purpose: "train" or "evaluate".
+
+        Raises:
+            PayloadError: If the state is malformed.
+        """
+
+    def aggregate(
+        self, state: bytes, opened: OpenedSum, round_idx: int, backend: Any
+    ) -> AggregationResult:
+        """Aggregate the uploads of a round as the server would.
+
+        Args:
+            state: The server's encoded state before the aggregation.
+            opened: The decrypted sum.
+            round_idx: Index of the round.
+            backend: Backend that computes the steps of the server's plan.
+
+        Raises:
+            DivergedError: If training in the aggregation diverges.
+            PayloadError: If the state is malformed.
+        """
+
+
+class HomomorphicEncryption(RoundProtocol):
+    """Sum of uploads that are encrypted with CKKS (Cheon et al. 2017) under a key of the clients.
+
+    In the exchange "train", clients train and send encrypted vectors. In the exchange "open", one
+    client of the sum decrypts the sum and aggregates. If this client does not reply, the next one
+    receives the request. A client that drops out is not part of the sum.
+
+    Args:
+        config: Settings of homomorphic encryption.
+        cohort: Number of clients in a round.
+        replica: The setup that all clients share.
+        key: Key of the clients. None at the server.
+    """
+
+    setup: tuple[str, ...] = ()
+    requests: tuple[str, ...] = tuple(REQUESTS)
+    takes_payload = False
+    has_one_time_requests = False
+    hides_server = True
+
+    def __init__(
+        self,
+        config: HomomorphicConfig,
+        cohort: int,
+        replica: ServerReplica,
+        key: SharedKey | None = None,
+    ) -> None:
+        self.fixed = FixedPoint.from_config(config, cohort, "channel.homomorphic")
+        self.noise_bits = config.num_noise_bits(cohort)
+        self.agreed = replica
+        self._key = key
+
+    @property
+    def key(self) -> SharedKey:
+        """Key of the clients.
+
+        Raises:
+            PayloadError: If this participant has no key.
+        """
+        if self._key is None:
+            raise PayloadError("channel.homomorphic: this participant does not have the shared key")
+        return self._key
+
+    @override
+    def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
+        layout = self.agreed.layout(round_idx)
+        server = HomomorphicRound(
+            cohort,
+            self.agreed.client_ids,
+            (self._digest(layout), layout.size),
+            unit=weight_unit(map(self.agreed.num_rows, cohort)),
+            round_idx=round_idx,
+        )
+        return server.exchanges()
+
+    @override
+    def answer(
+        self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
+    ) -> Message | TrainingRequest | AggregationRequest:
+        try:
+            if message.kind not in REQUESTS:
+                raise PayloadError(f"unknown request {message.kind[:20]!r}")
+            request = decode_arrays(message.body, REQUESTS[message.kind])
+            layout = self.agreed.layout(round_idx)
+            if request["layout"].tobytes() != self._digest(layout):
+                raise PayloadError("layout: differs from the layout of this client")
+            if not 0 <= int(request["unit"][0]) < 64:
+                raise PayloadError("unit of weights: exponent must be between 0 and 63")
+            if message.kind == "open":
+                return AggregationRequest(partial(self._open_sum, request, layout, round_idx))
+            broadcast = self._broadcast(client_id, request["state"].tobytes(), round_idx, "train")
+        except PayloadError as error:
+            return _refused(error)
+
+        def encrypt(upload: Content) -> Message:
+            try:
+                unit = 2.0 ** int(request["unit"][0])
+                payload = Payload.decode(encoded(upload))
+                packed = layout.pack(self.agreed.aggregation_group(client_id), payload, unit)
+                words = self.fixed.encode(packed)
+            except PayloadError as error:
+                return _refused(error)
+            rows = ckks.encrypt(self.key.context, words, self.noise_bits)
+            name = np.frombuffer(bytearray(self.key.name), np.uint8)
+            return Message("train", encode_arrays({"key": name, "ciphertexts": rows}))
+
+        return TrainingRequest(broadcast, encrypt)
+
+    def _open_sum(
+        self, request: Arrays, layout: VectorLayout, round_idx: int, backend: Any
+    ) -> Message:
+        """Decrypt a sum, aggregate, and return a reply with the server's new state."""
+        try:
+            positions = request["clients"].tolist()
+            if not all(0 <= at < len(self.agreed.client_ids) for at in positions):
+                raise PayloadError("clients: positions outside the federation")
+            result = self.agreed.aggregate(
+                open_state(request["state"].tobytes(), self.key),
+                OpenedSum(
+                    [self.agreed.client_ids[at] for at in positions],
+                    self.fixed.decode(ckks.decrypt(self.key.context, request["sum"], layout.size)),
+                    2.0 ** int(request["unit"][0]),
+                ),
+                round_idx,
+                backend,
+            )
+        except PayloadError as error:
+            return _refused(error)
+        except NoUploadError as error:
+            return Message("diverged", str(error).encode())
+        state = np.frombuffer(bytearray(seal_state(result.state, self.key)), np.uint8)
+        loss = np.array([] if result.loss is None else [result.loss])
+        return Message("open", encode_arrays({"loss": loss, "state": state}))
+
+    @override
+    def broadcast_in(self, client_id: str, message: Message) -> Content:
+        if message.kind == "train":
+            state = decode_arrays(message.body, REQUESTS["train"])["state"].tobytes()
+            return self._broadcast(client_id, state, message.round_idx, "train")
+        return self._broadcast(client_id, message.body, message.round_idx, "evaluate")
+
+    @override
+    def sizes(
+        self, cohort: int, round_idx: int, broadcast: int, upload: int
+    ) -> dict[str, tuple[int, int]]:
+        # The exchange "open" takes place with one client only.
+        return {"train": train_sizes(self.agreed.layout(round_idx).size, broadcast)}
+
+    def _broadcast(self, client_id: str, state: bytes, round_idx: int, purpose: Purpose) -> bytes:
+        return self.agreed.broadcast(client_id, open_state(state, self.key), round_idx, purpose)
+
+    def _digest(self, layout: VectorLayout) -> bytes:
+        return layout.digest_with(repr((self.fixed, self.noise_bits, sorted(layout.unit_weights))))
+
+
+def _refused(error: PayloadError) -> Message:
+    return Message("refused", str(error).encode())

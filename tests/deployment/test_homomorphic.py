@@ -1,0 +1,193 @@
+"""Homomorphic encryption on nodes: the server has no key, and runs resume after crashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[he]'")
+
+from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.homomorphic.messages import REPLIES, REQUESTS
+from hetero_fl.communication.secure_aggregation.messages import decode_arrays
+from hetero_fl.deployment.audit_log import verify
+from hetero_fl.deployment.config import AllowsConfig, SiteConfig
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.transport import Envelope
+from hetero_fl.experiment import run
+from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.helpers.homomorphic import encrypted, shared_key
+from tests.helpers.nodes import ALL, LossyTransport, Sites, federation, records
+from tests.helpers.small_federations import same_bits
+
+CLIENTS = ["site_1", "site_2", "site_3"]
+CONFIG = encrypted("fedadam", "mlp", 3, rounds=2)
+
+
+class RecordingTransport(LossyTransport):
+    """A transport that records everything that the server receives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Envelope] = []
+        self.received: list[Envelope] = []
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        self.requests.append(envelope)
+        return super().push(node, envelope, within)
+
+    def pull(self, numbers: object, wait: float) -> dict[str, Envelope | None]:
+        found = super().pull(numbers, wait)  # type: ignore[arg-type]
+        self.received += [answer for answer in found.values() if answer is not None]
+        return found
+
+
+class KeyedSites(Sites):
+    """Nodes that share a key, or have the keys of `keys` by client."""
+
+    keys: dict[str, Path | None]
+    allows: AllowsConfig
+
+    def start(self, client: str) -> None:
+        key = self.keys[client]
+        site = SiteConfig(
+            client=client,
+            tells=ALL,
+            shared_key=None if key is None else str(key),
+            allows=self.allows,
+        )
+        node = Node(site, self.folder / client)
+        self.nodes[client] = self.transport.join(
+            lambda envelope: self._handle(client, node, envelope)
+        )
+
+
+def keyed_sites(
+    tmp_path: Path,
+    *rest: object,
+    keys: dict[str, Path | None] | None = None,
+    allows: AllowsConfig | None = None,
+    **options: object,
+) -> KeyedSites:
+    file = tmp_path / "shared.key"
+    shared_key().save(file)
+    KeyedSites.keys = {**dict.fromkeys(CLIENTS, file), **(keys or {})}
+    KeyedSites.allows = allows or AllowsConfig()
+    return KeyedSites(CLIENTS, tmp_path / "sites", *rest, **options)  # type: ignore[arg-type]
+
+
+def test_deployment_matches_simulation_and_hides_models(tmp_path: Path) -> None:
+    transport = RecordingTransport()
+    sites = keyed_sites(tmp_path, transport=transport)
+
+    deployed = federation(CONFIG, sites, tmp_path / "deployed")
+
+    simulated = run(CONFIG, out=tmp_path / "simulated", quiet=True)
+    for name in ("global", "personal", "server", "communication"):
+        assert deployed.summary[name] == simulated.summary[name]
+    for client in CLIENTS:
+        one, two = (r.model(client).state_dict() for r in (deployed, simulated))
+        assert same_bits(one, two)
+    tasks = [e for e in transport.requests if e.head.get("kind") == "answer"]
+    assert [e.head["what"] for e in tasks] == [*["train"] * 3, "open"] * 2
+    # The clients take turns to decrypt the sum.
+    logs = {c: verify(tmp_path / "sites" / c / "audit.jsonl") for c in CLIENTS}
+    assert {c: [e["round"] for e in log if e.get("what") == "open"] for c, log in logs.items()} == {
+        "site_1": [0],
+        "site_2": [1],
+        "site_3": [],
+    }
+    kinds = [e["kinds"] for e in logs["site_3"] if e.get("what") == "train"]
+    assert kinds == [["encrypted model: params, training loss"]] * 2
+
+
+def test_no_byte_at_the_server_reveals_the_key(tmp_path: Path) -> None:
+    transport = RecordingTransport()
+
+    federation(CONFIG, keyed_sites(tmp_path, transport=transport), tmp_path / "deployed")
+
+    key = shared_key()
+    at_server = b"".join(e.body for e in transport.received)
+    at_server += b"".join(
+        path.read_bytes() for path in (tmp_path / "deployed").rglob("*") if path.is_file()
+    )
+    for secret in (key.seal, key.secret[:64], key.secret[1000:1064], key.secret[-64:]):
+        assert secret not in at_server
+    assert not list((tmp_path / "deployed").rglob("*.key"))
+    uploads = [e for e in transport.received if e.head.get("what") == "train"]
+    names = {decode_arrays(e.body, REPLIES["train"])["key"].tobytes() for e in uploads}
+    assert names == {key.name}
+
+
+@pytest.mark.slow
+def test_node_that_dies_while_it_decrypts_is_replaced(tmp_path: Path) -> None:
+    sites = keyed_sites(tmp_path, {("site_1", 0, "open"): "before"}, away=None)
+
+    deployed = federation(CONFIG, sites, tmp_path / "deployed")
+
+    first, second = records(deployed)
+    assert first["counts"]["arrived"] == 3
+    assert second["counts"]["arrived"] == 2
+
+
+@pytest.mark.slow
+def test_server_killed_in_any_exchange_resumes(tmp_path: Path) -> None:
+    expected = run(CONFIG, out=tmp_path / "simulated", quiet=True)
+    sites = keyed_sites(tmp_path)
+
+    # 9 messages until all are ready, 4 per round and 3 per evaluation.
+    deployed = federation(CONFIG, sites, tmp_path / "deployed", [9 + 2, 9 + 4, 9 + 9, 9 + 4])
+
+    assert deployed.summary["global"] == expected.summary["global"]
+    for client in CLIENTS:
+        one, two = (r.model(client).state_dict() for r in (deployed, expected))
+        assert same_bits(one, two)
+
+
+def test_site_without_key_refuses_the_run(tmp_path: Path) -> None:
+    sites = keyed_sites(tmp_path, keys={"site_2": None})
+
+    with pytest.raises(RunFailedError, match=r"site_2: .*channel.homomorphic: requires shared_key"):
+        federation(CONFIG, sites, tmp_path / "deployed")
+
+
+def test_site_that_limits_cohorts_refuses_the_run(tmp_path: Path) -> None:
+    sites = keyed_sites(tmp_path, allows=AllowsConfig(cohort=2))
+
+    with pytest.raises(RunFailedError, match=r"homomorphic: cannot be combined .*allows.cohort"):
+        federation(CONFIG, sites, tmp_path / "deployed")
+
+
+def test_site_that_permits_sums_only_accepts_encryption(tmp_path: Path) -> None:
+    sites = keyed_sites(tmp_path, allows=AllowsConfig(secure_sum_only=True, steps=1000))
+
+    assert len(records(federation({**CONFIG, "rounds": 1}, sites, tmp_path / "deployed"))) == 1
+
+
+def test_site_with_another_key_is_left_out(tmp_path: Path) -> None:
+    other = tmp_path / "other.key"
+    SharedKey.generate().save(other)
+    sites = keyed_sites(tmp_path, keys={"site_3": other})
+
+    (record,) = records(federation({**CONFIG, "rounds": 1}, sites, tmp_path / "deployed"))
+
+    assert list(record["failed"]) == ["site_3"]
+    assert "encrypted with another key" in record["failed"]["site_3"]
+    assert list(record["unread"]) == ["site_3"]
+
+
+def test_invalid_key_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "shared.key"
+    with pytest.raises(UserError, match=r"the key cannot be read .*hetero-fl shared-key FILE"):
+        SharedKey.load(file)
+    file.write_bytes(b"not a key")
+    file.chmod(0o600)
+    with pytest.raises(UserError, match="not a key of homomorphic encryption"):
+        SharedKey.load(file)
+    shared_key().save(file)
+    assert SharedKey.load(file) == shared_key()
+    file.chmod(0o644)
+    with pytest.raises(UserError, match="other users can read this key; run chmod 600"):
+        SharedKey.load(file)
+    assert set(REQUESTS) == set(REPLIES)

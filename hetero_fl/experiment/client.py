@@ -83,6 +83,7 @@ class Client:
         recalibrate: Kinds of predictions for which BatchNorm statistics are recomputed.
         fine_tune_epochs: Number of epochs of fine-tuning on the client's rows before each
             evaluation.
+        fine_tune_before: Tests before which the model is fine-tuned: "all_tests" or "local_tests".
         objective: Loss of local training: a function of logits and targets, such as
             `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`; a subclass of `Objective`; or a
             reference `python:module:name`.
@@ -128,6 +129,7 @@ class Client:
         prior_correction: bool | None = None,
         recalibrate: Sequence[Recalibration] | None = None,
         fine_tune_epochs: int | None = None,
+        fine_tune_before: Literal["all_tests", "local_tests"] | None = None,
         objective: LossLike | type[Objective] | str | None = None,
         preprocess: PreprocessConfig | None = None,
         augment: AugmentConfig | None = None,

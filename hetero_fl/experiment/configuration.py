@@ -22,6 +22,7 @@ from hetero_fl.config.load import (
     read_config_file,
     translate_tutorial,
 )
+from hetero_fl.reporting.loggers import make_loggers
 from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.objects import iterate_objects
@@ -87,7 +88,7 @@ class DraftConfig:
         return UserError(f"{where}: {line}")
 
     def _override_in(self, section: str, line: str) -> str | None:
-        inside = [o for o in self.overrides if section == "here" or o.startswith(f"{section}.")]
+        inside = [o for o in self.overrides if o.startswith(f"{section}.")]
         if not inside or _find_error(self.written, []) == line:
             return None
         for override in reversed(inside):
@@ -102,9 +103,9 @@ def load_config(
 ) -> Config:
     """Load and check a configuration.
 
-    If an override selects a different algorithm than the file, the algorithm settings in the file
-    are ignored. JSON files in the format of a well-known tutorial (see `hetero_fl.config.load`) are
-    translated.
+    If an override selects a different algorithm, kind of partition, model or optimizer than the
+    file, its settings in the file are ignored. JSON files in the format of a well-known tutorial
+    (see `hetero_fl.config.load`) are translated.
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.
@@ -144,6 +145,11 @@ def load_config(
             config = Config.model_validate(draft.raw, context={ALLOW_CODE: True})
         except ValidationError as error:
             raise draft.error(describe_error(error, draft.raw)) from None
+    try:
+        # The settings of the loggers are valid if the loggers can be created.
+        make_loggers(config)
+    except UserError as error:
+        raise draft.error(str(error)) from None
     loaded = config.model_copy(update={"algorithm": _load_algorithm_config(draft, permission)})
     if "algorithm" not in config.model_fields_set:
         # `model_copy` marks the updated field as set.

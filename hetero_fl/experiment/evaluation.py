@@ -16,11 +16,12 @@ from torch import Tensor
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.stored_rows import Column, map_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
 from hetero_fl.data.preprocessing import usable_rows
-from hetero_fl.data.registry import reads_key
+from hetero_fl.data.registry import Key, reads_key
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
@@ -29,6 +30,8 @@ from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file, sugge
 from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
+SHARED_KEYS: tuple[Key, ...] = ("text", "speech")
+"""Keys of settings that apply to all data sets of the kind, which are texts and recordings."""
 
 
 def evaluate(
@@ -100,7 +103,7 @@ def evaluate(
         with data_argument():
             y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {title}")
         preprocess = Preprocess(**model.preprocess)
-        logits = model.logits(preprocess(examples.x), personal)
+        logits = model.logits(map_rows(examples.x, preprocess), personal)
         results[name] = score(model.task, logits, y, examples.unit)
     rows = f"the {pluralize(len(examples), 'row')} of {title}"
     if run.directory.finished and (
@@ -114,7 +117,7 @@ def evaluate(
 
 
 def _check_model_fits(
-    run: Run, name: str, model: SavedModel, dataset: Dataset, x: Tensor, *, data: str
+    run: Run, name: str, model: SavedModel, dataset: Dataset, x: Column, *, data: str
 ) -> None:
     """Raise ArgumentError if a model cannot process the examples of a data set."""
     if not are_comparable(dataset.task, model.task):
@@ -276,9 +279,17 @@ def _source_as(
     name = known.get("name")
     if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
         label = known.get("label")
-    # Settings that determine how time series and texts are divided into examples.
-    cut = {key: known.get(key) or {} for key in ("series", "text") if reads_key(name, key)}
-    if data == name or ("text" in cut and reads_key(data, "text")):
+    # Settings that determine how time series, recordings and texts become examples.
+    keys: tuple[Key, ...] = ("series", *SHARED_KEYS)
+    cut: dict[str, Any] = {key: known.get(key) or {} for key in keys if reads_key(name, key)}
+    if data == name and reads_key(name, "columns"):
+        of_columns = ("columns", "group", "patient", "task", "size", "categories", "text")
+        known_keys = {key: known.get(key) for key in of_columns}
+        return SourceConfig.model_validate({**known_keys, "name": data, "label": label})
+    if data != name and "speech" in cut:
+        # The speakers of another data set are not those of the run.
+        cut["speech"] = {**cut["speech"], "speakers": None}
+    if data == name or any(key in cut and reads_key(data, key) for key in SHARED_KEYS):
         return SourceConfig.model_validate({"name": data, "label": label, **cut})
     if reads_key(name, "windows"):
         cut["windows"] = known.get("windows")
@@ -295,10 +306,15 @@ def _file_source(
         group = known.get("group")
         file = {"name": known.get("name"), "path": data, "label": label, "group": group}
         return SourceConfig.model_validate({**file, **cut})
-    if "text" in cut and path.suffix != ".npz":
-        return SourceConfig.model_validate({"name": "text", "path": data, "text": cut["text"]})
+    for kind in SHARED_KEYS:
+        if kind in cut and path.suffix != ".npz":
+            return SourceConfig.model_validate({"name": kind, "path": data, kind: cut[kind]})
+    stream = known.get("stream")
+    if path.suffix == ".zarr":
+        return SourceConfig(name="zarr", path=data, label=label, stream=stream)
     if path.is_dir():
-        return SourceConfig(name="image_folder", path=data, label=label, size=known.get("size"))
+        size = known.get("size")
+        return SourceConfig(name="image_folder", path=data, label=label, size=size, stream=stream)
     if path.suffix == ".npz":
         return SourceConfig(name="npz", path=data, label=label)
     table = SourceConfig(name="table", path=data, label=label)

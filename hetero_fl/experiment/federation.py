@@ -34,7 +34,7 @@ from hetero_fl.config.schema import (
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.experiment.client import Client, plain_value
-from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.comparison.compare import compare
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.experiment.preparation import PreparedRun, prepare

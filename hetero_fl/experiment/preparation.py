@@ -10,10 +10,11 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.base import shared_part_of
+from hetero_fl.communication.homomorphic.ckks import check_installed
+from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
-from hetero_fl.config.load import (
-    Overrides,
-)
+from hetero_fl.config.base import record_deprecations
+from hetero_fl.config.load import Overrides
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.task import Task
@@ -46,15 +47,19 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
-from hetero_fl.utils.code_permission import CODE_PREFIX, CodePermission, find_references
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
+from model_zoo.registry import is_user_defined
 
 ExecutorFactory = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
 """Type of functions that create an executor for clients on other machines."""
+
+
+# File in the folder of checkpoints with the key that simulated clients share.
+SHARED_KEY_FILE = "shared.key"
 
 
 @dataclass
@@ -72,6 +77,7 @@ class PreparedRun:
         budget: The privacy budget, or None without differential privacy.
         headline: One line with the data, task, method and number of clients.
         kept: Objects that the configuration refers to, which must exist as long as the run.
+        deprecations: Warnings about deprecated keys, which have been issued.
     """
 
     config: Config
@@ -83,6 +89,7 @@ class PreparedRun:
     budget: PrivacyBudget | None = None
     headline: str = ""
     kept: tuple[object, ...] = ()
+    deprecations: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         clients = pluralize(len(self.federation.client_infos), "client")
@@ -123,7 +130,9 @@ class PreparedRun:
             if executor_factory is not None
             else None
         )
-        executor = remote or make_executor(choice, self.method, self.federation, store, log)
+        executor = remote or make_executor(
+            choice, self.method, self._client_federation(store), store, log
+        )
         stop = self.config.runtime.divergence == "stop"
         try:
             connected = remote.connected_clients if remote is not None else None
@@ -149,6 +158,21 @@ class PreparedRun:
         except BaseException:
             executor.close()
             raise
+
+    def _client_federation(self, store: StateStore | None) -> FederationSpec:
+        """Return the federation of the clients on this machine, with their shared key if needed.
+
+        The key is a file next to the checkpoints. Without checkpoints, it is in memory only.
+        """
+        if self.config.channel.homomorphic is None:
+            return self.federation
+        folder = store.folder if store is not None else None
+        key = (
+            SharedKey.generate()
+            if folder is None
+            else SharedKey.load_or_create(folder / SHARED_KEY_FILE)
+        )
+        return replace(self.federation, shared_key=key)
 
 
 def load_federated_data(
@@ -244,13 +268,16 @@ def prepare(
         >>> list(prepared.federation.client_infos.clients.ids)
         ['client_1', 'client_2', 'client_3']
     """
-    config = load_config(source, overrides, allow_code)
+    with record_deprecations() as deprecations:
+        config = load_config(source, overrides, allow_code)
     permission = CodePermission.from_argument(allow_code).with_granted(
         find_references(config.model_dump())
     )
     clients = expand_population(config.clients)
     method = make_algorithm(config)
     check_rules(RULES_ON_LOADING, ConfigFacts(config, clients, method))
+    if config.channel.homomorphic is not None:
+        check_installed()
     data = data or load_federated_data(config, dataset)
     student = method.needs.proxy_set != "unused" and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)
@@ -288,6 +315,7 @@ def prepare(
         start,
         budget,
         headline,
+        deprecations=tuple(deprecations),
     )
 
 
@@ -296,7 +324,7 @@ def _describe_user_models(client_infos: ClientDirectory) -> list[str]:
     user_models = {
         profile.arch: None
         for profile in client_infos.profiles
-        if profile.arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX))
+        if is_user_defined(profile.arch.name)
     }
     return [
         f"model {arch.display_name}: the head is '{arch.head_path}', "
@@ -413,6 +441,13 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: run.secure_sum and run.clients_alone_in_sum(),
         "channel.secure_sum does not hide some items of {found}: no other client uploads these "
         "tensors, so their sum equals the client's upload",
+    ),
+    # Homomorphic encryption
+    CompatibilityRule(
+        ("channel.homomorphic", "data set"),
+        lambda run: run.homomorphic is not None,
+        "channel.homomorphic: the server cannot read its models, so their scores are missing; "
+        "clients evaluate the models that they decrypt",
     ),
     # Methods
     CompatibilityRule(

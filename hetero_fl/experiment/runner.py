@@ -21,13 +21,14 @@ from hetero_fl.reporting.integrity import (
     NODES,
     inspect,
 )
+from hetero_fl.reporting.loggers import check_installed
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.environment import describe_environment
-from hetero_fl.utils.errors import Interrupted, UserError
+from hetero_fl.utils.errors import Interrupted, UserError, translate_exits
 from hetero_fl.utils.processes import exit_if_importing
 from hetero_fl.utils.text import pluralize
 
@@ -172,7 +173,8 @@ def run_prepared(
     ) as session:
         for record in session or ():
             for callback in callbacks:
-                callback(record)
+                with translate_exits():
+                    callback(record)
     return Run(path, CodePermission(granted=find_references(prepared.config.model_dump())))
 
 
@@ -205,6 +207,7 @@ def open_session(
         Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
     """
     config = prepared.config
+    check_installed(config)
     on_nodes = executor_factory is not None
     is_resumed = resume and has_run(path)
     if not is_resumed:
@@ -213,6 +216,9 @@ def open_session(
         prepared.notes.insert(0, f"{path}: no run to resume; starting a new one")
     # Identical results require the same executor, threads and device as before the interruption.
     started_with = check_resumed_choice(path, on_nodes) if is_resumed else None
+    if prepared.data.is_streamed:
+        # Damaged images are reported before the run directory is created.
+        prepared.data.content_hash()
     try:
         executor = NODES if on_nodes else config.runtime.executor
         if started_with is not None:

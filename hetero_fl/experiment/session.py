@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hetero_fl.config import Config
 from hetero_fl.core.saved_model import SavedModel
@@ -19,15 +19,13 @@ from hetero_fl.reporting.integrity import (
     evidence_of_start,
     identity,
 )
-from hetero_fl.reporting.progress import Progress, writer_callback
+from hetero_fl.reporting.loggers import RunLoggers, make_loggers
+from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import Patience, collect_details, summarize
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically
 from hetero_fl.utils.text import pluralize
-
-if TYPE_CHECKING:
-    pass
 
 
 class RunSession:
@@ -67,11 +65,14 @@ class RunSession:
         self.trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
         self._checkpoints = Checkpoints(store, progress.log)
         self._metadata: dict[str, Any] | None = None
+        config = prepared.config
+        self._loggers = RunLoggers(make_loggers(config), directory, config.name, progress.log)
         if progress.is_terminal:
             self.trainer.executor.set_listener(progress.show_task)
 
     def close(self) -> None:
-        """Close the executor. An unfinished run can be resumed later."""
+        """Close the loggers and the executor. An unfinished run can be resumed later."""
+        self._loggers.close()
         self.trainer.executor.close()
 
     def start(self) -> None:
@@ -109,11 +110,10 @@ class RunSession:
         progress, config = self._progress, prepared.config
         budget = prepared.budget
         planned = self._num_planned()
-        write_events = writer_callback(directory.path) if config.output.tensorboard else None
-        patience = Patience(
-            prepared.federation.task, config.evaluation.patience, _read_history(directory)
-        )
+        history = _read_history(directory)
+        patience = Patience(prepared.federation.task, config.evaluation.patience, history)
         setup_seconds = time.perf_counter() - self._started
+        self._loggers.start(history)
         progress.unit = prepared.federation.task.unit
         progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
         evaluation: EvaluationResult | None = None
@@ -129,9 +129,8 @@ class RunSession:
             directory.append_metrics(record)
             metadata["directory"]["metrics"] = directory.metrics_checksum()
             trainer.save(self._checkpoints, metadata)
+            self._loggers.log(record)
             yield record
-            if write_events is not None:
-                write_events(record)
             progress.finish_round(record)
         if patience.exhausted:
             progress.log(
@@ -144,7 +143,7 @@ class RunSession:
                 f"stopped after round {planned}: another round would raise ε to {next_epsilon:.3g},"
                 f" above privacy.target_epsilon={budget.privacy.target_epsilon:g}"
             )
-        _finish(
+        summary = _finish(
             prepared,
             directory,
             trainer,
@@ -153,6 +152,7 @@ class RunSession:
             setup_seconds=setup_seconds,
             progress=progress,
         )
+        self._loggers.finish(summary)
 
 
 def _start_or_resume(
@@ -193,6 +193,7 @@ def _start_or_resume(
             "restore it, or start a new run in another folder"
         )
     directory.rewind_metrics(trainer.completed)
+    _record_loggers(directory, prepared.config)
     extended = _extend(directory, saved, rounds, progress)
     prepared.notes += extended
     metadata["directory"] = {**identity(directory), "rounds": rounds, "extended": extended}
@@ -200,6 +201,9 @@ def _start_or_resume(
         prepared.start.load_into(trainer)
         metadata["directory"]["metrics"] = directory.metrics_checksum()
         trainer.save(checkpoints, metadata)
+        for message in prepared.deprecations:
+            # The warning itself has been printed.
+            progress.write(f"warning: {message}")
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
     return metadata
@@ -290,6 +294,15 @@ def _extend(
     return extended
 
 
+def _record_loggers(directory: RunDirectory, config: Config) -> None:
+    """Record the loggers of a resumed run, which may have changed, in `config.yaml`."""
+    recorded = directory.config()
+    output = recorded.get("output", {})
+    loggers = config.output.model_dump(mode="json")["loggers"]
+    if output.get("loggers", []) != loggers:
+        directory.write_config({**recorded, "output": {**output, "loggers": loggers}})
+
+
 def _read_history(directory: RunDirectory) -> list[Record]:
     """Read the records of all completed rounds, which are not kept in memory."""
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
@@ -323,8 +336,8 @@ def _finish(
     history: list[Record],
     setup_seconds: float,
     progress: Progress,
-) -> None:
-    """Write the models, summary, plots and report of a run after the last round."""
+) -> dict[str, Any]:
+    """Write the models, summary, plots and report of a run, and return the summary."""
     if evaluation is None:
         # The run stopped early, or the process was killed after the last round. The traffic of the
         # evaluation has already been counted.
@@ -346,6 +359,7 @@ def _finish(
     directory.finish(summary)
     write_presentation(prepared.config, directory, progress.log)
     progress.finish(summary)
+    return summary
 
 
 def write_presentation(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> None:
@@ -384,7 +398,7 @@ def evaluate_models(
         RunFailedError: If a model cannot be evaluated.
     """
     result = trainer.evaluate(details=True, save=save)
-    slot = trainer.algorithm.server_model(trainer.server)
+    slot = trainer.server_slot
     if slot is not None:
         federation = trainer.federation
         server = trainer.server

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.experiment import comparison
-from hetero_fl.experiment.comparison_jobs import ComparisonJob, run_job
+from hetero_fl.experiment.comparison import compare as comparison
+from hetero_fl.experiment.comparison.jobs import ComparisonJob, run_job
 
 
 @pytest.fixture

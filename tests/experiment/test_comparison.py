@@ -13,8 +13,9 @@ import yaml
 from hetero_fl import Comparison
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
-from hetero_fl.experiment import compare, comparison
-from hetero_fl.experiment.comparison_jobs import ComparisonJob, Variant
+from hetero_fl.experiment import compare
+from hetero_fl.experiment.comparison import compare as comparison
+from hetero_fl.experiment.comparison.jobs import ComparisonJob, Variant
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
@@ -143,7 +144,7 @@ def test_choice_uses_the_metric_of_the_task(
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
         task = Task(kind, 3)  # type: ignore[arg-type]
         scores = comparison._mean_validation_scores(jobs, task)
-        assert comparison._choose(scores, [variant], points) == {variant: points[best]}
+        assert comparison._choose(scores, {variant: points}) == {variant: points[best]}
 
 
 @pytest.mark.slow

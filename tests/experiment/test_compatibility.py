@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.data import make_table
+from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
 from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config
@@ -155,6 +156,19 @@ def test_several_single_clients_are_noted() -> None:
 )
 def test_invalid_class_weights_raise_one_line(weights: list[float], words: str) -> None:
     refused(words, clients__defaults__class_weights=weights)
+
+
+def test_class_weights_are_not_checked_against_private_label_counts() -> None:
+    prepared = accepted("fedavg", "mlp", clients__defaults__class_weights=[1] * 9 + [0])
+    data = prepared.data
+    infos = {
+        name: describe_client_rows(data, name, send_view=True, labels=False)
+        for name in data.client_ids
+    }
+
+    server = prepare(prepared.config, data=restrict_to_holder(data, None, infos))
+
+    assert not any(server.data.reveals_labels(name) for name in data.client_ids)
 
 
 def test_class_weights_require_a_multiclass_task() -> None:

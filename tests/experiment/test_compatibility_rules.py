@@ -15,6 +15,7 @@ from hetero_fl.data import Dataset, make_table
 from hetero_fl.experiment import prepare
 from hetero_fl.experiment.compatibility import RULES_AFTER_PREPARATION, RULES_ON_LOADING
 from hetero_fl.utils.errors import UserError
+from tests.helpers.image_folders import stored_dataset
 from tests.helpers.small_federations import config
 
 RULES = {**RULES_ON_LOADING, **RULES_AFTER_PREPARATION}
@@ -60,6 +61,10 @@ def secure(method: str = "fedavg", clients: int = 4, **section: Any) -> dict[str
     return config(method, MLP, clients, channel__secure_sum=section)
 
 
+def encrypted(method: str = "fedavg", **changes: Any) -> dict[str, Any]:
+    return config(method, MLP, 4, **{"channel__homomorphic": {}, **changes})
+
+
 def attacked(name: str, method: str = "fedavg", models: Any = MLP, **changes: Any) -> Any:
     section = changes.pop("section", {})
     return config(method, models, 4, attacks={"name": name, **section}, **changes)
@@ -80,6 +85,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "synchronous_buffer": config(runtime={"buffer": 3}),
     "synchronous_staleness": config(runtime={"staleness": {"a": 1.0}}),
     "asynchronous_secure_sum": config(runtime=ASYNC, channel__secure_sum={}),
+    "asynchronous_homomorphic": encrypted(runtime=ASYNC),
     "asynchronous_robustness": config(runtime=ASYNC, aggregation=MEDIAN),
     "asynchronous_clients_share_rarely": config(runtime=ASYNC, clients__defaults__share_every=2),
     "two_staleness_settings": config("fedbuff", runtime={"staleness": {"a": 1.0}}),
@@ -97,13 +103,16 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "poisson_cohorts_secure_sum": config(
         channel__secure_sum={}, privacy={**CLIENT, "poisson_cohorts": True}
     ),
+    "private_clients_homomorphic": encrypted(privacy=CLIENT),
     "private_clients_compression": config(channel={"compress": [{"quantize": 8}]}, privacy=CLIENT),
     "secure_sum_robustness": config(aggregation=MEDIAN, channel__secure_sum={}),
+    "homomorphic_robustness": encrypted(aggregation=MEDIAN),
     "choice_among_all_clients": config(cohort={"over_selection": 1.5}, devices={}),
     "least_above_sampled": config(cohort={"least": 3}, clients__per_round=2),
     "losses_of_secure_sum": config(
         cohort={"sampling": "oort"}, clients__per_round=3, channel__secure_sum={}
     ),
+    "losses_of_homomorphic": encrypted(cohort={"sampling": "oort"}, clients__per_round=3),
     "over_selection_secure_sum": config(
         clients=8,
         clients__per_round=4,
@@ -165,6 +174,11 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "low_threshold": secure(threshold=2),
     "large_range": secure(range=1e19),
     "many_fraction_bits": secure(fraction_bits=45),
+    "homomorphic_sum_of_single_uploads": encrypted("kt_pfl"),
+    "homomorphic_compression": encrypted(channel__compress=[{"quantize": 8}]),
+    "homomorphic_server_model": encrypted("fedmd", server__model="linear"),
+    "large_homomorphic_range": encrypted(channel__homomorphic={"range": 1e14}),
+    "many_homomorphic_fraction_bits": encrypted(channel__homomorphic={"fraction_bits": 45}),
     "robustness_without_uploads": robust("local"),
     "idle_rule": robust("fedmd"),
     "rule_beside_model": robust("heterofl", models="cnn_gn_small", algorithm__masked=True),
@@ -184,6 +198,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "trigger_of_other_task": attacked("backdoor"),
     "trigger_without_images": attacked("backdoor"),
     "attack_after_the_run": attacked("scaled", section={"from_round": 9}),
+    "trigger_in_files": attacked("backdoor"),
     "trigger_larger_than_images": attacked("backdoor", section={"trigger": 9}),
     "unknown_class_in_attack": attacked("backdoor", section={"target": 10}),
     "asynchronous_single_uploads": config("kt_pfl", runtime=ASYNC),
@@ -231,6 +246,7 @@ DATASETS: dict[str, Dataset] = {
     "attack_on_classes": make_table(kind="regression"),
     "trigger_of_other_task": make_table(kind="multilabel"),
     "trigger_without_images": make_table(),
+    "trigger_in_files": stored_dataset(),
 }
 
 

@@ -1,4 +1,4 @@
-"""The configurations for banks, phones and sensors: short runs, methods, metrics."""
+"""The configurations for banks, phones, sensors and speech: short runs, methods, metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def run_two_rounds(name: str, *overrides: str) -> SynchronousTrainer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["finance_hetero", "text_hetero", "sensors_hetero"])
+@pytest.mark.parametrize(
+    "name", ["finance_hetero", "text_hetero", "sensors_hetero", "speech_hetero"]
+)
 def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
     finished = run(
         CONFIGS / f"{name}.yaml", overrides=[*SHORT, "evaluation.every=2"], out=tmp_path / "run"
@@ -43,9 +45,7 @@ def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
         if "auroc" not in key and "prec" not in key
     )
     details = json.loads((tmp_path / "run" / "details.json").read_text())
-    leading = {"finance_hetero": "auroc", "text_hetero": "accuracy", "sensors_hetero": "accuracy"}[
-        name
-    ]
+    leading = "auroc" if name == "finance_hetero" else "accuracy"
     assert next(iter(summary["global"]["last"])) == leading
     report = (tmp_path / "run" / "report.html").read_text()
     if name == "finance_hetero":

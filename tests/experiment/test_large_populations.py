@@ -15,7 +15,7 @@ from hetero_fl.config.population import Population
 from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.cost import communication_cost
+from hetero_fl.federation.cost import expected_cost
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
 from tests.helpers.small_federations import config, rounds_of
@@ -102,7 +102,7 @@ def test_runs_do_not_iterate_over_all_clients(
     assert len(evaluated) == 5 and set(evaluated) == set(finished.metrics[-1]["clients"])
     assert set(finished.models) - {"server"} == set(evaluated)
     c = prepared.config
-    cost = communication_cost(
+    cost = expected_cost(
         prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
     counted = finished.summary["communication"]
@@ -143,7 +143,7 @@ def test_check_of_a_million_clients_prints_representatives(
     assert main(["--config", str(path), "--check"], command="train") == 0
     out = capsys.readouterr().out
     assert (
-        "and 999,900 more" in out
+        "… 999,990 more" in out
         and "every evaluation uses the same 100 of 1,000,000 clients" in " ".join(out.split())
     )
 

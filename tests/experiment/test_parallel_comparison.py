@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.experiment import compare, comparison_jobs, run
-from hetero_fl.experiment.comparison_jobs import ComparisonJob, Variant, run_folder
-from hetero_fl.reporting.run_directory import lock_folder
-from hetero_fl.utils.errors import UserError
+from hetero_fl.experiment import compare, run
+from hetero_fl.experiment.comparison import jobs as comparison_jobs
+from hetero_fl.experiment.comparison.jobs import ComparisonJob, Variant, run_folder
+from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import UNGUARDED
 from tests.helpers.small_federations import config
 
@@ -110,11 +111,44 @@ def moved(out: Path, method: str) -> Path:
     return out
 
 
+def test_names_of_run_folders_are_unique_and_short() -> None:
+    variant = Variant.parse("hybrid:teacher=mean")
+    short = run_folder(variant, ("seeds=[1,2]",), 3)
+    assert short == "hybrid_teacher=mean-seeds=_1_2_-seed3"
+    points = [tuple(f"algorithm.setting_{i}={value}" for i in range(20)) for value in (1, 2)]
+    long = {run_folder(variant, point, seed) for point in points for seed in (0, 1)}
+    assert len(long) == 4
+    assert max(map(len, long)) < 220
+
+
 def test_compare_gives_each_run_one_core(tmp_path: Path) -> None:
     compare(small(), ["local"], [0, 1], out=tmp_path / "out", jobs=2)
     for seed in (0, 1):
         log = (tmp_path / f"out/runs/local-seed{seed}/log.txt").read_text()
         assert "serial executor: one core" in log
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_killed_process_fails_only_its_run(tmp_path: Path) -> None:
+    killed = "python:tests.helpers.failing_methods:Killed"
+
+    with pytest.raises(RunFailedError) as caught:
+        compare(
+            small(),
+            [killed, "local", "fedavg"],
+            out=tmp_path / "out",
+            jobs=2,
+            overrides=["rounds=2"],
+        )
+
+    assert str(caught.value).splitlines() == [
+        "1 of 3 runs failed",
+        f"{killed} seed 0: its process was killed, possibly for lack of memory; run the command "
+        "again to continue",
+    ]
+    assert all(
+        RunDirectory(tmp_path / f"out/runs/{name}-seed0").finished for name in ("local", "fedavg")
+    )
 
 
 @pytest.mark.parametrize("call", [run, compare])

@@ -135,6 +135,24 @@ def test_interrupt_before_the_run_promises_no_resume(
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize("command", ["compare", "benchmark"])
+def test_interrupt_before_the_first_run_of_many_repeats_the_command(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hetero_fl.experiment.comparison.compare.ComparisonPlan", stop)
+    monkeypatch.setattr("hetero_fl.experiment.benchmark.runner.benchmark", stop)
+    options = {"compare": ["--config", "c.yaml", "--algorithms", "local"], "benchmark": []}
+    arguments = [command, *options[command], "--out", "a b"]
+
+    assert main(arguments) == 130
+
+    line = f"interrupted; to resume: {shlex.join(['hetero-fl', *arguments])}\n"
+    assert capsys.readouterr().err == line
+
+
 def test_resume_suggests_the_nearest_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", "c.yaml", "--out", "runs/first", "rounds=1"]) == 0
     capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hetero_fl.core.metrics import score
 from hetero_fl.data import load_source, with_test
 from hetero_fl.experiment.starting_models import starting_tensors
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
 FILES = [
@@ -187,16 +188,17 @@ def test_callbacks_run_after_the_metrics_are_written(tmp_path: Path) -> None:
     assert [r.get("global") is not None for r in records] == [False, True, True]
 
 
+def test_callback_that_exits_is_reported(tmp_path: Path) -> None:
+    def callback(record: dict) -> None:
+        sys.exit(3)
+
+    with pytest.raises(RunFailedError, match=r"test_run\.py:\d+, in callback: SystemExit: 3$"):
+        run(config("fedavg", rounds=3), out=tmp_path / "a", callbacks=[callback])
+
+
 def test_patience_stops_the_run(tmp_path: Path) -> None:
     source = config("local", rounds=30, evaluation={"patience": 2})
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
     stopped = run(source, out=tmp_path / "a")
     assert stopped.summary["rounds_completed"] < 8
     assert "validation has not improved" in (tmp_path / "a" / "log.txt").read_text()
-
-
-def test_tensorboard_events_are_written(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    source = config("fedavg", rounds=1, output__tensorboard=True)
-    run(source, out=tmp_path / "a")
-    assert list((tmp_path / "a" / "tensorboard").glob("events*"))

@@ -283,17 +283,17 @@ def _inversion(
     """Run gradient inversion and return the scores and images of each inverted training step.
 
     Clients whose training steps cannot be inverted are skipped. The reasons are appended to
-    `notes`. With secure aggregation, only uploads without protection are inverted, and a note says
-    so.
+    `notes`. If the server receives only sums, only uploads without protection are inverted, and a
+    note says so.
     """
     unprotected = without_protection(prepared.config)
     ways: dict[str, tuple[PreparedRun, Protect | None]] = {"as trained": (prepared, None)}
     if unprotected != prepared.config:
         ways = {"without protection": (prepare(unprotected, dataset=dataset), None), **ways}
-    if prepared.config.channel.secure_sum is not None:
+    if summed := prepared.config.channel.summed:
         del ways["as trained"]
         notes.append(
-            "channel.secure_sum: the server does not see single uploads; the results show what an "
+            f"channel.{summed}: the server does not see single uploads; the results show what an "
             "upload would reveal without it"
         )
     if protect is not None and "as trained" in ways:

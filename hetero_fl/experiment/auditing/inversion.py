@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -27,6 +28,7 @@ from hetero_fl.core.objectives import Batch, Context, ModelView, ModelViews, Obj
 from hetero_fl.core.participant import Participant, copy_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Plan, Rows, Step
+from hetero_fl.core.stored_rows import read_all, require_tensor, targets
 from hetero_fl.data import Preprocess
 from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.experiment.preparation import PreparedRun
@@ -533,8 +535,13 @@ def invert(
     data = prepared.data
     preprocess = prepared.federation.client_infos[client].preprocess
     train = data.columns(client, "train", preprocess)
-    low, high = _value_range(unprocessed_rows(data, client, ["train"]).x, preprocess)
-    mean_input = data.columns(client, "common_test", preprocess)["x"].mean(0, keepdim=True)
+    raw = require_tensor(unprocessed_rows(data, client, ["train"]).x, "the inversion of updates")
+    low, high = _value_range(raw, preprocess)
+    mean_input = read_all(data.columns(client, "common_test", preprocess)["x"]).mean(
+        0, keepdim=True
+    )
+    x = read_all(train["x"])
+    y = targets(train)
 
     def to_pixels(x: Tensor) -> Tensor:
         return (x - low) / (high - low)
@@ -543,9 +550,9 @@ def invert(
         return low + pixels * (high - low)
 
     for number in range(images):
-        rows = _draw_rows(train["y"], batch, "audit", seed, "inversion", client, number)
-        true = to_pixels(train["x"][rows])
-        true_labels = train["y"][rows]
+        rows = _draw_rows(y, batch, "audit", seed, "inversion", client, number)
+        true = to_pixels(x[rows])
+        true_labels = y[rows]
         blind = to_pixels(mean_input).expand(len(rows), -1, -1, -1)
         scores = [{"way": "blind", **image_similarity(blind, true)}]
         found = {}
@@ -586,13 +593,13 @@ def _value_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
 
 def _draw_rows(y: Tensor, count: int, *key: Key) -> Tensor:
     """Return the indices of `count` random rows, from as many classes as possible."""
-    # Imported here because loading pandas is slow.
-    import pandas as pd
-
     order = torch.randperm(len(y), generator=keyed_generator(*key))
     if y.ndim > 1:
         return order[:count]
-    labels = pd.Series(y[order].numpy())
     # Choose the first row of each class, then the second row of each class, and so on.
-    place_in_class = labels.groupby(labels).cumcount().to_numpy()
-    return order[place_in_class.argsort(kind="stable")[:count]]
+    seen: Counter[float] = Counter()
+    place_in_class = []
+    for label in y[order].tolist():
+        place_in_class.append(seen[label])
+        seen[label] += 1
+    return order[torch.tensor(place_in_class).argsort(stable=True)[:count]]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hetero_fl.core.objectives import supervised_loss
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.stored_rows import map_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess, row_strata
 from hetero_fl.data.client_rows import ClientRows
@@ -365,7 +366,7 @@ def shadow_seed(seed: int, shadow: int) -> int:
 
 def client_logits(model: SavedModel, examples: Examples) -> Tensor:
     """Compute the personalized logits of a saved model for raw examples, `[N, outputs]`."""
-    return model.logits(Preprocess(**model.preprocess)(examples.x), personal=True)
+    return model.logits(map_rows(examples.x, Preprocess(**model.preprocess)), personal=True)
 
 
 def targets(examples: Examples) -> Tensor:

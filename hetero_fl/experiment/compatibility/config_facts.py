@@ -97,6 +97,14 @@ class ConfigFacts:
         attacks = self.config.attacks
         return None if attacks is None else f"attacks.name={attacks.name}"
 
+    def compressing_setting(self) -> str | None:
+        """Return a compression setting as `key=stage`, or None if messages are not compressed."""
+        channel = self.config.channel
+        for key in ("compress", "compress_down"):
+            if stage := first(getattr(channel, key)):
+                return f"{key}={stage.kind}"
+        return None
+
     def choosing_setting(self) -> str | None:
         """Return a setting of `cohort` that prefers some clients over others, or None."""
         cohort = self.config.cohort

@@ -221,6 +221,47 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "channel.secure_sum.range={run.secure_sum.range:g}, sums over {run.cohort} clients "
         "would exceed 64-bit integers",
     ),
+    # Homomorphic encryption
+    "homomorphic_sum_of_single_uploads": CompatibilityRule(
+        ("algorithm.name", "channel.homomorphic"),
+        lambda run: run.homomorphic and run.items_used_singly(),
+        "algorithm.name={run.name} cannot be combined with channel.homomorphic, which adds "
+        "encrypted uploads, because it needs single uploads ({found}); choose hybrid, fedmd, "
+        "fedavg or fedproto, or remove channel.homomorphic",
+    ),
+    "homomorphic_compression": CompatibilityRule(
+        ("channel.compress", "channel.homomorphic"),
+        lambda run: run.homomorphic and run.compressing_setting(),
+        "channel.{found} cannot be combined with channel.homomorphic, which encrypts every number; "
+        "remove one of them",
+    ),
+    "homomorphic_server_model": CompatibilityRule(
+        ("server.model", "channel.homomorphic"),
+        lambda run: run.homomorphic and run.federation.student is not None,
+        "server.model cannot be combined with channel.homomorphic, because the server cannot read "
+        "a model; remove one of them",
+    ),
+    "large_homomorphic_range": CompatibilityRule(
+        ("channel.homomorphic.range", "clients.per_round"),
+        lambda run: run.homomorphic and run.homomorphic.max_fraction_bits(run.cohort) < 1,
+        "channel.homomorphic.range: {run.homomorphic.range:g} is too large; sums over "
+        "{run.cohort} clients (clients.per_round) exceed the modulus of ciphertexts",
+    ),
+    "many_homomorphic_fraction_bits": CompatibilityRule(
+        ("channel.homomorphic.fraction_bits", "channel.homomorphic.range"),
+        lambda run: (
+            run.homomorphic
+            and run.homomorphic.num_fraction_bits(run.cohort)
+            > run.homomorphic.max_fraction_bits(run.cohort)
+            and {
+                "bits": run.homomorphic.num_fraction_bits(run.cohort),
+                "most": run.homomorphic.max_fraction_bits(run.cohort),
+            }
+        ),
+        "channel.homomorphic.fraction_bits: must be <= {most}, got {bits}; with "
+        "channel.homomorphic.range={run.homomorphic.range:g}, sums over {run.cohort} clients "
+        "would exceed the modulus of ciphertexts",
+    ),
     # Robust aggregation
     "robustness_without_uploads": CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),
@@ -312,6 +353,11 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ),
         "attacks.from_round: must be <= {run.federation.num_rounds}, the last round (rounds), "
         "got {run.config.attacks.from_round}",
+    ),
+    "trigger_in_files": CompatibilityRule(
+        ("attacks.name", "data.stream"),
+        lambda run: run.has_trigger and run.federation.data.is_streamed,
+        "{run.attack} needs all images in memory; remove data.stream",
     ),
     "trigger_larger_than_images": CompatibilityRule(
         ("attacks.trigger", "images"),

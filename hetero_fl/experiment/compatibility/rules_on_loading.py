@@ -37,6 +37,12 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         "runtime.mode=async cannot be combined with channel.secure_sum, which sums the "
         "uploads of one cohort",
     ),
+    "asynchronous_homomorphic": CompatibilityRule(
+        ("runtime.mode", "channel.homomorphic"),
+        lambda run: run.is_async and run.config.channel.homomorphic,
+        "runtime.mode=async cannot be combined with channel.homomorphic, which sums the "
+        "uploads of one cohort",
+    ),
     "asynchronous_robustness": CompatibilityRule(
         ("runtime.mode", "aggregation.rule"),
         lambda run: run.is_async and run.single_uploads(),
@@ -117,6 +123,13 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         "privacy.poisson_cohorts: cannot be combined with channel.secure_sum, which needs "
         "cohorts of a fixed size; remove one of them",
     ),
+    "private_clients_homomorphic": CompatibilityRule(
+        ("privacy.unit", "channel.homomorphic"),
+        lambda run: run.unit == "client" and run.config.channel.homomorphic,
+        "privacy.unit=client cannot be combined with channel.homomorphic, because the server "
+        "cannot add noise to a sum that it cannot read; set privacy.unit=record or local, or use "
+        "channel.secure_sum",
+    ),
     "private_clients_compression": CompatibilityRule(
         ("channel.compress", "privacy.unit"),
         lambda run: run.unit == "client" and first(run.config.channel.compress),
@@ -128,6 +141,12 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         ("aggregation.rule", "channel.secure_sum"),
         lambda run: run.config.channel.secure_sum and run.single_uploads(),
         "{found} cannot be combined with channel.secure_sum, which reveals only the sum of "
+        "uploads; remove one of them",
+    ),
+    "homomorphic_robustness": CompatibilityRule(
+        ("aggregation.rule", "channel.homomorphic"),
+        lambda run: run.config.channel.homomorphic and run.single_uploads(),
+        "{found} cannot be combined with channel.homomorphic, with which nobody reads single "
         "uploads; remove one of them",
     ),
     # Cohorts that are chosen or repeated
@@ -146,6 +165,12 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         ("cohort.sampling", "channel.secure_sum"),
         lambda run: run.config.cohort.sampling == "oort" and run.config.channel.secure_sum,
         "cohort.sampling=oort cannot be combined with channel.secure_sum, which hides the "
+        "training losses of single clients; choose available or uniform",
+    ),
+    "losses_of_homomorphic": CompatibilityRule(
+        ("cohort.sampling", "channel.homomorphic"),
+        lambda run: run.config.cohort.sampling == "oort" and run.config.channel.homomorphic,
+        "cohort.sampling=oort cannot be combined with channel.homomorphic, which hides the "
         "training losses of single clients; choose available or uniform",
     ),
     "over_selection_secure_sum": CompatibilityRule(

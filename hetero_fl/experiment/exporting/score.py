@@ -56,7 +56,9 @@ def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
     try:
         import onnxruntime
     except ImportError:
-        raise ScoringError("--model: .onnx needs onnxruntime: pip install onnxruntime") from None
+        raise ScoringError(
+            "--model: .onnx needs onnxruntime; run pip install onnxruntime"
+        ) from None
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -17,6 +17,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.load import Overrides, override_list
 from hetero_fl.core.metrics import Scores, score
 from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, Preprocess, row_strata, with_test
 from hetero_fl.data.client_rows import ClientRows
@@ -287,7 +288,7 @@ class JoiningClients:
     def _transfer_rows(self, preprocess: Preprocess) -> tuple[Tensor, str]:
         """Choose the raw rows for which the teacher computes predictions, and describe the rows."""
         public = self.source_run.public
-        private = self.site.train.x
+        private = require_tensor(self.site.train.x, "join")
         if public is not None:
             has_shape = preprocess.shape(tuple(public.shape[1:])) == preprocess.shape(
                 tuple(private.shape[1:])

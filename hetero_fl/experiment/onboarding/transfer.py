@@ -6,6 +6,7 @@ which is the mean prediction of all models; and the public rows of the run.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.stored_rows import Column, map_rows, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
 from hetero_fl.data.preprocessing import usable_rows
@@ -116,7 +118,7 @@ class TransferSource:
         means = {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names}
         return means or None
 
-    def consensus(self, x: Tensor) -> Tensor:
+    def consensus(self, x: Column) -> Tensor:
         """Combine the predictions of all clients' models on raw rows.
 
         Each model uses the preprocessing of its client. If a row lacks values that a model needs,
@@ -143,7 +145,7 @@ class TransferSource:
                     f"but the run's models expect {model.arch.input_shape}"
                 )
             usable.append(usable_rows(x, preprocess))
-            logits.append(model.logits(preprocess(x)))
+            logits.append(model.logits(map_rows(x, preprocess)))
         mask = torch.stack(usable)[..., None]
         count = mask.sum(0)
         stacked = torch.stack(logits)
@@ -191,21 +193,21 @@ class TransferSource:
             else None
         )
 
-    def num_seen(self, x: Tensor) -> int:
+    def num_seen(self, x: Column) -> int:
         """Return the number of raw rows that were training rows in the run.
 
         The result is 0 if the data of the run is not available or has another shape.
         """
         if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
             return 0
-        given = rows_as_bytes(x)
+        given = row_hashes(x)
         distinct = set(given)
         seen: set[bytes] = set()
         for rows in self.data.data.private_rows():
-            seen |= distinct.intersection(rows_as_bytes(rows))
+            seen |= distinct.intersection(row_hashes(rows))
         return sum(row in seen for row in given)
 
-    def overlap(self, x: Tensor, rows: str, description: str) -> str:
+    def overlap(self, x: Column, rows: str, description: str) -> str:
         """Describe how many raw rows were training rows in the run.
 
         The text is empty if there are no such rows.
@@ -224,9 +226,14 @@ class TransferSource:
         )
 
 
-def rows_as_bytes(x: Tensor) -> list[bytes]:
-    """Return the bytes of each row of a tensor."""
-    flat = np.ascontiguousarray(x.flatten(1).numpy())
-    row_type = np.dtype((np.void, flat.itemsize * flat.shape[1]))
-    found: list[bytes] = flat.view(row_type)[:, 0].tolist()
-    return found
+# Number of rows hashed at a time.
+HASHED_ROWS = 256
+
+
+def row_hashes(x: Column) -> list[bytes]:
+    """Return a hash of each row of a column, which is equal for equal rows."""
+    hashes: list[bytes] = []
+    for batch in split_rows(x, HASHED_ROWS):
+        flat = np.ascontiguousarray(batch.flatten(1).numpy())
+        hashes += [hashlib.blake2b(row, digest_size=16).digest() for row in flat]
+    return hashes

@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from hashlib import sha256
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
+from hetero_fl.core.task import Task
 from hetero_fl.experiment.runner import run
 from hetero_fl.reporting.formatting import (
     format_duration,
     format_final_evaluation,
 )
 from hetero_fl.reporting.progress import Progress
+from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.summary import mean_validation_score
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import use_one_core
 from hetero_fl.utils.errors import (
@@ -32,6 +37,7 @@ from hetero_fl.utils.processes import (
     ADVICE,
     UNGUARDED,
     adopt_environment,
+    exit_with_parent,
     ignore_interrupts_in_children,
     worker_context,
 )
@@ -41,6 +47,14 @@ from hetero_fl.utils.text import pluralize
 Source = str | Path | Mapping[str, Any]
 Point = tuple[str, ...]
 """A point of the tuning grid: one string `key=value` for each key of the grid."""
+
+
+MAX_FOLDER_NAME = 180
+"""Length from which the name of a run directory is abbreviated. File systems allow 255 bytes."""
+
+WAS_KILLED = "its process was killed, possibly for lack of memory"
+KILLED = f"{WAS_KILLED}; run the command again to continue"
+"""Error message of a run whose process was killed."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +120,13 @@ def run_jobs(
     progress: Progress,
     *,
     allow_code: bool | CodePermission = False,
+    on_end: Callable[[ComparisonJob, str | None], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[ComparisonJob, str]:
     """Execute runs in worker processes.
 
-    When a run ends, the function logs the scores or the error, and the estimated remaining time.
+    When a run ends, the function logs the scores or the error, and the estimated remaining time. If
+    the process of a run is killed, only this run fails.
 
     Args:
         source: The configuration.
@@ -119,6 +136,10 @@ def run_jobs(
         progress: Progress display, which also writes the log.
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
+        on_end: Function that is called with each run that has ended and its error message, which is
+            None if the run has finished.
+        should_stop: Function that is called when a run has ended, and returns whether to start no
+            further runs.
 
     Returns:
         The error messages of the failed runs, keyed by run.
@@ -131,48 +152,104 @@ def run_jobs(
     parallel = f", {pool_size} at a time" if pool_size > 1 else ""
     progress.log(f"{pluralize(len(work), 'run')}{parallel}")
     schedule = _Schedule(work)
-    workers: list[BaseProcess] = []
-    context = _record_processes(worker_context(__name__), workers)
-    named = [override.partition("=")[2] for job in work for override in job.overrides]
-    environ = (dict(os.environ), pack_objects(source, named))
-    with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
-        try:
-            with ignore_interrupts_in_children():
-                waiting = {
-                    pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job
-                    for job in work
-                }
-        except BrokenPipeError:
-            # A worker that imports a script without a `__main__` guard exits before reading a task.
-            raise UserError(ADVICE) from None
-        try:
-            for done, future in enumerate(as_completed(waiting), 1):
-                job = waiting[future]
-                try:
-                    future.result()
-                except BrokenProcessPool:
-                    # Exit codes are only known after the shutdown.
-                    pool.shutdown()
-                    if any(worker.exitcode == UNGUARDED for worker in workers):
-                        raise UserError(ADVICE) from None
-                    failed[job] = (
-                        "its process was killed, possibly for lack of memory; "
-                        "run the command again to continue"
-                    )
-                except (UserError, RunFailedError) as error:
-                    failed[job] = str(error)
-                result = f"failed: {failed[job]}" if job in failed else _format_scores(job.out)
+    waiting = deque(work)
+    running: dict[Future[Any], ComparisonJob] = {}
+    done = 0
+    with JobPool(source, [x for job in work for x in job.overrides]) as pool:
+        while waiting or running:
+            while waiting and len(running) < pool_size:
+                job = waiting.popleft()
+                overrides = [*base, *job.overrides]
+                running[pool.submit(run_job, source, overrides, job.out, allow_code)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                done += 1
+                error = pool.release(future)
+                if error is not None:
+                    failed[job] = error
+                result = f"failed: {error}" if error is not None else _format_scores(job.out)
                 mark = " (finished before)" if job in schedule.finished_before else ""
                 line = f"{job}{mark}: {result} {schedule.remaining_after(job)}"
                 progress.finish_job(line, done, len(work))
-        except BaseException:
-            # Any error, such as a closed output stream, stops the workers. The interrupted runs
-            # can be resumed.
-            for worker in workers:
-                worker.terminate()
-            pool.shutdown(cancel_futures=True)
-            raise
+                if on_end is not None:
+                    on_end(job, error)
+                if should_stop():
+                    waiting.clear()
     return failed
+
+
+class JobPool:
+    """Worker processes that execute runs, each on one core.
+
+    Leaving the context with an error, such as an interrupt, terminates the workers. The interrupted
+    runs can be resumed.
+
+    Args:
+        source: The configuration.
+        overrides: Overrides of all runs, as `key.path=value`, whose objects the workers need.
+    """
+
+    def __init__(self, source: Source, overrides: Sequence[str]) -> None:
+        self._workers: list[BaseProcess] = []
+        self._context = _record_processes(worker_context(__name__), self._workers)
+        values = [override.partition("=")[2] for override in overrides]
+        self._environ = (dict(os.environ), pack_objects(source, values))
+        # Each pool has one process, because a killed process breaks all processes of its pool.
+        self._idle: list[ProcessPoolExecutor] = []
+        self._busy: dict[Future[Any], ProcessPoolExecutor] = {}
+
+    def __enter__(self) -> JobPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for worker in self._workers:
+                worker.terminate()
+        for pool in (*self._idle, *self._busy.values()):
+            pool.shutdown(cancel_futures=kind is not None)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call a function in an idle worker process, or in a new one if all are busy.
+
+        Raises:
+            UserError: If the calling script has no `__main__` guard.
+        """
+        if not self._idle:
+            new = ProcessPoolExecutor(1, self._context, start_worker, self._environ)
+            self._idle.append(new)
+        try:
+            with ignore_interrupts_in_children():
+                future = self._idle[-1].submit(function, *arguments)
+        except BrokenPipeError:
+            # A worker that imports a script without a `__main__` guard exits before reading a task.
+            raise UserError(ADVICE) from None
+        self._busy[future] = self._idle.pop()
+        return future
+
+    def release(self, future: Future[Any]) -> str | None:
+        """Make the process of a call that has ended idle again.
+
+        Returns:
+            The error message of the call, `KILLED` if its process was killed, or None if the call
+            has succeeded.
+
+        Raises:
+            UserError: If the calling script has no `__main__` guard.
+        """
+        pool = self._busy.pop(future)
+        try:
+            future.result()
+        except BrokenProcessPool:
+            # Exit codes are only known after the shutdown.
+            pool.shutdown()
+            if any(worker.exitcode == UNGUARDED for worker in self._workers):
+                raise UserError(ADVICE) from None
+            return KILLED
+        except (UserError, RunFailedError) as error:
+            self._idle.append(pool)
+            return str(error)
+        self._idle.append(pool)
+        return None
 
 
 def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
@@ -199,6 +276,7 @@ def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
         objects: Serialized objects that the configuration refers to.
     """
     adopt_environment(environ)
+    exit_with_parent()
     unpack_objects(objects)
     use_one_core()
 
@@ -250,13 +328,29 @@ def run_job(
 
 
 def run_folder(variant: Variant, point: Point, seed: int) -> str:
-    """Return the name of the run directory of a variant, a grid point and a seed."""
+    """Return the name of the run directory of a variant, a grid point and a seed.
+
+    The end of a long name is replaced by a hash.
+    """
     parts = [variant.label, *point, f"seed{seed}"]
-    return "-".join(
+    name = "-".join(
         "".join(c if c.isalnum() or c in "._=" else "_" for c in part) for part in parts
     )
+    if len(name) <= MAX_FOLDER_NAME:
+        return name
+    digest = sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return f"{name[:MAX_FOLDER_NAME]}-{digest}-seed{seed}"
 
 
 def point_values(point: Point) -> dict[str, str]:
     """Return the values of a grid point, keyed by key path."""
     return {key: value for key, _, value in (entry.partition("=") for entry in point)}
+
+
+def final_validation_score(finished: Run, task: Task) -> float | None:
+    """Return the mean of the local and global validation scores in the last evaluation.
+
+    Larger is better. The result is None if the evaluation has no validation score.
+    """
+    last = [r for r in finished.metrics if r.get("validation")][-1]
+    return mean_validation_score(task, last)

@@ -1,0 +1,1 @@
+"""Benchmarks: tuned comparisons of methods in several federations, archived run by run."""

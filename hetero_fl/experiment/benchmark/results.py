@@ -1,0 +1,342 @@
+"""Results of a benchmark: tables and plots of the archive."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from hetero_fl.experiment.benchmark.archive import RunArchive
+from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP, Benchmark
+from hetero_fl.experiment.benchmark.tuning import TunedSettings, choice_of
+from hetero_fl.reporting.benchmark.scores import (
+    CostPoint,
+    Effect,
+    FederationScores,
+    PrimaryTest,
+    RowName,
+    primary_tests,
+    row_title,
+)
+from hetero_fl.reporting.benchmark.tables import (
+    cost_table,
+    difference_table,
+    primary_table,
+    rank_table,
+    score_table,
+    tuning_table,
+)
+from hetero_fl.reporting.comparison.significance import (
+    PairedDifference,
+    critical_difference,
+    mean_ranks,
+    paired_difference,
+)
+from hetero_fl.reporting.formatting import algorithm_name, capitalize_first, format_range
+from hetero_fl.reporting.methods import is_bound
+from hetero_fl.reporting.rendering import render
+
+METRICS = {
+    "global_last_balanced_accuracy": "Global test, balanced accuracy (%)",
+    "global_last_auroc": "Global test, AUROC (%)",
+    "global_last_loss": "Global test, cross-entropy",
+    "personal_last_accuracy": "Local tests, accuracy (%)",
+    "personal_last_balanced_accuracy": "Local tests, balanced accuracy (%)",
+    "personal_last_accuracy_worst": "Local tests, accuracy of the worst client (%)",
+}
+"""Titles of the tables of scores, keyed by column of the archive."""
+EFFECT_METRICS = ("global_last_auroc", "global_last_balanced_accuracy")
+"""Metrics of the plot of effects."""
+PLAIN = "no components"
+"""Title of a group of settings whose title in the protocol is empty."""
+COMPRESSION = "Compression"
+"""Heading of the federations with compressed messages, which the plots of costs contain."""
+COST_TITLE = "GFLOP at clients / GFLOP at the server / MB / seconds of a run"
+COST_COLUMNS = ("client_operations", "server_operations", "up_bytes", "down_bytes")
+COSTS: dict[str, tuple[Callable[[Mapping[str, float]], float], str]] = {
+    "computation": (
+        lambda costs: (costs["client_operations"] + costs["server_operations"]) / 1e9,
+        "Clients and server (GFLOP)",
+    ),
+    "bytes": (lambda costs: (costs["up_bytes"] + costs["down_bytes"]) / 1e6, "Exchanged (MB)"),
+}
+"""Function and label of the costs in the plots, keyed by the name of the picture."""
+
+
+class BenchmarkResults:
+    """The archived results of a benchmark.
+
+    Args:
+        folder: Folder of the benchmark, with `protocol.yaml`.
+        archive: Folder of the archive.
+
+    Attributes:
+        benchmark: The protocol and the federations.
+    """
+
+    def __init__(self, folder: str | Path, archive: str | Path) -> None:
+        self.benchmark = Benchmark.load(Path(folder))
+        self.archive = Path(archive)
+
+    @cached_property
+    def scores(self) -> dict[str, FederationScores]:
+        """The reported runs of each federation, keyed by name."""
+        return {
+            name: FederationScores.read(name, federation.title, self.archive / f"{name}.csv")
+            for name, federation in self.benchmark.federations.items()
+        }
+
+    @cached_property
+    def groups(self) -> dict[str, list[FederationScores]]:
+        """The federations with runs, keyed by the heading of their tables."""
+        found: dict[str, list[FederationScores]] = {MAIN_GROUP: []}
+        for name, federation in self.benchmark.federations.items():
+            if self.scores[name].rows:
+                found.setdefault(federation.group, []).append(self.scores[name])
+        return found
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Title of each group of settings."""
+        return self.benchmark.protocol.components
+
+    @property
+    def rows(self) -> list[RowName]:
+        """The rows of the protocol."""
+        return [(row.method, row.components) for row in self.benchmark.protocol.rows]
+
+    def primary_tests(self) -> list[PrimaryTest]:
+        """Return the tests of the primary family that have enough runs."""
+        primary = self.benchmark.protocol.primary
+        return primary_tests(
+            [self.scores[name] for name in primary.federations],
+            primary.method,
+            primary.against,
+            primary.components,
+            primary.metric,
+        )
+
+    def best_row_differences(self) -> dict[tuple[str, str, str], PairedDifference]:
+        """Compare the methods of the primary family by their best rows.
+
+        The best row of a method is the group of settings with the best validation score.
+
+        Returns:
+            Differences of the main method from the others, keyed by the titles of the federation
+            and the two rows. Federations whose tuning is incomplete are left out.
+        """
+        primary = self.benchmark.protocol.primary
+        found = {}
+        for name in primary.federations:
+            federation = self.scores[name]
+            choices = self.choices(name)
+            if not federation.rows or any(choice.remaining for choice in choices.values()):
+                continue
+            best = {
+                method: max(
+                    (row for row in choices if row[0] == method), key=lambda row: choices[row].score
+                )
+                for method in (primary.method, *primary.against)
+            }
+            own = federation.by_seed(best[primary.method], primary.metric)
+            for other in primary.against:
+                difference = paired_difference(own, federation.by_seed(best[other], primary.metric))
+                if difference is not None:
+                    rows = best[primary.method], best[other]
+                    titles = [row_title(row, self.names) for row in rows]
+                    found[federation.title, titles[0], titles[1]] = difference
+        return found
+
+    def ranks(self, metric: str, components: str) -> dict[RowName, float]:
+        """Return mean ranks over the main federations, without bounds.
+
+        Rows that are missing in a federation are left out.
+
+        Args:
+            metric: Column of the archive. Larger is better, except for losses.
+            components: Group of settings of the ranked rows.
+        """
+        federations = self.groups[MAIN_GROUP]
+        sign = -1 if metric.endswith("_loss") else 1
+        rows = [row for row in self.rows if row[1] == components and not is_bound(row[0])]
+        means = [{row: f.mean(row, metric) for row in rows} for f in federations]
+        complete = [row for row in rows if all(mean[row] is not None for mean in means)]
+        if not federations or not complete:
+            return {}
+        keyed = {"/".join(row): row for row in complete}
+        ranks = mean_ranks(
+            [{key: sign * (mean[row] or 0.0) for key, row in keyed.items()} for mean in means]
+        )
+        return {keyed[key]: rank for key, rank in ranks.items()}
+
+    def choices(self, name: str) -> dict[RowName, TunedSettings]:
+        """Return the tuned settings of each row of a federation."""
+        tuned_as = self.benchmark.federations[name].tuned_as or name
+        trials = RunArchive(self.archive / f"{tuned_as}_tuning.csv")
+        return {
+            (row.method, row.components): choice_of(row, self.benchmark.protocol.tuning, trials)
+            for row in self.benchmark.rows_of(name)
+        }
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Titles of the federations that lack runs of a row and a seed."""
+        num_seeds = len(self.benchmark.protocol.seeds)
+        return [
+            federation.title
+            for name, federation in self.benchmark.federations.items()
+            if len(self.scores[name].frame) < num_seeds * len(self.benchmark.rows_of(name))
+        ]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return facts about the runs, as pairs of a name and a text."""
+        protocol = self.benchmark.protocol
+        frames = [scores.frame for scores in self.scores.values() if scores.rows]
+        trials = [RunArchive(self.archive / f"{name}_tuning.csv").rows for name in self.scores]
+        commits = sorted({commit for frame in frames for commit in frame["commit"]})
+        hours = sum(frame["seconds_total"].sum() for frame in frames) / 3600
+        seeds = [format_range(found) for found in (protocol.seeds, protocol.tuning.seeds)]
+        missing = [("Runs are missing in", "; ".join(self.incomplete))] if self.incomplete else []
+        return [
+            *missing,
+            ("Seeds", f"{seeds[0]}; for tuning {seeds[1]}"),
+            ("Runs", f"{sum(map(len, frames)):,} reported, {sum(map(len, trials)):,} for tuning"),
+            ("Time of the reported runs", f"{hours:.1f} hours, with one thread each"),
+            ("Commits", ", ".join(f"`{commit}`" for commit in commits)),
+        ]
+
+    def write(self) -> None:
+        """Write `results.md` and its pictures to the archive."""
+        # Imported here because loading matplotlib is slow.
+        from hetero_fl.reporting.benchmark.plots import draw_costs, draw_effects, draw_ranks
+        from hetero_fl.reporting.plots import style
+
+        primary = self.benchmark.protocol.primary
+        pictures = {}
+        with style.plot_style():
+            for components in self.names:
+                ranks = self.ranks(primary.metric, components)
+                if len(ranks) > 1:
+                    named = {algorithm_name(row[0]): rank for row, rank in ranks.items()}
+                    limit = critical_difference(len(ranks), len(self.groups[MAIN_GROUP]))
+                    pictures[f"ranks_{components}"] = draw_ranks(named, limit)
+            for name, (cost, label) in COSTS.items():
+                panels = {
+                    federation.title: self.cost_points(federation.name, cost)
+                    for federation in self.groups[MAIN_GROUP]
+                }
+                methods = [algorithm_name(method) for method in (primary.method, *primary.against)]
+                title = METRICS.get(primary.metric, primary.metric)
+                if panels:
+                    pictures[name] = draw_costs(panels, methods, label, title)
+            if effects := self.effects():
+                found = effects.values()
+                methods = list(dict.fromkeys(e.method for each in found for e in each))
+                pictures["effects"] = draw_effects(
+                    effects, methods, *(METRICS[metric] for metric in EFFECT_METRICS)
+                )
+            for name, figure in pictures.items():
+                (self.archive / f"{name}.png").write_bytes(style.to_png(figure))
+        (self.archive / "results.md").write_text(self.page(), encoding="utf-8")
+
+    def page(self) -> str:
+        """Return the content of `results.md`."""
+        primary = self.benchmark.protocol.primary
+        tests = self.primary_tests()
+        differences = self.best_row_differences()
+        return render(
+            "benchmark.md",
+            facts=self.facts(),
+            primary=primary_table(tests, primary.method) if tests else "",
+            num_tests=len(primary.federations) * len(primary.against),
+            best_rows=difference_table(differences) if differences else "",
+            metric=METRICS.get(primary.metric, primary.metric),
+            ranks=[
+                (components, capitalize_first(title or PLAIN), self._rank_table(components))
+                for components, title in self.names.items()
+                if len(self.ranks(primary.metric, components)) > 1
+            ],
+            has_effects=bool(self.effects()),
+            groups=[
+                (heading, self._tables(federations))
+                for heading, federations in self.groups.items()
+                if federations
+            ],
+            tuning=[
+                (self.scores[name].title, self._tuning_table(name))
+                for name, federation in self.benchmark.federations.items()
+                if federation.tuned_as is None and self.scores[name].rows
+            ],
+            left_out=[
+                (federation.title, row, reason)
+                for federation in self.benchmark.federations.values()
+                for row, reason in federation.left_out.items()
+            ],
+        )
+
+    def _tables(self, federations: Sequence[FederationScores]) -> list[tuple[str, str]]:
+        tables = [
+            (title, score_table(federations, self.rows, metric, self.names))
+            for metric, title in METRICS.items()
+        ]
+        return [*tables, (COST_TITLE, cost_table(federations, self.rows, self.names))]
+
+    def _rank_table(self, components: str) -> str:
+        ranks = self.ranks(self.benchmark.protocol.primary.metric, components)
+        return rank_table(len(self.groups[MAIN_GROUP]), ranks)
+
+    def _tuning_table(self, name: str) -> str:
+        tuned = {row: choice.tuned for row, choice in self.choices(name).items()}
+        return tuning_table(tuned, self.names)
+
+    def effects(self) -> dict[str, list[Effect]]:
+        """Return the effects of components on the methods of the primary family.
+
+        The keys are the titles of the main federations. The effect of a method is the difference
+        between its rows of the first and the last group of settings.
+        """
+        primary = self.benchmark.protocol.primary
+        groups = list(self.names)
+        found: dict[str, list[Effect]] = {}
+        for federation in self.groups[MAIN_GROUP]:
+            for method in (primary.method, *primary.against):
+                ends = [
+                    [federation.mean((method, components), metric) for metric in EFFECT_METRICS]
+                    for components in (groups[0], groups[-1])
+                ]
+                if len(groups) > 1 and all(score is not None for end in ends for score in end):
+                    before, after = ((100 * (x or 0.0), 100 * (y or 0.0)) for x, y in ends)
+                    effect = Effect(algorithm_name(method), before, after)
+                    found.setdefault(federation.title, []).append(effect)
+        return found
+
+    def cost_points(
+        self, name: str, cost: Callable[[Mapping[str, float]], float]
+    ) -> list[CostPoint]:
+        """Return the points of a federation and of the same federation with compression."""
+        compressed = [
+            (other, f", {federation.title.rpartition(', ')[2]}")
+            for other, federation in self.benchmark.federations.items()
+            if federation.tuned_as == name and federation.group == COMPRESSION
+        ]
+        metric = self.benchmark.protocol.primary.metric
+        points = []
+        for federation, suffix in [(name, ""), *compressed]:
+            scores = self.scores[federation]
+            for method, components in scores.rows:
+                row = method, components
+                values = [100 * score for score in scores.by_seed(row, metric).values()]
+                costs = {column: scores.mean(row, column) or 0.0 for column in COST_COLUMNS}
+                if is_bound(method) or not values or not cost(costs):
+                    continue
+                points.append(
+                    CostPoint(
+                        algorithm_name(method),
+                        (self.names.get(components, components) or PLAIN) + suffix,
+                        cost(costs),
+                        statistics.mean(values),
+                        statistics.stdev(values) if len(values) > 1 else 0.0,
+                    )
+                )
+        return points

@@ -1,0 +1,142 @@
+"""Choice of a row's settings, one after the other, from the validation scores of trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hetero_fl.experiment.benchmark.archive import RunArchive
+from hetero_fl.experiment.benchmark.protocol import BenchmarkRow, Tuning
+
+Trial = dict[str, Any]
+"""Settings to try, keyed by setting."""
+
+
+@dataclass(frozen=True)
+class TunedKey:
+    """The values that were tried for a setting.
+
+    Attributes:
+        key: The setting. `RATE` and `FINAL_RATE` stand for all keys of the learning rate, before
+            and after the other settings are chosen.
+        values: The values, in order.
+        scores: Mean validation score of each value.
+        chosen: The value with the best score, the first in a tie.
+    """
+
+    key: str
+    values: tuple[Any, ...]
+    scores: tuple[float, ...]
+    chosen: Any
+
+
+@dataclass(frozen=True)
+class TunedSettings:
+    """The settings of a row, as far as they have been chosen.
+
+    Attributes:
+        settings: The chosen settings.
+        remaining: Trials to run before the next choice. Empty if all settings are chosen.
+        tuned: The values that were tried, in the order of the choices.
+    """
+
+    settings: Trial
+    remaining: list[Trial] = field(default_factory=list)
+    tuned: tuple[TunedKey, ...] = ()
+
+    @property
+    def is_interior(self) -> bool:
+        """Whether the chosen learning rate is neither the smallest nor the largest tried."""
+        rates = self.tuned[-1]
+        return rates.chosen not in (rates.values[0], rates.values[-1])
+
+    @property
+    def score(self) -> float:
+        """Mean validation score of the chosen settings."""
+        return max(self.tuned[-1].scores)
+
+
+RATE = "learning rate"
+FINAL_RATE = "learning rate, at the other values"
+
+
+def next_trials(row: BenchmarkRow, tuning: Tuning, scores: Mapping[str, float]) -> TunedSettings:
+    """Choose the settings of a row as far as the scores of its trials allow.
+
+    The learning rate is chosen first, with the first value of all other settings. The other
+    settings are then chosen in order, each at the values chosen before. Finally, the learning rate
+    is compared with its neighbors again, because its best value depends on the other settings.
+
+    Args:
+        row: The row.
+        tuning: Learning rates to try, and further values of settings.
+        scores: Mean validation score of finished trials, keyed by their settings as text. Larger is
+            better.
+    """
+    settings: Trial = dict.fromkeys(tuning.keys, tuning.learning_rates[0])
+    settings |= {key: values[0] for key, values in row.tuned.items()}
+    grids: list[tuple[str, Sequence[str], Sequence[Any], Sequence[Any]]] = [
+        (RATE, tuning.keys, tuning.learning_rates, tuning.wider)
+    ]
+    for key, values in row.tuned.items():
+        grids.append((key, [key], values, tuning.wider_settings.get(key, ())))
+    grids.append((FINAL_RATE, tuning.keys, (), tuning.wider))
+    tuned: list[TunedKey] = []
+    for name, keys, first_values, wider in grids:
+        values = list(first_values) or [settings[keys[0]]]
+        while True:
+            trials = [settings | dict.fromkeys(keys, value) for value in values]
+            texts = [":".join(row.overrides(trial)) for trial in trials]
+            missing = [t for t, text in zip(trials, texts, strict=True) if text not in scores]
+            if missing:
+                return TunedSettings(settings, missing, tuple(tuned))
+            reached = [scores[text] for text in texts]
+            best = max(range(len(values)), key=lambda place: reached[place])
+            added = _neighbor(values, values[best], wider)
+            if added is None:
+                break
+            values.append(added)
+        settings = trials[best]
+        order = sorted(range(len(values)), key=lambda i: wider.index(values[i]) if wider else i)
+        tuned.append(
+            TunedKey(
+                name,
+                tuple(values[i] for i in order),
+                tuple(reached[i] for i in order),
+                values[best],
+            )
+        )
+    return TunedSettings(settings, [], tuple(tuned))
+
+
+def _neighbor(tried: Sequence[Any], best: Any, wider: Sequence[Any]) -> Any:
+    """Return the next value to try, or None if both neighbors of the best value were tried."""
+    if not wider:
+        return None
+    place = wider.index(best)
+    neighbors = wider[max(0, place - 1) : place + 2]
+    return next((value for value in neighbors if value not in tried), None)
+
+
+def choice_of(row: BenchmarkRow, tuning: Tuning, trials: RunArchive) -> TunedSettings:
+    """Choose the settings of a row from its archived trials.
+
+    Args:
+        row: The row.
+        tuning: How settings are chosen.
+        trials: Archive of the tuning runs of a federation.
+    """
+    scores: dict[str, list[float]] = {}
+    for archived in trials.rows.values():
+        if (archived["method"], archived["components"]) == (row.method, row.components):
+            text = archived["validation_score"]
+            scores.setdefault(archived["settings"], []).append(
+                float(text) if text else float("-inf")
+            )
+    complete = {
+        settings: sum(values) / len(values)
+        for settings, values in scores.items()
+        if len(values) >= len(tuning.seeds)
+    }
+    return next_trials(row, tuning, complete)

@@ -1,0 +1,1 @@
+"""Comparison of methods over seeds: plan, search for settings, runs and results."""

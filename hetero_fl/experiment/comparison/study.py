@@ -1,0 +1,56 @@
+"""Study files, which contain the arguments of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+
+from hetero_fl.config.base import ConfigSection
+from hetero_fl.config.errors import describe_error
+from hetero_fl.config.load import read_config_file
+from hetero_fl.utils.errors import (
+    UserError,
+    suggest_or_list,
+)
+
+
+class Study(ConfigSection):
+    """Arguments of a comparison, read from a file so that the comparison can be repeated.
+
+    Attributes:
+        config: The path of the configuration file. In a study file, the path is relative to the
+            folder of the study file.
+        algorithms: Names or variants of the methods to compare.
+        seeds: Seeds. Each algorithm is run once with each seed.
+        overrides: Changes to the configuration, as `key.path=value`.
+        jobs: Number of runs at a time. If None, one run per core.
+        out: The folder of the comparison. Default: `runs/<name of the study file>`.
+    """
+
+    config: Path
+    algorithms: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
+    overrides: list[str] = []
+    jobs: PositiveInt | None = None
+    out: Path
+
+    @classmethod
+    def load(cls, path: Path) -> Study:
+        """Load a study from a file.
+
+        Raises:
+            UserError: If the file is invalid.
+        """
+        raw = read_config_file(path)
+        for key in raw:
+            if key not in cls.model_fields:
+                raise UserError(
+                    f"{path}: {key}: unknown key{suggest_or_list(key, cls.model_fields)}"
+                )
+        try:
+            study = cls.model_validate({"out": f"runs/{path.stem}", **raw})
+        except ValidationError as error:
+            raise UserError(f"{path}: {describe_error(error, raw, cls)}") from None
+        return study.model_copy(update={"config": path.parent / study.config})

@@ -1,0 +1,333 @@
+"""Benchmarks from end to end: tuning, archive, continuation, pauses and failures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import hetero_fl
+from hetero_fl.cli import main
+from hetero_fl.experiment.benchmark import runner
+from hetero_fl.experiment.benchmark.archive import RunArchive
+from hetero_fl.experiment.benchmark.results import BenchmarkResults
+from hetero_fl.experiment.benchmark.runner import PAUSE, benchmark, pause_benchmark
+from hetero_fl.experiment.comparison.jobs import KILLED, ComparisonJob, run_job
+from hetero_fl.reporting.comparison.report import comparison_row
+from hetero_fl.reporting.run_directory import lock_folder
+from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
+
+CONFIG = {
+    "data": {"name": "digits", "train_limit": 300, "validation": 0.1},
+    "clients": {"count": 2, "defaults": {"model": "linear"}},
+    "rounds": 1,
+}
+PROTOCOL: dict[str, Any] = {
+    "seeds": [0, 1],
+    "components": {"none": "", "all": "adjusted"},
+    "tuning": {
+        "seeds": [5],
+        "keys": ["clients.defaults.optimizer.lr", "server.optimizer.lr"],
+        "learning_rates": [0.001, 0.01, 0.1],
+        "wider": [0.0001, 0.001, 0.01, 0.1, 1.0],
+    },
+    "rows": [
+        {"method": "local", "components": "none", "tuned": {"clients.defaults.epochs": [1, 2]}},
+        {"method": "fedavg", "components": "all", "settings": ["logit_adjustment=true"]},
+    ],
+    "primary": {
+        "method": "fedavg",
+        "against": ["local"],
+        "components": "all",
+        "metric": "global_last_balanced_accuracy",
+        "federations": ["first"],
+    },
+}
+FIRST = {"title": "First", "config": "../config.yaml"}
+SECOND = {**FIRST, "title": "Second", "tuned_as": "first", "overrides": ["rounds=2"]}
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the rendering of plots, except in the test of the command."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr("hetero_fl.reporting.plots.style.to_png", lambda _figure: b"")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a benchmark of two federations, the second tuned as the first."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    write(tmp_path / "files", PROTOCOL)
+    return tmp_path / "files"
+
+
+def write(folder: Path, protocol: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, content in {"protocol": protocol, "first": FIRST, "second": SECOND}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+class InProcess:
+    """Replacement of `run_jobs` that executes the runs in this process and counts them."""
+
+    def __init__(self, edit: Callable[[ComparisonJob], str | None] = lambda _job: None) -> None:
+        self.edit = edit
+        self.jobs: list[ComparisonJob] = []
+
+    def __call__(
+        self,
+        source: Any,
+        base: list[str],
+        work: Sequence[ComparisonJob],
+        *_args: Any,
+        on_end: Callable[[ComparisonJob, str | None], None],
+        should_stop: Callable[[], bool],
+        **_options: Any,
+    ) -> None:
+        for job in work:
+            error = self.edit(job)
+            if error is None:
+                run_job(source, [*base, *job.overrides], job.out)
+            self.jobs.append(job)
+            on_end(job, error)
+            if should_stop():
+                return
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    """Execute the runs of benchmarks in this process."""
+    replacement = InProcess()
+    monkeypatch.setattr(runner, "run_jobs", replacement)
+    return replacement
+
+
+def start(folder: Path, *names: str) -> Path:
+    archive = folder.parent / "archive"
+    out = folder.parent / "out"
+    benchmark(folder, names, out=out, archive=archive, jobs=1, quiet=True)
+    return archive
+
+
+def test_runs_are_tuned_archived_and_not_repeated(folder: Path, runs: InProcess) -> None:
+    archive = start(folder)
+    num_runs = len(runs.jobs)
+    tuning = RunArchive(archive / "first_tuning.csv").rows
+    assert num_runs == len(tuning) + 2 * 2 + 2 * 2
+    assert {row["seed"] for row in tuning.values()} == {"5"}
+    assert not (archive / "second_tuning.csv").exists()
+    for name in ("first", "second"):
+        rows = list(RunArchive(archive / f"{name}.csv").rows.values())
+        assert [(row["method"], row["seed"]) for row in rows] == [
+            ("local", "0"),
+            ("fedavg", "0"),
+            ("local", "1"),
+            ("fedavg", "1"),
+        ]
+        for row in rows:
+            chosen = row["settings"].split(":")
+            scores = {
+                trial["settings"]: float(trial["validation_score"])
+                for trial in tuning.values()
+                if trial["method"] == row["method"]
+            }
+            assert ":".join(chosen) in scores, "the settings of a run were tried"
+            assert row["commit"] and len(row["config_hash"]) == 12
+            assert float(row["client_operations"]) > 0 and row["server_operations"] == "0"
+            assert (float(row["up_bytes"]) > 0) == (row["method"] == "fedavg")
+            assert 0 <= float(row["personal_last_accuracy_worst"]) <= 1
+    assert not any((folder.parent / "out" / "first").iterdir()), "run directories are deleted"
+    page = (archive / "results.md").read_text(encoding="utf-8")
+    assert "FedAvg + adjusted" in page and (archive / "bytes.png").exists()
+
+    start(folder)
+    assert len(runs.jobs) == num_runs, "nothing is repeated"
+
+
+def test_archived_scores_are_those_of_the_run(
+    folder: Path, runs: InProcess, tmp_path: Path
+) -> None:
+    archive = start(folder, "first")
+    row = RunArchive(archive / "first.csv").rows
+    fedavg = next(found for key, found in row.items() if key[0] == "fedavg" and key[3] == "1")
+    run = hetero_fl.run(
+        CONFIG,
+        out=tmp_path / "repeated",
+        overrides=[
+            "algorithm.name=fedavg",
+            "algorithm.logit_adjustment=true",
+            *fedavg["settings"].split(":"),
+            "seed=1",
+            "runtime.threads=1",
+            "evaluation.every=1000000",
+        ],
+    )
+    repeated = comparison_row(run.summary)
+    for column in ("global_last_loss", "personal_last_accuracy_worst", "up_bytes"):
+        assert float(fedavg[column]) == pytest.approx(repeated[column], rel=1e-5)
+
+
+def test_a_missing_run_and_only_this_run_is_repeated(folder: Path, runs: InProcess) -> None:
+    archive = start(folder, "first")
+    rows = RunArchive(archive / "first.csv")
+    removed = list(rows.rows)[2]
+    before = dict(rows.rows)
+    rows.arrange([key for key in rows.rows if key != removed])
+    runs.jobs.clear()
+    start(folder, "first")
+    (job,) = runs.jobs
+    assert (job.variant.label, job.seed) == ("local", 1)
+    after = RunArchive(archive / "first.csv").rows
+    assert list(after) == list(before)
+    times = ("seconds_total",)
+    assert {k: v for k, v in after[removed].items() if k not in times} == {
+        k: v for k, v in before[removed].items() if k not in times
+    }
+
+
+def test_a_changed_configuration_is_run_again(folder: Path, runs: InProcess) -> None:
+    start(folder, "first")
+    num_runs = len(runs.jobs)
+    write(folder, {**PROTOCOL, "overrides": ["clients.defaults.batch_size=16"]})
+    archive = start(folder, "first")
+    assert len(runs.jobs) >= 2 * num_runs - 2, "tuning and reported runs, up to the widened grids"
+    hashes = {row["config_hash"] for row in RunArchive(archive / "first.csv").rows.values()}
+    assert len(hashes) == 2
+
+
+def test_diverged_trials_are_archived_without_a_score(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(job: ComparisonJob) -> str | None:
+        return "the loss is not finite" if "server.optimizer.lr=0.1" in job.point else None
+
+    monkeypatch.setattr(runner, "run_jobs", InProcess(diverge))
+    archive = start(folder, "first")
+    trials = RunArchive(archive / "first_tuning.csv").rows.values()
+    empty = [row for row in trials if not row["validation_score"]]
+    assert empty and all("lr=0.1" in row["settings"] for row in empty)
+    rows = RunArchive(archive / "first.csv").rows
+    assert all("lr=0.1" not in key[2] for key in rows), "diverged settings are not chosen"
+    assert "0.1: diverged" in (archive / "results.md").read_text(encoding="utf-8")
+
+
+def test_failed_reported_runs_are_listed_and_the_others_archived(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(job: ComparisonJob) -> str | None:
+        return "no space\nleft" if (job.variant.label, job.seed) == ("local", 1) else None
+
+    monkeypatch.setattr(runner, "run_jobs", InProcess(fail))
+    with pytest.raises(
+        RunFailedError, match=r"1 run failed\nfirst: local .* seed 1: no space left"
+    ):
+        start(folder, "first")
+    assert len(RunArchive(folder.parent / "archive" / "first.csv").rows) == 3
+
+
+def test_killed_trials_are_not_archived(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "run_jobs", InProcess(lambda _job: KILLED))
+    with pytest.raises(RunFailedError, match="its process was killed"):
+        start(folder, "first")
+    assert not RunArchive(folder.parent / "archive" / "first_tuning.csv").rows
+
+
+def test_a_paused_benchmark_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = folder.parent / "out"
+
+    def pause(_job: ComparisonJob) -> None:
+        (out / PAUSE).touch()
+
+    paused = InProcess(pause)
+    monkeypatch.setattr(runner, "run_jobs", paused)
+    with pytest.raises(Interrupted):
+        start(folder, "first")
+    assert len(paused.jobs) == 1
+    continued = InProcess()
+    monkeypatch.setattr(runner, "run_jobs", continued)
+    archive = start(folder, "first")
+    assert not (out / PAUSE).exists()
+    assert paused.jobs[0] not in continued.jobs
+    assert len(RunArchive(archive / "first.csv").rows) == 4
+
+
+def test_pause_waits_until_the_benchmark_has_ended(tmp_path: Path) -> None:
+    ended: list[float] = []
+
+    def hold() -> None:
+        with lock_folder(tmp_path):
+            while not (tmp_path / PAUSE).exists():
+                time.sleep(0.01)
+            time.sleep(0.3)
+            ended.append(time.monotonic())
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    while not (tmp_path / ".lock").exists():
+        time.sleep(0.01)
+    pause_benchmark(tmp_path)
+    assert ended and time.monotonic() >= ended[0]
+    thread.join()
+    with pytest.raises(UserError, match="folder not found"):
+        pause_benchmark(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            [{"method": "fedavgg", "components": "all"}],
+            "first: fedavgg/all: .*did you mean 'fedavg'",
+        ),
+        (
+            [{"method": "fedavg", "components": "all", "tuned": {"server_lr": [-1]}}],
+            "first: fedavg/all: .*server_lr: must be > 0, got -1",
+        ),
+        (
+            [{"method": "fedavg", "components": "all", "settings": ["server_lrr=1"]}],
+            "first: fedavg/all: .*server_lrr.*did you mean 'server_lr'",
+        ),
+    ],
+)
+def test_invalid_rows_are_named_before_any_run(
+    folder: Path, runs: InProcess, rows: list[dict[str, Any]], words: str
+) -> None:
+    write(folder, {**PROTOCOL, "rows": rows})
+    with pytest.raises(UserError, match=words) as caught:
+        start(folder, "first")
+    assert "\n" not in str(caught.value)
+    assert not runs.jobs
+
+
+def test_missing_settings_of_another_federation_are_named(folder: Path, runs: InProcess) -> None:
+    write(folder, PROTOCOL)
+    second = {**SECOND, "rows": ["local"]}
+    (folder / "second.yaml").write_text(yaml.safe_dump(second), encoding="utf-8")
+    first = {**FIRST, "rows": ["fedavg"]}
+    (folder / "first.yaml").write_text(yaml.safe_dump(first), encoding="utf-8")
+    with pytest.raises(UserError, match="second: local/none has no tuned settings"):
+        start(folder, "second")
+
+
+@pytest.mark.slow
+def test_command_in_worker_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    arguments = ["--folder", "files", "--archive", "docs", "--out", "runs", "--jobs", "2"]
+    assert main(["benchmark", "first", *arguments, "-q"]) == 0
+    assert capsys.readouterr().out.strip() == "docs/results.md"
+    assert len(RunArchive(Path("docs/first.csv")).rows) == 4
+    page = Path("docs/results.md").read_text(encoding="utf-8")
+    assert page == BenchmarkResults("files", "docs").page()
+    Path("docs/results.md").unlink()
+    assert main(["benchmark", *arguments, "--tables"]) == 0
+    assert Path("docs/results.md").read_text(encoding="utf-8") == page
+    assert main(["benchmark", "frist", *arguments]) == 2
+    assert "unknown federation 'frist'; did you mean 'first'?" in capsys.readouterr().err

@@ -1,0 +1,240 @@
+"""Runs that read images in batches equal runs with images in memory, in little memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.data.sources.images import read_image_folder
+from hetero_fl.experiment import evaluate, prepare, run
+from hetero_fl.federation.executors.choose import choose_executor
+from hetero_fl.utils.errors import UserError
+from tests.federation.test_crashes import figures, models
+from tests.federation.test_synchronous import METHODS
+from tests.helpers.image_folders import make_arrays, make_image_folder
+from tests.helpers.small_federations import MIXED, changed, config
+
+QUICK_METHODS = ("fedavg", "fedmd", "hybrid", "centralized")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images") / "images", 300)
+
+
+def streamed(
+    folder: Path, method: str = "fedavg", models: Any = MIXED, clients: int = 4, **changes: Any
+) -> dict[str, Any]:
+    """Return a run on the folder that reads images in batches."""
+    source = config(method, models, clients, data__proxy__size=40, **changes)
+    source["data"]["partition"]["min_size"] = 5
+    source["data"] |= {"name": "image_folder", "path": str(folder), "stream": True}
+    source["runtime"] = {"executor": "serial", **source["runtime"]}
+    source["clients"]["defaults"] |= {"preprocess": {"normalize": "own"}, "augment": {"flip": True}}
+    return source
+
+
+def in_memory(source: dict[str, Any]) -> dict[str, Any]:
+    return {**source, "data": {**source["data"], "stream": None}}
+
+
+def assert_equal_results(first: dict[str, Any], second: dict[str, Any], out: Path) -> None:
+    """Check that two runs have the same scores and models, bit for bit."""
+    runs = []
+    for number, source in enumerate((first, second)):
+        run(source, out=out / str(number), quiet=True)
+        runs.append((figures(out / str(number)), models(out / str(number))))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if method in QUICK_METHODS else pytest.mark.slow)
+        for method in METHODS
+    ],
+)
+def test_streamed_run_equals_run_in_memory(method: str, folder: Path, tmp_path: Path) -> None:
+    source = streamed(folder, method)
+
+    assert_equal_results(source, in_memory(source), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clients__defaults__scanner": {"blur": 0.7, "resolution": 0.6}},
+        {"clients__defaults__preprocess": {"resize": 10, "channels": 1, "normalize": "own"}},
+        {"data__partition": {"kind": "drawn", "rows": 40}},
+        {"clients__defaults__recalibrate": ["global_test", "local_test"]},
+        {"attacks": {"name": "label_flip", "clients": ["site_2"]}},
+        {"runtime__executor": "batched"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_streamed_options_equal_those_in_memory(
+    changes: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    source = changed(streamed(folder), **changes)
+    reference = in_memory(source)
+    if "runtime__executor" in changes:
+        # With images in files, clients are computed one after the other.
+        reference["runtime"] = {**reference["runtime"], "executor": "serial"}
+
+    assert_equal_results(source, reference, tmp_path)
+
+
+def test_private_training_reads_batches(folder: Path, tmp_path: Path) -> None:
+    source = streamed(folder, privacy={"unit": "record", "clip": 1.0, "noise_multiplier": 1.0})
+    source["clients"]["defaults"].pop("preprocess")
+    source["clients"]["groups"][0]["model"] = "cnn_gn_small"
+
+    assert_equal_results(source, in_memory(source), tmp_path)
+
+
+def test_clients_read_folders_of_their_own(folder: Path, tmp_path: Path) -> None:
+    own = make_image_folder(tmp_path / "own", 90)
+    data = {"name": "image_folder", "path": str(own)}
+    source = streamed(folder, "centralized")
+    source["clients"]["overrides"] = [{"match": "site_2", "data": {**data, "stream": True}}]
+    reference = in_memory(source)
+    reference["clients"] = {**source["clients"], "overrides": [{"match": "site_2", "data": data}]}
+
+    assert_equal_results(source, reference, tmp_path)
+
+
+@pytest.mark.slow
+def test_worker_processes_read_images(folder: Path, tmp_path: Path) -> None:
+    source = streamed(folder)
+    workers = {**source, "runtime": {"executor": "processes", "workers": 2, "threads": 1}}
+
+    assert_equal_results(source, workers, tmp_path)
+
+
+def test_streamed_zarr_store_equals_store_in_memory(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    images, labels = make_arrays(200)
+    group = zarr.open_group(str(tmp_path / "set.zarr"), mode="w")
+    for name, values in (("train_images", images), ("train_labels", labels)):
+        group.create_array(name, data=values)
+    source = streamed(tmp_path / "set.zarr")
+    source["data"]["name"] = "zarr"
+
+    assert_equal_results(source, in_memory(source), tmp_path)
+
+
+def test_finished_run_is_evaluated_on_streamed_images(folder: Path, tmp_path: Path) -> None:
+    finished = run(streamed(folder), out=tmp_path / "run", quiet=True)
+
+    with pytest.warns(UserWarning, match="108 of the 300 rows"):
+        scores = evaluate(finished, str(folder))
+    with pytest.warns(UserWarning, match="108 of the 300 rows"):
+        assert evaluate(finished, read_image_folder(folder)) == scores
+
+
+def test_automatic_executor_does_not_vectorize(folder: Path) -> None:
+    source = streamed(
+        folder, models="linear", clients=12, data__partition={"kind": "iid", "min_size": 5}
+    )
+    source["runtime"]["executor"] = "auto"
+    executors = [
+        choose_executor(prepared.config, prepared.federation, measure=False).executor
+        for prepared in (prepare(source), prepare(in_memory(source)))
+    ]
+
+    assert executors == ["serial", "batched"]
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        (
+            "scanner",
+            {"noise": 0.1},
+            r"^data\.stream: scanner\.noise of client 'site_1' needs all rows in memory; remove",
+        ),
+        (
+            "attacks",
+            {"name": "backdoor", "clients": ["site_2"]},
+            r"^attacks\.name=backdoor needs all images in memory; remove data\.stream",
+        ),
+    ],
+)
+def test_options_that_need_all_rows_are_refused(
+    section: str, value: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    source = streamed(folder)
+    place = source if section == "attacks" else source["clients"]["defaults"]
+    place[section] = value
+
+    with pytest.raises(UserError, match=message):
+        run(source, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_image_stops_the_run_before_training(tmp_path: Path) -> None:
+    folder = make_image_folder(tmp_path / "images", 120)
+    file = folder / "red" / "000101.png"
+    file.write_bytes(file.read_bytes()[:70])
+
+    with pytest.raises(UserError, match=r"^data\.path: .*000101\.png: not a readable image"):
+        run(streamed(folder), out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_image_that_disappears_during_the_run_is_named(tmp_path: Path) -> None:
+    folder = make_image_folder(tmp_path / "images", 120)
+
+    def remove_images(record: dict[str, Any]) -> None:
+        for file in (folder / "red").iterdir():
+            file.unlink()
+
+    with pytest.raises(UserError, match=r"^data\.path: .*red.*\.png: file not found"):
+        run(streamed(folder), out=tmp_path / "run", quiet=True, callbacks=[remove_images])
+
+
+# Prints the peak of the memory of a run, in MB.
+MEASURED_RUN = """
+import json, resource, sys
+from hetero_fl.experiment import run
+
+source, out = json.loads(sys.argv[1]), sys.argv[2]
+run(source, out=out, quiet=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def peak_memory(source: dict[str, Any], out: Path) -> float:
+    """Return the peak of the memory of a run in a process of its own, in MB."""
+    source["clients"]["groups"][0] |= {"model": "cnn_bn_small", "count": 4}
+    source["rounds"] = 1
+    source["data"] |= {"train_limit": None, "test_limit": None}
+    command = [sys.executable, "-c", MEASURED_RUN, json.dumps(source), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    # In memory, preprocessed images alone take 147 MB.
+    few = make_image_folder(tmp_path / "few", 200, side=64)
+    many = make_image_folder(tmp_path / "many", 3000, side=64)
+
+    baseline = peak_memory(streamed(few), tmp_path / "0")
+
+    assert peak_memory(streamed(many), tmp_path / "1") - baseline < 250
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_20000_images_need_less_than_300_mb(suffix: str, tmp_path: Path) -> None:
+    few = make_image_folder(tmp_path / "few", 200, side=64, suffix=suffix)
+    many = make_image_folder(tmp_path / "many", 20_000, side=64, suffix=suffix)
+
+    baseline = peak_memory(streamed(few), tmp_path / "0")
+
+    assert peak_memory(streamed(many), tmp_path / "1") - baseline < 300

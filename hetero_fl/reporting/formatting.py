@@ -90,6 +90,11 @@ def format_metric(value: float | None, metric: str) -> str:
     return f"{value:.3f}" if metric in _DECIMAL else format_significant(value)
 
 
+def is_percentage(metric: str) -> bool:
+    """Return whether values of a metric are formatted as percentages."""
+    return metric in _PERCENT
+
+
 def format_deviation(deviation: float, metric: str, mean: float) -> str:
     """Format the standard deviation of a metric with as many decimals as its mean."""
     if metric in _PERCENT or metric in _DECIMAL:

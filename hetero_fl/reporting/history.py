@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hetero_fl.utils.extras import check_extra
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -23,6 +25,7 @@ def history_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         "server" for the server's model and "mean" for the mean over the clients. The training loss
         of a client has the test "train" and the metric "loss".
     """
+    check_extra("tables", ["pandas"], "Run.history")
     # Imported here because loading pandas is slow.
     import pandas as pd
 

@@ -387,7 +387,8 @@ def _compare_config(
     directory: RunDirectory, known: Mapping[str, Any], inspection: Inspection
 ) -> None:
     config = directory.config()
-    before = json.loads(known["config"])
+    # A checkpoint of an earlier version may contain keys that no longer count as relevant.
+    before = resume_relevant(json.loads(known["config"]))
     now = resume_relevant(config)
     rounds = config.get("rounds")
     if not isinstance(rounds, int) or rounds < known["rounds"]:

@@ -1,4 +1,4 @@
-"""Show the progress of runs, write logs, and write TensorBoard events.
+"""Show the progress of runs and write logs.
 
 Log lines are written to a file and to the logger `hetero_fl`. In a terminal, all output goes to
 stderr, so that stdout stays free for results.
@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
-from pathlib import Path
 from traceback import format_exception
 from types import TracebackType
 from typing import Any, TextIO
@@ -170,7 +168,7 @@ class Progress:
         if not scores:
             return
         line = f"round {self._completed}/{self._rounds}  {scores}"
-        self._write(line)
+        self.write(line)
         left = self._time_left()
         if self._notebook is not None:
             text = f"{capitalize_first(scores)}{f' ({left})' if left else ''}"
@@ -212,8 +210,14 @@ class Progress:
     def log(self, line: str) -> None:
         """Print one line and append the line to the log file."""
         line = " ".join(line.split())
-        self._write(line)
+        self.write(line)
         self._print(line)
+
+    def write(self, line: str) -> None:
+        """Append one line to the log file without printing it."""
+        logger.info("%s", line)
+        if self._log is not None:
+            self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
     def _time_left(self) -> str:
         completed_here = self._completed - self._first
@@ -225,14 +229,9 @@ class Progress:
     def _print(self, line: str) -> None:
         self._console.print(Text(line))
 
-    def _write(self, line: str) -> None:
-        logger.info("%s", line)
-        if self._log is not None:
-            self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
-
     def _write_failure(self, error: Exception) -> None:
         """Log the error that ended the run, with the traceback of the cause."""
-        self._write(f"failed: {' '.join(str(error).split())}")
+        self.write(f"failed: {' '.join(str(error).split())}")
         cause = error.__cause__ if isinstance(error, UserError | RunFailedError) else error
         if cause is not None and self._log is not None:
             self._log.writelines(format_exception(cause))
@@ -241,44 +240,3 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-def writer_callback(run_dir: str | os.PathLike[str]) -> Callable[[Mapping[str, Any]], None]:
-    """Return a callback that writes the record of each round as TensorBoard events.
-
-    The events are written to the folder `tensorboard/` in the run directory.
-
-    Raises:
-        UserError: If TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "output.tensorboard: TensorBoard is not installed; "
-            "run pip install 'hetero_fl[tensorboard]' or set it to false"
-        ) from None
-    return partial(log_record, SummaryWriter(str(Path(run_dir) / "tensorboard")))
-
-
-def log_record(writer: Any, record: Mapping[str, Any]) -> None:
-    """Write all defined metrics, the mean training loss, bytes and seconds of a round.
-
-    Args:
-        writer: `SummaryWriter` of TensorBoard.
-        record: Record of the round, as in `metrics.jsonl`.
-    """
-    step = record["round"]
-    for test in ("personal", "global", "server"):
-        for scores, prefix in ((record, "test"), (record.get("validation") or {}, "validation")):
-            for name, value in (scores.get(test) or {}).items():
-                if value is not None:
-                    writer.add_scalar(f"{prefix}/{test}/{name}", value, step)
-    losses = list(record["train_loss"].values())
-    if losses:
-        writer.add_scalar("train/loss", sum(losses) / len(losses), step)
-    for direction in ("up_bytes", "down_bytes"):
-        writer.add_scalar(f"communication/{direction}", record[direction], step)
-    for part, seconds in record["seconds"].items():
-        writer.add_scalar(f"seconds/{part}", seconds, step)
-    writer.flush()

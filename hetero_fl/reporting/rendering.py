@@ -33,6 +33,7 @@ LATEX = {
     ">": "$>$",
     "±": "$\\pm$",
     "–": "--",
+    "−": "$-$",
     "²": "$^2$",
     "↓": "$\\downarrow$",
     "⁶": "$^6$",
@@ -151,6 +152,8 @@ def format_training(settings: Mapping[str, Any]) -> str:
             word = f"recalibrated BatchNorm statistics ({predictions})"
         elif name == "fine_tune_epochs":
             word = f"fine-tuning epochs {value}"
+            if settings.get("fine_tune_before") == "local_tests":
+                word += " before local tests"
         words.append(word)
     return ", ".join(words)
 

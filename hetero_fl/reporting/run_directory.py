@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import sha256_of, write_atomically
@@ -55,7 +55,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
         UserError: If another process has locked the folder, or if the folder is not writable.
     """
     _make_folder(folder)
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = _folder_lock(folder)
     try:
         is_supported = _try_lock(lock)
     except Timeout:
@@ -77,15 +77,18 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
 
 def _try_lock(lock: BaseFileLock) -> bool:
     """Acquire a lock and return True, or return False if the file system has no locks."""
-    with warnings.catch_warnings():
-        # The caller logs a different warning.
-        warnings.filterwarnings("ignore", message="flock not supported")
+    try:
         lock.acquire()
-    # A lock that is a plain file would remain after a crash.
-    if isinstance(lock, SoftFileLock):
-        lock.release()
-        return False
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return False
+        raise
     return True
+
+
+def _folder_lock(folder: Path) -> BaseFileLock:
+    # The fallback is a plain file that would remain after a crash.
+    return FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
 
 
 def is_locked(folder: Path) -> bool:
@@ -95,7 +98,7 @@ def is_locked(folder: Path) -> bool:
     """
     if not (folder / LOCK).is_file():
         return False
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = _folder_lock(folder)
     try:
         _try_lock(lock)
     except Timeout:

@@ -29,7 +29,7 @@ MAX_NAMED_ATTACKERS = 6
 
 
 def collect_protections(federation: FederationSpec) -> dict[str, Any]:
-    """Return the compression, secure aggregation and robust rules of a run for `details.json`."""
+    """Return the protection, compression and robust rules of a run for `details.json`."""
     channel = federation.channel
     aggregation = federation.aggregation
     rules = {
@@ -41,6 +41,7 @@ def collect_protections(federation: FederationSpec) -> dict[str, Any]:
         "compress": [_format_stage(stage.model_dump()) for stage in channel.compress],
         "compress_down": [_format_stage(stage.model_dump()) for stage in channel.compress_down],
         "secure_sum": channel.secure_sum is not None,
+        "homomorphic": channel.homomorphic is not None,
         "rules": {name: rule for name, rule in rules.items() if rule != "mean"},
     }
 

@@ -383,31 +383,36 @@ def _parallel_runs(out: Path) -> int | None:
 
 
 def _command_line() -> str:
-    """Return the command line of a comparison with short paths.
+    """Return the command line of a comparison, for the current working directory.
 
     The result is empty if this process was not started as a comparison.
     """
     program, *rest = sys.argv or [""]
-    name = Path(program).name
-    if Path(program).resolve() == PACKAGE.resolve().parent / "scripts" / "compare.py":
-        return shlex.join(["python", "scripts/compare.py", *map(_shorten_path, rest)])
-    if name in ("hetero-fl", "hetero-fl.exe") and rest[:1] == ["compare"]:
-        return shlex.join(["hetero-fl", *map(_shorten_path, rest)])
+    path = Path(program).resolve()
+    package = PACKAGE.resolve()
+    arguments = [_relative_path(argument) for argument in rest]
+    if path == package.parent / "scripts" / "compare.py":
+        return shlex.join(["python", "scripts/compare.py", *arguments])
+    # Options such as `--quiet` may precede the command.
+    command = next((argument for argument in rest if not argument.startswith("-")), "")
+    if command != "compare":
+        return ""
+    if path in (package / "__main__.py", package / "cli" / "__main__.py"):
+        return shlex.join(["python", "-m", "hetero_fl", *arguments])
+    if path.name in ("hetero-fl", "hetero-fl.exe"):
+        return shlex.join(["hetero-fl", *arguments])
     return ""
 
 
-def _shorten_path(argument: str) -> str:
-    """Shorten an absolute path in an argument such as `path` or `key=path`.
+def _relative_path(argument: str) -> str:
+    """Return an argument such as `path` or `key=path` with a relative path if that is shorter.
 
-    A path in the working directory becomes relative to it. Any other absolute path is replaced by
-    the file name.
+    Only a path in the working directory becomes relative to it.
     """
     key, equals, value = argument.rpartition("=")
     path = Path(value).expanduser()
-    if not path.is_absolute():
-        return argument
-    inside = path.is_relative_to(Path.cwd())
-    return key + equals + (os.path.relpath(path) if inside else path.name)
+    is_inside = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return key + equals + os.path.relpath(path) if is_inside else argument
 
 
 def _python_call(labels: Sequence[str], seeds: Sequence[int]) -> str:

@@ -12,7 +12,9 @@ from hetero_fl.algorithms.requirements import SINGLE_UPLOADS
 from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison import plots
+from hetero_fl.reporting.comparison.differences import make_difference_table
 from hetero_fl.reporting.comparison.facts import Row, UsedSettings, compared_methods, gather_facts
+from hetero_fl.reporting.comparison.result import DIFFERENCES
 from hetero_fl.reporting.comparison.tables import (
     BELOW,
     Candidate,
@@ -29,7 +31,7 @@ from hetero_fl.reporting.run_directory import RunDirectory
 
 NEEDS_NOTE = (
     "Single uploads: the server must see each client's upload, "
-    "so secure aggregation is not possible."
+    "so neither secure aggregation nor homomorphic encryption is possible."
 )
 
 
@@ -105,7 +107,13 @@ def write_comparison(
         make_table(rows, task, moment, known.jobs, known.local_test_note)
         for moment in ("last", "best")
     )
+    differences = make_difference_table(rows, task)
     tex = [last.latex("comparison-last", note), selected.latex("comparison-selected", note)]
+    (out.path / DIFFERENCES).unlink(missing_ok=True)
+    if differences is not None:
+        tex.append(differences.latex("comparison-differences"))
+        csv = differences.frame().to_csv(index=False, lineterminator="\n")
+        out.write_text(DIFFERENCES, csv)
     out.write_text(
         "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
     )
@@ -118,6 +126,7 @@ def write_comparison(
         "note": note,
         "about": known,
         "tables": (last, selected),
+        "differences": differences,
         "grid": make_tuning_table(tried, task),
         "settings": settings,
         "methods": describe_methods(shown.all_labels),

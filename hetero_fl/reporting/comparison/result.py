@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+DIFFERENCES = "differences.csv"
+"""Name of the file with the paired differences from the best method."""
 SHOWN = ("global_last_", "personal_last_")
 """Prefixes of the columns that a notebook shows."""
 
@@ -76,6 +78,22 @@ class Comparison:
         import pandas as pd
 
         return pd.read_csv(self.path / "comparison.csv")
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        """The paired differences from the best method, with scores as fractions.
+
+        The columns are `algorithm`, `difference`, `low` and `high` (95% interval), `p`, `p_holm`
+        and `seeds`. The frame is empty if no two methods share five seeds.
+        """
+        # Imported here because loading pandas is slow.
+        import pandas as pd
+
+        path = self.path / DIFFERENCES
+        if path.exists():
+            return pd.read_csv(path)
+        names = ["algorithm", "difference", "low", "high", "p", "p_holm", "seeds"]
+        return pd.DataFrame(columns=names)
 
     @cached_property
     def runs(self) -> list[Run]:

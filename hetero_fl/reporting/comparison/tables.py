@@ -1,14 +1,12 @@
-"""Tables of a comparison: means, best values, p-values and tuning."""
+"""Tables of a comparison: means, best values and tuning."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
@@ -32,41 +30,14 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
-MIN_SEEDS = 5
-"""Minimum number of seeds for a paired t-test.
-
-With fewer seeds, the test has little power and depends strongly on normality.
-"""
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNDEFINED_WITHOUT_A_CLASS = ("auroc", "average_precision")
 """Metrics that are undefined if the test rows lack a class."""
 
 BELOW = "↓"
 """Mark of scores that are worse than the score of the baseline."""
-
-
-def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
-    """Compute the p-value of a two-sided paired t-test over the seeds of two methods.
-
-    Args:
-        a: Scores of the first method, keyed by seed.
-        b: Scores of the second method, keyed by seed.
-
-    Returns:
-        The p-value as text, or a dash if the methods share fewer than 5 seeds.
-    """
-    seeds = sorted(a.keys() & b.keys())
-    if len(seeds) < MIN_SEEDS:
-        return MISSING
-    difference = np.array([a[s] - b[s] for s in seeds])
-    # With equal differences, the test statistic is undefined or infinite.
-    if np.ptp(difference) <= 1e-12:
-        return "1" if abs(difference[0]) <= 1e-12 else "<0.001"
-    # Slow to import.
-    from scipy import stats
-
-    p = float(stats.ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
-    return "<0.001" if p < 0.001 else format_significant(p, 2)
 
 
 def seconds_note(jobs: int | None) -> str:
@@ -113,7 +84,6 @@ class TableLine:
         name: Display name of the method.
         bound: Whether the method is a reference bound, which is not ranked with other methods.
         cells: Scores, in the order of the columns.
-        p: p-value of the difference from the best method, or an empty string for bounds.
         megabytes: Megabytes exchanged per run.
         seconds: Seconds per run.
         needs: Requirements of the method.
@@ -123,7 +93,6 @@ class TableLine:
     name: str
     bound: bool
     cells: tuple[TableCell, ...]
-    p: str
     megabytes: str
     seconds: str
     needs: str
@@ -135,10 +104,9 @@ class ComparisonTable:
 
     Attributes:
         title: Title of the table.
-        columns: Columns with scores. The p-values are computed for the first column.
+        columns: Columns with scores.
         lines: Rows of the table, bounds last.
         caption: Text below the table.
-        tested: Whether there is a column with p-values.
         jobs: Number of runs that were executed in parallel, or None if unknown.
     """
 
@@ -146,7 +114,6 @@ class ComparisonTable:
     columns: tuple[Column, ...]
     lines: tuple[TableLine, ...]
     caption: str
-    tested: bool
     jobs: int | None
 
     @property
@@ -158,7 +125,7 @@ class ComparisonTable:
     def others(self) -> list[str]:
         """Titles of the columns that follow the scores."""
         shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
-        return [*(["p"] if self.tested else []), "MB", f"Seconds{shared}", "Needs"]
+        return ["MB", f"Seconds{shared}", "Needs"]
 
     @property
     def groups(self) -> list[tuple[str, list[str]]]:
@@ -172,9 +139,8 @@ class ComparisonTable:
         for line in self.lines:
             if line.bound and ["*Bounds*"] not in rows:
                 rows.append(["*Bounds*"])
-            p = [line.p] if self.tested else []
             cells = [cell.markdown for cell in line.cells]
-            rows.append([line.name, *cells, *p, line.megabytes, line.seconds, line.needs])
+            rows.append([line.name, *cells, line.megabytes, line.seconds, line.needs])
         numbers = ["right"] * (len(self.header) - 2)
         return markdown_table(self.header, rows, ("left", *numbers, "left"))
 
@@ -204,6 +170,9 @@ def make_table(
         jobs: Number of runs that were executed in parallel, or None if unknown.
         local_test_note: A sentence about the local test rows, for the caption.
     """
+    # Imported here because a run of a joining client needs only the formats of this module.
+    import pandas as pd
+
     columns = columns_of(rows, task, moment)
     shown = compared_methods(rows)
     frame = pd.DataFrame(rows).set_index("algorithm").sort_values("seed", kind="stable")
@@ -214,9 +183,6 @@ def make_table(
     cells = [
         _make_column(column, means[column.key], deviations[column.key], shown) for column in columns
     ]
-    leader = None
-    if columns and len(seeds) > 1:
-        leader = _best_method(columns[0], means[columns[0].key], shown)
     lines = []
     for index, label in enumerate(shown.all_labels):
         own = frame.loc[[label]]
@@ -227,23 +193,16 @@ def make_table(
                 algorithm_name(label) + short,
                 is_bound(label),
                 tuple(column[index] for column in cells),
-                ""
-                if leader is None or is_bound(label)
-                else _p_value_of(frame, columns[0], label, leader),
                 _format_megabytes((own["up_bytes"] + own["down_bytes"]).mean() / 1e6),
                 format_significant(own["seconds_total"].mean()),
                 format_needs(label) or MISSING,
             )
         )
-    found = {line.p for line in lines}
     caption = render_line(
         "table_caption.txt",
         task=task,
         seeds=seeds,
         bounds=shown.bounds,
-        tested=bool(found - {"", "best", MISSING}),
-        few_seeds=MISSING in found,
-        first=columns[0].title if columns else "",
         baseline=algorithm_name(str(shown.baseline)),
         below=BELOW if any(cell.below for line in lines for cell in line.cells) else "",
         undefined=_undefined_titles(rows, task, moment),
@@ -251,7 +210,7 @@ def make_table(
         seconds=seconds_note(jobs),
     )
     title = "Last round" if moment == "last" else "Round selected by validation"
-    return ComparisonTable(title, columns, tuple(lines), caption, bool(found - {"", "best"}), jobs)
+    return ComparisonTable(title, columns, tuple(lines), caption, jobs)
 
 
 def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]:
@@ -277,7 +236,7 @@ def _make_column(
     Scores that round to the best score are also marked as best.
     """
     metric = column.metric
-    best = _best_method(column, means, shown)
+    best = best_method(column, means, shown)
     best_mean = math.nan if best is None else float(means[best])
     baseline = float(means[shown.baseline]) if shown.baseline else math.nan
     cells = []
@@ -287,43 +246,31 @@ def _make_column(
         if math.isnan(mean):
             cells.append(TableCell(None, None, MISSING))
             continue
-        printed = _format_score(mean, metric)
+        printed = format_score(mean, metric)
         has_spread = not math.isnan(deviation)
         is_ranked = label in shown.federated
         cells.append(
             TableCell(
                 mean,
                 deviation if has_spread else None,
-                f"{printed} ± {_format_score(deviation, metric)}" if has_spread else printed,
+                f"{printed} ± {format_score(deviation, metric)}" if has_spread else printed,
                 best=is_ranked
                 and len(shown.federated) > 1
-                and printed == _format_score(best_mean, metric),
+                and printed == format_score(best_mean, metric),
                 below=is_ranked
                 and is_better(metric, baseline, mean)
-                and printed != _format_score(baseline, metric),
+                and printed != format_score(baseline, metric),
             )
         )
     return cells
 
 
-def _best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> str | None:
+def best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> str | None:
     """Return the federated method with the best mean in a column, or None without scores."""
     known = means[list(shown.federated)].dropna()
     if known.empty:
         return None
     return str(known.idxmin() if column.metric in SMALLER_IS_BETTER else known.idxmax())
-
-
-def _p_value_of(frame: pd.DataFrame, column: Column, label: str, leader: str) -> str:
-    """Return the p-value of the difference between a method and the best method in a column."""
-    if label == leader:
-        return "best"
-    values = frame[["seed", column.key]].dropna()
-    by_method = {
-        name: scores.set_index("seed")[column.key].to_dict()
-        for name, scores in values.groupby(level=0)
-    }
-    return p_value(by_method.get(label, {}), by_method[leader])
 
 
 def _format_megabytes(value: float) -> str:
@@ -332,10 +279,11 @@ def _format_megabytes(value: float) -> str:
 
 def format_single(value: float | None, metric: str) -> str:
     """Format the score of one run as in the tables, or return a dash if the score is None."""
-    return MISSING if value is None else _format_score(value, metric)
+    return MISSING if value is None else format_score(value, metric)
 
 
-def _format_score(value: float, metric: str) -> str:
+def format_score(value: float, metric: str) -> str:
+    """Format a score as in the tables, in percent except for errors, losses and R²."""
     if metric in ("loss", "perplexity", "mae", "rmse"):
         return format_significant(value)
     return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
@@ -343,19 +291,21 @@ def _format_score(value: float, metric: str) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point of the tuning grid of a method.
+    """A point of the tuning grid of a method, or a trial of a search.
 
     Attributes:
         algorithm: Label of the method.
         point: Settings in the format `key=value`.
         score: Mean validation score over seeds, or None if there is no score. Larger is better.
         chosen: Whether the candidate was chosen.
+        stopped_after: Round after which a search stopped the candidate, or None.
     """
 
     algorithm: str
     point: tuple[str, ...]
     score: float | None
     chosen: bool
+    stopped_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -393,8 +343,14 @@ def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTabl
     for c in candidates:
         known = c.score is not None and math.isfinite(c.score)
         text = format_single(sign * c.score, metric) if c.score is not None and known else MISSING
+        if c.stopped_after is not None:
+            text = f"{text} (stopped after round {c.stopped_after})"
         lines.append((algorithm_name(c.algorithm), ", ".join(c.point), text, c.chosen))
-    caption = render_line("tuning_caption.txt", metric=capitalize_first(metric_name(metric)))
+    caption = render_line(
+        "tuning_caption.txt",
+        metric=capitalize_first(metric_name(metric)),
+        has_stopped=any(c.stopped_after is not None for c in candidates),
+    )
     return TuningTable(
         "Tuning candidates", ("Method", "Values", "Validation"), tuple(lines), caption
     )

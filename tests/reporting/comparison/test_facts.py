@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hetero_fl.reporting.comparison.facts import gather_facts
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
 from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import PACKAGE
 from tests.helpers.run_directories import Case, write_run
 from tests.reporting.test_report import Page
 
@@ -92,7 +94,7 @@ def test_facts_without_runs_come_from_the_rows(tmp_path: Path) -> None:
         (["/usr/bin/hetero-fl", "compare", "--out", "runs/x"], "hetero-fl compare --out runs/x"),
         (
             [SCRIPT, "--out", "/far/away/x", "data.path=/far/y"],
-            "python scripts/compare.py --out x data.path=y",
+            "python scripts/compare.py --out /far/away/x data.path=/far/y",
         ),
         ([SCRIPT, f"--out={os.getcwd()}/runs/x"], "python scripts/compare.py --out=runs/x"),
         (["/my/compare.py"], 'hetero_fl.compare(source, "local,fedmd", seeds=[0], out=…)'),
@@ -102,7 +104,7 @@ def test_facts_without_runs_come_from_the_rows(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_command_omits_local_folders(
+def test_command_is_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], command: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", line)
@@ -148,6 +150,33 @@ def test_caption_explains_shared_time(tmp_path: Path, jobs: int) -> None:
     write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
     text = Page((tmp_path / "report.html").read_text()).text
     assert ("Time (shared): runs shared the machine" in text) == (jobs > 1)
+
+
+@pytest.mark.parametrize(
+    ("program", "launcher"),
+    [
+        ("/opt/venv/bin/hetero-fl", "hetero-fl"),
+        (str(PACKAGE / "__main__.py"), "python -m hetero_fl"),
+        (str(PACKAGE / "cli" / "__main__.py"), "python -m hetero_fl"),
+    ],
+)
+@pytest.mark.parametrize("before", [[], ["--quiet"]])
+def test_command_of_a_comparison_can_be_repeated(
+    program: str, launcher: str, before: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "my data" / "c.yaml"
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    given = ["compare", "--config", str(outside), "--out", str(folder / "out"), "--search"]
+    given += ["optuna", "--budget", "3", "rounds=2", f"data.path={folder / 'x.csv'}"]
+    monkeypatch.setattr("sys.argv", [program, *before, *given])
+
+    facts = gather_facts(tmp_path, [])
+
+    relative = ["compare", "--config", str(outside), "--out", "out", "--search"]
+    relative += ["optuna", "--budget", "3", "rounds=2", "data.path=x.csv"]
+    assert facts.command == f"{launcher} {shlex.join([*before, *relative])}"
 
 
 def test_reports_contain_the_facts(tmp_path: Path) -> None:

@@ -1,0 +1,195 @@
+"""Tables of a benchmark in Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hetero_fl.reporting.benchmark.scores import FederationScores, PrimaryTest, RowName, row_title
+from hetero_fl.reporting.comparison.differences import format_p
+from hetero_fl.reporting.comparison.significance import PairedDifference
+from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
+from hetero_fl.reporting.rendering import markdown_table
+from hetero_fl.utils.text import pluralize
+
+SIGNIFICANT = 0.05
+"""Level of the primary family, after the correction."""
+
+
+def score_table(
+    federations: Sequence[FederationScores],
+    rows: Sequence[RowName],
+    metric: str,
+    names: Mapping[str, str],
+    keep_empty: bool = False,
+) -> str:
+    """Format the mean and the standard deviation of a metric for each row and federation.
+
+    Args:
+        federations: The federations, one for each column.
+        rows: The rows, in order.
+        metric: Column of the archive.
+        names: Title of each group of settings.
+        keep_empty: Whether the table contains rows without runs.
+    """
+    lines = []
+    for row in rows:
+        cells = [score_cell(federation.by_seed(row, metric), metric) for federation in federations]
+        if keep_empty or any(cell != MISSING for cell in cells):
+            lines.append([row_title(row, names), *cells])
+    titles = [federation.title for federation in federations]
+    return markdown_table(["Method", *titles], lines, ("left", *["right"] * len(titles)))
+
+
+def score_cell(values: Mapping[int, float], metric: str) -> str:
+    """Format the mean ± standard deviation of scores, in percent except for losses."""
+    if not values:
+        return MISSING
+    is_loss = metric.endswith("_loss")
+    scaled = [value if is_loss else 100 * value for value in values.values()]
+    decimals = 2 if is_loss else 1
+    mean = f"{statistics.mean(scaled):.{decimals}f}"
+    if len(scaled) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(scaled):.{decimals}f}"
+
+
+def primary_table(tests: Sequence[PrimaryTest], method: str) -> str:
+    """Format the tests of the primary family.
+
+    Args:
+        tests: The tests.
+        method: The main method.
+    """
+    lines = [
+        [
+            test.federation,
+            algorithm_name(test.other),
+            _points(test.difference.mean),
+            f"[{_points(test.difference.low)}, {_points(test.difference.high)}]",
+            format_p(test.difference.p),
+            format_p(test.p_holm),
+            _verdict(test),
+        ]
+        for test in tests
+    ]
+    header = ["Federation", f"{algorithm_name(method)} against", "Difference", "95% interval"]
+    return markdown_table(
+        [*header, "p", "p (Holm)", "Result"], lines, ("left", "left", *["right"] * 4, "left")
+    )
+
+
+def difference_table(
+    differences: Mapping[tuple[str, str, str], PairedDifference],
+) -> str:
+    """Format differences between rows, with intervals and without tests.
+
+    Args:
+        differences: The differences, keyed by the titles of the federation and the two rows.
+    """
+    lines = [
+        [*titles, _points(found.mean), f"[{_points(found.low)}, {_points(found.high)}]"]
+        for titles, found in differences.items()
+    ]
+    header = ["Federation", "Row", "Against", "Difference", "95% interval"]
+    return markdown_table(header, lines, ("left", "left", "left", "right", "right"))
+
+
+def _verdict(test: PrimaryTest) -> str:
+    if test.p_holm > SIGNIFICANT:
+        return "no significant difference"
+    return "ahead" if test.difference.mean > 0 else "behind"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def cost_table(
+    federations: Sequence[FederationScores], rows: Sequence[RowName], names: Mapping[str, str]
+) -> str:
+    """Format the computation at clients and server, the traffic and the time of a run.
+
+    Args:
+        federations: The federations.
+        rows: The rows, in order. Rows without runs are left out.
+        names: Title of each group of settings.
+    """
+    columns = {
+        "client_operations": 1e9,
+        "server_operations": 1e9,
+        "megabytes": 1e6,
+        "seconds_total": 1.0,
+    }
+    lines = []
+    for row in rows:
+        cells = []
+        for federation in federations:
+            found = {
+                "megabytes": _sum(
+                    federation.mean(row, "up_bytes"), federation.mean(row, "down_bytes")
+                )
+            }
+            values = [found.get(name, federation.mean(row, name)) for name in columns]
+            cells.append(
+                MISSING
+                if any(value is None for value in values)
+                else " / ".join(
+                    _rounded((value or 0.0) / unit)
+                    for value, unit in zip(values, columns.values(), strict=True)
+                )
+            )
+        if any(cell != MISSING for cell in cells):
+            lines.append([row_title(row, names), *cells])
+    titles = [federation.title for federation in federations]
+    return markdown_table(["Method", *titles], lines, ("left", *["right"] * len(titles)))
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
+
+
+def _rounded(value: float) -> str:
+    return "0" if value == 0 else format_significant(value, 2 if value < 10 else 3)
+
+
+def rank_table(num_federations: int, ranks: Mapping[RowName, float]) -> str:
+    """Format mean ranks, best first.
+
+    Args:
+        num_federations: Number of federations over which ranks are averaged.
+        ranks: Mean rank of each row.
+    """
+    lines = [
+        [algorithm_name(method), f"{ranks[method, components]:.2f}"]
+        for method, components in sorted(ranks, key=lambda row: ranks[row])
+    ]
+    header = ["Method", f"Mean rank, {pluralize(num_federations, 'federation')}"]
+    return markdown_table(header, lines, ("left", "right"))
+
+
+def tuning_table(tuned: Mapping[RowName, Sequence[Any]], names: Mapping[str, str]) -> str:
+    """Format the values that were tried for each row, with the chosen ones in bold.
+
+    Args:
+        tuned: For each row, the tried values of its settings (see
+            `hetero_fl.experiment.benchmark.tuning.TunedKey`).
+        names: Title of each group of settings.
+    """
+    lines = []
+    for row, keys in tuned.items():
+        for place, key in enumerate(keys):
+            tried = ", ".join(
+                _tried(value, score, value == key.chosen)
+                for value, score in zip(key.values, key.scores, strict=True)
+            )
+            lines.append([row_title(row, names) if place == 0 else "", f"`{key.key}`", tried])
+    return markdown_table(["Method", "Setting", "Values"], lines, ("left",) * 3)
+
+
+def _tried(value: Any, score: float, is_chosen: bool) -> str:
+    text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    text = f"{text}: {100 * score:.1f}" if math.isfinite(score) else f"{text}: diverged"
+    return f"**{text}**" if is_chosen else text

@@ -1,0 +1,147 @@
+"""Statistics of comparisons: paired tests over seeds, and ranks over federations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+MIN_SEEDS = 5
+"""Minimum number of seeds for a paired t-test.
+
+With fewer seeds, the test has little power and depends strongly on normality.
+"""
+CONFIDENCE = 0.95
+"""Confidence level of intervals."""
+EQUAL = 1e-12
+"""Largest difference of scores that counts as none."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The difference between two methods, paired by seed.
+
+    Attributes:
+        mean: Mean of the differences.
+        low: Lower end of the confidence interval of the mean.
+        high: Upper end of the confidence interval of the mean.
+        p: p-value of a two-sided paired t-test.
+        num_seeds: Number of seeds that both methods have.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    num_seeds: int
+
+
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference | None:
+    """Compare two methods with a paired t-test over the seeds that both have.
+
+    Args:
+        a: Scores of the first method, keyed by seed.
+        b: Scores of the second method, keyed by seed.
+
+    Returns:
+        The difference a − b, or None if the methods share fewer than `MIN_SEEDS` seeds.
+
+    Example:
+        >>> from hetero_fl.reporting.comparison.significance import paired_difference
+        >>> a = {0: 0.80, 1: 0.82, 2: 0.81, 3: 0.79, 4: 0.83}
+        >>> b = {0: 0.78, 1: 0.81, 2: 0.78, 3: 0.78, 4: 0.80}
+        >>> found = paired_difference(a, b)
+        >>> print(f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}], p = {found.p:.3f}")
+        0.020 [0.008, 0.032], p = 0.011
+    """
+    seeds = sorted(a.keys() & b.keys())
+    if len(seeds) < MIN_SEEDS:
+        return None
+    differences = np.array([a[seed] - b[seed] for seed in seeds])
+    mean = float(differences.mean())
+    # With equal differences, the test statistic is undefined or infinite.
+    if np.ptp(differences) <= EQUAL:
+        return PairedDifference(mean, mean, mean, 1.0 if abs(mean) <= EQUAL else 0.0, len(seeds))
+    # Slow to import.
+    from scipy import stats
+
+    result = stats.ttest_1samp(differences, 0.0)
+    interval = result.confidence_interval(CONFIDENCE)
+    return PairedDifference(
+        mean, float(interval.low), float(interval.high), float(result.pvalue), len(seeds)
+    )
+
+
+def holm(p_values: Sequence[float], num_tests: int | None = None) -> list[float]:
+    """Correct the p-values of a family of tests with the step-down method of Holm (1979).
+
+    Args:
+        p_values: p-values of the tests of the family.
+        num_tests: Number of tests of the family, if `p_values` lacks some of them. The correction
+            is then conservative. If None, the family has no other tests.
+
+    Returns:
+        The corrected p-values in the same order. A test is significant at level α if its corrected
+        p-value is at most α.
+
+    Example:
+        >>> from hetero_fl.reporting.comparison.significance import holm
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(p_values)
+    num_tests = num_tests or len(p_values)
+    largest = 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (num_tests - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def mean_ranks(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the ranks of methods over federations.
+
+    Args:
+        scores: For each federation, the score of each method. Larger is better. All federations
+            have the same methods.
+
+    Returns:
+        The mean rank of each method, where 1 is best. Equal scores share their mean rank.
+
+    Example:
+        >>> from hetero_fl.reporting.comparison.significance import mean_ranks
+        >>> mean_ranks([{"a": 0.9, "b": 0.8, "c": 0.8}, {"a": 0.7, "b": 0.9, "c": 0.6}])
+        {'a': 1.5, 'b': 1.75, 'c': 2.75}
+    """
+    # Slow to import.
+    from scipy.stats import rankdata
+
+    methods = list(scores[0])
+    ranks = [rankdata([-federation[method] for method in methods]) for federation in scores]
+    return {method: fmean(rank[i] for rank in ranks) for i, method in enumerate(methods)}
+
+
+def critical_difference(num_methods: int, num_federations: int, alpha: float = 0.05) -> float:
+    """Return the critical difference of mean ranks in the Nemenyi test.
+
+    Two methods differ significantly if their mean ranks differ by at least this value (Demšar 2006,
+    section 3.2.2).
+
+    Args:
+        num_methods: Number of methods k.
+        num_federations: Number of federations N over which ranks are averaged.
+        alpha: Significance level of the whole family.
+
+    Example:
+        >>> from hetero_fl.reporting.comparison.significance import critical_difference
+        >>> round(critical_difference(5, 30), 2)  # Demšar (2006), q = 2.728
+        1.11
+    """
+    # Slow to import.
+    from scipy.stats import studentized_range
+
+    q = float(studentized_range.isf(alpha, num_methods, math.inf)) / math.sqrt(2)
+    return q * math.sqrt(num_methods * (num_methods + 1) / (6 * num_federations))

@@ -1,0 +1,1 @@
+"""Local web page with live curves of several runs."""

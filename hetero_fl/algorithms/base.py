@@ -35,15 +35,24 @@ from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import Registry
 
-# Slot of the student model that the server trains.
 STUDENT = "student"
-# Content of an upload or a broadcast, keyed by item name. Each value is an `Item`, a tensor, or a
-# dictionary of tensors.
+"""Slot of the student model that the server trains, a key of `server.models`.
+
+If the server has a model in this slot, `Algorithm.server_model` returns it for deployment.
+"""
 Items = dict[str, Any]
+"""Content of an upload or a broadcast, keyed by item name.
+
+Each value is an `Item`, a tensor, or a dictionary of tensors. A tensor is an item of kind `rows`
+with weight 1, a dictionary an item of kind `params` with weight 1.
+"""
 # Decorator that registers a method: `@register_algorithm("name")`. `register_algorithm["name"]`
 # returns the class.
 register_algorithm: Registry[type[Algorithm]] = Registry(
-    "algorithm", lambda: Algorithm, all_of="`hetero-fl methods`"
+    "algorithm",
+    lambda: Algorithm,
+    all_of="`hetero-fl methods`",
+    plugins="hetero_fl.algorithms",
 )
 
 
@@ -277,7 +286,8 @@ class Algorithm(Settings):
 
         The engine calls this hook on a copy of the client. By default, the model is trained for the
         number of epochs in the client's setting `fine_tune_epochs`. If this setting is 0 or None,
-        the model is not changed.
+        the model is not changed. If the client's setting `fine_tune_before` is `local_tests`, the
+        adapted model is evaluated on the client's own rows only.
         """
         if client.settings.fine_tune_epochs:
             yield local_fit(client, epochs=client.settings.fine_tune_epochs, label="fine-tune")
@@ -541,6 +551,8 @@ def unused_options(method: Algorithm) -> set[str]:
     unused = set(method.needs.unused_options)
     if method.needs.shared_model and not predicts_proxy_set(method):
         unused.add("prior_correction")
+    if "fine_tune_epochs" in unused:
+        unused.add("fine_tune_before")
     return unused
 
 

@@ -34,6 +34,7 @@ from hetero_fl.core.participant import (
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows
+from hetero_fl.core.stored_rows import targets
 from hetero_fl.utils.ordering import natural_order
 
 
@@ -197,7 +198,7 @@ class Centralized(Algorithm):
         rows = Rows("pooled", preprocess=reference.preprocess)
         counts = server.counts
         if server.task.kind == "multiclass":
-            counts = torch.bincount(rows.columns(server)["y"], minlength=server.task.outputs)
+            counts = torch.bincount(targets(rows.columns(server)), minlength=server.task.outputs)
         yield Fit(
             {reference.arch.spec_id: None},
             Supervised(server.task.kind, slot=reference.arch.spec_id),

@@ -37,13 +37,13 @@ from hetero_fl.core.generative_objectives import (
     View,
     preprocess_generated,
 )
-from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import TeacherDistillation, is_convertible
+from hetero_fl.core.images import is_convertible
+from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.participant import (
     MAX_SEARCHED_CLIENTS,
     ClientDirectory,
     ClientInfo,
-    Columns,
     Participant,
     floating_tensors,
 )
@@ -89,14 +89,14 @@ class DataFreeDistillation(Algorithm):
         options = {"shape": shape}
         return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
 
-    def sample_noise(self, server: Participant) -> Columns:
+    def sample_noise(self, server: Participant) -> Tensors:
         """Sample a batch of noise `x`, shape `[B, noise]`, and labels `y`, shape `[B]`."""
         generator = keyed_generator(*server.stream("noise"))
         x = torch.randn(self.synthetic_batch, self.noise, generator=generator)
         y = torch.randint(server.task.outputs, (self.synthetic_batch,), generator=generator)
         return {"x": x, "y": y}
 
-    def train_generator(self, synthesis: Synthesis, noise: Columns, frozen: tuple[str, ...]) -> Fit:
+    def train_generator(self, synthesis: Synthesis, noise: Tensors, frozen: tuple[str, ...]) -> Fit:
         """Create the `Fit` step that trains the generator on one batch of noise.
 
         Args:
@@ -184,7 +184,7 @@ class Dense(DataFreeDistillation):
     student: str | None = Field(
         None,
         description="client whose architecture and preprocessing the student has; `null`: the "
-        "first client of the most frequent profile",
+        "first client with the most frequent architecture",
     )
 
     @override
@@ -442,7 +442,7 @@ class FedGen(CommonHead, FedAvg):
             client, objective, context=context, frozen=(GENERATOR,), extra_batches=batches
         )
 
-    def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Columns]:
+    def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Tensors]:
         """Return a function that samples inputs of the generator: one-hot classes and noise.
 
         Args:
@@ -452,7 +452,7 @@ class FedGen(CommonHead, FedAvg):
         labels = labels.cpu()
         one_hot = torch.eye(len(labels))
 
-        def sample(generator: torch.Generator, size: int) -> Columns:
+        def sample(generator: torch.Generator, size: int) -> Tensors:
             y = torch.multinomial(labels, size, replacement=True, generator=generator)
             noise = torch.randn(size, self.noise_dim, generator=generator)
             return {"x": torch.cat([one_hot[y], noise], 1), "y": y}

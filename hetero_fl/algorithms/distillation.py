@@ -20,10 +20,12 @@ from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, Needs, may_shar
 from hetero_fl.algorithms.local_training import load_objective, local_fit, subtract_log_prior
 from hetero_fl.algorithms.recalibration import proxy_sample, recalibrated_tensors, recalibrates
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import ProxyReplay, TeacherDistillation, log_prior
-from hetero_fl.core.participant import ClientInfo, Columns, Participant
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
+from hetero_fl.core.stored_rows import read_rows
 from hetero_fl.utils.seeding import keyed_generator
 
 TEACHER = "teacher"
@@ -174,9 +176,9 @@ class ProxyTraining(Algorithm):
         examples = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
         teacher = received[TEACHER]
 
-        def sample(generator: torch.Generator, size: int) -> Columns:
+        def sample(generator: torch.Generator, size: int) -> Tensors:
             indices = torch.randint(len(examples), (size,), generator=generator)
-            return {"x": examples[indices], TEACHER: teacher[indices]}
+            return {"x": read_rows(examples, indices), TEACHER: teacher[indices]}
 
         objective = ProxyReplay(client.task.kind, weight=weight, temperature=self.temperature)
         batches = {"public": SampledBatches(sample, self.proxy_batch_size)}

@@ -30,13 +30,12 @@ from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
 from hetero_fl.config.clients import ModelConfig, expand_model_name
+from hetero_fl.core.images import is_convertible, reshape_rows
 from hetero_fl.core.model_spec import ModelSpec, Tensors
-from hetero_fl.core.objectives import (
+from hetero_fl.core.mutual_objectives import (
     AdaptiveMutual,
     MutualDistillation,
     NestedRepresentations,
-    is_convertible,
-    to_shape,
 )
 from hetero_fl.core.participant import (
     ClientDirectory,
@@ -193,7 +192,7 @@ class MenteeTraining(Algorithm):
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if personal:
             return (yield from super().predict(client, rows, personal))
-        seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
+        seen = reshape_rows(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
         logits = yield Predict(MENTEE, TensorRows({"x": seen}))
         return adjust_to_labels(self, client, logits, personal)
 
@@ -488,7 +487,7 @@ class FedMRL(MenteeTraining):
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
+        seen = reshape_rows(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
         g, f = yield [
             Predict(MENTEE, TensorRows({"x": seen}), readout="features"),
             Predict("model", rows, readout="features"),

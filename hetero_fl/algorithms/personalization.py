@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 from typing_extensions import override
 
@@ -23,6 +22,7 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.config.base import warn_deprecated
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Payload
@@ -196,20 +196,20 @@ class FedBABU(FedPer):
     )
 
     finetune_epochs: PositiveInt | None = Field(
-        None, description="deprecated, former name of the client setting `fine_tune_epochs`"
+        None, description="deprecated; write the client option `fine_tune_epochs` instead"
     )
     finetune: Literal["all", "head"] = Field(
         "all", description="part that is fine-tuned: the whole model or the head"
     )
 
+    @model_validator(mode="after")
+    def _warn_former_key(self) -> FedBABU:
+        if self.finetune_epochs is not None:
+            warn_deprecated("algorithm.finetune_epochs", "algorithm.fine_tune_epochs")
+        return self
+
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        if self.finetune_epochs is not None:
-            warnings.warn(
-                "algorithm.finetune_epochs: deprecated; use algorithm.fine_tune_epochs",
-                DeprecationWarning,
-                stacklevel=2,
-            )
         clients.set_default("fine_tune_epochs", self.finetune_epochs or 5)
         return super().configure(clients)
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hetero_fl.algorithms.base import Algorithm, inference_model, predicting_models
 from hetero_fl.config.clients import ClientSettings, Recalibration
+from hetero_fl.core.images import reshape_rows
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.objectives import to_shape
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Plan, Recalibrate, Rows, TensorRows
+from hetero_fl.core.stored_rows import join_rows
 from hetero_fl.utils.seeding import keyed_generator
 
 
@@ -71,7 +72,7 @@ def recalibrated_models(
     for slot, preprocess in used.items():
         sample = local_sample if personal else proxy_sample
         x = sample(client, preprocess).columns(client)["x"]
-        data = TensorRows({"x": to_shape(x, client.arch[slot].input_shape)})
+        data = TensorRows({"x": reshape_rows(x, client.arch[slot].input_shape)})
         models[slot] = yield from recalibrated_tensors(client, slot, data)
     return models
 
@@ -102,11 +103,11 @@ def local_sample(client: Participant, preprocess: object = None) -> TensorRows:
     proxy = client.data("proxy", preprocess)["x"]
     size = min(len(own), len(proxy))
     rows = [
-        x[_permutation(client, len(x), name)[:size].to(x.device)]
+        x[_permutation(client, len(x), name)[:size]]
         for x, name in ((own, client.participant_id), (proxy, "recalibration"))
     ]
     order = _permutation(client, 2 * size, "local recalibration")
-    return TensorRows({"x": torch.cat(rows)[order.to(own.device)]})
+    return TensorRows({"x": join_rows(rows)[order]})
 
 
 def _permutation(participant: Participant, num_rows: int, name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 
 from hetero_fl.algorithms.base import Algorithm, Needs, shared_part_of
 
@@ -120,3 +121,16 @@ def method_summary(method_class: type[Algorithm]) -> str:
         part, stop, rest = rest.partition(". ")
         summary = f"{summary}. {part}"
     return summary + ("." if stop else "")
+
+
+def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
+    """Yield properties of a method, such as `sends parameters` and `needs one architecture`.
+
+    The properties apply to the method with default settings.
+    """
+    method = kind.model_construct()
+    yield f"sends {', '.join(shared_kinds(method)) or 'nothing'}"
+    if needed := describe_needs(method):
+        yield f"needs {format_needs(needed)}"
+    if kinds := supported_tasks(method):
+        yield f"supports only {' and '.join(kinds)} tasks"

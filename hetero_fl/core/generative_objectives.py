@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from hetero_fl.core.images import to_shape
 from hetero_fl.core.objectives import (
     Batch,
     Context,
@@ -19,7 +20,6 @@ from hetero_fl.core.objectives import (
     Objective,
     Supervised,
     distillation_loss,
-    to_shape,
 )
 from model_zoo import SplitModel
 

@@ -1,4 +1,4 @@
-"""Convert users' arrays to images `[N, C, H, W]`, uint8 or floats in [0, 1].
+"""Convert users' arrays to images `[N, C, H, W]`, uint8 or floats in [0, 1], and resize examples.
 
 Arrays that can be interpreted in more than one way are rejected.
 """
@@ -6,12 +6,15 @@ Arrays that can be interpreted in more than one way are rejected.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from hetero_fl.core.stored_rows import Column, map_rows
 from hetero_fl.utils.errors import UserError
 
 # Usual numbers of channels: gray and RGB.
@@ -163,6 +166,41 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     return converted, True
 
 
-def dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Column) -> str:
     """Return the name of a tensor's dtype without `torch.`."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Return whether `to_shape` can convert examples of one shape to another.
+
+    Shapes are convertible if they are equal, or if both are image shapes whose numbers of channels
+    are equal or include 1.
+    """
+    images = len(shape) == len(other) == 3
+    return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)
+
+
+def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Convert examples to another shape.
+
+    Images are resized by bilinear interpolation. If the numbers of channels differ, the channels
+    are then averaged into one, or a single channel is repeated.
+
+    Args:
+        x: Examples, shape `[B, …]`.
+        shape: New shape of an example, `(channels, *size)`.
+    """
+    if tuple(x.shape[1:]) == shape:
+        return x
+    channels, *size = shape
+    if list(x.shape[2:]) != size:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    if x.shape[1] == channels:
+        return x
+    return x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, *size)
+
+
+def reshape_rows(column: Column, shape: tuple[int, ...]) -> Column:
+    """Convert a column of examples, in memory or in files, to another shape (see `to_shape`)."""
+    return map_rows(column, partial(to_shape, shape=shape))

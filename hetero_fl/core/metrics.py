@@ -192,10 +192,16 @@ def apply_metric(function: MetricFunction, task: Task, logits: Tensor, y: Tensor
     return value if abs(value) <= MAX_METRIC_VALUE else None
 
 
+def _has_predictions(kind: str, logits: Tensor) -> bool:
+    """Return whether the outputs of a classification define a prediction of each example."""
+    values = logits.softmax(1) if kind == "multiclass" else logits
+    return bool(values.isfinite().all())
+
+
 def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
-    p = logits.softmax(1)
-    if not p.isfinite().all():
+    if not _has_predictions("multiclass", logits):
         return [None] * len(CLASSIFICATION)
+    p = logits.softmax(1)
     classes = p.shape[1]
     truth = functional.one_hot(y, classes).T.bool()
     prediction = functional.one_hot(p.argmax(1), classes).T.bool()
@@ -216,7 +222,7 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
 
 
 def _multilabel(logits: Tensor, y: Tensor) -> list[Tensor | None]:
-    if not logits.isfinite().all():
+    if not _has_predictions("multilabel", logits):
         return [None] * len(CLASSIFICATION)
     p = logits.sigmoid()
     target = y.double()
@@ -299,7 +305,8 @@ def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         Counts (int64) of shape `[C, C]`, or `[C, 2, 2]` for multilabel as in scikit-learn's
-        `multilabel_confusion_matrix`.
+        `multilabel_confusion_matrix`. All counts are 0 if `accuracy` is undefined, because an
+        output is NaN or infinite (see `score`).
 
     Raises:
         ValueError: If the task is a regression or the shapes do not match the task.
@@ -307,6 +314,10 @@ def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     if task.kind == "regression":
         raise ValueError("confusion: not defined for regression")
     _check_shapes(task, logits, y)
+    if not _has_predictions(task.kind, logits):
+        # Without predictions, as in `calibration`.
+        logits = logits[:0]
+        y = y[:0]
     if task.kind == "multilabel":
         labels = torch.arange(task.outputs, device=logits.device)
         cells = (4 * labels + 2 * (y.to(logits.device) > 0.5) + (logits > 0)).flatten()

@@ -7,6 +7,7 @@ step is computed. A slot is the name under which a participant stores a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from hetero_fl.config.clients import AugmentConfig
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Objective
 from hetero_fl.core.participant import Columns, Part, Participant
+from hetero_fl.core.stored_rows import Column
 
 
 class StepKey:
@@ -130,7 +132,7 @@ class SampledBatches:
         torch.Size([8, 2])
     """
 
-    draw: Callable[[torch.Generator, int], Columns]
+    draw: Callable[[torch.Generator, int], Tensors]
     size: int
 
 
@@ -215,6 +217,24 @@ class FitReport:
     loss: float
 
 
+# Maximum number of input values in a forward pass on a CPU, which is reached by 500 color images of
+# 32x32 pixels. The outputs of convolutional layers take many times the memory of the inputs.
+MAX_FORWARD_VALUES = 500 * 3 * 32 * 32
+
+
+def forward_batch_size(batch_size: int, x: Column, device: torch.device | None = None) -> int:
+    """Return the number of examples per forward pass, which is smaller for large images on a CPU.
+
+    Args:
+        batch_size: Maximum number of examples.
+        x: The examples, shape `[N, ...]`.
+        device: The device of the forward pass. If None, the CPU.
+    """
+    if device is not None and device.type != "cpu":
+        return batch_size
+    return max(1, min(batch_size, MAX_FORWARD_VALUES // max(1, math.prod(x.shape[1:]))))
+
+
 @dataclass(frozen=True)
 class Predict(RecordedStep):
     """A step that computes the outputs of a model in evaluation mode.
@@ -226,7 +246,7 @@ class Predict(RecordedStep):
         slot: Slot of the model.
         data: The examples.
         readout: The output to return, `logits` or `features`.
-        batch_size: Number of examples per forward pass.
+        batch_size: Maximum number of examples per forward pass (see `forward_batch_size`).
         tensors: Tensors of a model that another participant sent, keyed by name. If None, the
             participant's own model in the slot is used.
         arch: Architecture of the model to which `tensors` belong. If None, the architecture of the

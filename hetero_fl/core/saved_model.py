@@ -15,14 +15,16 @@ from torch import Tensor
 
 from hetero_fl.core.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.core.model_spec import ModelSpec, Tensors, freeze_lists
+from hetero_fl.core.plan import forward_batch_size
+from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 from model_zoo import SplitModel
 
 FORM = "hetero_fl model 1"
-# Prefix of the names of local statistics in a model file, the BatchNorm statistics for the client's
-# own examples.
+# Prefix of the names of local tensors in a model file, for the client's own examples. At first,
+# only BatchNorm statistics could be local.
 LOCAL = "local_statistics/"
 
 
@@ -45,8 +47,8 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
     return metadata, tensors
 
 
-def split_statistics(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Split the tensors of a model file into the model's tensors and the local statistics."""
+def split_local_tensors(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Split the tensors of a model file into the model's tensors and the local tensors."""
     local = {n.removeprefix(LOCAL): t for n, t in tensors.items() if n.startswith(LOCAL)}
     return {n: t for n, t in tensors.items() if not n.startswith(LOCAL)}, local
 
@@ -68,8 +70,8 @@ class SavedModel:
             encoded as numeric columns.
         correction: Logarithm of the client's class prior, which is subtracted from the logits of
             all other examples. If None, nothing is subtracted.
-        local_statistics: BatchNorm statistics for the client's own examples, keyed by the name of
-            the tensor that they replace.
+        local_tensors: Tensors for the client's own examples, keyed by the name of the tensor that
+            they replace: BatchNorm statistics, or all tensors of a model that was fine-tuned.
     """
 
     tensors: Tensors
@@ -80,7 +82,7 @@ class SavedModel:
     columns: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
     correction: tuple[float, ...] | None = None
-    local_statistics: Tensors = field(default_factory=dict)
+    local_tensors: Tensors = field(default_factory=dict)
 
     def __repr__(self) -> str:
         values = sum(tensor.numel() for tensor in self.tensors.values())
@@ -110,7 +112,7 @@ class SavedModel:
 
         Equal models are encoded as equal bytes.
         """
-        local = {f"{LOCAL}{name}": t for name, t in self.local_statistics.items()}
+        local = {f"{LOCAL}{name}": t for name, t in self.local_tensors.items()}
         tensors = {n: t.detach().cpu().contiguous() for n, t in {**self.tensors, **local}.items()}
         return save(tensors, {"hetero_fl": json.dumps(self.metadata(), sort_keys=True)})
 
@@ -139,7 +141,7 @@ class SavedModel:
             preprocess = {k: freeze_lists(v) for k, v in metadata["preprocess"].items()}
             prior = metadata["log_prior"]
             correction = metadata.get("correction")
-            own, local = split_statistics(tensors)
+            own, local = split_local_tensors(tensors)
             arch = ModelSpec.from_json(json.dumps(metadata["architecture"]))
             # Files of older versions have neither columns nor categories.
             columns = tuple(metadata.get("columns", ()))
@@ -165,9 +167,9 @@ class SavedModel:
 
         Args:
             personal: Whether the model will predict the client's own examples. If True,
-                `local_statistics` are used.
+                `local_tensors` are used.
         """
-        tensors = {**self.tensors, **self.local_statistics} if personal else self.tensors
+        tensors = {**self.tensors, **self.local_tensors} if personal else self.tensors
         with torch.random.fork_rng(devices=[]):
             module = self.arch.build()
         counters = {
@@ -179,20 +181,21 @@ class SavedModel:
         return module.eval()
 
     @torch.no_grad()
-    def logits(self, x: Tensor, personal: bool = False, batch_size: int = 500) -> Tensor:
+    def logits(self, x: Column, personal: bool = False, batch_size: int = 500) -> Tensor:
         """Compute the logits of preprocessed examples.
 
         Args:
             x: Preprocessed examples, shape `[N, *input_shape]`.
             personal: Whether these are the client's own examples. If True, `log_prior` and
-                `local_statistics` are used, otherwise `correction`.
-            batch_size: Number of examples per forward pass.
+                `local_tensors` are used, otherwise `correction`.
+            batch_size: Maximum number of examples per forward pass (see `forward_batch_size`).
 
         Returns:
             Logits, shape `[N, outputs]`.
         """
         module = self.module(personal)
-        z = torch.cat([module(b).logits for b in x.split(batch_size)])
+        size = forward_batch_size(batch_size, x)
+        z = torch.cat([module(b).logits for b in split_rows(x, size)])
         offset = self.offset(personal)
         return z if offset is None else z + offset.to(z.dtype)
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.image_transforms import augment
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import Fit, SampledBatches
+from hetero_fl.core.stored_rows import read_batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
@@ -127,8 +129,8 @@ class Batches:
 
     @cached_property
     def columns(self) -> Columns:
-        """The columns of all rows on the device, keyed by name."""
-        return {n: self.memory.keep(t).to(self.device) for n, t in self.source.items()}
+        """The columns of all rows, keyed by name. Columns in memory are on the device."""
+        return {n: self.memory.keep_column(column) for n, column in self.source.items()}
 
     @cached_property
     def device_indices(self) -> Sequence[Tensor]:
@@ -146,25 +148,31 @@ class Batches:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        for step in range(self.count):
-            yield self.dropout_key_at(step), self._batch(step)
+        for step, columns in enumerate(self._main_batches()):
+            yield self.dropout_key_at(step), self._complete(columns, step)
 
     def dropout_key_at(self, step: int) -> int:
         """Return the dropout key of a step."""
         return (self.dropout_key + step * GOLDEN) & MASK
 
-    def _batch(self, step: int) -> Batch:
+    def _main_batches(self) -> Iterator[Tensors]:
+        """Yield the batch of each step, without augmentation and extra batches."""
         if isinstance(self.fit.data, SampledBatches):
-            batch = Batch(self.sampled_batch(step))
-        else:
-            rows = self.device_indices[step]
-            batch = Batch({n: t.index_select(0, rows) for n, t in self.columns.items()})
+            yield from map(self.sampled_batch, range(self.count))
+            return
+        readers = [read_batches(column, self.device_indices) for column in self.columns.values()]
+        for tensors in zip(*readers, strict=True):
+            yield {n: t.to(self.device) for n, t in zip(self.columns, tensors, strict=True)}
+
+    def _complete(self, columns: Tensors, step: int) -> Batch:
+        """Augment the batch of a step, and add the extra batches."""
+        batch = Batch(columns)
         if self.fit.augment is not None:
             batch["x"] = self.augment_batch(batch["x"], step)
         batch.update(self.extra_batch(step))
         return batch
 
-    def sampled_batch(self, step: int) -> Columns:
+    def sampled_batch(self, step: int) -> Tensors:
         """Draw the batch of a step from the data of the fit, which must be a `SampledBatches`."""
         assert isinstance(self.fit.data, SampledBatches)
         columns = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
@@ -183,9 +191,9 @@ class Batches:
         assert self.fit.augment is not None
         return augment(x, self.fit.augment, keyed_generator(*self.stream, "augment", step))
 
-    def extra_batch(self, step: int) -> Columns:
+    def extra_batch(self, step: int) -> Tensors:
         """Draw the extra batches of a step, with columns named `<extra batch>_<column>`."""
-        columns: Columns = {}
+        columns: Tensors = {}
         for name, draws in self.fit.extra_batches.items():
             drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)
             columns.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})

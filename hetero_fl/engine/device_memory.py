@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.participant import move_tree
+from hetero_fl.core.participant import Columns, move_tree
+from hetero_fl.core.stored_rows import Column
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
 from model_zoo.shapes import make_shape
@@ -119,17 +120,24 @@ class DeviceMemory:
         """Move all tensors of a tree of dictionaries and lists to the storage device."""
         return move_tree(tree, self.storage_device)
 
-    def columns_to_storage(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def keep_column(self, column: Column) -> Column:
+        """Return a column on the device, cached as by `keep`, or unchanged if it is in files."""
+        return self.keep(column).to(self.device) if isinstance(column, Tensor) else column
+
+    def columns_to_storage(self, columns: Columns) -> Columns:
         """Return the columns of a data set on the storage device.
 
-        Columns that do not fit into the cache are returned unchanged.
+        Columns that do not fit into the cache and rows in files are returned unchanged.
 
         Args:
-            columns: Tensors, keyed by column name.
+            columns: Columns, keyed by name.
         """
         if self.storage_device.type == "cpu":
             return dict(columns)
-        return {name: self.keep(column) for name, column in columns.items()}
+        return {
+            name: self.keep(column) if isinstance(column, Tensor) else column
+            for name, column in columns.items()
+        }
 
     def has_room_for_state(self, num_bytes: int) -> bool:
         """Return whether private states of `num_bytes` in total fit on the storage device.

@@ -5,7 +5,6 @@ Plans and steps are defined in `hetero_fl.core.plan`. A fit is a step of the typ
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from hetero_fl.core.plan import (
     Step,
 )
 from hetero_fl.engine.templates import Templates
-from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, is_user_code
+from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, user_code_place
 from hetero_fl.utils.version import describe_new_name
 
 T = TypeVar("T")
@@ -264,10 +263,10 @@ def translate_user_errors() -> Iterator[None]:
         yield
     except (UserError, RunFailedError, DivergedError, PayloadError):
         raise
-    except Exception as error:
-        places = [f for f in traceback.extract_tb(error.__traceback__) if is_user_code(f.filename)]
-        if not places:
+    # A user's code may raise any exception, or call sys.exit.
+    except (Exception, SystemExit) as error:
+        place = user_code_place(error)
+        if place is None:
             raise
         message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH] + describe_new_name(error)
-        where = f"{places[-1].filename}:{places[-1].lineno}, in {places[-1].name}"
-        raise RunFailedError(f"{where}: {type(error).__name__}: {message}") from error
+        raise RunFailedError(f"{place}: {type(error).__name__}: {message}") from error

@@ -28,7 +28,9 @@ from hetero_fl.core.plan import (
     Rows,
     Step,
     TensorRows,
+    forward_batch_size,
 )
+from hetero_fl.core.stored_rows import Column, split_rows, targets
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError, Work
@@ -90,13 +92,13 @@ class CachedOutputs:
         outputs: The outputs, shape `[N, ...]`.
     """
 
-    def __init__(self, x: Tensor, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
+    def __init__(self, x: Column, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
         self._x = weakref.ref(x)
         self.outputs = outputs
         self._version = outputs._version
         self._tensors = {n: (t, t._version) for n, t in tensors.items() if t.is_floating_point()}
 
-    def matches(self, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    def matches(self, x: Column, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether the outputs were computed from these rows and an equal model.
 
         Integer buffers are not compared, because they do not affect the outputs in evaluation mode.
@@ -237,8 +239,7 @@ class SerialBackend:
         template = self.templates(step_model_spec(participant, step))
         layers = {n: m for n, m in template.module.named_modules() if is_batch_norm(m)}
         rows = step.data.columns(participant)["x"]
-        batches = [b for b in rows.split(step.batch_size) if len(b) > 1]
-        if not layers or not batches:
+        if not layers or min(len(rows), step.batch_size) < 2:
             return {}
         counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
         module = template.load({**counters, **step_tensors(participant, step)})
@@ -248,8 +249,9 @@ class SerialBackend:
             layer.reset_running_stats()
             layer.momentum = None
             layer.train()
-        for batch in batches:
-            module(self.templates.memory.keep(batch).to(self.templates.device))
+        for batch in split_rows(rows, step.batch_size):
+            if len(batch) > 1:
+                module(self.templates.memory.keep(batch).to(self.templates.device))
         for name, layer in layers.items():
             layer.momentum = momenta[name]
             layer.eval()
@@ -266,7 +268,7 @@ class SerialBackend:
             if isinstance(step, Predict):
                 results.append(outputs)
             else:
-                y = step.data.columns(participant)["y"]
+                y = targets(step.data.columns(participant))
                 results.append(class_sums(outputs, y, participant.task.outputs))
         return results
 
@@ -282,8 +284,11 @@ class SerialBackend:
         module = template.load({**counters, **step_tensors(participant, first)})
         template.set_mode(training=False)
         batches: list[list[Tensor]] = [[] for _ in steps]
-        rows = self.templates.memory.keep(first.data.columns(participant)["x"])
-        for batch in rows.split(first.batch_size):
+        rows = first.data.columns(participant)["x"]
+        if isinstance(rows, Tensor):
+            rows = self.templates.memory.keep(rows)
+        size = forward_batch_size(first.batch_size, rows, self.templates.device)
+        for batch in split_rows(rows, size):
             out = module(batch.to(self.templates.device))
             for parts, step in zip(batches, steps, strict=True):
                 parts.append(select_output(step, out))

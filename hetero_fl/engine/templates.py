@@ -20,9 +20,8 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
-from hetero_fl.utils.code_permission import CODE_PREFIX
-from hetero_fl.utils.objects import OBJECT_PREFIX
-from model_zoo import ModelDescription, Outputs, SplitModel, describe
+from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
+from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
 
 # Estimates of operations are equal on all machines. Measured durations of tasks only affect the
@@ -51,7 +50,7 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
     the last blocks of ResNet-18 at 28x28, to 120–140%. User-defined models use the default format,
     because a `view` in the user's code may depend on the memory format.
     """
-    if arch.name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
+    if is_user_defined(arch.name):
         return False
     model = describe_model(arch)
     is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0
@@ -63,6 +62,13 @@ def is_recurrent(arch: ModelSpec) -> bool:
     """Return whether a model has recurrent layers, which cannot be vectorized over clients."""
     with torch.random.fork_rng(devices=[]):
         return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
+
+
+@cache
+def has_batch_norm(arch: ModelSpec) -> bool:
+    """Return whether a model has BatchNorm layers."""
+    with torch.random.fork_rng(devices=[]):
+        return any(is_batch_norm(m) for m in arch.build().modules())
 
 
 def training_flops(client_info: ClientInfo) -> float:
@@ -78,11 +84,16 @@ def training_flops(client_info: ClientInfo) -> float:
     return float(examples * example_flops(client_info.arch))
 
 
+def forward_flops(arch: ModelSpec) -> int:
+    """Estimate the floating-point operations of the forward pass of one example."""
+    model = describe_model(arch)
+    return max(model.forward_flops, 2 * model.parameters)
+
+
 def example_flops(arch: ModelSpec) -> int:
     """Estimate the floating-point operations of training on one example."""
-    model = describe_model(arch)
     # The backward pass takes about twice the operations of the forward pass.
-    return 3 * max(model.forward_flops, 2 * model.parameters)
+    return 3 * forward_flops(arch)
 
 
 class TaskCosts:

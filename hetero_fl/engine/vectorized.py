@@ -19,7 +19,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import ClassSums, Fit, Predict, Recalibrate, SampledBatches, Step
+from hetero_fl.core.plan import (
+    ClassSums,
+    Fit,
+    Predict,
+    Recalibrate,
+    SampledBatches,
+    Step,
+    forward_batch_size,
+)
+from hetero_fl.core.stored_rows import StoredRows, require_tensor, targets
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, Work
@@ -48,11 +57,12 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
         RuntimeError: If `torch.vmap` does not support the model.
     """
     columns = [step.data.columns(participant) for participant, step in work]
-    outputs = _forward(work, [c["x"] for c in columns], templates)
+    inputs = [require_tensor(c["x"], "runtime.chunk > 1") for c in columns]
+    outputs = _forward(work, inputs, templates)
     if isinstance(work[0][1], Predict):
         return outputs
     return [
-        class_sums(v, c["y"], p.task.outputs)
+        class_sums(v, targets(c), p.task.outputs)
         for v, c, (p, _) in zip(outputs, columns, work, strict=True)
     ]
 
@@ -79,9 +89,10 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
 
     x = [templates.memory.keep(inputs[i]) for i in order]
     batches: list[list[Tensor]] = [[] for _ in order]
-    for begin in range(0, len(x[0]), step.batch_size):
+    size = forward_batch_size(step.batch_size, x[0], device)
+    for begin in range(0, len(x[0]), size):
         active = sum(len(rows) > begin for rows in x)
-        parts = [rows[begin : begin + step.batch_size].to(device) for rows in x[:active]]
+        parts = [rows[begin : begin + size].to(device) for rows in x[:active]]
         # Shorter batches are padded with zeros, because rows do not affect each other in evaluation
         # mode.
         batch = pad_sequence(parts, batch_first=True)
@@ -271,6 +282,8 @@ def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
     """
     if not isinstance(step, Fit):
         x = step.data.columns(participant)["x"]
+        if isinstance(x, StoredRows):
+            return object()
         plain = [step.readout, step.batch_size, getattr(step, "at_least", None)]
         if not len(x):
             # Without rows there is no output to compute together.
@@ -284,6 +297,9 @@ def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
         rows = data = step.data.size
     else:
         columns = step.data.columns(participant)
+        if any(isinstance(column, StoredRows) for column in columns.values()):
+            # Rows in files are read for one participant at a time.
+            return object()
         rows = len(next(iter(columns.values())))
         data = _tree_structure({name: column[:0] for name, column in columns.items()})
     kept = participant.state.get("optimizers", {}).get(step.keep, {}) if step.keep else {}

@@ -21,9 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import Batch, ModelViews
-from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, FitReport, SampledBatches
+from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates
@@ -198,10 +200,12 @@ class StackedBatches:
         self._columns: dict[str, tuple[Tensor, bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)
-            rows = (
-                runs[0].columns[name] if shared else torch.cat([run.columns[name] for run in runs])
-            )
-            self._columns[name] = (rows, shared)
+            # Fits on rows in files are not grouped (see `vectorization_key`).
+            parts = [
+                require_tensor(run.columns[name], "vectorization")
+                for run in (runs[:1] if shared else runs)
+            ]
+            self._columns[name] = (parts[0] if shared else torch.cat(parts), shared)
         n = torch.tensor([len(next(iter(run.source.values()))) for run in runs])
         self._offsets = (n.cumsum(0) - n).to(device)
 
@@ -221,7 +225,7 @@ class StackedBatches:
 
     def batch_at(
         self, step: int, who: Tensor | slice, sizes: Sequence[int]
-    ) -> tuple[Columns, Tensor | None]:
+    ) -> tuple[Tensors, Tensor | None]:
         """Return the batches of the selected participants in a step.
 
         Args:
@@ -256,7 +260,7 @@ class StackedBatches:
         return columns, weight
 
 
-def _stack(drawn: Sequence[Columns]) -> Columns:
+def _stack(drawn: Sequence[Tensors]) -> Tensors:
     """Stack columns, or raise RuntimeError if the names or dtypes of the columns differ."""
     first = drawn[0]
     for other in drawn:

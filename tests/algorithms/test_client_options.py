@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import hetero_fl
 from hetero_fl.algorithms import FedBABU
 from hetero_fl.algorithms.distillation import ProxyDistillation
 from hetero_fl.core.objectives import log_prior
@@ -210,6 +212,52 @@ def test_fedbabu_fine_tunes_for_the_epochs_of_the_client() -> None:
 
 
 def test_former_key_of_fedbabu_is_deprecated() -> None:
-    with pytest.warns(DeprecationWarning, match=r"use algorithm.fine_tune_epochs"):
+    with pytest.warns(FutureWarning, match=r"use algorithm.fine_tune_epochs"):
         assert fine_tune_epochs(config("fedbabu", algorithm__finetune_epochs=2)) == 2
-    assert FedBABU(finetune_epochs=2).finetune_epochs == 2
+    with pytest.warns(FutureWarning, match=r"use algorithm.fine_tune_epochs"):
+        assert FedBABU(finetune_epochs=2).finetune_epochs == 2
+
+
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_fine_tuning_before_local_tests_leaves_the_global_test(executor: str) -> None:
+    found = {}
+    for name, options in {
+        "none": {},
+        "all": {"fine_tune_epochs": 2},
+        "local": {"fine_tune_epochs": 2, "fine_tune_before": "local_tests"},
+    }.items():
+        source = config("fedavg", rounds=2, clients__defaults=options, runtime__executor=executor)
+        rounds = rounds_of(source)
+        found[name] = {
+            client: evaluation.scores for client, evaluation in rounds.evaluate().clients.items()
+        }
+
+    for client, scores in found["local"].items():
+        for test, other in {
+            "global": "none",
+            "validation_global": "none",
+            "personal": "all",
+            "validation_personal": "all",
+        }.items():
+            assert scores[test] == found[other][client][test], (client, test)
+    assert found["all"] != found["none"]
+
+
+def test_saved_model_fine_tuned_for_local_tests_predicts_both_tests(tmp_path: Path) -> None:
+    options = {"fine_tune_epochs": 2, "fine_tune_before": "local_tests"}
+    plain, tuned = (
+        hetero_fl.run(config("fedavg", rounds=1, clients__defaults=each), out=tmp_path / name)
+        for name, each in (("plain", {}), ("tuned", options))
+    )
+    x = torch.rand(5, *tuned.models["site_1"].arch.input_shape)
+
+    saved = tuned.models["site_1"]
+
+    assert torch.equal(saved.logits(x), plain.models["site_1"].logits(x))
+    assert not torch.equal(saved.logits(x), saved.logits(x, personal=True))
+    assert saved.local_tensors.keys() >= saved.arch.parameter_names
+
+
+def test_tests_of_fine_tuning_are_refused_with_personal_models() -> None:
+    assert is_refused("ditto", {"fine_tune_before": "local_tests"})
+    assert not is_refused("fedavg", {"fine_tune_before": "local_tests"})

@@ -210,7 +210,7 @@ def test_invalid_settings_raise_one_line() -> None:
 
 def test_deprecated_server_model_key_warns() -> None:
     with pytest.warns(
-        DeprecationWarning, match="algorithm.server_model: deprecated; use algorithm.large_model"
+        FutureWarning, match="algorithm.server_model: deprecated; use algorithm.large_model"
     ):
         method = FedGKT.model_validate({"server_model": "linear"})
 

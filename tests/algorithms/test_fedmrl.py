@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from hetero_fl.algorithms.mutual import MENTEE, PROJECTION
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import Batch, ModelView, ModelViews, NestedRepresentations
+from hetero_fl.core.mutual_objectives import NestedRepresentations
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare

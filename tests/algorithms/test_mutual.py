@@ -13,14 +13,8 @@ from torch import Tensor
 
 from hetero_fl.algorithms.mutual import MENTEE
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import (
-    AdaptiveMutual,
-    Batch,
-    ModelView,
-    ModelViews,
-    MutualDistillation,
-    to_shape,
-)
+from hetero_fl.core.mutual_objectives import AdaptiveMutual, MutualDistillation
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews
 from hetero_fl.core.participant import Participant, floating_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Rows
@@ -331,17 +325,6 @@ def test_clients_with_different_input_shapes(method: str, tmp_path: Path) -> Non
     assert {client_id: m.arch.name for client_id, m in finished.models.items()} == {
         client_id: c.arch.name for client_id, c in prepared.federation.client_infos.items()
     }
-
-
-def test_as_shape_converts_inputs() -> None:
-    x = torch.arange(32.0).reshape(2, 1, 4, 4)
-    assert to_shape(x, (1, 4, 4)) is x
-    assert torch.equal(to_shape(to_shape(x, (3, 4, 4)), (1, 4, 4)), x)
-    assert to_shape(x, (3, 6, 2)).shape == (2, 3, 6, 2)
-    stacked = torch.stack([x, 2 * x])
-    assert torch.equal(
-        torch.vmap(lambda one: to_shape(one, (3, 2, 2)))(stacked)[1], to_shape(2 * x, (3, 2, 2))
-    )
 
 
 def test_invalid_settings_raise_one_line() -> None:

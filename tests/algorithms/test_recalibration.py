@@ -249,7 +249,7 @@ def test_saved_model_of_a_private_client_has_neither_statistics_nor_correction(
 
     model = hetero_fl.run(source, out=tmp_path / "run").models["site_1"]
 
-    assert bool(model.local_statistics) is not is_private
+    assert bool(model.local_tensors) is not is_private
     assert (model.correction is None) is is_private
 
 

@@ -1,4 +1,4 @@
-"""Image layouts and value ranges that users pass to data sources and `predict`."""
+"""Image layouts and value ranges that users pass to data sources and `predict`, and resizing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.core.images import channels_first
+from hetero_fl.core.images import channels_first, to_shape
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
@@ -145,3 +145,14 @@ def test_predict_refuses_other_images_in_one_line(
     with pytest.raises(UserError) as refused:
         saved(shape).examples(x)
     assert str(refused.value).startswith("predict: x: ") and words in str(refused.value)
+
+
+def test_to_shape_converts_examples() -> None:
+    x = torch.arange(32.0).reshape(2, 1, 4, 4)
+    assert to_shape(x, (1, 4, 4)) is x
+    assert torch.equal(to_shape(to_shape(x, (3, 4, 4)), (1, 4, 4)), x)
+    assert to_shape(x, (3, 6, 2)).shape == (2, 3, 6, 2)
+    stacked = torch.stack([x, 2 * x])
+    assert torch.equal(
+        torch.vmap(lambda one: to_shape(one, (3, 2, 2)))(stacked)[1], to_shape(2 * x, (3, 2, 2))
+    )

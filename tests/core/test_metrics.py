@@ -179,6 +179,22 @@ def test_confusion_rows_are_true_classes() -> None:
         confusion(VALUES, torch.zeros(1, 3), torch.zeros(1, 3))
 
 
+@pytest.mark.parametrize("task", [TEN, LABELS])
+def test_confusion_is_empty_without_predictions(task: Task) -> None:
+    logits, y = draw(task, 20, 7)
+    logits[3, 1] = torch.nan
+
+    assert not confusion(task, logits, y).any()
+    assert score(task, logits, y)["accuracy"] is None
+
+
+def test_confusion_counts_outputs_of_minus_infinity() -> None:
+    logits, y = draw(TEN, 20, 7)
+    logits[:, 1] = -torch.inf
+
+    assert confusion(TEN, logits, y).sum() == 20
+
+
 def test_calibration_matches_computation_by_hand() -> None:
     # confidences .65 .65 .85 .85; correct, wrong, correct, correct; gaps .15 and .15
     p = torch.tensor([0.65, 0.65, 0.15, 0.15])

@@ -1,11 +1,13 @@
-"""Base classes and types of configuration sections, and settings of optimizers and staleness."""
+"""Base classes and types of configuration sections, versions, and common settings."""
 
 from __future__ import annotations
 
 import inspect
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, get_type_hints
 
@@ -159,8 +161,53 @@ Serialization replaces an object with a name, which is valid as long as the obje
 """
 
 
+# The warnings issued inside the `with` block of `record_deprecations`; None outside such a block.
+_recorded: ContextVar[list[str] | None] = ContextVar("recorded_deprecations", default=None)
+
+
+@contextmanager
+def record_deprecations() -> Iterator[list[str]]:
+    """Record the messages of `warn_deprecated` inside the `with` block, each message once.
+
+    The warnings are issued too.
+
+    Example:
+        >>> import warnings
+        >>> from hetero_fl.config.base import record_deprecations, warn_deprecated
+        >>> with warnings.catch_warnings(), record_deprecations() as messages:
+        ...     warnings.simplefilter("ignore")
+        ...     warn_deprecated("section.old", "section.new")
+        >>> messages
+        ['section.old: deprecated; use section.new']
+    """
+    messages: list[str] = []
+    token = _recorded.set(messages)
+    try:
+        yield messages
+    finally:
+        _recorded.reset(token)
+
+
+def warn_deprecated(key: str, replacement: str) -> None:
+    """Issue the warning that a configuration key is deprecated.
+
+    Python shows a `FutureWarning` by default, in contrast to a `DeprecationWarning`. The commands
+    print the warning in one line, and the log of a run contains it.
+
+    Args:
+        key: The deprecated key, with its section.
+        replacement: What to write instead.
+    """
+    message = f"{key}: deprecated; use {replacement}"
+    recorded = _recorded.get()
+    if recorded is not None and message not in recorded:
+        recorded.append(message)
+    # The warning refers to this module, because the commands shorten warnings of this package only.
+    warnings.warn(message, FutureWarning, stacklevel=1)
+
+
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
-    """Replace former names of keys and issue a `DeprecationWarning` for each replaced key.
+    """Replace former names of keys and issue a warning for each replaced key.
 
     A key is not replaced if the section also contains the new key.
 
@@ -189,9 +236,59 @@ def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
             keys[key] = key
             continue
         keys[key] = new
-        message = f"{section}.{key}: deprecated; use {section}.{new}"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        warn_deprecated(f"{section}.{key}", f"{section}.{new}")
     return {keys[key]: value for key, value in raw.items()}
+
+
+VERSION = 1
+"""Version of the configuration format that this release writes.
+
+The version changes if a key gets another meaning. A key that is renamed does not need a new version
+(see `rename_keys`).
+"""
+
+# Functions that convert a configuration of version n, as plain values, to version n + 1, keyed by
+# n. A function must not change its argument.
+MIGRATIONS: dict[int, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
+
+
+def migrate(raw: Any) -> Any:
+    """Convert a configuration of an older version to the current version.
+
+    Args:
+        raw: The configuration as plain values. A configuration without the key `version` has
+            version 1.
+
+    Returns:
+        The configuration in the current version. A value that is not a configuration, or whose
+        version is not known, is returned unchanged.
+
+    Example:
+        >>> from hetero_fl.config.base import migrate
+        >>> migrate({"rounds": 5})
+        {'rounds': 5}
+    """
+    if not isinstance(raw, Mapping):
+        return raw
+    version = raw.get("version", 1)
+    while type(version) is int and version in MIGRATIONS:
+        raw = MIGRATIONS[version](raw)
+        version += 1
+        raw = {**raw, "version": version}
+    return raw
+
+
+def check_version(version: int) -> int:
+    """Check the version of a migrated configuration and return it.
+
+    Raises:
+        ValueError: If this release does not know the version.
+    """
+    if version != VERSION:
+        known = f"version {VERSION}" if VERSION == 1 else f"versions 1 to {VERSION}"
+        hint = "; install a newer hetero_fl" if version > VERSION else ""
+        raise ValueError(f"unknown version {version}; this release reads {known}{hint}")
+    return version
 
 
 @dataclass(frozen=True)
@@ -200,16 +297,23 @@ class Choice:
 
     Args:
         names: Valid values.
-        prefix: Prefix of additional valid values. If None, there are none.
+        prefix: Prefix, or several prefixes, of additional valid values. If None, there are none.
         suffix: Suffix of additional valid values. If None, there are none.
         synonyms: Valid values to suggest for other common names. For example, `{"gpu": "cuda"}`
             suggests `cuda` for `gpu`.
+        registered: Further valid values, which may be added later.
     """
 
     names: tuple[str, ...]
-    prefix: str | None = None
+    prefix: str | tuple[str, ...] | None = None
     suffix: str | None = None
     synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
+    registered: Collection[str] = field(default=(), hash=False)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Prefixes of additional valid values."""
+        return (self.prefix,) if isinstance(self.prefix, str) else self.prefix or ()
 
     def __call__(self, value: object) -> object:
         """Validate a value and return it unchanged.
@@ -217,27 +321,29 @@ class Choice:
         Raises:
             ValueError: If the value is not valid.
         """
-        if isinstance(value, str) and (value in self.names or self._has_affix(value)):
+        names = (*self.names, *self.registered)
+        if isinstance(value, str) and (value in names or self._has_affix(value)):
             return value
         if isinstance(value, str) and value in self.synonyms:
             hint = f"; did you mean '{self.synonyms[value]}'?"
         else:
-            hint = suggest_or_list(value, self.names)
+            hint = suggest_or_list(value, names)
         raise ValueError(f"unknown value {format_value(value)}{hint}")
 
     def _has_affix(self, value: str) -> bool:
         if self.suffix is not None and value.endswith(self.suffix):
             return True
         # Where a file may refer to code, a Python program may pass an object.
-        prefixes = (CODE_PREFIX, OBJECT_PREFIX) if self.prefix == CODE_PREFIX else (self.prefix,)
-        return any(prefix is not None and value.startswith(prefix) for prefix in prefixes)
+        objects = (OBJECT_PREFIX,) if CODE_PREFIX in self.prefixes else ()
+        return value.startswith(self.prefixes + objects)
 
 
 def choice_type(
     *names: str,
-    prefix: str | None = None,
+    prefix: str | tuple[str, ...] | None = None,
     suffix: str | None = None,
     synonyms: Mapping[str, str] | None = None,
+    registered: Collection[str] = (),
 ) -> Any:
     """Create a string type that accepts one of several names.
 
@@ -248,8 +354,9 @@ def choice_type(
         prefix: See `Choice`.
         suffix: See `Choice`.
         synonyms: See `Choice`.
+        registered: See `Choice`.
     """
-    choice = Choice(names, prefix, suffix, synonyms or {})
+    choice = Choice(names, prefix, suffix, synonyms or {}, registered)
     return Annotated[str, BeforeValidator(choice)]
 
 

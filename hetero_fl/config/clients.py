@@ -246,6 +246,12 @@ class ClientSettings(ConfigSection):
         description="epochs of training on the client's own rows before evaluation, with the "
         "supervised loss; `null`: the method's default",
     )
+    fine_tune_before: Literal["all_tests", "local_tests"] | None = Field(
+        None,
+        description="tests before which the model is trained for `fine_tune_epochs`: `all_tests`, "
+        "or `local_tests`, so that the global test evaluates the model as it was received; `null`: "
+        "`all_tests`",
+    )
     objective: Reference | None = Field(
         None,
         description="user-defined local loss: a function of logits and targets that returns a loss "

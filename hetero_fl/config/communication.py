@@ -1,4 +1,4 @@
-"""Settings of compression and secure aggregation.
+"""Settings of compression, secure aggregation and homomorphic encryption.
 
 A compression chain is a sequence of stages that are applied to a message in order.
 """
@@ -95,6 +95,47 @@ class SecureAggregationConfig(ConfigSection):
         The maximum is the largest number of bits with cohort · range · 2^bits < 2^63.
         """
         return math.ceil(63 - math.log2(cohort * self.range)) - 1
+
+
+class HomomorphicConfig(ConfigSection):
+    """Homomorphic encryption (CKKS), with which the server learns neither uploads nor their sum."""
+
+    range: PositiveFloat = Field(
+        1024.0,
+        description="largest value that a client may send, after multiplication by its weight "
+        "divided by the largest weight; clients with larger values are left out of the round",
+    )
+    fraction_bits: PositiveInt | None = Field(
+        None,
+        description="binary digits after the point; `null`: as many as are exact in a sum over the "
+        "cohort of values up to `range`",
+    )
+
+    def num_noise_bits(self, cohort: int) -> int:
+        """Return the number of binary digits below the last exact digit, which contain the noise.
+
+        The noise of a ciphertext has a standard deviation of 147 (degree 4096, secret key). A sum
+        of n ciphertexts is rounded correctly if its noise is less than 2^(bits - 1), which is at
+        least 13.9 standard deviations.
+        """
+        return 12 + math.ceil(math.log2(cohort) / 2)
+
+    def num_fraction_bits(self, cohort: int) -> int:
+        """Return the number of binary digits after the point.
+
+        If `fraction_bits` is None, the maximum is returned, which is less than 1 if no digit fits.
+        """
+        if self.fraction_bits is not None:
+            return self.fraction_bits
+        return self.max_fraction_bits(cohort)
+
+    def max_fraction_bits(self, cohort: int) -> int:
+        """Return the maximum number of binary digits for which no sum over a cohort overflows.
+
+        The maximum is the largest number with cohort · range · 2^(bits + noise bits) < 2^58, which
+        is a quarter of the ciphertext modulus.
+        """
+        return math.ceil(58 - self.num_noise_bits(cohort) - math.log2(cohort * self.range)) - 1
 
 
 class StageConfig(ConfigSection):
@@ -209,7 +250,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ChannelConfig(ConfigSection):
-    """Compression and secure aggregation of messages between clients and server.
+    """Compression and protection of messages between clients and server.
 
     The stages of a chain are applied in order, each to the items that the stage supports.
 
@@ -243,6 +284,24 @@ class ChannelConfig(ConfigSection):
     secure_sum: SecureAggregationConfig | None = Field(
         None, description="secure aggregation; `null`: the server receives individual uploads"
     )
+    homomorphic: HomomorphicConfig | None = Field(
+        None,
+        description="homomorphic encryption under a key of the clients; `null`: the server can "
+        "read its models",
+    )
+
+    @property
+    def summed(self) -> str:
+        """Name of the setting with which the server receives no single uploads, or ""."""
+        names = ("secure_sum", "homomorphic")
+        return next((name for name in names if getattr(self, name) is not None), "")
+
+    @model_validator(mode="after")
+    def _check_single_protection(self) -> ChannelConfig:
+        """Check that uploads are protected in one way."""
+        if self.secure_sum is not None and self.homomorphic is not None:
+            raise ValueError("cannot combine secure_sum with homomorphic; choose one of them")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import (
     Field,
@@ -13,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, choice_type
+from hetero_fl.config.base import ConfigSection, choice_type, format_value
 
 # Hours per week.
 WEEK = 168
@@ -131,31 +132,131 @@ class WindowsConfig(ConfigSection):
     )
 
 
+class SpeechConfig(ConfigSection):
+    """Recordings of words: which words and speakers, and their log-mel features.
+
+    The defaults of the features are those of the micro speech example of TensorFlow.
+    """
+
+    words: tuple[str, ...] | None = Field(
+        None, min_length=2, description="words to recognize; `null`: all words"
+    )
+    speakers: PositiveInt | None = Field(
+        None,
+        description="number of speakers to train on, those with the most training recordings; "
+        "`null`: all",
+    )
+    rate: int = Field(
+        16000, ge=4000, le=48000, description="samples per second, which all files must have"
+    )
+    seconds: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="length of a recording; shorter ones are followed by silence, longer ones are "
+        "an error",
+    )
+    window: PositiveFloat = Field(0.03, description="length of an analysis window in seconds")
+    step: PositiveFloat = Field(
+        0.02, description="seconds between the starts of two analysis windows"
+    )
+    bands: int = Field(
+        40, ge=2, le=128, description="mel bands, which are the columns `mel_1`, `mel_2`, …"
+    )
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _check_quotes(cls, words: object) -> object:
+        """Reject booleans, which are words without quotes in YAML."""
+        if isinstance(words, list | tuple):
+            for word in words:
+                if isinstance(word, bool):
+                    raise ValueError(
+                        "YAML reads yes, no, on and off without quotes as "
+                        f"{format_value(word)}; write them with quotes"
+                    )
+        return words
+
+    @field_validator("words")
+    @classmethod
+    def _check_distinct(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Check that the words are distinct."""
+        if words is not None and len(set(words)) < len(words):
+            raise ValueError(f"list each word once, got {format_value(list(words))}")
+        return words
+
+    @model_validator(mode="after")
+    def _check_window(self) -> SpeechConfig:
+        """Check that a recording contains an analysis window."""
+        if self.window > self.seconds:
+            raise ValueError(f"window: must be <= seconds={self.seconds:g}, got {self.window:g}")
+        return self
+
+
+class ColumnsConfig(ConfigSection):
+    """Columns of a Hugging Face data set by their use."""
+
+    input: str | tuple[str, ...] | None = Field(
+        None,
+        description="column of images, text or arrays, or columns of a table; `null`: the image "
+        "column, the column `text`, the column of arrays, or else all other columns as a table",
+    )
+    label: str | None = Field(
+        None, description="label column; `null`: the only column of type `ClassLabel`, or `label`"
+    )
+    group: str | None = Field(None, description="column that names the client of each row")
+    patient: str | None = Field(None, description="column that identifies the patient of each row")
+
+
+class StreamConfig(ConfigSection):
+    """Reading of images from files in batches, instead of keeping all images in memory.
+
+    `true` stands for a section with the default values. The settings do not affect results.
+    """
+
+    workers: PositiveInt = Field(2, description="threads that read batches")
+    prefetch: PositiveInt = Field(
+        2,
+        description="batches that are read ahead while a batch is processed, at most 64 MiB, or "
+        "one batch if it is larger",
+    )
+
+
 class SourceConfig(ConfigSection):
     """A data source, which is selected by name or read from a local file."""
 
     name: str = Field(
         "chest_xray",
-        description="source, one of `hetero_fl.data.list_sources()` or `python:module:Name`",
+        description="source, one of `hetero_fl.data.list_sources()`; `hf:NAME` or `hf:FOLDER`: a "
+        "Hugging Face data set of the hub or in a folder; `python:module:Name`: your own",
     )
     path: str | None = Field(
         None, description="local file or folder to read; `null`: download the source"
     )
+    columns: ColumnsConfig | None = Field(
+        None, description="`hf:NAME`: columns by their use; `null`: by their names and types"
+    )
     label: str | None = Field(
-        None, description="tables: label column, or several separated by commas"
+        None,
+        description="tables and Hugging Face data sets: label column, or several separated by "
+        "commas",
     )
     group: str | None = Field(
-        None, description="tables: column that names the client of each row (`natural` partition)"
+        None,
+        description="tables, Hugging Face data sets and WILDS: column that names the client of "
+        "each row (`natural` partition); `image_folder`: kind of the outer folders, such as site",
     )
     patient: str | None = Field(
         None,
-        description="tables and `.npz` files: column or array that identifies the patient of each "
-        "row; a patient's rows stay in one split of one client",
+        description="tables, `.npz` files, Hugging Face data sets and WILDS: column or array that "
+        "identifies the patient of each row; a patient's rows stay in one split of one client",
     )
     task: (
         choice_type("multiclass", "multilabel", "regression") | None  # type: ignore[valid-type]
     ) = Field(
-        None, description="tables and `.npz` files: learning task; `null`: inferred from the labels"
+        None,
+        description="tables, `.npz` files, zarr stores and Hugging Face data sets: learning task; "
+        "`null`: inferred from the labels",
     )
     categories: dict[str, tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...]] | None = (
         Field(
@@ -166,8 +267,19 @@ class SourceConfig(ConfigSection):
     )
     size: PositiveInt | None = Field(
         None,
-        description="image folders: side length in pixels to which images are resized; "
-        "`null`: the original size",
+        description="images: side length in pixels to which images are resized, `null`: the "
+        "original size; MedMNIST: 28, 64, 128 or 224, the version of the data set, `null`: 28",
+    )
+    stream: StreamConfig | None = Field(
+        None,
+        description="`image_folder`, `zarr`, `camelyon17`, `iwildcam`: read images from files in "
+        "batches when they are used; `null`: keep all images in memory",
+    )
+    splits: choice_type("official", "pooled") | None = Field(  # type: ignore[valid-type]
+        None,
+        description="`camelyon17`, `iwildcam`: use of the splits of WILDS; `official`: the "
+        "training sites are clients, other sites the global validation and test sets; `pooled`: "
+        "all sites are clients; `null`: `official`",
     )
     series: SeriesConfig | None = Field(
         None, description="hourly time series (`traffic`): windows and forecasts"
@@ -175,11 +287,24 @@ class SourceConfig(ConfigSection):
     windows: WindowsConfig | None = Field(
         None, description="`activity` from a table: windows of samples"
     )
+    speech: SpeechConfig | None = Field(
+        None,
+        description="speech sources: words, speakers and log-mel features; a proxy source uses the "
+        "settings of `data`",
+    )
     text: TextConfig | None = Field(
         None,
         description="text sources: conversion of text to tokens; a proxy source uses the settings "
         "of `data`",
     )
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _accept_switch(cls, value: Any) -> Any:
+        """Convert `true` to a section with default values, and `false` to None."""
+        if isinstance(value, bool):
+            return {} if value else None
+        return value
 
     @field_validator("categories")
     @classmethod
@@ -200,18 +325,45 @@ class SourceConfig(ConfigSection):
         return hash(self.model_dump_json())
 
 
+PARTITION_KINDS = (
+    "iid",
+    "in_order",
+    "dirichlet",
+    "classes",
+    "quantity",
+    "natural",
+    "drawn",
+)
+"""Kinds of partitions that the package implements."""
+FLOWER_PREFIX = "flwr:"
+"""Prefix of the partitions of `flwr-datasets`."""
+registered_partition_kinds: set[str] = set()
+"""Further kinds of partitions, which `hetero_fl.data.register_partition` adds."""
+
+
 class PartitionConfig(ConfigSection):
-    """Distribution of the training rows among the clients."""
+    """Distribution of the training rows among the clients.
+
+    With a kind of another library or of your own, all other keys are its arguments.
+    """
 
     kind: choice_type(  # type: ignore[valid-type]
-        "iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn", prefix="python:"
+        *PARTITION_KINDS,
+        prefix=("python:", FLOWER_PREFIX),
+        registered=registered_partition_kinds,
     ) = Field(
         "iid",
         description="`iid`: random rows; `in_order`: consecutive rows in the order of client ids; "
         "`dirichlet`: label skew; `classes`: few classes per client; `quantity`: skewed numbers "
         "of rows; `natural`: one client per group of `data.group`; `drawn`: each client samples "
         "its rows independently, so clients may share rows (for large populations); "
+        "`flwr:NAME`: a partitioner of `flwr-datasets`, such as `flwr:DirichletPartitioner`; "
         "`python:module:Name`: a user-defined partition",
+    )
+    arguments: dict[str, Any] | None = Field(
+        None,
+        description="arguments of `flwr:NAME` and of a user-defined partition, which you can also "
+        "write as keys of `partition`; `null`: none",
     )
     alpha: PositiveFloat | None = Field(
         None,
@@ -246,10 +398,46 @@ class PartitionConfig(ConfigSection):
         description="`drawn`: σ of a log-normal factor on each client's number of rows; 0: none",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_arguments(cls, raw: Any) -> Any:
+        """Move the arguments of a partition that the package does not implement to `arguments`."""
+        if not isinstance(raw, Mapping) or not cls._takes_arguments(raw.get("kind")):
+            return raw
+        found = {
+            str(key): value
+            for key, value in raw.items()
+            if key not in cls.model_fields or (key == "alpha" and value is not None)
+        }
+        if not found:
+            return raw
+        rest = {key: value for key, value in raw.items() if key not in found}
+        given = rest.get("arguments")
+        if given is None or isinstance(given, Mapping):
+            rest["arguments"] = {**(given or {}), **found}
+        return rest
+
+    @staticmethod
+    def _takes_arguments(kind: object) -> bool:
+        return isinstance(kind, str) and (":" in kind or kind in registered_partition_kinds)
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> PartitionConfig:
+        """Check that arguments are set only for partitions that take arguments."""
+        if self.arguments and not self._takes_arguments(self.kind):
+            raise ValueError(
+                f"arguments: does not apply to kind={self.kind}; write the settings as keys of "
+                f"partition, got {format_value(self.arguments)}"
+            )
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     @model_validator(mode="after")
     def _set_default_alpha(self) -> PartitionConfig:
         """Set the default of `alpha`, which depends on the kind of partition."""
-        if self.alpha is None and self.kind != "drawn":
+        if self.alpha is None and self.kind != "drawn" and not self._takes_arguments(self.kind):
             # Do not mark `alpha` as set by the user, because an override may choose another kind.
             self.__dict__["alpha"] = 0.5
         return self

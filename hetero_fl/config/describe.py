@@ -113,7 +113,7 @@ def _describe_validator(validator: BeforeValidator) -> str:
     choice = validator.func
     if not isinstance(choice, Choice):
         return "`python:module:name`"
-    names = [*choice.names, *([f"{choice.prefix}…"] if choice.prefix else [])]
+    names = [*choice.names, *(f"{prefix}…" for prefix in choice.prefixes)]
     return ", ".join(f"`{name}`" for name in names)
 
 
@@ -156,8 +156,11 @@ def section_summary(model: type[BaseModel]) -> str:
 # Maximum number of differences that `describe_difference` lists.
 MAX_SHOWN = 3
 
-# Keys of `runtime` that do not affect results.
-RESULT_NEUTRAL_KEYS = ("store_memory", "workers", "address")
+# Keys that do not affect results, by section. Earlier versions had `output.tensorboard`.
+RESULT_NEUTRAL_KEYS = {
+    "runtime": ("store_memory", "workers", "address"),
+    "output": ("loggers", "tensorboard"),
+}
 
 ABSENT = object()
 
@@ -183,14 +186,18 @@ def dump(config: Config) -> str:
 def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a resolved configuration without the keys that may change when a run is resumed.
 
-    The keys that may change are `rounds`, which may be increased, and the keys of `runtime` that do
-    not affect results: `store_memory`, `workers` and `address`.
+    The keys that may change are `rounds`, which may be increased, `version`, and the keys that do
+    not affect results: `runtime.store_memory`, `runtime.workers`, `runtime.address` and
+    `output.loggers`.
     """
-    kept = {key: _without_object_numbers(v) for key, v in plain.items() if key != "rounds"}
-    if isinstance(runtime := plain.get("runtime"), Mapping):
-        kept["runtime"] = {
-            key: value for key, value in runtime.items() if key not in RESULT_NEUTRAL_KEYS
-        }
+    kept = {
+        key: _without_object_numbers(value)
+        for key, value in plain.items()
+        if key not in ("rounds", "version")
+    }
+    for name, neutral in RESULT_NEUTRAL_KEYS.items():
+        if isinstance(section := plain.get(name), Mapping):
+            kept[name] = {key: value for key, value in section.items() if key not in neutral}
     return kept
 
 

@@ -60,6 +60,9 @@ LIMITS = {
 # Types of errors that are raised by validators of this package and have complete messages.
 CUSTOM_ERROR_TYPES = {"value_error", "assertion_error"}
 
+# Section of the loggers, whose settings depend on their kind.
+LOGGERS = ["output", "loggers"]
+
 # Maximum number of keys of a section that a message lists.
 MAX_SHOWN = 5
 
@@ -220,6 +223,9 @@ def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterabl
         place: Path of the section.
         own: Keys of the configured algorithm.
     """
+    if place[: len(LOGGERS)] == LOGGERS:
+        # Keys of other sections are not settings of a logger.
+        return suggest_or_list(key, known_here) or "; this logger has no settings"
     known = list(dict.fromkeys([*_paths(Config), *(("algorithm", k) for k in own)]))
     elsewhere = [p for p in known if p[-1] == key]
     nearest = closest_misspelling(key, known_here)

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from hetero_fl.config.base import ConfigSection, choice_type, format_value
+from hetero_fl.config.base import ConfigSection, OptimizerConfig, choice_type, format_value
 from hetero_fl.config.errors import describe_error
+from hetero_fl.config.population import OF_SGD
 from hetero_fl.config.schema import CLIENT_OPTIONS, Config
 from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import (
@@ -35,6 +36,14 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 # Maximum number of files that an error message lists.
 LISTED = 10
+
+# Sections whose settings depend on a kind: the key of the kind, and the settings of all kinds.
+KINDS = {
+    "algorithm": ("name", frozenset()),
+    "partition": ("kind", frozenset({"min_size"})),
+    "model": ("name", frozenset({"feature_dim"})),
+    "optimizer": ("name", frozenset(OptimizerConfig.model_fields) - OF_SGD - {"name"}),
+}
 
 Source = str | Path | Mapping[str, Any] | Config
 Overrides = str | Mapping[str, Any] | Iterable[str]
@@ -70,7 +79,8 @@ def override_list(overrides: Overrides) -> list[str]:
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply overrides to a configuration and return the result.
 
-    If the overrides select another algorithm, the settings of the previous algorithm are removed.
+    If the overrides select another algorithm, or another kind of a section in `KINDS`, the settings
+    of the previous kind are removed.
 
     Args:
         raw: The configuration as plain values, which is not modified.
@@ -79,10 +89,12 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     Raises:
         UserError: If an override cannot be applied.
     """
-    named = [o.split("=", 1)[1].strip("'\" ") for o in overrides if o.startswith("algorithm.name=")]
-    algorithm = raw.get("algorithm")
-    if named and isinstance(algorithm, dict) and algorithm.get("name") != named[-1]:
-        raw = {**raw, "algorithm": {"name": named[-1]}}
+    changed = _apply_in_order(raw, overrides)
+    kept = _drop_former_settings(raw, changed)
+    return changed if kept == raw else _apply_in_order(kept, overrides)
+
+
+def _apply_in_order(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for position, override in enumerate(overrides):
         if "=" not in override:
             following = overrides[position + 1 : position + 2]
@@ -90,6 +102,29 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
             raise UserError(f"overrides: expected key.path=value, got '{override}'{hint}")
         raw = _override(_without_other_key(raw, override.partition("=")[0]), override)
     return raw
+
+
+def _drop_former_settings(before: Any, after: Any, name: str = "") -> Any:
+    """Return a value without the settings of each kind that the overrides replace.
+
+    Args:
+        before: A section, a list of sections or another value, without the overrides.
+        after: The same with the overrides.
+        name: Key of the section.
+    """
+    if isinstance(before, list) and isinstance(after, list):
+        pairs = zip(before, after, strict=False)
+        kept = [_drop_former_settings(old, new, name) for old, new in pairs]
+        return kept + before[len(kept) :]
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return before
+    kind, kept_keys = KINDS.get(name, ("", frozenset()))
+    # A kind that is not a name is invalid, and its section stays as written for the error message.
+    if isinstance(before.get(kind), str) and before[kind] != after.get(kind):
+        before = {key: value for key, value in before.items() if key in kept_keys}
+    return {
+        key: _drop_former_settings(old, after.get(key), str(key)) for key, old in before.items()
+    }
 
 
 def _without_other_key(raw: dict[str, Any], key: str) -> dict[str, Any]:
@@ -199,7 +234,11 @@ def _check_references(tree: Any, where: str) -> None:
 def _list_files(folder: Path) -> str:
     """List the configuration files of a folder, for the end of an error message."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
+        names = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.suffix in SUFFIXES and not path.name.startswith(".")
+        )
     except OSError:
         return ""
     more = ", …" if len(names) > LISTED else ""

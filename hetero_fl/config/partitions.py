@@ -20,8 +20,8 @@ class IID(PartitionConfig):
         'iid'
     """
 
-    fixed: ClassVar = frozenset({"kind"})
-    unused: ClassVar = _all_but("min_size")
+    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    unused: ClassVar[frozenset[str]] = _all_but("min_size")
 
     kind: Literal["iid"] = "iid"
 
@@ -35,8 +35,8 @@ class Dirichlet(PartitionConfig):
         0.3
     """
 
-    fixed: ClassVar = frozenset({"kind"})
-    unused: ClassVar = _all_but("alpha", "cap", "min_size")
+    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    unused: ClassVar[frozenset[str]] = _all_but("alpha", "cap", "min_size")
 
     kind: Literal["dirichlet"] = "dirichlet"
 
@@ -50,8 +50,8 @@ class Classes(PartitionConfig):
         'classes'
     """
 
-    fixed: ClassVar = frozenset({"kind"})
-    unused: ClassVar = _all_but("classes", "classes_spread", "shots", "min_size")
+    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    unused: ClassVar[frozenset[str]] = _all_but("classes", "classes_spread", "shots", "min_size")
 
     kind: Literal["classes"] = "classes"
 
@@ -65,8 +65,8 @@ class Quantity(PartitionConfig):
         'quantity'
     """
 
-    fixed: ClassVar = frozenset({"kind"})
-    unused: ClassVar = _all_but("alpha", "min_size")
+    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    unused: ClassVar[frozenset[str]] = _all_but("alpha", "min_size")
 
     kind: Literal["quantity"] = "quantity"
 
@@ -80,7 +80,19 @@ class Natural(PartitionConfig):
         'natural'
     """
 
-    fixed: ClassVar = frozenset({"kind"})
-    unused: ClassVar = _all_but("min_size")
+    fixed: ClassVar[frozenset[str]] = frozenset({"kind"})
+    unused: ClassVar[frozenset[str]] = _all_but("min_size")
 
     kind: Literal["natural"] = "natural"
+
+
+class Partition(PartitionConfig):
+    """Any kind of partition by name, with its settings as arguments.
+
+    The kind may be a partitioner of Flower (`flwr:NAME`) or a name of `register_partition`.
+
+    Example:
+        >>> import hetero_fl as hfl
+        >>> hfl.Partition(kind="flwr:ShardPartitioner", num_shards_per_partition=2).arguments
+        {'num_shards_per_partition': 2}
+    """

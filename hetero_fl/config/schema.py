@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -15,12 +18,16 @@ from pydantic import (
 )
 
 from hetero_fl.config.base import (
+    VERSION,
     ConfigSection,
     OptimizerConfig,
     Reference,
     StalenessConfig,
+    check_version,
     choice_type,
     format_value,
+    migrate,
+    warn_deprecated,
 )
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
@@ -174,8 +181,32 @@ class RuntimeConfig(ConfigSection):
     )
 
 
+class LoggerConfig(ConfigSection):
+    """A logger, to which each round of a run is written.
+
+    The other keys are settings of the logger.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str = Field(
+        description="`csv`, `tensorboard`, `wandb`, `mlflow`, a registered logger, or "
+        "`python:module:Name` of a subclass of `hetero_fl.Logger`"
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the logger, which are all keys except `kind`."""
+        return dict(self.model_extra or {})
+
+
+def _expand_logger_kind(value: object) -> object:
+    """Convert a string to `{"kind": value}`, and return other values unchanged."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class OutputConfig(ConfigSection):
-    """Optional output files of a run.
+    """Optional output files of a run, and loggers.
 
     Example:
         >>> import hetero_fl as hfl
@@ -188,11 +219,38 @@ class OutputConfig(ConfigSection):
 
     plots: bool = Field(True, description="write figures to `plots/*.png`")
     report: bool = Field(True, description="write `report.html`")
-    tensorboard: bool = Field(
-        False,
-        description="write TensorBoard event files to `tensorboard/`; requires "
-        "`hetero_fl[tensorboard]`",
+    loggers: list[Annotated[LoggerConfig, BeforeValidator(_expand_logger_kind)]] = Field(
+        [],
+        description="loggers to which each round is written, by `kind` or with settings; do not "
+        "affect results (see [below](#settings-of-the-loggers))",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_tensorboard(cls, raw: Any) -> Any:
+        """Replace the former key `tensorboard` with an entry of `loggers`."""
+        if not isinstance(raw, Mapping) or "tensorboard" not in raw:
+            return raw
+        rest = {key: value for key, value in raw.items() if key != "tensorboard"}
+        is_enabled = raw["tensorboard"]
+        loggers = rest.get("loggers") or []
+        if not isinstance(is_enabled, bool) or not isinstance(loggers, list):
+            return raw
+        warn_deprecated("output.tensorboard", "output.loggers=[tensorboard]")
+        kinds = [entry.get("kind") if isinstance(entry, dict) else entry for entry in loggers]
+        if is_enabled and "tensorboard" not in kinds:
+            rest["loggers"] = [*loggers, "tensorboard"]
+        return rest
+
+    @field_validator("loggers")
+    @classmethod
+    def _check_kinds(cls, loggers: list[LoggerConfig]) -> list[LoggerConfig]:
+        """Check that each kind of logger occurs once."""
+        kinds = [entry.kind for entry in loggers]
+        repeated = [kind for kind in kinds if kinds.count(kind) > 1]
+        if repeated:
+            raise ValueError(f"each kind of logger may occur once, got '{repeated[0]}' twice")
+        return loggers
 
 
 # Settings of clients that may also be written in the section `algorithm`.
@@ -202,12 +260,17 @@ CLIENT_OPTIONS = (
     "prior_correction",
     "recalibrate",
     "fine_tune_epochs",
+    "fine_tune_before",
 )
 
 
 class Config(ConfigSection):
     """The configuration of a run."""
 
+    version: Annotated[int, AfterValidator(check_version)] = Field(
+        VERSION,
+        description="version of the configuration format; files without this key have version 1",
+    )
     name: str = Field(
         "run",
         min_length=1,
@@ -251,6 +314,11 @@ class Config(ConfigSection):
     )
 
     @model_validator(mode="before")
+    @classmethod
+    def _prepare(cls, raw: Any) -> Any:
+        """Convert older versions, and move client options to the section of the clients."""
+        return cls._move_client_options(migrate(raw))
+
     @classmethod
     def _move_client_options(cls, raw: Any) -> Any:
         """Move options such as `algorithm.logit_adjustment` to `clients.defaults`."""

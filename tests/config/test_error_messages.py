@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.errors import CUSTOM_ERROR_TYPES, EXPECTED, LIMITS, describe_error
 from hetero_fl.config.schema import Config
-from hetero_fl.experiment.comparison import Study
+from hetero_fl.experiment.comparison.study import Study
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 

@@ -42,15 +42,17 @@ LAYERS: list[dict[str, Any]] = [
 ]
 
 
-# Studies refer to other configurations.
+# Studies and benchmarks refer to other configurations.
 CONFIGS = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies"
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name not in ("benchmark", "studies")
 )
 
 
 @pytest.mark.parametrize("source", [*CONFIGS, *[{"clients": c} for c in LAYERS]])
 def test_resolved_configuration_loads_to_the_same_clients(source: Path | dict[str, Any]) -> None:
-    config = load_config(source)
+    config = load_config(source, allow_code=True)
     again = load_config(yaml.safe_load(dump(config)))
     assert describe_difference(resolve_config(config), resolve_config(again)) is None
     expected, got = expand_population(config.clients), expand_population(again.clients)

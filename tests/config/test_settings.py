@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,16 @@ def test_unused_settings_are_unexpected_arguments() -> None:
         hfl.Adam(momentum=0.9)
     with pytest.raises(TypeError, match=r"Dirichlet.. got an unexpected .* did you mean 'alpha'"):
         hfl.Dirichlet(alpa=0.3)
+
+
+def test_class_variables_state_their_type() -> None:
+    # Under Python 3.10, pydantic cannot evaluate `ClassVar` without a type.
+    root = Path(__file__).parents[2]
+    bare = [
+        path.name
+        for package in ("hetero_fl", "model_zoo")
+        for path in (root / package).rglob("*.py")
+        if re.search(r": ClassVar\b(?!\[)", path.read_text(encoding="utf-8"))
+    ]
+
+    assert not bare

@@ -1,0 +1,121 @@
+"""Versions of the configuration, and keys with former names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl import load_config
+from hetero_fl.cli import main
+from hetero_fl.config import base, describe_difference, resolve_config, resume_relevant
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config
+
+ROOT = Path(__file__).parents[2]
+
+
+def rename_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Convert version 1 to version 2, as if `steps` had been renamed to `rounds`."""
+    return {("rounds" if key == "steps" else key): value for key, value in raw.items()}
+
+
+@pytest.mark.parametrize("raw", [{"rounds": 3}, {"rounds": 3, "version": 1}])
+def test_version_is_optional_and_saved(raw: dict[str, Any]) -> None:
+    config = load_config(raw)
+
+    assert resolve_config(config)["version"] == 1
+    assert load_config(resolve_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [
+        (2, "version: unknown version 2; this release reads version 1; install a newer hetero_fl"),
+        (0, "version: unknown version 0; this release reads version 1"),
+        ("one", "version: expected an integer, got 'one'"),
+    ],
+)
+def test_unknown_version_is_one_line(version: object, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config({"version": version})
+
+    assert str(error.value) == f"configuration: {line}"
+
+
+def test_older_version_is_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "VERSION", 2)
+    monkeypatch.setattr(base, "MIGRATIONS", {1: rename_rounds})
+
+    assert base.migrate({"steps": 7}) == {"rounds": 7, "version": 2}
+    assert load_config({"steps": 7, "version": 1}).rounds == 7
+    assert load_config({"rounds": 7, "version": 2}).version == 2
+    with pytest.raises(UserError, match="reads versions 1 to 2"):
+        load_config({"version": 3})
+
+
+def test_values_that_are_no_configuration_are_not_migrated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "MIGRATIONS", {1: rename_rounds})
+
+    assert base.migrate([1]) == [1]
+    assert base.migrate({"version": True}) == {"version": True}
+
+
+def test_run_of_an_older_version_can_be_resumed() -> None:
+    now = resolve_config(load_config({"rounds": 3}))
+    before = {key: value for key, value in now.items() if key != "version"}
+
+    assert describe_difference(resume_relevant(before), resume_relevant(now)) is None
+
+
+DEPRECATED = {
+    "algorithm.distil_epochs": (  # style: ok (former name)
+        {"algorithm": {"name": "feddf", "distil_epochs": 2}},  # style: ok (former name)
+        "algorithm.distill_epochs",
+    ),
+    "algorithm.finetune_epochs": (
+        {"algorithm": {"name": "fedbabu", "finetune_epochs": 2}},
+        "algorithm.fine_tune_epochs",
+    ),
+    "output.tensorboard": ({"output": {"tensorboard": False}}, "output.loggers=[tensorboard]"),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("key", DEPRECATED)
+def test_command_prints_a_deprecated_key_once(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load((ROOT / "configs" / "digits_quickstart.yaml").read_text("utf-8"))
+    written, new = DEPRECATED[key]
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(raw | written), encoding="utf-8")
+
+    assert main(["train", "--check", "-c", str(file)]) == 0
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert lines == [f"warning: {key}: deprecated; use {new}"]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("key", ["algorithm.finetune_epochs", "output.tensorboard"])
+def test_log_of_a_run_contains_a_deprecated_key(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = config("fedbabu", rounds=1)
+    written, new = DEPRECATED[key]
+    file = tmp_path / "old.yaml"
+    output = {"plots": False, "report": False, **written.get("output", {})}
+    file.write_text(yaml.safe_dump({**source, **written, "output": output}), encoding="utf-8")
+
+    assert main(["train", "-c", str(file), "--out", str(tmp_path / "run")]) == 0
+
+    line = f"warning: {key}: deprecated; use {new}"
+    log = (tmp_path / "run" / "log.txt").read_text("utf-8")
+    assert log.count(line) == 1
+    assert capsys.readouterr().err.count(line) == 1

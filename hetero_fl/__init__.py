@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     )
     from hetero_fl.config.communication import ChannelConfig as Channel
     from hetero_fl.config.optimizers import SGD, Adam, AdamW
-    from hetero_fl.config.partitions import IID, Classes, Dirichlet, Natural, Quantity
+    from hetero_fl.config.partitions import IID, Classes, Dirichlet, Natural, Partition, Quantity
     from hetero_fl.config.privacy import PrivacyConfig as Privacy
     from hetero_fl.config.robustness import (
         AggregationConfig as Aggregation,
@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from hetero_fl.experiment.federation import Federation
     from hetero_fl.experiment.trainer import Trainer
     from hetero_fl.reporting.comparison.result import Comparison
+    from hetero_fl.reporting.loggers import Logger, register_logger
     from hetero_fl.reporting.run import Run
     from hetero_fl.utils.errors import UserError
     from model_zoo import SplitModel
@@ -154,10 +155,12 @@ __all__ = [
     "KTpFL",
     "LGFedAvg",
     "Local",
+    "Logger",
     "Natural",
     "Needs",
     "Objective",
     "Output",
+    "Partition",
     "Predict",
     "Preprocess",
     "Privacy",
@@ -181,6 +184,7 @@ __all__ = [
     "local_fit",
     "prepare",
     "register_algorithm",
+    "register_logger",
     "register_partition",
     "register_source",
     "run",
@@ -197,7 +201,14 @@ _PUBLIC_NAMES = {
     ],
     "hetero_fl.config.communication": ["ChannelConfig:Channel"],
     "hetero_fl.config.optimizers": ["SGD", "Adam", "AdamW"],
-    "hetero_fl.config.partitions": ["IID", "Classes", "Dirichlet", "Natural", "Quantity"],
+    "hetero_fl.config.partitions": [
+        "IID",
+        "Classes",
+        "Dirichlet",
+        "Natural",
+        "Partition",
+        "Quantity",
+    ],
     "hetero_fl.config.privacy": ["PrivacyConfig:Privacy"],
     "hetero_fl.config.robustness": ["AggregationConfig:Aggregation", "AttacksConfig:Attacks"],
     "hetero_fl.config.schema": [
@@ -222,6 +233,7 @@ _PUBLIC_NAMES = {
     "hetero_fl.experiment.preparation": ["load_config"],
     "hetero_fl.experiment.trainer": ["Trainer"],
     "hetero_fl.reporting.comparison.result": ["Comparison"],
+    "hetero_fl.reporting.loggers": ["Logger", "register_logger"],
     "hetero_fl.reporting.run": ["Run"],
     "hetero_fl.utils.errors": ["UserError"],
     "model_zoo": ["SplitModel"],

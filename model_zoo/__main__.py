@@ -72,13 +72,20 @@ def _make_table(names: list[str], classes: int, channels: int, size: int) -> Tab
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("description")
     for name in names:
-        kinds = MODELS[name].kinds
-        if "tokens" in kinds:
-            description = describe(name, classes, 1, (size,), vocabulary=VOCABULARY_SIZE)
-        elif "image" in kinds:
-            description = describe(name, classes, channels, size)
-        else:
-            description = describe(name, classes, size, ())
+        # The models of plug-ins are measured with images, which they may not accept.
+        kinds = MODELS[name].kinds if name in MODELS else ("image",)
+        try:
+            if "tokens" in kinds:
+                description = describe(name, classes, 1, (size,), vocabulary=VOCABULARY_SIZE)
+            elif "image" in kinds:
+                description = describe(name, classes, channels, size)
+            else:
+                description = describe(name, classes, size, ())
+        except ModelError as error:
+            if name in MODELS:
+                raise
+            table.add_row(name, *["–"] * 3, str(error))
+            continue
         table.add_row(
             name,
             f"{description.parameters:,}",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_zoo.external import Enlarge
-from model_zoo.registry import MODELS, create_model
+from model_zoo.registry import MODELS, PLUGINS, create_model
 from model_zoo.shapes import make_shape
 from model_zoo.split_model import is_batch_norm
 
@@ -84,8 +84,10 @@ def summarize(name: str) -> str:
     For models of other libraries and of users, the summary is the name and origin of the model.
     """
     prefix, colon, rest = name.partition(":")
-    if not colon:
+    if name in MODELS:
         return MODELS[name].summary
+    if not colon:
+        return f"from {PLUGINS.origin(name)}"
     return f"user-defined {rest}" if prefix == "python" else f"{rest} from {prefix}"
 
 
@@ -135,7 +137,7 @@ def describe(
     enlargement = _describe_enlargement(model)
     # Operations can be counted on meta tensors, which need no memory. Models of other libraries and
     # of users may not support meta tensors.
-    device = "cpu" if ":" in name else "meta"
+    device = "meta" if name in MODELS else "cpu"
     with torch.device(device):
         example = make_shape(in_channels, input_size, vocabulary).zeros(1)
     flops, convolutions = _count_flops(model.to(device), example)

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
 from model_zoo import external, user_models
 from model_zoo.backbones import cnn, multimodal, resnet, sequence, tabular, text, transformer
 from model_zoo.errors import InputError, ModelError, suggest_names
 from model_zoo.external import external_backbone
+from model_zoo.plugins import PluginError, Plugins
 from model_zoo.shapes import KINDS, Kind, Shape, is_integer, make_shape
 from model_zoo.split_model import Body, SplitModel, assemble
 
@@ -310,7 +313,7 @@ PREFIXES = (*EXTERNAL, "python")
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the sorted names of the models that match a pattern.
+    """Return the sorted names of the models that match a pattern, including those of plug-ins.
 
     Args:
         pattern: Shell-style pattern (`*`, `?`, `[…]`). A pattern that begins with `timm:` or
@@ -326,7 +329,8 @@ def list_models(pattern: str = "*") -> list[str]:
     """
     prefix, colon, rest = pattern.partition(":")
     if not colon:
-        return sorted(name for name in MODELS if fnmatchcase(name, pattern))
+        names = [*MODELS, *PLUGINS.load_all()]
+        return sorted(name for name in names if fnmatchcase(name, pattern))
     if prefix not in EXTERNAL:
         raise ModelError(
             f"pattern {pattern}: unknown prefix '{prefix}'; choose from {', '.join(EXTERNAL)}"
@@ -447,9 +451,16 @@ def _create(
         if not is_integer(value) and not (argument == "feature_dim" and value is None):
             raise ModelError(f"{argument}: expected an integer >= 1, got {value!r}")
     prefix, _, rest = name.partition(":")
-    if prefix in ("python", "object"):
+    if is_user_defined(name):
+        target, head = _find_factory(name)
         return user_models.build(
-            name, shape, num_classes, feature_dim, pretrained=pretrained, options=valid_options
+            target,
+            head,
+            shape,
+            num_classes,
+            feature_dim,
+            pretrained=pretrained,
+            options=valid_options,
         )
     if prefix in EXTERNAL:
         if shape.kind != "image":
@@ -471,13 +482,48 @@ def _create(
     return assemble(entry.build(shape, **entry.fixed, **valid_options), num_classes, feature_dim)
 
 
+def is_user_defined(name: str) -> bool:
+    """Return whether a model is neither built in nor from timm or torchvision.
+
+    Such a model is a class (`python:package.module:Class`), an object (`object:NAME`) or the model
+    of a plug-in.
+
+    Example:
+        >>> from model_zoo.registry import is_user_defined
+        >>> is_user_defined("python:my_models:TwoPools"), is_user_defined("resnet8")
+        (True, False)
+    """
+    return name.startswith(("python:", "object:")) or (name not in MODELS and name in PLUGINS)
+
+
+def _find_factory(name: str) -> tuple[Callable[..., nn.Module], str | None]:
+    """Return the class or function that creates a user-defined model, and the path of its head."""
+    if name not in PLUGINS:
+        return user_models.find_factory(name)
+    try:
+        return PLUGINS.load(name), None
+    except PluginError as error:
+        raise ModelError(error) from error
+
+
+def _check_plugin(found: object) -> str:
+    is_class = isinstance(found, type)
+    if is_class and not issubclass(found, nn.Module):  # type: ignore[arg-type]
+        return "expected a subclass of torch.nn.Module, or a function that returns a module"
+    return "" if callable(found) else "expected a class or a function"
+
+
+PLUGINS = Plugins("hetero_fl.models", "model", lambda: MODELS, _check_plugin)
+"""Models that installed packages provide."""
+
+
 def _find_options(name: str) -> tuple[dict[str, Any], bool]:
     """Return the options of a model, and whether the model accepts further options."""
     if not isinstance(name, str):
         raise ModelError("expected a name")
     prefix, colon, rest = name.partition(":")
-    if prefix in ("python", "object") and colon:
-        return user_models.inspect_options(user_models.find_factory(name)[0])
+    if is_user_defined(name):
+        return user_models.inspect_options(_find_factory(name)[0])
     if prefix in EXTERNAL and colon:
         if not external.is_known(prefix, rest):
             hint = suggest_names(rest, external.model_names(prefix), f"{prefix}:")
@@ -487,7 +533,7 @@ def _find_options(name: str) -> tuple[dict[str, Any], bool]:
         hint = suggest_names(prefix, PREFIXES) or f"; choose from {', '.join(PREFIXES)}"
         raise ModelError(f"unknown prefix '{prefix}'{hint}")
     if name not in MODELS:
-        hint = suggest_names(name, MODELS) or "; choose from model_zoo.list_models()"
+        hint = suggest_names(name, list_models()) or "; choose from model_zoo.list_models()"
         raise ModelError(f"unknown model{hint}")
     return MODELS[name].options, False
 
@@ -501,7 +547,7 @@ def _validate_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise ModelError(f"unknown option '{option}'{hint}")
     if name in MODELS:
         return MODELS[name].check_options(options)
-    if name.startswith(("python:", "object:")):
+    if is_user_defined(name):
         return dict(options)
     return {
         option: check_value(option, value, 0.0)

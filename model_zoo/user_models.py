@@ -38,8 +38,8 @@ def load(path: str) -> type[nn.Module]:
         sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
-    # A user's module may raise any exception.
-    except Exception as error:
+    # A user's module may raise any exception, or call sys.exit.
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"cannot import {module_name}: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -86,7 +86,8 @@ def find_factory(name: str) -> tuple[Callable[..., nn.Module], str | None]:
 
 
 def build(
-    name: str,
+    target: Callable[..., nn.Module],
+    head: str | None,
     shape: Shape,
     num_classes: int,
     feature_dim: int | None,
@@ -97,8 +98,9 @@ def build(
     """Create a user-defined model and check it on two examples.
 
     Args:
-        name: `python:package.module:Class` or `object:NAME`. The model is a `SplitModel`, or any
+        target: Class or function that creates the model, which is a `SplitModel`, or any
             classifier, which is then split (see `split_module`).
+        head: Path of the model's head. If None, the head is searched for.
         shape: Shape of an example.
         num_classes: Number of outputs.
         feature_dim: Required width of the features. If None, any width is accepted.
@@ -109,7 +111,6 @@ def build(
     Raises:
         ModelError: If the model cannot be created or does not match the arguments.
     """
-    target, head = find_factory(name)
     parameters = inspect.signature(target).parameters
     accepts_any = inspect_options(target)[1]
     values = (num_classes, shape.channels, shape.size, feature_dim, shape.vocabulary)
@@ -131,8 +132,8 @@ def build(
         created = target(**arguments)
     except ModelError:
         raise
-    # A user's constructor may raise any exception.
-    except Exception as error:
+    # A user's constructor may raise any exception, or call sys.exit.
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"cannot create the model: {type(error).__name__}: {one_line(error)}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import os
 import re
@@ -11,12 +12,22 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from hetero_fl.utils.errors import ArgumentError, Interrupted, RunFailedError, UserError
+from hetero_fl.utils.errors import (
+    ArgumentError,
+    Interrupted,
+    RunFailedError,
+    UserError,
+    is_own_file,
+    translate_exits,
+)
+from hetero_fl.utils.extras import describe_missing_package
 
 # This variable must be set before torch is imported. By default, waiting threads spin for so long
 # that two runs on one machine slow each other down (see benchmarks/speed/threads.py).
@@ -25,6 +36,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 
+# Commands that are repeated to continue.
+REPEATABLE = ("benchmark", "compare")
 # Options that may also precede the command.
 LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
 
@@ -65,11 +78,23 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
     """Call `_main`, and treat SIGTERM, which clusters send to stop jobs, like Ctrl-C."""
+    _replace_unprintable_characters()
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _main(argv, command)
+        with warnings_in_one_line():
+            return _main(argv, command)
     finally:
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+
+
+def _replace_unprintable_characters() -> None:
+    """Print `?` for characters that the terminal or file cannot represent.
+
+    On Windows, the encoding of a redirected output lacks characters such as `≤`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _main(argv: Sequence[str] | None, command: str | None) -> int:
@@ -153,7 +178,8 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
     invocation = _parse_invocation(argv, command)
     options: dict[str, Any] = {}
     try:
-        return _invoke(invocation, options)
+        with translate_exits():
+            return _invoke(invocation, options)
     except UserError as error:
         _print_error("error", error, invocation.is_verbose)
         return 2
@@ -173,8 +199,15 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
         resume_command = _resume_command(invocation, options, interruption)
         print(f"interrupted; to resume: {shlex.join(resume_command)}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted before the first checkpoint; there is no run to resume", file=sys.stderr)
+        print(_describe_early_interrupt(invocation), file=sys.stderr)
     return 130
+
+
+def _describe_early_interrupt(invocation: Invocation) -> str:
+    """Return the message for a command that was interrupted before its run began."""
+    if invocation.command in REPEATABLE:
+        return f"interrupted; to resume: {shlex.join(invocation.command_line)}"
+    return "interrupted before the first checkpoint; there is no run to resume"
 
 
 def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
@@ -189,8 +222,11 @@ def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
     """
     from click.exceptions import Exit
 
-    from hetero_fl.cli.commands import parse_command
+    from hetero_fl.cli.commands import APP, parse_command
+    from hetero_fl.cli.completion import complete, is_completion_requested
 
+    if is_completion_requested():
+        return complete(APP)
     try:
         with parse_command(invocation.prog, invocation.command, invocation.arguments) as context:
             options.update(context.params)
@@ -198,6 +234,11 @@ def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
         return 0
     except Exit as exit_request:
         return exit_request.exit_code
+    except ModuleNotFoundError as error:
+        missing = describe_missing_package(error)
+        if missing is None:
+            raise
+        raise UserError(missing) from error
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -208,7 +249,7 @@ def _resume_command(
 ) -> list[str]:
     """Return the command line that resumes an interrupted run."""
     command_line = invocation.command_line
-    if invocation.command == "compare":
+    if invocation.command in REPEATABLE:
         resume_command = list(command_line)
     else:
         program = command_line[: len(command_line) - len(invocation.arguments)]
@@ -251,6 +292,29 @@ def _script_name() -> list[str]:
         # torchrun has added `python -u`.
         return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *command_line[2:]]
     return command_line
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print each warning of this project once, as `warning: …`, until the end of the block.
+
+    Warnings of other libraries are printed as usual.
+    """
+    before = warnings.showwarning
+    printed = set()
+
+    # The function is called with the message, the category, the file name and further arguments.
+    def show(*arguments: Any, **options: Any) -> None:
+        line = f"warning: {arguments[0]}"
+        if sys.stderr is None or not is_own_file(arguments[2]):
+            before(*arguments, **options)
+        elif line not in printed:
+            printed.add(line)
+            print(line, file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

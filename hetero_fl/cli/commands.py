@@ -1,9 +1,10 @@
-"""The commands `train`, `evaluate` and `methods`, and the group of all commands."""
+"""The commands `train`, `watch`, `evaluate` and `methods`, and the group of all commands."""
 
 from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,17 @@ from click import Context, Group, Option, Parameter
 from click.exceptions import BadParameter, Exit, MissingParameter, NoSuchOption, UsageError
 from typing_extensions import override
 
+from hetero_fl.cli.completion import SHELLS, complete_methods, completion_script
 from hetero_fl.cli.deployment_commands import (
     certificates,
     federate,
     flower_app,
     node,
     server,
+    shared_key,
     status,
 )
-from hetero_fl.cli.experiment_commands import audit, check, compare, export, join
+from hetero_fl.cli.experiment_commands import audit, benchmark, check, compare, export, join
 from hetero_fl.cli.run_options import (
     METHODS_HINT,
     PATH,
@@ -127,11 +130,44 @@ def evaluate(
             raise UserError(f"--json: {json_file}: cannot be written ({error.strerror})") from None
 
 
+@command(epilog=examples("hetero-fl watch runs/my-run", "hetero-fl watch runs --port 8080"))
+@click.argument(
+    "runs",
+    nargs=-1,
+    required=True,
+    type=PATH,
+    metavar="RUN...",
+    help="Run directories, or folders that contain run directories, now or later.",
+)
+@click.option("--port", default=8321, help="Port to listen on, or 0 for any free port.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    metavar="ADDRESS",
+    help="Address to listen on. With 0.0.0.0, other machines have access, without a password.",
+)
+@quiet_option
+def watch(runs: tuple[Path, ...], port: int, host: str, quiet: bool) -> None:
+    """Show live curves of runs on a local web page, until Ctrl-C."""
+    from hetero_fl.reporting.watch.server import serve_watch
+
+    log = make_printer(quiet)
+    with serve_watch(runs, host, port) as address:
+        print(address, flush=True)
+        log("press Ctrl-C to stop")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            # A signal is the way to end this command, not an interruption of a run.
+            log("stopped")
+
+
 @command(epilog=examples("hetero-fl methods", "hetero-fl methods fedprox fedmd"))
 @click.argument(
     "names",
     nargs=-1,
     metavar="[NAME]...",
+    shell_complete=complete_methods,
     help="Methods to describe, with their settings. Without a name, all methods are listed.",
 )
 @allow_code_option
@@ -139,14 +175,33 @@ def methods(names: tuple[str, ...], allow_code: bool) -> None:
     """List all methods, or describe the given methods."""
     from rich.console import Console
 
-    from hetero_fl.cli.printing import print_method_details, print_methods
-
     references = dict.fromkeys(find_references(names), "NAME")
     code_permission(allow_code).check(references, "")
     if names:
+        from hetero_fl.cli.printing import print_method_details
+
         print_method_details(names, Console())
     else:
+        from hetero_fl.cli.method_list import print_methods
+
         print_methods(Console())
+
+
+@command(
+    epilog=examples(
+        "hetero-fl completion bash",
+        'eval "$(hetero-fl completion bash)"   # enable it in this shell',
+    )
+)
+@click.argument(
+    "shell",
+    type=click.Choice(SHELLS),
+    metavar="SHELL",
+    help=f"Name of the shell: {', '.join(SHELLS)}.",
+)
+def completion(shell: str) -> None:
+    """Print a script that enables completion of commands, keys and methods in a shell."""
+    print(completion_script(APP, shell), end="")
 
 
 def _print_version(_context: Context, _option: Parameter, is_given: bool) -> None:
@@ -192,14 +247,18 @@ APP = OrderedGroup(
         node,
         flower_app,
         certificates,
+        shared_key,
         status,
         compare,
+        benchmark,
+        watch,
         evaluate,
         join,
         audit,
         export,
         check,
         methods,
+        completion,
     ],
     params=list(COMMON_OPTIONS),
     help="Federated learning with heterogeneous models.",

@@ -1,4 +1,4 @@
-"""The commands `federate`, `server`, `node`, `flower-app`, `certificates` and `status`."""
+"""The commands `federate`, `server`, `node`, `certificates`, `shared-key`, `status` and others."""
 
 from __future__ import annotations
 
@@ -187,6 +187,18 @@ def certificates(folder: Path, hosts: tuple[str, ...], clients: str) -> None:
 
     for path in provision(folder, hosts, [name.strip() for name in clients.split(",")]):
         print(path)
+
+
+@command("shared-key", epilog=examples("hetero-fl shared-key shared.key"))
+@click.argument("file", type=PATH, metavar="FILE", help="New file for the key.")
+def shared_key(file: Path) -> None:
+    """Create the key of homomorphic encryption, which all sites share and the server never gets."""
+    from hetero_fl.communication.homomorphic.key import SharedKey
+
+    if file.exists():
+        raise UserError(f"{file}: already exists; choose another file or delete it")
+    SharedKey.generate().save(file)
+    print(file)
 
 
 @command(epilog=examples("hetero-fl status runs/my-run", "hetero-fl status 127.0.0.1:9464 --json"))

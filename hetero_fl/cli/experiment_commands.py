@@ -1,4 +1,4 @@
-"""The commands `audit`, `compare`, `export`, `join` and `check`."""
+"""The commands `audit`, `compare`, `benchmark`, `export`, `join` and `check`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.exceptions import Exit
 
+from hetero_fl.cli.completion import complete_methods
 from hetero_fl.cli.run_options import (
     METHODS_HINT,
     PATH,
@@ -27,7 +28,7 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
-    from hetero_fl.experiment.comparison import Study
+    from hetero_fl.experiment.comparison.study import Study
 
 
 @command(epilog=examples("hetero-fl audit runs/my-run --attack membership --shadows 8"))
@@ -136,6 +137,7 @@ def audit(
 @click.option(
     "--algorithms",
     metavar="A,B,...",
+    shell_complete=complete_methods,
     help="Methods to compare, as NAME or NAME:setting=value. `all` selects all compatible methods. "
     "Optional with --study.",
 )
@@ -168,6 +170,25 @@ def audit(
     help="Values of a key to try. Each method uses the value with the best validation score. "
     "May be repeated.",
 )
+@click.option(
+    "--search",
+    type=click.Choice(["optuna"]),
+    help="Search the values of --space with Optuna, which stops runs early if "
+    "they score worse than others after the same number of rounds. Each method uses "
+    "the values with the best validation score.",
+)
+@click.option(
+    "--space",
+    multiple=True,
+    metavar="key=low..high",
+    help="Values of a key to search: low..high, low..high:log or a,b,c. May be repeated.",
+)
+@click.option(
+    "--budget",
+    metavar="RUNS|HOURSh",
+    help="Budget of the search for each method: a number of runs, or hours of training such as "
+    "1.5h.  [default: 20]",
+)
 @allow_code_option
 @quiet_option
 def compare(
@@ -180,6 +201,9 @@ def compare(
     out: Path | None,
     jobs: int | None,
     grid: tuple[str, ...],
+    search: str | None,
+    space: tuple[str, ...],
+    budget: str | None,
     allow_code: bool,
     quiet: bool,
 ) -> None:
@@ -189,18 +213,21 @@ def compare(
     an interrupted comparison, repeat the command.
     """
     from hetero_fl import experiment
-    from hetero_fl.experiment.comparison import Study
+    from hetero_fl.experiment.comparison.study import Study
 
     loaded = Study.load(study) if study else None
     source = _option_or_study("config", config, loaded)
     folder = _option_or_study("out", out, loaded)
     labels = _option_or_study("algorithms", algorithms, loaded)
-    grid_values = {}
-    for entry in grid:
-        key, equals, values = entry.partition("=")
-        if not equals or not values:
-            raise UserError(f"--grid: expected key=a,b,c, got '{entry}'")
-        grid_values[key] = split_top_level(values, ",")
+    if bool(search) != bool(space):
+        raise UserError("--search: use it together with --space, such as --space key=low..high")
+    if budget is not None and not search:
+        raise UserError("--budget: use it together with --search")
+    grid_values = {
+        key: split_top_level(values, ",")
+        for key, values in _parse_pairs("--grid", grid, "key=a,b,c").items()
+    }
+    searched = _parse_pairs("--space", space, "key=low..high or key=a,b,c")
     all_overrides = [*(loaded.overrides if loaded else ()), *(overrides)]
     origins = {}
     if loaded is not None and study is not None:
@@ -214,12 +241,115 @@ def compare(
         out=folder,
         overrides=all_overrides,
         grid=grid_values,
+        space=searched or None,
+        budget=20 if budget is None else budget,
         jobs=loaded.jobs if jobs is None and loaded is not None else jobs,
         quiet=quiet,
         origins=origins,
         allow_code=code_permission(allow_code),
     )
     print(comparison.to_markdown())
+
+
+@command(
+    epilog=examples(
+        "hetero-fl benchmark",
+        "hetero-fl benchmark digits sensors",
+        "hetero-fl benchmark --pause && python -m benchmarks overhead && hetero-fl benchmark",
+    )
+)
+@click.argument(
+    "names",
+    nargs=-1,
+    metavar="[NAME]...",
+    help="Federations to run, by the name of the file without .yaml.  [default: all]",
+)
+@click.option(
+    "--folder",
+    type=PATH,
+    metavar="DIR",
+    default=Path("configs/benchmark"),
+    help="Folder with protocol.yaml and one file for each federation.",
+)
+@click.option(
+    "--archive",
+    type=PATH,
+    metavar="DIR",
+    default=Path("docs/benchmark"),
+    help="Folder of the archive, to which the results of each run are added.",
+)
+@click.option(
+    "--out",
+    type=PATH,
+    metavar="DIR",
+    default=Path("runs/benchmark"),
+    help="Folder of unfinished runs and the log.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Number of parallel runs.  [default: one per core]"
+)
+@click.option(
+    "--pause",
+    is_flag=True,
+    help="Make the benchmark that is running in --out end after its current runs, and wait for it.",
+)
+@click.option(
+    "--tables",
+    is_flag=True,
+    help="Start no runs; only write results.md and its plots from the archive.",
+)
+@allow_code_option
+@quiet_option
+def benchmark(
+    *,
+    names: tuple[str, ...],
+    folder: Path,
+    archive: Path,
+    out: Path,
+    jobs: int | None,
+    pause: bool,
+    tables: bool,
+    allow_code: bool,
+    quiet: bool,
+) -> None:
+    """Tune methods and compare them in several federations.
+
+    The learning rate and further settings of each method are chosen by the validation scores of
+    separate seeds. Archived runs are not repeated: to continue an interrupted benchmark, repeat the
+    command.
+    """
+    from hetero_fl.experiment.benchmark import runner
+    from hetero_fl.experiment.benchmark.results import BenchmarkResults
+
+    if pause:
+        runner.pause_benchmark(out)
+        return
+    if tables:
+        BenchmarkResults(folder, archive).write()
+    else:
+        runner.benchmark(
+            folder,
+            names,
+            out=out,
+            archive=archive,
+            jobs=jobs,
+            quiet=quiet,
+            allow_code=code_permission(allow_code),
+        )
+    print(archive / "results.md")
+
+
+def _parse_pairs(option: str, entries: tuple[str, ...], expected: str) -> dict[str, str]:
+    """Parse entries `key=values` of an option that may be repeated."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        key, equals, values = entry.partition("=")
+        if not key or not equals or not values:
+            raise UserError(f"{option}: expected {expected}, got '{entry}'")
+        if key in found:
+            raise UserError(f"{option}: {key}: given twice; write all values in one option")
+        found[key] = values
+    return found
 
 
 def _option_or_study(name: str, value: Any, study: Study | None) -> Any:

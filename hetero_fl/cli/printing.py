@@ -1,9 +1,9 @@
-"""Terminal output of `--check`, `hetero-fl methods` and `hetero-fl evaluate`."""
+"""Terminal output of `--check`, `hetero-fl methods NAME` and `hetero-fl evaluate`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 from rich.console import Console
@@ -11,32 +11,33 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import (
-    describe_needs,
-    format_needs,
+    declared_properties,
     method_paragraphs,
     method_references,
-    method_summary,
-    shared_kinds,
-    supported_tasks,
 )
 from hetero_fl.config import Config, dump, expand_population
 from hetero_fl.config.describe import describe_key, describe_values, format_default
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.device_memory import MemoryPlan
 from hetero_fl.experiment import PreparedRun
-from hetero_fl.federation.cost import DryRun, communication_cost
+from hetero_fl.federation.cost import DryRun, expected_cost
 from hetero_fl.federation.executors.choose import choose_executor, plan_memory
 from hetero_fl.federation.federation import NUM_REPRESENTATIVE
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.reporting.rendering import render
+from hetero_fl.utils.ordering import ClientIds
 from hetero_fl.utils.serialization import num_tensor_bytes
 from hetero_fl.utils.text import pluralize
 
 # Numbers of clients trained together, for which the required memory is printed.
 CLIENTS_TOGETHER = (1, 8, 32)
+
+# Of more than MAX_LISTED clients, the first and the last NUM_EDGE are listed.
+MAX_LISTED = 20
+NUM_EDGE = 5
 
 UNKNOWN = "unknown"
 
@@ -61,25 +62,25 @@ def print_check(prepared: PreparedRun) -> None:
     }
     environment = SimulationEnvironment.from_config(federation, config)
     is_async = config.runtime.mode == "async"
-    cost = communication_cost(
+    cost = expected_cost(
         prepared.method,
         federation,
         config.rounds,
         config.clients.per_round if is_async else environment.num_sampled,
         config.evaluation.every,
     )
-    for client_id in federation.representative_clients:
+
+    def describe(client_id: str) -> tuple[str, ...]:
         client_info = federation.client_infos[client_id]
-        table.add_row(
-            client_id,
+        return (
             client_info.arch.display_name,
             str(client_info.num_rows),
             f"{parameters[client_info.arch]:,}",
             format_bytes(cost.down[client_id] + cost.evaluation[client_id]),
             format_bytes(cost.up[client_id]),
         )
-    if others := len(federation.client_infos) - len(federation.representative_clients):
-        table.add_row(f"and {others:,} more", "", "", "", "", "")
+
+    _list_clients(table, federation.representative_clients, len(federation.client_infos), describe)
     console = Console()
     console.print(table)
     console.print(_memory_table(prepared))
@@ -100,6 +101,31 @@ def print_check(prepared: PreparedRun) -> None:
         reasons=choose_executor(config, federation).reasons,
     )
     console.print(text, end="")
+
+
+def _list_clients(
+    table: Table,
+    client_ids: Sequence[str] | ClientIds,
+    num_clients: int,
+    describe: Callable[[str], tuple[str | Text, ...]],
+) -> None:
+    """Add a row for each client to a table, or for the first and the last clients of many.
+
+    Args:
+        table: The table, whose first column contains the id of the client.
+        client_ids: Ids of the clients, or of a sample of them.
+        num_clients: Number of all clients.
+        describe: Function that returns the other cells of the row of a client.
+    """
+    count = len(client_ids)
+    head = count if num_clients <= MAX_LISTED else min(NUM_EDGE, count)
+    tail = max(head, count - NUM_EDGE)
+    for i in range(head):
+        table.add_row(client_ids[i], *describe(client_ids[i]))
+    if (others := num_clients - head - (count - tail)) > 0:
+        table.add_row(f"… {others:,} more")
+    for i in range(tail, count):
+        table.add_row(client_ids[i], *describe(client_ids[i]))
 
 
 def _memory_table(prepared: PreparedRun) -> Table:
@@ -141,10 +167,12 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
     clients = expand_population(config.clients)
     title = Text(f"cost of {config.algorithm.get('name')}")
     table = Table("client", "model", "training rows", "parameters", "down", "up", title=title)
-    for client in islice(clients, NUM_REPRESENTATIVE):
-        table.add_row(client, Text(clients[client].model[0].name), *[UNKNOWN] * 4)
-    if len(clients) > NUM_REPRESENTATIVE:
-        table.add_row(f"and {len(clients) - NUM_REPRESENTATIVE:,} more", *[""] * 5)
+    _list_clients(
+        table,
+        clients.ids,
+        len(clients),
+        lambda client_id: (Text(clients[client_id].model[0].name), *[UNKNOWN] * 4),
+    )
     console = Console()
     console.print(table)
     for reference, key in refused.items():
@@ -156,29 +184,10 @@ def _num_parameters(arch: ModelSpec) -> int:
     return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
 
 
-def print_methods(console: Console) -> None:
-    """Print a summary of each method, with its uploads, requirements and supported tasks."""
-    table = Table.grid("name", "summary", padding=(0, 2))
-    table.columns[0].no_wrap = True
-    for name in sorted(register_algorithm):
-        kind = register_algorithm[name]
-        table.add_row(Text(name, style="bold"), Text(method_summary(kind)))
-        table.add_row("", Text("; ".join(declared_properties(kind)), style="dim"))
-    console.print(table)
-    console.print("\nRun `hetero-fl methods NAME` for a method's settings.", highlight=False)
-
-
-def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
-    """Yield properties of a method, such as `sends parameters` and `needs one architecture`.
-
-    The properties apply to the method with default settings.
-    """
-    method = kind.model_construct()
-    yield f"sends {', '.join(shared_kinds(method)) or 'nothing'}"
-    if needed := describe_needs(method):
-        yield f"needs {format_needs(needed)}"
-    if kinds := supported_tasks(method):
-        yield f"supports only {' and '.join(kinds)} tasks"
+def _plugin_note(name: str) -> str:
+    """Return `; from PACKAGE VERSION` for a method of a plug-in, otherwise an empty string."""
+    plugins = register_algorithm.plugins
+    return f"; from {plugins.origin(name)}" if plugins is not None and name in plugins else ""
 
 
 def print_method_details(names: Sequence[str], console: Console) -> None:
@@ -197,7 +206,8 @@ def print_method_details(names: Sequence[str], console: Console) -> None:
             console.print(Text(paragraph))
         for reference in method_references(kind):
             console.print(Text(reference))
-        console.print(Text("; ".join(declared_properties(kind)), style="dim"))
+        properties = "; ".join(declared_properties(kind)) + _plugin_note(name)
+        console.print(Text(properties, style="dim"))
         console.print(Text(f"evaluated: {kind.evaluated_when}", style="dim"))
         table = Table("setting", "values", "default", "meaning")
         for key, field in kind.model_fields.items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hetero_fl.cli.completion import complete_overrides
 from hetero_fl.utils.code_permission import CODE_PREFIX, CodePermission
 from hetero_fl.utils.errors import UserError, closest, printable
 
@@ -57,6 +58,7 @@ overrides_argument = click.argument(
     "overrides",
     nargs=-1,
     metavar="[key.path=value]...",
+    shell_complete=complete_overrides,
     help="Configuration keys to override, such as rounds=5.",
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help=QUIET_HELP)
@@ -229,12 +231,15 @@ def load_checked_run(
         from hetero_fl.cli.printing import print_check, print_draft
         from hetero_fl.experiment import prepare
         from hetero_fl.experiment.configuration import draft_config
+        from hetero_fl.reporting.loggers import check_installed
 
         draft = draft_config(config, overrides)
         if refused := dict(permission.find_refused(draft.code_references, draft.key_source)):
             print_draft(draft.config, refused)
         else:
-            print_check(prepare(config, overrides, allow_code=permission))
+            prepared = prepare(config, overrides, allow_code=permission)
+            check_installed(prepared.config)
+            print_check(prepared)
         return None
     # Jobs on clusters are often started with --resume from the beginning.
     if resume and out is not None and _is_vacant(out):

@@ -541,15 +541,29 @@ class SiteUsage:
         return usage
 
     def add_entry(self, entry: Entry) -> None:
-        """Update the usage with an entry of the log."""
-        self.sent += entry["out"]
+        """Update the usage with an entry of the log.
+
+        Raises:
+            UserError: If the entry of a task lacks a field, or its digest is not hexadecimal.
+        """
         charges = entry.get("spent", ())
+        is_task = entry.get("run") == self.run and "asked" in entry and entry["outcome"] != REPEATED
+        if is_task:
+            try:
+                digest = bytes.fromhex(entry["asked"])
+                task = entry["task"]
+                one_time = {charge["once"] for charge in charges} - {""}
+            except (KeyError, ValueError, TypeError):
+                raise UserError(
+                    f"audit log: line {entry['n']}: expected task, asked in hexadecimal digits and "
+                    "spent with once; the line was changed"
+                ) from None
+        self.sent += entry["out"]
         self.steps = add_steps(self.steps, charges)
-        if entry.get("run") != self.run or "asked" not in entry or entry["outcome"] == REPEATED:
+        if not is_task:
             return
-        self.one_time_charges.update(c["once"] for c in charges if c["once"])
-        digest = bytes.fromhex(entry["asked"])
-        self.tasks[entry["task"]] = digest
+        self.one_time_charges |= one_time
+        self.tasks[task] = digest
         if len(self.tasks) > MAX_KNOWN_TASKS:
             self.tasks.popitem(last=False)
         if entry["outcome"] in ANSWERED:

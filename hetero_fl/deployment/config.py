@@ -20,6 +20,7 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, Prep
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import read_config_file
+from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.deployment.transport import MESSAGE_BYTES
 from hetero_fl.utils.code_permission import (
     ALLOW_CODE,
@@ -69,7 +70,9 @@ class AllowsConfig(ConfigSection):
     total_bytes: PositiveInt | None = Field(
         None, description="maximum bytes of all answers over all runs"
     )
-    secure_sum_only: bool = Field(False, description="send uploads with secure aggregation only")
+    secure_sum_only: bool = Field(
+        False, description="send uploads with secure aggregation or homomorphic encryption only"
+    )
     cohort: PositiveInt | None = Field(
         None,
         description="minimum number of clients in a sum; with secure aggregation, of clients that "
@@ -156,6 +159,11 @@ class SiteConfig(ConfigSection):
     )
     tells: DisclosureConfig = DisclosureConfig()
     allows: AllowsConfig = AllowsConfig()
+    shared_key: str | None = Field(
+        None,
+        description="file with the key of homomorphic encryption, relative to this file, the same "
+        "at all sites and never at the server; created by `hetero-fl shared-key`",
+    )
     encrypt: str | None = Field(
         None,
         description="file with the key that encrypts the folder, relative to this file; created if "
@@ -208,13 +216,11 @@ def load_site_config(
         ClientSettings.model_validate(site.settings(), context={ALLOW_CODE: True})
     except ValidationError as error:
         raise UserError(f"{path}: {describe_error(error, raw, SiteConfig)}") from None
-    if site.data is not None and site.data.path is not None:
-        data = site.data.model_copy(
-            update={"path": str((path.parent / Path(site.data.path).expanduser()).resolve())}
-        )
-        site = site.model_copy(update={"data": data})
-    if site.encrypt is not None:
-        site = site.model_copy(update={"encrypt": str((path.parent / site.encrypt).resolve())})
+    if site.data is not None:
+        site = site.model_copy(update={"data": _with_absolute_path(site.data, path.parent)})
+    for name in ("encrypt", "shared_key"):
+        if (file := getattr(site, name)) is not None:
+            site = site.model_copy(update={name: str((path.parent / file).resolve())})
     if site.server is not None:
         files = {
             name: str((path.parent / file).resolve())
@@ -223,6 +229,25 @@ def load_site_config(
         }
         site = site.model_copy(update={"server": site.server.model_copy(update=files)})
     return site, (path.parent / site.folder).resolve()
+
+
+def _with_absolute_path(source: SourceConfig, folder: Path) -> SourceConfig:
+    """Return a source whose path, or folder after `hf:`, is absolute.
+
+    Args:
+        source: The source.
+        folder: Folder of the site file, which relative paths start from.
+    """
+    if source.path is not None:
+        absolute = (folder / Path(source.path).expanduser()).resolve()
+        return source.model_copy(update={"path": str(absolute)})
+    if source.name.startswith(HUB_PREFIX):
+        reference = source.name.removeprefix(HUB_PREFIX)
+        absolute = (folder / Path(reference).expanduser()).resolve()
+        # Names of the hub look like relative paths.
+        if reference and (absolute.exists() or reference.startswith((".", "~"))):
+            return source.model_copy(update={"name": f"{HUB_PREFIX}{absolute}"})
+    return source
 
 
 class CertificatesConfig(ConfigSection):

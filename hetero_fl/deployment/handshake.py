@@ -120,8 +120,11 @@ class Handshake:
         Raises:
             RequestRefusedError: If the report is invalid or differs from an earlier one.
         """
+        config = resolve_config(self.config)
         # `init_from` is a folder of the server, whose states `NodeExecutor.send_states` sends.
-        config = {**resolve_config(self.config), "init_from": None}
+        config["init_from"] = None
+        # The loggers run at the server, and their settings may be confidential.
+        config["output"]["loggers"] = []
         tree = {"config": config, "public": self.public.public_hash()}
         answer = yield message("terms", tree, run=self.run)
         if answer.head.get("ask") == "lacks":

@@ -10,9 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.error import URLError
@@ -22,6 +21,7 @@ from typing_extensions import override
 
 from hetero_fl.deployment.messages import versions
 from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.http_pages import Page, PageFunction, serve_pages
 from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import write_atomically
 
@@ -314,43 +314,20 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
     Raises:
         UserError: If the port is not available.
     """
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            """Respond with the requested page, or with status 404 if there is no such page."""
-            pages = {"/healthz": _health, "/metrics": _metrics, "/status": _status}
-            page = pages.get(self.path.split("?")[0])
-            code, kind, text = (
-                page(status) if page else (404, "text/plain", f"choose from {', '.join(pages)}\n")
-            )
-            body = text.encode()
-            self.send_response(code)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        @override
-        def log_message(self, *args: Any) -> None:
-            """Do not log requests."""
-
-    try:
-        server = ThreadingHTTPServer((host, port), Handler)
-    except OSError as error:
-        raise UserError(
-            f"metrics.port: {port} is not available at {host} ({error.strerror}); choose another"
-        ) from None
-    server.daemon_threads = True
-    thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
-    )
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    pages: dict[str, PageFunction] = {
+        "/healthz": lambda _query: _health(status),
+        "/metrics": lambda _query: Page(status.prometheus(), "text/plain; version=0.0.4"),
+        "/status": lambda _query: Page(json.dumps(status.to_dict()) + "\n"),
+    }
+    with ExitStack() as stack:
+        try:
+            listening = stack.enter_context(serve_pages(pages, host, port))
+        except OSError as error:
+            raise UserError(
+                f"metrics.port: {port} is not available at {host} ({error.strerror}); "
+                "choose another"
+            ) from None
+        yield listening
 
 
 def fetch_status(address: str) -> dict[str, Any]:
@@ -375,19 +352,7 @@ def fetch_status(address: str) -> dict[str, Any]:
     return dict(tree)
 
 
-def _health(status: RunStatus) -> tuple[int, str, str]:
+def _health(status: RunStatus) -> Page:
     """Return HTTP status 503 for a failed run and 200 otherwise, including a waiting run."""
-    tree = status.to_dict()
-    return (
-        503 if tree["phase"] == "failed" else 200,
-        "application/json",
-        json.dumps({"phase": tree["phase"]}) + "\n",
-    )
-
-
-def _metrics(status: RunStatus) -> tuple[int, str, str]:
-    return 200, "text/plain; version=0.0.4", status.prometheus()
-
-
-def _status(status: RunStatus) -> tuple[int, str, str]:
-    return 200, "application/json", json.dumps(status.to_dict()) + "\n"
+    phase = status.to_dict()["phase"]
+    return Page(json.dumps({"phase": phase}) + "\n", status=503 if phase == "failed" else 200)

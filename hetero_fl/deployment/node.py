@@ -15,6 +15,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config import Config, expand_population
 from hetero_fl.core.payload import Payload
@@ -126,6 +127,10 @@ class ParticipatingRun:
                 "start a new run"
             )
         self.storage.write("roster", reports_digest)
+        if self.config.channel.homomorphic is not None and site.shared_key is not None:
+            shared_key = SharedKey.load(Path(site.shared_key))
+            keyed = replace(prepared.federation, shared_key=shared_key)
+            prepared = replace(prepared, federation=keyed)
         federation = replace(prepared.federation, noise=self.noise)
         device = choose_device(site.device or self.config.runtime.device)
         if not 1 <= (threads := int(tree["threads"])) <= MAX_THREADS:

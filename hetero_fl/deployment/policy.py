@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import override
 
 from hetero_fl.algorithms.base import describe_unshared
-from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.communication.secure_aggregation.messages import (
     REQUESTS,
     decode_arrays as read_secure,
@@ -37,6 +37,7 @@ from hetero_fl.federation.broadcasts import ESTIMATES_KEY, read_broadcast
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
 from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
 from hetero_fl.privacy.client_side import WITHIN_CLIP
 from hetero_fl.utils.code_permission import CodePermission, find_references
@@ -44,6 +45,8 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 
 # Client settings that must be equal to those in the site file, if the site file defines them.
 SITE_KEYS = ("model", "preprocess", "augment")
+# Descriptions of summed uploads in the audit log, keyed by the setting of `channel`.
+SUMMED = {"secure_sum": "masked sum of", "homomorphic": "encrypted"}
 
 
 def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
@@ -109,10 +112,11 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
             f"this site's shares are {', '.join(own.shares) or '[]'}"
         )
     secure = config.channel.secure_sum
-    if secure is None and allows.secure_sum_only:
+    if not config.channel.summed and allows.secure_sum_only:
         raise RequestRefusedError(
             "channel.secure_sum: required by this site's allows.secure_sum_only"
         )
+    _check_shared_key(config, site)
     if secure is not None and allows.cohort is not None:
         cohort = config.clients.per_round or len(expand_population(config.clients))
         found = secure.min_survivors(cohort)
@@ -123,6 +127,22 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
             )
     if allows.privacy is not None:
         _check_privacy(config, site)
+
+
+def _check_shared_key(config: Config, site: SiteConfig) -> None:
+    """Check that the site can take part in a run with homomorphic encryption."""
+    if config.channel.homomorphic is None:
+        return
+    if site.shared_key is None:
+        raise RequestRefusedError(
+            "channel.homomorphic: requires shared_key in this site's file, the same key as at the "
+            "other sites (`hetero-fl shared-key FILE`)"
+        )
+    if site.allows.cohort is not None:
+        raise RequestRefusedError(
+            "channel.homomorphic: cannot be combined with this site's allows.cohort, because a "
+            "site does not see how many uploads are in a sum; use channel.secure_sum"
+        )
 
 
 def _check_privacy(config: Config, site: SiteConfig) -> None:
@@ -157,15 +177,11 @@ def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
         rows: Hash of the site's rows.
         public: Hash of the public sets.
     """
-    runtime = tree.get("runtime")
-    kept = (
-        {k: v for k, v in runtime.items() if k not in RESULT_NEUTRAL_KEYS}
-        if isinstance(runtime, dict)
-        else runtime
-    )
-    text = json.dumps(
-        [{**tree, "runtime": kept, "init_from": None}, rows, public], sort_keys=True, default=str
-    )
+    kept = {**tree, "init_from": None}
+    for name, neutral in RESULT_NEUTRAL_KEYS.items():
+        if isinstance(section := tree.get(name), dict):
+            kept[name] = {key: value for key, value in section.items() if key not in neutral}
+    text = json.dumps([kept, rows, public], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -276,7 +292,8 @@ class Policy:
         self.specs = method.uploads
         self.client_info = federation.client_infos[self.site.client]
         self.links = FederationLinks(method, federation)
-        self.secure = federation.channel.secure_sum is not None and bool(method.uploads)
+        self.protocol = make_protocol(method, federation)
+        self.summed = federation.channel.summed if method.uploads else ""
 
     def check(
         self, kind: str, request: Message, digest: bytes, load_state: Callable[[], bytes]
@@ -312,13 +329,12 @@ class Policy:
         if kind == "read":
             self._check_length(lambda: self._dry_run_evaluation(request, load_state), 1.0)
             return []
-        # Without secure aggregation, every request is a training request.
-        kinds = tuple(REQUESTS) if self.secure else (TRAIN,)
+        kinds = self.protocol.requests
         if request.kind not in kinds:
             raise RequestRefusedError(
                 f"request: unknown kind '{request.kind[:20]}'; choose from {', '.join(kinds)}"
             )
-        if self.secure and self.allows.cohort is not None:
+        if self.summed == "secure_sum" and self.allows.cohort is not None:
             self._check_sum(request, self.allows.cohort)
         # The answer to a repeated task is identical, so it is not charged again.
         if request.kind != TRAIN or digest in self.usage.trained:
@@ -395,29 +411,23 @@ class Policy:
         expectations.backend = self._step_counter
         return expectations
 
-    def _read_broadcast(
-        self, round_idx: int, body: bytes, load_state: Callable[[], bytes]
-    ) -> Payload:
+    def _read_broadcast(self, request: Message, load_state: Callable[[], bytes]) -> Payload:
+        body = encoded(self.protocol.broadcast_in(self.site.client, request))
         state = load_state() if self.links.sends_changes else b""
         estimates = PrivateState.decode(state).state.get(ESTIMATES_KEY) if state else None
-        return read_broadcast(self.links, round_idx, body, estimates)
+        return read_broadcast(self.links, request.round_idx, body, estimates)
 
     def _dry_run_training(
         self, request: Message, load_state: Callable[[], bytes]
     ) -> tuple[PrivacyCharge, ...]:
         """Dry-run a training task and return its privacy charges."""
-        body = (
-            read_secure(request.body, REQUESTS[TRAIN])["broadcast"].tobytes()
-            if self.secure
-            else request.body
-        )
-        received = self._read_broadcast(request.round_idx, body, load_state)
+        received = self._read_broadcast(request, load_state)
         return self._expectations.dry_run_upload(self.client_info, received, request.round_idx)[1]
 
     def _dry_run_evaluation(self, request: Message, load_state: Callable[[], bytes]) -> None:
         """Dry-run the plans that prepare the model for evaluation."""
         client = self._expectations.placeholder_client(self.client_info, request.round_idx)
-        received = self._read_broadcast(request.round_idx, request.body, load_state)
+        received = self._read_broadcast(request, load_state)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
             run_plan(hook(client, received), client, self._step_counter)
 
@@ -502,4 +512,4 @@ class Policy:
         """Describe the contents of an upload for the audit log."""
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
         kinds = items + (["training loss"] if payload.report else [])
-        return [f"masked sum of {', '.join(kinds)}"] if self.secure else kinds
+        return [f"{SUMMED[self.summed]} {', '.join(kinds)}"] if self.summed else kinds

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from typing_extensions import override
 
-from hetero_fl.communication.protocol import Content, DirectProtocol, Message, Reply
+from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.deployment.conversations import Conversation, Conversations
 from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import (
@@ -30,8 +30,8 @@ from hetero_fl.engine.driver import Backend, DivergedError
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import ClientAbsentError, RemoteExecutor, in_order
-from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.errors import RunFailedError, one_line
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import as_tensor
@@ -72,9 +72,8 @@ class NodeExecutor(RemoteExecutor):
         self.deadline = deadline
         self.required = required
         federation = handshake.prepared.federation
-        self._direct = isinstance(
-            make_protocol(handshake.prepared.method, federation), DirectProtocol
-        )
+        protocol = make_protocol(handshake.prepared.method, federation)
+        self._is_repeatable = not protocol.has_one_time_requests
         self._listener: Callable[[str], None] | None = None
         self._dispatched = Conversations(self.connections)
         # Clients that lost their private state since the last `pop_reset_clients`.
@@ -92,15 +91,16 @@ class NodeExecutor(RemoteExecutor):
 
     @override
     def as_completed(
-        self, clients: Sequence[str], request: Callable[[str], Message]
+        self, clients: Sequence[str], request: Callable[[str], Message], *, waits: bool = True
     ) -> Iterator[tuple[str, Reply]]:
         # Nodes must recognize a repeated task, so that they do not train or add noise twice. The
         # secrets of secure aggregation are valid for one sum only, so its tasks are always unique.
-        nonce = "" if self._direct else secrets.token_hex(16)
+        nonce = "" if self._is_repeatable else secrets.token_hex(16)
         conversations = {
             client: self._task_conversation(client, request, nonce) for client in clients
         }
-        answers = self.connections.converse(conversations, self.deadline, self.required)
+        required = self.required if waits else 0
+        answers = self.connections.converse(conversations, self.deadline, required)
         for client, answer in answers:
             yield client, self._parse_reply(client, answer)
             # The answer may contain a model; free it before the next answer arrives.

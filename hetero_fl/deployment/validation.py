@@ -26,7 +26,7 @@ from hetero_fl.config.errors import describe_error
 from hetero_fl.core.metrics import MAX_METRIC_VALUE, SMALLER_IS_BETTER, Scores, metric_names
 from hetero_fl.core.model_spec import Tensors, freeze_lists
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.saved_model import SavedModel, read_model_file, split_statistics
+from hetero_fl.core.saved_model import SavedModel, read_model_file, split_local_tensors
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.preprocessing import Preprocess
@@ -343,16 +343,13 @@ def _read_model(
             raise RequestRefusedError("expected a safetensors file with a header") from None
     saved = _expected_model(about, tensors, federation, client_info, method)
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
-    local_shapes = {name: tuple(t.shape) for name, t in saved.local_statistics.items()}
+    local_shapes = {name: tuple(t.shape) for name, t in saved.local_tensors.items()}
     if any(saved.arch.shapes.get(name) != shape for name, shape in shapes.items()):
         raise RequestRefusedError(
             f"names or shapes of the tensors do not match the architecture {saved.arch.name}"
         )
-    statistics = saved.arch.batch_norm_names - saved.arch.parameter_names
-    if any(n not in statistics or shapes.get(n) != s for n, s in local_shapes.items()):
-        raise RequestRefusedError(
-            f"local statistics do not match the architecture {saved.arch.name}"
-        )
+    if any(shapes.get(name) != shape for name, shape in local_shapes.items()):
+        raise RequestRefusedError(f"local tensors do not match the architecture {saved.arch.name}")
     if missing := saved.arch.parameter_names - shapes.keys():
         raise RequestRefusedError(f"tensor '{min(missing)}' is missing")
     if dtypes := [t.dtype for t in tensors.values() if t.dtype not in MODEL_DTYPES]:
@@ -401,7 +398,7 @@ def _expected_model(
         )
         for found in (about["log_prior"], about.get("correction"))
     )
-    own, local_statistics = split_statistics(tensors)
+    own, local_tensors = split_local_tensors(tensors)
     candidates = [
         SavedModel(
             own,
@@ -412,7 +409,7 @@ def _expected_model(
             layout.columns,
             layout.categories,
             correction,
-            local_statistics,
+            local_tensors,
         )
         for arch, view in views
     ]

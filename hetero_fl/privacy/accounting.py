@@ -141,7 +141,7 @@ def solve_noise_multiplier(
 
     Returns:
         The noise multiplier with a relative tolerance of 1e-3, rounded up to four decimal places.
-        If all histories are empty, 0.05 is returned.
+        It is at least `MIN_NOISE_MULTIPLIER`, also if all histories are empty.
 
     Raises:
         UserError: If the accountant is required and opacus is not installed.
@@ -159,14 +159,16 @@ def solve_noise_multiplier(
         return worst_epsilon(distinct, z, delta, accountant)
 
     high = MIN_NOISE_MULTIPLIER
+    if upper_bound(high) <= target:
+        return high
     while upper_bound(high) > target:
         high *= 2
     high = _smallest_multiplier(upper_bound, target, high / 2, high)
     # PRV needs slightly less noise than RDP.
-    low = high * 0.9
+    low = max(high * 0.9, MIN_NOISE_MULTIPLIER)
     while low > MIN_NOISE_MULTIPLIER and exact(low) <= target:
         high = low
-        low = low * 0.9
+        low = max(low * 0.9, MIN_NOISE_MULTIPLIER)
     return math.ceil(_smallest_multiplier(exact, target, low, high) * 1e4) / 1e4
 
 
@@ -183,19 +185,17 @@ def _smallest_multiplier(
 ) -> float:
     """Return the smallest noise multiplier between `low` and `high` whose ε is at most the target.
 
-    At `low`, ε must exceed the target. Because ε is expensive to compute and log ε is nearly linear
-    in the logarithm of the multiplier, this function uses the Illinois variant of the regula falsi
-    on the logarithms.
+    At `high`, ε must not exceed the target. Because ε is expensive to compute and log ε is nearly
+    linear in the logarithm of the multiplier, this function uses the Illinois variant of the regula
+    falsi on the logarithms.
     """
     a = math.log(low)
     b = math.log(high)
     above, below = (math.log(max(epsilon_at(z), 1e-300) / target) for z in (low, high))
+    if above <= 0:
+        return low
     last_below = below
-    while (
-        math.exp(b) - math.exp(a) > TOLERANCE * math.exp(b)
-        and last_below < -TOLERANCE
-        and above > 0
-    ):
+    while math.exp(b) - math.exp(a) > TOLERANCE * math.exp(b) and last_below < -TOLERANCE:
         middle = min(
             max(b - below * (b - a) / (below - above), a + 0.01 * (b - a)), b - 0.01 * (b - a)
         )
@@ -275,7 +275,7 @@ def opacus_accountants() -> dict[str, Any]:
             from opacus import accountants
     except ImportError:
         raise UserError(
-            "privacy: accounting needs opacus; install it with pip install 'hetero_fl[privacy]'"
+            "privacy: accounting needs opacus; run pip install 'hetero_fl[privacy]'"
         ) from None
     return vars(accountants)
 

@@ -17,6 +17,7 @@ from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, Columns
 from hetero_fl.core.payload import Payload
+from hetero_fl.core.stored_rows import require_tensor, targets
 from hetero_fl.core.task import Task
 from hetero_fl.robustness.rules import PredictionRule, Rule
 from hetero_fl.utils.code_permission import CODE_PREFIX
@@ -282,7 +283,7 @@ class LabelFlip(Attack):
 
     @override
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        y = columns["y"]
+        y = targets(columns)
         classes = context.task.outputs
         if context.task.kind == "multilabel":
             return {**columns, "y": 1 - y}
@@ -307,8 +308,8 @@ class Backdoor(Attack):
 
     @override
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        x = columns["x"]
-        y = columns["y"]
+        x = require_tensor(columns["x"], "attacks.name=backdoor")
+        y = targets(columns)
         generator = keyed_generator(context.seed, "attack", "stamped", context.malicious[0])
         count = max(1, round(self.config.stamped * len(x)))
         indices = torch.randperm(len(x), generator=generator)[:count]
@@ -332,11 +333,10 @@ class Backdoor(Attack):
 
     @override
     def triggered_rows(self, columns: Columns, context: AttackContext) -> Columns | None:
-        others = columns["y"] != self.config.target
-        return {
-            "x": self.stamp_trigger(columns["x"][others], columns["x"]),
-            "y": columns["y"][others],
-        }
+        x = require_tensor(columns["x"], "attacks.name=backdoor")
+        y = targets(columns)
+        others = y != self.config.target
+        return {"x": self.stamp_trigger(x[others], x), "y": y[others]}
 
     @override
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
@@ -571,7 +571,7 @@ class MaliciousClients:
             return cache[name, preprocess]
 
         def poisoned_counts() -> Tensor:
-            y = poisoned_data("train", None)["y"]
+            y = targets(poisoned_data("train", None))
             is_multiclass = self.task.kind == "multiclass"
             counts = torch.bincount(y, minlength=self.task.outputs) if is_multiclass else y.sum(0)
             return counts.to(torch.get_default_dtype())

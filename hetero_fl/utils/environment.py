@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.version import __version__
 
 PACKAGES = (
     "torch",
@@ -35,7 +38,7 @@ def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
         "hetero_fl": package_version("hetero_fl"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _processor(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": choice["threads"],
         "device": f"{device} ({torch.cuda.get_device_name(device)})" if is_cuda else str(device),
@@ -52,7 +55,23 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def current_commit() -> str:
+    """Return the commit of the package's repository, or the version outside a repository.
+
+    A plus sign marks changes since the commit.
+    """
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=8", "--dirty=+"]
+    command.append("--exclude=*")  # no tags
+    try:
+        found = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+    return found.stdout.strip()
+
+
+def processor_name() -> str:
+    """Return the name of the processor, or the architecture if the name is unknown."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(

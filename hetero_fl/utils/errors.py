@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +17,13 @@ MAX_LINE_CHARACTERS = 400
 MIN_ABBREVIATION = 3
 # Maximum number of files in a folder with which a missing file is compared.
 MAX_COMPARED_FILES = 1000
+# Prefixes of the source files of this project.
+_OWN_PREFIXES = tuple(
+    os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")
+)
 # Prefixes of source files outside the user's code: this project, Python and installed packages.
 _LIBRARY_PREFIXES = (
-    *(os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")),
+    *_OWN_PREFIXES,
     *(
         os.path.join(sysconfig.get_path(name), "")
         for name in ("stdlib", "platstdlib", "purelib", "platlib")
@@ -293,6 +299,38 @@ def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:
     return f"; did you mean '{match.name}'?"
 
 
-def is_user_code(file: str) -> bool:
-    """Return whether a source file belongs to the user, not to a library or to hetero_fl."""
-    return not file.startswith(_LIBRARY_PREFIXES)
+def is_own_file(file: str) -> bool:
+    """Return whether a source file belongs to this project."""
+    return file.startswith(_OWN_PREFIXES)
+
+
+def user_code_place(error: BaseException) -> str | None:
+    """Return the innermost line that an exception passed through outside hetero_fl and libraries.
+
+    A SystemExit that a library raises has no such line: a signal handler, such as Flower's, may
+    raise it while the user's code runs.
+
+    Returns:
+        A text such as `my_method.py:12, in train`, or None if there is no such line.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in frames[-1:] if isinstance(error, SystemExit) else reversed(frames):
+        if not frame.filename.startswith(_LIBRARY_PREFIXES):
+            return f"{frame.filename}:{frame.lineno}, in {frame.name}"
+    return None
+
+
+@contextmanager
+def translate_exits() -> Iterator[None]:
+    """Convert a SystemExit that the user's code raises to RunFailedError.
+
+    The message is one line with the file, the line number and the function. A SystemExit of this
+    project or of a library is raised unchanged.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        place = user_code_place(error)
+        if place is None:
+            raise
+        raise RunFailedError(f"{place}: SystemExit: {one_line(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -66,8 +67,23 @@ def ignore_interrupts_in_children() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def exit_with_parent() -> None:
+    """End this process when its parent has ended, even if it is busy."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def is_process_running(pid: int) -> bool:
     """Return whether a process exists on this machine, including processes of other users."""
+    if sys.platform == "win32":
+        # On Windows, `os.kill(pid, 0)` interrupts the process instead of testing it.
+        return _is_running_on_windows(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -75,6 +91,25 @@ def is_process_running(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+# Constants of the Windows API.
+SYNCHRONIZE = 0x100000
+WAIT_TIMEOUT = 0x102
+ACCESS_DENIED = 5
+
+
+def _is_running_on_windows(pid: int) -> bool:
+    # Other systems have no `windll`.
+    kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009
+    handle = kernel.OpenProcess(SYNCHRONIZE, False, pid)
+    if not handle:
+        # A process of another user cannot be opened.
+        return bool(kernel.GetLastError() == ACCESS_DENIED)
+    try:
+        return bool(kernel.WaitForSingleObject(handle, 0) == WAIT_TIMEOUT)
+    finally:
+        kernel.CloseHandle(handle)
 
 
 # Modules that every worker process imports. Creating an optimizer imports torch._dynamo.

@@ -14,6 +14,7 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object, get_object, name_object
 from hetero_fl.utils.text import split_top_level
 from hetero_fl.utils.version import describe_new_name, describe_renamed_hooks
+from model_zoo.plugins import PluginError, Plugins
 
 T = TypeVar("T")
 
@@ -27,31 +28,54 @@ class Registry(Generic[T]):
         kind: Noun for the classes in error messages, such as "algorithm".
         base: Function that returns the base class that user-defined classes must have.
         all_of: Command that lists all names. If empty, error messages mention no command.
+        plugins: Group of entry points with which packages provide further classes. If empty, there
+            are no plug-ins.
 
     Attributes:
         kind: Noun for the classes in error messages.
+        plugins: The plug-ins, or None if there is no group.
     """
 
-    def __init__(self, kind: str, base: Callable[[], type], all_of: str = "") -> None:
+    def __init__(
+        self, kind: str, base: Callable[[], type], all_of: str = "", plugins: str = ""
+    ) -> None:
         self.kind = kind
         self._base = base
         self._all_of = all_of
         self._known: dict[str, T] = {}
+        self.plugins = (
+            Plugins(plugins, kind, self._built_in_names, self._check_plugin) if plugins else None
+        )
 
     def __call__(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers a class under a name."""
+        """Return a decorator that registers a class under a name.
+
+        A class replaces another class that was registered under the same name, unless the other
+        class is built in.
+
+        Raises:
+            ValueError: If the class is not built in, but the name is.
+        """
 
         def register(entry: T) -> T:
+            if name in self._built_in_names() and not is_internal(entry):
+                raise ValueError(f"'{name}' is a built-in {self.kind}; choose another name")
             self._known[name] = entry
             return entry
 
         return register
 
     def __iter__(self) -> Iterator[str]:
+        if self.plugins is not None:
+            for name, entry in self.plugins.load_all().items():
+                self._known.setdefault(name, entry)
         return iter(self._known)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known
+        try:
+            return isinstance(name, str) and (name in self._known or self._load_plugin(name))
+        except UserError:
+            return False
 
     def __getitem__(self, name: str) -> T:
         """Return the registered class with a name, or import the class that a reference names.
@@ -59,14 +83,15 @@ class Registry(Generic[T]):
         The caller must check that the code of a reference may run.
 
         Raises:
-            UserError: If the name is unknown or the reference cannot be imported.
+            UserError: If the name is unknown, or the reference or the plug-in that provides the
+                name cannot be imported.
         """
         if name.startswith((CODE_PREFIX, OBJECT_PREFIX)):
             found: T = import_reference(name, self.kind, self._base())
             return found
-        if name not in self._known:
+        if not self._load_plugin(name) and name not in self._known:
             raise UserError(
-                f"unknown {self.kind} '{name}'{suggest_or_list(name, self._known, self._all_of)}"
+                f"unknown {self.kind} '{name}'{suggest_or_list(name, self, self._all_of)}"
             )
         _check_hook_names(self._known[name], f"{self.kind} '{name}'")
         return self._known[name]
@@ -87,6 +112,34 @@ class Registry(Generic[T]):
             return None
         return cast("T", found)
 
+    def _load_plugin(self, name: str) -> bool:
+        """Register the class of a plug-in, and return whether there is such a plug-in.
+
+        Raises:
+            UserError: If the plug-in cannot be loaded.
+        """
+        if self.plugins is None or name not in self.plugins:
+            return False
+        try:
+            self._known.setdefault(name, self.plugins.load(name))
+        except PluginError as error:
+            raise UserError(error) from error
+        return True
+
+    def _built_in_names(self) -> set[str]:
+        return {name for name, entry in self._known.items() if is_internal(entry)}
+
+    def _check_plugin(self, found: object) -> str:
+        base = self._base()
+        if isinstance(found, type) and issubclass(found, base):
+            return ""
+        return f"expected a subclass of {base.__module__}.{base.__qualname__}"
+
+
+def is_internal(found: object) -> bool:
+    """Return whether a class or function is part of hetero_fl."""
+    return str(getattr(found, "__module__", "")).startswith("hetero_fl.")
+
 
 def split_label(label: str) -> tuple[str, list[str]]:
     """Split a label such as `NAME:KEY=VALUE` into the name of a method and a list of settings.
@@ -103,7 +156,7 @@ def split_label(label: str) -> tuple[str, list[str]]:
     return ":".join(parts[:length]), parts[length:]
 
 
-def _describe_import_error(module_name: str, error: Exception) -> str:
+def _describe_import_error(module_name: str, error: BaseException) -> str:
     packages = [module_name.rsplit(".", n)[0] for n in range(module_name.count(".") + 1)]
     if isinstance(error, ModuleNotFoundError) and error.name in packages:
         return (
@@ -143,8 +196,8 @@ def import_reference(
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    # A user's module may raise any exception.
-    except Exception as error:
+    # A user's module may raise any exception, or call sys.exit.
+    except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {_describe_import_error(module_name, error)}") from error
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
@@ -227,8 +280,8 @@ def call_reference(
         return function(*arguments)
     except UserError as error:
         raise UserError(f"{where}: {reference}: {error}") from error
-    # A user's function may raise any exception.
-    except Exception as error:
+    # A user's function may raise any exception, or call sys.exit.
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
         raise UserError(f"{where}: {reference} raised {reason}") from error
 

@@ -6,7 +6,7 @@ import re
 from types import ModuleType
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # New names of documented modules, classes and functions that have moved, keyed by old name. Entries
 # are kept for one release.
@@ -30,8 +30,8 @@ MOVED_NAMES = {
     "hetero_fl.errors": "hetero_fl.utils.errors",
     "hetero_fl.experiment.deployment.audit_log": "hetero_fl.deployment.audit_log",
     "hetero_fl.experiment.deployment.transport": "hetero_fl.deployment.messages",
-    "hetero_fl.mutual": "hetero_fl.core.objectives",
-    "hetero_fl.mutual.Mutual": "hetero_fl.core.objectives.MutualDistillation",
+    "hetero_fl.mutual": "hetero_fl.core.mutual_objectives",
+    "hetero_fl.mutual.Mutual": "hetero_fl.core.mutual_objectives.MutualDistillation",
     "hetero_fl.objectives": "hetero_fl.core.objectives",
     "hetero_fl.objectives.ClassDigest": "hetero_fl.core.objectives.ClassTeacherDistillation",
     "hetero_fl.objectives.Digest": "hetero_fl.core.objectives.TeacherDistillation",
@@ -187,7 +187,7 @@ RENAMED_MEMBERS = {
 }
 
 
-def describe_new_name(error: Exception) -> str:
+def describe_new_name(error: BaseException) -> str:
     """Return a hint with the new name if an error was caused by a renamed object.
 
     Args:

@@ -25,54 +25,83 @@ def to_steps(x: Tensor) -> Tensor:
     return rearrange(x, "b c l -> b l c")
 
 
+Pool = Literal["both", "mean", "last"]
+
+
+def pool_steps(steps: Tensor, pool: Pool) -> Tensor:
+    """Pool features `[B, width, steps]` over the steps.
+
+    Args:
+        steps: Features of each step.
+        pool: `mean` for the mean over the steps, `last` for the last step, `both` for the
+            concatenation of the mean and the last step.
+    """
+    pooled = {"mean": [steps.mean(-1)], "last": [steps[..., -1]]}
+    return torch.cat(pooled.get(pool, [*pooled["mean"], *pooled["last"]]), dim=1)
+
+
+def pooled_width(width: int, pool: Pool) -> int:
+    """Return the width of features that `pool_steps` has pooled."""
+    return 2 * width if pool == "both" else width
+
+
 class Recurrent(nn.Module):
-    """A recurrent network that returns the output at the last step, shape `[B, hidden]`.
+    """A recurrent network that returns its outputs, pooled over the steps.
 
     Args:
         network: The recurrent layers.
+        pool: Pooling over the steps (see `pool_steps`).
     """
 
-    def __init__(self, network: nn.GRU | nn.LSTM) -> None:
+    def __init__(self, network: nn.GRU | nn.LSTM, pool: Pool = "last") -> None:
         super().__init__()
         self.network = network
+        self.pool = pool
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         outputs, _ = self.network(to_steps(x))
-        last: Tensor = outputs[:, -1]
-        return last
+        return pool_steps(outputs.transpose(1, 2), self.pool)
 
 
-def gru(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
+def gru(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last") -> Body:
     """Build a network of gated recurrent units (GRU; Cho et al., 2014).
 
     The network does not support `torch.vmap`.
 
     Args:
         shape: Shape of an example.
-        hidden: Width of the hidden state and of the features.
+        hidden: Width of the hidden state.
         layers: Number of layers.
+        pool: Pooling of the outputs over the steps. `last` is the last step, for forecasts. `mean`
+            is the mean over the steps, for patterns at any position. `both` concatenates the mean
+            and the last step, so that the features have width `2 * hidden`.
 
     Returns:
         The backbone and the width of the features.
     """
-    return Recurrent(nn.GRU(shape.steps[1], hidden, layers, batch_first=True)), hidden
+    network = nn.GRU(shape.steps[1], hidden, layers, batch_first=True)
+    return Recurrent(network, pool), pooled_width(hidden, pool)
 
 
-def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
+def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1, pool: Pool = "last") -> Body:
     """Build a long short-term memory network (LSTM; Hochreiter & Schmidhuber, 1997).
 
     The network does not support `torch.vmap`.
 
     Args:
         shape: Shape of an example.
-        hidden: Width of the hidden state and of the features.
+        hidden: Width of the hidden state.
         layers: Number of layers.
+        pool: Pooling of the outputs over the steps. `last` is the last step, for forecasts. `mean`
+            is the mean over the steps, for patterns at any position. `both` concatenates the mean
+            and the last step, so that the features have width `2 * hidden`.
 
     Returns:
         The backbone and the width of the features.
     """
-    return Recurrent(nn.LSTM(shape.steps[1], hidden, layers, batch_first=True)), hidden
+    network = nn.LSTM(shape.steps[1], hidden, layers, batch_first=True)
+    return Recurrent(network, pool), pooled_width(hidden, pool)
 
 
 class SequenceTransformer(nn.Module):
@@ -112,9 +141,6 @@ def transformer(
     steps, step_width = shape.steps
     encoder = Encoder(steps, step_width, width, depth=depth, heads=heads, dropout=dropout)
     return SequenceTransformer(encoder), width
-
-
-Pool = Literal["both", "mean", "last"]
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:
@@ -177,8 +203,7 @@ class DilatedCNN(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         steps = self.blocks(self.stem(to_steps(x).transpose(1, 2))).relu()
-        pooled = {"mean": [steps.mean(-1)], "last": [steps[..., -1]]}
-        return torch.cat(pooled.get(self.pool, [*pooled["mean"], *pooled["last"]]), dim=1)
+        return pool_steps(steps, self.pool)
 
 
 def cnn1d(
@@ -221,4 +246,4 @@ def cnn1d(
         pool=pool,
         dropout=dropout,
     )
-    return network, 2 * width if pool == "both" else width
+    return network, pooled_width(width, pool)

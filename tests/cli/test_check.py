@@ -681,3 +681,21 @@ def test_missing_configuration_is_named(stopped: Path, capsys: pytest.CaptureFix
         == 2
     )
     assert f"{stopped / 'config.yaml'}: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("clients", "rows"), [(20, 20), (21, 11)])
+@pytest.mark.parametrize("model", ["linear", "python:unknown:Model"])
+def test_table_of_the_cost_is_short(
+    clients: int, rows: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partition = {"kind": "iid", "min_size": 5}
+    source = config("local", model, clients, data__partition=partition, data__proxy__size=0)
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(source))
+
+    assert main(["train", "--check", "-c", str(file)]) == 0
+
+    table = capsys.readouterr().out.partition("cost of local")[2]
+    listed = [line.split("│")[1].strip() for line in table.splitlines() if "│" in line][:rows]
+    names = [f"site_{i:02}" for i in range(1, clients + 1)]
+    assert listed == (names if rows == clients else [*names[:5], "… 11 more", *names[-5:]])

@@ -24,7 +24,10 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
             ["trian", "-c", "x.yaml"],
             "error: unknown command 'trian'; did you mean 'train'? (see hetero-fl --help)",
         ),
-        (["run"], "error: unknown command 'run'; choose from audit, certificates, check, compare,"),
+        (
+            ["run"],
+            "error: unknown command 'run'; choose from audit, benchmark, certificates, check,",
+        ),
         (
             ["train", "--conifg", "x.yaml"],
             "unknown option --conifg; did you mean '--config'? (see hetero-fl train",
@@ -98,7 +101,7 @@ def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-q", "train", "--config", "nope.yaml"]) == 2
     assert capsys.readouterr() == (
         "",
-        "error: nope.yaml: file not found; the folder contains compose.yaml\n",
+        "error: nope.yaml: file not found; the folder contains compose.yaml, mkdocs.yml\n",
     )
 
 
@@ -114,7 +117,7 @@ def test_verbose_prints_the_tracebacks_of_all_causes(
     assert output.index("FileNotFoundError") < output.index("hetero_fl.utils.errors.UserError")
     assert (
         output.splitlines()[-1]
-        == "error: nope.yaml: file not found; the folder contains compose.yaml"
+        == "error: nope.yaml: file not found; the folder contains compose.yaml, mkdocs.yml"
     )
 
 
@@ -284,3 +287,25 @@ def test_headline_marks_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "pneumonia; method: fedavg (default); 1 client"
     )
     assert second == "data: digits, 10 classes; method: local; 1 client"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--grid", "=1,2"], "error: --grid: expected key=a,b,c, got '=1,2'"),
+        (["--grid", "a=1,2", "--grid", "a=3"], "error: --grid: a: given twice; write all values"),
+        (
+            ["--search", "optuna", "--space", "a=1,2", "--space", "a=1..3"],
+            "error: --space: a: given twice; write all values in one option",
+        ),
+        (["--budget", "5"], "error: --budget: use it together with --search"),
+    ],
+)
+def test_contradictory_options_of_compare_are_refused(
+    options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", "-c", DIGITS, "--algorithms", "fedavg", "--out", "unused", *options]
+
+    assert main(arguments) == 2
+
+    assert line in capsys.readouterr().err

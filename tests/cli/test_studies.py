@@ -12,8 +12,8 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.config import expand_population
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.comparison import Study
-from hetero_fl.experiment.comparison_jobs import Variant
+from hetero_fl.experiment.comparison.jobs import Variant
+from hetero_fl.experiment.comparison.study import Study
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.plots import write_curves
 
@@ -44,7 +44,7 @@ def test_every_variant_of_a_study_loads(path: Path) -> None:
     assert f"--study configs/studies/{path.name}" in path.read_text()
     for name in study.algorithms:
         variant = [] if name == "all" else Variant.parse(name).overrides
-        config = load_config(study.config, [*study.overrides, *variant])
+        config = load_config(study.config, [*study.overrides, *variant], allow_code=True)
         assert len(expand_population(config.clients)) in (6, 10)
 
 

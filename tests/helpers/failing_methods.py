@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,32 @@ class Fails(FedAvg):  # type: ignore[misc,valid-type]
         return (yield from super().train(client, received))
 
 
-class Leaves(FedAvg):  # type: ignore[misc,valid-type]
-    """Federated averaging that ends the process."""
+class Exits(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging that calls sys.exit while training one of the clients."""
 
     def train(self, client: Any, received: Any) -> Any:
         if client.participant_id == "site_1" and client.round_context.round_idx == 1:
-            raise SystemExit(3)
+            sys.exit(3)
+        return (yield from super().train(client, received))
+
+
+class Leaves(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging that ends the process at once."""
+
+    def train(self, client: Any, received: Any) -> Any:
+        if client.participant_id == "site_1" and client.round_context.round_idx == 1:
+            os._exit(3)
+        return (yield from super().train(client, received))
+
+
+class Killed(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging whose process is killed, as on a machine without free memory."""
+
+    is_killed: bool = Field(True, description="whether the process is killed")
+
+    def train(self, client: Any, received: Any) -> Any:
+        if self.is_killed and client.round_context.round_idx == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         return (yield from super().train(client, received))
 
 

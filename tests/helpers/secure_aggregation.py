@@ -11,7 +11,8 @@ from hetero_fl.communication.protocol import (
     AggregatedUploads,
     Message,
 )
-from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation, VectorLayout
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
+from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
 from hetero_fl.utils.seeding import keyed_generator

@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -36,6 +35,7 @@ from hetero_fl.federation.executors.workers import (
 )
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.utils.processes import exit_with_parent
 from hetero_fl.utils.serialization import encode
 from tests.helpers.small_federations import MIXED, broadcasts, config
 
@@ -153,7 +153,7 @@ def run_reusable_worker(
     connection: Connection, setup: WorkerSetup, index: int, environ: object
 ) -> None:
     """Run a worker that accepts a new setup, sent as bytes."""
-    threading.Thread(target=processes._exit_with_parent, daemon=True).start()
+    exit_with_parent()
     worker, carrier = (
         Worker(setup, index),
         SharedMemoryConnection(connection, received_strings=processes.BROADCASTS),

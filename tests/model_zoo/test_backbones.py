@@ -18,16 +18,15 @@ from model_zoo import (
     batch_norm_buffers,
     create_model,
     is_batch_norm,
-    list_models,
     model_options,
 )
 from model_zoo.registry import MODELS
 from tests.helpers.models import Size, batch, make
 
-IMAGE_MODELS = [name for name in list_models() if "image" in MODELS[name].kinds]
-SERIES_MODELS = [name for name in list_models() if "series" in MODELS[name].kinds]
-NUMBER_MODELS = [name for name in list_models() if "tokens" not in MODELS[name].kinds]
-TABLE_MODELS = [name for name in list_models() if "table" in MODELS[name].kinds]
+IMAGE_MODELS = [name for name in sorted(MODELS) if "image" in MODELS[name].kinds]
+SERIES_MODELS = [name for name in sorted(MODELS) if "series" in MODELS[name].kinds]
+NUMBER_MODELS = [name for name in sorted(MODELS) if "tokens" not in MODELS[name].kinds]
+TABLE_MODELS = [name for name in sorted(MODELS) if "table" in MODELS[name].kinds]
 HEAVY = {"resnet18_small", "resnet18", "resnet10_imagenet"}
 UNPADDED = {"niid_cnn", "fedproto_cnn"}  # from 16x16 on
 
@@ -200,6 +199,8 @@ def test_options_change_the_model() -> None:
     assert len(make("vit", depth=3, patch=7).backbone.encoder.blocks) == 3
     assert make("transformer", width=32, heads=2).feature_dim == 32
     assert make("cnn1d", width=12, pool="last").feature_dim == 12
+    assert make("gru", hidden=12, pool="both").feature_dim == 24
+    assert make("lstm", hidden=12, pool="mean").feature_dim == 12
     assert make("cnn1d", width=12, blocks=4, kernel=5, norm="batch").feature_dim == 24
     assert make("tabular", size=(), channels=5, width=16, blocks=3).feature_dim == 16
     assert make("resnet", widths=[8, 16], blocks=[2, 1]).feature_dim == 16

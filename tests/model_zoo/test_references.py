@@ -157,6 +157,10 @@ def test_recurrent_models_read_image_rows_and_series_points() -> None:
     outputs, hidden = model.backbone.network(steps)
     assert torch.equal(model.features(x), hidden[0])
     assert torch.equal(model.features(x), outputs[:, -1])
+    model.backbone.pool = "mean"
+    torch.testing.assert_close(model.features(x), outputs.mean(1))
+    model.backbone.pool = "both"
+    torch.testing.assert_close(model.features(x), torch.cat([outputs.mean(1), outputs[:, -1]], 1))
 
 
 def test_dilation_doubles_per_block_and_is_symmetric() -> None:

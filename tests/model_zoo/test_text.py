@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
-from model_zoo import ModelError, Outputs, SplitModel, create_model, describe, list_models
+from model_zoo import ModelError, Outputs, SplitModel, create_model, describe
 from model_zoo.registry import MODELS
 
-TEXT = [name for name in list_models() if "tokens" in MODELS[name].kinds]
+TEXT = [name for name in sorted(MODELS) if "tokens" in MODELS[name].kinds]
 WORDS = 40
 
 

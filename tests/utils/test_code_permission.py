@@ -76,8 +76,9 @@ def rows(config, root):
     return from_arrays([[0.0, 1.0]] * 40, [0, 1] * 20)
 
 
-def deal(y, group, config, sizes, task, seed):
-    return [range(k, len(y), len(sizes)) for k in range(len(sizes))]
+def deal(context):
+    clients = len(context.clients)
+    return [range(k, context.num_rows, clients) for k in range(clients)]
 """
 BARE: dict[str, Any] = {"runtime__executor": "serial"}
 LINE = "'{name}' names code; pass --allow-code to run it"
@@ -356,7 +357,7 @@ def test_file_changed_during_compare_runs_no_code(
     later = config(
         "fml", "mlp", 2, rounds=1, **BARE, algorithm={"name": "fml", "mentee": f"{trap}Net"}
     )
-    monkeypatch.setattr("hetero_fl.experiment.comparison.read_config_file", lambda path: later)
+    monkeypatch.setattr("hetero_fl.experiment.comparison.plan.read_config_file", lambda path: later)
     with pytest.raises(UserError, match="names code"):
         hetero_fl.compare(file, ["fml"], out="all")
     assert not Path("imported").exists()

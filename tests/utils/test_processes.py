@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +36,7 @@ assert threading.active_count() == 1
 def test_fork_server_imports_start_no_threads() -> None:
     modules = [
         "hetero_fl.federation.executors.processes",
-        "hetero_fl.experiment.comparison",
+        "hetero_fl.experiment.comparison.compare",
         "hetero_fl.deployment.flower.worker",
     ]
     code = IMPORTS.format(names=[*processes.PRELOADED, *modules])
@@ -55,3 +58,33 @@ def test_worker_gets_the_current_environment(monkeypatch: pytest.MonkeyPatch) ->
         process.start()
         assert in_parent.recv() == value
         process.join()
+
+
+ORPHANED = """
+import os, signal, time
+from hetero_fl.experiment.comparison.jobs import JobPool
+if __name__ == "__main__":
+    with JobPool({}, []) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_comparison_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    script = tmp_path / "orphaned.py"
+    script.write_text(ORPHANED)
+
+    ended = subprocess.run(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=False, timeout=120
+    )
+
+    worker = int(ended.stdout)
+    deadline = time.monotonic() + 30
+    while processes.is_process_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    is_running = processes.is_process_running(worker)
+    if is_running:
+        os.kill(worker, signal.SIGKILL)
+    assert not is_running

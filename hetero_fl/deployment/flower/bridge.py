@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import resource
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -64,6 +63,9 @@ def limit_memory(message_bytes: int) -> None:
     """
     if sys.platform != "linux":
         return
+    # Windows does not have this module.
+    import resource
+
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + MAX_MESSAGES * message_bytes + RESERVED_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

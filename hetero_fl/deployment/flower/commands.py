@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 import signal
 import socket
@@ -38,9 +39,14 @@ def check_installed() -> None:
     """Check that a supported version of Flower is installed, without importing Flower.
 
     Raises:
-        UserError: If Flower is not installed, or if the version of Python or Flower is not
-            supported.
+        UserError: If Flower is not installed, or if the operating system or the version of Python
+            or Flower is not supported.
     """
+    if not hasattr(os, "fork"):
+        raise UserError(
+            f"deployments need fork and Unix sockets, which {platform.system()} does not have; use "
+            "Linux, macOS or the Windows Subsystem for Linux"
+        )
     wanted = ".".join(map(str, MIN_VERSION))
     advice = f"run pip install 'hetero_fl[flower]', which installs flwr {wanted} or later"
     if sys.version_info < (3, 11):

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from typing_extensions import Self
 
+from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.certificates import make_node_key
 from hetero_fl.deployment.flower.commands import check_installed
@@ -26,6 +27,7 @@ from hetero_fl.deployment.flower.worker import run_node
 from hetero_fl.deployment.server import check_deployable, run_federation
 from hetero_fl.deployment.transport import Envelope, Transport
 from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.preparation import SHARED_KEY_FILE
 from hetero_fl.experiment.runner import Callback, default_out
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import SITES, check_vacant, lock_folder
@@ -110,13 +112,19 @@ def _write_sites(config: Config, folder: Path, address: str, scratch: Path) -> l
         key = folder.resolve() / client / "key"
         if not key.exists():
             make_node_key(key)
-        site = {
+        site: dict[str, Any] = {
             "client": client,
             "folder": str(key.parent),
             "tells": {"labels": True, "details": True, "model": True},
             "server": {"address": address, "key": str(key)},
             "allows": {"own_code": own_code},
         }
+        if config.channel.homomorphic is not None:
+            # One client creates the key, which the server process never reads again.
+            shared = folder.resolve() / SHARED_KEY_FILE
+            if not shared.exists():
+                SharedKey.generate().save(shared)
+            site["shared_key"] = str(shared)
         sites.append(scratch / client / "site.yaml")
         sites[-1].parent.mkdir()
         sites[-1].write_text(yaml.safe_dump(site))

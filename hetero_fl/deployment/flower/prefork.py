@@ -55,7 +55,7 @@ def write_launcher(folder: Path, command: str) -> None:
         open_folder = f"os.open({str(folder)!r}, os.O_RDONLY)"
         name = f"'/proc/self/fd/%d/{CALLS}' % {open_folder}"
     text = LAUNCHER.format(python=sys.executable, name=name, command=command)
-    launcher.write_text(text)
+    launcher.write_text(text, encoding="utf-8")
     launcher.chmod(0o700)
 
 

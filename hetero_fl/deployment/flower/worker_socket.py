@@ -82,8 +82,11 @@ def socket_path(site: Path) -> Path:
     """Return the path of a site's socket, in a folder that only this user can access.
 
     Raises:
-        WorkerError: If the folder belongs to another user, or other users can access it.
+        WorkerError: If the folder belongs to another user, other users can access it, or the
+            system has no Unix sockets.
     """
+    if not hasattr(os, "getuid"):
+        raise WorkerError("sites need Unix sockets, which this system does not have")
     folder = Path(tempfile.gettempdir()) / f"hetero_fl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

@@ -1,0 +1,98 @@
+"""Optional packages that are not installed give one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hetero_fl import compare
+from hetero_fl.cli import main
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import load_source
+from hetero_fl.reporting.history import history_frame
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.extras import EXTRAS, check_extra, describe_missing_package
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pandas and scipy look like packages that are not installed."""
+    hidden = ("pandas", "scipy")
+    for name in list(sys.modules):
+        loads_hidden = name.startswith(
+            ("hetero_fl.data.sources.table_", "hetero_fl.data.sources.recordings")
+        )
+        if name.partition(".")[0] in hidden or loads_hidden:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Hide(hidden), *sys.meta_path])
+    monkeypatch.setattr(
+        "hetero_fl.utils.extras.find_spec", lambda name: None if name in hidden else name
+    )
+
+
+class _Hide:
+    """A finder that finds none of the given packages."""
+
+    def __init__(self, packages: tuple[str, ...]) -> None:
+        self.packages = packages
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in self.packages:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+@pytest.mark.usefixtures("without_extras")
+def test_table_without_pandas_names_the_extra(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("age,label\n1,0\n", encoding="utf-8")
+
+    with pytest.raises(UserError, match=r"^data\.name: table: pandas .*'hetero_fl\[tables\]'$"):
+        load_source(SourceConfig(name="table", path=str(file), label="label"), tmp_path)
+
+
+@pytest.mark.usefixtures("without_extras")
+def test_compare_without_scipy_stops_before_its_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^compare needs pandas.*'hetero_fl\[compare\]'$"):
+        compare({"data": {"name": "digits"}}, ["local"], out=tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("without_extras")
+def test_history_without_pandas_names_the_extra() -> None:
+    with pytest.raises(UserError, match=r"^Run\.history needs pandas"):
+        history_frame([])
+
+
+def test_command_reports_a_missing_package_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy.stats")
+
+    monkeypatch.setattr("hetero_fl.cli.method_list.print_methods", fail)
+
+    assert main(["methods"]) == 2
+    line = "error: scipy is not installed; run pip install 'hetero_fl[compare]'\n"
+    assert capsys.readouterr().err == line
+
+
+def test_other_missing_modules_are_not_described() -> None:
+    assert describe_missing_package(ModuleNotFoundError(name="own_module")) is None
+
+
+def test_every_extra_of_the_table_exists() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    for package, extra in EXTRAS.items():
+        required = project["optional-dependencies"][extra]
+        assert any(line.replace("-", "_").startswith(package) for line in required), package
+
+
+def test_installed_package_passes() -> None:
+    check_extra("tables", ["numpy"], "anything")

@@ -1,0 +1,171 @@
+"""Functions that Windows or macOS lacks have a fallback, or their absence gives one line."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import io
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hetero_fl.cli import _is_closed, main
+from hetero_fl.deployment.flower import worker_socket
+from hetero_fl.deployment.flower.commands import check_installed
+from hetero_fl.utils import environment, processes
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.serialization import write_atomically
+
+ROOT = Path(__file__).parents[2]
+# Modules of the standard library that Windows lacks.
+POSIX_MODULES = ("fcntl", "grp", "pwd", "resource", "termios")
+
+
+def test_cores_are_counted_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_one_core", False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+
+    assert environment.available_cores() == 6
+
+
+def test_processor_is_described_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", "/proc/cpuinfo")
+
+    monkeypatch.setattr("builtins.open", fail)
+
+    assert environment.processor_name()
+
+
+def test_files_are_written_without_open_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_DIRECTORY", raising=False)
+
+    write_atomically(tmp_path / "file", b"a\nb")
+
+    assert (tmp_path / "file").read_bytes() == b"a\nb"
+
+
+def test_interrupts_are_ignored_without_signal_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "pthread_sigmask", raising=False)
+
+    with pytest.raises(KeyboardInterrupt), processes.ignore_interrupts_in_children():
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_workers_are_spawned_on_other_systems(
+    monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+
+    assert processes.worker_context().get_start_method() == "spawn"
+
+
+def test_pipes_count_as_open_without_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "poll", raising=False)
+
+    assert not _is_closed(sys.stdout)
+
+
+class Kernel:
+    """A stand-in for the functions of Windows that find a process."""
+
+    def __init__(self, handle: int, error: int, waited: int) -> None:
+        self.results = {"GetLastError": error, "WaitForSingleObject": waited}
+        self.handle = handle
+        self.closed: list[int] = []
+
+    def OpenProcess(self, access: int, inherits: bool, pid: int) -> int:  # noqa: N802
+        assert (access, inherits, pid) == (processes.SYNCHRONIZE, False, 42)
+        return self.handle
+
+    def CloseHandle(self, handle: int) -> None:  # noqa: N802
+        self.closed.append(handle)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self.results[name]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "is_running"),
+    [
+        (Kernel(handle=7, error=0, waited=processes.WAIT_TIMEOUT), True),
+        (Kernel(handle=7, error=0, waited=0), False),
+        (Kernel(handle=0, error=processes.ACCESS_DENIED, waited=0), True),
+        (Kernel(handle=0, error=87, waited=0), False),
+    ],
+)
+def test_windows_is_asked_for_a_process_without_a_signal(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, is_running: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("os.kill interrupts a process on Windows")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", fail)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+
+    assert processes.is_process_running(42) is is_running
+    assert kernel.closed == [7] * bool(kernel.handle)
+
+
+def test_deployment_without_fork_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "fork", raising=False)
+
+    with pytest.raises(
+        UserError, match=r"^deployments need fork and Unix sockets, which .* Linux$"
+    ):
+        check_installed()
+
+
+def test_site_without_unix_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getuid", raising=False)
+
+    with pytest.raises(worker_socket.WorkerError, match="need Unix sockets"):
+        worker_socket.socket_path(Path("site.yaml"))
+
+
+def test_output_replaces_characters_that_cannot_be_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+
+    assert main(["methods", "fedprox"]) == 0
+
+    sys.stdout.flush()
+    assert b"fedprox" in output.getvalue()
+
+
+@pytest.mark.slow
+def test_modules_are_imported_without_posix_modules() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "hetero_fl").rglob("*.py"))
+        # Ray itself needs these modules, and Flower's processes do not run on Windows.
+        if path.name not in ("__main__.py", "ray.py") and "flower" not in path.parts
+    ]
+    code = (
+        "import sys, importlib\n"
+        # Packages such as torch decide by the platform, so they are imported first.
+        "import torch, pandas, matplotlib, filelock, rich.console, multiprocessing.managers\n"
+        f"sys.modules.update(dict.fromkeys({POSIX_MODULES!r}))\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "importlib.import_module('hetero_fl.deployment.flower.bridge')\n"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr

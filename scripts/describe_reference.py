@@ -2,7 +2,7 @@
 """Write the generated pages of docs/reference.
 
 These pages describe the configuration, the files of a deployment, the methods, the command line,
-the messages and the modules.
+the messages and the modules. The script also writes the names that shells complete.
 
     python scripts/describe_reference.py            # write the pages
     python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from pydantic import BaseModel
@@ -35,6 +36,7 @@ from hetero_fl.algorithms.distillation import (  # noqa: E402
 from hetero_fl.algorithms.mutual import MenteeTraining  # noqa: E402
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth  # noqa: E402
 from hetero_fl.algorithms.requirements import (  # noqa: E402
+    declared_properties,
     describe_needs,
     format_needs,
     method_paragraphs,
@@ -53,11 +55,18 @@ from hetero_fl.config.describe import (  # noqa: E402
     section_of,
     section_summary,
 )
-from hetero_fl.config.schema import CLIENT_OPTIONS  # noqa: E402
+from hetero_fl.config.schema import CLIENT_OPTIONS, LoggerConfig  # noqa: E402
 from hetero_fl.core.payload import ItemSpec  # noqa: E402
+from hetero_fl.data import list_sources  # noqa: E402
+from hetero_fl.data.registry import PLUGINS  # noqa: E402
 from hetero_fl.deployment.config import DeploymentServerConfig, SiteConfig  # noqa: E402
+from hetero_fl.reporting.loggers import Logger, register_logger  # noqa: E402
+from hetero_fl.utils.registry import is_internal  # noqa: E402
+from model_zoo.registry import MODELS  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
+# Names for the completion in shells.
+NAMES = ROOT / "hetero_fl" / "cli" / "names.json"
 
 
 def all_pages() -> dict[str, str]:
@@ -95,7 +104,9 @@ contains the keys that differ. `configs/medical_hetero.yaml` is a commented exam
 - **Overrides** on the command line take precedence over the file:
   `rounds=5 data.partition.alpha=0.1 algorithm.name=fedmd`. Lists and mappings are written as in
   YAML: `"clients.groups.0.model={name: mlp, hidden: [64]}"`. An override that names another
-  algorithm drops the settings of the file's algorithm.
+  algorithm, kind of partition, model or optimizer drops the settings of the one in the file.
+  Settings that all of them have remain: `min_size` of a partition, `feature_dim` of a model, and
+  the settings of an optimizer other than `momentum` and `nesterov`.
 - **Errors** are reported in one line with the key, the value found and the nearest valid key or
   value, before anything is written. [Messages](messages.md) lists them.
 - `--check` prints the resolved configuration. A run saves it as `config.yaml`.
@@ -125,8 +136,38 @@ def configuration_page() -> str:
         "contain the settings, and the",
         "[options of all methods](methods.md#options-of-all-methods).",
         "",
+        *_logger_sections(),
     ]
     return "\n".join(lines)
+
+
+LOGGERS_TEXT = """\
+Write them next to `kind` in an entry of `output.loggers`:
+`output.loggers: [csv, {kind: wandb, project: hospitals}]`.
+[Follow runs](../how_to/follow_runs.md) shows examples.
+"""
+
+
+def _built_in_loggers() -> dict[str, type[Logger]]:
+    """Return the loggers of the package, keyed by kind."""
+    # An example of a docstring, run by the tests, has the name of its module, too.
+    return {
+        kind: logger
+        for kind in register_logger
+        if (logger := register_logger[kind]).__module__.startswith("hetero_fl.")
+        and getattr(sys.modules[logger.__module__], logger.__name__, None) is logger
+    }
+
+
+def _logger_sections() -> list[str]:
+    """Return the lines of the page section with the settings of the built-in loggers."""
+    lines = ["## Settings of the loggers", "", LOGGERS_TEXT]
+    for kind, logger in _built_in_loggers().items():
+        rows = [_setting_row(logger, name, field) for name, field in logger.model_fields.items()]
+        settings = [*_table(CONFIGURATION_HEADER, rows), ""] if rows else []
+        extra = f" Requires `hetero_fl[{logger.extra}]`." if logger.extra else ""
+        lines += [f"### `{kind}`", "", f"{section_summary(logger)}{extra}", "", *settings]
+    return lines
 
 
 DEPLOYMENT_FILES_TEXT = """\
@@ -211,7 +252,7 @@ def _setting_row(
 def _further_keys(
     model: type[BaseModel], base: type[BaseModel] | None, seen: dict[type[BaseModel], str]
 ) -> str:
-    if model.model_config.get("extra") == "allow":
+    if model.model_config.get("extra") == "allow" and model is not LoggerConfig:
         return (
             " Options: `python -m model_zoo` lists the models, `model_zoo.model_options(name)` "
             "their options."
@@ -361,10 +402,50 @@ evaluated as well.
 CONTENTS = {
     "params": "tensors by name",
     "update": "difference from the received parameters",
-    "rows": "outputs, `[rows, C]`",
-    "class_sums": "sums by class, `[C, …]`, and counts `[C]`",
+    "rows": "outputs of proxy rows, `[D, C]`",
+    "class_sums": "sums of features by class, `[C, d]`, and counts `[C]`",
     "counts": "label counts, `[C]`",
 }
+"""Content of the items of a kind."""
+UPLOADS = {
+    ("fd", "class_logits"): "sums of logits by class, `[C, C]`, and counts `[C]`",
+    ("fedgkt", "features"): "features of the training rows, `[n_k, d]`",
+    ("fedgkt", "logits"): "logits of the training rows, `[n_k, C]`",
+    ("fedgkt", "labels"): "labels of the training rows, `[n_k]`",
+}
+"""Content of uploaded items that differs from that of their kind, keyed by method and item."""
+TEACHER = {"teacher": "consensus logits of proxy rows, `[D, C]`"}
+PROTOTYPES = {
+    "prototypes": "prototypes, `[C, d]`",
+    "known": "1 for classes with a prototype, otherwise 0, `[C]`",
+}
+BROADCASTS: dict[str, dict[str, str]] = {
+    "scaffold": {"control": "the server's control variate"},
+    "fedmd": TEACHER,
+    "ds_fl": {
+        "teacher": "sharpened mean probabilities of the round's proxy rows, `[D, C]`",
+        "drawn": "round in which these rows were sampled",
+    },
+    "kt_pfl": {"teacher": "the client's mixture of all predictions of proxy rows, `[D, C]`"},
+    "hybrid": TEACHER,
+    "fd": {
+        "teacher": "mean logits by class of all clients, `[C, C]`",
+        "known": "1 for classes with mean logits, otherwise 0, `[C]`",
+    },
+    "fedproto": PROTOTYPES,
+    "fedtgp": PROTOTYPES,
+    "fedgh": {"head": "parameters of the head, C·(d + 1)"},
+    "fedgen": {
+        "generator": "parameters and buffers of the generator",
+        "labels": "label counts of the last round's clients, `[C]`",
+    },
+    "fedgkt": {
+        "logits": "the server's logits of the client's training rows, `[n_k, C]`",
+        "large": "parameters and buffers of the server's model, for evaluation",
+    },
+    "fedkd": {"change": "change of the mentee since the last round, as truncated SVDs"},
+}
+"""Content of broadcast items in addition to the shared part of the model, keyed by method."""
 
 
 def built_in_methods() -> dict[str, type[Algorithm]]:
@@ -383,7 +464,7 @@ def methods_index() -> str:
     listed = [name for family in FAMILIES for name in family.methods]
     if missing := sorted(set(known) ^ set(listed)):
         raise SystemExit(f"FAMILIES of {Path(__file__).name} and the registry differ in {missing}")
-    lines = ["# Methods", "", _notice("hetero_fl/algorithms"), "", INDEX_TEXT]
+    lines = ["# Method reference", "", _notice("hetero_fl/algorithms"), "", INDEX_TEXT]
     for family in FAMILIES:
         rows = []
         for name in family.methods:
@@ -434,7 +515,7 @@ def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
         "Paper": " · ".join(method_references(kind)),
     }
     lines += ["", *(f"- **{word}:** {text}" for word, text in facts.items() if text), ""]
-    rows = exchanged_items(method)
+    rows = exchanged_items(name, method)
     if rows:
         lines += [*_table(("item", "direction", "content", "permitted by `shares`"), rows), ""]
     elif method.needs.all_clients:
@@ -447,20 +528,25 @@ def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
     return lines
 
 
-def exchanged_items(method: Algorithm) -> list[tuple[str, ...]]:
+def exchanged_items(name: str, method: Algorithm) -> list[tuple[str, ...]]:
     """Return one table row (item, direction, content, share) for each exchanged item of a method.
 
     An item is a named part of a broadcast or upload. With other settings, the method may exchange
     additional items.
+
+    Args:
+        name: Name of the method.
+        method: The method with its default settings.
     """
     shared = shared_part_of(method)
     rows: list[tuple[str, ...]] = []
     if method.uploads and shared.part != () and shared.received != ():
         rows.append((f"`{shared.slot}`", "down", _shared_content(method), "parameters"))
-    for name, spec in method.downloads.items():
-        rows.append((f"`{name}`", "down", _content(method, name, spec), "–"))
-    for name, spec in method.uploads.items():
-        rows.append((f"`{name}`", "up", _content(method, name, spec), spec.needed_share))
+    for item, content in BROADCASTS.get(name, {}).items():
+        rows.append((f"`{item}`", "down", content, "–"))
+    for item, spec in method.uploads.items():
+        content = UPLOADS.get((name, item)) or _content(method, item, spec)
+        rows.append((f"`{item}`", "up", content, spec.needed_share))
     return rows
 
 
@@ -468,9 +554,7 @@ def _content(method: Algorithm, name: str, spec: ItemSpec) -> str:
     if name == shared_part_of(method).slot and spec.kind == "params":
         return _shared_content(method)
     content = CONTENTS[spec.kind]
-    if spec.kind == "rows" and spec.rows_of == "train":
-        content = "one row per training row"
-    elif spec.kind == "rows" and spec.prediction_type:
+    if spec.kind == "rows" and spec.prediction_type:
         content = f"{spec.prediction_type} of proxy rows, `[D, C]`"
     return content + (", as truncated SVDs" if spec.ranks else "")
 
@@ -810,16 +894,80 @@ def main() -> int:
         help="do not write files; list outdated pages and exit with status 1 if there are any",
     )
     is_check = parser.parse_args().check
-    pages = all_pages()
-    outdated = [name for name, text in pages.items() if _read(REFERENCE / name) != text]
+    files = {REFERENCE / name: text for name, text in all_pages().items()}
+    files[NAMES] = completion_names()
+    outdated = [path for path, text in files.items() if _read(path) != text]
     if is_check:
-        for name in outdated:
-            print(f"docs/reference/{name}: outdated; run `make docs`", file=sys.stderr)
+        for path in outdated:
+            print(f"{_place(path)}: outdated; run `make docs`", file=sys.stderr)
         return 1 if outdated else 0
-    for name in outdated:
-        (REFERENCE / name).parent.mkdir(parents=True, exist_ok=True)
-        (REFERENCE / name).write_text(pages[name], encoding="utf-8")
+    for path in outdated:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[path], encoding="utf-8")
     return 0
+
+
+def _place(path: Path) -> str:
+    if path == NAMES:
+        return NAMES.relative_to(ROOT).as_posix()
+    return f"docs/reference/{path.relative_to(REFERENCE).as_posix()}"
+
+
+# Names for the completion in shells
+
+
+def completion_names() -> str:
+    """Return the text of hetero_fl/cli/names.json."""
+    keys: dict[str, Any] = {
+        ".".join(path): {
+            "help": _first_clause(field.description or ""),
+            "values": _listed_values(field.annotation, field.metadata),
+        }
+        for path, field in _plain_keys(Config, ())
+    }
+    keys["output.loggers"] = {
+        "help": "loggers",
+        "values": sorted(_built_in_loggers()),
+    }
+    keys["algorithm.name"] = {"help": "method", "values": []}
+    keys["data.name"]["values"] = [name for name in list_sources() if name not in PLUGINS]
+    keys["clients.defaults.model"] = {"help": "model", "values": sorted(MODELS)}
+    methods = {
+        name: {
+            "summary": method_summary(register_algorithm[name]),
+            "properties": "; ".join(declared_properties(register_algorithm[name])),
+        }
+        for name in sorted(register_algorithm)
+        if is_internal(register_algorithm[name])
+    }
+    content = {"methods": methods, "keys": dict(sorted(keys.items()))}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _plain_keys(
+    section: type[BaseModel], prefix: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Yield the paths and fields of all keys that are neither sections nor in lists of sections."""
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is None:
+            yield (*prefix, name), field
+        elif isinstance(field.default, BaseModel):
+            yield from _plain_keys(inner, (*prefix, name))
+
+
+def _listed_values(annotation: Any, metadata: Sequence[Any]) -> list[str]:
+    """Return the values of a key that has a fixed set of values, otherwise an empty list."""
+    words = describe_values(annotation, metadata).replace("`", "").split(", ")
+    if words == ["true or false"]:
+        return ["true", "false"]
+    if len(words) == 1 or words[0].startswith("list of "):
+        return []
+    return [word for word in words if "…" not in word]
+
+
+def _first_clause(text: str) -> str:
+    return re.split(r"[;,.:]", text.replace("`", ""))[0]
 
 
 def _read(path: Path) -> str:

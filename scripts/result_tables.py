@@ -3,8 +3,8 @@
 
 README.md contains a summary of a few methods, and docs/results/medical.md contains the tables of
 all methods. The tables of Hybrid and its components are in docs/results/hybrid.md and
-docs/explanation/label_skew.md, and the replicated tables are in docs/results/replication.md. The
-runs are archived in docs/results.
+docs/explanation/label_skew.md, the replicated tables in docs/results/replication.md, and tables of
+other comparisons on the pages of scenarios. The runs are archived in docs/results.
 
     python scripts/result_tables.py                            # write tables and plot
     python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
@@ -16,43 +16,76 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.record import MEASUREMENTS  # noqa: E402
+from benchmarks.robustness.attacks import table as attack_tables  # noqa: E402
 from benchmarks.science import published  # noqa: E402
+from benchmarks.science.benchmark_tables import archive_table  # noqa: E402
+from benchmarks.science.comparison_tables import (  # noqa: E402
+    TABLES as COMPARISON_TABLES,
+    comparison_table,
+)
 from benchmarks.science.component_tables import TABLES, component_table  # noqa: E402
 from benchmarks.science.replication_runs import jobs_of, read_record  # noqa: E402
-from benchmarks.science.replication_tables import score_table  # noqa: E402
+from benchmarks.science.replication_tables import (  # noqa: E402
+    draw_scores,
+    replicated_scores,
+    score_table,
+)
 from hetero_fl.core.task import Task  # noqa: E402
+from hetero_fl.experiment.benchmark.results import BenchmarkResults  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
+from hetero_fl.reporting.comparison.differences import (  # noqa: E402
+    format_p,
+    make_difference_table,
+)
 from hetero_fl.reporting.comparison.tables import (  # noqa: E402
-    ComparisonTable,
     TableCell,
     TableLine,
     make_table,
 )
-from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_name  # noqa: E402
+from hetero_fl.reporting.formatting import algorithm_base, algorithm_name  # noqa: E402
 from hetero_fl.reporting.methods import is_bound  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
+from hetero_fl.utils.environment import current_commit  # noqa: E402
 from hetero_fl.utils.text import split_top_level  # noqa: E402
 
 ARCHIVE = ROOT / "docs" / "results"
+BENCHMARK = ROOT / "configs" / "benchmark"
+BENCHMARK_ARCHIVE = ROOT / "docs" / "benchmark"
 PAGES = (
     ROOT / "README.md",
     ARCHIVE / "medical.md",
+    ARCHIVE / "finding.md",
     ARCHIVE / "hybrid.md",
+    ARCHIVE / "privacy.md",
     ARCHIVE / "replication.md",
+    ARCHIVE / "robustness.md",
+    ARCHIVE / "htfllib.md",
+    ROOT / "docs" / "how_to" / "homomorphic_encryption.md",
     ROOT / "docs" / "explanation" / "label_skew.md",
+    ROOT / "docs" / "how_to" / "choose_method.md",
+    *sorted((ROOT / "docs" / "scenarios").glob("*.md")),
 )
-PICTURES = {"medical_hetero": ROOT / "docs" / "images" / "medical_hetero.png"}
 TASK = Task("multiclass", 2)
+PICTURES = {
+    "medical_hetero": TASK,
+    "comparisons/finance_hetero": Task("multiclass", 2, rare=1),
+    "comparisons/sensors_hetero": Task("multiclass", 6),
+    "comparisons/speech_hetero": Task("multiclass", 10),
+    "comparisons/text_hetero": Task("multiclass", 199),
+}
+"""Task of each archived comparison that is plotted in docs/images."""
 SHORT = {"logit_adjustment=true": "LA", "teacher=contrast": "contrast teacher"}
 ADJUSTED = "*With LA*"
 BOUNDS = "*Bounds*"
@@ -79,28 +112,54 @@ SUMMARY_METHODS = (
 Row = dict[str, Any]
 
 
-def archive(folder: Path, commit: str, name: str = "") -> None:
+def archive(folder: Path, commit: str, name: str = "", client_metric: str = "") -> None:
     """Copy the results of a comparison to docs/results.
 
     Args:
         folder: Folder of a finished comparison.
         commit: Commit of the runs, which is written to the last column, after the threads.
         name: Name of the archive. If empty, the name of the configuration is used.
+        client_metric: Metric of which a column is added for the local test of each client.
     """
     config = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()
     name = name or config["name"]
     run = {"threads": config["runtime"]["threads"], "commit": commit}
     with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
         rows = [{**row, **run} for row in csv.DictReader(file)]
+    rules: list[Row] = []
     for row in rows:
-        # The name of the run directory, which is not archived.
-        row.pop("run", None)
+        # The name of the run directory is not archived.
+        run_name = row.pop("run", "")
+        if client_metric:
+            directory = RunDirectory.open(folder / "runs" / run_name)
+            for client in directory.summary()["clients"]:
+                key = f"personal_last_{client_metric}:{client['id']}"
+                row[key] = client["personal"][client_metric]
+            if row["algorithm"] == rows[0]["algorithm"]:
+                rules += _rules(directory.details(), row, client_metric)
+    rows = [{key: row.get(key, "") for key in rows[0]} for row in [*rules, *rows]]
     path = ARCHIVE / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _rules(details: Row, row: Row, metric: str) -> list[Row]:
+    """Return rows with the clients' scores of simple rules, such as the forecast `persistence`.
+
+    Args:
+        details: Details of a run.
+        row: Row of the run, of which the seed, the threads and the commit are copied.
+        metric: The metric.
+    """
+    scores: dict[str, Row] = {}
+    for client, tests in details.get("baselines", {}).items():
+        for rule, found in tests["personal"].items():
+            scores.setdefault(rule, {})[f"personal_last_{metric}:{client}"] = found[metric]
+    shared = {key: row[key] for key in ("seed", "threads", "commit")}
+    return [{"algorithm": rule, **shared, **found} for rule, found in scores.items()]
 
 
 def archived(name: str) -> list[Row]:
@@ -148,7 +207,7 @@ def section(rows: list[Row]) -> str:
         for line in members:
             cells = [_cell(line.cells[place], table.columns[place].key) for place in kept]
             lines.append(_joined([_name(line.algorithm), *cells, line.megabytes]))
-    return "\n".join([*lines, "", _origin(table, rows)])
+    return "\n".join([*lines, "", _origin(rows)])
 
 
 def summary(rows: list[Row]) -> str:
@@ -184,6 +243,16 @@ def replication(name: str) -> str:
     return score_table(table, jobs_of([table], None, "", ARCHIVE, record))
 
 
+def draw_replication() -> bytes:
+    """Plot the replicated scores of all tables against the published ones, as a PNG file."""
+    record = read_record(ARCHIVE / "replication.json")
+    scores = {
+        table.title: replicated_scores(table, jobs_of([table], None, "", ARCHIVE, record))
+        for table in published.TABLES.values()
+    }
+    return style.to_png(draw_scores({title: found for title, found in scores.items() if found}))
+
+
 def _joined(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -210,43 +279,75 @@ def _is_adjusted(label: str) -> bool:
     return "logit_adjustment=true" in label or label.startswith("hybrid")
 
 
-def _origin(table: ComparisonTable, rows: list[Row]) -> str:
-    best = next((line for line in table.lines if line.p == "best"), None)
+def _origin(rows: list[Row]) -> str:
+    """Format a line with the tests against the best method, the commits and the archive."""
     parts = []
-    if best is not None and table.tested:
+    if (table := make_difference_table(rows, TASK)) is not None:
         found = ", ".join(
-            f"{_name(line.algorithm)} {line.p}"
-            for line in table.lines
-            if line.p not in ("", "best")
+            f"{_name(one.algorithm)} {format_p(one.p_holm)}"
+            for one in table.differences
+            if one.p_holm is not None
         )
-        first = table.columns[0].title
         parts.append(
-            f"p (two-sided t-test on “{first}”, paired by seed, uncorrected, against "
-            f"{_name(best.algorithm)}): {found}."
+            f"p (two-sided t-test on “{table.column.title}”, paired by seed, Holm's correction, "
+            f"against {_name(table.best)}): {found}."
         )
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows))
     parts.append(f"Commit {commits}; every run: [CSV]({{name}}.csv).")
-    return " ".join(parts).replace(f" {MISSING}", " too few seeds")
+    return " ".join(parts)
+
+
+def output(name: str) -> str:
+    """Format the archived output of a benchmark as a code block."""
+    text = (MEASUREMENTS / f"{name}.txt").read_text(encoding="utf-8").strip("\n")
+    return f"```text\n{text}\n```"
+
+
+def printed(name: str) -> str:
+    """Return the tables that a benchmark printed in Markdown."""
+    lines = (MEASUREMENTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    # The command and the machine precede the output.
+    return "\n".join(lines[2:]).strip("\n")
+
+
+def attacks(_: str) -> str:
+    """Format the tables of the archived attacks."""
+    path = MEASUREMENTS / "attacks.jsonl"
+    return attack_tables([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+
+
+def comparison(name: str) -> str:
+    """Format a table of archived comparisons."""
+    return comparison_table(COMPARISON_TABLES[name], lambda one: archived(f"comparisons/{one}"))
+
+
+def components(name: str) -> str:
+    """Format a table of Hybrid and its components."""
+    return component_table(TABLES[name], lambda one: archived(f"components/{one}"))
+
+
+KINDS: dict[str, Callable[[str], str]] = {
+    "results": lambda name: section(archived(name)).replace("{name}", name),
+    "summary": lambda name: summary(archived(name)),
+    "benchmark": lambda name: archive_table(BenchmarkResults(BENCHMARK, BENCHMARK_ARCHIVE), name),
+    "comparison": comparison,
+    "components": components,
+    "replication": replication,
+    "output": output,
+    "printed": printed,
+    "attacks": attacks,
+}
+"""Functions that format a table of the archive, keyed by the first word of its mark."""
 
 
 def written(text: str) -> str:
     """Return the text of a page in which all marked tables are updated from the archive."""
-
-    def replaced(match: re.Match[str]) -> str:
-        kind, name = match["kind"], match["name"]
-        if kind == "replication":
-            table = replication(name)
-        elif kind == "components":
-            table = component_table(TABLES[name], lambda name: archived(f"components/{name}"))
-        else:
-            table = summary(archived(name)) if kind == "summary" else section(archived(name))
-        return f"{match['begin']}\n{table.replace('{name}', name)}\n{match['end']}"
-
     return re.sub(
-        r"(?P<begin><!-- (?P<kind>results|summary|components|replication): (?P<name>\w+) .*?-->)"
-        r"\n.*?"
-        r"(?P<end><!-- end of results -->)",
-        replaced,
+        rf"(?P<begin><!-- (?P<kind>{'|'.join(KINDS)}): (?P<name>.+?) \(written.*?-->)"
+        r"\n.*?(?P<end><!-- end of results -->)",
+        lambda match: "\n".join(
+            [match["begin"], KINDS[match["kind"]](match["name"]), match["end"]]
+        ),
         text,
         flags=re.DOTALL,
     )
@@ -267,6 +368,9 @@ def main() -> int:
         help="folders of finished comparisons; they are copied to docs/results before the tables "
         "are written (default of NAME: name of the configuration)",
     )
+    parser.add_argument(
+        "--clients", metavar="METRIC", default="", help="archive this metric of each client, too"
+    )
     parser.add_argument("--commit", help="commit of the archived runs (default: current commit)")
     parser.add_argument(
         "--check",
@@ -276,22 +380,20 @@ def main() -> int:
     options = parser.parse_args()
     for argument in options.archive:
         name, _, folder = argument.rpartition("=")
-        archive(Path(folder), options.commit or _current_commit(), name)
+        archive(Path(folder), options.commit or current_commit(), name, options.clients)
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     updated = {page: written(text) for page, text in texts.items()}
     if options.check:
         return int(updated != texts)
     for page, text in updated.items():
         page.write_text(text, encoding="utf-8")
-    for name, path in PICTURES.items():
-        with style.plot_style():
-            path.write_bytes(style.to_png(plots.draw_comparison(archived(name), TASK)))
+    images = ROOT / "docs" / "images"
+    with style.plot_style():
+        for name, task in PICTURES.items():
+            picture = style.to_png(plots.draw_comparison(archived(name), task))
+            (images / f"{Path(name).name}.png").write_bytes(picture)
+        (images / "replication.png").write_bytes(draw_replication())
     return 0
-
-
-def _current_commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -25,11 +25,17 @@ from hetero_fl.communication.protocol import (
     Traffic,
 )
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
-from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation, VectorLayout
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
+from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.reporting.formatting import format_bytes
 
 SPECS = {"model": ItemSpec("params")}
+COLUMNS = (
+    "clients", "numbers", "neighbors", "dropouts", "processor time", "server", "one client",
+    "up", "down",
+)  # fmt: skip
 
 
 @dataclass
@@ -111,7 +117,7 @@ class Cohort:
 
 
 def measure_round(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
-    """Run one round, check the sum and print time and traffic.
+    """Run one round, check the sum and print a table row with time and traffic.
 
     Args:
         clients: Number of clients.
@@ -126,21 +132,26 @@ def measure_round(clients: int, numbers: int, neighbours: int | None, leaving: i
     protocol = SecureAggregation(config, clients, cohort)
     gone = set(cohort.clients[1 : 1 + leaving])
     k = num_neighbours(clients, protocol.survivors, neighbours)
-    started, wall = time.process_time(), time.perf_counter()
+    started = time.process_time()
     summed, traffic = cohort.hold(protocol, gone)
-    seconds, wall = time.process_time() - started, time.perf_counter() - wall
+    seconds = time.process_time() - started
     assert len(summed.clients) == clients - leaving
     layout, plain = cohort.layout(0), np.zeros(numbers + 3, np.uint64)
     for client in summed.clients:
         plain += protocol.encode_upload(client, cohort.upload(client), layout, summed.unit, 0)
     assert np.array_equal(summed.total, plain)
-    server, each = seconds - cohort.busy, 1e3 * cohort.busy / clients
-    print(
-        f"{clients} clients with {numbers:,} numbers and {k} neighbors, {leaving} dropping out: "
-        f"{wall:.2f} s; processor time {seconds:.2f} s (server {server:.2f} s, per client "
-        f"{each:.0f} ms); correct sum; per client {traffic.up / clients / 1e3:.0f} kB up and "
-        f"{traffic.down / clients / 1e3:.0f} kB down"
-    )
+    cells = [
+        f"{clients}",
+        f"{numbers:,}",
+        f"{k}",
+        f"{leaving}",
+        f"{seconds:.1f} s",
+        f"{seconds - cohort.busy:.1f} s",
+        f"{1e3 * cohort.busy / clients:.0f} ms",
+        format_bytes(traffic.up / clients),
+        format_bytes(traffic.down / clients),
+    ]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -157,6 +168,8 @@ def main() -> None:
     add_quick(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"| {' | '.join(COLUMNS)} |")
+    print(f"|{' ---: |' * len(COLUMNS)}")
     if options.quick:
         measure_round(5, 1_000, None, 1)
         return

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
         ways: Names of the variants.
     """
     rows = [
-        "| | relative time to the target | accuracy at half of the time | uploads until then "
-        "| MB until then |"
+        "| variant | relative time to the target | accuracy at half of the time "
+        "| uploads until then | MB until then |"
     ]
     rows.append("| --- | --- | --- | --- | --- |")
     for variant in ways:
@@ -243,7 +244,8 @@ def main() -> None:
         middle = statistics.median(seconds)
         print(
             f"seed {seed}: tasks take {min(seconds):.0f} to {max(seconds):.0f} s, "
-            f"median {middle:.0f} s"
+            f"median {middle:.0f} s",
+            file=sys.stderr,
         )
         runs = found[str(seed)] = {}
         for variant in variants:
@@ -267,7 +269,7 @@ def main() -> None:
             print(
                 f"  {variant}: target {target:.3f} {when}; last {last[1]:.3f} at {last[0]:,.0f} s; "
                 f"{runs[variant]['counts']}",
-                flush=True,
+                file=sys.stderr,
             )
     (options.out / "table.md").write_text(table(found, variants))
     print((options.out / "table.md").read_text())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from hetero_fl.reporting.run import Run
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = ["algorithm.name=local", "algorithm.logit_adjustment=true"]
 ROWS = {
-    "images alone": [*ALONE, "clients.groups.0.preprocess={columns: [image], missing: null}"],
-    "genes alone": [*ALONE, "clients.groups.0.preprocess={columns: [genes]}"],
+    "images only": [*ALONE, "clients.groups.0.preprocess={columns: [image], missing: null}"],
+    "genes only": [*ALONE, "clients.groups.0.preprocess={columns: [genes]}"],
     "both, without federation": ALONE,
     "both, FedAvg of the image backbone": [
         "algorithm.name=fedavg",
         "algorithm.logit_adjustment=true",
     ],
-    "both, and distillation of readings by images (Hybrid)": ["algorithm.name=hybrid"],
+    "both, and distillation on public images (Hybrid)": ["algorithm.name=hybrid"],
 }
 KINDS = {
     "university": "universities (both)",
@@ -42,7 +43,7 @@ KINDS = {
     "institute": "institutes (genes)",
 }
 # Combinations of row and kind of hospital in which the modalities of the hospital do not change.
-SAME = {("images alone", "institute"), ("genes alone", "clinic")}
+SAME = {("images only", "institute"), ("genes only", "clinic")}
 METRICS = ("auroc", "balanced_accuracy")
 # Means over the hospitals for each seed, keyed by kind of hospital and score.
 Figures = dict[str, dict[str, list[float]]]
@@ -116,7 +117,7 @@ def table(found: dict[str, Figures], metric: str) -> str:
         metric: Name of the metric.
     """
     lines = [
-        "| | " + " | ".join(KINDS.values()) + " | universities, by images alone |",
+        "| | " + " | ".join(KINDS.values()) + " | universities, images only |",
         "| --- |" + " ---: |" * 4,
     ]
     for row, kinds in found.items():
@@ -139,7 +140,7 @@ def gains(found: dict[str, Figures]) -> str:
     lines = []
     base = found.get("both, without federation", {})
     for row, kinds in found.items():
-        if not base or "alone" in row or "without" in row:
+        if not base or "only" in row or "without" in row:
             continue
         for kind, words in KINDS.items():
             for metric in METRICS:
@@ -215,7 +216,7 @@ def main() -> None:
             (args.out / "multimodal.md").write_text(f"{text}\n\n{gains(found)}\n", encoding="utf-8")
             (args.out / "multimodal.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
             draw(found, args.out / "multimodal.png")
-            print(f"seed {seed}: {row}", flush=True)
+            print(f"seed {seed}: {row}", file=sys.stderr)
     print((args.out / "multimodal.md").read_text(encoding="utf-8"))
 
 

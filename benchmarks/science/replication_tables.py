@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from benchmarks.science.published import Row, Table
 from benchmarks.science.replication_runs import Job
+from hetero_fl.reporting.plots import style
 
 
 def spread(values: Sequence[float]) -> str:
@@ -88,6 +92,75 @@ def score_table(table: Table, jobs: Sequence[Job]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ReplicatedScore:
+    """A published score and its repetition.
+
+    Attributes:
+        method: Name of the method.
+        published: Published accuracy in percent.
+        deviation: Published standard deviation, or 0 if there is none.
+        scores: Accuracy after the last round for each seed, in percent, evaluated as in the paper.
+    """
+
+    method: str
+    published: float
+    deviation: float
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy of the repetition."""
+        return statistics.mean(self.scores)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the repetition, or 0 for a single seed."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+def replicated_scores(table: Table, jobs: Sequence[Job]) -> list[ReplicatedScore]:
+    """Return the rows of a table that are published and repeated.
+
+    Args:
+        table: The table.
+        jobs: Runs of the table. Runs that are not finished are left out.
+    """
+    found = []
+    key = "held" if table.held else "last"
+    for row in table.rows:
+        scores = tuple(job.figures[key] for job in jobs if job.row == row and job.finished)
+        if row.mean is not None and scores:
+            found.append(ReplicatedScore(row.method, row.mean, row.deviation or 0.0, scores))
+    return found
+
+
+def draw_scores(tables: Mapping[str, Sequence[ReplicatedScore]]) -> Figure:
+    """Plot repeated scores against published scores, with standard deviations.
+
+    Args:
+        tables: The scores of each table, keyed by title.
+    """
+    figure = style.figure(4.2)
+    axes = figure.subplots()
+    for (title, scores), marker in zip(tables.items(), cycle("osD^v"), strict=False):
+        axes.errorbar(
+            [score.published for score in scores],
+            [score.mean for score in scores],
+            xerr=[score.deviation for score in scores],
+            yerr=[score.spread for score in scores],
+            fmt=marker,
+            elinewidth=0.8,
+            label=title,
+        )
+    low = min(axes.get_xlim()[0], axes.get_ylim()[0])
+    axes.axline((low, low), slope=1, color=style.GREY, linewidth=0.9, linestyle=":")
+    axes.set_xlabel("Published accuracy (%)")
+    axes.set_ylabel("Accuracy here (%)")
+    axes.legend(loc="upper left")
+    return figure
 
 
 def write(jobs: Sequence[Job], out: Path) -> str:

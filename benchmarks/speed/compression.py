@@ -14,6 +14,7 @@ import statistics
 from typing import Any
 
 import torch
+import yaml
 
 from benchmarks import common
 from hetero_fl.communication.compression import build_stages
@@ -23,19 +24,21 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
 from hetero_fl.utils.seeding import keyed_generator
 
 SPECS = {"model": ItemSpec("params")}
-CHAINS: dict[str, tuple[list[Any], bool]] = {
-    "none": ([], False),
-    "topk 1%": ([{"topk": 0.01}], False),
-    "topk 1%, 8 bits": ([{"topk": 0.01}, {"quantize": 8}], False),
-    "the same, entropy": ([{"topk": 0.01}, {"quantize": 8}], True),
-    "topk 10%, 8 bits": ([{"topk": 0.1}, {"quantize": 8}], False),
-    "randk 1%, 8 bits": ([{"randk": 0.01}, {"quantize": 8}], False),
-    "8 bits": ([{"quantize": 8}], False),
-    "4 bits, buckets": ([{"quantize": 4, "bucket": 512}], False),
-    "1 bit": ([{"quantize": 1}], False),
-    "half": (["half"], False),
-    "lowrank 90%": ([{"lowrank": 0.9}], False),
-}
+MODELS = {"cnn": "CNN", "resnet": "ResNet-18"}
+# Stages of `channel.compress`, and `channel.entropy`.
+CHAINS = (
+    ("", False),
+    ("topk: 0.01", False),
+    ("topk: 0.01, quantize: 8", False),
+    ("topk: 0.01, quantize: 8", True),
+    ("topk: 0.1, quantize: 8", False),
+    ("randk: 0.01, quantize: 8", False),
+    ("quantize: 8", False),
+    ("{quantize: 4, bucket: 512}", False),
+    ("quantize: 1", False),
+    ("half", False),
+    ("lowrank: 0.9", False),
+)
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
@@ -89,13 +92,18 @@ def measured(
     return send, receive, len(data)
 
 
+def describe(chain: str, entropy: bool) -> str:
+    """Return the settings of a chain in Markdown."""
+    if not chain:
+        return "none"
+    return f"`{chain}`, `entropy: true`" if entropy else f"`{chain}`"
+
+
 def main() -> None:
-    """Measure each compression chain with each model, and print one line for each."""
+    """Measure each compression chain with each model, and print a table row for each."""
     options = common.parsed(common.arguments(__doc__, pairs=3))
-    print(
-        f"{'model':8} {'chain':20} {'send ms':>9} {'receive ms':>11} "
-        f"{'bytes':>12} {'of float32':>11}"
-    )
+    print("| model | chain | send | receive | bytes relative to float32 |")
+    print("| --- | --- | ---: | ---: | ---: |")
     for size in ("cnn",) if options.quick else ("cnn", "resnet"):
         start = {n: torch.randn(s, generator=keyed_generator(n)) for n, s in shapes(size).items()}
         steps = {n: 0.001 * 1.3**i for i, n in enumerate(start)}
@@ -108,12 +116,14 @@ def main() -> None:
             Payload({"model": Item(moved, 600.0, "params")}, report_with_loss(1.0)),
         )
         dense = sum(4 * t.numel() for t in start.values())
-        for name, (chain, entropy) in CHAINS.items():
-            stages = build_stages(ChannelConfig(compress=chain).compress, entropy)
+        for chain, entropy in CHAINS:
+            config = ChannelConfig(compress=yaml.safe_load(f"[{chain}]"))
+            stages = build_stages(config.compress, entropy)
             link = Link(stages, SPECS, 10) if stages else None
             send, receive, count = measured(link, sent, got, options.pairs)
             print(
-                f"{size:8} {name:20} {send:9.1f} {receive:11.1f} {count:12,} {count / dense:10.2%}",
+                f"| {MODELS[size]} | {describe(chain, entropy)} | {send:.0f} ms | {receive:.0f} ms "
+                f"| {count / dense:.2%} |",
                 flush=True,
             )
 

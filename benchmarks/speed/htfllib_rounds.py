@@ -51,6 +51,21 @@ class TurnTimer:
         return self.select(server)
 
 
+def prepare_imports(system: str) -> None:
+    """Make the modules of HtFLlib importable, without those that need generative models.
+
+    Args:
+        system: The folder `system` of a checkout of HtFLlib.
+    """
+    # HtFLlib saves and loads whole modules, which torch refuses by default since version 2.6.
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    sys.path.insert(0, system)
+    for name, method in LEFT_OUT.items():
+        module = types.ModuleType(f"flcore.servers.{name}")
+        setattr(module, method, None)
+        sys.modules[module.__name__] = module
+
+
 def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
     """Run the training script of HtFLlib.
 
@@ -63,13 +78,7 @@ def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
     # Replies use the original stdout, and other output is redirected to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    # HtFLlib saves and loads whole modules, which torch refuses by default since version 2.6.
-    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    sys.path.insert(0, system)
-    for name, method in LEFT_OUT.items():
-        module = types.ModuleType(f"flcore.servers.{name}")
-        setattr(module, method, None)
-        sys.modules[module.__name__] = module
+    prepare_imports(system)
     from flcore.servers.serverbase import Server
 
     timer = TurnTimer(Server.select_clients, replies)

@@ -54,7 +54,7 @@ STAGES: dict[Callable[..., Any], str] = {
     training._prepare: "        tensors loaded into the module",
     training.make_optimizer: "        optimizer created",
     Batches.__init__: "        rows drawn",
-    Batches._batch: "        batches gathered",
+    Batches._complete: "        batches completed",
     Supervised.total_loss: "        forward and loss",
     torch.Tensor.backward: "        backward",
     torch.optim.SGD.step: "        optimizer steps",

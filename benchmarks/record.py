@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Run a benchmark or a command and archive what it prints, for the pages of the documentation.
+
+    python -m benchmarks record FILE NAME [options]
+    python -m benchmarks record FILE hetero-fl COMMAND [options]
+
+The output goes to `docs/results/measurements/FILE.txt`, below the command, the commit and the
+machine. `scripts/result_tables.py` copies it to the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import cores
+from hetero_fl.utils.environment import current_commit, processor_name
+
+ROOT = Path(__file__).parents[1]
+MEASUREMENTS = ROOT / "docs" / "results" / "measurements"
+COMMAND_LINE = "hetero-fl"
+
+
+def header(command: list[str]) -> str:
+    """Return the lines above an archived output: the command, the commit and the machine.
+
+    Args:
+        command: Name and options of the benchmark, or a command of hetero-fl. Folders of files are
+            left out.
+    """
+    shown = [Path(part).name if Path(part).is_file() else part for part in command]
+    machine = f"{cores()} cores, {processor_name()}, Python {platform.python_version()}"
+    prefix = [] if command[0] == COMMAND_LINE else ["python", "-m", "benchmarks"]
+    call = f"$ {shlex.join([*prefix, *shown])}"
+    return f"{call}\n# {current_commit()}, {machine}, torch {torch.__version__}\n"
+
+
+def main() -> None:
+    """Run the command and write its output, unless it fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", help="name of the archived file, without .txt")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="NAME [options]")
+    options = parser.parse_args()
+    if not options.command:
+        parser.error("the name of a benchmark is missing")
+    name, *arguments = options.command
+    program = ["hetero_fl"] if name == COMMAND_LINE else ["benchmarks", name]
+    call = [sys.executable, "-m", *program, *arguments]
+    lines = []
+    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        sys.exit(f"{name} failed; nothing was archived")
+    MEASUREMENTS.mkdir(parents=True, exist_ok=True)
+    text = header(options.command) + "".join(lines).strip("\n") + "\n"
+    (MEASUREMENTS / f"{options.file}.txt").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

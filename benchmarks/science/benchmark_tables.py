@@ -1,0 +1,154 @@
+"""Tables of the benchmark's archive that pages of the documentation contain.
+
+`scripts/result_tables.py` writes the tables. `docs/benchmark/results.md` contains all tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP
+from hetero_fl.experiment.benchmark.results import BenchmarkResults
+from hetero_fl.reporting.benchmark.scores import FederationScores, RowName, row_title
+from hetero_fl.reporting.benchmark.tables import (
+    difference_table,
+    primary_table,
+    score_cell,
+    score_table,
+)
+from hetero_fl.reporting.comparison.significance import paired_difference
+from hetero_fl.reporting.formatting import format_significant
+from hetero_fl.reporting.methods import is_bound
+from hetero_fl.reporting.rendering import markdown_table
+
+GLOBAL = "global_last_balanced_accuracy"
+AUROC = "global_last_auroc"
+LOCAL = "personal_last_accuracy"
+DISTILLING = ("fedmd", "feddf", "ds_fl", "hybrid")
+AVERAGING = ("fedavg", "fedprox", "fedadam", "fedbn", "ditto")
+CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
+# In the order of the questions in docs/how_to/choose_method.md.
+METHODS = ("local", *AVERAGING, *DISTILLING, "kt_pfl", "fml", *CLASS_KNOWLEDGE)
+LOCAL_REFERENCES = ("local", "fedavg", "ditto")
+PRIMARY_METHODS = ("fedavg", *DISTILLING)
+SUMMARY_COLUMNS = {
+    GLOBAL: "Global test, balanced accuracy",
+    AUROC: "Global test, AUROC",
+    LOCAL: "Local tests, accuracy",
+    "personal_last_accuracy_worst": "Worst client",
+}
+
+
+@dataclass(frozen=True)
+class ArchiveTable:
+    """Specification of a table with a row for each method and a column for each federation.
+
+    Args:
+        metric: Column of the archive.
+        methods: Names of the methods.
+        components: Groups of settings, in the order of the rows of each method.
+        group: Heading of the federations (see `BenchmarkFederation.group`).
+        anchor: Beginning of the names of the rows in links, such as `global` for `#global-fedavg`.
+            If empty, rows cannot be linked.
+    """
+
+    metric: str
+    methods: Sequence[str]
+    components: Sequence[str] = ("all",)
+    group: str = MAIN_GROUP
+    anchor: str = ""
+
+
+TABLES = {
+    "scores": ArchiveTable(GLOBAL, DISTILLING, ("none", "all")),
+    "ranking": ArchiveTable(AUROC, DISTILLING, ("none", "all")),
+    "averaging": ArchiveTable(GLOBAL, ("local", "fedavg", "centralized"), ("none", "all")),
+    "local": ArchiveTable(LOCAL, ("local", "fedavg", "ditto", *DISTILLING)),
+    "choice_global": ArchiveTable(GLOBAL, METHODS, anchor="global"),
+    "choice_local": ArchiveTable(LOCAL, METHODS, anchor="local"),
+    "proxies": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Proxy sets"),
+    "proxies_local": ArchiveTable(LOCAL, PRIMARY_METHODS, group="Proxy sets"),
+    "compression": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Compression"),
+}
+
+
+def archive_table(results: BenchmarkResults, name: str) -> str:
+    """Format a table of the benchmark's archive in Markdown.
+
+    Args:
+        results: The archive.
+        name: `progress`, `primary`, `best rows`, `local differences`, the name of a table in
+            `TABLES`, or `summary of <federation>`.
+    """
+    if name == "progress":
+        missing = results.incomplete
+        return f"**Preliminary:** runs are missing in {'; '.join(missing)}." if missing else ""
+    if name == "primary":
+        return primary_table(results.primary_tests(), results.benchmark.protocol.primary.method)
+    if name == "best rows":
+        return difference_table(results.best_row_differences())
+    if name == "local differences":
+        return _local_difference_table(results)
+    if name.startswith("summary of "):
+        return _summary_table(results, results.scores[name.removeprefix("summary of ")])
+    table = TABLES[name]
+    rows = [(method, components) for method in table.methods for components in table.components]
+    # Links to a row are valid before it has runs.
+    federations, keep_empty = results.groups[table.group], bool(table.anchor)
+    text = score_table(federations, rows, table.metric, results.names, keep_empty)
+    return _with_anchors(text, table.anchor) if table.anchor else text
+
+
+def _local_difference_table(results: BenchmarkResults) -> str:
+    """Compare Hybrid on local tests with the best of the references, all with components."""
+    hybrid = "hybrid", "all"
+    found = {}
+    for federation in results.groups[MAIN_GROUP]:
+        rows = [(method, "all") for method in LOCAL_REFERENCES]
+        means = {row: mean for row in rows if (mean := federation.mean(row, LOCAL)) is not None}
+        if len(means) < len(rows):
+            continue
+        best = max(rows, key=lambda row: means[row])
+        difference = paired_difference(
+            federation.by_seed(hybrid, LOCAL), federation.by_seed(best, LOCAL)
+        )
+        if difference is not None:
+            titles = [row_title(row, results.names) for row in (hybrid, best)]
+            found[federation.title, titles[0], titles[1]] = difference
+    return difference_table(found)
+
+
+def _with_anchors(text: str, anchor: str) -> str:
+    """Add a target of links to the first cell of each row, such as `global-ds-fl`."""
+    header, rule, *lines = text.split("\n")
+    for place, line in enumerate(lines):
+        title = line.strip("| ").split(" | ")[0].strip()
+        name = title.partition(" + ")[0].lower()
+        lines[place] = line.replace(title, f'<a id="{anchor}-{name}"></a>{title}', 1)
+    return "\n".join([header, rule, *lines])
+
+
+def _summary_table(results: BenchmarkResults, federation: FederationScores) -> str:
+    """Format scores and costs of the rows with components in one federation."""
+    rows = [row for row in federation.rows if row[1] == "all"]
+    lines = [_summary_line(results, federation, row) for row in rows if not is_bound(row[0])]
+    bounds = [_summary_line(results, federation, row) for row in rows if is_bound(row[0])]
+    header = ["Method", *SUMMARY_COLUMNS.values(), "MB", "TFLOP"]
+    alignment = ("left", *["right"] * (len(header) - 1))
+    return markdown_table(header, [*lines, ["*Bound*"], *bounds], alignment)
+
+
+def _summary_line(
+    results: BenchmarkResults, federation: FederationScores, row: RowName
+) -> list[str]:
+    mean = {
+        column: federation.mean(row, column) or 0.0
+        for column in ("up_bytes", "down_bytes", "client_operations", "server_operations")
+    }
+    return [
+        row_title(row, results.names),
+        *(score_cell(federation.by_seed(row, column), column) for column in SUMMARY_COLUMNS),
+        format_significant((mean["up_bytes"] + mean["down_bytes"]) / 1e6, 3),
+        format_significant((mean["client_operations"] + mean["server_operations"]) / 1e12, 2),
+    ]

@@ -1,0 +1,220 @@
+"""Tables of archived comparisons with chosen columns.
+
+`scripts/result_tables.py` writes the tables to the pages of scenarios and results.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hetero_fl.core.metrics import SMALLER_IS_BETTER
+from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
+from hetero_fl.reporting.methods import format_needs, is_bound
+from hetero_fl.reporting.rendering import markdown_table
+
+Row = Mapping[str, Any]
+# Settings of the survey's variants, as in its study file.
+DISTILLING = (
+    "logit_adjustment=true:teacher=contrast:align=1:recalibrate=[proxy_predictions,local_test]"
+)
+GLOBAL_ACCURACY = {"Accuracy, global test": "global_last_accuracy"}
+LOCAL_ACCURACY = {"Accuracy, local test": "personal_last_accuracy"}
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Specification of a table with a row for each method of one or several comparisons.
+
+    Args:
+        archives: Names of the archived comparisons. The rows of all of them are in one table.
+        columns: Columns of the archive, keyed by column title.
+        names: Titles of rows, keyed by label. Other rows have the name of the method.
+        has_traffic: Whether the table has a column with the exchanged bytes.
+        has_needs: Whether the table has a column with the requirements of a method.
+        has_seconds: Whether the table has a column with the seconds of a run.
+        first_column: Title of the first column.
+    """
+
+    archives: tuple[str, ...]
+    columns: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)
+    has_traffic: bool = True
+    has_needs: bool = False
+    has_seconds: bool = False
+    first_column: str = "Method"
+
+
+TABLES = {
+    "finance_hetero": ComparisonTable(
+        ("finance_hetero",),
+        {
+            "AUROC, global test": "global_last_auroc",
+            "Average precision, global test": "global_last_average_precision",
+            "AUROC, local test": "personal_last_auroc",
+            "Worst bank, local test": "personal_last_auroc_worst",
+            "Average precision, local test": "personal_last_average_precision",
+        },
+    ),
+    "sensors_hetero": ComparisonTable(
+        ("sensors_hetero",),
+        {
+            **GLOBAL_ACCURACY,
+            "AUROC, global test": "global_last_auroc",
+            **LOCAL_ACCURACY,
+            "Worst person, local test": "personal_last_accuracy_worst",
+        },
+    ),
+    "speech_hetero": ComparisonTable(
+        ("speech_hetero",),
+        {
+            **GLOBAL_ACCURACY,
+            "AUROC, global test": "global_last_auroc",
+            **LOCAL_ACCURACY,
+            "Worst device, local test": "personal_last_accuracy_worst",
+        },
+    ),
+    "text_hetero": ComparisonTable(
+        ("text_hetero",),
+        {
+            **GLOBAL_ACCURACY,
+            "Top-3, global test": "global_last_top3_accuracy",
+            "Perplexity, global test": "global_last_perplexity",
+            **LOCAL_ACCURACY,
+            "Worst phone, local test": "personal_last_accuracy_worst",
+            "Top-3, local test": "personal_last_top3_accuracy",
+        },
+    ),
+    "traffic_hetero": ComparisonTable(
+        ("traffic_hetero",),
+        {
+            "junction 1, GRU": "personal_last_mae:camera_1",
+            "junction 2, GRU": "personal_last_mae:camera_2",
+            "junction 3, 1-D CNN": "personal_last_mae:sensor_1",
+            "junction 4, transformer": "personal_last_mae:sensor_2",
+        },
+        {"persistence": "Persistence", "a week before": "A week before"},
+    ),
+    "private": ComparisonTable(
+        ("private",),
+        {
+            "AUROC, global test": "global_last_auroc",
+            "Balanced accuracy, global test": "global_last_balanced_accuracy",
+            "AUROC, local test": "personal_last_auroc",
+        },
+    ),
+    "survey": ComparisonTable(
+        ("survey",),
+        {
+            "Balanced accuracy, global test": "global_last_balanced_accuracy",
+            "AUROC, global test": "global_last_auroc",
+            **LOCAL_ACCURACY,
+            "Worst client, local test": "personal_last_accuracy_worst",
+        },
+        {
+            "fedavg:logit_adjustment=true:recalibrate=[local_test]": "FedAvg + components",
+            "fedmd:" + DISTILLING: "FedMD + components",
+            "feddf:" + DISTILLING: "FedDF + components",
+            "ds_fl:" + DISTILLING: "DS-FL + components",
+            "hybrid": "Hybrid (with components)",
+            "hybrid:logit_adjustment=false:teacher=mean:align=0:recalibrate=[]": "Hybrid without",
+        },
+        has_needs=True,
+    ),
+    "number_of_clients": ComparisonTable(
+        ("federated_or_single", "effect_of_k", "federated_or_centralized"),
+        GLOBAL_ACCURACY,
+        {
+            "fedavg": "federated, k = 5 of 10, 3 local epochs",
+            "local:clients.per_round=10": "single clients, a tenth of the rows each",
+            **{f"fedavg:clients.per_round={k}": f"k = {k}" for k in (1, 3, 5, 10)},
+            **{
+                f"centralized:clients.defaults.epochs={epochs}": (
+                    f"all rows in one place, epochs per round: {epochs}"
+                )
+                for epochs in (1, 2, 3)
+            },
+        },
+        has_traffic=False,
+        has_seconds=True,
+        first_column="Training",
+    ),
+}
+
+
+def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[Row]]) -> str:
+    """Format a table in Markdown, with the best method of each column in bold.
+
+    References such as centralized training are not marked as best.
+
+    Args:
+        table: Specification of the table.
+        archived: Function that returns the rows of the archived comparison with a given name.
+    """
+    runs: dict[str, list[Row]] = {}
+    for name in table.archives:
+        found: dict[str, list[Row]] = {}
+        for row in archived(name):
+            found.setdefault(row["algorithm"], []).append(row)
+        # A method that several comparisons contain is shown once.
+        runs |= {label: rows for label, rows in found.items() if label not in runs}
+    columns = [_column(runs, key) for key in table.columns.values()]
+    header = [table.first_column, *table.columns]
+    if table.has_traffic:
+        header.append("MB")
+        columns.append({label: _megabytes(rows) for label, rows in runs.items()})
+    if table.has_seconds:
+        header.append("Seconds")
+        columns.append({label: _seconds(rows) for label, rows in runs.items()})
+    alignment = ["left", *["right"] * len(columns)]
+    if table.has_needs:
+        header.append("Needs")
+        columns.append({label: format_needs(label) or MISSING for label in runs})
+        alignment.append("left")
+    lines = [
+        [table.names.get(label) or algorithm_name(label), *(column[label] for column in columns)]
+        for label in runs
+    ]
+    return markdown_table(header, lines, alignment)
+
+
+def _column(runs: Mapping[str, Sequence[Row]], key: str) -> dict[str, str]:
+    """Format the mean ± standard deviation of a metric for each method."""
+    metric = key.partition(":")[0].partition("_last_")[2]
+    is_error = metric in SMALLER_IS_BETTER
+    scale = 1 if is_error else 100
+    values = {
+        label: [scale * row[key] for row in rows if row.get(key) is not None]
+        for label, rows in runs.items()
+    }
+    means = {label: statistics.mean(found) for label, found in values.items() if found}
+    ranked = {label: mean for label, mean in means.items() if not is_bound(label)}
+    best = (min if is_error else max)(ranked.values(), default=None)
+    cells = {label: _cell(found, is_error) for label, found in values.items()}
+    return {
+        label: f"**{cell}**" if ranked.get(label) == best and label in ranked else cell
+        for label, cell in cells.items()
+    }
+
+
+def _cell(values: Sequence[float], is_error: bool) -> str:
+    if not values:
+        return MISSING
+    decimals = 2 if is_error and statistics.mean(values) < 100 else 1
+    text = f"{statistics.mean(values):.{decimals}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{decimals}f}"
+    return text
+
+
+def _megabytes(rows: Sequence[Row]) -> str:
+    if any(row["up_bytes"] is None for row in rows):
+        return MISSING
+    mean = statistics.mean(row["up_bytes"] + row["down_bytes"] for row in rows) / 1e6
+    return format_significant(mean, 3) if mean else "0"
+
+
+def _seconds(rows: Sequence[Row]) -> str:
+    return format_significant(statistics.mean(row["seconds_total"] for row in rows), 2)

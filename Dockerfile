@@ -16,7 +16,7 @@ WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY hetero_fl hetero_fl
 COPY model_zoo model_zoo
-RUN /opt/hetero_fl/bin/pip install ".[flower]"
+RUN /opt/hetero_fl/bin/pip install ".[flower,tables]"
 
 FROM python:${PYTHON}-slim
 COPY --from=build /opt/hetero_fl /opt/hetero_fl

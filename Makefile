@@ -20,7 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DELETE_ON_ERROR:
-.PHONY: help medical test test-all coverage frozen-bits mutants check compare tables docs clean
+.PHONY: help medical test test-all coverage frozen-bits mutants check compare tables docs \
+  docs-build docs-serve clean
 
 help:
 	@echo "make medical   run the main example (six hospitals, chest X-rays) into runs/"
@@ -33,6 +34,8 @@ help:
 	@echo "make compare   compare methods: CONFIG=… ALGORITHMS=… SEEDS=… SET=key=value OUT=…"
 	@echo "make tables    write the tables of docs/results; FROM=\"FOLDER …\" archives runs"
 	@echo "make docs      write the generated pages of docs/reference"
+	@echo "make docs-build  write the documentation site to build/site"
+	@echo "make docs-serve  show the site in a browser and update it while pages are edited"
 	@echo "make clean     remove $(VENV) and caches, keep runs/"
 
 medical: $(VENV)/.installed
@@ -72,6 +75,13 @@ tables: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(PY) scripts/describe_reference.py
 
+# EXECUTE_NOTEBOOKS=false builds the site without the outputs of the notebooks.
+docs-build: $(VENV)/.installed-all
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+docs-serve: $(VENV)/.installed-all
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -79,7 +89,7 @@ clean:
 # Stamp files: packages are installed again only if pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml $(PY)
 	@echo "installing into $(VENV) once; this takes some minutes"
-	$(PY) -m pip install --quiet --editable .
+	$(PY) -m pip install --quiet --editable '.[compare]'
 	@touch $@
 
 $(VENV)/.installed-all: pyproject.toml $(PY)

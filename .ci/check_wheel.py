@@ -17,11 +17,14 @@ from hetero_fl.data import load_source
 WANTED = (
     "hetero_fl/py.typed",
     "model_zoo/py.typed",
+    "hetero_fl/cli/names.json",
     "hetero_fl/data/embedded/chest_xray.npz",
+    "hetero_fl/data/embedded/digits.npz",
     "hetero_fl/data/embedded/LICENSE.md",
     "hetero_fl/reporting/templates/base.html",
     "hetero_fl/reporting/templates/comparison.html",
     "hetero_fl/reporting/templates/report.html",
+    "hetero_fl/reporting/templates/watch.html",
 )
 UNWANTED = ("tests/", "scripts/", "configs/", "benchmarks/", "examples/")
 

@@ -19,6 +19,7 @@ from hetero_fl.cli import main
 from hetero_fl.deployment.audit_log import (
     INITIAL_HASH,
     AuditLog,
+    SiteUsage,
     format_entries,
     traffic_totals,
     verified_head,
@@ -186,6 +187,22 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     log.append(out=1, outcome="done", asked="d", **{**train, "run": "another"})
     found = traffic_totals(log.entries(), "r")
     assert (found.up, found.down) == (16, 15)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"asked": "xy"}, {"task": None}, {"spent": [{"noise": 1.0, "rate": 1.0, "steps": 1}]}],
+    ids=["digest", "task", "charge"],
+)
+def test_usage_refuses_a_task_of_another_form(changed: dict[str, object], tmp_path: Path) -> None:
+    fields: dict[str, object] = {"in": 1, "out": 2, "run": "r", "asked": "0a", "task": "t"}
+    kept = {name: value for name, value in (fields | changed).items() if value is not None}
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append(outcome="done", **kept)
+
+    with pytest.raises(UserError, match=r"^audit log: line 1: expected task, asked in hexadecimal"):
+        SiteUsage.from_log(log.entries(), "r")
+    assert SiteUsage.from_log(log.entries(), "another").sent == 2
 
 
 def test_missing_log_raises_one_line(tmp_path: Path) -> None:

@@ -220,6 +220,31 @@ def test_data_path_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.M
     assert site.data is not None and site.data.path == str(tmp_path.resolve() / "rows.npz")
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hf:rows", "hf:{site}/rows"),
+        ("hf:./missing", "hf:{site}/missing"),
+        ("hf:~/rows", "hf:{home}/rows"),
+        ("hf:ylecun/mnist", "hf:ylecun/mnist"),
+        ("digits", "digits"),
+    ],
+)
+def test_folder_of_a_hugging_face_data_set_is_relative_to_the_site_file(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "site" / "rows").mkdir(parents=True)
+    path = tmp_path / "site" / "site.yaml"
+    path.write_text(yaml.safe_dump({**SITE, "data": {"name": name}}))
+
+    site, _ = load_site_config(path)
+
+    root = tmp_path.resolve()
+    assert site.data is not None
+    assert site.data.name == expected.format(site=root / "site", home=root / "home")
+
+
 def test_client_without_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "server.yaml"
     path.write_text(yaml.safe_dump({"nodes": {"north": "north.pub", "suoth": "south.pub"}}))

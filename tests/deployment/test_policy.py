@@ -320,7 +320,11 @@ class NodeSession:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
-    return NodeSession(tmp_path_factory.mktemp("asked"), {"allows": {"rounds": 2, "epochs": 1}})
+    return NodeSession(
+        tmp_path_factory.mktemp("asked"),
+        {"allows": {"rounds": 2, "epochs": 1}},
+        output__loggers=["csv"],
+    )
 
 
 def other(digit: str) -> str:
@@ -390,6 +394,15 @@ def test_malformed_broadcast_is_refused(session: NodeSession, body: bytes) -> No
     assert answer.head["ask"] == "refused"
 
 
+def test_loggers_run_at_the_server_only(session: NodeSession) -> None:
+    from hetero_fl.deployment.messages import decode_body
+
+    config = decode_body(session.requests["terms"])["config"]
+
+    assert config["output"]["loggers"] == []
+    assert (session.run.path / "metrics.csv").exists()
+
+
 def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> None:
     """Answers that share noise reveal their difference; two scales of it reveal the noise."""
     terms = session.requests["terms"]
@@ -404,6 +417,7 @@ def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> No
     )
     tree = decode_body(terms)
     tree["config"]["runtime"]["workers"] = 7
+    tree["config"]["output"]["loggers"] = [{"kind": "csv"}]
     assert session.repeat("terms", body=message("terms", tree).body).head["ask"] == "told"
     assert session.repeat("roster").head["ask"] == "ready"
 

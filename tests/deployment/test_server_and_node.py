@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import threading
@@ -285,8 +286,9 @@ def test_node_answers_task_with_invalid_round(sites: Sites) -> None:
 
 
 def test_run_stopped_by_flower_is_interrupted(tmp_path: Path) -> None:
+    # Like Flower's signal handler, a library raises SystemExit while the user's code runs.
     def stopped(record: dict[str, Any]) -> None:
-        raise SystemExit
+        argparse.ArgumentParser().exit()
 
     with pytest.raises(SystemExit):
         Federation(tmp_path).serve(small(), callbacks=[stopped])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.privacy.accounting import (
+    MIN_NOISE_MULTIPLIER,
     PrivacyCharge,
     add_charges,
     epsilon_of_history,
@@ -76,7 +77,20 @@ def test_noise_multiplier_meets_target_epsilon(accountant: str) -> None:
     assert worst_epsilon(histories, 0.99 * z, 1e-5, accountant) > 3.0
 
 
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_noise_multiplier_has_a_minimum(accountant: str) -> None:
+    history = ((1.0, 1.0, 1),)
+    small = epsilon_of_history(history, 0.045, 1e-5, accountant)
+    above = epsilon_of_history(history, 1.01 * MIN_NOISE_MULTIPLIER, 1e-5, accountant)
+
+    assert solve_noise_multiplier([history], 1e9, 1e-5, accountant) == MIN_NOISE_MULTIPLIER
+    assert solve_noise_multiplier([history], small, 1e-5, accountant) == MIN_NOISE_MULTIPLIER
+    assert solve_noise_multiplier([history], above, 1e-5, accountant) == pytest.approx(
+        1.01 * MIN_NOISE_MULTIPLIER, abs=2e-4
+    )
+    assert solve_noise_multiplier([()], 1.0, 1e-5, accountant) == MIN_NOISE_MULTIPLIER
+
+
 def test_epsilon_without_steps_is_zero() -> None:
     assert epsilon_of_history((), 1.0, 1e-5) == 0.0
     assert worst_epsilon([], 1.0, 1e-5) == 0.0
-    assert solve_noise_multiplier([()], 1.0, 1e-5) > 0

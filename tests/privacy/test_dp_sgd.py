@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core.mutual_objectives import MutualDistillation
 from hetero_fl.core.objectives import (
     Batch,
     Context,
     ModelView,
     ModelViews,
-    MutualDistillation,
     Objective,
     Proximal,
     ProxyReplay,

@@ -34,7 +34,7 @@ PACKAGES = (
     "deployment",
     "cli",
 )
-MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 14, 735, 260
+MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 14, 735, 360
 # One module per method or group of similar methods.
 WIDE_FOLDERS = {"algorithms"}
 TEST_FOLDERS = {
@@ -214,7 +214,14 @@ def test_tests_and_benchmarks_are_in_matching_folders(top: str, folders: set[str
     loose = {path.name for path in files if len(path.parts) == 1}
 
     assert {path.parts[0] for path in files if len(path.parts) > 1} <= folders
-    assert loose <= {"__init__.py", "__main__.py", "common.py", "conftest.py", "gpu_suite.py"}
+    assert loose <= {
+        "__init__.py",
+        "__main__.py",
+        "common.py",
+        "conftest.py",
+        "gpu_suite.py",
+        "record.py",
+    }
 
 
 def test_tests_have_a_folder_for_each_package() -> None:

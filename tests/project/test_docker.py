@@ -62,7 +62,7 @@ def test_image_contains_the_package() -> None:
     assert all(any(fnmatch(name, f"{source}*") for source in copied) for name in needed)
     assert (
         "flower" in project["project"]["optional-dependencies"]
-        and '".[flower]"' in (ROOT / "Dockerfile").read_text()
+        and '".[flower,tables]"' in (ROOT / "Dockerfile").read_text()
     )
 
 

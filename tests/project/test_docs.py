@@ -19,12 +19,15 @@ import pytest
 import yaml
 
 from benchmarks.__main__ import find_benchmarks
-from hetero_fl.algorithms import register_algorithm
+from hetero_fl import prepare
+from hetero_fl.algorithms import Algorithm, Items, register_algorithm
 from hetero_fl.algorithms.requirements import describe_needs, format_needs
 from hetero_fl.cli import main
 from hetero_fl.cli.commands import APP
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.deployment.config import load_server_config, load_site_config
 from hetero_fl.experiment.configuration import load_config
+from model_zoo import list_models
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,6 +40,7 @@ LONG = {  # run elsewhere: here they are parsed
     "configs/finance_hetero.yaml",
     "configs/text_hetero.yaml",
     "configs/sensors_hetero.yaml",
+    "configs/speech_hetero.yaml",
 }
 OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {
     "server.yaml": load_server_config,
@@ -86,6 +90,13 @@ def test_every_block_runs(page: Path, folder: Path) -> None:
                 run_or_parse(line)
 
 
+@pytest.mark.slow
+def test_each_block_of_own_data_runs_alone(folder: Path) -> None:
+    for language, text, _ in blocks(ROOT / "docs" / "how_to" / "own_data.md"):
+        if language == "python":
+            exec(compile(text, "own_data.md", "exec"), {})
+
+
 def commands_in(text: str) -> Iterator[str]:
     """Yield the commands of a console block, without comments and with continued lines joined."""
     for line in text.replace("\\\n", " ").splitlines():
@@ -101,7 +112,7 @@ def run_or_parse(line: str) -> None:
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{rest[0]}:", makefile, re.MULTILINE), line
         return
-    if first in ("git", "cd", "pip", ".ci/run", "tensorboard", "ray"):
+    if first in ("git", "cd", "pip", ".ci/run", "tensorboard", "ray", "wandb", "mlflow"):
         return
     if first == "torchrun":
         # Its own options precede the command.
@@ -109,7 +120,7 @@ def run_or_parse(line: str) -> None:
         first, rest = "python", rest[script:]
     if first == "python":
         if rest[0] == "-m":
-            assert rest[1] in ("model_zoo", "pytest", "benchmarks"), line
+            assert rest[1] in ("model_zoo", "pytest", "benchmarks", "hetero_fl"), line
             if rest[1] == "benchmarks" and len(rest) > 2:
                 assert rest[2] in find_benchmarks(), line
             return
@@ -156,6 +167,13 @@ def test_index_links_to_every_page() -> None:
     assert not missing, f"docs/README.md has no link to {sorted(missing)}"
 
 
+def test_own_model_lists_each_model_of_the_zoo() -> None:
+    text = (ROOT / "docs" / "how_to" / "own_model.md").read_text(encoding="utf-8")
+    table = text.partition("| family | models |")[2].partition("\n\n")[0]
+
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(list_models())
+
+
 def test_architecture_lists_each_package_once() -> None:
     text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
     packages = re.findall(r"^\| `(hetero_fl/\w*/?)`", text, re.MULTILINE)
@@ -165,9 +183,11 @@ def test_architecture_lists_each_package_once() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings on GitHub."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    """Return the anchors of a page on GitHub: its headings and its elements `<a id=...>`."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    targets = re.findall(r'<a id="([^"]+)">', text)
+    return {*targets, *(re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings)}
 
 
 INDEX = ROOT / "docs" / "reference" / "methods.md"
@@ -191,6 +211,34 @@ def test_each_method_has_one_section_with_its_settings(name: str) -> None:
         assert f"| `{key}` |" in section, key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"centralized", "ensemble"}))
+def test_each_broadcast_item_is_in_the_table_of_its_method(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: set[str] = set()
+    method = register_algorithm[name]
+    broadcast = method.broadcast
+
+    def record(self: Algorithm, server: Participant, recipient: ClientInfo) -> Items:
+        items = broadcast(self, server, recipient)
+        sent.update(items)
+        return items
+
+    monkeypatch.setattr(method, "broadcast", record)
+    groups = "[{name: a, count: 2, model: mlp}, {name: b, model: {name: mlp, hidden: [32]}}]"
+    overrides = [f"algorithm.name={name}", f"clients.groups={groups}", "data.proxy.size=100"]
+    trainer = prepare(str(ROOT / "configs/digits_quickstart.yaml"), overrides).make_trainer()
+    for _ in range(2):
+        trainer.run_round()
+    trainer.evaluate()
+    heading = re.compile(rf"^## `{name}`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    pages = (INDEX.parent / "methods").glob("*.md")
+    (section,) = [text for page in pages for text in heading.findall(page.read_text("utf-8"))]
+
+    assert sent == set(re.findall(r"^\| `(\w+)` \| down \|", section, re.MULTILINE))
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_index_links_to_each_method(name: str) -> None:
     ((page, needs),) = re.findall(
@@ -202,7 +250,7 @@ def test_index_links_to_each_method(name: str) -> None:
     assert needs == (format_needs(describe_needs(register_algorithm[name]())) or "–")
 
 
-def test_every_scenario_has_a_row() -> None:
-    pages = (ROOT / "docs" / "scenarios" / "README.md").read_text().partition("## The pages")[2]
+def test_every_scenario_is_in_the_gallery() -> None:
+    gallery = (ROOT / "docs" / "scenarios" / "README.md").read_text().partition("## Gallery")[2]
     for page in (ROOT / "docs" / "scenarios").glob("[a-z]*.md"):
-        assert f"({page.name})" in pages
+        assert f"]({page.name})\n" in gallery

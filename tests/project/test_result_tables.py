@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import record
+from benchmarks.science.comparison_tables import ComparisonTable, comparison_table
 from benchmarks.science.component_tables import (
     GLOBAL,
     TABLES as COMPONENT_TABLES,
@@ -282,3 +284,73 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
     for row, result in zip(kept, rows, strict=True):
         assert {key: row[key] for key in result} == result
     assert "| Local | " in script.section(kept)
+
+
+def test_comparison_table_marks_the_best_method_but_no_bound() -> None:
+    rows = [
+        {
+            "algorithm": label,
+            "seed": seed,
+            "global_last_accuracy": score + seed / 50,
+            "global_last_perplexity": 1 / score,
+            "up_bytes": 1e6,
+            "down_bytes": 2e6,
+            "seconds_total": 3.0,
+        }
+        for label, score in (("local", 0.5), ("fedavg", 0.7), ("centralized", 0.9))
+        for seed in (0, 1)
+    ]
+    columns = {
+        "Accuracy": "global_last_accuracy",
+        "Perplexity": "global_last_perplexity",
+        "Of a client": "personal_last_mae:site_1",
+    }
+
+    shown = read_rows(
+        comparison_table(ComparisonTable(("a",), columns, {"local": "alone"}), lambda _: rows)
+    )
+
+    assert [list(row.values()) for row in shown] == [
+        ["alone", "51.0 ± 1.4", "2.00 ± 0.00", "–", "3.00"],
+        ["FedAvg", "**71.0 ± 1.4**", "**1.43 ± 0.00**", "–", "3.00"],
+        ["Centralized", "91.0 ± 1.4", "1.11 ± 0.00", "–", "3.00"],
+    ]
+
+
+def test_recorded_output_names_the_command_and_the_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "MEASUREMENTS", tmp_path / "measurements")
+    monkeypatch.setattr(sys, "argv", ["record", "sums", "secure_sum", "--quick"])
+
+    record.main()
+
+    lines = (tmp_path / "measurements" / "sums.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "$ python -m benchmarks secure_sum --quick"
+    assert re.match(r"# ([0-9a-f]{7,}\+?|\d\.\d.*), \d+ cores, .+, Python 3", lines[1])
+    assert lines[2].startswith("| clients | numbers |") and lines[4].startswith("| 5 | 1,000 |")
+
+
+def test_output_of_the_command_line_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "MEASUREMENTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["record", "version", "hetero-fl", "--version"])
+
+    record.main()
+
+    first, _, output = (tmp_path / "version.txt").read_text(encoding="utf-8").splitlines()
+    assert first == "$ hetero-fl --version"
+    assert output.startswith("hetero-fl ")
+
+
+def test_output_of_a_failed_benchmark_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "MEASUREMENTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["record", "sums", "no_such_benchmark"])
+
+    with pytest.raises(SystemExit, match="nothing was archived"):
+        record.main()
+
+    assert not list(tmp_path.iterdir())

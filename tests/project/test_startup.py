@@ -38,6 +38,14 @@ STARTS = {
         "from hetero_fl.cli import main\nmain(['audit', '--help'])",
         HEAVY | {"torch", "numpy", "pydantic"},
     ),
+    "the list of methods": (
+        "from hetero_fl.cli import main\nassert main(['methods']) == 0",
+        HEAVY - {"rich"} | {"torch", "numpy", "pydantic"},
+    ),
+    "the package": (
+        "import hetero_fl, hetero_fl.utils.errors",
+        HEAVY | {"torch", "numpy", "pydantic", "click", "model_zoo"},
+    ),
     "the digits": (
         "from hetero_fl.data import load_source\nfrom hetero_fl.config.data import SourceConfig\n"
         "from pathlib import Path\n"
@@ -45,6 +53,15 @@ STARTS = {
         HEAVY - {"omegaconf"},
     ),
     "a run": ("import hetero_fl.experiment", HEAVY - {"rich"}),
+    "a run with plots and a report": (
+        "from tempfile import mkdtemp\nimport hetero_fl\n"
+        "config = {'data': {'name': 'digits', 'proxy': {'size': 200}}, 'rounds': 1}\n"
+        "config |= {'clients': {'count': 2}, 'algorithm': {'name': 'hybrid'}}\n"
+        "run = hetero_fl.run(config, out=mkdtemp())\n"
+        "assert (run.path / 'report.html').stat().st_size > 0\n"
+        "assert (run.path / 'plots' / 'curves.png').stat().st_size > 0",
+        {"pandas", "scipy", "sklearn", "timm", "torchvision", "tabulate"},
+    ),
 }
 
 

@@ -1,0 +1,80 @@
+"""The archive of the benchmark: up to date with the code, and repeatable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import hetero_fl
+from hetero_fl.config.load import read_config_file
+from hetero_fl.experiment.benchmark.archive import ConfigArchive, flatten_config
+from hetero_fl.experiment.benchmark.protocol import Benchmark
+from hetero_fl.experiment.benchmark.results import BenchmarkResults
+from hetero_fl.experiment.benchmark.runner import federation_overrides
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.reporting.comparison.report import comparison_row
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import split_top_level
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "configs" / "benchmark"
+ARCHIVE = ROOT / "docs" / "benchmark"
+BENCHMARK = Benchmark.load(FOLDER)
+ARCHIVED = [name for name in BENCHMARK.federations if (ARCHIVE / f"{name}.csv").exists()]
+MAIN = [name for name in ARCHIVED if BENCHMARK.federations[name].tuned_as is None]
+SCORES = ("global_last_balanced_accuracy", "personal_last_accuracy")
+TOLERANCE = 0.05
+"""Largest difference of a repeated score.
+
+On the machine of the archive, repeated scores are equal. On other processors, sums are rounded
+differently, and single runs of small federations differ by a few points.
+"""
+
+
+@pytest.mark.parametrize("name", ARCHIVED)
+def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -> None:
+    federation = BENCHMARK.federations[name]
+    source = read_config_file(federation.config)
+    overrides = federation_overrides(BENCHMARK, name)
+    current = {
+        row.name: flatten_config(load_config(source, [*overrides, *row.variant.overrides]))
+        for row in BENCHMARK.rows_of(name)
+    }
+    archive = ConfigArchive(ARCHIVE / f"{name}_configs.json")
+    assert archive.configs.keys() == current.keys()
+    assert archive.outdated(current) == {}, "repeat the runs with `hetero-fl benchmark`"
+
+
+def test_the_page_of_results_is_up_to_date() -> None:
+    page = (ARCHIVE / "results.md").read_text(encoding="utf-8")
+    assert page == BenchmarkResults(FOLDER, ARCHIVE).page(), "run `hetero-fl benchmark --tables`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAIN)
+def test_the_cheapest_archived_run_can_be_repeated(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    frame = BenchmarkResults(FOLDER, ARCHIVE).scores[name].frame
+    archived = frame.loc[frame["seconds_total"].idxmin()]
+    federation = BENCHMARK.federations[name]
+    (row,) = (
+        row
+        for row in BENCHMARK.rows_of(name)
+        if (row.method, row.components) == (archived["method"], archived["components"])
+    )
+    overrides = [
+        *federation_overrides(BENCHMARK, name),
+        *row.variant.overrides,
+        *split_top_level(archived["settings"], ":"),
+        f"seed={archived['seed']}",
+    ]
+    try:
+        run = hetero_fl.run(federation.config, out=tmp_path / "run", overrides=overrides)
+    except UserError as error:
+        pytest.skip(f"the data set is not available: {error}")
+    repeated = comparison_row(run.summary)
+    for score in SCORES:
+        assert repeated[score] == pytest.approx(archived[score], abs=TOLERANCE), score

@@ -38,6 +38,8 @@ VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
 
 # Commands that are repeated to continue.
 REPEATABLE = ("benchmark", "compare")
+# Commands whose runs have checkpoints.
+RESUMABLE = ("train", "federate")
 # Options that may also precede the command.
 LEADING_OPTIONS = re.compile(r"-[qv]+|--verbose|--quiet")
 
@@ -207,7 +209,9 @@ def _describe_early_interrupt(invocation: Invocation) -> str:
     """Return the message for a command that was interrupted before its run began."""
     if invocation.command in REPEATABLE:
         return f"interrupted; to resume: {shlex.join(invocation.command_line)}"
-    return "interrupted before the first checkpoint; there is no run to resume"
+    if invocation.command in RESUMABLE:
+        return "interrupted before the first checkpoint; there is no run to resume"
+    return "interrupted"
 
 
 def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:

@@ -135,6 +135,17 @@ def test_interrupt_before_the_run_promises_no_resume(
     assert capsys.readouterr().err == message
 
 
+def test_interrupt_of_a_command_without_checkpoints(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hetero_fl.reporting.run.Run", stop)
+    assert main(["join", "a run", "--data", "digits"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("command", ["compare", "benchmark"])
 def test_interrupt_before_the_first_run_of_many_repeats_the_command(
     command: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -59,12 +59,15 @@ def test_check_reports_outdated_pages(
         monkeypatch.setattr(sys, "argv", ["describe_reference.py", *arguments])
         return int(script.main())
 
-    monkeypatch.setattr(script, "REFERENCE", tmp_path)
+    pages, names = tmp_path / "reference", tmp_path / "names.json"
+    names.write_text(script.completion_names(), encoding="utf-8")
+    monkeypatch.setattr(script, "REFERENCE", pages)
+    monkeypatch.setattr(script, "NAMES", names)
 
-    assert run("--check") == 1 and not list(tmp_path.iterdir())
+    assert run("--check") == 1 and not pages.exists()
     assert run() == 0 and run("--check") == 0
     capsys.readouterr()
-    (tmp_path / "methods" / "bounds.md").write_text("stale", encoding="utf-8")
+    (pages / "methods" / "bounds.md").write_text("stale", encoding="utf-8")
     assert run("--check") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "docs/reference/methods/bounds.md: outdated; run `make docs`"

@@ -15,6 +15,7 @@ import hetero_fl
 import model_zoo
 from hetero_fl import algorithms, data
 from hetero_fl.algorithms import register_algorithm
+from hetero_fl.data import registry
 
 ROOT = Path(__file__).parents[2]
 MODULES = [
@@ -42,6 +43,8 @@ def public_objects() -> Iterator[tuple[str, object]]:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_module_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # An example registers a data source, which later tests in this process must not see.
+    monkeypatch.setattr(registry, "_sources", dict(registry._sources))
     module: ModuleType = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=OPTIONS)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP
@@ -25,6 +25,7 @@ from hetero_fl.reporting.rendering import markdown_table
 GLOBAL = "global_last_balanced_accuracy"
 AUROC = "global_last_auroc"
 LOCAL = "personal_last_accuracy"
+NO_RUNS = "No runs yet."
 DISTILLING = ("fedmd", "feddf", "ds_fl", "hybrid")
 AVERAGING = ("fedavg", "fedprox", "fedadam", "fedbn", "ditto")
 CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
@@ -78,26 +79,35 @@ def archive_table(results: BenchmarkResults, name: str) -> str:
 
     Args:
         results: The archive.
-        name: `progress`, `primary`, `best rows`, `local differences`, the name of a table in
-            `TABLES`, or `summary of <federation>`.
+        name: Name of a table in `SPECIAL` or `TABLES`, or `summary of <federation>`.
     """
-    if name == "progress":
-        missing = results.incomplete
-        return f"**Preliminary:** runs are missing in {'; '.join(missing)}." if missing else ""
-    if name == "primary":
-        return primary_table(results.primary_tests(), results.benchmark.protocol.primary.method)
-    if name == "best rows":
-        return difference_table(results.best_row_differences())
-    if name == "local differences":
-        return _local_difference_table(results)
+    if name in SPECIAL:
+        return SPECIAL[name](results)
     if name.startswith("summary of "):
         return _summary_table(results, results.scores[name.removeprefix("summary of ")])
     table = TABLES[name]
     rows = [(method, components) for method in table.methods for components in table.components]
     # Links to a row are valid before it has runs.
-    federations, keep_empty = results.groups[table.group], bool(table.anchor)
+    federations, keep_empty = results.groups.get(table.group, []), bool(table.anchor)
+    if not keep_empty and not any(federation.rows for federation in federations):
+        return NO_RUNS
     text = score_table(federations, rows, table.metric, results.names, keep_empty)
     return _with_anchors(text, table.anchor) if table.anchor else text
+
+
+def _progress(results: BenchmarkResults) -> str:
+    missing = results.incomplete
+    return f"**Preliminary:** runs are missing in {'; '.join(missing)}." if missing else ""
+
+
+def _primary_table(results: BenchmarkResults) -> str:
+    tests = results.primary_tests()
+    return primary_table(tests, results.benchmark.protocol.primary.method) if tests else NO_RUNS
+
+
+def _best_row_table(results: BenchmarkResults) -> str:
+    differences = results.best_row_differences()
+    return difference_table(differences) if differences else NO_RUNS
 
 
 def _local_difference_table(results: BenchmarkResults) -> str:
@@ -116,7 +126,16 @@ def _local_difference_table(results: BenchmarkResults) -> str:
         if difference is not None:
             titles = [row_title(row, results.names) for row in (hybrid, best)]
             found[federation.title, titles[0], titles[1]] = difference
-    return difference_table(found)
+    return difference_table(found) if found else NO_RUNS
+
+
+SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
+    "progress": _progress,
+    "primary": _primary_table,
+    "best rows": _best_row_table,
+    "local differences": _local_difference_table,
+}
+"""Functions that format the tables that are not in `TABLES`, keyed by name."""
 
 
 def _with_anchors(text: str, anchor: str) -> str:

@@ -183,14 +183,14 @@ class FederationSpec:
             metrics=config.evaluation.metrics,
         )
 
-    def score(self, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
+    def score(self, logits: Tensor, y: Tensor, columns: Examples) -> Scores:
         """Compute the metrics of the task and the user-defined metrics.
 
         Args:
             logits: Outputs, shape `[N, C]`.
             y: Targets, shape `[N]` (classes) or `[N, C]`.
-            unit: Factors by which outputs and targets of a regression are multiplied, shape `[N]`.
-                If None, the factors are 1.
+            columns: Further columns of the examples, such as the units of a regression and the
+                candidates of a ranking.
 
         Returns:
             The scores, keyed by the name of the metric.
@@ -198,7 +198,7 @@ class FederationSpec:
         Raises:
             RunFailedError: If a user-defined metric raises an exception.
         """
-        scores = score(self.task, logits, y, unit)
+        scores = score(self.task, logits, y, columns.unit, columns.candidates)
         for name, reference in self.metrics.items():
             function = load_metric(name, reference)
             with translate_user_errors():

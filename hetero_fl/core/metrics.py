@@ -53,10 +53,7 @@ def metric_names(task: Task) -> tuple[str, ...]:
     """
     if task.kind == "regression":
         return REGRESSION
-    if task.has_many_classes:
-        names = MANY
-    else:
-        names = CLASSIFICATION if task.rare is None else RARE
+    names = MANY if task.has_many_classes else CLASSIFICATION if task.rare is None else RARE
     return (*RANKING, *names) if task.is_ranking else names
 
 

@@ -289,7 +289,8 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
     """Return the SHA-256 hash of sets of rows.
 
-    The hash includes the inputs, targets, times, units and candidates, but not the groups and patients.
+    The hash includes the inputs, targets, times, units and candidates, but not the groups and
+    patients.
 
     Args:
         about: Description that is included in the hash.

@@ -32,7 +32,7 @@ from hetero_fl.core.participant import (
     copy_tree,
 )
 from hetero_fl.core.task import Task
-from hetero_fl.data import FederatedData, Preprocess
+from hetero_fl.data import Examples, FederatedData, Preprocess
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.federation.state_store import PrivateState

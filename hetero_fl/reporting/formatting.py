@@ -91,8 +91,8 @@ def format_metric(value: float | None, metric: str) -> str:
     """Format the value of a metric.
 
     Accuracies, hit rates and F1 scores are formatted as percentages (`84.7%`), AUROC, average
-    precision, NDCG and R² with three decimals (`0.944`), and errors and losses with three significant digits. If the value
-    is None, a dash is returned.
+    precision, NDCG and R² with three decimals (`0.944`), and errors and losses with three
+    significant digits. If the value is None, a dash is returned.
     """
     if value is None:
         return MISSING

@@ -1,4 +1,4 @@
-"""Histories of movies as examples of next-movie prediction, and the division of users and movies."""
+"""Histories of movies as examples of next-movie prediction, and the roles of users and movies."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
     """Create a data set from the ratings of users.
 
     The movies of a user who trains are divided in chronological order: training movies, then
-    `validation_movies` and `test_movies`, which are the local sets of the user's group. Users with
-    fewer than two training movies under this rule have training movies only. The global sets contain
-    the last movies of users who do not train, whose number is 0.
+    `validation_movies` and `test_movies`, which are the local sets of the user's group. If fewer
+    than three movies are left for training, the user has training movies only. The global sets
+    contain the last movies of users who do not train, whose number is 0.
 
     Args:
         name: Name of the data set.

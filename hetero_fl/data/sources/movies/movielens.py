@@ -127,9 +127,9 @@ def _read_rows(
     try:
         content = file.read_text(encoding=layout.encoding)
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        number = file.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(
-            f"path: {file}: line {line}: not encoded in UTF-8; save the file as UTF-8"
+            f"path: {file}: line {number}: not encoded in UTF-8; save the file as UTF-8"
         ) from error
     except OSError as error:
         raise UserError(f"path: {file}: {error.strerror}") from error

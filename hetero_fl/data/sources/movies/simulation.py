@@ -1,4 +1,4 @@
-"""Generated users who watch movies: tastes by region, popular movies, and movies that follow others.
+"""Generated users who watch movies, with tastes by region, popular movies and sequels.
 
 A user chooses the next movie in one of two ways. With probability `FOLLOW`, the user watches one of
 the `FOLLOWERS` movies that often follow the last one, such as its sequel; the followers of a movie
@@ -18,7 +18,7 @@ from hetero_fl.data.sources.movies.histories import Ratings, User
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
 REGIONS = ("capital", "coast", "islands", "lakes", "mountains", "plains")
-USERS = 80
+USERS = 120
 """Number of users of each region."""
 GENRES = (
     "action",
@@ -26,10 +26,8 @@ GENRES = (
     "animation",
     "comedy",
     "crime",
-    "documentary",
     "drama",
     "family",
-    "history",
     "horror",
     "romance",
     "western",

@@ -44,7 +44,7 @@ class _MatrixFactorization(_UserModel):
     @override
     def forward(self, x: Tensor) -> Tensor:
         user, items, count = self.embed(x)
-        features: Tensor = user + items.sum(1) * count.rsqrt()
+        features: Tensor = user + items.sum(1) * count.to(items.dtype).rsqrt()
         return features
 
 

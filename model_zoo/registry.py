@@ -13,7 +13,16 @@ from typing import Any
 from torch import nn
 
 from model_zoo import external, user_models
-from model_zoo.backbones import cnn, multimodal, resnet, sequence, tabular, text, transformer
+from model_zoo.backbones import (
+    cnn,
+    multimodal,
+    recommendation,
+    resnet,
+    sequence,
+    tabular,
+    text,
+    transformer,
+)
 from model_zoo.errors import InputError, ModelError, suggest_names
 from model_zoo.external import external_backbone
 from model_zoo.plugins import PluginError, Plugins
@@ -246,6 +255,21 @@ MODELS: dict[str, CatalogEntry] = {
     ),
     "text_transformer": CatalogEntry(
         "embedded words under a small transformer", text.text_transformer, TOKENS
+    ),
+    "matrix_factorization": CatalogEntry(
+        "vectors of a user and of the last items (Koren, 2008)",
+        recommendation.matrix_factorization,
+        TOKENS,
+    ),
+    "neural_filtering": CatalogEntry(
+        "perceptron on a user and the last items (He et al., 2017)",
+        recommendation.neural_filtering,
+        TOKENS,
+    ),
+    "gru4rec": CatalogEntry(
+        "gated recurrent units over the last items (Hidasi et al., 2016)",
+        recommendation.gru4rec,
+        TOKENS,
     ),
 }
 

@@ -81,6 +81,7 @@ TASK = Task("multiclass", 2)
 PICTURES = {
     "medical_hetero": TASK,
     "comparisons/finance_hetero": Task("multiclass", 2, rare=1),
+    "comparisons/recommendation_hetero": Task("multiclass", 200, is_ranking=True),
     "comparisons/sensors_hetero": Task("multiclass", 6),
     "comparisons/speech_hetero": Task("multiclass", 10),
     "comparisons/text_hetero": Task("multiclass", 199),

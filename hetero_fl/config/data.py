@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     Field,
@@ -13,6 +13,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from typing_extensions import Self
 
 from hetero_fl.config.base import ConfigSection, choice_type, format_value
 
@@ -93,7 +94,21 @@ class SeriesConfig(ConfigSection):
         return self
 
 
-class TextConfig(ConfigSection):
+class SharedSettings(ConfigSection):
+    """Settings that a data set has in common with its proxy set and with data that is evaluated.
+
+    Attributes:
+        selection: Settings that select rows of the main data set, and do not apply to others.
+    """
+
+    selection: ClassVar[tuple[str, ...]] = ()
+
+    def for_other_data(self) -> Self:
+        """Return a copy without the settings that only apply to the main data set."""
+        return self.model_copy(update=dict.fromkeys(self.selection))
+
+
+class TextConfig(SharedSettings):
     """Conversion of text to tokens. The vocabulary never depends on a client's text."""
 
     predict: choice_type("next", "class") = Field(  # type: ignore[valid-type]
@@ -132,11 +147,13 @@ class WindowsConfig(ConfigSection):
     )
 
 
-class SpeechConfig(ConfigSection):
+class SpeechConfig(SharedSettings):
     """Recordings of words: which words and speakers, and their log-mel features.
 
     The defaults of the features are those of the micro speech example of TensorFlow.
     """
+
+    selection = ("speakers",)
 
     words: tuple[str, ...] | None = Field(
         None, min_length=2, description="words to recognize; `null`: all words"
@@ -193,6 +210,52 @@ class SpeechConfig(ConfigSection):
         return self
 
 
+class MoviesConfig(SharedSettings):
+    """Movies that users have rated: histories of movies, and which movies and users are held out.
+
+    The last movies of each user are held out. Some users do not train at all: the public users
+    provide the proxy set, others the global validation and test sets.
+    """
+
+    selection = ("groups",)
+
+    length: PositiveInt = Field(
+        10, description="movies before the next movie; shorter histories are padded on the left"
+    )
+    min_rating: float = Field(0.0, description="ratings below this value are ignored")
+    groups: PositiveInt | None = Field(
+        None, description="number of groups to train on, those with the most movies; `null`: all"
+    )
+    validation_movies: PositiveInt = Field(
+        1, description="movies of each user for validation, before the test movies"
+    )
+    test_movies: PositiveInt = Field(2, description="last movies of each user, for the test")
+    validation_users: float = Field(
+        0.05, gt=0, lt=1, description="share of the users for the global validation set"
+    )
+    test_users: float = Field(
+        0.15, gt=0, lt=1, description="share of the users for the global test set"
+    )
+    public_users: float = Field(
+        0.1, ge=0, lt=1, description="share of the users whose movies are public, for a proxy set"
+    )
+    sampled: PositiveInt = Field(
+        100,
+        description="movies that the user has not seen, among which sampled metrics rank a movie",
+    )
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> MoviesConfig:
+        """Check that some users remain for training."""
+        held_out = self.validation_users + self.test_users + self.public_users
+        if held_out > 0.9:
+            raise ValueError(
+                "validation_users + test_users + public_users must be <= 0.9, which leaves users "
+                f"to train on, got {held_out:g}"
+            )
+        return self
+
+
 class ColumnsConfig(ConfigSection):
     """Columns of a Hugging Face data set by their use."""
 
@@ -244,7 +307,9 @@ class SourceConfig(ConfigSection):
     group: str | None = Field(
         None,
         description="tables, Hugging Face data sets and WILDS: column that names the client of "
-        "each row (`natural` partition); `image_folder`: kind of the outer folders, such as site",
+        "each row (`natural` partition); `image_folder`: kind of the outer folders, such as site; "
+        "movies: `region`, the first digit of the zip code, or `user`; `null`: `region` if there "
+        "are zip codes",
     )
     patient: str | None = Field(
         None,
@@ -291,6 +356,11 @@ class SourceConfig(ConfigSection):
         None,
         description="speech sources: words, speakers and log-mel features; a proxy source uses the "
         "settings of `data`",
+    )
+    movies: MoviesConfig | None = Field(
+        None,
+        description="movie sources: histories and held-out users; a proxy source uses the settings "
+        "of `data`",
     )
     text: TextConfig | None = Field(
         None,

@@ -34,6 +34,9 @@ MANY = (
     "average_precision",
     "loss",
 )
+TOP = 10
+"""Number of items that are recommended in the metrics of a ranking."""
+RANKING = ("ndcg_10", "hit_rate_10", "sampled_ndcg_10", "sampled_hit_rate_10")
 # Metrics of larger magnitude are undefined. All other metrics can be squared and summed in float32.
 MAX_METRIC_VALUE = 1e18
 SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
@@ -50,21 +53,28 @@ def metric_names(task: Task) -> tuple[str, ...]:
     """
     if task.kind == "regression":
         return REGRESSION
-    if task.has_many_classes:
-        return MANY
-    return CLASSIFICATION if task.rare is None else RARE
+    names = MANY if task.has_many_classes else CLASSIFICATION if task.rare is None else RARE
+    return (*RANKING, *names) if task.is_ranking else names
 
 
 def selection_metric(task: Task) -> tuple[str, int]:
     """Return the metric that selects the best round, and 1 if larger is better, otherwise -1."""
     if task.kind == "regression":
         return "mae", -1
+    if task.is_ranking:
+        return RANKING[0], 1
     if task.has_many_classes:
         return "accuracy", 1
     return ("balanced_accuracy" if task.kind == "multiclass" and task.rare is None else "auroc"), 1
 
 
-def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
+def score(
+    task: Task,
+    logits: Tensor,
+    y: Tensor,
+    unit: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Scores:
     """Compute all metrics of a task for the outputs of one model.
 
     Multiclass:
@@ -80,6 +90,9 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     - `loss`: mean cross-entropy.
     - `top3_accuracy` and `perplexity` (exponential of the loss): only for tasks with 20 or more
       classes.
+    - `hit_rate_10`, `ndcg_10`, `sampled_hit_rate_10` and `sampled_ndcg_10`: only for tasks with
+      `is_ranking` (see `ranking_metrics`). The first two rank the true class among all classes, the
+      last two among the classes in `candidates`, without which they are None.
 
     Multilabel: the same metrics, computed for each label and averaged over the labels for which
     they are defined. `macro_f1` and `average_precision` of a label refer to the positive class.
@@ -106,6 +119,8 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
         y: Targets, shape `[N]` (classes) or `[N, C]`.
         unit: Factor by which outputs and targets of each example are multiplied in a regression,
             shape `[N]`. If None, nothing is multiplied. Ignored for other tasks.
+        candidates: Classes with which the true class is compared in the sampled metrics of a
+            ranking, int64 `[N, K]`. Ignored for other tasks.
 
     Returns:
         The metrics, keyed by name, in the order of `metric_names`.
@@ -150,6 +165,8 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
         defined = loss is not None and bool(outputs.isfinite().all())
         found["top3_accuracy"] = in_top3.double().mean() if defined else None
         found["perplexity"] = loss.exp() if loss is not None else None
+    if task.is_ranking:
+        found |= _rankings(outputs, y, candidates)
     if task.rare is not None and found["average_precision"] is not None:
         found["average_precision"] = _ranking(
             outputs.softmax(1).T[[task.rare]], (y == task.rare)[None]
@@ -219,6 +236,49 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
         precision.mean() if (num_true < len(y)).all() else None,
         functional.cross_entropy(logits, y),
     ]
+
+
+def ranking_metrics(scores: Tensor, y: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """Compute the NDCG and the hit rate of the first ten recommended items.
+
+    The rank r of the true item is 1 plus the number of other items with at least the same score, so
+    that ties count against a model. An example has the hit rate 1 if r <= 10, otherwise 0. As one
+    item is relevant, the normalized discounted cumulative gain is `1 / log2(r + 1)` if r <= 10,
+    otherwise 0 (He et al., "Neural Collaborative Filtering", WWW 2017, section 4.1).
+
+    Args:
+        scores: Scores of all items, shape `[N, C]`.
+        y: True items, int64 `[N]`.
+        candidates: Items with which the true item is compared, int64 `[N, K]`. They do not contain
+            the true item. If None, the true item is compared with all other items.
+
+    Returns:
+        Means of the NDCG and of the hit rate over the examples, float64 `[2]`.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.metrics import ranking_metrics
+        >>> scores = torch.arange(20.0).flip(0).expand(2, 20)
+        >>> ranking_metrics(scores, torch.tensor([2, 15]))
+        tensor([0.2500, 0.5000], dtype=torch.float64)
+    """
+    true_scores = scores.gather(1, y[:, None])
+    others = scores if candidates is None else scores.gather(1, candidates)
+    # Among all items, the true item itself has at least its own score.
+    rank = (others >= true_scores).sum(1).double() + (candidates is not None)
+    is_hit = (rank <= TOP).double()
+    return torch.stack([(is_hit / torch.log2(rank + 1)).mean(), is_hit.mean()])
+
+
+def _rankings(logits: Tensor, y: Tensor, candidates: Tensor | None) -> dict[str, Tensor | None]:
+    """Return the metrics in `RANKING`, which are None for outputs with NaN or infinity."""
+    is_defined = bool(logits.isfinite().all())
+    found: list[Tensor | None] = [None] * len(RANKING)
+    if is_defined:
+        found[:2] = ranking_metrics(logits, y)
+    if is_defined and candidates is not None:
+        found[2:] = ranking_metrics(logits, y, candidates.to(logits.device))
+    return dict(zip(RANKING, found, strict=True))
 
 
 def _multilabel(logits: Tensor, y: Tensor) -> list[Tensor | None]:

@@ -98,7 +98,11 @@ class SavedModel:
             "form": FORM,
             "architecture": asdict(self.arch),
             "preprocess": self.preprocess,
-            "task": {name: value for name, value in asdict(self.task).items() if value != ""},
+            "task": {
+                name: value
+                for name, value in asdict(self.task).items()
+                if value != "" and value is not False
+            },
             "log_prior": self.log_prior,
             **({} if self.correction is None else {"correction": self.correction}),
             **({"columns": self.columns} if self.columns else {}),
@@ -137,6 +141,7 @@ class SavedModel:
                 tuple(fields["names"]),
                 fields.get("unit", ""),
                 fields.get("rare"),
+                fields.get("is_ranking", False),
             )
             preprocess = {k: freeze_lists(v) for k, v in metadata["preprocess"].items()}
             prior = metadata["log_prior"]

@@ -28,6 +28,8 @@ class Task:
         rare: Index of the class to which fewer than a tenth of the training rows belong, in a
             binary task. None if there is no such class. The average precision of a rare class is
             more informative than accuracy.
+        is_ranking: Whether the classes are items to recommend, so that the rank of the true class
+            matters, for example the next movie of a user.
 
     Example:
         >>> from hetero_fl.core.task import Task
@@ -41,6 +43,7 @@ class Task:
     names: tuple[str, ...] = ()
     unit: str = ""
     rare: int | None = None
+    is_ranking: bool = False
 
     def describe(self) -> str:
         """Return a short description, such as `2 classes: no, yes`."""

@@ -181,7 +181,7 @@ def _check_float_targets(
 
 
 def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
-    """Check times, units and baselines."""
+    """Check times, units, candidates and baselines."""
     time = examples.time
     unit = examples.unit
     if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
@@ -200,6 +200,8 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
             )
         if (row := first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
             raise UserError(f"{where}: unit: row {row}: must be > 0, got {float(unit[row]):g}")
+    if (candidates := examples.candidates) is not None:
+        _check_candidates(candidates, task, f"{where}: candidates")
     shape = (len(examples), task.outputs)
     for name, outputs in examples.baselines.items():
         if outputs.shape != shape:
@@ -208,6 +210,16 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
             )
         if not bool(torch.isfinite(outputs).all()):
             raise UserError(f"{where}: baselines: {name}: NaN or infinite value")
+
+
+def _check_candidates(candidates: Tensor, task: Task, where: str) -> None:
+    if not task.is_ranking:
+        raise UserError(f"{where}: needs a task with is_ranking=True")
+    if candidates.dtype != torch.int64 or candidates.ndim != 2:
+        raise UserError(f"{where}: expected int64 of shape [rows, K], got {_describe(candidates)}")
+    out_of_range = (candidates < 0) | (candidates >= task.outputs)
+    if (row := first_true(out_of_range.any(1))) is not None:
+        raise UserError(f"{where}: row {row}: class is out of range 0 to {task.outputs - 1}")
 
 
 def _describe(tensor: Column) -> str:

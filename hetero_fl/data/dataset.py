@@ -401,6 +401,8 @@ class Examples:
         unit: Scale of the regression targets of each row, for example the mean of a site, float
             `[N]`. Errors are reported for the targets multiplied by this scale. If None, the scale
             is 1.
+        candidates: Classes with which the true class of each row is compared in the sampled metrics
+            of a ranking, int64 `[N, K]`. If None, these metrics are undefined.
         baselines: Outputs `[N, outputs]` of simple forecasting rules, keyed by name. Model outputs
             are compared with these outputs, which are never model inputs.
         metadata: Further columns of the source, such as a hospital or a date, as arrays `[N]` keyed
@@ -427,6 +429,7 @@ class Examples:
     patient_names: tuple[str, ...] = ()
     time: Tensor | None = None
     unit: Tensor | None = None
+    candidates: Tensor | None = None
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -469,7 +472,7 @@ class Examples:
         return replace(self, x=x, baselines=baselines, metadata=metadata, **columns)
 
 
-_BY_ROW = ("y", "group", "patient", "time", "unit")
+_BY_ROW = ("y", "group", "patient", "time", "unit", "candidates")
 
 
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:

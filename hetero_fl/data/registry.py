@@ -32,6 +32,7 @@ Key = Literal[
     "splits",
     "series",
     "speech",
+    "movies",
     "text",
     "windows",
 ]
@@ -47,6 +48,7 @@ OPTIONAL_KEYS: tuple[Key, ...] = (
     "splits",
     "series",
     "speech",
+    "movies",
     "text",
     "windows",
 )
@@ -56,8 +58,14 @@ FOLDERS = {
     "patches/patient_*": "camelyon17",
     "metadata.csv": "iwildcam",
     "*/*_nohash_*.wav": "speech",
+    "u.data": "movies",
+    "ratings.dat": "movies",
+    "ratings.csv": "movies",
 }
 """Sources that read folders, keyed by a pattern of files that only such a folder contains."""
+SHARED_KEYS: tuple[Literal["text", "speech", "movies"], ...] = ("text", "speech", "movies")
+"""Keys of settings that a proxy set has in common with the main data set. The keys are also names
+of sources that read folders."""
 HUB_PREFIX = "hf:"
 """Prefix of the names of Hugging Face data sets, which the source `hf` reads."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]

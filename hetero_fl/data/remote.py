@@ -205,6 +205,7 @@ def _public_columns(examples: Examples) -> dict[str, Any]:
         "y": examples.y,
         "time": examples.time,
         "unit": examples.unit,
+        "candidates": examples.candidates,
     }
     return {n: c for n, c in columns.items() if c is not None} | {
         "baselines": dict(examples.baselines)

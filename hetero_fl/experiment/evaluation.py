@@ -21,7 +21,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
 from hetero_fl.data.preprocessing import usable_rows
-from hetero_fl.data.registry import Key, reads_key
+from hetero_fl.data.registry import SHARED_KEYS, Key, reads_key
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
@@ -30,8 +30,6 @@ from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file, sugge
 from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
-SHARED_KEYS: tuple[Key, ...] = ("text", "speech")
-"""Keys of settings that apply to all data sets of the kind, which are texts and recordings."""
 
 
 def evaluate(
@@ -104,7 +102,7 @@ def evaluate(
             y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {title}")
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
-        results[name] = score(model.task, logits, y, examples.unit)
+        results[name] = score(model.task, logits, y, examples.unit, examples.candidates)
     rows = f"the {pluralize(len(examples), 'row')} of {title}"
     if run.directory.finished and (
         note := TransferSource(run).overlap(examples.x, rows, "the models")
@@ -286,9 +284,10 @@ def _source_as(
         of_columns = ("columns", "group", "patient", "task", "size", "categories", "text")
         known_keys = {key: known.get(key) for key in of_columns}
         return SourceConfig.model_validate({**known_keys, "name": data, "label": label})
-    if data != name and "speech" in cut:
-        # The speakers of another data set are not those of the run.
-        cut["speech"] = {**cut["speech"], "speakers": None}
+    for key in SHARED_KEYS if data != name else ():
+        if key in cut:
+            section = SourceConfig.model_validate({"name": key, key: cut[key]})
+            cut[key] = getattr(section, key).for_other_data()
     if data == name or any(key in cut and reads_key(data, key) for key in SHARED_KEYS):
         return SourceConfig.model_validate({"name": data, "label": label, **cut})
     if reads_key(name, "windows"):

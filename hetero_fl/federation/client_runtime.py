@@ -147,7 +147,10 @@ def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
         rows: Examples with the outputs of the baselines.
         y: Targets of the examples.
     """
-    return {name: score(task, outputs, y, rows.unit) for name, outputs in rows.baselines.items()}
+    return {
+        name: score(task, outputs, y, rows.unit, rows.candidates)
+        for name, outputs in rows.baselines.items()
+    }
 
 
 def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[str, Any]:
@@ -492,7 +495,7 @@ class ClientRuntime:
             for c, predicted in self._run(plans, with_rows).items():
                 logits = self._on_host(predicted)
                 examples = self.federation.data.extra_columns(c, rows)
-                evaluations[c].scores[name] = self._score(logits, labels[c], examples.unit)
+                evaluations[c].scores[name] = self._score(logits, labels[c], examples)
                 if details and name in ("personal", "global"):
                     self._add_details(evaluations[c], name, examples, labels[c], logits)
         self._evaluate_backdoor(views[False], evaluations)
@@ -597,7 +600,7 @@ class ClientRuntime:
         self._host_copies.clear()
         self._shared_scores.clear()
 
-    def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:
+    def _score(self, logits: Tensor, y: Tensor, columns: Examples) -> Scores:
         """Return the scores of logits. Logits that clients share are scored once."""
         known = self._shared_scores.get(id(logits))
         if known is None or known[0] is not logits:
@@ -605,7 +608,7 @@ class ClientRuntime:
                 self._shared_scores.clear()
             known = self._shared_scores[id(logits)] = (
                 logits,
-                self.federation.score(logits, y, unit),
+                self.federation.score(logits, y, columns),
             )
         return known[1]
 

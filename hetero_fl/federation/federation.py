@@ -32,7 +32,7 @@ from hetero_fl.core.participant import (
     copy_tree,
 )
 from hetero_fl.core.task import Task
-from hetero_fl.data import FederatedData, Preprocess
+from hetero_fl.data import Examples, FederatedData, Preprocess
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.federation.state_store import PrivateState
@@ -183,14 +183,14 @@ class FederationSpec:
             metrics=config.evaluation.metrics,
         )
 
-    def score(self, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
+    def score(self, logits: Tensor, y: Tensor, columns: Examples) -> Scores:
         """Compute the metrics of the task and the user-defined metrics.
 
         Args:
             logits: Outputs, shape `[N, C]`.
             y: Targets, shape `[N]` (classes) or `[N, C]`.
-            unit: Factors by which outputs and targets of a regression are multiplied, shape `[N]`.
-                If None, the factors are 1.
+            columns: Further columns of the examples, such as the units of a regression and the
+                candidates of a ranking.
 
         Returns:
             The scores, keyed by the name of the metric.
@@ -198,7 +198,7 @@ class FederationSpec:
         Raises:
             RunFailedError: If a user-defined metric raises an exception.
         """
-        scores = score(self.task, logits, y, unit)
+        scores = score(self.task, logits, y, columns.unit, columns.candidates)
         for name, reference in self.metrics.items():
             function = load_metric(name, reference)
             with translate_user_errors():

@@ -529,8 +529,8 @@ class FederatedTrainer(ABC):
             y = targets(self.server.data(rows, view)).cpu()
             if len(y):
                 (logits,) = self.backend.run([(server, Predict(slot, Rows(rows, preprocess=view)))])
-                unit = self.federation.data.extra_columns(self.server.participant_id, rows).unit
-                scores[name] = self.federation.score(logits.cpu(), y, unit)
+                columns = self.federation.data.extra_columns(self.server.participant_id, rows)
+                scores[name] = self.federation.score(logits.cpu(), y, columns)
         return scores
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,6 +34,10 @@ TEST_DESCRIPTIONS = {
 }
 
 METRICS = {
+    "ndcg_10": "NDCG@10",
+    "hit_rate_10": "hit rate@10",
+    "sampled_ndcg_10": "sampled NDCG@10",
+    "sampled_hit_rate_10": "sampled hit rate@10",
     "accuracy": "accuracy",
     "top3_accuracy": "top-3 accuracy",
     "perplexity": "perplexity",
@@ -53,8 +57,15 @@ BALANCED = ("balanced_accuracy", "auroc")
 MAX_DECIMALS = 20
 
 _IN_UNIT = {"mae", "rmse"}
-_PERCENT = {"accuracy", "top3_accuracy", "balanced_accuracy", "macro_f1"}
-_DECIMAL = {"auroc", "average_precision", "r2"}
+_PERCENT = {
+    "accuracy",
+    "top3_accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "hit_rate_10",
+    "sampled_hit_rate_10",
+}
+_DECIMAL = {"auroc", "average_precision", "r2", "ndcg_10", "sampled_ndcg_10"}
 
 
 def algorithm_base(label: str) -> str:
@@ -79,9 +90,9 @@ def capitalize_first(text: str) -> str:
 def format_metric(value: float | None, metric: str) -> str:
     """Format the value of a metric.
 
-    Accuracies and F1 scores are formatted as percentages (`84.7%`), AUROC, average precision and R²
-    with three decimals (`0.944`), and errors and losses with three significant digits. If the value
-    is None, a dash is returned.
+    Accuracies, hit rates and F1 scores are formatted as percentages (`84.7%`), AUROC, average
+    precision, NDCG and R² with three decimals (`0.944`), and errors and losses with three
+    significant digits. If the value is None, a dash is returned.
     """
     if value is None:
         return MISSING
@@ -230,7 +241,13 @@ def client_score(client: Mapping[str, Any], test: str, metric: str) -> float | N
 def selection_metric_of(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """Return the metric that selects the best round and comes first in reports and plots."""
     kind: Any = target_kind(summary, details)
-    return selection_metric(Task(kind, len(details["labels"]), rare=details.get("rare")))[0]
+    task = Task(
+        kind,
+        len(details["labels"]),
+        rare=details.get("rare"),
+        is_ranking=details.get("ranking", False),
+    )
+    return selection_metric(task)[0]
 
 
 def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, str]:
@@ -238,9 +255,13 @@ def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> 
     first = selection_metric_of(summary, details)
     if details.get("rare") is not None:
         return first, "average_precision"
-    return first, {"mae": "r2", "auroc": "balanced_accuracy", "accuracy": "perplexity"}.get(
-        first, "auroc"
-    )
+    second = {
+        "mae": "r2",
+        "auroc": "balanced_accuracy",
+        "accuracy": "perplexity",
+        "ndcg_10": "hit_rate_10",
+    }
+    return first, second.get(first, "auroc")
 
 
 def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
@@ -323,6 +344,8 @@ def short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the metrics for a one-line summary, the most important metric first."""
     if is_regression(scores):
         return ("mae",)
+    if "ndcg_10" in scores:
+        return ("ndcg_10", "hit_rate_10")
     if "top3_accuracy" in scores:
         return ("accuracy", "top3_accuracy", "perplexity")
     if next(iter(scores)) == "auroc":

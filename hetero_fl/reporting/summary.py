@@ -326,6 +326,7 @@ def collect_details(
         "kind": federation.task.kind,
         "labels": list(federation.task.output_names),
         "rare": federation.task.rare,
+        "ranking": federation.task.is_ranking,
         "population": len(federation.client_infos),
         "label_counts": {
             client_id: data.label_counts(client_id).int().tolist() for client_id in label_clients

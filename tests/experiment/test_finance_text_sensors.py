@@ -1,4 +1,4 @@
-"""The configurations for banks, phones, sensors and speech: short runs, methods, metrics."""
+"""The configurations for banks, phones, sensors, speech, movies: short runs, methods, metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def run_two_rounds(name: str, *overrides: str) -> SynchronousTrainer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["finance_hetero", "text_hetero", "sensors_hetero", "speech_hetero"]
+    "name",
+    ["finance_hetero", "text_hetero", "sensors_hetero", "speech_hetero", "recommendation_hetero"],
 )
 def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
     finished = run(
@@ -45,8 +46,8 @@ def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
         if "auroc" not in key and "prec" not in key
     )
     details = json.loads((tmp_path / "run" / "details.json").read_text())
-    leading = "auroc" if name == "finance_hetero" else "accuracy"
-    assert next(iter(summary["global"]["last"])) == leading
+    leading = {"finance_hetero": "auroc", "recommendation_hetero": "ndcg_10"}
+    assert next(iter(summary["global"]["last"])) == leading.get(name, "accuracy")
     report = (tmp_path / "run" / "report.html").read_text()
     if name == "finance_hetero":
         assert details["rare"] == 1 and "AUROC" in report and "of the rare class, fraud" in report

@@ -307,8 +307,8 @@ class JoiningClients:
         test = self.site.test
         logits = self.source_run.consensus(test.x)
         usable = ~logits.isnan().any(1)
-        unit = None if test.unit is None else test.unit[usable]
-        return score(self.source_run.task, logits[usable], test.labels[usable], unit)
+        test = test.select_rows(usable.nonzero().squeeze(1))
+        return score(self.source_run.task, logits[usable], test.labels, test.unit, test.candidates)
 
     def run_transfer(
         self, seed: int, option: str, parts: TransferredParts, save_path: Path | None

@@ -62,6 +62,9 @@ _SHOWN = {
     "multiclass": _ShownMetrics(("accuracy", "balanced_accuracy", "auroc"), "accuracy", "accuracy"),
     "rare": _ShownMetrics(("auroc", "average_precision"), "auroc", "auroc"),
     "many": _ShownMetrics(("accuracy", "top3_accuracy", "perplexity"), "accuracy", "accuracy"),
+    "ranking": _ShownMetrics(
+        ("ndcg_10", "hit_rate_10", "sampled_ndcg_10", "sampled_hit_rate_10"), "ndcg_10", "ndcg_10"
+    ),
     "multilabel": _ShownMetrics(
         ("auroc", "average_precision", "balanced_accuracy"), "auroc", "auroc"
     ),
@@ -143,6 +146,8 @@ def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
 def _task_kind(task: Task) -> str:
     if task.kind != "multiclass":
         return task.kind
+    if task.is_ranking:
+        return "ranking"
     if task.rare is not None:
         return "rare"
     if task.has_many_classes:

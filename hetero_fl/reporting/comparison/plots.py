@@ -313,9 +313,9 @@ def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, f
 
 
 def _curve_metric(task: Task) -> str:
-    return (
-        "accuracy" if task.kind == "multiclass" and task.outputs > 2 else selection_metric(task)[0]
-    )
+    if task.kind == "multiclass" and task.outputs > 2 and not task.is_ranking:
+        return "accuracy"
+    return selection_metric(task)[0]
 
 
 def _curve_points(

@@ -51,7 +51,12 @@ def plot_client_scores(summary: Json, details: Json) -> Figure:
     tested = local_test_rows(details)
     first = selection_metric_of(summary, details)
     # AUROC is not used as the second metric, because it is undefined if test rows lack a class.
-    second = {"mae": "rmse", "auroc": "balanced_accuracy", "accuracy": "top3_accuracy"}
+    second = {
+        "mae": "rmse",
+        "auroc": "balanced_accuracy",
+        "accuracy": "top3_accuracy",
+        "ndcg_10": "hit_rate_10",
+    }
     pair = (first, second.get(first, "accuracy"))
     if details.get("rare") is not None:
         pair = first, "average_precision"

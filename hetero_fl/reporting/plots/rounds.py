@@ -21,6 +21,7 @@ from hetero_fl.reporting.formatting import (
     byte_unit,
     capitalize_first,
     headline_metrics,
+    is_percentage,
     metric_name,
     selection_metric_of,
     time_unit,
@@ -149,7 +150,7 @@ def _draw_tests(
         for position, round_idx, scores in points:
             if round_idx == selected:
                 axes.plot([position], [scores[metric]], **_SELECTED, markeredgecolor=color)
-    if metric in ("accuracy", "top3_accuracy", "balanced_accuracy", "auroc", "average_precision"):
+    if is_percentage(metric) or metric in ("auroc", "average_precision", "ndcg_10"):
         # The scale stays within [0, 1], and small changes are not magnified.
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(0.0, bottom), min(1.0, max(top, bottom + 0.1)))

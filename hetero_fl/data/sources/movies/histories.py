@@ -1,0 +1,269 @@
+"""Histories of movies as examples of next-movie prediction, and the roles of users and movies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hetero_fl.config.data import MoviesConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import EMPTY, FIRST, Dataset, Examples, Vocabulary, index_names
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import natural_key
+from hetero_fl.utils.seeding import keyed_numpy_generator
+from hetero_fl.utils.text import pluralize
+
+UNKNOWN_USER = 0
+"""Number of a user who does not train, in the first column of the examples."""
+
+
+@dataclass(frozen=True)
+class User:
+    """A user and the movies that the user has rated.
+
+    Attributes:
+        name: Name of the user.
+        group: Name of the client of the user.
+        movies: Indices of the movies in the catalog, in chronological order.
+    """
+
+    name: str
+    group: str
+    movies: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """A catalog of movies and the users who have rated them.
+
+    Attributes:
+        titles: Titles of all movies, which are distinct.
+        users: The users.
+        where: Place of the ratings, for error messages.
+    """
+
+    titles: tuple[str, ...]
+    users: tuple[User, ...]
+    where: str
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Vocabulary whose words are the titles."""
+        return Vocabulary(self.titles)
+
+    @property
+    def task(self) -> Task:
+        """Task of predicting the next movie."""
+        return Task("multiclass", len(self.titles), self.titles, is_ranking=True)
+
+
+def assign_roles(users: Sequence[User], settings: MoviesConfig) -> dict[str, list[User]]:
+    """Assign each user to one role, at random but the same in every run.
+
+    Args:
+        users: All users.
+        settings: Shares of the users that do not train.
+
+    Returns:
+        Users in natural order, keyed by "public", "validation", "test" and "train".
+    """
+    ordered = sorted(users, key=lambda user: natural_key(user.name))
+    order = keyed_numpy_generator("data", "movies", "roles").permutation(len(ordered))
+    found: dict[str, list[User]] = {}
+    start = 0
+    for role, share in (
+        ("public", settings.public_users),
+        ("validation", settings.validation_users),
+        ("test", settings.test_users),
+    ):
+        count = max(1, round(share * len(ordered))) if share else 0
+        found[role] = [ordered[i] for i in sorted(order[start : start + count])]
+        start += count
+    found["train"] = [ordered[i] for i in sorted(order[start:])]
+    return found
+
+
+def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str) -> Dataset:
+    """Create a data set from the ratings of users.
+
+    The movies of a user who trains are divided in chronological order: training movies, then
+    `validation_movies` and `test_movies`, which are the local sets of the user's group. If fewer
+    than three movies are left for training, the user has training movies only. The global sets
+    contain the last movies of users who do not train, whose number is 0.
+
+    Args:
+        name: Name of the data set.
+        ratings: The ratings.
+        settings: Movie settings.
+        about: Short description.
+
+    Raises:
+        UserError: If there are too few users, or more users than tokens.
+    """
+    roles = assign_roles(ratings.users, settings)
+    training = _select_groups(roles["train"], settings, ratings.where)
+    _check_numbers(training, ratings)
+    rows: dict[str, list[_Rows]] = {"train": [], "validation": [], "test": []}
+    numbers: Counter[str] = Counter()
+    for user in training:
+        numbers[user.group] += 1
+        number = numbers[user.group]
+        for split, positions in _split_positions(user, settings).items():
+            rows[split].append(_Rows(user, number, positions))
+    common = {
+        split: [_Rows(user, UNKNOWN_USER, _last_movies(user, count)) for user in roles[split]]
+        for split, count in (
+            ("validation", settings.validation_movies),
+            ("test", settings.test_movies),
+        )
+    }
+    train = _make_examples(rows["train"], ratings, settings)
+    group_names = _with_groups(train, rows["train"])
+    local_sets = {}
+    for split in ("validation", "test"):
+        local_sets[split] = _make_examples(rows[split], ratings, settings, is_held_out=True)
+        _with_groups(local_sets[split], rows[split])
+    return Dataset(
+        name,
+        ratings.task,
+        train,
+        _make_examples(common["validation"], ratings, settings, is_held_out=True),
+        _make_examples(common["test"], ratings, settings, is_held_out=True),
+        about=f"{about}; {pluralize(len(training), 'user')} in {len(group_names)} groups train",
+        vocabulary=ratings.vocabulary,
+        local_sets={split: part for split, part in local_sets.items() if len(part)},
+    )
+
+
+def make_public_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str) -> Dataset:
+    """Create a data set of the public users, whose number is 0, for use as a proxy set.
+
+    Args:
+        name: Name of the data set.
+        ratings: The ratings.
+        settings: Movie settings.
+        about: Short description.
+
+    Raises:
+        UserError: If there are no public users.
+    """
+    if not settings.public_users:
+        raise UserError("movies.public_users: must be > 0 for a proxy set, got 0")
+    users = assign_roles(ratings.users, settings)["public"]
+    rows = [_Rows(user, UNKNOWN_USER, range(1, len(user.movies))) for user in users]
+    train = _make_examples(rows, ratings, settings)
+    return Dataset(name, ratings.task, train, about=about, vocabulary=ratings.vocabulary)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The movies of a user that are predicted, as positions in the user's movies."""
+
+    user: User
+    number: int
+    positions: range
+
+
+def _split_positions(user: User, settings: MoviesConfig) -> dict[str, range]:
+    count = len(user.movies)
+    test = count - settings.test_movies
+    validation = test - settings.validation_movies
+    if validation < 3:
+        return {"train": range(1, count), "validation": range(0), "test": range(0)}
+    return {
+        "train": range(1, validation),
+        "validation": range(validation, test),
+        "test": range(test, count),
+    }
+
+
+def _last_movies(user: User, count: int) -> range:
+    return range(max(1, len(user.movies) - count), len(user.movies))
+
+
+def _make_examples(
+    rows: Iterable[_Rows], ratings: Ratings, settings: MoviesConfig, is_held_out: bool = False
+) -> Examples:
+    """Return the examples of rows. Held-out examples have candidates for the sampled metrics."""
+    contexts: list[list[int]] = []
+    next_movies: list[int] = []
+    candidates: list[np.ndarray] = []
+    for each in rows:
+        movies = each.user.movies
+        for position in each.positions:
+            history = [
+                FIRST + movie for movie in movies[max(0, position - settings.length) : position]
+            ]
+            padding = [EMPTY] * (settings.length - len(history))
+            contexts.append([each.number, *padding, *history])
+            next_movies.append(movies[position])
+        if is_held_out and len(each.positions):
+            candidates.append(_sample_unseen(each, ratings, settings.sampled))
+    found = Examples(
+        torch.tensor(contexts, dtype=torch.int64).reshape(-1, 1 + settings.length),
+        torch.tensor(next_movies, dtype=torch.int64),
+    )
+    if is_held_out:
+        sampled = np.concatenate([np.empty((0, settings.sampled), np.int64), *candidates])
+        found.candidates = torch.from_numpy(sampled)
+    return found
+
+
+def _sample_unseen(rows: _Rows, ratings: Ratings, count: int) -> np.ndarray:
+    """Sample movies that a user has not seen, without repetition if there are enough of them.
+
+    Returns:
+        Indices of movies, int64 `[positions, count]`, the same in every run.
+    """
+    unseen = np.setdiff1d(np.arange(len(ratings.titles)), rows.user.movies)
+    if not len(unseen):
+        raise UserError(
+            f"{ratings.where}: user '{rows.user.name}' has rated all "
+            f"{pluralize(len(ratings.titles), 'movie')}, which leaves none to compare with; remove "
+            "the user"
+        )
+    rng = keyed_numpy_generator("data", "movies", "candidates", rows.user.name)
+    draws = [rng.choice(unseen, count, replace=len(unseen) < count) for _ in rows.positions]
+    return np.stack(draws).astype(np.int64)
+
+
+def _with_groups(examples: Examples, rows: Sequence[_Rows]) -> tuple[str, ...]:
+    """Set the groups of examples in place, and return the names of the groups."""
+    owners = [each.user.group for each in rows for _ in each.positions]
+    examples.group, examples.group_names = index_names(owners)
+    return examples.group_names
+
+
+def _select_groups(users: Sequence[User], settings: MoviesConfig, where: str) -> list[User]:
+    """Return the users of the groups with the most movies."""
+    totals: Counter[str] = Counter()
+    for user in users:
+        totals[user.group] += len(user.movies)
+    count = settings.groups
+    if count is None:
+        return list(users)
+    if count > len(totals):
+        raise UserError(
+            f"movies.groups: must be <= {len(totals)}, the groups with users to train on in "
+            f"{where}, got {count}"
+        )
+    ranked = sorted(totals, key=lambda name: (-totals[name], natural_key(name)))
+    kept = set(ranked[:count])
+    return [user for user in users if user.group in kept]
+
+
+def _check_numbers(users: Sequence[User], ratings: Ratings) -> None:
+    """Check that each user of a group can be numbered with a token."""
+    if not users:
+        raise UserError(f"{ratings.where}: no user is left for training; choose smaller shares")
+    group, count = Counter(user.group for user in users).most_common(1)[0]
+    most = ratings.vocabulary.size - 1
+    if count > most:
+        raise UserError(
+            f"{ratings.where}: group '{group}' has {count:,} users, but the tokens of "
+            f"{len(ratings.titles):,} movies number only {most:,}; set group=user"
+        )

@@ -1,0 +1,439 @@
+"""Histories of movies: folders in the layouts of MovieLens, a download and generated users."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.config.data import MoviesConfig, SourceConfig
+from hetero_fl.data import Dataset, check_source, load_source
+from hetero_fl.data.sources.movies import read_ratings, simulation, source as movies
+from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
+from hetero_fl.utils.errors import UserError
+from tests.helpers.file_server import md5
+from tests.helpers.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
+
+HERE = Path(".")
+
+
+def load(
+    path: Path | None = None,
+    name: str = "movies",
+    root: Path = HERE,
+    group: str | None = None,
+    **keys: Any,
+) -> Dataset:
+    settings = MoviesConfig(**keys) if keys else None
+    found = None if path is None else str(path)
+    return load_source(SourceConfig(name=name, path=found, group=group, movies=settings), root)
+
+
+@pytest.mark.parametrize("layout", ["100k", "1m", "latest"])
+def test_all_layouts_give_the_same_histories(layout: str, tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path, layout)
+
+    ratings = read_ratings(folder, None, 0.0)
+
+    assert len(ratings.titles) == MOVIES and ratings.titles[1] == "Léon (1994)"
+    assert ratings.titles[3] == "Movie 3, The (1953) [4]"
+    expected = {
+        user: sorted((t, m - 1) for u, m, _, t in draw_ratings(24) if u == user)
+        for user in range(1, 25)
+    }
+    for user in ratings.users:
+        assert list(user.movies) == [movie for _, movie in expected[int(user.name)]]
+    groups = {user.group for user in ratings.users}
+    if layout == "latest":
+        assert groups == {str(user) for user in range(1, 25)}
+    else:
+        assert groups == {"zip_1", "zip_9", "other"}
+
+
+def test_equal_times_keep_the_order_of_the_file_and_low_ratings_are_ignored(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path)
+    rows = ["1\t7\t4\t100", "1\t5\t4\t100", "1\t6\t2\t100", "1\t2\t3\t90"]
+    (folder / "u.data").write_text("\n".join(rows))
+
+    (user,) = read_ratings(folder, "user", 3.0).users
+
+    assert user.movies == (1, 6, 4) and user.group == "1"
+
+
+def rows_of(dataset: Dataset) -> dict[str, torch.Tensor]:
+    return {
+        "train": dataset.train.x,
+        **{name: part.x for name, part in dataset.local_sets.items()},
+    }
+
+
+def test_movies_of_a_user_are_divided_in_time(tmp_path: Path) -> None:
+    users = tuple(User(str(i), "here", tuple(range(i, i + 8))) for i in range(10))
+    ratings = Ratings(tuple(f"m{i}" for i in range(20)), users, "path: x")
+    settings = MoviesConfig(length=3, validation_movies=1, test_movies=2, public_users=0)
+
+    dataset = make_dataset("movies", ratings, settings, "")
+
+    first = assign_roles(users, settings)["train"][0].movies
+    mine = {name: x[x[:, 0] == 1].tolist() for name, x in rows_of(dataset).items()}
+    # Tokens are the indices of the movies plus 2; the first token is the number of the user.
+    assert mine["train"] == [
+        [1, 0, 0, first[0] + 2],
+        [1, 0, first[0] + 2, first[1] + 2],
+        [1, *(m + 2 for m in first[0:3])],
+        [1, *(m + 2 for m in first[1:4])],
+    ]
+    assert mine["validation"] == [[1, *(m + 2 for m in first[2:5])]]
+    assert mine["test"] == [[1, *(m + 2 for m in first[k : k + 3])] for k in (3, 4)]
+    labels = dataset.train.labels[dataset.train.x[:, 0] == 1].tolist()
+    assert labels == list(first[1:5])
+    assert dataset.test is not None and bool((dataset.test.x[:, 0] == 0).all())
+    assert len(dataset.test) == 2 * len(assign_roles(users, settings)["test"])
+
+
+def test_roles_are_disjoint_and_public_users_are_in_the_public_source_only(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path)
+    ratings = read_ratings(folder, None, 0.0)
+    roles = assign_roles(ratings.users, MoviesConfig())
+    names = [user.name for users in roles.values() for user in users]
+    assert sorted(names) == sorted(user.name for user in ratings.users)
+    assert [len(roles[role]) for role in ("public", "validation", "test")] == [2, 1, 4]
+
+    public = load(folder, "movies_public")
+
+    assert len(public.train) == 2 * 11 and not bool(public.train.x[:, 0].any())
+    assert public.vocabulary == load(folder).vocabulary
+    with pytest.raises(UserError, match=r"public_users: must be > 0 for a proxy set, got 0"):
+        load(folder, "movies_public", public_users=0)
+
+
+def test_candidates_are_unseen_movies_that_do_not_depend_on_the_run() -> None:
+    dataset = load(sampled=50)
+    ratings = simulation.simulate_ratings()
+    seen = {user.movies for user in assign_roles(ratings.users, MoviesConfig())["test"]}
+
+    test = dataset.test
+    assert test is not None and test.candidates is not None
+    assert test.candidates.shape == (len(test), 50)
+    for row in range(0, len(test), 7):
+        history = [token - 2 for token in test.x[row, 1:].tolist() if token]
+        # The user with this history and this next movie has seen none of the candidates.
+        matching = [m for m in seen if is_part((*history, int(test.labels[row])), m)]
+        assert len(matching) == 1
+        assert not set(matching[0]) & set(test.candidates[row].tolist())
+        assert len(test.candidates[row].unique()) == 50
+    again = load(sampled=50).test
+    assert again is not None and again.candidates is not None
+    assert torch.equal(test.candidates, again.candidates)
+    assert dataset.train.candidates is None
+
+
+def is_part(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return any(whole[i : i + len(part)] == part for i in range(len(whole)))
+
+
+def test_groups_with_the_most_movies_are_kept(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path)
+    whole = load(folder)
+    assert whole.train.group_names == ("other", "zip_1", "zip_9")
+    assert load(folder, groups=1).train.group_names == ("zip_9",)
+    assert len(load(folder, group="user").train.group_names) == 17
+
+
+def change_line(file: Path, number: int, line: str) -> None:
+    lines = file.read_text(encoding="latin-1").split("\n")
+    lines[number - 1] = line
+    file.write_text("\n".join(lines), encoding="latin-1")
+
+
+BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
+    (
+        "no ratings",
+        "100k",
+        lambda d: (d / "u.data").unlink(),
+        {},
+        "path: DIR: expected one of u.data, ratings.dat, ratings.csv, got none of them",
+    ),
+    (
+        "two layouts",
+        "100k",
+        lambda d: (d / "ratings.dat").write_text(""),
+        {},
+        "expected one of u.data, ratings.dat, ratings.csv, got u.data and ratings.dat",
+    ),
+    (
+        "no movies",
+        "1m",
+        lambda d: (d / "movies.dat").unlink(),
+        {},
+        "path: DIR: movies.dat not found, but ratings.dat exists",
+    ),
+    (
+        "other separator",
+        "100k",
+        lambda d: change_line(d / "u.data", 3, "1::2::3::4"),
+        {},
+        r"path: DIR/u.data: line 3: expected a user, a movie, a rating and a time, separated by "
+        r"'\t', got 1 columns",
+    ),
+    (
+        "columns",
+        "1m",
+        lambda d: change_line(d / "ratings.dat", 2, "1::2::3"),
+        {},
+        "path: DIR/ratings.dat: line 2: expected a user, a movie, a rating and a time, separated "
+        "by '::', got 3 columns",
+    ),
+    (
+        "rating",
+        "1m",
+        lambda d: change_line(d / "ratings.dat", 1, "1::1::good::9"),
+        {},
+        "path: DIR/ratings.dat: line 1: rating: expected a number, got 'good'",
+    ),
+    (
+        "rating out of range",
+        "latest",
+        lambda d: change_line(d / "ratings.csv", 2, "1,1,50,9"),
+        {},
+        "path: DIR/ratings.csv: line 2: rating: must be >= 0 and <= 5, got 50",
+    ),
+    (
+        "NaN",
+        "latest",
+        lambda d: change_line(d / "ratings.csv", 2, "1,1,nan,9"),
+        {},
+        "path: DIR/ratings.csv: line 2: rating: expected a number, got 'nan'",
+    ),
+    (
+        "time",
+        "100k",
+        lambda d: change_line(d / "u.data", 1, "1\t1\t3\t1997-12-04"),
+        {},
+        "path: DIR/u.data: line 1: time: expected an integer, got '1997-12-04'",
+    ),
+    (
+        "unknown movie",
+        "100k",
+        lambda d: change_line(d / "u.data", 1, "1\t310\t3\t9"),
+        {},
+        "path: DIR/u.data: line 1: movie '310' not found in u.item",
+    ),
+    (
+        "unknown user",
+        "100k",
+        lambda d: change_line(d / "u.data", 1, "99\t1\t3\t9"),
+        {},
+        "path: DIR/u.data: line 1: user '99' not found in u.user",
+    ),
+    (
+        "rated twice",
+        "100k",
+        lambda d: (d / "u.data").write_text("1\t1\t3\t9\n1\t2\t3\t9\n1\t1\t4\t10\n"),
+        {},
+        "path: DIR/u.data: line 3: user '1' has rated movie '1' twice",
+    ),
+    (
+        "header",
+        "latest",
+        lambda d: change_line(d / "ratings.csv", 1, "user,item,stars,date"),
+        {},
+        "path: DIR/ratings.csv: line 1: expected 'userId,movieId,rating,timestamp', got "
+        "'user,item,stars,date'",
+    ),
+    (
+        "encoding",
+        "latest",
+        lambda d: (d / "movies.csv").write_bytes(b"movieId,title,genres\n1,L\xe9on,Drama\n"),
+        {},
+        "path: DIR/movies.csv: line 2: not encoded in UTF-8; save the file as UTF-8",
+    ),
+    (
+        "title",
+        "100k",
+        lambda d: change_line(d / "u.item", 5, "5||01-Jan-1995"),
+        {},
+        "path: DIR/u.item: line 5: expected a movie, a title and genres, separated by '|', got "
+        "'5||01-Jan-1995'",
+    ),
+    (
+        "movie twice",
+        "1m",
+        lambda d: change_line(d / "movies.dat", 5, "4::Other (1990)::Drama"),
+        {},
+        "path: DIR/movies.dat: line 5: movie '4' occurs twice",
+    ),
+    (
+        "zip code",
+        "1m",
+        lambda d: change_line(d / "users.dat", 2, "2::F::1::10::"),
+        {},
+        "path: DIR/users.dat: line 2: expected 5 columns, a user and lastly a zip code, separated "
+        "by '::', got '2::F::1::10::'",
+    ),
+    (
+        "user twice",
+        "100k",
+        lambda d: change_line(d / "u.user", 2, "1|24|M|writer|10001"),
+        {},
+        "path: DIR/u.user: line 2: user '1' occurs twice",
+    ),
+    (
+        "no regions",
+        "latest",
+        lambda d: None,
+        {"group": "region"},
+        "group: 'region' needs zip codes, but DIR: this layout has no zip codes; set group=user",
+    ),
+    (
+        "group",
+        "100k",
+        lambda d: None,
+        {"group": "age"},
+        "group: must be 'region' or 'user' for movies, got 'age'",
+    ),
+    (
+        "low ratings",
+        "100k",
+        lambda d: None,
+        {"min_rating": 6.0},
+        "path: DIR/u.data: no user has two ratings of at least 6",
+    ),
+    (
+        "groups",
+        "100k",
+        lambda d: None,
+        {"groups": 4},
+        "movies.groups: must be <= 3, the groups with users to train on in path: DIR/u.data, got 4",
+    ),
+    (
+        "empty",
+        "100k",
+        lambda d: (d / "u.data").write_text("\n"),
+        {},
+        "path: DIR/u.data: no user has two ratings of at least 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "keys", "words"),
+    [case[1:] for case in BROKEN],
+    ids=[case[0] for case in BROKEN],
+)
+def test_malformed_folder_raises_one_line(
+    layout: str,
+    change: Callable[[Path], object],
+    keys: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+) -> None:
+    folder = write_movielens_folder(tmp_path / "ml", layout)
+    change(folder)
+
+    with pytest.raises(UserError) as refused:
+        load(folder, **keys)
+
+    message = str(refused.value)
+    assert words.replace("DIR", str(folder)) in message, message
+    assert message.startswith("data.") and "\n" not in message
+
+
+def test_user_who_has_rated_everything_is_refused(tmp_path: Path) -> None:
+    users = tuple(User(str(i), "here", tuple(range(12))) for i in range(5))
+    ratings = Ratings(tuple(f"m{i}" for i in range(12)), users, "path: x")
+    with pytest.raises(UserError, match=r"path: x: user '\d' has rated all 12 movies, which"):
+        make_dataset("movies", ratings, MoviesConfig(), "")
+
+
+def test_group_with_more_users_than_tokens_is_refused() -> None:
+    users = tuple(User(str(i), "here", (i % 4, (i + 1) % 4)) for i in range(30))
+    ratings = Ratings(tuple("abcde"), users, "path: x")
+    with pytest.raises(UserError, match=r"group 'here' has 21 users, but the tokens of 5 movies"):
+        make_dataset("movies", ratings, MoviesConfig(), "")
+
+
+def test_folder_as_a_name_is_explained(tmp_path: Path) -> None:
+    for layout in ("100k", "1m", "latest"):
+        folder = write_movielens_folder(tmp_path / layout, layout)
+        with pytest.raises(UserError, match=r"expected a source, got the folder .*=movies and"):
+            check_source(SourceConfig(name=str(folder)))
+
+
+def test_shares_that_leave_no_user_are_refused() -> None:
+    with pytest.raises(UserError, match=r"must be <= 0.9, which leaves users to train on, got 1.1"):
+        MoviesConfig(test_users=0.5, public_users=0.5, validation_users=0.1)
+
+
+def publish(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Serve the archive of a folder in place of the published one, and return the archive."""
+    address, served = server
+    write_movielens_folder(tmp_path / "content" / "ml-100k")
+    name = shutil.make_archive(str(served / "ml-100k"), "zip", tmp_path / "content")
+    monkeypatch.setattr(movies, "URL", f"{address}ml-100k.zip")
+    monkeypatch.setattr(movies, "MD5", md5(Path(name).read_bytes()))
+    return Path(name)
+
+
+def test_movielens_100k_is_downloaded_once(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = publish(server, tmp_path, monkeypatch)
+    root = tmp_path / "root"
+
+    first = load(name="movielens_100k", root=root)
+    archive.unlink()
+    public = load(name="movielens_100k_public", root=root)
+
+    assert first.name == "movielens_100k" and not first.simulated
+    assert first.train.group_names == ("other", "zip_1", "zip_9") and len(public.train) == 22
+    assert [entry.name for entry in root.iterdir()] == ["ml-100k"]
+
+
+def test_damaged_download_is_refused(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = publish(server, tmp_path, monkeypatch)
+    archive.write_bytes(archive.read_bytes()[:-100])
+
+    with pytest.raises(UserError) as refused:
+        load(name="movielens_100k", root=tmp_path / "root")
+
+    message = str(refused.value)
+    assert message.startswith("data.name: download of movielens_100k failed (RuntimeError: File ")
+    assert message.endswith("; set data.name=movies and data.path to a local folder")
+    assert not (tmp_path / "root" / "ml-100k").exists()
+
+
+def test_generated_users_match_the_description() -> None:
+    world = simulation.make_world()
+    ratings = simulation.simulate_ratings()
+
+    assert len(ratings.titles) == 200 and len(ratings.users) == 6 * simulation.USERS
+    follows = []
+    genres = np.zeros((6, len(simulation.GENRES)))
+    for user in ratings.users:
+        assert len(set(user.movies)) == len(user.movies) and 20 <= len(user.movies) <= 40
+        pairs = zip(user.movies, user.movies[1:], strict=False)
+        follows += [after in world.followers[before] for before, after in pairs]
+        region = simulation.REGIONS.index(user.group)
+        np.add.at(genres[region], world.genre[list(user.movies)], 1)
+    # Followers that were watched before are replaced by other movies.
+    assert 0.4 < np.mean(follows) < simulation.FOLLOW + 0.1
+    share = genres / genres.sum(1, keepdims=True)
+    distance = 0.5 * np.abs(share[:, None] - share[None]).sum(-1)
+    assert distance[~np.eye(6, dtype=bool)].mean() > 0.2
+    counts = np.sort(np.bincount(np.concatenate([user.movies for user in ratings.users])))[::-1]
+    assert counts[:20].sum() > 0.15 * counts.sum()
+
+
+def test_generated_data_set_is_marked_as_simulated() -> None:
+    dataset = load()
+    assert dataset.simulated and dataset.train.group_names == simulation.REGIONS
+    assert dataset.task.is_ranking and dataset.task.outputs == 200
+    assert load(name="movies_public").simulated

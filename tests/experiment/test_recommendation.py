@@ -1,0 +1,158 @@
+"""Regions that share vectors of movies: private vectors of users, folders, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hetero_fl
+from hetero_fl.core.payload import Payload
+from hetero_fl.experiment import PreparedRun, prepare
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from tests.helpers.movielens_folders import write_movielens_folder
+from tests.helpers.small_federations import deployed
+
+CONFIG = Path(__file__).parents[2] / "configs" / "recommendation_hetero.yaml"
+REGIONS = ("capital", "coast", "islands", "lakes", "mountains", "plains")
+REDUCED = [
+    "rounds=2",
+    "data.proxy.size=40",
+    "data.train_limit=1500",
+    "clients.defaults.steps=2",
+    "runtime.threads=1",
+    "runtime.executor=serial",
+]
+ITEMS = ("backbone.items.weight", "head.weight", "head.bias")
+
+
+def reduced(method: str, *overrides: str) -> PreparedRun:
+    torch.set_num_threads(1)
+    return prepare(CONFIG, [*REDUCED, f"algorithm.name={method}", *overrides])
+
+
+@contextmanager
+def tapped() -> Iterator[tuple[set[str], set[bytes]]]:
+    """Collect the names and the float32 rows of all tensors in payloads, in both directions."""
+    names: set[str] = set()
+    rows: set[bytes] = set()
+    create = Payload.__init__
+
+    def record(self: Payload, *args: Any, **keys: Any) -> None:
+        create(self, *args, **keys)
+        for item in self.items_by_name.values():
+            tensors = item.values if isinstance(item.values, dict) else {"": item.values}
+            names.update(tensors)
+            for tensor in tensors.values():
+                if isinstance(tensor, torch.Tensor) and tensor.ndim == 2:
+                    rows.update(row.numpy().tobytes() for row in tensor.detach().cpu().float())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Payload, "__init__", record)
+        yield names, rows
+
+
+def run_two_rounds(prepared: PreparedRun) -> SynchronousTrainer:
+    rounds = prepared.make_trainer()
+    for _ in range(2):
+        rounds.run_round()
+    return rounds
+
+
+def trained_users(rounds: SynchronousTrainer) -> set[bytes]:
+    """Return the vectors of users that training has changed, of all regions."""
+    found = set()
+    for client_id, info in rounds.federation.client_infos.items():
+        table = rounds.store.get(client_id).models["model"]["backbone.users.weight"]
+        start = rounds.federation.initial_tensors(info.arch)["backbone.users.weight"]
+        found |= {row.numpy().tobytes() for row in table[(table != start).any(1)]}
+    return found
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedmd", "hybrid"])
+def test_payloads_contain_no_vectors_of_users(method: str) -> None:
+    with tapped() as (names, rows):
+        rounds = run_two_rounds(reduced(method))
+
+    users = trained_users(rounds)
+    assert len(users) > 50 and not users & rows
+    assert not any("users" in name for name in names)
+    assert method == "fedmd" or "backbone.items.weight" in names
+
+
+def test_search_finds_vectors_of_users_that_are_shared() -> None:
+    with tapped() as (names, _):
+        run_two_rounds(reduced("fedavg", "clients.defaults.shares=[parameters]"))
+    assert "backbone.users.weight" in names
+
+
+def test_all_regions_have_the_same_vectors_of_movies_after_a_round() -> None:
+    prepared = reduced("fedavg")
+    rounds = prepared.make_trainer()
+    rounds.run_round()
+
+    models = [deployed(rounds, region).models["model"] for region in REGIONS]
+
+    for name in ITEMS:
+        assert all(torch.equal(model[name], models[0][name]) for model in models)
+    # Regions with the same model share its network, but no vectors of users.
+    network = [name for name in models[2] if name.startswith("backbone.network.")]
+    assert network and all(torch.equal(models[2][name], models[3][name]) for name in network)
+    assert not torch.equal(models[2]["backbone.users.weight"], models[3]["backbone.users.weight"])
+
+
+def test_secure_aggregation_and_private_uploads_need_no_change() -> None:
+    for extra in (
+        ["channel.secure_sum={}"],
+        ["privacy={unit: client, noise_multiplier: 0.5}"],
+    ):
+        rounds = reduced("fedavg", *extra).make_trainer()
+        rounds.run_round()
+        assert rounds.completed == 1
+
+
+def federation(folder: Path, public: str) -> dict[str, Any]:
+    models = ("matrix_factorization", "neural_filtering", "gru4rec")
+    return {
+        "rounds": 2,
+        "data": {
+            "name": "movies",
+            "path": str(folder),
+            "movies": {"length": 5, "groups": 3, "test_movies": 2, "sampled": 10},
+            "partition": {"kind": "natural"},
+            "proxy": {"size": 12, "source": {"name": "movies_public", "path": public}},
+        },
+        "clients": {
+            "defaults": {"shares": ["backbone.items.", "head.", "predictions"]},
+            "common": ["backbone.items.", "head."],
+            "groups": [
+                {"name": name, "model": {"name": model, "width": 8}}
+                for name, model in zip(("other", "zip_1", "zip_9"), models, strict=True)
+            ],
+        },
+        "algorithm": {"name": "hybrid"},
+        "output": {"plots": False},
+    }
+
+
+def test_folder_is_trained_and_another_folder_evaluated(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path / "ml", users=32)
+
+    run = hetero_fl.run(federation(folder, str(folder)), out=tmp_path / "run", quiet=True)
+
+    data = run.summary["data"]
+    assert (data["n_proxy"], data["n_test"], data["simulated"]) == (12, 10, False)
+    last = run.summary["global"]["last"]
+    assert next(iter(last)) == "ndcg_10" and last["sampled_hit_rate_10"] is not None
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "NDCG@10" in report and "Sampled hit rate@10" in report
+    # Another folder has the length of the run's histories, but not its number of groups.
+    other = write_movielens_folder(tmp_path / "other", "1m", users=8, seed=3)
+    scores = hetero_fl.evaluate(run, str(other))
+    assert scores["zip_9"]["ndcg_10"] is not None
+    assert scores["zip_9"]["sampled_ndcg_10"] is not None
+    assert run.models["zip_9"].task.is_ranking

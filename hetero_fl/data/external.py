@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.clients import PreprocessConfig
-from hetero_fl.config.data import DataConfig, SourceConfig, SpeechConfig, TextConfig
+from hetero_fl.config.data import ROW_KEYS, DataConfig, SourceConfig
 from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.core.stored_rows import Column, require_tensor
 from hetero_fl.core.task import Task
@@ -31,7 +31,7 @@ from hetero_fl.data.dataset import (
 )
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
-from hetero_fl.data.registry import HUB_PREFIX, load_source, reads_key
+from hetero_fl.data.registry import HUB_PREFIX, SHARED_KEYS, load_source, reads_key
 from hetero_fl.data.sources.hugging_face import load_hub_inputs
 from hetero_fl.data.sources.image_files import image_files, read_image_files
 from hetero_fl.data.sources.npz_files import read_images
@@ -186,34 +186,32 @@ def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
 def source_with_task(
     source: SourceConfig,
     task: Task,
-    text: TextConfig | None = None,
     categories: Categories = (),
     label: str | None = None,
     *,
-    speech: SpeechConfig | None = None,
+    main: SourceConfig | None = None,
 ) -> SourceConfig:
     """Fill in the unset options of a source from the main data set.
 
     Tables get the kind of the task, which a single file may not determine, and the categories.
-    Texts get the text settings, and recordings of words the speech settings except the number of
-    speakers. Files of sources with label columns get the label column.
+    Texts, recordings of words and drives get the settings of the main data set, except the keys
+    that select its rows. Files of sources with label columns get the label column.
 
     Args:
         source: Source configuration.
         task: Task of the main data set.
-        text: Text settings of the main data set.
         categories: Categories of the main data set.
         label: Label column of the main data set.
-        speech: Speech settings of the main data set.
+        main: Source of the main data set. If None, no settings are filled in.
 
     Returns:
         A copy of the source configuration.
     """
     shared: dict[str, Any] = {}
-    if reads_key(source.name, "text"):
-        shared["text"] = text
-    if speech is not None and reads_key(source.name, "speech"):
-        shared["speech"] = speech.model_copy(update={"speakers": None})
+    for key in SHARED_KEYS:
+        section = None if main is None else getattr(main, key)
+        if section is not None and reads_key(source.name, key):
+            shared[key] = section.model_copy(update=dict.fromkeys(ROW_KEYS.get(key, ())))
     if source.name == "table":
         shared |= {"task": task.kind, "categories": dict(categories)}
     if reads_key(source.name, "label") and source.path is not None:
@@ -525,9 +523,7 @@ def _load_proxy_set(
     is_object = source.name.startswith(OBJECT_PREFIX)
     where = "proxy" if is_object else "data.proxy.source"
     size = config.proxy.size
-    read = source_with_task(
-        source, dataset.task, config.text, dataset.categories, speech=config.speech
-    )
+    read = source_with_task(source, dataset.task, dataset.categories, main=config)
     root = Path(config.root).expanduser()
     y: Tensor | None = None
     if config.proxy.labels:
@@ -620,12 +616,7 @@ def load_client_sources(
     for source, owners in clients_of.items():
         where = f"clients: '{owners[0]}': data"
         read = source_with_task(
-            source,
-            common_set.task,
-            config.text,
-            common_set.categories,
-            config.label,
-            speech=config.speech,
+            source, common_set.task, common_set.categories, config.label, main=config
         )
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)

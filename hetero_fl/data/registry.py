@@ -32,6 +32,7 @@ Key = Literal[
     "splits",
     "series",
     "speech",
+    "driving",
     "text",
     "windows",
 ]
@@ -47,15 +48,20 @@ OPTIONAL_KEYS: tuple[Key, ...] = (
     "splits",
     "series",
     "speech",
+    "driving",
     "text",
     "windows",
 )
+SHARED_KEYS: tuple[Key, ...] = ("text", "speech", "driving")
+"""Keys of settings that apply to all data sets of a kind: texts, recordings and drives."""
 FOLDERS = {
     "train/*.npz": "htfllib",
     "train/*.json": "leaf",
     "patches/patient_*": "camelyon17",
     "metadata.csv": "iwildcam",
     "*/*_nohash_*.wav": "speech",
+    "*/interpolated.csv": "driving",
+    "*/driving_log.csv": "driving",
 }
 """Sources that read folders, keyed by a pattern of files that only such a folder contains."""
 HUB_PREFIX = "hf:"

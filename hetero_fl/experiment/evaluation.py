@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import ROW_KEYS, SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.stored_rows import Column, map_rows
@@ -21,7 +21,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
 from hetero_fl.data.preprocessing import usable_rows
-from hetero_fl.data.registry import Key, reads_key
+from hetero_fl.data.registry import SHARED_KEYS, Key, reads_key
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
@@ -30,8 +30,6 @@ from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file, sugge
 from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
-SHARED_KEYS: tuple[Key, ...] = ("text", "speech")
-"""Keys of settings that apply to all data sets of the kind, which are texts and recordings."""
 
 
 def evaluate(
@@ -279,16 +277,18 @@ def _source_as(
     name = known.get("name")
     if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
         label = known.get("label")
-    # Settings that determine how time series, recordings and texts become examples.
+    # Settings that determine how time series, texts, recordings and drives become examples.
     keys: tuple[Key, ...] = ("series", *SHARED_KEYS)
     cut: dict[str, Any] = {key: known.get(key) or {} for key in keys if reads_key(name, key)}
     if data == name and reads_key(name, "columns"):
         of_columns = ("columns", "group", "patient", "task", "size", "categories", "text")
         known_keys = {key: known.get(key) for key in of_columns}
         return SourceConfig.model_validate({**known_keys, "name": data, "label": label})
-    if data != name and "speech" in cut:
-        # The speakers of another data set are not those of the run.
-        cut["speech"] = {**cut["speech"], "speakers": None}
+    if data != name:
+        # The speakers or vehicles of another data set are not those of the run.
+        cut = {
+            key: {**section, **dict.fromkeys(ROW_KEYS.get(key, ()))} for key, section in cut.items()
+        }
     if data == name or any(key in cut and reads_key(data, key) for key in SHARED_KEYS):
         return SourceConfig.model_validate({"name": data, "label": label, **cut})
     if reads_key(name, "windows"):

@@ -80,6 +80,7 @@ PAGES = (
 TASK = Task("multiclass", 2)
 PICTURES = {
     "medical_hetero": TASK,
+    "comparisons/driving_hetero": Task("regression", 1, unit="degrees"),
     "comparisons/finance_hetero": Task("multiclass", 2, rare=1),
     "comparisons/sensors_hetero": Task("multiclass", 6),
     "comparisons/speech_hetero": Task("multiclass", 10),

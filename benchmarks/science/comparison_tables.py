@@ -48,6 +48,16 @@ class ComparisonTable:
 
 
 TABLES = {
+    "driving_hetero": ComparisonTable(
+        ("driving_hetero",),
+        {
+            "MAE, global test": "global_last_mae",
+            "RMSE, global test": "global_last_rmse",
+            "MAE, local test": "personal_last_mae",
+            "Worst vehicle, local test": "personal_last_mae_worst",
+        },
+        {"straight": "Straight ahead"},
+    ),
     "finance_hetero": ComparisonTable(
         ("finance_hetero",),
         {

@@ -1,4 +1,4 @@
-"""The configurations for banks, phones, sensors and speech: short runs, methods, metrics."""
+"""Configurations for banks, phones, sensors, speech and vehicles: short runs, methods, metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_two_rounds(name: str, *overrides: str) -> SynchronousTrainer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["finance_hetero", "text_hetero", "sensors_hetero", "speech_hetero"]
+    "name", ["finance_hetero", "text_hetero", "sensors_hetero", "speech_hetero", "driving_hetero"]
 )
 def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
     finished = run(
@@ -45,7 +45,7 @@ def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
         if "auroc" not in key and "prec" not in key
     )
     details = json.loads((tmp_path / "run" / "details.json").read_text())
-    leading = "auroc" if name == "finance_hetero" else "accuracy"
+    leading = {"finance_hetero": "auroc", "driving_hetero": "mae"}.get(name, "accuracy")
     assert next(iter(summary["global"]["last"])) == leading
     report = (tmp_path / "run" / "report.html").read_text()
     if name == "finance_hetero":

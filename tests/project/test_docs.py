@@ -41,6 +41,7 @@ LONG = {  # run elsewhere: here they are parsed
     "configs/text_hetero.yaml",
     "configs/sensors_hetero.yaml",
     "configs/speech_hetero.yaml",
+    "configs/driving_hetero.yaml",
 }
 OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {
     "server.yaml": load_server_config,

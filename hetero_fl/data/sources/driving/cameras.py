@@ -14,7 +14,7 @@ from hetero_fl.data.sources.driving.roads import LOOK_AHEAD, Drive
 
 LANE = 3.5
 """Width of a lane in m."""
-LINE = 0.2
+LINE = 0.3
 """Width of a lane marking in m."""
 DASH = 12.0
 """Length of a dash and the gap behind it in m."""
@@ -43,7 +43,6 @@ class Camera:
         side: Distance from the middle of the vehicle to the left in m.
         color: Whether the camera records color.
         noise: Standard deviation of the noise of a pixel at a gain of 1.
-        coarse: Side of the squares of pixels that a sensor with fewer pixels records as one value.
         tint: Factors of red, green and blue.
     """
 
@@ -53,7 +52,6 @@ class Camera:
     side: float = 0.0
     color: bool = True
     noise: float = 0.01
-    coarse: int = 1
     tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def ground(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -258,11 +256,6 @@ def _expose(light: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.n
     if not camera.color:
         light = np.repeat((light @ GRAY)[..., None], 3, 3)
     gain = (EXPOSURE / np.maximum(light.mean((1, 2, 3), keepdims=True), 0.01)).clip(0.5, MAX_GAIN)
-    side = camera.coarse
-    if side > 1:
-        squares = light.reshape(n, height // side, side, width // side, side, 3).mean((2, 4))
-        light = squares.repeat(side, 1).repeat(side, 2)
-    channels = 3 if camera.color else 1
-    noise = rng.normal(0, camera.noise, (n, height // side, width // side, channels))
-    noise = np.sqrt(gain) * noise.astype(np.float32).repeat(side, 1).repeat(side, 2)
-    return np.rint(255 * (gain * light + noise).clip(0, 1)).astype(np.uint8)
+    noise = rng.normal(0, camera.noise, (n, height, width, 3 if camera.color else 1))
+    recorded = gain * light + np.sqrt(gain) * noise.astype(np.float32)
+    return np.rint(255 * recorded.clip(0, 1)).astype(np.uint8)

@@ -28,7 +28,6 @@ WHEEL_LIMIT = 4 * math.pi
 """Angle of a steering wheel in radians that no vehicle exceeds: two turns to a side."""
 MILE_PER_HOUR = 0.44704
 """Meters per second."""
-STATE = ("speed", "latitude", "longitude")
 MIN_FRAMES = 10
 """Minimum number of frames of a drive."""
 

@@ -1,6 +1,6 @@
 """Steering angles from camera frames: drives in the layouts of Udacity, or generated roads.
 
-A row has two blocks, the frame of a camera and the state of the vehicle (speed and position).
+A row has three blocks: the frame of a camera, the speed and the position of the vehicle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
 from hetero_fl.data.sources.driving.cameras import Camera, Scene, render
 from hetero_fl.data.sources.driving.drive_files import (
     LOGS,
-    STATE,
     read_drive,
     read_frames,
 )
@@ -36,17 +35,21 @@ STRETCH = 50
 FILE_KEYS = ("crop", "step", "steering_ratio", "max_angle", "test_vehicles")
 """Settings that apply to files only."""
 
-FRAMES = 400
-"""Number of frames of each vehicle."""
-OTHER_FRAMES = 40
-"""Number of frames of each drive of a vehicle that is not a client."""
-VALIDATION_DRIVES = 12
-TEST_DRIVES = 24
-PUBLIC_DRIVES = 24
+DRIVES = 24
+"""Number of drives of each vehicle."""
+FRAMES = 30
+"""Number of frames of each drive."""
+OTHER_FRAMES = 12
+"""Number of frames of each drive in the global validation and test sets."""
+PUBLIC_FRAMES = 10
+"""Number of frames of each public drive."""
+VALIDATION_DRIVES = 24
+TEST_DRIVES = 48
+PUBLIC_DRIVES = 48
 KINDS = {
-    "suburb": RoadKind(bend=0.012, straight=0.35, left=0.5, limit=14.0),
-    "country": RoadKind(bend=0.008, straight=0.3, left=0.5, limit=19.0),
-    "hills": RoadKind(bend=0.02, straight=0.2, left=0.5, limit=12.0),
+    "suburb": RoadKind(bend=0.018, straight=0.2, left=0.5, limit=12.0),
+    "country": RoadKind(bend=0.01, straight=0.2, left=0.5, limit=16.0),
+    "hills": RoadKind(bend=0.028, straight=0.2, left=0.5, limit=10.0),
 }
 VEHICLES = {
     "day": Vehicle(wheelbase=2.7),
@@ -54,11 +57,11 @@ VEHICLES = {
     "van": Vehicle(wheelbase=3.0, understeer=0.003),
 }
 """Steering geometry of each fleet."""
-VEHICLES_PER_FLEET = 3
+VEHICLES_PER_FLEET = 2
 CAMERAS = {
     "day": Camera(view=60, height=1.3, tilt=6),
     "night": Camera(view=55, height=1.2, tilt=5, color=False, noise=0.03),
-    "van": Camera(view=95, height=2.1, tilt=11, noise=0.02, coarse=2),
+    "van": Camera(view=95, height=2.1, tilt=11, noise=0.02),
 }
 """Camera of each fleet, before the differences between vehicles."""
 GROUNDS = ((0.3, 0.45, 0.2), (0.6, 0.5, 0.35), (0.75, 0.75, 0.78), (0.45, 0.42, 0.38))
@@ -76,12 +79,12 @@ ABOUT = "generated: frames of vehicles with three kinds of cameras, on roads by 
 
 @register_source("driving", keys=("path", "driving"), generates=True)
 def driving(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the drives of nine vehicles (groups), or read a folder (see `read_driving_folder`).
+    """Generate the drives of six vehicles (groups), or read a folder (see `read_driving_folder`).
 
-    Three vehicles drive by day with a color camera, three by night with a gray camera, and three
-    vans at dawn and in fog with a wide-angle camera of few pixels. Each drives on its own road,
-    with surroundings, weather and a position of the camera of its own. The validation and test sets
-    contain other vehicles of all three fleets on other roads, half of them by night.
+    Two vehicles drive by day with a color camera, two by night with a gray camera, and two vans by
+    day in fog with a wide-angle camera. Each has its own roads, surroundings and position of the
+    camera. The validation and test sets contain other vehicles of all three fleets on other roads,
+    half of them by night.
     """
     settings = config.driving or DrivingConfig()
     if config.path is not None:
@@ -91,14 +94,15 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
     drives = []
     for name in names:
         fleet = name.rpartition("_")[0]
-        drives.append(_generate(name, fleet, fleet == "night", FRAMES, settings))
+        night = fleet == "night"
+        drives.append(_generate(name, fleet, settings, night=night, drives=DRIVES, frames=FRAMES))
     parts = _split_drives(names, drives, settings)
     return Dataset(
         "driving",
         TASK,
         parts["train"],
-        _other_drives("validation", VALIDATION_DRIVES, settings),
-        _other_drives("test", TEST_DRIVES, settings),
+        _other_drives("validation", VALIDATION_DRIVES, OTHER_FRAMES, settings),
+        _other_drives("test", TEST_DRIVES, OTHER_FRAMES, settings),
         simulated=True,
         about=ABOUT,
         blocks=_blocks(settings),
@@ -108,11 +112,11 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
 
 @register_source("driving_public", keys=("driving",))
 def driving_public(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate frames of other vehicles on other roads without their states, as a proxy set."""
+    """Generate frames of other vehicles on other roads, without speeds and positions."""
     settings = config.driving or DrivingConfig()
     _check_generated(settings)
     frame = _blocks(settings)[0]
-    rows = _other_drives("public", PUBLIC_DRIVES, settings)
+    rows = _other_drives("public", PUBLIC_DRIVES, PUBLIC_FRAMES, settings)
     rows.x = require_tensor(rows.x, "a public set")[:, : frame.size]
     return Dataset("driving_public", TASK, rows, simulated=True, about=ABOUT, blocks=(frame,))
 
@@ -188,7 +192,7 @@ def _read(folder: Path, settings: DrivingConfig) -> Examples:
 def _rows(
     pixels: np.ndarray, state: np.ndarray, angles: np.ndarray, settings: DrivingConfig
 ) -> Examples:
-    """Return rows of frames and states, with the angles in units of `settings.scale`.
+    """Return rows of three blocks, with the angles in units of `settings.scale`.
 
     Args:
         pixels: Frames, uint8 `[N, 3, H, W]`.
@@ -206,9 +210,9 @@ def _rows(
     )
 
 
-def _blocks(settings: DrivingConfig) -> tuple[Block, Block]:
+def _blocks(settings: DrivingConfig) -> tuple[Block, Block, Block]:
     size = (3, settings.height, settings.width)
-    return Block("frame", size), Block("state", (len(STATE),))
+    return Block("frame", size), Block("speed", (1,)), Block("position", (2,))
 
 
 def _split_drives(
@@ -255,31 +259,31 @@ def _check_generated(settings: DrivingConfig) -> None:
             raise UserError(
                 f"driving.{key}: needs path, as it applies to files; set path or remove"
             )
-    for key in ("height", "width"):
-        if getattr(settings, key) % 2:
-            raise UserError(
-                f"driving.{key}: must be even for generated frames, got {getattr(settings, key)}"
-            )
 
 
-def _generate(name: str, fleet: str, night: bool, frames: int, settings: DrivingConfig) -> Examples:
-    """Generate the drive of the vehicle `name` of a fleet.
+def _generate(
+    name: str, fleet: str, settings: DrivingConfig, *, night: bool, drives: int, frames: int
+) -> Examples:
+    """Generate the drives of the vehicle `name` of a fleet, each on another road.
 
     The angles have a measurement error with a standard deviation of `ANGLE_ERROR`.
     """
     rng = keyed_numpy_generator("data", "driving", name)
-    kind = KINDS[str(rng.choice(tuple(KINDS)))]
-    drive = make_drive(rng, replace(kind, left=rng.uniform(0.3, 0.7)), frames)
     camera = _mount(CAMERAS[fleet], rng)
-    scene = _make_scene(rng, night, foggy=fleet == "van")
-    pixels = render(drive, camera, scene, (settings.height, settings.width), rng)
-    angles = steering_angle(drive.curvature, drive.speed, VEHICLES[fleet])
-    angles += rng.normal(0, ANGLE_ERROR, frames)
-    east, north = (rng.uniform(-REGION / 2, REGION / 2, (1, 2)) + drive.position()).T
-    latitude = ORIGIN[0] + north / METERS_PER_DEGREE
-    longitude = ORIGIN[1] + east / (METERS_PER_DEGREE * np.cos(np.radians(ORIGIN[0])))
-    state = np.stack([drive.speed, latitude, longitude], 1)
-    return _rows(pixels, state, angles, settings)
+    parts = []
+    for _ in range(drives):
+        kind = KINDS[str(rng.choice(tuple(KINDS)))]
+        drive = make_drive(rng, kind, frames)
+        scene = _make_scene(rng, night, foggy=fleet == "van" and not night)
+        pixels = render(drive, camera, scene, (settings.height, settings.width), rng)
+        angles = steering_angle(drive.curvature, drive.speed, VEHICLES[fleet])
+        angles += rng.normal(0, ANGLE_ERROR, frames)
+        east, north = (rng.uniform(-REGION / 2, REGION / 2, (1, 2)) + drive.position()).T
+        latitude = ORIGIN[0] + north / METERS_PER_DEGREE
+        longitude = ORIGIN[1] + east / (METERS_PER_DEGREE * np.cos(np.radians(ORIGIN[0])))
+        state = np.stack([drive.speed, latitude, longitude], 1)
+        parts.append(_rows(pixels, state, angles, settings))
+    return concatenate_examples(parts)
 
 
 def _mount(camera: Camera, rng: np.random.Generator) -> Camera:
@@ -302,23 +306,24 @@ def _make_scene(rng: np.random.Generator, night: bool, foggy: bool) -> Scene:
     return Scene(
         ground=(red, green, blue),
         asphalt=rng.uniform(0.2, 0.45),
-        contrast=rng.uniform(0.4, 1.0),
+        contrast=rng.uniform(0.6, 1.0),
         lanes=int(rng.integers(0, 3)),
         yellow=bool(rng.random() < 0.4),
         dashed=bool(rng.random() < 0.7),
         night=night,
         lamps=rng.choice([0.0, 0.1, 0.2]),
         shadows=rng.choice([0.0, 0.2, 0.4]),
-        visibility=rng.uniform(20, 60) if foggy else rng.uniform(150, 600),
+        visibility=rng.uniform(40, 100) if foggy else rng.uniform(150, 600),
     )
 
 
-def _other_drives(name: str, count: int, settings: DrivingConfig) -> Examples:
+def _other_drives(name: str, count: int, frames: int, settings: DrivingConfig) -> Examples:
     """Generate the drives of vehicles that are not clients, of each fleet by day and by night."""
     fleets = tuple(VEHICLES)
     parts = []
     for number in range(count):
         fleet = fleets[number % len(fleets)]
         night = number // len(fleets) % 2 == 1
-        parts.append(_generate(f"{name}_{number}", fleet, night, OTHER_FRAMES, settings))
+        vehicle = f"{name}_{number}"
+        parts.append(_generate(vehicle, fleet, settings, night=night, drives=1, frames=frames))
     return concatenate_examples(parts)

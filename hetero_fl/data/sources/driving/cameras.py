@@ -234,7 +234,7 @@ def _light(
     if not scene.night:
         shaded = shade[along.astype(np.int64).clip(0, len(shade) - 1)]
         return np.broadcast_to(shaded[:, :, None], (*along.shape, left.shape[1])).astype(np.float32)
-    beam = np.exp(-ahead / 18)[:, None] * np.exp(-np.square(left / (2 + 0.25 * ahead[:, None])))
+    beam = np.exp(-ahead / 25)[:, None] * np.exp(-np.square(left / (3 + 0.35 * ahead[:, None])))
     lamps = scene.lamps * np.square(np.cos(np.pi * along / 35))[:, :, None]
     return (0.03 + 0.9 * beam + lamps).astype(np.float32)
 

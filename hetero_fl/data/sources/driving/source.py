@@ -45,7 +45,7 @@ PUBLIC_FRAMES = 10
 """Number of frames of each public drive."""
 VALIDATION_DRIVES = 24
 TEST_DRIVES = 48
-PUBLIC_DRIVES = 48
+PUBLIC_DRIVES = 24
 KINDS = {
     "suburb": RoadKind(bend=0.018, straight=0.2, left=0.5, limit=12.0),
     "country": RoadKind(bend=0.01, straight=0.2, left=0.5, limit=16.0),
@@ -54,14 +54,12 @@ KINDS = {
 VEHICLES = {
     "day": Vehicle(wheelbase=2.7),
     "night": Vehicle(wheelbase=2.8),
-    "van": Vehicle(wheelbase=3.0, understeer=0.003),
 }
 """Steering geometry of each fleet."""
 VEHICLES_PER_FLEET = 2
 CAMERAS = {
     "day": Camera(view=60, height=1.3, tilt=6),
-    "night": Camera(view=55, height=1.2, tilt=5, color=False, noise=0.03),
-    "van": Camera(view=95, height=2.1, tilt=11, noise=0.02),
+    "night": Camera(view=58, height=1.2, tilt=5.5, color=False, noise=0.02),
 }
 """Camera of each fleet, before the differences between vehicles."""
 GROUNDS = ((0.3, 0.45, 0.2), (0.6, 0.5, 0.35), (0.75, 0.75, 0.78), (0.45, 0.42, 0.38))
@@ -74,17 +72,16 @@ REGION = 10_000.0
 """Side of the region in m."""
 METERS_PER_DEGREE = 111_320.0
 """Length of a degree of latitude."""
-ABOUT = "generated: frames of vehicles with three kinds of cameras, on roads by day and by night"
+ABOUT = "generated: frames of vehicles with color cameras by day and gray cameras by night"
 
 
 @register_source("driving", keys=("path", "driving"), generates=True)
 def driving(config: SourceConfig, _root: Path) -> Dataset:
-    """Generate the drives of six vehicles (groups), or read a folder (see `read_driving_folder`).
+    """Generate the drives of four vehicles (groups), or read a folder (see `read_driving_folder`).
 
-    Two vehicles drive by day with a color camera, two by night with a gray camera, and two vans by
-    day in fog with a wide-angle camera. Each has its own roads, surroundings and position of the
-    camera. The validation and test sets contain other vehicles of all three fleets on other roads,
-    half of them by night.
+    Two vehicles drive by day with a color camera, and two by night with a gray camera. Each drive is
+    on another road, with its own surroundings and weather. The validation and test sets contain
+    other vehicles of both fleets on other roads.
     """
     settings = config.driving or DrivingConfig()
     if config.path is not None:
@@ -94,8 +91,7 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
     drives = []
     for name in names:
         fleet = name.rpartition("_")[0]
-        night = fleet == "night"
-        drives.append(_generate(name, fleet, settings, night=night, drives=DRIVES, frames=FRAMES))
+        drives.append(_generate(name, fleet, settings, drives=DRIVES, frames=FRAMES))
     parts = _split_drives(names, drives, settings)
     return Dataset(
         "driving",
@@ -262,7 +258,7 @@ def _check_generated(settings: DrivingConfig) -> None:
 
 
 def _generate(
-    name: str, fleet: str, settings: DrivingConfig, *, night: bool, drives: int, frames: int
+    name: str, fleet: str, settings: DrivingConfig, *, drives: int, frames: int
 ) -> Examples:
     """Generate the drives of the vehicle `name` of a fleet, each on another road.
 
@@ -274,7 +270,7 @@ def _generate(
     for _ in range(drives):
         kind = KINDS[str(rng.choice(tuple(KINDS)))]
         drive = make_drive(rng, kind, frames)
-        scene = _make_scene(rng, night, foggy=fleet == "van" and not night)
+        scene = _make_scene(rng, night=fleet == "night")
         pixels = render(drive, camera, scene, (settings.height, settings.width), rng)
         angles = steering_angle(drive.curvature, drive.speed, VEHICLES[fleet])
         angles += rng.normal(0, ANGLE_ERROR, frames)
@@ -299,7 +295,7 @@ def _mount(camera: Camera, rng: np.random.Generator) -> Camera:
     )
 
 
-def _make_scene(rng: np.random.Generator, night: bool, foggy: bool) -> Scene:
+def _make_scene(rng: np.random.Generator, *, night: bool) -> Scene:
     """Generate the surroundings, the light and the weather of a drive."""
     ground = np.array(GROUNDS[rng.integers(len(GROUNDS))]) * rng.uniform(0.8, 1.2)
     red, green, blue = ground
@@ -313,17 +309,15 @@ def _make_scene(rng: np.random.Generator, night: bool, foggy: bool) -> Scene:
         night=night,
         lamps=rng.choice([0.0, 0.1, 0.2]),
         shadows=rng.choice([0.0, 0.2, 0.4]),
-        visibility=rng.uniform(40, 100) if foggy else rng.uniform(150, 600),
+        visibility=rng.uniform(60, 600),
     )
 
 
 def _other_drives(name: str, count: int, frames: int, settings: DrivingConfig) -> Examples:
-    """Generate the drives of vehicles that are not clients, of each fleet by day and by night."""
+    """Generate the drives of vehicles that are not clients, of each fleet in turn."""
     fleets = tuple(VEHICLES)
     parts = []
     for number in range(count):
         fleet = fleets[number % len(fleets)]
-        night = number // len(fleets) % 2 == 1
-        vehicle = f"{name}_{number}"
-        parts.append(_generate(vehicle, fleet, settings, night=night, drives=1, frames=frames))
+        parts.append(_generate(f"{name}_{number}", fleet, settings, drives=1, frames=frames))
     return concatenate_examples(parts)

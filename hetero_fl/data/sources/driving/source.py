@@ -79,8 +79,8 @@ ABOUT = "generated: frames of vehicles with color cameras by day and gray camera
 def driving(config: SourceConfig, _root: Path) -> Dataset:
     """Generate the drives of four vehicles (groups), or read a folder (see `read_driving_folder`).
 
-    Two vehicles drive by day with a color camera, and two by night with a gray camera. Each drive is
-    on another road, with its own surroundings and weather. The validation and test sets contain
+    Two vehicles drive by day with a color camera, and two by night with a gray camera. Each drive
+    is on another road, with its own surroundings and weather. The validation and test sets contain
     other vehicles of both fleets on other roads.
     """
     settings = config.driving or DrivingConfig()

@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def federation(folders: tuple[Path, Path], method: str, **defaults: Any) -> dict[str, Any]:
-    small = {"width": 8, "hidden": 4, "image_width": 4}
+    small = {"width": 8, "hidden": 4, "image_width": 8}
     source = {"name": "driving", "path": str(folders[1])}
     return {
         "rounds": 2,

@@ -76,7 +76,8 @@ def test_angles_speeds_and_positions_have_one_unit(tmp_path: Path) -> None:
 
     assert float(y[0] * 5) == pytest.approx(math.degrees(wheel) / 14.8, rel=1e-5)
     assert x[0, 3456:3458].tolist() == pytest.approx([speed, lat], rel=1e-6)
-    first = int((dataset.train.group == 1).nonzero()[0])
+    assert dataset.train.group is not None
+    first = dataset.train.group.tolist().index(1)
     assert float(y[first] * 5) == pytest.approx(-25 * float(cells[3]), rel=1e-5)
     assert float(x[first, 3456]) == pytest.approx(float(cells[6]) * 0.44704, rel=1e-5)
     assert bool(x[first, 3457:].isnan().all())

@@ -199,6 +199,11 @@ MODELS: dict[str, CatalogEntry] = {
     "fedgen_cnn": CatalogEntry(
         "two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", cnn.fedgen_cnn, IMAGE
     ),
+    "pilotnet": CatalogEntry(
+        "five convolutions and three layers, for steering angles (Bojarski et al., 2016)",
+        cnn.pilotnet,
+        IMAGE,
+    ),
     "cnn": CatalogEntry(
         "three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none", cnn.cnn, IMAGE, 4
     ),

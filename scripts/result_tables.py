@@ -80,6 +80,7 @@ PAGES = (
 TASK = Task("multiclass", 2)
 PICTURES = {
     "medical_hetero": TASK,
+    "comparisons/driving_hetero": Task("regression", 1, unit="degrees"),
     "comparisons/finance_hetero": Task("multiclass", 2, rare=1),
     "comparisons/recommendation_hetero": Task("multiclass", 200, is_ranking=True),
     "comparisons/sensors_hetero": Task("multiclass", 6),

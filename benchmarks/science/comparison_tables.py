@@ -48,6 +48,15 @@ class ComparisonTable:
 
 
 TABLES = {
+    "driving_hetero": ComparisonTable(
+        ("driving_hetero",),
+        {
+            "MAE, global test": "global_last_mae",
+            "RMSE, global test": "global_last_rmse",
+            "MAE, local test": "personal_last_mae",
+            "Worst vehicle, local test": "personal_last_mae_worst",
+        },
+    ),
     "finance_hetero": ComparisonTable(
         ("finance_hetero",),
         {
@@ -193,7 +202,7 @@ def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[
 
 def _column(runs: Mapping[str, Sequence[Row]], key: str) -> dict[str, str]:
     """Format the mean ± standard deviation of a metric for each method."""
-    metric = key.partition(":")[0].partition("_last_")[2]
+    metric = key.partition(":")[0].partition("_last_")[2].removesuffix("_worst")
     is_error = metric in SMALLER_IS_BETTER
     scale = 1 if is_error else 100
     values = {

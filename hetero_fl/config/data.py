@@ -256,6 +256,59 @@ class MoviesConfig(SharedSettings):
         return self
 
 
+class DrivingConfig(SharedSettings):
+    """Drives with a camera: size of the frames, unit of the steering angle, and splits of a drive.
+
+    The keys below `scale` apply to files only.
+    """
+
+    selection = ("test_vehicles",)
+
+    height: int = Field(24, ge=8, le=256, description="height of a frame in pixels")
+    width: int = Field(48, ge=8, le=512, description="width of a frame in pixels")
+    validation: float = Field(
+        0.15, gt=0, lt=1, description="share of each drive before the test frames, for validation"
+    )
+    test: float = Field(
+        0.25, gt=0, lt=1, description="share of each drive, at its end, for the local test"
+    )
+    gap: NonNegativeInt = Field(
+        10, description="frames left out between two splits, which are similar to their neighbors"
+    )
+    scale: PositiveFloat = Field(
+        5.0, description="steering angle in degrees that a target of 1 stands for"
+    )
+    crop: tuple[Annotated[float, Field(ge=0, le=0.9)], Annotated[float, Field(ge=0, le=0.9)]] = (
+        Field((0.0, 0.0), description="shares of a frame to cut off at the top and the bottom")
+    )
+    step: PositiveInt = Field(1, description="use every n-th frame of a drive")
+    steering_ratio: PositiveFloat = Field(
+        14.8,
+        description="`interpolated.csv`: angle of the steering wheel per angle of the front wheels",
+    )
+    max_angle: PositiveFloat = Field(
+        25.0, description="`driving_log.csv`: angle in degrees of a `steering` of 1"
+    )
+    test_vehicles: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="folders of vehicles that are not clients and form the global test set; "
+        "`null`: the local tests together are the global test set",
+    )
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> DrivingConfig:
+        """Check that something remains of a drive and of a frame."""
+        if self.validation + self.test >= 0.9:
+            raise ValueError(
+                "validation + test must be < 0.9, which leaves frames to train on, got "
+                f"{self.validation + self.test:g}"
+            )
+        if sum(self.crop) > 0.9:
+            raise ValueError(f"crop: the sum must be <= 0.9, got {sum(self.crop):g}")
+        return self
+
+
 class ColumnsConfig(ConfigSection):
     """Columns of a Hugging Face data set by their use."""
 
@@ -361,6 +414,11 @@ class SourceConfig(ConfigSection):
         None,
         description="movie sources: histories and held-out users; a proxy source uses the settings "
         "of `data`",
+    )
+    driving: DrivingConfig | None = Field(
+        None,
+        description="driving sources: frames, steering angles and splits; a proxy source uses the "
+        "settings of `data`",
     )
     text: TextConfig | None = Field(
         None,

@@ -33,6 +33,7 @@ Key = Literal[
     "series",
     "speech",
     "movies",
+    "driving",
     "text",
     "windows",
 ]
@@ -49,6 +50,7 @@ OPTIONAL_KEYS: tuple[Key, ...] = (
     "series",
     "speech",
     "movies",
+    "driving",
     "text",
     "windows",
 )
@@ -61,9 +63,16 @@ FOLDERS = {
     "u.data": "movies",
     "ratings.dat": "movies",
     "ratings.csv": "movies",
+    "*/interpolated.csv": "driving",
+    "*/driving_log.csv": "driving",
 }
 """Sources that read folders, keyed by a pattern of files that only such a folder contains."""
-SHARED_KEYS: tuple[Literal["text", "speech", "movies"], ...] = ("text", "speech", "movies")
+SHARED_KEYS: tuple[Literal["text", "speech", "movies", "driving"], ...] = (
+    "text",
+    "speech",
+    "movies",
+    "driving",
+)
 """Keys of settings that a proxy set has in common with the main data set. The keys are also names
 of sources that read folders."""
 HUB_PREFIX = "hf:"

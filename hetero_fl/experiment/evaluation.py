@@ -277,7 +277,7 @@ def _source_as(
     name = known.get("name")
     if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
         label = known.get("label")
-    # Settings that determine how time series, recordings and texts become examples.
+    # Settings that determine how time series, texts, recordings and drives become examples.
     keys: tuple[Key, ...] = ("series", *SHARED_KEYS)
     cut: dict[str, Any] = {key: known.get(key) or {} for key in keys if reads_key(name, key)}
     if data == name and reads_key(name, "columns"):

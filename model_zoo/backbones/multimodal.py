@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from model_zoo.backbones.cnn import cnn
+from model_zoo.backbones.cnn import cnn, pilotnet
+from model_zoo.backbones.resnet import resnet
+from model_zoo.backbones.transformer import vit
 from model_zoo.errors import InputError, ModelError
 from model_zoo.shapes import Shape, is_integer
 from model_zoo.split_model import Body
@@ -19,6 +21,9 @@ from model_zoo.split_model import Body
 # Name and shape of each block in a row, in order: `(("image", (1, 28, 28)), ("genes", (60,)))`.
 Blocks = tuple[tuple[str, tuple[int, ...]], ...]
 Fusion = Literal["concat", "gated"]
+ImageNetwork = Literal["cnn", "pilotnet", "resnet", "vit"]
+PATCH = 4
+"""Height and width of a patch of the vision transformer in pixels."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -58,23 +63,31 @@ def validate_blocks(value: Any) -> Blocks:
 class Branch(nn.Sequential):
     """A branch, which maps one block of a row to features `[B, width]`.
 
-    Images are processed by a small CNN with GroupNorm, other blocks by two layers with LayerNorm.
-    Neither normalization depends on other examples, so clients that share a branch do not share
-    statistics of their data.
+    Images are processed by a small network without BatchNorm, other blocks by two layers with
+    LayerNorm. No normalization depends on other examples, so clients that share a branch do not
+    share statistics of their data.
 
     Args:
         shape: Shape of the block.
-        image_width: Channels of the first convolution.
+        image: Network for images, see `multimodal`.
+        image_width: Channels of the first convolution, see `multimodal`.
         hidden: Width of the hidden layer.
         width: Width of the features.
         dropout: Dropout rate of the hidden layer.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], image_width: int, hidden: int, width: int, dropout: float
+        self,
+        shape: tuple[int, ...],
+        *,
+        image: ImageNetwork,
+        image_width: int,
+        hidden: int,
+        width: int,
+        dropout: float,
     ) -> None:
         if len(shape) == 3:
-            body, body_width = cnn(Shape(shape[0], shape[1:]), width=image_width, norm="group")[:2]
+            body, body_width = _image_network(Shape(shape[0], shape[1:]), image, image_width)[:2]
             super().__init__(body, nn.Linear(body_width, width), nn.ReLU())
         else:
             super().__init__(
@@ -85,6 +98,17 @@ class Branch(nn.Sequential):
                 nn.Linear(hidden, width),
                 nn.ReLU(),
             )
+
+
+def _image_network(shape: Shape, name: ImageNetwork, width: int) -> Body:
+    """Build the network of an image branch."""
+    if name == "pilotnet":
+        return pilotnet(shape)
+    if name == "resnet":
+        return resnet(shape, widths=(width, 2 * width, 4 * width), norm="group")
+    if name == "vit":
+        return vit(shape, patch=PATCH, width=4 * width, depth=2)
+    return cnn(shape, width=width, norm="group")
 
 
 class Fuse(nn.Module):
@@ -140,7 +164,8 @@ class Multimodal(nn.Module):
     Args:
         blocks: Name and shape of each block.
         width: Width of the features.
-        image_width: Channels of the first convolution of image branches.
+        image: Network of image branches, see `multimodal`.
+        image_width: Channels of the first convolution of image branches, see `multimodal`.
         hidden: Width of the hidden layer of other branches.
         fusion: Method of the fusion, see `Fuse`.
         drop: Probability of hiding a block in training.
@@ -152,6 +177,7 @@ class Multimodal(nn.Module):
         blocks: Blocks,
         *,
         width: int,
+        image: ImageNetwork,
         image_width: int,
         hidden: int,
         fusion: Fusion,
@@ -161,7 +187,15 @@ class Multimodal(nn.Module):
         super().__init__()
         self._shapes = dict(blocks)
         for name, shape in blocks:
-            self.add_module(name, Branch(shape, image_width, hidden, width, dropout))
+            branch = Branch(
+                shape,
+                image=image,
+                image_width=image_width,
+                hidden=hidden,
+                width=width,
+                dropout=dropout,
+            )
+            self.add_module(name, branch)
         self.hide = nn.Dropout(drop) if drop > 0 and len(blocks) > 1 else nn.Identity()
         self.fusion = Fuse(len(blocks), width, fusion)
 
@@ -191,6 +225,7 @@ def multimodal(
     *,
     blocks: Blocks = (),
     width: int = 32,
+    image: ImageNetwork = "cnn",
     image_width: int = 16,
     hidden: int = 64,
     fusion: Fusion = "concat",
@@ -208,8 +243,11 @@ def multimodal(
         blocks: Name and shape of each block. If empty, the whole example is a single block, which
             is named after the kind of example (see `Shape.kind`).
         width: Width of the branches and of the features.
-        image_width: Channels of the first convolution of image branches, see
-            `model_zoo.backbones.cnn.cnn`.
+        image: Network of image branches. `cnn` and `resnet` have three stages with GroupNorm,
+            `vit` has patches of 4x4 pixels and two transformer blocks, and `pilotnet` is that of
+            `model_zoo.backbones.cnn.pilotnet`.
+        image_width: Channels of the first convolution of `cnn` and `resnet`, and a quarter of the
+            width of `vit`. `pilotnet` has the channels of its paper.
         hidden: Width of the hidden layer of other branches.
         fusion: Method of the fusion, see `Fuse`.
         drop: Probability of hiding a block in training.
@@ -220,7 +258,8 @@ def multimodal(
 
     Raises:
         InputError: If the width of a row differs from the total width of the blocks, with or
-            without an indicator for each block, or an image is smaller than 4x4 pixels.
+            without an indicator for each block, an image is smaller than 4x4 pixels, or it cannot
+            be divided into patches.
     """
     if not blocks:
         blocks = ((shape.kind, (shape.channels, *shape.size)),)
@@ -233,9 +272,15 @@ def multimodal(
             raise InputError(
                 f"option blocks: expected at least 4x4 pixels for '{name}', got {size[1]}x{size[2]}"
             )
+        if len(size) == 3 and image == "vit" and any(side % PATCH for side in size[1:]):
+            raise InputError(
+                f"option image: vit needs sides that are multiples of {PATCH} for '{name}', got "
+                f"{size[1]}x{size[2]}"
+            )
     backbone = Multimodal(
         blocks,
         width=width,
+        image=image,
         image_width=image_width,
         hidden=hidden,
         fusion=fusion,

@@ -1,4 +1,4 @@
-"""The configurations for banks, phones, sensors, speech, movies: short runs, methods, metrics."""
+"""Configurations of banks, phones, sensors, speech, movies, vehicles: short runs, metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ def run_two_rounds(name: str, *overrides: str) -> SynchronousTrainer:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["finance_hetero", "text_hetero", "sensors_hetero", "speech_hetero", "recommendation_hetero"],
+    [
+        "finance_hetero",
+        "text_hetero",
+        "sensors_hetero",
+        "speech_hetero",
+        "recommendation_hetero",
+        "driving_hetero",
+    ],
 )
 def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
     finished = run(
@@ -46,7 +53,11 @@ def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
         if "auroc" not in key and "prec" not in key
     )
     details = json.loads((tmp_path / "run" / "details.json").read_text())
-    leading = {"finance_hetero": "auroc", "recommendation_hetero": "ndcg_10"}
+    leading = {
+        "finance_hetero": "auroc",
+        "recommendation_hetero": "ndcg_10",
+        "driving_hetero": "mae",
+    }
     assert next(iter(summary["global"]["last"])) == leading.get(name, "accuracy")
     report = (tmp_path / "run" / "report.html").read_text()
     if name == "finance_hetero":

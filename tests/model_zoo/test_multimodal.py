@@ -57,6 +57,31 @@ def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
     assert torch.allclose(model(nothing).logits, model(nothing).logits[:1].expand(6, 3))
 
 
+@pytest.mark.parametrize("image", ["cnn", "pilotnet", "resnet", "vit"])
+def test_image_branch_has_the_selected_network(image: str) -> None:
+    blocks = [["frame", [3, 12, 20]], ["state", [3]]]
+    model = make_model(blocks, image=image, image_width=4, drop=0.0).eval()
+    x = torch.rand(5, 725)
+    x[:, 723:] = 0
+
+    assert model(x).logits.shape == (5, 3)
+    x[:, :720] = x[:, :720].flip(1)
+    assert model(x).logits.std(0).min() > 0
+    # Clients that share the branch do not share running statistics.
+    assert not list(model.buffers())
+    single = create_model(
+        "multimodal", 3, 3, (12, 20), blocks=blocks[:1], image=image, image_width=4
+    )
+    frame = {n for n, _ in model.named_parameters() if n.startswith("backbone.frame.")}
+    assert frame == {n for n, _ in single.named_parameters() if n.startswith("backbone.frame.")}
+
+
+def test_vit_branch_needs_whole_patches() -> None:
+    blocks = [["frame", [3, 12, 18]], ["state", [3]]]
+    with pytest.raises(ModelError, match="option image: vit needs sides that are multiples of 4"):
+        make_model(blocks, image="vit")
+
+
 def test_absent_block_embedding_is_learned() -> None:
     model = make_model(drop=0.0)
     model(rows(genes=False)).logits.sum().backward()

@@ -42,6 +42,7 @@ LONG = {  # run elsewhere: here they are parsed
     "configs/sensors_hetero.yaml",
     "configs/speech_hetero.yaml",
     "configs/recommendation_hetero.yaml",
+    "configs/driving_hetero.yaml",
 }
 OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {
     "server.yaml": load_server_config,

@@ -5,6 +5,7 @@ Data is downloaded on first use.
 
 from hetero_fl.data.sources import (
     benchmark_files,
+    driving,
     hugging_face,
     images,
     movies,
@@ -19,6 +20,7 @@ from hetero_fl.data.sources import (
 
 __all__ = [
     "benchmark_files",
+    "driving",
     "hugging_face",
     "images",
     "movies",

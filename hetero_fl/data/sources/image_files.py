@@ -161,7 +161,7 @@ def image_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _open_image(file: Path) -> Iterator[Any]:
+def open_image(file: Path) -> Iterator[Any]:
     """Open an image file with Pillow, and convert errors to a UserError."""
     from PIL import Image
 
@@ -187,13 +187,13 @@ def describe_image_error(error: Exception) -> str:
 
 def _read(file: Path, side: int | None) -> np.ndarray:
     """Return the pixels of an image file, uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB)."""
-    with _open_image(file) as opened:
+    with open_image(file) as opened:
         return image_pixels(opened, side)
 
 
 def _read_header(file: Path) -> tuple[tuple[int, int], bool]:
     """Return the width and height of an image file in pixels, and whether it is grayscale."""
-    with _open_image(file) as opened:
+    with open_image(file) as opened:
         width, height = opened.size
         size = (height, width) if _is_rotated(opened) else (width, height)
         return size, is_grayscale(opened.mode)

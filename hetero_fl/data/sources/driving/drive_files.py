@@ -1,0 +1,257 @@
+"""Recorded drives in the layouts of Udacity: logs in CSV, and an image file for each frame."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from hetero_fl.config.data import DrivingConfig
+from hetero_fl.data.sources.image_files import image_pixels, open_image
+from hetero_fl.data.sources.text import read_lines
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import format_list
+
+EXPORT = "interpolated.csv"
+"""Log of a recorded drive, exported from the data of the Udacity challenge 2."""
+SIMULATOR = "driving_log.csv"
+"""Log of a drive in the Udacity simulator."""
+LOGS = (EXPORT, SIMULATOR)
+SIMULATOR_COLUMNS = ("center", "left", "right", "steering", "throttle", "brake", "speed")
+"""Columns of the simulator's log, which may have no header."""
+CENTER = "center_camera"
+WHEEL_LIMIT = 4 * math.pi
+"""Angle of a steering wheel in radians that no vehicle exceeds: two turns to a side."""
+MILE_PER_HOUR = 0.44704
+"""Meters per second."""
+MIN_FRAMES = 10
+"""Minimum number of frames of a drive."""
+
+
+@dataclass(frozen=True)
+class RecordedFrame:
+    """A frame of a recorded drive.
+
+    Attributes:
+        file: Image file.
+        where: Line of the log, for error messages.
+        angle: Angle of the front wheels in degrees, positive to the left.
+        state: Speed in m/s, latitude and longitude in degrees. NaN if not recorded.
+    """
+
+    file: Path
+    where: str
+    angle: float
+    state: tuple[float, float, float]
+
+
+def read_drive(folder: Path, settings: DrivingConfig) -> list[RecordedFrame]:
+    """Read the log of a drive, without its images.
+
+    `interpolated.csv` has the columns `frame_id`, `filename`, `angle` (of the steering wheel, in
+    radians, positive to the left) and `speed` (m/s), and optionally `timestamp`, `lat` and `long`.
+    Only the frames of `center_camera` are used. `driving_log.csv` has the columns of the Udacity
+    simulator, with or without a header. Its angle `steering` is a share of
+    `settings.max_angle`, positive to the right, and its `speed` is in miles per hour. Its images
+    are in the folder `IMG`, whatever folder the log names.
+
+    Args:
+        folder: Folder with one of the logs.
+        settings: Driving settings.
+
+    Returns:
+        Every `settings.step`-th frame, in the order of the log.
+
+    Raises:
+        UserError: If the log is missing or malformed, or an image file does not exist.
+    """
+    found = [name for name in LOGS if (folder / name).is_file()]
+    if len(found) != 1:
+        entries = [e.name for e in folder.iterdir() if not e.name.startswith(".")]
+        got = "both" if found else format_list(sorted(entries)) or "an empty folder"
+        raise UserError(f"path: {folder}: expected {EXPORT} or {SIMULATOR}, got {got}")
+    log = folder / found[0]
+    read = _read_export if found[0] == EXPORT else _read_simulator
+    frames = read(log, settings)[:: settings.step]
+    if len(frames) < MIN_FRAMES:
+        step = f" with driving.step={settings.step}" if settings.step > 1 else ""
+        raise UserError(
+            f"path: {log}: expected at least {MIN_FRAMES} frames, got {len(frames)}{step}"
+        )
+    for frame in frames:
+        if not frame.file.is_file():
+            raise UserError(f"{frame.where}: image '{frame.file}' not found")
+    return frames
+
+
+def read_frames(files: Sequence[Path], settings: DrivingConfig) -> np.ndarray:
+    """Read image files, cut them and resize them.
+
+    Args:
+        files: Image files, all of one size.
+        settings: Driving settings, of which `crop`, `height` and `width` are used.
+
+    Returns:
+        Frames, uint8 `[N, 3, height, width]`. The channels of a gray image are equal.
+
+    Raises:
+        UserError: If a file is not an image, or the images have different sizes.
+    """
+    from PIL import Image
+
+    frames = np.empty((len(files), 3, settings.height, settings.width), np.uint8)
+    first: tuple[int, ...] = ()
+    for index, file in enumerate(files):
+        with open_image(file) as opened:
+            pixels = image_pixels(opened, None)
+        height, width = pixels.shape[:2]
+        first = first or (width, height)
+        if (width, height) != first:
+            raise UserError(
+                f"path: {file}: expected {first[0]}x{first[1]} pixels as in {files[0].name}, got "
+                f"{width}x{height}"
+            )
+        top, bottom = (round(share * height) for share in settings.crop)
+        cut = Image.fromarray(pixels[top : max(top + 1, height - bottom)])
+        small = cut.resize((settings.width, settings.height), Image.Resampling.BILINEAR)
+        frames[index] = np.asarray(small.convert("RGB")).transpose(2, 0, 1)
+    return frames
+
+
+def _read_export(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
+    """Return the frames of the center camera in `interpolated.csv`."""
+    frames = []
+    cameras: set[str] = set()
+    last = -math.inf
+    for where, row in _read_rows(log, ("frame_id", "filename", "angle", "speed")):
+        cameras.add(row["frame_id"])
+        if row["frame_id"] != CENTER:
+            continue
+        time = _number(row, "timestamp", where, optional=True)
+        if time <= last:
+            raise UserError(
+                f"{where}, column 'timestamp': must be later than in the frame before, got "
+                f"{row['timestamp']}; sort the file, one drive each"
+            )
+        last = last if math.isnan(time) else time
+        wheel = _number(row, "angle", where)
+        if abs(wheel) > WHEEL_LIMIT:
+            raise UserError(
+                f"{where}, column 'angle': expected radians from -{WHEEL_LIMIT:.1f} to "
+                f"{WHEEL_LIMIT:.1f}, got {wheel:g}"
+            )
+        angle = math.degrees(wheel) / settings.steering_ratio
+        state = (
+            _speed(row, where),
+            _degrees(row, "lat", 90.0, where),
+            _degrees(row, "long", 180.0, where),
+        )
+        frames.append(RecordedFrame(_image(log.parent, row, where), where, angle, state))
+    if not frames:
+        raise UserError(
+            f"path: {log}: expected frames of {CENTER} in column 'frame_id', got "
+            f"{format_list(sorted(cameras)) or 'no rows'}"
+        )
+    return frames
+
+
+def _read_simulator(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
+    """Return the frames of the center camera in `driving_log.csv`."""
+    frames = []
+    for where, row in _read_rows(log, SIMULATOR_COLUMNS, SIMULATOR_COLUMNS):
+        steering = _number(row, "steering", where)
+        if abs(steering) > 1:
+            raise UserError(f"{where}, column 'steering': expected -1 to 1, got {steering:g}")
+        # The log contains the paths of the machine that recorded it, which may be Windows.
+        name = PureWindowsPath(row["center"]).name
+        state = (MILE_PER_HOUR * _speed(row, where), math.nan, math.nan)
+        file = log.parent / "IMG" / name
+        frames.append(RecordedFrame(file, where, -settings.max_angle * steering, state))
+    return frames
+
+
+def _read_rows(
+    log: Path, needed: Sequence[str], default: Sequence[str] = ()
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yield the place of each row for error messages, and its cells keyed by column.
+
+    Args:
+        log: CSV file.
+        needed: Columns that must exist.
+        default: Columns of a file without a header. If empty, the first line must be a header.
+
+    Raises:
+        UserError: If the file is empty or malformed, or a column is missing.
+    """
+    lines = read_lines(log, "path")
+    if not lines:
+        raise UserError(f"path: {log}: the file is empty")
+    header = _split(lines[0][1])
+    if default and not set(header) & set(default):
+        header = list(default)
+    else:
+        lines = lines[1:]
+    for name in needed:
+        if header.count(name) != 1:
+            found = "not found" if name not in header else f"occurs {header.count(name)} times"
+            raise UserError(
+                f"path: {log}: header: column '{name}' {found}; the columns are "
+                f"{format_list(header)}"
+            )
+    for number, line in lines:
+        cells = _split(line)
+        where = f"path: {log}: line {number}"
+        if len(cells) != len(header):
+            raise UserError(f"{where}: expected {len(header)} cells, got {len(cells)}")
+        yield where, dict(zip(header, cells, strict=True))
+
+
+def _split(line: str) -> list[str]:
+    return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True))]
+
+
+def _number(row: Mapping[str, str], column: str, where: str, optional: bool = False) -> float:
+    """Return the number in a cell. If `optional` is set, an absent or empty cell is NaN."""
+    text = row.get(column, "")
+    if optional and not text:
+        return math.nan
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}, column '{column}': expected a number, got '{text}'")
+    return number
+
+
+def _speed(row: Mapping[str, str], where: str) -> float:
+    speed = _number(row, "speed", where)
+    if speed < 0:
+        raise UserError(f"{where}, column 'speed': must be >= 0, got {speed:g}")
+    return speed
+
+
+def _degrees(row: Mapping[str, str], column: str, limit: float, where: str) -> float:
+    """Return a latitude or longitude, NaN if not recorded."""
+    value = _number(row, column, where, optional=True)
+    if abs(value) > limit:
+        raise UserError(
+            f"{where}, column '{column}': expected degrees from -{limit:g} to {limit:g}, got "
+            f"{value:g}"
+        )
+    return value
+
+
+def _image(folder: Path, row: Mapping[str, str], where: str) -> Path:
+    """Return the image file of a row, which must be in the folder of the drive."""
+    name = PurePosixPath(row["filename"])
+    if not row["filename"] or name.is_absolute() or ".." in name.parts:
+        raise UserError(
+            f"{where}, column 'filename': expected a file in the folder of the drive, got "
+            f"'{row['filename']}'"
+        )
+    return folder / name

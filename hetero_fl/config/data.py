@@ -95,7 +95,7 @@ class SeriesConfig(ConfigSection):
 
 
 class SharedSettings(ConfigSection):
-    """Settings that a data set has in common with its proxy set and with data that is evaluated.
+    """Settings that also apply to the proxy set of a data set and to data that is evaluated.
 
     Attributes:
         selection: Settings that select rows of the main data set, and do not apply to others.

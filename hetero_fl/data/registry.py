@@ -73,8 +73,8 @@ SHARED_KEYS: tuple[Literal["text", "speech", "movies", "driving"], ...] = (
     "movies",
     "driving",
 )
-"""Keys of settings that a proxy set has in common with the main data set. The keys are also names
-of sources that read folders."""
+"""Keys of settings of the main data set that also apply to a proxy set. The keys are also names of
+sources that read folders."""
 HUB_PREFIX = "hf:"
 """Prefix of the names of Hugging Face data sets, which the source `hf` reads."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]

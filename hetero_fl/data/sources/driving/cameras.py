@@ -85,7 +85,7 @@ class Scene:
     """The surroundings, the light and the weather of a drive.
 
     Attributes:
-        ground: Color beside the road, red, green and blue.
+        ground: Color of the ground next to the road, red, green and blue.
         asphalt: Brightness of the road.
         contrast: Visibility of the lane markings from 0 to 1.
         lanes: Lanes to the left of that of the vehicle.
@@ -193,7 +193,7 @@ def _surface(
     scene: Scene,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Return the colors of the road, its markings and the ground beside it, `[N, R, W, 3]`."""
+    """Return the colors of the road, its markings and the ground, `[N, R, W, 3]`."""
     # The width of a pixel on the road, over which the edges of markings are blurred.
     blur = np.abs(left[:, 1] - left[:, 0])[:, None].astype(np.float32)
 

@@ -63,7 +63,7 @@ CAMERAS = {
 }
 """Camera of each fleet, before the differences between vehicles."""
 GROUNDS = ((0.3, 0.45, 0.2), (0.6, 0.5, 0.35), (0.75, 0.75, 0.78), (0.45, 0.42, 0.38))
-"""Colors beside a road: grass, sand, snow and stone."""
+"""Colors of the ground next to a road: grass, sand, snow and stone."""
 ANGLE_ERROR = 0.1
 """Standard deviation of the error of a measured steering angle in degrees."""
 ORIGIN = (37.4, -122.1)

@@ -91,7 +91,7 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
     """Create a data set from the ratings of users.
 
     The movies of a user who trains are divided in chronological order: training movies, then
-    `validation_movies` and `test_movies`, which are the local sets of the user's group. If fewer
+    `validation_movies` and `test_movies`, which belong to the user's group. If fewer
     than three movies are left for training, the user has training movies only. The global sets
     contain the last movies of users who do not train, whose number is 0.
 

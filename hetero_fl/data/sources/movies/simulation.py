@@ -52,7 +52,7 @@ ABOUT = "generated: users of six regions watch movies by taste, by popularity an
 
 @dataclass(frozen=True)
 class World:
-    """What users choose from.
+    """Movies that users choose from.
 
     Attributes:
         titles: Titles of all movies, such as `comedy 7`.

@@ -36,6 +36,8 @@ CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
 METHODS = ("local", *AVERAGING, *DISTILLING, "kt_pfl", "fml", *CLASS_KNOWLEDGE)
 LOCAL_REFERENCES = ("local", "fedavg", "ditto")
 PRIMARY_METHODS = ("fedavg", *DISTILLING)
+# Methods that are measured in all main federations, and the bound.
+OVERVIEW_METHODS = ("local", "fedavg", "ditto", *DISTILLING, "centralized")
 SUMMARY_COLUMNS = {
     GLOBAL: "Global test, balanced accuracy",
     AUROC: "Global test, AUROC",
@@ -65,10 +67,12 @@ class ArchiveTable:
 
 
 TABLES = {
+    "overview": ArchiveTable(GLOBAL, OVERVIEW_METHODS),
+    "overview_local": ArchiveTable(LOCAL, OVERVIEW_METHODS),
     "scores": ArchiveTable(GLOBAL, DISTILLING, ("none", "all")),
     "ranking": ArchiveTable(AUROC, DISTILLING, ("none", "all")),
     "averaging": ArchiveTable(GLOBAL, ("local", "fedavg", "centralized"), ("none", "all")),
-    "local": ArchiveTable(LOCAL, ("local", "fedavg", "ditto", *DISTILLING)),
+    "local": ArchiveTable(LOCAL, (*LOCAL_REFERENCES, *DISTILLING)),
     "choice_global": ArchiveTable(GLOBAL, METHODS, anchor="global"),
     "choice_local": ArchiveTable(LOCAL, METHODS, anchor="local"),
     "proxies": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Proxy sets"),
@@ -118,9 +122,11 @@ def _verdict(results: BenchmarkResults) -> str:
     ahead = sum(test.difference.mean > 0 for test in significant)
     best = sorted(ranks, key=lambda row: ranks[row])[:2]
     federations = pluralize(len(results.groups[MAIN_GROUP]), "federation")
+    num_tests = len(primary.federations) * len(primary.against)
+    known = f" with runs (of {num_tests})" if len(tests) < num_tests else ""
     named = [f"{algorithm_name(row[0])} ({ranks[row]:.2f})" for row in best]
     return (
-        f"Of {pluralize(len(tests), 'primary test')}, {algorithm_name(primary.method)} is "
+        f"Of {pluralize(len(tests), 'primary test')}{known}, {algorithm_name(primary.method)} is "
         f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. The best mean "
         f"ranks on the global test over {federations} are those of {' and '.join(named)}, of "
         f"{len(ranks)} methods with components."

@@ -26,6 +26,7 @@ from benchmarks.science.component_tables import (
 from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
+from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
@@ -43,7 +44,6 @@ MARKED = re.compile(
     re.DOTALL,
 )
 SUMMARIES = [
-    (README, "summary of xrays_three"),
     (MEDICAL, "summary of xrays_three"),
     (MEDICAL, "summary of xrays_one"),
 ]
@@ -94,7 +94,7 @@ def runs_of(path: Path, key: str = "algorithm") -> dict[str, list[dict[str, str]
 
 
 def test_pages_contain_their_tables() -> None:
-    assert [name for _, name in marked(README)] == ["verdict", "summary of xrays_three"]
+    assert [name for _, name in marked(README)] == ["verdict", "overview"]
     assert set(marked(LABEL_SKEW)) == {("components", name) for name in COMPONENT_TABLES}
     assert list(marked(REPLICATION)) == [("replication", name) for name in TABLES]
 
@@ -118,6 +118,24 @@ def test_summary_matches_the_archived_runs(page: Path, name: str) -> None:
             assert row[title] == f"{mean:.1f} ± {deviation:.1f}", (method, title)
         sent = statistics.mean(float(run["up_bytes"]) + float(run["down_bytes"]) for run in own)
         assert float(row["MB"]) == pytest.approx(sent / 1e6, rel=0.05)
+
+
+def test_overview_matches_the_archived_runs() -> None:
+    shown = read_rows(marked(README)["benchmark", "overview"])
+    titles = {
+        read_config_file(path)["title"]: path.stem
+        for path in (ROOT / "configs" / "benchmark").glob("*.yaml")
+        if path.stem != "protocol"
+    }
+
+    for row in shown:
+        method = LABELS[row.pop("Method").partition(" +")[0]]
+        for title, cell in row.items():
+            runs = runs_of(BENCHMARK / f"{titles[title]}.csv", "method")[method]
+            values = [100 * float(run[GLOBAL]) for run in runs if run["components"] == "all"]
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            assert cell == f"{mean:.1f} ± {deviation:.1f}", (method, title)
+    assert len(shown) == 8
 
 
 @pytest.fixture
@@ -147,7 +165,7 @@ def test_verdict_counts_tests_in_both_directions(small_archive: BenchmarkResults
     verdict = archive_table(small_archive, "verdict")
 
     assert verdict.startswith(
-        "Of 1 primary test, Hybrid is significantly ahead in 0 and behind in 1. "
+        "Of 1 primary test with runs (of 20), Hybrid is significantly ahead in 0 and behind in 1. "
     )
     assert "FedAvg (1.00) and Hybrid (2.00), of 3 methods" in verdict
 

@@ -1,14 +1,10 @@
 #!/usr/bin/env python3
-"""Write the result tables of the documentation and the plot of the main example.
+"""Write the result tables of the documentation, and plots of comparisons.
 
-README.md contains a summary of a few methods, and docs/results/medical.md contains the tables of
-all methods. The tables of Hybrid and its components are in docs/results/hybrid.md and
-docs/explanation/label_skew.md, the replicated tables in docs/results/replication.md, and tables of
-other comparisons on the pages of scenarios. The runs are archived in docs/results.
+Tables of the benchmark come from docs/benchmark, all others from the runs archived in docs/results.
 
-    python scripts/result_tables.py                            # write tables and plot
-    python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
-    python scripts/result_tables.py --archive components/ablation_medical=runs/ablation
+    python scripts/result_tables.py                            # write tables and plots
+    python scripts/result_tables.py --archive comparisons/survey=runs/survey   # archive runs first
     python scripts/result_tables.py --check                    # exit status 1 if a page is outdated
 """
 
@@ -44,42 +40,27 @@ from benchmarks.science.replication_tables import (  # noqa: E402
 from hetero_fl.core.task import Task  # noqa: E402
 from hetero_fl.experiment.benchmark.results import BenchmarkResults  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
-from hetero_fl.reporting.comparison.differences import (  # noqa: E402
-    format_p,
-    make_difference_table,
-)
-from hetero_fl.reporting.comparison.tables import (  # noqa: E402
-    TableCell,
-    TableLine,
-    make_table,
-)
-from hetero_fl.reporting.formatting import algorithm_base, algorithm_name  # noqa: E402
-from hetero_fl.reporting.methods import is_bound  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
 from hetero_fl.utils.environment import current_commit  # noqa: E402
-from hetero_fl.utils.text import split_top_level  # noqa: E402
 
 ARCHIVE = ROOT / "docs" / "results"
 BENCHMARK = ROOT / "configs" / "benchmark"
 BENCHMARK_ARCHIVE = ROOT / "docs" / "benchmark"
 PAGES = (
     ROOT / "README.md",
-    ARCHIVE / "medical.md",
     ARCHIVE / "finding.md",
-    ARCHIVE / "hybrid.md",
     ARCHIVE / "privacy.md",
     ARCHIVE / "replication.md",
     ARCHIVE / "robustness.md",
     ARCHIVE / "htfllib.md",
+    ROOT / "docs" / "how_to" / "compression.md",
     ROOT / "docs" / "how_to" / "homomorphic_encryption.md",
     ROOT / "docs" / "explanation" / "label_skew.md",
     ROOT / "docs" / "how_to" / "choose_method.md",
     *sorted((ROOT / "docs" / "scenarios").glob("*.md")),
 )
-TASK = Task("multiclass", 2)
 PICTURES = {
-    "medical_hetero": TASK,
     "comparisons/driving_hetero": Task("regression", 1, unit="degrees"),
     "comparisons/finance_hetero": Task("multiclass", 2, rare=1),
     "comparisons/recommendation_hetero": Task("multiclass", 200, is_ranking=True),
@@ -88,29 +69,9 @@ PICTURES = {
     "comparisons/text_hetero": Task("multiclass", 199),
 }
 """Task of each archived comparison that is plotted in docs/images."""
-SHORT = {"logit_adjustment=true": "LA", "teacher=contrast": "contrast teacher"}
-ADJUSTED = "*With LA*"
-BOUNDS = "*Bounds*"
-WORST = "Worst client, local test"
+BENCHMARK_PICTURES = {"medical_hetero": ("xrays_three", Task("multiclass", 2))}
+"""Federation of the benchmark, and its task, of each further picture in docs/images."""
 TEXT = ("algorithm", "commit")
-# Columns and methods of the summary in README.md. The methods include FedAvg, and FedDF with a
-# contrast teacher, which are better than Hybrid in some columns.
-SUMMARY_COLUMNS = tuple(
-    f"{test}_last_{metric}"
-    for test in ("global", "personal")
-    for metric in ("balanced_accuracy", "auroc")
-)
-SUMMARY_METHODS = (
-    "local",
-    "fedavg",
-    "fedavg:logit_adjustment=true",
-    "fedmd:logit_adjustment=true",
-    "feddf:logit_adjustment=true",
-    "feddf:logit_adjustment=true:teacher=contrast",
-    "hybrid",
-    "centralized:logit_adjustment=true",
-)
-
 Row = dict[str, Any]
 
 
@@ -180,64 +141,6 @@ def _value(key: str, text: str) -> Any:
     return float(text) if text else None
 
 
-def section(rows: list[Row]) -> str:
-    """Format the table of the last round, followed by a line with the p-values and the commit.
-
-    The columns are those of `comparison.md`, except the columns for the server's model, p-values,
-    seconds and needs, so that the table fits the width of a GitHub page. Methods with logit
-    adjustment form a separate group, which distinguishes the effect of this component from the
-    effect of a method.
-
-    Args:
-        rows: Rows of an archived comparison.
-    """
-    table = make_table(rows, TASK, "last")
-    kept = [
-        place for place, column in enumerate(table.columns) if not column.key.startswith("server")
-    ]
-    titles = [table.columns[place].title for place in kept]
-    header = ["Method", *(WORST if title.startswith("Worst") else title for title in titles), "MB"]
-    lines = [_joined(header), _joined(["---", *("---:" for _ in header[1:])])]
-    groups: dict[str, list[TableLine]] = {"": [], ADJUSTED: [], BOUNDS: []}
-    for line in table.lines:
-        groups[
-            BOUNDS if is_bound(line.algorithm) else ADJUSTED if _is_adjusted(line.algorithm) else ""
-        ].append(line)
-    for title, members in groups.items():
-        if title and members:
-            lines.append(_joined([title, *("" for _ in header[1:])]))
-        for line in members:
-            cells = [_cell(line.cells[place], table.columns[place].key) for place in kept]
-            lines.append(_joined([_name(line.algorithm), *cells, line.megabytes]))
-    return "\n".join([*lines, "", _origin(rows)])
-
-
-def summary(rows: list[Row]) -> str:
-    """Format the table for README.md, with the scores and traffic of `SUMMARY_METHODS`.
-
-    A score is bold if it is the best of all methods, including methods that are not shown.
-
-    Args:
-        rows: Rows of an archived comparison.
-    """
-    table = make_table(rows, TASK, "last")
-    kept = [
-        place
-        for key in SUMMARY_COLUMNS
-        for place, column in enumerate(table.columns)
-        if column.key == key
-    ]
-    header = ["Method", *(table.columns[place].title for place in kept), "MB"]
-    lines = [_joined(header), _joined(["---", *("---:" for _ in header[1:])])]
-    by_label = {line.algorithm: line for line in table.lines}
-    for label in SUMMARY_METHODS:
-        line = by_label[label]
-        cells = [_cell(line.cells[place], table.columns[place].key) for place in kept]
-        name = f"{_name(label)} (bound)" if is_bound(label) else _name(label)
-        lines.append(_joined([name, *cells, line.megabytes]))
-    return "\n".join(lines)
-
-
 def replication(name: str) -> str:
     """Format the replicated table with the given name, from the recorded runs."""
     table = published.TABLES[name]
@@ -255,48 +158,13 @@ def draw_replication() -> bytes:
     return style.to_png(draw_scores({title: found for title, found in scores.items() if found}))
 
 
-def _joined(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(cell: TableCell, key: str) -> str:
-    text = cell.text.replace(" ± ", "±")
-    if key.endswith("_worst") and cell.mean is not None and cell.deviation is not None:
-        # A single client may have as few as 18 rows, so decimals are not significant.
-        text = f"{100 * cell.mean:.0f}±{100 * cell.deviation:.0f}"
-    return f"**{text}**" if cell.best else text
-
-
-def _name(label: str) -> str:
-    """Return the name of a method with abbreviated settings, such as `FedDF + LA`."""
-    base = algorithm_base(label)
-    settings = split_top_level(label[len(base) + 1 :], ":")
-    if all(setting in SHORT for setting in settings):
-        return " + ".join([algorithm_name(base), *(SHORT[setting] for setting in settings)])
-    return algorithm_name(label)
-
-
-def _is_adjusted(label: str) -> bool:
-    """Return whether a method trains with logit adjustment, by a setting or by default."""
-    return "logit_adjustment=true" in label or label.startswith("hybrid")
-
-
-def _origin(rows: list[Row]) -> str:
-    """Format a line with the tests against the best method, the commits and the archive."""
-    parts = []
-    if (table := make_difference_table(rows, TASK)) is not None:
-        found = ", ".join(
-            f"{_name(one.algorithm)} {format_p(one.p_holm)}"
-            for one in table.differences
-            if one.p_holm is not None
-        )
-        parts.append(
-            f"p (two-sided t-test on “{table.column.title}”, paired by seed, Holm's correction, "
-            f"against {_name(table.best)}): {found}."
-        )
-    commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows))
-    parts.append(f"Commit {commits}; every run: [CSV]({{name}}.csv).")
-    return " ".join(parts)
+def benchmark_rows(name: str) -> list[Row]:
+    """Return the runs with components of a federation of the benchmark, as in a comparison."""
+    frame = BenchmarkResults(BENCHMARK, BENCHMARK_ARCHIVE).scores[name].frame
+    frame = frame[frame["components"] == "all"].rename(columns={"method": "algorithm"})
+    # Columns without a value, such as the scores of a server, are None.
+    rows: list[Row] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
 
 
 def output(name: str) -> str:
@@ -329,8 +197,6 @@ def components(name: str) -> str:
 
 
 KINDS: dict[str, Callable[[str], str]] = {
-    "results": lambda name: section(archived(name)).replace("{name}", name),
-    "summary": lambda name: summary(archived(name)),
     "benchmark": lambda name: archive_table(BenchmarkResults(BENCHMARK, BENCHMARK_ARCHIVE), name),
     "comparison": comparison,
     "components": components,
@@ -394,6 +260,10 @@ def main() -> int:
         for name, task in PICTURES.items():
             picture = style.to_png(plots.draw_comparison(archived(name), task))
             (images / f"{Path(name).name}.png").write_bytes(picture)
+        for name, (federation, task) in BENCHMARK_PICTURES.items():
+            if rows := benchmark_rows(federation):
+                picture = style.to_png(plots.draw_comparison(rows, task))
+                (images / f"{name}.png").write_bytes(picture)
         (images / "replication.png").write_bytes(draw_replication())
     return 0
 

@@ -12,20 +12,23 @@ from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.benchmark.scores import FederationScores, RowName, row_title
 from hetero_fl.reporting.benchmark.tables import (
+    SIGNIFICANT,
     difference_table,
     primary_table,
     score_cell,
     score_table,
 )
 from hetero_fl.reporting.comparison.significance import paired_difference
-from hetero_fl.reporting.formatting import format_significant
+from hetero_fl.reporting.formatting import algorithm_name, format_significant
 from hetero_fl.reporting.methods import is_bound
 from hetero_fl.reporting.rendering import markdown_table
+from hetero_fl.utils.text import pluralize
 
 GLOBAL = "global_last_balanced_accuracy"
 AUROC = "global_last_auroc"
 LOCAL = "personal_last_accuracy"
 NO_RUNS = "No runs yet."
+HYBRID = "hybrid", "all"
 DISTILLING = ("fedmd", "feddf", "ds_fl", "hybrid")
 AVERAGING = ("fedavg", "fedprox", "fedadam", "fedbn", "ditto")
 CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
@@ -33,6 +36,8 @@ CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
 METHODS = ("local", *AVERAGING, *DISTILLING, "kt_pfl", "fml", *CLASS_KNOWLEDGE)
 LOCAL_REFERENCES = ("local", "fedavg", "ditto")
 PRIMARY_METHODS = ("fedavg", *DISTILLING)
+# Methods that are measured in all main federations, and the bound.
+OVERVIEW_METHODS = ("local", "fedavg", "ditto", *DISTILLING, "centralized")
 SUMMARY_COLUMNS = {
     GLOBAL: "Global test, balanced accuracy",
     AUROC: "Global test, AUROC",
@@ -62,10 +67,12 @@ class ArchiveTable:
 
 
 TABLES = {
+    "overview": ArchiveTable(GLOBAL, OVERVIEW_METHODS),
+    "overview_local": ArchiveTable(LOCAL, OVERVIEW_METHODS),
     "scores": ArchiveTable(GLOBAL, DISTILLING, ("none", "all")),
     "ranking": ArchiveTable(AUROC, DISTILLING, ("none", "all")),
     "averaging": ArchiveTable(GLOBAL, ("local", "fedavg", "centralized"), ("none", "all")),
-    "local": ArchiveTable(LOCAL, ("local", "fedavg", "ditto", *DISTILLING)),
+    "local": ArchiveTable(LOCAL, (*LOCAL_REFERENCES, *DISTILLING)),
     "choice_global": ArchiveTable(GLOBAL, METHODS, anchor="global"),
     "choice_local": ArchiveTable(LOCAL, METHODS, anchor="local"),
     "proxies": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Proxy sets"),
@@ -105,6 +112,49 @@ def _primary_table(results: BenchmarkResults) -> str:
     return primary_table(tests, results.benchmark.protocol.primary.method) if tests else NO_RUNS
 
 
+def _verdict(results: BenchmarkResults) -> str:
+    """Summarize the primary tests and the mean ranks in two sentences."""
+    primary = results.benchmark.protocol.primary
+    tests, ranks = results.primary_tests(), results.ranks(primary.metric, primary.components)
+    if not tests or len(ranks) < 2:
+        return NO_RUNS
+    significant = [test for test in tests if test.p_holm <= SIGNIFICANT]
+    ahead = sum(test.difference.mean > 0 for test in significant)
+    best = sorted(ranks, key=lambda row: ranks[row])[:2]
+    federations = pluralize(len(results.groups[MAIN_GROUP]), "federation")
+    num_tests = len(primary.federations) * len(primary.against)
+    known = f" with runs (of {num_tests})" if len(tests) < num_tests else ""
+    named = [f"{algorithm_name(row[0])} ({ranks[row]:.2f})" for row in best]
+    return (
+        f"Of {pluralize(len(tests), 'primary test')}{known}, {algorithm_name(primary.method)} is "
+        f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. The best mean "
+        f"ranks on the global test over {federations} are those of {' and '.join(named)}, of "
+        f"{len(ranks)} methods with components."
+    )
+
+
+def _better_rows(metric: str) -> Callable[[BenchmarkResults], str]:
+    """Return a function that compares Hybrid with all rows that have a better mean score."""
+
+    def format_table(results: BenchmarkResults) -> str:
+        found = {}
+        for federation in results.groups[MAIN_GROUP]:
+            own = federation.by_seed(HYBRID, metric)
+            for row in federation.rows:
+                if row[0] == HYBRID[0] or is_bound(row[0]):
+                    continue
+                difference = paired_difference(own, federation.by_seed(row, metric))
+                if difference is not None:
+                    titles = [row_title(each, results.names) for each in (HYBRID, row)]
+                    found[federation.title, titles[0], titles[1]] = difference
+        if not found:
+            return NO_RUNS
+        better = {titles: each for titles, each in found.items() if each.mean < 0}
+        return difference_table(better) if better else "None."
+
+    return format_table
+
+
 def _best_row_table(results: BenchmarkResults) -> str:
     differences = results.best_row_differences()
     return difference_table(differences) if differences else NO_RUNS
@@ -112,7 +162,6 @@ def _best_row_table(results: BenchmarkResults) -> str:
 
 def _local_difference_table(results: BenchmarkResults) -> str:
     """Compare Hybrid on local tests with the best of the references, all with components."""
-    hybrid = "hybrid", "all"
     found = {}
     for federation in results.groups[MAIN_GROUP]:
         rows = [(method, "all") for method in LOCAL_REFERENCES]
@@ -121,10 +170,10 @@ def _local_difference_table(results: BenchmarkResults) -> str:
             continue
         best = max(rows, key=lambda row: means[row])
         difference = paired_difference(
-            federation.by_seed(hybrid, LOCAL), federation.by_seed(best, LOCAL)
+            federation.by_seed(HYBRID, LOCAL), federation.by_seed(best, LOCAL)
         )
         if difference is not None:
-            titles = [row_title(row, results.names) for row in (hybrid, best)]
+            titles = [row_title(row, results.names) for row in (HYBRID, best)]
             found[federation.title, titles[0], titles[1]] = difference
     return difference_table(found) if found else NO_RUNS
 
@@ -134,6 +183,9 @@ SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "primary": _primary_table,
     "best rows": _best_row_table,
     "local differences": _local_difference_table,
+    "verdict": _verdict,
+    "better rows": _better_rows(GLOBAL),
+    "better rows, local tests": _better_rows(LOCAL),
 }
 """Functions that format the tables that are not in `TABLES`, keyed by name."""
 
@@ -151,6 +203,8 @@ def _with_anchors(text: str, anchor: str) -> str:
 def _summary_table(results: BenchmarkResults, federation: FederationScores) -> str:
     """Format scores and costs of the rows with components in one federation."""
     rows = [row for row in federation.rows if row[1] == "all"]
+    if not rows:
+        return NO_RUNS
     lines = [_summary_line(results, federation, row) for row in rows if not is_bound(row[0])]
     bounds = [_summary_line(results, federation, row) for row in rows if is_bound(row[0])]
     header = ["Method", *SUMMARY_COLUMNS.values(), "MB", "TFLOP"]

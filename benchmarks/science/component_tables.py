@@ -1,7 +1,6 @@
 """Tables with scores of Hybrid and its components, in which each column is a comparison.
 
-`scripts/result_tables.py` writes the tables to docs/results/hybrid.md and
-docs/explanation/label_skew.md.
+`scripts/result_tables.py` writes the tables to docs/explanation/label_skew.md.
 """
 
 from __future__ import annotations
@@ -20,14 +19,6 @@ Scores = dict[str, dict[int, float]]
 
 GLOBAL = "global_last_balanced_accuracy"
 LOCAL = "personal_last_accuracy"
-FEDERATIONS = {
-    "Digits, three architectures": "digits_three",
-    "Digits, one": "digits_one",
-    "X-rays, three architectures": "medical_hetero",
-    "X-rays, one": "medical_homogeneous",
-    "Fashion-MNIST, α 0.3": "fashion_dirichlet",
-    "Fashion-MNIST, two classes": "fashion_classes",
-}
 XRAY_PROXIES = {
     "As published": "medical_homogeneous",
     "100 rows": "small_medical",
@@ -41,14 +32,9 @@ FASHION_PROXIES = {
     "MNIST digits": "shifted_fashion",
     "None": "none_fashion",
 }
-METHODS = {"Digits, three architectures": "methods_digits"}
+CORRECTIONS = {"Digits, three architectures": "corrections_digits"}
 WITHOUT_BATCH_NORM = {"Digits, three architectures": "gn_digits", "X-rays, one": "gn_medical"}
-ALL_COMPONENTS = (
-    "logit_adjustment=true:teacher=contrast:align=1:recalibrate=[proxy_predictions,local_test]"
-)
-"""Settings with which other methods have the components that Hybrid has by default."""
 SETTINGS = {
-    ALL_COMPONENTS: "all components",
     "local_prior=true": "prior at prediction",
     "prior_correction=true": "prior correction",
     "fine_tune_epochs=1": "fine-tuned",
@@ -57,9 +43,7 @@ SETTINGS = {
     "recalibrate=[global_test,local_test]": "recalibrated tests",
     "distilled_statistics=clients": "statistics of clients",
     "align=0": "no alignment",
-    "clients.defaults.epochs=5": "five epochs",
 }
-MORE_EPOCHS = "clients.defaults.epochs=5"
 # Components of Hybrid, mapped to the settings that disable them.
 COMPONENTS = {
     "LA": "logit_adjustment=false",
@@ -79,24 +63,20 @@ class ComponentTable:
         columns: Names of archived comparisons, keyed by column title.
         metric: Column of the archived comparisons.
         seeds: Number of seeds to use, starting with the smallest. If None, all seeds are used.
-        style: `methods` names each row's method, `components` marks the components of Hybrid, and
-            `lead` compares Hybrid with the best other method of each federation.
+        style: `methods` names each row's method, and `components` marks the components of Hybrid.
     """
 
     columns: Mapping[str, str]
     metric: str = GLOBAL
     seeds: int | None = None
-    style: Literal["methods", "components", "lead"] = "methods"
+    style: Literal["methods", "components"] = "methods"
 
 
 TABLES = {
-    "lead": ComponentTable(FEDERATIONS, style="lead"),
-    "global": ComponentTable(FEDERATIONS),
-    "local": ComponentTable(FEDERATIONS, LOCAL),
     "xray_proxies": ComponentTable(XRAY_PROXIES, seeds=5),
     "fashion_proxies": ComponentTable(FASHION_PROXIES, seeds=5),
-    "methods_global": ComponentTable(METHODS),
-    "methods_local": ComponentTable(METHODS, LOCAL),
+    "corrections": ComponentTable(CORRECTIONS),
+    "corrections_local": ComponentTable(CORRECTIONS, LOCAL),
     "without_batch_norm": ComponentTable(WITHOUT_BATCH_NORM),
     "without_batch_norm_local": ComponentTable(WITHOUT_BATCH_NORM, LOCAL),
     "ablation": ComponentTable(
@@ -117,8 +97,6 @@ def component_table(table: ComponentTable, archived: Callable[[str], Sequence[Ro
         title: _scores(archived(name), table.metric, table.seeds)
         for title, name in table.columns.items()
     }
-    if table.style == "lead":
-        return _lead_table(scores)
     labels = list(dict.fromkeys(label for found in scores.values() for label in found))
     # Methods of a single column belong to another table.
     needed = min(2, len(scores))
@@ -148,7 +126,7 @@ def method_name(label: str) -> str:
     """Return the name of a method with its components, such as `FedAvg, LA`."""
     base = algorithm_base(label)
     text = label[len(base) + 1 :]
-    settings = [text] if text in SETTINGS else split_top_level(text, ":") if text else []
+    settings = split_top_level(text, ":") if text else []
     return ", ".join([algorithm_name(base), *(SETTINGS[setting] for setting in settings)])
 
 
@@ -159,38 +137,6 @@ def _scores(rows: Sequence[Row], metric: str, seeds: int | None) -> Scores:
         if row["seed"] in kept:
             scores.setdefault(row["algorithm"], {})[row["seed"]] = 100 * row[metric]
     return scores
-
-
-def _lead_table(scores: Mapping[str, Scores]) -> str:
-    """Format a table that compares Hybrid with the best other method of each federation.
-
-    The comparison is made for means over the seeds and for single seeds. Methods with more local
-    epochs are excluded.
-    """
-    head = ["Federation", "Hybrid", "best other", "difference of means", "smallest, one seed"]
-    lines = [_joined([*head, "smallest to Local"]), _joined(["---", *["---:"] * 5])]
-    for title, found in scores.items():
-        others = {
-            label: values
-            for label, values in found.items()
-            if label != "hybrid" and not label.endswith(MORE_EPOCHS)
-        }
-        means = {label: statistics.mean(values.values()) for label, values in others.items()}
-        leader = max(means, key=lambda label: means[label])
-        hybrid = found["hybrid"]
-        mean = statistics.mean(hybrid.values())
-        by_seed = [hybrid[s] - max(values[s] for values in others.values()) for s in hybrid]
-        to_local = [
-            hybrid[s] - max(v[s] for label, v in others.items() if label.startswith("local"))
-            for s in hybrid
-        ]
-        cells = [
-            f"{mean:.1f}",
-            f"{means[leader]:.1f} ({method_name(leader)})",
-            *(f"{d:+.1f}" for d in (mean - means[leader], min(by_seed), min(to_local))),
-        ]
-        lines.append(_joined([title, *cells]))
-    return "\n".join(lines)
 
 
 def _best_mean(rows: Sequence[Mapping[int, float]]) -> float:

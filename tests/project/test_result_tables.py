@@ -14,9 +14,11 @@ from types import ModuleType
 import pytest
 
 from benchmarks import record
+from benchmarks.science.benchmark_tables import archive_table
 from benchmarks.science.comparison_tables import ComparisonTable, comparison_table
 from benchmarks.science.component_tables import (
     GLOBAL,
+    LOCAL,
     TABLES as COMPONENT_TABLES,
     ComponentTable,
     component_table,
@@ -24,32 +26,34 @@ from benchmarks.science.component_tables import (
 from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
+from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
+from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
 from tests.helpers.run_directories import Case, write_run
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-MEDICAL = ROOT / "docs" / "results" / "medical.md"
+MEDICAL = ROOT / "docs" / "scenarios" / "medical_hetero.md"
 REPLICATION = ROOT / "docs" / "results" / "replication.md"
-HYBRID = ROOT / "docs" / "results" / "hybrid.md"
 LABEL_SKEW = ROOT / "docs" / "explanation" / "label_skew.md"
-ARCHIVED = sorted((ROOT / "docs" / "results").glob("*.csv"))
+COMPONENTS = ROOT / "docs" / "results" / "components"
+BENCHMARK = ROOT / "docs" / "benchmark"
 MARKED = re.compile(
-    r"<!-- (results|summary|components|replication): (\w+) .*?-->\n(.*?)<!-- end of results -->",
+    r"<!-- (benchmark|components|replication): ([\w ,]+?) \(.*?-->\n(.*?)<!-- end of results -->",
     re.DOTALL,
 )
+SUMMARIES = [
+    (MEDICAL, "summary of xrays_three"),
+    (MEDICAL, "summary of xrays_one"),
+]
 COLUMNS = {
-    "Global test balanced accuracy": "global_last_balanced_accuracy",
-    "Global test AUROC": "global_last_auroc",
-    "Global test accuracy": "global_last_accuracy",
-    "Local test balanced accuracy": "personal_last_balanced_accuracy",
-    "Local test AUROC": "personal_last_auroc",
-    "Local test accuracy": "personal_last_accuracy",
-    "Worst client, local test": "personal_last_accuracy_worst",
+    "Global test, balanced accuracy": "global_last_balanced_accuracy",
+    "Global test, AUROC": "global_last_auroc",
+    "Local tests, accuracy": "personal_last_accuracy",
+    "Worst client": "personal_last_accuracy_worst",
 }
 LABELS = {method_title(register_algorithm[name]): name for name in register_algorithm}
-SETTINGS = {"LA": "logit_adjustment=true", "contrast teacher": "teacher=contrast"}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +75,6 @@ def marked(page: Path) -> dict[tuple[str, str], str]:
     return {(kind, name): text for kind, name, text in found}
 
 
-def table(name: str) -> list[dict[str, str]]:
-    """Rows of the full table of that name, by column; group titles are left out."""
-    rows = read_rows(marked(MEDICAL)["results", name])
-    return [row for row in rows if not row["Method"].startswith("*")]
-
-
 def read_rows(text: str) -> list[dict[str, str]]:
     cells = [
         [c.strip() for c in line.strip("|").split("|")]
@@ -86,107 +84,103 @@ def read_rows(text: str) -> list[dict[str, str]]:
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
-def label_of(method: str) -> str:
-    """Return the label under which the runs of a row are archived."""
-    title, *settings = method.split(" + ")
-    return ":".join([LABELS[title], *(SETTINGS[setting] for setting in settings)])
-
-
-def runs_of(path: Path) -> dict[str, list[dict[str, str]]]:
+def runs_of(path: Path, key: str = "algorithm") -> dict[str, list[dict[str, str]]]:
+    """Read the rows of an archive, keyed by the value of a column."""
     found: dict[str, list[dict[str, str]]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            found.setdefault(row["algorithm"], []).append(row)
+            found.setdefault(row[key], []).append(row)
     return found
 
 
-def test_result_tables_have_archived_runs() -> None:
-    assert list(marked(README)) == [("summary", "medical_hetero")]
-    assert list(marked(MEDICAL)) == [
-        ("results", "medical_hetero"),
-        ("results", "medical_homogeneous"),
-    ]
-    assert [name for _, name in marked(MEDICAL)] == [path.stem for path in ARCHIVED]
+def test_pages_contain_their_tables() -> None:
+    assert [name for _, name in marked(README)] == ["verdict", "overview"]
+    assert set(marked(LABEL_SKEW)) == {("components", name) for name in COMPONENT_TABLES}
     assert list(marked(REPLICATION)) == [("replication", name) for name in TABLES]
 
 
-def test_summary_repeats_rows_of_the_full_table() -> None:
-    full = {row["Method"]: row for row in table("medical_hetero")}
+@pytest.mark.parametrize(("page", "name"), SUMMARIES, ids=lambda x: getattr(x, "stem", x))
+def test_summary_matches_the_archived_runs(page: Path, name: str) -> None:
+    path = BENCHMARK / f"{name.removeprefix('summary of ')}.csv"
+    if not path.exists():
+        pytest.skip(f"{path.name} has no runs yet")
+    runs = runs_of(path, "method")
 
-    shown = read_rows(marked(README)["summary", "medical_hetero"])
+    shown = read_rows(marked(page)["benchmark", name])
 
-    assert {"Local", "FedAvg", "Hybrid"} <= {row["Method"] for row in shown}
-    for row in shown:
-        source = full[row["Method"].removesuffix(" (bound)")]
-        assert all(row[title] == source[title] for title in row if title != "Method")
-
-
-def test_summary_shows_the_best_method_of_each_column() -> None:
-    shown = read_rows(marked(README)["summary", "medical_hetero"])
-
-    for title in set(shown[0]) - {"Method", "MB"}:
-        assert any(row[title].startswith("**") for row in shown), title
-
-
-@pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
-def test_numbers_match_the_archived_runs(path: Path) -> None:
-    runs, shown = runs_of(path), table(path.stem)
-
-    assert sorted(label_of(row["Method"]) for row in shown) == sorted(runs)
-    for row in shown:
-        own = runs[label_of(row["Method"])]
+    rows = {LABELS[row["Method"].partition(" +")[0]]: row for row in shown if row["MB"]}
+    assert rows.keys() == runs.keys()
+    for method, row in rows.items():
+        own = [run for run in runs[method] if run["components"] == "all"]
         for title, key in COLUMNS.items():
             values = [100 * float(run[key]) for run in own]
-            digits = 0 if key.endswith("_worst") else 1
             mean, deviation = statistics.mean(values), statistics.stdev(values)
-            assert row[title].strip("*") == f"{mean:.{digits}f}±{deviation:.{digits}f}", (
-                row["Method"],
-                title,
-            )
-        total = (
-            statistics.mean(float(run["up_bytes"]) + float(run["down_bytes"]) for run in own) / 1e6
-        )
-        assert float(row["MB"]) == pytest.approx(total, rel=0.05)
+            assert row[title] == f"{mean:.1f} ± {deviation:.1f}", (method, title)
+        sent = statistics.mean(float(run["up_bytes"]) + float(run["down_bytes"]) for run in own)
+        assert float(row["MB"]) == pytest.approx(sent / 1e6, rel=0.05)
 
 
-@pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
-def test_table_marks_the_best_method_of_each_column(path: Path) -> None:
-    methods = [
-        row
-        for row in table(path.stem)
-        if label_of(row["Method"]).split(":")[0] not in ("centralized", "ensemble")
-    ]
-    for title in COLUMNS:
-        best = max(float(row[title].strip("*").split("±")[0]) for row in methods)
-        marked = [
-            float(row[title].strip("*").split("±")[0])
-            for row in methods
-            if row[title].startswith("**")
-        ]
-        assert marked and set(marked) == {best}
-
-
-@pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
-def test_archived_runs_name_their_commit_and_the_methods_of_make_compare(path: Path) -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$\\\n  ", "")
-    requests = re.search(r"^ALGORITHMS \?= (.*)$", makefile, re.MULTILINE)
-    assert requests is not None
-
-    runs = runs_of(path)
-
-    assert sorted(runs) == sorted(requests[1].split(","))
-    assert {tuple(run["seed"] for run in own) for own in runs.values()} == {
-        ("0", "1", "2", "3", "4")
+def test_overview_matches_the_archived_runs() -> None:
+    shown = read_rows(marked(README)["benchmark", "overview"])
+    titles = {
+        read_config_file(path)["title"]: path.stem
+        for path in (ROOT / "configs" / "benchmark").glob("*.yaml")
+        if path.stem != "protocol"
     }
-    assert all(
-        re.fullmatch(r"[0-9a-f]{7,40}", run["commit"]) for own in runs.values() for run in own
+
+    for row in shown:
+        method = LABELS[row.pop("Method").partition(" +")[0]]
+        for title, cell in row.items():
+            runs = runs_of(BENCHMARK / f"{titles[title]}.csv", "method")[method]
+            values = [100 * float(run[GLOBAL]) for run in runs if run["components"] == "all"]
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            assert cell == f"{mean:.1f} ± {deviation:.1f}", (method, title)
+    assert len(shown) == 8
+
+
+@pytest.fixture
+def small_archive(tmp_path: Path) -> BenchmarkResults:
+    """Return results with three methods and five seeds in the federation `digits`."""
+    scores = {"local": 0.5, "fedavg": 0.8, "hybrid": 0.7}
+    with open(tmp_path / "digits.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "components", "settings", "seed", GLOBAL, LOCAL])
+        for method, score in scores.items():
+            for seed in range(5):
+                noise = 0.01 * seed * (method == "fedavg")
+                writer.writerow([method, "all", "", seed, score + noise, 1 - score])
+    return BenchmarkResults(ROOT / "configs" / "benchmark", tmp_path)
+
+
+def test_rows_better_than_hybrid_are_listed(small_archive: BenchmarkResults) -> None:
+    (better,) = read_rows(archive_table(small_archive, "better rows"))
+    (better_local,) = read_rows(archive_table(small_archive, "better rows, local tests"))
+
+    assert better["Against"] == "FedAvg + components" and better["Difference"] == "−12.0"
+    assert better_local["Against"] == "Local + components"
+    assert better_local["Difference"] == "−20.0"
+
+
+def test_verdict_counts_tests_in_both_directions(small_archive: BenchmarkResults) -> None:
+    verdict = archive_table(small_archive, "verdict")
+
+    assert verdict.startswith(
+        "Of 1 primary test with runs (of 20), Hybrid is significantly ahead in 0 and behind in 1. "
     )
+    assert "FedAvg (1.00) and Hybrid (2.00), of 3 methods" in verdict
+
+
+def test_tables_without_runs_say_so(tmp_path: Path) -> None:
+    results = BenchmarkResults(ROOT / "configs" / "benchmark", tmp_path)
+
+    for name in ("verdict", "better rows", "summary of digits", "scores"):
+        assert archive_table(results, name) == "No runs yet."
 
 
 def test_result_tables_check_finds_a_changed_figure(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pages = {path: tmp_path / path.name for path in (README, MEDICAL, REPLICATION, HYBRID)}
+    pages = {path: tmp_path / path.name for path in (LABEL_SKEW, REPLICATION)}
     for path, page in pages.items():
         page.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(script, "PAGES", tuple(pages.values()))
@@ -204,30 +198,19 @@ def test_result_tables_check_finds_a_changed_figure(
 
 @pytest.mark.parametrize("table", list(COMPONENT_TABLES))
 def test_component_tables_match_the_archived_runs(table: str) -> None:
-    page = HYBRID if table != "ablation" else LABEL_SKEW
-    shown = list(read_rows(marked(page)["components", table]))
-    columns = COMPONENT_TABLES[table].columns
-    archived = {
-        title: runs_of(HYBRID.parent / f"components/{n}.csv") for title, n in columns.items()
-    }
+    spec = COMPONENT_TABLES[table]
+    shown = read_rows(marked(LABEL_SKEW)["components", table])
 
-    for title, runs in archived.items():
-        spec = COMPONENT_TABLES[table]
-        # The runs are in the order of their seeds.
-        values = [100 * float(run[spec.metric]) for run in runs["hybrid"][: spec.seeds]]
-        mean, deviation = statistics.mean(values), statistics.stdev(values)
-        if table == "lead":
-            (row,) = (row for row in shown if row["Federation"] == title)
-            assert row["Hybrid"] == f"{mean:.1f}"
-            others = {
-                label: statistics.mean(100 * float(run[GLOBAL]) for run in own)
-                for label, own in runs.items()
-                if label != "hybrid" and not label.endswith("epochs=5")
-            }
-            assert row["difference of means"] == f"{mean - max(others.values()):+.1f}"
-        else:
-            text = f"{mean:.1f} ± {deviation:.1f} ({min(values):.1f})"
-            assert text in [row[title].strip("*") for row in shown]
+    for title, name in spec.columns.items():
+        cells = {row[title].strip("*") for row in shown}
+        found = set()
+        for runs in runs_of(COMPONENTS / f"{name}.csv").values():
+            # The runs are in the order of their seeds.
+            values = [100 * float(run[spec.metric]) for run in runs[: spec.seeds]]
+            if len(values) > 1:
+                mean, deviation = statistics.mean(values), statistics.stdev(values)
+                found.add(f"{mean:.1f} ± {deviation:.1f} ({min(values):.1f})")
+        assert cells - {"–"} <= found, title
 
 
 def test_component_table_marks_the_best_row_with_all_seeds() -> None:
@@ -242,25 +225,6 @@ def test_component_table_marks_the_best_row_with_all_seeds() -> None:
 
     marked_rows = [row["Method"] for row in read_rows(shown) if row["A"].startswith("**")]
     assert marked_rows == ["FedAvg"]
-
-
-def test_hybrid_is_not_behind_equal_components() -> None:
-    """Check the claims of the page, per federation and per seed."""
-    for title, name in COMPONENT_TABLES["lead"].columns.items():
-        runs = {
-            label: {int(run["seed"]): 100 * float(run[GLOBAL]) for run in own}
-            for label, own in runs_of(HYBRID.parent / f"components/{name}.csv").items()
-            if not label.endswith("epochs=5")
-        }
-        hybrid = runs.pop("hybrid")
-        assert len(hybrid) == 10
-        best = max(statistics.mean(scores.values()) for scores in runs.values())
-        margin = 5.0 if "one" not in title.lower() else -1.0
-        assert statistics.mean(hybrid.values()) - best >= margin, title
-        for seed, score in hybrid.items():
-            assert score >= max(scores[seed] for scores in runs.values()) - 5.0
-            local = [scores[seed] for label, scores in runs.items() if label.startswith("local")]
-            assert score >= max(local)
 
 
 def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
@@ -283,7 +247,6 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
     assert [(row["threads"], row["commit"]) for row in kept] == [(1, "0123abc")] * 2
     for row, result in zip(kept, rows, strict=True):
         assert {key: row[key] for key in result} == result
-    assert "| Local | " in script.section(kept)
 
 
 def test_comparison_table_marks_the_best_method_but_no_bound() -> None:

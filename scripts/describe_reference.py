@@ -374,8 +374,10 @@ FAMILIES = (
         "Hybrid",
         "The method of this project: parameter averaging and distillation of the consensus. "
         "[Label skew](../../explanation/label_skew.md) explains its defaults and measures their "
-        "effect; [public distillation](public_distillation.md#teacher-and-alignment) describes "
-        "teacher, alignment, proxy rows and the server's student.",
+        "effect, and [the finding](../../results/finding.md#where-hybrid-falls-short) lists where "
+        "other methods are better. [Public "
+        "distillation](public_distillation.md#teacher-and-alignment) describes teacher, alignment, "
+        "proxy rows and the server's student.",
         ("hybrid",),
     ),
 )

@@ -133,6 +133,9 @@ class FedProto(CommonFeatureWidth):
     A class without a prototype is never predicted. Before the first aggregation, the head
     classifies.
 
+    Deviation: in the paper, clients upload means. The sums give the same prototypes, and they can
+    be added under secure aggregation.
+
     Use this method where models differ, traffic must be small and local test accuracy matters.
     Published comparisons find FedProto worse than `local` if clients have many architectures,
     because the features are dissimilar. The prototype of a class with one row reveals the features

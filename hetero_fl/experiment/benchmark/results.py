@@ -227,6 +227,13 @@ class BenchmarkResults:
                     for federation in self.groups[MAIN_GROUP]
                 }
                 methods = [algorithm_name(method) for method in (primary.method, *primary.against)]
+                # Other methods have a color where they are the best.
+                best = [
+                    max(points, key=lambda point: point.score).method
+                    for points in panels.values()
+                    if points
+                ]
+                methods = list(dict.fromkeys([*methods, *best]))
                 title = METRICS.get(primary.metric, primary.metric)
                 if panels:
                     pictures[name] = draw_costs(panels, methods, label, title)

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from hetero_fl.reporting.benchmark.scores import CostPoint, Effect
 from hetero_fl.reporting.plots import style
@@ -101,11 +102,14 @@ def draw_costs(
         for point in sorted(found, key=lambda point: point.method in colors):
             _draw_point(axes, point, colors.get(point.method, style.LIGHT), kinds[point.kind])
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, fontsize=8)
     _label_grid(figure, x_label, y_label)
     dot: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4.5}
     handles = [
-        *(Line2D([], [], color=colors[name], label=name, **dot) for name in methods),
+        *(Line2D([], [], color=color, label=name, **dot) for name, color in colors.items()),
         Line2D([], [], color=style.LIGHT, label="other methods", **dot),
         *(
             Line2D([], [], color=style.GREY, label=kind, **{**dot, **marker})

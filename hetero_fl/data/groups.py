@@ -1,8 +1,8 @@
-"""Partition whole groups and patients, and match groups to clients."""
+"""Select and partition whole groups and patients, and match groups to clients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,33 @@ from torch import Tensor
 from hetero_fl.config.data import PARTITION_KINDS
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.text import format_list, pluralize
 
 if TYPE_CHECKING:
     from hetero_fl.data.partition import PartitionContext, PartitionFunction
 
 WHERE = "data.partition"
+
+
+def largest_groups(totals: Mapping[str, int], count: int | None, key: str, what: str) -> set[str]:
+    """Return the names of the groups with the most rows, of equal groups the first by name.
+
+    Args:
+        totals: Number of rows of each group.
+        count: Number of groups to keep, or None for all groups.
+        key: Key of the number in the configuration, for error messages.
+        what: Description of the groups, for error messages.
+
+    Raises:
+        UserError: If there are fewer than `count` groups.
+    """
+    if count is None:
+        return set(totals)
+    if count > len(totals):
+        raise UserError(f"{key}: must be <= {len(totals)}, {what}, got {count}")
+    ranked = sorted(totals, key=lambda name: (-totals[name], natural_key(name)))
+    return set(ranked[:count])
 
 
 def partition_patients(

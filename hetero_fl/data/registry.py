@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
@@ -37,23 +37,7 @@ Key = Literal[
     "text",
     "windows",
 ]
-OPTIONAL_KEYS: tuple[Key, ...] = (
-    "columns",
-    "label",
-    "group",
-    "patient",
-    "task",
-    "categories",
-    "size",
-    "stream",
-    "splits",
-    "series",
-    "speech",
-    "movies",
-    "driving",
-    "text",
-    "windows",
-)
+OPTIONAL_KEYS: tuple[Key, ...] = get_args(Key)
 FOLDERS = {
     "train/*.npz": "htfllib",
     "train/*.json": "leaf",

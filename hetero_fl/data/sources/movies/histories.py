@@ -12,6 +12,7 @@ import torch
 from hetero_fl.config.data import MoviesConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import EMPTY, FIRST, Dataset, Examples, Vocabulary, index_names
+from hetero_fl.data.groups import largest_groups
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import keyed_numpy_generator
@@ -243,16 +244,8 @@ def _select_groups(users: Sequence[User], settings: MoviesConfig, where: str) ->
     totals: Counter[str] = Counter()
     for user in users:
         totals[user.group] += len(user.movies)
-    count = settings.groups
-    if count is None:
-        return list(users)
-    if count > len(totals):
-        raise UserError(
-            f"movies.groups: must be <= {len(totals)}, the groups with users to train on in "
-            f"{where}, got {count}"
-        )
-    ranked = sorted(totals, key=lambda name: (-totals[name], natural_key(name)))
-    kept = set(ranked[:count])
+    what = f"the groups with users to train on in {where}"
+    kept = largest_groups(totals, settings.groups, "movies.groups", what)
     return [user for user in users if user.group in kept]
 
 

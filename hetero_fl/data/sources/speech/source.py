@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from hetero_fl.config.data import SourceConfig, SpeechConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
+from hetero_fl.data.groups import largest_groups
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
 from hetero_fl.data.sources.images import download_folder
@@ -39,7 +40,7 @@ from hetero_fl.data.sources.speech.voices import (
 from hetero_fl.data.sources.speech.wav_files import read_wav
 from hetero_fl.data.sources.text import read_lines
 from hetero_fl.utils.errors import UserError, check_names, suggest_similar
-from hetero_fl.utils.ordering import natural_key, natural_order
+from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
 URL = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
@@ -297,15 +298,8 @@ def _select_speakers(
     if not recordings:
         raise UserError(f"path: {path}: all recordings are in the lists, none is left for training")
     totals = Counter(each.speaker for each in recordings)
-    if count is None:
-        return list(recordings)
-    if count > len(totals):
-        raise UserError(
-            f"speech.speakers: must be <= {len(totals)}, the speakers with training recordings in "
-            f"{path}, got {count}"
-        )
-    ranked = sorted(totals, key=lambda name: (-totals[name], natural_key(name)))
-    kept = set(ranked[:count])
+    what = f"the speakers with training recordings in {path}"
+    kept = largest_groups(totals, count, "speech.speakers", what)
     return [each for each in recordings if each.speaker in kept]
 
 

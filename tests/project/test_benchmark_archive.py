@@ -46,6 +46,15 @@ def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -
     assert archive.outdated(current) == {}, "repeat the runs with `hetero-fl benchmark`"
 
 
+@pytest.mark.parametrize("name", MAIN)
+def test_tuned_learning_rates_are_interior_optima(name: str) -> None:
+    choices = BenchmarkResults(FOLDER, ARCHIVE).choices(name)
+
+    assert choices
+    for row, choice in choices.items():
+        assert choice.remaining or choice.is_interior, row
+
+
 def test_the_page_of_results_is_up_to_date() -> None:
     page = (ARCHIVE / "results.md").read_text(encoding="utf-8")
     assert page == BenchmarkResults(FOLDER, ARCHIVE).page(), "run `hetero-fl benchmark --tables`"

@@ -6,6 +6,7 @@ participant.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -54,7 +55,25 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
         return False
     model = describe_model(arch)
     is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0
-    return is_convolutional and model.forward_flops >= INTENSE * model.parameters
+    is_intense = model.forward_flops >= INTENSE * model.parameters
+    return is_convolutional and is_intense and not _has_narrow_shortcut(arch)
+
+
+@cache
+def _has_narrow_shortcut(arch: ModelSpec) -> bool:
+    """Return whether a model has a strided 1x1 convolution of at most four channels.
+
+    In the channels-last format, its backward pass does not end or crashes on CPUs (torch 2.14).
+    """
+    with torch.random.fork_rng(devices=[]):
+        modules = list(arch.build().modules())
+    return any(
+        isinstance(m, nn.Conv2d)
+        and math.prod(m.kernel_size) == 1
+        and math.prod(m.stride) > 1
+        and m.in_channels <= 4
+        for m in modules
+    )
 
 
 @cache

@@ -276,6 +276,13 @@ def test_channels_last_is_chosen_by_model() -> None:
     assert not any(innermost(n, 1, 28, 28) for n in ("resnet18", "vit", "mlp", "gru"))
 
 
+@pytest.mark.parametrize(("width", "expected"), [(4, False), (8, True)])
+def test_channels_last_is_not_chosen_for_narrow_shortcuts(width: int, expected: bool) -> None:
+    arch = ModelSpec.from_config("resnet", 10, (1, 28, 28), options={"widths": [width, 16, 32]})
+
+    assert prefers_channels_last(arch) == expected
+
+
 class Viewing(nn.Module):
     """A backbone that flattens its features with `view`."""
 

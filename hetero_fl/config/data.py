@@ -241,7 +241,8 @@ class MoviesConfig(SharedSettings):
     )
     sampled: PositiveInt = Field(
         100,
-        description="movies that the user has not seen, among which sampled metrics rank a movie",
+        description="movies that the user has not seen, among which sampled metrics rank a movie; "
+        "fewer if some user has seen almost all movies",
     )
 
     @model_validator(mode="after")

@@ -201,7 +201,7 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
         if (row := first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
             raise UserError(f"{where}: unit: row {row}: must be > 0, got {float(unit[row]):g}")
     if (candidates := examples.candidates) is not None:
-        _check_candidates(candidates, task, f"{where}: candidates")
+        _check_candidates(candidates, examples.labels, task, f"{where}: candidates")
     shape = (len(examples), task.outputs)
     for name, outputs in examples.baselines.items():
         if outputs.shape != shape:
@@ -212,7 +212,7 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
             raise UserError(f"{where}: baselines: {name}: NaN or infinite value")
 
 
-def _check_candidates(candidates: Tensor, task: Task, where: str) -> None:
+def _check_candidates(candidates: Tensor, y: Tensor, task: Task, where: str) -> None:
     if not task.is_ranking:
         raise UserError(f"{where}: needs a task with is_ranking=True")
     if candidates.dtype != torch.int64 or candidates.ndim != 2:
@@ -220,6 +220,8 @@ def _check_candidates(candidates: Tensor, task: Task, where: str) -> None:
     out_of_range = (candidates < 0) | (candidates >= task.outputs)
     if (row := first_true(out_of_range.any(1))) is not None:
         raise UserError(f"{where}: row {row}: class is out of range 0 to {task.outputs - 1}")
+    if (row := first_true((candidates == y[:, None]).any(1))) is not None:
+        raise UserError(f"{where}: row {row}: contains the class of the row, {int(y[row])}")
 
 
 def _describe(tensor: Column) -> str:

@@ -37,7 +37,7 @@ def largest_groups(totals: Mapping[str, int], count: int | None, key: str, what:
     if count is None:
         return set(totals)
     if count > len(totals):
-        raise UserError(f"{key}: must be <= {len(totals)}, {what}, got {count}")
+        raise UserError(f"{key}: must be <= {len(totals)}, the number of {what}, got {count}")
     ranked = sorted(totals, key=lambda name: (-totals[name], natural_key(name)))
     return set(ranked[:count])
 

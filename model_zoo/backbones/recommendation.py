@@ -122,7 +122,10 @@ def gru4rec(shape: Shape, *, width: int = 32) -> Body:
 
     The features are `p_u + h_T`. The hidden state `h_t = GRU(y_t, h_(t-1))` of item t is that of
     Hidasi et al. ("Session-based Recommendations with Recurrent Neural Networks", ICLR 2016,
-    equations 2 to 4), whose users are anonymous. The network does not support `torch.vmap`.
+    equations 2 to 5), whose users are anonymous. Differences from the paper: the unit is that of
+    `torch.nn.GRU`, which applies the reset gate after the matrix product; the network also reads
+    the padding before the first item; and the loss is the cross-entropy over all items. The network
+    does not support `torch.vmap`.
 
     Args:
         shape: Shape of an example.

@@ -65,7 +65,7 @@ def test_folder_of_both_layouts_is_read_by_vehicle(tmp_path: Path) -> None:
 
 
 def test_angles_speeds_and_positions_have_one_unit(tmp_path: Path) -> None:
-    dataset = load(write_driving_folder(tmp_path, {"car": 40}))
+    dataset = load(write_driving_folder(tmp_path, {"car": 40}), gap=2)
     wheel, speed, lat = (
         float((tmp_path / "car" / "interpolated.csv").read_text().splitlines()[1].split(",")[i])
         for i in (6, 8, 9)
@@ -85,8 +85,8 @@ def test_angles_speeds_and_positions_have_one_unit(tmp_path: Path) -> None:
 
 
 def test_simulator_log_with_header_and_relative_paths(tmp_path: Path) -> None:
-    plain = load(write_simulator(tmp_path / "a"))
-    with_header = load(write_simulator(tmp_path / "b", header=True, recorded_in="IMG/"))
+    plain = load(write_simulator(tmp_path / "a"), gap=2)
+    with_header = load(write_simulator(tmp_path / "b", header=True, recorded_in="IMG/"), gap=2)
 
     assert plain.train.group_names == ("a",) and len(plain.train) == len(with_header.train)
     assert torch.equal(plain.train.labels, with_header.train.labels)
@@ -143,6 +143,32 @@ def replace_missing(client: Any) -> Any:
 def test_other_partitions_keep_neighboring_frames_together(tmp_path: Path) -> None:
     train = load(write_export(tmp_path / "car", 200)).train
     assert train.patient is not None and train.patient.unique_consecutive().tolist() == [0, 1, 2]
+
+
+def test_vehicles_with_drives_of_any_length_have_no_stretch_in_common(tmp_path: Path) -> None:
+    train = load(write_driving_folder(tmp_path, {"a": 60, "b": 200, "c": 60}, ()), gap=2).train
+
+    assert train.patient is not None and train.group is not None
+    owners = {
+        (int(stretch), int(vehicle))
+        for stretch, vehicle in zip(train.patient, train.group, strict=True)
+    }
+    assert len(owners) == len({stretch for stretch, _ in owners}) == 5
+
+
+def test_drive_that_is_shorter_than_the_gap_is_refused(tmp_path: Path) -> None:
+    message = "gap: leaves no frames for validation of vehicle 'car', which has 40 frames, got 10"
+    with pytest.raises(UserError, match=message):
+        load(write_driving_folder(tmp_path, {"car": 40}, ()))
+
+
+def test_position_of_zeros_is_missing(tmp_path: Path) -> None:
+    log = write_export(tmp_path / "car", 40) / "interpolated.csv"
+    log.write_text(log.read_text().replace(",37.400000,-122.100000,", ",0.0,0.0,"))
+
+    x = torch.as_tensor(load(tmp_path, gap=2).train.x)
+
+    assert bool(x[0, 3457:].isnan().all()) and not bool(x[1, 3457:].isnan().any())
 
 
 def edit(

@@ -137,6 +137,32 @@ def is_part(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     return any(whole[i : i + len(part)] == part for i in range(len(whole)))
 
 
+def test_candidates_are_distinct_if_few_movies_are_unseen(tmp_path: Path) -> None:
+    dataset = load(write_movielens_folder(tmp_path))
+
+    assert dataset.test is not None and dataset.test.candidates is not None
+    # Each user has seen 12 of 30 movies.
+    assert dataset.test.candidates.shape[1] == MOVIES - 12
+    assert all(len(row.unique()) == len(row) for row in dataset.test.candidates)
+
+
+def test_users_are_not_divided_by_partitions(tmp_path: Path) -> None:
+    train = load(write_movielens_folder(tmp_path), group="region").train
+
+    assert train.patient is not None and train.group is not None
+    assert len(train.patient_names) == len(train.patient.unique()) > 10
+    for user in train.patient.unique():
+        assert len(train.group[train.patient == user].unique()) == 1
+
+
+def test_files_in_utf_8_without_header_are_read_as_such(tmp_path: Path) -> None:
+    write_movielens_folder(tmp_path, "1m")
+    file = tmp_path / "movies.dat"
+    file.write_text(file.read_text("latin-1"), encoding="utf-8")
+
+    assert "Léon (1994)" in read_ratings(tmp_path, None, 0.0).titles
+
+
 def test_groups_with_the_most_movies_are_kept(tmp_path: Path) -> None:
     folder = write_movielens_folder(tmp_path)
     whole = load(folder)
@@ -309,7 +335,8 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "100k",
         lambda d: None,
         {"groups": 4},
-        "movies.groups: must be <= 3, the groups with users to train on in path: DIR/u.data, got 4",
+        "movies.groups: must be <= 3, the number of groups with users to train on in path: "
+        "DIR/u.data, got 4",
     ),
     (
         "empty",

@@ -267,7 +267,8 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
         "speakers",
         lambda d: None,
         {"speakers": 3},
-        "data.speech.speakers: must be <= 2, the speakers with training recordings in DIR, got 3",
+        "data.speech.speakers: must be <= 2, the number of speakers with training recordings in "
+        "DIR, got 3",
     ),
     (
         "bands",

@@ -135,7 +135,7 @@ def _read_export(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
         if time <= last:
             raise UserError(
                 f"{where}, column 'timestamp': must be later than in the frame before, got "
-                f"{row['timestamp']}; sort the file, one drive each"
+                f"{row['timestamp']}; sort the rows by time and give each drive its own folder"
             )
         last = last if math.isnan(time) else time
         wheel = _number(row, "angle", where)
@@ -145,11 +145,11 @@ def _read_export(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
                 f"{WHEEL_LIMIT:.1f}, got {wheel:g}"
             )
         angle = math.degrees(wheel) / settings.steering_ratio
-        state = (
-            _speed(row, where),
-            _degrees(row, "lat", 90.0, where),
-            _degrees(row, "long", 180.0, where),
-        )
+        position = _degrees(row, "lat", 90.0, where), _degrees(row, "long", 180.0, where)
+        if position == (0.0, 0.0):
+            # Exporters fill in zeros before the first position is known.
+            position = math.nan, math.nan
+        state = (_speed(row, where), *position)
         frames.append(RecordedFrame(_image(log.parent, row, where), where, angle, state))
     if not frames:
         raise UserError(

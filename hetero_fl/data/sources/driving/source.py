@@ -228,23 +228,31 @@ def _split_drives(
         Rows of all vehicles, keyed by "train", "validation" and "test".
     """
     parts: dict[str, list[Examples]] = {"train": [], "validation": [], "test": []}
+    first_stretch = 0
     for index, drive in enumerate(drives):
         count = len(drive)
         test = count - round(settings.test * count)
         validation = test - round(settings.validation * count)
         ranges = {
-            "train": range(max(1, validation - settings.gap)),
-            "validation": range(validation, max(validation + 1, test - settings.gap)),
+            "train": range(validation - settings.gap),
+            "validation": range(validation, test - settings.gap),
             "test": range(test, count),
         }
+        for part, frames in ranges.items():
+            if not frames:
+                raise UserError(
+                    f"driving.gap: leaves no frames for {part} of vehicle '{names[index]}', which "
+                    f"has {count} frames, got {settings.gap}; choose a smaller gap"
+                )
         for part, chosen in ranges.items():
             own = drive.select_rows(torch.tensor(chosen))
             own.group = torch.full((len(own),), index)
             own.group_names = tuple(names)
             parts[part].append(own)
-        # Partitions that do not use the local sets must not divide neighboring frames either.
-        rows = torch.arange(len(parts["train"][-1]))
-        parts["train"][-1].patient = rows // STRETCH + index * count
+        # Other partitions than `natural` divide stretches of frames instead of single frames.
+        stretches = torch.arange(len(ranges["train"])) // STRETCH
+        parts["train"][-1].patient = first_stretch + stretches
+        first_stretch += int(stretches[-1]) + 1
     return {part: concatenate_examples(found) for part, found in parts.items()}
 
 
@@ -253,7 +261,7 @@ def _check_generated(settings: DrivingConfig) -> None:
     for key in FILE_KEYS:
         if getattr(settings, key) != DrivingConfig.model_fields[key].default:
             raise UserError(
-                f"driving.{key}: needs path, as it applies to files; set path or remove"
+                f"driving.{key}: needs path, as it applies to files; set path or remove it"
             )
 
 

@@ -115,6 +115,8 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
         number = numbers[user.group]
         for split, positions in _split_positions(user, settings).items():
             rows[split].append(_Rows(user, number, positions))
+    num_candidates = _count_candidates([*training, *roles["validation"], *roles["test"]], ratings)
+    settings = settings.model_copy(update={"sampled": min(settings.sampled, num_candidates)})
     common = {
         split: [_Rows(user, UNKNOWN_USER, _last_movies(user, count)) for user in roles[split]]
         for split, count in (
@@ -123,11 +125,11 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
         )
     }
     train = _make_examples(rows["train"], ratings, settings)
-    group_names = _with_groups(train, rows["train"])
+    group_names = _with_owners(train, rows["train"])
     local_sets = {}
     for split in ("validation", "test"):
         local_sets[split] = _make_examples(rows[split], ratings, settings, is_held_out=True)
-        _with_groups(local_sets[split], rows[split])
+        _with_owners(local_sets[split], rows[split])
     return Dataset(
         name,
         ratings.task,
@@ -214,28 +216,40 @@ def _make_examples(
     return found
 
 
+def _count_candidates(users: Sequence[User], ratings: Ratings) -> int:
+    """Return the smallest number of movies that a user has not seen."""
+    fewest = len(ratings.titles)
+    for user in users:
+        fewest = min(fewest, len(ratings.titles) - len(set(user.movies)))
+        if not fewest:
+            raise UserError(
+                f"{ratings.where}: user '{user.name}' has rated all "
+                f"{pluralize(len(ratings.titles), 'movie')}, which leaves none to compare with; "
+                "remove the user"
+            )
+    return fewest
+
+
 def _sample_unseen(rows: _Rows, ratings: Ratings, count: int) -> np.ndarray:
-    """Sample movies that a user has not seen, without repetition if there are enough of them.
+    """Sample movies that a user has not seen, without repetition.
 
     Returns:
         Indices of movies, int64 `[positions, count]`, the same in every run.
     """
     unseen = np.setdiff1d(np.arange(len(ratings.titles)), rows.user.movies)
-    if not len(unseen):
-        raise UserError(
-            f"{ratings.where}: user '{rows.user.name}' has rated all "
-            f"{pluralize(len(ratings.titles), 'movie')}, which leaves none to compare with; remove "
-            "the user"
-        )
     rng = keyed_numpy_generator("data", "movies", "candidates", rows.user.name)
-    draws = [rng.choice(unseen, count, replace=len(unseen) < count) for _ in rows.positions]
+    draws = [rng.choice(unseen, count, replace=False) for _ in rows.positions]
     return np.stack(draws).astype(np.int64)
 
 
-def _with_groups(examples: Examples, rows: Sequence[_Rows]) -> tuple[str, ...]:
-    """Set the groups of examples in place, and return the names of the groups."""
-    owners = [each.user.group for each in rows for _ in each.positions]
-    examples.group, examples.group_names = index_names(owners)
+def _with_owners(examples: Examples, rows: Sequence[_Rows]) -> tuple[str, ...]:
+    """Set the groups and users of examples in place, and return the names of the groups.
+
+    Partitions do not divide the examples of a user, which are stored as those of a patient.
+    """
+    users = [each.user for each in rows for _ in each.positions]
+    examples.group, examples.group_names = index_names(user.group for user in users)
+    examples.patient, examples.patient_names = index_names(user.name for user in users)
     return examples.group_names
 
 
@@ -244,7 +258,7 @@ def _select_groups(users: Sequence[User], settings: MoviesConfig, where: str) ->
     totals: Counter[str] = Counter()
     for user in users:
         totals[user.group] += len(user.movies)
-    what = f"the groups with users to train on in {where}"
+    what = f"groups with users to train on in {where}"
     kept = largest_groups(totals, settings.groups, "movies.groups", what)
     return [user for user in users if user.group in kept]
 

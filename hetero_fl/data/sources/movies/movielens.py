@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Layout:
         separator: Separator of the columns in the file of ratings.
         other_separator: Separator of the columns in the other files.
         zip_column: Index of the column of zip codes.
-        encoding: Encoding of the files.
+        encodings: Encodings of the files, of which the first that fits is used.
         header: First line of the file of ratings, or an empty string if there is none.
     """
 
@@ -40,7 +41,7 @@ class Layout:
     separator: str
     other_separator: str
     zip_column: int = 4
-    encoding: str = "latin-1"
+    encodings: tuple[str, ...] = ("utf-8", "latin-1")
     header: str = ""
 
 
@@ -53,7 +54,7 @@ LAYOUTS = (
         "",
         ",",
         ",",
-        encoding="utf-8-sig",
+        encodings=("utf-8-sig",),
         header="userId,movieId,rating,timestamp",
     ),
 )
@@ -120,12 +121,12 @@ def _read_rows(
 
     Args:
         file: File to read.
-        layout: Layout, which determines the encoding.
+        layout: Layout, which determines the possible encodings.
         separator: Separator of the columns.
         header: Expected first line. If empty, the file has no header.
     """
     try:
-        content = file.read_text(encoding=layout.encoding)
+        content = _decode(file.read_bytes(), layout.encodings)
     except UnicodeDecodeError as error:
         number = file.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(
@@ -134,7 +135,7 @@ def _read_rows(
     except OSError as error:
         raise UserError(f"path: {file}: {error.strerror}") from error
     # Titles may contain characters that `str.splitlines` treats as the end of a line.
-    lines = content.split("\n")
+    lines = content.replace("\r\n", "\n").split("\n")
     if header and (first := lines[0].strip()) != header:
         raise UserError(f"path: {file}: line 1: expected '{header}', got '{first[:60]}'")
     for number, line in enumerate(lines, 1):
@@ -143,6 +144,19 @@ def _read_rows(
         place = f"path: {file}: line {number}"
         row = next(csv.reader([line])) if separator == "," else line.rstrip("\r").split(separator)
         yield place, [column.strip() for column in row]
+
+
+def _decode(content: bytes, encodings: Sequence[str]) -> str:
+    """Decode text with the first encoding that fits.
+
+    Raises:
+        UnicodeDecodeError: If no encoding fits.
+    """
+    *others, last = encodings
+    for encoding in others:
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    return content.decode(last)
 
 
 def _read_titles(file: Path, layout: Layout) -> dict[str, str]:

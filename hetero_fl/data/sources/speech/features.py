@@ -23,8 +23,8 @@ def log_mel(waves: Tensor, config: SpeechConfig) -> Tensor:
     """Compute the log-mel features of recordings.
 
     A feature is `log(FLOOR + sum_f filter[b, f] * |STFT(wave)[t, f]|**2)` for time t and band b,
-    with a Hann window. Each spectrum is divided by the sum of the window, so that the features of a
-    tone do not depend on the length of the window.
+    with a Hann window. Each spectrum is divided by the sum of the window, which makes the features
+    of windows of different lengths comparable.
 
     Args:
         waves: Samples from -1 to 1, float32 `[N, samples]`.

@@ -298,7 +298,7 @@ def _select_speakers(
     if not recordings:
         raise UserError(f"path: {path}: all recordings are in the lists, none is left for training")
     totals = Counter(each.speaker for each in recordings)
-    what = f"the speakers with training recordings in {path}"
+    what = f"speakers with training recordings in {path}"
     kept = largest_groups(totals, count, "speech.speakers", what)
     return [each for each in recordings if each.speaker in kept]
 

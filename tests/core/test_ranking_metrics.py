@@ -16,6 +16,9 @@ from hetero_fl.core.metrics import (
     selection_metric,
 )
 from hetero_fl.core.task import Task
+from hetero_fl.data import Examples
+from hetero_fl.data.checks import check_examples
+from hetero_fl.utils.errors import UserError
 
 ITEMS = Task("multiclass", 40, is_ranking=True)
 
@@ -86,3 +89,12 @@ def test_rankings_are_metrics_of_their_task_only() -> None:
     assert tuple(score(small, torch.randn(4, 5), torch.tensor([0, 1, 2, 3]))) == metric_names(small)
     plain = Task("multiclass", 40)
     assert not set(RANKING) & set(score(plain, torch.randn(2, 40), torch.tensor([1, 2])))
+
+
+def test_candidates_with_the_class_of_the_row_are_refused() -> None:
+    examples = Examples(
+        torch.zeros(2, 3), torch.tensor([4, 7]), candidates=torch.tensor([[1, 2], [7, 0]])
+    )
+
+    with pytest.raises(UserError, match=r"candidates: row 1: contains the class of the row, 7"):
+        check_examples(examples, ITEMS, "data")

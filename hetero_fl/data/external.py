@@ -31,7 +31,13 @@ from hetero_fl.data.dataset import (
 )
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
-from hetero_fl.data.registry import HUB_PREFIX, SHARED_KEYS, load_source, reads_key
+from hetero_fl.data.registry import (
+    HUB_PREFIX,
+    SHARED_KEYS,
+    check_roles,
+    load_source,
+    reads_key,
+)
 from hetero_fl.data.sources.hugging_face import load_hub_inputs
 from hetero_fl.data.sources.image_files import image_files, read_image_files
 from hetero_fl.data.sources.npz_files import read_images
@@ -523,6 +529,7 @@ def _load_proxy_set(
     is_object = source.name.startswith(OBJECT_PREFIX)
     where = "proxy" if is_object else "data.proxy.source"
     size = config.proxy.size
+    check_roles(source, config, where)
     read = source_with_task(source, dataset.task, dataset.categories, main=config)
     root = Path(config.root).expanduser()
     y: Tensor | None = None

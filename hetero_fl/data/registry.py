@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import SharedSettings, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
@@ -197,7 +197,7 @@ def check_source(config: SourceConfig, where: str = "data") -> None:
         UserError: If the name is unknown or the path does not exist.
 
     Example:
-        >>> from hetero_fl.config.data import SourceConfig
+        >>> from hetero_fl.config.data import SharedSettings, SourceConfig
         >>> from hetero_fl.data import check_source
         >>> check_source(SourceConfig(name="digit"))
         Traceback (most recent call last):
@@ -238,7 +238,7 @@ def load_source(
 
     Example:
         >>> from pathlib import Path
-        >>> from hetero_fl.config.data import SourceConfig
+        >>> from hetero_fl.config.data import SharedSettings, SourceConfig
         >>> from hetero_fl.data import load_source
         >>> dataset = load_source(SourceConfig(name="synthetic_table"), Path("downloads"))
         >>> dataset.train.x.shape, dataset.task.kind
@@ -323,6 +323,33 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
             f"{where}.path: does not apply to Hugging Face data sets, got '{config.path}'; set "
             f"{where}.name={HUB_PREFIX}{config.path}"
         )
+
+
+def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:
+    """Check that the main data set and a proxy set of the same files agree on the public rows.
+
+    Args:
+        source: Source of the proxy set.
+        main: Source of the main data set.
+        where: Place of the proxy set in the configuration, for error messages.
+
+    Raises:
+        UserError: If a setting on which the public rows depend has another value.
+    """
+    if source.path != main.path:
+        return
+    for key in SHARED_KEYS:
+        own: SharedSettings | None = getattr(source, key)
+        if own is None:
+            continue
+        settings = getattr(main, key) or type(own)()
+        for name in own.roles:
+            found, expected = getattr(own, name), getattr(settings, name)
+            if found != expected:
+                raise UserError(
+                    f"{where}.{key}.{name}: must be {expected} as in data.{key}, because the files "
+                    f"are the same, got {found}; remove {where}.{key}"
+                )
 
 
 def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:

@@ -14,6 +14,7 @@ import hetero_fl
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.utils.errors import UserError
 from tests.helpers.movielens_folders import write_movielens_folder
 from tests.helpers.small_federations import deployed
 
@@ -156,3 +157,14 @@ def test_folder_is_trained_and_another_folder_evaluated(tmp_path: Path) -> None:
     assert scores["zip_9"]["ndcg_10"] is not None
     assert scores["zip_9"]["sampled_ndcg_10"] is not None
     assert run.models["zip_9"].task.is_ranking
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"), [("public_users: 0.3", "public_users"), ("test_users: 0.3", "test_users")]
+)
+def test_proxy_set_with_other_roles_of_users_is_refused(settings: str, key: str) -> None:
+    source = f"data.proxy.source={{name: movies_public, movies: {{{settings}}}}}"
+    same = "data.movies={test_users: 0.15}"
+    message = rf"data\.proxy\.source\.movies\.{key}: must be .* as in data\.movies"
+    with pytest.raises(UserError, match=message):
+        reduced("fedmd", source, same)

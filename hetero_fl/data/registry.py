@@ -37,7 +37,7 @@ Key = Literal[
     "text",
     "windows",
 ]
-OPTIONAL_KEYS: tuple[Key, ...] = get_args(Key)
+OPTIONAL_KEYS: tuple[Key, ...] = tuple(key for key in get_args(Key) if key != "path")
 FOLDERS = {
     "train/*.npz": "htfllib",
     "train/*.json": "leaf",

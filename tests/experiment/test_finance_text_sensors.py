@@ -42,8 +42,10 @@ def run_two_rounds(name: str, *overrides: str) -> SynchronousTrainer:
     ],
 )
 def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
+    # FedAvg does not distill.
+    short = [each for each in SHORT if name != "driving_hetero" or "distill" not in each]
     finished = run(
-        CONFIGS / f"{name}.yaml", overrides=[*SHORT, "evaluation.every=2"], out=tmp_path / "run"
+        CONFIGS / f"{name}.yaml", overrides=[*short, "evaluation.every=2"], out=tmp_path / "run"
     )
     summary = finished.summary
     assert summary["data"]["simulated"] and summary["rounds_completed"] == 2

@@ -71,7 +71,7 @@ def test_vehicles_train_three_kinds_of_networks(folders: tuple[Path, Path], tmp_
     assert (data["n_test"], data["n_proxy"], data["simulated"]) == (40, 20, False)
     assert [client["id"] for client in run.summary["clients"]] == list(IMAGES)
     assert next(iter(run.summary["global"]["last"])) == "mae"
-    x = read_driving_folder(folders[1], DrivingConfig(height=12, width=20)).train.x[:2]
+    x = read_driving_folder(folders[1], DrivingConfig(height=12, width=20, gap=2)).train.x[:2]
     assert run.predict("cid", x).shape == (2, 1)
     # Another folder is read with the settings of the run, except the test vehicles.
     scores = hetero_fl.evaluate(run, str(folders[1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
@@ -68,7 +69,6 @@ class ArchiveTable:
 
 TABLES = {
     "overview": ArchiveTable(GLOBAL, OVERVIEW_METHODS),
-    "overview_local": ArchiveTable(LOCAL, OVERVIEW_METHODS),
     "scores": ArchiveTable(GLOBAL, DISTILLING, ("none", "all")),
     "ranking": ArchiveTable(AUROC, DISTILLING, ("none", "all")),
     "averaging": ArchiveTable(GLOBAL, ("local", "fedavg", "centralized"), ("none", "all")),
@@ -133,26 +133,22 @@ def _verdict(results: BenchmarkResults) -> str:
     )
 
 
-def _better_rows(metric: str) -> Callable[[BenchmarkResults], str]:
-    """Return a function that compares Hybrid with all rows that have a better mean score."""
-
-    def format_table(results: BenchmarkResults) -> str:
-        found = {}
-        for federation in results.groups[MAIN_GROUP]:
-            own = federation.by_seed(HYBRID, metric)
-            for row in federation.rows:
-                if row[0] == HYBRID[0] or is_bound(row[0]):
-                    continue
-                difference = paired_difference(own, federation.by_seed(row, metric))
-                if difference is not None:
-                    titles = [row_title(each, results.names) for each in (HYBRID, row)]
-                    found[federation.title, titles[0], titles[1]] = difference
-        if not found:
-            return NO_RUNS
-        better = {titles: each for titles, each in found.items() if each.mean < 0}
-        return difference_table(better) if better else "None."
-
-    return format_table
+def _better_rows(results: BenchmarkResults, metric: str) -> str:
+    """Compare Hybrid with all rows that have a better mean score."""
+    found = {}
+    for federation in results.groups[MAIN_GROUP]:
+        own = federation.by_seed(HYBRID, metric)
+        for row in federation.rows:
+            if row[0] == HYBRID[0] or is_bound(row[0]):
+                continue
+            difference = paired_difference(own, federation.by_seed(row, metric))
+            if difference is not None:
+                titles = [row_title(each, results.names) for each in (HYBRID, row)]
+                found[federation.title, titles[0], titles[1]] = difference
+    if not found:
+        return NO_RUNS
+    better = {titles: each for titles, each in found.items() if each.mean < 0}
+    return difference_table(better) if better else "None."
 
 
 def _best_row_table(results: BenchmarkResults) -> str:
@@ -184,8 +180,8 @@ SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "best rows": _best_row_table,
     "local differences": _local_difference_table,
     "verdict": _verdict,
-    "better rows": _better_rows(GLOBAL),
-    "better rows, local tests": _better_rows(LOCAL),
+    "better rows": partial(_better_rows, metric=GLOBAL),
+    "better rows, local tests": partial(_better_rows, metric=LOCAL),
 }
 """Functions that format the tables that are not in `TABLES`, keyed by name."""
 

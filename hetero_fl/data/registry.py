@@ -197,7 +197,7 @@ def check_source(config: SourceConfig, where: str = "data") -> None:
         UserError: If the name is unknown or the path does not exist.
 
     Example:
-        >>> from hetero_fl.config.data import SharedSettings, SourceConfig
+        >>> from hetero_fl.config.data import SourceConfig
         >>> from hetero_fl.data import check_source
         >>> check_source(SourceConfig(name="digit"))
         Traceback (most recent call last):
@@ -238,7 +238,7 @@ def load_source(
 
     Example:
         >>> from pathlib import Path
-        >>> from hetero_fl.config.data import SharedSettings, SourceConfig
+        >>> from hetero_fl.config.data import SourceConfig
         >>> from hetero_fl.data import load_source
         >>> dataset = load_source(SourceConfig(name="synthetic_table"), Path("downloads"))
         >>> dataset.train.x.shape, dataset.task.kind

@@ -47,8 +47,9 @@ PYTEST := $(PY) -m pytest --numprocesses auto --dist worksteal
 test: $(VENV)/.installed-all
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.installed-all
-	$(PYTEST)
+# The quick tests, then the slow ones: `make test test-all` runs no test twice.
+test-all: test
+	$(PYTEST) -m slow
 
 coverage: $(VENV)/.installed-all
 	$(PYTEST) $(if $(QUICK),-m "not slow") --cov --cov-report=

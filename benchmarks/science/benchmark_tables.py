@@ -21,7 +21,7 @@ from hetero_fl.reporting.benchmark.tables import (
 )
 from hetero_fl.reporting.comparison.significance import paired_difference
 from hetero_fl.reporting.formatting import algorithm_name, format_significant
-from hetero_fl.reporting.methods import is_bound
+from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.text import pluralize
 
@@ -124,7 +124,8 @@ def _verdict(results: BenchmarkResults) -> str:
     federations = pluralize(len(results.groups[MAIN_GROUP]), "federation")
     num_tests = len(primary.federations) * len(primary.against)
     known = f" with runs (of {num_tests})" if len(tests) < num_tests else ""
-    named = [f"{algorithm_name(row[0])} ({ranks[row]:.2f})" for row in best]
+    needs = {row: format_needs(row[0]) or "no requirements" for row in best}
+    named = [f"{algorithm_name(row[0])} ({ranks[row]:.2f}; {needs[row]})" for row in best]
     return (
         f"Of {pluralize(len(tests), 'primary test')}{known}, {algorithm_name(primary.method)} is "
         f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. The best mean "

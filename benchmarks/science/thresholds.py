@@ -26,12 +26,10 @@ from torch import Tensor
 import hetero_fl
 from benchmarks.common import add_quick
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
-from hetero_fl.experiment.benchmark.runner import federation_overrides
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.report import comparison_row
 from hetero_fl.reporting.formatting import algorithm_name
 from hetero_fl.reporting.rendering import markdown_table
-from hetero_fl.utils.text import split_top_level
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("fedmd", "feddf", "ds_fl", "hybrid")
@@ -125,23 +123,12 @@ def row_of(
         seeds: Seeds of the runs.
         extra: Further changes to the configuration.
     """
-    benchmark, scores = results.benchmark, results.scores[name]
-    (row,) = (
-        row for row in benchmark.rows_of(name) if (row.method, row.components) == (method, "none")
-    )
-    runs = scores.frame[
-        (scores.frame["method"] == method) & (scores.frame["components"] == "none")
-    ].set_index("seed")
-    found = []
-    for seed in seeds:
-        overrides = [
-            *federation_overrides(benchmark, name),
-            *row.variant.overrides,
-            *split_top_level(runs.loc[seed, "settings"], ":"),
-            f"seed={seed}",
-            *extra,
-        ]
-        found.append(scores_of_run(benchmark.federations[name].config, overrides))
+    config = results.benchmark.federations[name].config
+    scores = results.scores[name]
+    found = [
+        scores_of_run(config, [*results.run_overrides(name, (method, "none"), seed), *extra])
+        for seed in seeds
+    ]
     with_components = scores.by_seed((method, "all"), METRIC)
     plain, corrected = zip(*found, strict=True)
     return [cell(plain), cell(corrected), cell([with_components[seed] for seed in seeds])]

@@ -11,11 +11,9 @@ from hetero_fl.config.load import read_config_file
 from hetero_fl.experiment.benchmark.archive import ConfigArchive, flatten_config
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
-from hetero_fl.experiment.benchmark.runner import federation_overrides
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.report import comparison_row
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import split_top_level
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "benchmark"
@@ -36,7 +34,7 @@ differently, and single runs of small federations differ by a few points.
 def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -> None:
     federation = BENCHMARK.federations[name]
     source = read_config_file(federation.config)
-    overrides = federation_overrides(BENCHMARK, name)
+    overrides = BENCHMARK.federation_overrides(name)
     current = {
         row.name: flatten_config(load_config(source, [*overrides, *row.variant.overrides]))
         for row in BENCHMARK.rows_of(name)
@@ -66,22 +64,15 @@ def test_the_cheapest_archived_run_can_be_repeated(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    frame = BenchmarkResults(FOLDER, ARCHIVE).scores[name].frame
+    results = BenchmarkResults(FOLDER, ARCHIVE)
+    frame = results.scores[name].frame
     archived = frame.loc[frame["seconds_total"].idxmin()]
-    federation = BENCHMARK.federations[name]
-    (row,) = (
-        row
-        for row in BENCHMARK.rows_of(name)
-        if (row.method, row.components) == (archived["method"], archived["components"])
-    )
-    overrides = [
-        *federation_overrides(BENCHMARK, name),
-        *row.variant.overrides,
-        *split_top_level(archived["settings"], ":"),
-        f"seed={archived['seed']}",
-    ]
+    row = archived["method"], archived["components"]
+    overrides = results.run_overrides(name, row, archived["seed"])
     try:
-        run = hetero_fl.run(federation.config, out=tmp_path / "run", overrides=overrides)
+        run = hetero_fl.run(
+            BENCHMARK.federations[name].config, out=tmp_path / "run", overrides=overrides
+        )
     except UserError as error:
         pytest.skip(f"the data set is not available: {error}")
     repeated = comparison_row(run.summary)

@@ -17,7 +17,8 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 
 PROTOCOL = "protocol.yaml"
 """Name of the file with the protocol, next to the files of the federations."""
-
+LAST_ROUND_ONLY = 1_000_000
+"""Number of rounds between evaluations, larger than the number of rounds of any run."""
 MAIN_GROUP = "Federations"
 """Heading of the main tables, over whose federations methods are ranked."""
 
@@ -219,6 +220,21 @@ class Benchmark:
     def rows_of(self, name: str) -> list[BenchmarkRow]:
         """Return the rows that are run in a federation."""
         return [row for row in self.protocol.rows if self.federations[name].selects(row)]
+
+    def federation_overrides(self, name: str) -> list[str]:
+        """Return the overrides of all runs of a federation, as `key.path=value`.
+
+        Only the last round is evaluated. With one thread, results do not depend on the number of
+        cores.
+        """
+        return [
+            *self.federations[name].overrides,
+            *self.protocol.overrides,
+            f"evaluation.every={LAST_ROUND_ONLY}",
+            "output.plots=false",
+            "output.report=false",
+            "runtime.threads=1",
+        ]
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Return the names of the selected federations, after those that they are tuned as.

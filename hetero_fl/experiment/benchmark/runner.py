@@ -46,8 +46,6 @@ PAUSE = "pause"
 """Name of the file in the output folder that ends a benchmark after its current runs."""
 VALIDATION_COLUMNS = ("validation_score", "validation_local", "validation_global")
 """Columns with the validation scores after the last round, the first of which is the mean."""
-LAST_ROUND_ONLY = 1_000_000
-"""Number of rounds between evaluations, larger than the number of rounds of any run."""
 
 
 def benchmark(
@@ -129,21 +127,6 @@ def pause_benchmark(out: str | Path = "runs/benchmark") -> None:
                 return
         except UserError:
             time.sleep(0.2)
-
-
-def federation_overrides(plan: Benchmark, name: str) -> list[str]:
-    """Return the overrides of all runs of a federation, as `key.path=value`.
-
-    Only the last round is evaluated. With one thread, results do not depend on the number of cores.
-    """
-    return [
-        *plan.federations[name].overrides,
-        *plan.protocol.overrides,
-        f"evaluation.every={LAST_ROUND_ONLY}",
-        "output.plots=false",
-        "output.report=false",
-        "runtime.threads=1",
-    ]
 
 
 @dataclass(frozen=True)
@@ -240,7 +223,7 @@ class _Runner:
 
     def _source(self, name: str) -> _Source:
         config = read_config_file(self.plan.federations[name].config)
-        overrides = federation_overrides(self.plan, name)
+        overrides = self.plan.federation_overrides(name)
         task = prepare(config, overrides, allow_code=self.permission).federation.task
         return _Source(name, config, overrides, self.plan.rows_of(name), task)
 

@@ -11,6 +11,7 @@ from hetero_fl.reporting.benchmark.scores import FederationScores, PrimaryTest, 
 from hetero_fl.reporting.comparison.differences import format_p
 from hetero_fl.reporting.comparison.significance import PairedDifference
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
+from hetero_fl.reporting.methods import format_needs
 from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.text import pluralize
 
@@ -156,18 +157,22 @@ def _rounded(value: float) -> str:
 
 
 def rank_table(num_federations: int, ranks: Mapping[RowName, float]) -> str:
-    """Format mean ranks, best first.
+    """Format mean ranks, best first, and the requirements of each method.
 
     Args:
         num_federations: Number of federations over which ranks are averaged.
         ranks: Mean rank of each row.
     """
     lines = [
-        [algorithm_name(method), f"{ranks[method, components]:.2f}"]
+        [
+            algorithm_name(method),
+            f"{ranks[method, components]:.2f}",
+            format_needs(method) or MISSING,
+        ]
         for method, components in sorted(ranks, key=lambda row: ranks[row])
     ]
-    header = ["Method", f"Mean rank, {pluralize(num_federations, 'federation')}"]
-    return markdown_table(header, lines, ("left", "right"))
+    header = ["Method", f"Mean rank, {pluralize(num_federations, 'federation')}", "Needs"]
+    return markdown_table(header, lines, ("left", "right", "left"))
 
 
 def tuning_table(tuned: Mapping[RowName, Sequence[Any]], names: Mapping[str, str]) -> str:

@@ -10,7 +10,6 @@ import yaml
 
 from hetero_fl.config.load import read_config_file
 from hetero_fl.experiment.benchmark.protocol import Benchmark
-from hetero_fl.experiment.benchmark.runner import federation_overrides
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import UserError
 
@@ -147,7 +146,7 @@ def test_each_row_of_the_benchmark_is_valid_in_each_federation() -> None:
         config = read_config_file(plan.federations[name].config)
         for row in plan.rows_of(name):
             first = row.overrides({key: values[0] for key, values in row.tuned.items()})
-            prepare(config, [*federation_overrides(plan, name), *row.variant.overrides, *first])
+            prepare(config, [*plan.federation_overrides(name), *row.variant.overrides, *first])
 
 
 def test_the_primary_family_has_at_most_twenty_tests() -> None:

@@ -20,7 +20,7 @@ import torch
 
 import hetero_fl
 from benchmarks.common import add_quick
-from benchmarks.science.thresholds import METRIC, ROOT, balanced_accuracy, cell
+from benchmarks.science.thresholds import METRIC, ROOT, SERIAL, balanced_accuracy, cell
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.report import comparison_row
@@ -87,9 +87,9 @@ def main() -> None:
     name = options.federation
     seeds = [int(seed) for seed in (options.seeds or "").split(",") if seed]
     seeds = seeds or results.benchmark.protocol.seeds
-    extra = []
+    extra = [SERIAL]
     if options.quick:
-        seeds, extra = seeds[:1], ["rounds=1"]
+        seeds, extra = seeds[:1], [SERIAL, "rounds=1"]
     config = results.benchmark.federations[name].config
     runs = [[*results.run_overrides(name, FML, seed), *extra] for seed in seeds]
     archived = {

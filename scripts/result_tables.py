@@ -47,19 +47,7 @@ from hetero_fl.utils.environment import current_commit  # noqa: E402
 ARCHIVE = ROOT / "docs" / "results"
 BENCHMARK = ROOT / "configs" / "benchmark"
 BENCHMARK_ARCHIVE = ROOT / "docs" / "benchmark"
-PAGES = (
-    ROOT / "README.md",
-    ARCHIVE / "finding.md",
-    ARCHIVE / "privacy.md",
-    ARCHIVE / "replication.md",
-    ARCHIVE / "robustness.md",
-    ARCHIVE / "htfllib.md",
-    ROOT / "docs" / "how_to" / "compression.md",
-    ROOT / "docs" / "how_to" / "homomorphic_encryption.md",
-    ROOT / "docs" / "explanation" / "label_skew.md",
-    ROOT / "docs" / "how_to" / "choose_method.md",
-    *sorted((ROOT / "docs" / "scenarios").glob("*.md")),
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PICTURES = {
     "comparisons/driving_hetero": Task("regression", 1, unit="degrees"),
     "comparisons/finance_hetero": Task("multiclass", 2, rare=1),

@@ -102,7 +102,9 @@ def evaluate(
             y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {title}")
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
-        results[name] = score(model.task, logits, y, examples.unit, examples.candidates)
+        results[name] = score(
+            model.task, logits, y, examples.unit, examples.candidates, excluded=examples.excluded
+        )
     rows = f"the {pluralize(len(examples), 'row')} of {title}"
     if run.directory.finished and (
         note := TransferSource(run).overlap(examples.x, rows, "the models")

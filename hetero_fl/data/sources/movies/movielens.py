@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
 from hetero_fl.data.sources.movies.histories import Ratings, User
 from hetero_fl.utils.errors import UserError, suggest_similar
@@ -95,7 +97,7 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
         # The sort is stable, so ratings at the same time remain in the order of the file.
         movies = [movie for _, movie in sorted(found[name], key=lambda rating: rating[0])]
         if len(movies) > 1:
-            users.append(User(name, owner, tuple(movies)))
+            users.append(User(name, owner, np.array(movies, np.int64)))
     where = f"path: {path / layout.ratings}"
     if not users:
         raise UserError(f"{where}: no user has two ratings of at least {min_rating:g}")

@@ -223,6 +223,19 @@ def test_groups_with_the_most_movies_are_kept(tmp_path: Path) -> None:
     assert len(load(folder, group="user").train.group_names) == 17
 
 
+def test_users_csv_has_the_regions(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path, "latest")
+    regions = {user: ("north", "the south")[user % 2] for user in range(1, 25)}
+    lines = [f"{user},{region}" for user, region in regions.items()]
+    (folder / "users.csv").write_text("\n".join(["userId,region", *lines]))
+
+    for group in (None, "region"):
+        users = read_ratings(folder, group, 0.0).users
+        assert {int(user.name): user.group for user in users} == regions
+    assert load(folder, groups=1).train.group_names in {("north",), ("the south",)}
+    assert len(load(folder, group="user").train.group_names) == 17
+
+
 def change_line(file: Path, number: int, line: str) -> None:
     lines = file.read_text(encoding="latin-1").split("\n")
     lines[number - 1] = line
@@ -366,7 +379,37 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "latest",
         lambda d: None,
         {"group": "region"},
-        "group: 'region' needs zip codes, but DIR: this layout has no zip codes; set group=user",
+        "group: 'region' needs users.csv (userId,region), which DIR does not contain; add the "
+        "file, or set group=user",
+    ),
+    (
+        "no zip codes",
+        "1m",
+        lambda d: (d / "users.dat").unlink(),
+        {"group": "region"},
+        "group: 'region' needs users.dat (5 columns, the last a zip code), which DIR does not "
+        "contain; add the file, or set group=user",
+    ),
+    (
+        "region",
+        "latest",
+        lambda d: (d / "users.csv").write_text("userId,region\n1,north\n2,\n"),
+        {},
+        "path: DIR/users.csv: line 3: expected a user and a region, separated by ',', got '2,'",
+    ),
+    (
+        "regions without header",
+        "latest",
+        lambda d: (d / "users.csv").write_text("1,north\n2,south\n"),
+        {},
+        "path: DIR/users.csv: line 1: expected 'userId,region', got '1,north'",
+    ),
+    (
+        "user without region",
+        "latest",
+        lambda d: (d / "users.csv").write_text("userId,region\n1,north\n"),
+        {},
+        "not found in users.csv",
     ),
     (
         "group",

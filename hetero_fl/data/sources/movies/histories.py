@@ -277,7 +277,9 @@ def _sample_unseen(rows: _Rows, ratings: Ratings, count: int) -> np.ndarray:
     Returns:
         Indices of movies, int64 `[positions, count]`, the same in every run.
     """
-    unseen = np.setdiff1d(np.arange(len(ratings.titles)), rows.user.movies)
+    is_unseen = np.ones(len(ratings.titles), bool)
+    is_unseen[rows.user.movies] = False
+    unseen = np.flatnonzero(is_unseen)
     rng = keyed_numpy_generator("data", "movies", "candidates", rows.user.name)
     draws = [rng.choice(unseen, count, replace=False) for _ in rows.positions]
     return np.stack(draws).astype(np.int64)

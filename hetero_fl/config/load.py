@@ -76,6 +76,25 @@ def override_list(overrides: Overrides) -> list[str]:
     return listed
 
 
+def prefix_origin(origin: str, line: str) -> str:
+    """Prefix an error message with the origin of its key, unless the key names the origin.
+
+    The key names an override of the key itself, but not an override of a section.
+
+    Args:
+        origin: The configuration file, or an override `key.path=value`.
+        line: Error message that begins with a key.
+
+    Example:
+        >>> prefix_origin("rounds=ten", "rounds: expected an integer, got 'ten'")
+        "rounds: expected an integer, got 'ten'"
+        >>> prefix_origin("run.yaml", "rounds: expected an integer, got 'ten'")
+        "run.yaml: rounds: expected an integer, got 'ten'"
+    """
+    key = line.partition(": ")[0]
+    return line if origin.startswith(f"{key}=") else f"{origin}: {line}"
+
+
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply overrides to a configuration and return the result.
 
@@ -276,7 +295,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         reason = _invalid_path_reason(raw, key) or f"cannot be set: {str(error).splitlines()[0]}"
     except RecursionError:
         reason = "nested too deeply"
-    raise UserError(f"{override}: {key}: {reason}")
+    raise UserError(prefix_origin(override, f"{key}: {reason}"))
 
 
 def _invalid_path_reason(value: Any, key: str) -> str:
@@ -418,7 +437,7 @@ def translate_tutorial(
             and key not in Config.model_fields
             and (hint := suggest_similar(key, KEYS))
         ):
-            raise UserError(f"{override}: {key}: unknown key{hint}")
+            raise UserError(prefix_origin(override, f"{key}: unknown key{hint}"))
         else:
             remaining.append(override)
     _check_tutorial_keys(raw, where)
@@ -426,12 +445,12 @@ def translate_tutorial(
         settings = Tutorial.model_validate(raw)
     except ValidationError as error:
         line = describe_error(error, raw, Tutorial)
-        raise UserError(f"{source.get(line.partition(': ')[0], where)}: {line}") from None
+        origin = source.get(line.partition(": ")[0], where)
+        raise UserError(prefix_origin(origin, line)) from None
     if settings.k > settings.no_models:
-        raise UserError(
-            f"{source.get('k') or source.get('no_models', where)}: k: must be <= no_models, "
-            f"which is {settings.no_models}, got {settings.k}"
-        )
+        origin = source.get("k") or source.get("no_models", where)
+        line = f"k: must be <= no_models, which is {settings.no_models}, got {settings.k}"
+        raise UserError(prefix_origin(origin, line))
     return _to_configuration(settings), remaining
 
 

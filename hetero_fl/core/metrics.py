@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -74,6 +75,8 @@ def score(
     y: Tensor,
     unit: Tensor | None = None,
     candidates: Tensor | None = None,
+    *,
+    excluded: Tensor | None = None,
 ) -> Scores:
     """Compute all metrics of a task for the outputs of one model.
 
@@ -91,8 +94,9 @@ def score(
     - `top3_accuracy` and `perplexity` (exponential of the loss): only for tasks with 20 or more
       classes.
     - `hit_rate_10`, `ndcg_10`, `sampled_hit_rate_10` and `sampled_ndcg_10`: only for tasks with
-      `is_ranking` (see `ranking_metrics`). The first two rank the true class among all classes, the
-      last two among the classes in `candidates`, without which they are None.
+      `is_ranking` (see `ranking_metrics`). The first two rank the true class among all classes
+      that are not in `excluded`, the last two among the classes in `candidates`, without which they
+      are None.
 
     Multilabel: the same metrics, computed for each label and averaged over the labels for which
     they are defined. `macro_f1` and `average_precision` of a label refer to the positive class.
@@ -121,6 +125,8 @@ def score(
             shape `[N]`. If None, nothing is multiplied. Ignored for other tasks.
         candidates: Classes with which the true class is compared in the sampled metrics of a
             ranking, int64 `[N, K]`. Ignored for other tasks.
+        excluded: Classes that are left out of a ranking, as bits in uint8 `[N, ceil(C / 8)]`, such
+            as `numpy.packbits(mask, axis=1)`. Ignored for other tasks.
 
     Returns:
         The metrics, keyed by name, in the order of `metric_names`.
@@ -166,7 +172,7 @@ def score(
         found["top3_accuracy"] = in_top3.double().mean() if defined else None
         found["perplexity"] = loss.exp() if loss is not None else None
     if task.is_ranking:
-        found |= _rankings(outputs, y, candidates)
+        found |= _rankings(outputs, y, candidates, excluded)
     if task.rare is not None and found["average_precision"] is not None:
         found["average_precision"] = _ranking(
             outputs.softmax(1).T[[task.rare]], (y == task.rare)[None]
@@ -238,19 +244,40 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
     ]
 
 
-def ranking_metrics(scores: Tensor, y: Tensor, candidates: Tensor | None = None) -> Tensor:
+def unpack_classes(bits: Tensor, num_classes: int) -> Tensor:
+    """Return a mask of classes, bool `[N, C]`, from bits in uint8 `[N, ceil(C / 8)]`.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.metrics import unpack_classes
+        >>> unpack_classes(torch.tensor([[0b01100000]], dtype=torch.uint8), 3)
+        tensor([[False,  True,  True]])
+    """
+    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), axis=1, count=num_classes)).bool()
+
+
+def ranking_metrics(
+    scores: Tensor,
+    y: Tensor,
+    candidates: Tensor | None = None,
+    excluded: Tensor | None = None,
+) -> Tensor:
     """Compute the NDCG and the hit rate of the first ten recommended items.
 
     The rank r of the true item is 1 plus the number of other items with at least the same score, so
-    that ties count against a model. An example has the hit rate 1 if r <= 10, otherwise 0. As one
-    item is relevant, the normalized discounted cumulative gain is `1 / log2(r + 1)` if r <= 10,
-    otherwise 0 (He et al., "Neural Collaborative Filtering", WWW 2017, section 4.1).
+    that ties count against a model. Excluded items have no rank. An example has the hit rate 1 if
+    r <= 10, otherwise 0. As one item is relevant, the normalized discounted cumulative gain is
+    `1 / log2(r + 1)` if r <= 10, otherwise 0 (He et al., "Neural Collaborative Filtering", WWW
+    2017, section 4.1).
 
     Args:
         scores: Scores of all items, shape `[N, C]`.
         y: True items, int64 `[N]`.
         candidates: Items with which the true item is compared, int64 `[N, K]`. They do not contain
             the true item. If None, the true item is compared with all other items.
+        excluded: Mask of the items that are not recommended, for example because the user has seen
+            them, bool `[N, C]`. It does not contain the true item and is ignored if there are
+            `candidates`.
 
     Returns:
         Means of the NDCG and of the hit rate over the examples, float64 `[2]`.
@@ -261,21 +288,33 @@ def ranking_metrics(scores: Tensor, y: Tensor, candidates: Tensor | None = None)
         >>> scores = torch.arange(20.0).flip(0).expand(2, 20)
         >>> ranking_metrics(scores, torch.tensor([2, 15]))
         tensor([0.2500, 0.5000], dtype=torch.float64)
+        >>> ranking_metrics(scores, torch.tensor([2, 15]), excluded=scores > 17)
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     true_scores = scores.gather(1, y[:, None])
-    others = scores if candidates is None else scores.gather(1, candidates)
-    # Among all items, the true item itself has at least its own score.
-    rank = (others >= true_scores).sum(1).double() + (candidates is not None)
+    if candidates is not None:
+        rank = 1 + (scores.gather(1, candidates) >= true_scores).sum(1).double()
+    else:
+        is_ahead = scores >= true_scores
+        if excluded is not None:
+            is_ahead &= ~excluded
+        # The true item itself has at least its own score.
+        rank = is_ahead.sum(1).double()
     is_hit = (rank <= TOP).double()
     return torch.stack([(is_hit / torch.log2(rank + 1)).mean(), is_hit.mean()])
 
 
-def _rankings(logits: Tensor, y: Tensor, candidates: Tensor | None) -> dict[str, Tensor | None]:
+def _rankings(
+    logits: Tensor, y: Tensor, candidates: Tensor | None, excluded: Tensor | None
+) -> dict[str, Tensor | None]:
     """Return the metrics in `RANKING`, which are None for outputs with NaN or infinity."""
     is_defined = bool(logits.isfinite().all())
     found: list[Tensor | None] = [None] * len(RANKING)
     if is_defined:
-        found[:2] = ranking_metrics(logits, y)
+        mask = None
+        if excluded is not None:
+            mask = unpack_classes(excluded, logits.shape[1]).to(logits.device)
+        found[:2] = ranking_metrics(logits, y, excluded=mask)
     if is_defined and candidates is not None:
         found[2:] = ranking_metrics(logits, y, candidates.to(logits.device))
     return dict(zip(RANKING, found, strict=True))

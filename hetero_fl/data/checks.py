@@ -181,7 +181,7 @@ def _check_float_targets(
 
 
 def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
-    """Check times, units, candidates and baselines."""
+    """Check times, units, candidates, excluded classes and baselines."""
     time = examples.time
     unit = examples.unit
     if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
@@ -200,15 +200,23 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
             )
         if (row := first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
             raise UserError(f"{where}: unit: row {row}: must be > 0, got {float(unit[row]):g}")
-    if (candidates := examples.candidates) is not None:
-        _check_candidates(candidates, examples.labels, task, f"{where}: candidates")
+    if examples.candidates is not None:
+        _check_candidates(examples.candidates, examples.labels, task, f"{where}: candidates")
+    if examples.excluded is not None:
+        _check_excluded(examples.excluded, examples.labels, task, f"{where}: excluded")
+    _check_baselines(examples, task, where)
+
+
+def _check_baselines(examples: Examples, task: Task, where: str) -> None:
     shape = (len(examples), task.outputs)
     for name, outputs in examples.baselines.items():
         if outputs.shape != shape:
             raise UserError(
                 f"{where}: baselines: {name}: expected shape {shape}, got {tuple(outputs.shape)}"
             )
-        if not bool(torch.isfinite(outputs).all()):
+        # A row that is repeated with `expand` is checked once.
+        distinct = outputs[:1] if outputs.stride(0) == 0 else outputs
+        if not bool(torch.isfinite(distinct).all()):
             raise UserError(f"{where}: baselines: {name}: NaN or infinite value")
 
 
@@ -221,6 +229,21 @@ def _check_candidates(candidates: Tensor, y: Tensor, task: Task, where: str) -> 
     if (row := first_true(out_of_range.any(1))) is not None:
         raise UserError(f"{where}: row {row}: class is out of range 0 to {task.outputs - 1}")
     if (row := first_true((candidates == y[:, None]).any(1))) is not None:
+        raise UserError(f"{where}: row {row}: contains the class of the row, {int(y[row])}")
+
+
+def _check_excluded(excluded: Tensor, y: Tensor, task: Task, where: str) -> None:
+    if not task.is_ranking:
+        raise UserError(f"{where}: needs a task with is_ranking=True")
+    width = (task.outputs + 7) // 8
+    if excluded.dtype != torch.uint8 or tuple(excluded.shape[1:]) != (width,):
+        raise UserError(
+            f"{where}: expected uint8 of shape [rows, {width}], the bits of {task.outputs} "
+            f"classes, got {_describe(excluded)}"
+        )
+    # `numpy.packbits` stores the first class in the highest bit.
+    bits = excluded.gather(1, (y // 8)[:, None])[:, 0].int() >> (7 - y % 8)
+    if (row := first_true((bits & 1) == 1)) is not None:
         raise UserError(f"{where}: row {row}: contains the class of the row, {int(y[row])}")
 
 

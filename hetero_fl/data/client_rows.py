@@ -289,8 +289,8 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
     """Return the SHA-256 hash of sets of rows.
 
-    The hash includes the inputs, targets, times, units and candidates, but not the groups and
-    patients.
+    The hash includes the inputs, targets, times, units, candidates and excluded classes, but not
+    the groups and patients.
 
     Args:
         about: Description that is included in the hash.
@@ -299,9 +299,8 @@ def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelectio
     digest = hashlib.sha256(repr(about).encode())
     for place, share in rows_by_location:
         each = share.examples
-        columns = [
-            t for t in (each.x, each.y, each.time, each.unit, each.candidates) if t is not None
-        ]
+        optional = (each.y, each.time, each.unit, each.candidates, each.excluded)
+        columns = [each.x, *(t for t in optional if t is not None)]
         digest.update(
             repr(
                 (place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in columns])

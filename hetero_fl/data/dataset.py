@@ -403,6 +403,9 @@ class Examples:
             is 1.
         candidates: Classes with which the true class of each row is compared in the sampled metrics
             of a ranking, int64 `[N, K]`. If None, these metrics are undefined.
+        excluded: Classes that are left out of the ranking of each row, for example the items that a
+            user has seen, as bits in uint8 `[N, ceil(classes / 8)]`, such as
+            `numpy.packbits(mask, axis=1)` of a mask `[N, classes]`. If None, no class is left out.
         baselines: Outputs `[N, outputs]` of simple forecasting rules, keyed by name. Model outputs
             are compared with these outputs, which are never model inputs.
         metadata: Further columns of the source, such as a hospital or a date, as arrays `[N]` keyed
@@ -430,6 +433,7 @@ class Examples:
     time: Tensor | None = None
     unit: Tensor | None = None
     candidates: Tensor | None = None
+    excluded: Tensor | None = None
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -472,7 +476,7 @@ class Examples:
         return replace(self, x=x, baselines=baselines, metadata=metadata, **columns)
 
 
-_BY_ROW = ("y", "group", "patient", "time", "unit", "candidates")
+_BY_ROW = ("y", "group", "patient", "time", "unit", "candidates", "excluded")
 
 
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:

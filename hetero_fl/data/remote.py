@@ -206,6 +206,7 @@ def _public_columns(examples: Examples) -> dict[str, Any]:
         "time": examples.time,
         "unit": examples.unit,
         "candidates": examples.candidates,
+        "excluded": examples.excluded,
     }
     return {n: c for n, c in columns.items() if c is not None} | {
         "baselines": dict(examples.baselines)

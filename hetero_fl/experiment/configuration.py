@@ -19,6 +19,7 @@ from hetero_fl.config.load import (
     is_tutorial,
     override_list,
     plain,
+    prefix_origin,
     read_config_file,
     translate_tutorial,
 )
@@ -85,7 +86,7 @@ class DraftConfig:
         )
         if where == self.source and not names_code:
             where = self._override_in(key, line) or where
-        return UserError(f"{where}: {line}")
+        return UserError(prefix_origin(where, line))
 
     def _override_in(self, section: str, line: str) -> str | None:
         inside = [o for o in self.overrides if o.startswith(f"{section}.")]

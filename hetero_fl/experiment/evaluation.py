@@ -102,7 +102,9 @@ def evaluate(
             y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {title}")
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
-        results[name] = score(model.task, logits, y, examples.unit, examples.candidates)
+        results[name] = score(
+            model.task, logits, y, examples.unit, examples.candidates, excluded=examples.excluded
+        )
     rows = f"the {pluralize(len(examples), 'row')} of {title}"
     if run.directory.finished and (
         note := TransferSource(run).overlap(examples.x, rows, "the models")
@@ -191,8 +193,8 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
         Targets in the order of the model's task, in the shape of `y`.
 
     Raises:
-        UserError: If a name exists in only one of the tasks, or if no class has the name of an
-            integer label.
+        UserError: If a name exists in only one of the tasks, no class has the name of an integer
+            label, or the items of a ranking are in another order.
     """
     if known.numbers and not given_task.names:
         return classes_from_labels(y, known, where)
@@ -209,6 +211,11 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
                 f"{where}: '{name}', which the models predict, is missing"
                 f"{suggest_or_list(name, given_task.names)}"
             )
+    if known.is_ranking:
+        raise UserError(
+            f"{where}: the items are in another order than those of the models, whose inputs are "
+            "items, too; use the same order"
+        )
     if known.kind == "multiclass":
         return torch.tensor([known.names.index(name) for name in given_task.names])[y]
     return y[:, [given_task.names.index(name) for name in known.names]]

@@ -148,7 +148,7 @@ def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
         y: Targets of the examples.
     """
     return {
-        name: score(task, outputs, y, rows.unit, rows.candidates)
+        name: score(task, outputs, y, rows.unit, rows.candidates, excluded=rows.excluded)
         for name, outputs in rows.baselines.items()
     }
 

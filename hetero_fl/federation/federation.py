@@ -189,8 +189,8 @@ class FederationSpec:
         Args:
             logits: Outputs, shape `[N, C]`.
             y: Targets, shape `[N]` (classes) or `[N, C]`.
-            columns: Further columns of the examples, such as the units of a regression and the
-                candidates of a ranking.
+            columns: Further columns of the examples, such as the units of a regression, and the
+                candidates and excluded classes of a ranking.
 
         Returns:
             The scores, keyed by the name of the metric.
@@ -198,7 +198,9 @@ class FederationSpec:
         Raises:
             RunFailedError: If a user-defined metric raises an exception.
         """
-        scores = score(self.task, logits, y, columns.unit, columns.candidates)
+        scores = score(
+            self.task, logits, y, columns.unit, columns.candidates, excluded=columns.excluded
+        )
         for name, reference in self.metrics.items():
             function = load_metric(name, reference)
             with translate_user_errors():

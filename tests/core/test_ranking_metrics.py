@@ -23,12 +23,19 @@ from hetero_fl.utils.errors import UserError
 ITEMS = Task("multiclass", 40, is_ranking=True)
 
 
-def reference(scores: np.ndarray, y: np.ndarray, candidates: np.ndarray | None) -> list[float]:
+def reference(
+    scores: np.ndarray,
+    y: np.ndarray,
+    candidates: np.ndarray | None = None,
+    excluded: np.ndarray | None = None,
+) -> list[float]:
     gains = []
     hits = []
     for row, true in enumerate(y):
         pool = set(range(scores.shape[1])) if candidates is None else set(candidates[row])
         others = pool - {true}
+        if excluded is not None:
+            others -= set(np.flatnonzero(excluded[row]))
         order = sorted(others | {true}, key=lambda item: (-scores[row, item], item == true))
         rank = order.index(true) + 1
         hits.append(float(rank <= 10))
@@ -50,6 +57,31 @@ def test_metrics_match_a_reference_that_sorts_items(decimals: int) -> None:
         found = ranking_metrics(logits, torch.from_numpy(y), given)
         expected = reference(scores, y, candidates)
         assert found.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("decimals", [1, 8])
+def test_excluded_items_have_no_rank(decimals: int) -> None:
+    draws = np.random.default_rng(1)
+    scores = np.round(draws.normal(size=(300, 43)), decimals)
+    y = draws.integers(0, 43, 300)
+    excluded = draws.random((300, 43)) < 0.6
+    excluded[np.arange(300), y] = False
+    task = Task("multiclass", 43, is_ranking=True)
+    candidates = torch.from_numpy((y[:, None] + np.arange(1, 16)) % 43)
+
+    found = score(
+        task,
+        torch.from_numpy(scores),
+        torch.from_numpy(y),
+        candidates=candidates,
+        excluded=torch.from_numpy(np.packbits(excluded, axis=1)),
+    )
+
+    expected = reference(scores, y, excluded=excluded)
+    assert [found["ndcg_10"], found["hit_rate_10"]] == pytest.approx(expected, abs=1e-12)
+    sampled = reference(scores, y, candidates.numpy())
+    assert [found[name] for name in RANKING[2:]] == pytest.approx(sampled, abs=1e-12)
+    assert expected != pytest.approx(reference(scores, y), abs=0.1)
 
 
 def test_ranks_1_2_10_and_11_by_hand() -> None:
@@ -98,3 +130,21 @@ def test_candidates_with_the_class_of_the_row_are_refused() -> None:
 
     with pytest.raises(UserError, match=r"candidates: row 1: contains the class of the row, 7"):
         check_examples(examples, ITEMS, "data")
+
+
+def test_excluded_classes_are_checked() -> None:
+    mask = np.zeros((2, 40), bool)
+    mask[0, [3, 5]] = True
+    mask[1, 7] = True
+    bits = torch.from_numpy(np.packbits(mask, axis=1))
+    x = torch.zeros(2, 3)
+
+    check_examples(Examples(x, torch.tensor([4, 6]), excluded=bits), ITEMS, "data")
+    with pytest.raises(UserError, match=r"data: excluded: row 1: contains the class of the row, 7"):
+        check_examples(Examples(x, torch.tensor([4, 7]), excluded=bits), ITEMS, "data")
+    with pytest.raises(UserError, match=r"excluded: expected uint8 of shape \[rows, 5\], the bits"):
+        wrong = Examples(x, torch.tensor([4, 6]), excluded=torch.from_numpy(mask))
+        check_examples(wrong, ITEMS, "data")
+    with pytest.raises(UserError, match="excluded: needs a task with is_ranking=True"):
+        plain = Examples(x, torch.tensor([4, 6]), excluded=bits)
+        check_examples(plain, Task("multiclass", 40), "data")

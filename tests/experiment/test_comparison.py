@@ -52,7 +52,7 @@ def small(**changes: Any) -> dict[str, Any]:
             "error: --algorithms: algorithm.mv: unknown key; did you mean 'mu'? "
             "(algorithm.name=fedprox)",
         ),
-        (["rounds=two"], "error: rounds=two: rounds: expected an integer, got 'two'"),
+        (["rounds=two"], "error: rounds: expected an integer, got 'two'"),
     ],
 )
 def test_invalid_flags_raise_one_line(

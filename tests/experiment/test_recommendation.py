@@ -12,6 +12,7 @@ import torch
 
 import hetero_fl
 from hetero_fl.core.payload import Payload
+from hetero_fl.data.remote import PublicPack
 from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
@@ -156,7 +157,45 @@ def test_folder_is_trained_and_another_folder_evaluated(tmp_path: Path) -> None:
     scores = hetero_fl.evaluate(run, str(other))
     assert scores["zip_9"]["ndcg_10"] is not None
     assert scores["zip_9"]["sampled_ndcg_10"] is not None
+    movies = (other / "movies.dat").read_text("latin-1").splitlines()
+    (other / "movies.dat").write_text("\n".join(reversed(movies)), encoding="latin-1")
+    with pytest.raises(UserError, match=r"the items are in another order than those of the mode"):
+        hetero_fl.evaluate(run, str(other))
     assert run.models["zip_9"].task.is_ranking
+
+
+def test_excluded_movies_reach_clients_of_a_real_federation() -> None:
+    data = reduced("fedavg").federation.data
+    pack = PublicPack.from_data(data)
+
+    received = PublicPack.decode(pack.encode())
+
+    sent = data.public_sets["common_test"].copy_rows()
+    test = received.public["common_test"]
+    assert sent.excluded is not None and test.excluded is not None
+    assert torch.equal(test.excluded, sent.excluded)
+    assert torch.equal(test.baselines["popularity"], sent.baselines["popularity"])
+    assert received.content_hash() == pack.content_hash() == data.public_hash()
+    received.public["common_test"].excluded = torch.zeros_like(test.excluded)
+    assert received.content_hash() != pack.content_hash()
+
+
+def test_evaluation_leaves_out_excluded_movies() -> None:
+    gains = []
+    for is_excluded in (True, False):
+        prepared = reduced("local")
+        data = prepared.federation.data
+        sets = [data.public_sets["common_test"], data.client_rows["capital"]["test"]]
+        for selection in sets:
+            if not is_excluded:
+                selection.examples.excluded = None
+        rounds = prepared.make_trainer()
+        rounds.run_round()
+        capital = rounds.evaluate(details=True).clients["capital"]
+        assert set(capital.baselines["personal"]) == {"popularity"}
+        gains.append([capital.scores[name]["ndcg_10"] for name in ("personal", "global")])
+
+    assert all(a is not None and b is not None and a > b for a, b in zip(*gains, strict=True))
 
 
 @pytest.mark.parametrize(

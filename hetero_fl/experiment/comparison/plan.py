@@ -296,7 +296,8 @@ def _task(
         line = str(error)
         for name, overrides in (("algorithms", job.variant.overrides), (argument, job.point)):
             for override in overrides:
-                if line.startswith(f"{override}: "):
+                key = override.partition("=")[0]
+                if line.startswith((f"{key}: ", f"{override}: ")):
                     raise ArgumentError(f"{name}: {line.removeprefix(f'{override}: ')}") from None
         raise
 

@@ -308,7 +308,14 @@ class JoiningClients:
         logits = self.source_run.consensus(test.x)
         usable = ~logits.isnan().any(1)
         test = test.select_rows(usable.nonzero().squeeze(1))
-        return score(self.source_run.task, logits[usable], test.labels, test.unit, test.candidates)
+        return score(
+            self.source_run.task,
+            logits[usable],
+            test.labels,
+            test.unit,
+            test.candidates,
+            excluded=test.excluded,
+        )
 
     def run_transfer(
         self, seed: int, option: str, parts: TransferredParts, save_path: Path | None

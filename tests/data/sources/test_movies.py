@@ -47,7 +47,7 @@ def test_all_layouts_give_the_same_histories(layout: str, tmp_path: Path) -> Non
         for user in range(1, 25)
     }
     for user in ratings.users:
-        assert list(user.movies) == [movie for _, movie in expected[int(user.name)]]
+        assert user.movies.tolist() == [movie for _, movie in expected[int(user.name)]]
     groups = {user.group for user in ratings.users}
     if layout == "latest":
         assert groups == {str(user) for user in range(1, 25)}
@@ -62,7 +62,7 @@ def test_equal_times_keep_the_order_of_the_file_and_low_ratings_are_ignored(tmp_
 
     (user,) = read_ratings(folder, "user", 3.0).users
 
-    assert user.movies == (1, 6, 4) and user.group == "1"
+    assert user.movies.tolist() == [1, 6, 4] and user.group == "1"
 
 
 def rows_of(dataset: Dataset) -> dict[str, torch.Tensor]:
@@ -73,13 +73,13 @@ def rows_of(dataset: Dataset) -> dict[str, torch.Tensor]:
 
 
 def test_movies_of_a_user_are_divided_in_time(tmp_path: Path) -> None:
-    users = tuple(User(str(i), "here", tuple(range(i, i + 8))) for i in range(10))
+    users = tuple(User(str(i), "here", np.arange(i, i + 8)) for i in range(10))
     ratings = Ratings(tuple(f"m{i}" for i in range(20)), users, "path: x")
     settings = MoviesConfig(length=3, validation_movies=1, test_movies=2, public_users=0)
 
     dataset = make_dataset("movies", ratings, settings, "")
 
-    first = assign_roles(users, settings)["train"][0].movies
+    first = assign_roles(users, settings)["train"][0].movies.tolist()
     mine = {name: x[x[:, 0] == 1].tolist() for name, x in rows_of(dataset).items()}
     # Tokens are the indices of the movies plus 2; the first token is the number of the user.
     assert mine["train"] == [
@@ -91,7 +91,7 @@ def test_movies_of_a_user_are_divided_in_time(tmp_path: Path) -> None:
     assert mine["validation"] == [[1, *(m + 2 for m in first[2:5])]]
     assert mine["test"] == [[1, *(m + 2 for m in first[k : k + 3])] for k in (3, 4)]
     labels = dataset.train.labels[dataset.train.x[:, 0] == 1].tolist()
-    assert labels == list(first[1:5])
+    assert labels == first[1:5]
     assert dataset.test is not None and bool((dataset.test.x[:, 0] == 0).all())
     assert len(dataset.test) == 2 * len(assign_roles(users, settings)["test"])
 
@@ -115,7 +115,7 @@ def test_roles_are_disjoint_and_public_users_are_in_the_public_source_only(tmp_p
 def test_candidates_are_unseen_movies_that_do_not_depend_on_the_run() -> None:
     dataset = load(sampled=50)
     ratings = simulation.simulate_ratings()
-    seen = {user.movies for user in assign_roles(ratings.users, MoviesConfig())["test"]}
+    seen = {tuple(user.movies) for user in assign_roles(ratings.users, MoviesConfig())["test"]}
 
     test = dataset.test
     assert test is not None and test.candidates is not None
@@ -135,6 +135,58 @@ def test_candidates_are_unseen_movies_that_do_not_depend_on_the_run() -> None:
 
 def is_part(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     return any(whole[i : i + len(part)] == part for i in range(len(whole)))
+
+
+def test_movies_seen_before_are_excluded() -> None:
+    dataset = load()
+    movies_of = {user.name: user.movies.tolist() for user in simulation.simulate_ratings().users}
+
+    for part in (dataset.local_sets["validation"], dataset.local_sets["test"]):
+        assert part.excluded is not None and part.patient is not None
+        for row in range(0, len(part), 5):
+            bits = "".join(f"{byte:08b}" for byte in part.excluded[row].tolist())
+            found = {movie for movie in range(200) if bits[movie] == "1"}
+            movies = movies_of[part.patient_names[int(part.patient[row])]]
+            assert found == set(movies[: movies.index(int(part.labels[row]))])
+    test = dataset.test
+    assert test is not None and test.excluded is not None and dataset.train.excluded is None
+    seen = torch.from_numpy(np.unpackbits(test.excluded.numpy(), axis=1))
+    # The histories in x have ten movies, which are part of the movies seen before.
+    assert bool(seen.gather(1, test.x[:, 1:] - 2).all()) and float(seen.sum(1).min()) >= 15
+
+
+def test_popularity_is_that_of_public_users() -> None:
+    ratings = simulation.simulate_ratings()
+    counts = np.ones(200)
+    for user in assign_roles(ratings.users, MoviesConfig())["public"]:
+        counts[user.movies] += 1
+
+    dataset = load()
+
+    for part in (dataset.test, dataset.local_sets["test"]):
+        assert part is not None
+        shares = part.baselines["popularity"].double().exp()
+        assert shares.shape == (len(part), 200)
+        np.testing.assert_allclose(shares[-1], counts / counts.sum(), rtol=1e-6)
+    without = load(public_users=0).test
+    assert without is not None and not without.baselines
+
+
+def test_users_are_numbered_in_the_folder_or_in_each_group(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path)
+
+    for group in ("region", "user"):
+        train = load(folder, group=group).train
+        # 17 users train, and the tokens of 30 movies suffice for all.
+        assert train.x[:, 0].unique().tolist() == list(range(1, 18))
+        assert torch.equal(train.patient + 1, train.x[:, 0])
+    many = write_movielens_folder(tmp_path / "many", users=90)
+    train = load(many).train
+    assert train.group is not None
+    for group in range(3):
+        rows = train.group == group
+        numbers = train.x[rows, 0].unique().tolist()
+        assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 10
 
 
 def test_candidates_are_distinct_if_few_movies_are_unseen(tmp_path: Path) -> None:
@@ -168,6 +220,19 @@ def test_groups_with_the_most_movies_are_kept(tmp_path: Path) -> None:
     whole = load(folder)
     assert whole.train.group_names == ("other", "zip_1", "zip_9")
     assert load(folder, groups=1).train.group_names == ("zip_9",)
+    assert len(load(folder, group="user").train.group_names) == 17
+
+
+def test_users_csv_has_the_regions(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path, "latest")
+    regions = {user: ("north", "the south")[user % 2] for user in range(1, 25)}
+    lines = [f"{user},{region}" for user, region in regions.items()]
+    (folder / "users.csv").write_text("\n".join(["userId,region", *lines]))
+
+    for group in (None, "region"):
+        users = read_ratings(folder, group, 0.0).users
+        assert {int(user.name): user.group for user in users} == regions
+    assert load(folder, groups=1).train.group_names in {("north",), ("the south",)}
     assert len(load(folder, group="user").train.group_names) == 17
 
 
@@ -314,7 +379,37 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "latest",
         lambda d: None,
         {"group": "region"},
-        "group: 'region' needs zip codes, but DIR: this layout has no zip codes; set group=user",
+        "group: 'region' needs users.csv (userId,region), which DIR does not contain; add the "
+        "file, or set group=user",
+    ),
+    (
+        "no zip codes",
+        "1m",
+        lambda d: (d / "users.dat").unlink(),
+        {"group": "region"},
+        "group: 'region' needs users.dat (5 columns, the last a zip code), which DIR does not "
+        "contain; add the file, or set group=user",
+    ),
+    (
+        "region",
+        "latest",
+        lambda d: (d / "users.csv").write_text("userId,region\n1,north\n2,\n"),
+        {},
+        "path: DIR/users.csv: line 3: expected a user and a region, separated by ',', got '2,'",
+    ),
+    (
+        "regions without header",
+        "latest",
+        lambda d: (d / "users.csv").write_text("1,north\n2,south\n"),
+        {},
+        "path: DIR/users.csv: line 1: expected 'userId,region', got '1,north'",
+    ),
+    (
+        "user without region",
+        "latest",
+        lambda d: (d / "users.csv").write_text("userId,region\n1,north\n"),
+        {},
+        "not found in users.csv",
     ),
     (
         "group",
@@ -372,16 +467,16 @@ def test_malformed_folder_raises_one_line(
 
 
 def test_user_who_has_rated_everything_is_refused(tmp_path: Path) -> None:
-    users = tuple(User(str(i), "here", tuple(range(12))) for i in range(5))
+    users = tuple(User(str(i), "here", np.arange(12)) for i in range(5))
     ratings = Ratings(tuple(f"m{i}" for i in range(12)), users, "path: x")
     with pytest.raises(UserError, match=r"path: x: user '\d' has rated all 12 movies, which"):
         make_dataset("movies", ratings, MoviesConfig(), "")
 
 
 def test_group_with_more_users_than_tokens_is_refused() -> None:
-    users = tuple(User(str(i), "here", (i % 4, (i + 1) % 4)) for i in range(30))
+    users = tuple(User(str(i), "here", np.array([i % 4, (i + 1) % 4])) for i in range(30))
     ratings = Ratings(tuple("abcde"), users, "path: x")
-    with pytest.raises(UserError, match=r"group 'here' has 21 users, but the tokens of 5 movies"):
+    with pytest.raises(UserError, match=r"group 'here' has 21 users to train on, but a model "):
         make_dataset("movies", ratings, MoviesConfig(), "")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from hetero_fl.config.data import MoviesConfig
 from hetero_fl.core.task import Task
@@ -22,19 +23,19 @@ UNKNOWN_USER = 0
 """Number of a user who does not train, in the first column of the examples."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class User:
     """A user and the movies that the user has rated.
 
     Attributes:
         name: Name of the user.
         group: Name of the client of the user.
-        movies: Indices of the movies in the catalog, in chronological order.
+        movies: Indices of the movies in the catalog, in chronological order, int64 `[M]`.
     """
 
     name: str
     group: str
-    movies: tuple[int, ...]
+    movies: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
     than three movies are left for training, the user has training movies only. The global sets
     contain the last movies of users who do not train, whose number is 0.
 
+    The rankings of held-out movies leave out the movies that the user has rated before, and are
+    compared with the popularity of the movies among the public users, if there are any.
+
     Args:
         name: Name of the data set.
         ratings: The ratings.
@@ -107,12 +111,9 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
     """
     roles = assign_roles(ratings.users, settings)
     training = _select_groups(roles["train"], settings, ratings.where)
-    _check_numbers(training, ratings)
+    numbers = _number_users(training, ratings)
     rows: dict[str, list[_Rows]] = {"train": [], "validation": [], "test": []}
-    numbers: Counter[str] = Counter()
-    for user in training:
-        numbers[user.group] += 1
-        number = numbers[user.group]
+    for user, number in zip(training, numbers, strict=True):
         for split, positions in _split_positions(user, settings).items():
             rows[split].append(_Rows(user, number, positions))
     num_candidates = _count_candidates([*training, *roles["validation"], *roles["test"]], ratings)
@@ -124,18 +125,19 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
             ("test", settings.test_movies),
         )
     }
-    train = _make_examples(rows["train"], ratings, settings)
+    popularity = _popularity(roles["public"], ratings)
+    train = _make_examples(rows["train"], settings)
     group_names = _with_owners(train, rows["train"])
     local_sets = {}
     for split in ("validation", "test"):
-        local_sets[split] = _make_examples(rows[split], ratings, settings, is_held_out=True)
+        local_sets[split] = _make_held_out(rows[split], ratings, settings, popularity)
         _with_owners(local_sets[split], rows[split])
     return Dataset(
         name,
         ratings.task,
         train,
-        _make_examples(common["validation"], ratings, settings, is_held_out=True),
-        _make_examples(common["test"], ratings, settings, is_held_out=True),
+        _make_held_out(common["validation"], ratings, settings, popularity),
+        _make_held_out(common["test"], ratings, settings, popularity),
         about=f"{about}; {pluralize(len(training), 'user')} in {len(group_names)} groups train",
         vocabulary=ratings.vocabulary,
         local_sets={split: part for split, part in local_sets.items() if len(part)},
@@ -158,7 +160,7 @@ def make_public_dataset(name: str, ratings: Ratings, settings: MoviesConfig, abo
         raise UserError("movies.public_users: must be > 0 for a proxy set, got 0")
     users = assign_roles(ratings.users, settings)["public"]
     rows = [_Rows(user, UNKNOWN_USER, range(1, len(user.movies))) for user in users]
-    train = _make_examples(rows, ratings, settings)
+    train = _make_examples(rows, settings)
     return Dataset(name, ratings.task, train, about=about, vocabulary=ratings.vocabulary)
 
 
@@ -188,39 +190,78 @@ def _last_movies(user: User, count: int) -> range:
     return range(max(1, len(user.movies) - count), len(user.movies))
 
 
-def _make_examples(
-    rows: Iterable[_Rows], ratings: Ratings, settings: MoviesConfig, is_held_out: bool = False
-) -> Examples:
-    """Return the examples of rows. Held-out examples have candidates for the sampled metrics."""
-    contexts: list[list[int]] = []
-    next_movies: list[int] = []
-    candidates: list[np.ndarray] = []
+def _make_examples(rows: Sequence[_Rows], settings: MoviesConfig) -> Examples:
+    """Return the examples of rows, without columns for rankings."""
+    total = sum(len(each.positions) for each in rows)
+    x = np.zeros((total, 1 + settings.length), np.int64)
+    y = np.zeros(total, np.int64)
+    padding = np.full(settings.length, EMPTY)
+    stop = 0
     for each in rows:
-        movies = each.user.movies
-        for position in each.positions:
-            history = [
-                FIRST + movie for movie in movies[max(0, position - settings.length) : position]
-            ]
-            padding = [EMPTY] * (settings.length - len(history))
-            contexts.append([each.number, *padding, *history])
-            next_movies.append(movies[position])
-        if is_held_out and len(each.positions):
-            candidates.append(_sample_unseen(each, ratings, settings.sampled))
-    found = Examples(
-        torch.tensor(contexts, dtype=torch.int64).reshape(-1, 1 + settings.length),
-        torch.tensor(next_movies, dtype=torch.int64),
-    )
-    if is_held_out:
-        sampled = np.concatenate([np.empty((0, settings.sampled), np.int64), *candidates])
-        found.candidates = torch.from_numpy(sampled)
+        start = stop
+        stop += len(each.positions)
+        positions = slice(each.positions.start, each.positions.stop)
+        # Window i contains the movies before movie i.
+        tokens = np.concatenate([padding, FIRST + each.user.movies])
+        x[start:stop, 0] = each.number
+        x[start:stop, 1:] = sliding_window_view(tokens, settings.length)[positions]
+        y[start:stop] = each.user.movies[positions]
+    return Examples(torch.from_numpy(x), torch.from_numpy(y))
+
+
+def _make_held_out(
+    rows: Sequence[_Rows], ratings: Ratings, settings: MoviesConfig, popularity: np.ndarray | None
+) -> Examples:
+    """Return the examples of rows with the columns for rankings."""
+    found = _make_examples(rows, settings)
+    num_movies = len(ratings.titles)
+    candidates = np.zeros((len(found), settings.sampled), np.int64)
+    excluded = np.zeros((len(found), -(-num_movies // 8)), np.uint8)
+    stop = 0
+    for each in rows:
+        if each.positions:
+            start = stop
+            stop += len(each.positions)
+            candidates[start:stop] = _sample_unseen(each, ratings, settings.sampled)
+            excluded[start:stop] = _seen_before(each, num_movies)
+    found.candidates = torch.from_numpy(candidates)
+    found.excluded = torch.from_numpy(excluded)
+    if popularity is not None:
+        # All rows are one row in memory.
+        outputs = torch.from_numpy(popularity).expand(len(found), num_movies)
+        found.baselines = {"popularity": outputs}
     return found
+
+
+def _seen_before(rows: _Rows, num_movies: int) -> np.ndarray:
+    """Return the movies that a user has rated before each position.
+
+    Returns:
+        Bits of the movies, uint8 `[positions, ceil(movies / 8)]`.
+    """
+    seen = np.zeros((len(rows.positions), num_movies), bool)
+    for row, position in enumerate(rows.positions):
+        seen[row, rows.user.movies[:position]] = True
+    return np.packbits(seen, axis=1)
+
+
+def _popularity(users: Sequence[User], ratings: Ratings) -> np.ndarray | None:
+    """Return the logarithms of the shares of movies among the ratings of users, float32 `[movies]`.
+
+    Each movie has one rating more, so that no share is 0. The result is None if there are no users.
+    """
+    if not users:
+        return None
+    movies = np.concatenate([user.movies for user in users])
+    counts = 1 + np.bincount(movies, minlength=len(ratings.titles))
+    return np.log(counts / counts.sum()).astype(np.float32)
 
 
 def _count_candidates(users: Sequence[User], ratings: Ratings) -> int:
     """Return the smallest number of movies that a user has not seen."""
     fewest = len(ratings.titles)
     for user in users:
-        fewest = min(fewest, len(ratings.titles) - len(set(user.movies)))
+        fewest = min(fewest, len(ratings.titles) - len(user.movies))
         if not fewest:
             raise UserError(
                 f"{ratings.where}: user '{user.name}' has rated all "
@@ -236,7 +277,9 @@ def _sample_unseen(rows: _Rows, ratings: Ratings, count: int) -> np.ndarray:
     Returns:
         Indices of movies, int64 `[positions, count]`, the same in every run.
     """
-    unseen = np.setdiff1d(np.arange(len(ratings.titles)), rows.user.movies)
+    is_unseen = np.ones(len(ratings.titles), bool)
+    is_unseen[rows.user.movies] = False
+    unseen = np.flatnonzero(is_unseen)
     rng = keyed_numpy_generator("data", "movies", "candidates", rows.user.name)
     draws = [rng.choice(unseen, count, replace=False) for _ in rows.positions]
     return np.stack(draws).astype(np.int64)
@@ -247,9 +290,12 @@ def _with_owners(examples: Examples, rows: Sequence[_Rows]) -> tuple[str, ...]:
 
     Partitions do not divide the examples of a user, which are stored as those of a patient.
     """
-    users = [each.user for each in rows for _ in each.positions]
-    examples.group, examples.group_names = index_names(user.group for user in users)
-    examples.patient, examples.patient_names = index_names(user.name for user in users)
+    used = [each for each in rows if each.positions]
+    counts = torch.tensor([len(each.positions) for each in used], dtype=torch.int64)
+    group, examples.group_names = index_names(each.user.group for each in used)
+    patient, examples.patient_names = index_names(each.user.name for each in used)
+    examples.group = group.repeat_interleave(counts)
+    examples.patient = patient.repeat_interleave(counts)
     return examples.group_names
 
 
@@ -263,14 +309,27 @@ def _select_groups(users: Sequence[User], settings: MoviesConfig, where: str) ->
     return [user for user in users if user.group in kept]
 
 
-def _check_numbers(users: Sequence[User], ratings: Ratings) -> None:
-    """Check that each user of a group can be numbered with a token."""
+def _number_users(users: Sequence[User], ratings: Ratings) -> list[int]:
+    """Return the number of each user, which is a token and starts at 1.
+
+    All users are numbered in order. If there are more users than tokens, the users of each group
+    are numbered.
+    """
     if not users:
         raise UserError(f"{ratings.where}: no user is left for training; choose smaller shares")
-    group, count = Counter(user.group for user in users).most_common(1)[0]
     most = ratings.vocabulary.size - 1
+    if len(users) <= most:
+        return list(range(1, len(users) + 1))
+    counts: Counter[str] = Counter()
+    numbers = []
+    for user in users:
+        counts[user.group] += 1
+        numbers.append(counts[user.group])
+    group, count = counts.most_common(1)[0]
     if count > most:
         raise UserError(
-            f"{ratings.where}: group '{group}' has {count:,} users, but the tokens of "
-            f"{len(ratings.titles):,} movies number only {most:,}; set group=user"
+            f"{ratings.where}: group '{group}' has {count:,} users to train on, but a model for "
+            f"{pluralize(len(ratings.titles), 'movie')} has vectors of at most {most:,} users; "
+            "divide the group, or set group=user"
         )
+    return numbers

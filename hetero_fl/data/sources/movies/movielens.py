@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from hetero_fl.data.checks import first_true
 from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
 from hetero_fl.data.sources.movies.histories import Ratings, User
+from hetero_fl.data.sources.movies.rating_files import RatingFile, RatingTable
 from hetero_fl.utils.errors import UserError, suggest_similar
 from hetero_fl.utils.ordering import natural_order
 
@@ -27,12 +30,14 @@ class Layout:
     Attributes:
         ratings: File with the columns user, movie, rating and time.
         movies: File whose first two columns are the movie and its title.
-        users: File with the users and zip codes, or an empty string if the layout has no such file.
+        users: File with the users and zip codes, or regions. It may be missing.
         separator: Separator of the columns in the file of ratings.
         other_separator: Separator of the columns in the other files.
         zip_column: Index of the column of zip codes.
         encodings: Encodings of the files, of which the first that fits is used.
         header: First line of the file of ratings, or an empty string if there is none.
+        users_header: First line of the file of users, which contains regions. If empty, the file
+            has no header and contains zip codes.
     """
 
     ratings: str
@@ -43,6 +48,7 @@ class Layout:
     zip_column: int = 4
     encodings: tuple[str, ...] = ("utf-8", "latin-1")
     header: str = ""
+    users_header: str = ""
 
 
 LAYOUTS = (
@@ -51,14 +57,18 @@ LAYOUTS = (
     Layout(
         "ratings.csv",
         "movies.csv",
-        "",
+        "users.csv",
         ",",
         ",",
         encodings=("utf-8-sig",),
         header="userId,movieId,rating,timestamp",
+        users_header="userId,region",
     ),
 )
-"""Layouts of MovieLens 100K, of MovieLens 1M and 10M, and of MovieLens 20M, 25M, 32M and latest."""
+"""Layouts of MovieLens 100K, of MovieLens 1M and 10M, and of MovieLens 20M, 25M, 32M and latest.
+
+The last layout has no file of users at MovieLens; `users.csv` is an extension.
+"""
 
 
 def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
@@ -66,8 +76,9 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
 
     Args:
         path: Folder to read.
-        group: `region` for the first digit of the zip code of a user, `user` for one group per
-            user, or None for `region` if the folder has zip codes, otherwise `user`.
+        group: `region` for the region of a user, which is the first digit of the zip code or, with
+            `users.csv`, the second column; `user` for one group per user; or None for `region` if
+            the folder has a file of users, otherwise `user`.
         min_rating: Ratings below this value are ignored.
 
     Returns:
@@ -82,24 +93,89 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
         raise UserError(f"group: must be 'region' or 'user' for movies, got '{group}'")
     layout = _find_layout(path)
     titles = _read_titles(path / layout.movies, layout)
-    has_users = layout.users != "" and (path / layout.users).is_file()
+    has_users = (path / layout.users).is_file()
     if group == "region" and not has_users:
-        wanted = f"{layout.users} not found" if layout.users else "this layout has no zip codes"
-        raise UserError(f"group: 'region' needs zip codes, but {path}: {wanted}; set group=user")
+        columns = layout.users_header or f"{layout.zip_column + 1} columns, the last a zip code"
+        raise UserError(
+            f"group: 'region' needs {layout.users} ({columns}), which {path} does not contain; "
+            "add the file, or set group=user"
+        )
     regions = _read_regions(path / layout.users, layout) if has_users else None
-    index = {movie: i for i, movie in enumerate(titles)}
-    found = _read_times(path / layout.ratings, layout, index, regions, min_rating)
+    file = RatingFile(
+        path / layout.ratings,
+        layout.separator,
+        lambda text: _decode(text, layout.encodings),
+        layout.header,
+    )
+    table = file.read()
+    indices = _movie_indices(table, file, layout, titles)
+    _check_ratings(table, file, layout, regions)
     users = []
-    for name in natural_order(found):
+    for name, movies in _movies_by_user(table, indices, min_rating):
         owner = name if group == "user" or regions is None else regions[name]
-        # The sort is stable, so ratings at the same time remain in the order of the file.
-        movies = [movie for _, movie in sorted(found[name], key=lambda rating: rating[0])]
-        if len(movies) > 1:
-            users.append(User(name, owner, tuple(movies)))
+        users.append(User(name, owner, movies))
     where = f"path: {path / layout.ratings}"
     if not users:
         raise UserError(f"{where}: no user has two ratings of at least {min_rating:g}")
     return Ratings(_distinct(titles), tuple(users), where)
+
+
+def _movie_indices(
+    table: RatingTable, file: RatingFile, layout: Layout, titles: dict[str, str]
+) -> np.ndarray:
+    """Return the index of each rated movie in the file of movies, int64 `[N]`."""
+    index = {movie: i for i, movie in enumerate(titles)}
+    codes = np.array([index.get(movie, -1) for movie in table.movies], np.int64)
+    if (code := first_true(codes < 0)) is not None:
+        movie = table.movies[code]
+        line = int(table.line[(table.movie == code).argmax()])
+        hint = suggest_similar(movie, index)
+        file.fail(line, f"movie '{movie}' not found in {layout.movies}{hint}")
+    return codes[table.movie]
+
+
+def _check_ratings(
+    table: RatingTable, file: RatingFile, layout: Layout, regions: dict[str, str] | None
+) -> None:
+    """Check users, stars and that no user has rated a movie twice."""
+    for code, user in enumerate(table.users):
+        if not user or (regions is not None and user not in regions):
+            line = int(table.line[(table.user == code).argmax()])
+            known = layout.users if regions is not None else "the ratings"
+            file.fail(line, f"user '{user}' not found in {known}")
+    if (row := first_true((table.stars < 0) | (table.stars > MAX_RATING))) is not None:
+        line = int(table.line[row])
+        file.fail(line, f"rating: must be >= 0 and <= {MAX_RATING:g}, got {table.stars[row]:g}")
+    pairs = table.user.astype(np.int64) * len(table.movies) + table.movie
+    order = pairs.argsort(kind="stable")
+    repeated = order[1:][pairs[order[1:]] == pairs[order[:-1]]]
+    if len(repeated):
+        row = int(repeated.min())
+        user = table.users[table.user[row]]
+        movie = table.movies[table.movie[row]]
+        file.fail(int(table.line[row]), f"user '{user}' has rated movie '{movie}' twice")
+
+
+def _movies_by_user(
+    table: RatingTable, indices: np.ndarray, min_rating: float
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the users with at least two ratings, in natural order, and their movies in order.
+
+    Ratings at the same time remain in the order of the file.
+    """
+    used = table.stars >= min_rating
+    owners = table.user[used]
+    # The sort is stable.
+    order = np.lexsort((table.time[used], owners))
+    movies = indices[used][order]
+    stops = np.bincount(owners, minlength=len(table.users)).cumsum()
+    starts = np.concatenate([[0], stops[:-1]])
+    codes = {name: code for code, name in enumerate(table.users)}
+    for name in natural_order(codes):
+        start = starts[codes[name]]
+        stop = stops[codes[name]]
+        if stop - start > 1:
+            yield name, movies[start:stop]
 
 
 def _find_layout(path: Path) -> Layout:
@@ -180,65 +256,28 @@ def _read_titles(file: Path, layout: Layout) -> dict[str, str]:
 def _read_regions(file: Path, layout: Layout) -> dict[str, str]:
     """Return the region of each user, keyed by the user's number."""
     regions: dict[str, str] = {}
-    for place, row in _read_rows(file, layout, layout.other_separator):
-        if len(row) != layout.zip_column + 1 or not row[0] or not row[-1]:
+    is_zip = not layout.users_header
+    expected = (
+        f"{layout.zip_column + 1} columns, a user and lastly a zip code"
+        if is_zip
+        else "a user and a region"
+    )
+    count = layout.zip_column + 1 if is_zip else 2
+    for place, row in _read_rows(file, layout, layout.other_separator, layout.users_header):
+        if len(row) != count or not row[0] or not row[-1]:
             raise UserError(
-                f"{place}: expected {layout.zip_column + 1} columns, a user and lastly a zip code, "
-                f"separated by '{layout.other_separator}', got "
+                f"{place}: expected {expected}, separated by '{layout.other_separator}', got "
                 f"'{layout.other_separator.join(row)[:60]}'"
             )
         if row[0] in regions:
             raise UserError(f"{place}: user '{row[0]}' occurs twice")
-        first = row[-1][0]
-        is_digit = first.isascii() and first.isdigit()
-        regions[row[0]] = f"zip_{first}" if is_digit else OTHER
+        regions[row[0]] = _zip_region(row[-1]) if is_zip else row[-1]
     return regions
 
 
-def _read_times(
-    file: Path,
-    layout: Layout,
-    index: dict[str, int],
-    regions: dict[str, str] | None,
-    min_rating: float,
-) -> dict[str, list[tuple[int, int]]]:
-    """Return the time and the index of each rated movie, keyed by user."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    seen: set[tuple[str, str]] = set()
-    for place, row in _read_rows(file, layout, layout.separator, layout.header):
-        if len(row) != 4:
-            raise UserError(
-                f"{place}: expected a user, a movie, a rating and a time, separated by "
-                f"{layout.separator!r}, got {len(row)} columns"
-            )
-        user, movie, rating, time = row
-        if movie not in index:
-            raise UserError(
-                f"{place}: movie '{movie}' not found in {layout.movies}"
-                f"{suggest_similar(movie, index)}"
-            )
-        if not user or (regions is not None and user not in regions):
-            raise UserError(f"{place}: user '{user}' not found in {layout.users or 'the ratings'}")
-        if (user, movie) in seen:
-            raise UserError(f"{place}: user '{user}' has rated movie '{movie}' twice")
-        seen.add((user, movie))
-        stars = _number(rating, float, f"{place}: rating", "a number")
-        if not 0 <= stars <= MAX_RATING:
-            raise UserError(f"{place}: rating: must be >= 0 and <= {MAX_RATING:g}, got {rating}")
-        seconds = _number(time, int, f"{place}: time", "an integer")
-        if stars >= min_rating:
-            found.setdefault(user, []).append((int(seconds), index[movie]))
-    return found
-
-
-def _number(text: str, kind: Callable[[str], float], where: str, expected: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{where}: expected {expected}, got '{text[:40]}'")
-    return value
+def _zip_region(code: str) -> str:
+    first = code[0]
+    return f"zip_{first}" if first.isascii() and first.isdigit() else OTHER
 
 
 def _distinct(titles: dict[str, str]) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def simulate_ratings() -> Ratings:
     return Ratings(world.titles, tuple(users), "name: movies")
 
 
-def _watch(world: World, region: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:
+def _watch(world: World, region: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """Return the movies of a user in chronological order."""
     taste = rng.dirichlet(USER_TASTE * world.taste[region] + 0.05)
     weight = taste[world.genre] * world.popularity[region]
@@ -118,4 +118,4 @@ def _watch(world: World, region: int, count: int, rng: np.random.Generator) -> t
         if movie not in watched:
             watched.append(movie)
             weight[movie] = 0.0
-    return tuple(watched)
+    return np.array(watched, np.int64)

@@ -23,6 +23,7 @@ from hetero_fl.data.preprocessing import (
     check_view,
     raw_shape,
 )
+from hetero_fl.data.registry import reads_key
 from hetero_fl.data.splits import (
     RowSelection,
     Splits,
@@ -35,8 +36,9 @@ from hetero_fl.data.splits import (
     with_test,
 )
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import natural_key
+from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import keyed_generator
+from hetero_fl.utils.text import format_list
 
 
 def federate(
@@ -113,9 +115,10 @@ def federate(
     common, rows = common_sets(dataset, config, rows, strategy, seed)
     public = proxy | common
 
-    notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
-    division = _Division(dataset, described, config, population, seed)
     sources = clients_by_source(config, population)
+    notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
+    notes += _notes_on_generated_rows(dataset, config, sources)
+    division = _Division(dataset, described, config, population, seed)
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn":
@@ -173,6 +176,19 @@ def _notes_on_unused_clients(dataset: Dataset, config: DataConfig) -> list[str]:
     return [
         f"data.partition.kind={config.partition.kind} does not use the clients of "
         f"{dataset.name}; set data.partition.kind=natural to keep them"
+    ]
+
+
+def _notes_on_generated_rows(
+    dataset: Dataset, config: DataConfig, sources: Mapping[SourceConfig, list[str]]
+) -> list[str]:
+    """Return a note if clients have files, but the rows for all clients are generated."""
+    owners = [name for source, names in sources.items() if source.path for name in names]
+    if not owners or not dataset.simulated or config.path or not reads_key(config.name, "path"):
+        return []
+    return [
+        f"data.path is not set: {config.name} generates the global test and validation sets, but "
+        f"these clients read files: {format_list(natural_order(owners), quote=True)}"
     ]
 
 

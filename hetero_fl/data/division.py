@@ -15,6 +15,7 @@ from hetero_fl.data.client_rows import ClientRows, LazyPartition
 from hetero_fl.data.dataset import Dataset, without_metadata
 from hetero_fl.data.external import clients_by_source, load_client_sources, proxy_set
 from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
+from hetero_fl.data.overlap import check_paths, notes_on_shared_rows
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     Preprocess,
@@ -116,6 +117,7 @@ def federate(
     public = proxy | common
 
     sources = clients_by_source(config, population)
+    check_paths(config, sources)
     notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
     notes += _notes_on_generated_rows(dataset, config, sources)
     division = _Division(dataset, described, config, population, seed)
@@ -130,6 +132,10 @@ def federate(
     present = _without(sources, absent)
     owned = load_client_sources(present, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
+    if dataset.vocabulary is None:
+        of_files = {name for source, names in present.items() if source.path for name in names}
+        in_files = {name: owned.private[name] for name in natural_order(of_files)}
+        notes += notes_on_shared_rows(config, in_files, private, public)
 
     _check_scanners(profiles, client_rows)
     notes += owned.notes + check_missing_values(

@@ -26,11 +26,12 @@ from hetero_fl.federation.cost import DryRun, expected_cost
 from hetero_fl.federation.executors.choose import choose_executor, plan_memory
 from hetero_fl.federation.federation import NUM_REPRESENTATIVE
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.federation.upload_contents import upload_contents
 from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.ordering import ClientIds
 from hetero_fl.utils.serialization import num_tensor_bytes
-from hetero_fl.utils.text import pluralize
+from hetero_fl.utils.text import format_list, pluralize
 
 # Numbers of clients trained together, for which the required memory is printed.
 CLIENTS_TOGETHER = (1, 8, 32)
@@ -38,6 +39,12 @@ CLIENTS_TOGETHER = (1, 8, 32)
 # Of more than MAX_LISTED clients, the first and the last NUM_EDGE are listed.
 MAX_LISTED = 20
 NUM_EDGE = 5
+
+# Number of lines for the tensors of uploads, and of the clients that a line names.
+MAX_PARTS = 10
+MAX_NAMES = 3
+# Number of shapes that a line lists.
+MAX_SHAPES = 2
 
 UNKNOWN = "unknown"
 
@@ -83,6 +90,7 @@ def print_check(prepared: PreparedRun) -> None:
     _list_clients(table, federation.representative_clients, len(federation.client_infos), describe)
     console = Console()
     console.print(table)
+    console.print(_upload_table(prepared))
     console.print(_memory_table(prepared))
     is_upper_bound = config.evaluation.patience or cost.is_upper_bound
     server = DryRun(prepared.method, federation).server
@@ -150,6 +158,36 @@ def _memory_table(prepared: PreparedRun) -> Table:
         parts = [plan.weights, plan.gradients + plan.optimizer, plan.activations]
         sums = [n * plan.total for n in CLIENTS_TOGETHER]
         table.add_row(names, *map(format_bytes, [*parts, *sums]))
+    return table
+
+
+def _upload_table(prepared: PreparedRun) -> Table:
+    """Create a table of the tensors that clients upload in the first round."""
+    title = "content of an upload, before compression and encryption"
+    table = Table("upload of", "tensors (number)", "shapes", "values", "size", title=title)
+    table.columns[1].overflow = "fold"
+    contents = upload_contents(prepared.method, prepared.federation, MAX_PARTS)
+    for content in contents[:NUM_EDGE]:
+        clients = format_list(content.clients, MAX_NAMES)
+        if content.num_clients > len(content.clients):
+            clients += f" ({content.num_clients:,} clients)"
+        for part in content.parts:
+            name = part.name or part.item
+            count = len(part.shapes)
+            shapes = dict.fromkeys("×".join(map(str, shape)) for shape in part.shapes)
+            table.add_row(
+                clients,
+                f"{name.removesuffix('.')} ({count:,})" if count > 1 else name,
+                ", ".join(shapes) if len(shapes) <= MAX_SHAPES else "",
+                f"{part.num_values:,}",
+                format_bytes(part.num_bytes),
+            )
+            clients = ""
+        if len(content.parts) != 1:
+            total = format_bytes(sum(part.num_bytes for part in content.parts))
+            table.add_row(clients, "sum" if content.parts else "nothing", "", "", total)
+    if len(contents) > NUM_EDGE:
+        table.add_row(f"… {len(contents) - NUM_EDGE:,} more kinds")
     return table
 
 

@@ -23,6 +23,7 @@ from hetero_fl.config.base import (
     Reference,
     UniqueNames,
     choice_type,
+    format_value,
 )
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
@@ -294,7 +295,7 @@ class ClientGroup(ClientSettings):
     """A group of clients with the same settings."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
         description="prefix of the client ids `name_1`, `name_2`, …; the id of a single client",
     )
     count: PositiveInt | None = Field(
@@ -305,6 +306,17 @@ class ClientGroup(ClientSettings):
         None, gt=0, le=1, description="fraction of `clients.count`, instead of `count`"
     )
     optimizer: OptimizerLayer = OptimizerLayer()
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _check_quotes(cls, value: object) -> object:
+        """Reject numbers and booleans, which are names without quotes in YAML."""
+        if isinstance(value, bool | int | float):
+            raise ValueError(
+                f"expected a string, got {format_value(value)}; write a name that YAML reads as "
+                "another type with quotes"
+            )
+        return value
 
     @field_validator("name")
     @classmethod

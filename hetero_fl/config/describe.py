@@ -178,9 +178,34 @@ def resolve_config(config: Config) -> dict[str, Any]:
     return {**plain, "clients": {**plain["clients"], **layers}}
 
 
+class _Dumper(yaml.SafeDumper):
+    """A writer that quotes text such as `1e5`, which OmegaConf reads as a number."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def to_yaml(plain: Mapping[str, Any], width: int = 120) -> str:
+    """Return plain values as YAML, from which a configuration is read with the same values.
+
+    Args:
+        plain: Configuration as plain values.
+        width: Number of characters after which long lines are broken.
+
+    Example:
+        >>> from hetero_fl.config.describe import to_yaml
+        >>> print(to_yaml({"name": "1e5", "rounds": 3}), end="")
+        name: '1e5'
+        rounds: 3
+    """
+    return yaml.dump(dict(plain), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
+
+
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML."""
-    return yaml.safe_dump(resolve_config(config), sort_keys=False, allow_unicode=True, width=120)
+    return to_yaml(resolve_config(config))
 
 
 def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:

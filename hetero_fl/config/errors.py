@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -63,6 +63,9 @@ CUSTOM_ERROR_TYPES = {"value_error", "assertion_error"}
 # Section of the loggers, whose settings depend on their kind.
 LOGGERS = ["output", "loggers"]
 
+# Sections of `data` that apply to some sources only. Some have the name of their source.
+SOURCE_SECTIONS = ("driving", "movies", "series", "speech", "text", "windows")
+
 # Maximum number of keys of a section that a message lists.
 MAX_SHOWN = 5
 
@@ -98,7 +101,13 @@ def describe_error(
         place = _data_location(tuple(parent), raw)
         section = _section_at(model, place)
         known = list(section.model_fields) if section else []
-        hint = _suggest_key(str(key), known, [*at, *place], own)
+        ignored = _sections_of_other_sources(raw) if place == ["data"] else set()
+        known = [name for name in known if name not in ignored]
+        is_path = place == ["data"] and _is_path(first["input"])
+        if is_path and closest_misspelling(str(key), known) is None:
+            hint = "; set the file or folder for all clients in data.path"
+        else:
+            hint = _suggest_key(str(key), known, [*at, *place], own, ignored)
         return f"{'.'.join([*at, *place, str(key)])}: unknown key{hint}"
     place = _data_location(first["loc"], raw)
     if first["type"] == "missing":
@@ -214,7 +223,23 @@ def _may_be_empty(section: type[BaseModel]) -> bool:
     return True
 
 
-def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterable[str]) -> str:
+def _sections_of_other_sources(raw: Any) -> set[str]:
+    """Return the sections of `data` that do not apply, if the source has a section of its name."""
+    name = raw["data"].get("name")
+    return set(SOURCE_SECTIONS) - {name} if name in SOURCE_SECTIONS else set()
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or "\\" in value)
+
+
+def _suggest_key(
+    key: str,
+    known_here: list[str],
+    place: list[str],
+    own: Iterable[str],
+    ignored: Set[str] = frozenset(),
+) -> str:
     """Suggest the nearest key of the section, or a key with this name in another section.
 
     Args:
@@ -222,11 +247,13 @@ def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterabl
         known_here: Keys of the section that contains the unknown key.
         place: Path of the section.
         own: Keys of the configured algorithm.
+        ignored: Sections of `data` whose keys are not suggested.
     """
     if place[: len(LOGGERS)] == LOGGERS:
         # Keys of other sections are not settings of a logger.
         return suggest_or_list(key, known_here) or "; this logger has no settings"
     known = list(dict.fromkeys([*_paths(Config), *(("algorithm", k) for k in own)]))
+    known = [path for path in known if ignored.isdisjoint(path)]
     elsewhere = [p for p in known if p[-1] == key]
     nearest = closest_misspelling(key, known_here)
     # `data_path` means `data.path`, not `data`.

@@ -17,6 +17,7 @@ from hetero_fl.config.data import PartitionConfig, SplitConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.stored_rows import split_rows
 from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import PATIENTS
 from hetero_fl.data.partition import apportion_nonzero, row_strata
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.splits import MIN_TRAIN_ROWS, RowSelection, split_counts
@@ -84,8 +85,13 @@ class LazyPartition:
         where = "data.partition"
         pool_size = len(self.pool.rows)
         if self.pool.examples.patient is not None:
+            term = self.pool.examples.patient_term
+            if term == PATIENTS:
+                raise UserError(
+                    f"{where}.kind=drawn cannot be combined with data.patient; remove data.patient"
+                )
             raise UserError(
-                f"{where}.kind=drawn cannot be combined with data.patient; remove data.patient"
+                f"{where}.kind=drawn divides {term.noun}s, but {term.rule}; choose another kind"
             )
         train_share = 1 - self.split.validation - self.split.test
         for profile in self.clients.profiles:

@@ -381,6 +381,23 @@ Columns = Mapping[str, Column]
 """Preprocessed examples: inputs "x" and, unless the examples are unlabeled, targets "y"."""
 
 
+@dataclass(frozen=True)
+class PatientTerm:
+    """What a patient of `Examples` is, for messages.
+
+    Attributes:
+        noun: Name of a patient, of which the plural ends in `s`.
+        rule: Key or property of a source that keeps the rows of a patient together.
+    """
+
+    noun: str = "patient"
+    rule: str = "data.patient"
+
+
+PATIENTS = PatientTerm()
+"""Term of sources with the key `data.patient`."""
+
+
 @dataclass
 class Examples:
     """Raw examples, before preprocessing, with targets and optional further columns.
@@ -396,6 +413,8 @@ class Examples:
         patient: Patient of each row, as indices into `patient_names`, int64 `[N]`. The rows of a
             patient are never divided between splits or clients.
         patient_names: Names of the patients.
+        patient_term: What a patient is, for messages. Some sources keep other rows together, such
+            as windows of a recording that overlap.
         time: Time of each target, int64 `[N]`, in seconds since 1970 or any other unit. If None,
             training, validation and test rows are split at random, otherwise by date.
         unit: Scale of the regression targets of each row, for example the mean of a site, float
@@ -430,6 +449,7 @@ class Examples:
     group_names: tuple[str, ...] = ()
     patient: Tensor | None = None
     patient_names: tuple[str, ...] = ()
+    patient_term: PatientTerm = PATIENTS
     time: Tensor | None = None
     unit: Tensor | None = None
     candidates: Tensor | None = None

@@ -15,6 +15,7 @@ from hetero_fl.data.client_rows import ClientRows, LazyPartition
 from hetero_fl.data.dataset import Dataset, without_metadata
 from hetero_fl.data.external import clients_by_source, load_client_sources, proxy_set
 from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
+from hetero_fl.data.overlap import check_paths, notes_on_shared_rows
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     Preprocess,
@@ -23,6 +24,7 @@ from hetero_fl.data.preprocessing import (
     check_view,
     raw_shape,
 )
+from hetero_fl.data.registry import reads_key
 from hetero_fl.data.splits import (
     RowSelection,
     Splits,
@@ -35,8 +37,9 @@ from hetero_fl.data.splits import (
     with_test,
 )
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import natural_key
+from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import keyed_generator
+from hetero_fl.utils.text import format_list
 
 
 def federate(
@@ -113,9 +116,11 @@ def federate(
     common, rows = common_sets(dataset, config, rows, strategy, seed)
     public = proxy | common
 
-    notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
-    division = _Division(dataset, described, config, population, seed)
     sources = clients_by_source(config, population)
+    check_paths(config, sources)
+    notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
+    notes += _notes_on_generated_rows(dataset, config, sources)
+    division = _Division(dataset, described, config, population, seed)
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn":
@@ -127,6 +132,10 @@ def federate(
     present = _without(sources, absent)
     owned = load_client_sources(present, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
+    if dataset.vocabulary is None:
+        of_files = {name for source, names in present.items() if source.path for name in names}
+        in_files = {name: owned.private[name] for name in natural_order(of_files)}
+        notes += notes_on_shared_rows(config, in_files, private, public)
 
     _check_scanners(profiles, client_rows)
     notes += owned.notes + check_missing_values(
@@ -173,6 +182,19 @@ def _notes_on_unused_clients(dataset: Dataset, config: DataConfig) -> list[str]:
     return [
         f"data.partition.kind={config.partition.kind} does not use the clients of "
         f"{dataset.name}; set data.partition.kind=natural to keep them"
+    ]
+
+
+def _notes_on_generated_rows(
+    dataset: Dataset, config: DataConfig, sources: Mapping[SourceConfig, list[str]]
+) -> list[str]:
+    """Return a note if clients have files, but the rows for all clients are generated."""
+    owners = [name for source, names in sources.items() if source.path for name in names]
+    if not owners or not dataset.simulated or config.path or not reads_key(config.name, "path"):
+        return []
+    return [
+        f"data.path is not set: {config.name} generates the global test and validation sets, but "
+        f"these clients read files: {format_list(natural_order(owners), quote=True)}"
     ]
 
 

@@ -503,7 +503,12 @@ def _hold_out(
             f"data.proxy.size: must be < {len(complete)}, the number of training rows{detail}, "
             f"got {size}"
         )
-    held, rest = draw_rows(complete, size, generator, train.patient)
+    try:
+        held, rest = draw_rows(complete, size, generator, train.patient, term=train.patient_term)
+    except UserError as error:
+        raise UserError(
+            f"data.proxy.size={size}: {error}; set data.proxy.source to other data"
+        ) from error
     y = train.y if config.proxy.labels else None
     if names is None:
         return RowSelection(Examples(train.x, y), held), rest

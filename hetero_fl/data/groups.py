@@ -72,11 +72,12 @@ def partition_patients(
                 "patient a different name in each group"
             )
         return parts
+    term = context.columns.patient_term
     patient_index, sizes = patient.unique(return_inverse=True, return_counts=True)[1:]
     if len(sizes) < clients:
         raise UserError(
-            f"data.patient: expected at least one patient per client, got {len(sizes)} patients "
-            f"for {clients} clients"
+            f"{term.rule}: expected at least one {term.noun} per client, got {len(sizes)} "
+            f"{term.noun}s for {clients} clients"
         )
     # The number of patients that have min_size rows on average.
     min_patients = max(
@@ -92,7 +93,7 @@ def partition_patients(
             min_rows=min_patients,
             labels=context.labels[first],
             columns=context.columns.select_rows(first),
-            unit="patient",
+            unit=term.noun,
         )
     )
     owner = torch.full((len(sizes),), -1)
@@ -111,7 +112,7 @@ def partition_patients(
         )
         if moved := int((owner != before).sum()):
             context.notes.append(
-                f"{WHERE}.min_size: moved {pluralize(moved, 'patient')} to clients that had fewer "
+                f"{WHERE}.min_size: moved {pluralize(moved, term.noun)} to clients that had fewer "
                 f"than {context.config.min_size} rows"
             )
     return [torch.nonzero(owner[patient_index] == client).squeeze(1) for client in range(clients)]
@@ -126,7 +127,7 @@ def too_few_rows_error(context: PartitionContext) -> UserError:
 
 
 def match_groups(
-    groups: list[str], clients: list[str], name: str, kind: str = "natural"
+    groups: list[str], clients: list[str], name: str, kind: str = "natural", advice: str = ""
 ) -> list[str]:
     """Check that the groups of a natural partition match the clients.
 
@@ -138,6 +139,7 @@ def match_groups(
         clients: Client ids.
         name: Name of the data set, for messages.
         kind: Kind of the partition, for messages.
+        advice: End of the error message.
 
     Returns:
         Remarks on which client gets which group. If the names match, the list is empty.
@@ -169,7 +171,7 @@ def match_groups(
         problems.append(f"no client for group {format_list(unmatched_groups, quote=True)}{hint}")
     raise UserError(
         f"{WHERE}.kind={kind}: got {len(groups)} groups for {len(clients)} clients in {name}: "
-        f"{' and '.join(problem.removesuffix('?') for problem in problems)}"
+        f"{' and '.join(problem.removesuffix('?') for problem in problems)}{advice}"
     )
 
 

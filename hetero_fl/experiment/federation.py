@@ -21,6 +21,7 @@ from hetero_fl.config.base import OptimizerConfig, Settings
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
+from hetero_fl.config.describe import to_yaml
 from hetero_fl.config.load import Overrides, Source, plain
 from hetero_fl.config.population import expand_population
 from hetero_fl.config.privacy import PrivacyConfig
@@ -468,8 +469,7 @@ class Federation:
             )
         if Path(path).exists():
             raise UserError(f"{path}: already exists; choose another name")
-        text = yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(to_yaml(self._config), encoding="utf-8")
 
     def _configuration(
         self,

@@ -133,8 +133,17 @@ ADJUSTMENTS = (
 )
 
 
-def format_training(settings: Mapping[str, Any]) -> str:
-    """Format the training settings of a client, as recorded in `details.json`, as one line."""
+# Adjustments that use the frequencies of classes, and have no effect in a regression.
+OF_CLASSES = ("logit_adjustment", "local_prior", "prior_correction", "class_weights")
+
+
+def format_training(settings: Mapping[str, Any], kind: str = "multiclass") -> str:
+    """Format the training settings of a client, as recorded in `details.json`, as one line.
+
+    Args:
+        settings: The settings.
+        kind: Kind of the task. Settings that do not apply to it are left out.
+    """
     own = {
         **settings.get("optimizer", {}),
         **{key: settings[key] for key in ("epochs", "steps", "batch_size") if key in settings},
@@ -144,7 +153,7 @@ def format_training(settings: Mapping[str, Any]) -> str:
     ]
     for name in ADJUSTMENTS:
         value = settings.get(name)
-        if not value:
+        if not value or (kind == "regression" and name in OF_CLASSES):
             continue
         word = name.replace("_", " ")
         if name == "recalibrate":

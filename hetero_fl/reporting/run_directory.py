@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
+from hetero_fl.config.describe import to_yaml
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import sha256_of, write_atomically
 
@@ -250,8 +251,7 @@ class RunDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Replace `config.yaml` atomically."""
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110)
-        self.write_text("config.yaml", text)
+        self.write_text("config.yaml", to_yaml(config, width=110))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append the record of a round to `metrics.jsonl` and flush the file to disk.

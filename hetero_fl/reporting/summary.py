@@ -16,6 +16,7 @@ from hetero_fl.federation.federation import FederationSpec, describe_settings
 from hetero_fl.federation.trainer import EvaluationResult, Record
 from hetero_fl.reporting.rendering import render, render_line
 from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.text import format_list
 
 Json = dict[str, Any]
 
@@ -26,6 +27,8 @@ PRIVACY_UNITS = {
 }
 
 MAX_NAMED_ATTACKERS = 6
+# Number of constants of a client's preprocessing that are listed.
+MAX_CONSTANTS = 8
 
 
 def collect_protections(federation: FederationSpec) -> dict[str, Any]:
@@ -344,8 +347,8 @@ def collect_details(
                 "model": client_info.arch.spec_id,
                 "group": client_info.arch.spec_id,
                 "shares": list(client_info.settings.shares),
-                "preprocess": _without_defaults(asdict(client_info.preprocess)),
-                "scanner": _without_defaults(
+                "preprocess": format_fields(asdict(client_info.preprocess)),
+                "scanner": format_fields(
                     describe_settings(client_info.settings).get("scanner", {})
                 ),
                 "settings": describe_settings(client_info.settings),
@@ -385,12 +388,22 @@ def _evaluated_clients(federation: FederationSpec) -> list[tuple[str, ClientInfo
     ]
 
 
-def _without_defaults(fields: dict[str, Any]) -> str:
+def format_fields(fields: dict[str, Any]) -> str:
+    """Format the settings of a preprocessing or a scanner that are set, as one line."""
     shown = {
         k: v for k, v in fields.items() if v is not None and v != () and k not in ("raw", "spans")
     }
     if "blocks" in shown:
         shown["blocks"] = " and ".join(name for name, _ in shown["blocks"])
-    return ", ".join(
-        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
-    )
+    return ", ".join(f"{name} {_format_constant(value)}" for name, value in shown.items())
+
+
+def _format_constant(value: Any) -> str:
+    """Format a setting, with the number and the range of the values of a long tuple."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, tuple) and len(value) > MAX_CONSTANTS:
+        if all(isinstance(each, int | float) for each in value):
+            return f"{min(value):.3g} to {max(value):.3g} ({len(value):,} values)"
+        return f"({format_list(map(str, value), MAX_CONSTANTS)})"
+    return str(value)

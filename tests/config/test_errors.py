@@ -67,6 +67,25 @@ def test_unknown_key_suggests_nearest_key(override: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("test", "drives/test", "set the file or folder for all clients in data.path"),
+        ("common", "drives/test", "set the file or folder for all clients in data.path"),
+        ("pth", "drives/test", "did you mean 'path'?"),
+        ("gap", 5, "did you mean 'data.driving.gap'?"),
+        ("length", 5, "choose from categories, columns, driving, group"),
+    ],
+)
+def test_unknown_key_of_data_suggests_no_section_of_another_source(
+    key: str, value: object, hint: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_config({"data": {"name": "driving", key: value}})
+
+    assert f"data.{key}: unknown key; {hint}" in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("tree", "line"),
     [
         ({"data": "digits"}, "data: expected a mapping, got 'digits'; did you mean 'data.name'?"),

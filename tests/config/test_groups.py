@@ -125,3 +125,21 @@ def test_group_cannot_have_the_name_of_the_server(name: str) -> None:
         match=rf"groups\.0\.name: must differ from the reserved id of the server, got '{name}'",
     ):
         expand(groups=[{"name": name}])
+
+
+@pytest.mark.parametrize("name", ["0a7c2a8d", "12345678", "1e5"])
+def test_group_name_may_start_with_a_digit(name: str) -> None:
+    assert list(expand(groups=[{"name": name}])) == [name]
+    assert list(expand(groups=[{"name": name, "count": 2}])) == [f"{name}_1", f"{name}_2"]
+
+
+@pytest.mark.parametrize("name", ["-a", "_a", ".a", "a/b", "../a", "a b"])
+def test_group_name_must_be_a_safe_file_name(name: str) -> None:
+    with pytest.raises(UserError, match=r"groups\.0\.name: must match"):
+        expand(groups=[{"name": name}])
+
+
+@pytest.mark.parametrize("name", [12345678, 1e5, True])
+def test_group_name_without_quotes_that_yaml_reads_as_another_type_is_refused(name: object) -> None:
+    with pytest.raises(UserError, match=r"groups\.0\.name: expected a string, .* with quotes"):
+        expand(groups=[{"name": name}])

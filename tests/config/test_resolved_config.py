@@ -73,6 +73,17 @@ def differences(changes: dict[str, Any], **more: Any) -> str | None:
     )
 
 
+@pytest.mark.parametrize("name", ["1e5", "12e45678", "12345678", "1_2", "0x1f", "0a7c2a8d"])
+def test_written_configuration_keeps_names_that_look_like_numbers(
+    name: str, tmp_path: Path
+) -> None:
+    config = load_config({"clients": {"groups": [{"name": name}]}})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+
+    assert list(expand_population(load_config(path).clients)) == [name]
+
+
 def test_difference_names_the_key() -> None:
     assert differences({}) is None
     line = differences({"objective": "python:own:Loss"})

@@ -216,7 +216,7 @@ def test_unsatisfiable_patient_splits_are_refused() -> None:
             seed=0,
             patient=patient // 50,
         )
-    with pytest.raises(UserError, match=r"data\.patient: expected more than 1 patients .* got 1"):
+    with pytest.raises(UserError, match=r"data\.patient: expected more than 1 patient .* got 1"):
         with_test(replace(numbered(patient=[5] * 200), test=None))
     with pytest.raises(
         UserError, match=r"data\.patient: client 'a' has 2 patients, too few to split"

@@ -79,6 +79,19 @@ def test_training_settings_include_logit_adjustment() -> None:
     )
 
 
+def test_training_settings_of_a_regression_leave_out_settings_of_classes() -> None:
+    settings = {
+        "epochs": 2,
+        "logit_adjustment": True,
+        "class_weights": "inverse",
+        "prior_correction": True,
+        "local_prior": True,
+        "fine_tune_epochs": 3,
+    }
+
+    assert format_training(settings, "regression") == "epochs 2, fine-tuning epochs 3"
+
+
 @pytest.mark.parametrize("attack", ["membership", "inversion"])
 def test_audit_page_names_only_the_attacks_made(attack: str) -> None:
     tables: dict[str, list[list[str]]] = {"membership": [], "inversion": []}

@@ -1,11 +1,11 @@
-"""Tests of the selection of rounds by validation."""
+"""Selection of rounds by validation, and descriptions of settings."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.summary import best_round
+from hetero_fl.reporting.summary import best_round, format_fields
 
 
 def history(metric: str, figures: list[float | None]) -> list[dict[str, Any]]:
@@ -37,3 +37,13 @@ def test_best_round_prefers_the_earlier_of_equal_scores() -> None:
     best = best_round(Task("multilabel", 2), records, "global")
 
     assert best is records[1]
+
+
+def test_preprocessing_lists_few_constants_and_describes_many() -> None:
+    few = {"mean": (0.5, 0.25, 0.125), "std": 0.1239, "raw": (3, 8, 8), "missing": None}
+    many = {"mean": tuple(i / 100 for i in range(3456)), "columns": tuple("abcdefghij")}
+
+    assert format_fields(few) == "mean (0.5, 0.25, 0.125), std 0.124"
+    assert format_fields(many) == (
+        "mean 0 to 34.5 (3,456 values), columns (a, b, c, d, e, f, g, h and 2 more)"
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.data import DataConfig
+from hetero_fl.config.data import PARTITION_KINDS, DataConfig
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.groups import (
     WHERE,
@@ -18,6 +18,7 @@ from hetero_fl.data.groups import (
 )
 from hetero_fl.data.partition.context import PartitionColumns
 from hetero_fl.data.partition.registry import partition_rows
+from hetero_fl.data.registry import reads_key
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
@@ -62,12 +63,13 @@ def assign_rows(
         present = [train.group_names[g] for g in group.unique().tolist()]
         if config.partition.kind == "natural":
             groups = all_groups(dataset)
-            notes += match_groups(groups, names, dataset.name)
+            advice = _advice_on_groups(dataset, config)
+            notes += match_groups(groups, names, dataset.name, advice=advice)
             if len(names) > 1 and (empty := natural_order(set(groups) - set(present))):
                 raise UserError(
                     f"{WHERE}.kind=natural: group {format_list(empty, quote=True)} of "
                     f"{dataset.name} has no training rows left; all are validation, test or proxy "
-                    "rows, or excluded by data.train_limit"
+                    f"rows, or excluded by data.train_limit{_advice_on_proxy(dataset, config)}"
                 )
             check_patients_in_one_group(dataset)
         if set(present) == set(names):
@@ -92,3 +94,24 @@ def assign_rows(
         notes=notes,
     )
     return {name: RowSelection(train, rows[part]) for name, part in zip(names, parts, strict=True)}
+
+
+def _advice_on_groups(dataset: Dataset, config: DataConfig) -> str:
+    """Return what to change if the groups of a natural partition do not match the clients."""
+    others = [kind for kind in PARTITION_KINDS if kind not in ("natural", "drawn")]
+    advice = f"; have one client per group, or set {WHERE}.kind to {format_list(others)}"
+    if dataset.simulated and config.path is None and reads_key(config.name, "path"):
+        return f"; data.path is not set, so {config.name} generates its rows{advice}"
+    return advice
+
+
+def _advice_on_proxy(dataset: Dataset, config: DataConfig) -> str:
+    """Return what to change if a proxy set that is held out leaves a group without rows."""
+    if config.proxy.source is not None or config.proxy.size == 0:
+        return ""
+    train = dataset.train
+    reason = "" if train.patient is None else f"; {train.patient_term.rule}"
+    return (
+        f"{reason}; choose a smaller number than data.proxy.size={config.proxy.size}, or set "
+        "data.proxy.source to other data"
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from hetero_fl.config.data import PartitionConfig
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Examples
+from hetero_fl.data.dataset import Examples, PatientTerm
 from hetero_fl.utils.errors import suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator, keyed_numpy_generator
 
@@ -109,6 +109,11 @@ class PartitionColumns(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def patient_term(self) -> PatientTerm:
+        """What a patient of the rows is, for messages."""
+        return self._examples.patient_term
+
     def select_rows(self, rows: Tensor) -> PartitionColumns:
         """Return the columns of some of the rows, given by their indices (int64 `[M]`)."""
         return PartitionColumns(self._examples, self._rows[rows], self._features, self._classes)
@@ -164,7 +169,7 @@ class PartitionContext:
         clients: Client ids, in the order of the result.
         task: Learning task.
         notes: List to which a partition function may append remarks for the log.
-        unit: What is partitioned, "row" or "patient".
+        unit: What is partitioned, "row", "patient" or another term for patients.
 
     Example:
         >>> import torch

@@ -5,11 +5,7 @@ The embedded chest X-rays and digits, and local files, need no network access.
 
 from __future__ import annotations
 
-import io
-import socket
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -23,72 +19,12 @@ from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.downloads import download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
 from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
-
-TIMEOUT = 60.0
-"""Number of seconds without data after which a download fails."""
-
-
-@contextmanager
-def download_folder(
-    name: str, root: Path, advice: str = "set data.path to a local file"
-) -> Iterator[Path]:
-    """Create the folder for downloads, and convert download errors to a UserError.
-
-    Console output of the download, such as progress bars, is shown on terminals only.
-
-    Args:
-        name: Name of the data set, for error messages.
-        root: Folder for downloads.
-        advice: End of the error message.
-
-    Yields:
-        The folder for downloads.
-
-    Raises:
-        UserError: If the download fails.
-    """
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with quiet_unless_terminal():
-            yield root
-    except UserError:
-        raise
-    except Exception as error:
-        # The exceptions of download packages have no common base class.
-        raise UserError(
-            f"name: download of {name} failed ({describe_cause(error)}); {advice}"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-@contextmanager
-def quiet_unless_terminal() -> Iterator[None]:
-    """Suppress console output, such as progress bars, unless it goes to a terminal."""
-    stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with redirect_stdout(stream), redirect_stderr(stream):
-        yield
-
-
-def describe_cause(error: BaseException) -> str:
-    """Return the original cause of a library's error, shortened. Interrupts are raised again."""
-    while (cause := _cause(error)) is not None:
-        error = cause
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _cause(error: BaseException) -> BaseException | None:
-    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
 
 CHEST_XRAY = Task("multiclass", 2, ("normal", "pneumonia"))
 DIGITS = Task("multiclass", 10)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hetero_fl.config.data import SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import first_true
-from hetero_fl.data.dataset import Dataset, Examples, index_names
+from hetero_fl.data.dataset import Dataset, Examples, PatientTerm, index_names
 from hetero_fl.data.sources.npz_files import read_npz_arrays
 from hetero_fl.data.sources.table_columns import (
     check_columns,
@@ -30,6 +30,8 @@ from hetero_fl.data.sources.traffic import HOUR, HourlySeries
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import pluralize
+
+RECORDINGS = PatientTerm("recording", "data.windows keeps windows that overlap together")
 
 
 def read_recorded(
@@ -129,6 +131,7 @@ def _make_windows(
         examples.group_names = persons
     if (windows.step or windows.length) < windows.length:
         examples.patient = window_runs
+        examples.patient_term = RECORDINGS
     return _make_dataset(path, examples, classes, columns)
 
 

@@ -15,11 +15,20 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig, TextConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Examples, Vocabulary, index_names, split_words
+from hetero_fl.data.dataset import (
+    Dataset,
+    Examples,
+    PatientTerm,
+    Vocabulary,
+    index_names,
+    split_words,
+)
 from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator
+
+TEXTS = PatientTerm("text", "data.text.predict=next keeps the rows of each text together")
 
 
 @register_source("text", keys=("path", "group", "text"))
@@ -98,7 +107,7 @@ def make_examples(
         )
         return examples, torch.arange(len(texts))
     x, y, text_indices = vocabulary.continuations(texts, settings.length)
-    return Examples(x, y, patient=text_indices), text_indices
+    return Examples(x, y, patient=text_indices, patient_term=TEXTS), text_indices
 
 
 def make_task(settings: TextConfig, vocabulary: Vocabulary, classes: tuple[str, ...]) -> Task:

@@ -66,6 +66,7 @@ class RandomHoldout:
             count,
             keyed_generator("data", self.dataset.source, "test"),
             self.dataset.train.patient,
+            term=self.dataset.train.patient_term,
         )
 
     def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,8 @@ class RandomHoldout:
         """
         generator = keyed_generator("data", seed, "common_validation")
         count = max(1, round(share * len(rows)))
-        return draw_rows(rows, count, generator, self.dataset.train.patient)
+        train = self.dataset.train
+        return draw_rows(rows, count, generator, train.patient, term=train.patient_term)
 
     def split_clients(
         self,
@@ -122,7 +124,13 @@ class RandomHoldout:
             client: _splits(
                 share,
                 split_client(
-                    share.rows, held_out, client, min_size, seed, patient=share.examples.patient
+                    share.rows,
+                    held_out,
+                    client,
+                    min_size,
+                    seed,
+                    patient=share.examples.patient,
+                    term=share.examples.patient_term,
                 ),
             )
             | {name: _rows_of_same_groups(selection, share) for name, selection in given.items()}

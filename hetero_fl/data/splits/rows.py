@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import DataConfig, SplitConfig
-from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.dataset import PATIENTS, Dataset, Examples, PatientTerm
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.text import format_list, pluralize
@@ -61,7 +61,11 @@ Splits = dict[str, RowSelection]
 
 
 def sample_patients(
-    patient: Tensor, count: int, generator: torch.Generator, leave: int = 1
+    patient: Tensor,
+    count: int,
+    generator: torch.Generator,
+    leave: int = 1,
+    term: PatientTerm = PATIENTS,
 ) -> Tensor:
     """Sample all rows of randomly chosen patients.
 
@@ -73,6 +77,7 @@ def sample_patients(
             the fewest rows is sampled. If 0, no rows are sampled.
         generator: Random generator.
         leave: Minimum number of patients that are not sampled.
+        term: What a patient is, for error messages.
 
     Returns:
         Mask of the sampled rows, bool `[N]`.
@@ -87,8 +92,8 @@ def sample_patients(
         return chosen[patient_index]
     if len(size) <= leave:
         raise UserError(
-            f"data.patient: expected more than {leave} patients to hold out some of them, got "
-            f"{len(size)}"
+            f"{term.rule}: expected more than {pluralize(leave, term.noun)} to hold out some of "
+            f"them, got {len(size)}"
         )
     while True:
         left = count - int(size[chosen].sum())
@@ -109,7 +114,9 @@ def draw_rows(
     count: int,
     generator: torch.Generator,
     patient: Tensor | None = None,
+    *,
     leave: int = 1,
+    term: PatientTerm = PATIENTS,
 ) -> tuple[Tensor, Tensor]:
     """Sample rows without replacement.
 
@@ -121,6 +128,7 @@ def draw_rows(
         patient: Patient of each row of the whole data set, int64 `[N]`. If set, whole patients are
             sampled (see `sample_patients`).
         leave: Minimum number of patients that are not sampled. Ignored if `patient` is None.
+        term: What a patient is, for error messages.
 
     Returns:
         The sampled rows and the remaining rows, both sorted.
@@ -129,7 +137,7 @@ def draw_rows(
         UserError: If `patient` is set, `count` is positive, and there are at most `leave` patients.
     """
     if patient is not None:
-        sampled = sample_patients(patient[rows], count, generator, leave)
+        sampled = sample_patients(patient[rows], count, generator, leave, term)
         return rows[sampled].sort().values, rows[~sampled].sort().values
     order = torch.randperm(len(rows), generator=generator)
     return rows[order[:count]].sort().values, rows[order[count:]].sort().values
@@ -203,6 +211,7 @@ def split_client(
     seed: int,
     *,
     patient: Tensor | None = None,
+    term: PatientTerm = PATIENTS,
 ) -> dict[str, Tensor]:
     """Split the rows of a client into train, validation and test at random.
 
@@ -216,6 +225,7 @@ def split_client(
         seed: Seed of the run.
         patient: Patient of each row of the whole data set, int64 `[N]`. If set, whole patients are
             sampled.
+        term: What a patient is, for error messages.
 
     Returns:
         Sorted row indices, keyed by "train", "validation" and "test".
@@ -227,21 +237,20 @@ def split_client(
     if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
             f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split into "
-            "train, validation and test; give it more rows, or increase "
-            f"data.partition.min_size={min_size}"
+            "train, validation and test; give it more rows, set data.split.validation or "
+            f"data.split.test to 0, or increase data.partition.min_size={min_size}"
         )
     num_splits = 1 + (count["validation"] > 0) + (count["test"] > 0)
     if patient is not None and (num_patients := len(patient[rows].unique())) < num_splits:
         raise UserError(
-            f"data.patient: client '{client}' has {pluralize(num_patients, 'patient')}, too few to "
-            f"split into "
-            "train, validation and test; give it more, or set data.split.validation or "
+            f"{term.rule}: client '{client}' has {pluralize(num_patients, term.noun)}, too few to "
+            "split into train, validation and test; give it more, or set data.split.validation or "
             "data.split.test to 0"
         )
     generator = keyed_generator("data", seed, "split", client)
     leave = 1 + (count["validation"] > 0)
-    test, rest = draw_rows(rows, count["test"], generator, patient, leave=leave)
-    validation, train = draw_rows(rest, count["validation"], generator, patient)
+    test, rest = draw_rows(rows, count["test"], generator, patient, leave=leave, term=term)
+    validation, train = draw_rows(rest, count["validation"], generator, patient, term=term)
     return {"train": train, "validation": validation, "test": test}
 
 

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hetero_fl.config import Config, resolve_config
+from hetero_fl.config import Config, dump
 from hetero_fl.deployment.server import check_deployable
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.code_permission import CodePermission
@@ -113,7 +111,7 @@ def write_app(
         raise UserError(f"{folder}: already exists; choose a new folder")
     written = _write_project(folder, SERVER_APP, RUN_CONFIG)
     written.append(folder / PACKAGE / "config.yaml")
-    written[-1].write_text(yaml.safe_dump(resolve_config(config), sort_keys=False))
+    written[-1].write_text(dump(config))
     return written
 
 

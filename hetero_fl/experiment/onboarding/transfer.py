@@ -6,13 +6,11 @@ which is the mean prediction of all models; and the public rows of the run.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +21,10 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.core.stored_rows import Column, map_rows, split_rows
+from hetero_fl.core.stored_rows import Column, map_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
+from hetero_fl.data.overlap import row_hashes
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun, make_algorithm, prepare
@@ -224,16 +223,3 @@ class TransferSource:
             if count
             else ""
         )
-
-
-# Number of rows hashed at a time.
-HASHED_ROWS = 256
-
-
-def row_hashes(x: Column) -> list[bytes]:
-    """Return a hash of each row of a column, which is equal for equal rows."""
-    hashes: list[bytes] = []
-    for batch in split_rows(x, HASHED_ROWS):
-        flat = np.ascontiguousarray(batch.flatten(1).numpy())
-        hashes += [hashlib.blake2b(row, digest_size=16).digest() for row in flat]
-    return hashes

@@ -162,6 +162,86 @@ def test_drive_that_is_shorter_than_the_gap_is_refused(tmp_path: Path) -> None:
         load(write_driving_folder(tmp_path, {"car": 40}, ()))
 
 
+SMALL = {"height": 8, "width": 12, "gap": 2}
+
+
+@pytest.mark.parametrize(
+    ("clients", "keys", "words"),
+    [
+        (
+            ("car", "truck"),
+            {"proxy": {"size": 60}},
+            "group 'car' .* keeps sequences of 50 frames together; choose a smaller number than "
+            r"data\.proxy\.size=60, or set data\.proxy\.source",
+        ),
+        (
+            ("car", "truck"),
+            {"proxy": {"size": 20}, "driving": {**SMALL, "test_vehicles": ["truck"]}},
+            r"data\.proxy\.size=20: .* expected more than 1 sequence to hold out .* set "
+            r"data\.proxy\.source to other data",
+        ),
+        (
+            ("a", "b", "c"),
+            {},
+            "got 2 groups for 3 clients .* no client for group 'car', 'truck'; have one client per "
+            r"group, or set data\.partition\.kind to iid, in_order, dirichlet, classes, quantity",
+        ),
+        (
+            ("a", "b"),
+            {"path": None},
+            r"for group 'day_1', .*; data\.path is not set, so driving generates its rows; have",
+        ),
+        (
+            ("a", "b"),
+            {"partition": {"kind": "iid"}},
+            "sequences of 50 frames together: client 'a' has 1 sequence, too few to split",
+        ),
+        (
+            ("a", "b", "c"),
+            {"partition": {"kind": "iid"}},
+            "expected at least one sequence per client, got 2 sequences for 3 clients",
+        ),
+        (
+            ("a", "b"),
+            {"partition": {"kind": "drawn", "rows": 20}},
+            "kind=drawn divides sequences, but data.name=driving keeps .* choose another kind",
+        ),
+    ],
+)
+def test_division_that_is_not_possible_names_the_settings_to_change(
+    clients: tuple[str, ...], keys: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = write_driving_folder(tmp_path, {"car": 60, "truck": 60}, ())
+    config = DataConfig.model_validate(
+        {
+            "name": "driving",
+            "path": str(folder),
+            "driving": SMALL,
+            "partition": {"kind": "natural"},
+            **keys,
+        }
+    )
+    client = replace_missing(PLAIN_CLIENT)
+
+    with pytest.raises(UserError, match=words) as caught:
+        federate(load_source(config, HERE, missing=True), config, dict.fromkeys(clients, client), 0)
+
+    assert "patient" not in str(caught.value)
+
+
+def test_generated_global_sets_of_clients_with_files_are_noted(tmp_path: Path) -> None:
+    config = DataConfig(name="driving", driving=DrivingConfig(**SMALL))
+    source = SourceConfig(name="driving", path=str(write_export(tmp_path / "car", 60)))
+    client = replace_missing(PLAIN_CLIENT).model_copy(update={"data": source})
+
+    data = federate(load_source(config, HERE), config, {"car": client}, 0)
+
+    assert (
+        "data.path is not set: driving generates the global test and validation sets, but these "
+        "clients read files: 'car'"
+    ) in data.notes
+
+
 def test_position_of_zeros_is_missing(tmp_path: Path) -> None:
     log = write_export(tmp_path / "car", 40) / "interpolated.csv"
     log.write_text(log.read_text().replace(",37.400000,-122.100000,", ",0.0,0.0,"))

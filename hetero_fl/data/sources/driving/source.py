@@ -15,7 +15,7 @@ import torch
 from hetero_fl.config.data import DrivingConfig, SourceConfig
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Block, Dataset, Examples, concatenate_examples
+from hetero_fl.data.dataset import Block, Dataset, Examples, PatientTerm, concatenate_examples
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
 from hetero_fl.data.sources.driving.cameras import Camera, Scene, render
@@ -32,6 +32,9 @@ from hetero_fl.utils.seeding import keyed_numpy_generator
 TASK = Task("regression", 1, ("steering angle",), "degrees")
 STRETCH = 50
 """Number of consecutive frames that are never divided between splits or clients."""
+SEQUENCES = PatientTerm(
+    "sequence", f"data.name=driving keeps sequences of {STRETCH} frames together"
+)
 FILE_KEYS = ("crop", "step", "steering_ratio", "max_angle", "test_vehicles")
 """Settings that apply to files only."""
 
@@ -252,6 +255,7 @@ def _split_drives(
         # Other partitions than `natural` divide stretches of frames instead of single frames.
         stretches = torch.arange(len(ranges["train"])) // STRETCH
         parts["train"][-1].patient = first_stretch + stretches
+        parts["train"][-1].patient_term = SEQUENCES
         first_stretch += int(stretches[-1]) + 1
     return {part: concatenate_examples(found) for part, found in parts.items()}
 

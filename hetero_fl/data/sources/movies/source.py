@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.images import download_folder
+from hetero_fl.data.sources.downloads import download_archive
 from hetero_fl.data.sources.movies.histories import (
     Ratings,
     make_dataset,
@@ -105,21 +102,11 @@ def _describe(ratings: Ratings, path: Path) -> str:
 
 def _download(root: Path) -> Path:
     """Return the folder of MovieLens 100K, which is downloaded on first use."""
-    from torchvision.datasets.utils import download_url, extract_archive
-
-    folder = root / FOLDER
-    if folder.is_dir():
-        return folder
-    advice = "set data.name=movies and data.path to a local folder"
-    with download_folder("movielens_100k", root, advice):
-        archive = f"{FOLDER}.zip"
-        download_url(URL, str(root), archive, MD5)
-        # An interrupted extraction must not look like a complete folder.
-        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}_", dir=root))
-        try:
-            extract_archive(str(root / archive), str(partial))
-            os.replace(partial / FOLDER, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        (root / archive).unlink()
-    return folder
+    return download_archive(
+        "movielens_100k",
+        URL,
+        MD5,
+        root / FOLDER,
+        inner=FOLDER,
+        advice="set data.name=movies and data.path to a local folder",
+    )

@@ -5,10 +5,7 @@ The inputs are log-mel features, which are computed when the recordings are read
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, inde
 from hetero_fl.data.groups import largest_groups
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
-from hetero_fl.data.sources.images import download_folder
+from hetero_fl.data.sources.downloads import download_archive
 from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
 from hetero_fl.data.sources.speech.voices import (
     DEVICES,
@@ -112,30 +109,12 @@ def speech_commands(config: SourceConfig, root: Path) -> Dataset:
     The archive of 2.4 GB contains 105,829 recordings of 35 words by 2,618 speakers, licensed under
     CC BY 4.0.
     """
-    folder = root / FOLDER
-    if not folder.is_dir():
-        _download(root, folder)
+    advice = "set data.name=speech and data.path to a local folder"
+    folder = download_archive("speech_commands", URL, MD5, root / FOLDER, advice=advice)
     dataset = read_speech_folder(folder, config.speech or SpeechConfig())
     dataset.name = dataset.source = "speech_commands"
     dataset.about = f"{dataset.about}, Speech Commands v0.02 (Warden, 2018), CC BY 4.0"
     return dataset
-
-
-def _download(root: Path, folder: Path) -> None:
-    from torchvision.datasets.utils import download_url, extract_archive
-
-    advice = "set data.name=speech and data.path to a local folder"
-    with download_folder("speech_commands", root, advice):
-        archive = f"{FOLDER}.tar.gz"
-        download_url(URL, str(root), archive, MD5)
-        # An interrupted extraction must not look like a complete folder.
-        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}_", dir=root))
-        try:
-            extract_archive(str(root / archive), str(partial))
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        (root / archive).unlink()
 
 
 @dataclass(frozen=True)

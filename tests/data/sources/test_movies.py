@@ -13,7 +13,7 @@ import torch
 
 from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.data import Dataset, check_source, load_source
-from hetero_fl.data.sources.movies import read_ratings, simulation, source as movies
+from hetero_fl.data.sources.movies import rating_files, read_ratings, simulation, source as movies
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from hetero_fl.utils.errors import UserError
 from tests.helpers.file_server import md5
@@ -223,6 +223,23 @@ def test_groups_with_the_most_movies_are_kept(tmp_path: Path) -> None:
     assert len(load(folder, group="user").train.group_names) == 17
 
 
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_files_are_read_in_blocks_of_any_size(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_movielens_folder(tmp_path, "latest")
+    rows = ['"anna",2, 4.5 ,-5\r', "", " anna , 7,3,12", "a user of twelve,2,1,0", "é,1,0,3"]
+    rows += ["é,9,5.0,3", "anna,3,4,12", "a user of twelve,9,2,-100"]
+    content = "\n".join(["userId,movieId,rating,timestamp", *rows])
+    (folder / "ratings.csv").write_text(content, encoding="utf-8-sig", newline="")
+    monkeypatch.setattr(rating_files, "BLOCK", size)
+
+    users = {user.name: user.movies.tolist() for user in read_ratings(folder, None, 0.0).users}
+
+    # Equal times keep the order of the file.
+    assert users == {"anna": [1, 6, 2], "a user of twelve": [8, 1], "é": [0, 8]}
+
+
 def test_users_csv_has_the_regions(tmp_path: Path) -> None:
     folder = write_movielens_folder(tmp_path, "latest")
     regions = {user: ("north", "the south")[user % 2] for user in range(1, 25)}
@@ -307,6 +324,35 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         lambda d: change_line(d / "u.data", 1, "1\t1\t3\t1997-12-04"),
         {},
         "path: DIR/u.data: line 1: time: expected an integer, got '1997-12-04'",
+    ),
+    (
+        "large time",
+        "1m",
+        lambda d: change_line(d / "ratings.dat", 4, f"1::1::3::{10**18}"),
+        {},
+        "path: DIR/ratings.dat: line 4: time: expected an integer, got '1000000000000000000'",
+    ),
+    (
+        "long name",
+        "latest",
+        lambda d: change_line(d / "ratings.csv", 4, "u" * 65 + ",1,3,9"),
+        {},
+        "path: DIR/ratings.csv: line 4: user: must have at most 64 bytes",
+    ),
+    (
+        "separators apart",
+        "1m",
+        lambda d: change_line(d / "ratings.dat", 4, "1:1:1::3::9"),
+        {},
+        "path: DIR/ratings.dat: line 4: expected a user, a movie, a rating and a time, separated "
+        "by '::', got 3 columns",
+    ),
+    (
+        "user in Latin-1",
+        "latest",
+        lambda d: change_line(d / "ratings.csv", 4, "\xe9,1,3,9"),
+        {},
+        "path: DIR/ratings.csv: line 4: not encoded in UTF-8; save the file as UTF-8",
     ),
     (
         "unknown movie",

@@ -30,6 +30,7 @@ from hetero_fl.data.sources.driving.roads import (
 from hetero_fl.utils.errors import UserError
 from tests.helpers.driving_folders import write_driving_folder, write_export, write_simulator
 from tests.helpers.federated_data import PLAIN_CLIENT
+from tests.helpers.mistakes import check_folder_is_refused
 
 HERE = Path(".")
 BENDS = RoadKind(bend=0.02, straight=0.2, left=0.5, limit=14.0)
@@ -399,12 +400,7 @@ def test_malformed_folder_raises_one_line(
     folder = write_driving_folder(tmp_path / "drives")
     change(folder)
 
-    with pytest.raises(UserError) as refused:
-        load(folder, **keys)
-
-    message = str(refused.value)
-    assert words.replace("DIR", str(folder)) in message, message
-    assert message.startswith("data.") and "\n" not in message
+    check_folder_is_refused(folder, words, lambda: load(folder, **keys))
 
 
 def test_folder_without_vehicles_raises_one_line(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hetero_fl.data.sources.speech.wav_files import read_wav
 from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN_CLIENT
 from tests.helpers.file_server import md5
+from tests.helpers.mistakes import check_folder_is_refused
 from tests.helpers.speech_folders import (
     PITCH,
     RATE,
@@ -288,12 +289,7 @@ def test_malformed_folder_raises_one_line(
     folder = write_speech_folder(tmp_path / "words")
     change(folder)
 
-    with pytest.raises(UserError) as refused:
-        load(folder, **keys)
-
-    message = str(refused.value)
-    assert words.replace("DIR", str(folder)) in message, message
-    assert message.startswith("data.") and "\n" not in message
+    check_folder_is_refused(folder, words, lambda: load(folder, **keys))
 
 
 def test_folder_without_words_or_training_raises_one_line(tmp_path: Path) -> None:

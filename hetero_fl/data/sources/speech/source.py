@@ -22,7 +22,7 @@ from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, inde
 from hetero_fl.data.groups import largest_groups
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
-from hetero_fl.data.sources.downloads import download_archive
+from hetero_fl.data.sources.benchmark_files.downloads import download_archive
 from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
 from hetero_fl.data.sources.speech.voices import (
     DEVICES,

@@ -110,8 +110,10 @@ def test_labels_of_all_files_are_matched(tmp_path: Path) -> None:
         # regression; whole numbers by chance
         ([i / 2 for i in range(90)], [i % 3 for i in range(90)], ("ill",)),
     ):
-        for file, labels in (("all", common), ("own", local)):
-            base.assign(ill=labels).to_csv(tmp_path / f"{file}.csv", index=False)
+        for file, first, labels in (("all", 0, common), ("own", 90, local)):
+            base.assign(u=base["u"] + first, ill=labels).to_csv(
+                tmp_path / f"{file}.csv", index=False
+            )
         source = SourceConfig(name="table", path=str(tmp_path / "all.csv"), label="ill")
         own = ClientSettings(data=source.model_copy(update={"path": str(tmp_path / "own.csv")}))
         dataset = load_source(source, tmp_path)

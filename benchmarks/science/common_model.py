@@ -20,7 +20,14 @@ import torch
 
 import hetero_fl
 from benchmarks.common import add_quick
-from benchmarks.science.thresholds import METRIC, ROOT, SERIAL, balanced_accuracy, cell
+from benchmarks.science.thresholds import (
+    METRIC,
+    ROOT,
+    SERIAL,
+    balanced_accuracy,
+    cell,
+    predict_global_sets,
+)
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.report import comparison_row
@@ -41,16 +48,8 @@ def own_models(config: Path, overrides: list[str]) -> float:
     Returns:
         The mean over clients on the global test.
     """
-    data = hetero_fl.prepare(load_config(config, overrides)).federation.data
-    with tempfile.TemporaryDirectory() as folder:
-        run = hetero_fl.run(config, out=Path(folder) / "run", overrides=overrides)
-        models = run.load_models()
-        scores = []
-        for client in data.client_ids:
-            test = data.columns(client, "common_test", data.preprocess(client))
-            logits = models[client].logits(test["x"])
-            scores.append(balanced_accuracy(logits, torch.as_tensor(test["y"])))
-    return statistics.fmean(scores)
+    predictions, _ = predict_global_sets(config, overrides)
+    return statistics.fmean(balanced_accuracy(*found["common_test"]) for found in predictions)
 
 
 def fedavg_with_common_model(config: Path, overrides: list[str]) -> float:

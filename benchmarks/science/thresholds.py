@@ -77,6 +77,34 @@ def with_fitted_offsets(logits: Tensor, y: Tensor, test: Tensor) -> Tensor:
     return (log_scale.exp() * test + offsets).detach()
 
 
+def predict_global_sets(
+    config: Path, overrides: list[str]
+) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], float]:
+    """Train a run and predict the global sets with each client's saved model.
+
+    Args:
+        config: Configuration file.
+        overrides: Changes to the configuration.
+
+    Returns:
+        For each client, logits `[N, C]` and class numbers `[N]`, keyed by "common_validation" and
+        "common_test"; and the balanced accuracy on the global test that the run reports.
+    """
+    data = hetero_fl.prepare(load_config(config, overrides)).federation.data
+    predictions = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = hetero_fl.run(config, out=Path(folder) / "run", overrides=overrides)
+        for client, model in run.load_models().items():
+            if client not in data.client_ids:
+                continue
+            found = {}
+            for name in ("common_validation", "common_test"):
+                rows = data.columns(client, name, data.preprocess(client))
+                found[name] = model.logits(rows["x"]), torch.as_tensor(rows["y"])
+            predictions.append(found)
+        return predictions, float(comparison_row(run.summary)[METRIC])
+
+
 def scores_of_run(config: Path, overrides: list[str]) -> tuple[float, float]:
     """Train a run and return its balanced accuracy without and with fitted offsets.
 
@@ -87,23 +115,15 @@ def scores_of_run(config: Path, overrides: list[str]) -> tuple[float, float]:
     Returns:
         The means over clients on the global test.
     """
-    data = hetero_fl.prepare(load_config(config, overrides)).federation.data
-    with tempfile.TemporaryDirectory() as folder:
-        run = hetero_fl.run(config, out=Path(folder) / "run", overrides=overrides)
-        models = run.load_models()
-        plain, corrected = [], []
-        for client in data.client_ids:
-            validation, test = (
-                data.columns(client, split, data.preprocess(client))
-                for split in ("common_validation", "common_test")
-            )
-            known, logits = (models[client].logits(rows["x"]) for rows in (validation, test))
-            known_y, y = (torch.as_tensor(rows["y"]) for rows in (validation, test))
-            plain.append(balanced_accuracy(logits, y))
-            corrected.append(balanced_accuracy(with_fitted_offsets(known, known_y, logits), y))
-        expected = comparison_row(run.summary)[METRIC]
-    if abs(statistics.fmean(plain) - expected) > 1e-4:
-        raise RuntimeError(f"balanced accuracy {statistics.fmean(plain)}, in the run {expected}")
+    predictions, reported = predict_global_sets(config, overrides)
+    plain, corrected = [], []
+    for found in predictions:
+        logits, y = found["common_test"]
+        plain.append(balanced_accuracy(logits, y))
+        fitted = with_fitted_offsets(*found["common_validation"], logits)
+        corrected.append(balanced_accuracy(fitted, y))
+    if abs(statistics.fmean(plain) - reported) > 1e-4:
+        raise RuntimeError(f"balanced accuracy {statistics.fmean(plain)}, in the run {reported}")
     return statistics.fmean(plain), statistics.fmean(corrected)
 
 

@@ -383,7 +383,7 @@ Columns = Mapping[str, Column]
 
 @dataclass(frozen=True)
 class PatientTerm:
-    """What a patient of `Examples` is, for messages.
+    """Term for a patient of `Examples` in messages.
 
     Attributes:
         noun: Name of a patient, of which the plural ends in `s`.
@@ -413,7 +413,7 @@ class Examples:
         patient: Patient of each row, as indices into `patient_names`, int64 `[N]`. The rows of a
             patient are never divided between splits or clients.
         patient_names: Names of the patients.
-        patient_term: What a patient is, for messages. Some sources keep other rows together, such
+        patient_term: Term for a patient in messages. Some sources keep other rows together, such
             as windows of a recording that overlap.
         time: Time of each target, int64 `[N]`, in seconds since 1970 or any other unit. If None,
             training, validation and test rows are split at random, otherwise by date.

@@ -1,4 +1,4 @@
-"""Find files and rows that several parts of a federation have in common."""
+"""Find files and rows that occur in several parts of a federation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and rows that several parts of a federation have in common."""
+"""Files and rows that occur in several parts of a federation."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class PartitionColumns(Mapping[str, np.ndarray]):
 
     @property
     def patient_term(self) -> PatientTerm:
-        """What a patient of the rows is, for messages."""
+        """The term for a patient of the rows in messages."""
         return self._examples.patient_term
 
     def select_rows(self, rows: Tensor) -> PartitionColumns:

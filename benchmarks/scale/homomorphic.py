@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import add_quick
-from hetero_fl.communication.homomorphic.messages import open_state
+from hetero_fl.communication.homomorphic.messages import unseal_state
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.summed_uploads.hidden_server import SealedBroadcasts, decode_state
@@ -81,7 +81,7 @@ def server_models(trainer: FederatedTrainer) -> Tensors:
     models = trainer.server.models
     if isinstance(trainer.broadcasts, SealedBroadcasts):
         runtime = trainer.executor.runtime  # type: ignore[attr-defined]
-        state = open_state(trainer.broadcasts.state, runtime.federation.shared_key)
+        state = unseal_state(trainer.broadcasts.state, runtime.federation.shared_key)
         models, _ = decode_state(state)
     (tensors,) = models.values()
     return tensors

@@ -104,14 +104,12 @@ class SealedAggregate:
     Args:
         clients: Ids of the clients whose uploads are in the sum.
         state: The server's state, which the server cannot decrypt. Empty if training diverged.
-        loss: Mean training loss of the clients. None if no client reports a loss.
         diverged: Reason why training in the aggregation diverged. Empty if it did not diverge.
         dropouts: Reasons why the uploads of other clients are not in the sum, keyed by client id.
     """
 
     clients: list[str]
     state: bytes
-    loss: float | None = None
     diverged: str = ""
     dropouts: dict[str, str] = field(default_factory=dict)
 

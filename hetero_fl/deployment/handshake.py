@@ -78,6 +78,8 @@ class Handshake:
         run: Unique ID of the run.
         settings: Settings that the sites define, keyed by client.
         remote_info: Data reports of the nodes, keyed by client.
+        shared_key: The first client that is ready, and the name of its key of homomorphic
+            encryption, which is "" in runs without.
     """
 
     connections: Connections
@@ -86,11 +88,17 @@ class Handshake:
     run: str
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     remote_info: dict[str, RemoteDataInfo] = field(default_factory=dict)
+    shared_key: tuple[str, str] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a restarted server needs to resume the run, as plain values."""
         infos = {client: data_info_tree(info) for client, info in self.remote_info.items()}
-        return {"run": self.run, "settings": self.settings, "told": infos}
+        return {
+            "run": self.run,
+            "settings": self.settings,
+            "told": infos,
+            "shared_key": list(self.shared_key or ()),
+        }
 
     @cached_property
     def prepared(self) -> PreparedRun:
@@ -150,9 +158,21 @@ class Handshake:
         """
         return read_data_info(tree, self.public.task.outputs, self.public.own_view(client))
 
-    def request_ready(self) -> Conversation:
-        """Send all data reports to a client's node and ask the node to prepare for the run."""
-        return (yield message("roster", self._client_directory, run=self.run))
+    def request_ready(self, client: str) -> Conversation:
+        """Send all data reports to a client's node and ask the node to prepare for the run.
+
+        Raises:
+            RequestRefusedError: If the node has another key of homomorphic encryption than others.
+        """
+        answer = yield message("roster", self._client_directory, run=self.run)
+        if answer.head.get("ask") == "ready":
+            name = str(answer.head.get("shared_key", ""))
+            first, expected = self.shared_key = self.shared_key or (client, name)
+            if name != expected:
+                raise RequestRefusedError(
+                    f"shared_key: differs from the key at {first}; copy one file to all sites"
+                )
+        return answer
 
     def prepare_restarted_node(self, client: str) -> Conversation:
         """Repeat the handshake with a node that was restarted.
@@ -165,7 +185,7 @@ class Handshake:
         """
         answer = yield from self.request_data_info(client)
         if answer.head.get("ask") == "told":
-            answer = yield from self.request_ready()
+            answer = yield from self.request_ready(client)
         if answer.head.get("ask") != "ready":
             raise RequestRefusedError(refusal_reason(answer))
         return answer
@@ -212,10 +232,13 @@ def perform_handshake(
     if state is not None:
         for client, tree in state["told"].items():
             handshake.remote_info[client] = handshake.receive_data_info(client, tree)
+        if key := state.get("shared_key"):
+            handshake.shared_key = (key[0], key[1])
     present = [client for client in clients if client not in missing]
     reports = {client: partial(handshake.request_data_info, client) for client in present}
     _converse_with_all(connections, reports, "told")
-    _converse_with_all(connections, dict.fromkeys(present, handshake.request_ready), "ready")
+    requests = {client: partial(handshake.request_ready, client) for client in present}
+    _converse_with_all(connections, requests, "ready")
     for client in missing:
         connections.log(f"{client} is not connected; continuing without it")
     return handshake

@@ -93,6 +93,12 @@ class ParticipatingRun:
     worker: Worker | None = None
     policy: Policy | None = None
 
+    @property
+    def shared_key_name(self) -> str:
+        """Name of the key of homomorphic encryption, which does not reveal the key, or ""."""
+        key = self.worker.runtime.federation.shared_key if self.worker is not None else None
+        return key.name.hex() if key is not None else ""
+
     def prepare(
         self, site: SiteConfig, tree: Any, review_upload: Callable[[str, Payload], None]
     ) -> str:
@@ -406,7 +412,8 @@ class Node:
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
             f"{joined.config.rounds} rounds"
         )
-        return message("ready", fingerprint=fingerprint)
+        shared_key = joined.shared_key_name
+        return message("ready", fingerprint=fingerprint, shared_key=shared_key)
 
     def _end_run(self, envelope: Envelope) -> Envelope:
         self.left = one_line(envelope.head.get("why", ""))

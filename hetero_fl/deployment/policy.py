@@ -17,11 +17,9 @@ from typing import Any
 from typing_extensions import override
 
 from hetero_fl.algorithms.base import describe_unshared
+from hetero_fl.communication.named_arrays import decode_arrays as read_secure
 from hetero_fl.communication.protocol import Message, encoded
-from hetero_fl.communication.secure_aggregation.messages import (
-    REQUESTS,
-    decode_arrays as read_secure,
-)
+from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.describe import RESULT_NEUTRAL_KEYS

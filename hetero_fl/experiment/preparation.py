@@ -35,6 +35,7 @@ from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.channel import idle_stages
+from hetero_fl.federation.checkpoint import checkpoint_files
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import RemoteExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
@@ -163,15 +164,16 @@ class PreparedRun:
         """Return the federation of the clients on this machine, with their shared key if needed.
 
         The key is a file next to the checkpoints. Without checkpoints, it is in memory only.
+
+        Raises:
+            UserError: If the key of a resumed run is missing or invalid.
         """
         if self.config.channel.homomorphic is None:
             return self.federation
-        folder = store.folder if store is not None else None
-        key = (
-            SharedKey.generate()
-            if folder is None
-            else SharedKey.load_or_create(folder / SHARED_KEY_FILE)
-        )
+        if store is None or store.folder is None:
+            return replace(self.federation, shared_key=SharedKey.generate())
+        is_new = not checkpoint_files(store.folder)
+        key = SharedKey.load_or_create(store.folder / SHARED_KEY_FILE, is_new)
         return replace(self.federation, shared_key=key)
 
 

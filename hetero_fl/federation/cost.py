@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.communication.homomorphic.messages import open_sizes
+from hetero_fl.communication.homomorphic.messages import aggregate_sizes
 from hetero_fl.communication.homomorphic.protocol import HomomorphicEncryption
-from hetero_fl.communication.homomorphic.server import opening_order
+from hetero_fl.communication.homomorphic.server import aggregation_order
 from hetero_fl.communication.model_changes import message_bytes
 from hetero_fl.communication.protocol import total_bytes
 from hetero_fl.core.participant import ClientInfo
@@ -95,8 +95,8 @@ def expected_cost(
                 cost.up[client_id] += exchange.up
         before = run.state_message_size()
         cost.server_operations += run.aggregate(cohort, round_idx)
-        if counts_traffic and (opening := run.opening_cost(cohort, round_idx, before)):
-            client_id, (down, up) = opening
+        if counts_traffic and (aggregation := run.aggregation_cost(cohort, round_idx, before)):
+            client_id, (down, up) = aggregation
             cost.down[client_id] += down
             cost.up[client_id] += up
         if counts_traffic and ((round_idx + 1) % every == 0 or round_idx + 1 == rounds):
@@ -186,7 +186,7 @@ class DryRun:
             return 0
         return state_message_size(self.server, is_sealed=bool(self._aggregated))
 
-    def opening_cost(
+    def aggregation_cost(
         self, cohort: list[str], round_idx: int, before: int
     ) -> tuple[str, tuple[int, int]] | None:
         """Return the client that decrypts the sum of a round, and the bytes sent to and by it.
@@ -202,14 +202,13 @@ class DryRun:
         if not self.protocol.hides_server or not cohort:
             return None
         assert isinstance(self.protocol, HomomorphicEncryption)
-        sizes = open_sizes(
+        sizes = aggregate_sizes(
             self.protocol.agreed.layout(round_idx).size,
             len(cohort),
             before,
             state_size(self.server),
-            has_loss=self.federation.privacy is None,
         )
-        return next(opening_order(cohort, round_idx)), sizes
+        return next(aggregation_order(cohort, round_idx)), sizes
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Return the number of bytes sent to a client for the evaluation before a round."""

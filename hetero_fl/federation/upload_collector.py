@@ -22,7 +22,7 @@ from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.executors.base import ClientLateError
-from hetero_fl.federation.summed_uploads.derived_setup import open_sums
+from hetero_fl.federation.summed_uploads.derived_setup import uploads_from_sum
 from hetero_fl.robustness.robust_means import AggregationRules
 from hetero_fl.utils.errors import NoUploadError, RoundAbandonedError, RunFailedError
 from hetero_fl.utils.text import pluralize
@@ -148,7 +148,7 @@ class UploadCollector:
             self._abandon(error)
             return
         if isinstance(total, AggregatedUploads):
-            self._open_sum(total)
+            self._read_sum(total)
         elif total is not None:
             self._keep_sealed(total)
         if self._waiting:
@@ -237,7 +237,7 @@ class UploadCollector:
             self.magnitudes[client_id] = payload.norm()
             self.uploads.add(Upload(client_infos[client_id], payload))
 
-    def _open_sum(self, aggregated: AggregatedUploads) -> None:
+    def _read_sum(self, aggregated: AggregatedUploads) -> None:
         """Set `uploads` to the result of secure aggregation."""
         protocol = self.trainer.protocol
         assert isinstance(protocol, SecureAggregation)
@@ -253,22 +253,20 @@ class UploadCollector:
         ]
         layout = protocol.agreed.layout(self.round_idx)
         vector = protocol.fixed.decode(aggregated.total)
-        self.uploads, loss = open_sums(vector, aggregated.unit, layout, forms, self._noise)
-        self._record_sum(aggregated, loss)
+        self.uploads, loss = uploads_from_sum(vector, aggregated.unit, layout, forms, self._noise)
+        if loss is not None:
+            self.losses = {"mean": loss}
+        self._record_dropouts(aggregated)
 
     def _keep_sealed(self, aggregate: SealedAggregate) -> None:
         """Keep the result of an aggregation at a client."""
         self.sealed = aggregate
         specs = self.trainer.expectations.specs
         self.uploads = Uploads.from_sums(len(aggregate.clients), {}, {}, {}, specs=specs)
-        self._record_sum(aggregate, aggregate.loss)
+        self._record_dropouts(aggregate)
 
-    def _record_sum(
-        self, aggregated: AggregatedUploads | SealedAggregate, loss: float | None
-    ) -> None:
-        """Record the mean training loss and the clients whose uploads are not in a sum."""
-        if loss is not None:
-            self.losses = {"mean": loss}
+    def _record_dropouts(self, aggregated: AggregatedUploads | SealedAggregate) -> None:
+        """Record the clients whose uploads are not in a sum."""
         # Clients that dropped out after their upload are part of the sum.
         for client_id in aggregated.clients:
             self.failed.pop(client_id, None)

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 
 from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.link import Link
+from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.protocol import Message
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, decode_arrays
+from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS
 from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.payload import (

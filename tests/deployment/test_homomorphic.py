@@ -10,7 +10,7 @@ pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'he
 
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.homomorphic.messages import REPLIES, REQUESTS
-from hetero_fl.communication.secure_aggregation.messages import decode_arrays
+from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import AllowsConfig, SiteConfig
 from hetero_fl.deployment.node import Node
@@ -90,14 +90,13 @@ def test_deployment_matches_simulation_and_hides_models(tmp_path: Path) -> None:
         one, two = (r.model(client).state_dict() for r in (deployed, simulated))
         assert same_bits(one, two)
     tasks = [e for e in transport.requests if e.head.get("kind") == "answer"]
-    assert [e.head["what"] for e in tasks] == [*["train"] * 3, "open"] * 2
+    assert [e.head["what"] for e in tasks] == [*["train"] * 3, "aggregate"] * 2
     # The clients take turns to decrypt the sum.
     logs = {c: verify(tmp_path / "sites" / c / "audit.jsonl") for c in CLIENTS}
-    assert {c: [e["round"] for e in log if e.get("what") == "open"] for c, log in logs.items()} == {
-        "site_1": [0],
-        "site_2": [1],
-        "site_3": [],
+    turns = {
+        c: [e["round"] for e in log if e.get("what") == "aggregate"] for c, log in logs.items()
     }
+    assert turns == {"site_1": [0], "site_2": [1], "site_3": []}
     kinds = [e["kinds"] for e in logs["site_3"] if e.get("what") == "train"]
     assert kinds == [["encrypted model: params, training loss"]] * 2
 
@@ -122,13 +121,26 @@ def test_no_byte_at_the_server_reveals_the_key(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_node_that_dies_while_it_decrypts_is_replaced(tmp_path: Path) -> None:
-    sites = keyed_sites(tmp_path, {("site_1", 0, "open"): "before"}, away=None)
+    sites = keyed_sites(tmp_path, {("site_1", 0, "aggregate"): "before"}, away=None)
 
     deployed = federation(CONFIG, sites, tmp_path / "deployed")
 
     first, second = records(deployed)
     assert first["counts"]["arrived"] == 3
     assert second["counts"]["arrived"] == 2
+
+
+@pytest.mark.slow
+def test_upload_of_a_node_that_dies_later_stays_in_the_sum(tmp_path: Path) -> None:
+    sites = keyed_sites(tmp_path, {("site_1", 0, "aggregate"): "before"}, away=None)
+    source = {**CONFIG, "rounds": 1}
+
+    deployed = federation(source, sites, tmp_path / "deployed")
+
+    simulated = run(source, out=tmp_path / "simulated", quiet=True)
+    for client in ("site_2", "site_3"):
+        one, two = (r.model(client).state_dict() for r in (deployed, simulated))
+        assert same_bits(one, two)
 
 
 @pytest.mark.slow
@@ -165,16 +177,18 @@ def test_site_that_permits_sums_only_accepts_encryption(tmp_path: Path) -> None:
     assert len(records(federation({**CONFIG, "rounds": 1}, sites, tmp_path / "deployed"))) == 1
 
 
-def test_site_with_another_key_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", CLIENTS)
+def test_run_with_different_keys_is_refused(wrong: str, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
     SharedKey.generate().save(other)
-    sites = keyed_sites(tmp_path, keys={"site_3": other})
+    sites = keyed_sites(tmp_path, keys={wrong: other})
 
-    (record,) = records(federation({**CONFIG, "rounds": 1}, sites, tmp_path / "deployed"))
+    with pytest.raises(
+        RunFailedError, match=r"site_\d: .*shared_key: differs from the key at site_\d; copy one"
+    ) as error:
+        federation(CONFIG, sites, tmp_path / "deployed")
 
-    assert list(record["failed"]) == ["site_3"]
-    assert "encrypted with another key" in record["failed"]["site_3"]
-    assert list(record["unread"]) == ["site_3"]
+    assert wrong in str(error.value) and "\n" not in str(error.value)
 
 
 def test_invalid_key_files_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.communication.secure_aggregation.messages import encode_arrays
+from hetero_fl.communication.named_arrays import encode_arrays
 from hetero_fl.config import expand_population
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import verify

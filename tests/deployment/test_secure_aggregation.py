@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hetero_fl.communication.secure_aggregation.messages import REQUESTS, decode_arrays
+from hetero_fl.communication.named_arrays import decode_arrays
+from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.deployment.transport import Envelope
 from tests.helpers.nodes import (
     LONG,

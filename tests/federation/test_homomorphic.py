@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'hetero_fl[he]'")
 
 from hetero_fl.communication.homomorphic.key import SharedKey
-from hetero_fl.communication.homomorphic.messages import SEALED, open_state
+from hetero_fl.communication.homomorphic.messages import SEALED, unseal_state
 from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare, run
@@ -32,7 +34,7 @@ from tests.federation.test_secure_aggregation import (
     secure,
     tensors,
 )
-from tests.helpers.homomorphic import encrypted, opened_server, shared_key
+from tests.helpers.homomorphic import encrypted, shared_key, unsealed_server
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.helpers.workers import SharedProcessPool, rounds_on, setup_of, shared_process_pool
 
@@ -48,15 +50,21 @@ def double() -> Iterator[None]:
 
 def state_of(trainer: SynchronousTrainer, key: SharedKey | None = None) -> list[torch.Tensor]:
     """Return the tensors of the server and the clients after the rounds of a run."""
-    server = opened_server(trainer, key) if trainer.protocol.hides_server else trainer.server
+    server = unsealed_server(trainer, key) if trainer.protocol.hides_server else trainer.server
     clients = [trainer.store.get(c) for c in trainer.federation.client_infos]
     return tensors([server.models, server.state, [(p.models, p.state) for p in clients]])
 
 
 def largest_difference(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
-    pairs = list(zip(state_of(a), state_of(b), strict=True))
-    assert len(pairs) > 3
-    return max(float((x.double() - y.double()).abs().max()) if x.numel() else 0.0 for x, y in pairs)
+    """Return the largest difference, relative to the largest magnitude of a tensor or 1."""
+    differences = []
+    for x, y in zip(state_of(a), state_of(b), strict=True):
+        if x.numel():
+            assert torch.isfinite(x).all() and torch.isfinite(y).all()
+            scale = max(1.0, float(x.abs().max()))
+            differences.append(float((x.double() - y.double()).abs().max()) / scale)
+    assert len(differences) > 3
+    return max(differences)
 
 
 @pytest.mark.slow
@@ -64,7 +72,7 @@ def largest_difference(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
 def test_encrypted_sums_match_plain_sums(method: str, double: None) -> None:
     plain, summed = rounds_of(config(method, MIXED, 4)), rounds_of(encrypted(method))
 
-    assert 0 < largest_difference(plain, summed) < 1e-5
+    assert 0 < largest_difference(plain, summed) < 1e-6
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmd", "fedproto"])
@@ -108,7 +116,7 @@ def test_secure_aggregation_with_the_same_digits_gives_the_same_bits() -> None:
 def test_settings_that_change_sums(method: str, changes: dict[str, Any], double: None) -> None:
     plain = rounds_of(config(method, MIXED, 4, **changes))
 
-    assert 0 < largest_difference(plain, rounds_of(encrypted(method, **changes))) < 1e-5
+    assert 0 < largest_difference(plain, rounds_of(encrypted(method, **changes))) < 1e-6
 
 
 @pytest.mark.parametrize("method", SINGLE)
@@ -179,17 +187,30 @@ def test_server_has_neither_key_nor_models(monkeypatch: pytest.MonkeyPatch) -> N
     trainer = rounds_of(encrypted("fedavg", "mlp"), num_rounds=0)
     initial = {k: dict(v) for k, v in trainer.server.models.items()}
     seen = recorded_bytes(trainer, monkeypatch)
+    vectors: list[np.ndarray] = []
+    pack = VectorLayout.pack
+
+    def recorded_pack(*arguments: Any) -> np.ndarray:
+        vectors.append(pack(*arguments))
+        return vectors[-1]
+
+    monkeypatch.setattr(VectorLayout, "pack", recorded_pack)
     trainer.run_round()
     key = trainer.executor.runtime.federation.shared_key  # type: ignore[attr-defined]
-    server = opened_server(trainer)
+    server = unsealed_server(trainer)
 
     assert trainer.federation.shared_key is None
     with pytest.raises(PayloadError, match="does not have the shared key"):
         _ = trainer.protocol.key  # type: ignore[attr-defined]
-    assert [m.kind for m in seen] == ["train"] * 4 + ["open"]
+    assert [m.kind for m in seen] == ["train"] * 4 + ["aggregate"]
     received = b"".join(m.body for m in seen) + trainer.broadcasts.state  # type: ignore[attr-defined]
     for secret in (key.seal, key.secret[100:200], key.secret[-100:]):
         assert secret not in received
+    assert len(vectors) == 4
+    for vector in vectors:
+        for form in (vector, vector.astype(np.float32), trainer.protocol.fixed.encode(vector)):  # type: ignore[attr-defined]
+            numbers = form[np.flatnonzero(vector)]
+            assert not any(numbers[at : at + 4].tobytes() in received for at in range(0, 4000, 40))
     for slot, tensors_of_slot in server.models.items():
         assert same_bits(trainer.server.models[slot], initial[slot])
         assert not same_bits(tensors_of_slot, initial[slot])
@@ -198,7 +219,7 @@ def test_server_has_neither_key_nor_models(monkeypatch: pytest.MonkeyPatch) -> N
                 assert tensor.numpy().tobytes()[:16] not in received
     assert trainer.broadcasts.state[:1] == SEALED  # type: ignore[attr-defined]
     with pytest.raises(PayloadError, match="cannot be decrypted"):
-        open_state(trainer.broadcasts.state, SharedKey.generate())  # type: ignore[attr-defined]
+        unseal_state(trainer.broadcasts.state, SharedKey.generate())  # type: ignore[attr-defined]
 
 
 def test_evaluation_uses_decrypted_models() -> None:
@@ -238,6 +259,7 @@ def test_next_client_decrypts_if_one_refuses(monkeypatch: pytest.MonkeyPatch) ->
     record = trainer.run_round()
 
     assert len(asked) == 3 and record["failed"] == {}
+    assert record["train_loss"] == {}
     assert trainer.broadcasts.state  # type: ignore[attr-defined]
 
 
@@ -315,7 +337,7 @@ def test_noise_of_clients_is_allowed(unit: str) -> None:
 
     summed = rounds_of(encrypted("fedavg", clients=3, **groups), num_rounds=1)
 
-    assert largest_difference(plain, summed) < 1e-5
+    assert largest_difference(plain, summed) < 1e-6
 
 
 @pytest.mark.slow
@@ -351,6 +373,19 @@ def test_resumed_run_matches_and_uses_the_same_key(tmp_path: Path) -> None:
     for client in expected.models:
         one, two = (r.model(client).state_dict() for r in (expected, resumed))
         assert same_bits(one, two)
+
+
+def test_resuming_without_the_key_names_the_file(tmp_path: Path) -> None:
+    source = encrypted("fedavg", "mlp", rounds=3, evaluation__every=3)
+    with open_session(prepare(source), tmp_path, quiet=True) as session:
+        assert session is not None
+        next(iter(session))
+    (tmp_path / "checkpoint/shared.key").unlink()
+
+    with pytest.raises(UserError, match=r"checkpoint/shared.key: not found; .*restore the file"):
+        run(source, out=tmp_path, resume=True, quiet=True)
+
+    assert not (tmp_path / "checkpoint/shared.key").exists()
 
 
 def keyed(setup: WorkerSetup) -> WorkerSetup:

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hetero_fl.communication import authenticated_encryption
 from hetero_fl.communication.homomorphic import ckks
-from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import (
@@ -30,7 +30,7 @@ FORM = "hetero_fl homomorphic key 1"
 # Length in bytes of the name of a key.
 NAME = 16
 # Number of bytes that sealing adds.
-SEAL_BYTES = crypto.NONCE + crypto.MARK
+SEAL_BYTES = authenticated_encryption.OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SharedKey:
     def generate(cls) -> SharedKey:
         """Generate a key from the random number generator of the operating system."""
         ckks.check_installed()
-        return cls(ckks.new_context(), os.urandom(crypto.KEY_LENGTH))
+        return cls(ckks.new_context(), os.urandom(authenticated_encryption.KEY_LENGTH))
 
     @classmethod
     def load(cls, path: Path) -> SharedKey:
@@ -77,14 +77,23 @@ class SharedKey:
                 f"{path}: not a key of homomorphic encryption; "
                 "create one with `hetero-fl shared-key FILE`"
             ) from None
-        if not has_secret_key or len(key.seal) != crypto.KEY_LENGTH:
+        if not has_secret_key or len(key.seal) != authenticated_encryption.KEY_LENGTH:
             raise UserError(f"{path}: the key is incomplete; copy the file again")
         return key
 
     @classmethod
-    def load_or_create(cls, path: Path) -> SharedKey:
-        """Read the key in a file, which is created if it does not exist."""
+    def load_or_create(cls, path: Path, is_new_run: bool) -> SharedKey:
+        """Read the key of a run from a file, which is created for a new run.
+
+        Raises:
+            UserError: If the key of a resumed run is missing, or the file is invalid.
+        """
         if not path.exists():
+            if not is_new_run:
+                raise UserError(
+                    f"{path}: not found; the state of this run cannot be decrypted without its "
+                    "key; restore the file, or start a new run in another folder"
+                )
             cls.generate().save(path)
         return cls.load(path)
 
@@ -106,23 +115,23 @@ class SharedKey:
             :NAME
         ]
 
-    def encrypt(self, data: bytes, about: bytes) -> bytes:
+    def encrypt(self, data: bytes, associated_data: bytes) -> bytes:
         """Encrypt and authenticate bytes.
 
         Args:
             data: The plaintext.
-            about: Data that is authenticated but not encrypted.
+            associated_data: Data that is authenticated but not encrypted.
         """
-        return crypto.encrypt(self.seal, data, about)
+        return authenticated_encryption.encrypt(self.seal, data, associated_data)
 
-    def decrypt(self, data: bytes, about: bytes) -> bytes:
+    def decrypt(self, data: bytes, associated_data: bytes) -> bytes:
         """Decrypt the return value of `encrypt`.
 
         Raises:
             PayloadError: If the key, the ciphertext or the associated data differs.
         """
         try:
-            return crypto.decrypt(self.seal, data, about)
+            return authenticated_encryption.decrypt(self.seal, data, associated_data)
         except PayloadError:
             raise PayloadError(
                 "the server's state cannot be decrypted; all clients need the same key"

@@ -10,7 +10,7 @@ import numpy as np
 
 from hetero_fl.communication.homomorphic.ckks import ciphertext_length, num_ciphertexts
 from hetero_fl.communication.homomorphic.key import NAME, SEAL_BYTES, SharedKey
-from hetero_fl.communication.secure_aggregation.messages import Arrays, Field, encode_arrays
+from hetero_fl.communication.named_arrays import Arrays, Field, encode_arrays
 from hetero_fl.core.payload import PayloadError
 
 BYTES: Field = (np.uint8, (None,))
@@ -21,7 +21,7 @@ UNIT: Field = (np.int32, (1,))
 REQUESTS: dict[str, dict[str, Field]] = {
     "train": {"unit": UNIT, "layout": LAYOUT, "state": BYTES},
     # `clients` are the positions in the federation of the clients in the sum.
-    "open": {
+    "aggregate": {
         "unit": UNIT,
         "layout": LAYOUT,
         "clients": (np.int32, (None,)),
@@ -31,21 +31,21 @@ REQUESTS: dict[str, dict[str, Field]] = {
 }
 REPLIES: dict[str, dict[str, Field]] = {
     "train": {"key": (np.uint8, (NAME,)), "ciphertexts": ROWS},
-    # The training loss is missing if no client reports a loss.
-    "open": {"loss": (np.float64, (None,)), "state": BYTES},
+    "aggregate": {"state": BYTES},
 }
 # First byte of a message with the server's state.
 PLAIN = b"\0"
 SEALED = b"\1"
-ABOUT_STATE = b"hetero_fl state of the server"
+# Data that is authenticated with a sealed state.
+ASSOCIATED_DATA = b"hetero_fl state of the server"
 
 
 def seal_state(state: bytes, key: SharedKey) -> bytes:
     """Return a message with the server's encoded state that only clients can read."""
-    return SEALED + key.encrypt(state, ABOUT_STATE)
+    return SEALED + key.encrypt(state, ASSOCIATED_DATA)
 
 
-def open_state(message: bytes, key: SharedKey) -> bytes:
+def unseal_state(message: bytes, key: SharedKey) -> bytes:
     """Return the server's encoded state in a message.
 
     Raises:
@@ -55,7 +55,7 @@ def open_state(message: bytes, key: SharedKey) -> bytes:
         return message[1:]
     if message[:1] != SEALED:
         raise PayloadError("state of the server: malformed")
-    return key.decrypt(message[1:], ABOUT_STATE)
+    return key.decrypt(message[1:], ASSOCIATED_DATA)
 
 
 def train_sizes(length: int, state: int) -> tuple[int, int]:
@@ -72,17 +72,14 @@ def train_sizes(length: int, state: int) -> tuple[int, int]:
     return len(encode_arrays(request)), len(encode_arrays(reply))
 
 
-def open_sizes(
-    length: int, clients: int, before: int, after: int, has_loss: bool
-) -> tuple[int, int]:
-    """Return the sizes of the request to open a sum and of the reply in bytes.
+def aggregate_sizes(length: int, clients: int, before: int, after: int) -> tuple[int, int]:
+    """Return the sizes of the request to aggregate and of the reply in bytes.
 
     Args:
         length: Length of the vector that clients send.
         clients: Number of clients in the sum.
         before: Size of the message with the server's state before the aggregation, in bytes.
         after: Size of the encoded state after the aggregation, in bytes.
-        has_loss: Whether clients report a training loss.
     """
     request: Arrays = {
         "unit": _zeros(UNIT),
@@ -91,10 +88,7 @@ def open_sizes(
         "sum": np.zeros((num_ciphertexts(length), ciphertext_length()), np.uint8),
         "state": np.zeros(before, np.uint8),
     }
-    reply: Arrays = {
-        "loss": np.zeros(int(has_loss)),
-        "state": np.zeros(len(SEALED) + SEAL_BYTES + after, np.uint8),
-    }
+    reply: Arrays = {"state": np.zeros(len(SEALED) + SEAL_BYTES + after, np.uint8)}
     return len(encode_arrays(request)), len(encode_arrays(reply))
 
 

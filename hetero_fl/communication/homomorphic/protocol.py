@@ -17,11 +17,17 @@ from hetero_fl.communication.homomorphic import ckks
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.homomorphic.messages import (
     REQUESTS,
-    open_state,
     seal_state,
     train_sizes,
+    unseal_state,
 )
 from hetero_fl.communication.homomorphic.server import HomomorphicRound
+from hetero_fl.communication.named_arrays import (
+    Arrays,
+    byte_string_to_row,
+    decode_arrays,
+    encode_arrays,
+)
 from hetero_fl.communication.protocol import (
     AggregationRequest,
     Content,
@@ -31,7 +37,6 @@ from hetero_fl.communication.protocol import (
     TrainingRequest,
     encoded,
 )
-from hetero_fl.communication.secure_aggregation.messages import Arrays, decode_arrays, encode_arrays
 from hetero_fl.communication.vector_layout import FixedPoint, SharedSetup, VectorLayout, weight_unit
 from hetero_fl.config.communication import HomomorphicConfig
 from hetero_fl.core.payload import Payload, PayloadError
@@ -40,8 +45,8 @@ from hetero_fl.utils.errors import NoUploadError
 Purpose = Literal["train", "evaluate"]
 
 
-class OpenedSum(NamedTuple):
-    """Decrypted sum of the uploads of a round.
+class DecryptedSum(NamedTuple):
+    """Sum of the uploads of a round, as a client decrypts it.
 
     Attributes:
         clients: Ids of the clients in the sum.
@@ -52,18 +57,6 @@ class OpenedSum(NamedTuple):
     clients: list[str]
     vector: np.ndarray
     unit: float
-
-
-class AggregationResult(NamedTuple):
-    """Result of an aggregation at a client.
-
-    Attributes:
-        state: The server's encoded state after the aggregation.
-        loss: Mean training loss. None if no client reports a loss.
-    """
-
-    state: bytes
-    loss: float | None
 
 
 class ServerReplica(SharedSetup, Interface):
@@ -89,13 +82,13 @@ class ServerReplica(SharedSetup, Interface):
         """
 
     def aggregate(
-        self, state: bytes, opened: OpenedSum, round_idx: int, backend: Any
-    ) -> AggregationResult:
-        """Aggregate the uploads of a round as the server would.
+        self, state: bytes, decrypted: DecryptedSum, round_idx: int, backend: Any
+    ) -> bytes:
+        """Aggregate the uploads of a round as the server would, and return its encoded state.
 
         Args:
             state: The server's encoded state before the aggregation.
-            opened: The decrypted sum.
+            decrypted: The sum of the uploads.
             round_idx: Index of the round.
             backend: Backend that computes the steps of the server's plan.
 
@@ -108,9 +101,12 @@ class ServerReplica(SharedSetup, Interface):
 class HomomorphicEncryption(RoundProtocol):
     """Sum of uploads that are encrypted with CKKS (Cheon et al. 2017) under a key of the clients.
 
-    In the exchange "train", clients train and send encrypted vectors. In the exchange "open", one
-    client of the sum decrypts the sum and aggregates. If this client does not reply, the next one
-    receives the request. A client that drops out is not part of the sum.
+    In the exchange "train", clients train and send encrypted vectors. In the exchange "aggregate",
+    one client of the sum decrypts the sum and aggregates. If this client does not reply, the next
+    one receives the request. A client that drops out is not part of the sum.
+
+    The server is assumed to follow the protocol. Clients cannot tell whether the ciphertexts and
+    states that they receive are those that other clients sent.
 
     Args:
         config: Settings of homomorphic encryption.
@@ -173,8 +169,8 @@ class HomomorphicEncryption(RoundProtocol):
                 raise PayloadError("layout: differs from the layout of this client")
             if not 0 <= int(request["unit"][0]) < 64:
                 raise PayloadError("unit of weights: exponent must be between 0 and 63")
-            if message.kind == "open":
-                return AggregationRequest(partial(self._open_sum, request, layout, round_idx))
+            if message.kind == "aggregate":
+                return AggregationRequest(partial(self._aggregate, request, layout, round_idx))
             broadcast = self._broadcast(client_id, request["state"].tobytes(), round_idx, "train")
         except PayloadError as error:
             return _refused(error)
@@ -188,12 +184,12 @@ class HomomorphicEncryption(RoundProtocol):
             except PayloadError as error:
                 return _refused(error)
             rows = ckks.encrypt(self.key.context, words, self.noise_bits)
-            name = np.frombuffer(bytearray(self.key.name), np.uint8)
+            name = byte_string_to_row(self.key.name)
             return Message("train", encode_arrays({"key": name, "ciphertexts": rows}))
 
         return TrainingRequest(broadcast, encrypt)
 
-    def _open_sum(
+    def _aggregate(
         self, request: Arrays, layout: VectorLayout, round_idx: int, backend: Any
     ) -> Message:
         """Decrypt a sum, aggregate, and return a reply with the server's new state."""
@@ -201,9 +197,9 @@ class HomomorphicEncryption(RoundProtocol):
             positions = request["clients"].tolist()
             if not all(0 <= at < len(self.agreed.client_ids) for at in positions):
                 raise PayloadError("clients: positions outside the federation")
-            result = self.agreed.aggregate(
-                open_state(request["state"].tobytes(), self.key),
-                OpenedSum(
+            state = self.agreed.aggregate(
+                unseal_state(request["state"].tobytes(), self.key),
+                DecryptedSum(
                     [self.agreed.client_ids[at] for at in positions],
                     self.fixed.decode(ckks.decrypt(self.key.context, request["sum"], layout.size)),
                     2.0 ** int(request["unit"][0]),
@@ -215,9 +211,8 @@ class HomomorphicEncryption(RoundProtocol):
             return _refused(error)
         except NoUploadError as error:
             return Message("diverged", str(error).encode())
-        state = np.frombuffer(bytearray(seal_state(result.state, self.key)), np.uint8)
-        loss = np.array([] if result.loss is None else [result.loss])
-        return Message("open", encode_arrays({"loss": loss, "state": state}))
+        sealed = byte_string_to_row(seal_state(state, self.key))
+        return Message("aggregate", encode_arrays({"state": sealed}))
 
     @override
     def broadcast_in(self, client_id: str, message: Message) -> Content:
@@ -230,11 +225,11 @@ class HomomorphicEncryption(RoundProtocol):
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
-        # The exchange "open" takes place with one client only.
+        # The exchange "aggregate" takes place with one client only.
         return {"train": train_sizes(self.agreed.layout(round_idx).size, broadcast)}
 
     def _broadcast(self, client_id: str, state: bytes, round_idx: int, purpose: Purpose) -> bytes:
-        return self.agreed.broadcast(client_id, open_state(state, self.key), round_idx, purpose)
+        return self.agreed.broadcast(client_id, unseal_state(state, self.key), round_idx, purpose)
 
     def _digest(self, layout: VectorLayout) -> bytes:
         return layout.digest_with(repr((self.fixed, self.noise_bits, sorted(layout.unit_weights))))

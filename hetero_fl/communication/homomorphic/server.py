@@ -9,6 +9,12 @@ from typing_extensions import override
 
 from hetero_fl.communication.homomorphic.ckks import EncryptedSum
 from hetero_fl.communication.homomorphic.messages import REPLIES
+from hetero_fl.communication.named_arrays import (
+    Arrays,
+    byte_string_to_row,
+    decode_arrays,
+    encode_arrays,
+)
 from hetero_fl.communication.protocol import (
     Content,
     Exchange,
@@ -16,12 +22,6 @@ from hetero_fl.communication.protocol import (
     Message,
     SealedAggregate,
     encoded,
-)
-from hetero_fl.communication.secure_aggregation.messages import (
-    Arrays,
-    byte_string_to_row,
-    decode_arrays,
-    encode_arrays,
 )
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.errors import RoundAbandonedError
@@ -56,8 +56,8 @@ class EncryptedExchange(Exchange):
         self._arrays = arrays
         self._take = take
         self._waiting = set(clients)
-        # Another client can open the sum.
-        self.waits_for_nodes = kind != "open"
+        # Another client can decrypt the sum.
+        self.waits_for_nodes = kind != "aggregate"
         self.dropouts: dict[str, str] = {}
 
     @override
@@ -118,7 +118,7 @@ class HomomorphicRound:
         yield train
         if not self.summed:
             return SealedAggregate([], b"", dropouts=train.dropouts)
-        result = yield from self._open()
+        result = yield from self._aggregate()
         result.dropouts = train.dropouts
         return result
 
@@ -135,8 +135,11 @@ class HomomorphicRound:
         self.key_name = name
         self.summed.append(client_id)
 
-    def _open(self) -> Generator[Exchange, None, SealedAggregate]:
-        """Have one client decrypt the sum. Clients are asked one by one until one replies."""
+    def _aggregate(self) -> Generator[Exchange, None, SealedAggregate]:
+        """Have one client decrypt the sum and aggregate.
+
+        Clients are asked one by one until one replies.
+        """
         results: list[SealedAggregate] = []
         positions = np.array([self.positions[client_id] for client_id in self.summed], np.int32)
         arrays = {**self._terms, "clients": positions, "sum": self.total.rows()}
@@ -146,13 +149,12 @@ class HomomorphicRound:
                 reason = reply.body[:400].decode(errors="replace")
                 results.append(SealedAggregate(self.summed, b"", diverged=reason))
                 return
-            opened = _decode(reply, "open", None)
-            loss = float(opened["loss"][0]) if len(opened["loss"]) else None
-            results.append(SealedAggregate(self.summed, opened["state"].tobytes(), loss))
+            state = _decode(reply, "aggregate", None)["state"]
+            results.append(SealedAggregate(self.summed, state.tobytes()))
 
         reasons: dict[str, str] = {}
-        for client_id in opening_order(self.summed, self.round_idx):
-            exchange = EncryptedExchange("open", [client_id], arrays, take)
+        for client_id in aggregation_order(self.summed, self.round_idx):
+            exchange = EncryptedExchange("aggregate", [client_id], arrays, take)
             yield exchange
             if results:
                 return results[0]
@@ -164,7 +166,7 @@ class HomomorphicRound:
         )
 
 
-def opening_order(summed: Sequence[str], round_idx: int) -> Iterator[str]:
+def aggregation_order(summed: Sequence[str], round_idx: int) -> Iterator[str]:
     """Yield the clients of a sum in the order in which they are asked to decrypt it.
 
     The first client changes with the round, so that all clients take turns.

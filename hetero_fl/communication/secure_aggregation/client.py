@@ -13,6 +13,15 @@ from collections.abc import Callable, MutableMapping
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from hetero_fl.communication import authenticated_encryption
+from hetero_fl.communication.named_arrays import (
+    Arrays,
+    Field,
+    byte_string_to_row,
+    decode_arrays,
+    encode_arrays,
+    stack_byte_strings,
+)
 from hetero_fl.communication.protocol import Message, TrainingRequest
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.crypto import apply_masks
@@ -20,13 +29,7 @@ from hetero_fl.communication.secure_aggregation.messages import (
     REQUESTS,
     SEALED,
     TAG,
-    Arrays,
-    Field,
-    byte_string_to_row,
     client_numbers,
-    decode_arrays,
-    encode_arrays,
-    stack_byte_strings,
 )
 from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import PayloadError
@@ -160,7 +163,9 @@ def _share(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
     loaded = crypto.load_private_key(secret)
     shared = [crypto.derive_shared_key(loaded, public[i][:32], b"shares") for i in peers]
     sealed = [
-        crypto.encrypt(key, pairs[i], _associated_data(tag, own_number, numbers[i]))
+        authenticated_encryption.encrypt(
+            key, pairs[i], _associated_data(tag, own_number, numbers[i])
+        )
         for key, i in zip(shared, peers, strict=True)
     ]
     own_pair = pairs[numbers.index(own_number)]
@@ -236,7 +241,9 @@ def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
                 pair = state["own"].tobytes()
             else:
                 context = _associated_data(state["tag"].tobytes(), number, own_number)
-                pair = crypto.decrypt(pairs[number].tobytes(), sealed[number].tobytes(), context)
+                pair = authenticated_encryption.decrypt(
+                    pairs[number].tobytes(), sealed[number].tobytes(), context
+                )
         except PayloadError:
             # The neighbor sent an invalid share. The shares of other clients may suffice.
             continue

@@ -1,6 +1,6 @@
 """Cryptography of secure aggregation: key agreement, secret sharing, masks and the mask graph.
 
-The module uses X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, RFC 5869, NIST SP 800-38D) and Shamir's
+The module uses X25519 and HKDF-SHA256 (RFC 7748, RFC 5869) and Shamir's
 secret sharing. Keys are drawn from the random number generator of the operating system and used for
 one round only. Keys do not depend on the seed of the run, because anyone who knows the seed could
 otherwise remove the masks.
@@ -17,10 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -33,9 +31,6 @@ from hetero_fl.core.payload import PayloadError
 PRIME = 2**255 - 19
 # Length in bytes of a private key, a public key, a shared key and a seed.
 KEY_LENGTH = 32
-NONCE = 12
-# Length in bytes of the authentication tag that encryption adds.
-MARK = 16
 # The prime field of secret sharing; secrets are integers of 32 bytes.
 FIELD_PRIME = 2**256 + 297
 # Length in bytes of a share.
@@ -99,41 +94,6 @@ def derive_shared_key(private: X25519PrivateKey, public: bytes, purpose: bytes) 
     except ValueError:
         raise PayloadError("invalid public key") from None
     return HKDF(SHA256(), KEY_LENGTH, None, b"hetero_fl secure sum: " + purpose).derive(secret)
-
-
-def encrypt(key: bytes, plain: bytes, associated_data: bytes) -> bytes:
-    """Encrypt and authenticate bytes.
-
-    Args:
-        key: The key, 32 bytes.
-        plain: The plaintext.
-        associated_data: Data that is authenticated but not encrypted.
-
-    Returns:
-        The nonce, followed by the ciphertext and the authentication tag.
-    """
-    nonce = os.urandom(NONCE)
-    return nonce + AESGCM(key).encrypt(nonce, plain, associated_data)
-
-
-def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
-    """Decrypt bytes that were encrypted by `encrypt`.
-
-    Args:
-        key: The key, 32 bytes.
-        sealed: The return value of `encrypt`.
-        associated_data: The data that was passed to `encrypt`.
-
-    Returns:
-        The plaintext.
-
-    Raises:
-        PayloadError: If the key, the ciphertext or the associated data differs from the original.
-    """
-    try:
-        return AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], associated_data)
-    except (InvalidTag, ValueError):
-        raise PayloadError("an encrypted share cannot be decrypted") from None
 
 
 def commit_to_seed(seed: bytes, tag: bytes) -> bytes:

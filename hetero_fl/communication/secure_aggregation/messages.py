@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
+from hetero_fl.communication import authenticated_encryption
+from hetero_fl.communication.named_arrays import Field, encode_arrays
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.core.payload import PayloadError
-from hetero_fl.utils.serialization import CodecError, decode, encode
 
-FORM = "hetero_fl secure sum 1"
 # Number of random bytes that identify a round, so that messages of other rounds are refused.
 TAG = 16
 # Length in bytes of two encrypted shares, which are encrypted together.
-SEALED = crypto.NONCE + 2 * crypto.SHARE_LENGTH + crypto.MARK
-Arrays = dict[str, np.ndarray]
-# Data type and shape of an array, in which None matches any size.
-Field = tuple[type[np.generic], tuple[int | None, ...]]
+SEALED = 2 * crypto.SHARE_LENGTH + authenticated_encryption.OVERHEAD
 
 TAGGED: Field = (np.uint8, (TAG,))
 NUMBERS: Field = (np.int32, (None,))
@@ -61,42 +57,6 @@ REPLIES: dict[str, dict[str, Field]] = {
 }
 
 
-def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Encode named arrays as the body of a message."""
-    return encode({name: torch.from_numpy(array) for name, array in arrays.items()}, FORM)
-
-
-def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
-    """Decode the arrays of a message, and check the names, data types and shapes of the arrays.
-
-    Args:
-        data: The encoded message.
-        fields: Expected data types and shapes of the arrays, keyed by name.
-
-    Raises:
-        PayloadError: If the message is malformed, or the names, data types or shapes differ from
-            `fields`.
-    """
-    try:
-        tree = decode(data, FORM)
-    except CodecError as error:
-        raise PayloadError(str(error)) from None
-    if not isinstance(tree, dict) or set(tree) != set(fields):
-        raise PayloadError(f"expected the fields {', '.join(fields)}")
-    arrays: Arrays = {}
-    for name, (dtype, shape) in fields.items():
-        array = tree[name].numpy() if isinstance(tree[name], torch.Tensor) else None
-        fits = array is not None and array.dtype == dtype and array.ndim == len(shape)
-        if (
-            array is None
-            or not fits
-            or any(w not in (None, s) for s, w in zip(array.shape, shape, strict=True))
-        ):
-            raise PayloadError(f"{name}: unexpected type or shape")
-        arrays[name] = array
-    return arrays
-
-
 def client_numbers(array: np.ndarray) -> list[int]:
     """Convert an array of client numbers to a list, and check the numbers.
 
@@ -107,16 +67,6 @@ def client_numbers(array: np.ndarray) -> list[int]:
     if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
         raise PayloadError("client numbers: expected distinct positive integers")
     return numbers
-
-
-def stack_byte_strings(*strings: bytes) -> np.ndarray:
-    """Return byte strings of equal length as the rows of an array, dtype uint8."""
-    return np.frombuffer(bytearray(b"".join(strings)), np.uint8).reshape(len(strings), -1)
-
-
-def byte_string_to_row(string: bytes) -> np.ndarray:
-    """Return a byte string as a one-dimensional array, dtype uint8."""
-    return np.frombuffer(bytearray(string), np.uint8)
 
 
 def message_sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple[int, int]]:

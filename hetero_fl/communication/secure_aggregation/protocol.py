@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
+from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.protocol import (
     Content,
     Exchanges,
@@ -15,11 +16,7 @@ from hetero_fl.communication.protocol import (
 )
 from hetero_fl.communication.secure_aggregation.client import Notes, Packer, answer
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
-from hetero_fl.communication.secure_aggregation.messages import (
-    REQUESTS,
-    decode_arrays,
-    message_sizes,
-)
+from hetero_fl.communication.secure_aggregation.messages import REQUESTS, message_sizes
 from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
 from hetero_fl.communication.vector_layout import (
     FixedPoint,

@@ -13,6 +13,12 @@ from functools import partial
 
 import numpy as np
 
+from hetero_fl.communication.named_arrays import (
+    Arrays,
+    byte_string_to_row,
+    decode_arrays,
+    encode_arrays,
+)
 from hetero_fl.communication.protocol import (
     AggregatedUploads,
     Content,
@@ -28,16 +34,7 @@ from hetero_fl.communication.secure_aggregation.crypto import (
     num_neighbours,
     share_threshold,
 )
-from hetero_fl.communication.secure_aggregation.messages import (
-    REPLIES,
-    SEALED,
-    TAG,
-    Arrays,
-    byte_string_to_row,
-    client_numbers,
-    decode_arrays,
-    encode_arrays,
-)
+from hetero_fl.communication.secure_aggregation.messages import REPLIES, SEALED, TAG, client_numbers
 from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import SPARE_BYTES, PayloadError
 from hetero_fl.utils.errors import RoundAbandonedError

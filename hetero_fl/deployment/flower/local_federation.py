@@ -80,7 +80,8 @@ def run_local_federation(
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
     path = default_out(config) if out is None else Path(out)
-    if resume and (path / "config.yaml").exists():
+    is_new_run = not (resume and (path / "config.yaml").exists())
+    if not is_new_run:
         # Fail early if another process uses the folder.
         with lock_folder(path):
             pass
@@ -90,7 +91,7 @@ def run_local_federation(
         superlink = SuperLink()
         stack.callback(superlink.close)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
-        sites = _write_sites(config, path / SITES, superlink.address, scratch)
+        sites = _write_sites(config, path / SITES, superlink.address, scratch, is_new_run)
         nodes = stack.enter_context(LocalNodes(sites, scratch))
         transport = _WatchedTransport(FlowerTransport(superlink), nodes)
         return run_federation(
@@ -103,8 +104,10 @@ def run_local_federation(
         )
 
 
-def _write_sites(config: Config, folder: Path, address: str, scratch: Path) -> list[Path]:
-    """Write the site file of each client."""
+def _write_sites(
+    config: Config, folder: Path, address: str, scratch: Path, is_new_run: bool
+) -> list[Path]:
+    """Write the site file of each client, and the keys of a new run."""
     own_code = list(find_references(config.model_dump()))
     sites = []
     for client in expand_population(config.clients):
@@ -122,8 +125,7 @@ def _write_sites(config: Config, folder: Path, address: str, scratch: Path) -> l
         if config.channel.homomorphic is not None:
             # One client creates the key, which the server process never reads again.
             shared = folder.resolve() / SHARED_KEY_FILE
-            if not shared.exists():
-                SharedKey.generate().save(shared)
+            SharedKey.load_or_create(shared, is_new_run)
             site["shared_key"] = str(shared)
         sites.append(scratch / client / "site.yaml")
         sites[-1].parent.mkdir()

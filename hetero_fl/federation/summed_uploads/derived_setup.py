@@ -130,7 +130,7 @@ class DerivedSetup:
         return self.federation.client_infos[client].num_rows
 
 
-def open_sums(
+def uploads_from_sum(
     vector: np.ndarray,
     unit: float,
     layout: VectorLayout,

@@ -14,8 +14,7 @@ from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.homomorphic.key import SEAL_BYTES
 from hetero_fl.communication.homomorphic.messages import PLAIN
 from hetero_fl.communication.homomorphic.protocol import (
-    AggregationResult,
-    OpenedSum,
+    DecryptedSum,
     Purpose,
     ServerReplica,
 )
@@ -27,7 +26,7 @@ from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.broadcasts import Broadcasts
 from hetero_fl.federation.federation import FederationSpec, as_sender
-from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup, open_sums
+from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup, uploads_from_sum
 from hetero_fl.utils.serialization import (
     CodecError,
     as_bytes,
@@ -124,19 +123,20 @@ class HiddenServer(DerivedSetup, ServerReplica):
 
     @override
     def aggregate(
-        self, state: bytes, opened: OpenedSum, round_idx: int, backend: Any
-    ) -> AggregationResult:
+        self, state: bytes, decrypted: DecryptedSum, round_idx: int, backend: Any
+    ) -> bytes:
         server = self._server(state, round_idx)
         forms = []
-        for client in opened.clients:
+        for client in decrypted.clients:
             received = self._payload(server, client, "train")
             info = self.federation.client_infos[client]
             forms.append((info, self.expectations.expected_items(info, received, round_idx)))
-        uploads, loss = open_sums(opened.vector, opened.unit, self.layout(round_idx), forms)
+        layout = self.layout(round_idx)
+        uploads, _ = uploads_from_sum(decrypted.vector, decrypted.unit, layout, forms)
         # The aggregation changes the server.
         self._last = None
         run_plan(self.algorithm.aggregate(server, uploads), server, backend)
-        return AggregationResult(encode_state(server), loss)
+        return encode_state(server)
 
     def _server(self, state: bytes, round_idx: int) -> Participant:
         """Return the server with a state in a round.

@@ -13,7 +13,7 @@ pytest.importorskip("tenseal", reason="tenseal is not installed: pip install 'he
 import tenseal
 
 from hetero_fl.communication.homomorphic import ckks
-from hetero_fl.communication.vector_layout import FixedPoint
+from hetero_fl.communication.vector_layout import FixedPoint, weight_unit
 from hetero_fl.config.communication import HomomorphicConfig
 from hetero_fl.core.payload import PayloadError
 from tests.helpers.homomorphic import shared_key
@@ -77,6 +77,21 @@ def test_sums_equal_plain_sums_to_a_millionth(values: list[float], magnitude: fl
     assert abs(decrypted[0] - vectors.sum()) <= bound + 1e-12 * abs(vectors).max()
     # A millionth of the largest magnitude for sums of 0.003 and more.
     assert bound <= 1e-6 * 0.003
+
+
+def test_error_of_a_mean_over_small_clients_has_the_documented_bound() -> None:
+    rows = np.array([100_000, *[5_000] * 7, 50, 50])
+    fixed = FixedPoint.from_config(HomomorphicConfig(), len(rows), "channel.homomorphic")
+    unit = 2.0 ** weight_unit(rows)
+    values = np.random.default_rng(0).normal(0, 0.05, (2, 5_000))
+    weights = rows[-2:, None].astype(float)
+
+    sums = [sum(fixed.encode(part / unit)) for part in (values * weights, weights)]
+    mean, weight = (fixed.decode(np.asarray(total)) * unit for total in sums)
+
+    error = np.abs(mean / weight - (values * weights).sum(0) / weights.sum()).max()
+    bound = 2 * 2.0 ** -(fixed.bits + 1) * unit / weights.sum()
+    assert 0.3 * bound < error < bound == pytest.approx(1.2e-6, rel=0.03)
 
 
 def test_noise_has_the_documented_deviation() -> None:

@@ -47,25 +47,6 @@ def test_key_agreement_excludes_third_parties() -> None:
         crypto.derive_shared_key(a, bytes(32), b"x")
 
 
-def test_sealed_message_opens_only_for_recipient_and_context() -> None:
-    key, plain = crypto.new_seed(), b"a share"
-    sealed = crypto.encrypt(key, plain, b"1 to 2")
-    assert (
-        crypto.decrypt(key, sealed, b"1 to 2") == plain
-        and crypto.encrypt(key, plain, b"1 to 2") != sealed
-    )
-    changed = sealed[:-1] + bytes([sealed[-1] ^ 1])
-    wrong = [
-        (crypto.new_seed(), sealed, b"1 to 2"),
-        (key, changed, b"1 to 2"),
-        (key, sealed, b"2 to 1"),
-        (key, b"", b""),
-    ]
-    for k, s, about in wrong:
-        with pytest.raises(PayloadError, match="cannot be decrypted"):
-            crypto.decrypt(k, s, about)
-
-
 @pytest.mark.parametrize("threshold", [2, 3, 4])
 def test_threshold_of_shares_recovers_the_secret(threshold: int) -> None:
     secret, holders = b"\xff" * 32, [1, 4, 5, 9, 200]

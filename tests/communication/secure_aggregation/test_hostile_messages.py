@@ -8,14 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.messages import (
-    REPLIES,
-    REQUESTS,
-    decode_arrays,
-    encode_arrays,
-)
+from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
 from tests.helpers.secure_aggregation import EXCHANGES, Party

@@ -248,6 +248,22 @@ class RoundProtocol(Interface):
             Bytes sent to and by each client, as pairs (down, up), keyed by the kind of exchange.
         """
 
+    def aggregation_sizes(
+        self, cohort: Sequence[str], round_idx: int, before: int, after: int
+    ) -> tuple[str, tuple[int, int]] | None:
+        """Return the client that aggregates the uploads, and the sizes of its messages.
+
+        Args:
+            cohort: Ids of the clients in the round.
+            round_idx: Index of the round.
+            before: Size of the message with the server's state before the aggregation, in bytes.
+            after: Size of the encoded state after the aggregation, in bytes.
+
+        Returns:
+            The client and the bytes sent to and by it. None if the server aggregates.
+        """
+        return None
+
 
 @dataclass
 class TrainExchange(Exchange):

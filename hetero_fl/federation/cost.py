@@ -9,9 +9,6 @@ from typing import Any, NamedTuple
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast
-from hetero_fl.communication.homomorphic.messages import aggregate_sizes
-from hetero_fl.communication.homomorphic.protocol import HomomorphicEncryption
-from hetero_fl.communication.homomorphic.server import aggregation_order
 from hetero_fl.communication.model_changes import message_bytes
 from hetero_fl.communication.protocol import total_bytes
 from hetero_fl.core.participant import ClientInfo
@@ -201,14 +198,8 @@ class DryRun:
         """
         if not self.protocol.hides_server or not cohort:
             return None
-        assert isinstance(self.protocol, HomomorphicEncryption)
-        sizes = aggregate_sizes(
-            self.protocol.agreed.layout(round_idx).size,
-            len(cohort),
-            before,
-            state_size(self.server),
-        )
-        return next(aggregation_order(cohort, round_idx)), sizes
+        after = state_size(self.server)
+        return self.protocol.aggregation_sizes(cohort, round_idx, before, after)
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Return the number of bytes sent to a client for the evaluation before a round."""

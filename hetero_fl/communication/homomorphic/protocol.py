@@ -17,11 +17,12 @@ from hetero_fl.communication.homomorphic import ckks
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.homomorphic.messages import (
     REQUESTS,
+    aggregate_sizes,
     seal_state,
     train_sizes,
     unseal_state,
 )
-from hetero_fl.communication.homomorphic.server import HomomorphicRound
+from hetero_fl.communication.homomorphic.server import HomomorphicRound, aggregation_order
 from hetero_fl.communication.named_arrays import (
     Arrays,
     byte_string_to_row,
@@ -227,6 +228,14 @@ class HomomorphicEncryption(RoundProtocol):
     ) -> dict[str, tuple[int, int]]:
         # The exchange "aggregate" takes place with one client only.
         return {"train": train_sizes(self.agreed.layout(round_idx).size, broadcast)}
+
+    @override
+    def aggregation_sizes(
+        self, cohort: Sequence[str], round_idx: int, before: int, after: int
+    ) -> tuple[str, tuple[int, int]] | None:
+        length = self.agreed.layout(round_idx).size
+        first = next(aggregation_order(cohort, round_idx))
+        return first, aggregate_sizes(length, len(cohort), before, after)
 
     def _broadcast(self, client_id: str, state: bytes, round_idx: int, purpose: Purpose) -> bytes:
         return self.agreed.broadcast(client_id, unseal_state(state, self.key), round_idx, purpose)

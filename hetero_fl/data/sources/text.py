@@ -24,7 +24,7 @@ from hetero_fl.data.dataset import (
     split_words,
 )
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.text_lines import read_lines
+from hetero_fl.data.sources.files import read_lines
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator

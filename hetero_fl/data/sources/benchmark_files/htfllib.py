@@ -30,7 +30,7 @@ from hetero_fl.data.sources.benchmark_files.pickled_arrays import (
     UnpicklingError,
     load_pickled_arrays,
 )
-from hetero_fl.data.sources.folders import check_folder, visible_files
+from hetero_fl.data.sources.files import check_folder, visible_files
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list

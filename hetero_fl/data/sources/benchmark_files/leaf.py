@@ -22,7 +22,7 @@ from hetero_fl.data.sources.benchmark_files.client_sets import (
     client_dataset,
     number_of_classes,
 )
-from hetero_fl.data.sources.folders import check_folder, visible_files
+from hetero_fl.data.sources.files import check_folder, visible_files
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import read_json
 from hetero_fl.utils.text import format_list, pluralize

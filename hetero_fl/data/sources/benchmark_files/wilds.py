@@ -17,7 +17,7 @@ from hetero_fl.data.sources.benchmark_files.client_sets import (
     MAX_CLASSES,
     number_of_classes,
 )
-from hetero_fl.data.sources.folders import check_folder
+from hetero_fl.data.sources.files import check_folder
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 from hetero_fl.utils.ordering import natural_order

@@ -11,9 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from hetero_fl.config.data import DrivingConfig
-from hetero_fl.data.sources.folders import contains_file
+from hetero_fl.data.sources.files import contains_file, read_lines, split_cells
 from hetero_fl.data.sources.image_files import image_pixels, open_image
-from hetero_fl.data.sources.text_lines import read_lines, split_cells
 from hetero_fl.utils.errors import UserError, one_line, suggest_similar
 from hetero_fl.utils.text import format_list
 

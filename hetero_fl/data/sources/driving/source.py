@@ -24,7 +24,7 @@ from hetero_fl.data.sources.driving.drive_files import (
     read_frames,
 )
 from hetero_fl.data.sources.driving.roads import RoadKind, Vehicle, make_drive, steering_angle
-from hetero_fl.data.sources.folders import check_folder
+from hetero_fl.data.sources.files import check_folder
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from hetero_fl.data.checks import first_true
-from hetero_fl.data.sources.folders import check_folder
+from hetero_fl.data.sources.files import check_folder, read_lines, split_cells
 from hetero_fl.data.sources.movies.histories import Ratings, User
 from hetero_fl.data.sources.movies.rating_files import RatingFile, RatingTable
-from hetero_fl.data.sources.text_lines import read_lines, split_cells
 from hetero_fl.utils.errors import UserError, suggest_similar
 from hetero_fl.utils.ordering import natural_order
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from hetero_fl.data.checks import first_true
-from hetero_fl.data.sources.text_lines import MARK, decode
+from hetero_fl.data.sources.files import MARK, decode
 from hetero_fl.utils.errors import UserError
 
 BLOCK = 1 << 23

@@ -23,7 +23,7 @@ from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, inde
 from hetero_fl.data.groups import largest_groups
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.downloads import download_archive
-from hetero_fl.data.sources.folders import check_folder, contains_file
+from hetero_fl.data.sources.files import check_folder, contains_file, read_lines
 from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
 from hetero_fl.data.sources.speech.voices import (
     DEVICES,
@@ -36,7 +36,6 @@ from hetero_fl.data.sources.speech.voices import (
     speak,
 )
 from hetero_fl.data.sources.speech.wav_files import read_wav
-from hetero_fl.data.sources.text_lines import read_lines
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_similar
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator

@@ -226,7 +226,11 @@ class MoviesConfig(SharedSettings):
     length: PositiveInt = Field(
         10, description="movies before the next movie; shorter histories are padded on the left"
     )
-    min_rating: float = Field(0.0, description="ratings below this value are ignored")
+    min_rating: float = Field(
+        0.0,
+        description="movies that a user rates below this value are neither in histories nor "
+        "predicted, but count as rated",
+    )
     groups: PositiveInt | None = Field(
         None, description="number of groups to train on, those with the most movies; `null`: all"
     )

@@ -24,6 +24,7 @@ from hetero_fl.data.dataset import (
     split_words,
 )
 from hetero_fl.data.registry import register_source
+from hetero_fl.data.sources.files import read_lines
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator
@@ -52,7 +53,7 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
     classes: list[str] = []
     owners: list[str] = []
     for file in files:
-        for number, line in read_lines(file, "path"):
+        for number, line in read_lines(file):
             label, message = (
                 _split_label(line, f"path: {file}: line {number}")
                 if settings.predict == "class"
@@ -155,24 +156,6 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise UserError(f"path: {path}: the folder has no .txt files")
     return [files[name] for name in natural_order(files)]
-
-
-def read_lines(path: Path, where: str) -> list[tuple[int, str]]:
-    """Return the non-blank lines of a file with their numbers, starting at 1.
-
-    Raises:
-        UserError: If the file cannot be read or is not encoded in UTF-8.
-    """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{where}: {path}: line {line}: not encoded in UTF-8; save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{where}: {path}: {error.strerror}") from error
-    return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
 def _split_label(line: str, where: str) -> tuple[str, str]:

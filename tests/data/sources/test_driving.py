@@ -28,7 +28,12 @@ from hetero_fl.data.sources.driving.roads import (
     steering_angle,
 )
 from hetero_fl.utils.errors import UserError
-from tests.helpers.driving_folders import write_driving_folder, write_export, write_simulator
+from tests.helpers.driving_folders import (
+    SIMULATOR_HEADER,
+    write_driving_folder,
+    write_export,
+    write_simulator,
+)
 from tests.helpers.federated_data import PLAIN_CLIENT
 from tests.helpers.mistakes import check_folder_is_refused
 
@@ -292,6 +297,21 @@ def damage(image: str, content: bytes | tuple[int, int] | None) -> Callable[[Pat
     return change
 
 
+def rewrite(log: Path, change: Callable[[list[str]], list[str]]) -> None:
+    log.write_text("\n".join(change(log.read_text().splitlines())))
+
+
+def write_simulator_without_times(folder: Path) -> None:
+    """Write a log whose files are numbered, with the first frame again at the end."""
+    lines = (folder / "driving_log.csv").read_text().splitlines()
+    for number, line in enumerate(lines):
+        (folder / "IMG" / Path(line.split(",")[0].replace("\\", "/")).name).rename(
+            folder / "IMG" / f"{number}.jpg"
+        )
+    numbered = [f"{i}.jpg,{line.partition(',')[2]}" for i, line in enumerate(lines)]
+    (folder / "driving_log.csv").write_text("\n".join([*numbered, numbered[0]]))
+
+
 LOG = "path: DIR/car/interpolated.csv: "
 SIM = "path: DIR/sim/driving_log.csv: "
 IN_SIM = "sim/driving_log.csv"
@@ -302,7 +322,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
         "column",
         edit(1, 6, "angel"),
         {},
-        LOG + "header: column 'angle' not found; the columns are index",
+        LOG + "header: column 'angle' not found; did you mean 'angel'?",
     ),
     ("column twice", edit(1, 7, "angle"), {}, LOG + "header: column 'angle' occurs 2 times"),
     ("cells", edit(4, 6, "0.1,0.2"), {}, LOG + "line 4: expected 12 cells, got 13"),
@@ -315,7 +335,13 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
         {},
         LOG + "line 4, column 'angle': expected radians from -12.6 to",
     ),
-    ("speed", edit(4, 8, "-3"), {}, LOG + "line 4, column 'speed': must be >= 0, got -3"),
+    ("speed", edit(4, 8, "-3"), {}, LOG + "line 4, column 'speed': expected 0 to 300, got -3"),
+    (
+        "fast",
+        edit(4, 8, "1e300"),
+        {},
+        LOG + "line 4, column 'speed': expected 0 to 300, got 1e+300",
+    ),
     (
         "place",
         edit(4, 9, "374"),
@@ -334,7 +360,12 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
         {},
         LOG + "line 4, column 'filename': expected a file in the",
     ),
-    ("camera", edit(1, 4, "frame"), {}, LOG + "header: column 'frame_id' not found"),
+    (
+        "camera",
+        edit(1, 4, "side"),
+        {},
+        LOG + "header: column 'frame_id' not found; the columns are index, timestamp, width",
+    ),
     (
         "no center",
         keep(1),
@@ -361,7 +392,57 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
         {},
         SIM + "line 2: not encoded in UTF",
     ),
-    ("no image", damage("sim/IMG", None), {}, SIM + "line 4: image 'DIR/sim/IMG/center_2016_12_01"),
+    ("no image", damage("sim/IMG", None), {}, SIM + "line 4: image 'IMG/center_2016_12_01"),
+    (
+        "long name",
+        edit(4, 0, "a" * 300, IN_SIM),
+        {},
+        SIM + f"line 4: image 'IMG/{'a' * 75}…' not found",
+    ),
+    ("long file", edit(4, 5, "a" * 300), {}, LOG + f"line 4: image '{'a' * 79}…' not found"),
+    (
+        "quote",
+        edit(4, 6, '"0.1'),
+        {},
+        LOG + "line 4: expected CSV with closed quotes and at most 131,072 characters in a cell, "
+        "got '2,147942421592",
+    ),
+    (
+        "long cell",
+        edit(4, 0, "a" * 200_000, IN_SIM),
+        {},
+        SIM + "line 4: expected CSV with closed quotes and at most 131,072 characters in a cell",
+    ),
+    (
+        "case",
+        lambda d: rewrite(d / IN_SIM, lambda lines: [SIMULATOR_HEADER.title(), *lines]),
+        {},
+        SIM + "header: column 'center' not found; did you mean 'Center'?",
+    ),
+    (
+        "reversed",
+        lambda d: rewrite(d / IN_SIM, lambda lines: lines[::-1]),
+        {},
+        SIM + "line 2, column 'center': must be later than in the frame before, got 'center_2016",
+    ),
+    (
+        "sim twice",
+        lambda d: rewrite(d / IN_SIM, lambda lines: [lines[0], *lines]),
+        {"step": 2},
+        SIM + "line 2, column 'center': must be later than in the frame before, got 'center_2016",
+    ),
+    (
+        "image twice",
+        edit(6, 5, "./center/1479424215877284179.png"),
+        {"step": 3},
+        LOG + "line 6: image 'center/1479424215877284179.png' occurs twice; remove the line",
+    ),
+    (
+        "image twice without times",
+        lambda d: write_simulator_without_times(d / "sim"),
+        {},
+        SIM + "line 41: image 'IMG/0.jpg' occurs twice; remove the line",
+    ),
     (
         "bytes",
         damage("car/center", b"no"),

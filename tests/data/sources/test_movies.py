@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,10 @@ def test_equal_times_keep_the_order_of_the_file_and_low_ratings_are_ignored(tmp_
     assert user.movies.tolist() == [1, 6, 4] and user.group == "1"
 
 
+def make_user(number: int, movies: Sequence[int]) -> User:
+    return User(str(number), "here", np.array(movies), np.ones(len(movies), bool))
+
+
 def rows_of(dataset: Dataset) -> dict[str, torch.Tensor]:
     return {
         "train": dataset.train.x,
@@ -73,7 +77,7 @@ def rows_of(dataset: Dataset) -> dict[str, torch.Tensor]:
 
 
 def test_movies_of_a_user_are_divided_in_time(tmp_path: Path) -> None:
-    users = tuple(User(str(i), "here", np.arange(i, i + 8)) for i in range(10))
+    users = tuple(make_user(i, range(i, i + 8)) for i in range(10))
     ratings = Ratings(tuple(f"m{i}" for i in range(20)), users, "path: x")
     settings = MoviesConfig(length=3, validation_movies=1, test_movies=2, public_users=0)
 
@@ -153,6 +157,26 @@ def test_movies_seen_before_are_excluded() -> None:
     seen = torch.from_numpy(np.unpackbits(test.excluded.numpy(), axis=1))
     # The histories in x have ten movies, which are part of the movies seen before.
     assert bool(seen.gather(1, test.x[:, 1:] - 2).all()) and float(seen.sum(1).min()) >= 15
+
+
+def test_low_ratings_are_neither_candidates_nor_ranked(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path)
+    rated = {user.name: user.movies.tolist() for user in read_ratings(folder, None, 0.0).users}
+    high = {user.name: user.movies.tolist() for user in read_ratings(folder, None, 4.0).users}
+
+    dataset = load(folder, min_rating=4.0, sampled=10)
+
+    part = dataset.local_sets["test"]
+    assert part.excluded is not None and part.patient is not None and part.candidates is not None
+    assert any(len(high[name]) < len(rated[name]) for name in high)
+    for row in range(len(part)):
+        name = part.patient_names[int(part.patient[row])]
+        assert not set(rated[name]) & set(part.candidates[row].tolist())
+        target = int(part.labels[row])
+        seen = np.flatnonzero(np.unpackbits(part.excluded[row].numpy()))
+        assert set(seen) == set(rated[name][: rated[name].index(target)])
+        history = [token - 2 for token in part.x[row, 1:].tolist() if token]
+        assert target in high[name] and set(history) <= set(high[name])
 
 
 def test_popularity_is_that_of_public_users() -> None:
@@ -238,6 +262,21 @@ def test_files_are_read_in_blocks_of_any_size(
 
     # Equal times keep the order of the file.
     assert users == {"anna": [1, 6, 2], "a user of twelve": [8, 1], "é": [0, 8]}
+
+
+@pytest.mark.parametrize("layout", ["100k", "1m", "latest"])
+def test_byte_order_marks_are_ignored(layout: str, tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path, layout)
+    expected = read_ratings(folder, None, 0.0)
+    for file in folder.iterdir():
+        file.write_text(file.read_text("utf-8" if layout == "latest" else "latin-1"), "utf-8-sig")
+
+    found = read_ratings(folder, None, 0.0)
+
+    assert found.titles == expected.titles
+    for user, other in zip(found.users, expected.users, strict=True):
+        assert (user.name, user.group) == (other.name, other.group)
+        assert np.array_equal(user.movies, other.movies)
 
 
 def test_users_csv_has_the_regions(tmp_path: Path) -> None:
@@ -476,8 +515,60 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "100k",
         lambda d: None,
         {"groups": 4},
-        "movies.groups: must be <= 3, the number of groups with users to train on in path: "
-        "DIR/u.data, got 4",
+        "movies.groups: must be <= 3, the number of groups with users to train on, got 4",
+    ),
+    (
+        "no user",
+        "latest",
+        lambda d: change_line(d / "ratings.csv", 2, ",1,3,9"),
+        {},
+        "path: DIR/ratings.csv: line 2: user: expected a name, got ''",
+    ),
+    (
+        "open quote of a user",
+        "latest",
+        lambda d: change_line(d / "ratings.csv", 2, '"1,1,3,9'),
+        {},
+        "path: DIR/ratings.csv: line 2: user: expected a name without quotes, got '\"1'",
+    ),
+    (
+        "open quote of a title",
+        "latest",
+        lambda d: change_line(d / "movies.csv", 3, '2,"A,Drama'),
+        {},
+        "path: DIR/movies.csv: line 3: expected CSV with closed quotes and at most 131,072 "
+        "characters in a cell, got '2,\"A,Drama'",
+    ),
+    (
+        "long title",
+        "latest",
+        lambda d: change_line(d / "movies.csv", 3, f'2,"{"A" * 200_000}",Drama'),
+        {},
+        "path: DIR/movies.csv: line 3: expected CSV with closed quotes",
+    ),
+    (
+        "title on two lines",
+        "latest",
+        lambda d: change_line(d / "movies.csv", 3, "2,A\rB,Drama"),
+        {},
+        "path: DIR/movies.csv: line 3: expected a movie, a title and genres, separated by ',', "
+        "got '2,A'",
+    ),
+    (
+        "comma in a title",
+        "latest",
+        lambda d: change_line(d / "movies.csv", 3, "2,American President, The (1995),Drama"),
+        {},
+        "path: DIR/movies.csv: line 3: expected a movie, a title and genres, separated by ',', "
+        "got '2,American President,The (1995),Drama'",
+    ),
+    (
+        "separator in a title",
+        "1m",
+        lambda d: change_line(d / "movies.dat", 3, "3::A::B::Drama"),
+        {},
+        "path: DIR/movies.dat: line 3: expected a movie, a title and genres, separated by '::', "
+        "got '3::A::B::Drama'",
     ),
     (
         "empty",
@@ -513,14 +604,14 @@ def test_malformed_folder_raises_one_line(
 
 
 def test_user_who_has_rated_everything_is_refused(tmp_path: Path) -> None:
-    users = tuple(User(str(i), "here", np.arange(12)) for i in range(5))
+    users = tuple(make_user(i, range(12)) for i in range(5))
     ratings = Ratings(tuple(f"m{i}" for i in range(12)), users, "path: x")
     with pytest.raises(UserError, match=r"path: x: user '\d' has rated all 12 movies, which"):
         make_dataset("movies", ratings, MoviesConfig(), "")
 
 
 def test_group_with_more_users_than_tokens_is_refused() -> None:
-    users = tuple(User(str(i), "here", np.array([i % 4, (i + 1) % 4])) for i in range(30))
+    users = tuple(make_user(i, [i % 4, (i + 1) % 4]) for i in range(30))
     ratings = Ratings(tuple("abcde"), users, "path: x")
     with pytest.raises(UserError, match=r"group 'here' has 21 users to train on, but a model "):
         make_dataset("movies", ratings, MoviesConfig(), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 
 from hetero_fl.config.data import DataConfig, SourceConfig, SpeechConfig
 from hetero_fl.data import Dataset, check_source, federate, load_source
-from hetero_fl.data.sources.speech import source as speech, voices
+from hetero_fl.data.sources.speech import read_features, source as speech, voices
 from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
 from hetero_fl.data.sources.speech.wav_files import read_wav
 from hetero_fl.utils.errors import UserError
@@ -113,6 +114,24 @@ def test_wav_of_any_width_is_read_as_mono_floats(bits: int, channels: int, tmp_p
     assert np.allclose(found.numpy(), samples, atol=2.0 ** (1 - min(bits, 20)))
 
 
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_extensible_header_of_pcm_is_read(bits: int, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", bits=bits)
+    expected = read_wav(path, RATE)
+    plain = path.read_bytes()
+    # The sub-format is that of PCM (KSDATAFORMAT_SUBTYPE_PCM).
+    guid = bytes.fromhex("0100000000001000800000aa00389b71")
+    extension = struct.pack("<HHI", 22, bits, 4) + guid
+    header = b"\xfe\xff" + plain[22:36] + extension
+    chunks = b"WAVEfmt " + struct.pack("<I", len(header)) + header + plain[36:]
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+
+    assert torch.equal(read_wav(path, RATE), expected)
+    path.write_bytes(path.read_bytes().replace(guid, b"\x03" + guid[1:]))
+    with pytest.raises(UserError, match=r"not a readable WAV file \(unknown"):
+        read_wav(path, RATE)
+
+
 def test_stereo_is_averaged(tmp_path: Path) -> None:
     import wave
 
@@ -137,6 +156,31 @@ def test_words_speakers_and_features_are_configurable(tmp_path: Path) -> None:
     assert found.test is not None and len(found.test) == 4
 
 
+@pytest.mark.parametrize("words", [None, ("yes", "no")])
+def test_entries_of_lists_are_normalized(words: tuple[str, ...] | None, tmp_path: Path) -> None:
+    keys = {"words": words} if words else {}
+    plain = load(write_speech_folder(tmp_path), **keys)
+    for name in ("validation_list.txt", LIST):
+        # The form of `find .`.
+        entries = (tmp_path / name).read_text().split()
+        (tmp_path / name).write_text("".join(f"./{entry}\n" for entry in entries))
+
+    found = load(tmp_path, **keys)
+
+    assert found.train.group_names == ("ann", "bob")
+    for part, other in ((found.train, plain.train), (found.test, plain.test)):
+        assert part is not None and other is not None and torch.equal(part.x, other.x)
+
+
+def test_entry_cannot_leave_the_folder_of_another_word(tmp_path: Path) -> None:
+    write_speech_folder(tmp_path)
+    append(tmp_path / LIST, "up/../no/bob_nohash_0.wav")
+
+    found = load(tmp_path, words=("yes", "no"))
+
+    assert found.test is not None and len(found.test) == 5 and len(found.train) == 7
+
+
 def test_folder_without_lists_has_training_rows_only(tmp_path: Path) -> None:
     dataset = load(write_speech_folder(tmp_path, lists={}))
     assert dataset.validation is None and dataset.test is None and len(dataset.train) == 24
@@ -154,8 +198,18 @@ def test_natural_clients_are_the_speakers(tmp_path: Path) -> None:
         load_source(config, HERE), config, {"ann": PLAIN_CLIENT, "bob": PLAIN_CLIENT}, 0
     )
 
-    assert data.n_rows("ann", "train") + data.n_rows("ann", "test") <= 24
-    assert data.n_rows("ann", "train") > 8
+    for speaker in ("ann", "bob"):
+        rows = torch.cat(
+            [
+                torch.as_tensor(data.columns(speaker, part, data.preprocess(speaker))["x"])
+                for part in ("train", "validation", "test")
+            ]
+        )
+        files = sorted(tmp_path.glob(f"*/{speaker}_nohash_*.wav"))
+        own = read_features(files, SpeechConfig()).transpose(1, 2)
+        # Each row of the client is a recording of the speaker, and used once.
+        is_equal = (rows[:, None] - own).abs().amax((2, 3)) < 1e-5
+        assert is_equal.any(1).all() and is_equal.sum() == len(rows) > 16
 
 
 def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
@@ -167,6 +221,7 @@ def append(path: Path, line: str) -> None:
 
 
 FIRST = "no/ann_nohash_0.wav"
+LIST = "testing_list.txt"
 BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
     (
         "truncated",
@@ -236,25 +291,55 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
     ),
     (
         "missing entry",
-        lambda d: append(d / "testing_list.txt", "no/zoe_nohash_0.wav"),
+        lambda d: append(d / LIST, "no/zoe_nohash_0.wav"),
         {},
         "path: DIR/testing_list.txt: line 7: 'no/zoe_nohash_0.wav' not found",
     ),
     (
         "entry of another folder",
-        lambda d: append(d / "testing_list.txt", "../secret.wav"),
+        lambda d: (write_wav(d.parent / "secret.wav"), append(d / LIST, "../secret.wav")),
         {"words": ("yes", "no")},
-        "path: DIR/testing_list.txt: line 7: '../secret.wav' not found",
+        "path: DIR/testing_list.txt: line 7: '../secret.wav' not found; entries are WORD/FILE",
+    ),
+    (
+        "absolute entry",
+        lambda d: append(d / LIST, str(d / FIRST)),
+        {"words": ("yes", "no")},
+        "path: DIR/testing_list.txt: line 7: '/",
+    ),
+    (
+        "missing entry of another word",
+        lambda d: append(d / LIST, "up/zoe_nohash_0.wav"),
+        {"words": ("yes", "no")},
+        "path: DIR/testing_list.txt: line 7: 'up/zoe_nohash_0.wav' not found",
+    ),
+    (
+        "long entry",
+        lambda d: append(d / LIST, "up/" + "a" * 5000),
+        {"words": ("yes", "no")},
+        f"path: DIR/testing_list.txt: line 7: 'up/{'a' * 76}…' not found; entries are WORD/FILE",
+    ),
+    (
+        "length",
+        lambda d: rewrite(d / FIRST, lambda b: b[:40] + b"\xff" * 4 + b[44:]),
+        {},
+        f"path: DIR/{FIRST}: the header has no length, as in a stream; save the file again",
+    ),
+    (
+        "long truncated file",
+        lambda d: rewrite(d / FIRST, lambda b: b[:40] + b"\0\0\xff\x7f" + b[44:]),
+        {},
+        f"path: DIR/{FIRST}: the file is truncated, expected 1073709056 samples, got 8000",
     ),
     (
         "both lists",
-        lambda d: append(d / "testing_list.txt", "no/cid_nohash_0.wav"),
+        lambda d: append(d / LIST, "no/cid_nohash_0.wav"),
         {},
         "line 7: 'no/cid_nohash_0.wav' is also in validation_list.txt",
     ),
     (
         "list in another encoding",
-        lambda d: rewrite(d / "testing_list.txt", lambda b: b + b"no/zo\xeb.wav"),
+        lambda d: rewrite(d / LIST, lambda b: b + b"no/zo\xeb.wav"),
         {},
         "testing_list.txt: line 7: not encoded in UTF-8",
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,30 +11,13 @@ from torch import Tensor
 
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
-from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.errors import one_line
 from hetero_fl.utils.text import format_list, pluralize
 
 SPLITS = ("train", "test")
 """Splits of the rows of each client, which are also names of folders."""
 MAX_CLASSES = 10_000
 """Maximum number of classes. Larger class numbers are probably not class numbers."""
-
-
-def check_folder(path: Path) -> None:
-    """Check that a folder exists.
-
-    Raises:
-        UserError: If the folder does not exist or is a file.
-    """
-    if path.is_file():
-        raise UserError(f"path: {path}: expected a folder, got a file; give its folder")
-    if not path.is_dir():
-        raise UserError(f"path: folder '{path}' not found")
-
-
-def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the sorted files of a folder whose names do not start with a dot."""
-    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def _join_clients(rows: Mapping[str, Examples]) -> Examples:

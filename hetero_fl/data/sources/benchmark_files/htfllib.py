@@ -22,16 +22,15 @@ from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import (
     MAX_CLASSES,
     SPLITS,
-    check_folder,
     client_dataset,
     number_of_classes,
-    visible_files,
 )
 from hetero_fl.data.sources.benchmark_files.pickled_arrays import (
     PickledArray,
     UnpicklingError,
     load_pickled_arrays,
 )
+from hetero_fl.data.sources.files import check_folder, visible_files
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list

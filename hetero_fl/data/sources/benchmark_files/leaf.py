@@ -19,11 +19,10 @@ from hetero_fl.data.dataset import FIRST, UNKNOWN, Dataset, Examples, Vocabulary
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import (
     SPLITS,
-    check_folder,
     client_dataset,
     number_of_classes,
-    visible_files,
 )
+from hetero_fl.data.sources.files import check_folder, visible_files
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import read_json
 from hetero_fl.utils.text import format_list, pluralize

@@ -15,9 +15,9 @@ from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import (
     MAX_CLASSES,
-    check_folder,
     number_of_classes,
 )
+from hetero_fl.data.sources.files import check_folder
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 from hetero_fl.utils.ordering import natural_order

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from hetero_fl.config.data import DrivingConfig
+from hetero_fl.data.sources.files import contains_file, read_lines, split_cells
 from hetero_fl.data.sources.image_files import image_pixels, open_image
-from hetero_fl.data.sources.text import read_lines
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, one_line, suggest_similar
 from hetero_fl.utils.text import format_list
 
 EXPORT = "interpolated.csv"
@@ -23,9 +23,13 @@ SIMULATOR = "driving_log.csv"
 LOGS = (EXPORT, SIMULATOR)
 SIMULATOR_COLUMNS = ("center", "left", "right", "steering", "throttle", "brake", "speed")
 """Columns of the simulator's log, which may have no header."""
+SIMULATOR_TIME = re.compile("[0-9]{4}(_[0-9]{2}){5}_[0-9]{3}")
+"""Time in the name of an image of the simulator, from the year to the milliseconds."""
 CENTER = "center_camera"
 WHEEL_LIMIT = 4 * math.pi
 """Angle of a steering wheel in radians that no vehicle exceeds: two turns to a side."""
+SPEED_LIMIT = 300.0
+"""Speed in m/s or miles per hour that no vehicle exceeds."""
 MILE_PER_HOUR = 0.44704
 """Meters per second."""
 MIN_FRAMES = 10
@@ -37,13 +41,13 @@ class RecordedFrame:
     """A frame of a recorded drive.
 
     Attributes:
-        file: Image file.
+        name: Image file, relative to the folder of the drive.
         where: Line of the log, for error messages.
         angle: Angle of the front wheels in degrees, positive to the left.
         state: Speed in m/s, latitude and longitude in degrees. NaN if not recorded.
     """
 
-    file: Path
+    name: str
     where: str
     angle: float
     state: tuple[float, float, float]
@@ -64,10 +68,11 @@ def read_drive(folder: Path, settings: DrivingConfig) -> list[RecordedFrame]:
         settings: Driving settings.
 
     Returns:
-        Every `settings.step`-th frame, in the order of the log.
+        Every `settings.step`-th frame, in the order of time.
 
     Raises:
-        UserError: If the log is missing or malformed, or an image file does not exist.
+        UserError: If the log is missing or malformed, the frames are out of order, or an image file
+            does not exist or occurs twice.
     """
     found = [name for name in LOGS if (folder / name).is_file()]
     if len(found) != 1:
@@ -76,15 +81,17 @@ def read_drive(folder: Path, settings: DrivingConfig) -> list[RecordedFrame]:
         raise UserError(f"path: {folder}: expected {EXPORT} or {SIMULATOR}, got {got}")
     log = folder / found[0]
     read = _read_export if found[0] == EXPORT else _read_simulator
-    frames = read(log, settings)[:: settings.step]
+    frames = read(log, settings)
+    _check_distinct(frames)
+    frames = frames[:: settings.step]
     if len(frames) < MIN_FRAMES:
         step = f" with driving.step={settings.step}" if settings.step > 1 else ""
         raise UserError(
             f"path: {log}: expected at least {MIN_FRAMES} frames, got {len(frames)}{step}"
         )
     for frame in frames:
-        if not frame.file.is_file():
-            raise UserError(f"{frame.where}: image '{frame.file}' not found")
+        if not contains_file(folder, frame.name):
+            raise UserError(f"{frame.where}: image '{one_line(frame.name, 80)}' not found")
     return frames
 
 
@@ -133,10 +140,7 @@ def _read_export(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
             continue
         time = _number(row, "timestamp", where, optional=True)
         if time <= last:
-            raise UserError(
-                f"{where}, column 'timestamp': must be later than in the frame before, got "
-                f"{row['timestamp']}; sort the rows by time and give each drive its own folder"
-            )
+            raise _out_of_order(where, "timestamp", row["timestamp"])
         last = last if math.isnan(time) else time
         wheel = _number(row, "angle", where)
         if abs(wheel) > WHEEL_LIMIT:
@@ -150,7 +154,7 @@ def _read_export(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
             # Exporters fill in zeros before the first position is known.
             position = math.nan, math.nan
         state = (_speed(row, where), *position)
-        frames.append(RecordedFrame(_image(log.parent, row, where), where, angle, state))
+        frames.append(RecordedFrame(_image(row, where), where, angle, state))
     if not frames:
         raise UserError(
             f"path: {log}: expected frames of {CENTER} in column 'frame_id', got "
@@ -162,16 +166,38 @@ def _read_export(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
 def _read_simulator(log: Path, settings: DrivingConfig) -> list[RecordedFrame]:
     """Return the frames of the center camera in `driving_log.csv`."""
     frames = []
+    last = ""
     for where, row in _read_rows(log, SIMULATOR_COLUMNS, SIMULATOR_COLUMNS):
         steering = _number(row, "steering", where)
         if abs(steering) > 1:
             raise UserError(f"{where}, column 'steering': expected -1 to 1, got {steering:g}")
         # The log contains the paths of the machine that recorded it, which may be Windows.
         name = PureWindowsPath(row["center"]).name
+        if time := SIMULATOR_TIME.search(name):
+            if time[0] <= last:
+                raise _out_of_order(where, "center", name)
+            last = time[0]
         state = (MILE_PER_HOUR * _speed(row, where), math.nan, math.nan)
-        file = log.parent / "IMG" / name
-        frames.append(RecordedFrame(file, where, -settings.max_angle * steering, state))
+        frames.append(RecordedFrame(f"IMG/{name}", where, -settings.max_angle * steering, state))
     return frames
+
+
+def _out_of_order(where: str, column: str, found: str) -> UserError:
+    return UserError(
+        f"{where}, column '{column}': must be later than in the frame before, got "
+        f"'{one_line(found, 80)}'; sort the rows by time and give each drive its own folder"
+    )
+
+
+def _check_distinct(frames: Sequence[RecordedFrame]) -> None:
+    """Check that no image occurs twice, which could be in training and test."""
+    names = set()
+    for frame in frames:
+        if frame.name in names:
+            raise UserError(
+                f"{frame.where}: image '{one_line(frame.name, 80)}' occurs twice; remove the line"
+            )
+        names.add(frame.name)
 
 
 def _read_rows(
@@ -182,36 +208,41 @@ def _read_rows(
     Args:
         log: CSV file.
         needed: Columns that must exist.
-        default: Columns of a file without a header. If empty, the first line must be a header.
+        default: Columns of a file whose first line contains numbers and is therefore no header. If
+            empty, the first line must be a header.
 
     Raises:
         UserError: If the file is empty or malformed, or a column is missing.
     """
-    lines = read_lines(log, "path")
+    lines = read_lines(log)
     if not lines:
         raise UserError(f"path: {log}: the file is empty")
-    header = _split(lines[0][1])
-    if default and not set(header) & set(default):
+    header = split_cells(lines[0][1], f"path: {log}: line {lines[0][0]}")
+    if default and any(map(_is_number, header)):
         header = list(default)
     else:
         lines = lines[1:]
     for name in needed:
-        if header.count(name) != 1:
-            found = "not found" if name not in header else f"occurs {header.count(name)} times"
-            raise UserError(
-                f"path: {log}: header: column '{name}' {found}; the columns are "
-                f"{format_list(header)}"
-            )
+        if (count := header.count(name)) > 1:
+            raise UserError(f"path: {log}: header: column '{name}' occurs {count} times")
+        if not count:
+            listed = one_line(format_list(header), 200)
+            hint = suggest_similar(name, header) or f"; the columns are {listed}"
+            raise UserError(f"path: {log}: header: column '{name}' not found{hint}")
     for number, line in lines:
-        cells = _split(line)
         where = f"path: {log}: line {number}"
+        cells = split_cells(line, where)
         if len(cells) != len(header):
             raise UserError(f"{where}: expected {len(header)} cells, got {len(cells)}")
         yield where, dict(zip(header, cells, strict=True))
 
 
-def _split(line: str) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True))]
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(row: Mapping[str, str], column: str, where: str, optional: bool = False) -> float:
@@ -230,8 +261,8 @@ def _number(row: Mapping[str, str], column: str, where: str, optional: bool = Fa
 
 def _speed(row: Mapping[str, str], where: str) -> float:
     speed = _number(row, "speed", where)
-    if speed < 0:
-        raise UserError(f"{where}, column 'speed': must be >= 0, got {speed:g}")
+    if not 0 <= speed <= SPEED_LIMIT:
+        raise UserError(f"{where}, column 'speed': expected 0 to {SPEED_LIMIT:g}, got {speed:g}")
     return speed
 
 
@@ -246,12 +277,12 @@ def _degrees(row: Mapping[str, str], column: str, limit: float, where: str) -> f
     return value
 
 
-def _image(folder: Path, row: Mapping[str, str], where: str) -> Path:
-    """Return the image file of a row, which must be in the folder of the drive."""
+def _image(row: Mapping[str, str], where: str) -> str:
+    """Return the name of the image of a row, which must be in the folder of the drive."""
     name = PurePosixPath(row["filename"])
     if not row["filename"] or name.is_absolute() or ".." in name.parts:
         raise UserError(
             f"{where}, column 'filename': expected a file in the folder of the drive, got "
             f"'{row['filename']}'"
         )
-    return folder / name
+    return str(name)

@@ -17,7 +17,6 @@ from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Block, Dataset, Examples, PatientTerm, concatenate_examples
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
 from hetero_fl.data.sources.driving.cameras import Camera, Scene, render
 from hetero_fl.data.sources.driving.drive_files import (
     LOGS,
@@ -25,6 +24,7 @@ from hetero_fl.data.sources.driving.drive_files import (
     read_frames,
 )
 from hetero_fl.data.sources.driving.roads import RoadKind, Vehicle, make_drive, steering_angle
+from hetero_fl.data.sources.files import check_folder
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator
@@ -183,7 +183,7 @@ def _vehicle_folders(path: Path) -> dict[str, Path]:
 def _read(folder: Path, settings: DrivingConfig) -> Examples:
     """Return the rows of the drive in a folder."""
     frames = read_drive(folder, settings)
-    pixels = read_frames([frame.file for frame in frames], settings)
+    pixels = read_frames([folder / frame.name for frame in frames], settings)
     angles = np.array([frame.angle for frame in frames])
     return _rows(pixels, np.array([frame.state for frame in frames]), angles, settings)
 

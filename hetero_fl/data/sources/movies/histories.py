@@ -30,12 +30,20 @@ class User:
     Attributes:
         name: Name of the user.
         group: Name of the client of the user.
-        movies: Indices of the movies in the catalog, in chronological order, int64 `[M]`.
+        rated: Indices of the movies in the catalog, in chronological order, int64 `[M]`.
+        is_used: Whether a movie is part of histories and predicted, bool `[M]`. The others have low
+            ratings, and are only known as movies that the user has rated.
     """
 
     name: str
     group: str
-    movies: np.ndarray
+    rated: np.ndarray
+    is_used: np.ndarray
+
+    @property
+    def movies(self) -> np.ndarray:
+        """Movies of histories in chronological order."""
+        return self.rated[self.is_used]
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def make_dataset(name: str, ratings: Ratings, settings: MoviesConfig, about: str
         UserError: If there are too few users, or more users than tokens.
     """
     roles = assign_roles(ratings.users, settings)
-    training = _select_groups(roles["train"], settings, ratings.where)
+    training = _select_groups(roles["train"], settings)
     numbers = _number_users(training, ratings)
     rows: dict[str, list[_Rows]] = {"train": [], "validation": [], "test": []}
     for user, number in zip(training, numbers, strict=True):
@@ -240,8 +248,9 @@ def _seen_before(rows: _Rows, num_movies: int) -> np.ndarray:
         Bits of the movies, uint8 `[positions, ceil(movies / 8)]`.
     """
     seen = np.zeros((len(rows.positions), num_movies), bool)
-    for row, position in enumerate(rows.positions):
-        seen[row, rows.user.movies[:position]] = True
+    places = np.flatnonzero(rows.user.is_used)
+    for row, place in enumerate(places[rows.positions]):
+        seen[row, rows.user.rated[:place]] = True
     return np.packbits(seen, axis=1)
 
 
@@ -258,10 +267,10 @@ def _popularity(users: Sequence[User], ratings: Ratings) -> np.ndarray | None:
 
 
 def _count_candidates(users: Sequence[User], ratings: Ratings) -> int:
-    """Return the smallest number of movies that a user has not seen."""
+    """Return the smallest number of movies that a user has not rated."""
     fewest = len(ratings.titles)
     for user in users:
-        fewest = min(fewest, len(ratings.titles) - len(user.movies))
+        fewest = min(fewest, len(ratings.titles) - len(user.rated))
         if not fewest:
             raise UserError(
                 f"{ratings.where}: user '{user.name}' has rated all "
@@ -272,13 +281,13 @@ def _count_candidates(users: Sequence[User], ratings: Ratings) -> int:
 
 
 def _sample_unseen(rows: _Rows, ratings: Ratings, count: int) -> np.ndarray:
-    """Sample movies that a user has not seen, without repetition.
+    """Sample movies that a user has not rated, without repetition.
 
     Returns:
         Indices of movies, int64 `[positions, count]`, the same in every run.
     """
     is_unseen = np.ones(len(ratings.titles), bool)
-    is_unseen[rows.user.movies] = False
+    is_unseen[rows.user.rated] = False
     unseen = np.flatnonzero(is_unseen)
     rng = keyed_numpy_generator("data", "movies", "candidates", rows.user.name)
     draws = [rng.choice(unseen, count, replace=False) for _ in rows.positions]
@@ -299,13 +308,12 @@ def _with_owners(examples: Examples, rows: Sequence[_Rows]) -> tuple[str, ...]:
     return examples.group_names
 
 
-def _select_groups(users: Sequence[User], settings: MoviesConfig, where: str) -> list[User]:
+def _select_groups(users: Sequence[User], settings: MoviesConfig) -> list[User]:
     """Return the users of the groups with the most movies."""
     totals: Counter[str] = Counter()
     for user in users:
         totals[user.group] += len(user.movies)
-    what = f"groups with users to train on in {where}"
-    kept = largest_groups(totals, settings.groups, "movies.groups", what)
+    kept = largest_groups(totals, settings.groups, "movies.groups", "groups with users to train on")
     return [user for user in users if user.group in kept]
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hetero_fl.data.checks import first_true
-from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
+from hetero_fl.data.sources.files import check_folder, read_lines, split_cells
 from hetero_fl.data.sources.movies.histories import Ratings, User
 from hetero_fl.data.sources.movies.rating_files import RatingFile, RatingTable
 from hetero_fl.utils.errors import UserError, suggest_similar
@@ -34,6 +32,7 @@ class Layout:
         separator: Separator of the columns in the file of ratings.
         other_separator: Separator of the columns in the other files.
         zip_column: Index of the column of zip codes.
+        has_genre_columns: Whether the file of movies has further columns instead of one of genres.
         encodings: Encodings of the files, of which the first that fits is used.
         header: First line of the file of ratings, or an empty string if there is none.
         users_header: First line of the file of users, which contains regions. If empty, the file
@@ -46,13 +45,14 @@ class Layout:
     separator: str
     other_separator: str
     zip_column: int = 4
+    has_genre_columns: bool = False
     encodings: tuple[str, ...] = ("utf-8", "latin-1")
     header: str = ""
     users_header: str = ""
 
 
 LAYOUTS = (
-    Layout("u.data", "u.item", "u.user", "\t", "|"),
+    Layout("u.data", "u.item", "u.user", "\t", "|", has_genre_columns=True),
     Layout("ratings.dat", "movies.dat", "users.dat", "::", "::"),
     Layout(
         "ratings.csv",
@@ -60,7 +60,7 @@ LAYOUTS = (
         "users.csv",
         ",",
         ",",
-        encodings=("utf-8-sig",),
+        encodings=("utf-8",),
         header="userId,movieId,rating,timestamp",
         users_header="userId,region",
     ),
@@ -79,11 +79,11 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
         group: `region` for the region of a user, which is the first digit of the zip code or, with
             `users.csv`, the second column; `user` for one group per user; or None for `region` if
             the folder has a file of users, otherwise `user`.
-        min_rating: Ratings below this value are ignored.
+        min_rating: Movies with a rating below this value are not part of histories.
 
     Returns:
-        All movies, and the users with at least two ratings that are not ignored. The movies of a
-        user are in the order of time, or of the file if the times are equal.
+        All movies, and the users with at least two movies in their histories. The movies of a user
+        are in the order of time, or of the file if the times are equal.
 
     Raises:
         UserError: If a file is missing or malformed.
@@ -104,20 +104,18 @@ def read_ratings(path: Path, group: str | None, min_rating: float) -> Ratings:
     file = RatingFile(
         path / layout.ratings,
         layout.separator,
-        lambda text: _decode(text, layout.encodings),
+        layout.encodings,
         layout.header,
     )
     table = file.read()
     indices = _movie_indices(table, file, layout, titles)
     _check_ratings(table, file, layout, regions)
-    users = []
-    for name, movies in _movies_by_user(table, indices, min_rating):
-        owner = name if group == "user" or regions is None else regions[name]
-        users.append(User(name, owner, movies))
+    owners = None if group == "user" else regions
+    users = tuple(_make_users(table, indices, min_rating, owners))
     where = f"path: {path / layout.ratings}"
     if not users:
         raise UserError(f"{where}: no user has two ratings of at least {min_rating:g}")
-    return Ratings(_distinct(titles), tuple(users), where)
+    return Ratings(_distinct(titles), users, where)
 
 
 def _movie_indices(
@@ -139,10 +137,15 @@ def _check_ratings(
 ) -> None:
     """Check users, stars and that no user has rated a movie twice."""
     for code, user in enumerate(table.users):
-        if not user or (regions is not None and user not in regions):
-            line = int(table.line[(table.user == code).argmax()])
-            known = layout.users if regions is not None else "the ratings"
-            file.fail(line, f"user '{user}' not found in {known}")
+        problem = ""
+        if not user:
+            problem = "user: expected a name, got ''"
+        elif '"' in user:
+            problem = f"user: expected a name without quotes, got '{user}'"
+        elif regions is not None and user not in regions:
+            problem = f"user '{user}' not found in {layout.users}"
+        if problem:
+            file.fail(int(table.line[(table.user == code).argmax()]), problem)
     if (row := first_true((table.stars < 0) | (table.stars > MAX_RATING))) is not None:
         line = int(table.line[row])
         file.fail(line, f"rating: must be >= 0 and <= {MAX_RATING:g}, got {table.stars[row]:g}")
@@ -156,26 +159,31 @@ def _check_ratings(
         file.fail(int(table.line[row]), f"user '{user}' has rated movie '{movie}' twice")
 
 
-def _movies_by_user(
-    table: RatingTable, indices: np.ndarray, min_rating: float
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the users with at least two ratings, in natural order, and their movies in order.
+def _make_users(
+    table: RatingTable, indices: np.ndarray, min_rating: float, owners: Mapping[str, str] | None
+) -> Iterator[User]:
+    """Yield the users with at least two movies in their histories, in natural order.
 
     Ratings at the same time remain in the order of the file.
+
+    Args:
+        table: All ratings.
+        indices: Index of the movie of each rating.
+        min_rating: Minimum rating of a movie in a history.
+        owners: Name of the client of each user. If None, each user is a client.
     """
-    used = table.stars >= min_rating
-    owners = table.user[used]
     # The sort is stable.
-    order = np.lexsort((table.time[used], owners))
-    movies = indices[used][order]
-    stops = np.bincount(owners, minlength=len(table.users)).cumsum()
+    order = np.lexsort((table.time, table.user))
+    rated = indices[order]
+    is_used = table.stars[order] >= min_rating
+    stops = np.bincount(table.user, minlength=len(table.users)).cumsum()
     starts = np.concatenate([[0], stops[:-1]])
     codes = {name: code for code, name in enumerate(table.users)}
     for name in natural_order(codes):
-        start = starts[codes[name]]
-        stop = stops[codes[name]]
-        if stop - start > 1:
-            yield name, movies[start:stop]
+        own = slice(starts[codes[name]], stops[codes[name]])
+        if is_used[own].sum() > 1:
+            owner = name if owners is None else owners[name]
+            yield User(name, owner, rated[own], is_used[own])
 
 
 def _find_layout(path: Path) -> Layout:
@@ -190,57 +198,34 @@ def _find_layout(path: Path) -> Layout:
     return layout
 
 
-def _read_rows(
-    file: Path, layout: Layout, separator: str, header: str = ""
-) -> Iterator[tuple[str, list[str]]]:
-    """Yield the place and the columns of each nonblank line of a file.
+def _read_rows(file: Path, layout: Layout, header: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield the place and the columns of each nonblank line of a file of movies or users.
 
     Args:
         file: File to read.
-        layout: Layout, which determines the possible encodings.
-        separator: Separator of the columns.
+        layout: Layout of the file.
         header: Expected first line. If empty, the file has no header.
     """
-    try:
-        content = _decode(file.read_bytes(), layout.encodings)
-    except UnicodeDecodeError as error:
-        number = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"path: {file}: line {number}: not encoded in UTF-8; save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"path: {file}: {error.strerror}") from error
-    # Titles may contain characters that `str.splitlines` treats as the end of a line.
-    lines = content.replace("\r\n", "\n").split("\n")
-    if header and (first := lines[0].strip()) != header:
-        raise UserError(f"path: {file}: line 1: expected '{header}', got '{first[:60]}'")
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (header and number == 1):
-            continue
+    lines = read_lines(file, encodings=layout.encodings)
+    if header:
+        first = lines.pop(0)[1].strip() if lines else ""
+        if first != header:
+            raise UserError(f"path: {file}: line 1: expected '{header}', got '{first[:60]}'")
+    for number, line in lines:
         place = f"path: {file}: line {number}"
-        row = next(csv.reader([line])) if separator == "," else line.rstrip("\r").split(separator)
-        yield place, [column.strip() for column in row]
-
-
-def _decode(content: bytes, encodings: Sequence[str]) -> str:
-    """Decode text with the first encoding that fits.
-
-    Raises:
-        UnicodeDecodeError: If no encoding fits.
-    """
-    *others, last = encodings
-    for encoding in others:
-        with contextlib.suppress(UnicodeDecodeError):
-            return content.decode(encoding)
-    return content.decode(last)
+        if layout.other_separator == ",":
+            yield place, split_cells(line, place)
+        else:
+            yield place, [column.strip() for column in line.split(layout.other_separator)]
 
 
 def _read_titles(file: Path, layout: Layout) -> dict[str, str]:
     """Return the title of each movie, keyed by its number."""
     titles: dict[str, str] = {}
     header = "movieId,title,genres" if layout.header else ""
-    for place, row in _read_rows(file, layout, layout.other_separator, header):
-        if len(row) < 3 or not row[0] or not row[1]:
+    for place, row in _read_rows(file, layout, header):
+        is_wrong = len(row) < 3 if layout.has_genre_columns else len(row) != 3
+        if is_wrong or not row[0] or not row[1]:
             raise UserError(
                 f"{place}: expected a movie, a title and genres, separated by "
                 f"'{layout.other_separator}', got '{layout.other_separator.join(row)[:60]}'"
@@ -263,7 +248,7 @@ def _read_regions(file: Path, layout: Layout) -> dict[str, str]:
         else "a user and a region"
     )
     count = layout.zip_column + 1 if is_zip else 2
-    for place, row in _read_rows(file, layout, layout.other_separator, layout.users_header):
+    for place, row in _read_rows(file, layout, layout.users_header):
         if len(row) != count or not row[0] or not row[-1]:
             raise UserError(
                 f"{place}: expected {expected}, separated by '{layout.other_separator}', got "

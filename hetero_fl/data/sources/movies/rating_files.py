@@ -6,8 +6,7 @@ gigabytes. Names of users and movies are stored once.
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from hetero_fl.data.checks import first_true
+from hetero_fl.data.sources.files import MARK, decode
 from hetero_fl.utils.errors import UserError
 
 BLOCK = 1 << 23
@@ -55,17 +55,14 @@ class RatingFile:
     Args:
         path: The file.
         separator: Separator of the columns, one character or the same character twice.
-        decode: Function that decodes names. It raises UnicodeDecodeError if they are not encoded
-            in UTF-8.
+        encodings: Possible encodings of a name, of which the first that fits is used.
         header: Expected first line. If empty, the file has no header.
     """
 
-    def __init__(
-        self, path: Path, separator: str, decode: Callable[[bytes], str], header: str
-    ) -> None:
+    def __init__(self, path: Path, separator: str, encodings: Sequence[str], header: str) -> None:
         self.path = path
         self.separator = separator
-        self.decode = decode
+        self.encodings = encodings
         self.header = header
 
     def read(self) -> RatingTable:
@@ -91,24 +88,17 @@ class RatingFile:
     def _blocks(self) -> Iterator[tuple[bytes, int]]:
         """Yield whole lines, and the number of the first of them."""
         with open(self.path, "rb") as file:
+            if file.read(len(MARK)) != MARK:
+                file.seek(0)
             line = 1
             if self.header:
-                first = file.readline().removeprefix(codecs.BOM_UTF8).decode("latin-1").strip()
+                first = file.readline().decode("latin-1").strip()
                 if first != self.header:
                     self.fail(1, f"expected '{self.header}', got '{first[:60]}'")
                 line = 2
-            rest = b""
-            while chunk := file.read(BLOCK):
-                lines, newline, after = chunk.rpartition(b"\n")
-                if newline:
-                    block = b"".join((rest, lines, newline))
-                    yield block, line
-                    line += block.count(b"\n")
-                    rest = after
-                else:
-                    rest += after
-            if rest:
-                yield rest + b"\n", line
+            while lines := file.readlines(BLOCK):
+                yield b"".join(lines).removesuffix(b"\n") + b"\n", line
+                line += len(lines)
 
     def _read_block(
         self, block: bytes, first_line: int, names: tuple[dict[str, int], dict[str, int]]
@@ -175,7 +165,7 @@ class RatingFile:
         codes = []
         for i, text in enumerate(texts):
             try:
-                name = self.decode(text)
+                name = decode(text, self.encodings)
             except UnicodeDecodeError:
                 row = int((inverse == i).argmax())
                 self.fail(line[row], "not encoded in UTF-8; save the file as UTF-8")

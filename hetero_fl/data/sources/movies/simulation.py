@@ -101,7 +101,7 @@ def simulate_ratings() -> Ratings:
         for number in range(USERS):
             rng = keyed_numpy_generator("data", "movies", "user", name, number)
             movies = _watch(world, region, int(rng.integers(*HISTORY)), rng)
-            users.append(User(f"{name} {number + 1}", name, movies))
+            users.append(User(f"{name} {number + 1}", name, movies, np.ones(len(movies), bool)))
     return Ratings(world.titles, tuple(users), "name: movies")
 
 

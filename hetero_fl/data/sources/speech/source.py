@@ -5,9 +5,10 @@ The inputs are log-mel features, which are computed when the recordings are read
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.groups import largest_groups
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.benchmark_files.client_sets import check_folder
 from hetero_fl.data.sources.benchmark_files.downloads import download_archive
+from hetero_fl.data.sources.files import check_folder, contains_file, read_lines
 from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
 from hetero_fl.data.sources.speech.voices import (
     DEVICES,
@@ -35,8 +36,7 @@ from hetero_fl.data.sources.speech.voices import (
     speak,
 )
 from hetero_fl.data.sources.speech.wav_files import read_wav
-from hetero_fl.data.sources.text import read_lines
-from hetero_fl.utils.errors import UserError, check_names, suggest_similar
+from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_similar
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
@@ -180,9 +180,11 @@ def read_speech_folder(path: Path, settings: SpeechConfig) -> Dataset:
         UserError: If a folder, a list or a file is missing or malformed.
     """
     check_folder(path)
-    words = _select_words(path, settings)
+    found = _list_words(path)
+    words = found if settings.words is None else settings.words
+    check_names(words, found, f"speech.words: {path} has no folder")
     recordings = [each for word in words for each in _list_recordings(path / word)]
-    split_of = _read_lists(path, words, recordings)
+    split_of = _read_lists(path, set(found) - set(words), recordings)
     splits: dict[str, list[Recording]] = {"train": [], "validation": [], "test": []}
     for each in recordings:
         splits[split_of.get(each.entry, "train")].append(each)
@@ -204,8 +206,8 @@ def read_speech_folder(path: Path, settings: SpeechConfig) -> Dataset:
     )
 
 
-def _select_words(path: Path, settings: SpeechConfig) -> tuple[str, ...]:
-    """Return the configured words in their order, or the names of all folders of words."""
+def _list_words(path: Path) -> tuple[str, ...]:
+    """Return the names of all folders of words in natural order."""
     found = natural_order(
         folder.name
         for folder in path.iterdir()
@@ -216,10 +218,7 @@ def _select_words(path: Path, settings: SpeechConfig) -> tuple[str, ...]:
             f"path: {path}: expected a folder for each of at least two words, got "
             f"{', '.join(found) or 'none'}"
         )
-    if settings.words is None:
-        return tuple(found)
-    check_names(settings.words, found, f"speech.words: {path} has no folder")
-    return settings.words
+    return tuple(found)
 
 
 def _list_recordings(folder: Path) -> list[Recording]:
@@ -241,9 +240,15 @@ def _list_recordings(folder: Path) -> list[Recording]:
 
 
 def _read_lists(
-    path: Path, words: Sequence[str], recordings: Sequence[Recording]
+    path: Path, other_words: Set[str], recordings: Sequence[Recording]
 ) -> dict[str, str]:
-    """Return the split of each recording that a list contains, keyed by entry."""
+    """Return the split of each recording that a list contains, keyed by entry.
+
+    Args:
+        path: Folder with the lists.
+        other_words: Words that are not selected, whose entries are skipped.
+        recordings: Recordings of the selected words.
+    """
     missing = [name for name in LISTS.values() if not (path / name).is_file()]
     if len(missing) == len(LISTS):
         return {}
@@ -256,16 +261,17 @@ def _read_lists(
     known = {each.entry for each in recordings}
     split_of: dict[str, str] = {}
     for split, name in LISTS.items():
-        for number, line in read_lines(path / name, "path"):
-            entry = line.strip()
+        for number, line in read_lines(path / name):
+            # Programs such as `find` write `./WORD/FILE`.
+            entry = posixpath.normpath(line.strip())
             where = f"path: {path / name}: line {number}"
             if split_of.get(entry, split) != split:
                 raise UserError(f"{where}: '{entry}' is also in {LISTS['validation']}")
-            is_selected = entry.partition("/")[0] in words
-            if not is_selected and (path / entry).is_file():
+            if entry.partition("/")[0] in other_words and contains_file(path, entry):
                 continue
             if entry not in known:
-                raise UserError(f"{where}: '{entry}' not found{suggest_similar(entry, known)}")
+                hint = suggest_similar(entry, known) or "; entries are WORD/FILE"
+                raise UserError(f"{where}: '{one_line(entry, 80)}' not found{hint}")
             split_of[entry] = split
     return split_of
 

@@ -128,7 +128,7 @@ class RecordingDevice:
         tilt: Change of the loudness per octave in decibels.
         noise: Level of the noise relative to the voice in decibels.
         echo: Seconds after which an echo has fallen by 60 decibels.
-        distance: Energy of the echo relative to the direct sound.
+        echo_energy: Energy of the echo relative to the direct sound.
     """
 
     lowest: float
@@ -136,7 +136,7 @@ class RecordingDevice:
     tilt: float
     noise: float
     echo: float
-    distance: float
+    echo_energy: float
 
 
 # Lower and upper bounds of the settings of a device, each in the order of `RecordingDevice`.
@@ -216,7 +216,7 @@ def record(device: RecordingDevice, waves: Tensor, rng: np.random.Generator) -> 
     time = np.arange(RATE // 2) / RATE
     echo = rng.standard_normal((count, len(time)), dtype=np.float32)
     echo *= 10 ** (-3 * time / device.echo)
-    echo *= (device.distance / np.square(echo).sum(1, keepdims=True)) ** 0.5
+    echo *= (device.echo_energy / np.square(echo).sum(1, keepdims=True)) ** 0.5
     echo[:, 0] += 1.0
     frequency = np.linspace(0, RATE / 2, size // 2 + 1)
     response = 1 / np.sqrt(1 + (frequency / device.highest) ** 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import wave
 from pathlib import Path
 
@@ -11,8 +12,12 @@ from torch import Tensor
 
 from hetero_fl.utils.errors import UserError, one_line
 
-HEADER_BYTES = 12
-"""Size of the header of a RIFF file, which contains the kind of the file."""
+NO_LENGTH = 0xFFFFFFFF
+"""Number of bytes in the header of a file that was written before its length was known."""
+PCM = b"\x01\x00"
+EXTENSIBLE = b"\xfe\xff"
+"""Format of a header that is followed by a sub-format."""
+PCM_SUBFORMAT = PCM + bytes.fromhex("00000000 1000 8000 00aa00389b71")
 
 
 def read_wav(path: Path, rate: int, max_samples: int | None = None) -> Tensor:
@@ -32,8 +37,10 @@ def read_wav(path: Path, rate: int, max_samples: int | None = None) -> Tensor:
     """
     where = f"path: {path}"
     try:
-        _check_header(path, where)
-        with wave.open(str(path), "rb") as file:
+        content = path.read_bytes()
+        if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+            raise UserError(f"{where}: not a WAV file; convert it to WAV")
+        with wave.open(io.BytesIO(_simplify_header(content))) as file:
             width = file.getsampwidth()
             channels = file.getnchannels()
             found_rate = file.getframerate()
@@ -45,35 +52,37 @@ def read_wav(path: Path, rate: int, max_samples: int | None = None) -> Tensor:
                 )
             if width > 4:
                 raise UserError(f"{where}: expected at most 32 bits per sample, got {8 * width}")
-            if max_samples is not None and count > max_samples:
-                found = f"{count / rate:.3g} s"
-                raise UserError(
-                    f"{where}: expected at most {max_samples / rate:g} s, got {found}; set "
-                    "speech.seconds to the length of the longest recording"
-                )
-            content = file.readframes(count)
+            samples = file.readframes(count)
     except (wave.Error, EOFError, OSError) as error:
         reason = one_line(error, 200) or "the header is incomplete"
         raise UserError(
             f"{where}: not a readable WAV file ({reason}); save it as PCM with 16 bits"
         ) from error
-    if len(content) != count * channels * width:
+    sample_bytes = channels * width
+    if count == NO_LENGTH // sample_bytes:
+        raise UserError(f"{where}: the header has no length, as in a stream; save the file again")
+    if len(samples) != count * sample_bytes:
         raise UserError(
             f"{where}: the file is truncated, expected {count} samples, got "
-            f"{len(content) // (channels * width)}"
+            f"{len(samples) // sample_bytes}"
         )
     if not count:
         raise UserError(f"{where}: the file has no samples")
-    values = _to_floats(content, width).reshape(count, channels).mean(axis=1)
+    if max_samples is not None and count > max_samples:
+        raise UserError(
+            f"{where}: expected at most {max_samples / rate:g} s, got {count / rate:.3g} s; set "
+            "speech.seconds to the length of the longest recording"
+        )
+    values = _to_floats(samples, width).reshape(count, channels).mean(axis=1)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
-def _check_header(path: Path, where: str) -> None:
-    """Reject files of other formats, for which the messages of the library are unclear."""
-    with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES)
-    if header[:4] != b"RIFF" or header[8:] != b"WAVE":
-        raise UserError(f"{where}: not a WAV file; convert it to WAV")
+def _simplify_header(content: bytes) -> bytes:
+    """Replace an extensible header of PCM samples, which `wave` reads from Python 3.12 on."""
+    start = content.find(b"fmt ") + 8
+    if content.startswith(EXTENSIBLE, start) and content.startswith(PCM_SUBFORMAT, start + 24):
+        return content[:start] + PCM + content[start + 2 :]
+    return content
 
 
 def _to_floats(content: bytes, width: int) -> np.ndarray:

@@ -183,6 +183,9 @@ class SpeechConfig(SharedSettings):
     bands: int = Field(
         40, ge=2, le=128, description="mel bands, which are the columns `mel_1`, `mel_2`, …"
     )
+    seed: NonNegativeInt = Field(
+        0, description="seed of generated persons, devices and recordings; not of runs"
+    )
 
     @field_validator("words", mode="before")
     @classmethod
@@ -221,7 +224,7 @@ class MoviesConfig(SharedSettings):
     """
 
     selection = ("groups",)
-    roles = ("min_rating", "validation_users", "test_users", "public_users")
+    roles = ("min_rating", "validation_users", "test_users", "public_users", "seed")
 
     length: PositiveInt = Field(
         10, description="movies before the next movie; shorter histories are padded on the left"
@@ -252,6 +255,9 @@ class MoviesConfig(SharedSettings):
         description="movies that the user has not seen, among which sampled metrics rank a movie; "
         "fewer if some user has seen almost all movies",
     )
+    seed: NonNegativeInt = Field(
+        0, description="seed of generated users and of the choice of users who do not train"
+    )
 
     @model_validator(mode="after")
     def _check_shares(self) -> MoviesConfig:
@@ -268,7 +274,7 @@ class MoviesConfig(SharedSettings):
 class DrivingConfig(SharedSettings):
     """Drives with a camera: size of the frames, unit of the steering angle, and splits of a drive.
 
-    The keys below `scale` apply to files only.
+    The keys from `crop` to `test_vehicles` apply to files only, and `seed` to generated drives.
     """
 
     selection = ("test_vehicles",)
@@ -304,6 +310,7 @@ class DrivingConfig(SharedSettings):
         description="folders of vehicles that are not clients and form the global test set; "
         "`null`: the local tests together are the global test set",
     )
+    seed: NonNegativeInt = Field(0, description="seed of generated roads and vehicles; not of runs")
 
     @model_validator(mode="after")
     def _check_shares(self) -> DrivingConfig:

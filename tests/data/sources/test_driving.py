@@ -524,6 +524,15 @@ def test_generated_drives_refuse_settings_of_files(keys: dict[str, Any], words: 
         load(**keys)
 
 
+def test_seed_selects_other_roads(tmp_path: Path) -> None:
+    for name in ("driving", "driving_public"):
+        first, again, other = (load(name=name, seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(first.train.y, again.train.y)
+        assert not torch.equal(first.train.y, other.train.y)
+    with pytest.raises(UserError, match=r"driving\.seed: applies to generated drives"):
+        load(tmp_path, seed=1)
+
+
 def straight_at(offset: float, yaw: float, curvature: float = 0.0) -> Drive:
     """Return a drive of one frame on a road of constant curvature."""
     road = Road.from_curvature(np.full(LOOK_AHEAD + 20, curvature))

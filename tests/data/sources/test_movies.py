@@ -118,7 +118,7 @@ def test_roles_are_disjoint_and_public_users_are_in_the_public_source_only(tmp_p
 
 def test_candidates_are_unseen_movies_that_do_not_depend_on_the_run() -> None:
     dataset = load(sampled=50)
-    ratings = simulation.simulate_ratings()
+    ratings = simulation.simulate_ratings(0)
     seen = {tuple(user.movies) for user in assign_roles(ratings.users, MoviesConfig())["test"]}
 
     test = dataset.test
@@ -143,7 +143,7 @@ def is_part(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 def test_movies_seen_before_are_excluded() -> None:
     dataset = load()
-    movies_of = {user.name: user.movies.tolist() for user in simulation.simulate_ratings().users}
+    movies_of = {user.name: user.movies.tolist() for user in simulation.simulate_ratings(0).users}
 
     for part in (dataset.local_sets["validation"], dataset.local_sets["test"]):
         assert part.excluded is not None and part.patient is not None
@@ -180,7 +180,7 @@ def test_low_ratings_are_neither_candidates_nor_ranked(tmp_path: Path) -> None:
 
 
 def test_popularity_is_that_of_public_users() -> None:
-    ratings = simulation.simulate_ratings()
+    ratings = simulation.simulate_ratings(0)
     counts = np.ones(200)
     for user in assign_roles(ratings.users, MoviesConfig())["public"]:
         counts[user.movies] += 1
@@ -204,7 +204,7 @@ def test_users_are_numbered_in_the_folder_or_in_each_group(tmp_path: Path) -> No
         # 17 users train, and the tokens of 30 movies suffice for all.
         assert train.x[:, 0].unique().tolist() == list(range(1, 18))
         assert torch.equal(train.patient + 1, train.x[:, 0])
-    many = write_movielens_folder(tmp_path / "many", users=90)
+    many = write_movielens_folder(tmp_path / "many", users=84)
     train = load(many).train
     assert train.group is not None
     for group in range(3):
@@ -670,8 +670,8 @@ def test_damaged_download_is_refused(
 
 
 def test_generated_users_match_the_description() -> None:
-    world = simulation.make_world()
-    ratings = simulation.simulate_ratings()
+    world = simulation.make_world(0)
+    ratings = simulation.simulate_ratings(0)
 
     assert len(ratings.titles) == 200 and len(ratings.users) == 6 * simulation.USERS
     follows = []
@@ -696,3 +696,12 @@ def test_generated_data_set_is_marked_as_simulated() -> None:
     assert dataset.simulated and dataset.train.group_names == simulation.REGIONS
     assert dataset.task.is_ranking and dataset.task.outputs == 200
     assert load(name="movies_public").simulated
+
+
+def test_seed_selects_other_users_and_roles(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path)
+    for path in (None, folder):
+        for name in ("movies", "movies_public"):
+            first, again, other = (load(path, name=name, seed=seed).train.x for seed in (0, 0, 1))
+            assert torch.equal(first, again)
+            assert first.shape != other.shape or not torch.equal(first, other)

@@ -555,3 +555,14 @@ def test_settings_of_files_are_refused_for_generated_recordings() -> None:
     ):
         with pytest.raises(UserError, match=words):
             load(**keys)
+
+
+def test_seed_selects_other_persons(tmp_path: Path) -> None:
+    for name in ("speech", "speech_public"):
+        first, again, other = (load(name=name, seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(first.train.x, again.train.x)
+        assert not torch.equal(first.train.x[:50], other.train.x[:50])
+        if first.test is not None and other.test is not None:
+            assert not torch.equal(first.test.x, other.test.x)
+    with pytest.raises(UserError, match=r"speech\.seed: applies to generated recordings"):
+        load(write_speech_folder(tmp_path), seed=1)

@@ -88,6 +88,8 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
     """
     settings = config.driving or DrivingConfig()
     if config.path is not None:
+        if settings.seed:
+            raise UserError("driving.seed: applies to generated drives; remove it or path")
         return read_driving_folder(Path(config.path).expanduser(), settings)
     _check_generated(settings)
     names = tuple(f"{fleet}_{i + 1}" for fleet in VEHICLES for i in range(VEHICLES_PER_FLEET))
@@ -276,7 +278,7 @@ def _generate(
 
     The angles have a measurement error with a standard deviation of `ANGLE_ERROR`.
     """
-    rng = keyed_numpy_generator("data", "driving", name)
+    rng = keyed_numpy_generator("data", "driving", settings.seed, name)
     camera = _mount(CAMERAS[fleet], rng)
     parts = []
     for _ in range(drives):

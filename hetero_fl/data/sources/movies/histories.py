@@ -82,7 +82,9 @@ def assign_roles(users: Sequence[User], settings: MoviesConfig) -> dict[str, lis
         Users in natural order, keyed by "public", "validation", "test" and "train".
     """
     ordered = sorted(users, key=lambda user: natural_key(user.name))
-    order = keyed_numpy_generator("data", "movies", "roles").permutation(len(ordered))
+    order = keyed_numpy_generator("data", "movies", settings.seed, "roles").permutation(
+        len(ordered)
+    )
     found: dict[str, list[User]] = {}
     start = 0
     for role, share in (

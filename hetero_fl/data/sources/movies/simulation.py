@@ -69,9 +69,9 @@ class World:
     popularity: np.ndarray
 
 
-def make_world() -> World:
+def make_world(seed: int) -> World:
     """Generate the movies and the regions."""
-    rng = keyed_numpy_generator("data", "movies", "world")
+    rng = keyed_numpy_generator("data", "movies", seed, "world")
     genre = np.repeat(np.arange(len(GENRES)), MOVIES_PER_GENRE)
     titles = tuple(f"{name} {i + 1}" for name in GENRES for i in range(MOVIES_PER_GENRE))
     followers = np.stack([_sample_followers(movie, genre, rng) for movie in range(len(genre))])
@@ -93,13 +93,13 @@ def _sample_followers(movie: int, genre: np.ndarray, rng: np.random.Generator) -
     return np.array(chosen)
 
 
-def simulate_ratings() -> Ratings:
+def simulate_ratings(seed: int) -> Ratings:
     """Generate the movies of `USERS` users of each region."""
-    world = make_world()
+    world = make_world(seed)
     users = []
     for region, name in enumerate(REGIONS):
         for number in range(USERS):
-            rng = keyed_numpy_generator("data", "movies", "user", name, number)
+            rng = keyed_numpy_generator("data", "movies", seed, "user", name, number)
             movies = _watch(world, region, int(rng.integers(*HISTORY)), rng)
             users.append(User(f"{name} {number + 1}", name, movies, np.ones(len(movies), bool)))
     return Ratings(world.titles, tuple(users), "name: movies")

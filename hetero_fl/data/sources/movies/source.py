@@ -30,7 +30,7 @@ def movies(config: SourceConfig, _root: Path) -> Dataset:
     settings = config.movies or MoviesConfig()
     if config.path is not None:
         return read_movies(Path(config.path).expanduser(), settings, config.group)
-    dataset = make_dataset("movies", simulate_ratings(), settings, ABOUT)
+    dataset = make_dataset("movies", simulate_ratings(settings.seed), settings, ABOUT)
     dataset.simulated = True
     return dataset
 
@@ -41,7 +41,7 @@ def movies_public(config: SourceConfig, _root: Path) -> Dataset:
     settings = config.movies or MoviesConfig()
     is_simulated = config.path is None
     if config.path is None:
-        ratings = simulate_ratings()
+        ratings = simulate_ratings(settings.seed)
         about = ABOUT
     else:
         path = Path(config.path).expanduser()

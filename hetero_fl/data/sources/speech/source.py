@@ -71,7 +71,7 @@ def speech(config: SourceConfig, _root: Path) -> Dataset:
     parts = []
     groups = tuple(f"{kind}_{i + 1}" for kind in DEVICES for i in range(DEVICES_PER_KIND))
     for index, group in enumerate(groups):
-        rng = keyed_numpy_generator("data", "speech", "client", group)
+        rng = keyed_numpy_generator("data", "speech", settings.seed, "client", group)
         count = int(rng.integers(80, 141))
         y = rng.choice(len(words), count, p=rng.dirichlet([2.0] * len(words)))
         kind = group.rpartition("_")[0]
@@ -179,6 +179,8 @@ def read_speech_folder(path: Path, settings: SpeechConfig) -> Dataset:
     Raises:
         UserError: If a folder, a list or a file is missing or malformed.
     """
+    if settings.seed:
+        raise UserError("speech.seed: applies to generated recordings; remove it")
     check_folder(path)
     found = _list_words(path)
     words = found if settings.words is None else settings.words
@@ -316,9 +318,10 @@ def _generate(
     name: str, kind: str, y: np.ndarray, words: Sequence[str], settings: SpeechConfig
 ) -> Examples:
     """Generate the recordings of the words `y` by the person `name` with a device of a kind."""
-    rng = keyed_numpy_generator("data", "speech", "recordings", name)
+    rng = keyed_numpy_generator("data", "speech", settings.seed, "recordings", name)
     spoken = np.array([NAMES.index(word) for word in words])[y]
-    waves = record(make_device(kind, name), speak(make_voice(name), spoken, rng), rng)
+    key = settings.seed, name
+    waves = record(make_device(kind, *key), speak(make_voice(*key), spoken, rng), rng)
     return Examples(log_mel(waves, settings), torch.from_numpy(y))
 
 

@@ -29,6 +29,7 @@ from benchmarks.science.benchmark_tables import archive_table  # noqa: E402
 from benchmarks.science.comparison_tables import (  # noqa: E402
     TABLES as COMPARISON_TABLES,
     comparison_table,
+    difference_table,
 )
 from benchmarks.science.component_tables import TABLES, component_table  # noqa: E402
 from benchmarks.science.replication_runs import jobs_of, read_record  # noqa: E402
@@ -179,6 +180,11 @@ def comparison(name: str) -> str:
     return comparison_table(COMPARISON_TABLES[name], lambda one: archived(f"comparisons/{one}"))
 
 
+def differences(name: str) -> str:
+    """Format the differences from Local of archived comparisons."""
+    return difference_table(COMPARISON_TABLES[name], lambda one: archived(f"comparisons/{one}"))
+
+
 def components(name: str) -> str:
     """Format a table of Hybrid and its components."""
     return component_table(TABLES[name], lambda one: archived(f"components/{one}"))
@@ -187,6 +193,7 @@ def components(name: str) -> str:
 KINDS: dict[str, Callable[[str], str]] = {
     "benchmark": lambda name: archive_table(BenchmarkResults(BENCHMARK, BENCHMARK_ARCHIVE), name),
     "comparison": comparison,
+    "differences": differences,
     "components": components,
     "replication": replication,
     "output": output,

@@ -173,13 +173,7 @@ def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[
         table: Specification of the table.
         archived: Function that returns the rows of the archived comparison with a given name.
     """
-    runs: dict[str, list[Row]] = {}
-    for name in table.archives:
-        found: dict[str, list[Row]] = {}
-        for row in archived(name):
-            found.setdefault(row["algorithm"], []).append(row)
-        # A method that several comparisons contain is shown once.
-        runs |= {label: rows for label, rows in found.items() if label not in runs}
+    runs = _runs_by_method(table, archived)
     columns = [_column(runs, key) for key in table.columns.values()]
     header = [table.first_column, *table.columns]
     if table.has_traffic:
@@ -200,10 +194,62 @@ def comparison_table(table: ComparisonTable, archived: Callable[[str], Sequence[
     return markdown_table(header, lines, alignment)
 
 
+def difference_table(table: ComparisonTable, archived: Callable[[str], Sequence[Row]]) -> str:
+    """Format the differences of each method from Local in Markdown, paired by seed.
+
+    A cell has the mean and the range over the seeds.
+
+    Args:
+        table: Specification of the table of scores, of which the columns are compared.
+        archived: Function that returns the rows of the archived comparison with a given name.
+    """
+    runs = _runs_by_method(table, archived)
+    local = {row["seed"]: row for row in runs.pop("local")}
+    lines = [
+        [
+            table.names.get(label) or algorithm_name(label),
+            *(_difference(rows, local, key) for key in table.columns.values()),
+        ]
+        for label, rows in runs.items()
+    ]
+    header = [table.first_column, *table.columns]
+    return markdown_table(header, lines, ["left", *["right"] * len(table.columns)])
+
+
+def _difference(rows: Sequence[Row], local: Mapping[int, Row], key: str) -> str:
+    is_error = _is_error(key)
+    scale, decimals = (1, 2) if is_error else (100, 1)
+    values = [scale * (row[key] - local[row["seed"]][key]) for row in rows]
+    mean, low, high = (
+        f"{value:+.{decimals}f}".replace("-", "−")
+        for value in (statistics.mean(values), min(values), max(values))
+    )
+    return f"{mean} ({low} to {high})"
+
+
+def _runs_by_method(
+    table: ComparisonTable, archived: Callable[[str], Sequence[Row]]
+) -> dict[str, list[Row]]:
+    """Return the archived rows of all comparisons of a table, keyed by label."""
+    runs: dict[str, list[Row]] = {}
+    for name in table.archives:
+        found: dict[str, list[Row]] = {}
+        for row in archived(name):
+            found.setdefault(row["algorithm"], []).append(row)
+        # A method that several comparisons contain is shown once.
+        runs |= {label: rows for label, rows in found.items() if label not in runs}
+    return runs
+
+
+def _is_error(key: str) -> bool:
+    """Return whether smaller values of the metric in a column of the archive are better."""
+    metric = key.partition(":")[0].partition("_last_")[2].removesuffix("_worst")
+    return metric in SMALLER_IS_BETTER
+
+
 def _column(runs: Mapping[str, Sequence[Row]], key: str) -> dict[str, str]:
     """Format the mean ± standard deviation of a metric for each method."""
-    metric = key.partition(":")[0].partition("_last_")[2].removesuffix("_worst")
-    is_error = metric in SMALLER_IS_BETTER
+    is_error = _is_error(key)
     scale = 1 if is_error else 100
     values = {
         label: [scale * row[key] for row in rows if row.get(key) is not None]

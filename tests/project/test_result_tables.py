@@ -15,7 +15,11 @@ import pytest
 
 from benchmarks import record
 from benchmarks.science.benchmark_tables import archive_table
-from benchmarks.science.comparison_tables import ComparisonTable, comparison_table
+from benchmarks.science.comparison_tables import (
+    ComparisonTable,
+    comparison_table,
+    difference_table,
+)
 from benchmarks.science.component_tables import (
     GLOBAL,
     LOCAL,
@@ -279,6 +283,22 @@ def test_comparison_table_marks_the_best_method_but_no_bound() -> None:
         ["alone", "51.0 ± 1.4", "2.00 ± 0.00", "–", "3.00"],
         ["FedAvg", "**71.0 ± 1.4**", "**1.43 ± 0.00**", "–", "3.00"],
         ["Centralized", "91.0 ± 1.4", "1.11 ± 0.00", "–", "3.00"],
+    ]
+
+
+def test_differences_from_local_are_paired_by_seed() -> None:
+    columns = {"Accuracy": "global_last_accuracy", "Error": "global_last_mae"}
+    scores = {"fedavg": [(0.7, 1.0), (0.5, 3.0)], "local": [(0.5, 2.0), (0.6, 1.5)]}
+    rows = [
+        {"algorithm": label, "seed": seed, "global_last_accuracy": score, "global_last_mae": error}
+        for label, found in scores.items()
+        for seed, (score, error) in enumerate(found)
+    ]
+
+    shown = read_rows(difference_table(ComparisonTable(("a",), columns), lambda _: rows[::-1]))
+
+    assert [list(row.values()) for row in shown] == [
+        ["FedAvg", "+5.0 (−10.0 to +20.0)", "+0.25 (−1.00 to +1.50)"]
     ]
 
 

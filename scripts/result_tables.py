@@ -15,7 +15,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,26 +64,29 @@ TEXT = ("algorithm", "commit")
 Row = dict[str, Any]
 
 
-def archive(folder: Path, commit: str, name: str = "", client_metric: str = "") -> None:
+def archive(folders: Sequence[Path], commit: str, name: str = "", client_metric: str = "") -> None:
     """Copy the results of a comparison to docs/results.
 
     Args:
-        folder: Folder of a finished comparison.
+        folders: Folders of finished comparisons with the same columns, whose runs are archived in
+            one file.
         commit: Commit of the runs, which is written to the last column, after the threads.
         name: Name of the archive. If empty, the name of the configuration is used.
         client_metric: Metric of which a column is added for the local test of each client.
     """
-    config = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()
+    config = RunDirectory.open(sorted((folders[0] / "runs").iterdir())[0]).config()
     name = name or config["name"]
     run = {"threads": config["runtime"]["threads"], "commit": commit}
-    with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
-        rows = [{**row, **run} for row in csv.DictReader(file)]
+    rows = []
+    for folder in folders:
+        with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
+            rows += [{**row, **run, "folder": folder} for row in csv.DictReader(file)]
     rules: list[Row] = []
     for row in rows:
         # The name of the run directory is not archived.
-        run_name = row.pop("run", "")
+        directory_of_run = row.pop("folder") / "runs" / row.pop("run", "")
         if client_metric:
-            directory = RunDirectory.open(folder / "runs" / run_name)
+            directory = RunDirectory.open(directory_of_run)
             for client in directory.summary()["clients"]:
                 key = f"personal_last_{client_metric}:{client['id']}"
                 row[key] = client["personal"][client_metric]
@@ -227,9 +230,9 @@ def main() -> int:
         "--archive",
         nargs="+",
         default=[],
-        metavar="[NAME=]FOLDER",
+        metavar="[NAME=]FOLDER[,FOLDER...]",
         help="folders of finished comparisons; they are copied to docs/results before the tables "
-        "are written (default of NAME: name of the configuration)",
+        "are written, several in one file (default of NAME: name of the configuration)",
     )
     parser.add_argument(
         "--clients", metavar="METRIC", default="", help="archive this metric of each client, too"
@@ -242,8 +245,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     for argument in options.archive:
-        name, _, folder = argument.rpartition("=")
-        archive(Path(folder), options.commit or current_commit(), name, options.clients)
+        name, _, folders = argument.rpartition("=")
+        commit = options.commit or current_commit()
+        archive([Path(each) for each in folders.split(",")], commit, name, options.clients)
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     updated = {page: written(text) for page, text in texts.items()}
     if options.check:

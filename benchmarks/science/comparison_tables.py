@@ -204,6 +204,8 @@ def difference_table(table: ComparisonTable, archived: Callable[[str], Sequence[
         archived: Function that returns the rows of the archived comparison with a given name.
     """
     runs = _runs_by_method(table, archived)
+    if "local" not in runs:
+        raise ValueError(f"{', '.join(table.archives)}: differences from Local need its runs")
     local = {row["seed"]: row for row in runs.pop("local")}
     lines = [
         [
@@ -219,9 +221,15 @@ def difference_table(table: ComparisonTable, archived: Callable[[str], Sequence[
 def _difference(rows: Sequence[Row], local: Mapping[int, Row], key: str) -> str:
     is_error = _is_error(key)
     scale, decimals = (1, 2) if is_error else (100, 1)
-    values = [scale * (row[key] - local[row["seed"]][key]) for row in rows]
+    values = [
+        scale * (row[key] - local[row["seed"]][key])
+        for row in rows
+        if row.get(key) is not None and local.get(row["seed"], {}).get(key) is not None
+    ]
+    if not values:
+        return MISSING
     mean, low, high = (
-        f"{value:+.{decimals}f}".replace("-", "−")
+        f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "−")
         for value in (statistics.mean(values), min(values), max(values))
     )
     return f"{mean} ({low} to {high})"

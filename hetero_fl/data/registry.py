@@ -347,8 +347,8 @@ def check_roles(source: SourceConfig, main: SourceConfig, where: str) -> None:
             found, expected = getattr(own, name), getattr(settings, name)
             if found != expected:
                 raise UserError(
-                    f"{where}.{key}.{name}: must be {expected} as in data.{key}, because the files "
-                    f"are the same, got {found}; remove {where}.{key}"
+                    f"{where}.{key}.{name}: must be {expected} as in data.{key}, because the users "
+                    f"or files are the same, got {found}; remove {where}.{key}"
                 )
 
 

@@ -166,13 +166,24 @@ class Handshake:
         """
         answer = yield message("roster", self._client_directory, run=self.run)
         if answer.head.get("ask") == "ready":
-            name = str(answer.head.get("shared_key", ""))
-            first, expected = self.shared_key = self.shared_key or (client, name)
-            if name != expected:
-                raise RequestRefusedError(
-                    f"shared_key: differs from the key at {first}; copy one file to all sites"
-                )
+            self._check_shared_key(client, str(answer.head.get("shared_key", "")))
         return answer
+
+    def _check_shared_key(self, client: str, name: str) -> None:
+        """Check that a client's key of homomorphic encryption is that of the run.
+
+        Raises:
+            RequestRefusedError: If the key differs.
+        """
+        if self.shared_key is None:
+            self.shared_key = client, name
+        first, expected = self.shared_key
+        if name != expected:
+            reference = f"the key at {first}" if client != first else "its key at the start"
+            raise RequestRefusedError(
+                f"shared_key: differs from {reference}; use the file that the run was started with "
+                "at all sites, or start a new run"
+            )
 
     def prepare_restarted_node(self, client: str) -> Conversation:
         """Repeat the handshake with a node that was restarted.

@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from hetero_fl.communication import named_arrays
 from hetero_fl.communication.compression import build_stages
+from hetero_fl.communication.homomorphic import messages as encrypted_messages
 from hetero_fl.communication.link import Link
-from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS
 from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
@@ -111,11 +112,25 @@ def test_compressed_message_of_any_bytes_is_read_or_refused(
     )
 
 
-@given(TREES, st.sampled_from([*REQUESTS.values(), *REPLIES.values()]))
+@given(
+    TREES,
+    st.sampled_from(
+        [
+            fields
+            for kinds in (
+                REQUESTS,
+                REPLIES,
+                encrypted_messages.REQUESTS,
+                encrypted_messages.REPLIES,
+            )
+            for fields in kinds.values()
+        ]
+    ),
+)
 @FUZZ
-def test_message_of_a_secure_sum_of_any_tree_is_read_or_refused(tree: Any, fields: Any) -> None:
-    data = wire(tree, "hetero_fl secure sum 1")
-    raises_only((PayloadError,), lambda: decode_arrays(data, fields))
+def test_message_of_a_sum_of_any_tree_is_read_or_refused(tree: Any, fields: Any) -> None:
+    data = wire(tree, named_arrays.FORM)
+    raises_only((PayloadError,), lambda: named_arrays.decode_arrays(data, fields))
 
 
 @given(TREES)

@@ -13,6 +13,8 @@ from hetero_fl.communication.homomorphic.messages import REPLIES, REQUESTS
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import AllowsConfig, SiteConfig
+from hetero_fl.deployment.handshake import Handshake
+from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
@@ -184,11 +186,21 @@ def test_run_with_different_keys_is_refused(wrong: str, tmp_path: Path) -> None:
     sites = keyed_sites(tmp_path, keys={wrong: other})
 
     with pytest.raises(
-        RunFailedError, match=r"site_\d: .*shared_key: differs from the key at site_\d; copy one"
+        RunFailedError,
+        match=r"site_\d: .*shared_key: differs from the key at site_\d; use",
     ) as error:
         federation(CONFIG, sites, tmp_path / "deployed")
 
     assert wrong in str(error.value) and "\n" not in str(error.value)
+
+
+def test_key_is_compared_with_that_at_the_start_of_the_run() -> None:
+    handshake = Handshake(None, None, None, "run", shared_key=("site_2", "aa"))  # type: ignore[arg-type]
+
+    handshake._check_shared_key("site_1", "aa")
+    for client, reference in (("site_1", "the key at site_2"), ("site_2", "its key at the start")):
+        with pytest.raises(RequestRefusedError, match=f"shared_key: differs from {reference}; use"):
+            handshake._check_shared_key(client, "bb")
 
 
 def test_invalid_key_files_are_refused(tmp_path: Path) -> None:

@@ -247,10 +247,12 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
     rows = [comparison_row(run.summary()) for run in runs]
     write_comparison(out, rows, title="t", note="", task=Task("multiclass", 2))
 
-    script.archive(out, "0123abc")
+    script.archive([out], "0123abc")
+    script.archive([out, out], "0123abc", "two_folders")
 
     kept = script.archived("medical_hetero")
     assert [(row["threads"], row["commit"]) for row in kept] == [(1, "0123abc")] * 2
+    assert script.archived("two_folders") == [*kept, *kept]
     for row, result in zip(kept, rows, strict=True):
         assert {key: row[key] for key in result} == result
 

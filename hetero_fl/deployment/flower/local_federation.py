@@ -80,8 +80,7 @@ def run_local_federation(
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
     path = default_out(config) if out is None else Path(out)
-    is_new_run = not (resume and (path / "config.yaml").exists())
-    if not is_new_run:
+    if resume and (path / "config.yaml").exists():
         # Fail early if another process uses the folder.
         with lock_folder(path):
             pass
@@ -91,7 +90,7 @@ def run_local_federation(
         superlink = SuperLink()
         stack.callback(superlink.close)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
-        sites = _write_sites(config, path / SITES, superlink.address, scratch, is_new_run)
+        sites = _write_sites(config, path / SITES, superlink.address, scratch)
         nodes = stack.enter_context(LocalNodes(sites, scratch))
         transport = _WatchedTransport(FlowerTransport(superlink), nodes)
         return run_federation(
@@ -104,10 +103,8 @@ def run_local_federation(
         )
 
 
-def _write_sites(
-    config: Config, folder: Path, address: str, scratch: Path, is_new_run: bool
-) -> list[Path]:
-    """Write the site file of each client, and the keys of a new run."""
+def _write_sites(config: Config, folder: Path, address: str, scratch: Path) -> list[Path]:
+    """Write the site file of each client."""
     own_code = list(find_references(config.model_dump()))
     sites = []
     for client in expand_population(config.clients):
@@ -123,9 +120,10 @@ def _write_sites(
             "allows": {"own_code": own_code},
         }
         if config.channel.homomorphic is not None:
-            # One client creates the key, which the server process never reads again.
+            # The server process creates the key for the sites, and does not use it.
             shared = folder.resolve() / SHARED_KEY_FILE
-            SharedKey.load_or_create(shared, is_new_run)
+            if not shared.exists():
+                SharedKey.generate().save(shared)
             site["shared_key"] = str(shared)
         sites.append(scratch / client / "site.yaml")
         sites[-1].parent.mkdir()

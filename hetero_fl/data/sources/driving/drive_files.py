@@ -255,7 +255,8 @@ def _number(row: Mapping[str, str], column: str, where: str, optional: bool = Fa
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where}, column '{column}': expected a number, got '{text}'")
+        shown = one_line(text, 80)
+        raise UserError(f"{where}, column '{column}': expected a number, got '{shown}'")
     return number
 
 
@@ -283,6 +284,6 @@ def _image(row: Mapping[str, str], where: str) -> str:
     if not row["filename"] or name.is_absolute() or ".." in name.parts:
         raise UserError(
             f"{where}, column 'filename': expected a file in the folder of the drive, got "
-            f"'{row['filename']}'"
+            f"'{one_line(row['filename'], 80)}'"
         )
     return str(name)

@@ -65,13 +65,12 @@ def split_cells(line: str, where: str) -> list[str]:
         where: Place of the line, for error messages.
 
     Raises:
-        UserError: If a quote is not closed or a cell is too long.
+        UserError: If a quote is not closed or is within a cell, or a cell is too long.
     """
     try:
         (cells,) = csv.reader([line], skipinitialspace=True, strict=True)
     except csv.Error as error:
         raise UserError(
-            f"{where}: expected CSV with closed quotes and at most {csv.field_size_limit():,} "
-            f"characters in a cell, got '{one_line(line, 60)}'"
+            f"{where}: expected CSV with closed quotes, got '{one_line(line, 60)}' ({error})"
         ) from error
     return [cell.strip() for cell in cells]

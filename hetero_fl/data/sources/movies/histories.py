@@ -72,11 +72,11 @@ class Ratings:
 
 
 def assign_roles(users: Sequence[User], settings: MoviesConfig) -> dict[str, list[User]]:
-    """Assign each user to one role, at random but the same in every run.
+    """Assign each user to one role, at random but the same for the same seed.
 
     Args:
         users: All users.
-        settings: Shares of the users that do not train.
+        settings: Shares of the users that do not train, and the seed.
 
     Returns:
         Users in natural order, keyed by "public", "validation", "test" and "train".

@@ -404,14 +404,13 @@ BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
         "quote",
         edit(4, 6, '"0.1'),
         {},
-        LOG + "line 4: expected CSV with closed quotes and at most 131,072 characters in a cell, "
-        "got '2,147942421592",
+        LOG + "line 4: expected CSV with closed quotes, got '2,147942421592",
     ),
     (
         "long cell",
         edit(4, 0, "a" * 200_000, IN_SIM),
         {},
-        SIM + "line 4: expected CSV with closed quotes and at most 131,072 characters in a cell",
+        SIM + "line 4: expected CSV with closed quotes, got",
     ),
     (
         "case",

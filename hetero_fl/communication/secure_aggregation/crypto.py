@@ -1,9 +1,9 @@
 """Cryptography of secure aggregation: key agreement, secret sharing, masks and the mask graph.
 
-The module uses X25519 and HKDF-SHA256 (RFC 7748, RFC 5869) and Shamir's
-secret sharing. Keys are drawn from the random number generator of the operating system and used for
-one round only. Keys do not depend on the seed of the run, because anyone who knows the seed could
-otherwise remove the masks.
+The module uses X25519 and HKDF-SHA256 (RFC 7748, RFC 5869) and Shamir's secret sharing. Keys are
+drawn from the random number generator of the operating system and used for one round only. Keys do
+not depend on the seed of the run, because anyone who knows the seed could otherwise remove the
+masks.
 """
 
 from __future__ import annotations

@@ -132,6 +132,8 @@ class HiddenServer(DerivedSetup, ServerReplica):
             info = self.federation.client_infos[client]
             forms.append((info, self.expectations.expected_items(info, received, round_idx)))
         layout = self.layout(round_idx)
+        # The mean loss is not reported, because a server that forges the sum could have other
+        # numbers in its place.
         uploads, _ = uploads_from_sum(decrypted.vector, decrypted.unit, layout, forms)
         # The aggregation changes the server.
         self._last = None

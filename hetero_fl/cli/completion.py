@@ -105,7 +105,7 @@ def complete_overrides(context: Context, parameter: Parameter, text: str) -> lis
     Bash passes `key=value` as the three words `key`, `=` and `value`, and omits an `=` at the end.
     """
     words = list(context.params.get(parameter.name or "") or ())
-    if words[-1:] == ["="]:
+    if len(words) > 1 and words[-1] == "=":
         return _value_items(words[-2], text)
     if not text and words and words[-1] in known_names()["keys"]:
         return _value_items(words[-1], text)

@@ -429,6 +429,9 @@ def join(
     source_run = TransferSource(Run.open(run, allow_code))
     out = Path(out)
     overrides = override_list(overrides)
+    seeds = list(dict.fromkeys(seeds))
+    if not seeds:
+        raise ArgumentError("seeds: expected one or more integers, got none")
     CodePermission.from_argument(allow_code).check_caller_references(
         find_references({"--data": data, "--model": model, "overrides": overrides})
     )
@@ -455,7 +458,6 @@ def join(
             source_run.notes.append(note)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    seeds = list(dict.fromkeys(seeds))
     for seed in seeds:
         for option, parts in options.items():
             save_path = None if seed != seeds[0] else out / "models" / f"{option}.safetensors"

@@ -204,6 +204,13 @@ def test_join_without_a_shared_backbone(data_folder: Folder, tmp_path: Folder) -
     assert content["teacher_on"] == "the joining client's 500 training rows, without labels"
 
 
+def test_join_requires_a_seed(data_folder: Folder, tmp_path: Folder) -> None:
+    with pytest.raises(UserError, match="seeds: expected one or more integers, got none"):
+        join(data_folder, tmp_path / "out", seeds=())
+
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_join_notes_rows_that_the_run_trained_on(data_folder: Folder, tmp_path: Folder) -> None:
     content = join(

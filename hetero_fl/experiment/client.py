@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from hetero_fl.config.base import OptimizerConfig
@@ -22,6 +23,7 @@ from hetero_fl.config.clients import (
     ScannerConfig,
 )
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
+from hetero_fl.config.errors import describe_error
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.objectives import Objective
 from hetero_fl.data.dataset import Dataset
@@ -143,7 +145,7 @@ class Client:
         settings = {
             key: plain_value(value)
             for key, value in arguments.items()
-            if key not in ("self", "settings", *OWN_ARGUMENTS) and value is not None
+            if key not in ("self", *OWN_ARGUMENTS) and value is not None
         }
         if isinstance(optimizer, str | torch.optim.Optimizer):
             raise TypeError(
@@ -383,10 +385,6 @@ def validated(settings: Mapping[str, Any], where: str) -> ClientGroup:
     Raises:
         UserError: If a setting is invalid.
     """
-    from pydantic import ValidationError
-
-    from hetero_fl.config.errors import describe_error
-
     try:
         return ClientGroup.model_validate(dict(settings))
     except ValidationError as error:

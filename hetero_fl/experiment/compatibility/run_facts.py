@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.algorithms.base import (
-    download_part,
-    permitted_part,
-    shared_part,
-)
+from hetero_fl.algorithms.base import download_part, permitted_part, shared_part
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
@@ -295,7 +291,7 @@ class RunFacts(UploadFacts):
     def prior_option(self) -> str | None:
         """Return the key of a client option that is set and uses class frequencies, or None."""
         options = ("logit_adjustment", "local_prior", "prior_correction")
-        return first(key for key, name, _ in self.set_options() if name in options)
+        return first(key for key, name, _ in self.enabled_options() if name in options)
 
     def uncorrectable_client(self) -> str | None:
         """Return a client whose predictions the server cannot correct by the class prior, or None.
@@ -340,7 +336,7 @@ class RunFacts(UploadFacts):
         """Return the key of a recalibration setting if there is no proxy set, else None."""
         return first(
             key
-            for key, name, _ in self.set_options()
+            for key, name, _ in self.enabled_options()
             if name == "recalibrate" and not self.num_proxy
         )
 

@@ -32,10 +32,7 @@ from hetero_fl.reporting.loggers import check_installed
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores
-from hetero_fl.utils.errors import (
-    ArgumentError,
-    UserError,
-)
+from hetero_fl.utils.errors import ArgumentError, UserError
 from hetero_fl.utils.text import split_top_level
 
 SEARCH_FOLDER = "search"

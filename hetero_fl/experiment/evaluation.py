@@ -92,8 +92,10 @@ def evaluate(
     else:
         dataset = _from_objects(data, run, label, models)
         title = dataset.name
-    # A named source without a test split is split as in a federation.
-    is_named = isinstance(data, str) and not Path(data).exists()
+    # A named source without a test split is split as in a federation. The name of the run's source
+    # takes precedence over a file, as in `load_as`.
+    configured = (run.directory.config().get("data") or {}).get("name")
+    is_named = isinstance(data, str) and (data == configured or not Path(data).exists())
     dataset_with_test = with_test(dataset) if is_named else dataset
     examples = dataset_with_test.test or dataset_with_test.train
     results = {}

@@ -43,8 +43,6 @@ Init = Literal["seeded", "given"]
 OptimizerFunction = Callable[..., torch.optim.Optimizer]
 LossLike = Callable[[Tensor, Tensor], Tensor]
 
-OWN_ARGUMENTS = ("name", "model", "data", "label", "validation", "test", "head", "init")
-
 
 class Client:
     """A client of a federation, with its own data and model.
@@ -141,11 +139,29 @@ class Client:
         size: float | None = None,
         machine: DeviceConfig | None = None,
     ) -> None:
-        arguments = dict(locals())
+        arguments = {
+            "optimizer": optimizer,
+            "epochs": epochs,
+            "steps": steps,
+            "batch_size": batch_size,
+            "class_weights": class_weights,
+            "logit_adjustment": logit_adjustment,
+            "local_prior": local_prior,
+            "prior_correction": prior_correction,
+            "recalibrate": recalibrate,
+            "fine_tune_epochs": fine_tune_epochs,
+            "fine_tune_before": fine_tune_before,
+            "objective": objective,
+            "preprocess": preprocess,
+            "augment": augment,
+            "scanner": scanner,
+            "shares": shares,
+            "share_every": share_every,
+            "size": size,
+            "machine": machine,
+        }
         settings = {
-            key: plain_value(value)
-            for key, value in arguments.items()
-            if key not in ("self", *OWN_ARGUMENTS) and value is not None
+            key: plain_value(value) for key, value in arguments.items() if value is not None
         }
         if isinstance(optimizer, str | torch.optim.Optimizer):
             raise TypeError(
@@ -155,15 +171,16 @@ class Client:
         if label is not None and (not isinstance(label, str) or is_source(data)):
             found = "a source, whose key label names the column" if is_source(data) else repr(label)
             raise TypeError(f"Client({name!r}): label: expected the name of a column, got {found}")
+        where = f"Client({name!r}): "
         if callable(optimizer):
-            settings["optimizer"] = optimizer_section(optimizer, f"Client({name!r}): ")
+            settings["optimizer"] = optimizer_section(optimizer, where)
         self.name = name
         self.data = data
         self.label = label
         self.validation = validation
         self.test = test
         self.init: Init = init or ("given" if isinstance(model, nn.Module) else "seeded")
-        self.given = given_model(model, head, self.init, f"Client({name!r}): ")
+        self.given = given_model(model, head, self.init, where)
         self.settings = settings
         self.model = model
         # The settings refer to these objects by name, so they must exist as long as the client.

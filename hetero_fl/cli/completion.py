@@ -88,8 +88,9 @@ def values_of(key: str) -> dict[str, str]:
         values = {name: about["summary"] for name, about in names["methods"].items()}
     else:
         values = dict.fromkeys(names["keys"].get(key, {}).get("values", ()), "")
-    for entry in entry_points(group=PLUGIN_GROUPS[key]) if key in PLUGIN_GROUPS else ():
-        values.setdefault(entry.name, "plug-in")
+    if key in PLUGIN_GROUPS:
+        for entry in entry_points(group=PLUGIN_GROUPS[key]):
+            values.setdefault(entry.name, "plug-in")
     return values
 
 

@@ -68,7 +68,9 @@ class RunFacts(UploadFacts):
         """
         infos = self.federation.client_infos
         for leader, weights in self.class_weights.items():
-            for client_id in self.federation.representative_clients if min(weights) == 0 else ():
+            if min(weights) != 0:
+                continue
+            for client_id in self.federation.representative_clients:
                 is_known = self.federation.data.reveals_labels(client_id)
                 if not is_known or infos[client_id].settings is not infos[leader].settings:
                     continue

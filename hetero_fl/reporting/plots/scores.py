@@ -70,7 +70,8 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
     # Large matrices or long names do not fit six times in a row.
     is_wide = len(names) > 4 or max(map(len, names)) > 11
     columns = -(-len(by_client) // 2) if is_wide and len(by_client) > 3 else len(by_client)
-    side = 1.0 if columns > 4 else 1.35 if len(names) <= 4 else 1.75
+    wide_side = 1.35 if len(names) <= 4 else 1.75
+    side = 1.0 if columns > 4 else wide_side
     panels = _panels_by_client(
         list(by_client), local_test, global_test, num_rows=local_test_rows(details), columns=columns
     )

@@ -333,10 +333,12 @@ def _suggest_override(option: str, arguments: Sequence[str]) -> str:
     """
     from hetero_fl.config.errors import nearest_key
 
+    names = [argument.partition("=")[0] for argument in arguments]
     key = nearest_key(option.removeprefix("--"))
-    if key is None:
+    # A short option may be part of a group, such as `-x` in `-qx`.
+    if key is None or option not in names:
         return ""
-    index = [argument.partition("=")[0] for argument in arguments].index(option)
+    index = names.index(option)
     value = arguments[index].partition("=")[2]
     following = arguments[index + 1 :][:1]
     if "=" not in arguments[index] and following and not following[0].startswith("-"):

@@ -88,8 +88,9 @@ def values_of(key: str) -> dict[str, str]:
         values = {name: about["summary"] for name, about in names["methods"].items()}
     else:
         values = dict.fromkeys(names["keys"].get(key, {}).get("values", ()), "")
-    for entry in entry_points(group=PLUGIN_GROUPS[key]) if key in PLUGIN_GROUPS else ():
-        values.setdefault(entry.name, "plug-in")
+    if key in PLUGIN_GROUPS:
+        for entry in entry_points(group=PLUGIN_GROUPS[key]):
+            values.setdefault(entry.name, "plug-in")
     return values
 
 
@@ -105,7 +106,7 @@ def complete_overrides(context: Context, parameter: Parameter, text: str) -> lis
     Bash passes `key=value` as the three words `key`, `=` and `value`, and omits an `=` at the end.
     """
     words = list(context.params.get(parameter.name or "") or ())
-    if words[-1:] == ["="]:
+    if len(words) > 1 and words[-1] == "=":
         return _value_items(words[-2], text)
     if not text and words and words[-1] in known_names()["keys"]:
         return _value_items(words[-1], text)

@@ -228,16 +228,16 @@ def compare(
         for key, values in _parse_pairs("--grid", grid, "key=a,b,c").items()
     }
     searched = _parse_pairs("--space", space, "key=low..high or key=a,b,c")
-    all_overrides = [*(loaded.overrides if loaded else ()), *(overrides)]
+    all_overrides = [*(loaded.overrides if loaded else ()), *overrides]
     origins = {}
     if loaded is not None and study is not None:
         from_study = loaded.overrides if algorithms else [*loaded.overrides, *loaded.algorithms]
         origins = dict.fromkeys(from_study, f"study {study.name}")
-    default_seeds = "0" if loaded is None else ",".join(map(str, loaded.seeds))
+    default_seeds = [0] if loaded is None else loaded.seeds
     comparison = experiment.compare(
         source,
         labels,
-        parse_numbers("--seeds", seeds or default_seeds),
+        parse_numbers("--seeds", seeds) if seeds else default_seeds,
         out=folder,
         overrides=all_overrides,
         grid=grid_values,

@@ -238,7 +238,9 @@ def print_method_details(names: Sequence[str], console: Console) -> None:
     Raises:
         UserError: If a method does not exist.
     """
-    for name, kind in [(name, register_algorithm[name]) for name in names]:
+    # An unknown name is reported before the first method is printed.
+    kinds = [register_algorithm[name] for name in names]
+    for name, kind in zip(names, kinds, strict=True):
         console.print(Text(name, style="bold"))
         for paragraph in method_paragraphs(kind):
             console.print(Text(paragraph))

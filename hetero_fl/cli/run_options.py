@@ -241,9 +241,9 @@ def load_checked_run(
             check_installed(prepared.config)
             print_check(prepared)
         return None
-    # Jobs on clusters are often started with --resume from the beginning.
-    if resume and out is not None and _is_vacant(out):
-        log(f"{out}: no run to resume, starting a new one{_similar_run(out)}")
+    # Jobs on clusters are often started with --resume from the beginning, so this is no error.
+    if resume and out is not None and _is_vacant(out) and (hint := _similar_run(out)):
+        log(f"{out}: no run to resume{hint}")
     return config
 
 

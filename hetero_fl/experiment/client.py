@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from hetero_fl.config.base import OptimizerConfig
@@ -22,6 +23,7 @@ from hetero_fl.config.clients import (
     ScannerConfig,
 )
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
+from hetero_fl.config.errors import describe_error
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.objectives import Objective
 from hetero_fl.data.dataset import Dataset
@@ -40,8 +42,6 @@ Model = nn.Module | type[nn.Module] | Mapping[str, Any] | str | Any
 Init = Literal["seeded", "given"]
 OptimizerFunction = Callable[..., torch.optim.Optimizer]
 LossLike = Callable[[Tensor, Tensor], Tensor]
-
-OWN_ARGUMENTS = ("name", "model", "data", "label", "validation", "test", "head", "init")
 
 
 class Client:
@@ -139,11 +139,29 @@ class Client:
         size: float | None = None,
         machine: DeviceConfig | None = None,
     ) -> None:
-        arguments = dict(locals())
+        arguments = {
+            "optimizer": optimizer,
+            "epochs": epochs,
+            "steps": steps,
+            "batch_size": batch_size,
+            "class_weights": class_weights,
+            "logit_adjustment": logit_adjustment,
+            "local_prior": local_prior,
+            "prior_correction": prior_correction,
+            "recalibrate": recalibrate,
+            "fine_tune_epochs": fine_tune_epochs,
+            "fine_tune_before": fine_tune_before,
+            "objective": objective,
+            "preprocess": preprocess,
+            "augment": augment,
+            "scanner": scanner,
+            "shares": shares,
+            "share_every": share_every,
+            "size": size,
+            "machine": machine,
+        }
         settings = {
-            key: plain_value(value)
-            for key, value in arguments.items()
-            if key not in ("self", "settings", *OWN_ARGUMENTS) and value is not None
+            key: plain_value(value) for key, value in arguments.items() if value is not None
         }
         if isinstance(optimizer, str | torch.optim.Optimizer):
             raise TypeError(
@@ -153,15 +171,16 @@ class Client:
         if label is not None and (not isinstance(label, str) or is_source(data)):
             found = "a source, whose key label names the column" if is_source(data) else repr(label)
             raise TypeError(f"Client({name!r}): label: expected the name of a column, got {found}")
+        where = f"Client({name!r}): "
         if callable(optimizer):
-            settings["optimizer"] = optimizer_section(optimizer, f"Client({name!r}): ")
+            settings["optimizer"] = optimizer_section(optimizer, where)
         self.name = name
         self.data = data
         self.label = label
         self.validation = validation
         self.test = test
         self.init: Init = init or ("given" if isinstance(model, nn.Module) else "seeded")
-        self.given = given_model(model, head, self.init, f"Client({name!r}): ")
+        self.given = given_model(model, head, self.init, where)
         self.settings = settings
         self.model = model
         # The settings refer to these objects by name, so they must exist as long as the client.
@@ -383,10 +402,6 @@ def validated(settings: Mapping[str, Any], where: str) -> ClientGroup:
     Raises:
         UserError: If a setting is invalid.
     """
-    from pydantic import ValidationError
-
-    from hetero_fl.config.errors import describe_error
-
     try:
         return ClientGroup.model_validate(dict(settings))
     except ValidationError as error:

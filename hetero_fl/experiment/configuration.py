@@ -65,7 +65,8 @@ class DraftConfig:
         where = self.source
         for override in self.overrides:
             named = override.partition("=")[0]
-            where = override if key == named or key.startswith(f"{named}.") else where
+            if key == named or key.startswith(f"{named}."):
+                where = override
         return where
 
     def error(self, line: str) -> UserError:
@@ -212,10 +213,10 @@ def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> di
         raise draft.error(str(error)) from None
     found = {name: f"algorithm.{key}" for name, key in find_references(settings).items()}
     permission.check(found, draft.key_source)
+    if not found:
+        return settings
     try:
-        return (
-            _validate_algorithm(draft.config.algorithm, {ALLOW_CODE: True}) if found else settings
-        )
+        return _validate_algorithm(draft.config.algorithm, {ALLOW_CODE: True})
     except UserError as error:
         raise draft.error(str(error)) from None
 

@@ -238,9 +238,9 @@ def _check_kinds(parts: Mapping[str, Any]) -> None:
         if isinstance(data, tuple | list) and len(data) == 2
     }
     text = [place for place, is_text in kinds.items() if is_text]
-    numbers = [place for place, is_text in kinds.items() if not is_text]
-    if text and numbers:
-        raise UserError(f"{numbers[0]}: y: expected text as in {text[0]}, got numbers")
+    numeric = [place for place, is_text in kinds.items() if not is_text]
+    if text and numeric:
+        raise UserError(f"{numeric[0]}: y: expected text as in {text[0]}, got numbers")
 
 
 def _plain_source(data: Any) -> dict[str, Any] | None:

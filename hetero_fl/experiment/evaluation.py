@@ -30,6 +30,7 @@ from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file, sugge
 from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
+"""Folder for downloads, the default of `data.root`."""
 
 
 def evaluate(
@@ -91,8 +92,10 @@ def evaluate(
     else:
         dataset = _from_objects(data, run, label, models)
         title = dataset.name
-    # A named source without a test split is split as in a federation.
-    is_named = isinstance(data, str) and not Path(data).exists()
+    # A named source without a test split is split as in a federation. The name of the run's source
+    # takes precedence over a file, as in `load_as`.
+    configured = (run.directory.config().get("data") or {}).get("name")
+    is_named = isinstance(data, str) and (data == configured or not Path(data).exists())
     dataset_with_test = with_test(dataset) if is_named else dataset
     examples = dataset_with_test.test or dataset_with_test.train
     results = {}
@@ -144,13 +147,11 @@ def _check_model_fits(
             f"data: {data} has {_describe_tokens(vocabulary_size)}, "
             f"but the model of {name} expects {_describe_tokens(model.arch.vocabulary)}"
         )
-    usable = (
-        torch.ones(len(x), dtype=torch.bool)
-        if preprocess.missing is not None
-        else usable_rows(x, preprocess)
-    )
-    if not bool(usable.all()):
-        row = int((~usable).to(torch.uint8).argmax())
+    if preprocess.missing is not None:
+        return
+    unusable = ~usable_rows(x, preprocess)
+    if bool(unusable.any()):
+        row = int(unusable.to(torch.uint8).argmax())
         raise ArgumentError(
             f"data: {data}: row {row}: a value is missing that the model of {name} needs"
         )
@@ -284,37 +285,52 @@ def _source_as(
     name = known.get("name")
     if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
         label = known.get("label")
-    # Settings that determine how time series, texts, recordings and drives become examples.
-    keys: tuple[Key, ...] = ("series", *SHARED_KEYS)
-    cut: dict[str, Any] = {key: known.get(key) or {} for key in keys if reads_key(name, key)}
     if data == name and reads_key(name, "columns"):
         of_columns = ("columns", "group", "patient", "task", "size", "categories", "text")
         known_keys = {key: known.get(key) for key in of_columns}
         return SourceConfig.model_validate({**known_keys, "name": data, "label": label})
-    for key in SHARED_KEYS if data != name else ():
-        if key in cut:
-            section = SourceConfig.model_validate({"name": key, key: cut[key]})
-            cut[key] = getattr(section, key).for_other_data()
-    if data == name or any(key in cut and reads_key(data, key) for key in SHARED_KEYS):
-        return SourceConfig.model_validate({"name": data, "label": label, **cut})
-    if reads_key(name, "windows"):
-        cut["windows"] = known.get("windows")
+    # Settings that determine how time series, texts, recordings and drives become examples.
+    keys: tuple[Key, ...] = ("series", *SHARED_KEYS)
+    settings: dict[str, Any] = {key: known.get(key) or {} for key in keys if reads_key(name, key)}
+    if data == name:
+        return SourceConfig.model_validate({"name": data, "label": label, **settings})
+    for key in SHARED_KEYS:
+        if key in settings:
+            section = SourceConfig.model_validate({"name": key, key: settings[key]})
+            settings[key] = getattr(section, key).for_other_data()
+    if any(key in settings and reads_key(data, key) for key in SHARED_KEYS):
+        return SourceConfig.model_validate({"name": data, "label": label, **settings})
     if not path.exists():
         return SourceConfig(name=data, label=label)
-    return _file_source(data, label, known, cut, next(iter(models.values())))
+    if reads_key(name, "windows"):
+        settings["windows"] = known.get("windows")
+    return _file_source(data, label, known, settings, next(iter(models.values())))
 
 
 def _file_source(
-    data: str, label: str | None, known: dict[str, Any], cut: dict[str, Any], model: SavedModel
+    data: str,
+    label: str | None,
+    known: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    model: SavedModel,
 ) -> SourceConfig:
+    """Return the source section for a local file or folder.
+
+    Args:
+        data: The path.
+        label: Label column of a table, or None.
+        known: Section `data` of the run's configuration.
+        settings: Settings with which the run's source turns files into examples, keyed by key.
+        model: A model of the run, whose task and text columns a table has.
+    """
     path = Path(data)
-    if ("series" in cut or "windows" in cut) and path.is_file():
+    if ("series" in settings or "windows" in settings) and path.is_file():
         group = known.get("group")
         file = {"name": known.get("name"), "path": data, "label": label, "group": group}
-        return SourceConfig.model_validate({**file, **cut})
+        return SourceConfig.model_validate({**file, **settings})
     for kind in SHARED_KEYS:
-        if kind in cut and path.suffix != ".npz":
-            return SourceConfig.model_validate({"name": kind, "path": data, kind: cut[kind]})
+        if kind in settings and path.suffix != ".npz":
+            return SourceConfig.model_validate({"name": kind, "path": data, kind: settings[kind]})
     stream = known.get("stream")
     if path.suffix == ".zarr":
         return SourceConfig(name="zarr", path=data, label=label, stream=stream)

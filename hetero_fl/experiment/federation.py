@@ -160,9 +160,9 @@ class Federation:
         groups = [
             {
                 "name": client.name,
-                **_model_of(client),
+                **_client_model(client),
                 **datasets.client_config(client),
-                **_settings(client, defaults),
+                **_client_settings(client, defaults),
             }
             for client in self.clients
         ]
@@ -472,15 +472,13 @@ class Federation:
         Path(path).write_text(to_yaml(self._config), encoding="utf-8")
 
     def _configuration(
-        self,
-        method: MethodLike,
-        rounds: int | None,
-        sections: Sections,
+        self, method: MethodLike, rounds: int | None, sections: Sections
     ) -> dict[str, Any]:
+        """Return the configuration of a run, see `train`."""
         config = dict(self._config)
         for key, value in sections.items():
             if value is not None:
-                config[key] = _section(key, value)
+                config[key] = _plain_section(key, value)
         if method is not None:
             config["algorithm"] = method_section(method)
         if rounds is not None:
@@ -551,15 +549,21 @@ def _variant(method: Algorithm | type[Algorithm] | str) -> str:
     if isinstance(method, str):
         return method
     section = method_section(method)
-    settings = (f"{key}={_setting(value)}" for key, value in section.items() if key != "name")
+    settings = (
+        f"{key}={_format_setting(value)}" for key, value in section.items() if key != "name"
+    )
     return ":".join([section["name"], *settings])
 
 
-def _section(key: str, value: Any) -> Any:
+def _plain_section(key: str, value: Any) -> Any:
     """Return a section of the configuration as plain values.
 
+    Args:
+        key: Key of the section.
+        value: The section, or its content as plain values.
+
     Raises:
-        TypeError: If the section is another one.
+        TypeError: If the value is a section with another key.
     """
     expected = get_args(get_type_hints(Sections)[key])[0]
     if isinstance(value, Settings) and not isinstance(value, expected):
@@ -568,7 +572,7 @@ def _section(key: str, value: Any) -> Any:
     return plain_value(value)
 
 
-def _setting(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     """Return a value of a setting as in a configuration file, without quotes where possible."""
     is_plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value)
     return value if is_plain and yaml.safe_load(value) == value else json.dumps(value)
@@ -593,7 +597,7 @@ def _check_names(clients: Sequence[Client]) -> None:
         names.add(client.name)
 
 
-def _settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]:
+def _client_settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]:
     """Return the settings of a client, whose optimizer and epochs replace those of `defaults`."""
     settings = dict(client.settings)
     given = defaults.model_fields_set if isinstance(defaults, ClientSettings) else set()
@@ -606,5 +610,6 @@ def _settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]
     return settings
 
 
-def _model_of(client: Client) -> dict[str, Any]:
+def _client_model(client: Client) -> dict[str, Any]:
+    """Return the key `model` of a client's section, or nothing for a client without a model."""
     return {} if client.model is None else {"model": client.model_config}

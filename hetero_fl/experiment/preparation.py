@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,20 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.client_files import has_common_source, pool_client_files
 from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.compatibility import (
+    LATER_NOTES,
+    NOTES,
     RULES_ON_LOADING,
-    CompatibilityRule,
     ConfigFacts,
     RunFacts,
     check_compatibility,
     check_rules,
     check_user_code,
+    compatibility_notes,
 )
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.experiment.starting_models import StartingTensors, starting_tensors
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
-from hetero_fl.federation.channel import idle_stages
 from hetero_fl.federation.checkpoint import checkpoint_files
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import RemoteExecutor
@@ -392,13 +393,13 @@ def _solve_privacy(
         The configuration and the federation, both with the noise multiplier, and the privacy
         budget. Without differential privacy, the first two are unchanged and the budget is None.
     """
-    if config.privacy is None:
-        return config, federation, None
     privacy = config.privacy
+    if privacy is None:
+        return config, federation, None
     if privacy.unit == "record" or privacy.accountant == "rdp" or privacy.poisson_cohorts:
         opacus_accountants()
     budget = PrivacyBudget.for_run(
-        config.privacy,
+        privacy,
         method,
         federation,
         rounds=config.rounds,
@@ -417,134 +418,3 @@ def _solve_privacy(
         federation,
         replace(budget, privacy=privacy),
     )
-
-
-NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
-    CompatibilityRule(
-        ("channel", "algorithm.name"),
-        lambda run: idle_stages(run.name, run.algorithm, run.federation),
-        "{found}",
-    ),
-    # Secure aggregation
-    CompatibilityRule(
-        ("channel.secure_sum.neighbours", "clients.per_round"),
-        lambda run: run.needed_neighbors(),
-        "channel.secure_sum.neighbours: {run.secure_sum.neighbours} may reveal uploads if a fifth "
-        "of all clients collude with the server; use {found} or more",
-    ),
-    CompatibilityRule(
-        ("channel.compress", "channel.secure_sum"),
-        lambda run: run.secure_sum is not None and bool(run.config.channel.compress),
-        "channel.compress rounds the values that clients upload; with channel.secure_sum it does "
-        "not make messages smaller",
-    ),
-    CompatibilityRule(
-        ("channel.secure_sum", "model"),
-        lambda run: run.secure_sum and run.clients_alone_in_sum(),
-        "channel.secure_sum does not hide some items of {found}: no other client uploads these "
-        "tensors, so their sum equals the client's upload",
-    ),
-    # Homomorphic encryption
-    CompatibilityRule(
-        ("channel.homomorphic", "data set"),
-        lambda run: run.homomorphic is not None,
-        "channel.homomorphic: the server cannot read its models, so their scores are missing; "
-        "clients evaluate the models that they decrypt",
-    ),
-    # Methods
-    CompatibilityRule(
-        ("algorithm.initial_phase", "data.proxy.labels"),
-        lambda run: run.algorithm.needs.proxy_set == "labeled",
-        "{run.name} trains on the labels of the proxy set before a client's first round "
-        "(algorithm.initial_phase)",
-    ),
-    CompatibilityRule(
-        ("algorithm.name", "model"),
-        lambda run: run.architectures_alone(),
-        "{run.name} averages clients with the same architecture: {groups} {verb} only one client",
-    ),
-    CompatibilityRule(
-        ("algorithm.align", "data set"),
-        lambda run: run.idle_class_settings(),
-        "{found}, because the data set has a {run.task.kind} task",
-    ),
-    CompatibilityRule(
-        ("recalibrate", "data.proxy.size"),
-        lambda run: run.idle_recalibration(),
-        "{found} has no effect without a proxy set (data.proxy.size is 0)",
-    ),
-    # Robust aggregation and attacks
-    CompatibilityRule(
-        ("aggregation.rule", "algorithm.name"),
-        lambda run: run.rules and run.unprotected_items(),
-        "aggregation.{key}=mean: {items} of malicious clients are averaged without protection",
-    ),
-    CompatibilityRule(
-        ("aggregation.rule", "algorithm.name"),
-        lambda run: run.rules and sorted({n for n, how in run.dry_round[1] if how == "counts"}),
-        "{found} are summed without protection from malicious clients",
-    ),
-    CompatibilityRule(
-        ("attacks.name", "clients"),
-        lambda run: run.named_malicious(),
-        "{count:,} of {run.num_clients:,} clients are malicious ({run.config.attacks.name}, from "
-        "round {run.config.attacks.from_round}): {ids}; scores are means over the other clients",
-    ),
-    # Asynchronous runs
-    CompatibilityRule(
-        ("runtime.mode", "algorithm.name"),
-        lambda run: run.is_async and run.config.runtime.mode == "sync",
-        "runtime.mode=async: {run.name} aggregates uploads as they arrive",
-    ),
-    CompatibilityRule(
-        ("runtime.staleness", "runtime.mode"),
-        lambda run: run.is_async and run.staleness.unused_keys,
-        "{run.staleness_key}.{found} is ignored because the staleness kind is {run.staleness.kind}",
-    ),
-    CompatibilityRule(
-        ("runtime.staleness", "runtime.buffer"),
-        lambda run: (
-            run.is_async
-            and run.buffer_size == 1
-            and run.policy.staleness is None
-            and run.staleness.kind != "constant"
-        ),
-        "runtime.staleness has no effect with runtime.buffer=1: the weighted mean of one upload is "
-        "that upload; consider algorithm.name=fedasync, whose server steps shrink with staleness",
-    ),
-    CompatibilityRule(
-        ("devices", "runtime.mode"),
-        lambda run: (
-            run.is_async and run.config.devices is None and not run.federation.data.is_distributed
-        ),
-        "devices: not set, so tasks take no time and tasks that start together end together",
-    ),
-)
-"""Notes for the log on combinations of settings that are valid but may not be intended."""
-
-LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
-    CompatibilityRule(
-        ("privacy.delta", "clients"),
-        lambda run: run.weakly_protected(),
-        "privacy.delta: {run.privacy.delta:g} allows a mechanism that reveals one of {found}; "
-        "choose less than one over their number",
-    ),
-    CompatibilityRule(
-        ("server.model", "data.proxy.size"),
-        lambda run: run.config.server.model and run.federation.student is None,
-        "server.model is ignored: a server model is distilled from a consensus on a proxy set, "
-        "which this run does not have",
-    ),
-    CompatibilityRule(
-        ("evaluation.clients", "clients"),
-        lambda run: run.num_evaluated(),
-        "evaluation.clients: every evaluation uses the same {found:,} of {run.num_clients:,} "
-        "clients",
-    ),
-)
-"""Notes that follow the privacy budget in the log."""
-
-
-def compatibility_notes(notes: Iterable[CompatibilityRule[RunFacts]], run: RunFacts) -> list[str]:
-    """Return the lines of all notes that apply to a run."""
-    return [line for note in notes for line in note.lines(run)]

@@ -17,10 +17,7 @@ from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepa
 from hetero_fl.experiment.session import RunSession, write_presentation
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.trainer import Record
-from hetero_fl.reporting.integrity import (
-    NODES,
-    inspect,
-)
+from hetero_fl.reporting.integrity import NODES, inspect
 from hetero_fl.reporting.loggers import check_installed
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
@@ -366,8 +363,8 @@ def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDi
     planned = old.get("rounds", config.rounds)
     if not isinstance(planned, int):
         raise UserError(f"{path / 'config.yaml'}: rounds: expected an integer, got {planned!r}")
+    changed = f"{path}: rounds: was {planned}, is now {config.rounds}"
     if config.rounds != planned:
-        changed = f"{path}: rounds: was {planned}, is now {config.rounds}"
         if config.rounds < planned:
             raise UserError(f"{changed}; a resumed run may have more rounds, not fewer")
         if reason := _reason_not_extendable(directory, prepared, planned, on_nodes):

@@ -14,11 +14,7 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.executors.choose import ExecutorChoice
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
-from hetero_fl.reporting.integrity import (
-    check_resumable,
-    evidence_of_start,
-    identity,
-)
+from hetero_fl.reporting.integrity import check_resumable, evidence_of_start, identity
 from hetero_fl.reporting.loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -64,7 +60,8 @@ class RunSession:
         store = StateStore(directory.path / "checkpoint", memory)
         self.trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
         self._checkpoints = Checkpoints(store, progress.log)
-        self._metadata: dict[str, Any] | None = None
+        # Metadata to save in checkpoints, which is empty until the run is started.
+        self._metadata: dict[str, Any] = {}
         config = prepared.config
         self._loggers = RunLoggers(make_loggers(config), directory, config.name, progress.log)
         if progress.is_terminal:
@@ -76,25 +73,122 @@ class RunSession:
         self.trainer.executor.close()
 
     def start(self) -> None:
-        """Restore the newest checkpoint, or load the starting weights if there is none.
+        """Restore the newest checkpoint, or save the starting weights if there is none.
 
         Raises:
             UserError: If the run directory does not match the run.
         """
-        self._metadata = _start_or_resume(
-            self._prepared,
-            self._directory,
-            self.trainer,
-            self._checkpoints,
-            choice=self._choice,
-            planned=self._num_planned(),
-            progress=self._progress,
-        )
+        prepared = self._prepared
+        directory = self._directory
+        rounds = prepared.config.rounds
+        self._metadata = {
+            "data": prepared.data.content_hash(),
+            "traces": self.trainer.fingerprint,
+            "choice": self._choice.record(),
+        }
+        saved = self._checkpoints.load_newest()
+        if saved is not None:
+            saved = self._restore(saved)
+            threads = pluralize(self._choice.threads, "thread")
+            workers = pluralize(self._choice.workers, "worker")
+            self._progress.log(
+                f"resumed after round {self.trainer.completed}; "
+                f"{self._choice.executor} executor, {threads}, {workers}"
+            )
+        elif evidence := evidence_of_start(directory):
+            raise UserError(
+                f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
+                "restore it, or start a new run in another folder"
+            )
+        directory.rewind_metrics(self.trainer.completed)
+        _record_loggers(directory, prepared.config)
+        extended = self._extend(saved)
+        prepared.notes += extended
+        self._metadata["directory"] = {
+            **identity(directory),
+            "rounds": rounds,
+            "extended": extended,
+        }
+        if saved is None:
+            prepared.start.load_into(self.trainer)
+            self._metadata["directory"]["metrics"] = directory.metrics_checksum()
+            self.trainer.save(self._checkpoints, self._metadata)
+            for message in prepared.deprecations:
+                # The warning itself has been printed.
+                self._progress.write(f"warning: {message}")
+            for note in [prepared.headline, *prepared.notes, *self._choice.reasons]:
+                self._progress.log(note)
 
     def _num_planned(self) -> int:
         """Return the number of rounds to train, which a privacy budget may limit."""
         budget = self._prepared.budget
         return self._prepared.config.rounds if budget is None else budget.affordable_rounds()
+
+    def _restore(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Restore the trainer's state and return the checkpoint that was used.
+
+        Args:
+            saved: The newest checkpoint.
+
+        Raises:
+            UserError: If the checkpoint was written with different data or devices.
+        """
+        config = self._prepared.config
+        check_resumable(self._directory, saved)
+        if saved["data"] != self._metadata["data"]:
+            raise UserError(
+                f"{self._directory.path}: the data differs from the data that this run started "
+                "with; restore it, or start a new run"
+            )
+        if saved.get("traces", "") != self._metadata["traces"]:
+            raise UserError(
+                f"devices.file: {config.devices and config.devices.file} differs from the file "
+                "that this run started with; restore it, or start a new run"
+            )
+        if saved["run"]["completed"] < self._num_planned():
+            saved = self._reopen_directory(saved)
+        self.trainer.load_state_dict(saved["run"])
+        self.trainer.on_checkpoint()
+        return saved
+
+    def _reopen_directory(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Prepare the directory for additional rounds and return the checkpoint to continue from.
+
+        The last round of the shorter run was evaluated regardless of `evaluation.every`. If the
+        schedule of the longer run does not evaluate this round, the round is repeated from the
+        previous checkpoint.
+        """
+        self._directory.reopen()
+        completed = saved["run"]["completed"]
+        is_scheduled = completed % self._prepared.config.evaluation.every == 0
+        if is_scheduled or "validation" not in self._directory.metrics()[completed - 1]:
+            return saved
+        earlier = self._checkpoints.load_before(completed)
+        return earlier or self._checkpoints.load_newest() or saved
+
+    def _extend(self, saved: Mapping[str, Any] | None) -> list[str]:
+        """Record the number of rounds in `config.yaml`, and log if the run is extended.
+
+        Returns:
+            Notes on all extensions of the run so far.
+        """
+        rounds = self._prepared.config.rounds
+        recorded = self._directory.config()
+        if recorded.get("rounds") != rounds:
+            self._directory.write_config({**recorded, "rounds": rounds})
+        if saved is None:
+            return []
+        recorded_run = saved.get("directory", {})
+        extended = list(recorded_run.get("extended", []))
+        if (planned := recorded_run.get("rounds", recorded.get("rounds", rounds))) < rounds:
+            completed = saved["run"]["completed"]
+            line = (
+                f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; "
+                "schedules use the new total"
+            )
+            self._progress.log(line)
+            extended.append(line)
+        return extended
 
     def __iter__(self) -> Iterator[Record]:
         """Train the remaining rounds and yield the record of each round.
@@ -102,12 +196,13 @@ class RunSession:
         Raises:
             UserError: If the run directory does not match the run.
         """
-        if self._metadata is None:
+        if not self._metadata:
             self.start()
-        assert self._metadata is not None
-        metadata = self._metadata
-        prepared, directory, trainer = self._prepared, self._directory, self.trainer
-        progress, config = self._progress, prepared.config
+        prepared = self._prepared
+        directory = self._directory
+        trainer = self.trainer
+        progress = self._progress
+        config = prepared.config
         budget = prepared.budget
         planned = self._num_planned()
         history = _read_history(directory)
@@ -127,8 +222,8 @@ class RunSession:
                 patience.update(record)
                 evaluation = result if is_last else None
             directory.append_metrics(record)
-            metadata["directory"]["metrics"] = directory.metrics_checksum()
-            trainer.save(self._checkpoints, metadata)
+            self._metadata["directory"]["metrics"] = directory.metrics_checksum()
+            trainer.save(self._checkpoints, self._metadata)
             self._loggers.log(record)
             yield record
             progress.finish_round(record)
@@ -143,155 +238,40 @@ class RunSession:
                 f"stopped after round {planned}: another round would raise ε to {next_epsilon:.3g},"
                 f" above privacy.target_epsilon={budget.privacy.target_epsilon:g}"
             )
-        summary = _finish(
-            prepared,
-            directory,
-            trainer,
-            evaluation=evaluation,
+        self._finish(evaluation, setup_seconds)
+
+    def _finish(self, evaluation: EvaluationResult | None, setup_seconds: float) -> None:
+        """Write the models, summary, plots and report of the run.
+
+        Args:
+            evaluation: The evaluation of the last round. If None, the models are evaluated again.
+            setup_seconds: Seconds before the first round.
+        """
+        prepared = self._prepared
+        directory = self._directory
+        trainer = self.trainer
+        if evaluation is None:
+            # The run stopped early, or the process was killed after the last round. The traffic of
+            # the evaluation has already been counted.
+            down_bytes = trainer.traffic.down
+            evaluation = _evaluate_fully(trainer, directory)
+            trainer.traffic.down = down_bytes
+        directory.write_json(
+            "details.json",
+            collect_details(prepared.federation, evaluation, prepared.notes, prepared.method),
+        )
+        summary = summarize(
+            prepared.config,
+            prepared.federation,
             history=_read_history(directory),
+            traffic=trainer.traffic,
             setup_seconds=setup_seconds,
-            progress=progress,
+            evaluation=evaluation,
         )
+        directory.finish(summary)
+        write_presentation(prepared.config, directory, self._progress.log)
+        self._progress.finish(summary)
         self._loggers.finish(summary)
-
-
-def _start_or_resume(
-    prepared: PreparedRun,
-    directory: RunDirectory,
-    trainer: FederatedTrainer,
-    checkpoints: Checkpoints,
-    *,
-    choice: ExecutorChoice,
-    planned: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Restore the newest checkpoint, or save the first checkpoint if there is none.
-
-    Returns:
-        Metadata to save in later checkpoints.
-    """
-    rounds = prepared.config.rounds
-    metadata: dict[str, Any] = {
-        "data": prepared.data.content_hash(),
-        "traces": trainer.fingerprint,
-        "choice": choice.record(),
-    }
-    saved = checkpoints.load_newest()
-    if saved is not None:
-        saved = _restore(
-            saved, prepared, directory, trainer, checkpoints, metadata=metadata, planned=planned
-        )
-        threads = pluralize(choice.threads, "thread")
-        workers = pluralize(choice.workers, "worker")
-        progress.log(
-            f"resumed after round {trainer.completed}; "
-            f"{choice.executor} executor, {threads}, {workers}"
-        )
-    elif evidence := evidence_of_start(directory):
-        raise UserError(
-            f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
-            "restore it, or start a new run in another folder"
-        )
-    directory.rewind_metrics(trainer.completed)
-    _record_loggers(directory, prepared.config)
-    extended = _extend(directory, saved, rounds, progress)
-    prepared.notes += extended
-    metadata["directory"] = {**identity(directory), "rounds": rounds, "extended": extended}
-    if saved is None:
-        prepared.start.load_into(trainer)
-        metadata["directory"]["metrics"] = directory.metrics_checksum()
-        trainer.save(checkpoints, metadata)
-        for message in prepared.deprecations:
-            # The warning itself has been printed.
-            progress.write(f"warning: {message}")
-        for note in [prepared.headline, *prepared.notes, *choice.reasons]:
-            progress.log(note)
-    return metadata
-
-
-def _restore(
-    saved: dict[str, Any],
-    prepared: PreparedRun,
-    directory: RunDirectory,
-    trainer: FederatedTrainer,
-    checkpoints: Checkpoints,
-    *,
-    metadata: Mapping[str, Any],
-    planned: int,
-) -> dict[str, Any]:
-    """Restore the trainer's state and return the checkpoint that was used.
-
-    Args:
-        saved: The newest checkpoint.
-        prepared: The run.
-        directory: The run directory.
-        trainer: The trainer to restore.
-        checkpoints: All checkpoints of the run.
-        metadata: Metadata that the checkpoint must match.
-        planned: Total number of rounds.
-
-    Raises:
-        UserError: If the checkpoint was written with different data or devices.
-    """
-    config = prepared.config
-    check_resumable(directory, saved)
-    if saved["data"] != metadata["data"]:
-        raise UserError(
-            f"{directory.path}: the data differs from the data that this run started with; "
-            "restore it, or start a new run"
-        )
-    if saved.get("traces", "") != metadata["traces"]:
-        raise UserError(
-            f"devices.file: {config.devices and config.devices.file} differs from the file that "
-            "this run started with; restore it, or start a new run"
-        )
-    if saved["run"]["completed"] < planned:
-        saved = _reopen_directory(directory, checkpoints, saved, config.evaluation.every)
-    trainer.load_state_dict(saved["run"])
-    trainer.on_checkpoint()
-    return saved
-
-
-def _reopen_directory(
-    directory: RunDirectory, checkpoints: Checkpoints, saved: dict[str, Any], every: int
-) -> dict[str, Any]:
-    """Prepare a run directory for additional rounds and return the checkpoint to continue from.
-
-    The last round of the shorter run was evaluated regardless of `evaluation.every`. If the
-    schedule of the longer run does not evaluate this round, the round is repeated from the previous
-    checkpoint.
-    """
-    directory.reopen()
-    completed = saved["run"]["completed"]
-    if completed % every and "validation" in directory.metrics()[completed - 1]:
-        return checkpoints.load_before(completed) or checkpoints.load_newest() or saved
-    return saved
-
-
-def _extend(
-    directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: int, progress: Progress
-) -> list[str]:
-    """Record the number of rounds in `config.yaml`, and log if a run is extended.
-
-    Returns:
-        Notes on all extensions of the run so far.
-    """
-    recorded = directory.config()
-    if recorded.get("rounds") != rounds:
-        directory.write_config({**recorded, "rounds": rounds})
-    if saved is None:
-        return []
-    recorded_run = saved.get("directory", {})
-    extended = list(recorded_run.get("extended", []))
-    if (planned := recorded_run.get("rounds", recorded.get("rounds", rounds))) < rounds:
-        completed = saved["run"]["completed"]
-        line = (
-            f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; "
-            "schedules use the new total"
-        )
-        progress.log(line)
-        extended.append(line)
-    return extended
 
 
 def _record_loggers(directory: RunDirectory, config: Config) -> None:
@@ -325,41 +305,6 @@ def _evaluate(
     record["down_bytes"] += trainer.traffic.down - down_bytes
     record["seconds"]["evaluation"] = time.perf_counter() - started
     return result
-
-
-def _finish(
-    prepared: PreparedRun,
-    directory: RunDirectory,
-    trainer: FederatedTrainer,
-    *,
-    evaluation: EvaluationResult | None,
-    history: list[Record],
-    setup_seconds: float,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write the models, summary, plots and report of a run, and return the summary."""
-    if evaluation is None:
-        # The run stopped early, or the process was killed after the last round. The traffic of the
-        # evaluation has already been counted.
-        down_bytes = trainer.traffic.down
-        evaluation = _evaluate_fully(trainer, directory)
-        trainer.traffic.down = down_bytes
-    directory.write_json(
-        "details.json",
-        collect_details(prepared.federation, evaluation, prepared.notes, prepared.method),
-    )
-    summary = summarize(
-        prepared.config,
-        prepared.federation,
-        history=history,
-        traffic=trainer.traffic,
-        setup_seconds=setup_seconds,
-        evaluation=evaluation,
-    )
-    directory.finish(summary)
-    write_presentation(prepared.config, directory, progress.log)
-    progress.finish(summary)
-    return summary
 
 
 def write_presentation(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> None:

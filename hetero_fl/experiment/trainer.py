@@ -111,13 +111,14 @@ class Trainer:
         self._prepared = federation.prepare(method, rounds=rounds, overrides=overrides, **sections)
         temporary, self.path = run_directory(federation, self._prepared, out, resume)
         self._kept = [federation, method, temporary, sections]
-        self._stack = ExitStack()
-        opened = open_session(self._prepared, self.path, resume=resume, quiet=quiet)
-        session = self._stack.enter_context(opened)
-        if session is None:
-            self._stack.close()
-            raise UserError(f"{self.path}: this run has finished; open it with Run")
-        session.start()
+        with ExitStack() as stack:
+            opened = open_session(self._prepared, self.path, resume=resume, quiet=quiet)
+            session = stack.enter_context(opened)
+            if session is None:
+                raise UserError(f"{self.path}: this run has finished; open it with Run")
+            session.start()
+            # After an error above, the run directory is unlocked.
+            self._stack = stack.pop_all()
         self._records = iter(session)
         self._trainer = session.trainer
         # Models saved by the last evaluation, keyed by client id, and the number of rounds that

@@ -314,8 +314,10 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
     names = [
         name for name in wanted if any(scores.get(name) is not None for scores in scored.values())
     ]
+    if not names:
+        return ""
     parts = []
-    for test_name, scores in scored.items() if names else ():
+    for test_name, scores in scored.items():
         suffix = f" {unit}" if is_regression(scores) and unit else ""
         values = (
             f"{METRICS[name]} undefined"
@@ -324,7 +326,7 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
             for name in names
         )
         parts.append(f"{test_name}: {', '.join(values)}")
-    if parts and record.get("privacy"):
+    if record.get("privacy"):
         parts.append(format_privacy(record["privacy"]))
     return "; ".join(parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hetero_fl.reporting.formatting import is_metric
 from hetero_fl.utils.extras import check_extra
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def _rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
                     yield number, client, test, metric, value
         for test in TESTS:
             for metric, value in (record.get(test) or {}).items():
-                if not metric.endswith(("_std", "_worst")):
+                if is_metric(metric):
                     yield number, "mean", test, metric, value
         for metric, value in (record.get("server") or {}).items():
             yield number, "server", "global", metric, value

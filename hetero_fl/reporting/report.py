@@ -66,7 +66,7 @@ def write_report(run_dir: str | os.PathLike[str], log: Callable[[str], None] | N
 
 
 def _page(run: RunDirectory, log: Callable[[str], None] | None) -> str:
-    paths = {name: run.plots / f"{name}.png" for name in plots.NAMES}
+    paths = {name: run.plots / f"{name}.png" for name in plots.PLOTS}
     pictures = {
         name: path.read_bytes() for name, path in paths.items() if path.is_file()
     } or plots.draw_plots(run, log)

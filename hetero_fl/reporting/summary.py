@@ -238,7 +238,7 @@ def summarize(
         raise RunFailedError("no model could be evaluated in any round")
     last = evaluated[-1]
 
-    def both(which: str) -> dict[str, Any] | None:
+    def last_and_best(which: str) -> dict[str, Any] | None:
         if not last.get(which):
             return None
         best = best_round(task, history, which) or last
@@ -258,9 +258,9 @@ def summarize(
             "n_proxy": data.n_proxy,
             "n_test": data.n_test,
         },
-        "personal": both("personal"),
-        "global": both("global"),
-        "server": both("server"),
+        "personal": last_and_best("personal"),
+        "global": last_and_best("global"),
+        "server": last_and_best("server"),
         "clients": [
             {
                 "id": client_id,

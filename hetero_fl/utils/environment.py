@@ -61,8 +61,9 @@ def current_commit() -> str:
     A plus sign marks changes since the commit.
     """
     root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=8", "--dirty=+"]
-    command.append("--exclude=*")  # no tags
+    # Without tags, the description is the commit.
+    options = ["--always", "--abbrev=8", "--dirty=+", "--exclude=*"]
+    command = ["git", "-C", str(root), "describe", *options]
     try:
         found = subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
@@ -108,9 +109,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-_one_core = False
-
-
 def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
     """Enable or disable deterministic algorithms on a GPU.
 
@@ -128,6 +126,9 @@ def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
         # cuBLAS reads the variable when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
+
+
+_one_core = False
 
 
 def use_one_core() -> None:

@@ -83,11 +83,7 @@ class Interrupted(KeyboardInterrupt):
 
 def printable(text: str) -> str:
     """Return the text with control characters, lone surrogates and invisible characters escaped."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    )
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:
@@ -155,11 +151,9 @@ def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
         if abs(len(word) - len(name)) <= _max_edits(word, name)
     }
     near = [name for name, count in edits.items() if count <= _max_edits(word, name)]
-    return (
-        names[min(near, key=lambda name: (edits[name], sorted(name) != sorted(word)))]
-        if near
-        else None
-    )
+    if not near:
+        return None
+    return names[min(near, key=lambda name: (edits[name], sorted(name) != sorted(word)))]
 
 
 def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:

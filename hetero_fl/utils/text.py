@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 OPENING = "[{("
 CLOSING = "]})"
@@ -18,10 +18,7 @@ def split_top_level(text: str, separator: str) -> list[str]:
         >>> split_top_level("a,b=[1,2]", ",")
         ['a', 'b=[1,2]']
     """
-    return list(_split_top_level(text, separator))
-
-
-def _split_top_level(text: str, separator: str) -> Iterator[str]:
+    parts = []
     start = 0
     depth = 0
     for index, character in enumerate(text):
@@ -30,9 +27,10 @@ def _split_top_level(text: str, separator: str) -> Iterator[str]:
         elif character in CLOSING:
             depth = max(0, depth - 1)
         elif character == separator and not depth:
-            yield text[start:index]
+            parts.append(text[start:index])
             start = index + 1
-    yield text[start:]
+    parts.append(text[start:])
+    return parts
 
 
 def format_list(names: Iterable[str], max_names: int = 8, quote: bool = False) -> str:

@@ -38,6 +38,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
             ["train", "-c", "x.yaml", "--round", "3"],
             "unknown option --round; did you mean rounds=3?",
         ),
+        (["train", "-c", "x.yaml", "-rq"], "error: unknown option -r (see hetero-fl train --help)"),
         (["evaluate", "runs/x", "--dta", "x.npz"], "unknown option --dta; did you mean '--data'?"),
         (
             ["join", "runs/x", "--data", "y", "--take", "head"],

@@ -57,6 +57,10 @@ def test_values_are_listed_after_the_sign(complete) -> None:  # type: ignore[no-
     assert complete("train", "runtime.mode", "=") == ["async", "sync"]
 
 
+def test_sign_without_a_key_is_ignored(complete) -> None:  # type: ignore[no-untyped-def]
+    assert complete("train", "=", "runtime.mod") == ["runtime.mode="]
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [

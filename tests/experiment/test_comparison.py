@@ -219,7 +219,7 @@ def test_resume_without_a_run_starts_one(
 ) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
     arguments = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--resume"]
-    line = f"{tmp_path / 'run'}: no run to resume, starting a new one"
+    line = f"{tmp_path / 'run'}: no run to resume; starting a new one"
     assert main(arguments, command="train") == 0
     assert line in capsys.readouterr().err.splitlines()
     assert main(arguments, command="train") == 0

@@ -205,6 +205,20 @@ def test_evaluate_accepts_examples_in_memory(tmp_path: Path) -> None:
     assert by_name["accuracy"] == by_number["accuracy"] == 0.75
 
 
+def test_evaluate_prefers_the_source_of_the_run_to_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"data": {"name": "digits"}, "clients": {"count": 2}, "rounds": 1}
+    overrides = ["output.plots=false", "output.report=false", "clients.defaults.steps=1"]
+    run = hetero_fl.run(config, out=tmp_path / "run", overrides=overrides)
+    monkeypatch.chdir(tmp_path)
+    expected = hetero_fl.evaluate(run, "digits", client="client_1")
+
+    (tmp_path / "digits").mkdir()
+
+    assert hetero_fl.evaluate(run, "digits", client="client_1") == expected
+
+
 def test_evaluate_matches_the_columns_of_a_data_frame(tmp_path: Path) -> None:
     values = np.arange(120, dtype=float)
     frame = pd.DataFrame({"age": values, "dose": values**2, "ill": ["no", "yes"] * 60})

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import hetero_fl as hfl
+from hetero_fl.reporting.run_directory import is_locked
 from hetero_fl.utils.errors import UserError
 
 QUIET = ["runtime.executor=serial", "runtime.threads=1"]
@@ -67,6 +68,29 @@ def test_models_after_an_early_end_are_refused_in_one_line(tmp_path: Path) -> No
         trainer.model("a")
 
     assert str(caught.value).endswith("has no models; the run has not finished")
+
+
+def test_failed_resume_unlocks_the_run(tmp_path: Path) -> None:
+    with hfl.Trainer(
+        federation(), hfl.FedAvg(), rounds=3, out=tmp_path / "run", overrides=QUIET
+    ) as trainer:
+        next(trainer)
+    checkpoints = tmp_path / "run" / "checkpoint"
+    checkpoints.rename(tmp_path / "moved")
+
+    # A caught error, like the last error of a notebook, refers to the trainer.
+    with pytest.raises(UserError, match="restore it") as caught:
+        hfl.Trainer(
+            federation(),
+            hfl.FedAvg(),
+            rounds=3,
+            out=tmp_path / "run",
+            resume=True,
+            overrides=QUIET,
+        )
+
+    assert caught.value.__traceback__ is not None
+    assert not is_locked(tmp_path / "run")
 
 
 def test_unknown_client_is_refused_with_the_nearest_name() -> None:

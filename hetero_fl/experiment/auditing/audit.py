@@ -27,12 +27,13 @@ from hetero_fl.experiment.auditing.membership import (
     train_shadow,
 )
 from hetero_fl.experiment.preparation import PreparedRun, prepare
-from hetero_fl.federation.checkpoint import read_checkpoint
+from hetero_fl.federation.checkpoint import checkpoint_files, read_checkpoint
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.text import pluralize
 
+# Defaults: number of attacked clients, of shadow runs, and of inverted training steps.
 CLIENTS = 2
 SHADOWS = 4
 IMAGES = 3
@@ -176,7 +177,7 @@ def _chosen_clients(run: Run, clients: Sequence[str] | None) -> list[str]:
 
 def _check_data(run: Run, prepared: PreparedRun) -> None:
     """Raise UserError if the data differs from the data that the run was trained on."""
-    checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
+    checkpoints = checkpoint_files(run.path / "checkpoint")
     if not checkpoints:
         return
     if read_checkpoint(checkpoints[-1]).tree["data"] != prepared.data.content_hash():
@@ -307,13 +308,7 @@ def _inversion(
         steps = invert(ways, client, images=images, batch=batch, seed=seed, log=log)
         for number, step in enumerate(steps, 1):
             pictures.append(
-                {
-                    "client": client,
-                    "step": number,
-                    "true": step.true,
-                    "found": step.found,
-                    "blind": step.blind,
-                }
+                {"client": client, "step": number, "true": step.true, "found": step.found}
             )
             rows += [{"client": client, "step": number, **row} for row in step.rows]
     return rows, pictures

@@ -90,17 +90,14 @@ def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, window, stride=1)
 
-    n = window**2 / (window**2 - 1)
-    ma = mean(a)
-    mb = mean(b)
-    va, vb, both = (
-        n * (mean(x * y) - p * q) for x, y, p, q in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb))
-    )
+    def covariance(x: Tensor, y: Tensor) -> Tensor:
+        return window**2 / (window**2 - 1) * (mean(x * y) - mean(x) * mean(y))
+
     c1 = 0.01**2
     c2 = 0.03**2
-    return float(
-        ((2 * ma * mb + c1) * (2 * both + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean()
-    )
+    same = (2 * mean(a) * mean(b) + c1) * (2 * covariance(a, b) + c2)
+    total = (mean(a) ** 2 + mean(b) ** 2 + c1) * (covariance(a, a) + covariance(b, b) + c2)
+    return float((same / total).mean())
 
 
 def match_order(found: Tensor, true: Tensor) -> Tensor:
@@ -234,7 +231,7 @@ def observe_upload(
     prepared: PreparedRun,
     client: str,
     rows: Tensor,
-    protect: Callable[[Tensors], Tensors] | None = None,
+    protect: Protect | None = None,
 ) -> ObservedUpload:
     """Run one training step of a client and return what the server observes.
 
@@ -394,9 +391,8 @@ class Inverter:
             first_layer_input(self.module, self.upload.gradient) if len(self.labels) == 1 else None
         )
         if exact is not None:
-            low, high = (
-                self.to_input(torch.full((1, *shape), value)).flatten() for value in (0.0, 1.0)
-            )
+            low = self.to_input(torch.zeros(1, *shape)).flatten()
+            high = self.to_input(torch.ones(1, *shape)).flatten()
             pixels = ((exact - low) / (high - low)).reshape(1, *shape).clamp(0, 1)
             found.append((float(self.distance(pixels)), pixels))
         for smooth in SMOOTH:
@@ -435,11 +431,9 @@ def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
     ]
     if not biases:
         return None
-    return (
-        biases[-1].argmin()[None]
-        if kind == "multiclass"
-        else (biases[-1] < 0)[None].to(biases[-1].dtype)
-    )
+    if kind == "multiclass":
+        return biases[-1].argmin()[None]
+    return (biases[-1] < 0)[None].to(biases[-1].dtype)
 
 
 def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
@@ -466,7 +460,8 @@ def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
     )
     if first is None or not isinstance(first[1], nn.Linear):
         return None
-    weight, bias = (gradient.get(f"{first[0]}.{part}") for part in ("weight", "bias"))
+    weight = gradient.get(f"{first[0]}.weight")
+    bias = gradient.get(f"{first[0]}.bias")
     if weight is None or bias is None or not bool(bias.any()):
         return None
     unit = int(bias.abs().argmax())
@@ -495,13 +490,12 @@ class InvertedBatch:
     Attributes:
         true: The original images.
         found: The reconstructed images, keyed by variant of the attack.
-        blind: The blind guess of an attacker who does not see the upload.
-        rows: Scores of the blind guess and of each variant.
+        rows: Scores of each variant, and of the blind guess of an attacker who does not see the
+            upload.
     """
 
     true: Tensor
     found: dict[str, Tensor]
-    blind: Tensor
     rows: list[dict[str, Any]]
 
 
@@ -575,7 +569,7 @@ def invert(
                 }
             )
             log(f"{client}, step {number + 1} of {images}, {way}: PSNR {scores[-1]['psnr']:.1f} dB")
-        yield InvertedBatch(true, found, blind, scores)
+        yield InvertedBatch(true, found, scores)
 
 
 def _label_source(read: Tensor | None, true: Tensor) -> str:

@@ -124,8 +124,10 @@ class ConfigArchive:
         found = {}
         for row, recorded in self.configs.items():
             now = current.get(row)
-            for key, value in recorded.items() if now is not None else ():
-                if now is not None and now.get(key) != value:
+            if now is None:
+                continue
+            for key, value in recorded.items():
+                if now.get(key) != value:
                     found[row] = f"{key}: {value} in the archive, {now.get(key)} now"
                     break
         return found

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from hetero_fl.config.base import ConfigSection
-from hetero_fl.config.errors import describe_error
-from hetero_fl.config.load import read_config_file
 from hetero_fl.experiment.comparison.jobs import Variant
+from hetero_fl.experiment.comparison.study import read_section
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
 PROTOCOL = "protocol.yaml"
@@ -22,7 +21,6 @@ LAST_ROUND_ONLY = 1_000_000
 MAIN_GROUP = "Federations"
 """Heading of the main tables, over whose federations methods are ranked."""
 
-Section = TypeVar("Section", bound=ConfigSection)
 Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
@@ -206,11 +204,11 @@ class Benchmark:
         """
         if not (folder / PROTOCOL).is_file():
             raise UserError(f"{folder}: contains no {PROTOCOL}; choose a folder of a benchmark")
-        protocol = _read(folder / PROTOCOL, Protocol)
+        protocol = read_section(folder / PROTOCOL, Protocol)
         federations = {}
         for path in sorted(folder.glob("*.yaml")):
             if path.name != PROTOCOL:
-                federation = _read(path, BenchmarkFederation)
+                federation = read_section(path, BenchmarkFederation)
                 config = folder / federation.config
                 federations[path.stem] = federation.model_copy(update={"config": config})
         benchmark = cls(protocol, federations)
@@ -275,15 +273,3 @@ class Benchmark:
             if name not in self.federations:
                 hint = suggest_or_list(name, self.federations)
                 raise UserError(f"{folder / PROTOCOL}: primary.federations: {name}{hint}")
-
-
-def _read(path: Path, section: type[Section]) -> Section:
-    raw = read_config_file(path)
-    for key in raw:
-        if key not in section.model_fields:
-            hint = suggest_or_list(key, section.model_fields)
-            raise UserError(f"{path}: {key}: unknown key{hint}")
-    try:
-        return section.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe_error(error, raw, section)}") from None

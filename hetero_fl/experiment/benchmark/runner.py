@@ -13,17 +13,14 @@ from typing import Any
 
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.benchmark.archive import (
-    ConfigArchive,
-    RunArchive,
-    flatten_config,
-)
+from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
 from hetero_fl.experiment.benchmark.protocol import Benchmark, BenchmarkRow
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.benchmark.tuning import Trial, choice_of
 from hetero_fl.experiment.comparison.jobs import (
     KILLED,
     ComparisonJob,
+    last_evaluation,
     run_folder,
     run_jobs,
 )
@@ -350,7 +347,7 @@ class _Runner:
 
 def _validation_scores(run: Run, task: Task) -> dict[str, float | None]:
     """Return the validation scores of the last evaluation, and their mean."""
-    last = [record for record in run.metrics if record.get("validation")][-1]
+    last = last_evaluation(run)
     values = (
         mean_validation_score(task, last),
         validation_score(task, last, "personal"),

@@ -18,29 +18,20 @@ from hetero_fl.experiment.comparison.jobs import (
     run_jobs,
 )
 from hetero_fl.experiment.comparison.plan import ComparisonPlan
-from hetero_fl.experiment.comparison.search import (
-    Search,
-    SearchTask,
-)
+from hetero_fl.experiment.comparison.search import Search, SearchTask
 from hetero_fl.experiment.comparison.search_space import Space
 from hetero_fl.experiment.used_settings import add_method_defaults
 from hetero_fl.reporting.comparison.facts import UsedSettings, rank_methods
 from hetero_fl.reporting.comparison.result import Comparison
-from hetero_fl.reporting.formatting import (
-    algorithm_name,
-)
+from hetero_fl.reporting.comparison.tables import Candidate
+from hetero_fl.reporting.formatting import algorithm_name
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import (
-    Interrupted,
-    RunFailedError,
-)
+from hetero_fl.utils.errors import Interrupted, RunFailedError
 from hetero_fl.utils.extras import check_extra
-from hetero_fl.utils.processes import (
-    exit_if_importing,
-)
+from hetero_fl.utils.processes import exit_if_importing
 
 
 def compare(
@@ -194,7 +185,6 @@ def _write_results(
     # Imported here because loading matplotlib is slow.
     from hetero_fl.reporting.comparison.plots import hours_to_reach, write_curves
     from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
-    from hetero_fl.reporting.comparison.tables import Candidate
 
     finished = [job for job in plan.work if job not in failed]
     scores = _mean_validation_scores(finished, plan.task) if plan.is_tuned else {}
@@ -212,26 +202,6 @@ def _write_results(
         for job, hours in zip(best, reached, strict=True)
     ]
     shown = rank_methods(rows, plan.task) if plan.admitted else rows
-    tried = [
-        Candidate(variant.label, point, scores.get((variant, point)), point == chosen[variant])
-        for variant in plan.variants
-        for point in plan.points[variant]
-        if plan.is_tuned
-    ]
-    if plan.search is not None:
-        search = Search(plan.search, plan.variants)
-        tried = [
-            Candidate(
-                variant.label,
-                trial.point,
-                trial.score,
-                trial == search.best(variant),
-                trial.rounds if trial.state == "stopped" else None,
-            )
-            for variant in plan.variants
-            for trial in search.trials(variant)
-            if trial.state != "failed"
-        ]
     notes = [
         f"{variant.label}: {', '.join(point)} (chosen by validation)"
         for variant, point in chosen.items()
@@ -244,7 +214,7 @@ def _write_results(
         note="; ".join(notes),
         task=plan.task,
         missing=_missing_methods(plan, failed),
-        tried=tried,
+        tried=_candidates(plan, scores, chosen),
         settings=add_method_defaults(
             plan.settings({job.variant: job.point for job in best}, origins),
             {job.variant.label: RunDirectory.open(job.out) for job in best},
@@ -255,6 +225,39 @@ def _write_results(
         histories[job.variant.label].append(metrics[job])
     write_curves(plan.out / "curves.png", histories, plan.task)
     write_curves(plan.out / "curves_time.png", histories, plan.task, timed=True)
+
+
+def _candidates(
+    plan: ComparisonPlan,
+    scores: Mapping[tuple[Variant, Point], float],
+    chosen: Mapping[Variant, Point],
+) -> list[Candidate]:
+    """Return the tried points of the grid, or the trials of the search that have not failed.
+
+    Args:
+        plan: The comparison.
+        scores: Mean validation scores, keyed by variant and grid point.
+        chosen: The chosen grid point of each variant.
+    """
+    if plan.search is None and not plan.is_tuned:
+        return []
+    if plan.search is None:
+        return [
+            Candidate(variant.label, point, scores.get((variant, point)), point == chosen[variant])
+            for variant in plan.variants
+            for point in plan.points[variant]
+        ]
+    search = Search(plan.search, plan.variants)
+    candidates = []
+    for variant in plan.variants:
+        best = search.best(variant)
+        for trial in search.trials(variant):
+            stopped_after = trial.rounds if trial.state == "stopped" else None
+            if trial.state != "failed":
+                candidates.append(
+                    Candidate(variant.label, trial.point, trial.score, trial == best, stopped_after)
+                )
+    return candidates
 
 
 def _missing_methods(plan: ComparisonPlan, failed: Mapping[ComparisonJob, str]) -> dict[str, str]:

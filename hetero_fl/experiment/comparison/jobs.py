@@ -18,21 +18,15 @@ from typing import Any
 from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.runner import run
-from hetero_fl.reporting.formatting import (
-    format_duration,
-    format_final_evaluation,
-)
+from hetero_fl.federation.trainer import Record
+from hetero_fl.reporting.formatting import format_duration, format_final_evaluation
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import mean_validation_score
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import use_one_core
-from hetero_fl.utils.errors import (
-    ArgumentError,
-    RunFailedError,
-    UserError,
-)
+from hetero_fl.utils.errors import ArgumentError, RunFailedError, UserError
 from hetero_fl.utils.processes import (
     ADVICE,
     UNGUARDED,
@@ -347,10 +341,14 @@ def point_values(point: Point) -> dict[str, str]:
     return {key: value for key, _, value in (entry.partition("=") for entry in point)}
 
 
+def last_evaluation(finished: Run) -> Record:
+    """Return the record of the last evaluated round of a finished run."""
+    return next(record for record in reversed(finished.metrics) if record.get("validation"))
+
+
 def final_validation_score(finished: Run, task: Task) -> float | None:
     """Return the mean of the local and global validation scores in the last evaluation.
 
     Larger is better. The result is None if the evaluation has no validation score.
     """
-    last = [r for r in finished.metrics if r.get("validation")][-1]
-    return mean_validation_score(task, last)
+    return mean_validation_score(task, last_evaluation(finished))

@@ -11,18 +11,8 @@ from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.config import describe_difference, resolve_config, resume_relevant
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.comparison.jobs import (
-    ComparisonJob,
-    Point,
-    Source,
-    Variant,
-    run_folder,
-)
-from hetero_fl.experiment.comparison.search import (
-    SearchSettings,
-    SearchTask,
-    require_optuna,
-)
+from hetero_fl.experiment.comparison.jobs import ComparisonJob, Point, Source, Variant, run_folder
+from hetero_fl.experiment.comparison.search import SearchSettings, SearchTask, require_optuna
 from hetero_fl.experiment.comparison.search_space import Budget, Space, check_grid, parse_space
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
@@ -32,10 +22,7 @@ from hetero_fl.reporting.loggers import check_installed
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores
-from hetero_fl.utils.errors import (
-    ArgumentError,
-    UserError,
-)
+from hetero_fl.utils.errors import ArgumentError, UserError
 from hetero_fl.utils.text import split_top_level
 
 SEARCH_FOLDER = "search"

@@ -44,14 +44,20 @@ if TYPE_CHECKING:
 NO_REPORT = ("output.plots=false", "output.report=false")
 REDUCTION = 3
 """One of this many trials continues at each rung of the successive halving."""
-SCORE, ERROR, ROUNDS = "score", "error", "rounds"
-"""Attributes of a trial: validation score, error message and number of finished rounds."""
-FIRST, SECONDS = "first", "seconds"
-"""Attributes of a trial: the interrupted trial that it continues, and the duration of the trial
-whose result was copied."""
-INDEX = "index"
-"""Attribute of a trial: the number of trials of the method that were started before."""
 
+# Attributes of a trial.
+SCORE = "score"
+"""Validation score."""
+ERROR = "error"
+"""Error message of a failed trial."""
+ROUNDS = "rounds"
+"""Number of finished rounds."""
+FIRST = "first"
+"""Number of the interrupted trial that this trial continues."""
+SECONDS = "seconds"
+"""Duration of the trial whose result was copied."""
+INDEX = "index"
+"""Number of trials of the method that were started before."""
 
 SETTINGS = "search.json"
 """File in the search folder with what must be the same when a search continues."""

@@ -127,7 +127,8 @@ def _parse_values(key: str, text: str | Sequence[Any]) -> Choices | Range:
         return Choices(values)
     high_text, colon, scale = rest.partition(":")
     try:
-        low, high = float(low_text), float(high_text)
+        low = float(low_text)
+        high = float(high_text)
     except ValueError:
         raise ArgumentError(f"space: {key}: expected low..high, got '{text}'") from None
     if colon and scale != "log":

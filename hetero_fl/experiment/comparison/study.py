@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from hetero_fl.config.base import ConfigSection
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import read_config_file
-from hetero_fl.utils.errors import (
-    UserError,
-    suggest_or_list,
-)
+from hetero_fl.utils.errors import UserError, suggest_or_list
+
+Section = TypeVar("Section", bound=ConfigSection)
+
+
+def read_section(path: Path, section: type[Section], **defaults: Any) -> Section:
+    """Read a file with the keys of a section.
+
+    Args:
+        path: A YAML or JSON file.
+        section: Class of the section.
+        **defaults: Values of keys that the file may omit.
+
+    Raises:
+        UserError: If the file is invalid.
+    """
+    raw = read_config_file(path)
+    for key in raw:
+        if key not in section.model_fields:
+            hint = suggest_or_list(key, section.model_fields)
+            raise UserError(f"{path}: {key}: unknown key{hint}")
+    try:
+        return section.model_validate({**defaults, **raw})
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_error(error, raw, section)}") from None
 
 
 class Study(ConfigSection):
@@ -43,14 +64,5 @@ class Study(ConfigSection):
         Raises:
             UserError: If the file is invalid.
         """
-        raw = read_config_file(path)
-        for key in raw:
-            if key not in cls.model_fields:
-                raise UserError(
-                    f"{path}: {key}: unknown key{suggest_or_list(key, cls.model_fields)}"
-                )
-        try:
-            study = cls.model_validate({"out": f"runs/{path.stem}", **raw})
-        except ValidationError as error:
-            raise UserError(f"{path}: {describe_error(error, raw, cls)}") from None
+        study = read_section(path, cls, out=f"runs/{path.stem}")
         return study.model_copy(update={"config": path.parent / study.config})

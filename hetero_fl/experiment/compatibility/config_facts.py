@@ -10,11 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import (
-    AsyncPolicy,
-    predicts_proxy_set,
-    unused_options,
-)
+from hetero_fl.algorithms.base import AsyncPolicy, predicts_proxy_set, unused_options
 from hetero_fl.config import Config
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
@@ -38,20 +34,20 @@ class ConfigFacts:
     Args:
         config: The configuration.
         clients: The population of clients.
-        method: The method with the settings of the configuration.
+        algorithm: The method with the settings of the configuration.
     """
 
-    def __init__(self, config: Config, clients: Population, method: Algorithm) -> None:
+    def __init__(self, config: Config, clients: Population, algorithm: Algorithm) -> None:
         self.config = config
         self.clients = clients
-        self.method = method
+        self.algorithm = algorithm
         self.name = str(config.algorithm["name"])
         self.privacy = config.privacy
         self.unit = config.privacy.unit if config.privacy else ""
-        self.policy = method.needs.asynchronous or AsyncPolicy()
-        self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
+        self.policy = algorithm.needs.asynchronous or AsyncPolicy()
+        self.is_async = config.runtime.mode == "async" or algorithm.needs.asynchronous is not None
 
-    def set_options(self) -> Iterator[tuple[str, str, Any]]:
+    def enabled_options(self) -> Iterator[tuple[str, str, Any]]:
         """Yield the key, name and value of each client option that the configuration enables."""
         clients = self.config.clients
         sections: list[tuple[str, ClientSettings]] = [("clients.defaults.", clients.defaults)]
@@ -73,14 +69,14 @@ class ConfigFacts:
 
     def unused_option(self) -> str | None:
         """Return the key of a client option that is set but not used by the method, or None."""
-        unused = unused_options(self.method)
-        for key, name, value in self.set_options():
+        unused = unused_options(self.algorithm)
+        for key, name, value in self.enabled_options():
             if name in unused:
                 return key
             if (
                 name == "recalibrate"
                 and "proxy_predictions" in value
-                and not predicts_proxy_set(self.method)
+                and not predicts_proxy_set(self.algorithm)
             ):
                 return f"{key}: proxy_predictions"
         return None

@@ -82,7 +82,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     "nothing_to_average": CompatibilityRule(
         ("algorithm.name", "model"),
-        lambda run: sum(kind.count for kind in run.clients_alone) == run.num_clients,
+        lambda run: sum(profile.count for profile in run.clients_alone) == run.num_clients,
         "algorithm.name={run.name} averages parameters, but no two clients upload the same tensor; "
         "give clients the same model, let their shares overlap, or set clients.common",
     ),
@@ -91,7 +91,11 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ("class_weights", "data set"),
         lambda run: (
             run.task.kind != "multiclass"
-            and first(k.first for k in run.profiles if k.settings.class_weights is not None)
+            and first(
+                profile.first
+                for profile in run.profiles
+                if profile.settings.class_weights is not None
+            )
         ),
         "clients: {found}: class_weights: requires a multiclass task, but the data set has a "
         "{run.task.kind} task",
@@ -114,9 +118,9 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "correction_of_adjusted_predictions": CompatibilityRule(
         ("prior_correction", "logit_adjustment"),
         lambda run: first(
-            k.first
-            for k in run.profiles
-            if k.settings.prior_correction and k.settings.logit_adjustment
+            profile.first
+            for profile in run.profiles
+            if profile.settings.prior_correction and profile.settings.logit_adjustment
         ),
         "clients: {found}: prior_correction cannot be combined with logit_adjustment, after which "
         "predictions contain no prior; set one of them to false",
@@ -299,7 +303,9 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ("aggregation.rule", "data.proxy.size"),
         lambda run: (
             run.uses_root
-            and not all(run.federation.client_infos[k.first].has_proxy for k in run.profiles)
+            and not all(
+                run.federation.client_infos[profile.first].has_proxy for profile in run.profiles
+            )
         ),
         "aggregation.rule={run.rules[rule]} requires a proxy set that all clients have, "
         "because the server trains on it; set data.proxy.size > 0",
@@ -343,7 +349,9 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     "trigger_without_images": CompatibilityRule(
         ("attacks.name", "images"),
-        lambda run: run.has_trigger and any(len(k.arch.input_shape) != 3 for k in run.profiles),
+        lambda run: (
+            run.has_trigger and any(len(profile.arch.input_shape) != 3 for profile in run.profiles)
+        ),
         "{run.attack} requires images, but the data of some clients are not images",
     ),
     "attack_after_the_run": CompatibilityRule(
@@ -423,7 +431,11 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ("preprocess.normalize", "privacy.unit"),
         lambda run: (
             run.unit
-            and first(k.first for k in run.profiles if k.settings.preprocess.normalize == "own")
+            and first(
+                profile.first
+                for profile in run.profiles
+                if profile.settings.preprocess.normalize == "own"
+            )
         ),
         "clients: {found}: preprocess.normalize=own cannot be combined with "
         "privacy.unit={run.unit}, because no noise is added to these statistics; set fixed "
@@ -550,9 +562,9 @@ def check_compatibility(run: RunFacts) -> None:
         RunFailedError: If a user-defined method fails in the dry run.
     """
     import_user_classes(run.config.aggregation, run.config.attacks)
-    checked = {kind.arch for kind in run.profiles}
-    for kind in run.profiles:
-        for slot, arch in kind.models.items():
+    checked = {profile.arch for profile in run.profiles}
+    for profile in run.profiles:
+        for slot, arch in profile.models.items():
             if arch in checked:
                 continue
             try:

@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.algorithms.base import (
-    download_part,
-    permitted_part,
-    shared_part,
-)
+from hetero_fl.algorithms.base import download_part, permitted_part, shared_part
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
@@ -72,7 +68,9 @@ class RunFacts(UploadFacts):
         """
         infos = self.federation.client_infos
         for leader, weights in self.class_weights.items():
-            for client_id in self.federation.representative_clients if min(weights) == 0 else ():
+            if min(weights) != 0:
+                continue
+            for client_id in self.federation.representative_clients:
                 is_known = self.federation.data.reveals_labels(client_id)
                 if not is_known or infos[client_id].settings is not infos[leader].settings:
                     continue
@@ -295,7 +293,7 @@ class RunFacts(UploadFacts):
     def prior_option(self) -> str | None:
         """Return the key of a client option that is set and uses class frequencies, or None."""
         options = ("logit_adjustment", "local_prior", "prior_correction")
-        return first(key for key, name, _ in self.set_options() if name in options)
+        return first(key for key, name, _ in self.enabled_options() if name in options)
 
     def uncorrectable_client(self) -> str | None:
         """Return a client whose predictions the server cannot correct by the class prior, or None.
@@ -340,7 +338,7 @@ class RunFacts(UploadFacts):
         """Return the key of a recalibration setting if there is no proxy set, else None."""
         return first(
             key
-            for key, name, _ in self.set_options()
+            for key, name, _ in self.enabled_options()
             if name == "recalibrate" and not self.num_proxy
         )
 

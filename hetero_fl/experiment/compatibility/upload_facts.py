@@ -47,7 +47,6 @@ class UploadFacts(ConfigFacts):
 
     def __init__(self, config: Config, algorithm: Algorithm, federation: FederationSpec) -> None:
         super().__init__(config, federation.client_infos.clients, algorithm)
-        self.algorithm = algorithm
         self.federation = federation
         self.task = federation.task
         self.num_clients = len(federation.client_infos)

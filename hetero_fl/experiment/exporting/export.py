@@ -85,11 +85,11 @@ def load_scorer(content: bytes) -> Scorer:
     session = InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
 
-    def score(inputs: tuple[Tensor, ...]) -> Tensor:
+    def predict(inputs: tuple[Tensor, ...]) -> Tensor:
         arrays = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(None, arrays)[0])
 
-    return score
+    return predict
 
 
 def export_graph(

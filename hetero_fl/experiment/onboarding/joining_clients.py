@@ -226,6 +226,8 @@ class JoiningClients:
     def transfer_options(self, requested: str | None) -> dict[str, TransferredParts]:
         """Return the tensors that the joining clients receive for each starting point.
 
+        With a teacher, the attributes `transfer` and `teacher_on` are set.
+
         Args:
             requested: "backbone", "teacher" or "both". If None, all starting points that the run
                 provides are included.
@@ -266,6 +268,7 @@ class JoiningClients:
     def _add_teacher(
         self, options: dict[str, TransferredParts], preprocess: Preprocess, requested: str | None
     ) -> None:
+        """Add the teacher's predictions to the starting points, if there are usable rows."""
         rows, self.teacher_on = self._transfer_rows(preprocess)
         teacher = self.source_run.consensus(rows)
         usable = usable_rows(rows, preprocess) & ~teacher.isnan().any(1)
@@ -281,6 +284,7 @@ class JoiningClients:
         self.teacher_on = ""
 
     def _report_missing(self, problem: str, advice: str, requested: str | None) -> None:
+        """Raise ArgumentError if the missing starting point is requested, else add a note."""
         if requested is not None:
             raise ArgumentError(f"transfer: {problem}; {advice}")
         self.source_run.notes.append(problem)
@@ -429,6 +433,9 @@ def join(
     source_run = TransferSource(Run.open(run, allow_code))
     out = Path(out)
     overrides = override_list(overrides)
+    seeds = list(dict.fromkeys(seeds))
+    if not seeds:
+        raise ArgumentError("seeds: expected one or more integers, got none")
     CodePermission.from_argument(allow_code).check_caller_references(
         find_references({"--data": data, "--model": model, "overrides": overrides})
     )
@@ -455,7 +462,6 @@ def join(
             source_run.notes.append(note)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    seeds = list(dict.fromkeys(seeds))
     for seed in seeds:
         for option, parts in options.items():
             save_path = None if seed != seeds[0] else out / "models" / f"{option}.safetensors"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH
-from hetero_fl.core.metrics import metric_names
+from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.tables import format_single
 from hetero_fl.reporting.formatting import METRICS, capitalize_first
@@ -111,7 +111,7 @@ def _metric_table(content: Json, metric: str) -> str:
     return markdown_table(columns, rows, ["right"] * len(columns))
 
 
-def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
+def is_clearly_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
     """Return whether a starting point is clearly better than training from scratch.
 
     The difference of the means must exceed the sum of the standard deviations. The result is False
@@ -125,7 +125,7 @@ def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str)
     values = [entry[metric], entry[f"{metric}_std"], scratch[metric], scratch[f"{metric}_std"]]
     if any(value is None for value in values):
         return False
-    gain = values[2] - values[0] if metric in ("mae", "rmse", "loss") else values[0] - values[2]
+    gain = values[2] - values[0] if metric in SMALLER_IS_BETTER else values[0] - values[2]
     return bool(gain > values[1] + values[3])
 
 
@@ -133,7 +133,7 @@ def _format_cell(entry: Json, scratch: Json, metric: str) -> str:
     text = format_single(entry[metric], metric)
     if entry[f"{metric}_std"] is not None:
         text += f" ± {format_single(entry[f'{metric}_std'], metric)}"
-    return f"**{text}**" if is_better(entry, scratch, metric) else text
+    return f"**{text}**" if is_clearly_better(entry, scratch, metric) else text
 
 
 def draw_join(content: Json, task: Task) -> Figure:

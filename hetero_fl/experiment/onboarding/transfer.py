@@ -159,7 +159,7 @@ class TransferSource:
         return stacked.log_softmax(-1).masked_fill(~mask, -torch.inf).logsumexp(0) - count.log()
 
     @cached_property
-    def data(self) -> PreparedRun | None:
+    def prepared(self) -> PreparedRun | None:
         """The run, prepared again with its data.
 
         If the data is not available or has changed, the value is None and a note is added to
@@ -186,23 +186,21 @@ class TransferSource:
     @property
     def public(self) -> Tensor | None:
         """Raw public rows of the run, or None if there are none or the data is not available."""
-        return (
-            self.data.data.raw_examples("proxy")
-            if self.data is not None and self.data.data.n_proxy
-            else None
-        )
+        if self.prepared is None or not self.prepared.data.n_proxy:
+            return None
+        return self.prepared.data.raw_examples("proxy")
 
     def num_seen(self, x: Column) -> int:
         """Return the number of raw rows that were training rows in the run.
 
         The result is 0 if the data of the run is not available or has another shape.
         """
-        if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
+        if self.prepared is None or tuple(x.shape[1:]) != self.prepared.data.input_shape:
             return 0
         given = row_hashes(x)
         distinct = set(given)
         seen: set[bytes] = set()
-        for rows in self.data.data.private_rows():
+        for rows in self.prepared.data.private_rows():
             seen |= distinct.intersection(row_hashes(rows))
         return sum(row in seen for row in given)
 
@@ -217,9 +215,9 @@ class TransferSource:
             description: Description of the models whose scores are too optimistic, for the note.
         """
         count = self.num_seen(x)
+        if not count:
+            return ""
         verb = "is also in the run's" if count == 1 else "are also in the run's"
         return (
             f"{count} of {rows} {verb} training rows: scores are too optimistic for {description}"
-            if count
-            else ""
         )

@@ -29,7 +29,8 @@ def draw_ranks(ranks: Mapping[str, float], critical: float) -> Figure:
     top = 0.9 + 0.22 * len(groups)
     figure = style.figure(0.7 + 0.2 * half + 0.16 * len(groups))
     axes = figure.subplots()
-    best, worst = 1.0, float(len(ordered))
+    best = 1.0
+    worst = float(len(ordered))
     axes.set_xlim(best - 0.35 * (worst - 1), worst + 0.35 * (worst - 1))
     axes.set_ylim(-(top + half), 1.6)
     axes.axis("off")

@@ -82,9 +82,7 @@ def primary_table(tests: Sequence[PrimaryTest], method: str) -> str:
     )
 
 
-def difference_table(
-    differences: Mapping[tuple[str, str, str], PairedDifference],
-) -> str:
+def difference_table(differences: Mapping[tuple[str, str, str], PairedDifference]) -> str:
     """Format differences between rows, with intervals and without tests.
 
     Args:

@@ -71,9 +71,9 @@ class DifferenceTable:
         name = algorithm_name(one.algorithm)
         if found is None or one.p_holm is None:
             return (name, *[MISSING] * 4)
-        low, high = self._signed(found.low), self._signed(found.high)
+        interval = f"{self._signed(found.low)} to {self._signed(found.high)}"
         tests = (format_p(found.p), format_p(one.p_holm))
-        return (name, self._signed(found.mean), f"{low} to {high}", *tests)
+        return (name, self._signed(found.mean), interval, *tests)
 
     def _signed(self, value: float) -> str:
         sign = "−" if value < 0 else "+"

@@ -134,11 +134,10 @@ def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
         return list(rows)
     key = columns[0].key
     sign = 1 if columns[0].metric in SMALLER_IS_BETTER else -1
-    values: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {str(row["algorithm"]): [] for row in rows}
     for row in rows:
-        values.setdefault(str(row["algorithm"]), []).extend(
-            [sign * row[key]] if row.get(key) is not None else []
-        )
+        if row.get(key) is not None:
+            values[str(row["algorithm"])].append(sign * row[key])
     rank = {a: (not v, fmean(v) if v else 0.0) for a, v in values.items()}
     return sorted(rows, key=lambda row: rank[str(row["algorithm"])])
 
@@ -392,7 +391,8 @@ def _command_line() -> str:
 
     The result is empty if this process was not started as a comparison.
     """
-    program, *rest = sys.argv or [""]
+    program = next(iter(sys.argv), "")
+    rest = sys.argv[1:]
     path = Path(program).resolve()
     package = PACKAGE.resolve()
     arguments = [_relative_path(argument) for argument in rest]

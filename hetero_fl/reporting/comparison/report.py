@@ -53,16 +53,12 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
                 if is_metric(metric) or of_worst:
                     row[f"{test}_{moment}_{metric}"] = value
     exchanged = summary["communication"]
-    return row | {
-        "up_bytes": exchanged["up_bytes"],
-        "down_bytes": exchanged["down_bytes"],
-        "seconds_total": summary["seconds"]["total"],
-        **(
-            {"simulated_hours": simulated["seconds"] / 3600}
-            if (simulated := summary.get("simulated"))
-            else {}
-        ),
-    }
+    row["up_bytes"] = exchanged["up_bytes"]
+    row["down_bytes"] = exchanged["down_bytes"]
+    row["seconds_total"] = summary["seconds"]["total"]
+    if simulated := summary.get("simulated"):
+        row["simulated_hours"] = simulated["seconds"] / 3600
+    return row
 
 
 def write_comparison(
@@ -103,10 +99,8 @@ def write_comparison(
     frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object)
     out.write_text("comparison.csv", frame.to_csv(index=False, lineterminator="\n"))
     known = gather_facts(out.path, rows, missing)
-    last, selected = (
-        make_table(rows, task, moment, known.jobs, known.local_test_note)
-        for moment in ("last", "best")
-    )
+    last = make_table(rows, task, "last", known.jobs, known.local_test_note)
+    selected = make_table(rows, task, "best", known.jobs, known.local_test_note)
     differences = make_difference_table(rows, task)
     tex = [last.latex("comparison-last", note), selected.latex("comparison-selected", note)]
     (out.path / DIFFERENCES).unlink(missing_ok=True)

@@ -63,10 +63,8 @@ class Comparison:
         scores = [str(c) for c in self.frame if str(c).startswith(SHOWN) and self.frame[c].any()]
         methods = self.frame.assign(algorithm=self.frame["algorithm"].map(algorithm_name))
         means = methods.groupby("algorithm", sort=False)[scores].mean()
-        means.columns = [
-            tested_metric(*str(c).split("_last_"))
-            for c in means.columns  # personal_last_auroc
-        ]
+        # A column has a name such as `personal_last_auroc`.
+        means.columns = [tested_metric(*str(c).split("_last_")) for c in means.columns]
         means.index.name = "method, mean over seeds"
         table = means.to_html(float_format=lambda value: f"{value:.3f}")
         return f"{table}{self.plot()._repr_html_()}"

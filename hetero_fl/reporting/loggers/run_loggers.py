@@ -115,11 +115,11 @@ class RunLoggers:
         """
         if not self._loggers:
             return
-        self._state = saved = self._read_state()
+        self._state = self._read_state()
         config = self._directory.config()
         run_id = str(self._directory.environment().get("run") or self._directory.path.name)
         for kind, logger in self._loggers.items():
-            known = saved.get(kind, {"rounds": 0})
+            known = self._state.get(kind, {"rounds": 0})
             rounds = known["rounds"]
             run = LoggedRun(
                 name=self._name,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -13,19 +14,25 @@ from hetero_fl.reporting.plots import clients, rounds, scores, style
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import one_line
 
-NAMES = (
-    "curves",
-    "clients",
-    "labels",
-    "communication",
-    "time",
-    "tasks",
-    "staleness",
-    "privacy",
-    "forecasts",
-    "confusion",
-    "calibration",
-)
+Json = dict[str, Any]
+
+PLOTS: dict[str, Callable[[Json, Sequence[Json], Json], Figure | None]] = {
+    "curves": rounds.plot_curves,
+    "clients": lambda summary, _, details: clients.plot_client_scores(summary, details),
+    "labels": lambda summary, _, details: clients.plot_labels(summary, details),
+    "communication": rounds.plot_communication,
+    "time": rounds.plot_time,
+    "tasks": lambda _summary, records, _details: rounds.plot_tasks(records),
+    "staleness": lambda _summary, records, _details: rounds.plot_staleness(records),
+    "privacy": lambda summary, records, _: rounds.plot_privacy(summary, records),
+    "forecasts": lambda summary, _, details: scores.plot_forecasts(summary, details),
+    "confusion": lambda summary, _, details: scores.plot_confusion(summary, details),
+    "calibration": lambda summary, _, details: scores.plot_calibration(summary, details),
+}
+"""Functions of the summary, the records and the details of a run, in the order of the report.
+
+A function returns None if the plot does not apply to the run.
+"""
 
 
 def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> dict[str, bytes]:
@@ -49,24 +56,11 @@ def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> d
     summary = run.summary()
     records = run.metrics()
     details = run.details()
-    figures: tuple[Callable[[], Figure | None], ...] = (
-        lambda: rounds.plot_curves(summary, records, details),
-        lambda: clients.plot_client_scores(summary, details),
-        lambda: clients.plot_labels(summary, details),
-        lambda: rounds.plot_communication(summary, records, details),
-        lambda: rounds.plot_time(summary, records, details),
-        lambda: rounds.plot_tasks(records),
-        lambda: rounds.plot_staleness(records),
-        lambda: rounds.plot_privacy(summary, records),
-        lambda: scores.plot_forecasts(summary, details),
-        lambda: scores.plot_confusion(summary, details),
-        lambda: scores.plot_calibration(summary, details),
-    )
     pictures: dict[str, bytes] = {}
     with style.plot_style():
-        for name, draw in zip(NAMES, figures, strict=True):
+        for name, draw in PLOTS.items():
             with report_errors(f"the plot {name!r} cannot be drawn", log):
-                if (figure := draw()) is not None:
+                if (figure := draw(summary, records, details)) is not None:
                     pictures[name] = style.to_png(figure)
     return pictures
 

@@ -53,14 +53,8 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
         The figure, or None for tasks without classes.
     """
     by_client = _order_clients(details["confusion"], summary)
-    local_test, global_test = (
-        {
-            client_id: np.array(found[test], dtype=float)
-            for client_id, found in by_client.items()
-            if found.get(test)
-        }
-        for test in ("personal", "global")
-    )
+    local_test = _confusion_matrices(by_client, "personal")
+    global_test = _confusion_matrices(by_client, "global")
     names = details["labels"]
     if not global_test and not local_test:
         return None
@@ -76,11 +70,21 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
     # Large matrices or long names do not fit six times in a row.
     is_wide = len(names) > 4 or max(map(len, names)) > 11
     columns = -(-len(by_client) // 2) if is_wide and len(by_client) > 3 else len(by_client)
-    side = 1.0 if columns > 4 else 1.35 if len(names) <= 4 else 1.75
+    wide_side = 1.35 if len(names) <= 4 else 1.75
+    side = 1.0 if columns > 4 else wide_side
     panels = _panels_by_client(
         list(by_client), local_test, global_test, num_rows=local_test_rows(details), columns=columns
     )
     return _matrices(panels, names, columns, side)
+
+
+def _confusion_matrices(by_client: Mapping[str, Json], test: str) -> dict[str, np.ndarray]:
+    """Return the confusion matrices of the clients with rows of a test, keyed by client id."""
+    return {
+        client_id: np.array(found[test], dtype=float)
+        for client_id, found in by_client.items()
+        if found.get(test)
+    }
 
 
 def _panels_by_client(

@@ -14,7 +14,6 @@ from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.formatting import (
     TEST_NAMES,
     capitalize_first,
-    is_better,
     is_metric,
     is_percentage,
     metric_name,
@@ -165,7 +164,7 @@ class WatchedRuns:
                 if path.resolve() not in places:
                     places.add(path.resolve())
                     found[path] = folder
-        self._omitted = len(found) - MAX_RUNS if len(found) > MAX_RUNS else 0
+        self._omitted = max(0, len(found) - MAX_RUNS)
         shown = list(found)[:MAX_RUNS]
         self._runs = {path: self._runs.get(path) or LiveRun(path) for path in shown}
         self._labels = _labels({path: found[path] for path in shown})
@@ -184,14 +183,15 @@ def _labels(found: Mapping[Path, Path]) -> dict[Path, str]:
         relative = path.relative_to(folder).as_posix().removeprefix("runs/")
         short[path] = path.resolve().name if path == folder else relative
     counts = Counter(short.values())
-    return {
-        path: name
-        if counts[name] == 1
-        else f"{found[path].resolve().name}/{name}"
-        if found[path] != path
-        else str(path)
-        for path, name in short.items()
-    }
+    labels = {}
+    for path, name in short.items():
+        if counts[name] == 1:
+            labels[path] = name
+        elif found[path] == path:
+            labels[path] = str(path)
+        else:
+            labels[path] = f"{found[path].resolve().name}/{name}"
+    return labels
 
 
 def _available_metrics(runs: Sequence[LiveRun]) -> dict[str, list[str]]:
@@ -323,7 +323,7 @@ def _client_rows(run: LiveRun, test: str, metric: str, last_only: bool = False) 
         }
         for client, found in points.items()
     ]
-    sign = -1 if is_better(metric, 0, 1) else 1
+    sign = -1 if metric in SMALLER_IS_BETTER else 1
     return sorted(rows, key=lambda row: sign * row["last"])
 
 

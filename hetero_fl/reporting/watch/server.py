@@ -52,8 +52,9 @@ def serve_watch(folders: Sequence[Path], host: str = LOOPBACK[0], port: int = 0)
         return Page(json.dumps(content, allow_nan=False))
 
     def clients_page(query: Any) -> Page:
-        key, test, metric = (query.get(name, "") for name in ("run", "test", "metric"))
-        return Page(json.dumps(runs.clients(key, test, metric), allow_nan=False))
+        key = query.get("run", "")
+        content = runs.clients(key, query.get("test", ""), query.get("metric", ""))
+        return Page(json.dumps(content, allow_nan=False))
 
     pages: dict[str, PageFunction] = {
         "/": lambda _query: Page(page, "text/html"),

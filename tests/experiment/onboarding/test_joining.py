@@ -24,7 +24,7 @@ from hetero_fl.experiment.onboarding.joining_clients import (
     JoiningClients,
     JoiningSite,
 )
-from hetero_fl.experiment.onboarding.report import draw_join, is_better
+from hetero_fl.experiment.onboarding.report import draw_join, is_clearly_better
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import broadcasts, config, rounds_of, same_bits
@@ -204,6 +204,13 @@ def test_join_without_a_shared_backbone(data_folder: Folder, tmp_path: Folder) -
     assert content["teacher_on"] == "the joining client's 500 training rows, without labels"
 
 
+def test_join_requires_a_seed(data_folder: Folder, tmp_path: Folder) -> None:
+    with pytest.raises(UserError, match="seeds: expected one or more integers, got none"):
+        join(data_folder, tmp_path / "out", seeds=())
+
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_join_notes_rows_that_the_run_trained_on(data_folder: Folder, tmp_path: Folder) -> None:
     content = join(
@@ -223,8 +230,8 @@ def test_num_seen_hashes_rows_in_batches(
     data_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transfer_source = TransferSource(hetero_fl.Run(data_folder / "run"))
-    assert transfer_source.data is not None
-    private_rows = list(transfer_source.data.data.private_rows())
+    assert transfer_source.prepared is not None
+    private_rows = list(transfer_source.prepared.data.private_rows())
     other = torch.from_numpy(np.load(data_folder / "new.npz")["train_images"])[:50, None]
     rows = torch.cat([private_rows[0][:3], private_rows[0][:1], private_rows[2][-2:], other])
     counts: list[int] = []
@@ -254,14 +261,14 @@ def test_joining_site_rows_keep_the_label_mix() -> None:
     assert len({tuple(site.rows(8, seed).tolist()) for seed in range(20)}) == 20
 
 
-def test_is_better_requires_more_than_both_deviations() -> None:
+def test_is_clearly_better_requires_more_than_both_deviations() -> None:
     scratch = {"accuracy": 0.6, "accuracy_std": 0.05, "mae": 2.0, "mae_std": 0.1}
-    assert is_better({"accuracy": 0.72, "accuracy_std": 0.06}, scratch, "accuracy")
-    assert not is_better({"accuracy": 0.70, "accuracy_std": 0.06}, scratch, "accuracy")
-    assert is_better({"mae": 1.7, "mae_std": 0.1}, scratch, "mae") and not is_better(
-        {"mae": 2.4, "mae_std": 0.1}, scratch, "mae"
-    )
-    assert not is_better({"accuracy": 0.9, "accuracy_std": None}, scratch, "accuracy")
+    assert is_clearly_better({"accuracy": 0.72, "accuracy_std": 0.06}, scratch, "accuracy")
+    assert not is_clearly_better({"accuracy": 0.70, "accuracy_std": 0.06}, scratch, "accuracy")
+    assert is_clearly_better(
+        {"mae": 1.7, "mae_std": 0.1}, scratch, "mae"
+    ) and not is_clearly_better({"mae": 2.4, "mae_std": 0.1}, scratch, "mae")
+    assert not is_clearly_better({"accuracy": 0.9, "accuracy_std": None}, scratch, "accuracy")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
 from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
+from hetero_fl.utils.text import format_list
 
 # Settings that are set explicitly, without defaults.
 Layer = dict[str, Any]
@@ -386,9 +387,15 @@ def _counts(config: ClientsConfig, groups: list[ClientGroup]) -> list[int]:
     if without_size or (without_count and is_rounding_error):
         counts[(without_size or without_count)[-1]] += rest
         rest = 0
-    if rest or min(counts) < 1:
+    if rest:
         raise UserError(
             f"clients.count: the groups add up to {sum(counts)} clients {counts}, "
             f"got {config.count}"
+        )
+    empty = [group.name for group, count in zip(groups, counts, strict=True) if count < 1]
+    if empty:
+        raise UserError(
+            f"clients.count: leaves no clients for group {format_list(empty, quote=True)}, got "
+            f"{config.count}; choose a larger number"
         )
     return counts

@@ -25,8 +25,8 @@ from hetero_fl.utils.errors import (
 )
 
 # Types of pydantic errors where a mapping or a list was expected.
-TABLE = {"model_type", "model_attributes_type", "dict_type"}
-LIST = {"list_type", "tuple_type"}
+MAPPING_TYPES = {"model_type", "model_attributes_type", "dict_type"}
+LIST_TYPES = {"list_type", "tuple_type"}
 
 # Expected values, keyed by type of pydantic error.
 EXPECTED = {
@@ -37,8 +37,8 @@ EXPECTED = {
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
     "finite_number": "a finite number",
     **dict.fromkeys(("string_type", "string_unicode", "path_type"), "a string"),
-    **dict.fromkeys(LIST, "a list"),
-    **dict.fromkeys(TABLE, "a mapping"),
+    **dict.fromkeys(LIST_TYPES, "a list"),
+    **dict.fromkeys(MAPPING_TYPES, "a mapping"),
     "none_required": "null",
 }
 
@@ -175,14 +175,14 @@ def _describe_wrong_type(
     types = {p["type"] for p in problems}
     words = [EXPECTED.get(p["type"]) or str(p["ctx"]["expected"]) for p in problems]
     expected = " or ".join(dict.fromkeys(words))
-    is_mapping_for_list = types <= LIST and isinstance(value, dict)
+    is_mapping_for_list = types <= LIST_TYPES and isinstance(value, dict)
     found = "a mapping" if is_mapping_for_list else _format_found(value)
     hint = ""
-    if types <= TABLE:
+    if types <= MAPPING_TYPES:
         hint = f"; {_suggest_mapping(where, section, value)}"
     elif is_mapping_for_list:
         hint = "; begin each entry of the list with a dash"
-    elif types <= LIST and isinstance(value, int | float | str):
+    elif types <= LIST_TYPES and isinstance(value, int | float | str):
         hint = f"; write [{value}]"
     elif where == "seed" and isinstance(value, str | list):
         hint = "; for several seeds use `hetero-fl compare --seeds 0,1`"

@@ -258,11 +258,11 @@ def _num_models(layer: Layer) -> int:
     return len(layer.get("model") or [None])
 
 
-# Keys of groups and overrides that are not client settings.
-DESCRIBES = {"name", "count", "fraction", "match"}
+# Keys of groups and overrides that determine their clients, in contrast to settings of the clients.
+MEMBERSHIP_KEYS = {"name", "count", "fraction", "match"}
 
 # Settings of SGD that are removed if an override selects another optimizer.
-OF_SGD = {"momentum", "nesterov"}
+SGD_SETTINGS = {"momentum", "nesterov"}
 
 
 def expand_population(config: ClientsConfig) -> Population:
@@ -339,7 +339,9 @@ def _resolve_settings(
 
 def _explicit_settings(settings: ClientSettings) -> dict[str, Any]:
     """Return the layer of settings that are set explicitly."""
-    return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
+    return {
+        k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in MEMBERSHIP_KEYS
+    }
 
 
 def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
@@ -350,7 +352,7 @@ def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
     optimizer = base.get("optimizer", {})
     name = override.get("optimizer", {}).get("name")
     if name is not None and name != optimizer.get("name", OptimizerConfig().name):
-        base = {**base, "optimizer": {k: v for k, v in optimizer.items() if k not in OF_SGD}}
+        base = {**base, "optimizer": {k: v for k, v in optimizer.items() if k not in SGD_SETTINGS}}
     return _merge(base, override)
 
 

@@ -248,7 +248,13 @@ def load_source(
         registered: Dataset = find_object(config.name, f"{where}.name")
         return registered
     if config.name.startswith(CODE_PREFIX):
-        return _load_user_source(config, root, where, missing)
+        found = call_reference(
+            config.name, f"{where}.name", "config, root", (config, root), Dataset
+        )
+        place = f"{where}.name: {config.name}"
+        dataset = _require_dataset(found, place)
+        _check(dataset, place, missing)
+        return dataset
     name, entry = _find_source(config, where)
     reads_files = not entry.generates and name not in FOLDERS.values()
     npz = config.path is not None and config.path.endswith(".npz") and reads_files
@@ -266,7 +272,7 @@ def load_source(
         elif config.path is None and "path" in entry.keys and not entry.generates:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:
-            dataset = _call_source(entry, config, root)
+            dataset = _require_dataset(entry.load(config, root), f"name: {config.name}")
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     except ModuleNotFoundError as error:
@@ -295,14 +301,14 @@ def _read_local_npz(config: SourceConfig, name: str, entry: _Source) -> Dataset:
     return dataset
 
 
-def _call_source(entry: _Source, config: SourceConfig, root: Path) -> Dataset:
-    dataset = entry.load(config, root)
-    if not isinstance(dataset, Dataset):
+def _require_dataset(found: object, where: str) -> Dataset:
+    """Return the result of a source, which must be a data set."""
+    if not isinstance(found, Dataset):
         raise UserError(
-            f"name: {config.name}: expected the function to return a hetero_fl.data.Dataset, got "
-            f"{type(dataset).__name__}"
+            f"{where}: expected the function to return a hetero_fl.data.Dataset, got "
+            f"{type(found).__name__}"
         )
-    return dataset
+    return found
 
 
 def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
@@ -379,18 +385,6 @@ def _reader_for_suffix(name: str) -> str:
         return next(matching, "image_folder")
     suffix = path.suffix.lower()
     return "table" if suffix in TABLES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
-
-
-def _load_user_source(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
-    where = f"{where}.name"
-    dataset = call_reference(config.name, where, "config, root", (config, root), Dataset)
-    if not isinstance(dataset, Dataset):
-        raise UserError(
-            f"{where}: {config.name}: expected the function to return a hetero_fl.data.Dataset, "
-            f"got {type(dataset).__name__}"
-        )
-    _check(dataset, f"{where}: {config.name}", missing)
-    return dataset
 
 
 def _check(dataset: Dataset, where: str, missing: bool) -> None:

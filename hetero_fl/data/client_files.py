@@ -28,7 +28,7 @@ POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
 OWN_DATA = "own data"
 """Name of the data in reports if the clients' data are objects instead of files."""
-SHARED = ("label", "group", "patient", "task", "categories", "size")
+INHERITED_KEYS = ("label", "group", "patient", "task", "categories", "size")
 """Keys of the section `data` that serve as defaults for the files of clients."""
 
 
@@ -149,7 +149,9 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
                 "data.categories instead"
             )
         owner[source.path] = client
-        shared = {key: getattr(config, key) for key in SHARED if getattr(source, key) is None}
+        shared = {
+            key: getattr(config, key) for key in INHERITED_KEYS if getattr(source, key) is None
+        }
         found[client] = source.model_copy(update=shared)
     return found
 

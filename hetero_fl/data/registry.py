@@ -11,7 +11,7 @@ from hetero_fl.config.data import SharedSettings, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
-from hetero_fl.data.sources.npz_files import TABLES, check_image_size, medmnist_file, read_npz
+from hetero_fl.data.sources.npz_files import check_image_size, medmnist_file, read_npz
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 from hetero_fl.utils.extras import describe_missing_package
@@ -51,6 +51,8 @@ FOLDERS = {
     "*/driving_log.csv": "driving",
 }
 """Sources that read folders, keyed by a pattern of files that only such a folder contains."""
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+"""Suffixes of files that the source `table` reads."""
 SHARED_KEYS: tuple[Literal["text", "speech", "movies", "driving"], ...] = (
     "text",
     "speech",
@@ -261,7 +263,7 @@ def load_source(
     local = npz or (config.path is not None and "path" not in entry.keys)
     _check_keys(config, name, entry, local, where)
     file = Path(config.path or "").expanduser()
-    if (local or name == "npz") and file.suffix.lower() in TABLES and file.is_file():
+    if (local or name == "npz") and file.suffix.lower() in TABLE_SUFFIXES and file.is_file():
         raise UserError(
             f"{where}.path: expected a .npz file, got '{config.path}'; to read a table set "
             f"{where}.name=table"
@@ -369,7 +371,9 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
                 f"{where}.name={reader} and {where}.path={config.name}"
             )
         suffix = f".{name.lower().removeprefix('.')}"
-        hint = f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLES else ""
+        hint = (
+            f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLE_SUFFIXES else ""
+        )
         hint = hint or suggest_or_list(name, list_sources(), "hetero_fl.data.list_sources()")
         raise UserError(f"{where}.name: unknown source '{config.name}'{hint}")
     return name, _sources[name]
@@ -384,7 +388,7 @@ def _reader_for_suffix(name: str) -> str:
         matching = (source for pattern, source in FOLDERS.items() if any(path.glob(pattern)))
         return next(matching, "image_folder")
     suffix = path.suffix.lower()
-    return "table" if suffix in TABLES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
+    return "table" if suffix in TABLE_SUFFIXES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
 
 
 def _check(dataset: Dataset, where: str, missing: bool) -> None:

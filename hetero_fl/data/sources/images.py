@@ -74,13 +74,14 @@ def npz(config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-SPLITS = {
+FOLDER_SPLITS = {
     "train": "train",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
     "test": "test",
 }
+"""Split of a data set, keyed by the name of a folder."""
 
 
 @register_source("image_folder", keys=("path", "group", "size", "stream"))
@@ -124,11 +125,11 @@ def read_image_folder(
     """
     if not path.is_dir():
         raise UserError(f"path: folder '{path}' not found")
-    parts = {SPLITS[d.name]: d for d in _folders(path) if d.name in SPLITS}
+    parts = {FOLDER_SPLITS[d.name]: d for d in _folders(path) if d.name in FOLDER_SPLITS}
     if parts and len(parts) < len(_folders(path)):
-        other = next(d.name for d in _folders(path) if d.name not in SPLITS)
+        other = next(d.name for d in _folders(path) if d.name not in FOLDER_SPLITS)
         raise UserError(
-            f"path: {path}: unknown split folder '{other}'; choose from {', '.join(SPLITS)}"
+            f"path: {path}: unknown split folder '{other}'; choose from {', '.join(FOLDER_SPLITS)}"
         )
     if parts and "train" not in parts:
         raise UserError(

@@ -24,6 +24,7 @@ from hetero_fl.data.dataset import (
     index_names,
     indicator_names,
 )
+from hetero_fl.data.registry import TABLE_SUFFIXES
 from hetero_fl.data.sources.table_columns import (
     CATEGORICAL,
     MANY_CATEGORIES,
@@ -64,7 +65,7 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
     kind = path.suffix.lower()
-    if kind not in (".csv", ".tsv", ".parquet"):
+    if kind not in TABLE_SUFFIXES:
         raise UserError(f"{where}: unknown suffix '{kind}'; choose .csv, .tsv or .parquet")
     try:
         if kind == ".parquet":

@@ -19,11 +19,11 @@ from hetero_fl.data.sources.files.downloads import (
     quiet_unless_terminal,
 )
 from hetero_fl.data.sources.hugging_face.conversion import read_hub_splits
-from hetero_fl.data.sources.images import SPLITS
+from hetero_fl.data.sources.images import FOLDER_SPLITS
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.text import format_list
 
-SPLIT_OF = {**SPLITS, "dev": "validation"}
+SPLIT_OF = {**FOLDER_SPLITS, "dev": "validation"}
 """Split of a data set, keyed by the name of the split in a `DatasetDict`."""
 
 

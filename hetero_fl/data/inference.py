@@ -113,6 +113,8 @@ def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
 
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
     """Concatenate blocks in the order of the view to rows `[N, D]`, with NaN for omitted blocks."""
+    if not view.blocks:
+        raise UserError(f"{WHERE}: expected an array, got a dictionary; the model uses no blocks")
     names = [b.name for b in view.blocks]
     check_names(blocks, names, f"{WHERE}: unknown block")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}

@@ -139,28 +139,33 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     if own_task.kind != task.kind:
         raise UserError(f"{place}: expected a {task.kind} task {in_common}, got {own_task.kind}")
     y = own.train.labels
-    if own_task.kind == "multiclass" and own_task.names and task.names:
-        detail = " does not exist in the main data set"
-        check_names(own_task.names, task.names, f"{place}: class", detail)
-        y = torch.tensor([task.names.index(name) for name in own_task.names])[y]
-    elif task.numbers and not own_task.names:
-        y = classes_from_labels(y, task, place)
-    elif own_task.outputs != task.outputs and (
-        own_task.names or own_task.kind != "multiclass" or own_task.outputs > task.outputs
-    ):
-        noun = "classes" if own_task.kind == "multiclass" else "targets"
+    if task.kind == "multiclass":
+        return _match_classes(y, own_task, task, place)
+    if own_task.outputs != task.outputs:
         raise UserError(
-            f"{place}: expected {task.outputs} {noun} {in_common}, got {own_task.outputs}"
+            f"{place}: expected {task.outputs} targets {in_common}, got {own_task.outputs}"
         )
-    elif (
-        own_task.kind != "multiclass"
-        and own_task.names
-        and task.names
-        and own_task.names != task.names
-    ):
+    if own_task.names and task.names and own_task.names != task.names:
         raise UserError(
             f"{place}: expected targets {', '.join(task.names)} {in_common}, got "
             f"{', '.join(own_task.names)}"
+        )
+    return y
+
+
+def _match_classes(y: Tensor, own_task: Task, task: Task, place: str) -> Tensor:
+    """Return class numbers of the main data set, matched by name if both tasks have names."""
+    if own_task.names and task.names:
+        detail = " does not exist in the main data set"
+        check_names(own_task.names, task.names, f"{place}: class", detail)
+        return torch.tensor([task.names.index(name) for name in own_task.names])[y]
+    if task.numbers and not own_task.names:
+        return classes_from_labels(y, task, place)
+    # Without names, a source may lack the last classes.
+    if own_task.outputs > task.outputs or (own_task.names and own_task.outputs < task.outputs):
+        raise UserError(
+            f"{place}: expected {task.outputs} classes as in the main data set, got "
+            f"{own_task.outputs}"
         )
     return y
 
@@ -487,17 +492,13 @@ def _hold_out(
     size = config.proxy.size
     names = config.proxy.columns
     train = dataset.train
-    complete = (
-        rows
-        if names is None
-        else rows[
-            dataset.layout.has_values(
-                require_tensor(train.x, PROXY_COLUMNS)[rows], names, PROXY_COLUMNS
-            )
-        ]
-    )
+    complete = rows
+    detail = ""
+    if names is not None:
+        x = require_tensor(train.x, PROXY_COLUMNS)
+        complete = rows[dataset.layout.has_values(x[rows], names, PROXY_COLUMNS)]
+        detail = f" with {' and '.join(names)}"
     if size >= len(complete):
-        detail = "" if names is None else f" with {' and '.join(names)}"
         raise UserError(
             f"data.proxy.size: must be < {len(complete)}, the number of training rows{detail}, "
             f"got {size}"
@@ -511,12 +512,11 @@ def _hold_out(
     y = train.y if config.proxy.labels else None
     if names is None:
         return RowSelection(Examples(train.x, y), held), rest
+    # The rows without values in some public columns remain.
     rows = rows[~torch.isin(rows, held)]
     if train.patient is not None:
         rows = rows[~torch.isin(train.patient[rows], train.patient[held])]
-    public = dataset.layout.keep_columns(
-        require_tensor(train.x, PROXY_COLUMNS)[held], names, PROXY_COLUMNS
-    )
+    public = dataset.layout.keep_columns(x[held], names, PROXY_COLUMNS)
     return RowSelection.all_rows(Examples(public, None if y is None else y[held])), rows
 
 

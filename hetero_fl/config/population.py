@@ -385,6 +385,7 @@ def _counts(config: ClientsConfig, groups: list[ClientGroup]) -> list[int]:
             f"clients.groups: only one group may have neither count nor fraction, got {names}"
         )
     rest = config.count - sum(counts)
+    # Rounded fractions may not add up; the last group with a fraction makes up for it.
     is_rounding_error = rest != 0 and abs(rest) <= len(groups)
     if without_size or (without_count and is_rounding_error):
         counts[(without_size or without_count)[-1]] += rest

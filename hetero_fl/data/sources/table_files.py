@@ -179,21 +179,15 @@ def read_table(
         UserError: If a column or value is missing, or a cell is not a number.
     """
     where = f"path: {path}" if isinstance(path, Path) else path
+    title = path.name if isinstance(path, Path) else path
     frame = normalize_frame(frame, where)
     labels = _label_columns(frame, label)
-    title = path.name if isinstance(path, Path) else path
     owners = {
         key: column
         for key, column in (("group", group), ("patient", patient))
         if column is not None
     }
-    check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
-    for column, count in Counter(labels).items():
-        if count > 1:
-            raise UserError(f"label: column '{column}' occurs {count} times; name it once")
-    for key, column in owners.items():
-        if column in labels:
-            raise UserError(f"{key}: must differ from label, got '{column}'; choose another column")
+    _check_special_columns(frame, labels, owners, path)
     indexed = {
         key: index_names(parse_names(frame[column], where)) for key, column in owners.items()
     }
@@ -239,6 +233,29 @@ def read_table(
         first_missing=gaps[0] if gaps else "",
         categories=tuple(encoded.items()),
     )
+
+
+def _check_special_columns(
+    frame: pd.DataFrame, labels: Sequence[str], owners: Mapping[str, str], path: Path | str
+) -> None:
+    """Check that the columns of labels, groups and patients exist, and that labels are distinct.
+
+    Args:
+        frame: Table.
+        labels: Columns of the labels.
+        owners: Columns of groups and patients, keyed by "group" and "patient".
+        path: File or name of the table, for error messages.
+
+    Raises:
+        UserError: If a column is missing, or a column of labels has several uses.
+    """
+    check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
+    for column, count in Counter(labels).items():
+        if count > 1:
+            raise UserError(f"label: column '{column}' occurs {count} times; name it once")
+    for key, column in owners.items():
+        if column in labels:
+            raise UserError(f"{key}: must differ from label, got '{column}'; choose another column")
 
 
 def describe_columns(

@@ -137,7 +137,8 @@ def _describe_problem(
         return _describe_own_error(first)
     if first["type"] == "invalid_key" or first["loc"][-1:] == ("[key]",):
         key = [part for part in first["loc"] if part != "[key]"][-1]
-        return f"expected a string as key, got {_format_found(key)}"
+        expected = EXPECTED.get(first["type"], "a string")
+        return f"expected {expected} as key, got {_format_found(key)}"
     if first["type"] in LIMITS:
         limit = _format_limit(first)
         return f"{limit}, got {_format_found(value)}"

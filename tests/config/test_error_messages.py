@@ -122,6 +122,10 @@ class Small(BaseModel):
         ({5: 1}, "5: expected a string as key, got 5"),
         ({"algorithm": {5: 1}}, "algorithm.5: expected a string as key, got 5"),
         (
+            {"attacks": {"name": "label_flip", "pairs": {"a": 1}}},
+            "attacks.pairs.a: expected an integer as key, got 'a'",
+        ),
+        (
             {"runtime": {"divergence": "skp"}},
             "expected 'skip' or 'stop', got 'skp'; did you mean 'skip'?",
         ),

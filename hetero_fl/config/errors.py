@@ -138,13 +138,13 @@ def _describe_problem(
     if first["type"] == "invalid_key" or first["loc"][-1:] == ("[key]",):
         key = [part for part in first["loc"] if part != "[key]"][-1]
         expected = EXPECTED.get(first["type"], "a string")
-        return f"expected {expected} as key, got {_format_found(key)}"
+        return f"expected {expected} as key, got {format_value(key)}"
     if first["type"] in LIMITS:
         limit = _format_limit(first)
-        return f"{limit}, got {_format_found(value)}"
+        return f"{limit}, got {format_value(value)}"
     if beyond_type:
         # Only user-defined methods have fields of other types.
-        return f"{first['msg']}, got {_format_found(value)}"
+        return f"{first['msg']}, got {format_value(value)}"
     return _describe_wrong_type(problems, where, section)
 
 
@@ -157,7 +157,7 @@ def _describe_own_error(problem: ErrorDetails) -> str:
     is_section = isinstance(problem["input"], dict)
     if is_section or re.search(r"\b(got|unknown|found)\b", message):
         return message
-    return f"{message}, got {_format_found(problem['input'])}"
+    return f"{message}, got {format_value(problem['input'])}"
 
 
 def _format_limit(problem: ErrorDetails) -> str:
@@ -177,7 +177,7 @@ def _describe_wrong_type(
     words = [EXPECTED.get(p["type"]) or str(p["ctx"]["expected"]) for p in problems]
     expected = " or ".join(dict.fromkeys(words))
     is_mapping_for_list = types <= LIST_TYPES and isinstance(value, dict)
-    found = "a mapping" if is_mapping_for_list else _format_found(value)
+    found = "a mapping" if is_mapping_for_list else format_value(value)
     hint = ""
     if types <= MAPPING_TYPES:
         hint = f"; {_suggest_mapping(where, section, value)}"
@@ -190,13 +190,6 @@ def _describe_wrong_type(
     elif "literal_error" in types:
         hint = suggest_similar(value, re.findall(r"'([^']*)'", expected))
     return f"expected {expected}, got {found}{hint}"
-
-
-def _format_found(value: Any) -> str:
-    """Format a value for a message, and shorten `{"name": value}` to `value`."""
-    if isinstance(value, dict) and set(value) == {"name"}:
-        value = value["name"]
-    return format_value(value)
 
 
 def _suggest_mapping(where: str, section: Any, found: Any) -> str:

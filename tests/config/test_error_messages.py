@@ -117,6 +117,7 @@ class Small(BaseModel):
         ({"output": {"plots": "maybe"}}, "output.plots: expected true or false, got 'maybe'"),
         ({"output": {"plots": 2}}, "output.plots: expected true or false, got 2"),
         ({"name": 5}, "name: expected a string, got 5"),
+        ({"seed": {"name": 1}}, "seed: expected an integer, got {'name': 1}"),
         ({"name": ""}, "name: expected at least 1 character, got ''"),
         ({"name": "my run"}, "name: must match ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'my run'"),
         ({5: 1}, "5: expected a string as key, got 5"),

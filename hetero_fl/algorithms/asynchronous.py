@@ -19,7 +19,7 @@ from hetero_fl.algorithms.base import (
     upload_model,
 )
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.config.base import Kind, StalenessConfig
+from hetero_fl.config.base import StalenessConfig, StalenessKind
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -33,7 +33,7 @@ class StalenessWeighted(Algorithm):
     server.
     """
 
-    staleness: Kind = Field(
+    staleness: StalenessKind = Field(
         "polynomial",
         description="s(τ): 1, (1 + τ)^−a, or 1 up to τ = b and 1/(a·(τ − b) + 1) after it",
     )

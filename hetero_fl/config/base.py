@@ -457,7 +457,7 @@ class OptimizerLayer(OptimizerConfig):
         return self
 
 
-Kind = choice_type("constant", "polynomial", "hinge")
+StalenessKind = choice_type("constant", "polynomial", "hinge")
 
 # Default values of `a`, as in Xie et al. (2019).
 STEEPNESS = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0}
@@ -470,7 +470,7 @@ class StalenessConfig(ConfigSection):
     received its task.
     """
 
-    kind: Kind = Field(  # type: ignore[valid-type]
+    kind: StalenessKind = Field(  # type: ignore[valid-type]
         "polynomial",
         description="`constant`: 1; `polynomial`: (1 + τ)^−a; "
         "`hinge`: 1 for τ ≤ b, 1/(a·(τ − b) + 1) for τ > b",

@@ -21,7 +21,13 @@ from hetero_fl.config.schema import Config
 from hetero_fl.utils.objects import OBJECT_PREFIX
 
 # Names of types in the reference and in `hetero-fl methods`.
-WORDS = {str: "string", int: "integer", float: "number", bool: "true or false", dict: "mapping"}
+TYPE_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    dict: "mapping",
+}
 
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
@@ -73,7 +79,7 @@ def _to_flow_style(value: Any) -> str:
 
 
 def _name_section(_section: type[BaseModel]) -> str:
-    return WORDS[dict]
+    return TYPE_NAMES[dict]
 
 
 def describe_values(
@@ -124,7 +130,7 @@ def _describe_type(
         return link(annotation)
     # User-defined methods may have fields of any type.
     name = getattr(annotation, "__name__", str(annotation))
-    return WORDS.get(typing.get_origin(annotation) or annotation, name) + _bounds(metadata)
+    return TYPE_NAMES.get(typing.get_origin(annotation) or annotation, name) + _bounds(metadata)
 
 
 def _bounds(metadata: Iterable[Any]) -> str:

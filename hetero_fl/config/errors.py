@@ -25,8 +25,8 @@ from hetero_fl.utils.errors import (
 )
 
 # Types of pydantic errors where a mapping or a list was expected.
-TABLE = {"model_type", "model_attributes_type", "dict_type"}
-LIST = {"list_type", "tuple_type"}
+MAPPING_TYPES = {"model_type", "model_attributes_type", "dict_type"}
+LIST_TYPES = {"list_type", "tuple_type"}
 
 # Expected values, keyed by type of pydantic error.
 EXPECTED = {
@@ -37,8 +37,8 @@ EXPECTED = {
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
     "finite_number": "a finite number",
     **dict.fromkeys(("string_type", "string_unicode", "path_type"), "a string"),
-    **dict.fromkeys(LIST, "a list"),
-    **dict.fromkeys(TABLE, "a mapping"),
+    **dict.fromkeys(LIST_TYPES, "a list"),
+    **dict.fromkeys(MAPPING_TYPES, "a mapping"),
     "none_required": "null",
 }
 
@@ -137,13 +137,14 @@ def _describe_problem(
         return _describe_own_error(first)
     if first["type"] == "invalid_key" or first["loc"][-1:] == ("[key]",):
         key = [part for part in first["loc"] if part != "[key]"][-1]
-        return f"expected a string as key, got {_format_found(key)}"
+        expected = EXPECTED.get(first["type"], "a string")
+        return f"expected {expected} as key, got {format_value(key)}"
     if first["type"] in LIMITS:
         limit = _format_limit(first)
-        return f"{limit}, got {_format_found(value)}"
+        return f"{limit}, got {format_value(value)}"
     if beyond_type:
         # Only user-defined methods have fields of other types.
-        return f"{first['msg']}, got {_format_found(value)}"
+        return f"{first['msg']}, got {format_value(value)}"
     return _describe_wrong_type(problems, where, section)
 
 
@@ -156,7 +157,7 @@ def _describe_own_error(problem: ErrorDetails) -> str:
     is_section = isinstance(problem["input"], dict)
     if is_section or re.search(r"\b(got|unknown|found)\b", message):
         return message
-    return f"{message}, got {_format_found(problem['input'])}"
+    return f"{message}, got {format_value(problem['input'])}"
 
 
 def _format_limit(problem: ErrorDetails) -> str:
@@ -175,27 +176,20 @@ def _describe_wrong_type(
     types = {p["type"] for p in problems}
     words = [EXPECTED.get(p["type"]) or str(p["ctx"]["expected"]) for p in problems]
     expected = " or ".join(dict.fromkeys(words))
-    is_mapping_for_list = types <= LIST and isinstance(value, dict)
-    found = "a mapping" if is_mapping_for_list else _format_found(value)
+    is_mapping_for_list = types <= LIST_TYPES and isinstance(value, dict)
+    found = "a mapping" if is_mapping_for_list else format_value(value)
     hint = ""
-    if types <= TABLE:
+    if types <= MAPPING_TYPES:
         hint = f"; {_suggest_mapping(where, section, value)}"
     elif is_mapping_for_list:
         hint = "; begin each entry of the list with a dash"
-    elif types <= LIST and isinstance(value, int | float | str):
+    elif types <= LIST_TYPES and isinstance(value, int | float | str):
         hint = f"; write [{value}]"
     elif where == "seed" and isinstance(value, str | list):
         hint = "; for several seeds use `hetero-fl compare --seeds 0,1`"
     elif "literal_error" in types:
         hint = suggest_similar(value, re.findall(r"'([^']*)'", expected))
     return f"expected {expected}, got {found}{hint}"
-
-
-def _format_found(value: Any) -> str:
-    """Format a value for a message, and shorten `{"name": value}` to `value`."""
-    if isinstance(value, dict) and set(value) == {"name"}:
-        value = value["name"]
-    return format_value(value)
 
 
 def _suggest_mapping(where: str, section: Any, found: Any) -> str:

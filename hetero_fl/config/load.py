@@ -17,7 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from hetero_fl.config.base import ConfigSection, OptimizerConfig, choice_type, format_value
 from hetero_fl.config.errors import describe_error
-from hetero_fl.config.population import OF_SGD
+from hetero_fl.config.population import SGD_SETTINGS
 from hetero_fl.config.schema import CLIENT_OPTIONS, Config
 from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import (
@@ -42,7 +42,7 @@ KINDS = {
     "algorithm": ("name", frozenset()),
     "partition": ("kind", frozenset({"min_size"})),
     "model": ("name", frozenset({"feature_dim"})),
-    "optimizer": ("name", frozenset(OptimizerConfig.model_fields) - OF_SGD - {"name"}),
+    "optimizer": ("name", frozenset(OptimizerConfig.model_fields) - SGD_SETTINGS - {"name"}),
 }
 
 Source = str | Path | Mapping[str, Any] | Config

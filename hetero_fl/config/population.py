@@ -26,6 +26,7 @@ from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
 from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
+from hetero_fl.utils.text import format_list
 
 # Settings that are set explicitly, without defaults.
 Layer = dict[str, Any]
@@ -257,11 +258,11 @@ def _num_models(layer: Layer) -> int:
     return len(layer.get("model") or [None])
 
 
-# Keys of groups and overrides that are not client settings.
-DESCRIBES = {"name", "count", "fraction", "match"}
+# Keys of groups and overrides that determine their clients, in contrast to settings of the clients.
+MEMBERSHIP_KEYS = {"name", "count", "fraction", "match"}
 
 # Settings of SGD that are removed if an override selects another optimizer.
-OF_SGD = {"momentum", "nesterov"}
+SGD_SETTINGS = {"momentum", "nesterov"}
 
 
 def expand_population(config: ClientsConfig) -> Population:
@@ -338,7 +339,9 @@ def _resolve_settings(
 
 def _explicit_settings(settings: ClientSettings) -> dict[str, Any]:
     """Return the layer of settings that are set explicitly."""
-    return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
+    return {
+        k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in MEMBERSHIP_KEYS
+    }
 
 
 def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
@@ -349,7 +352,7 @@ def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
     optimizer = base.get("optimizer", {})
     name = override.get("optimizer", {}).get("name")
     if name is not None and name != optimizer.get("name", OptimizerConfig().name):
-        base = {**base, "optimizer": {k: v for k, v in optimizer.items() if k not in OF_SGD}}
+        base = {**base, "optimizer": {k: v for k, v in optimizer.items() if k not in SGD_SETTINGS}}
     return _merge(base, override)
 
 
@@ -382,13 +385,20 @@ def _counts(config: ClientsConfig, groups: list[ClientGroup]) -> list[int]:
             f"clients.groups: only one group may have neither count nor fraction, got {names}"
         )
     rest = config.count - sum(counts)
+    # Rounded fractions may not add up; the last group with a fraction makes up for it.
     is_rounding_error = rest != 0 and abs(rest) <= len(groups)
     if without_size or (without_count and is_rounding_error):
         counts[(without_size or without_count)[-1]] += rest
         rest = 0
-    if rest or min(counts) < 1:
+    if rest:
         raise UserError(
             f"clients.count: the groups add up to {sum(counts)} clients {counts}, "
             f"got {config.count}"
+        )
+    empty = [group.name for group, count in zip(groups, counts, strict=True) if count < 1]
+    if empty:
+        raise UserError(
+            f"clients.count: leaves no clients for group {format_list(empty, quote=True)}, got "
+            f"{config.count}; choose a larger number"
         )
     return counts

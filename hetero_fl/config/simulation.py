@@ -18,7 +18,7 @@ from pydantic import (
 
 from hetero_fl.config.base import ConfigSection, choice_type, format_value
 
-Chance = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 WIDEST = 10.0
 
 
@@ -105,7 +105,7 @@ class DeviceConfig(ConfigSection):
     availability: AvailabilityConfig | None = Field(
         None, description="when the client is online; `null`: always"
     )
-    failure: Chance | None = Field(
+    failure: Probability | None = Field(
         None, description="probability that the client fails during a task; `null`: 0"
     )
 
@@ -143,17 +143,21 @@ class FaultsConfig(ConfigSection):
         0.1
     """
 
-    before: Chance = Field(0.0, description="probability that the client fails before training")
-    during: Chance = Field(0.0, description="probability that the client fails during training")
-    after: Chance = Field(
+    before: Probability = Field(
+        0.0, description="probability that the client fails before training"
+    )
+    during: Probability = Field(
+        0.0, description="probability that the client fails during training"
+    )
+    after: Probability = Field(
         0.0, description="probability that the client fails after training, before its upload"
     )
-    lost: Chance = Field(0.0, description="probability that the upload is lost")
-    late: Chance = Field(0.0, description="probability that the upload is delayed by `delay`")
-    twice: Chance = Field(
+    lost: Probability = Field(0.0, description="probability that the upload is lost")
+    late: Probability = Field(0.0, description="probability that the upload is delayed by `delay`")
+    twice: Probability = Field(
         0.0, description="probability that the upload arrives twice; the duplicate is dropped"
     )
-    corrupted: Chance = Field(
+    corrupted: Probability = Field(
         0.0, description="probability that the upload is corrupted and therefore rejected"
     )
     delay: PositiveFloat = Field(3600.0, description="delay of `late` uploads in seconds")

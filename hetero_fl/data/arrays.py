@@ -152,8 +152,10 @@ def from_arrays(
     extra = _extra_columns(group, patient, time, unit, name)
     extra["metadata"] = {key: np.asarray(column) for key, column in (metadata or {}).items()}
     examples = {
-        split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))
-        for split, x in zip(given, inputs, strict=True)
+        split: Examples(
+            inputs_of_split, _targets(labels[split], task), **(extra if split == "train" else {})
+        )
+        for split, inputs_of_split in zip(given, inputs, strict=True)
     }
     for split, part in examples.items():
         # Missing values are checked later, against the preprocessing of each client.
@@ -331,12 +333,8 @@ def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
     Returns:
         The tensors in the order of `raw`, and remarks on the axis order and value range of images.
     """
-    x = {where: as_bytes(x, where) if x.ndim in (3, 4) else x for where, x in raw.items()}
-    x = {
-        where: x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x for where, x in x.items()
-    }
-    x = {where: x.float() if x.is_floating_point() else x for where, x in x.items()}
-    images = {where: channels_first(x, where) for where, x in x.items() if x.ndim == 4}
+    inputs = {where: _to_channels_first(x, where) for where, x in raw.items()}
+    images = {where: x for where, x in inputs.items() if x.ndim == 4}
     ranged, scaled = in_range(images)
     notes = [
         f"{where}: read as [rows, height, width, channels]"
@@ -345,7 +343,18 @@ def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
     ]
     if scaled:
         notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as pixel values")
-    return list((x | ranged).values()), tuple(notes)
+    return list((inputs | ranged).values()), tuple(notes)
+
+
+def _to_channels_first(x: Tensor, where: str) -> Tensor:
+    """Return images `[N, C, H, W]` with their range of values, and other floats as float32."""
+    if x.ndim in (3, 4):
+        x = as_bytes(x, where)
+    if x.ndim == 3 and x.dtype == torch.uint8:
+        x = x[:, None]
+    if x.is_floating_point():
+        x = x.float()
+    return channels_first(x, where) if x.ndim == 4 else x
 
 
 def _read_labels(

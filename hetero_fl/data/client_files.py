@@ -28,7 +28,7 @@ POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
 OWN_DATA = "own data"
 """Name of the data in reports if the clients' data are objects instead of files."""
-SHARED = ("label", "group", "patient", "task", "categories", "size")
+INHERITED_KEYS = ("label", "group", "patient", "task", "categories", "size")
 """Keys of the section `data` that serve as defaults for the files of clients."""
 
 
@@ -149,7 +149,9 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
                 "data.categories instead"
             )
         owner[source.path] = client
-        shared = {key: getattr(config, key) for key in SHARED if getattr(source, key) is None}
+        shared = {
+            key: getattr(config, key) for key in INHERITED_KEYS if getattr(source, key) is None
+        }
         found[client] = source.model_copy(update=shared)
     return found
 
@@ -160,7 +162,7 @@ def _config_path(client: str) -> str:
 
 def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
     """Return a data set with the rows of the first data set and the classes and columns of all."""
-    first, one = next(iter(datasets.items()))
+    first_client, first = next(iter(datasets.items()))
     columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
     with_patients = [client for client, each in datasets.items() if each.train.patient is not None]
     for client, each in datasets.items():
@@ -170,9 +172,9 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
                 f"{where}.patient: missing; client '{with_patients[0]}' has patients, so all files "
                 "need them"
             )
-        if each.task.kind != one.task.kind:
+        if each.task.kind != first.task.kind:
             raise UserError(
-                f"{where}: expected a {one.task.kind} task as for client '{first}', got "
+                f"{where}: expected a {first.task.kind} task as for client '{first_client}', got "
                 f"{each.task.kind} in {each.name}; set data.task"
             )
         if each.train.time is not None:
@@ -180,21 +182,21 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
                 f"{where}: time series such as {each.name} cannot be pooled; set data.path to a "
                 "common file"
             )
-        if each.train.x.dtype != one.train.x.dtype:
+        if each.train.x.dtype != first.train.x.dtype:
             raise UserError(
-                f"{where}: expected {dtype_name(one.train.x)} examples as for client '{first}', "
-                f"got {dtype_name(each.train.x)}"
+                f"{where}: expected {dtype_name(first.train.x)} examples as for client "
+                f"'{first_client}', got {dtype_name(each.train.x)}"
             )
-        if not columns and raw_shape(each) != raw_shape(one):
+        if not columns and raw_shape(each) != raw_shape(first):
             raise UserError(
-                f"{where}: expected examples of shape {raw_shape(one)} as for client '{first}', "
-                f"got {raw_shape(each)}"
+                f"{where}: expected examples of shape {raw_shape(first)} as for client "
+                f"'{first_client}', got {raw_shape(each)}"
             )
-    task = _common_classes(datasets) if one.task.kind == "multiclass" else one.task
+    task = _common_classes(datasets) if first.task.kind == "multiclass" else first.task
     categories = tuple(
         dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
     )
-    return Dataset(one.name, task, one.train, columns=columns, categories=categories)
+    return Dataset(first.name, task, first.train, columns=columns, categories=categories)
 
 
 def _common_classes(datasets: Mapping[str, Dataset]) -> Task:

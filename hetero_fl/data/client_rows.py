@@ -271,7 +271,9 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
             for client, splits in self.assigned.items()
             for name, share in splits.items()
         ]
-        return located + ([(("", "pool"), self.lazy_partition.pool)] if self.lazy_partition else [])
+        if self.lazy_partition is not None:
+            located.append((("", "pool"), self.lazy_partition.pool))
+        return located
 
     def __getitem__(self, client: str) -> Mapping[str, RowSelection]:
         if client in self.assigned or self.lazy_partition is None:
@@ -307,11 +309,8 @@ def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelectio
         each = share.examples
         optional = (each.y, each.time, each.unit, each.candidates, each.excluded)
         columns = [each.x, *(t for t in optional if t is not None)]
-        digest.update(
-            repr(
-                (place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in columns])
-            ).encode()
-        )
+        types = [(column.dtype, tuple(column.shape[1:])) for column in columns]
+        digest.update(repr((place, len(share.rows), types)).encode())
         for rows in share.rows.split(HASH_ROWS):
             for column in columns:
                 for part in split_rows(column[rows], HASH_BATCH):

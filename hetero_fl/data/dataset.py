@@ -1,4 +1,4 @@
-"""Data sets in memory: examples, names of columns, vocabularies, and checks of examples.
+"""Data sets in memory: examples, names of columns, and vocabularies.
 
 The columns of multimodal examples are grouped in blocks, one for each modality.
 """

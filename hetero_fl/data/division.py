@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -120,15 +119,25 @@ def federate(
     check_paths(config, sources)
     notes = [*dataset.notes, *_notes_on_unused_clients(dataset, config)]
     notes += _notes_on_generated_rows(dataset, config, sources)
-    division = _Division(dataset, described, config, population, seed)
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn":
-        lazy_partition = division.draw(rows, absent)
+        lazy_partition = _sampled_partition(
+            dataset, rows, absent, config=config, clients=population, seed=seed
+        )
     else:
         owners = {name for names in sources.values() for name in names}
-        names = [name for name in population.ids if name not in owners and name not in absent]
-        private = division.assign(rows, names, public["common_validation"], notes)
+        private = _assign_and_split(
+            dataset,
+            described,
+            rows,
+            [name for name in population.ids if name not in owners and name not in absent],
+            public["common_validation"],
+            config=config,
+            clients=population,
+            seed=seed,
+            notes=notes,
+        )
     present = _without(sources, absent)
     owned = load_client_sources(present, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
@@ -208,85 +217,77 @@ def _without(
     return {source: names for source, names in present.items() if names}
 
 
-@dataclass(frozen=True)
-class _Division:
-    """The division of the training rows among the clients without their own source.
+def _sampled_partition(
+    dataset: Dataset,
+    rows: Tensor,
+    absent: Collection[str],
+    *,
+    config: DataConfig,
+    clients: Population,
+    seed: int,
+) -> LazyPartition:
+    """Return the partition in which clients sample their rows on first use.
+
+    Args:
+        dataset: Data set.
+        rows: Training rows to sample from, int64 `[M]`.
+        absent: Clients whose rows are on other machines.
+        config: Data configuration.
+        clients: Client settings, keyed by client id.
+        seed: Seed of the run.
+
+    Raises:
+        UserError: If there are such clients, or too few rows.
+    """
+    if absent:
+        raise UserError(
+            "data.partition.kind=drawn: clients on other machines have rows of their own; "
+            "choose another kind"
+        )
+    pool = RowSelection(dataset.train, rows)
+    partition = LazyPartition(pool, dataset.task, config.partition, config.split, clients, seed)
+    partition.check()
+    return partition
+
+
+def _assign_and_split(
+    dataset: Dataset,
+    described: Dataset,
+    rows: Tensor,
+    names: list[str],
+    validation: RowSelection,
+    *,
+    config: DataConfig,
+    clients: Population,
+    seed: int,
+    notes: list[str],
+) -> dict[str, Splits]:
+    """Assign rows to clients, and split the rows of each client.
 
     Args:
         dataset: Data set without metadata, with a test set.
         described: The same data set with metadata.
+        rows: Training rows to divide, int64 `[M]`.
+        names: Ids of the clients.
+        validation: Global validation set.
         config: Data configuration.
         clients: Client settings, keyed by client id.
         seed: Seed of the run.
+        notes: List to which remarks are appended.
+
+    Raises:
+        UserError: If there are too few rows.
     """
-
-    dataset: Dataset
-    described: Dataset
-    config: DataConfig
-    clients: Population
-    seed: int
-
-    def draw(self, rows: Tensor, absent: Collection[str]) -> LazyPartition:
-        """Return the partition in which clients sample their rows on first use.
-
-        Args:
-            rows: Training rows to divide, int64 `[M]`.
-            absent: Clients whose rows are on other machines.
-
-        Raises:
-            UserError: If there are such clients, or too few rows.
-        """
-        if absent:
-            raise UserError(
-                "data.partition.kind=drawn: clients on other machines have rows of their own; "
-                "choose another kind"
-            )
-        partition = LazyPartition(
-            RowSelection(self.dataset.train, rows),
-            self.dataset.task,
-            self.config.partition,
-            self.config.split,
-            self.clients,
-            self.seed,
-        )
-        partition.check()
-        return partition
-
-    def assign(
-        self, rows: Tensor, names: list[str], validation: RowSelection, notes: list[str]
-    ) -> dict[str, Splits]:
-        """Assign rows to clients, and split the rows of each client.
-
-        Args:
-            rows: Training rows to divide, int64 `[M]`.
-            names: Ids of the clients.
-            validation: Global validation set.
-            notes: List to which remarks are appended.
-
-        Raises:
-            UserError: If there are too few rows.
-        """
-        if not names:
-            return {}
-        assigned = assign_rows(
-            self.described,
-            rows,
-            names,
-            config=self.config,
-            clients=self.clients,
-            seed=self.seed,
-            notes=notes,
-        )
-        train = self.dataset.train
-        shares = {name: RowSelection(train, own.rows) for name, own in assigned.items()}
-        assert self.dataset.test is not None
-        # `test_limit` applies to the global test set only, not to the clients.
-        common_rows = {
-            "validation": validation,
-            "test": RowSelection.all_rows(self.dataset.test),
-        }
-        strategy = holdout_strategy(self.dataset)
-        return strategy.split_clients(shares, common_rows, self.config, self.seed, notes)
+    if not names:
+        return {}
+    assigned = assign_rows(
+        described, rows, names, config=config, clients=clients, seed=seed, notes=notes
+    )
+    assert dataset.test is not None
+    shares = {name: RowSelection(dataset.train, own.rows) for name, own in assigned.items()}
+    # `test_limit` applies to the global test set only, not to the clients.
+    common_rows = {"validation": validation, "test": RowSelection.all_rows(dataset.test)}
+    return holdout_strategy(dataset).split_clients(shares, common_rows, config, seed, notes)
 
 
 def _check_scanners(profiles: Sequence[SettingsProfile], client_rows: ClientRows) -> None:

@@ -27,7 +27,6 @@ from hetero_fl.data.dataset import (
     Examples,
     Vocabulary,
     spans_of,
-    without_metadata,
 )
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
@@ -140,28 +139,33 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     if own_task.kind != task.kind:
         raise UserError(f"{place}: expected a {task.kind} task {in_common}, got {own_task.kind}")
     y = own.train.labels
-    if own_task.kind == "multiclass" and own_task.names and task.names:
-        detail = " does not exist in the main data set"
-        check_names(own_task.names, task.names, f"{place}: class", detail)
-        y = torch.tensor([task.names.index(name) for name in own_task.names])[y]
-    elif task.numbers and not own_task.names:
-        y = classes_from_labels(y, task, place)
-    elif own_task.outputs != task.outputs and (
-        own_task.names or own_task.kind != "multiclass" or own_task.outputs > task.outputs
-    ):
-        noun = "classes" if own_task.kind == "multiclass" else "targets"
+    if task.kind == "multiclass":
+        return _match_classes(y, own_task, task, place)
+    if own_task.outputs != task.outputs:
         raise UserError(
-            f"{place}: expected {task.outputs} {noun} {in_common}, got {own_task.outputs}"
+            f"{place}: expected {task.outputs} targets {in_common}, got {own_task.outputs}"
         )
-    elif (
-        own_task.kind != "multiclass"
-        and own_task.names
-        and task.names
-        and own_task.names != task.names
-    ):
+    if own_task.names and task.names and own_task.names != task.names:
         raise UserError(
             f"{place}: expected targets {', '.join(task.names)} {in_common}, got "
             f"{', '.join(own_task.names)}"
+        )
+    return y
+
+
+def _match_classes(y: Tensor, own_task: Task, task: Task, place: str) -> Tensor:
+    """Return class numbers of the main data set, matched by name if both tasks have names."""
+    if own_task.names and task.names:
+        detail = " does not exist in the main data set"
+        check_names(own_task.names, task.names, f"{place}: class", detail)
+        return torch.tensor([task.names.index(name) for name in own_task.names])[y]
+    if task.numbers and not own_task.names:
+        return classes_from_labels(y, task, place)
+    # Without names, a source may lack the last classes.
+    if own_task.outputs > task.outputs or (own_task.names and own_task.outputs < task.outputs):
+        raise UserError(
+            f"{place}: expected {task.outputs} classes as in the main data set, got "
+            f"{own_task.outputs}"
         )
     return y
 
@@ -488,17 +492,13 @@ def _hold_out(
     size = config.proxy.size
     names = config.proxy.columns
     train = dataset.train
-    complete = (
-        rows
-        if names is None
-        else rows[
-            dataset.layout.has_values(
-                require_tensor(train.x, PROXY_COLUMNS)[rows], names, PROXY_COLUMNS
-            )
-        ]
-    )
+    complete = rows
+    detail = ""
+    if names is not None:
+        x = require_tensor(train.x, PROXY_COLUMNS)
+        complete = rows[dataset.layout.has_values(x[rows], names, PROXY_COLUMNS)]
+        detail = f" with {' and '.join(names)}"
     if size >= len(complete):
-        detail = "" if names is None else f" with {' and '.join(names)}"
         raise UserError(
             f"data.proxy.size: must be < {len(complete)}, the number of training rows{detail}, "
             f"got {size}"
@@ -512,12 +512,11 @@ def _hold_out(
     y = train.y if config.proxy.labels else None
     if names is None:
         return RowSelection(Examples(train.x, y), held), rest
+    # The rows without values in some public columns remain.
     rows = rows[~torch.isin(rows, held)]
     if train.patient is not None:
         rows = rows[~torch.isin(train.patient[rows], train.patient[held])]
-    public = dataset.layout.keep_columns(
-        require_tensor(train.x, PROXY_COLUMNS)[held], names, PROXY_COLUMNS
-    )
+    public = dataset.layout.keep_columns(x[held], names, PROXY_COLUMNS)
     return RowSelection.all_rows(Examples(public, None if y is None else y[held])), rows
 
 
@@ -630,8 +629,7 @@ def load_client_sources(
         read = source_with_task(
             source, common_set.task, common_set.categories, config.label, main=config
         )
-        root = Path(config.root).expanduser()
-        own = load_source(read, root, where, missing=True)
+        own = load_source(read, Path(config.root).expanduser(), where, missing=True)
         found.simulated |= own.simulated
         found.notes += [
             _place(where, note) if not note.startswith(where) else note for note in own.notes
@@ -641,6 +639,7 @@ def load_client_sources(
             own.name,
             common_set.task,
             match_to_common(own, common_set, where, needed),
+            columns=common_set.columns,
             span=own.span,
         )
         for name in owners:
@@ -650,47 +649,69 @@ def load_client_sources(
                 clients={name: clients[name]},
                 common=common_set,
             )
-        described = replace(converted, columns=common_set.columns)
-        converted = without_metadata(converted)
-        all_rows = RowSelection.all_rows(converted.train)
-        if len(owners) > 1:
-            if config.partition.kind == "drawn":
-                raise UserError(
-                    f"data.partition.kind=drawn cannot divide {source.name}, the source of "
-                    f"{len(owners)} clients; set it for one client, or choose another kind"
-                )
-            # A seed for each source: with the seed of the run, two sources would be divided in the
-            # same proportions.
-            own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
-            assigned = assign_rows(
-                described,
-                all_rows.rows,
-                owners,
-                config=config,
-                clients=clients,
-                seed=own_seed,
-                notes=found.notes,
-            )
-            shares = {
-                name: RowSelection(converted.train, part.rows) for name, part in assigned.items()
-            }
-        else:
-            # A single client gets all rows of the source, including all groups.
-            shares = {owners[0]: all_rows}
-        kept = holdout_strategy(own).sets_of_own_source() if len(owners) == 1 else {}
-        if not kept:
-            if source.name.startswith(OBJECT_PREFIX):
-                kept = {name: part for name, part in own.splits().items() if name != "train"}
-            elif len(owners) == 1:
-                kept = dict(own.local_sets)
-            # Rows are held out only for the sets that are not given.
-            held_out = config.split.model_copy(update=dict.fromkeys(kept, 0.0))
-            own_config = config.model_copy(update={"split": held_out})
-            own_splits = holdout_strategy(converted).split_clients(shares, {}, own_config, seed)
-            found.private |= own_splits
-        splits = dict(found.private.get(owners[0], {"train": all_rows}))
-        for name, part in kept.items():
+        shares = _divide_rows(
+            converted, source, owners, config=config, clients=clients, seed=seed, notes=found.notes
+        )
+        given = _given_sets(own, source) if len(owners) == 1 else {}
+        # Rows are held out only for the sets that are not given.
+        held_out = config.split.model_copy(update=dict.fromkeys(given, 0.0))
+        own_config = config.model_copy(update={"split": held_out})
+        splits = holdout_strategy(converted).split_clients(shares, {}, own_config, seed)
+        for name, part in given.items():
             matched = match_to_common(replace(own, train=part), common_set, where, needed)
-            splits[name] = RowSelection.all_rows(matched)
-        found.private[owners[0]] = splits
+            splits[owners[0]][name] = RowSelection.all_rows(matched)
+        found.private |= splits
     return found
+
+
+def _divide_rows(
+    dataset: Dataset,
+    source: SourceConfig,
+    owners: list[str],
+    *,
+    config: DataConfig,
+    clients: Population,
+    seed: int,
+    notes: list[str],
+) -> dict[str, RowSelection]:
+    """Partition the rows of a source among the clients that name it.
+
+    A single client gets all rows, including all groups. Partition functions see the metadata, which
+    the clients do not need.
+
+    Args:
+        dataset: Rows of the source, converted to the columns of the main data set.
+        source: Configuration of the source.
+        owners: Ids of the clients.
+        config: Data configuration.
+        clients: Client settings, keyed by client id.
+        seed: Seed of the run.
+        notes: List to which remarks are appended.
+    """
+    train = replace(dataset.train, metadata={})
+    all_rows = RowSelection.all_rows(train)
+    if len(owners) == 1:
+        return {owners[0]: all_rows}
+    if config.partition.kind == "drawn":
+        raise UserError(
+            f"data.partition.kind=drawn cannot divide {source.name}, the source of "
+            f"{len(owners)} clients; set it for one client, or choose another kind"
+        )
+    # A seed for each source: with the seed of the run, two sources would be divided in the same
+    # proportions.
+    own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
+    assigned = assign_rows(
+        dataset, all_rows.rows, owners, config=config, clients=clients, seed=own_seed, notes=notes
+    )
+    return {name: RowSelection(train, part.rows) for name, part in assigned.items()}
+
+
+def _given_sets(own: Dataset, source: SourceConfig) -> dict[str, Examples]:
+    """Return the validation and test sets of a client's source that are not held out of its rows.
+
+    A program passes these sets on purpose. Of files, only the sets of groups and, in time series,
+    both later periods are used.
+    """
+    if source.name.startswith(OBJECT_PREFIX):
+        return {name: part for name, part in own.splits().items() if name != "train"}
+    return holdout_strategy(own).sets_of_own_source() or dict(own.local_sets)

@@ -237,10 +237,8 @@ class FederatedData:
 
         Clients on other machines may keep the counts private.
         """
-        return (
-            client not in self.client_rows.remote_info
-            or self.client_rows.remote_info[client].labels is not None
-        )
+        remote = self.client_rows.remote_info.get(client)
+        return remote is None or remote.labels is not None
 
     def preprocess(self, client: str) -> Preprocess:
         """Return the preprocessing of a client.
@@ -251,13 +249,11 @@ class FederatedData:
         Raises:
             UserError: If the settings do not apply to the examples.
         """
+        remote = self.client_rows.remote_info.get(client)
+        if remote is not None and remote.view is not None:
+            return remote.view
         config = self._settings[client].preprocess
         where = f"client '{client}': preprocess"
-        if (
-            client in self.client_rows.remote_info
-            and (view := self.client_rows.remote_info[client].view) is not None
-        ):
-            return view
         if config.normalize != "own":
             return Preprocess.resolve(config, None, where, self.layout, self.input_shape)
         return self._view_of_own_rows(client, where)
@@ -286,11 +282,9 @@ class FederatedData:
         For a client with another value of `normalize`, None is returned.
         """
         config = self._settings[client].preprocess
-        return (
-            self.unnormalized_view(config, f"client '{client}': preprocess")
-            if config.normalize == "own"
-            else None
-        )
+        if config.normalize != "own":
+            return None
+        return self.unnormalized_view(config, f"client '{client}': preprocess")
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
         """Return whether there is a proxy set with values in the selected columns.
@@ -298,8 +292,11 @@ class FederatedData:
         Args:
             preprocess: Preprocessing that selects the columns.
         """
-        if preprocess.raw is None or "proxy" not in self.public_sets:
-            return "proxy" in self.public_sets
+        if "proxy" not in self.public_sets:
+            return False
+        if preprocess.raw is None:
+            # The client uses all columns, in which no value may be missing.
+            return True
         key = (preprocess.spans, preprocess.blocks)
         if key not in self._has_proxy_values:
             has_values = not is_all_missing(self.public_sets["proxy"], preprocess)
@@ -445,9 +442,8 @@ class FederatedData:
         """
         if self._streamed_hash is not None:
             return self._streamed_hash
-        located = [
-            (("", name), share) for name, share in self.public_sets.items()
-        ] + self.client_rows.rows_by_location()
+        located = [(("", name), share) for name, share in self.public_sets.items()]
+        located += self.client_rows.rows_by_location()
         remote = [
             (client, info.content_hash)
             for client, info in sorted(self.client_rows.remote_info.items())

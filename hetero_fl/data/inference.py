@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hetero_fl.core.images import as_bytes, as_numbers, in_range
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.utils.errors import UserError, check_names
@@ -105,14 +106,15 @@ def _encode_indicators(column: Any, values: tuple[str, ...]) -> Tensor:
 def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
     selected = view.select_columns(rows).flatten(1)
     bad = selected.isinf() if view.missing is not None else ~torch.isfinite(selected)
-    if bool(bad.any()):
-        row = int(bad.any(1).to(torch.uint8).argmax())
+    if (row := first_true(bad.any(1))) is not None:
         raise UserError(f"{WHERE}: row {row}: NaN or infinite value")
     return view(rows)
 
 
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
     """Concatenate blocks in the order of the view to rows `[N, D]`, with NaN for omitted blocks."""
+    if not view.blocks:
+        raise UserError(f"{WHERE}: expected an array, got a dictionary; the model uses no blocks")
     names = [b.name for b in view.blocks]
     check_names(blocks, names, f"{WHERE}: unknown block")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}

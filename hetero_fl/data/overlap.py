@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +41,12 @@ def check_paths(config: DataConfig, sources: Mapping[SourceConfig, Sequence[str]
         UserError: If the path of the proxy set or of a client is also that of the main data set, or
             the path of a client that of the proxy set, or if one of them lies in the other.
     """
-    owned = [(f"clients: '{owners[0]}': data", source) for source, owners in sources.items()]
     common: list[tuple[str, SourceConfig]] = [("data", config)]
-    for where, source in _proxy_source(config):
-        _compare_paths(where, source, common)
-        common.append((where, source))
-    for where, source in owned:
-        _compare_paths(where, source, common)
-
-
-def _proxy_source(config: DataConfig) -> Iterator[tuple[str, SourceConfig]]:
     if config.proxy.source is not None:
-        yield "data.proxy.source", config.proxy.source
+        _compare_paths("data.proxy.source", config.proxy.source, common)
+        common.append(("data.proxy.source", config.proxy.source))
+    for source, owners in sources.items():
+        _compare_paths(f"clients: '{owners[0]}': data", source, common)
 
 
 def _compare_paths(

@@ -7,7 +7,7 @@ view, as several participants can use different columns and formats of the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -45,8 +45,11 @@ CHUNK = 4096
 """Maximum number of rows processed at a time for statistics."""
 CHUNK_VALUES = 2**22
 """Maximum number of values processed at a time for statistics."""
+MISSING_CHUNK = 8192
+"""Number of rows checked for missing values at a time."""
 NOTHING = ColumnLayout()
 """Layout of examples whose columns have no names."""
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Preprocess:
     channels: int | None = None
     mean: float | tuple[float, ...] | None = None
     std: float | tuple[float, ...] | None = None
-    raw: tuple[int, ...] | None = None
+    raw: Shape | None = None
     spans: Spans | None = None
     blocks: tuple[Block, ...] = ()
     missing: Literal["indicate"] | None = None
@@ -103,7 +106,7 @@ class Preprocess:
         cls,
         config: PreprocessConfig,
         layout: ColumnLayout = NOTHING,
-        raw: tuple[int, ...] = (),
+        raw: Shape = (),
         where: str = "preprocess",
     ) -> Preprocess:
         """Create the view that a configuration defines, without normalization.
@@ -135,7 +138,7 @@ class Preprocess:
         train_x_raw: Column | None = None,
         where: str = "preprocess",
         layout: ColumnLayout = NOTHING,
-        raw: tuple[int, ...] = (),
+        raw: Shape = (),
     ) -> Preprocess:
         """Create the view that a configuration defines.
 
@@ -192,7 +195,7 @@ class Preprocess:
         squares = self._pool_block_sums(squares)
         return mean, torch.where(squares > 0, (squares / rows.clamp(min=1)).sqrt(), 1.0)
 
-    def _chunk_size(self, raw_shape: tuple[int, ...]) -> int:
+    def _chunk_size(self, raw_shape: Shape) -> int:
         """Return the number of rows that are processed at a time for statistics."""
         values = max(math.prod(raw_shape), math.prod(self.shape(raw_shape)))
         return min(CHUNK, max(1, CHUNK_VALUES // max(1, values)))
@@ -277,7 +280,7 @@ class Preprocess:
             for name in columns[start:stop]
         ]
 
-    def _selected_shape(self, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _selected_shape(self, raw_shape: Shape) -> Shape:
         """Return the shape of the selected values, before `resize` and `channels`."""
         if len(self.blocks) == 1 and self.missing is None:
             return self.blocks[0].shape
@@ -293,7 +296,7 @@ class Preprocess:
         numbers = torch.tensor(value, dtype=x.dtype)
         return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
 
-    def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
+    def shape(self, raw_shape: Shape, where: str = "preprocess") -> Shape:
         """Return the shape of a preprocessed example, without the batch dimension.
 
         Args:
@@ -319,7 +322,7 @@ class Preprocess:
                 raise UserError(f"{where}.normalize.{name}: expected {wanted}, got {len(value)}")
         return output
 
-    def _output_shape(self, selected_shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    def _output_shape(self, selected_shape: Shape, where: str) -> Shape:
         """Return the shape of a preprocessed example, given the shape of the selected values."""
         if self.resize is None and self.channels is None:
             indicators = 0 if self.missing is None else len(self.blocks) or selected_shape[-1]
@@ -338,9 +341,6 @@ class Preprocess:
                 f"got {self.channels}"
             )
         return (self.channels or channels, self.resize or height, self.resize or width)
-
-
-Shape = tuple[int, ...]
 
 
 def check_settings(profiles: Iterable[SettingsProfile], dataset: Dataset) -> None:
@@ -402,7 +402,12 @@ def check_same_shape(
 
 def required_columns(settings: Iterable[ClientSettings], layout: ColumnLayout) -> set[str]:
     """Return the columns or blocks that any of the clients uses and that must not be missing."""
-    return {column for one in settings for column in _required_columns(one.preprocess, layout)}
+    required: set[str] = set()
+    for each in settings:
+        if each.preprocess.missing is None:
+            selected = each.preprocess.columns
+            required.update(layout.names if selected is None else selected)
+    return required
 
 
 def preprocessed_shape(
@@ -444,12 +449,6 @@ def raw_shape(dataset: Dataset) -> Shape:
     return tuple(dataset.train.x.shape[1:])
 
 
-def _required_columns(config: PreprocessConfig, layout: ColumnLayout) -> Collection[str]:
-    if config.missing is not None:
-        return ()
-    return layout.names if config.columns is None else config.columns
-
-
 def _check_tokens(name: str, view: PreprocessConfig) -> None:
     for key in ("normalize", "missing"):
         if getattr(view, key) is not None:
@@ -461,10 +460,6 @@ def _check_tokens(name: str, view: PreprocessConfig) -> None:
 def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
     """Return a configuration without settings that depend on the rows of a client."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config
-
-
-MISSING_CHUNK = 8192
-"""Number of rows checked for missing values at a time."""
 
 
 def check_missing_values(

@@ -11,7 +11,7 @@ from hetero_fl.config.data import SharedSettings, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
-from hetero_fl.data.sources.npz_files import TABLES, check_image_size, medmnist_file, read_npz
+from hetero_fl.data.sources.npz_files import check_image_size, medmnist_file, read_npz
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 from hetero_fl.utils.extras import describe_missing_package
@@ -51,6 +51,8 @@ FOLDERS = {
     "*/driving_log.csv": "driving",
 }
 """Sources that read folders, keyed by a pattern of files that only such a folder contains."""
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+"""Suffixes of files that the source `table` reads."""
 SHARED_KEYS: tuple[Literal["text", "speech", "movies", "driving"], ...] = (
     "text",
     "speech",
@@ -248,14 +250,20 @@ def load_source(
         registered: Dataset = find_object(config.name, f"{where}.name")
         return registered
     if config.name.startswith(CODE_PREFIX):
-        return _load_user_source(config, root, where, missing)
+        found = call_reference(
+            config.name, f"{where}.name", "config, root", (config, root), Dataset
+        )
+        place = f"{where}.name: {config.name}"
+        dataset = _require_dataset(found, place)
+        _check(dataset, place, missing)
+        return dataset
     name, entry = _find_source(config, where)
     reads_files = not entry.generates and name not in FOLDERS.values()
     npz = config.path is not None and config.path.endswith(".npz") and reads_files
     local = npz or (config.path is not None and "path" not in entry.keys)
     _check_keys(config, name, entry, local, where)
     file = Path(config.path or "").expanduser()
-    if (local or name == "npz") and file.suffix.lower() in TABLES and file.is_file():
+    if (local or name == "npz") and file.suffix.lower() in TABLE_SUFFIXES and file.is_file():
         raise UserError(
             f"{where}.path: expected a .npz file, got '{config.path}'; to read a table set "
             f"{where}.name=table"
@@ -266,7 +274,7 @@ def load_source(
         elif config.path is None and "path" in entry.keys and not entry.generates:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:
-            dataset = _call_source(entry, config, root)
+            dataset = _require_dataset(entry.load(config, root), f"name: {config.name}")
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     except ModuleNotFoundError as error:
@@ -295,14 +303,14 @@ def _read_local_npz(config: SourceConfig, name: str, entry: _Source) -> Dataset:
     return dataset
 
 
-def _call_source(entry: _Source, config: SourceConfig, root: Path) -> Dataset:
-    dataset = entry.load(config, root)
-    if not isinstance(dataset, Dataset):
+def _require_dataset(found: object, where: str) -> Dataset:
+    """Return the result of a source, which must be a data set."""
+    if not isinstance(found, Dataset):
         raise UserError(
-            f"name: {config.name}: expected the function to return a hetero_fl.data.Dataset, got "
-            f"{type(dataset).__name__}"
+            f"{where}: expected the function to return a hetero_fl.data.Dataset, got "
+            f"{type(found).__name__}"
         )
-    return dataset
+    return found
 
 
 def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
@@ -363,7 +371,9 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
                 f"{where}.name={reader} and {where}.path={config.name}"
             )
         suffix = f".{name.lower().removeprefix('.')}"
-        hint = f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLES else ""
+        hint = (
+            f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLE_SUFFIXES else ""
+        )
         hint = hint or suggest_or_list(name, list_sources(), "hetero_fl.data.list_sources()")
         raise UserError(f"{where}.name: unknown source '{config.name}'{hint}")
     return name, _sources[name]
@@ -378,19 +388,7 @@ def _reader_for_suffix(name: str) -> str:
         matching = (source for pattern, source in FOLDERS.items() if any(path.glob(pattern)))
         return next(matching, "image_folder")
     suffix = path.suffix.lower()
-    return "table" if suffix in TABLES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
-
-
-def _load_user_source(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
-    where = f"{where}.name"
-    dataset = call_reference(config.name, where, "config, root", (config, root), Dataset)
-    if not isinstance(dataset, Dataset):
-        raise UserError(
-            f"{where}: {config.name}: expected the function to return a hetero_fl.data.Dataset, "
-            f"got {type(dataset).__name__}"
-        )
-    _check(dataset, f"{where}: {config.name}", missing)
-    return dataset
+    return "table" if suffix in TABLE_SUFFIXES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
 
 
 def _check(dataset: Dataset, where: str, missing: bool) -> None:

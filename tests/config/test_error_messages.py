@@ -117,10 +117,15 @@ class Small(BaseModel):
         ({"output": {"plots": "maybe"}}, "output.plots: expected true or false, got 'maybe'"),
         ({"output": {"plots": 2}}, "output.plots: expected true or false, got 2"),
         ({"name": 5}, "name: expected a string, got 5"),
+        ({"seed": {"name": 1}}, "seed: expected an integer, got {'name': 1}"),
         ({"name": ""}, "name: expected at least 1 character, got ''"),
         ({"name": "my run"}, "name: must match ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'my run'"),
         ({5: 1}, "5: expected a string as key, got 5"),
         ({"algorithm": {5: 1}}, "algorithm.5: expected a string as key, got 5"),
+        (
+            {"attacks": {"name": "label_flip", "pairs": {"a": 1}}},
+            "attacks.pairs.a: expected an integer as key, got 'a'",
+        ),
         (
             {"runtime": {"divergence": "skp"}},
             "expected 'skip' or 'stop', got 'skp'; did you mean 'skip'?",

@@ -37,6 +37,12 @@ def test_group_without_count_gets_remaining_clients(
     assert Counter(client_id[0] for client_id in clients) == members
 
 
+@pytest.mark.parametrize("first", [{"count": 10}, {"count": 12}, {"fraction": 1.0}])
+def test_group_without_clients_is_named(first: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="count: leaves no clients for group 'b', got 10"):
+        expand(count=10, groups=[{"name": "a", **first}, {"name": "b"}])
+
+
 @pytest.mark.parametrize("layer", ["group", "override"])
 def test_other_optimizer_does_not_inherit_momentum(layer: str) -> None:
     adam: dict[str, Any] = {"optimizer": {"name": "adam"}}

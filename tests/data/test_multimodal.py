@@ -107,6 +107,15 @@ def test_patients_without_image_are_kept_or_dropped(tmp_path: Path) -> None:
         assert words in str(refused.value)
 
 
+def test_label_column_requires_class_numbers_of_the_images() -> None:
+    table = TABLE.assign(patient=["p3", "p1", "q9"], ill=[0, 1, 1])
+
+    with pytest.raises(
+        UserError, match=r"y: expected class numbers as in column 'ill'.* got 'ill'"
+    ):
+        join_images_and_table(IMAGES, ["ill", "well"] * 3, WHOSE, table, label="ill")
+
+
 def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
     tmp_path: Path,
 ) -> None:
@@ -138,6 +147,12 @@ def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
             "table: row 2, column 'patient': duplicate patient 'p1', first in row 1",
         ),
         (TABLE.replace("p1", None), {}, "table: row 2, column 'patient': missing value"),
+        (TABLE[:0], {}, "table: has no rows"),
+        (
+            TABLE.rename(columns={"tp53": "egfr"}),
+            {},
+            "table: column 'egfr' occurs 2 times",
+        ),
         (
             TABLE.assign(patient=["x", "y", "z"]),
             {},

@@ -398,6 +398,17 @@ def test_data_frames_with_a_label() -> None:
     assert own.train(hfl.FedMD(), rounds=1, overrides=QUIET).summary["data"]["n_proxy"] == 30
 
 
+def test_public_data_frame_may_have_missing_values() -> None:
+    public = table(30, 4)[["age", "dose"]]
+    public.loc[0, "dose"] = np.nan
+    view = hfl.Preprocess(missing="indicate")
+    clients = [hfl.Client(name, "mlp", table(60, 1), preprocess=view) for name in "ab"]
+
+    own = hfl.Federation(clients, test=table(40, 3), label="ill", proxy=public)
+
+    assert own.prepare(hfl.FedMD()).data.n_proxy == 30
+
+
 def test_clients_without_some_classes_have_equal_tasks() -> None:
     x, y = tensors(60, 1)
     few = TensorDataset(x[y < 2], y[y < 2])
@@ -469,6 +480,13 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: one_client((X, Y + 5), num_classes=3),
     ),
     "frame without label": (UserError, "label: missing", lambda: one_client(table(30, 1))),
+    "column twice": (
+        UserError,
+        "clients: 'a': data: column 'age' occurs 2 times",
+        lambda: hfl.Federation(
+            [hfl.Client("a", "mlp", table(30, 1).rename(columns={"dose": "age"}), label="ill")]
+        ),
+    ),
     "unknown label": (
         UserError,
         "'il' not found",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import PartitionConfig
+from hetero_fl.core.images import dtype_name
 from hetero_fl.data.groups import WHERE, split_patient_rows
 from hetero_fl.data.partition.context import PartitionContext
 from hetero_fl.utils.errors import UserError, one_line, suggest_or_list
@@ -139,8 +140,7 @@ def _row_indices(part: Any, where: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: expected row indices as integers: {one_line(error)}") from error
     if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
-        kind = str(rows.dtype).removeprefix("torch.")
-        raise UserError(f"{where}: expected row indices as integers, got {kind}")
+        raise UserError(f"{where}: expected row indices as integers, got {dtype_name(rows)}")
     return rows.reshape(-1).to(torch.int64)
 
 

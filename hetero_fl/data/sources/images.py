@@ -19,7 +19,7 @@ from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.benchmark_files.downloads import download_folder
+from hetero_fl.data.sources.files.downloads import download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
 from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
 from hetero_fl.utils.errors import UserError
@@ -74,13 +74,14 @@ def npz(config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-SPLITS = {
+FOLDER_SPLITS = {
     "train": "train",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
     "test": "test",
 }
+"""Split of a data set, keyed by the name of a folder."""
 
 
 @register_source("image_folder", keys=("path", "group", "size", "stream"))
@@ -120,32 +121,22 @@ def read_image_folder(
 
     Raises:
         UserError: If the folder or its images are missing, there are folders of splits but no
-            `train`, or an image cannot be read or has a different size.
+            `train` or two of one split, or an image cannot be read or has a different size.
     """
     if not path.is_dir():
         raise UserError(f"path: folder '{path}' not found")
-    parts = {SPLITS[d.name]: d for d in _folders(path) if d.name in SPLITS}
-    if parts and len(parts) < len(_folders(path)):
-        other = next(d.name for d in _folders(path) if d.name not in SPLITS)
-        raise UserError(
-            f"path: {path}: unknown split folder '{other}'; choose from {', '.join(SPLITS)}"
-        )
-    if parts and "train" not in parts:
-        raise UserError(
-            f"path: {path}: folder 'train' not found, only "
-            f"{', '.join(d.name for d in parts.values())}"
-        )
-    files = {split: _list_files(d, grouped) for split, d in (parts or {"train": path}).items()}
+    folders = _split_folders(path)
+    files = {split: _list_files(folder, grouped) for split, folder in folders.items()}
     all_files = [entry for split in files.values() for entry in split]
     classes = natural_order({c for _, c, _ in all_files})
     groups = natural_order({g for _, _, g in all_files})
-    folders = [d for part in (parts.values() or [path]) for d in _class_folders(part, grouped)]
-    empty = tuple(natural_order({d.name for d in folders} - set(classes)))
+    class_folders = [d for folder in folders.values() for d in _class_folders(folder, grouped)]
+    empty = tuple(natural_order({d.name for d in class_folders} - set(classes)))
     pattern = "GROUP/CLASS/*" if grouped else "CLASS/*"
     for split, entries in files.items():
         if not entries:
             raise UserError(
-                f"path: {parts.get(split, path)}: expected images as {pattern} with suffix "
+                f"path: {folders[split]}: expected images as {pattern} with suffix "
                 f"{', '.join(sorted(SUFFIXES))}, found none"
             )
     images = read_image_files([file for file, _, _ in all_files], side, stream)
@@ -157,18 +148,46 @@ def read_image_folder(
         y = torch.tensor([classes.index(c) for _, c, _ in entries])
         group = torch.tensor([groups.index(g) for _, _, g in entries]) if grouped else None
         splits[split] = Examples(x, y, group, tuple(groups) if grouped else ())
-    task = Task("multiclass", len(classes), tuple(classes))
-    about = f"images of {path.name}"
     return Dataset(
         "image_folder",
-        task,
+        Task("multiclass", len(classes), tuple(classes)),
         splits["train"],
         splits.get("validation"),
         splits.get("test"),
-        about=about,
-        notes=_note_empty(empty) + (() if grouped else _note_levels(parts.get("train", path))),
+        about=f"images of {path.name}",
+        notes=_note_empty(empty) + (() if grouped else _note_levels(folders["train"])),
         empty_classes=empty,
     )
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """Return the folder of each split, keyed by "train", "validation" and "test".
+
+    A folder without folders of splits is that of the training rows.
+    """
+    folders = _folders(path)
+    if not any(folder.name in FOLDER_SPLITS for folder in folders):
+        return {"train": path}
+    splits: dict[str, Path] = {}
+    for folder in folders:
+        if folder.name not in FOLDER_SPLITS:
+            raise UserError(
+                f"path: {path}: unknown split folder '{folder.name}'; choose from "
+                f"{', '.join(FOLDER_SPLITS)}"
+            )
+        split = FOLDER_SPLITS[folder.name]
+        first = splits.setdefault(split, folder)
+        if first != folder:
+            raise UserError(
+                f"path: {path}: folders '{first.name}' and '{folder.name}' are both the {split} "
+                "set; remove one of them"
+            )
+    if "train" not in splits:
+        raise UserError(
+            f"path: {path}: folder 'train' not found, only "
+            f"{', '.join(folder.name for folder in splits.values())}"
+        )
+    return splits
 
 
 def _note_empty(classes: Sequence[str]) -> tuple[str, ...]:

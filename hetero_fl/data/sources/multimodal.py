@@ -88,6 +88,8 @@ def join_images_and_table(
     from hetero_fl.data.sources.table_files import features
 
     frame, where = _read_table(table, (by, table_group))
+    if len(frame) == 0:
+        raise UserError(f"{where}: has no rows")
     image_set = from_arrays(images, y, patient=patient, group=group, name=name)
     if image_set.train.x.ndim != 4:
         raise UserError(
@@ -155,10 +157,11 @@ def _check_overlap(table_ids: list[str], image_ids: list[str], where: str, by: s
 def _read_table(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str]:
     import pandas as pd
 
+    from hetero_fl.data.sources.table_columns import normalize_frame
     from hetero_fl.data.sources.table_files import read_frame
 
     if isinstance(table, pd.DataFrame):
-        return table.reset_index(drop=True), "table"
+        return normalize_frame(table, "table"), "table"
     path = Path(table).expanduser()
     try:
         return read_frame(path, names), str(path)
@@ -224,7 +227,13 @@ def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) ->
     labels = parse_numbers(column, where)
     if labels is None:
         raise UserError(f"{where}: column '{column.name}': expected class numbers, got text")
-    classes = {float(name): index for index, name in enumerate(task.output_names)}
+    try:
+        classes = {float(name): index for index, name in enumerate(task.output_names)}
+    except ValueError:
+        raise UserError(
+            f"y: expected class numbers as in column '{column.name}' of the table, got "
+            f"'{task.output_names[0]}'; number the classes"
+        ) from None
     for row in rows:
         if labels[row] not in classes:
             raise UserError(

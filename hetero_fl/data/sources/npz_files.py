@@ -26,11 +26,9 @@ from hetero_fl.data.checks import ExampleNames, check_examples
 from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 
-SPLITS = {"train": "train", "validation": "val", "test": "test"}
+PREFIXES = {"train": "train", "validation": "val", "test": "test"}
 """Prefix of the arrays of each split in the MedMNIST layout."""
 PATIENT = "patient"
-TABLES = (".csv", ".tsv", ".parquet")
-"""Suffixes of files that the source `table` reads."""
 
 
 def read_npz(
@@ -62,13 +60,13 @@ def read_npz(
         UserError: If the file is missing or malformed. The message names the array and the row.
     """
     where = f"path: {path}"
-    wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
+    wanted = [f"{split}_{part}" for split in PREFIXES.values() for part in ("images", "labels")] + [
         patient or PATIENT
     ]
     arrays, names = read_npz_arrays(path, wanted)
     raw = {
         split: split_arrays(arrays, prefix, where)
-        for split, prefix in SPLITS.items()
+        for split, prefix in PREFIXES.items()
         if f"{prefix}_images" in arrays
     }
     if "train" not in raw:
@@ -76,12 +74,12 @@ def read_npz(
     known = task is not None
     task, notes = task_of_labels([y for _, y in raw.values()], where, task, kind)
     read = _npz_images(
-        {f"{where}: {SPLITS[s]}_images": x for s, (x, _) in raw.items()}, table=not known
+        {f"{where}: {PREFIXES[s]}_images": x for s, (x, _) in raw.items()}, table=not known
     )
     splits = {}
     for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
-        images = f"{SPLITS[split]}_images"
-        labels = f"{SPLITS[split]}_labels"
+        images = f"{PREFIXES[split]}_images"
+        labels = f"{PREFIXES[split]}_labels"
         splits[split] = Examples(pixels, npz_targets(y, task, f"{where}: {labels}"))
         check_examples(splits[split], task, where, names=ExampleNames(images, labels))
         if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:

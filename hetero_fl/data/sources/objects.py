@@ -117,9 +117,11 @@ def to_examples(
     if isinstance(data, Tensor | np.ndarray):
         return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
     if is_frame(data) and label is None:
+        # Imported here because loading pandas is slow.
+        from hetero_fl.data.sources.table_columns import normalize_frame
         from hetero_fl.data.sources.table_files import features
 
-        x, columns, _ = features(data, where, categories=categories)
+        x, columns, _ = features(normalize_frame(data, where), where, [], categories)
         return Dataset(where, _NO_TASK, Examples(x), columns=columns)
     if _is_hugging_face(data):
         return _unlabeled(_from_hugging_face(data, where, label, categories, labeled=False))
@@ -150,15 +152,14 @@ def _from_frame(
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import read_table
 
+    columns = list(map(str, frame.columns))
     if label is None:
-        columns = list(map(str, frame.columns))
         raise UserError(
             f"{where}: label: missing; name the column of the labels{suggest_or_list('', columns)}"
         )
-    columns = list(map(str, frame.columns))
     labels = [label] if label in columns else [part.strip() for part in label.split(",")]
     check_names(labels, columns, f"{where}: label: column", " not found")
-    return read_table(frame.reset_index(drop=True), where, label, categories=categories)
+    return read_table(frame, where, label, categories=categories)
 
 
 def _from_torch(data: Any, where: str) -> tuple[Any, Any]:

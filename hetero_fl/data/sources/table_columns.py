@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
@@ -25,6 +26,22 @@ MANY_CATEGORIES = 20
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
 PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
+
+
+def normalize_frame(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return a data frame with text as names of columns and rows that are numbered from 0.
+
+    Args:
+        frame: Data frame that a program passes. It is not changed.
+        where: Name of the data frame, for error messages.
+
+    Raises:
+        UserError: If two columns have the same name.
+    """
+    for name, count in Counter(map(str, frame.columns)).items():
+        if count > 1:
+            raise UserError(f"{where}: column '{name}' occurs {count} times")
+    return frame.rename(columns=str).reset_index(drop=True)
 
 
 def decimal_commas(
@@ -50,7 +67,7 @@ def decimal_commas(
     columns = {
         name: frame[name].dropna().astype(str)
         for name in frame.columns
-        if str(name) not in excluded and is_text(frame[name])
+        if name not in excluded and is_text(frame[name])
     }
     commas = {
         name: texts
@@ -68,7 +85,7 @@ def decimal_commas(
         raise_cell_error(
             where,
             row,
-            str(name),
+            name,
             f"ambiguous number '{texts.loc[frame.index[row]]}' (decimal comma or thousands); "
             f"{NUMBER_HINT}",
         )
@@ -79,9 +96,9 @@ def decimal_commas(
                 f"'{next(iter(commas))}' has decimal commas; {NUMBER_HINT}"
             )
     frame = frame.copy(deep=False)
-    for name in commas:
-        frame[name] = frame[name].str.replace(",", ".").astype(np.float64)
-    return frame, list(map(str, commas))
+    for name, texts in commas.items():
+        frame[name] = texts.str.replace(",", ".").astype(np.float64).reindex(frame.index)
+    return frame, list(commas)
 
 
 def _may_be_thousands(column: pd.Series) -> bool:
@@ -150,7 +167,8 @@ def parse_names(column: pd.Series, where: str) -> pd.Series:
     """
     column = strip_text(column, where)
     if types.is_float_dtype(column):
-        whole = column == np.floor(column)
+        # Larger numbers, and infinity, do not fit into 64 bits.
+        whole = (column == np.floor(column)) & (column.abs() < 2.0**63)
         return column.astype(str).where(~whole, column.where(whole, 0).astype(np.int64).astype(str))
     text = column.astype(str)
     return (
@@ -187,7 +205,7 @@ def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...
         ):
             values = column_as_text(frame[name]).dropna().unique().tolist()
             if 0 < len(values) < MANY_CATEGORIES:
-                categories[str(name)] = tuple(natural_order(values))
+                categories[name] = tuple(natural_order(values))
     return categories
 
 

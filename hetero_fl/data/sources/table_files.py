@@ -24,6 +24,7 @@ from hetero_fl.data.dataset import (
     index_names,
     indicator_names,
 )
+from hetero_fl.data.registry import TABLE_SUFFIXES
 from hetero_fl.data.sources.table_columns import (
     CATEGORICAL,
     MANY_CATEGORIES,
@@ -35,6 +36,7 @@ from hetero_fl.data.sources.table_columns import (
     find_categories,
     is_categorical,
     metadata_array,
+    normalize_frame,
     parse_column,
     parse_names,
     parse_numbers,
@@ -63,11 +65,12 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
     kind = path.suffix.lower()
-    if kind not in (".csv", ".tsv", ".parquet"):
+    if kind not in TABLE_SUFFIXES:
         raise UserError(f"{where}: unknown suffix '{kind}'; choose .csv, .tsv or .parquet")
     try:
         if kind == ".parquet":
-            return pd.read_parquet(path)
+            # Parquet files may have integers as names of columns.
+            return pd.read_parquet(path).rename(columns=str)
         separator = "\t" if kind == ".tsv" else _detect_separator(path)
         _check_cells(path, separator)
         return pd.read_csv(
@@ -175,18 +178,16 @@ def read_table(
     Raises:
         UserError: If a column or value is missing, or a cell is not a number.
     """
-    labels = _label_columns(frame, label)
     where = f"path: {path}" if isinstance(path, Path) else path
     title = path.name if isinstance(path, Path) else path
+    frame = normalize_frame(frame, where)
+    labels = _label_columns(frame, label)
     owners = {
         key: column
         for key, column in (("group", group), ("patient", patient))
         if column is not None
     }
-    check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
-    for key, column in owners.items():
-        if column in labels:
-            raise UserError(f"{key}: must differ from label, got '{column}'; choose another column")
+    _check_special_columns(frame, labels, owners, path)
     indexed = {
         key: index_names(parse_names(frame[column], where)) for key, column in owners.items()
     }
@@ -201,9 +202,7 @@ def read_table(
         targets = rest[labels]
         rest = rest.drop(columns=labels)
     encoded = find_categories(rest, where) if categories is None else categories
-    encoded = {
-        str(name): tuple(encoded[str(name)]) for name in rest.columns if str(name) in encoded
-    }
+    encoded = {name: tuple(encoded[name]) for name in rest.columns if name in encoded}
     gaps: list[str] = []
     remarks: list[str] = []
     x, columns, left_out = features(rest, where, gaps, encoded, remarks)
@@ -211,9 +210,7 @@ def read_table(
     groups, group_names = indexed.get("group", (None, ()))
     patients, patient_names = indexed.get("patient", (None, ()))
     inputs = {name for name in columns if name not in encoded}
-    metadata = {
-        str(name): metadata_array(frame[name]) for name in frame.columns if str(name) not in inputs
-    }
+    metadata = {name: metadata_array(frame[name]) for name in frame.columns if name not in inputs}
     examples = Examples(x, y, groups, group_names, patients, patient_names, metadata=metadata)
     used = ColumnLayout(columns, (), tuple(encoded.items())).names
     about = f"table {title}, {len(used)} columns" + (
@@ -236,6 +233,29 @@ def read_table(
         first_missing=gaps[0] if gaps else "",
         categories=tuple(encoded.items()),
     )
+
+
+def _check_special_columns(
+    frame: pd.DataFrame, labels: Sequence[str], owners: Mapping[str, str], path: Path | str
+) -> None:
+    """Check that the columns of labels, groups and patients exist, and that labels are distinct.
+
+    Args:
+        frame: Table.
+        labels: Columns of the labels.
+        owners: Columns of groups and patients, keyed by "group" and "patient".
+        path: File or name of the table, for error messages.
+
+    Raises:
+        UserError: If a column is missing, or a column of labels has several uses.
+    """
+    check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
+    for column, count in Counter(labels).items():
+        if count > 1:
+            raise UserError(f"label: column '{column}' occurs {count} times; name it once")
+    for key, column in owners.items():
+        if column in labels:
+            raise UserError(f"{key}: must differ from label, got '{column}'; choose another column")
 
 
 def describe_columns(
@@ -284,8 +304,9 @@ def categories_of_frames(
     """
     columns = {}
     for place, (frame, label) in frames.items():
-        labels = _label_columns(frame, label) if label is not None else []
-        columns[place] = [frame[name] for name in frame.columns if str(name) not in labels]
+        table = normalize_frame(frame, place)
+        labels = _label_columns(table, label) if label is not None else []
+        columns[place] = [table[name] for name in table.columns if name not in labels]
     return shared_categories(columns, {place: place for place in frames})
 
 
@@ -357,7 +378,7 @@ def features(
     """Convert the columns of a table to features.
 
     Args:
-        frame: Columns without labels, groups and patients.
+        frame: Columns without labels, groups and patients, whose names are text.
         where: Name of the file, for error messages.
         allow_missing: List to which the location of the first missing value of each column is
             appended. Missing values are then NaN. If None, a missing value is an error.
@@ -375,18 +396,16 @@ def features(
         raise UserError(f"{where}: has no rows")
     found: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
-    for key in frame.columns:
-        # Data frames and Parquet files may have integers as names.
-        name = str(key)
-        if name in (categories or {}):
-            values = (categories or {})[name]
-            indicators = encode_indicators(frame[key], values, notes)
-            added = dict(zip(indicator_names(name, values), indicators.T, strict=True))
+    encoded = categories or {}
+    for name in frame.columns:
+        added: dict[str, np.ndarray] = {}
+        if name in encoded:
+            indicators = encode_indicators(frame[name], encoded[name], notes)
+            added = dict(zip(indicator_names(name, encoded[name]), indicators.T, strict=True))
+        elif (numbers := parse_numbers(frame[name], where, allow_missing)) is not None:
+            added = {name: numbers.astype(np.float32)}
         else:
-            column = parse_numbers(frame[key], where, allow_missing)
-            added = {} if column is None else {name: column.astype(np.float32)}
-            if column is None:
-                left_out[name] = _reason_left_out(frame[key])
+            left_out[name] = _reason_left_out(frame[name])
         for other in added:
             if other in found:
                 raise UserError(

@@ -24,7 +24,7 @@ def table(config: SourceConfig, _root: Path) -> Dataset:
     path = Path(str(config.path)).expanduser()
     frame = read_frame(path, (config.group, config.patient, *(config.categories or ())))
     if config.label is None:
-        columns = ", ".join(map(str, frame.columns[:20]))
+        columns = ", ".join(frame.columns[:20])
         raise UserError(f"label: missing; set the column of the labels, choose from {columns}")
     return read_table(
         frame,

@@ -49,6 +49,8 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
             f"group=file needs a folder of .txt files, got the file '{path}'; set path to a folder"
         )
     vocabulary = read_vocabulary(settings)
+    # A single word has no next word.
+    min_words = 2 if settings.predict == "next" else 1
     messages: list[list[str]] = []
     classes: list[str] = []
     owners: list[str] = []
@@ -60,12 +62,12 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
                 else ("", line)
             )
             words = split_words(message)
-            if len(words) > (settings.predict == "next"):
+            if len(words) >= min_words:
                 messages.append(words)
                 classes.append(label)
                 owners.append(file.stem)
     if not messages:
-        least = "two words" if settings.predict == "next" else "a word"
+        least = "two words" if min_words == 2 else "a word"
         raise UserError(f"path: {path}: no line has at least {least}")
     y, names = index_names(classes)
     train, text_indices = make_examples(messages, y.tolist(), settings, vocabulary)

@@ -219,18 +219,17 @@ def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task
     if task.kind == "regression":
         rows.unit = torch.from_numpy(scale[complete, 0]).float()
         return rows
-    threshold = (
-        float(np.nanquantile(value[past], config.busy))
-        if np.isfinite(value[past]).any()
-        else math.inf
-    )
-
-    def above(relative: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy((relative * scale)[complete] > threshold + 1e-9 * abs(threshold))
-
-    busy = above(target)
-    rows.y = busy[:, 0].long() if task.kind == "multiclass" else busy.float()
-    rows.baselines = {name: _baseline_outputs(above(v), task) for name, v in forecasts.items()}
+    threshold = math.inf
+    if np.isfinite(value[past]).any():
+        threshold = float(np.nanquantile(value[past], config.busy))
+    # Division and multiplication by the scale may change the last digits of a value.
+    threshold += 1e-9 * abs(threshold)
+    is_busy = torch.from_numpy((target * scale)[complete] > threshold)
+    rows.y = is_busy[:, 0].long() if task.kind == "multiclass" else is_busy.float()
+    rows.baselines = {
+        name: _baseline_outputs(torch.from_numpy((values * scale)[complete] > threshold), task)
+        for name, values in forecasts.items()
+    }
     return rows
 
 

@@ -15,7 +15,7 @@ from hetero_fl.core.stored_rows import StoredRows, read_all
 from hetero_fl.data.checks import ExampleNames, check_examples
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.npz_files import SPLITS, npz_targets, split_arrays, task_of_labels
+from hetero_fl.data.sources.npz_files import PREFIXES, npz_targets, split_arrays, task_of_labels
 from hetero_fl.utils.errors import UserError, suggest_file
 
 
@@ -47,7 +47,7 @@ def read_zarr(path: Path, config: SourceConfig) -> Dataset:
     }
     raw = {
         split: split_arrays(found, prefix, where)
-        for split, prefix in SPLITS.items()
+        for split, prefix in PREFIXES.items()
         if f"{prefix}_images" in found
     }
     if "train" not in raw:
@@ -56,7 +56,7 @@ def read_zarr(path: Path, config: SourceConfig) -> Dataset:
     task, notes = task_of_labels([y for _, y in raw.values()], where, None, config.task)
     splits = {}
     for split, (array, y) in raw.items():
-        names = ExampleNames(f"{SPLITS[split]}_images", f"{SPLITS[split]}_labels")
+        names = ExampleNames(f"{PREFIXES[split]}_images", f"{PREFIXES[split]}_labels")
         stored = _stored_images(path, names.x, array, config.stream)
         x = read_all(stored) if config.stream is None else stored
         examples = Examples(x, npz_targets(y, task, f"{where}: {names.y}"))
@@ -128,7 +128,7 @@ def _open_arrays(path: Path) -> dict[str, Any]:
 
     if not path.is_dir():
         raise UserError(f"path: folder '{path}' not found{suggest_file(path)}")
-    names = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")]
+    names = [f"{split}_{part}" for split in PREFIXES.values() for part in ("images", "labels")]
     try:
         group = zarr.open_group(str(path), mode="r")
         return {name: group[name] for name in names if name in group}

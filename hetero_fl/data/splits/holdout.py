@@ -114,11 +114,10 @@ class RandomHoldout:
             UserError: If a client has too few rows or patients.
         """
         min_size = config.partition.min_size
-        is_natural = common_rows and config.partition.kind == "natural"
-        given = {
-            name: RowSelection.all_rows(examples)
-            for name, examples in (self.dataset.local_sets if is_natural else {}).items()
-        }
+        given: dict[str, RowSelection] = {}
+        if common_rows and config.partition.kind == "natural":
+            local_sets = self.dataset.local_sets
+            given = {name: RowSelection.all_rows(part) for name, part in local_sets.items()}
         held_out = config.split.model_copy(update=dict.fromkeys(given, 0.0))
         splits = {
             client: _splits(

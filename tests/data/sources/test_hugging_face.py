@@ -89,6 +89,18 @@ def test_images_with_three_splits(tmp_path: Path) -> None:
     assert dataset.train.metadata["label"][:3].tolist() == NAMES
 
 
+@pytest.mark.parametrize("names", [("image", "img"), ("img", "image"), ("mask", "img", "image")])
+def test_image_column_is_chosen_by_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+    content: dict[str, Any] = {
+        name: [Image.fromarray(each) for each in pixels(6, seed)] for seed, name in enumerate(names)
+    }
+    save(tmp_path / "scans", {**content, "label": [0, 1, 2] * 2})
+
+    x = load(tmp_path / "scans").train.x
+
+    assert torch.equal(x[:, 0], torch.from_numpy(pixels(6, names.index("image"))))
+
+
 def test_training_on_a_folder(tmp_path: Path) -> None:
     """Each hospital is a client by a column of the data set."""
     image_set(120).save_to_disk(str(tmp_path / "scans"))

@@ -95,6 +95,10 @@ def test_invalid_folders_are_named(tmp_path: Path) -> None:
     save(tmp_path / "three" / "test" / "a" / "0.png")
     with pytest.raises(UserError, match="folder 'train' not found, only test"):
         load(tmp_path / "three")
+    for split in ("train", "val", "valid"):
+        save(tmp_path / "four" / split / "a" / "0.png")
+    with pytest.raises(UserError, match="'val' and 'valid' are both the validation set"):
+        load(tmp_path / "four")
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="mode F"):
         read_image_files([tmp_path / "float.tif"])

@@ -180,8 +180,25 @@ def test_invalid_cells_are_named(
     )
 
 
+def test_large_class_names_stay_distinct() -> None:
+    frame = pd.DataFrame({"age": [30, 41, 52], "result": [1e20, 2.0, np.inf]})
+
+    dataset = read_table(frame, "t", "result", kind="multiclass")
+
+    assert dataset.task.names == ("1e+20", "2", "inf")
+
+
+def test_decimal_commas_may_be_mixed_with_integers() -> None:
+    frame = pd.DataFrame({"dose": ["0,5", 3, None, "2"], "result": [0, 1, 0, 1]}, dtype=object)
+
+    x = read_table(frame, "t", "result").train.x
+
+    assert x[[0, 1, 3], 0].tolist() == [0.5, 3.0, 2.0] and bool(x[2].isnan())
+
+
 def test_invalid_columns_are_named(csv: Path) -> None:
     for label, group, words in (
+        ("result,result", None, "data.label: column 'result' occurs 2 times"),
         ("reslt", None, "data.label: column 'reslt' not found in .*; did you mean 'result'"),
         ("result", "sit", "data.group: column 'sit' not found in .*; did you mean 'site'"),
         ("result", "result", "data.group: must differ from label, got 'result'"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.core.images import as_bytes, as_numbers
+from hetero_fl.core.images import as_bytes, as_numbers, dtype_name
 from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import class_numbers
@@ -92,7 +92,7 @@ def read_client_folder(path: Path) -> Dataset:
 
 
 def _describe(x: Column) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape[1:])}"
+    return f"{dtype_name(x)} of shape {tuple(x.shape[1:])}"
 
 
 def _client_names(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files that sources read: checks of folders, lines of text and cells of CSV."""
+"""Files that sources read: downloads, checks of folders, lines of text and cells of CSV."""
 
 from hetero_fl.data.sources.files.folders import check_folder, contains_file, visible_files
 from hetero_fl.data.sources.files.text_lines import MARK, decode, read_lines, split_cells

@@ -152,17 +152,16 @@ def _default_inputs(
 ) -> tuple[str, ...]:
     kinds = {name: feature_kind(features[name]) for name in names}
     images = [name for name, kind in kinds.items() if kind == "image"]
-    preferred = [name for name in IMAGE_NAMES if name in images] or images
+    images = [name for name in IMAGE_NAMES if name in images][:1] or images
     texts = [name for name, kind in kinds.items() if kind == "string"]
+    if "text" in texts:
+        texts = ["text"]
+    elif not wants_text:
+        texts = []
     arrays = [
         name for name, kind in kinds.items() if kind == "array" and array_depth(features[name]) > 1
     ]
-    if "text" in texts or (wants_text and len(texts) == 1):
-        texts = ["text"] if "text" in texts else texts
-    elif not wants_text:
-        texts = []
-    preferred = preferred[:1] if preferred != images else preferred
-    for found in (texts, preferred, arrays) if wants_text else (preferred, texts, arrays):
+    for found in (texts, images, arrays) if wants_text else (images, texts, arrays):
         if len(found) > 1:
             raise UserError(
                 f"{where}: columns.input: missing; choose from {format_list(found, quote=True)}"

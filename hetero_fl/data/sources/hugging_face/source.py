@@ -13,17 +13,17 @@ from typing import Any
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.registry import HUB_PREFIX, register_source
-from hetero_fl.data.sources.benchmark_files.downloads import (
+from hetero_fl.data.sources.files.downloads import (
     describe_cause,
     download_folder,
     quiet_unless_terminal,
 )
 from hetero_fl.data.sources.hugging_face.conversion import read_hub_splits
-from hetero_fl.data.sources.images import SPLITS
+from hetero_fl.data.sources.images import FOLDER_SPLITS
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.text import format_list
 
-SPLIT_OF = {**SPLITS, "dev": "validation"}
+SPLIT_OF = {**FOLDER_SPLITS, "dev": "validation"}
 """Split of a data set, keyed by the name of the split in a `DatasetDict`."""
 
 

@@ -22,8 +22,8 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.groups import largest_groups
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.benchmark_files.downloads import download_archive
 from hetero_fl.data.sources.files import check_folder, contains_file, read_lines
+from hetero_fl.data.sources.files.downloads import download_archive
 from hetero_fl.data.sources.speech.features import BATCH, band_names, log_mel
 from hetero_fl.data.sources.speech.voices import (
     DEVICES,

@@ -19,6 +19,7 @@ from urllib.request import urlopen
 
 from typing_extensions import override
 
+from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.deployment.messages import versions
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.http_pages import Page, PageFunction, serve_pages
@@ -103,7 +104,6 @@ STATUS_FILE = "status.json"
 # Number of recent events in the status.
 MAX_EVENTS = 20
 EVALUATION_SETS = ("personal", "global", "server")
-SPREAD_SUFFIXES = ("_std", "_worst", "_undefined")
 
 
 class RunStatus:
@@ -189,7 +189,7 @@ class RunStatus:
             for name in EVALUATION_SETS:
                 if scores := record.get(name):
                     tree[name] = {
-                        m: v for m, v in scores.items() if not m.endswith(SPREAD_SUFFIXES)
+                        m: v for m, v in scores.items() if not m.endswith(STATISTIC_SUFFIXES)
                     }
             self._write()
 

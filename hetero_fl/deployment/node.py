@@ -37,7 +37,12 @@ from hetero_fl.deployment.messages import (
     message,
     versions,
 )
-from hetero_fl.deployment.node_storage import MAX_STATES, Cipher, NodeStorage, StateLostError
+from hetero_fl.deployment.node_storage import (
+    MAX_STATES,
+    NodeStorage,
+    StateLostError,
+    load_or_create_key,
+)
 from hetero_fl.deployment.policy import (
     Policy,
     check_config,
@@ -159,7 +164,7 @@ class ParticipatingRun:
 def begin_run(
     site: SiteConfig,
     folder: Path,
-    cipher: Cipher | None,
+    storage_key: bytes | None,
     *,
     entries: Iterable[Entry],
     run: str,
@@ -170,7 +175,7 @@ def begin_run(
     Args:
         site: Configuration of the site.
         folder: Folder of the site.
-        cipher: Cipher for the site's files. If None, files are not encrypted.
+        storage_key: Key that encrypts the site's files. If None, files are not encrypted.
         entries: Entries of the site's audit log.
         run: ID of the run.
         tree: Decoded message with the configuration of the run, the hash of the public sets and,
@@ -204,14 +209,14 @@ def begin_run(
                 "public sets: the sets of this site differ from the server's; use the same files"
             )
     else:
-        pack = _read_public_pack(NodeStorage(folder / "public", cipher), tree)
+        pack = _read_public_pack(NodeStorage(folder / "public", storage_key), tree)
         if pack is None:
             return None
         settings = clients[client].model_copy(update={"data": site.data})
         data = pack.data_of_client(client, config.data, {**clients, client: settings}, config.seed)
     own_view = clients[client].preprocess.normalize == "own"
     info = describe_client_rows(data, client, own_view, site.tells.labels)
-    storage = NodeStorage(folder / "runs" / check_file_name(run), cipher)
+    storage = NodeStorage(folder / "runs" / check_file_name(run), storage_key)
     fingerprint = run_fingerprint(raw, info.content_hash, str(tree["public"]))
     if (known := storage.read("terms")) is None:
         storage.write("terms", fingerprint)
@@ -301,7 +306,7 @@ class Node:
         self.site = site
         self.folder = folder
         self.log = log
-        self.cipher = None if site.encrypt is None else Cipher.from_key_file(Path(site.encrypt))
+        self.storage_key = None if site.encrypt is None else load_or_create_key(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
@@ -388,7 +393,7 @@ class Node:
         result = begin_run(
             self.site,
             self.folder,
-            self.cipher,
+            self.storage_key,
             entries=self.audit_log.entries(),
             run=run,
             tree=decode_body(envelope),

@@ -37,6 +37,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
 from hetero_fl.federation.executors.choose import ExecutorChoice
+from hetero_fl.federation.simulation.sampling import min_clients
 from hetero_fl.federation.simulation.schedule import unused_simulation_keys
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Record
@@ -151,14 +152,13 @@ def run_federation(
                 memory = DeviceMemory(device, keeps_copies=False)
                 backend = make_backend(memory, 1, choice.precision)
                 seconds = min(deadline, config.cohort.deadline or deadline)
-                return NodeExecutor(
-                    handshake, store, backend, seconds, required=_min_clients(prepared)
-                )
+                required = min_clients(config.cohort, prepared.federation)
+                return NodeExecutor(handshake, store, backend, seconds, required=required)
 
-            notes = handshake.prepared.notes
-            notes += unused_simulation_keys(handshake.prepared.federation, config)
+            prepared = handshake.prepared
+            prepared.notes.extend(unused_simulation_keys(prepared.federation, config))
             run = run_prepared(
-                handshake.prepared,
+                prepared,
                 out=out,
                 resume=resume,
                 callbacks=[status.add_record, *callbacks],
@@ -210,16 +210,6 @@ def check_deployable(config: Config) -> None:
             f"algorithm.name: {name} is available in simulations only: "
             "it needs the rows or models of all clients in one place"
         )
-
-
-def _min_clients(prepared: PreparedRun) -> int:
-    """Return the minimum number of clients for a round."""
-    secure_sum = prepared.config.channel.secure_sum
-    cohort = prepared.federation.cohort
-    return max(
-        prepared.config.cohort.least,
-        secure_sum.min_survivors(cohort) if secure_sum is not None else 1,
-    )
 
 
 def _run_identity(out: Path) -> dict[str, Any] | None:

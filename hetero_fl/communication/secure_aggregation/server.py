@@ -24,6 +24,8 @@ from hetero_fl.communication.protocol import (
     Content,
     Exchanges,
     Message,
+    check_accepted,
+    check_reply_size,
     encoded,
 )
 from hetero_fl.communication.secure_aggregation import crypto
@@ -287,15 +289,9 @@ class SecureAggregationRound:
         Raises:
             PayloadError: If the client refused the request or the reply is invalid.
         """
-        if message.kind == "refused":
-            reason = message.body[:200].decode(errors="replace")
-            raise PayloadError(f"the client refused {kind!r}: {reason}")
+        check_accepted(message, kind)
         max_bytes = SPARE_BYTES + 8 * self.layout[1] + 2 * SEALED * len(self.names)
-        if len(message.body) > max_bytes:
-            raise PayloadError(
-                f"reply to {kind!r}: must have at most {max_bytes:,} bytes, "
-                f"got {len(message.body):,}"
-            )
+        check_reply_size(message, kind, max_bytes)
         reply = decode_arrays(message.body, REPLIES[kind])
         if message.kind != kind or reply["tag"].tobytes() != self.tag:
             raise PayloadError("message of another round or exchange")

@@ -32,8 +32,8 @@ from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import pair_mask
 from hetero_fl.communication.secure_aggregation.crypto import (
     apply_masks,
-    draw_neighbourhoods,
-    num_neighbours,
+    draw_neighborhoods,
+    num_neighbors,
     share_threshold,
 )
 from hetero_fl.communication.secure_aggregation.messages import REPLIES, SEALED, TAG, client_numbers
@@ -108,7 +108,7 @@ class SecureAggregationRound:
     Args:
         cohort: Ids of the clients.
         survivors: Number of clients that must remain until the end of the round.
-        neighbours: Number of neighbors of each client. If None, the smallest secure number is used.
+        neighbors: Number of neighbors of each client. If None, the smallest secure number is used.
         layout: Digest of the layout and length of the vector.
         unit: Exponent of the power of two by which clients divide values and weights.
         round_idx: Index of the round.
@@ -124,14 +124,14 @@ class SecureAggregationRound:
         self,
         cohort: Sequence[str],
         survivors: int,
-        neighbours: int | None,
+        neighbors: int | None,
         layout: tuple[bytes, int],
         *,
         unit: int,
         round_idx: int,
     ) -> None:
         self.survivors = survivors
-        self.neighbours = neighbours
+        self.neighbors = neighbors
         self.layout = layout
         self.unit = unit
         self.round_idx = round_idx
@@ -161,6 +161,7 @@ class SecureAggregationRound:
         return AggregatedUploads(clients, total, 2.0**self.unit, dropouts)
 
     def _exchange_keys(self) -> Iterator[SecureExchange]:
+        """Collect the public keys of the clients."""
 
         def take(number: int, reply: Arrays) -> None:
             self.public[number] = reply["keys"]
@@ -179,8 +180,8 @@ class SecureAggregationRound:
         self,
     ) -> Generator[SecureExchange, None, dict[int, dict[int, np.ndarray]]]:
         """Draw neighborhoods, and return the encrypted shares, keyed by receiver and sender."""
-        k = num_neighbours(len(self.public), min(self.survivors, len(self.public)), self.neighbours)
-        self.mask_partners = draw_neighbourhoods(list(self.public), k)
+        k = num_neighbors(len(self.public), min(self.survivors, len(self.public)), self.neighbors)
+        self.mask_partners = draw_neighborhoods(list(self.public), k)
         self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
         sealed: dict[int, dict[int, np.ndarray]] = {}
 
@@ -246,7 +247,7 @@ class SecureAggregationRound:
         shares: dict[int, dict[int, bytes]] = {}
 
         def arrays(number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
-            survivors = self._summed_neighbours(summed, number)
+            survivors = self._summed_neighbors(summed, number)
             dropped = [m for m in self.mask_partners[number] if m not in survivors]
             return {
                 "survivors": np.array(survivors, np.int32),
@@ -258,7 +259,7 @@ class SecureAggregationRound:
                 if number == holder or number in self.mask_partners[holder]:
                     shares.setdefault(number, {})[holder] = share.tobytes()
 
-        holders = [n for n in summed if len(self._summed_neighbours(summed, n)) >= self.threshold]
+        holders = [n for n in summed if len(self._summed_neighbors(summed, n)) >= self.threshold]
         yield SecureExchange(self, "unmask", holders, arrays, take)
         streams: list[tuple[bytes, bool]] = []
         for number, mates in self.mask_partners.items():
@@ -323,7 +324,7 @@ class SecureAggregationRound:
                 f"vector: expected {self.layout[1]} numbers, got {len(received['vector'])}"
             )
 
-    def _summed_neighbours(self, summed: Iterable[int], number: int) -> list[int]:
+    def _summed_neighbors(self, summed: Iterable[int], number: int) -> list[int]:
         members = {number, *self.mask_partners[number]}
         return [n for n in summed if n in members]
 

@@ -66,15 +66,16 @@ class UploadCollector:
         self.cohort = cohort
         self.round_idx = trainer.round_idx
         self.rules = self._make_rules()
-        noise = None
-        if trainer.privacy is not None:
-            noise = trainer.privacy.sum_noise(self._received_by, self.round_idx)
-        self._noise = noise
+        self._noise = (
+            None
+            if trainer.privacy is None
+            else trainer.privacy.sum_noise(self._received_by, self.round_idx)
+        )
         self.uploads = Uploads(
             specs=trainer.expectations.specs,
             common=trainer.federation.common,
             rules=self.rules,
-            noise=noise,
+            noise=self._noise,
         )
         self.losses: dict[str, float] = {}
         self.logged: dict[str, dict[str, float]] = {}

@@ -444,7 +444,7 @@ class AsynchronousTrainer(FederatedTrainer):
         self.num_tasks = number + 1
         self._attempts[client] = attempt + 1
         payload = self.broadcast(client_info)
-        body = encoded(self.broadcast_content(client_info, payload))
+        body = encoded(self.broadcasts.content(client_info, payload))
         fault = self.environment.faults.outcome(client, number)
         up_bytes = self.upload_sizes(client_info, payload, self.version)
         self.count_traffic(down=len(body))

@@ -33,7 +33,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 def pieces(node: Node) -> list[bytes]:
     """Return bytes from the middle of each private tensor of a node's state and rows."""
-    assert node.joined is not None and node.joined.worker is not None
+    assert node.joined is not None
     private: PrivateState = node.joined.worker.store.get(node.site.client)
     rows = node.joined.data.client_rows[node.site.client]["train"].copy_rows()
     found = []
@@ -184,7 +184,7 @@ def test_site_noise_differs_between_tasks(tmp_path: Path) -> None:
             answer = handle(envelope)
             joined = federation.nodes["site_1"].joined
             if envelope.head["ask"] == "do" and joined is not None:
-                assert isinstance(joined.noise, SecretNoiseSource) and joined.worker is not None
+                assert isinstance(joined.noise, SecretNoiseSource)
                 assert joined.worker.runtime.privacy.noise is joined.noise
                 tasks.append(joined.noise.task)
             return answer

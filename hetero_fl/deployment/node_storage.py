@@ -18,7 +18,7 @@ from hetero_fl.communication.authenticated_encryption import KEY_LENGTH, decrypt
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import sync_folder, write_atomically
+from hetero_fl.utils.serialization import check_private, sync_folder, write_atomically
 
 # Number of stored states of a run. The server's two checkpoints may refer to one state each, and a
 # running task adds one.
@@ -43,8 +43,7 @@ def load_or_create_key(path: Path) -> bytes:
         raise UserError(f"{path}: the key cannot be read ({error.strerror})") from None
     if len(key) != KEY_LENGTH:
         raise UserError(f"{path}: expected a key of 32 bytes, got {len(key)} bytes")
-    if os.name == "posix" and path.stat().st_mode & 0o077:
-        raise UserError(f"{path}: other users can read this key; run chmod 600 {path}")
+    check_private(path)
     return key
 
 

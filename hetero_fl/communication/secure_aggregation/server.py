@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from typing_extensions import override
 
 from hetero_fl.communication.named_arrays import (
     Arrays,
@@ -22,6 +23,7 @@ from hetero_fl.communication.named_arrays import (
 from hetero_fl.communication.protocol import (
     AggregatedUploads,
     Content,
+    Exchange,
     Exchanges,
     Message,
     check_accepted,
@@ -43,7 +45,7 @@ from hetero_fl.utils.errors import RoundAbandonedError
 
 
 @dataclass
-class SecureExchange:
+class SecureExchange(Exchange):
     """One exchange of secure aggregation (see `Exchange`).
 
     Args:
@@ -74,12 +76,13 @@ class SecureExchange:
         self._silent = {self.secure_round.names[number]: number for number in self.numbers}
         self.clients: Sequence[str] = list(self._silent)
 
+    @override
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        """Return the request to a client (see `Exchange.request`)."""
         arrays = self.arrays(self.secure_round.numbers[client_id], broadcast_to)
         tag = byte_string_to_row(self.secure_round.tag)
         return Message(self.kind, encode_arrays({"tag": tag, **arrays}))
 
+    @override
     def accept(self, client_id: str, reply: Message) -> None:
         """Process the reply of a client.
 

@@ -183,13 +183,9 @@ class SealedBroadcasts(Broadcasts):
         self.state = state
 
     @override
-    def begin(self, *_about: Any) -> None:
+    def _clear(self, training: Collection[str]) -> None:
         # The initial state may be set after the construction of the trainer.
         self._initial = b""
-
-    @override
-    def _clear(self, training: Collection[str]) -> None:
-        return
 
     @override
     def content(self, client_info: ClientInfo, payload: Payload) -> bytes:

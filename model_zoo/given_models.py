@@ -25,16 +25,28 @@ from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel
 
 OBJECT_PREFIX = "object:"
+# Types whose `repr` describes a value completely.
+PLAIN_TYPES = (
+    *(type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.Size, enum.Enum),
+)
+# Attributes of every module, such as the mode and the dictionaries of parameters and hooks.
+MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 
 ModelFactory = Callable[..., nn.Module]
+
+
+# The models that the program keeps, keyed by name.
+_given: dict[str, WeakSet[GivenModel]] = {}
 
 
 class GivenModel:
     """A model that a program passes as a module, class or function.
 
-    Two modules have the same name if their classes, `repr`, attributes of the types `PLAIN`, names
-    and shapes of tensors, frozen parameters, and `head` are equal. Two functions or classes have
-    the same name only if they are the same object.
+    Two modules have the same name if their classes, `repr`, attributes, names and shapes of
+    tensors, frozen parameters, and `head` are equal. Attributes without a description, such as
+    lambdas, are equal only if they are the same object. Two functions or classes have the same name
+    only if they are the same object.
 
     Args:
         model: A module, or a class or function that returns a module. A module is not modified. A
@@ -194,9 +206,6 @@ def redraw_weights(module: nn.Module) -> list[str]:
     return kept
 
 
-_given: dict[str, WeakSet[GivenModel]] = {}
-
-
 def find_given(name: str) -> GivenModel:
     """Return the model that is registered under the name `object:NAME`.
 
@@ -223,15 +232,11 @@ def _describe_module(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     opaque: list[int] = []
     attributes = {}
     for path, part in module.named_modules():
-        own = {name: value for name, value in vars(part).items() if name not in _INTERNAL}
+        own = {name: value for name, value in vars(part).items() if name not in MODULE_ATTRIBUTES}
         buffers = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
         attributes[path] = _describe_value({**own, **buffers}, opaque, set())
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}", tuple(opaque)
-
-
-_INTERNAL = vars(nn.Module()).keys()
-"""Attributes of every module, such as the mode and the dictionaries of parameters and hooks."""
 
 
 def _describe_value(value: Any, opaque: list[int], parents: set[int]) -> str:
@@ -244,7 +249,7 @@ def _describe_value(value: Any, opaque: list[int], parents: set[int]) -> str:
     """
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
     is_importable = "<" not in name and not name.startswith("__main__")
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN_TYPES):
         return repr(value)
     if isinstance(value, torch.Tensor):
         shape = f"{value.dtype} {tuple(value.shape)}"
@@ -264,13 +269,6 @@ def _describe_value(value: Any, opaque: list[int], parents: set[int]) -> str:
             parts = (_describe_value(each, opaque, inner) for each in content)
             return f"{type(value).__qualname__}({', '.join(parts)})"
     return type(value).__qualname__
-
-
-_PLAIN = (
-    *(type(None), bool, int, float, complex, str, bytes),
-    *(torch.dtype, torch.device, torch.Size, enum.Enum),
-)
-"""Types whose `repr` describes a value completely."""
 
 
 def _content(value: Any) -> Sequence[Any] | None:

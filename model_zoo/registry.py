@@ -542,8 +542,8 @@ def _check_plugin(found: object) -> str:
     return "" if callable(found) else "expected a class or a function"
 
 
+# Models that installed packages provide.
 PLUGINS = Plugins("hetero_fl.models", "model", lambda: MODELS, _check_plugin)
-"""Models that installed packages provide."""
 
 
 def _find_options(name: str) -> tuple[dict[str, Any], bool]:

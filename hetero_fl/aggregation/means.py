@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.model_spec import Owner, Tensors, owners_of
-from hetero_fl.core.payload import Item, Payload
-
-# Kinds of items whose values are already sums. The divisor of their mean is the sum of the weights.
-SUMS = ("class_sums", "counts")
+from hetero_fl.core.payload import SUM_KINDS, Item, Payload
 
 
 class RunningMean:
@@ -108,10 +105,11 @@ class ItemSum:
         """
         if not isinstance(item.values, Tensor):
             raise TypeError("item: expected a single tensor, got named tensors; use mean_by_group")
-        is_sum = item.kind in SUMS
+        is_sum = item.kind in SUM_KINDS
         if self._sums is None and not is_sum and not isinstance(item.weight, Tensor):
             self._mean = self._mean or RunningMean()
-            return self._mean.add(item.values, item.weight)
+            self._mean.add(item.values, item.weight)
+            return
         weight = torch.as_tensor(item.weight, dtype=item.values.dtype, device=item.values.device)
         term = item.values if is_sum else item.values * weight
         # Earlier items of this name had scalar weights.
@@ -120,7 +118,6 @@ class ItemSum:
         self._sums = (
             (term, weight) if self._sums is None else (self._sums[0] + term, self._sums[1] + weight)
         )
-        return None
 
     @classmethod
     def from_total(cls, total: Tensor, weight: Tensor) -> ItemSum:
@@ -368,7 +365,7 @@ def discount_upload(payload: Payload, factor: float) -> Payload:
 
 
 def _discount_item(item: Item, factor: float) -> Item:
-    if item.kind not in SUMS:
+    if item.kind not in SUM_KINDS:
         return replace(item, weight=item.weight * factor)
     scaled = item.with_tensors({name: t * factor for name, t in item.tensors.items()})
     return replace(scaled, weight=item.weight * factor)

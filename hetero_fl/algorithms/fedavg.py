@@ -196,17 +196,17 @@ class FedNova(Algorithm):
         since[PATH] += accumulated_steps(report.steps, client.optimizer)
         weight = float(client.num_rows) if self.weighting == "samples" else 1.0
         items = upload_model(self, client)
-        if items:
-            del client.state["since"]
-            end = items["model"].values
-            names = arch.parameter_names
-            paths = {
-                n: torch.tensor(since[PATH] if n in names else 1.0, dtype=t.dtype)
-                for n, t in end.items()
-            }
-            change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in end.items()}
-            items = {"model": Item(change, weight, "update"), PATH: Item(paths, weight, "params")}
-        return items
+        if not items:
+            return items
+        del client.state["since"]
+        end = items["model"].values
+        names = arch.parameter_names
+        paths = {
+            n: torch.tensor(since[PATH] if n in names else 1.0, dtype=t.dtype)
+            for n, t in end.items()
+        }
+        change = {n: (t - since["start"][n]).div_(paths[n]) for n, t in end.items()}
+        return {"model": Item(change, weight, "update"), PATH: Item(paths, weight, "params")}
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

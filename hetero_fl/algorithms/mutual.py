@@ -28,7 +28,11 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.algorithms.prototypes import require_linear_head
-from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
+from hetero_fl.communication.compression import (
+    FULL_ENERGY,
+    compress_low_rank,
+    reconstruct_low_rank,
+)
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.images import is_convertible, reshape_rows
 from hetero_fl.core.model_spec import ModelSpec, Tensors
@@ -249,8 +253,6 @@ class FML(MenteeTraining):
 
 # Slot of the projection W from the mentee's features to the features of the client's own model.
 HIDDEN = "hidden"
-# An energy above 1 disables the truncation, so that updates have their largest size.
-FULL_ENERGY = 2.0
 
 
 @register_algorithm("fedkd")

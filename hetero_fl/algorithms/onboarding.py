@@ -5,8 +5,6 @@ Fine-tuning on a received backbone follows Kumar et al. 2022 (https://arxiv.org/
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from typing_extensions import override
 
@@ -69,7 +67,7 @@ class JoiningClient(ProxyTraining):
         if TEACHER in received:
             yield self.distill(client, received, self.digest_epochs)
         elif BACKBONE in received and self.probe:
-            yield replace(local_fit(client, label="head"), train={"model": HEAD})
+            yield local_fit(client, train={"model": HEAD}, label="head")
         weight = self.replay_weight
         if TEACHER in received and weight > 0:
             yield self.proxy_replay(client, received, weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
@@ -94,7 +93,7 @@ def fit_part(client: Participant, part: tuple[str, ...], **changes: Any) -> Plan
         **changes: Further arguments of `local_fit`.
     """
     if any(n.startswith(part) for n in client.arch["model"].parameter_names):
-        yield replace(local_fit(client, **changes), train={"model": part})
+        yield local_fit(client, train={"model": part}, **changes)
 
 
 @register_algorithm("fedbn")
@@ -225,7 +224,7 @@ class FedBABU(FedPer):
         label = "personalise"  # style: ok (label of a random stream)
         epochs = client.settings.fine_tune_epochs
         if epochs:
-            yield replace(local_fit(client, epochs=epochs, label=label), train={"model": part})
+            yield local_fit(client, train={"model": part}, epochs=epochs, label=label)
 
     @override
     def server_model(self, server: Participant) -> str | None:
@@ -295,8 +294,11 @@ class Ditto(FedAvg):
         epochs: dict[str, Any] = (
             {} if self.personal_epochs is None else {"epochs": self.personal_epochs}
         )
-        personal = local_fit(client, objective, context=context, label=PERSONAL, **epochs)
-        yield [local_fit(client), replace(personal, train={PERSONAL: None})]
+        train = {PERSONAL: None}
+        personal = local_fit(
+            client, objective, context=context, train=train, label=PERSONAL, **epochs
+        )
+        yield [local_fit(client), personal]
         return upload_model(self, client, self.weight_of(client))
 
     @override

@@ -40,8 +40,8 @@ Layout = tuple[tuple[int, ...], ...]
 Draw = Callable[[str], torch.Generator]
 # Largest exponent of the power of two by which half precision scales a tensor, as in float32.
 MAX_SHIFT = 126
-# An energy above 1, with which `compress_low_rank` does not factor matrices.
-WHOLE = 2.0
+# An energy above 1 disables the truncation, so that matrices have their largest size.
+FULL_ENERGY = 2.0
 
 
 def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
@@ -365,7 +365,7 @@ class LowRank(Stage):
 
     @override
     def with_worst_case_size(self) -> LowRank:
-        return LowRank(WHOLE)
+        return LowRank(FULL_ENERGY)
 
     @override
     def compresses(self, layout: Layout) -> bool:
@@ -374,7 +374,7 @@ class LowRank(Stage):
     @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         # The SVD needs finite values.
-        energy = self.energy if bool(torch.isfinite(numbers).all()) else WHOLE
+        energy = self.energy if bool(torch.isfinite(numbers).all()) else FULL_ENERGY
         packed = compress_low_rank(
             {str(i): part for i, part in enumerate(split_vector(numbers, layout))}, energy
         )

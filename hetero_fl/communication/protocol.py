@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol as Interface, TypeVar
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.core.payload import Payload
+from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.utils.errors import NoUploadError
 
 T = TypeVar("T")
@@ -77,6 +77,34 @@ class Message:
 
 
 Reply = Message | NoUploadError
+
+
+def refusal(error: PayloadError) -> Message:
+    """Return the reply of a client that refuses a request, with the error as the reason."""
+    return Message("refused", str(error).encode())
+
+
+def check_accepted(reply: Message, kind: str) -> None:
+    """Check that a client did not refuse a request of kind `kind`.
+
+    Raises:
+        PayloadError: If the client refused the request, with its reason.
+    """
+    if reply.kind == "refused":
+        reason = reply.body[:200].decode(errors="replace")
+        raise PayloadError(f"the client refused {kind!r}: {reason}")
+
+
+def check_reply_size(reply: Message, kind: str, max_bytes: int) -> None:
+    """Check the size of the reply to a request of kind `kind`.
+
+    Raises:
+        PayloadError: If the reply has more than `max_bytes` bytes.
+    """
+    if reply.size > max_bytes:
+        raise PayloadError(
+            f"reply to {kind!r}: must have at most {max_bytes:,} bytes, got {reply.size:,}"
+        )
 
 
 @dataclass

@@ -20,10 +20,15 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.communication import HomomorphicConfig, SecureAggregationConfig
-from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, loss_from_report
+from hetero_fl.core.payload import (
+    SUM_KINDS,
+    Item,
+    ItemSpec,
+    Payload,
+    PayloadError,
+    loss_from_report,
+)
 
-# Kinds of items whose values are already sums.
-SUMS = ("class_sums", "counts")
 Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 # The totals Σ w v and Σ w over clients.
 Weighted = tuple[Tensor, Tensor]
@@ -177,7 +182,9 @@ class VectorLayout:
                     f"item {key.item!r}: weight must have shape {place.weight_shape}, "
                     f"got {tuple(weight.shape)}"
                 ) from None
-            term = values.double() if items[key.item].kind in SUMS else values.double() * weight
+            term = (
+                values.double() if items[key.item].kind in SUM_KINDS else values.double() * weight
+            )
             value_slice, weight_slice = place.parts(key)
             own_unit = self._unit(key, unit)
             vector[value_slice] = (term / own_unit).reshape(-1).numpy()

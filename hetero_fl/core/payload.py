@@ -20,6 +20,8 @@ from hetero_fl.utils.serialization import CodecError, decode, encode, encoded_si
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
+# Kinds of items whose values are already sums. The divisor of their mean is the sum of the weights.
+SUM_KINDS = ("class_sums", "counts")
 # Name of the format of encoded payloads.
 FORM = "hetero_fl payload 1"
 MAX_MESSAGE_CHARACTERS = 240

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hetero_fl.utils.errors import ArgumentError, UserError
-from hetero_fl.utils.serialization import write_atomically
+from hetero_fl.utils.serialization import check_private, write_atomically
 
 PublicKey = EllipticCurvePublicKey
 # Some TLS clients reject server certificates with a longer validity period.
@@ -188,8 +188,7 @@ def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKe
         raise UserError(
             f"{path}: expected a private key, got the public key; use the file without .pub"
         )
-    if os.name == "posix" and path.stat().st_mode & 0o077:
-        raise UserError(f"{path}: other users can read this private key; run chmod 600 {path}")
+    check_private(path, "private key")
     try:
         load = (
             serialization.load_ssh_private_key

@@ -8,7 +8,7 @@ import hmac
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,12 @@ from hetero_fl.deployment.messages import (
     message,
     versions,
 )
-from hetero_fl.deployment.node_storage import MAX_STATES, Cipher, NodeStorage, StateLostError
+from hetero_fl.deployment.node_storage import (
+    MAX_STATES,
+    NodeStorage,
+    StateLostError,
+    load_or_create_key,
+)
 from hetero_fl.deployment.policy import (
     Policy,
     check_config,
@@ -80,8 +85,11 @@ class ParticipatingRun:
         storage: Files of the run.
         usage: Completed tasks, and privacy and traffic usage of the site.
         noise: Source of privacy noise.
-        worker: Worker that runs the tasks, or None before `prepare` is called.
-        policy: Limits of the site, or None before `prepare` is called.
+
+    Attributes:
+        worker: Worker that runs the tasks. Set by `prepare`.
+        policy: Limits of the site. Set by `prepare`.
+        is_prepared: Whether `prepare` has been called.
     """
 
     run: str
@@ -90,13 +98,14 @@ class ParticipatingRun:
     storage: NodeStorage
     usage: SiteUsage
     noise: SecretNoiseSource
-    worker: Worker | None = None
-    policy: Policy | None = None
+    worker: Worker = field(init=False)
+    policy: Policy = field(init=False)
+    is_prepared: bool = field(default=False, init=False)
 
     @property
     def shared_key_name(self) -> str:
         """Name of the key of homomorphic encryption, which does not reveal the key, or ""."""
-        key = self.worker.runtime.federation.shared_key if self.worker is not None else None
+        key = self.worker.runtime.federation.shared_key
         return key.name.hex() if key is not None else ""
 
     def prepare(
@@ -153,13 +162,14 @@ class ParticipatingRun:
         self.worker = Worker(setup, 0)
         self.policy = Policy(site, prepared, self.usage)
         self.worker.runtime.review_upload = review_upload
+        self.is_prepared = True
         return fingerprint
 
 
 def begin_run(
     site: SiteConfig,
     folder: Path,
-    cipher: Cipher | None,
+    storage_key: bytes | None,
     *,
     entries: Iterable[Entry],
     run: str,
@@ -170,7 +180,7 @@ def begin_run(
     Args:
         site: Configuration of the site.
         folder: Folder of the site.
-        cipher: Cipher for the site's files. If None, files are not encrypted.
+        storage_key: Key that encrypts the site's files. If None, files are not encrypted.
         entries: Entries of the site's audit log.
         run: ID of the run.
         tree: Decoded message with the configuration of the run, the hash of the public sets and,
@@ -204,14 +214,14 @@ def begin_run(
                 "public sets: the sets of this site differ from the server's; use the same files"
             )
     else:
-        pack = _read_public_pack(NodeStorage(folder / "public", cipher), tree)
+        pack = _read_public_pack(NodeStorage(folder / "public", storage_key), tree)
         if pack is None:
             return None
         settings = clients[client].model_copy(update={"data": site.data})
         data = pack.data_of_client(client, config.data, {**clients, client: settings}, config.seed)
     own_view = clients[client].preprocess.normalize == "own"
     info = describe_client_rows(data, client, own_view, site.tells.labels)
-    storage = NodeStorage(folder / "runs" / check_file_name(run), cipher)
+    storage = NodeStorage(folder / "runs" / check_file_name(run), storage_key)
     fingerprint = run_fingerprint(raw, info.content_hash, str(tree["public"]))
     if (known := storage.read("terms")) is None:
         storage.write("terms", fingerprint)
@@ -301,7 +311,7 @@ class Node:
         self.site = site
         self.folder = folder
         self.log = log
-        self.cipher = None if site.encrypt is None else Cipher.from_key_file(Path(site.encrypt))
+        self.storage_key = None if site.encrypt is None else load_or_create_key(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
@@ -388,7 +398,7 @@ class Node:
         result = begin_run(
             self.site,
             self.folder,
-            self.cipher,
+            self.storage_key,
             entries=self.audit_log.entries(),
             run=run,
             tree=decode_body(envelope),
@@ -423,25 +433,23 @@ class Node:
 
     def _receive_state(self, envelope: Envelope) -> Envelope:
         """Store an initial private state, which comes from another run of the server."""
-        if (
-            self.joined is None
-            or self.joined.worker is None
-            or self.joined.run != envelope.head.get("run")
-        ):
+        joined = self._prepared_run(envelope)
+        if joined is None:
             return message("unready")
         state = as_bytes(decode_body(envelope)["state"])
         try:
             PrivateState.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
             raise RequestRefusedError(f"initial state: cannot be read ({error})") from None
-        return message("kept", state=self.joined.storage.save_state(state))
+        return message("kept", state=joined.storage.save_state(state))
 
     def _run_task(self, envelope: Envelope) -> Envelope:
         head = envelope.head
-        if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
+        joined = self._prepared_run(envelope)
+        if joined is None:
             return message("unready")
-        storage = self.joined.storage
-        usage = self.joined.usage
+        storage = joined.storage
+        usage = joined.usage
         task = check_file_name(head_value(head, "task", str))
         kind = head_value(head, "kind", str)
         base = head_value(head, "base", str) and check_file_name(str(head["base"]))
@@ -469,47 +477,45 @@ class Node:
             raise RequestRefusedError(f"task {task[:12]}: was sent before with different content")
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
-        # The policy is created together with the worker.
-        assert self.joined.policy is not None
         load_state = partial(storage.load_state, base)
-        if spent := self.joined.policy.check(kind, request, digest, load_state):
+        if spent := joined.policy.check(kind, request, digest, load_state):
             self._line["spent"] = spent
         if (stored := storage.read("answer")) is not None:
             known = decode(stored, FORM)
             if known["head"]["task"] == task:
                 self._line["kinds"] = ["what was answered before"]
                 body = as_bytes(known["body"])
-                self.joined.policy.check_size(len(body), upload=True)
+                joined.policy.check_size(len(body), upload=True)
                 return Envelope(known["head"], body)
-        self.joined.noise.task = digest
+        joined.noise.task = digest
         if kind == "read":
-            return self._evaluate(request, base, bool(head.get("details", False)), task)
+            return self._evaluate(joined, request, base, bool(head.get("details", False)), task)
         names = [name for name in str(head.get("spare", "")).split(",") if name]
         protected = [check_file_name(name) for name in names][:MAX_STATES]
-        answer = self._answer_request(request, base, task, protected)
+        answer = self._answer_request(joined, request, base, task, protected)
         storage.write("answer", encode({"head": answer.head, "body": as_tensor(answer.body)}, FORM))
         return answer
 
     def _answer_request(
-        self, request: Message, base: str, task: str, protected: Collection[str]
+        self,
+        joined: ParticipatingRun,
+        request: Message,
+        base: str,
+        task: str,
+        protected: Collection[str],
     ) -> Envelope:
         """Run one exchange of the round's protocol, such as training.
 
         Args:
+            joined: The run.
             request: Request of the server.
             base: Name of the private state from which the task starts.
             task: Name of the task.
             protected: Names of states that must not be deleted, because the server's checkpoints
                 refer to these states.
         """
-        assert (
-            self.joined is not None
-            and self.joined.worker is not None
-            and self.joined.policy is not None
-        )
         client = self.site.client
-        storage = self.joined.storage
-        worker = self.joined.worker
+        storage = joined.storage
         notes = storage.read("notes")
         private: dict[str, bytes | None] = (
             {client: storage.load_state(base)} if request.kind == TRAIN else {}
@@ -517,7 +523,7 @@ class Node:
         job = self._worker_job(
             "answer", request, private, notes={} if notes is None else {client: notes}
         )
-        done = worker.run_job(job)
+        done = joined.worker.run_job(job)
         if done.error is not None:
             raise RequestRefusedError(f"{request.kind}: {done.error}")
         if client in done.notes:
@@ -529,7 +535,7 @@ class Node:
             return message("failed", why=str(reply), task=task)
         # For an upload, `_check_upload` has already recorded the contents.
         self._line.setdefault("kinds", [reply.kind])
-        self.joined.policy.check_size(len(reply.body), upload=True)
+        joined.policy.check_size(len(reply.body), upload=True)
         # Only training changes the state.
         state = (
             storage.save_state(done.private[client], protected) if client in done.private else ""
@@ -540,26 +546,23 @@ class Node:
             reply.body,
         )
 
-    def _evaluate(self, request: Message, base: str, details: bool, task: str) -> Envelope:
+    def _evaluate(
+        self, joined: ParticipatingRun, request: Message, base: str, details: bool, task: str
+    ) -> Envelope:
         """Evaluate the site's model and return the results that the site discloses."""
-        assert (
-            self.joined is not None
-            and self.joined.worker is not None
-            and self.joined.policy is not None
-        )
         job = self._worker_job(
-            "read", request, {self.site.client: self.joined.storage.load_state(base)}, details
+            "read", request, {self.site.client: joined.storage.load_state(base)}, details
         )
-        done = self.joined.worker.run_job(job)
+        done = joined.worker.run_job(job)
         if done.error is not None:
             raise RequestRefusedError(f"evaluation: {done.error}")
         evaluation = done.evaluations[self.site.client]
         # After the last round, the site stores its model even if it does not disclose the model.
         if evaluation.model:
-            self.joined.storage.write(MODEL_FILE, evaluation.model)
+            joined.storage.write(MODEL_FILE, evaluation.model)
         shared = self._shared_evaluation(evaluation)
         answer = message("done", evaluation_tree(shared), task=task)
-        self.joined.policy.check_size(len(answer.body), upload=False)
+        joined.policy.check_size(len(answer.body), upload=False)
         self._line["kinds"] = [
             "scores",
             *(["confusion"] if shared.confusion else []),
@@ -569,7 +572,7 @@ class Node:
 
     def _check_upload(self, client: str, upload: Payload) -> None:
         """Check an upload before it is encoded and record its contents for the audit log."""
-        assert self.joined is not None and self.joined.policy is not None
+        assert self.joined is not None
         self.joined.policy.check_upload(upload)
         self._line["kinds"] = self.joined.policy.shared_kinds(upload)
 
@@ -602,3 +605,10 @@ class Node:
         if self.joined is None or self.joined.run != run:
             raise RequestRefusedError(f"run {run[:12]}: this site has not joined the run")
         return self.joined
+
+    def _prepared_run(self, envelope: Envelope) -> ParticipatingRun | None:
+        """Return the run of a message, or None if this site is not prepared for its tasks."""
+        joined = self.joined
+        if joined is None or not joined.is_prepared or joined.run != envelope.head.get("run"):
+            return None
+        return joined

@@ -14,79 +14,46 @@ import secrets
 from collections.abc import Collection
 from pathlib import Path
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
+from hetero_fl.communication.authenticated_encryption import KEY_LENGTH, decrypt, encrypt
+from hetero_fl.core.payload import PayloadError
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import sync_folder, write_atomically
+from hetero_fl.utils.serialization import check_private, sync_folder, write_atomically
 
 # Number of stored states of a run. The server's two checkpoints may refer to one state each, and a
 # running task adds one.
 MAX_STATES = 4
-NONCE_BYTES = 12
 
 
 class StateLostError(RequestRefusedError):
     """Raised if the private state from which a task starts is missing or damaged."""
 
 
-class Cipher:
-    """Authenticated encryption of files with AES-256-GCM.
+def load_or_create_key(path: Path) -> bytes:
+    """Return the key in a file, which is created with a new key if it does not exist.
 
-    The name of a file is authenticated as well, so that files cannot be swapped.
-
-    Args:
-        key: Key of 32 bytes.
+    Raises:
+        UserError: If the file cannot be read, is not a key or can be read by other users.
     """
-
-    def __init__(self, key: bytes) -> None:
-        self._aead = AESGCM(key)
-
-    @classmethod
-    def from_key_file(cls, path: Path) -> Cipher:
-        """Return a cipher with the key in a file, which is created if it does not exist.
-
-        Raises:
-            UserError: If the file cannot be read, is not a key or can be read by other users.
-        """
-        if not path.exists():
-            _make_key(path)
-        try:
-            key = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: the key cannot be read ({error.strerror})") from None
-        if len(key) != 32:
-            raise UserError(f"{path}: expected a key of 32 bytes, got {len(key)} bytes")
-        if os.name == "posix" and path.stat().st_mode & 0o077:
-            raise UserError(f"{path}: other users can read this key; run chmod 600 {path}")
-        return cls(key)
-
-    def encrypt(self, data: bytes, name: str) -> bytes:
-        """Encrypt the content of the file `name`.
-
-        Returns:
-            The nonce followed by the encrypted content.
-        """
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        return nonce + self._aead.encrypt(nonce, data, name.encode())
-
-    def decrypt(self, data: bytes, name: str) -> bytes:
-        """Decrypt the content of the file `name`, as returned by `encrypt`.
-
-        Raises:
-            InvalidTag: If the data was changed, or encrypted with another key or file name.
-        """
-        return self._aead.decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], name.encode())
+    if not path.exists():
+        _create_key(path)
+    try:
+        key = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: the key cannot be read ({error.strerror})") from None
+    if len(key) != KEY_LENGTH:
+        raise UserError(f"{path}: expected a key of 32 bytes, got {len(key)} bytes")
+    check_private(path)
+    return key
 
 
-def _make_key(path: Path) -> None:
+def _create_key(path: Path) -> None:
     """Write a new key and flush the file and all new folders to disk."""
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
-        file.write(AESGCM.generate_key(256))
+        file.write(secrets.token_bytes(KEY_LENGTH))
         file.flush()
         os.fsync(file.fileno())
     for folder in (path.parent, *(new.parent for new in new_folders)):
@@ -98,12 +65,13 @@ class NodeStorage:
 
     Args:
         folder: The folder, which is created if it does not exist.
-        cipher: Cipher for the files. If None, files are not encrypted.
+        key: Key that encrypts the files, 32 bytes. The name of a file is authenticated as well, so
+            that files cannot be swapped. If None, files are not encrypted.
     """
 
-    def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
+    def __init__(self, folder: Path, key: bytes | None = None) -> None:
         self.folder = folder
-        self.cipher = cipher
+        self.key = key
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
 
@@ -156,13 +124,13 @@ class NodeStorage:
         """Return the content of a file, or None if it is missing or damaged."""
         try:
             data = (self.folder / name).read_bytes()
-            return data if self.cipher is None else self.cipher.decrypt(data, name)
-        except (FileNotFoundError, InvalidTag):
+            return data if self.key is None else decrypt(self.key, data, name.encode())
+        except (FileNotFoundError, PayloadError):
             return None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically."""
-        data = data if self.cipher is None else self.cipher.encrypt(data, name)
+        data = data if self.key is None else encrypt(self.key, data, name.encode())
         write_atomically(self.folder / name, data, private=True)
 
     def drop(self, name: str) -> None:

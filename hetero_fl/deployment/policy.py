@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import override
 
 from hetero_fl.algorithms.base import describe_unshared
-from hetero_fl.communication.named_arrays import decode_arrays as read_secure
+from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.config import Config, expand_population
@@ -389,7 +389,7 @@ class Policy:
         if request.kind not in ("shares", "unmask"):
             return
         try:
-            arrays = read_secure(request.body, REQUESTS[request.kind])
+            arrays = decode_arrays(request.body, REQUESTS[request.kind])
         except PayloadError as error:
             raise RequestRefusedError(f"request '{request.kind}': {error}") from None
         found = len(arrays["numbers"] if request.kind == "shares" else arrays["survivors"])

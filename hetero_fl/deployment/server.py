@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO, cast
 
 import torch
@@ -37,6 +34,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
 from hetero_fl.federation.executors.choose import ExecutorChoice
+from hetero_fl.federation.simulation.sampling import min_clients
 from hetero_fl.federation.simulation.schedule import unused_simulation_keys
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Record
@@ -46,6 +44,7 @@ from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.processes import handle_termination
 from hetero_fl.utils.serialization import write_atomically
 
 # File in the run directory with the result of `Handshake.state_dict`.
@@ -151,14 +150,13 @@ def run_federation(
                 memory = DeviceMemory(device, keeps_copies=False)
                 backend = make_backend(memory, 1, choice.precision)
                 seconds = min(deadline, config.cohort.deadline or deadline)
-                return NodeExecutor(
-                    handshake, store, backend, seconds, required=_min_clients(prepared)
-                )
+                required = min_clients(config.cohort, prepared.federation)
+                return NodeExecutor(handshake, store, backend, seconds, required=required)
 
-            notes = handshake.prepared.notes
-            notes += unused_simulation_keys(handshake.prepared.federation, config)
+            prepared = handshake.prepared
+            prepared.notes.extend(unused_simulation_keys(prepared.federation, config))
             run = run_prepared(
-                handshake.prepared,
+                prepared,
                 out=out,
                 resume=resume,
                 callbacks=[status.add_record, *callbacks],
@@ -210,16 +208,6 @@ def check_deployable(config: Config) -> None:
             f"algorithm.name: {name} is available in simulations only: "
             "it needs the rows or models of all clients in one place"
         )
-
-
-def _min_clients(prepared: PreparedRun) -> int:
-    """Return the minimum number of clients for a round."""
-    secure_sum = prepared.config.channel.secure_sum
-    cohort = prepared.federation.cohort
-    return max(
-        prepared.config.cohort.least,
-        secure_sum.min_survivors(cohort) if secure_sum is not None else 1,
-    )
 
 
 def _run_identity(out: Path) -> dict[str, Any] | None:
@@ -297,7 +285,7 @@ def run_server(
             f"{', '.join(expand_population(config.clients))}"
         )
         transport = FlowerTransport(superlink, server.message_bytes)
-        after_round = stack.enter_context(_handle_termination(status, log))
+        after_round = stack.enter_context(_stop_after_round(status, log))
         return run_federation(
             config,
             transport,
@@ -370,36 +358,24 @@ class _RunLog(EventLog):
 
 
 @contextmanager
-def _handle_termination(status: RunStatus, log: EventLog) -> Iterator[Callable[[Record], None]]:
+def _stop_after_round(status: RunStatus, log: EventLog) -> Iterator[Callable[[Record], None]]:
     """Stop the run after the current round on SIGTERM.
 
     Yields:
         Callback for each round, which stops the run if a SIGTERM has arrived.
     """
-    is_stopping = False
 
-    def handle_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal is_stopping
-        if is_stopping or status.to_dict()["phase"] == "waiting":
-            raise KeyboardInterrupt
-        is_stopping = True
-        # This thread may hold the locks of the log and the status.
-        threading.Thread(target=_announce_stop).start()
-
-    def _announce_stop() -> None:
+    def announce() -> None:
         status.update(phase="stopping")
         log("stopping after the current round; repeat the signal to stop immediately")
 
-    def after_round(record: Record) -> None:
-        if is_stopping and record["round"] < status.to_dict()["rounds"]:
-            raise KeyboardInterrupt
+    def is_waiting() -> bool:
+        return bool(status.to_dict()["phase"] == "waiting")
 
-    # Signal handlers can be set in the main thread only.
-    if threading.current_thread() is not threading.main_thread():
+    with handle_termination(announce, is_waiting) as is_stopping:
+
+        def after_round(record: Record) -> None:
+            if is_stopping() and record["round"] < status.to_dict()["rounds"]:
+                raise KeyboardInterrupt
+
         yield after_round
-        return
-    previous = signal.signal(signal.SIGTERM, handle_signal)
-    try:
-        yield after_round
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

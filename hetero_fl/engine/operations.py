@@ -24,7 +24,6 @@ def step_flops(participant: Participant, step: Step) -> int:
     Args:
         participant: The participant that computes the step.
         step: The step.
-
     """
     if not isinstance(step, Fit):
         arch = step_model_spec(participant, step)

@@ -35,9 +35,8 @@ from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import sample_numbers
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-# The run fails if this number, times the number of concurrent tasks, of consecutive tasks fail
-# because of faults.
-MAX_FAULTS_PER_PLACE = 100
+# Number of consecutive failures because of faults, per concurrent task, after which the run fails.
+MAX_CONSECUTIVE_FAULTS = 100
 
 
 @dataclass
@@ -47,7 +46,7 @@ class ClientTask:
     Attributes:
         number: Number of the task in the run.
         client: Id of the client.
-        place: Position of the client's id in the list of all client ids.
+        position: Position of the client's id in the list of all client ids.
         version: Version of the server at the assignment.
         attempt: Number of earlier tasks of the client with the same version.
         start: Time of the assignment in seconds.
@@ -61,7 +60,7 @@ class ClientTask:
 
     number: int
     client: str
-    place: int
+    position: int
     version: int
     attempt: int
     start: float
@@ -117,7 +116,7 @@ class TaskQueue:
         self._tasks[task.number] = task
         if task.end < math.inf:
             self.set_end(task)
-        insort(self._busy, task.place)
+        insort(self._busy, task.position)
         if not task.is_computed:
             self._uncomputed[task.number] = task
 
@@ -135,7 +134,7 @@ class TaskQueue:
         _, number = heapq.heappop(self._ends)
         task = self._tasks.pop(number)
         self._uncomputed.pop(number, None)
-        del self._busy[bisect_left(self._busy, task.place)]
+        del self._busy[bisect_left(self._busy, task.position)]
         return task
 
     def pop_uncomputed(self) -> list[ClientTask]:
@@ -165,7 +164,7 @@ class TaskQueue:
                 [
                     t.number,
                     t.client,
-                    t.place,
+                    t.position,
                     t.version,
                     t.attempt,
                     t.start,
@@ -184,23 +183,25 @@ class TaskQueue:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], outcome_of: Any) -> TaskQueue:
+    def from_state_dict(
+        cls, state: dict[str, Any], outcome_of: Callable[[str, int], FaultOutcome]
+    ) -> TaskQueue:
         """Create a queue from the return value of `state_dict`.
 
         Args:
             state: The return value of `state_dict`.
-            outcome_of: Function that returns the fault of a task. The arguments are the client id
-                and the number of the task. Faults are not part of the state, because they depend
+            outcome_of: Function that returns the fault of a task, given the client id and the
+                number of the task. Faults are not part of the state, because they depend
                 only on seeded random draws.
         """
         queue = cls()
         broadcasts = {int(idx): as_bytes(body) for idx, body in state["broadcasts"].items()}
         for row in state["tasks"]:
-            number, client, place, version, attempt, start, end, idx, up_bytes, diverged = row
+            number, client, position, version, attempt, start, end, idx, up_bytes, diverged = row
             task = ClientTask(
                 number,
                 client,
-                place,
+                position,
                 version,
                 attempt,
                 start,
@@ -351,9 +352,9 @@ class AsynchronousTrainer(FederatedTrainer):
         self.environment = environment
         self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
         self.ids = self.federation.client_infos.clients.ids
-        self.places = min(self.per_round or len(self.ids), len(self.ids))
+        self.num_concurrent = min(self.per_round or len(self.ids), len(self.ids))
         policy = self.algorithm.needs.asynchronous or AsyncPolicy()
-        self.goal = policy.buffer_size or buffer or self.places
+        self.buffer_size = policy.buffer_size or buffer or self.num_concurrent
         self.staleness = policy.staleness or staleness or StalenessConfig()
         self.num_tasks = 0
         # Client id, upload and staleness weight of each accepted upload.
@@ -387,7 +388,7 @@ class AsynchronousTrainer(FederatedTrainer):
         buffer_record = BufferRecord(self.now)
         traffic = (self.traffic.up, self.traffic.down)
         with self.rollback_on_error():
-            while len(buffer_record.cohort) < self.places:
+            while len(buffer_record.cohort) < self.num_concurrent:
                 task = self._next_task()
                 self.now = task.end
                 self._finish_task(task, buffer_record)
@@ -422,8 +423,8 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def _assign_tasks(self) -> None:
         """Sample idle clients and assign tasks to them, up to the number of concurrent tasks."""
-        num_idle, place_of = self._idle_clients()
-        num_free = min(self.places - len(self.queue), num_idle)
+        num_idle, position_of = self._idle_clients()
+        num_free = min(self.num_concurrent - len(self.queue), num_idle)
         if not num_free:
             return
         self._set_round_context(self.version)
@@ -432,10 +433,10 @@ class AsynchronousTrainer(FederatedTrainer):
         key = (self.federation.seed, self.version, "cohort", *repeated)
         ranks = sample_numbers(num_idle, num_free, *key)
         self._num_samples += 1
-        for place in [place_of(rank) for rank in ranks]:
-            self.queue.push(self._make_task(self.ids[place], place))
+        for position in [position_of(rank) for rank in ranks]:
+            self.queue.push(self._make_task(self.ids[position], position))
 
-    def _make_task(self, client: str, place: int) -> ClientTask:
+    def _make_task(self, client: str, position: int) -> ClientTask:
         """Create the next task of a client, and count the traffic of the broadcast."""
         number = self.num_tasks
         attempt = self._attempts[client]
@@ -443,13 +444,13 @@ class AsynchronousTrainer(FederatedTrainer):
         self.num_tasks = number + 1
         self._attempts[client] = attempt + 1
         payload = self.broadcast(client_info)
-        body = encoded(self.broadcast_content(client_info, payload))
+        body = encoded(self.broadcasts.content(client_info, payload))
         fault = self.environment.faults.outcome(client, number)
         up_bytes = self.upload_sizes(client_info, payload, self.version)
         self.count_traffic(down=len(body))
         end = self._end_time(client, len(body), up_bytes, number, fault)
         return ClientTask(
-            number, client, place, self.version, attempt, self.now, end, body, up_bytes, fault
+            number, client, position, self.version, attempt, self.now, end, body, up_bytes, fault
         )
 
     def _end_time(self, client: str, down: int, up: int, number: int, fault: FaultOutcome) -> float:
@@ -484,8 +485,8 @@ class AsynchronousTrainer(FederatedTrainer):
             buffer_record.add_failure(task, str(error))
             self._num_failed[error.cause] += 1
             if (
-                self._num_failed["client"] >= self.places
-                or self._num_failed["fate"] >= MAX_FAULTS_PER_PLACE * self.places
+                self._num_failed["client"] >= self.num_concurrent
+                or self._num_failed["fate"] >= MAX_CONSECUTIVE_FAULTS * self.num_concurrent
             ):
                 num_tasks = sum(self._num_failed.values())
                 raise RunFailedError(
@@ -498,7 +499,7 @@ class AsynchronousTrainer(FederatedTrainer):
         self._num_failed.clear()
         buffer_record.add_upload(task, payload, versions)
         self._buffer.append((task.client, payload, self.staleness.weight(versions)))
-        if len(self._buffer) >= self.goal:
+        if len(self._buffer) >= self.buffer_size:
             self._aggregate()
 
     def _receive_upload(self, task: ClientTask) -> Payload:

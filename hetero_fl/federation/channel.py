@@ -15,7 +15,7 @@ from hetero_fl.core.payload import Item, Payload, report_with_loss
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import SERVER, FederationSpec
 from hetero_fl.privacy.client_side import upload_specs
-from hetero_fl.utils.caching import BoundedCache
+from hetero_fl.utils.caching import IdentityCache
 from hetero_fl.utils.seeding import Key
 
 # Number of expected uploads whose size is cached.
@@ -220,9 +220,8 @@ class UploadSizes:
     ) -> None:
         self._expectations = expectations
         self._links = FederationLinks(algorithm, federation, bound=True)
-        # Keyed by the id of the dictionary of expected items, which clients with uploads of the
-        # same structure share.
-        self._sizes: BoundedCache[tuple[Mapping[str, Item], int]] = BoundedCache(CACHED_SIZES)
+        # Clients with uploads of the same structure share the dictionary of expected items.
+        self._sizes: IdentityCache[int] = IdentityCache(CACHED_SIZES)
 
     def __call__(self, client_info: ClientInfo, received: Payload, round_idx: int) -> int:
         """Return the expected size of a client's upload in bytes, including the report.
@@ -233,12 +232,12 @@ class UploadSizes:
             round_idx: Index of the round, from 0.
         """
         expected = self._expectations.expected_items(client_info, received, round_idx)
-        known = self._sizes.get(id(expected))
-        if known is None or known[0] is not expected:
+
+        def measure() -> int:
             payload = Payload(dict(expected), report_with_loss(0.0))
-            body = self._links.encode_upload(client_info, round_idx, payload, received, {})
-            known = self._sizes[id(expected)] = (expected, len(body))
-        return known[1]
+            return len(self._links.encode_upload(client_info, round_idx, payload, received, {}))
+
+        return self._sizes.get(expected, measure)
 
 
 def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:

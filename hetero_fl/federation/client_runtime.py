@@ -53,6 +53,7 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.privacy.client_side import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
+from hetero_fl.utils.caching import IdentityCache
 
 # Number of cached broadcasts. Most federations do not have more architectures.
 MAX_BROADCASTS = 8
@@ -263,10 +264,9 @@ class ClientRuntime:
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
-        # CPU copies and scores of tensors that several clients share, keyed by the id of the
-        # tensor.
-        self._host_copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._shared_scores: dict[int, tuple[Tensor, Scores]] = {}
+        # CPU copies and scores of tensors that several clients share.
+        self._host_copies: IdentityCache[Tensor] = IdentityCache(MAX_SHARED)
+        self._shared_scores: IdentityCache[Scores] = IdentityCache(MAX_SHARED)
 
     def run(self, requests: Mapping[str, Message]) -> dict[str, Reply]:
         """Execute one request for each client, and stage the clients' new private states.
@@ -585,14 +585,7 @@ class ClientRuntime:
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         """Return logits or labels on the CPU. Tensors that clients share are copied once."""
-        if tensor.is_cpu:
-            return tensor
-        known = self._host_copies.get(id(tensor))
-        if known is None or known[0] is not tensor:
-            if len(self._host_copies) >= MAX_SHARED:
-                self._host_copies.clear()
-            known = self._host_copies[id(tensor)] = (tensor, tensor.cpu())
-        return known[1]
+        return tensor if tensor.is_cpu else self._host_copies.get(tensor, tensor.cpu)
 
     def clear_caches(self) -> None:
         """Drop cached broadcasts and results of evaluations."""
@@ -602,15 +595,7 @@ class ClientRuntime:
 
     def _score(self, logits: Tensor, y: Tensor, columns: Examples) -> Scores:
         """Return the scores of logits. Logits that clients share are scored once."""
-        known = self._shared_scores.get(id(logits))
-        if known is None or known[0] is not logits:
-            if len(self._shared_scores) >= MAX_SHARED:
-                self._shared_scores.clear()
-            known = self._shared_scores[id(logits)] = (
-                logits,
-                self.federation.score(logits, y, columns),
-            )
-        return known[1]
+        return self._shared_scores.get(logits, lambda: self.federation.score(logits, y, columns))
 
     def predict(self, participant: Participant, rows: Rows, personal: bool) -> Tensor:
         """Return the logits of a deployed client on the CPU, shape `[N, outputs]`.

@@ -43,7 +43,7 @@ from hetero_fl.core.plan import (
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import Work, reported_loss, run_plan, translate_user_errors
 from hetero_fl.engine.operations import step_flops
-from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.templates import Templates, step_model_spec
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.client_side import ClientPrivacy, upload_specs
@@ -85,7 +85,7 @@ class DryRunBackend:
             return FitReport(1, step.batch_size, 0.0)
         if isinstance(step, Recalibrate):
             return {}
-        arch = getattr(step, "arch", None) or participant.arch[step.slot]
+        arch = step_model_spec(participant, step)
         width = (
             arch.outputs if step.readout != "features" else self.templates(arch).module.feature_dim
         )

@@ -84,6 +84,7 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
     def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
         self._sampled_at = self.stopwatch.elapsed()
         schedule = super().run_attempt(collector, number)
+        schedule.failed = collector.failed
         schedule.end = self.stopwatch.elapsed()
         self.now = schedule.end
         return schedule
@@ -233,8 +234,8 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
             time.sleep(POLL_INTERVAL)
             self._unresponsive.clear()
         idle = connected - busy - self._unresponsive.keys()
-        places = [place for place, client_id in enumerate(self.ids) if client_id in idle]
-        return len(places), places.__getitem__
+        positions = [i for i, client_id in enumerate(self.ids) if client_id in idle]
+        return len(positions), positions.__getitem__
 
     @override
     def _end_time(self, client: str, down: int, up: int, number: int, fault: FaultOutcome) -> float:

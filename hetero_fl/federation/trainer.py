@@ -271,26 +271,6 @@ class FederatedTrainer(ABC):
         payload = call_broadcast(self.algorithm, server, client_info)
         return payload if self.privacy is None else self.privacy.add_bounds(payload)
 
-    def broadcast_content(self, client_info: ClientInfo, payload: Payload) -> Content:
-        """Return the message to a client.
-
-        Clients with the same message receive the same object.
-
-        Args:
-            client_info: The client.
-            payload: The broadcast.
-        """
-        return self.broadcasts.content(client_info, payload)
-
-    def as_received(self, client_info: ClientInfo, payload: Payload) -> Payload:
-        """Return the payload that a client decodes from a broadcast.
-
-        Args:
-            client_info: The client.
-            payload: The broadcast before encoding.
-        """
-        return self.broadcasts.received(client_info, payload)
-
     def _clear_broadcasts(self) -> None:
         """Drop messages that are outdated because the server has changed."""
         self.broadcasts.begin(
@@ -438,14 +418,14 @@ class FederatedTrainer(ABC):
         self._set_round_context(round_idx)
         client_info = self.federation.client_infos[client_id]
         payload = self.broadcast(client_info)
-        request = Message("train", self.broadcast_content(client_info, payload), round_idx)
+        request = Message("train", self.broadcasts.content(client_info, payload), round_idx)
         try:
             ((_, reply),) = self.executor.run([client_id], lambda _: request)
         finally:
             self.store.discard()
         if not isinstance(reply, Message):
             raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {reply}")
-        received = self.as_received(client_info, payload)
+        received = self.broadcasts.received(client_info, payload)
         upload = self.decode_upload(client_info, reply.content, received, round_idx)
         return received, upload
 
@@ -472,7 +452,7 @@ class FederatedTrainer(ABC):
 
         def broadcast(client_id: str) -> Content:
             client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
-            content = self.broadcast_content(client_info, self.broadcast(client_info))
+            content = self.broadcasts.content(client_info, self.broadcast(client_info))
             sizes[client_id] = content_size(content)
             return content
 
@@ -494,8 +474,7 @@ class FederatedTrainer(ABC):
                 f"round {self.completed}: a model cannot be evaluated: {error}"
             ) from None
         self._clear_broadcasts()
-        if self.algorithm.needs.counts_traffic:
-            self.traffic.down += sum(sizes.values())
+        self.count_traffic(down=sum(sizes.values()))
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
     def server_tensors(self, slot: str) -> Tensors:

@@ -66,15 +66,16 @@ class UploadCollector:
         self.cohort = cohort
         self.round_idx = trainer.round_idx
         self.rules = self._make_rules()
-        noise = None
-        if trainer.privacy is not None:
-            noise = trainer.privacy.sum_noise(self._received_by, self.round_idx)
-        self._noise = noise
+        self._noise = (
+            None
+            if trainer.privacy is None
+            else trainer.privacy.sum_noise(self._received_by, self.round_idx)
+        )
         self.uploads = Uploads(
             specs=trainer.expectations.specs,
             common=trainer.federation.common,
             rules=self.rules,
-            noise=noise,
+            noise=self._noise,
         )
         self.losses: dict[str, float] = {}
         self.logged: dict[str, dict[str, float]] = {}
@@ -201,7 +202,7 @@ class UploadCollector:
     def _add_upload(self, client_id: str, content: Content) -> None:
         client_info = self.trainer.federation.client_infos[client_id]
         try:
-            received = self.trainer.as_received(client_info, self._sent.pop(client_id))
+            received = self.trainer.broadcasts.received(client_info, self._sent.pop(client_id))
             payload = self.trainer.decode_upload(client_info, content, received, self.round_idx)
         except PayloadError as error:
             self.refuse(client_id, f"upload refused: {error}")
@@ -299,10 +300,10 @@ class UploadCollector:
         client_info = self.trainer.federation.client_infos[client_id]
         payload = self.trainer.broadcast(client_info)
         self._sent[client_id] = payload
-        return self.trainer.broadcast_content(client_info, payload)
+        return self.trainer.broadcasts.content(client_info, payload)
 
     def _received_by(self, client_info: ClientInfo) -> Payload:
-        return self.trainer.as_received(client_info, self.trainer.broadcast(client_info))
+        return self.trainer.broadcasts.received(client_info, self.trainer.broadcast(client_info))
 
     def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
         """Return the tensors of a model that a client received, keyed by name.

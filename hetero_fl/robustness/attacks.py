@@ -14,11 +14,11 @@ from typing_extensions import override
 
 from hetero_fl.config.population import Population
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
-from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, Columns
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.stored_rows import require_tensor, targets
 from hetero_fl.core.task import Task
+from hetero_fl.robustness.robust_means import ReferenceTensors, TrainedNames
 from hetero_fl.robustness.rules import PredictionRule, Rule
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -460,10 +460,6 @@ DataFunction = Callable[[str, Any], Columns]
 CountsFunction = Callable[[], Tensor]
 # Name of the data set that contains the test rows with the trigger.
 TRIGGERED = "triggered"
-# Returns the tensors that a client received in the named item, or {} if there are none.
-ReferenceTensors = Callable[[ClientInfo, str], Tensors]
-# Returns the names of the parameters of the model in an item.
-TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class RobustModelMeans:
         }
 
     def _results_by_group(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
-
+        """Return the result and the number of senders of each tensor, keyed by group and name."""
         combined = self._combined()
         results: dict[str, dict[str, tuple[Tensor, int]]] = {}
         for group, tensors, _ in self._sent:

@@ -1,4 +1,4 @@
-"""A cache of bounded size."""
+"""Caches of bounded size."""
 
 from __future__ import annotations
 
@@ -28,3 +28,26 @@ class BoundedCache(cachetools.LRUCache[Hashable, T], Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.maxsize, self._size)
+
+
+class IdentityCache(Generic[T]):
+    """A cache of bounded size with one value per object. Objects are compared by identity.
+
+    Args:
+        maxsize: Maximum number of values.
+    """
+
+    def __init__(self, maxsize: int) -> None:
+        # An entry keeps a reference to the object, so that no other object has the same id.
+        self._entries: BoundedCache[tuple[object, T]] = BoundedCache(maxsize)
+
+    def get(self, key: object, compute: Callable[[], T]) -> T:
+        """Return the value of an object, which is computed if it is not in the cache."""
+        entry = self._entries.get(id(key))
+        if entry is None:
+            entry = self._entries[id(key)] = (key, compute())
+        return entry[1]
+
+    def clear(self) -> None:
+        """Remove all values."""
+        self._entries.clear()

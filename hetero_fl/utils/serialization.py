@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
-from hetero_fl.utils.errors import one_line
+from hetero_fl.utils.errors import UserError, one_line
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("float64"),
@@ -322,6 +322,22 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_private(path: Path, content: str = "key") -> None:
+    """Check that other users of this machine cannot read a file.
+
+    On systems without POSIX permissions, nothing is checked.
+
+    Args:
+        path: The file.
+        content: Noun for the content of the file in the error message.
+
+    Raises:
+        UserError: If other users can read the file.
+    """
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise UserError(f"{path}: other users can read this {content}; run chmod 600 {path}")
 
 
 def sha256_of(path: Path) -> str:

@@ -128,8 +128,8 @@ def cnn(
     return scale_outputs(nn.Sequential(*layers), scaler), 4 * width
 
 
+# Height and width in pixels from which PilotNet does not pad its convolutions.
 PILOTNET_SIDE = 61
-"""Height and width in pixels from which PilotNet does not pad its convolutions."""
 
 
 def pilotnet(shape: Shape) -> Body:

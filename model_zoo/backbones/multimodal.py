@@ -22,8 +22,8 @@ from model_zoo.split_model import Body
 Blocks = tuple[tuple[str, tuple[int, ...]], ...]
 Fusion = Literal["concat", "gated"]
 ImageNetwork = Literal["cnn", "pilotnet", "resnet", "vit"]
+# Height and width of a patch of the vision transformer in pixels.
 PATCH = 4
-"""Height and width of a patch of the vision transformer in pixels."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 

@@ -104,6 +104,33 @@ def test_first_arrivals_are_aggregated(tmp_path: Path, monkeypatch: pytest.Monke
     assert seconds[0] > 0  # a late client counts as slow
 
 
+def test_failed_client_does_not_count_as_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds: list[float] = []
+    update = ClientSampler.update
+
+    def note(self: ClientSampler, *args: Any) -> None:
+        update(self, *args)
+        seconds.append(self.known["site_1"][1])
+        self.known["site_1"][1] = 1000.0
+
+    monkeypatch.setattr(ClientSampler, "update", note)
+    kills: dict[Point, str] = {("site_1", 1, "train"): "before"}
+    run_config = config(
+        "fedavg",
+        "linear",
+        rounds=2,
+        clients__per_round=3,
+        cohort={"sampling": "oort"},
+        evaluation={"every": 2},
+    )
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)
+    deployed = records(federation(run_config, sites, tmp_path / "deployed", patience=0.1))
+    assert [record["counts"]["failed"] for record in deployed] == [0, 1]
+    assert seconds[0] < 1000 and seconds[1] == 1000
+
+
 @pytest.mark.slow
 def test_round_with_too_few_nodes_waits_or_is_skipped(tmp_path: Path, clock: Clock) -> None:
     run_config = config("fedavg", "linear", rounds=3, cohort={"least": 3}, evaluation={"every": 3})

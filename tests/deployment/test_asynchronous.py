@@ -164,7 +164,7 @@ def test_refusing_nodes_are_asked_a_limited_time(
 
     monkeypatch.setattr(Node, "_run_task", refuse)
     monkeypatch.setattr(real_time, "POLL_INTERVAL", 0.01)
-    monkeypatch.setattr(asynchronous, "MAX_FAULTS_PER_PLACE", 3)
+    monkeypatch.setattr(asynchronous, "MAX_CONSECUTIVE_FAULTS", 3)
     with pytest.raises(
         RunFailedError, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
     ):

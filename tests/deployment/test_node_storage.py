@@ -12,7 +12,7 @@ import torch
 
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_storage import NodeStorage
+from hetero_fl.deployment.node_storage import NodeStorage, StateLostError, load_or_create_key
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
@@ -33,7 +33,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 def pieces(node: Node) -> list[bytes]:
     """Return bytes from the middle of each private tensor of a node's state and rows."""
-    assert node.joined is not None and node.joined.worker is not None
+    assert node.joined is not None
     private: PrivateState = node.joined.worker.store.get(node.site.client)
     rows = node.joined.data.client_rows[node.site.client]["train"].copy_rows()
     found = []
@@ -85,21 +85,30 @@ def test_encrypted_storage_reopens_only_with_the_same_key(tmp_path: Path) -> Non
     site = {"site_1": {"encrypt": str(tmp_path / "key")}}
     Federation(tmp_path, site).serve(small(rounds=1))
     folder = next((tmp_path / "site_1" / "runs").iterdir())
-    from hetero_fl.deployment.node_storage import Cipher
-
-    secret = NodeStorage(folder, Cipher.from_key_file(tmp_path / "key")).read("noise")
+    secret = NodeStorage(folder, load_or_create_key(tmp_path / "key")).read("noise")
     assert secret is not None and len(secret) == 32
-    assert NodeStorage(folder, Cipher(bytes(32))).read("noise") is None
+    assert NodeStorage(folder, bytes(32)).read("noise") is None
 
 
 def test_damaged_secret_is_not_replaced(tmp_path: Path) -> None:
     """A new secret would draw fresh noise for what was released under the first."""
-    from hetero_fl.deployment.node_storage import Cipher
-
-    storage = NodeStorage(tmp_path, Cipher(bytes(32)))
+    storage = NodeStorage(tmp_path, bytes(32))
     storage.secret("noise")
     with pytest.raises(UserError, match="noise: cannot be decrypted"):
-        NodeStorage(tmp_path, Cipher(bytes(range(32)))).secret("noise")
+        NodeStorage(tmp_path, bytes(range(32))).secret("noise")
+
+
+@pytest.mark.parametrize("length", [0, 5, 30])
+def test_truncated_file_is_damaged(length: int, tmp_path: Path) -> None:
+    storage = NodeStorage(tmp_path, bytes(32))
+    storage.secret("noise")
+    name = storage.save_state(b"state")
+    for file in ("noise", f"state-{name}"):
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:length])
+    with pytest.raises(UserError, match="noise: cannot be decrypted"):
+        storage.secret("noise")
+    with pytest.raises(StateLostError, match="missing or damaged"):
+        storage.load_state(name)
 
 
 def test_key_readable_by_others_is_refused(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_key_is_synced_before_encrypted_data(
     monkeypatch.setattr(os, "replace", replace)
     key = tmp_path / "safe" / "keys" / "a"
     node = Node(SiteConfig(client="a", encrypt=str(key)), tmp_path / "site")
-    NodeStorage(tmp_path / "site" / "runs" / "r", node.cipher).secret("noise")
+    NodeStorage(tmp_path / "site" / "runs" / "r", node.storage_key).secret("noise")
 
     sealed = done.index(str(tmp_path / "site" / "runs" / "r" / "noise"))
     for path in (key, key.parent, key.parent.parent, tmp_path):
@@ -175,7 +184,7 @@ def test_site_noise_differs_between_tasks(tmp_path: Path) -> None:
             answer = handle(envelope)
             joined = federation.nodes["site_1"].joined
             if envelope.head["ask"] == "do" and joined is not None:
-                assert isinstance(joined.noise, SecretNoiseSource) and joined.worker is not None
+                assert isinstance(joined.noise, SecretNoiseSource)
                 assert joined.worker.runtime.privacy.noise is joined.noise
                 tasks.append(joined.noise.task)
             return answer

@@ -221,7 +221,7 @@ def test_bytes_of_repeated_answers_are_counted(tmp_path: Path) -> None:
     size = len(session.repeat("train").body)
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
     allows = session.node.site.allows.model_copy(update={"total_bytes": sent + size})
-    assert session.node.joined is not None and session.node.joined.policy is not None
+    assert session.node.joined is not None
     session.node.joined.policy.allows = allows
     assert len(session.repeat("train").body) == size
     assert "bytes of all answers including this one" in session.refusal_reason("train")
@@ -470,7 +470,7 @@ def test_other_client_list_of_same_name_is_refused(session: NodeSession) -> None
 
 def test_unshared_items_are_never_sent(session: NodeSession) -> None:
     joined = session.node.joined
-    assert joined is not None and joined.policy is not None
+    assert joined is not None
     policy = joined.policy
     tensors = {"backbone.a": torch.zeros(1), "head.b": torch.zeros(1)}
     upload = Payload({"model": Item(tensors, 1.0, "params")})
@@ -500,11 +500,7 @@ def test_plan_with_unshared_items_is_refused_before_encoding(tmp_path: Path) -> 
         def handles(envelope: Envelope) -> Envelope:
             answer = handle(envelope)
             joined = federation.nodes["site_1"].joined
-            if (
-                envelope.head["ask"] == "roster"
-                and joined is not None
-                and joined.policy is not None
-            ):
+            if envelope.head["ask"] == "roster" and joined is not None:
                 joined.policy.site = joined.policy.site.model_copy(update={"shares": ["backbone"]})
             return answer
 

@@ -18,10 +18,10 @@ import pytest
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.deployment import messages
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.flower.worker import LoggedNode, handle_termination
+from hetero_fl.deployment.flower.worker import LoggedNode
 from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.server import _handle_termination as _server_ending, run_federation
+from hetero_fl.deployment.server import _stop_after_round, run_federation
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
@@ -151,7 +151,7 @@ def test_server_finishes_the_round_on_sigterm(signals: int, sites: Sites, tmp_pa
                 signal.raise_signal(signal.SIGTERM)
         return answer
 
-    with _server_ending(status, log) as after_round, pytest.raises(Interrupted):
+    with _stop_after_round(status, log) as after_round, pytest.raises(Interrupted):
         loopback = sites.gathered(term)
         run_federation(source, loopback, out=out, wait=LONG, callbacks=[after_round], status=status)
     rounds = [
@@ -165,16 +165,6 @@ def test_server_finishes_the_round_on_sigterm(signals: int, sites: Sites, tmp_pa
     resumed = run_federation(source, sites.gathered(), out=out, resume=True, wait=LONG)
     assert same_models(resumed, run(source, out=tmp_path / "simulation"))
     assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
-
-
-def test_second_sigterm_interrupts_the_node() -> None:
-    stop = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), handle_termination(EventLog("json"), stop):
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.wait(LONG)
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_node_with_once_ends_after_a_finished_run(sites: Sites, tmp_path: Path) -> None:

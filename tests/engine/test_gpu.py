@@ -214,7 +214,8 @@ def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -
         gpu.transfers.clear()
         trainer.evaluate()
         predicted = {t.where.split()[1] for t in gpu.transfers if t.kind == "to host"}
-        assert predicted and predicted <= {"_on_host", "_evaluate_server"}
+        # `IdentityCache.get` copies the predictions of clients.
+        assert predicted and predicted <= {"get", "_evaluate_server"}
 
 
 def test_fit_is_repeated_after_running_out_of_memory(

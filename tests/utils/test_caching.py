@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 
-from hetero_fl.utils.caching import BoundedCache
+from hetero_fl.utils.caching import BoundedCache, IdentityCache
 
 
 def test_bounded_cache_keeps_recently_used_values() -> None:
@@ -36,3 +36,14 @@ def test_bounded_cache_is_empty_when_copied() -> None:
         other.setdefault("b", "abcdefgh")
         assert set(other) == {"b"}
         assert other.maxsize == 4
+
+
+def test_identity_cache_compares_by_identity() -> None:
+    cache: IdentityCache[int] = IdentityCache(2)
+    first, equal = [0], [0]
+    assert cache.get(first, lambda: 1) == cache.get(first, lambda: 2) == 1
+    assert cache.get(equal, lambda: 3) == 3
+    cache.get([1], lambda: 4)
+    assert cache.get(equal, lambda: 5) == 3 and cache.get(first, lambda: 6) == 6
+    cache.clear()
+    assert cache.get(equal, lambda: 7) == 7

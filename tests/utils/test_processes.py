@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,27 @@ def test_comparison_worker_ends_with_its_parent(tmp_path: Path) -> None:
     if is_running:
         os.kill(worker, signal.SIGKILL)
     assert not is_running
+
+
+def test_second_sigterm_raises() -> None:
+    announced = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        processes.handle_termination(announced.set) as is_stopping,
+    ):
+        assert not is_stopping()
+        signal.raise_signal(signal.SIGTERM)
+        assert is_stopping() and announced.wait(10)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_first_sigterm_raises_without_work() -> None:
+    announced = threading.Event()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        processes.handle_termination(announced.set, lambda: True),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert not announced.is_set()

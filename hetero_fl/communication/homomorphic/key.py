@@ -18,6 +18,7 @@ from hetero_fl.utils.serialization import (
     CodecError,
     as_bytes,
     as_tensor,
+    check_private,
     decode,
     encode,
     write_atomically,
@@ -66,8 +67,7 @@ class SharedKey:
                 f"{path}: the key cannot be read ({error.strerror}); "
                 "create one with `hetero-fl shared-key FILE`"
             ) from None
-        if os.name == "posix" and path.stat().st_mode & 0o077:
-            raise UserError(f"{path}: other users can read this key; run chmod 600 {path}")
+        check_private(path)
         try:
             tree = decode(data, FORM)
             key = cls(as_bytes(tree["secret"]), as_bytes(tree["seal"]))

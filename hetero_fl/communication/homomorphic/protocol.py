@@ -37,6 +37,7 @@ from hetero_fl.communication.protocol import (
     RoundProtocol,
     TrainingRequest,
     encoded,
+    refusal,
 )
 from hetero_fl.communication.vector_layout import FixedPoint, SharedSetup, VectorLayout, weight_unit
 from hetero_fl.config.communication import HomomorphicConfig
@@ -174,7 +175,7 @@ class HomomorphicEncryption(RoundProtocol):
                 return AggregationRequest(partial(self._aggregate, request, layout, round_idx))
             broadcast = self._broadcast(client_id, request["state"].tobytes(), round_idx, "train")
         except PayloadError as error:
-            return _refused(error)
+            return refusal(error)
 
         def encrypt(upload: Content) -> Message:
             try:
@@ -183,7 +184,7 @@ class HomomorphicEncryption(RoundProtocol):
                 packed = layout.pack(self.agreed.aggregation_group(client_id), payload, unit)
                 words = self.fixed.encode(packed)
             except PayloadError as error:
-                return _refused(error)
+                return refusal(error)
             rows = ckks.encrypt(self.key.context, words, self.noise_bits)
             name = byte_string_to_row(self.key.name)
             return Message("train", encode_arrays({"key": name, "ciphertexts": rows}))
@@ -209,7 +210,7 @@ class HomomorphicEncryption(RoundProtocol):
                 backend,
             )
         except PayloadError as error:
-            return _refused(error)
+            return refusal(error)
         except NoUploadError as error:
             return Message("diverged", str(error).encode())
         sealed = byte_string_to_row(seal_state(state, self.key))
@@ -242,7 +243,3 @@ class HomomorphicEncryption(RoundProtocol):
 
     def _digest(self, layout: VectorLayout) -> bytes:
         return layout.digest_with(repr((self.fixed, self.noise_bits, sorted(layout.unit_weights))))
-
-
-def _refused(error: PayloadError) -> Message:
-    return Message("refused", str(error).encode())

@@ -21,13 +21,12 @@ from hetero_fl.communication.protocol import (
     Exchanges,
     Message,
     SealedAggregate,
+    check_accepted,
+    check_reply_size,
     encoded,
 )
-from hetero_fl.core.payload import PayloadError
+from hetero_fl.core.payload import SPARE_BYTES, PayloadError
 from hetero_fl.utils.errors import RoundAbandonedError
-
-# Bytes of a reply besides ciphertexts.
-SPARE_BYTES = 1 << 16
 
 
 class EncryptedExchange(Exchange):
@@ -71,9 +70,7 @@ class EncryptedExchange(Exchange):
             return
         self._waiting.remove(client_id)
         try:
-            if reply.kind == "refused":
-                reason = reply.body[:200].decode(errors="replace")
-                raise PayloadError(f"the client refused {self.kind!r}: {reason}")
+            check_accepted(reply, self.kind)
             self._take(client_id, reply)
         except PayloadError as error:
             self.dropouts[client_id] = str(error)
@@ -176,11 +173,8 @@ def aggregation_order(summed: Sequence[str], round_idx: int) -> Iterator[str]:
 
 
 def _decode(reply: Message, kind: str, num_bytes: int | None) -> Arrays:
-    if num_bytes is not None and reply.size > num_bytes + SPARE_BYTES:
-        raise PayloadError(
-            f"reply to {kind!r}: must have at most {num_bytes + SPARE_BYTES:,} bytes, "
-            f"got {reply.size:,}"
-        )
+    if num_bytes is not None:
+        check_reply_size(reply, kind, num_bytes + SPARE_BYTES)
     if reply.kind != kind:
         raise PayloadError(f"expected a reply to {kind!r}, got {reply.kind[:20]!r}")
     return decode_arrays(reply.body, REPLIES[kind])

@@ -22,7 +22,7 @@ from hetero_fl.communication.named_arrays import (
     encode_arrays,
     stack_byte_strings,
 )
-from hetero_fl.communication.protocol import Message, TrainingRequest
+from hetero_fl.communication.protocol import Message, TrainingRequest, refusal
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.crypto import apply_masks
 from hetero_fl.communication.secure_aggregation.messages import (
@@ -94,13 +94,13 @@ def answer(
         streams = _streams(state, request)
         pack = packer(request["layout"].tobytes())
     except PayloadError as error:
-        return _refused(error)
+        return refusal(error)
 
     def mask(upload: bytes) -> Message:
         try:
             vector = pack(upload, 2.0 ** int(request["head"][0]))
         except PayloadError as error:
-            return _refused(error)
+            return refusal(error)
         apply_masks(vector, streams)
         updated = {**state, "mates": request["numbers"], "sealed": request["sealed"]}
         _store_state(client_id, notes, "unmask", updated)
@@ -108,10 +108,6 @@ def answer(
         return Message("train", encode_arrays(arrays))
 
     return TrainingRequest(request["broadcast"].tobytes(), mask)
-
-
-def _refused(error: PayloadError) -> Message:
-    return Message("refused", str(error).encode())
 
 
 def _advertise(client: str, request: Arrays, notes: Notes) -> bytes:

@@ -214,7 +214,7 @@ def share_threshold(members: int) -> int:
     return members // 2 + 1
 
 
-def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -> int:
+def num_neighbors(cohort: int, survivors: int, configured: int | None = None) -> int:
     """Return the number of neighbors of each client in the mask graph.
 
     Args:
@@ -233,7 +233,7 @@ def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -
     )
 
 
-def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
+def draw_neighborhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
     """Draw the neighborhood of each client (Bell et al. 2020, SecAgg+, section 3).
 
     Clients are placed on a circle in random order, and each client is a neighbor of the

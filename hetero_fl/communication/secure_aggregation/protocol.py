@@ -15,7 +15,7 @@ from hetero_fl.communication.protocol import (
     TrainingRequest,
 )
 from hetero_fl.communication.secure_aggregation.client import Notes, Packer, answer
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
+from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS, message_sizes
 from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
 from hetero_fl.communication.vector_layout import (
@@ -115,7 +115,7 @@ class SecureAggregation(RoundProtocol):
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
         # All clients send a vector of the same length, regardless of the size of their uploads.
-        members = num_neighbours(cohort, self.survivors, self.config.neighbours) + 1
+        members = num_neighbors(cohort, self.survivors, self.config.neighbours) + 1
         return message_sizes(members, self.agreed.layout(round_idx).size, broadcast)
 
     def _digest(self, layout: VectorLayout) -> bytes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from typing_extensions import override
 
 from hetero_fl.communication.named_arrays import (
     Arrays,
@@ -22,16 +23,19 @@ from hetero_fl.communication.named_arrays import (
 from hetero_fl.communication.protocol import (
     AggregatedUploads,
     Content,
+    Exchange,
     Exchanges,
     Message,
+    check_accepted,
+    check_reply_size,
     encoded,
 )
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import pair_mask
 from hetero_fl.communication.secure_aggregation.crypto import (
     apply_masks,
-    draw_neighbourhoods,
-    num_neighbours,
+    draw_neighborhoods,
+    num_neighbors,
     share_threshold,
 )
 from hetero_fl.communication.secure_aggregation.messages import REPLIES, SEALED, TAG, client_numbers
@@ -41,7 +45,7 @@ from hetero_fl.utils.errors import RoundAbandonedError
 
 
 @dataclass
-class SecureExchange:
+class SecureExchange(Exchange):
     """One exchange of secure aggregation (see `Exchange`).
 
     Args:
@@ -72,12 +76,13 @@ class SecureExchange:
         self._silent = {self.secure_round.names[number]: number for number in self.numbers}
         self.clients: Sequence[str] = list(self._silent)
 
+    @override
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        """Return the request to a client (see `Exchange.request`)."""
         arrays = self.arrays(self.secure_round.numbers[client_id], broadcast_to)
         tag = byte_string_to_row(self.secure_round.tag)
         return Message(self.kind, encode_arrays({"tag": tag, **arrays}))
 
+    @override
     def accept(self, client_id: str, reply: Message) -> None:
         """Process the reply of a client.
 
@@ -106,7 +111,7 @@ class SecureAggregationRound:
     Args:
         cohort: Ids of the clients.
         survivors: Number of clients that must remain until the end of the round.
-        neighbours: Number of neighbors of each client. If None, the smallest secure number is used.
+        neighbors: Number of neighbors of each client. If None, the smallest secure number is used.
         layout: Digest of the layout and length of the vector.
         unit: Exponent of the power of two by which clients divide values and weights.
         round_idx: Index of the round.
@@ -122,14 +127,14 @@ class SecureAggregationRound:
         self,
         cohort: Sequence[str],
         survivors: int,
-        neighbours: int | None,
+        neighbors: int | None,
         layout: tuple[bytes, int],
         *,
         unit: int,
         round_idx: int,
     ) -> None:
         self.survivors = survivors
-        self.neighbours = neighbours
+        self.neighbors = neighbors
         self.layout = layout
         self.unit = unit
         self.round_idx = round_idx
@@ -159,6 +164,7 @@ class SecureAggregationRound:
         return AggregatedUploads(clients, total, 2.0**self.unit, dropouts)
 
     def _exchange_keys(self) -> Iterator[SecureExchange]:
+        """Collect the public keys of the clients."""
 
         def take(number: int, reply: Arrays) -> None:
             self.public[number] = reply["keys"]
@@ -177,8 +183,8 @@ class SecureAggregationRound:
         self,
     ) -> Generator[SecureExchange, None, dict[int, dict[int, np.ndarray]]]:
         """Draw neighborhoods, and return the encrypted shares, keyed by receiver and sender."""
-        k = num_neighbours(len(self.public), min(self.survivors, len(self.public)), self.neighbours)
-        self.mask_partners = draw_neighbourhoods(list(self.public), k)
+        k = num_neighbors(len(self.public), min(self.survivors, len(self.public)), self.neighbors)
+        self.mask_partners = draw_neighborhoods(list(self.public), k)
         self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
         sealed: dict[int, dict[int, np.ndarray]] = {}
 
@@ -244,7 +250,7 @@ class SecureAggregationRound:
         shares: dict[int, dict[int, bytes]] = {}
 
         def arrays(number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
-            survivors = self._summed_neighbours(summed, number)
+            survivors = self._summed_neighbors(summed, number)
             dropped = [m for m in self.mask_partners[number] if m not in survivors]
             return {
                 "survivors": np.array(survivors, np.int32),
@@ -256,7 +262,7 @@ class SecureAggregationRound:
                 if number == holder or number in self.mask_partners[holder]:
                     shares.setdefault(number, {})[holder] = share.tobytes()
 
-        holders = [n for n in summed if len(self._summed_neighbours(summed, n)) >= self.threshold]
+        holders = [n for n in summed if len(self._summed_neighbors(summed, n)) >= self.threshold]
         yield SecureExchange(self, "unmask", holders, arrays, take)
         streams: list[tuple[bytes, bool]] = []
         for number, mates in self.mask_partners.items():
@@ -287,15 +293,9 @@ class SecureAggregationRound:
         Raises:
             PayloadError: If the client refused the request or the reply is invalid.
         """
-        if message.kind == "refused":
-            reason = message.body[:200].decode(errors="replace")
-            raise PayloadError(f"the client refused {kind!r}: {reason}")
+        check_accepted(message, kind)
         max_bytes = SPARE_BYTES + 8 * self.layout[1] + 2 * SEALED * len(self.names)
-        if len(message.body) > max_bytes:
-            raise PayloadError(
-                f"reply to {kind!r}: must have at most {max_bytes:,} bytes, "
-                f"got {len(message.body):,}"
-            )
+        check_reply_size(message, kind, max_bytes)
         reply = decode_arrays(message.body, REPLIES[kind])
         if message.kind != kind or reply["tag"].tobytes() != self.tag:
             raise PayloadError("message of another round or exchange")
@@ -327,7 +327,7 @@ class SecureAggregationRound:
                 f"vector: expected {self.layout[1]} numbers, got {len(received['vector'])}"
             )
 
-    def _summed_neighbours(self, summed: Iterable[int], number: int) -> list[int]:
+    def _summed_neighbors(self, summed: Iterable[int], number: int) -> list[int]:
         members = {number, *self.mask_partners[number]}
         return [n for n in summed if n in members]
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import select
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 
 from hetero_fl.data import check_source
 from hetero_fl.deployment.certificates import check_authority, load_node_key
@@ -32,7 +29,7 @@ from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
-from hetero_fl.utils.processes import is_process_running
+from hetero_fl.utils.processes import handle_termination, is_process_running
 
 # Seconds between checks for a request to stop.
 POLL_SECONDS = 0.2
@@ -87,11 +84,16 @@ def run_node(
     log = EventLog(site.logs, client=site.client)
     log.quiet = quiet
     stop = threading.Event()
+
+    def announce_stop() -> None:
+        log("stopping after the current task; repeat the signal to stop immediately")
+        stop.set()
+
     interrupted = False
     with ExitStack() as stack:
         for line in stack.enter_context(lock_folder(folder)):
             log(line)
-        stack.enter_context(handle_termination(log, stop))
+        stack.enter_context(handle_termination(announce_stop))
         node = LoggedNode(Node(site, folder, log, key), log, stop, once)
         if scratch is None:
             temporary = tempfile.TemporaryDirectory(prefix="hetero_fl-node-")
@@ -245,42 +247,6 @@ class WorkerListener:
                 send(connection, self._node.handle(receive(connection)))
             except (EOFError, OSError) as error:
                 self._log(f"an answer could not be sent to Flower ({error}); it is stored")
-
-
-@contextmanager
-def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM, and raise KeyboardInterrupt on a second SIGTERM.
-
-    Outside the main thread, signals are not handled.
-
-    Args:
-        log: Log with a line for the first SIGTERM.
-        stop: Event that is set on the first SIGTERM.
-    """
-    # Signal handlers can be set in the main thread only.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    is_stopping = False
-
-    def handle_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal is_stopping
-        if is_stopping:
-            raise KeyboardInterrupt
-        is_stopping = True
-        # This thread may hold the locks of the log and the event.
-        threading.Thread(target=_announce_stop).start()
-
-    def _announce_stop() -> None:
-        log("stopping after the current task; repeat the signal to stop immediately")
-        stop.set()
-
-    previous = signal.signal(signal.SIGTERM, handle_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _end_with(parent: int, address: Path) -> None:

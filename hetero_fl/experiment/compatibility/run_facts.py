@@ -18,7 +18,7 @@ from torch import Tensor
 from hetero_fl.algorithms.base import download_part, permitted_part, shared_part
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
 from hetero_fl.algorithms.feddf import FedDF
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
+from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.model_spec import ModelSpec
@@ -157,7 +157,7 @@ class RunFacts(UploadFacts):
         """
         if self.secure_sum is None or self.secure_sum.neighbours is None:
             return None
-        needed = num_neighbours(self.cohort, self.secure_sum.min_survivors(self.cohort))
+        needed = num_neighbors(self.cohort, self.secure_sum.min_survivors(self.cohort))
         return needed if self.secure_sum.neighbours < needed else None
 
     def trains_before_evaluation(self) -> bool:

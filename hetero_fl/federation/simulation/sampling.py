@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from hetero_fl.federation.federation import attempt_key
+from hetero_fl.config.simulation import CohortConfig
+from hetero_fl.federation.federation import FederationSpec, attempt_key
 from hetero_fl.federation.simulation.devices import DAY, uniform
 from hetero_fl.federation.simulation.schedule import Schedule, SimulationEnvironment
 from hetero_fl.utils.errors import RunFailedError
@@ -62,6 +63,7 @@ class ClientSampler:
         self.environment = environment
         self.federation = environment.devices.federation
         self.known: dict[str, list[float]] = {}
+        self._min_clients = min_clients(environment.policy, self.federation)
 
     def sample(self, round_idx: int, attempt: int, at: float) -> tuple[list[str], float]:
         """Sample the cohort of a round.
@@ -135,15 +137,6 @@ class ClientSampler:
             return first
         raise RunFailedError(
             f"round {round_idx + 1}: none of {num_candidates:,} clients was online within two days"
-        )
-
-    @property
-    def _min_clients(self) -> int:
-        """Minimum number of clients that a round needs."""
-        secret = self.federation.channel.secure_sum
-        return max(
-            self.environment.policy.least,
-            secret.min_survivors(self.federation.cohort) if secret is not None else 1,
         )
 
     def _connected_cohort(
@@ -250,6 +243,15 @@ class ClientSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from the return value of `state_dict`."""
         self.known = state.get("known", {})
+
+
+def min_clients(policy: CohortConfig, federation: FederationSpec) -> int:
+    """Return the minimum number of clients that a round needs."""
+    secure_sum = federation.channel.secure_sum
+    return max(
+        policy.least,
+        secure_sum.min_survivors(federation.cohort) if secure_sum is not None else 1,
+    )
 
 
 def round_half(value: float) -> int:

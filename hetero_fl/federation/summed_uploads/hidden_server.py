@@ -19,10 +19,10 @@ from hetero_fl.communication.homomorphic.protocol import (
     ServerReplica,
 )
 from hetero_fl.communication.protocol import EncodeCache
-from hetero_fl.communication.vector_layout import SUMS, VectorLayout
+from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, Participant
-from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.core.payload import SUM_KINDS, Payload, PayloadError
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.broadcasts import Broadcasts
 from hetero_fl.federation.federation import FederationSpec, as_sender
@@ -109,7 +109,7 @@ class HiddenServer(DerivedSetup, ServerReplica):
         return frozenset(
             name
             for name, weight in largest.items()
-            if weight <= 1 and self.expectations.specs[name].kind not in SUMS
+            if weight <= 1 and self.expectations.specs[name].kind not in SUM_KINDS
         )
 
     @override
@@ -183,13 +183,9 @@ class SealedBroadcasts(Broadcasts):
         self.state = state
 
     @override
-    def begin(self, *_about: Any) -> None:
+    def _clear(self, training: Collection[str]) -> None:
         # The initial state may be set after the construction of the trainer.
         self._initial = b""
-
-    @override
-    def _clear(self, training: Collection[str]) -> None:
-        return
 
     @override
     def content(self, client_info: ClientInfo, payload: Payload) -> bytes:

@@ -130,13 +130,13 @@ def test_dirichlet_among_a_thousand_clients_takes_seconds(
     y = torch.arange(rows) % classes
     config = PartitionConfig(kind="dirichlet", alpha=0.01, min_size=min_size, cap=cap)
     notes: list[str] = []
-    start = time.perf_counter()
+    start = time.process_time()  # unlike the time of a clock, independent of other processes
 
     parts = partition_rows(
         y, None, config, [1] * clients, Task("multiclass", classes), seed=0, notes=notes
     )
 
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(rows))
     assert min(map(len, parts)) >= min_size
     assert notes[0].startswith("data.partition.min_size: moved ")

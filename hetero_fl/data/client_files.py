@@ -17,7 +17,7 @@ from hetero_fl.config.population import Population
 from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
-from hetero_fl.data.external import match_to_common
+from hetero_fl.data.external import match_to_common, note_unused_sets
 from hetero_fl.data.preprocessing import raw_shape, required_columns
 from hetero_fl.data.registry import FOLDERS, load_source, needs_path
 from hetero_fl.utils.errors import UserError
@@ -87,6 +87,8 @@ def pool_client_files(
     notes = [
         f"{_config_path(client)}: {note}" for client, each in own.items() for note in each.notes
     ]
+    for client, each in own.items():
+        notes += note_unused_sets(each.splits(), _config_path(client))
     notes += _note_unshared_classes(own)
     is_from_objects = config.name == OBJECT_PREFIX
     notes.append(

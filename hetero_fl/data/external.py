@@ -653,6 +653,7 @@ def load_client_sources(
             converted, source, owners, config=config, clients=clients, seed=seed, notes=found.notes
         )
         given = _given_sets(own, source) if len(owners) == 1 else {}
+        found.notes += note_unused_sets(own.splits().keys() - given.keys(), where)
         # Rows are held out only for the sets that are not given.
         held_out = config.split.model_copy(update=dict.fromkeys(given, 0.0))
         own_config = config.model_copy(update={"split": held_out})
@@ -662,6 +663,22 @@ def load_client_sources(
             splits[owners[0]][name] = RowSelection.all_rows(matched)
         found.private |= splits
     return found
+
+
+def note_unused_sets(names: Collection[str], where: str) -> list[str]:
+    """Return a remark if a client's source has validation or test sets that are not used.
+
+    Args:
+        names: Names of the sets of the source, without those that are used.
+        where: Place of the source in the configuration.
+    """
+    unused = [name for name in ("validation", "test") if name in names]
+    if not unused:
+        return []
+    return [
+        f"{where}: the {' and '.join(unused)} rows of the source are not used; rows are held out of its "
+        "training rows instead (data.split)"
+    ]
 
 
 def _divide_rows(

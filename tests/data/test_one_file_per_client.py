@@ -257,6 +257,34 @@ def test_images_of_several_folders_or_files_are_pooled(tmp_path: Path) -> None:
     assert data.task.outputs == 4 and (data.n_test, data.n_proxy) == (36, 10)
 
 
+@pytest.mark.parametrize("common", [False, True], ids=["pooled", "next to a common file"])
+def test_unused_test_rows_of_a_clients_file_are_noted(common: bool, tmp_path: Path) -> None:
+    images, labels = np.zeros((60, 8, 8), dtype=np.uint8), np.arange(60) % 2
+    for name in (*HOSPITALS, "common"):
+        np.savez(tmp_path / f"{name}.npz", train_images=images, train_labels=labels)
+    np.savez(
+        tmp_path / "north.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:9],
+        test_labels=labels[:9],
+    )
+    config = configuration(tmp_path)
+    config["data"] = {"name": "npz", "proxy": {"size": 10}}
+    if common:
+        config["data"]["path"] = str(tmp_path / "common.npz")
+    config["clients"]["defaults"] = {"model": "mlp"}
+    for group in config["clients"]["groups"]:
+        group["data"] = {"name": "npz", "path": str(tmp_path / f"{group['name']}.npz")}
+
+    notes = [note for note in dealt(config).notes if "not used" in note]
+
+    assert notes == [
+        "clients: 'north': data: the test rows of the source are not used; rows are held out of "
+        "its training rows instead (data.split)"
+    ]
+
+
 def test_run_without_common_file_is_evaluated(tmp_path: Path) -> None:
     write(tmp_path)
     config = configuration(tmp_path, label="ill", patient="patient")

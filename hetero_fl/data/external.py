@@ -676,8 +676,8 @@ def note_unused_sets(names: Collection[str], where: str) -> list[str]:
     if not unused:
         return []
     return [
-        f"{where}: the {' and '.join(unused)} rows of the source are not used; rows are held out of its "
-        "training rows instead (data.split)"
+        f"{where}: the {' and '.join(unused)} rows of the source are not used; rows are held out "
+        "of its training rows instead (data.split)"
     ]
 
 

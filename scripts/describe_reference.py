@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import re
 import sys
@@ -736,9 +737,20 @@ def collect_messages() -> dict[str, set[tuple[str, str, str]]]:
             parts = path.relative_to(ROOT).with_suffix("").parts
             package = ".".join(parts[:2]) if len(parts) > 2 else source
             tree = ast.parse(path.read_text(encoding="utf-8"))
+            module = ".".join(parts)
             for text, error in _messages_of(tree):
-                found.setdefault(package, set()).add((text, error, ".".join(parts)))
+                found.setdefault(package, set()).add((_with_constants(text, module), error, module))
     return found
+
+
+def _with_constants(text: str, module: str) -> str:
+    """Replace the names of constants in braces by their values, if these are texts or numbers."""
+
+    def value(name: re.Match[str]) -> str:
+        constant = getattr(importlib.import_module(module), name[1], None)
+        return str(constant) if isinstance(constant, str | int | float) else name[0]
+
+    return re.sub(r"\{([A-Z][A-Z_]+)\}", value, text)
 
 
 def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:

@@ -90,7 +90,7 @@ def evaluate(
         )
         dataset = load_as(run, title, label, models)
     else:
-        dataset = _from_objects(data, run, label, models)
+        dataset = from_objects(run, data, label, models)
         title = dataset.name
     # A named source without a test split is split as in a federation. The name of the run's source
     # takes precedence over a file, as in `load_as`.
@@ -248,10 +248,20 @@ def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedMo
         return order_columns(load_source(source, CACHE.expanduser(), "data", missing), run, models)
 
 
-def _from_objects(
-    data: Any, run: Run, label: str | None, models: Mapping[str, SavedModel]
+def from_objects(
+    run: Run, data: Any, label: str | None, models: Mapping[str, SavedModel]
 ) -> Dataset:
-    """Convert examples in memory to a data set whose columns are in the order of the run's."""
+    """Convert examples in memory to a data set whose columns are in the order of the run's.
+
+    Args:
+        run: The finished run.
+        data: Examples of any type that `Client.data` accepts.
+        label: Label column of a data frame. If None, the label column of the run is used.
+        models: The models that are applied to the data set, keyed by client id or "server".
+
+    Raises:
+        UserError: If the examples are malformed, or their columns do not match those of the run.
+    """
     label = label or (run.directory.config().get("data") or {}).get("label")
     is_frame = hasattr(data, "columns") or hasattr(data, "column_names")
     task = next(iter(models.values())).task

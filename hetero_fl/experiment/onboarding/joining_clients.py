@@ -29,8 +29,8 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.evaluation import (
     are_comparable,
     data_argument,
+    from_objects,
     load_as,
-    order_columns,
     renumber_targets,
 )
 from hetero_fl.experiment.onboarding.transfer import TransferSource
@@ -369,7 +369,7 @@ class JoiningClients:
 
 def join(
     run: Run | str | Path,
-    data: str | Dataset,
+    data: Any,
     model: str | None = None,
     *,
     out: str | Path,
@@ -394,8 +394,9 @@ def join(
 
     Args:
         run: A finished run or its directory.
-        data: Data of the client: a local file, the name of a data source, or a data set. Without a
-            test set, a fifth of the rows is used for testing.
+        data: Data of the client: a local file, the name of a data source, or examples of any type
+            that `Client.data` accepts, such as a pair (x, y) of arrays. Without a test set, a fifth
+            of the rows is used for testing.
         model: Name of a model in `model_zoo`. If None, the most frequent model of the run is used.
             The settings are those of the first client in the run with this model.
         out: The folder to write to.
@@ -436,15 +437,19 @@ def join(
     seeds = list(dict.fromkeys(seeds))
     if not seeds:
         raise ArgumentError("seeds: expected one or more integers, got none")
+    is_named = isinstance(data, str | Path)
     CodePermission.from_argument(allow_code).check_caller_references(
-        find_references({"--data": data, "--model": model, "overrides": overrides})
+        find_references(
+            {"--data": str(data) if is_named else None, "--model": model, "overrides": overrides}
+        )
     )
     # A folder with results is rejected, because joining cannot be resumed.
     check_vacant(out, alternatives="")
+    models = source_run.run.models
     dataset = (
-        order_columns(data, source_run.run, source_run.run.models)
-        if isinstance(data, Dataset)
-        else load_as(source_run.run, data, label, source_run.run.models)
+        load_as(source_run.run, str(data), label, models)
+        if is_named
+        else from_objects(source_run.run, data, label, models)
     )
     site = _joining_site(dataset, source_run, patients)
     model_name = model or source_run.most_common_model

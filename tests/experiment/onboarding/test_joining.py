@@ -212,6 +212,18 @@ def test_join_requires_a_seed(data_folder: Folder, tmp_path: Folder) -> None:
 
 
 @pytest.mark.slow
+def test_join_accepts_a_pair_of_arrays(data_folder: Folder, tmp_path: Folder) -> None:
+    with np.load(data_folder / "new.npz") as arrays:
+        pair = arrays["train_images"], arrays["train_labels"]
+    np.savez(tmp_path / "pair.npz", train_images=pair[0], train_labels=pair[1])
+    options: dict[str, Any] = {"transfer": "backbone", "patients": [20], "seeds": [0]}
+
+    found = hetero_fl.join(data_folder / "run", pair, out=tmp_path / "a", **options)
+    same = hetero_fl.join(data_folder / "run", tmp_path / "pair.npz", out=tmp_path / "b", **options)
+
+    assert found["rows"] == same["rows"]
+
+
 def test_join_notes_rows_that_the_run_trained_on(data_folder: Folder, tmp_path: Folder) -> None:
     content = join(
         data_folder,

@@ -2,7 +2,7 @@
 """Measure the time and traffic of one round of the secure aggregation protocol.
 
     python -m benchmarks secure_sum
-    python -m benchmarks secure_sum --clients 100 --numbers 10000 --neighbours 54 --leaving 10
+    python -m benchmarks secure_sum --clients 100 --numbers 10000 --neighbors 54 --leaving 10
 
 No model is trained. Clients reply one after the other in this process on one core. In a federation,
 clients work in parallel, so a round waits for the server and one client. Targets: less than 10 s
@@ -24,7 +24,7 @@ from hetero_fl.communication.protocol import (
     Message,
     Traffic,
 )
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
+from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
@@ -116,22 +116,22 @@ class Cohort:
         return reply
 
 
-def measure_round(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
+def measure_round(clients: int, numbers: int, neighbors: int | None, leaving: int) -> None:
     """Run one round, check the sum and print a table row with time and traffic.
 
     Args:
         clients: Number of clients.
         numbers: Number of values per upload.
-        neighbours: Number of neighbors of each client. If None, the default is used.
+        neighbors: Number of neighbors of each client. If None, the default is used.
         leaving: Number of clients that drop out.
     """
     cohort = Cohort([f"site_{i}" for i in range(1, clients + 1)], numbers)
     config = SecureAggregationConfig(
-        threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbours=neighbours
+        threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbours=neighbors
     )
     protocol = SecureAggregation(config, clients, cohort)
     gone = set(cohort.clients[1 : 1 + leaving])
-    k = num_neighbours(clients, protocol.survivors, neighbours)
+    k = num_neighbors(clients, protocol.survivors, neighbors)
     started = time.process_time()
     summed, traffic = cohort.hold(protocol, gone)
     seconds = time.process_time() - started
@@ -161,7 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int)
     parser.add_argument("--numbers", type=int, default=10_000)
-    parser.add_argument("--neighbours", type=int, default=None)
+    parser.add_argument("--neighbors", type=int, default=None)
     parser.add_argument(
         "--leaving", type=int, default=0, help="clients that drop out before they send their vector"
     )
@@ -174,7 +174,7 @@ def main() -> None:
         measure_round(5, 1_000, None, 1)
         return
     if options.clients:
-        measure_round(options.clients, options.numbers, options.neighbours, options.leaving)
+        measure_round(options.clients, options.numbers, options.neighbors, options.leaving)
         return
     for leaving in (0, 4):
         measure_round(20, 10**6, None, leaving)

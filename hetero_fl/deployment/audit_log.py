@@ -44,6 +44,8 @@ MAX_NUMBER_DIGITS = 18
 MAX_LIST_ENTRIES = 32
 # Outcome of a task that was already answered.
 REPEATED = "again"
+# Names of tasks in a formatted log that differ from those in messages.
+TASK_NAMES = {"read": "evaluate"}
 
 Entry = dict[str, Any]
 
@@ -222,7 +224,9 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
     """Format each entry as a readable line."""
     lines = []
     for entry in entries:
-        what = " ".join(str(entry[name]) for name in ("ask", "what") if entry.get(name))
+        # A request for a task is shown as the task.
+        task = str(entry.get("what") or "")
+        action = TASK_NAMES.get(task, task) or str(entry.get("ask") or "")
         # An evaluation after a round has the index of the next round.
         round_idx = entry.get("round")
         round_name = ""
@@ -235,7 +239,7 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
             entry["time"],
             str(entry.get("run", ""))[:8],
             round_name,
-            what,
+            action,
             sizes,
             str(entry["outcome"]),
         )

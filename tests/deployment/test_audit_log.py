@@ -167,9 +167,20 @@ def test_audit_log_is_private_and_readable(tmp_path: Path) -> None:
     lines = format_entries(verify(path))
     assert (
         "round 2" in lines[1]
-        and "do train" in lines[1]
+        and "  train  " in lines[1]
         and "1 in, 11 out (model: params)" in lines[1]
     )
+
+
+def test_formatted_log_calls_reading_scores_an_evaluation(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    entry = {"round": 1, "in": 5, "out": 2, "outcome": "done"}
+    log.append(ask="do", what="read", **entry)
+    log.append(ask="terms", **entry)
+
+    evaluation, terms = format_entries(verify(tmp_path / "audit.jsonl"))
+
+    assert "  round 1  evaluate  " in evaluation and "  terms  " in terms
 
 
 def test_totals_count_each_task_once(tmp_path: Path) -> None:

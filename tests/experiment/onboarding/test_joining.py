@@ -214,16 +214,21 @@ def test_join_requires_a_seed(data_folder: Folder, tmp_path: Folder) -> None:
 @pytest.mark.slow
 def test_join_accepts_a_pair_of_arrays(data_folder: Folder, tmp_path: Folder) -> None:
     with np.load(data_folder / "new.npz") as arrays:
-        pair = arrays["train_images"], arrays["train_labels"]
-    np.savez(tmp_path / "pair.npz", train_images=pair[0], train_labels=pair[1])
+        x, y = arrays["train_images"], arrays["train_labels"]
     options: dict[str, Any] = {"transfer": "backbone", "patients": [20], "seeds": [0]}
 
-    found = hetero_fl.join(data_folder / "run", pair, out=tmp_path / "a", **options)
-    same = hetero_fl.join(data_folder / "run", tmp_path / "pair.npz", out=tmp_path / "b", **options)
+    pair = hetero_fl.join(data_folder / "run", (x, y), out=tmp_path / "a", **options)
+    # The name determines which rows are held out.
+    dataset = from_arrays(x, y, name="data")
+    same = hetero_fl.join(data_folder / "run", dataset, out=tmp_path / "b", **options)
 
-    assert found["rows"] == same["rows"]
+    assert pair["rows"] == same["rows"] and {row["begins"] for row in pair["rows"]} == {
+        "scratch",
+        "backbone",
+    }
 
 
+@pytest.mark.slow
 def test_join_notes_rows_that_the_run_trained_on(data_folder: Folder, tmp_path: Folder) -> None:
     content = join(
         data_folder,

@@ -11,8 +11,9 @@ from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.data.client_rows import ClientRows, LazyPartition
+from hetero_fl.data.client_sources import clients_by_source, load_client_sources
 from hetero_fl.data.dataset import Dataset, without_metadata
-from hetero_fl.data.external import clients_by_source, load_client_sources, proxy_set
+from hetero_fl.data.external import proxy_set
 from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
 from hetero_fl.data.overlap import check_paths, notes_on_shared_rows
 from hetero_fl.data.partition import assign_rows

@@ -12,8 +12,8 @@ from hetero_fl.config.population import Population
 from hetero_fl.core.stored_rows import read_all
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import ClientRows, RemoteDataInfo, fingerprint
+from hetero_fl.data.client_sources import load_client_sources
 from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Examples, Vocabulary
-from hetero_fl.data.external import load_client_sources
 from hetero_fl.data.federated_data import PRIVATE, FederatedData
 from hetero_fl.data.preprocessing import check_missing_values
 from hetero_fl.data.splits import RowSelection

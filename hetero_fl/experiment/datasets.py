@@ -15,7 +15,7 @@ from torch import Tensor
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset
-from hetero_fl.data.client_files import OWN_DATA
+from hetero_fl.data.client_sources import OWN_DATA
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
 from hetero_fl.data.registry import load_source

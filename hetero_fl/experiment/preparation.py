@@ -19,7 +19,7 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
-from hetero_fl.data.client_files import has_common_source, pool_client_files
+from hetero_fl.data.client_sources import has_common_source, pool_client_files
 from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.compatibility import (
     LATER_NOTES,

@@ -1,14 +1,15 @@
-"""Pool the separate files of clients into one data set.
+"""Separate sources of clients, next to a main data set or pooled into one.
 
-Each client is a group of the data set. `federate` holds out the global test, validation and proxy
-sets from the pooled rows and returns the remaining rows to their clients by the natural partition.
+In a pooled data set, each client is a group. `federate` holds out the global test, validation and
+proxy sets from the pooled rows and returns the remaining rows to their clients by the natural
+partition.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hetero_fl.config.clients import ClientSettings
@@ -17,12 +18,15 @@ from hetero_fl.config.population import Population
 from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
-from hetero_fl.data.external import match_to_common, note_unused_sets
-from hetero_fl.data.preprocessing import raw_shape, required_columns
+from hetero_fl.data.external import match_to_common, source_with_task
+from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
 from hetero_fl.data.registry import FOLDERS, load_source, needs_path
+from hetero_fl.data.splits import RowSelection, Splits, holdout_strategy
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.seeding import stream_key
 
 POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
@@ -250,3 +254,174 @@ def _concatenate(parts: Mapping[str, Examples]) -> Examples:
         ]
         rows.patient, rows.patient_names = index_names(patients)
     return rows
+
+
+@dataclass
+class ClientSources:
+    """The rows of clients with their own sources.
+
+    Attributes:
+        private: Splits of each client, keyed by client id.
+        notes: Remarks on how the sources were read.
+        simulated: Whether any of the sources is generated.
+    """
+
+    private: dict[str, Splits]
+    notes: list[str]
+    simulated: bool
+
+
+def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
+    """Return the ids of the clients with their own sources, keyed by source.
+
+    Clients without their own source are not included.
+
+    Raises:
+        UserError: If the source of a client is the source of the main data set.
+    """
+    clients_of: dict[SourceConfig, list[str]] = {}
+    named = any(profile.settings.data is not None for profile in clients.profiles)
+    for name in clients.ids if named else ():
+        source = clients[name].data
+        if source is not None:
+            if (source.name, source.path) == (config.name, config.path):
+                raise UserError(
+                    f"clients: '{name}': data: is the source of the main data set; remove it to "
+                    "use a part of the main data set"
+                )
+            clients_of.setdefault(source, []).append(name)
+    return clients_of
+
+
+def load_client_sources(
+    clients_of: Mapping[SourceConfig, list[str]],
+    common_set: Dataset,
+    config: DataConfig,
+    clients: Population,
+    seed: int,
+) -> ClientSources:
+    """Load the separate sources of clients, and partition and split the rows of each source.
+
+    Args:
+        clients_of: Ids of the clients with their own sources, keyed by source.
+        common_set: Main data set, to whose classes and columns the rows are converted.
+        config: Data configuration.
+        clients: Client settings, keyed by client id.
+        seed: Seed of the run.
+
+    Returns:
+        The rows of the clients, and remarks on how the sources were read.
+
+    Raises:
+        UserError: If a source does not match the main data set, or several clients share a source
+            in the partition `drawn`.
+    """
+    found = ClientSources({}, [], False)
+    for source, owners in clients_of.items():
+        where = f"clients: '{owners[0]}': data"
+        read = source_with_task(
+            source, common_set.task, common_set.categories, config.label, main=config
+        )
+        own = load_source(read, Path(config.root).expanduser(), where, missing=True)
+        found.simulated |= own.simulated
+        found.notes += [
+            note if note.startswith(where) else f"{where}: {note}" for note in own.notes
+        ]
+        needed = required_columns((clients[name] for name in owners), common_set.layout)
+        converted = Dataset(
+            own.name,
+            common_set.task,
+            match_to_common(own, common_set, where, needed),
+            columns=common_set.columns,
+            span=own.span,
+        )
+        for name in owners:
+            check_same_shape(
+                raw_shape(converted),
+                f"clients: '{name}': data",
+                clients={name: clients[name]},
+                common=common_set,
+            )
+        shares = _divide_rows(
+            converted, source, owners, config=config, clients=clients, seed=seed, notes=found.notes
+        )
+        given = _given_sets(own, source) if len(owners) == 1 else {}
+        found.notes += note_unused_sets(own.splits().keys() - given.keys(), where)
+        # Rows are held out only for the sets that are not given.
+        held_out = config.split.model_copy(update=dict.fromkeys(given, 0.0))
+        own_config = config.model_copy(update={"split": held_out})
+        splits = holdout_strategy(converted).split_clients(shares, {}, own_config, seed)
+        for name, part in given.items():
+            matched = match_to_common(replace(own, train=part), common_set, where, needed)
+            splits[owners[0]][name] = RowSelection.all_rows(matched)
+        found.private |= splits
+    return found
+
+
+def note_unused_sets(names: Collection[str], where: str) -> list[str]:
+    """Return a remark if a client's source has validation or test sets that are not used.
+
+    Args:
+        names: Names of the sets of the source, without those that are used.
+        where: Place of the source in the configuration.
+    """
+    unused = [name for name in ("validation", "test") if name in names]
+    if not unused:
+        return []
+    return [
+        f"{where}: the {' and '.join(unused)} rows of the source are not used; rows are held out "
+        "of its training rows instead (data.split)"
+    ]
+
+
+def _divide_rows(
+    dataset: Dataset,
+    source: SourceConfig,
+    owners: list[str],
+    *,
+    config: DataConfig,
+    clients: Population,
+    seed: int,
+    notes: list[str],
+) -> dict[str, RowSelection]:
+    """Partition the rows of a source among the clients that name it.
+
+    A single client gets all rows, including all groups. Partition functions see the metadata, which
+    the clients do not need.
+
+    Args:
+        dataset: Rows of the source, converted to the columns of the main data set.
+        source: Configuration of the source.
+        owners: Ids of the clients.
+        config: Data configuration.
+        clients: Client settings, keyed by client id.
+        seed: Seed of the run.
+        notes: List to which remarks are appended.
+    """
+    train = replace(dataset.train, metadata={})
+    all_rows = RowSelection.all_rows(train)
+    if len(owners) == 1:
+        return {owners[0]: all_rows}
+    if config.partition.kind == "drawn":
+        raise UserError(
+            f"data.partition.kind=drawn cannot divide {source.name}, the source of "
+            f"{len(owners)} clients; set it for one client, or choose another kind"
+        )
+    # A seed for each source: with the seed of the run, two sources would be divided in the same
+    # proportions.
+    own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
+    assigned = assign_rows(
+        dataset, all_rows.rows, owners, config=config, clients=clients, seed=own_seed, notes=notes
+    )
+    return {name: RowSelection(train, part.rows) for name, part in assigned.items()}
+
+
+def _given_sets(own: Dataset, source: SourceConfig) -> dict[str, Examples]:
+    """Return the validation and test sets of a client's source that are not held out of its rows.
+
+    A program passes these sets on purpose. Of files, only the sets of groups and, in time series,
+    both later periods are used.
+    """
+    if source.name.startswith(OBJECT_PREFIX):
+        return {name: part for name, part in own.splits().items() if name != "train"}
+    return holdout_strategy(own).sets_of_own_source() or dict(own.local_sets)

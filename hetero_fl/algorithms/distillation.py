@@ -14,7 +14,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.aggregation.teachers import TeacherKind, align_to_labels, proxy_predictions
+from hetero_fl.aggregation.teachers import (
+    Sharpening,
+    TeacherKind,
+    align_to_labels,
+    proxy_predictions,
+    sharpen,
+)
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, Needs, may_share
 from hetero_fl.algorithms.local_training import load_objective, local_fit, subtract_log_prior
@@ -26,6 +32,7 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
 from hetero_fl.core.stored_rows import read_rows
+from hetero_fl.core.task import Task
 from hetero_fl.utils.seeding import keyed_generator
 
 TEACHER = "teacher"
@@ -231,6 +238,11 @@ DistilledStatistics = Annotated[
 ]
 
 
+def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
+    """Return the softmax of logits for a multiclass task, otherwise the sigmoid."""
+    return logits.softmax(-1) if task.kind == "multiclass" else logits.sigmoid()
+
+
 def predicts_without_prior(settings: ClientSettings) -> bool:
     """Return whether the class prior does not affect a client's proxy predictions."""
     return bool(settings.logit_adjustment or settings.prior_correction)
@@ -255,6 +267,12 @@ class ProxyDistillation(ProxyTraining):
     classes that few clients have. Use alignment under label skew, if the classes of the proxy set
     are distributed like the classes of all clients together.
 
+    With `sharpen`, the server then sharpens the class probabilities p of each proxy row: `era`
+    (entropy reduction) computes softmax(p / T) (Itahara et al. 2020), and `power` computes
+    p^β / Σ p^β (Azuma et al. 2025). Sharpening helps if the teacher ranks classes well but is
+    uncertain, as after a mean over clients with few common classes. If the teacher is confident but
+    wrong, sharpening increases the error. Predictions of regression tasks are not sharpened.
+
     Contrast weights and alignment use the label counts of clients whose `shares` contain
     `statistics`, in multiclass tasks only. For other clients, `contrast` assumes balanced classes.
     Label counts are private data and receive noise under `privacy`.
@@ -269,6 +287,13 @@ class ProxyDistillation(ProxyTraining):
         0.0,
         description="degree to which the teacher is aligned with label frequencies; 0 disables it",
     )
+    sharpen: Sharpening = Field(
+        "none", description="sharpening of the teacher: softmax(p/T), p^β/Σp^β, or none"
+    )
+    era_temperature: PositiveFloat = Field(
+        0.1, description="temperature T of era; lower values sharpen more"
+    )
+    beta: PositiveFloat = Field(1.5, description="exponent β of power; 1 does not sharpen")
 
     @property
     @override
@@ -319,11 +344,33 @@ class ProxyDistillation(ProxyTraining):
         Returns:
             Logits of shape `[D, C]`, or None if no client uploaded logits.
         """
-        teacher = uploads.mean("logits")
-        if teacher is not None:
-            teacher = self.align_teacher(server, uploads, teacher)
-            self.store_teacher(server, teacher=teacher)
+        mean = uploads.mean("logits")
+        if mean is None:
+            return None
+        teacher = self.teacher_from_mean(server, uploads, mean)
+        self.store_teacher(server, teacher=teacher)
         return teacher
+
+    def teacher_from_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
+        """Return the teacher, the aligned and sharpened mean.
+
+        Args:
+            server: The server.
+            uploads: Uploads of the round.
+            mean: Mean logits, shape `[D, C]`.
+
+        Returns:
+            Logits, shape `[D, C]`.
+        """
+        teacher = self.align_teacher(server, uploads, mean)
+        if self.sharpen == "none" or server.task.kind == "regression":
+            return teacher
+        return self.sharpened_logits(server.task, predicted_probabilities(server.task, teacher))
+
+    def sharpened_logits(self, task: Task, p: Tensor) -> Tensor:
+        """Sharpen probabilities, shape `[D, C]`, and return their logits."""
+        strength = self.era_temperature if self.sharpen == "era" else self.beta
+        return sharpen(task, p, self.sharpen, strength)
 
     def align_teacher(self, server: Participant, uploads: Uploads, teacher: Tensor) -> Tensor:
         """Align the teacher with the labels of all uploads so far, if `align` is set.

@@ -12,10 +12,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening, sharpen
+from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, Needs, may_share, register_algorithm
-from hetero_fl.algorithms.distillation import TEACHER, ProxyDistillation
+from hetero_fl.algorithms.distillation import TEACHER, ProxyDistillation, predicted_probabilities
 from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -217,14 +217,13 @@ class DSFL(CachedPredictions):
     as does the server's student (Itahara et al. 2020, Algorithm 1). The teacher is broadcast as
     logits.
 
-    The setting `sharpen` selects how the mean p̄ is sharpened: `era` (entropy reduction) computes
-    softmax(p̄ / T), and `power` computes p̄^β / Σ p̄^β (SCARLET, Azuma et al. 2025). With
-    `cache_life`, only missing and expired rows are sent (SCARLET, where the authors use 50 rounds).
-    With `bits`, clients upload probabilities that are quantized to multiples of 1/(2^b − 1) for b
-    bits (CFD, Sattler et al. 2020).
+    The default `sharpen: era` is the entropy reduction of the paper, and `power` is that of SCARLET
+    (Azuma et al. 2025). With `cache_life`, only missing and expired rows are sent (SCARLET, where
+    the authors use 50 rounds). With `bits`, clients upload probabilities that are quantized to
+    multiples of 1/(2^b − 1) for b bits (CFD, Sattler et al. 2020).
 
     Use this method where the mean prediction is uncertain. Set `cache_life` and `bits` to reduce
-    traffic. Where the mean prediction is confident but wrong, sharpening increases the error.
+    traffic.
 
     References:
         Itahara et al., "Distillation-Based Semi-Supervised Federated Learning for
@@ -258,13 +257,7 @@ class DSFL(CachedPredictions):
     distill_epochs: PositiveInt = Field(
         1, description="epochs of distillation per round at the client"
     )
-    sharpen: Sharpening = Field(
-        "era", description="sharpening of the mean: softmax(p/T), p^β/Σp^β, or none"
-    )
-    era_temperature: PositiveFloat = Field(
-        0.1, description="temperature T of era; lower values sharpen more"
-    )
-    beta: PositiveFloat = Field(1.5, description="exponent β of power; 1 does not sharpen")
+    sharpen: Sharpening = "era"
     bits: int | None = Field(
         None, ge=1, le=8, description="bits per uploaded probability; 1: a vote; `null`: a float"
     )
@@ -376,11 +369,6 @@ class DSFL(CachedPredictions):
 
     def sharpened_teacher(self, task: Task, mean: Tensor) -> Tensor:
         """Sharpen the mean of the (log) probabilities and return the teacher's logits."""
-        p = mean.softmax(-1) if self.averages_logarithms(task) else mean
-        strength = self.era_temperature if self.sharpen == "era" else self.beta
-        return sharpen(task, p, self.sharpen, strength)
-
-
-def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
-    """Return the softmax of logits for a multiclass task, otherwise the sigmoid."""
-    return logits.softmax(-1) if task.kind == "multiclass" else logits.sigmoid()
+        return self.sharpened_logits(
+            task, mean.softmax(-1) if self.averages_logarithms(task) else mean
+        )

@@ -104,9 +104,9 @@ class FedDF(ProxyDistillation, FedAvg):
         }
         predictions |= {u.client: u.payload.item("logits") for u in uploads.containing("logits")}
         yield from super().aggregate(server, uploads)
-        teacher = uploads.consensus("logits", predictions)
-        if teacher is not None:
-            teacher = self.align_teacher(server, uploads, teacher)
+        mean = uploads.consensus("logits", predictions)
+        if mean is not None:
+            teacher = self.teacher_from_mean(server, uploads, mean)
             senders = uploads.senders("model")
             yield from self.distill_into_groups(
                 server, teacher, senders, self.distill_epochs, statistics=self.distilled_statistics

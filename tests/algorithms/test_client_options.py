@@ -157,8 +157,10 @@ def regression(method: str, **options: Any) -> dict[str, Any]:
 
 
 def test_settings_without_effect_are_noted() -> None:
-    notes = prepare(regression("hybrid"), dataset=table()).notes
-    assert "algorithm.align has no effect, because the data set has a regression task" in notes
+    notes = prepare(regression("hybrid", sharpen="era"), dataset=table()).notes
+    for key in ("align", "sharpen"):
+        text = f"algorithm.{key} has no effect, because the data set has a regression task"
+        assert text in notes
     assert any(line.startswith("algorithm.teacher=contrast weights clients") for line in notes)
 
     options = {"name": "fedavg", "recalibrate": ["global_test"]}

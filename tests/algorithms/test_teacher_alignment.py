@@ -1,4 +1,4 @@
-"""Alignment of the teacher with label frequencies: the rule, limit cases, and every method."""
+"""Alignment and sharpening of the teacher: the rules, limit cases, and every method."""
 
 from __future__ import annotations
 
@@ -123,11 +123,9 @@ def test_first_teacher_is_the_aligned_plain_teacher(method: str, own: dict[str, 
     assert not torch.allclose(actual, plain.server.state[TEACHER], atol=0.01)
 
 
-@pytest.mark.parametrize("method", ["feddf", "fedmd", "hybrid"])
-@pytest.mark.parametrize("teacher", ["mean", "contrast"])
-def test_server_distills_aligned_teacher(
-    method: str, teacher: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def distilled(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Teachers that the server distills into its models, in order."""
     seen: list[Tensor] = []
     at_server = ProxyDistillation.server_fit
 
@@ -136,20 +134,46 @@ def test_server_distills_aligned_teacher(
         return at_server(self, server, slot, teacher, *rest)
 
     monkeypatch.setattr(ProxyDistillation, "server_fit", spied)
-    # FedDF evaluates the models of the other clients.
-    shares = ["predictions", "statistics"]
-    changes = {
-        "clients__overrides": [{"match": "site_2", "shares": shares}],
-        "server__model": "linear",
-    }
-    run_rounds(method, changes=changes, teacher=teacher)
-    plain = seen.pop()
-    seen.clear()
-    moved = run_rounds(method, changes=changes, teacher=teacher, align=1.0)
+    return seen
+
+
+# FedDF evaluates the models of the other clients. FedMD distills at the server only into a student.
+WITH_STUDENT: dict[str, Any] = {
+    "clients__overrides": [{"match": "site_2", "shares": ["predictions", "statistics"]}],
+    "server__model": "linear",
+}
+
+
+@pytest.mark.parametrize("method", ["feddf", "fedmd", "hybrid"])
+@pytest.mark.parametrize("teacher", ["mean", "contrast"])
+def test_server_distills_aligned_teacher(
+    method: str, teacher: str, distilled: list[Tensor]
+) -> None:
+    run_rounds(method, changes=WITH_STUDENT, teacher=teacher)
+    plain = distilled.pop()
+    distilled.clear()
+    moved = run_rounds(method, changes=WITH_STUDENT, teacher=teacher, align=1.0)
     expected = align_to_labels(plain, frequencies(counts_of(moved)), 1.0, method == "hybrid")
-    assert len(seen) == (1 if method == "fedmd" else 3) and all(
-        torch.allclose(t, expected, atol=1e-9) for t in seen
+    assert len(distilled) == (1 if method == "fedmd" else 3) and all(
+        torch.allclose(t, expected, atol=1e-9) for t in distilled
     )
+
+
+@pytest.mark.parametrize("method", ["feddf", "fedmd", "hybrid"])
+@pytest.mark.parametrize("align", [0.0, 0.5])
+def test_server_distills_sharpened_teacher(
+    method: str, align: float, distilled: list[Tensor]
+) -> None:
+    plain = run_rounds(method, changes=WITH_STUDENT)
+    log_q = frequencies(counts_of(plain))
+    p = align_to_labels(distilled.pop(), log_q, align, method == "hybrid").softmax(1)
+    distilled.clear()
+    run_rounds(method, changes=WITH_STUDENT, align=align, sharpen="era", era_temperature=0.2)
+    assert distilled and all(torch.allclose(t, p / 0.2, atol=1e-9) for t in distilled)
+    distilled.clear()
+    run_rounds(method, changes=WITH_STUDENT, align=align, sharpen="power", beta=2.0)
+    squared = p.square() / p.square().sum(1, keepdim=True)
+    assert distilled and all(torch.allclose(t.softmax(1), squared, atol=1e-9) for t in distilled)
 
 
 def test_ds_fl_sharpens_aligned_probabilities() -> None:
@@ -176,6 +200,13 @@ def test_multilabel_teacher_is_not_aligned() -> None:
     many = replace(server, task=Task("multilabel", 10), state={LABELS: torch.arange(10.0)})
     p = torch.rand(60, 10, generator=torch.Generator().manual_seed(4))
     assert method.align_mean(many, Uploads(specs=method.uploads), p) is p
+
+
+def test_regression_teacher_is_not_sharpened() -> None:
+    method = register_algorithm["fedmd"](sharpen="era")
+    server = replace(run_rounds("fedmd", 0).server, task=Task("regression", 1))
+    z = torch.randn(60, 1, generator=torch.Generator().manual_seed(4))
+    assert method.teacher_from_mean(server, Uploads(specs=method.uploads), z) is z
 
 
 def test_label_counts_accumulate_over_uploads() -> None:

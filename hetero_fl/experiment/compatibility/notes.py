@@ -54,7 +54,7 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     ),
     CompatibilityRule(
         ("algorithm.align", "data set"),
-        lambda run: run.idle_class_settings(),
+        lambda run: run.idle_teacher_settings(),
         "{found}, because the data set has a {run.task.kind} task",
     ),
     CompatibilityRule(

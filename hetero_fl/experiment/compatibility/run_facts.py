@@ -324,14 +324,18 @@ class RunFacts(UploadFacts):
         """Whether the method aligns the teacher's predictions with label frequencies."""
         return isinstance(self.algorithm, ProxyDistillation) and self.algorithm.align > 0
 
-    def idle_class_settings(self) -> list[str]:
-        """Describe the teacher settings without effect because the classes are not exclusive."""
-        if self.task.kind == "multiclass" or not self.num_proxy:
+    def idle_teacher_settings(self) -> list[str]:
+        """Describe the settings of the teacher that have no effect on the kind of task."""
+        method, kind = self.algorithm, self.task.kind
+        if kind == "multiclass" or not self.num_proxy or not isinstance(method, ProxyDistillation):
             return []
-        found = ["algorithm.align has no effect"] if self.aligns_teacher else []
-        method = self.algorithm
-        if isinstance(method, ProxyDistillation) and method.teacher == "contrast":
+        found = []
+        if method.align:
+            found.append("algorithm.align has no effect")
+        if method.teacher == "contrast":
             found.append("algorithm.teacher=contrast weights clients by their number of rows")
+        if method.sharpen != "none" and kind == "regression":
+            found.append("algorithm.sharpen has no effect")
         return found
 
     def idle_recalibration(self) -> str | None:

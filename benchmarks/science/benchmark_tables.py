@@ -71,6 +71,7 @@ TABLES = {
     "overview": ArchiveTable(GLOBAL, OVERVIEW_METHODS),
     "scores": ArchiveTable(GLOBAL, DISTILLING, ("none", "all")),
     "ranking": ArchiveTable(AUROC, DISTILLING, ("none", "all")),
+    "sharpening": ArchiveTable(GLOBAL, DISTILLING, ("all", "sharpened")),
     "averaging": ArchiveTable(GLOBAL, ("local", "fedavg", "centralized"), ("none", "all")),
     "local": ArchiveTable(LOCAL, (*LOCAL_REFERENCES, *DISTILLING)),
     "choice_global": ArchiveTable(GLOBAL, METHODS, anchor="global"),
@@ -120,12 +121,12 @@ def _verdict(results: BenchmarkResults) -> str:
         return NO_RUNS
     significant = [test for test in tests if test.p_holm <= SIGNIFICANT]
     ahead = sum(test.difference.mean > 0 for test in significant)
-    best = sorted(ranks, key=lambda row: ranks[row])[:2]
+    best = sorted(ranks, key=lambda method: ranks[method])[:2]
     federations = pluralize(len(results.groups[MAIN_GROUP]), "federation")
     num_tests = len(primary.federations) * len(primary.against)
     known = f" with runs (of {num_tests})" if len(tests) < num_tests else ""
-    needs = {row: format_needs(row[0]) or "no requirements" for row in best}
-    named = [f"{algorithm_name(row[0])} ({ranks[row]:.2f}; {needs[row]})" for row in best]
+    needs = {method: format_needs(method) or "no requirements" for method in best}
+    named = [f"{algorithm_name(method)} ({ranks[method]:.2f}; {needs[method]})" for method in best]
     return (
         f"Of {pluralize(len(tests), 'primary test')}{known}, {algorithm_name(primary.method)} is "
         f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. The best mean "

@@ -51,6 +51,8 @@ EFFECT_METRICS = ("global_last_auroc", "global_last_balanced_accuracy")
 """Metrics of the plot of effects."""
 PLAIN = "no components"
 """Title of a group of settings whose title in the protocol is empty."""
+BEST = "best"
+"""Name of the ranking of each method's best row, next to the groups of settings."""
 COMPRESSION = "Compression"
 """Heading of the federations with compressed messages, which the plots of costs contain."""
 COST_TITLE = "GFLOP at clients / GFLOP at the server / MB / seconds of a run"
@@ -118,28 +120,39 @@ class BenchmarkResults:
             primary.metric,
         )
 
-    def best_row_differences(self) -> dict[tuple[str, str, str], PairedDifference]:
-        """Compare the methods of the primary family by their best rows.
+    def best_rows(self, name: str) -> dict[str, RowName]:
+        """Return the row of each method that has the best validation score.
 
-        The best row of a method is the group of settings with the best validation score.
+        Args:
+            name: Name of the federation.
+
+        Returns:
+            The rows, keyed by method. The dictionary is empty while the tuning is incomplete.
+        """
+        choices = self.choices(name)
+        if any(choice.remaining for choice in choices.values()):
+            return {}
+        return {
+            method: max(
+                (row for row in choices if row[0] == method), key=lambda row: choices[row].score
+            )
+            for method in {row[0] for row in choices}
+        }
+
+    def best_row_differences(self) -> dict[tuple[str, str, str], PairedDifference]:
+        """Compare the methods of the primary family by their best rows (`best_rows`).
 
         Returns:
             Differences of the main method from the others, keyed by the titles of the federation
-            and the two rows. Federations whose tuning is incomplete are left out.
+            and the two rows. Federations without runs or whose tuning is incomplete are left out.
         """
         primary = self.benchmark.protocol.primary
         found = {}
         for name in primary.federations:
             federation = self.scores[name]
-            choices = self.choices(name)
-            if not federation.rows or any(choice.remaining for choice in choices.values()):
+            best = self.best_rows(name) if federation.rows else {}
+            if not best:
                 continue
-            best = {
-                method: max(
-                    (row for row in choices if row[0] == method), key=lambda row: choices[row].score
-                )
-                for method in (primary.method, *primary.against)
-            }
             own = federation.by_seed(best[primary.method], primary.metric)
             for other in primary.against:
                 difference = paired_difference(own, federation.by_seed(best[other], primary.metric))
@@ -149,27 +162,44 @@ class BenchmarkResults:
                     found[federation.title, titles[0], titles[1]] = difference
         return found
 
-    def ranks(self, metric: str, components: str) -> dict[RowName, float]:
-        """Return mean ranks over the main federations, without bounds.
+    def ranks(self, metric: str, components: str) -> dict[str, float]:
+        """Return mean ranks of methods over the main federations, without bounds.
 
-        Rows that are missing in a federation are left out.
+        Methods that are missing in a federation are left out.
 
         Args:
             metric: Column of the archive. Larger is better, except for losses.
-            components: Group of settings of the ranked rows.
+            components: Group of settings of the ranked rows. With `BEST`, the row of each method
+                that has the best validation score in a federation.
         """
         federations = self.groups[MAIN_GROUP]
         sign = -1 if metric.endswith("_loss") else 1
-        rows = [row for row in self.rows if row[1] == components and not is_bound(row[0])]
-        means = [{row: f.mean(row, metric) for row in rows} for f in federations]
-        complete = [row for row in rows if all(mean[row] is not None for mean in means)]
+        methods = dict.fromkeys(row[0] for row in self.rows if not is_bound(row[0]))
+        scores: list[dict[str, float | None]] = []
+        for federation in federations:
+            best = self.best_rows(federation.name) if components == BEST else {}
+            rows = best if components == BEST else {m: (m, components) for m in methods}
+            scores.append({m: federation.mean(row, metric) for m, row in rows.items()})
+        complete = [m for m in methods if all(each.get(m) is not None for each in scores)]
         if not federations or not complete:
             return {}
-        keyed = {"/".join(row): row for row in complete}
-        ranks = mean_ranks(
-            [{key: sign * (mean[row] or 0.0) for key, row in keyed.items()} for mean in means]
-        )
-        return {keyed[key]: rank for key, rank in ranks.items()}
+        return mean_ranks([{m: sign * (each[m] or 0.0) for m in complete} for each in scores])
+
+    @cached_property
+    def rankings(self) -> dict[str, dict[str, float]]:
+        """Mean ranks by the primary metric, keyed by group of settings, and those of best rows.
+
+        Groups of settings that do not contain all methods are left out.
+        """
+        methods = {method for method, _ in self.rows}
+        complete = [
+            group
+            for group in self.names
+            if {method for method, components in self.rows if components == group} == methods
+        ]
+        metric = self.benchmark.protocol.primary.metric
+        found = {group: self.ranks(metric, group) for group in [*complete, BEST]}
+        return {group: ranks for group, ranks in found.items() if len(ranks) > 1}
 
     def choices(self, name: str) -> dict[RowName, TunedSettings]:
         """Return the tuned settings of each row of a federation."""
@@ -240,12 +270,10 @@ class BenchmarkResults:
         primary = self.benchmark.protocol.primary
         pictures = {}
         with style.plot_style():
-            for components in self.names:
-                ranks = self.ranks(primary.metric, components)
-                if len(ranks) > 1:
-                    named = {algorithm_name(row[0]): rank for row, rank in ranks.items()}
-                    limit = critical_difference(len(ranks), len(self.groups[MAIN_GROUP]))
-                    pictures[f"ranks_{components}"] = draw_ranks(named, limit)
+            for group, ranks in self.rankings.items():
+                named = {algorithm_name(method): rank for method, rank in ranks.items()}
+                limit = critical_difference(len(ranks), len(self.groups[MAIN_GROUP]))
+                pictures[f"ranks_{group}"] = draw_ranks(named, limit)
             for name, (cost, label) in COSTS.items():
                 panels = {
                     federation.title: self.cost_points(federation.name, cost)
@@ -285,9 +313,8 @@ class BenchmarkResults:
             best_rows=difference_table(differences) if differences else "",
             metric=METRICS.get(primary.metric, primary.metric),
             ranks=[
-                (components, capitalize_first(title or PLAIN), self._rank_table(components))
-                for components, title in self.names.items()
-                if len(self.ranks(primary.metric, components)) > 1
+                (group, self._ranking_title(group), rank_table(len(self.groups[MAIN_GROUP]), ranks))
+                for group, ranks in self.rankings.items()
             ],
             has_effects=bool(self.effects()),
             groups=[
@@ -314,9 +341,10 @@ class BenchmarkResults:
         ]
         return [*tables, (COST_TITLE, cost_table(federations, self.rows, self.names))]
 
-    def _rank_table(self, components: str) -> str:
-        ranks = self.ranks(self.benchmark.protocol.primary.metric, components)
-        return rank_table(len(self.groups[MAIN_GROUP]), ranks)
+    def _ranking_title(self, group: str) -> str:
+        if group == BEST:
+            return "The row of each method with the best validation score"
+        return capitalize_first(self.names[group] or PLAIN)
 
     def _tuning_table(self, name: str) -> str:
         tuned = {row: choice.tuned for row, choice in self.choices(name).items()}
@@ -326,18 +354,20 @@ class BenchmarkResults:
         """Return the effects of components on the methods of the primary family.
 
         The keys are the titles of the main federations. The effect of a method is the difference
-        between its rows of the first and the last group of settings.
+        between its rows of the first group of settings and of the primary family's group.
         """
         primary = self.benchmark.protocol.primary
-        groups = list(self.names)
+        ends_of_arrow = next(iter(self.names), primary.components), primary.components
+        if ends_of_arrow[0] == ends_of_arrow[1]:
+            return {}
         found: dict[str, list[Effect]] = {}
         for federation in self.groups[MAIN_GROUP]:
             for method in (primary.method, *primary.against):
                 ends = [
                     [federation.mean((method, components), metric) for metric in EFFECT_METRICS]
-                    for components in (groups[0], groups[-1])
+                    for components in ends_of_arrow
                 ]
-                if len(groups) > 1 and all(score is not None for end in ends for score in end):
+                if all(score is not None for end in ends for score in end):
                     before, after = ((100 * (x or 0.0), 100 * (y or 0.0)) for x, y in ends)
                     effect = Effect(algorithm_name(method), before, after)
                     found.setdefault(federation.title, []).append(effect)

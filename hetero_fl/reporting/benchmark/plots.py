@@ -80,6 +80,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"marker": "o"},
     {"marker": "^"},
     {"marker": "s"},
+    {"marker": "D"},
 )
 """Markers of the kinds of settings, in the order of their first points."""
 

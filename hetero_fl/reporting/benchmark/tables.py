@@ -154,20 +154,20 @@ def _rounded(value: float) -> str:
     return "0" if value == 0 else format_significant(value, 2 if value < 10 else 3)
 
 
-def rank_table(num_federations: int, ranks: Mapping[RowName, float]) -> str:
+def rank_table(num_federations: int, ranks: Mapping[str, float]) -> str:
     """Format mean ranks, best first, and the requirements of each method.
 
     Args:
         num_federations: Number of federations over which ranks are averaged.
-        ranks: Mean rank of each row.
+        ranks: Mean rank of each method, keyed by name.
     """
     lines = [
         [
             algorithm_name(method),
-            f"{ranks[method, components]:.2f}",
+            f"{ranks[method]:.2f}",
             format_needs(method) or MISSING,
         ]
-        for method, components in sorted(ranks, key=lambda row: ranks[row])
+        for method in sorted(ranks, key=lambda method: ranks[method])
     ]
     header = ["Method", f"Mean rank, {pluralize(num_federations, 'federation')}", "Needs"]
     return markdown_table(header, lines, ("left", "right", "left"))

@@ -1,0 +1,130 @@
+"""Ranks and differences of a benchmark's rows, from an archive written by hand."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.experiment.benchmark.results import BEST, BenchmarkResults
+
+GLOBAL = "global_last_balanced_accuracy"
+SEEDS = range(5)
+RATES = (0.001, 0.01, 0.1)
+PROTOCOL: dict[str, Any] = {
+    "seeds": [*SEEDS],
+    "components": {"none": "", "all": "components", "more": "more"},
+    "tuning": {
+        "seeds": [5],
+        "keys": ["clients.defaults.optimizer.lr", "server.optimizer.lr"],
+        "learning_rates": [*RATES],
+        "wider": [*RATES],
+    },
+    "rows": [
+        {"method": method, "components": components}
+        for method, components in (
+            ("fedavg", "none"),
+            ("fedavg", "all"),
+            ("ditto", "none"),
+            ("ditto", "all"),
+            ("ditto", "more"),
+        )
+    ],
+    "primary": {
+        "method": "fedavg",
+        "against": ["ditto"],
+        "components": "all",
+        "metric": GLOBAL,
+        "federations": ["one"],
+    },
+}
+
+
+def at_rate(rate: float) -> str:
+    return f"clients.defaults.optimizer.lr={rate}:server.optimizer.lr={rate}"
+
+
+def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> BenchmarkResults:
+    """Results of two federations, in which validation chooses the worse row of FedAvg."""
+    folder = tmp_path / "benchmark"
+    folder.mkdir()
+    (folder / "protocol.yaml").write_text(
+        yaml.safe_dump(PROTOCOL, sort_keys=False), encoding="utf-8"
+    )
+    (tmp_path / "config.yaml").write_text("{}", encoding="utf-8")
+    # Scores on the global test, and on validation rows.
+    scores = {
+        "one": {
+            ("fedavg", "none"): (0.6, 0.9),
+            ("fedavg", "all"): (0.7, 0.8),
+            ("ditto", "none"): (0.5, 0.4),
+            ("ditto", "all"): (0.8, 0.7),
+            ("ditto", "more"): (0.65, 0.75),
+        },
+        "two": {
+            ("fedavg", "none"): (0.6, 0.1),
+            ("fedavg", "all"): (0.7, 0.2),
+            ("ditto", "none"): (0.65, 0.1),
+            ("ditto", "all"): (0.5, 0.3),
+            ("ditto", "more"): (0.9, 0.2),
+        },
+    }
+    for name, rows in scores.items():
+        federation = {"title": name.title(), "config": "../config.yaml"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(federation), encoding="utf-8")
+        write_table(
+            tmp_path / f"{name}.csv",
+            ["method", "components", "settings", "seed", GLOBAL],
+            [
+                (*row, at_rate(0.01), seed, score + 0.01 * seed * (row[0] == "fedavg"))
+                for row, (score, _) in rows.items()
+                for seed in SEEDS
+            ],
+        )
+        write_table(
+            tmp_path / f"{name}_tuning.csv",
+            ["method", "components", "settings", "seed", "validation_score"],
+            [
+                (*row, at_rate(rate), 5, score if rate == 0.01 else 0.0)
+                for row, (_, score) in rows.items()
+                for rate in RATES
+            ],
+        )
+    return BenchmarkResults(folder, tmp_path)
+
+
+def test_ranks_are_means_over_federations(results: BenchmarkResults) -> None:
+    assert results.ranks(GLOBAL, "none") == {"fedavg": 1.5, "ditto": 1.5}
+    assert results.ranks(GLOBAL, "all") == {"fedavg": 1.5, "ditto": 1.5}
+
+
+def test_best_rows_are_those_of_validation(results: BenchmarkResults) -> None:
+    assert results.best_rows("one") == {"fedavg": ("fedavg", "none"), "ditto": ("ditto", "more")}
+    assert results.best_rows("two") == {"fedavg": ("fedavg", "all"), "ditto": ("ditto", "all")}
+    assert results.ranks(GLOBAL, BEST) == {"fedavg": 1.5, "ditto": 1.5}
+    (difference,) = results.best_row_differences().items()
+    assert difference[0] == ("One", "FedAvg", "Ditto + more")
+    assert difference[1].mean == pytest.approx(-0.03)
+
+
+def test_groups_without_all_methods_are_not_ranked(results: BenchmarkResults) -> None:
+    assert list(results.rankings) == ["none", "all", BEST]
+
+
+def test_best_rows_need_a_complete_tuning(results: BenchmarkResults) -> None:
+    path = results.archive / "two_tuning.csv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+
+    assert results.best_rows("two") == {}
+    assert list(results.rankings) == ["none", "all"]

@@ -23,6 +23,8 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.inference import preprocess_inputs
+from hetero_fl.reporting.formatting import MISSING
+from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.reporting.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +46,7 @@ KINDS = {
 }
 # Combinations of row and kind of hospital in which the modalities of the hospital do not change.
 SAME = {("images only", "institute"), ("genes only", "clinic")}
-METRICS = ("auroc", "balanced_accuracy")
+METRICS = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
 # Means over the hospitals for each seed, keyed by kind of hospital and score.
 Figures = dict[str, dict[str, list[float]]]
 
@@ -116,44 +118,47 @@ def table(found: dict[str, Figures], metric: str) -> str:
         found: Scores, keyed by row.
         metric: Name of the metric.
     """
-    lines = [
-        "| | " + " | ".join(KINDS.values()) + " | universities, images only |",
-        "| --- |" + " ---: |" * 4,
-    ]
+    by_images = {
+        row: kinds.get("university", {}).get("image auroc") for row, kinds in found.items()
+    }
+    header = [METRICS[metric], *KINDS.values()]
+    if metric == "auroc":
+        header.append("universities, images only")
+    lines = []
     for row, kinds in found.items():
-        cells = []
+        cells = [row]
         for kind in KINDS:
             scores = kinds.get(kind, {})
             is_reported = (row, kind) not in SAME and f"global {metric}" in scores
             cells.append(
                 f"{cell(scores[f'global {metric}'])} / {cell(scores[f'personal {metric}'])}"
                 if is_reported
-                else ""
+                else MISSING
             )
-        by_images = kinds.get("university", {}).get("image auroc") if metric == "auroc" else None
-        lines.append(f"| {row} | {' | '.join(cells)} | {cell(by_images) if by_images else ''} |")
-    return "\n".join(lines)
+        if metric == "auroc":
+            values = by_images[row]
+            cells.append(cell(values) if values else MISSING)
+        lines.append(cells)
+    return markdown_table(header, lines, ("left", *["right"] * (len(header) - 1)))
 
 
 def gains(found: dict[str, Figures]) -> str:
-    """List the gains of federations over local training with both modalities for each seed."""
-    lines = []
+    """Format the gains of federations over local training with both modalities for each seed."""
     base = found.get("both, without federation", {})
+    lines = []
     for row, kinds in found.items():
         if not base or "only" in row or "without" in row:
             continue
         for kind, words in KINDS.items():
-            for metric in METRICS:
-                name = f"global {metric}"
-                differences = [
-                    b - a for a, b in zip(base[kind][name], kinds[kind][name], strict=False)
-                ]
-                shown = ", ".join(f"{100 * d:+.1f}" for d in differences)
-                lines.append(
-                    f"- {row}: {words}, {metric.replace('_', ' ')} on the global test "
-                    f"by seed: {shown}"
-                )
-    return "\n".join(lines)
+            lines.append([row, words, *(by_seed(base[kind], kinds[kind], m) for m in METRICS)])
+    header = ["Gain by seed", "hospitals", *METRICS.values()]
+    return markdown_table(header, lines, ("left", "left", "right", "right"))
+
+
+def by_seed(before: dict[str, list[float]], after: dict[str, list[float]], metric: str) -> str:
+    """Format the differences of a score on the global test for each seed, in points."""
+    pairs = zip(before[f"global {metric}"], after[f"global {metric}"], strict=False)
+    return ", ".join(f"{100 * (b - a):+.1f}".replace("-", "−") for a, b in pairs)
 
 
 def draw(found: dict[str, Figures], path: Path) -> None:
@@ -209,11 +214,8 @@ def main() -> None:
                 run_of(row, seed, args.out, args.changes), dataset
             )
             found = {r: _by_kind(list(seeds.values())) for r, seeds in raw.items()}
-            text = "\n\n".join(
-                f"{m.replace('_', ' ')}, global test / local test\n\n{table(found, m)}"
-                for m in METRICS
-            )
-            (args.out / "multimodal.md").write_text(f"{text}\n\n{gains(found)}\n", encoding="utf-8")
+            tables = [*(table(found, metric) for metric in METRICS), gains(found)]
+            (args.out / "multimodal.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
             (args.out / "multimodal.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
             draw(found, args.out / "multimodal.png")
             print(f"seed {seed}: {row}", file=sys.stderr)

@@ -96,24 +96,24 @@ def durations(overrides: list[str]) -> list[float]:
     ]
 
 
-def reached(curve: Curve, mark: float) -> float | None:
+def reached(curve: Curve, target: float) -> float | None:
     """Return the first time from which on the accuracy stays at or above a target.
 
     The result is None if the last accuracy is below the target.
 
     Args:
         curve: Points in the order of time.
-        mark: Target accuracy.
+        target: Target accuracy.
     """
     at = None
     for seconds, accuracy, *_ in reversed(curve):
-        if accuracy < mark:
+        if accuracy < target:
             break
         at = seconds
     return at
 
 
-def mark_of(runs: Mapping[str, Run]) -> tuple[float, float]:
+def target_of(runs: Mapping[str, Run]) -> tuple[float, float]:
     """Return the target accuracy of a seed, and the duration of the synchronous run.
 
     Args:
@@ -141,10 +141,10 @@ def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
     for variant in ways:
         shares, half = [], []
         for runs in found.values():
-            target, epochs = mark_of(runs)
+            target, duration = target_of(runs)
             at = reached(runs[variant]["curve"], target)
-            shares.append("never" if at is None else f"{at / epochs:.2f}")
-            half.append([p for p in runs[variant]["curve"] if p[0] <= TARGET * epochs][-1])
+            shares.append("never" if at is None else f"{at / duration:.2f}")
+            half.append([p for p in runs[variant]["curve"] if p[0] <= TARGET * duration][-1])
         accuracies = " / ".join(f"{accuracy:.3f}" for _, accuracy, *_ in half)
         uploads, sent = (statistics.mean(p[i] for p in half) for i in (3, 2))
         rows.append(
@@ -180,15 +180,15 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
             va="top",
             fontsize=style.MIN_FONT_SIZE,
         )
-        for variant, colour in zip(ways, (style.INK, *style.CATEGORIES, style.GREEN), strict=False):
+        for variant, color in zip(ways, (style.INK, *style.CATEGORIES, style.GREEN), strict=False):
             lines = []
             for runs in found.values():
-                target, epochs = mark_of(runs)
+                target, duration = target_of(runs)
                 seconds, accuracy = (
                     np.array([p[i] for p in runs[variant]["curve"]]) for i in (0, 1)
                 )
                 inside = np.interp(
-                    grid, seconds / epochs, 100 * (accuracy - target), left=np.nan, right=np.nan
+                    grid, seconds / duration, 100 * (accuracy - target), left=np.nan, right=np.nan
                 )
                 lines.append(inside)
             reached_all = ~np.isnan(lines).any(0)
@@ -197,19 +197,19 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
             )
             if len(lines) > 1:
                 axes.fill_between(
-                    grid[reached_all], lows, highs, color=colour, alpha=0.15, linewidth=0
+                    grid[reached_all], lows, highs, color=color, alpha=0.15, linewidth=0
                 )
             axes.plot(
                 grid[reached_all],
                 means,
                 "-" if variant.startswith("async") else "--",
-                color=colour,
+                color=color,
                 label=variant,
             )
         axes.set_ylim(-30, None)
         axes.set_xlim(0, 1.01)
         axes.set_xlabel("simulated time, as a share of the synchronous run's")
-        axes.set_ylabel("points of accuracy above the mark")
+        axes.set_ylabel("accuracy above the target (points)")
         axes.legend(loc="lower right")
         path.write_bytes(style.to_png(result))
 
@@ -253,18 +253,18 @@ def main() -> None:
             if not kept.exists():
                 until, rounds = None, options.rounds
                 if variant != "synchronous":
-                    until, rounds = options.share * mark_of(runs)[1], 40 * options.rounds
+                    until, rounds = options.share * target_of(runs)[1], 40 * options.rounds
                 changes = [change.format(deadline=1.5 * middle) for change in WAYS[variant]]
                 kept.write_text(
                     json.dumps(hold([*base, *changes, *options.overrides], until, rounds))
                 )
             runs[variant] = json.loads(kept.read_text())
-            (target, epochs), curve = mark_of(runs), runs[variant]["curve"]
+            (target, duration), curve = target_of(runs), runs[variant]["curve"]
             at, last = reached(curve, target), curve[-1]
             when = (
                 "not there for good"
                 if at is None
-                else f"there for good at {at:,.0f} s, {at / epochs:.2f} of {epochs:,.0f}"
+                else f"there for good at {at:,.0f} s, {at / duration:.2f} of {duration:,.0f}"
             )
             print(
                 f"  {variant}: target {target:.3f} {when}; last {last[1]:.3f} at {last[0]:,.0f} s; "

@@ -11,6 +11,7 @@ machine. `scripts/result_tables.py` copies it to the pages.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shlex
 import subprocess
@@ -55,7 +56,11 @@ def main() -> None:
     program = ["hetero_fl"] if name == COMMAND_LINE else ["benchmarks", name]
     call = [sys.executable, "-m", *program, *arguments]
     lines = []
-    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    # Tables of the command line are as wide as the pages of the documentation.
+    environment = {**os.environ, "COLUMNS": "100"}
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)

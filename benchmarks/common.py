@@ -196,8 +196,9 @@ def agree(
     ours: Sequence[Sequence[float]],
     bare: Sequence[Sequence[float]],
     tolerance: float = 0.005,
+    reference: str = "the bare loop",
 ) -> None:
-    """Exit if the losses of the first two rounds differ from the losses of a bare loop.
+    """Exit if the losses of the first two rounds differ from the losses of a reference.
 
     The losses of the second round depend on everything that was exchanged in the first round. In
     the first round, the largest difference over the clients is checked. In the second round, the
@@ -207,8 +208,9 @@ def agree(
     Args:
         what: Name of the comparison.
         ours: Losses of the clients for each round.
-        bare: Losses of the bare loop for each round.
+        bare: Losses of the reference for each round.
         tolerance: Largest acceptable relative difference.
+        reference: Title of the reference.
 
     Raises:
         SystemExit: If the losses differ or are not finite.
@@ -224,7 +226,7 @@ def agree(
     )
     if not worst <= tolerance:
         raise SystemExit(
-            f"{what}: losses differ by {worst:.2g} from those of the bare loop; "
+            f"{what}: losses differ by {worst:.2g} from those of {reference}; "
             "the ratios are meaningless"
         )
-    print(f"  {what}: same losses as the bare loop to {worst:.1g}")
+    print(f"  {what}: same losses as {reference} to {worst:.1g}")

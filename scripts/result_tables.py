@@ -167,10 +167,11 @@ def output(name: str) -> str:
 
 
 def printed(name: str) -> str:
-    """Return the tables that a benchmark printed in Markdown."""
+    """Return the Markdown that a benchmark or a command printed, with headings for a section."""
     lines = (MEASUREMENTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     # The command and the machine precede the output.
-    return "\n".join(lines[2:]).strip("\n")
+    text = "\n".join(lines[2:]).strip("\n")
+    return re.sub("^#", "###", text, flags=re.MULTILINE)
 
 
 def attacks(_: str) -> str:

@@ -168,32 +168,32 @@ def draw(found: dict[str, Figures], path: Path) -> None:
         found: Scores, keyed by row.
         path: The image file to write.
     """
-    import matplotlib
+    from hetero_fl.reporting.plots import style
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    height = 0.75 / len(found)
-    for i, (row, kinds) in enumerate(found.items()):
-        label: str | None = row
-        for j, kind in enumerate(KINDS):
-            values = kinds.get(kind, {}).get("global auroc")
-            if values is None or (row, kind) in SAME:
-                continue
-            place = j + (i - (len(found) - 1) / 2) * height
-            axes.plot(statistics.fmean(values), place, "o", color=f"C{i}", ms=8, label=label)
-            axes.plot(values, [place] * len(values), "o", color=f"C{i}", ms=4, alpha=0.5, zorder=1)
-            label = None
-    for line in range(1, len(KINDS)):
-        axes.axhline(line - 0.5, color="0.85", lw=0.8)
-    axes.set_yticks(range(len(KINDS)), list(KINDS.values()))
-    axes.set_ylim(len(KINDS) - 0.5, -0.5)
-    axes.set_xlabel("global test AUROC, mean over hospitals (small: each seed)")
-    axes.grid(axis="x", color="0.9")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with style.plot_style():
+        figure = style.figure(4.2)
+        axes = figure.subplots()
+        height = 0.75 / len(found)
+        for i, (row, kinds) in enumerate(found.items()):
+            label: str | None = row
+            for j, kind in enumerate(KINDS):
+                values = kinds.get(kind, {}).get("global auroc")
+                if values is None or (row, kind) in SAME:
+                    continue
+                place = j + (i - (len(found) - 1) / 2) * height
+                color = style.CATEGORIES[i]
+                axes.plot(statistics.fmean(values), place, "o", color=color, ms=7, label=label)
+                axes.plot(
+                    values, [place] * len(values), "o", color=color, ms=3.5, alpha=0.5, zorder=1
+                )
+                label = None
+        for line in range(1, len(KINDS)):
+            axes.axhline(line - 0.5, color=style.LIGHT, linewidth=0.8)
+        axes.set_yticks(range(len(KINDS)), list(KINDS.values()))
+        axes.set_ylim(len(KINDS) - 0.5, -0.5)
+        axes.set_xlabel("global test AUROC, mean over hospitals (small: each seed)")
+        figure.legend(loc="outside lower center", ncols=2)
+        path.write_bytes(style.to_png(figure))
 
 
 def main() -> None:

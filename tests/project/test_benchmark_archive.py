@@ -40,7 +40,8 @@ def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -
         for row in BENCHMARK.rows_of(name)
     }
     archive = ConfigArchive(ARCHIVE / f"{name}_configs.json")
-    assert archive.configs.keys() == current.keys()
+    # Rows without runs are listed on the page of results.
+    assert archive.configs.keys() <= current.keys()
     assert archive.outdated(current) == {}, "repeat the runs with `hetero-fl benchmark`"
 
 

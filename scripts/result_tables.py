@@ -167,11 +167,14 @@ def output(name: str) -> str:
 
 
 def printed(name: str) -> str:
-    """Return the Markdown that a benchmark or a command printed, with headings for a section."""
+    """Return the Markdown that a benchmark or a command printed.
+
+    Headings become bold lines, because a page may contain the same heading several times.
+    """
     lines = (MEASUREMENTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     # The command and the machine precede the output.
     text = "\n".join(lines[2:]).strip("\n")
-    return re.sub("^#", "###", text, flags=re.MULTILINE)
+    return re.sub("^#+ (.+)$", r"**\1**", text, flags=re.MULTILINE)
 
 
 def attacks(_: str) -> str:

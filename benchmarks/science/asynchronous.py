@@ -50,7 +50,7 @@ WAYS: dict[str, list[str]] = {
     "asynchronous, buffer 3": [*ASYNC, "runtime.buffer=3"],
 }
 COMPARED = ["synchronous", "deadline", "over-selection", "asynchronous", "asynchronous, buffer 6"]
-POINT, TARGET = 0.01, 0.5
+POINT, TIME_SHARE = 0.01, 0.5
 Run = dict[str, Any]
 # Points of simulated seconds, accuracy, total bytes and total uploads.
 Curve = Sequence[tuple[float, float, int, int]]
@@ -144,7 +144,7 @@ def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
             target, duration = target_of(runs)
             at = reached(runs[variant]["curve"], target)
             shares.append("never" if at is None else f"{at / duration:.2f}")
-            half.append([p for p in runs[variant]["curve"] if p[0] <= TARGET * duration][-1])
+            half.append([p for p in runs[variant]["curve"] if p[0] <= TIME_SHARE * duration][-1])
         accuracies = " / ".join(f"{accuracy:.3f}" for _, accuracy, *_ in half)
         uploads, sent = (statistics.mean(p[i] for p in half) for i in (3, 2))
         rows.append(
@@ -222,7 +222,10 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=COMPARED, choices=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--share", type=float, default=TARGET, help="fraction of its time for the other variants"
+        "--share",
+        type=float,
+        default=TIME_SHARE,
+        help="fraction of its time for the other variants",
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

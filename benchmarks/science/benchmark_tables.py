@@ -155,7 +155,7 @@ def _better_rows(results: BenchmarkResults, metric: str) -> str:
 
 def _best_row_table(results: BenchmarkResults) -> str:
     differences = results.best_row_differences()
-    return difference_table(differences) if differences else NO_RUNS
+    return difference_table(differences) if differences else "Some rows are not tuned yet."
 
 
 def _local_difference_table(results: BenchmarkResults) -> str:

@@ -1,7 +1,7 @@
 """Base classes of methods that distill on a proxy set.
 
-The classes select proxy rows, compute a teacher from clients' predictions, align the teacher with
-label frequencies, create distillation steps, and implement the initial training phase of a client.
+The classes select proxy rows, compute a teacher from clients' predictions, align and sharpen the
+teacher, create distillation steps, and implement the initial training phase of a client.
 """
 
 from __future__ import annotations

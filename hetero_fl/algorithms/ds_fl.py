@@ -217,10 +217,10 @@ class DSFL(CachedPredictions):
     as does the server's student (Itahara et al. 2020, Algorithm 1). The teacher is broadcast as
     logits.
 
-    The default `sharpen: era` is the entropy reduction of the paper, and `power` is that of SCARLET
-    (Azuma et al. 2025). With `cache_life`, only missing and expired rows are sent (SCARLET, where
-    the authors use 50 rounds). With `bits`, clients upload probabilities that are quantized to
-    multiples of 1/(2^b − 1) for b bits (CFD, Sattler et al. 2020).
+    The default `sharpen: era` is the entropy reduction of the paper, and `power` is the sharpening
+    of SCARLET (Azuma et al. 2025). With `cache_life`, only missing and expired rows are sent
+    (SCARLET, where the authors use 50 rounds). With `bits`, clients upload probabilities that are
+    quantized to multiples of 1/(2^b − 1) for b bits (CFD, Sattler et al. 2020).
 
     Use this method where the mean prediction is uncertain. Set `cache_life` and `bits` to reduce
     traffic.

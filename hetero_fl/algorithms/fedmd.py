@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
@@ -63,6 +63,15 @@ class FedMD(InitialPhase, ProxyDistillation):
     initial_public_epochs: NonNegativeInt = Field(
         20, description="initial phase: epochs on the labeled proxy set"
     )
+
+    @model_validator(mode="after")
+    def _check_distance(self) -> FedMD:
+        if self.distance == "mae" and self.sharpen != "none":
+            raise ValueError(
+                "sharpen cannot be combined with distance=mae, because sharpened logits are "
+                "defined up to a constant; set only one of them"
+            )
+        return self
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]  # depends on settings

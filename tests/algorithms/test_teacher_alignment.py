@@ -202,6 +202,12 @@ def test_multilabel_teacher_is_not_aligned() -> None:
     assert method.align_mean(many, Uploads(specs=method.uploads), p) is p
 
 
+def test_absolute_error_of_sharpened_logits_is_refused() -> None:
+    words = "sharpen cannot be combined with distance=mae"
+    with pytest.raises(UserError, match=words):
+        prepare(config("fedmd", MIXED, algorithm__distance="mae", algorithm__sharpen="era"))
+
+
 def test_regression_teacher_is_not_sharpened() -> None:
     method = register_algorithm["fedmd"](sharpen="era")
     server = replace(run_rounds("fedmd", 0).server, task=Task("regression", 1))

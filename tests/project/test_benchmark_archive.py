@@ -8,7 +8,7 @@ import pytest
 
 import hetero_fl
 from hetero_fl.config.load import read_config_file
-from hetero_fl.experiment.benchmark.archive import ConfigArchive, flatten_config
+from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.configuration import load_config
@@ -40,7 +40,9 @@ def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -
         for row in BENCHMARK.rows_of(name)
     }
     archive = ConfigArchive(ARCHIVE / f"{name}_configs.json")
-    # Rows without runs are listed on the page of results.
+    # Rows of the protocol that have no runs yet are listed on the page of results.
+    runs = RunArchive(ARCHIVE / f"{name}.csv").rows.values()
+    assert {f"{run['method']}/{run['components']}" for run in runs} <= archive.configs.keys()
     assert archive.configs.keys() <= current.keys()
     assert archive.outdated(current) == {}, "repeat the runs with `hetero-fl benchmark`"
 
@@ -67,6 +69,8 @@ def test_the_cheapest_archived_run_can_be_repeated(
     monkeypatch.chdir(ROOT)
     results = BenchmarkResults(FOLDER, ARCHIVE)
     frame = results.scores[name].frame
+    if frame.empty:
+        pytest.skip("the federation is not complete yet")
     archived = frame.loc[frame["seconds_total"].idxmin()]
     row = archived["method"], archived["components"]
     overrides = results.run_overrides(name, row, archived["seed"])

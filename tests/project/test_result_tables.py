@@ -144,15 +144,23 @@ def test_overview_matches_the_archived_runs() -> None:
 
 @pytest.fixture
 def small_archive(tmp_path: Path) -> BenchmarkResults:
-    """Return results with three methods and five seeds in the federation `digits`."""
-    scores = {"local": 0.5, "fedavg": 0.8, "hybrid": 0.7}
+    """Return results with Local and the primary methods in the federation `digits`."""
+    # Scores on the global test and on local tests.
+    scores = {
+        "local": (0.5, 0.5),
+        "fedavg": (0.8, 0.2),
+        "fedmd": (0.6, 0.2),
+        "feddf": (0.6, 0.2),
+        "ds_fl": (0.6, 0.2),
+        "hybrid": (0.7, 0.3),
+    }
     with open(tmp_path / "digits.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "components", "settings", "seed", GLOBAL, LOCAL])
-        for method, score in scores.items():
-            for seed in range(5):
-                noise = 0.01 * seed * (method == "fedavg")
-                writer.writerow([method, "all", "", seed, score + noise, 1 - score])
+        for method, (common, own) in scores.items():
+            for seed in range(630, 640):
+                noise = 0.01 * (seed % 5) * (method == "fedavg")
+                writer.writerow([method, "all", "", seed, common + noise, own])
     return BenchmarkResults(ROOT / "configs" / "benchmark", tmp_path)
 
 
@@ -169,10 +177,10 @@ def test_verdict_counts_tests_in_both_directions(small_archive: BenchmarkResults
     verdict = archive_table(small_archive, "verdict")
 
     assert verdict.startswith(
-        "Of 1 primary test with runs (of 20), Hybrid is significantly ahead in 0 and behind in 1. "
+        "Of 4 primary tests with runs (of 20), Hybrid is significantly ahead in 3 and behind in 1. "
     )
     needs = {"FedAvg": "one architecture", "Hybrid": "proxy set or one architecture"}
-    ranks = f"FedAvg (1.00; {needs['FedAvg']}) and Hybrid (2.00; {needs['Hybrid']}), of 3 methods"
+    ranks = f"FedAvg (1.00; {needs['FedAvg']}) and Hybrid (2.00; {needs['Hybrid']}), of 6 methods"
     assert ranks in verdict
 
 

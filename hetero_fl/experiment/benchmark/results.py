@@ -84,11 +84,21 @@ class BenchmarkResults:
 
     @cached_property
     def scores(self) -> dict[str, FederationScores]:
-        """The reported runs of each federation, keyed by name."""
-        return {
-            name: FederationScores.read(name, federation.title, self.archive / f"{name}.csv")
-            for name, federation in self.benchmark.federations.items()
-        }
+        """The reported runs of each federation, keyed by name.
+
+        Rows that lack a seed are left out, and federations that lack a row of the primary family.
+        """
+        protocol = self.benchmark.protocol
+        primary = protocol.primary
+        family = {(method, primary.components) for method in (primary.method, *primary.against)}
+        found = {}
+        for name, federation in self.benchmark.federations.items():
+            path = self.archive / f"{name}.csv"
+            scores = FederationScores.read(name, federation.title, path).with_seeds(protocol.seeds)
+            rows = {(row.method, row.components) for row in self.benchmark.rows_of(name)}
+            is_complete = (family & rows).issubset(scores.rows)
+            found[name] = scores if is_complete else scores.without_runs()
+        return found
 
     @cached_property
     def groups(self) -> dict[str, list[FederationScores]]:

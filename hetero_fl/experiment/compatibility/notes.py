@@ -53,7 +53,7 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         "{run.name} averages clients with the same architecture: {groups} {verb} only one client",
     ),
     CompatibilityRule(
-        ("algorithm.align", "data set"),
+        ("algorithm.teacher", "data set"),
         lambda run: run.idle_teacher_settings(),
         "{found}, because the data set has a {run.task.kind} task",
     ),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +43,17 @@ class FederationScores:
         )
         frame["settings"] = frame["settings"].fillna("")
         return cls(name, title, frame)
+
+    def with_seeds(self, seeds: Collection[int]) -> FederationScores:
+        """Return the scores of the rows that have a run with each of the given seeds."""
+        complete = self.frame.groupby(["method", "components"])["seed"].transform(
+            lambda found: set(seeds) <= set(found)
+        )
+        return replace(self, frame=self.frame[complete.astype(bool)])
+
+    def without_runs(self) -> FederationScores:
+        """Return an empty copy."""
+        return replace(self, frame=self.frame[:0])
 
     @cached_property
     def rows(self) -> list[RowName]:

@@ -194,7 +194,7 @@ class TrainerRun:
 def agree(
     what: str,
     ours: Sequence[Sequence[float]],
-    bare: Sequence[Sequence[float]],
+    expected: Sequence[Sequence[float]],
     tolerance: float = 0.005,
     reference: str = "the bare loop",
 ) -> None:
@@ -208,7 +208,7 @@ def agree(
     Args:
         what: Name of the comparison.
         ours: Losses of the clients for each round.
-        bare: Losses of the reference for each round.
+        expected: Losses of the reference for each round.
         tolerance: Largest acceptable relative difference.
         reference: Title of the reference.
 
@@ -217,7 +217,7 @@ def agree(
     """
     first, second = (
         sorted(abs(a - b) / max(1.0, abs(b)) for a, b in zip(*pair, strict=True))
-        for pair in zip(ours[:2], bare[:2], strict=True)
+        for pair in zip(ours[:2], expected[:2], strict=True)
     )
     worst = (
         max(first[-1], second[len(second) // 2])

@@ -118,9 +118,6 @@ def table(found: dict[str, Figures], metric: str) -> str:
         found: Scores, keyed by row.
         metric: Name of the metric.
     """
-    by_images = {
-        row: kinds.get("university", {}).get("image auroc") for row, kinds in found.items()
-    }
     header = [METRICS[metric], *KINDS.values()]
     if metric == "auroc":
         header.append("universities, images only")
@@ -136,7 +133,7 @@ def table(found: dict[str, Figures], metric: str) -> str:
                 else MISSING
             )
         if metric == "auroc":
-            values = by_images[row]
+            values = kinds.get("university", {}).get("image auroc")
             cells.append(cell(values) if values else MISSING)
         lines.append(cells)
     return markdown_table(header, lines, ("left", *["right"] * (len(header) - 1)))

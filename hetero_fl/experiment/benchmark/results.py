@@ -187,8 +187,10 @@ class BenchmarkResults:
         methods = dict.fromkeys(row[0] for row in self.rows if not is_bound(row[0]))
         scores: list[dict[str, float | None]] = []
         for federation in federations:
-            best = self.best_rows(federation.name) if components == BEST else {}
-            rows = best if components == BEST else {m: (m, components) for m in methods}
+            if components == BEST:
+                rows = self.best_rows(federation.name)
+            else:
+                rows = {method: (method, components) for method in methods}
             scores.append({m: federation.mean(row, metric) for m, row in rows.items()})
         complete = [m for m in methods if all(each.get(m) is not None for each in scores)]
         if not federations or not complete:

@@ -131,6 +131,16 @@ def test_rows_that_lack_a_seed_are_left_out(results: BenchmarkResults) -> None:
     assert results.incomplete == ["Two"]
 
 
+def test_federations_that_lack_a_primary_row_are_left_out(results: BenchmarkResults) -> None:
+    path = results.archive / "two.csv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith("fedavg,all,") or ",0," in line]
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+    assert results.scores["two"].rows == [] and results.scores["one"].rows
+    assert results.ranks(GLOBAL, "none") == {"fedavg": 1.0, "ditto": 2.0}
+
+
 def test_best_rows_need_a_complete_tuning(results: BenchmarkResults) -> None:
     path = results.archive / "two_tuning.csv"
     lines = path.read_text(encoding="utf-8").splitlines()

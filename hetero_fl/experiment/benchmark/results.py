@@ -369,15 +369,15 @@ class BenchmarkResults:
         between its rows of the first group of settings and of the primary family's group.
         """
         primary = self.benchmark.protocol.primary
-        ends_of_arrow = next(iter(self.names), primary.components), primary.components
-        if ends_of_arrow[0] == ends_of_arrow[1]:
+        groups = next(iter(self.names), primary.components), primary.components
+        if groups[0] == groups[1]:
             return {}
         found: dict[str, list[Effect]] = {}
         for federation in self.groups[MAIN_GROUP]:
             for method in (primary.method, *primary.against):
                 ends = [
                     [federation.mean((method, components), metric) for metric in EFFECT_METRICS]
-                    for components in ends_of_arrow
+                    for components in groups
                 ]
                 if all(score is not None for end in ends for score in end):
                     before, after = ((100 * (x or 0.0), 100 * (y or 0.0)) for x, y in ends)

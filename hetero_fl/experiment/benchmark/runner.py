@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
@@ -33,7 +35,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.reporting.summary import mean_validation_score, validation_score
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.environment import available_cores, current_commit
+from hetero_fl.utils.environment import available_cores, current_commit, processor_name
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.processes import exit_if_importing
@@ -342,6 +344,8 @@ class _Runner:
             "parallel_runs": self.jobs,
             "failed_updates": sum(len(record["failed"]) for record in run.metrics),
             "clients": _client_scores(run.summary),
+            "torch": torch.__version__,
+            "processor": processor_name(),
         }
 
 

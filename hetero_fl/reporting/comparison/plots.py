@@ -78,7 +78,9 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         for place, test in enumerate(present):
             offset = 0.2 * (place - (len(present) - 1) / 2)
             _draw_scores(axes, rows, shown, test=test, metric=metric, offset=offset)
-        axes.set_title(textwrap.fill(capitalize_first(metric_name(metric, task.unit)), 12))
+        title_width = 18 if len(metrics) <= 3 else 12
+        title = capitalize_first(metric_name(metric, task.unit))
+        axes.set_title(textwrap.fill(title, title_width))
     _bars(
         exchanged,
         [
@@ -115,7 +117,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     # The vertical labels of the requirements leave space for a legend at the top.
     handles = _handles(rows, shown, present)
     if any(len(alternatives) > 1 for need in needs for alternatives in need):
-        label = "hollow: one of these is needed"
+        label = "needs one of these"
         handles.append(Line2D([], [], markerfacecolor="white", label=label, **DOT))
     if needed:
         figure.legend(handles=handles, loc="upper left", ncols=2)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.experiment.benchmark import runner
+from hetero_fl.experiment.benchmark import repetition, runner
 from hetero_fl.experiment.benchmark.archive import RunArchive
+from hetero_fl.experiment.benchmark.repetition import repeat_row, repetition_table
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.benchmark.runner import PAUSE, benchmark, pause_benchmark
 from hetero_fl.experiment.comparison.jobs import KILLED, ComparisonJob, run_job
@@ -86,25 +88,30 @@ class InProcess:
         base: list[str],
         work: Sequence[ComparisonJob],
         *_args: Any,
-        on_end: Callable[[ComparisonJob, str | None], None],
-        should_stop: Callable[[], bool],
+        on_end: Callable[[ComparisonJob, str | None], None] = lambda _job, _error: None,
+        should_stop: Callable[[], bool] = lambda: False,
         **_options: Any,
-    ) -> None:
+    ) -> dict[ComparisonJob, str]:
+        failed: dict[ComparisonJob, str] = {}
         for job in work:
             error = self.edit(job)
             if error is None:
                 run_job(source, [*base, *job.overrides], job.out)
+            else:
+                failed[job] = error
             self.jobs.append(job)
             on_end(job, error)
             if should_stop():
-                return
+                break
+        return failed
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     """Execute the runs of benchmarks in this process."""
     replacement = InProcess()
-    monkeypatch.setattr(runner, "run_jobs", replacement)
+    for module in (runner, repetition):
+        monkeypatch.setattr(module, "run_jobs", replacement)
     return replacement
 
 
@@ -139,6 +146,7 @@ def test_runs_are_tuned_archived_and_not_repeated(folder: Path, runs: InProcess)
             }
             assert ":".join(chosen) in scores, "the settings of a run were tried"
             assert row["commit"] and len(row["config_hash"]) == 12
+            assert row["torch"] == torch.__version__ and row["processor"]
             assert float(row["client_operations"]) > 0 and row["server_operations"] == "0"
             assert (float(row["up_bytes"]) > 0) == (row["method"] == "fedavg")
             assert 0 <= float(row["personal_last_accuracy_worst"]) <= 1
@@ -148,6 +156,51 @@ def test_runs_are_tuned_archived_and_not_repeated(folder: Path, runs: InProcess)
 
     start(folder)
     assert len(runs.jobs) == num_runs, "nothing is repeated"
+
+
+def repeat(folder: Path, federation: str, row: str, seeds: Sequence[int] | None = None) -> Any:
+    places = {"archive": folder.parent / "archive", "out": folder.parent / "out"}
+    return repeat_row(federation, row, folder, **places, seeds=seeds, jobs=1, quiet=True)
+
+
+def test_a_row_can_be_repeated_with_its_tuned_settings(folder: Path, runs: InProcess) -> None:
+    archive = RunArchive(start(folder, "second") / "second.csv")
+    runs.jobs.clear()
+
+    scores = repeat(folder, "second", "local/none")
+
+    assert [job.seed for job in runs.jobs] == [0, 1]
+    for values in scores.values():
+        assert list(values) == [0, 1]
+        for archived, repeated in values.values():
+            assert repeated == pytest.approx(archived, abs=1e-6)
+    settings = {found["settings"] for key, found in archive.rows.items() if key[0] == "local"}
+    assert {":".join(job.point) for job in runs.jobs} == settings
+    repeat(folder, "second", "local/none")
+    assert len(runs.jobs) == 4, "finished runs are given to run_jobs again, which skips them"
+
+    changed = {seed: (archived + 0.02, new) for seed, (archived, new) in values.items()}
+    changed[0] = changed[0][0] + 0.02, changed[0][1]
+    assert "| 3.0 | 4.0 |" in " ".join(
+        repetition_table({"global_last_balanced_accuracy": changed}).split()
+    )
+
+
+def test_rows_without_archived_runs_cannot_be_repeated(folder: Path, runs: InProcess) -> None:
+    start(folder, "first")
+    runs.jobs.clear()
+    with pytest.raises(UserError, match=r"unknown federation 'frst'; did you mean 'first'"):
+        repeat(folder, "frst", "local/none")
+    with pytest.raises(UserError, match=r"first: unknown row 'local/al'.*local/none"):
+        repeat(folder, "first", "local/al")
+    with pytest.raises(UserError, match=r"first: local/none: .*archive has no run with seed 7"):
+        repeat(folder, "first", "local/none", seeds=[7])
+    with pytest.raises(UserError, match=r"second: fedavg/all: .*archive has no run with seed 0"):
+        repeat(folder, "second", "fedavg/all")
+    assert not runs.jobs
+    runs.edit = lambda job: "out of memory" if job.seed else None
+    with pytest.raises(RunFailedError, match=r"1 run failed\nlocal.* seed 1: out of memory"):
+        repeat(folder, "first", "local/none")
 
 
 def test_archived_scores_are_those_of_the_run(

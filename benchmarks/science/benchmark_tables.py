@@ -19,11 +19,11 @@ from hetero_fl.reporting.benchmark.tables import (
     score_cell,
     score_table,
 )
-from hetero_fl.reporting.comparison.significance import paired_difference
+from hetero_fl.reporting.comparison.significance import critical_difference, paired_difference
 from hetero_fl.reporting.formatting import algorithm_name, format_significant
 from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table
-from hetero_fl.utils.text import pluralize
+from hetero_fl.utils.text import format_list, pluralize
 
 GLOBAL = "global_last_balanced_accuracy"
 AUROC = "global_last_auroc"
@@ -114,7 +114,10 @@ def _primary_table(results: BenchmarkResults) -> str:
 
 
 def _verdict(results: BenchmarkResults) -> str:
-    """Summarize the primary tests and the mean ranks in two sentences."""
+    """Summarize the primary tests and the mean ranks in two sentences.
+
+    Ranks are those of the primary family's metric on the main federations.
+    """
     primary = results.benchmark.protocol.primary
     tests, ranks = results.primary_tests(), results.ranks(primary.metric, primary.components)
     if not tests or len(ranks) < 2:
@@ -127,11 +130,18 @@ def _verdict(results: BenchmarkResults) -> str:
     known = f" with runs (of {num_tests})" if len(tests) < num_tests else ""
     needs = {method: format_needs(method) or "no requirements" for method in best}
     named = [f"{algorithm_name(method)} ({ranks[method]:.2f}; {needs[method]})" for method in best]
+    limit = critical_difference(len(ranks), len(results.groups[MAIN_GROUP]))
+    counts = []
+    for method in primary.against:
+        against = [test for test in tests if test.other == method]
+        won = sum(test.p_holm <= SIGNIFICANT and test.difference.mean > 0 for test in against)
+        counts.append(f"{algorithm_name(method)} in {won} of {len(against)}")
     return (
         f"Of {pluralize(len(tests), 'primary test')}{known}, {algorithm_name(primary.method)} is "
-        f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. The best mean "
-        f"ranks on the global test over {federations} are those of {' and '.join(named)}, of "
-        f"{len(ranks)} methods with components."
+        f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. It is ahead of "
+        f"{format_list(counts)}. Of {len(ranks)} methods with components, {' and '.join(named)} "
+        f"have the best mean ranks on the global test over {federations}; mean ranks that differ "
+        f"by less than {limit:.2f} cannot be distinguished (Nemenyi test)."
     )
 
 

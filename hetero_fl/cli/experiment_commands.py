@@ -276,8 +276,8 @@ def compare(
     "--archive",
     type=PATH,
     metavar="DIR",
-    default=Path("docs/benchmark"),
-    help="Folder of the archive, to which the results of each run are added.",
+    help="Folder of the archive, to which the results of each run are added. Required with "
+    "--folder.  [default: docs/benchmark]",
 )
 @click.option(
     "--out",
@@ -311,7 +311,7 @@ def benchmark(
     *,
     names: tuple[str, ...],
     folder: Path,
-    archive: Path,
+    archive: Path | None,
     out: Path,
     jobs: int | None,
     pause: bool,
@@ -327,11 +327,13 @@ def benchmark(
     command.
     """
     from hetero_fl.experiment.benchmark import repetition, runner
+    from hetero_fl.experiment.benchmark.archive import archive_folder
     from hetero_fl.experiment.benchmark.results import BenchmarkResults
 
     if pause:
         runner.pause_benchmark(out)
         return
+    archive = archive_folder(folder, archive)
     if tables:
         BenchmarkResults(folder, archive).write()
         print(archive / "results.md")

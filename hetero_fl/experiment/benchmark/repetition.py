@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hetero_fl.config.load import read_config_file
-from hetero_fl.experiment.benchmark.archive import RunArchive
+from hetero_fl.experiment.benchmark.archive import PUBLISHED, RunArchive, archive_folder
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.results import METRICS
 from hetero_fl.experiment.comparison.jobs import ComparisonJob, run_folder, run_jobs
@@ -30,9 +30,9 @@ RepeatedScores = dict[str, dict[int, tuple[float, float]]]
 def repeat_row(
     federation: str,
     row: str,
-    folder: str | Path = "configs/benchmark",
+    folder: str | Path = PUBLISHED,
     *,
-    archive: str | Path = "docs/benchmark",
+    archive: str | Path | None = None,
     out: str | Path = "runs/benchmark",
     seeds: Sequence[int] | None = None,
     jobs: int | None = None,
@@ -48,7 +48,8 @@ def repeat_row(
         federation: Name of the federation.
         row: Name of the row, such as `fedavg/all`.
         folder: Folder of the benchmark, with `protocol.yaml`.
-        archive: Folder of the archive.
+        archive: Folder of the archive, which is only optional for the published benchmark
+            (`docs/benchmark`).
         out: Output folder. The run directories are written to its subfolder `repeated`.
         seeds: Seeds of the runs. If None, all seeds of the protocol.
         jobs: Number of runs at a time. If None, one run per core, with one thread each.
@@ -65,6 +66,7 @@ def repeat_row(
     """
     exit_if_importing()
     benchmark = Benchmark.load(Path(folder))
+    archive = archive_folder(folder, archive)
     benchmark.select([federation])
     rows = {each.name: each for each in benchmark.rows_of(federation)}
     if row not in rows:
@@ -73,7 +75,7 @@ def repeat_row(
     method = rows[row]
     archived = {
         int(found["seed"]): found
-        for found in RunArchive(Path(archive) / f"{federation}.csv").rows.values()
+        for found in RunArchive(archive / f"{federation}.csv").rows.values()
         if (found["method"], found["components"]) == (method.method, method.components)
     }
     chosen = benchmark.protocol.seeds if seeds is None else seeds

@@ -78,9 +78,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         for place, test in enumerate(present):
             offset = 0.2 * (place - (len(present) - 1) / 2)
             _draw_scores(axes, rows, shown, test=test, metric=metric, offset=offset)
-        title_width = 18 if len(metrics) <= 3 else 12
-        title = capitalize_first(metric_name(metric, task.unit))
-        axes.set_title(textwrap.fill(title, title_width))
+        axes.set_title(_wrap_title(capitalize_first(metric_name(metric, task.unit))))
     _bars(
         exchanged,
         [
@@ -124,6 +122,12 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     else:
         figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
+
+
+def _wrap_title(title: str) -> str:
+    """Wrap the title of a panel, with longer lines if the title would be higher than the legend."""
+    lines = textwrap.wrap(title, 12)
+    return "\n".join(lines if len(lines) < 3 else textwrap.wrap(title, 17))
 
 
 def _wrap_name(label: str) -> str:

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from hetero_fl.config.load import read_config_file
-from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
+from hetero_fl.experiment.benchmark.archive import ConfigArchive, RowConfig, RunArchive
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.repetition import repeat_row
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
-from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import RunFailedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +34,7 @@ def test_archived_runs_have_the_present_configurations_and_defaults(name: str) -
     source = read_config_file(federation.config)
     overrides = BENCHMARK.federation_overrides(name)
     current = {
-        row.name: flatten_config(load_config(source, [*overrides, *row.variant.overrides]))
-        for row in BENCHMARK.rows_of(name)
+        row.name: RowConfig.resolve(source, overrides, row) for row in BENCHMARK.rows_of(name)
     }
     archive = ConfigArchive(ARCHIVE / f"{name}_configs.json")
     # Rows of the protocol that have no runs yet are listed on the page of results.

@@ -18,9 +18,9 @@ from hetero_fl.core.task import Task
 from hetero_fl.experiment.benchmark.archive import (
     PUBLISHED,
     ConfigArchive,
+    RowConfig,
     RunArchive,
     archive_folder,
-    flatten_config,
 )
 from hetero_fl.experiment.benchmark.protocol import Benchmark, BenchmarkRow
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
@@ -32,7 +32,6 @@ from hetero_fl.experiment.comparison.jobs import (
     run_folder,
     run_jobs,
 )
-from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.reporting.comparison.report import comparison_row
@@ -201,10 +200,9 @@ class _Runner:
         current = {}
         for row in source.rows:
             with _name_row(name, row.name):
-                config = load_config(
-                    source.config, [*source.overrides, *row.variant.overrides], self.permission
+                current[row.name] = RowConfig.resolve(
+                    source.config, source.overrides, row, self.permission
                 )
-            current[row.name] = flatten_config(config)
         configs.update(current)
         federation = self.plan.federations[name]
         if federation.tuned_as is not None:

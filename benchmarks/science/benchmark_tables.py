@@ -28,6 +28,7 @@ from hetero_fl.utils.text import format_list, pluralize
 GLOBAL = "global_last_balanced_accuracy"
 AUROC = "global_last_auroc"
 LOCAL = "personal_last_accuracy"
+BALANCED_LOCAL = "personal_last_balanced_accuracy"
 NO_RUNS = "No runs yet."
 HYBRID = "hybrid", "all"
 DISTILLING = ("fedmd", "feddf", "ds_fl", "hybrid")
@@ -36,6 +37,8 @@ CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
 # In the order of the questions in docs/how_to/choose_method.md.
 METHODS = ("local", *AVERAGING, *DISTILLING, "kt_pfl", "fml", *CLASS_KNOWLEDGE)
 LOCAL_REFERENCES = ("local", "fedavg", "ditto")
+COMMON_NETWORK = "One network for all clients"
+"""Heading of the federations in which all clients train the same network."""
 PRIMARY_METHODS = ("fedavg", *DISTILLING)
 # Methods that are measured in all main federations, and the bound.
 OVERVIEW_METHODS = ("local", "fedavg", "ditto", *DISTILLING, "centralized")
@@ -78,6 +81,9 @@ TABLES = {
     "choice_local": ArchiveTable(LOCAL, METHODS, anchor="local"),
     "proxies": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Proxy sets"),
     "proxies_local": ArchiveTable(LOCAL, PRIMARY_METHODS, group="Proxy sets"),
+    "common network": ArchiveTable(
+        GLOBAL, ("local", "fedavg", "feddf", "ds_fl", "hybrid", "centralized"), group=COMMON_NETWORK
+    ),
     "compression": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Compression"),
 }
 
@@ -105,7 +111,13 @@ def archive_table(results: BenchmarkResults, name: str) -> str:
 
 def _progress(results: BenchmarkResults) -> str:
     missing = results.incomplete
-    return f"**Preliminary:** runs are missing in {'; '.join(missing)}." if missing else ""
+    if not missing:
+        return ""
+    num_federations = len(results.benchmark.federations)
+    return (
+        f"**Preliminary:** runs are missing in {len(missing)} of {num_federations} federations and "
+        "variants, which the results of the benchmark list."
+    )
 
 
 def _primary_table(results: BenchmarkResults) -> str:
@@ -194,6 +206,7 @@ SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "verdict": _verdict,
     "better rows": partial(_better_rows, metric=GLOBAL),
     "better rows, local tests": partial(_better_rows, metric=LOCAL),
+    "better rows, balanced local tests": partial(_better_rows, metric=BALANCED_LOCAL),
 }
 """Functions that format the tables that are not in `TABLES`, keyed by name."""
 

@@ -544,7 +544,7 @@ def parse_numbers(flag: str, text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0:
-        raise UserError(f"{flag}: expected integers such as 0,1,2, got '{text}'")
+        raise UserError(f"{flag}: expected integers >= 0, such as 0,1,2, got '{text}'")
     return numbers
 
 

@@ -209,7 +209,7 @@ def suggest_similar(found: object, choices: Iterable[str]) -> str:
     The text is empty if no choice is similar (see `closest`).
     """
     match = closest(found, choices)
-    return "" if match is None else f"; did you mean '{match.name}'?"
+    return "" if match is None else f"; did you mean '{match}'?"
 
 
 def _normalize(name: str) -> str:

@@ -35,6 +35,7 @@ def repeat_row(
     archive: str | Path | None = None,
     out: str | Path = "runs/benchmark",
     seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
     jobs: int | None = None,
     quiet: bool | None = None,
     allow_code: bool | CodePermission = False,
@@ -52,6 +53,8 @@ def repeat_row(
             (`docs/benchmark`).
         out: Output folder. The run directories are written to its subfolder `repeated`.
         seeds: Seeds of the runs. If None, all seeds of the protocol.
+        overrides: Further changes to the configuration, as `key.path=value`, whose effect is then
+            the difference of the scores.
         jobs: Number of runs at a time. If None, one run per core, with one thread each.
         quiet: Whether to hide the progress display. If None, progress is shown in notebooks only.
         allow_code: Whether code that a file refers to may be executed (see
@@ -87,7 +90,7 @@ def repeat_row(
     permission = CodePermission.from_argument(allow_code)
     work = []
     for seed in chosen:
-        point = tuple(split_top_level(archived[seed]["settings"], ":"))
+        point = (*split_top_level(archived[seed]["settings"], ":"), *overrides)
         place = out / federation / run_folder(method.variant, point, seed)
         work.append(ComparisonJob(method.variant, point, seed, place))
     with lock_folder(out) as lock_notes, Progress(out / "log.txt", quiet) as progress:

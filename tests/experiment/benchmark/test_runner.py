@@ -158,9 +158,9 @@ def test_runs_are_tuned_archived_and_not_repeated(folder: Path, runs: InProcess)
     assert len(runs.jobs) == num_runs, "nothing is repeated"
 
 
-def repeat(folder: Path, federation: str, row: str, seeds: Sequence[int] | None = None) -> Any:
+def repeat(folder: Path, federation: str, row: str, **options: Any) -> Any:
     places = {"archive": folder.parent / "archive", "out": folder.parent / "out"}
-    return repeat_row(federation, row, folder, **places, seeds=seeds, jobs=1, quiet=True)
+    return repeat_row(federation, row, folder, **places, **options, jobs=1, quiet=True)
 
 
 def test_a_row_can_be_repeated_with_its_tuned_settings(folder: Path, runs: InProcess) -> None:
@@ -178,6 +178,10 @@ def test_a_row_can_be_repeated_with_its_tuned_settings(folder: Path, runs: InPro
     assert {":".join(job.point) for job in runs.jobs} == settings
     repeat(folder, "second", "local/all")
     assert len(runs.jobs) == 4, "finished runs are given to run_jobs again, which skips them"
+    longer = repeat(folder, "second", "local/all", overrides=["clients.defaults.epochs=7"])
+    assert {job.point[-1] for job in runs.jobs[4:]} == {"clients.defaults.epochs=7"}
+    losses = longer["global_last_loss"].values()
+    assert all(new != pytest.approx(archived) for archived, new in losses)
 
     changed = {seed: (archived + 0.02, new) for seed, (archived, new) in values.items()}
     changed[0] = changed[0][0] + 0.02, changed[0][1]

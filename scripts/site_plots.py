@@ -38,7 +38,7 @@ PANEL_HEIGHT = 320
 SCRIPT = "assets/plotly.min.js"
 """Path of the plotting library in the site."""
 # Methods differ in color and in shape: 7 colors and 5 shapes make 35 combinations.
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#b65fa5", "#56b4e9", "#8c6d46")
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#56b4e9", "#e69f00", "#b65fa5", "#8c6d46")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "pentagon")
 TICKS = tuple(digit * 10.0**power for power in range(-3, 9) for digit in (1, 2, 5))
 """Ticks of logarithmic axes."""

@@ -127,7 +127,7 @@ def measure_round(clients: int, numbers: int, neighbors: int | None, leaving: in
     """
     cohort = Cohort([f"site_{i}" for i in range(1, clients + 1)], numbers)
     config = SecureAggregationConfig(
-        threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbours=neighbors
+        threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbors=neighbors
     )
     protocol = SecureAggregation(config, clients, cohort)
     gone = set(cohort.clients[1 : 1 + leaving])

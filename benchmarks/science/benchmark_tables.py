@@ -19,15 +19,16 @@ from hetero_fl.reporting.benchmark.tables import (
     score_cell,
     score_table,
 )
-from hetero_fl.reporting.comparison.significance import paired_difference
+from hetero_fl.reporting.comparison.significance import critical_difference, paired_difference
 from hetero_fl.reporting.formatting import algorithm_name, format_significant
 from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table
-from hetero_fl.utils.text import pluralize
+from hetero_fl.utils.text import format_list, pluralize
 
 GLOBAL = "global_last_balanced_accuracy"
 AUROC = "global_last_auroc"
 LOCAL = "personal_last_accuracy"
+BALANCED_LOCAL = "personal_last_balanced_accuracy"
 NO_RUNS = "No runs yet."
 HYBRID = "hybrid", "all"
 DISTILLING = ("fedmd", "feddf", "ds_fl", "hybrid")
@@ -36,6 +37,8 @@ CLASS_KNOWLEDGE = ("fd", "fedproto", "fedgh")
 # In the order of the questions in docs/how_to/choose_method.md.
 METHODS = ("local", *AVERAGING, *DISTILLING, "kt_pfl", "fml", *CLASS_KNOWLEDGE)
 LOCAL_REFERENCES = ("local", "fedavg", "ditto")
+COMMON_NETWORK = "One network for all clients"
+"""Heading of the federations in which all clients train the same network."""
 PRIMARY_METHODS = ("fedavg", *DISTILLING)
 # Methods that are measured in all main federations, and the bound.
 OVERVIEW_METHODS = ("local", "fedavg", "ditto", *DISTILLING, "centralized")
@@ -78,6 +81,9 @@ TABLES = {
     "choice_local": ArchiveTable(LOCAL, METHODS, anchor="local"),
     "proxies": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Proxy sets"),
     "proxies_local": ArchiveTable(LOCAL, PRIMARY_METHODS, group="Proxy sets"),
+    "common network": ArchiveTable(
+        GLOBAL, ("local", "fedavg", "feddf", "ds_fl", "hybrid", "centralized"), group=COMMON_NETWORK
+    ),
     "compression": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Compression"),
 }
 
@@ -105,7 +111,13 @@ def archive_table(results: BenchmarkResults, name: str) -> str:
 
 def _progress(results: BenchmarkResults) -> str:
     missing = results.incomplete
-    return f"**Preliminary:** runs are missing in {'; '.join(missing)}." if missing else ""
+    if not missing:
+        return ""
+    num_federations = len(results.benchmark.federations)
+    return (
+        f"**Preliminary:** runs are missing in {len(missing)} of {num_federations} federations and "
+        "variants, which the results of the benchmark list."
+    )
 
 
 def _primary_table(results: BenchmarkResults) -> str:
@@ -114,7 +126,10 @@ def _primary_table(results: BenchmarkResults) -> str:
 
 
 def _verdict(results: BenchmarkResults) -> str:
-    """Summarize the primary tests and the mean ranks in two sentences."""
+    """Summarize the primary tests and the mean ranks in two sentences.
+
+    Ranks are those of the primary family's metric on the main federations.
+    """
     primary = results.benchmark.protocol.primary
     tests, ranks = results.primary_tests(), results.ranks(primary.metric, primary.components)
     if not tests or len(ranks) < 2:
@@ -127,11 +142,18 @@ def _verdict(results: BenchmarkResults) -> str:
     known = f" with runs (of {num_tests})" if len(tests) < num_tests else ""
     needs = {method: format_needs(method) or "no requirements" for method in best}
     named = [f"{algorithm_name(method)} ({ranks[method]:.2f}; {needs[method]})" for method in best]
+    limit = critical_difference(len(ranks), len(results.groups[MAIN_GROUP]))
+    counts = []
+    for method in primary.against:
+        against = [test for test in tests if test.other == method]
+        won = sum(test.p_holm <= SIGNIFICANT and test.difference.mean > 0 for test in against)
+        counts.append(f"{algorithm_name(method)} in {won} of {len(against)}")
     return (
         f"Of {pluralize(len(tests), 'primary test')}{known}, {algorithm_name(primary.method)} is "
-        f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. The best mean "
-        f"ranks on the global test over {federations} are those of {' and '.join(named)}, of "
-        f"{len(ranks)} methods with components."
+        f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. It is ahead of "
+        f"{format_list(counts)}. Of {len(ranks)} methods with components, {' and '.join(named)} "
+        f"have the best mean ranks on the global test over {federations}; mean ranks that differ "
+        f"by less than {limit:.2f} cannot be distinguished (Nemenyi test)."
     )
 
 
@@ -184,6 +206,7 @@ SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "verdict": _verdict,
     "better rows": partial(_better_rows, metric=GLOBAL),
     "better rows, local tests": partial(_better_rows, metric=LOCAL),
+    "better rows, balanced local tests": partial(_better_rows, metric=BALANCED_LOCAL),
 }
 """Functions that format the tables that are not in `TABLES`, keyed by name."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
@@ -24,6 +25,7 @@ from hetero_fl.algorithms.local_training import (
     subtract_log_prior,
 )
 from hetero_fl.algorithms.prototypes import require_linear_head
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import (
     ClientDirectory,
@@ -35,7 +37,7 @@ from hetero_fl.core.participant import (
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows
 from hetero_fl.core.stored_rows import targets
-from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.ordering import natural_key, natural_order
 
 
 @register_algorithm("local")
@@ -155,10 +157,12 @@ class Ensemble(Local):
 class Centralized(Algorithm):
     """Train one model on the pooled rows of all clients.
 
-    In each round, one model is trained on the pooled rows (without the proxy set) with a new
+    In each round, the model is trained on the pooled rows (without the proxy set) with a new
     optimizer. This computation equals FedAvg with λ = 1 and a single client that has all rows. The
     architecture, the settings and the preprocessing are those of the first client with the most
-    frequent architecture.
+    frequent architecture. With `each_architecture`, there is one such model of each architecture,
+    and a client is evaluated with the model of its own architecture. Scores are then comparable
+    with those of methods that train the clients' own models.
 
     The gap between `local` and this method shows how much a federated method can gain. The accuracy
     of this method is not a strict upper bound: personal models may have a higher local test
@@ -181,10 +185,18 @@ class Centralized(Algorithm):
         unused_options=("fine_tune_epochs",),
     )
 
+    each_architecture: bool = Field(
+        False,
+        description="train a pooled model of each architecture, with which clients of this "
+        "architecture are evaluated",
+    )
+
     @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        model = server.models[pooled_client(server).arch.spec_id]
-        return {"model": floating_tensors(model)} if recipient.purpose == "evaluate" else {}
+        if recipient.purpose != "evaluate":
+            return {}
+        reference = self._reference(server, recipient.arch)
+        return {"model": floating_tensors(server.models[reference.arch.spec_id])}
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -193,45 +205,52 @@ class Centralized(Algorithm):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        reference = pooled_client(server)
-        settings = reference.settings
-        rows = Rows("pooled", preprocess=reference.preprocess)
-        counts = server.counts
-        if server.task.kind == "multiclass":
-            counts = torch.bincount(targets(rows.columns(server)), minlength=server.task.outputs)
-        yield Fit(
-            {reference.arch.spec_id: None},
-            Supervised(server.task.kind, slot=reference.arch.spec_id),
-            rows,
-            context=objective_context(server.task, counts, settings),
-            augment=augmentation(settings),
-            epochs=settings.epochs,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            optimizer=scheduled_optimizer(settings.optimizer, server.round_context),
-            stream_id=min(profile.first for profile in server.peers.profiles),
-        )
+        peers = server.peers
+        references = [self._reference(server, profile.arch) for profile in peers.profiles]
+        for slot, reference in {each.arch.spec_id: each for each in references}.items():
+            settings = reference.settings
+            rows = Rows("pooled", preprocess=reference.preprocess)
+            counts = server.counts
+            if server.task.kind == "multiclass":
+                labels = targets(rows.columns(server))
+                counts = torch.bincount(labels, minlength=server.task.outputs)
+            yield Fit(
+                {slot: None},
+                Supervised(server.task.kind, slot=slot),
+                rows,
+                context=objective_context(server.task, counts, settings),
+                augment=augmentation(settings),
+                epochs=settings.epochs,
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                optimizer=scheduled_optimizer(settings.optimizer, server.round_context),
+                stream_id=min(
+                    profile.first
+                    for profile in peers.profiles
+                    if self._reference(server, profile.arch).arch.spec_id == slot
+                ),
+            )
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.arch["pooled"] = pooled_client(client).arch
+        client.arch["pooled"] = self._reference(client, client.arch["model"]).arch
         client.models["pooled"] = received["model"]
         yield from ()
 
     @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        preprocess = pooled_client(client).preprocess
-        logits = yield Predict("pooled", replace(rows, preprocess=preprocess))
+        reference = self._reference(client, client.arch["model"])
+        logits = yield Predict("pooled", replace(rows, preprocess=reference.preprocess))
         return adjust_to_labels(self, client, logits, personal)
 
     @override
     def server_model(self, server: Participant) -> str | None:
-        return pooled_client(server).arch.spec_id
+        return server.peers.main_profile.arch.spec_id
 
-
-def pooled_client(participant: Participant) -> ClientInfo:
-    """Return the first client with the most frequent architecture.
-
-    The pooled model has the architecture, settings and preprocessing of this client.
-    """
-    return participant.peers[participant.peers.main_profile.first]
+    def _reference(self, participant: Participant, arch: ModelSpec) -> ClientInfo:
+        """Return the client whose settings the pooled model for an architecture has."""
+        peers = participant.peers
+        if not self.each_architecture:
+            return peers[peers.main_profile.first]
+        first = [p.first for p in peers.profiles if p.arch.spec_id == arch.spec_id]
+        return peers[min(first, key=natural_key)]

@@ -255,6 +255,7 @@ def compare(
     epilog=examples(
         "hetero-fl benchmark",
         "hetero-fl benchmark digits sensors",
+        "hetero-fl benchmark digits --repeat fedavg/all",
         "hetero-fl benchmark --pause && python -m benchmarks overhead && hetero-fl benchmark",
     )
 )
@@ -275,8 +276,8 @@ def compare(
     "--archive",
     type=PATH,
     metavar="DIR",
-    default=Path("docs/benchmark"),
-    help="Folder of the archive, to which the results of each run are added.",
+    help="Folder of the archive, to which the results of each run are added. Required with "
+    "--folder.  [default: docs/benchmark]",
 )
 @click.option(
     "--out",
@@ -298,17 +299,24 @@ def compare(
     is_flag=True,
     help="Start no runs; only write results.md and its plots from the archive.",
 )
+@click.option(
+    "--repeat",
+    metavar="ROW",
+    help="Repeat the archived runs of a row of one federation, such as fedavg/all, and print "
+    "archived and repeated scores.",
+)
 @allow_code_option
 @quiet_option
 def benchmark(
     *,
     names: tuple[str, ...],
     folder: Path,
-    archive: Path,
+    archive: Path | None,
     out: Path,
     jobs: int | None,
     pause: bool,
     tables: bool,
+    repeat: str | None,
     allow_code: bool,
     quiet: bool,
 ) -> None:
@@ -318,25 +326,33 @@ def benchmark(
     separate seeds. Archived runs are not repeated: to continue an interrupted benchmark, repeat the
     command.
     """
-    from hetero_fl.experiment.benchmark import runner
+    from hetero_fl.experiment.benchmark import repetition, runner
+    from hetero_fl.experiment.benchmark.archive import archive_folder
     from hetero_fl.experiment.benchmark.results import BenchmarkResults
 
     if pause:
         runner.pause_benchmark(out)
         return
+    archive = archive_folder(folder, archive)
     if tables:
         BenchmarkResults(folder, archive).write()
-    else:
-        runner.benchmark(
-            folder,
-            names,
-            out=out,
-            archive=archive,
-            jobs=jobs,
-            quiet=quiet,
-            allow_code=code_permission(allow_code),
-        )
-    print(archive / "results.md")
+        print(archive / "results.md")
+        return
+    options: dict[str, Any] = {
+        "out": out,
+        "archive": archive,
+        "jobs": jobs,
+        "quiet": quiet,
+        "allow_code": code_permission(allow_code),
+    }
+    if repeat is None:
+        runner.benchmark(folder, names, **options)
+        print(archive / "results.md")
+        return
+    if len(names) != 1:
+        raise UserError(f"--repeat: expected the name of one federation, got {len(names)}")
+    scores = repetition.repeat_row(names[0], repeat, folder, **options)
+    print(repetition.repetition_table(scores))
 
 
 def _parse_pairs(option: str, entries: tuple[str, ...], expected: str) -> dict[str, str]:
@@ -528,7 +544,7 @@ def parse_numbers(flag: str, text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0:
-        raise UserError(f"{flag}: expected integers such as 0,1,2, got '{text}'")
+        raise UserError(f"{flag}: expected integers >= 0, such as 0,1,2, got '{text}'")
     return numbers
 
 

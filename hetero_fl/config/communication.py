@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, format_value
+from hetero_fl.config.base import ConfigSection, format_value, rename_keys
 from hetero_fl.utils.errors import suggest_or_list
 
 # Stages that drop a part of a model update. The receiver replaces the dropped part with zeros.
@@ -49,12 +49,18 @@ class SecureAggregationConfig(ConfigSection):
         description="binary digits after the point; `null`: as many as satisfy "
         "cohort size × range × 2^bits < 2^63",
     )
-    neighbours: PositiveInt | None = Field(
+    neighbors: PositiveInt | None = Field(
         None,
         description="number of clients that share masks with each client (SecAgg+), even; "
         "`null`: all in a small cohort, else enough for security against a server that colludes "
         "with a fifth of the clients",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_keys(cls, raw: Any) -> Any:
+        former = {"neighbours": "neighbors"}  # style: ok (former name)
+        return rename_keys(raw, former, "channel.secure_sum")
 
     @field_validator("threshold")
     @classmethod
@@ -66,7 +72,7 @@ class SecureAggregationConfig(ConfigSection):
             )
         return value
 
-    @field_validator("neighbours")
+    @field_validator("neighbors")
     @classmethod
     def _check_even(cls, value: int | None) -> int | None:
         """Check that the number is even, because half of the neighbors are on each side."""

@@ -23,11 +23,11 @@ from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
 from hetero_fl.reporting.summary import Patience
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import CodePermission, find_references, hash_modules
 from hetero_fl.utils.environment import describe_environment
 from hetero_fl.utils.errors import Interrupted, UserError, translate_exits
 from hetero_fl.utils.processes import exit_if_importing
-from hetero_fl.utils.text import pluralize
+from hetero_fl.utils.text import format_list, pluralize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -291,7 +291,11 @@ def _open_directory(
     """
     config = prepared.config
     if not (resume and (path / "config.yaml").exists()):
-        environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
+        environment = {
+            "run": secrets.token_hex(8),
+            **describe_environment(choice.record()),
+            **_describe_inputs(prepared),
+        }
         return RunDirectory.create(path, config=resolve_config(config), environment=environment)
     directory = _open_for_resume(path, prepared, on_nodes)
     if not directory.finished:
@@ -299,9 +303,39 @@ def _open_directory(
     inspect(path).require_whole()
     if config.rounds != directory.config().get("rounds", config.rounds):
         return directory
+    _check_inputs(directory, prepared)
     write_presentation(config, directory, progress.log)
     progress.log(f"{path}: {_finished_message(directory, prepared, on_nodes)}")
     return None
+
+
+def _describe_inputs(prepared: PreparedRun) -> dict[str, Any]:
+    """Return hashes of the data and of the modules that the configuration refers to."""
+    references = find_references(prepared.config.model_dump())
+    return {"data": prepared.data.content_hash(), "code": hash_modules(references)}
+
+
+def _check_inputs(directory: RunDirectory, prepared: PreparedRun) -> None:
+    """Raise UserError if a finished run had other data or other code of the user.
+
+    Runs of earlier versions have no hashes and are not checked.
+    """
+    recorded = directory.environment()
+    current = _describe_inputs(prepared)
+    if recorded.get("data", current["data"]) != current["data"]:
+        changed = "the data"
+    else:
+        code = recorded.get("code", {})
+        modules = [
+            name for name, value in current["code"].items() if code.get(name, value) != value
+        ]
+        if not modules:
+            return
+        changed = f"the code of {format_list(modules)}"
+    raise UserError(
+        f"{directory.path}: {changed} has changed since this run; delete the folder, or choose "
+        "another one"
+    )
 
 
 def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:

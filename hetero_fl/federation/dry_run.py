@@ -368,7 +368,12 @@ def _user_functions(algorithm_class: type) -> list[FunctionType]:
 
 def _check_hook_names(algorithm_class: type) -> None:
     """Raise UserError if the name of a function looks like a misspelled hook."""
-    hooks = [name for name in vars(Algorithm) if not name.startswith("_")]
+    methods = [
+        base
+        for base in algorithm_class.__mro__
+        if issubclass(base, Algorithm) and base.__module__.startswith("hetero_fl.")
+    ]
+    hooks = {name for method in methods for name in vars(method) if not name.startswith("_")}
     for function in _user_functions(algorithm_class):
         name = function.__name__
         matches = get_close_matches(name, hooks, 1, cutoff=MIN_HOOK_SIMILARITY)

@@ -124,7 +124,8 @@ def has_run(path: Path) -> bool:
 
 
 def check_vacant(
-    path: Path, alternatives: str = ", or set resume if it contains an interrupted run"
+    path: Path,
+    alternatives: str = ", or resume the run that it contains (--resume, or resume=True)",
 ) -> None:
     """Check that a run directory can be created.
 

@@ -7,7 +7,10 @@ directory or the file of a deployment site is loaded, and on the command line.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
 
 from hetero_fl.utils.errors import UserError
 
@@ -55,6 +58,22 @@ def find_references(tree: object) -> dict[str, str]:
         if value.startswith(CODE_PREFIX):
             found.setdefault(value, key)
     return found
+
+
+def hash_modules(references: Iterable[str]) -> dict[str, str]:
+    """Return SHA-256 hashes of the files of referenced modules, keyed by module name.
+
+    Modules without a file, such as those of notebooks, are left out.
+
+    Args:
+        references: References to code, which have been imported before.
+    """
+    hashes = {}
+    for name in sorted({reference.split(":")[1] for reference in references}):
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path and Path(path).is_file():
+            hashes[name] = sha256(Path(path).read_bytes()).hexdigest()
+    return hashes
 
 
 class CodePermission:

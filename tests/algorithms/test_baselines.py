@@ -115,43 +115,53 @@ def test_multilabel_ensemble_averages_probabilities() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_centralized_rounds_match_reference() -> None:
+@pytest.mark.parametrize("each", [False, True])
+def test_centralized_rounds_match_reference(each: bool) -> None:
     cnn, mlp, _ = MIXED
     source = config("centralized", [cnn, mlp, mlp], 3, clients__defaults__epochs=2)
+    source["algorithm"]["each_architecture"] = each
     source["clients"]["defaults"]["optimizer"].update(schedule="linear", gamma=0.4)
-    views = {"site_1": (0.1, 0.5), "site_2": (0.3, 0.2), "site_3": (0.3, 0.2)}
+    views = {"site_1": (0.1, 0.5), "site_2": (0.3, 0.2), "site_3": (0.6, 0.4)}
     source["clients"]["overrides"] = [
         {"match": client_id, "preprocess": {"normalize": {"mean": mean, "std": std}}}
         for client_id, (mean, std) in views.items()
     ]
     rounds = rounds_of(source, num_rounds=0)
     sites = clients(rounds)
-    # The most frequent model; its client's preprocessing applies to all rows.
-    arch = sites["site_2"].arch["model"]
-    seen = {client_id: client.data("train", None) for client_id, client in sites.items()}
-    x = torch.cat(
-        [
-            ((seen[client_id]["x"] * std + mean) - 0.3) / 0.2
-            for client_id, (mean, std) in views.items()
-        ]
-    )
-    y = torch.cat([columns["y"] for columns in seen.values()])
-    model = module(arch, rounds.federation.initial_tensors(arch))
+    # The client whose model and preprocessing are used, and the name of the random stream. A single
+    # model is that of the most frequent architecture.
+    pooled = {"site_1": "site_1", "site_2": "site_2"} if each else {"site_2": "site_1"}
+    inputs, models = {}, {}
+    labels = torch.cat([client.data("train", None)["y"] for client in sites.values()])
+    for reference in pooled:
+        mean, std = views[reference]
+        inputs[reference] = torch.cat(
+            [
+                (client.data("train", None)["x"] * views[name][1] + views[name][0] - mean) / std
+                for name, client in sites.items()
+            ]
+        )
+        arch = sites[reference].arch["model"]
+        models[reference] = module(arch, rounds.federation.initial_tensors(arch))
     for index, lr in enumerate((0.05, 0.02)):
         rounds.run_round()
-        sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-        fit = Fit({}, Supervised(), epochs=2, batch_size=BATCH)
-        for rows in index_batches(
-            len(y), fit, (rounds.federation.seed, index, "site_1", "train", 0)
-        ):
-            sgd.zero_grad()
-            F.cross_entropy(model(x[rows]).logits, y[rows]).backward()
-            sgd.step()
-        assert largest_difference(rounds.server.models[arch.spec_id], model) < 1e-9
+        for place, (reference, stream) in enumerate(pooled.items()):
+            model, x = models[reference], inputs[reference]
+            sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+            fit = Fit({}, Supervised(), epochs=2, batch_size=BATCH)
+            for rows in index_batches(
+                len(labels), fit, (rounds.federation.seed, index, stream, "train", place)
+            ):
+                sgd.zero_grad()
+                F.cross_entropy(model(x[rows]).logits, labels[rows]).backward()
+                sgd.step()
+            arch = sites[reference].arch["model"]
+            assert largest_difference(rounds.server.models[arch.spec_id], model) < 1e-9
     for client_id in sites:
+        reference = "site_1" if each and client_id == "site_1" else "site_2"
         for home in (False, True):
             assert predicted(rounds, client_id, home).allclose(
-                logits_of(rounds, "site_2", model), rtol=0, atol=1e-9
+                logits_of(rounds, reference, models[reference]), rtol=0, atol=1e-9
             )
     assert rounds.server.models.keys() - {arch.spec_id}
     assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)

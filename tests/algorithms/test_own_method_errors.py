@@ -47,11 +47,17 @@ def deployed(self: Any) -> bool:
     return True
 
 
+def weights_of(self: Any, client: Any) -> float:
+    return 1.0
+
+
 def test_misspelled_hook_is_reported() -> None:
     with pytest.raises(
         UserError, match=r"^agregate: unknown hook 'agregate'; did you mean 'aggregate'\?$"
     ):
         dry_run(agregate=agregate)
+    with pytest.raises(UserError, match=r"unknown hook 'weights_of'; did you mean 'weight_of'\?$"):
+        dry_run(weights_of=weights_of)
     dry_run(deployed=deployed, _agregate=deployed)
 
 

@@ -215,3 +215,45 @@ def test_resume_without_run_is_noted(folder: Path, capsys: pytest.CaptureFixture
 
     assert main(["train", "--config", "c.yaml", "--out", "b"]) == 0
     assert "no run to resume" not in capsys.readouterr().err
+
+
+def write_table(num_rows: int) -> None:
+    lines = [f"{i % 7},{i % 5},{i % 2}" for i in range(num_rows)]
+    Path("rows.csv").write_text("\n".join(["a,b,label", *lines]), encoding="utf-8")
+
+
+def test_finished_run_on_changed_data_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(200)
+    small = config("local", {"name": "mlp", "hidden": [4]}, 2, rounds=1)
+    small["data"] = {"name": "table", "path": "rows.csv", "label": "label"}
+    Path("table.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    train = ["train", "--config", "table.yaml", "--out", "a", "--resume"]
+    assert main(train) == 0
+    assert main(train) == 0
+    assert "this run has finished" in capsys.readouterr().err
+    write_table(150)
+    assert main(train) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: a: the data has changed since this run; delete the folder, or choose another one"
+    )
+
+
+def test_finished_run_with_changed_code_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    code = "from hetero_fl.algorithms import FedAvg\n\n\nclass Mine(FedAvg):\n    title = 'Mine'\n"
+    Path("finished_code.py").write_text(code, encoding="utf-8")
+    name = "algorithm.name=python:finished_code:Mine"
+    train = ["train", "--config", "c.yaml", "--out", "a", "--resume", "--allow-code", name]
+    assert main(train) == 0
+    assert main(train) == 0
+    Path("finished_code.py").write_text(code + "\n# changed\n", encoding="utf-8")
+    capsys.readouterr()
+    assert main(train) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: a: the code of finished_code has changed since this run; delete the folder, or "
+        "choose another one"
+    )

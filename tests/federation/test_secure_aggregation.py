@@ -115,7 +115,7 @@ def test_secure_aggregation_matches_plain_sums(method: str, double: None) -> Non
                     "fraction_bits": 40,
                     "range": 256,
                     "threshold": 4,
-                    "neighbours": 2,
+                    "neighbors": 2,
                 }
             },
         ),
@@ -171,8 +171,8 @@ def test_methods_without_uploads_run_unchanged(method: str) -> None:
             {"secure_sum": {"fraction_bits": 45}},
             "fraction_bits: must be <= 44, got 45; with .*range=65536",
         ),
-        ({"secure_sum": {"neighbours": 3}}, "neighbours: must be even, got 3; choose 2 or 4"),
-        ({"secure_sum": {"neighbors": 2}}, "neighbors.*did you mean 'neighbours'"),
+        ({"secure_sum": {"neighbors": 3}}, "neighbors: must be even, got 3; choose 2 or 4"),
+        ({"secure_sum": {"neighbrs": 2}}, "neighbrs.*did you mean 'neighbors'"),
     ],
 )
 def test_incompatible_settings_are_refused_on_loading(changes: dict[str, Any], words: str) -> None:
@@ -182,8 +182,8 @@ def test_incompatible_settings_are_refused_on_loading(changes: dict[str, Any], w
 
 
 def test_notes_and_warnings() -> None:
-    notes = prepare(secure("fedavg", channel__secure_sum={"neighbours": 2})).notes
-    assert any("neighbours: 2 may reveal uploads if" in note for note in notes)
+    notes = prepare(secure("fedavg", channel__secure_sum={"neighbors": 2})).notes
+    assert any("neighbors: 2 may reveal uploads if" in note for note in notes)
     assert any("does not hide some items of site_2, site_3" in note for note in notes)
     assert prepare(secure("fedmd", channel__secure_sum={})).notes == []
 
@@ -369,7 +369,7 @@ def test_state_is_sent_to_workers_for_training_only(
     [
         ("hybrid", {"clients__overrides": [{"match": "site_[12]", "share_every": 3}]}),
         ("fedproto", {"clients__per_round": 3}),
-        ("fedavg", {"channel__secure_sum": {"neighbours": 2}}),
+        ("fedavg", {"channel__secure_sum": {"neighbors": 2}}),
     ],
 )
 def test_cost_is_exact(method: str, changes: dict[str, Any], tmp_path: Path) -> None:

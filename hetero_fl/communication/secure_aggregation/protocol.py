@@ -62,7 +62,7 @@ class SecureAggregation(RoundProtocol):
         server = SecureAggregationRound(
             cohort,
             self.survivors,
-            self.config.neighbours,
+            self.config.neighbors,
             (self._digest(layout), layout.size),
             unit=weight_unit(map(self.agreed.num_rows, cohort)),
             round_idx=round_idx,
@@ -115,7 +115,7 @@ class SecureAggregation(RoundProtocol):
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
         # All clients send a vector of the same length, regardless of the size of their uploads.
-        members = num_neighbors(cohort, self.survivors, self.config.neighbours) + 1
+        members = num_neighbors(cohort, self.survivors, self.config.neighbors) + 1
         return message_sizes(members, self.agreed.layout(round_idx).size, broadcast)
 
     def _digest(self, layout: VectorLayout) -> bytes:

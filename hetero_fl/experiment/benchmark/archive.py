@@ -6,13 +6,22 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hetero_fl.config import resolve_config
 from hetero_fl.config.describe import resume_relevant
 from hetero_fl.config.schema import Config
+from hetero_fl.experiment.benchmark.protocol import BenchmarkRow
+from hetero_fl.experiment.configuration import load_config
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError
 
+PUBLISHED = Path("configs/benchmark")
+"""Folder of the published benchmark, relative to the repository."""
+PUBLISHED_ARCHIVE = Path("docs/benchmark")
+"""Folder of its archive."""
 Key = tuple[str, ...]
 
 KEY_COLUMNS = ("method", "components", "settings", "seed")
@@ -21,6 +30,24 @@ DIGITS = 6
 """Number of significant digits of archived numbers."""
 PLACES = ("data.path", "data.root", "name", "seed")
 """Keys that differ between machines or runs without changing the results of a seed."""
+
+
+def archive_folder(folder: str | Path, archive: str | Path | None) -> Path:
+    """Return the folder of the archive, by default that of the published benchmark.
+
+    Args:
+        folder: Folder of the benchmark.
+        archive: The given folder, if any.
+
+    Raises:
+        UserError: If no folder is given and the benchmark is not the published one, whose archive
+            must not be mixed with others.
+    """
+    if archive is not None:
+        return Path(archive)
+    if Path(folder) != PUBLISHED:
+        raise UserError(f"{folder}: requires a folder for its results (--archive, or archive=)")
+    return PUBLISHED_ARCHIVE
 
 
 class RunArchive:
@@ -89,11 +116,51 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
     return [leaf for key, child in value.items() for leaf in _leaves(child, f"{prefix}{key}")]
 
 
+@dataclass(frozen=True)
+class RowConfig:
+    """The resolved configuration of a row, as returned by `flatten_config`.
+
+    Attributes:
+        values: The configuration with the fixed settings of the row.
+        defaults: The configuration of the same method without these settings.
+    """
+
+    values: dict[str, Any]
+    defaults: dict[str, Any]
+
+    @classmethod
+    def resolve(
+        cls,
+        source: Mapping[str, Any],
+        overrides: Sequence[str],
+        row: BenchmarkRow,
+        allow_code: bool | CodePermission = False,
+    ) -> RowConfig:
+        """Resolve the configuration of a row in a federation.
+
+        Args:
+            source: Content of the federation's configuration file.
+            overrides: Overrides of the federation, as `key.path=value`.
+            row: The row.
+            allow_code: Whether code that the row names may be executed.
+
+        Raises:
+            UserError: If a setting is invalid.
+        """
+        method = f"algorithm.name={row.method}"
+        values, defaults = (
+            flatten_config(load_config(source, [*overrides, *settings], allow_code))
+            for settings in (row.variant.overrides, [method])
+        )
+        return cls(values, defaults)
+
+
 class ConfigArchive:
     """A JSON file with the resolved configuration of each row, before settings are tuned.
 
     A recorded configuration is up to date if the current code has the same value for each of its
-    keys. Keys that were introduced later are ignored, because their defaults do not change results.
+    keys. Keys that were introduced later are ignored unless the row sets them, because their
+    defaults do not change results.
 
     Args:
         path: The file, which need not exist.
@@ -111,7 +178,7 @@ class ConfigArchive:
                 row: {**content["common"], **own} for row, own in content["rows"].items()
             }
 
-    def outdated(self, current: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    def outdated(self, current: Mapping[str, RowConfig]) -> dict[str, str]:
         """Return the rows whose recorded configuration differs from the current one.
 
         Args:
@@ -126,18 +193,19 @@ class ConfigArchive:
             now = current.get(row)
             if now is None:
                 continue
-            for key, value in recorded.items():
-                if now.get(key) != value:
-                    found[row] = f"{key}: {value} in the archive, {now.get(key)} now"
+            added = {key: now.defaults.get(key) for key in now.values.keys() - recorded.keys()}
+            for key, value in {**recorded, **added}.items():
+                if now.values.get(key) != value:
+                    found[row] = f"{key}: {value} in the archive, {now.values.get(key)} now"
                     break
         return found
 
-    def update(self, current: Mapping[str, dict[str, Any]]) -> None:
+    def update(self, current: Mapping[str, RowConfig]) -> None:
         """Record the current configurations, except those that are recorded and up to date."""
         stale = self.outdated(current)
         before = self.configs
         self.configs = {
-            row: before[row] if row in before and row not in stale else config
+            row: before[row] if row in before and row not in stale else config.values
             for row, config in current.items()
         }
         if self.configs != before:

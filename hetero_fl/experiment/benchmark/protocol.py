@@ -10,14 +10,21 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from hetero_fl.config.base import ConfigSection
+from hetero_fl.core.metrics import CLASSIFICATION, MANY, RANKING, RARE, REGRESSION
 from hetero_fl.experiment.comparison.jobs import Variant
 from hetero_fl.experiment.comparison.study import read_section
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names
 
 PROTOCOL = "protocol.yaml"
 """Name of the file with the protocol, next to the files of the federations."""
 LAST_ROUND_ONLY = 1_000_000
 """Number of rounds between evaluations, larger than the number of rounds of any run."""
+SCORE_COLUMNS = [
+    f"{test}_last_{metric}"
+    for test in ("global", "personal", "server")
+    for metric in dict.fromkeys((*CLASSIFICATION, *REGRESSION, *RARE, *MANY, *RANKING))
+]
+"""Columns of the archive with mean scores."""
 MAIN_GROUP = "Federations"
 """Heading of the main tables, over whose federations methods are ranked."""
 
@@ -163,6 +170,8 @@ class BenchmarkFederation(ConfigSection):
         left_out: Reasons why rows are not run, keyed by `method` or `method/components`.
         tuned_as: Name of the federation whose tuned settings are used. If None, settings are tuned
             in this federation.
+        retuned: Values of settings that are tuned again in this federation, at the other settings
+            of `tuned_as`, keyed by name of the row and setting.
     """
 
     title: str
@@ -172,6 +181,7 @@ class BenchmarkFederation(ConfigSection):
     rows: list[str] | None = None
     left_out: dict[str, str] = {}
     tuned_as: str | None = None
+    retuned: dict[str, dict[str, Annotated[list[Any], Field(min_length=1)]]] = {}
 
     def selects(self, row: BenchmarkRow) -> bool:
         """Return whether a row of the protocol is run in this federation."""
@@ -203,7 +213,8 @@ class Benchmark:
             UserError: If a file is missing or invalid.
         """
         if not (folder / PROTOCOL).is_file():
-            raise UserError(f"{folder}: contains no {PROTOCOL}; choose a folder of a benchmark")
+            found = f"contains no {PROTOCOL}" if folder.is_dir() else "folder not found"
+            raise UserError(f"{folder}: {found}; choose the folder of a benchmark")
         protocol = read_section(folder / PROTOCOL, Protocol)
         federations = {}
         for path in sorted(folder.glob("*.yaml")):
@@ -212,7 +223,9 @@ class Benchmark:
                 config = folder / federation.config
                 federations[path.stem] = federation.model_copy(update={"config": config})
         benchmark = cls(protocol, federations)
-        benchmark._check_names(folder)
+        for name in federations:
+            benchmark._check_federation(name, folder / f"{name}.yaml")
+        benchmark._check_primary(folder / PROTOCOL)
         return benchmark
 
     def rows_of(self, name: str) -> list[BenchmarkRow]:
@@ -243,10 +256,7 @@ class Benchmark:
         Raises:
             UserError: If a name is unknown.
         """
-        for name in names:
-            if name not in self.federations:
-                hint = suggest_or_list(name, self.federations)
-                raise UserError(f"unknown federation '{name}'{hint}")
+        check_names(names, self.federations, "unknown federation")
         chosen = list(names) or list(self.federations)
         needed = [tuned_as for n in chosen if (tuned_as := self.federations[n].tuned_as)]
         return sorted(
@@ -254,22 +264,40 @@ class Benchmark:
             key=lambda name: self.federations[name].tuned_as is not None,
         )
 
-    def _check_names(self, folder: Path) -> None:
-        """Raise UserError if a file names a row or a federation that does not exist."""
-        rows = {name for row in self.protocol.rows for name in (row.method, row.name)}
-        for name, federation in self.federations.items():
-            where = folder / f"{name}.yaml"
-            for key in ("rows", "left_out"):
-                for row in getattr(federation, key) or ():
-                    if row not in rows:
-                        raise UserError(f"{where}: {key}: {row}{suggest_or_list(row, rows)}")
-            tuned_as = federation.tuned_as
-            if tuned_as is not None and tuned_as not in self.federations:
-                hint = suggest_or_list(tuned_as, self.federations)
-                raise UserError(f"{where}: tuned_as: {tuned_as}{hint}")
-            if tuned_as is not None and (other := self.federations[tuned_as].tuned_as):
-                raise UserError(f"{where}: tuned_as: {tuned_as} is itself tuned as {other}")
-        for name in self.protocol.primary.federations:
-            if name not in self.federations:
-                hint = suggest_or_list(name, self.federations)
-                raise UserError(f"{folder / PROTOCOL}: primary.federations: {name}{hint}")
+    def _check_federation(self, name: str, where: Path) -> None:
+        """Raise UserError if a federation names a row or a federation that does not exist."""
+        federation = self.federations[name]
+        rows = {row_name for row in self.protocol.rows for row_name in (row.method, row.name)}
+        for key in ("rows", "left_out"):
+            check_names(getattr(federation, key) or (), rows, f"{where}: {key}: unknown row")
+        selected = [row.name for row in self.rows_of(name)]
+        check_names(federation.retuned, selected, f"{where}: retuned: unknown row")
+        tuned_as = federation.tuned_as
+        if tuned_as is None:
+            if federation.retuned:
+                raise UserError(
+                    f"{where}: retuned: requires tuned_as, the federation to start from"
+                )
+            return
+        others = set(self.federations) - {name}
+        check_names([tuned_as], others, f"{where}: tuned_as: unknown federation")
+        if other := self.federations[tuned_as].tuned_as:
+            raise UserError(f"{where}: tuned_as: {tuned_as} is itself tuned as {other}")
+
+    def _check_primary(self, where: Path) -> None:
+        """Raise UserError if a test of the primary family cannot have runs."""
+        primary = self.protocol.primary
+        check_names(
+            primary.federations,
+            self.federations,
+            f"{where}: primary.federations: unknown federation",
+        )
+        check_names([primary.metric], SCORE_COLUMNS, f"{where}: primary.metric: unknown column")
+        for key, methods in {"method": [primary.method], "against": primary.against}.items():
+            for name in primary.federations:
+                rows = [row.name for row in self.rows_of(name)]
+                check_names(
+                    [f"{method}/{primary.components}" for method in methods],
+                    rows,
+                    f"{where}: primary.{key}: {name} has no row",
+                )

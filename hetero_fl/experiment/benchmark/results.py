@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hetero_fl.experiment.benchmark.archive import RunArchive
 from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP, Benchmark
-from hetero_fl.experiment.benchmark.tuning import TunedSettings, choice_of
+from hetero_fl.experiment.benchmark.tuning import FINAL_RATE, RATE, TunedSettings, choices_of
 from hetero_fl.reporting.benchmark.scores import (
     CostPoint,
     Effect,
@@ -36,6 +36,7 @@ from hetero_fl.reporting.comparison.significance import (
 from hetero_fl.reporting.formatting import algorithm_name, capitalize_first, format_range
 from hetero_fl.reporting.methods import is_bound
 from hetero_fl.reporting.rendering import render
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import split_top_level
 
 METRICS = {
@@ -215,11 +216,9 @@ class BenchmarkResults:
 
     def choices(self, name: str) -> dict[RowName, TunedSettings]:
         """Return the tuned settings of each row of a federation."""
-        tuned_as = self.benchmark.federations[name].tuned_as or name
-        trials = RunArchive(self.archive / f"{tuned_as}_tuning.csv")
+        choices = choices_of(self.benchmark, name, self.archive)
         return {
-            (row.method, row.components): choice_of(row, self.benchmark.protocol.tuning, trials)
-            for row in self.benchmark.rows_of(name)
+            (row.method, row.components): choices[row.name] for row in self.benchmark.rows_of(name)
         }
 
     def run_overrides(self, name: str, row: RowName, seed: int) -> list[str]:
@@ -263,6 +262,7 @@ class BenchmarkResults:
         trials = [RunArchive(self.archive / f"{name}_tuning.csv").rows for name in self.scores]
         commits = sorted({commit for frame in frames for commit in frame["commit"]})
         hours = sum(frame["seconds_total"].sum() for frame in frames) / 3600
+        edges = self.edges()
         seeds = [format_range(found) for found in (protocol.seeds, protocol.tuning.seeds)]
         missing = [("Runs are missing in", "; ".join(self.incomplete))] if self.incomplete else []
         return [
@@ -271,10 +271,33 @@ class BenchmarkResults:
             ("Runs", f"{sum(map(len, frames)):,} reported, {sum(map(len, trials)):,} for tuning"),
             ("Time of the reported runs", f"{hours:.1f} hours, with one thread each"),
             ("Commits", ", ".join(f"`{commit}`" for commit in commits)),
+            *([("Chosen at the end of the values to try", "; ".join(edges))] if edges else []),
+        ]
+
+    def edges(self) -> list[str]:
+        """Return the chosen values of widened settings beyond which no value was tried."""
+        wider = {
+            **self.benchmark.protocol.tuning.wider_settings,
+            RATE: self.benchmark.protocol.tuning.wider,
+            FINAL_RATE: self.benchmark.protocol.tuning.wider,
+        }
+        return [
+            f"{federation.title}, {row_title(row, self.names)}: {tuned.key} {tuned.chosen:g}"
+            for name, federation in self.benchmark.federations.items()
+            if federation.tuned_as is None
+            for row, choice in self.choices(name).items()
+            for tuned in choice.tuned
+            if tuned.key in wider and tuned.chosen in (wider[tuned.key][0], wider[tuned.key][-1])
         ]
 
     def write(self) -> None:
-        """Write `results.md` and its pictures to the archive."""
+        """Write `results.md` and its pictures to the archive.
+
+        Raises:
+            UserError: If the folder of the archive does not exist.
+        """
+        if not self.archive.is_dir():
+            raise UserError(f"{self.archive}: folder not found; choose the archive of a benchmark")
         # Imported here because loading matplotlib is slow.
         from hetero_fl.reporting.benchmark.plots import draw_costs, draw_effects, draw_ranks
         from hetero_fl.reporting.plots import style
@@ -319,6 +342,7 @@ class BenchmarkResults:
         differences = self.best_row_differences()
         return render(
             "benchmark.md",
+            explained=(self.archive / "README.md").exists(),
             facts=self.facts(),
             primary=primary_table(tests, primary.method) if tests else "",
             num_tests=len(primary.federations) * len(primary.against),

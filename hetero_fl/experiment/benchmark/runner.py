@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
-from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
+from hetero_fl.experiment.benchmark.archive import (
+    PUBLISHED,
+    ConfigArchive,
+    RowConfig,
+    RunArchive,
+    archive_folder,
+)
 from hetero_fl.experiment.benchmark.protocol import Benchmark, BenchmarkRow
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
-from hetero_fl.experiment.benchmark.tuning import Trial, choice_of
+from hetero_fl.experiment.benchmark.tuning import Trial, choices_of
 from hetero_fl.experiment.comparison.jobs import (
     KILLED,
     ComparisonJob,
@@ -24,7 +32,6 @@ from hetero_fl.experiment.comparison.jobs import (
     run_folder,
     run_jobs,
 )
-from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.reporting.comparison.report import comparison_row
@@ -33,7 +40,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.reporting.summary import mean_validation_score, validation_score
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.environment import available_cores, current_commit
+from hetero_fl.utils.environment import available_cores, current_commit, processor_name
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.processes import exit_if_importing
@@ -46,11 +53,11 @@ VALIDATION_COLUMNS = ("validation_score", "validation_local", "validation_global
 
 
 def benchmark(
-    folder: str | Path = "configs/benchmark",
+    folder: str | Path = PUBLISHED,
     names: Sequence[str] = (),
     *,
     out: str | Path = "runs/benchmark",
-    archive: str | Path = "docs/benchmark",
+    archive: str | Path | None = None,
     jobs: int | None = None,
     quiet: bool | None = None,
     allow_code: bool | CodePermission = False,
@@ -64,7 +71,8 @@ def benchmark(
         folder: Folder with `protocol.yaml` and one file for each federation.
         names: Names of the federations to run. If empty, all federations are run.
         out: Folder of the run directories and the log.
-        archive: Folder of the archive: for each federation, `<name>.csv` with the reported runs,
+        archive: Folder of the archive, which is only optional for the published benchmark
+            (`docs/benchmark`): for each federation, `<name>.csv` with the reported runs,
             `<name>_tuning.csv` with the tuning runs and `<name>_configs.json` with the
             configuration of each row; `results.md` with tables and plots of all federations.
         jobs: Number of runs at a time. If None, one run per core, with one thread each.
@@ -81,6 +89,7 @@ def benchmark(
     exit_if_importing()
     check_extra("compare", ["pandas", "scipy"], "benchmark")
     plan = Benchmark.load(Path(folder))
+    archive = archive_folder(folder, archive)
     out = Path(out)
     with lock_folder(out) as lock_notes, Progress(out / "log.txt", quiet) as progress:
         (out / PAUSE).unlink(missing_ok=True)
@@ -89,7 +98,7 @@ def benchmark(
         runner = _Runner(
             plan,
             out,
-            Path(archive),
+            archive,
             jobs=jobs or available_cores(),
             progress=progress,
             permission=CodePermission.from_argument(allow_code),
@@ -191,24 +200,16 @@ class _Runner:
         current = {}
         for row in source.rows:
             with _name_row(name, row.name):
-                config = load_config(
-                    source.config, [*source.overrides, *row.variant.overrides], self.permission
+                current[row.name] = RowConfig.resolve(
+                    source.config, source.overrides, row, self.permission
                 )
-            current[row.name] = flatten_config(config)
         configs.update(current)
-        tuned_as = self.plan.federations[name].tuned_as
-        trials = RunArchive(self.archive / f"{tuned_as or name}_tuning.csv")
-        if tuned_as is None:
-            self._tune(source, configs, trials)
-        choices = {
-            row.name: choice_of(row, self.plan.protocol.tuning, trials) for row in source.rows
-        }
-        for row_name, choice in choices.items():
-            if choice.remaining:
-                raise UserError(
-                    f"{name}: {row_name} has no tuned settings; "
-                    f"run `hetero-fl benchmark {tuned_as}`"
-                )
+        federation = self.plan.federations[name]
+        if federation.tuned_as is not None:
+            self._check_tuned(name, federation.tuned_as)
+        if federation.tuned_as is None or federation.retuned:
+            self._tune(source, configs)
+        choices = choices_of(self.plan, name, self.archive)
         work = [
             (row, choices[row.name].settings, seed)
             for seed in self.plan.protocol.seeds
@@ -224,19 +225,34 @@ class _Runner:
         task = prepare(config, overrides, allow_code=self.permission).federation.task
         return _Source(name, config, overrides, self.plan.rows_of(name), task)
 
-    def _tune(self, source: _Source, configs: ConfigArchive, trials: RunArchive) -> None:
+    def _check_tuned(self, name: str, tuned_as: str) -> None:
+        """Raise UserError if another federation has no tuned settings for a row of this one."""
+        others = choices_of(self.plan, tuned_as, self.archive)
+        for row in self.plan.rows_of(name):
+            if row.name not in others or others[row.name].remaining:
+                raise UserError(
+                    f"{name}: {row.name} has no tuned settings; "
+                    f"run `hetero-fl benchmark {tuned_as}`"
+                )
+
+    def _tune(self, source: _Source, configs: ConfigArchive) -> None:
         """Run trials until the settings of all rows are chosen.
 
         Raises:
             RunFailedError: If the process of a trial was killed.
         """
+        trials = RunArchive(self.archive / f"{source.name}_tuning.csv")
+        seeds = self.plan.protocol.tuning.seeds
         while True:
-            work = []
             for row in source.rows:
                 _drop_outdated(row, configs, trials)
-                remaining = choice_of(row, self.plan.protocol.tuning, trials).remaining
-                seeds = self.plan.protocol.tuning.seeds
-                work += [(row, trial, seed) for seed in seeds for trial in remaining]
+            choices = choices_of(self.plan, source.name, self.archive)
+            work = [
+                (row, trial, seed)
+                for row in source.rows
+                for seed in seeds
+                for trial in choices[row.name].remaining
+            ]
             if not work:
                 return
             self._execute(source, work, configs, trials, is_tuning=True)
@@ -342,6 +358,8 @@ class _Runner:
             "parallel_runs": self.jobs,
             "failed_updates": sum(len(record["failed"]) for record in run.metrics),
             "clients": _client_scores(run.summary),
+            "torch": torch.__version__,
+            "processor": processor_name(),
         }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from hetero_fl.experiment.benchmark.archive import RunArchive
-from hetero_fl.experiment.benchmark.protocol import BenchmarkRow, Tuning
+from hetero_fl.experiment.benchmark.protocol import Benchmark, BenchmarkRow, Tuning
 
 Trial = dict[str, Any]
 """Settings to try, keyed by setting."""
@@ -76,12 +77,52 @@ def next_trials(row: BenchmarkRow, tuning: Tuning, scores: Mapping[str, float]) 
     """
     settings: Trial = dict.fromkeys(tuning.keys, tuning.learning_rates[0])
     settings |= {key: values[0] for key, values in row.tuned.items()}
-    grids: list[tuple[str, Sequence[str], Sequence[Any], Sequence[Any]]] = [
-        (RATE, tuning.keys, tuning.learning_rates, tuning.wider)
-    ]
+    grids = [_Grid(RATE, tuning.keys, tuning.learning_rates, tuning.wider)]
     for key, values in row.tuned.items():
-        grids.append((key, [key], values, tuning.wider_settings.get(key, ())))
-    grids.append((FINAL_RATE, tuning.keys, (), tuning.wider))
+        grids.append(_Grid(key, [key], values, tuning.wider_settings.get(key, ())))
+    grids.append(_Grid(FINAL_RATE, tuning.keys, (), tuning.wider))
+    return _choose(row, settings, grids, scores)
+
+
+def next_retuning_trials(
+    row: BenchmarkRow,
+    chosen: TunedSettings,
+    retuned: Mapping[str, Sequence[Any]],
+    scores: Mapping[str, float],
+) -> TunedSettings:
+    """Choose some settings of a row again, at the other settings of another federation.
+
+    Args:
+        row: The row.
+        chosen: The settings that were chosen in the other federation.
+        retuned: Values to try, keyed by setting, in order.
+        scores: Mean validation score of finished trials, as in `next_trials`.
+    """
+    settings = chosen.settings | {key: values[0] for key, values in retuned.items()}
+    grids = [_Grid(key, [key], values, ()) for key, values in retuned.items()]
+    return _choose(row, settings, grids, scores)
+
+
+class _Grid(NamedTuple):
+    """Values to try for one setting.
+
+    Attributes:
+        name: Name of the setting in `TunedKey`.
+        keys: The keys that are set to the value.
+        values: The values that are tried first. If empty, the value chosen before.
+        wider: Further values, in ascending order.
+    """
+
+    name: str
+    keys: Sequence[str]
+    values: Sequence[Any]
+    wider: Sequence[Any]
+
+
+def _choose(
+    row: BenchmarkRow, settings: Trial, grids: Sequence[_Grid], scores: Mapping[str, float]
+) -> TunedSettings:
+    """Choose settings one after the other, starting with the given settings."""
     tuned: list[TunedKey] = []
     for name, keys, first_values, wider in grids:
         values = list(first_values) or [settings[keys[0]]]
@@ -119,14 +160,35 @@ def _neighbor(tried: Sequence[Any], best: Any, wider: Sequence[Any]) -> Any:
     return next((value for value in neighbors if value not in tried), None)
 
 
-def choice_of(row: BenchmarkRow, tuning: Tuning, trials: RunArchive) -> TunedSettings:
-    """Choose the settings of a row from its archived trials.
+def choices_of(benchmark: Benchmark, name: str, archive: Path) -> dict[str, TunedSettings]:
+    """Choose the settings of the rows of a federation from its archived trials.
 
     Args:
-        row: The row.
-        tuning: How settings are chosen.
-        trials: Archive of the tuning runs of a federation.
+        benchmark: The benchmark.
+        name: Name of the federation.
+        archive: Folder of the archive.
+
+    Returns:
+        The settings, keyed by name of the row. If another federation is tuned for this one and is
+        incomplete, its remaining trials.
     """
+    federation = benchmark.federations[name]
+    seeds = benchmark.protocol.tuning.seeds
+    trials = RunArchive(archive / f"{federation.tuned_as or name}_tuning.csv")
+    own_trials = RunArchive(archive / f"{name}_tuning.csv")
+    choices = {}
+    for row in benchmark.rows_of(name):
+        choice = next_trials(row, benchmark.protocol.tuning, _mean_scores(row, seeds, trials))
+        retuned = federation.retuned.get(row.name)
+        if retuned and not choice.remaining:
+            scores = _mean_scores(row, seeds, own_trials)
+            choice = next_retuning_trials(row, choice, retuned, scores)
+        choices[row.name] = choice
+    return choices
+
+
+def _mean_scores(row: BenchmarkRow, seeds: Sequence[int], trials: RunArchive) -> dict[str, float]:
+    """Return the mean validation scores of the trials of a row that have run with all seeds."""
     scores: dict[str, list[float]] = {}
     for archived in trials.rows.values():
         if (archived["method"], archived["components"]) == (row.method, row.components):
@@ -134,9 +196,8 @@ def choice_of(row: BenchmarkRow, tuning: Tuning, trials: RunArchive) -> TunedSet
             scores.setdefault(archived["settings"], []).append(
                 float(text) if text else float("-inf")
             )
-    complete = {
+    return {
         settings: sum(values) / len(values)
         for settings, values in scores.items()
-        if len(values) >= len(tuning.seeds)
+        if len(values) >= len(seeds)
     }
-    return next_trials(row, tuning, complete)

@@ -16,9 +16,9 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     ),
     # Secure aggregation
     CompatibilityRule(
-        ("channel.secure_sum.neighbours", "clients.per_round"),
+        ("channel.secure_sum.neighbors", "clients.per_round"),
         lambda run: run.needed_neighbors(),
-        "channel.secure_sum.neighbours: {run.secure_sum.neighbours} may reveal uploads if a fifth "
+        "channel.secure_sum.neighbors: {run.secure_sum.neighbors} may reveal uploads if a fifth "
         "of all clients collude with the server; use {found} or more",
     ),
     CompatibilityRule(

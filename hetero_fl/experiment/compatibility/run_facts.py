@@ -155,10 +155,10 @@ class RunFacts(UploadFacts):
 
         The result is None if enough neighbors are configured.
         """
-        if self.secure_sum is None or self.secure_sum.neighbours is None:
+        if self.secure_sum is None or self.secure_sum.neighbors is None:
             return None
         needed = num_neighbors(self.cohort, self.secure_sum.min_survivors(self.cohort))
-        return needed if self.secure_sum.neighbours < needed else None
+        return needed if self.secure_sum.neighbors < needed else None
 
     def trains_before_evaluation(self) -> bool:
         """Return whether clients train on private rows before an evaluation of the models."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,8 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"marker": "D"},
 )
 """Markers of the kinds of settings, in the order of their first points."""
+TITLE_WIDTH = 28
+"""Maximum number of characters of a panel's title on one line."""
 
 
 def draw_costs(
@@ -107,7 +110,7 @@ def draw_costs(
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, fontsize=8)
+        axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8)
     _label_grid(figure, x_label, y_label)
     dot: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4.5}
     handles = [
@@ -146,7 +149,7 @@ def draw_effects(
             )
             axes.plot(*effect.before, "o", color=color, markerfacecolor="white", markersize=4.5)
             axes.plot(*effect.after, "o", color=color, markersize=4.5)
-        axes.set_title(title, fontsize=8)
+        axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8)
     _label_grid(figure, x_label, y_label)
     handles = [Line2D([], [], color=colors[name], marker="o", label=name) for name in methods]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(methods), fontsize=7.5)

@@ -45,11 +45,12 @@ class FederationScores:
         return cls(name, title, frame)
 
     def with_seeds(self, seeds: Collection[int]) -> FederationScores:
-        """Return the scores of the rows that have a run with each of the given seeds."""
-        complete = self.frame.groupby(["method", "components"])["seed"].transform(
+        """Return the runs with the given seeds of the rows that have a run with each seed."""
+        frame = self.frame[self.frame["seed"].isin(list(seeds))]
+        complete = frame.groupby(["method", "components"])["seed"].transform(
             lambda found: set(seeds) <= set(found)
         )
-        return replace(self, frame=self.frame[complete.astype(bool)])
+        return replace(self, frame=frame[complete.astype(bool)])
 
     def without_runs(self) -> FederationScores:
         """Return an empty copy."""

@@ -86,14 +86,22 @@ def difference_table(differences: Mapping[tuple[str, str, str], PairedDifference
     """Format differences between rows, with intervals and without tests.
 
     Args:
-        differences: The differences, keyed by the titles of the federation and the two rows.
+        differences: The differences, keyed by the titles of the federation and the two rows. If the
+            first row is always the same, the header names it.
     """
+    own = {row for _, row, _ in differences}
+    names = ["Row", "Against"] if len(own) > 1 else [f"{own.pop()} against"]
     lines = [
-        [*titles, _points(found.mean), f"[{_points(found.low)}, {_points(found.high)}]"]
-        for titles, found in differences.items()
+        [
+            federation,
+            *(rows if len(names) > 1 else rows[1:]),
+            _points(found.mean),
+            f"[{_points(found.low)}, {_points(found.high)}]",
+        ]
+        for (federation, *rows), found in differences.items()
     ]
-    header = ["Federation", "Row", "Against", "Difference", "95% interval"]
-    return markdown_table(header, lines, ("left", "left", "left", "right", "right"))
+    header = ["Federation", *names, "Difference", "95% interval"]
+    return markdown_table(header, lines, ("left", *("left" for _ in names), "right", "right"))
 
 
 def _verdict(test: PrimaryTest) -> str:

@@ -78,7 +78,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         for place, test in enumerate(present):
             offset = 0.2 * (place - (len(present) - 1) / 2)
             _draw_scores(axes, rows, shown, test=test, metric=metric, offset=offset)
-        axes.set_title(textwrap.fill(capitalize_first(metric_name(metric, task.unit)), 12))
+        axes.set_title(_wrap_title(capitalize_first(metric_name(metric, task.unit))))
     _bars(
         exchanged,
         [
@@ -115,13 +115,19 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     # The vertical labels of the requirements leave space for a legend at the top.
     handles = _handles(rows, shown, present)
     if any(len(alternatives) > 1 for need in needs for alternatives in need):
-        label = "hollow: one of these is needed"
+        label = "needs one of these"
         handles.append(Line2D([], [], markerfacecolor="white", label=label, **DOT))
     if needed:
         figure.legend(handles=handles, loc="upper left", ncols=2)
     else:
         figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
+
+
+def _wrap_title(title: str) -> str:
+    """Wrap the title of a panel, with longer lines if the title would be higher than the legend."""
+    lines = textwrap.wrap(title, 12)
+    return "\n".join(lines if len(lines) < 3 else textwrap.wrap(title, 17))
 
 
 def _wrap_name(label: str) -> str:

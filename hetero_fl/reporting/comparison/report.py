@@ -15,6 +15,7 @@ from hetero_fl.reporting.comparison import plots
 from hetero_fl.reporting.comparison.differences import make_difference_table
 from hetero_fl.reporting.comparison.facts import Row, UsedSettings, compared_methods, gather_facts
 from hetero_fl.reporting.comparison.result import DIFFERENCES
+from hetero_fl.reporting.comparison.significance import MIN_SEEDS
 from hetero_fl.reporting.comparison.tables import (
     BELOW,
     Candidate,
@@ -29,6 +30,7 @@ from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run_directory import RunDirectory
 
+DIFFERENCES_NOTE = f"Paired differences with p-values need at least {MIN_SEEDS} seeds."
 NEEDS_NOTE = (
     "Single uploads: the server must see each client's upload, "
     "so neither secure aggregation nor homomorphic encryption is possible."
@@ -121,6 +123,7 @@ def write_comparison(
         "about": known,
         "tables": (last, selected),
         "differences": differences,
+        "differences_note": "" if differences or len(shown.all_labels) < 2 else DIFFERENCES_NOTE,
         "grid": make_tuning_table(tried, task),
         "settings": settings,
         "methods": describe_methods(shown.all_labels),

@@ -71,7 +71,7 @@ def test_random_dropouts_of_twenty_clients() -> None:
 
 def test_sparse_graph_gives_the_same_sum_or_none() -> None:
     party, draw, sums = (
-        Party(16, neighbours=8, threshold=0.6),
+        Party(16, neighbors=8, threshold=0.6),
         random.Random(stream_key("sparse")),
         0,
     )
@@ -95,7 +95,7 @@ def test_isolated_client_is_dropped(
 ) -> None:
     """Remove both neighbors of client 3 in a circle of eight, so it cannot be unmasked."""
     monkeypatch.setattr(random.SystemRandom, "shuffle", lambda self, circle: None)
-    party = Party(8, neighbours=2, threshold=0.51)
+    party = Party(8, neighbors=2, threshold=0.51)
     summed = party.run_round({"site_2": "shares", "site_4": "shares"})
     assert summed.clients == ["site_1", "site_5", "site_6", "site_7", "site_8"]
     assert summed.dropouts["site_3"] == "too few of its neighbors are left"

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.experiment.benchmark.archive import ConfigArchive, RunArchive, flatten_config
+from hetero_fl.experiment.benchmark.archive import (
+    ConfigArchive,
+    RowConfig,
+    RunArchive,
+    flatten_config,
+)
+from hetero_fl.experiment.benchmark.protocol import BenchmarkRow
 from hetero_fl.experiment.configuration import load_config
 
 KEY = {"method": "fedavg", "components": "all", "settings": "a=1", "seed": 3}
@@ -36,27 +42,52 @@ def test_rows_are_ordered_and_removed_by_their_keys(tmp_path: Path) -> None:
     assert [row["seed"] for row in RunArchive(archive.path).rows.values()] == ["0", "1"]
 
 
-def configs(**changes: Any) -> dict[str, dict[str, Any]]:
+def configs(**changes: Any) -> dict[str, RowConfig]:
     base = flatten_config(load_config({**SOURCE, **changes}))
-    return {"fedavg/none": base, "fedavg/all": {**base, "algorithm.mu": 1.0}}
+    return {
+        "fedavg/none": RowConfig(base, base),
+        "fedavg/all": RowConfig({**base, "algorithm.mu": 1.0}, base),
+    }
+
+
+def values_of(configs: dict[str, RowConfig]) -> dict[str, dict[str, Any]]:
+    return {row: config.values for row, config in configs.items()}
+
+
+def with_key(configs: dict[str, RowConfig], value: int) -> dict[str, RowConfig]:
+    """Return the configurations with a new key, which has the default 7."""
+    return {
+        row: RowConfig({**config.values, "data.new": value}, {**config.defaults, "data.new": 7})
+        for row, config in configs.items()
+    }
 
 
 def test_recorded_configurations_are_read_without_loss(tmp_path: Path) -> None:
     archive = ConfigArchive(tmp_path / "configs.json")
     archive.update(configs())
-    assert ConfigArchive(archive.path).configs == configs()
+    assert ConfigArchive(archive.path).configs == values_of(configs())
     assert archive.outdated(configs()) == {}
 
 
-def test_a_changed_default_is_found_and_a_new_key_is_not(tmp_path: Path) -> None:
+def test_a_new_key_is_found_if_the_row_sets_it(tmp_path: Path) -> None:
     archive = ConfigArchive(tmp_path / "configs.json")
     archive.update(configs())
     before = archive.hash_of("fedavg/all", "a=1")
-    newer = {row: {**config, "data.new_key": 7} for row, config in configs().items()}
-    archive.update(newer)
-    assert archive.outdated(newer) == {}
-    assert archive.hash_of("fedavg/all", "a=1") == before, "a new key does not change results"
+    archive.update(with_key(configs(), 7))
+    assert archive.outdated(with_key(configs(), 7)) == {}
+    assert archive.hash_of("fedavg/all", "a=1") == before, "a default does not change results"
 
+    (reason,) = set(archive.outdated(with_key(configs(), 8)).values())
+    assert reason == "data.new: 7 in the archive, 8 now"
+    archive.update(with_key(configs(), 8))
+    assert archive.outdated(with_key(configs(), 8)) == {}
+    assert archive.hash_of("fedavg/all", "a=1") != before
+
+
+def test_a_changed_default_is_found(tmp_path: Path) -> None:
+    archive = ConfigArchive(tmp_path / "configs.json")
+    archive.update(configs())
+    before = archive.hash_of("fedavg/all", "a=1")
     changed = configs(clients={"count": 2, "defaults": {"batch_size": 8}})
     (reason,) = set(archive.outdated(changed).values())
     assert reason == "clients.defaults.batch_size: 32 in the archive, 8 now"
@@ -65,11 +96,21 @@ def test_a_changed_default_is_found_and_a_new_key_is_not(tmp_path: Path) -> None
     assert archive.hash_of("fedavg/all", "a=1") != before
 
 
+def test_the_defaults_of_a_row_are_those_of_its_method() -> None:
+    row = BenchmarkRow(
+        method="fedprox", components="all", settings=["mu=0.5", "logit_adjustment=true"]
+    )
+    config = RowConfig.resolve(SOURCE, ["rounds=3"], row)
+    assert config.values["rounds"] == config.defaults["rounds"] == 3
+    differing = {key for key in config.values if config.values[key] != config.defaults.get(key)}
+    assert differing == {"algorithm.mu", "clients.defaults.logit_adjustment"}
+
+
 def test_a_removed_key_is_outdated(tmp_path: Path) -> None:
     archive = ConfigArchive(tmp_path / "configs.json")
     archive.update(configs())
     fewer = {
-        row: {key: value for key, value in config.items() if key != "rounds"}
+        row: RowConfig({k: v for k, v in config.values.items() if k != "rounds"}, config.defaults)
         for row, config in configs().items()
     }
     assert archive.outdated(fewer)["fedavg/none"] == "rounds: 2 in the archive, None now"

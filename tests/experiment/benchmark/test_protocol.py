@@ -69,23 +69,51 @@ def changed(path: str, value: Any) -> Any:
         (
             changed("primary.federations", ["frist"]),
             {},
-            r"primary.federations: frist; did you mean 'first'?",
+            "primary.federations: unknown federation 'frist'; did you mean 'first'?",
+        ),
+        (
+            changed("primary.metric", "global_last_acuracy"),
+            {},
+            "unknown column 'global_last_acuracy'; did you mean 'global_last_accuracy'?",
+        ),
+        (
+            changed("primary.components", "noen"),
+            {},
+            "primary.method: first has no row 'fedavg/noen'; did you mean 'fedavg/none'?",
+        ),
+        (
+            changed("primary.against", ["fedmd"]),
+            {},
+            "primary.against: first has no row 'fedmd/none'",
         ),
         (PROTOCOL, {"first": {**FEDERATION, "row": []}}, "first.yaml: row: unknown key"),
         (
             PROTOCOL,
             {"first": {**FEDERATION, "rows": ["fedavg/al"]}},
-            "first.yaml: rows: fedavg/al; did you mean 'fedavg/all'?",
+            "first.yaml: rows: unknown row 'fedavg/al'; did you mean 'fedavg/all'?",
         ),
         (
             PROTOCOL,
             {"first": {**FEDERATION, "left_out": {"fedprox": "slow"}}},
-            "first.yaml: left_out: fedprox",
+            "first.yaml: left_out: unknown row 'fedprox'; choose from",
         ),
         (
             PROTOCOL,
             {"first": {**FEDERATION, "tuned_as": "second"}},
-            "first.yaml: tuned_as: second",
+            "first.yaml: tuned_as: unknown federation 'second'",
+        ),
+        (
+            PROTOCOL,
+            {"first": {**FEDERATION, "retuned": {"local/none": {"seed": [1]}}}},
+            "first.yaml: retuned: requires tuned_as, the federation to start from",
+        ),
+        (
+            PROTOCOL,
+            {
+                "first": FEDERATION,
+                "second": {**FEDERATION, "tuned_as": "first", "retuned": {"local/al": {}}},
+            },
+            "second.yaml: retuned: unknown row 'local/al'",
         ),
         (
             PROTOCOL,
@@ -115,10 +143,10 @@ def test_a_folder_without_protocol_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_are_selected_by_method_or_by_method_and_components(tmp_path: Path) -> None:
-    first = {**FEDERATION, "rows": ["local", "fedavg/all"]}
+    first = {**FEDERATION, "rows": ["local", "fedavg/none"]}
     second = {**FEDERATION, "left_out": {"fedavg": "too slow"}, "tuned_as": "first"}
     plan = Benchmark.load(write(tmp_path, first=first, second=second))
-    assert [row.name for row in plan.rows_of("first")] == ["local/none", "fedavg/all"]
+    assert [row.name for row in plan.rows_of("first")] == ["local/none", "fedavg/none"]
     assert [row.name for row in plan.rows_of("second")] == ["local/none"]
     assert plan.select(["second"]) == ["first", "second"], "settings are tuned first"
     with pytest.raises(UserError, match=r"unknown federation 'secnod'; did you mean 'second'\?"):

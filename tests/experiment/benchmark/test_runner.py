@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.experiment.benchmark import runner
+from hetero_fl.experiment.benchmark import repetition, runner
 from hetero_fl.experiment.benchmark.archive import RunArchive
+from hetero_fl.experiment.benchmark.repetition import repeat_row, repetition_table
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.benchmark.runner import PAUSE, benchmark, pause_benchmark
 from hetero_fl.experiment.comparison.jobs import KILLED, ComparisonJob, run_job
@@ -37,7 +39,7 @@ PROTOCOL: dict[str, Any] = {
         "wider": [0.0001, 0.001, 0.01, 0.1, 1.0],
     },
     "rows": [
-        {"method": "local", "components": "none", "tuned": {"clients.defaults.epochs": [1, 2]}},
+        {"method": "local", "components": "all", "tuned": {"clients.defaults.epochs": [1, 2]}},
         {"method": "fedavg", "components": "all", "settings": ["logit_adjustment=true"]},
     ],
     "primary": {
@@ -86,25 +88,30 @@ class InProcess:
         base: list[str],
         work: Sequence[ComparisonJob],
         *_args: Any,
-        on_end: Callable[[ComparisonJob, str | None], None],
-        should_stop: Callable[[], bool],
+        on_end: Callable[[ComparisonJob, str | None], None] = lambda _job, _error: None,
+        should_stop: Callable[[], bool] = lambda: False,
         **_options: Any,
-    ) -> None:
+    ) -> dict[ComparisonJob, str]:
+        failed: dict[ComparisonJob, str] = {}
         for job in work:
             error = self.edit(job)
             if error is None:
                 run_job(source, [*base, *job.overrides], job.out)
+            else:
+                failed[job] = error
             self.jobs.append(job)
             on_end(job, error)
             if should_stop():
-                return
+                break
+        return failed
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     """Execute the runs of benchmarks in this process."""
     replacement = InProcess()
-    monkeypatch.setattr(runner, "run_jobs", replacement)
+    for module in (runner, repetition):
+        monkeypatch.setattr(module, "run_jobs", replacement)
     return replacement
 
 
@@ -139,6 +146,7 @@ def test_runs_are_tuned_archived_and_not_repeated(folder: Path, runs: InProcess)
             }
             assert ":".join(chosen) in scores, "the settings of a run were tried"
             assert row["commit"] and len(row["config_hash"]) == 12
+            assert row["torch"] == torch.__version__ and row["processor"]
             assert float(row["client_operations"]) > 0 and row["server_operations"] == "0"
             assert (float(row["up_bytes"]) > 0) == (row["method"] == "fedavg")
             assert 0 <= float(row["personal_last_accuracy_worst"]) <= 1
@@ -148,6 +156,67 @@ def test_runs_are_tuned_archived_and_not_repeated(folder: Path, runs: InProcess)
 
     start(folder)
     assert len(runs.jobs) == num_runs, "nothing is repeated"
+
+
+def repeat(folder: Path, federation: str, row: str, **options: Any) -> Any:
+    places = {"archive": folder.parent / "archive", "out": folder.parent / "out"}
+    return repeat_row(federation, row, folder, **places, **options, jobs=1, quiet=True)
+
+
+def test_a_row_can_be_repeated_with_its_tuned_settings(folder: Path, runs: InProcess) -> None:
+    archive = RunArchive(start(folder, "second") / "second.csv")
+    runs.jobs.clear()
+
+    scores = repeat(folder, "second", "local/all")
+
+    assert [job.seed for job in runs.jobs] == [0, 1]
+    for values in scores.values():
+        assert list(values) == [0, 1]
+        for archived, repeated in values.values():
+            assert repeated == pytest.approx(archived, abs=1e-6)
+    settings = {found["settings"] for key, found in archive.rows.items() if key[0] == "local"}
+    assert {":".join(job.point) for job in runs.jobs} == settings
+    repeat(folder, "second", "local/all")
+    assert len(runs.jobs) == 4, "finished runs are given to run_jobs again, which skips them"
+    longer = repeat(folder, "second", "local/all", overrides=["clients.defaults.epochs=7"])
+    assert {job.point[-1] for job in runs.jobs[4:]} == {"clients.defaults.epochs=7"}
+    losses = longer["global_last_loss"].values()
+    assert all(new != pytest.approx(archived) for archived, new in losses)
+
+    changed = {seed: (archived + 0.02, new) for seed, (archived, new) in values.items()}
+    changed[0] = changed[0][0] + 0.02, changed[0][1]
+    assert "| 3.0 | 4.0 |" in " ".join(
+        repetition_table({"global_last_balanced_accuracy": changed}).split()
+    )
+
+
+def test_results_of_another_benchmark_do_not_overwrite_the_published_archive(
+    folder: Path, runs: InProcess
+) -> None:
+    with pytest.raises(UserError, match=r"files: requires a folder for its results \(--archive"):
+        benchmark(folder, ["first"], out=folder.parent / "out")
+    with pytest.raises(UserError, match="requires a folder for its results"):
+        repeat_row("first", "local/all", folder)
+    assert main(["benchmark", "--folder", str(folder), "--tables"]) == 2
+    assert main(["benchmark", "--folder", str(folder), "--archive", "no", "--tables"]) == 2
+    assert not runs.jobs
+
+
+def test_rows_without_archived_runs_cannot_be_repeated(folder: Path, runs: InProcess) -> None:
+    start(folder, "first")
+    runs.jobs.clear()
+    with pytest.raises(UserError, match=r"unknown federation 'frst'; did you mean 'first'"):
+        repeat(folder, "frst", "local/all")
+    with pytest.raises(UserError, match=r"first: unknown row 'local/al'.*local/all"):
+        repeat(folder, "first", "local/al")
+    with pytest.raises(UserError, match=r"first: local/all: .*archive has no run with seed 7"):
+        repeat(folder, "first", "local/all", seeds=[7])
+    with pytest.raises(UserError, match=r"second: fedavg/all: .*archive has no run with seed 0"):
+        repeat(folder, "second", "fedavg/all")
+    assert not runs.jobs
+    runs.edit = lambda job: "out of memory" if job.seed else None
+    with pytest.raises(RunFailedError, match=r"1 run failed\nlocal.* seed 1: out of memory"):
+        repeat(folder, "first", "local/all")
 
 
 def test_archived_scores_are_those_of_the_run(
@@ -298,7 +367,9 @@ def test_pause_waits_until_the_benchmark_has_ended(tmp_path: Path) -> None:
 def test_invalid_rows_are_named_before_any_run(
     folder: Path, runs: InProcess, rows: list[dict[str, Any]], words: str
 ) -> None:
-    write(folder, {**PROTOCOL, "rows": rows})
+    against = {"method": "local", "components": "all"}
+    primary = {**PROTOCOL["primary"], "method": rows[0]["method"]}
+    write(folder, {**PROTOCOL, "rows": [against, *rows], "primary": primary})
     with pytest.raises(UserError, match=words) as caught:
         start(folder, "first")
     assert "\n" not in str(caught.value)
@@ -307,12 +378,35 @@ def test_invalid_rows_are_named_before_any_run(
 
 def test_missing_settings_of_another_federation_are_named(folder: Path, runs: InProcess) -> None:
     write(folder, PROTOCOL)
-    second = {**SECOND, "rows": ["local"]}
+    third = {**SECOND, "title": "Third", "tuned_as": "second"}
+    second = {**FIRST, "rows": ["fedavg"]}
+    for name, content in {"second": second, "third": third}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(UserError, match="third: local/all has no tuned settings"):
+        start(folder, "third")
+
+
+def test_settings_can_be_tuned_again_in_a_variant(folder: Path, runs: InProcess) -> None:
+    second = {**SECOND, "retuned": {"local/all": {"clients.defaults.epochs": [3, 4]}}}
     (folder / "second.yaml").write_text(yaml.safe_dump(second), encoding="utf-8")
-    first = {**FIRST, "rows": ["fedavg"]}
-    (folder / "first.yaml").write_text(yaml.safe_dump(first), encoding="utf-8")
-    with pytest.raises(UserError, match="second: local/none has no tuned settings"):
-        start(folder, "second")
+    archive = start(folder, "second")
+
+    trials = list(RunArchive(archive / "second_tuning.csv").rows.values())
+    assert {(trial["method"], trial["seed"]) for trial in trials} == {("local", "5")}
+    (base,) = {
+        row["settings"]
+        for row in RunArchive(archive / "first.csv").rows.values()
+        if row["method"] == "local"
+    }
+    rate = base.rpartition(":")[0]
+    assert [trial["settings"] for trial in trials] == [
+        f"{rate}:clients.defaults.epochs={epochs}" for epochs in (3, 4)
+    ]
+    best = max(trials, key=lambda trial: float(trial["validation_score"]))
+    rows = RunArchive(archive / "second.csv").rows
+    assert {key[2] for key in rows if key[0] == "local"} == {best["settings"]}
+    tuned = BenchmarkResults(folder, archive).choices("second")["local", "all"].tuned
+    assert [key.key for key in tuned] == ["clients.defaults.epochs"]
 
 
 @pytest.mark.slow

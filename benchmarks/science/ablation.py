@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Leave out one component of Hybrid at a time, in federations of the benchmark.
+
+    python -m benchmarks ablation [--federations digits,sensors] [--seeds 630,631]
+
+Repeats the archived runs of Hybrid with components (docs/benchmark) with the same tuned settings,
+but without one component. The table contains the difference from the archived runs with all
+components, in points of balanced accuracy on the global test, with a 95% interval from paired runs.
+Interrupted commands continue. Run the command on the machine of the archive.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.common import add_quick
+from benchmarks.science.thresholds import METRIC, ROOT
+from hetero_fl.experiment.benchmark.repetition import repeat_row
+from hetero_fl.experiment.benchmark.results import BenchmarkResults
+from hetero_fl.reporting.comparison.significance import PairedDifference, paired_difference
+from hetero_fl.reporting.rendering import markdown_table
+
+ROW = "hybrid/all"
+CHANGES = {
+    "logit-adjusted loss": "algorithm.logit_adjustment=false",
+    "contrast-weighted consensus": "algorithm.teacher=mean",
+    "alignment": "algorithm.align=0",
+    "recalibrated statistics": "algorithm.recalibrate=[]",
+    "replay at the clients": "algorithm.replay_weight=0",
+    "fine-tuning before local tests": "algorithm.fine_tune_epochs=0",
+}
+"""The changes that leave out a component, keyed by its name."""
+
+
+def cell(difference: PairedDifference | None) -> str:
+    """Format a difference in points with its interval."""
+    if difference is None:
+        return "–"
+    mean, low, high = (
+        f"{100 * value:+.1f}".replace("-", "−")
+        for value in (difference.mean, difference.low, difference.high)
+    )
+    return f"{mean} [{low}, {high}]"
+
+
+def main() -> None:
+    """Print a table with a row for each component."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--federations",
+        default="digits,fashion_dirichlet,fashion_classes,sensors",
+        help="names in configs/benchmark (%(default)s)",
+    )
+    parser.add_argument("--seeds", help="seeds of the archived runs, separated by commas (all)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablation"), help="folder of the runs"
+    )
+    add_quick(parser)
+    options = parser.parse_args()
+    names = options.federations.split(",")
+    seeds = [int(seed) for seed in (options.seeds or "").split(",") if seed] or None
+    changes, extra = CHANGES, []
+    if options.quick:
+        names, seeds, extra = names[:1], [630], ["rounds=1"]
+        changes = dict([*CHANGES.items()][:1])
+    benchmark = BenchmarkResults(
+        ROOT / "configs" / "benchmark", ROOT / "docs" / "benchmark"
+    ).benchmark
+    rows = []
+    for component, change in changes.items():
+        cells = []
+        for name in names:
+            scores = repeat_row(
+                name, ROW, out=options.out, seeds=seeds, overrides=[change, *extra], quiet=True
+            )[METRIC]
+            changed = {seed: new for seed, (_, new) in scores.items()}
+            archived = {seed: old for seed, (old, _) in scores.items()}
+            cells.append(cell(paired_difference(changed, archived)))
+        rows.append([component, *cells])
+    titles = [benchmark.federations[name].title for name in names]
+    print(markdown_table(["Left out", *titles], rows, ["left", *["right"] * len(titles)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -30,9 +30,9 @@ def small(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--seeds", ","], "--seeds: expected integers such as 0,1,2, got ','"),
-        (["--seeds", "0,x"], "--seeds: expected integers such as 0,1,2, got '0,x'"),
-        (["--seeds", "0,-1"], "--seeds: expected integers such as 0,1,2, got '0,-1'"),
+        (["--seeds", ","], "--seeds: expected integers >= 0, such as 0,1,2, got ','"),
+        (["--seeds", "0,x"], "--seeds: expected integers >= 0, such as 0,1,2, got '0,x'"),
+        (["--seeds", "0,-1"], "--seeds: expected integers >= 0, such as 0,1,2, got '0,-1'"),
         (
             ["--algorithms", ","],
             "--algorithms: expected one or more; choose from all, fedasync, fedbuff",

@@ -71,7 +71,7 @@ def test_compare_refuses_runs_with_other_settings(
     Path("out/runs/fedavg-clients.defaults.epochs=2-seed0/mine.txt").write_text("")
     assert main([*finished_flags, "--algorithms", "local,fedavg"], command="compare") == 2
     assert (
-        "epochs=2-seed0: already exists; choose another folder, or set resume"
+        "epochs=2-seed0: already exists; choose another folder, or resume the run"
         in capsys.readouterr().err
     )
     with lock_folder(Path("out")):

@@ -36,7 +36,7 @@ def test_each_benchmark_can_be_imported() -> None:
 def test_command_refuses_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "nothing"])
 
-    with pytest.raises(SystemExit, match="no benchmark 'nothing'; choose from against_commit, "):
+    with pytest.raises(SystemExit, match="no benchmark 'nothing'; choose from ablation, "):
         main()
 
 

@@ -39,7 +39,7 @@ def test_run_directory_round_trip(tmp_path: Path) -> None:
 
 def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="already exists; choose another folder, or set resume"):
+    with pytest.raises(UserError, match="already exists; choose another folder, or resume the run"):
         create(tmp_path)
     with pytest.raises(UserError, match="already exists"):
         create(tmp_path / "notes.txt")

@@ -292,7 +292,10 @@ def test_is_clearly_better_requires_more_than_both_deviations() -> None:
     ("arguments", "message"),
     [
         (["--model", "cnn_gn_smal"], "cnn_gn_smal"),
-        (["--patients", "10,many"], "--patients: expected integers such as 0,1,2, got '10,many'"),
+        (
+            ["--patients", "10,many"],
+            "--patients: expected integers >= 0, such as 0,1,2, got '10,many'",
+        ),
         (["--patients", "1"], "--patients: expected integers >= 2"),
         (["--patients", "5000"], "must be <= 500, the number of labeled training examples"),
         (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),

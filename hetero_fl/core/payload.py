@@ -442,7 +442,9 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
         or not isinstance(weight, int | float)
         or not 0 <= weight <= MAX_MAGNITUDE
     ):
-        raise PayloadError(f"item {name!r}: expected a weight from 0 to {MAX_MAGNITUDE:g}")
+        raise PayloadError(
+            f"item {name!r}: expected a weight from 0 to {MAX_MAGNITUDE:g}, got {weight!r}"
+        )
     else:
         weight = float(weight)
     return Item(values, weight, kind), largest

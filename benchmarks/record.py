@@ -32,10 +32,13 @@ def header(command: list[str]) -> str:
     """Return the lines above an archived output: the command, the commit and the machine.
 
     Args:
-        command: Name and options of the benchmark, or a command of hetero-fl. Folders of files are
-            left out.
+        command: Name and options of the benchmark, or a command of hetero-fl. Of files and absolute
+            paths, only the last part is shown.
     """
-    shown = [Path(part).name if Path(part).is_file() else part for part in command]
+    shown = [
+        Path(part).name if Path(part).is_file() or Path(part).is_absolute() else part
+        for part in command
+    ]
     machine = f"{cores()} cores, {processor_name()}, Python {platform.python_version()}"
     prefix = [] if command[0] == COMMAND_LINE else ["python", "-m", "benchmarks"]
     call = f"$ {shlex.join([*prefix, *shown])}"

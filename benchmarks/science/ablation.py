@@ -16,8 +16,10 @@ from pathlib import Path
 
 from benchmarks.common import add_quick
 from benchmarks.science.thresholds import METRIC, ROOT
+from hetero_fl.experiment.benchmark.archive import PUBLISHED
+from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.repetition import repeat_row
-from hetero_fl.experiment.benchmark.results import BenchmarkResults
+from hetero_fl.reporting.benchmark.tables import format_points
 from hetero_fl.reporting.comparison.significance import PairedDifference, paired_difference
 from hetero_fl.reporting.rendering import markdown_table
 
@@ -37,11 +39,8 @@ def cell(difference: PairedDifference | None) -> str:
     """Format a difference in points with its interval."""
     if difference is None:
         return "–"
-    mean, low, high = (
-        f"{100 * value:+.1f}".replace("-", "−")
-        for value in (difference.mean, difference.low, difference.high)
-    )
-    return f"{mean} [{low}, {high}]"
+    low, high = format_points(difference.low), format_points(difference.high)
+    return f"{format_points(difference.mean)} [{low}, {high}]"
 
 
 def main() -> None:
@@ -66,9 +65,7 @@ def main() -> None:
     if options.quick:
         names, seeds, extra = names[:1], [630], ["rounds=1"]
         changes = dict([*CHANGES.items()][:1])
-    benchmark = BenchmarkResults(
-        ROOT / "configs" / "benchmark", ROOT / "docs" / "benchmark"
-    ).benchmark
+    benchmark = Benchmark.load(ROOT / PUBLISHED)
     rows = []
     for component, change in changes.items():
         cells = []

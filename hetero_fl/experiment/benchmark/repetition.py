@@ -19,7 +19,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores
-from hetero_fl.utils.errors import RunFailedError, UserError, suggest_or_list
+from hetero_fl.utils.errors import RunFailedError, UserError, check_names
 from hetero_fl.utils.processes import exit_if_importing
 from hetero_fl.utils.text import pluralize, split_top_level
 
@@ -72,9 +72,7 @@ def repeat_row(
     archive = archive_folder(folder, archive)
     benchmark.select([federation])
     rows = {each.name: each for each in benchmark.rows_of(federation)}
-    if row not in rows:
-        hint = suggest_or_list(row, rows)
-        raise UserError(f"{federation}: unknown row '{row}'{hint}")
+    check_names([row], rows, f"{federation}: unknown row")
     method = rows[row]
     archived = {
         int(found["seed"]): found

@@ -68,8 +68,8 @@ def primary_table(tests: Sequence[PrimaryTest], method: str) -> str:
         [
             test.federation,
             algorithm_name(test.other),
-            _points(test.difference.mean),
-            f"[{_points(test.difference.low)}, {_points(test.difference.high)}]",
+            format_points(test.difference.mean),
+            f"[{format_points(test.difference.low)}, {format_points(test.difference.high)}]",
             format_p(test.difference.p),
             format_p(test.p_holm),
             _verdict(test),
@@ -95,8 +95,8 @@ def difference_table(differences: Mapping[tuple[str, str, str], PairedDifference
         [
             federation,
             *(rows if len(names) > 1 else rows[1:]),
-            _points(found.mean),
-            f"[{_points(found.low)}, {_points(found.high)}]",
+            format_points(found.mean),
+            f"[{format_points(found.low)}, {format_points(found.high)}]",
         ]
         for (federation, *rows), found in differences.items()
     ]
@@ -110,7 +110,8 @@ def _verdict(test: PrimaryTest) -> str:
     return "ahead" if test.difference.mean > 0 else "behind"
 
 
-def _points(value: float) -> str:
+def format_points(value: float) -> str:
+    """Format a difference of fractions in percentage points, with its sign."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 

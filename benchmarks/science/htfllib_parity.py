@@ -9,8 +9,8 @@ settings are those of configs/studies/htfllib.yaml, which repeats the settings o
 `total.sh`. With `--htfllib`, HtFLlib runs on the same folders with the same settings.
 
 The output of a run goes to `OUT/hetero_fl/METHOD-FOLDER-SEED.out` or to
-`OUT/htfllib/METHOD-FOLDER.out`, with the lines that HtFLlib prints. Finished runs with the same
-settings are not repeated. Outputs of HtFLlib from another machine can be placed in `OUT/htfllib`.
+`OUT/HtFLlib/METHOD-FOLDER.out`, with the lines that HtFLlib prints. Finished runs with the same
+settings are not repeated. Outputs of HtFLlib from another machine can be placed in `OUT/HtFLlib`.
 The table lists the accuracy over all local test rows: the best and the last round, mean ± standard
 deviation over folders and seeds.
 """
@@ -18,6 +18,7 @@ deviation over folders and seeds.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -91,11 +92,13 @@ class Split:
         path: The folder.
         test_rows: Number of test rows of each client, in natural order of the clients.
         classes: Number of classes.
+        digest: Hash of the files of the clients.
     """
 
     path: Path
     test_rows: tuple[int, ...]
     classes: int
+    digest: str
 
     @classmethod
     def read(cls, path: Path) -> Split:
@@ -110,7 +113,11 @@ class Split:
         if test is None or test.group is None or set(test.group_names) != set(clients):
             raise UserError(f"--data: {path}: expected training and test rows of each client")
         counts = dict(zip(test.group_names, test.group.bincount().tolist(), strict=True))
-        return cls(path, tuple(counts[name] for name in clients), dataset.task.outputs)
+        digest = hashlib.sha256()
+        for file in sorted(path.glob("*/*.npz")):
+            digest.update(file.read_bytes())
+        test_rows = tuple(counts[name] for name in clients)
+        return cls(path, test_rows, dataset.task.outputs, digest.hexdigest()[:16])
 
 
 @dataclass(frozen=True)
@@ -127,9 +134,10 @@ class Setting:
     family: str
     out: Path
 
-    def header(self, *more: str) -> str:
-        """Return the first line of an output, which identifies the settings of the run."""
-        return " ".join(["#", f"family={self.family}", f"rounds={self.rounds}", *more])
+    def header(self, split: Split, *more: str) -> str:
+        """Return the first line of an output, which identifies the split and the settings."""
+        common = [f"split={split.digest}", f"family={self.family}", f"rounds={self.rounds}"]
+        return " ".join(["#", *common, *more])
 
 
 def format_round(round_idx: int, accuracies: Sequence[float], rows: Sequence[int]) -> str:
@@ -183,7 +191,7 @@ def run_ours(method: Method, split: Split, seed: int, setting: Setting) -> None:
         setting: Common settings.
     """
     path = our_output(method, split, seed, setting)
-    header = setting.header(method.label, f"seed={seed}")
+    header = setting.header(split, method.label, f"seed={seed}")
     if is_finished(path, header):
         return
     models = FAMILIES[setting.family]
@@ -237,7 +245,7 @@ def run_theirs(method: Method, split: Split, setting: Setting, checkout: Path) -
     options = f"{COMMON} -algo {method.name} {method.options}".split()
     options += ["-nc", str(len(split.test_rows)), "-ncl", str(split.classes)]
     options += ["-gr", str(setting.rounds), "-data", "split"]
-    header = setting.header(*options)
+    header = setting.header(split, *options)
     if is_finished(path, header):
         return
     module = "benchmarks.science.htfllib_reference"
@@ -327,7 +335,7 @@ def print_ends(program: str, name: str, figures: Figures) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line, and exit with one line if a folder cannot be used."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -346,7 +354,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/htfllib_parity"), help="folder of the outputs"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if len({path.resolve().name for path in options.data}) < len(options.data):
+        sys.exit("--data: two folders have the same name, which names the outputs; rename one")
+    if options.htfllib is not None and not (options.htfllib / "system" / "flcore").is_dir():
+        sys.exit(f"--htfllib: {options.htfllib}: folder 'system/flcore' not found")
+    return options
 
 
 def select_methods(names: str | None) -> list[Method]:
@@ -369,14 +382,14 @@ def main() -> None:
     setting = Setting(options.rounds, options.family, options.out)
     try:
         splits = [Split.read(path) for path in options.data]
+        for split in splits:
+            for method in methods:
+                for seed in seeds:
+                    run_ours(method, split, seed, setting)
+                if options.htfllib is not None:
+                    run_theirs(method, split, setting, options.htfllib)
     except UserError as error:
         sys.exit(str(error))
-    for split in splits:
-        for method in methods:
-            for seed in seeds:
-                run_ours(method, split, seed, setting)
-            if options.htfllib is not None:
-                run_theirs(method, split, setting, options.htfllib)
     rows: dict[str, tuple[Figures, Figures | None]] = {}
     for method in methods:
         ours = [our_output(method, split, seed, setting) for split in splits for seed in seeds]

@@ -185,11 +185,32 @@ def test_outputs_of_other_settings_are_not_used(tmp_path: Path) -> None:
     assert not parity.is_finished(tmp_path / "b.out", "# rounds=2")
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_outputs_of_other_files_of_the_same_name_are_not_used(split: Path, tmp_path: Path) -> None:
+    setting = parity.Setting(1, "digits", tmp_path)
+    same, other = tmp_path / "same" / split.name, tmp_path / "other" / split.name
+    write_split(same, clients=4, alpha=0.5, seed=0)
+    write_split(other, clients=4, alpha=0.5, seed=1)
+
+    first, again, changed = (setting.header(parity.Split.read(f)) for f in (split, same, other))
+
+    assert first == again != changed
+
+
+def test_mistakes_are_one_line(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"folder '.*none' not found"):
         parity.Split.read(tmp_path / "none")
     with pytest.raises(SystemExit, match="--methods: unknown method 'fedproto'; choose from Local"):
         parity.select_methods("fedproto")
+    for options, words in (
+        ([str(tmp_path / split.name)], "--data: two folders have the same name"),
+        (["--htfllib", str(tmp_path)], "--htfllib: .*: folder 'system/flcore' not found"),
+        (["--rounds", "0"], "rounds: must be > 0, got 0"),
+    ):
+        monkeypatch.setattr("sys.argv", ["htfllib_parity", "--data", str(split), *options])
+        with pytest.raises(SystemExit, match=words):
+            parity.main()
 
 
 @pytest.mark.slow

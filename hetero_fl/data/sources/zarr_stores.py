@@ -51,7 +51,7 @@ def read_zarr(path: Path, config: SourceConfig) -> Dataset:
         if f"{prefix}_images" in found
     }
     if "train" not in raw:
-        listed = ", ".join(sorted(arrays)) or "no arrays"
+        listed = ", ".join(sorted(arrays)) or "no array of the layout"
         raise UserError(f"{where}: array 'train_images' not found; the store has {listed}")
     task, notes = task_of_labels([y for _, y in raw.values()], where, None, config.task)
     splits = {}

@@ -97,24 +97,26 @@ def encrypt(context: tenseal.Context, words: Words, noise_bits: int) -> np.ndarr
     return np.frombuffer(bytearray(b"".join(rows)), np.uint8).reshape(len(rows), -1)
 
 
-def decrypt(context: tenseal.Context, rows: np.ndarray, length: int) -> Words:
+def decrypt(context: tenseal.Context, rows: np.ndarray, length: int, noise_bits: int) -> Words:
     """Decrypt a vector of integers, or a sum of such vectors.
 
     Args:
         context: Parameters with the secret key.
         rows: The encoded ciphertexts, as returned by `encrypt`.
         length: Length of the vector.
+        noise_bits: Number of binary digits below 1 that contain the noise, as in `encrypt`.
 
     Returns:
         The integers modulo 2^64, shape `[length]`.
 
     Raises:
-        PayloadError: If a ciphertext is malformed.
+        PayloadError: If a ciphertext is malformed, or a value is larger than any sum. With another
+            key, values are random, and nearly all of them are larger.
     """
     blocks = [np.array(_load_ciphertext(context, row).decrypt()) for row in rows]
     rounded = np.rint(np.concatenate(blocks)[:length])
-    # With another key, the decrypted values are random and exceed 64-bit integers or are not exact.
-    if not np.abs(rounded).max(initial=0.0) < 2.0**62:
+    # `HomomorphicConfig.max_fraction_bits` limits sums to a quarter of the modulus.
+    if not np.abs(rounded).max(initial=0.0) < 2.0 ** (PRIME_BITS[0] - 2 - noise_bits):
         raise PayloadError("the sum cannot be decrypted with this key")
     return rounded.astype(np.int64).view(np.uint64)
 

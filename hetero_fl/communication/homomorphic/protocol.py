@@ -199,11 +199,12 @@ class HomomorphicEncryption(RoundProtocol):
             positions = request["clients"].tolist()
             if not all(0 <= at < len(self.agreed.client_ids) for at in positions):
                 raise PayloadError("clients: positions outside the federation")
+            words = ckks.decrypt(self.key.context, request["sum"], layout.size, self.noise_bits)
             state = self.agreed.aggregate(
                 unseal_state(request["state"].tobytes(), self.key),
                 DecryptedSum(
                     [self.agreed.client_ids[at] for at in positions],
-                    self.fixed.decode(ckks.decrypt(self.key.context, request["sum"], layout.size)),
+                    self.fixed.decode(words),
                     2.0 ** int(request["unit"][0]),
                 ),
                 round_idx,

@@ -528,11 +528,13 @@ def concatenate_examples(parts: Sequence[Examples]) -> Examples:
 def without_metadata(dataset: Dataset) -> Dataset:
     """Return the data set without the metadata of its examples. Tensors are not copied."""
     parts = {name: replace(part, metadata={}) for name, part in dataset.splits().items()}
+    local = {name: replace(part, metadata={}) for name, part in dataset.local_sets.items()}
     return replace(
         dataset,
         train=parts["train"],
         validation=parts.get("validation"),
         test=parts.get("test"),
+        local_sets=local,
     )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hetero_fl.config.data import registered_partition_kinds
 from hetero_fl.data import Dataset, make_images
+from hetero_fl.data.partition import registry
 from tests.helpers.file_server import serve
 
 
@@ -42,3 +44,12 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     folder.mkdir()
     with serve(folder) as address:
         yield address, folder
+
+
+@pytest.fixture
+def registering(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Remove the kinds of partition that a test registers."""
+    monkeypatch.setattr(registry, "_partitions", dict(registry._partitions))
+    before = set(registered_partition_kinds)
+    yield
+    registered_partition_kinds.intersection_update(before)

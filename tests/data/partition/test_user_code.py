@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,6 @@ def test_partition_can_be_a_function(own: Callable[[str], list[torch.Tensor]]) -
         assert str(refused.value).startswith("data.partition.kind: ") and words in str(
             refused.value
         )
-
-
-@pytest.fixture
-def registering(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove the kinds that a test registers."""
-    monkeypatch.setattr(registry, "_partitions", dict(registry._partitions))
-    before = set(registered_partition_kinds)
-    yield
-    registered_partition_kinds.intersection_update(before)
 
 
 def visits(rows: int = 120) -> Dataset:

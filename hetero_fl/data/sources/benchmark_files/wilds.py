@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLITS = ("train", "val", "test", "id_val", "id_test")
 """Splits of WILDS. Those whose names start with `id_` have the same sites as `train`."""
@@ -42,13 +47,15 @@ class WildsRows:
         splits: Name of the split of each row.
         group: Name of the site of each row.
         patient: Name of the patient of each row. If None, the rows do not identify patients.
+        metadata: All columns of `metadata.csv` as arrays `[N]`, keyed by name.
     """
 
     files: Sequence[Path]
     labels: Tensor
     splits: Sequence[str]
     group: Sequence[str]
-    patient: Sequence[str] | None = None
+    patient: Sequence[str] | None
+    metadata: Mapping[str, np.ndarray]
 
 
 @register_source("camelyon17", keys=("path", "group", "patient", "size", "stream", "splits"))
@@ -63,7 +70,7 @@ def camelyon17(config: SourceConfig, _root: Path) -> Dataset:
     place = ("patient", "node", "x_coord", "y_coord")
     group = config.group or "center"
     owner = config.patient or "patient"
-    columns = _read_metadata(path, (*place, "tumor", "center", "split", group, owner))
+    frame, columns = _read_metadata(path, (*place, "tumor", "center", "split", group, owner))
     files = [
         path
         / f"patches/patient_{patient}_node_{node}"
@@ -86,7 +93,7 @@ def camelyon17(config: SourceConfig, _root: Path) -> Dataset:
         for center, number in zip(columns["center"], columns["split"], strict=True)
     ]
     labels = _labels(columns["tumor"], path / "metadata.csv", "tumor")
-    rows = WildsRows(files, labels, splits, columns[group], columns[owner])
+    rows = WildsRows(files, labels, splits, columns[group], columns[owner], _metadata_arrays(frame))
     return _make_dataset("camelyon17", TUMOR, rows, path, config)
 
 
@@ -103,12 +110,13 @@ def iwildcam(config: SourceConfig, _root: Path) -> Dataset:
     group = config.group or "location_remapped"
     owner = () if config.patient is None else (config.patient,)
     fallback = {} if config.group else {"location_remapped": "location"}
-    columns = _read_metadata(path, ("filename", "y", "split", group, *owner), fallback)
+    frame, columns = _read_metadata(path, ("filename", "y", "split", group, *owner), fallback)
     _check_splits(columns["split"], SPLITS, SPLITS, f"path: {path / 'metadata.csv'}")
     files = [path / "train" / name for name in columns["filename"]]
     labels = _labels(columns["y"], path / "metadata.csv", "y")
     patient = None if config.patient is None else columns[config.patient]
-    rows = WildsRows(files, labels, columns["split"], columns[group], patient)
+    metadata = _metadata_arrays(frame)
+    rows = WildsRows(files, labels, columns["split"], columns[group], patient, metadata)
     names = _read_class_names(path / "categories.csv")
     task = Task("multiclass", len(names) or number_of_classes([labels]), names)
     return _make_dataset("iwildcam", task, rows, path, config)
@@ -128,7 +136,7 @@ def _read_class_names(file: Path) -> tuple[str, ...]:
     """
     if not file.exists():
         return ()
-    columns = _read_columns(file, ("y", "name"))
+    _, columns = _read_columns(file, ("y", "name"))
     numbers = _labels(columns["y"], file, "y").tolist()
     names: dict[int, str] = {}
     for row, (y, name) in enumerate(zip(numbers, columns["name"], strict=True)):
@@ -146,16 +154,16 @@ def _read_class_names(file: Path) -> tuple[str, ...]:
 
 def _read_metadata(
     path: Path, names: Sequence[str], fallback: Mapping[str, str] | None = None
-) -> dict[str, list[str]]:
-    """Read columns of `metadata.csv` in a folder as text (see `_read_columns`)."""
+) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+    """Read `metadata.csv` and columns of it in a folder as text (see `_read_columns`)."""
     check_folder(path)
     return _read_columns(path / "metadata.csv", names, fallback)
 
 
 def _read_columns(
     file: Path, names: Sequence[str], fallback: Mapping[str, str] | None = None
-) -> dict[str, list[str]]:
-    """Read columns of a `.csv` file as text.
+) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+    """Read a `.csv` file and columns of it as text.
 
     Args:
         file: The file.
@@ -163,7 +171,7 @@ def _read_columns(
         fallback: Columns to read instead of columns that do not exist, keyed by the latter.
 
     Returns:
-        The values of each column, keyed by the entries of `names`.
+        The table, and the values of each column, keyed by the entries of `names`.
 
     Raises:
         UserError: If the file cannot be read, a column is missing or a cell is empty.
@@ -178,10 +186,19 @@ def _read_columns(
     check_names(present.values(), frame.columns, f"path: {file}: column", " not found")
     if len(frame) == 0:
         raise UserError(f"path: {file}: has no rows")
-    return {
+    columns = {
         name: parse_names(frame[column], f"path: {file}").tolist()
         for name, column in present.items()
     }
+    return frame, columns
+
+
+def _metadata_arrays(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return the columns of a table as arrays, keyed by name."""
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.table_columns import metadata_array
+
+    return {name: metadata_array(frame[name]) for name in frame.columns}
 
 
 def _labels(values: Sequence[str], file: Path, column: str) -> Tensor:
@@ -251,7 +268,8 @@ def _make_dataset(
     for split, chosen in selected.items():
         x = images[begin : begin + len(chosen)]
         begin += len(chosen)
-        part = Examples(x, rows.labels[chosen], group[chosen], group_names)
+        metadata = {name: values[chosen.numpy()] for name, values in rows.metadata.items()}
+        part = Examples(x, rows.labels[chosen], group[chosen], group_names, metadata=metadata)
         if patient is not None:
             part = replace(part, patient=patient[chosen], patient_names=patient_names)
         # The sites of the common sets are not clients.

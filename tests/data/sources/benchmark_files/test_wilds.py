@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import hetero_fl
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.data import Dataset, load_source
+from hetero_fl.data import Dataset, PartitionContext, load_source, register_partition
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
@@ -283,3 +285,35 @@ def test_any_metadata_gives_one_line(rows: list[list[str]], name: str, tmp_path:
         load(tmp_path, {"a": "iwildcam", "b": "camelyon17"}[name])
 
     assert "\n" not in str(caught.value) and str(caught.value).startswith("data.")
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_camelyon17, "camelyon17"), (write_iwildcam, "iwildcam")]
+)
+def test_every_column_of_the_metadata_is_kept(
+    tmp_path: Path, write: Callable[[Path], Path], name: str
+) -> None:
+    path = write(tmp_path)
+    dataset = load(path, name, splits="pooled", size=12)
+    lines = (path / "metadata.csv").read_text().splitlines()
+    header, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
+
+    assert len(dataset.train.metadata) == len(header)
+    for column, values in zip(header, zip(*rows, strict=True), strict=True):
+        if column:
+            found = [str(value).zfill(len(values[0])) for value in dataset.train.metadata[column]]
+            assert found == [value.zfill(len(values[0])) for value in values], column
+
+
+def test_own_partition_sees_the_metadata(tmp_path: Path, registering: None) -> None:
+    path = write_camelyon17(tmp_path)
+
+    @register_partition("by_slide")
+    def by_slide(context: PartitionContext) -> list[np.ndarray]:
+        return [np.flatnonzero(context.columns["slide"] % 2 == parity) for parity in (0, 1)]
+
+    config = hetero_fl.Partition(kind="by_slide", min_size=4)
+    even, odd = hetero_fl.split(load(path), 2, config, model="lenet")
+
+    for client, parity in ((even, 0), (odd, 1)):
+        assert set(client.data.train.metadata["slide"] % 2) == {parity}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,14 @@ class ZarrReader:
         path: Folder of the store.
         name: Name of the array.
         array: The array, uint8 `[N, H, W]` or `[N, H, W, C]`.
+        key: Configuration key of the path in error messages.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, path: Path, name: str, array: Any) -> None:
+    def __init__(self, path: Path, name: str, array: Any, key: str) -> None:
         self._path = path
+        self._key = key
         self._name = name
         self._array = array
         self._length = int(array.shape[0])
@@ -106,7 +109,7 @@ class ZarrReader:
 
     def read(self, rows: np.ndarray) -> Tensor:
         """Read images (see `RowReader.read`)."""
-        place = f"data.path: {self._path}"
+        place = f"{self._key}: {self._path}"
         # zarr returns the fill value for chunks that do not exist.
         if not (self._path / self._name).is_dir():
             raise UserError(f"{place}: array '{self._name}' not found")
@@ -145,7 +148,23 @@ def _read(array: Any, where: str, rows: np.ndarray | None = None) -> np.ndarray:
         return np.asarray(array[...] if rows is None else array[rows])
     except Exception as error:
         # Damaged chunks raise the errors of many codecs.
+        _wait_for_chunks()
         raise UserError(f"{where}: not readable ({type(error).__name__}: {error})") from error
+
+
+def _wait_for_chunks() -> None:
+    """Wait until zarr has read the other chunks of an array, of which one is damaged.
+
+    Otherwise, the interpreter may exit before, and asyncio then prints many lines.
+    """
+    # Imported here because zarr is optional.
+    from zarr.core.sync import sync
+
+    async def wait() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+    sync(wait())
 
 
 def _stored_images(path: Path, name: str, array: Any, stream: StreamConfig | None) -> StoredRows:
@@ -156,4 +175,6 @@ def _stored_images(path: Path, name: str, array: Any, stream: StreamConfig | Non
         raise UserError(f"{where}: expected images as uint8, got {array.dtype}")
     if array.ndim not in (3, 4) or 0 in shape[1:] or (array.ndim == 4 and shape[-1] > MAX_CHANNELS):
         raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
-    return StoredRows(ZarrReader(path, name, array), stream)
+    # Streamed rows are read after the data set is loaded, which adds the section to the key.
+    key = "path" if stream is None else "data.path"
+    return StoredRows(ZarrReader(path, name, array, key), stream)

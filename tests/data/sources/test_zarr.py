@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,4 +153,31 @@ def test_damaged_store_is_read_or_named_in_one_line(tmp_path: Path, data: st.Dat
     try:
         read_all(load(store).train.x)
     except UserError as error:
-        assert "\n" not in str(error) and "set.zarr" in str(error)
+        assert "\n" not in str(error)
+        assert re.match(r"data\.path: .*set\.zarr", str(error))
+
+
+@pytest.mark.slow
+def test_damaged_chunk_among_many_gives_one_line(tmp_path: Path) -> None:
+    store = tmp_path / "set.zarr"
+    group = zarr.open_group(str(store), mode="w")
+    images = np.arange(600 * 64).reshape(600, 8, 8).astype(np.uint8)
+    for name, values in (("train_images", images), ("train_labels", np.arange(600) % 2)):
+        array = group.create_array(
+            name, shape=values.shape, dtype=values.dtype, chunks=(6, *values.shape[1:])
+        )
+        array[...] = values
+    for chunk in range(10, 20):
+        (store / "train_images" / "c" / str(chunk) / "0" / "0").write_bytes(b"damaged")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"rounds: 1\ndata: {{name: zarr, path: {store}}}\n"
+        "clients: {count: 2, defaults: {model: lenet}}\nalgorithm: {name: fedavg}\n"
+    )
+
+    command = [sys.executable, "-m", "hetero_fl", "train", "--config", str(config), "--check"]
+    found = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+
+    assert found.returncode == 2
+    lines = found.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: data.path: {store}: train_images: not")

@@ -151,10 +151,16 @@ def test_check_of_a_million_clients_prints_representatives(
 def test_thousands_of_clients_require_shared_rows() -> None:
     with pytest.raises(
         UserError,
-        match=r"^data\.partition\.min_size: must be <= 0 for 576 training rows and 5000 clients, "
-        r"got 20; with data\.partition\.kind=drawn clients may share rows$",
+        match=r"^data\.partition: 576 training rows are too few for 5000 clients; use fewer "
+        r"clients, or data\.partition\.kind=drawn, with which clients may share rows$",
     ):
         prepare(many(clients=5000, data__partition={"kind": "iid"}))
+    with pytest.raises(
+        UserError,
+        match=r"^data\.partition\.min_size: must be <= 5 for 576 training rows and 100 clients, "
+        r"got 20; with data\.partition\.kind=drawn clients may share rows$",
+    ):
+        prepare(many(clients=100, data__partition={"kind": "iid"}))
 
 
 def test_every_evaluation_uses_the_same_clients() -> None:

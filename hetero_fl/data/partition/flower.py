@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROW = "hetero_fl_row"
 """Column with the row indices in the data set that a partitioner divides."""
+DIRICHLET = f"{FLOWER_PREFIX}DirichletPartitioner"
 INNER_DIRICHLET = f"{FLOWER_PREFIX}InnerDirichletPartitioner"
 _FILLED = ("num_partitions", "seed", "min_partition_size")
 """Arguments that are filled in if they are not set."""
@@ -178,4 +179,5 @@ def _one_line_errors(where: str) -> Iterator[None]:
     # The partitioners raise exceptions of many types.
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error, 200)}"
-        raise UserError(f"{where}: cannot partition the rows ({reason})") from error
+        advice = f"; {WHERE}.kind=dirichlet always ends" if where.endswith(DIRICHLET) else ""
+        raise UserError(f"{where}: cannot partition the rows ({reason}){advice}") from error

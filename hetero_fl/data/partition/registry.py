@@ -33,6 +33,7 @@ from hetero_fl.data.partition.user_code import (
     legacy_partition,
     takes_six_arguments,
 )
+from hetero_fl.data.splits.rows import MIN_TRAIN_ROWS
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -140,10 +141,15 @@ def partition_rows(
     """
     # The smallest group limits a natural partition, which names it.
     if config.min_size * len(sizes) > len(y) and config.kind != "natural":
+        most = len(y) // len(sizes)
+        if most < MIN_TRAIN_ROWS:
+            raise UserError(
+                f"{WHERE}: {len(y)} training rows are too few for {len(sizes)} clients; use fewer "
+                f"clients, or {WHERE}.kind=drawn, with which clients may share rows"
+            )
         raise UserError(
-            f"{WHERE}.min_size: must be <= {len(y) // len(sizes)} for {len(y)} training rows and "
-            f"{len(sizes)} clients, got {config.min_size}; with {WHERE}.kind=drawn clients may "
-            "share rows"
+            f"{WHERE}.min_size: must be <= {most} for {len(y)} training rows and {len(sizes)} "
+            f"clients, got {config.min_size}; with {WHERE}.kind=drawn clients may share rows"
         )
     if columns is None:
         plain = Examples(torch.empty(len(y), 0), y, group, patient=patient)

@@ -218,6 +218,11 @@ def test_run_from_a_configuration(tmp_path: Path) -> None:
         ("SizePartitioner", {"partition_sizes": [9, 9]}, "got 2 partitions for 4 clients"),
         ("SizePartitioner", {"partition_sizes": 3}, "ValueError: Partition sizes must be"),
         (
+            "DirichletPartitioner",
+            {"alpha": 0.01, "partition_by": "label", "min_partition_size": 15},
+            "data.partition.kind=dirichlet always ends",
+        ),
+        (
             "GroupedNaturalIdPartitioner",
             {"partition_by": "group", "group_size": 3},
             "got 3 partitions for 4 clients",

@@ -53,6 +53,7 @@ TABLES = {
         {
             "MAE, global test": "global_last_mae",
             "RMSE, global test": "global_last_rmse",
+            "R², global test": "global_last_r2",
             "MAE, local test": "personal_last_mae",
             "Worst vehicle, local test": "personal_last_mae_worst",
         },
@@ -219,8 +220,7 @@ def difference_table(table: ComparisonTable, archived: Callable[[str], Sequence[
 
 
 def _difference(rows: Sequence[Row], local: Mapping[int, Row], key: str) -> str:
-    is_error = _is_error(key)
-    scale, decimals = (1, 2) if is_error else (100, 1)
+    scale, decimals = (100, 1) if _is_share(key) else (1, 2)
     values = [
         scale * (row[key] - local[row["seed"]][key])
         for row in rows
@@ -229,7 +229,7 @@ def _difference(rows: Sequence[Row], local: Mapping[int, Row], key: str) -> str:
     if not values:
         return MISSING
     mean, low, high = (
-        f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "−")
+        f"{value:+.{decimals}f}".replace("-", "−")
         for value in (statistics.mean(values), min(values), max(values))
     )
     return f"{mean} ({low} to {high})"
@@ -249,34 +249,38 @@ def _runs_by_method(
     return runs
 
 
-def _is_error(key: str) -> bool:
-    """Return whether smaller values of the metric in a column of the archive are better."""
-    metric = key.partition(":")[0].partition("_last_")[2].removesuffix("_worst")
-    return metric in SMALLER_IS_BETTER
+def _metric(key: str) -> str:
+    """Return the metric in a column of the archive."""
+    return key.partition(":")[0].partition("_last_")[2].removesuffix("_worst")
+
+
+def _is_share(key: str) -> bool:
+    """Return whether the metric in a column of the archive is shown in percent."""
+    return _metric(key) not in SMALLER_IS_BETTER | {"r2"}
 
 
 def _column(runs: Mapping[str, Sequence[Row]], key: str) -> dict[str, str]:
     """Format the mean ± standard deviation of a metric for each method."""
-    is_error = _is_error(key)
-    scale = 1 if is_error else 100
+    is_share = _is_share(key)
+    scale = 100 if is_share else 1
     values = {
         label: [scale * row[key] for row in rows if row.get(key) is not None]
         for label, rows in runs.items()
     }
     means = {label: statistics.mean(found) for label, found in values.items() if found}
     ranked = {label: mean for label, mean in means.items() if not is_bound(label)}
-    best = (min if is_error else max)(ranked.values(), default=None)
-    cells = {label: _cell(found, is_error) for label, found in values.items()}
+    best = (min if _metric(key) in SMALLER_IS_BETTER else max)(ranked.values(), default=None)
+    cells = {label: _cell(found, is_share) for label, found in values.items()}
     return {
         label: f"**{cell}**" if ranked.get(label) == best and label in ranked else cell
         for label, cell in cells.items()
     }
 
 
-def _cell(values: Sequence[float], is_error: bool) -> str:
+def _cell(values: Sequence[float], is_share: bool) -> str:
     if not values:
         return MISSING
-    decimals = 2 if is_error and statistics.mean(values) < 100 else 1
+    decimals = 2 if not is_share and statistics.mean(values) < 100 else 1
     text = f"{statistics.mean(values):.{decimals}f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{decimals}f}"

@@ -110,18 +110,23 @@ def _group_tensors(items: Mapping[str, Item], max_parts: int) -> tuple[UploadedP
 
 def _parts(item_name: str, item: Item, depth: int) -> list[UploadedPart]:
     """Group the tensors of an item by the first `depth` levels of their names."""
-    grouped: dict[str, list[Tensor]] = {}
+    grouped: dict[str, dict[str, Tensor]] = {}
     for name, tensor in item.tensors.items():
         levels = name.split(".")
         prefix = name if len(levels) <= depth else "".join(f"{n}." for n in levels[:depth])
-        grouped.setdefault(prefix, []).append(tensor)
+        grouped.setdefault(prefix, {})[name] = tensor
     return [
         UploadedPart(
             item_name,
-            name if isinstance(item.values, Mapping) else "",
-            tuple(tuple(tensor.shape) for tensor in tensors),
-            sum(tensor.numel() for tensor in tensors),
-            sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            _part_name(prefix, tensors) if isinstance(item.values, Mapping) else "",
+            tuple(tuple(tensor.shape) for tensor in tensors.values()),
+            sum(tensor.numel() for tensor in tensors.values()),
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         )
-        for name, tensors in grouped.items()
+        for prefix, tensors in grouped.items()
     ]
+
+
+def _part_name(prefix: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the name of the only tensor of a part, or the common prefix of several."""
+    return prefix if len(tensors) > 1 else next(iter(tensors))

@@ -161,6 +161,15 @@ def test_incompatible_settings_are_refused(changes: dict[str, Any], words: str) 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("section", ["homomorphic", "secure_sum"])
+def test_coarse_rounding_is_noted(section: str) -> None:
+    words = f"channel.{section} rounds the values of clients to multiples of 4e-06; reduce"
+    for bits, is_noted in ((18, True), (19, False)):
+        changes = {f"channel__{section}": {"fraction_bits": bits}}
+        notes = prepare(config("fedavg", "mlp", **changes)).notes
+        assert any(note.startswith(words) for note in notes) == is_noted
+
+
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hetero_fl.communication.homomorphic.ckks.find_spec", lambda name: None)
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hetero_fl.cli import main
+from hetero_fl.core.payload import Item
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.upload_contents import UploadContent, upload_contents
+from hetero_fl.federation.upload_contents import UploadContent, _group_tensors, upload_contents
 
 
 def contents(max_parts: int = 10, **source: Any) -> list[UploadContent]:
@@ -48,6 +50,15 @@ def test_upload_contents_groups_tensors_by_layer(max_parts: int) -> None:
     ]
     for part in grouped.parts:
         assert part.name in ("", "backbone.", "head.") or part.name.count(".") > 0
+
+
+def test_single_tensor_of_a_part_keeps_its_name() -> None:
+    names = ("backbone.items.weight", "head.weight", "head.bias")
+    model = Item({name: torch.zeros(2) for name in names}, kind="params")
+
+    parts = _group_tensors({"model": model}, max_parts=2)
+
+    assert [part.name for part in parts] == ["backbone.items.weight", "head."]
 
 
 def test_upload_contents_differ_by_architecture_and_share() -> None:

@@ -16,6 +16,12 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     ),
     # Secure aggregation
     CompatibilityRule(
+        ("channel.secure_sum.range", "clients.per_round"),
+        lambda run: run.secure_sum and run.coarse_rounding(run.secure_sum),
+        "channel.secure_sum rounds the values of clients to multiples of {found:.1g}; reduce "
+        "channel.secure_sum.range, or increase channel.secure_sum.fraction_bits if it is set",
+    ),
+    CompatibilityRule(
         ("channel.secure_sum.neighbors", "clients.per_round"),
         lambda run: run.needed_neighbors(),
         "channel.secure_sum.neighbors: {run.secure_sum.neighbors} may reveal uploads if a fifth "
@@ -39,6 +45,12 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: run.homomorphic is not None,
         "channel.homomorphic: the server cannot read its models, so their scores are missing; "
         "clients evaluate the models that they decrypt",
+    ),
+    CompatibilityRule(
+        ("channel.homomorphic.range", "clients.per_round"),
+        lambda run: run.homomorphic and run.coarse_rounding(run.homomorphic),
+        "channel.homomorphic rounds the values of clients to multiples of {found:.1g}; reduce "
+        "channel.homomorphic.range, or increase channel.homomorphic.fraction_bits if it is set",
     ),
     # Methods
     CompatibilityRule(

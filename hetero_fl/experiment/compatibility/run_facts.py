@@ -20,6 +20,7 @@ from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_withou
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
 from hetero_fl.config.base import StalenessConfig
+from hetero_fl.config.communication import HomomorphicConfig, SecureAggregationConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.driver import run_plan, translate_user_errors
@@ -32,6 +33,9 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.text import format_list
 from model_zoo import is_batch_norm, model_options
+
+PRECISION_OF_MEANS = 1e-6
+"""Absolute error above which the rounding of sums is noted."""
 
 
 class RunFacts(UploadFacts):
@@ -159,6 +163,14 @@ class RunFacts(UploadFacts):
             return None
         needed = num_neighbors(self.cohort, self.secure_sum.min_survivors(self.cohort))
         return needed if self.secure_sum.neighbors < needed else None
+
+    def coarse_rounding(self, config: SecureAggregationConfig | HomomorphicConfig) -> float | None:
+        """Return the step to which clients round the values of a sum.
+
+        The result is None if the mean of clients with equal weights is exact to 1e-6.
+        """
+        step: float = 2.0 ** -config.num_fraction_bits(self.cohort)
+        return step if step > 2 * PRECISION_OF_MEANS else None
 
     def trains_before_evaluation(self) -> bool:
         """Return whether clients train on private rows before an evaluation of the models."""

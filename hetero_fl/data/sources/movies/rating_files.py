@@ -15,7 +15,7 @@ import numpy as np
 
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.sources.files import MARK, decode
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, one_line
 
 BLOCK = 1 << 23
 """Number of bytes that are read at once."""
@@ -94,7 +94,7 @@ class RatingFile:
             if self.header:
                 first = file.readline().decode("latin-1").strip()
                 if first != self.header:
-                    self.fail(1, f"expected '{self.header}', got '{first[:60]}'")
+                    self.fail(1, f"expected '{self.header}', got '{one_line(first, 60)}'")
                 line = 2
             while lines := file.readlines(BLOCK):
                 yield b"".join(lines).removesuffix(b"\n") + b"\n", line
@@ -215,7 +215,7 @@ class RatingFile:
         """Raise UserError for the first value that is not valid."""
         if (row := first_true(~valid)) is not None:
             text = data[field[0][row] : field[1][row]].tobytes().decode("utf-8", "replace")
-            self.fail(line[row], f"{expected}, got '{text[:40]}'")
+            self.fail(line[row], f"{expected}, got '{one_line(text, 40)}'")
 
 
 def _no_ratings() -> tuple[np.ndarray, ...]:

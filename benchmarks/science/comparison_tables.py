@@ -47,6 +47,15 @@ class ComparisonTable:
     first_column: str = "Method"
 
 
+LOSSES = {
+    **{
+        f"{method}:logit_adjustment=true": f"{algorithm_name(method)} + logit-adjusted loss"
+        for method in ("local", "fedavg", "fedmd")
+    },
+    "hybrid:logit_adjustment=false": "Hybrid without logit-adjusted loss",
+}
+"""Names of the methods with another loss than by default, keyed by label."""
+
 TABLES = {
     "driving_hetero": ComparisonTable(
         ("driving_hetero",),
@@ -78,6 +87,7 @@ TABLES = {
             "Hit rate@10, local test": "personal_last_hit_rate_10",
             "NDCG@10, local test": "personal_last_ndcg_10",
         },
+        LOSSES,
     ),
     "sensors_hetero": ComparisonTable(
         ("sensors_hetero",),
@@ -96,6 +106,7 @@ TABLES = {
             **LOCAL_ACCURACY,
             "Worst device, local test": "personal_last_accuracy_worst",
         },
+        LOSSES,
     ),
     "text_hetero": ComparisonTable(
         ("text_hetero",),

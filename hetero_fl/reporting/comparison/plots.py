@@ -44,7 +44,8 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     """Plot the scores, bytes, time and requirements of each method.
 
     Scores are from the last round and are shown as mean and standard deviation over seeds. Faint
-    points are single seeds. A dotted line marks the baseline. Bounds are below a dashed line.
+    points are single seeds. A score that is undefined in some seed of a method is left out. A
+    dotted line marks the baseline. Bounds are below a dashed line.
 
     Args:
         rows: One row for each run.
@@ -79,6 +80,8 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
             offset = 0.2 * (place - (len(present) - 1) / 2)
             _draw_scores(axes, rows, shown, test=test, metric=metric, offset=offset)
         axes.set_title(_wrap_title(capitalize_first(metric_name(metric, task.unit))))
+        axes.xaxis.set_major_locator(style.ticks(3))
+        axes.tick_params(axis="x", labelsize=8 if len(metrics) < 4 else 6.5)
     _bars(
         exchanged,
         [
@@ -102,7 +105,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     for axes in panels:
-        axes.title.set_fontsize(8.5)
+        axes.set_title(axes.get_title("left"), fontsize=8)
         axes.grid(axis="y", visible=False)
         for place in range(1, len(labels), 2):
             axes.axhspan(place - 0.5, place + 0.5, color=style.BAND, linewidth=0, zorder=0)
@@ -158,8 +161,8 @@ def _draw_scores(
     key = f"{test}_last_{metric}"
     color = style.TEST_COLORS[test]
     for place, label in enumerate(shown.all_labels):
-        values = [row[key] for row in _rows_of_label(rows, label) if row.get(key) is not None]
-        if not values:
+        values = [row.get(key) for row in _rows_of_label(rows, label)]
+        if None in values:
             continue
         mean = float(np.mean(values))
         if label == shown.baseline:
@@ -184,7 +187,6 @@ def _draw_scores(
             elinewidth=1.2,
             markerfacecolor="white" if label in shown.bounds else color,
         )
-    axes.xaxis.set_major_locator(style.ticks(3))
 
 
 def _bars(
@@ -198,7 +200,7 @@ def _bars(
         axes.annotate(
             text, (mean, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7
         )
-    axes.set_xlim(0, 2.3 * max(means) or 1)
+    axes.set_xlim(0, 2.5 * max(means) or 1)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
 

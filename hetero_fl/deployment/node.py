@@ -68,6 +68,7 @@ from hetero_fl.utils.errors import (
     suggest_or_list,
 )
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
+from hetero_fl.utils.text import pluralize
 
 MAX_THREADS = 1024
 # Name of the file in a run's folder that contains the site's model after the last round.
@@ -208,7 +209,10 @@ def begin_run(
         )
     check_config(config, site, clients[client])
     if site.data is None:
-        data = load_federated_data(config)
+        try:
+            data = load_federated_data(config)
+        except UserError as error:
+            raise UserError(f"{error}; to use the site's own data, set data in its file") from error
         if data.public_hash() != tree["public"]:
             raise RequestRefusedError(
                 "public sets: the sets of this site differ from the server's; use the same files"
@@ -420,8 +424,13 @@ class Node:
         fingerprint = joined.prepare(self.site, decode_body(envelope), self._check_upload)
         self.log(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
-            f"{joined.config.rounds} rounds"
+            f"{pluralize(joined.config.rounds, 'round')}"
         )
+        if self.site.data is None:
+            self.log(
+                "the site's file has no data: training on a part of the server's data "
+                f"({joined.data.name})"
+            )
         shared_key = joined.shared_key_name
         return message("ready", fingerprint=fingerprint, shared_key=shared_key)
 

@@ -102,6 +102,20 @@ def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> No
     )
     assert sites.lines.count("disconnected by the server") == 3
     assert not any(stop.is_set() for stop in sites.stops), "a node waits for the next run"
+    line = "the site's file has no data: training on a part of the server's data (digits)"
+    assert sites.lines.count(line) == 3
+
+
+def test_site_without_data_is_told_to_set_it(
+    sites: Sites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_config: Any) -> None:
+        raise UserError("data.path: file 'public.npz' not found")
+
+    monkeypatch.setattr("hetero_fl.deployment.node.load_federated_data", load)
+    words = "file 'public.npz' not found; to use the site's own data, set data in its file"
+    with pytest.raises(RunFailedError, match=words):
+        run_federation(config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG)
 
 
 def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock: Clock) -> None:

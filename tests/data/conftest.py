@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hetero_fl.config.data import registered_partition_kinds
+from hetero_fl.config.data import PARTITION_KINDS, registered_partition_kinds
 from hetero_fl.data import Dataset, make_images
 from hetero_fl.data.partition import registry
 from tests.helpers.file_server import serve
@@ -49,7 +49,11 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 @pytest.fixture
 def registering(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Remove the kinds of partition that a test registers."""
-    monkeypatch.setattr(registry, "_partitions", dict(registry._partitions))
+    # Examples of the documentation may have registered kinds of the same names.
+    own = {kind: p for kind, p in registry._partitions.items() if kind in PARTITION_KINDS}
+    monkeypatch.setattr(registry, "_partitions", own)
     before = set(registered_partition_kinds)
+    registered_partition_kinds.clear()
     yield
-    registered_partition_kinds.intersection_update(before)
+    registered_partition_kinds.clear()
+    registered_partition_kinds.update(before)

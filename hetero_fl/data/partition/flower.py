@@ -179,5 +179,5 @@ def _one_line_errors(where: str) -> Iterator[None]:
     # The partitioners raise exceptions of many types.
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error, 200)}"
-        advice = f"; {WHERE}.kind=dirichlet always ends" if where.endswith(DIRICHLET) else ""
+        advice = f"; {WHERE}.kind=dirichlet moves rows instead" if where.endswith(DIRICHLET) else ""
         raise UserError(f"{where}: cannot partition the rows ({reason}){advice}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,9 @@ def _read(array: Any, where: str, rows: np.ndarray | None = None) -> np.ndarray:
         raise UserError(f"{where}: not readable ({type(error).__name__}: {error})") from error
 
 
+_waiting = threading.Lock()
+
+
 def _wait_for_chunks() -> None:
     """Wait until zarr has read the other chunks of an array, of which one is damaged.
 
@@ -164,7 +168,9 @@ def _wait_for_chunks() -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
 
-    sync(wait())
+    # Several threads that wait would wait for each other.
+    with _waiting:
+        sync(wait())
 
 
 def _stored_images(path: Path, name: str, array: Any, stream: StreamConfig | None) -> StoredRows:

@@ -237,8 +237,8 @@ def split_client(
     if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
             f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split into "
-            "train, validation and test; give it more rows, set data.split.validation or "
-            f"data.split.test to 0, or increase data.partition.min_size={min_size}"
+            f"train, validation and test; use fewer clients, increase data.partition.min_size="
+            f"{min_size}, or set data.split.validation or data.split.test to 0"
         )
     num_splits = 1 + (count["validation"] > 0) + (count["test"] > 0)
     if patient is not None and (num_patients := len(patient[rows].unique())) < num_splits:

@@ -220,7 +220,7 @@ def test_run_from_a_configuration(tmp_path: Path) -> None:
         (
             "DirichletPartitioner",
             {"alpha": 0.01, "partition_by": "label", "min_partition_size": 15},
-            "data.partition.kind=dirichlet always ends",
+            "data.partition.kind=dirichlet moves rows instead",
         ),
         (
             "GroupedNaturalIdPartitioner",

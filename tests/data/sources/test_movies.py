@@ -344,6 +344,13 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
         "path: DIR/ratings.dat: line 1: rating: expected a number, got 'good'",
     ),
     (
+        "control characters",
+        "1m",
+        lambda d: change_line(d / "ratings.dat", 1, "1::1::\x1b[2J::9"),
+        {},
+        r"path: DIR/ratings.dat: line 1: rating: expected a number, got '\x1b[2J'",
+    ),
+    (
         "rating out of range",
         "latest",
         lambda d: change_line(d / "ratings.csv", 2, "1,1,50,9"),

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.stored_rows import StoredRows, read_all
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.npz_files import read_npz
+from hetero_fl.data.sources.zarr_stores import _read
 from hetero_fl.utils.errors import UserError
 from tests.helpers.image_folders import make_arrays
 
 zarr = pytest.importorskip("zarr")
+sync = pytest.importorskip("zarr.core.sync").sync
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -155,6 +160,44 @@ def test_damaged_store_is_read_or_named_in_one_line(tmp_path: Path, data: st.Dat
     except UserError as error:
         assert "\n" not in str(error)
         assert re.match(r"data\.path: .*set\.zarr", str(error))
+
+
+class DamagedArray:
+    """An array of which one chunk is damaged, while another one takes long to read."""
+
+    other: asyncio.Task[None]
+    busy: asyncio.Task[None]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        async def occupy_loop() -> None:
+            time.sleep(0.1)
+
+        async def read() -> None:
+            self.other = asyncio.create_task(asyncio.sleep(0.5))
+            # So that all threads begin to wait together.
+            self.busy = asyncio.create_task(occupy_loop())
+            raise ValueError("damaged")
+
+        sync(read())
+        raise AssertionError
+
+
+def test_error_is_raised_after_the_other_chunks_are_read() -> None:
+    is_read = []
+
+    def read() -> None:
+        array = DamagedArray()
+        with pytest.raises(UserError, match="not readable"):
+            _read(array, "path: set.zarr")
+        is_read.append(array.other.done())
+
+    # Threads that fail together must not wait for each other.
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert is_read == [True] * len(threads)
 
 
 @pytest.mark.slow

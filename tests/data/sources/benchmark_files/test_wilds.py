@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import hetero_fl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, PartitionContext, load_source, register_partition
+from hetero_fl.data.dataset import without_metadata
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
@@ -315,5 +316,6 @@ def test_own_partition_sees_the_metadata(tmp_path: Path, registering: None) -> N
     config = hetero_fl.Partition(kind="by_slide", min_size=4)
     even, odd = hetero_fl.split(load(path), 2, config, model="lenet")
 
+    assert not without_metadata(load(path)).local_sets["validation"].metadata
     for client, parity in ((even, 0), (odd, 1)):
         assert set(client.data.train.metadata["slide"] % 2) == {parity}

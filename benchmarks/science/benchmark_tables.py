@@ -116,7 +116,7 @@ def _progress(results: BenchmarkResults) -> str:
     num_federations = len(results.benchmark.federations)
     return (
         f"**Preliminary:** runs are missing in {len(missing)} of {num_federations} federations and "
-        "variants, which the results of the benchmark list."
+        "variants; the results of the benchmark list them."
     )
 
 
@@ -171,7 +171,8 @@ def _better_rows(results: BenchmarkResults, metric: str) -> str:
                 found[federation.title, titles[0], titles[1]] = difference
     if not found:
         return NO_RUNS
-    better = {titles: each for titles, each in found.items() if each.mean < 0}
+    worst_first = sorted(found.items(), key=lambda entry: entry[1].mean)
+    better = {titles: each for titles, each in worst_first if each.mean < 0}
     return difference_table(better) if better else "None."
 
 

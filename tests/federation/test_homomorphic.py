@@ -161,13 +161,17 @@ def test_incompatible_settings_are_refused(changes: dict[str, Any], words: str) 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("section", ["homomorphic", "secure_sum"])
-def test_coarse_rounding_is_noted(section: str) -> None:
-    words = f"channel.{section} rounds the values of clients to multiples of 4e-06; reduce"
-    for bits, is_noted in ((18, True), (19, False)):
+@pytest.mark.parametrize(("section", "wide"), [("homomorphic", 1e9), ("secure_sum", 1e13)])
+def test_coarse_rounding_is_noted(section: str, wide: float) -> None:
+    words = (
+        f"channel.{section} rounds the weighted values of clients to multiples of 2e-06; change "
+        f"channel.{section}.fraction_bits for more binary digits"
+    )
+    for bits, is_noted in ((19, True), (20, False)):
         changes = {f"channel__{section}": {"fraction_bits": bits}}
-        notes = prepare(config("fedavg", "mlp", **changes)).notes
-        assert any(note.startswith(words) for note in notes) == is_noted
+        assert (words in prepare(config("fedavg", "mlp", **changes)).notes) == is_noted
+    notes = prepare(config("fedavg", "mlp", **{f"channel__{section}": {"range": wide}})).notes
+    assert any(f"change channel.{section}.range for" in note for note in notes)
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
         ("channel.secure_sum.range", "clients.per_round"),
         lambda run: run.secure_sum and run.coarse_rounding(run.secure_sum),
-        "channel.secure_sum rounds the values of clients to multiples of {found:.1g}; reduce "
-        "channel.secure_sum.range, or increase channel.secure_sum.fraction_bits if it is set",
+        "channel.secure_sum rounds the weighted values of clients to multiples of {step:.1g}; "
+        "change channel.secure_sum.{key} for more binary digits",
     ),
     CompatibilityRule(
         ("channel.secure_sum.neighbors", "clients.per_round"),
@@ -49,8 +49,8 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
         ("channel.homomorphic.range", "clients.per_round"),
         lambda run: run.homomorphic and run.coarse_rounding(run.homomorphic),
-        "channel.homomorphic rounds the values of clients to multiples of {found:.1g}; reduce "
-        "channel.homomorphic.range, or increase channel.homomorphic.fraction_bits if it is set",
+        "channel.homomorphic rounds the weighted values of clients to multiples of {step:.1g}; "
+        "change channel.homomorphic.{key} for more binary digits",
     ),
     # Methods
     CompatibilityRule(

@@ -164,13 +164,17 @@ class RunFacts(UploadFacts):
         needed = num_neighbors(self.cohort, self.secure_sum.min_survivors(self.cohort))
         return needed if self.secure_sum.neighbors < needed else None
 
-    def coarse_rounding(self, config: SecureAggregationConfig | HomomorphicConfig) -> float | None:
-        """Return the step to which clients round the values of a sum.
+    def coarse_rounding(
+        self, config: SecureAggregationConfig | HomomorphicConfig
+    ) -> dict[str, Any] | None:
+        """Return the step to which clients round weighted values, and the key to change.
 
         The result is None if the mean of clients with equal weights is exact to 1e-6.
         """
         step: float = 2.0 ** -config.num_fraction_bits(self.cohort)
-        return step if step > 2 * PRECISION_OF_MEANS else None
+        if step <= PRECISION_OF_MEANS:
+            return None
+        return {"step": step, "key": "range" if config.fraction_bits is None else "fraction_bits"}
 
     def trains_before_evaluation(self) -> bool:
         """Return whether clients train on private rows before an evaluation of the models."""

@@ -161,8 +161,9 @@ def _draw_scores(
     key = f"{test}_last_{metric}"
     color = style.TEST_COLORS[test]
     for place, label in enumerate(shown.all_labels):
-        values = [row.get(key) for row in _rows_of_label(rows, label)]
-        if None in values:
+        runs = _rows_of_label(rows, label)
+        values = [row[key] for row in runs if row.get(key) is not None]
+        if len(values) < len(runs):
             continue
         mean = float(np.mean(values))
         if label == shown.baseline:

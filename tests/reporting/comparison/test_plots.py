@@ -108,6 +108,14 @@ def test_plot_shows_every_method_with_its_needs() -> None:
     assert ("Hybrid", "proxy set", True) in dots and ("FedMD", "proxy set", False) in dots
 
 
+def test_score_that_a_seed_lacks_is_left_out() -> None:
+    rows = make_rows(["local", "fedavg"], 2)
+    rows[-1]["global_last_auroc"] = None
+    with style.plot_style():
+        found = panels(draw_comparison(rows, Task("multiclass", 10), 1))
+    assert len(found["Accuracy"].containers) - len(found["AUROC"].containers) == 1
+
+
 def test_labels_omit_the_section_of_client_settings() -> None:
     names = ["local", "fedmd:teacher=contrast:clients.defaults.logit_adjustment=true"]
     with style.plot_style():

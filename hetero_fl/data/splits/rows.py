@@ -237,7 +237,7 @@ def split_client(
     if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
             f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split into "
-            f"train, validation and test; use fewer clients, increase data.partition.min_size="
+            "train, validation and test; use fewer clients, increase data.partition.min_size="
             f"{min_size}, or set data.split.validation or data.split.test to 0"
         )
     num_splits = 1 + (count["validation"] > 0) + (count["test"] > 0)

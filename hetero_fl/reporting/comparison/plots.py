@@ -81,7 +81,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
             _draw_scores(axes, rows, shown, test=test, metric=metric, offset=offset)
         axes.set_title(_wrap_title(capitalize_first(metric_name(metric, task.unit))))
         axes.xaxis.set_major_locator(style.ticks(3))
-        axes.tick_params(axis="x", labelsize=8 if len(metrics) < 4 else 6.5)
+        axes.tick_params(axis="x", labelsize=8 if len(metrics) < 4 else style.MIN_FONT_SIZE)
     _bars(
         exchanged,
         [

@@ -165,6 +165,10 @@ def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
         modules: Names of modules to import in the server process. Names that are passed after the
             first process has been started have no effect.
     """
+    main = sys.modules["__main__"]
+    if getattr(main, "__file__", None) == "<stdin>":
+        # Workers would fail to import this file. Without it, they import no main module.
+        del main.__file__
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -185,6 +185,23 @@ def test_script_without_main_guard_raises_one_error(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
+def test_comparison_runs_in_a_script_from_standard_input(tmp_path: Path) -> None:
+    text = f"import hetero_fl\nhetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)\n"
+    completed = subprocess.run(
+        [sys.executable, "-"],
+        input=text,
+        check=False,
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert RunDirectory(tmp_path / "out/runs/local-seed1").finished
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

@@ -29,6 +29,7 @@ from hetero_fl.experiment.benchmark.results import (  # noqa: E402
     COSTS,
     EFFECT_METRICS,
     METRICS,
+    PLAIN,
     BenchmarkResults,
 )
 
@@ -37,9 +38,10 @@ WIDE_COLUMNS = 2
 PANEL_HEIGHT = 320
 SCRIPT = "assets/plotly.min.js"
 """Path of the plotting library in the site."""
-# Methods differ in color and in shape: 7 colors and 5 shapes make 35 combinations.
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#56b4e9", "#e69f00", "#b65fa5", "#8c6d46")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "pentagon")
+GRAYS = ("#9a9a9a", "#6b6b6b")
+"""Colors of methods that are not highlighted, which differ in shape."""
 TICKS = tuple(digit * 10.0**power for power in range(-3, 9) for digit in (1, 2, 5))
 """Ticks of logarithmic axes."""
 
@@ -77,7 +79,7 @@ def draw_costs(name: str, columns: int = WIDE_COLUMNS) -> go.Figure | None:
                 legendgroup=point.method,
                 showlegend=not any(trace.name == point.method for trace in figure.data),
                 mode="markers",
-                marker=_marker(point.method, point.kind.startswith("components")),
+                marker=_marker(point.method, point.kind),
                 hovertemplate=f"{title}<br>%{{y:.1f}} ± {point.deviation:.1f}<br>%{{x:.3g}}"
                 "<extra></extra>",
                 row=place // columns + 1,
@@ -118,7 +120,7 @@ def draw_effects(columns: int = WIDE_COLUMNS) -> go.Figure | None:
                 marker={
                     **_marker(effect.method),
                     "symbol": [
-                        _marker(effect.method, filled)["symbol"] for filled in (False, True)
+                        _marker(effect.method, kind)["symbol"] for kind in (PLAIN, COMPONENTS)
                     ],
                 },
                 hovertemplate=f"{effect.method}, %{{text}}<br>%{{x:.1f}}, %{{y:.1f}}"
@@ -171,10 +173,13 @@ class Plot(NamedTuple):
     note: str = ""
 
 
+COMPONENTS = "components"
+"""Title of the rows with components."""
 COMPONENTS_NOTE = "Hollow: without components. Filled: with components."
+KINDS_NOTE = f"{COMPONENTS_NOTE} Hollow with a dot: other settings, which the pointer shows."
 PLOTS = {
-    "benchmark/computation.png": Plot(partial(draw_costs, "computation"), COMPONENTS_NOTE),
-    "benchmark/bytes.png": Plot(partial(draw_costs, "bytes"), COMPONENTS_NOTE),
+    "benchmark/computation.png": Plot(partial(draw_costs, "computation"), KINDS_NOTE),
+    "benchmark/bytes.png": Plot(partial(draw_costs, "bytes"), KINDS_NOTE),
     "benchmark/effects.png": Plot(draw_effects, COMPONENTS_NOTE),
     "images/replication.png": Plot(lambda _: draw_replication()),
 }
@@ -236,6 +241,7 @@ def _panels(titles: list[str], columns: int) -> go.Figure:
 
 @cache
 def _methods() -> tuple[str, ...]:
+    """Return the titles of all methods."""
     results = benchmark()
     # Local exchanges no bytes, so that only the plot of computation has all methods.
     cost, _ = COSTS["computation"]
@@ -247,17 +253,32 @@ def _methods() -> tuple[str, ...]:
     return tuple(dict.fromkeys(points))
 
 
-def _marker(method: str, filled: bool = True) -> dict[str, Any]:
-    """Return the marker of a method, which is the same in all plots of the benchmark."""
-    return _style(_methods().index(method) if method in _methods() else 0, filled)
+def _marker(method: str, kind: str = COMPONENTS) -> dict[str, Any]:
+    """Return the marker of a method, whose color and shape are the same in all plots.
+
+    Args:
+        method: Title of the method.
+        kind: Title of its settings.
+    """
+    suffix = {PLAIN: "-open", COMPONENTS: ""}.get(kind, "-open-dot")
+    highlighted = benchmark().highlighted
+    if method in highlighted:
+        return _style(highlighted.index(method), suffix)
+    others = [other for other in _methods() if other not in highlighted]
+    place = others.index(method) if method in others else 0
+    return {**_style(place, suffix), "color": GRAYS[place // len(SHAPES) % len(GRAYS)]}
 
 
-def _style(place: int, filled: bool = True) -> dict[str, Any]:
-    """Return the marker of the method or table at a place."""
-    shape = SHAPES[place % len(SHAPES)]
+def _style(place: int, suffix: str = "") -> dict[str, Any]:
+    """Return the marker of the method or table at a place.
+
+    Args:
+        place: Index of its color and shape.
+        suffix: Variant of the shape in Plotly, such as `-open`.
+    """
     return {
         "color": COLORS[place % len(COLORS)],
-        "symbol": shape if filled else f"{shape}-open",
+        "symbol": SHAPES[place % len(SHAPES)] + suffix,
         "size": 9,
-        "line": {"width": 1.5} if not filled else {"width": 0},
+        "line": {"width": 1.5 if suffix else 0},
     }

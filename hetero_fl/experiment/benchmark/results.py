@@ -290,6 +290,20 @@ class BenchmarkResults:
             if tuned.key in wider and tuned.chosen in (wider[tuned.key][0], wider[tuned.key][-1])
         ]
 
+    @cached_property
+    def highlighted(self) -> tuple[str, ...]:
+        """Titles of the methods that have a color in plots of costs.
+
+        These are the methods of the primary family and those with the best score of a federation.
+        """
+        primary = self.benchmark.protocol.primary
+        methods = [algorithm_name(method) for method in (primary.method, *primary.against)]
+        cost, _ = COSTS["computation"]
+        for federation in self.groups[MAIN_GROUP]:
+            if points := self.cost_points(federation.name, cost):
+                methods.append(max(points, key=lambda point: point.score).method)
+        return tuple(dict.fromkeys(methods))
+
     def write(self) -> None:
         """Write `results.md` and its pictures to the archive.
 
@@ -314,17 +328,9 @@ class BenchmarkResults:
                     federation.title: self.cost_points(federation.name, cost)
                     for federation in self.groups[MAIN_GROUP]
                 }
-                methods = [algorithm_name(method) for method in (primary.method, *primary.against)]
-                # Other methods have a color where they are the best.
-                best = [
-                    max(points, key=lambda point: point.score).method
-                    for points in panels.values()
-                    if points
-                ]
-                methods = list(dict.fromkeys([*methods, *best]))
                 title = METRICS.get(primary.metric, primary.metric)
                 if panels:
-                    pictures[name] = draw_costs(panels, methods, label, title)
+                    pictures[name] = draw_costs(panels, self.highlighted, label, title)
             if effects := self.effects():
                 found = effects.values()
                 methods = list(dict.fromkeys(e.method for each in found for e in each))

@@ -42,6 +42,7 @@ from hetero_fl.core.task import Task  # noqa: E402
 from hetero_fl.experiment.benchmark.results import BenchmarkResults  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
+from hetero_fl.reporting.rendering import markdown_table  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
 from hetero_fl.utils.environment import current_commit  # noqa: E402
 
@@ -177,6 +178,18 @@ def printed(name: str) -> str:
     return re.sub("^#+ (.+)$", r"**\1**", text, flags=re.MULTILINE)
 
 
+def htfllib(name: str) -> str:
+    """Format the table of an archived comparison with HtFLlib, and its output to unfold."""
+    _, _, text = output(name).partition("percent\n")
+    table, _, _ = text.partition("\n\n")
+    columns, *rows = (re.split(r" {2,}", line) for line in table.splitlines())
+    alignment = ["left", *["right"] * (len(columns) - 1)]
+    unfolded = (
+        f"<details markdown>\n<summary>Complete output</summary>\n\n{output(name)}\n\n</details>"
+    )
+    return f"{markdown_table(columns, rows, alignment)}\n\n{unfolded}"
+
+
 def attacks(_: str) -> str:
     """Format the tables of the archived attacks."""
     path = MEASUREMENTS / "attacks.jsonl"
@@ -206,6 +219,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "replication": replication,
     "output": output,
     "printed": printed,
+    "htfllib": htfllib,
     "attacks": attacks,
 }
 """Functions that format a table of the archive, keyed by the first word of its mark."""

@@ -105,9 +105,10 @@ def test_pages_contain_their_tables() -> None:
 
 @pytest.mark.parametrize(("page", "name"), SUMMARIES, ids=lambda x: getattr(x, "stem", x))
 def test_summary_matches_the_archived_runs(page: Path, name: str) -> None:
-    path = BENCHMARK / f"{name.removeprefix('summary of ')}.csv"
-    if not path.exists():
-        pytest.skip(f"{path.name} has no runs yet")
+    federation = name.removeprefix("summary of ")
+    path = BENCHMARK / f"{federation}.csv"
+    if not BenchmarkResults(ROOT / "configs" / "benchmark", BENCHMARK).scores[federation].rows:
+        pytest.skip(f"{path.name} is not complete yet")
     runs = runs_of(path, "method")
 
     shown = read_rows(marked(page)["benchmark", name])

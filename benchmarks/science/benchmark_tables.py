@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP
-from hetero_fl.experiment.benchmark.results import BenchmarkResults
+from hetero_fl.experiment.benchmark.results import METRICS, BenchmarkResults
 from hetero_fl.reporting.benchmark.scores import FederationScores, RowName, row_title
 from hetero_fl.reporting.benchmark.tables import (
     SIGNIFICANT,
@@ -19,12 +19,18 @@ from hetero_fl.reporting.benchmark.tables import (
     score_cell,
     score_table,
 )
-from hetero_fl.reporting.comparison.significance import critical_difference, paired_difference
+from hetero_fl.reporting.comparison.significance import (
+    PairedDifference,
+    critical_difference,
+    paired_difference,
+)
 from hetero_fl.reporting.formatting import algorithm_name, format_significant
 from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.text import format_list, pluralize
 
+Differences = dict[tuple[str, str, str], PairedDifference]
+"""Differences between two rows, keyed by the titles of the federation and the rows."""
 GLOBAL = "global_last_balanced_accuracy"
 AUROC = "global_last_auroc"
 LOCAL = "personal_last_accuracy"
@@ -157,8 +163,8 @@ def _verdict(results: BenchmarkResults) -> str:
     )
 
 
-def _better_rows(results: BenchmarkResults, metric: str) -> str:
-    """Compare Hybrid with all rows that have a better mean score."""
+def _better_rows(results: BenchmarkResults, metric: str) -> Differences:
+    """Return the differences from all rows with a better mean score than Hybrid, worst first."""
     found = {}
     for federation in results.groups[MAIN_GROUP]:
         own = federation.by_seed(HYBRID, metric)
@@ -166,14 +172,29 @@ def _better_rows(results: BenchmarkResults, metric: str) -> str:
             if row[0] == HYBRID[0] or is_bound(row[0]):
                 continue
             difference = paired_difference(own, federation.by_seed(row, metric))
-            if difference is not None:
+            if difference is not None and difference.mean < 0:
                 titles = [row_title(each, results.names) for each in (HYBRID, row)]
                 found[federation.title, titles[0], titles[1]] = difference
-    if not found:
+    return dict(sorted(found.items(), key=lambda entry: entry[1].mean))
+
+
+def _better_table(results: BenchmarkResults, metric: str) -> str:
+    if not results.groups[MAIN_GROUP]:
         return NO_RUNS
-    worst_first = sorted(found.items(), key=lambda entry: entry[1].mean)
-    better = {titles: each for titles, each in worst_first if each.mean < 0}
-    return difference_table(better) if better else "None."
+    better = _better_rows(results, metric)
+    return difference_table(better, bold=True) if better else "None."
+
+
+def _largest_losses(results: BenchmarkResults) -> str:
+    """List the row that is furthest ahead of Hybrid, for each metric."""
+    lines = []
+    for metric in (GLOBAL, LOCAL, BALANCED_LOCAL):
+        if better := _better_rows(results, metric):
+            (federation, _, row), difference = next(iter(better.items()))
+            title, _, _ = METRICS[metric].partition(" (")
+            points = f"{-100 * difference.mean:.1f} points behind {row}"
+            lines.append(f"- {title}: {points} ({federation})")
+    return "\n".join(lines) if lines else NO_RUNS
 
 
 def _best_row_table(results: BenchmarkResults) -> str:
@@ -205,9 +226,10 @@ SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "best rows": _best_row_table,
     "local differences": _local_difference_table,
     "verdict": _verdict,
-    "better rows": partial(_better_rows, metric=GLOBAL),
-    "better rows, local tests": partial(_better_rows, metric=LOCAL),
-    "better rows, balanced local tests": partial(_better_rows, metric=BALANCED_LOCAL),
+    "largest losses": _largest_losses,
+    "better rows": partial(_better_table, metric=GLOBAL),
+    "better rows, local tests": partial(_better_table, metric=LOCAL),
+    "better rows, balanced local tests": partial(_better_table, metric=BALANCED_LOCAL),
 }
 """Functions that format the tables that are not in `TABLES`, keyed by name."""
 

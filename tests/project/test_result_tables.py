@@ -171,10 +171,16 @@ def test_rows_better_than_hybrid_are_listed(small_archive: BenchmarkResults) -> 
 
     assert (
         better["Hybrid + components against"] == "FedAvg + components"
-        and better["Difference"] == "−12.0"
+        and better["Difference"] == "**−12.0**"
     )
     assert better_local["Hybrid + components against"] == "Local + components"
-    assert better_local["Difference"] == "−20.0"
+    assert better_local["Difference"] == "**−20.0**"
+    assert archive_table(small_archive, "largest losses").split("\n") == [
+        "- Global test, balanced accuracy: 12.0 points behind FedAvg + components (Digits, three "
+        "architectures)",
+        "- Local tests, accuracy: 20.0 points behind Local + components (Digits, three "
+        "architectures)",
+    ]
 
 
 def test_verdict_counts_tests_in_both_directions(small_archive: BenchmarkResults) -> None:

@@ -82,12 +82,15 @@ def primary_table(tests: Sequence[PrimaryTest], method: str) -> str:
     )
 
 
-def difference_table(differences: Mapping[tuple[str, str, str], PairedDifference]) -> str:
+def difference_table(
+    differences: Mapping[tuple[str, str, str], PairedDifference], bold: bool = False
+) -> str:
     """Format differences between rows, with intervals and without tests.
 
     Args:
         differences: The differences, keyed by the titles of the federation and the two rows. If the
             first row is always the same, the header names it.
+        bold: Whether differences whose interval excludes 0 are bold.
     """
     own = {row for _, row, _ in differences}
     names = ["Row", "Against"] if len(own) > 1 else [f"{own.pop()} against"]
@@ -95,10 +98,11 @@ def difference_table(differences: Mapping[tuple[str, str, str], PairedDifference
         [
             federation,
             *(rows if len(names) > 1 else rows[1:]),
-            format_points(found.mean),
+            f"**{mean}**" if bold and found.low * found.high > 0 else mean,
             f"[{format_points(found.low)}, {format_points(found.high)}]",
         ]
         for (federation, *rows), found in differences.items()
+        for mean in [format_points(found.mean)]
     ]
     header = ["Federation", *names, "Difference", "95% interval"]
     return markdown_table(header, lines, ("left", *("left" for _ in names), "right", "right"))

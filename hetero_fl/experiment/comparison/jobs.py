@@ -22,7 +22,7 @@ from hetero_fl.federation.trainer import Record
 from hetero_fl.reporting.formatting import format_duration, format_final_evaluation
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.run_directory import RunDirectory, has_run
 from hetero_fl.reporting.summary import mean_validation_score
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import use_one_core
@@ -318,7 +318,7 @@ def run_job(
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
     """
-    run(source, out=out, resume=True, overrides=overrides, allow_code=allow_code)
+    run(source, out=out, resume=has_run(out), overrides=overrides, allow_code=allow_code)
 
 
 def run_folder(variant: Variant, point: Point, seed: int) -> str:

@@ -265,6 +265,7 @@ class ComparisonFacts:
         jobs: Number of runs that were executed in parallel, or None if unknown.
         local_test_note: A sentence about the number of local test rows, or an empty string if there
             are none.
+        notes: Pairs of the names of methods and a note on their runs.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -272,6 +273,7 @@ class ComparisonFacts:
     command: str
     jobs: int | None
     local_test_note: str
+    notes: tuple[tuple[str, str], ...]
 
 
 def gather_facts(
@@ -320,7 +322,24 @@ def gather_facts(
         facts["Parallel runs"] = str(jobs)
     facts |= {f"Without {name}": why for name, why in (missing or {}).items()}
     command = _command_line() or _python_call(labels, seeds)
-    return ComparisonFacts(tuple(facts.items()), warning, command, jobs, local_test_note)
+    notes = tuple(_notes_of_methods(out, rows))
+    return ComparisonFacts(tuple(facts.items()), warning, command, jobs, local_test_note, notes)
+
+
+def _notes_of_methods(out: Path, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return the notes on the first run of each method, with the names of the methods."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(str(row["algorithm"]), row)
+    methods: dict[str, list[str]] = {}
+    for label, row in first.items():
+        if "run" in row:
+            for note in RunDirectory(out / "runs" / row["run"]).details().get("notes", []):
+                methods.setdefault(note, []).append(algorithm_name(label))
+    return [
+        ("All methods" if 1 < len(names) == len(first) else ", ".join(names), note)
+        for note, names in methods.items()
+    ]
 
 
 def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:

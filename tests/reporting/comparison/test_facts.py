@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -80,6 +81,22 @@ def test_generated_data_is_stated(tmp_path: Path) -> None:
     write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
     for name in ("report.html", "comparison.md"):
         assert "The data is generated, not real." in (tmp_path / name).read_text()
+
+
+def test_notes_name_the_methods_of_their_runs(tmp_path: Path) -> None:
+    rows = make_rows(tmp_path)
+    rows = [row | {"run": f"{row['algorithm']}-seed0"} for row in rows]
+    details = tmp_path / "runs" / "fedmd-seed0" / "details.json"
+    content = json.loads(details.read_text())
+    common = tuple(("All methods", note) for note in content["notes"])
+    details.write_text(json.dumps(content | {"notes": [*content["notes"], "only here"]}))
+
+    write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
+
+    assert common
+    assert gather_facts(tmp_path, rows).notes == (*common, ("FedMD", "only here"))
+    assert "- **FedMD:** only here\n" in (tmp_path / "comparison.md").read_text()
+    assert "<dt>FedMD</dt><dd>only here</dd>" in (tmp_path / "report.html").read_text()
 
 
 def test_facts_without_runs_come_from_the_rows(tmp_path: Path) -> None:

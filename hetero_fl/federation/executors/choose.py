@@ -221,7 +221,7 @@ class RunLoad:
 
     Attributes:
         cohort: Number of clients in a round.
-        seconds: Duration of training in all rounds on one core, in seconds.
+        seconds: Duration of local training in all rounds on one core, in seconds.
         model_bytes: Bytes of parameters per second of training.
         busy: Maximum average number of workers that run at the same time. The number is limited by
             the most expensive client, which is processed by a single worker.
@@ -440,7 +440,7 @@ def _reason_against_workers(load: RunLoad, available: int, threads_per_process: 
 
 def _training_time(load: RunLoad) -> str:
     time = f"about {load.seconds:.0f} s" if load.seconds >= 1 else "less than 1 s"
-    return f"training takes {time} on one core"
+    return f"local training takes {time} on one core"
 
 
 def _choose_threads(

@@ -162,19 +162,16 @@ def test_worker_that_imports_the_script_exits(
     assert exited.value.code == UNGUARDED and not (tmp_path / "a").exists()
 
 
+UNGUARDED_SCRIPT = f"""
+import hetero_fl
+hetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)
+"""
+
+
 @pytest.mark.slow
 def test_script_without_main_guard_raises_one_error(tmp_path: Path) -> None:
-    text = f"import hetero_fl\nhetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)\n"
-    (tmp_path / "script.py").write_text(text)
-    completed = subprocess.run(
-        [sys.executable, "script.py"],
-        check=False,
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    (tmp_path / "script.py").write_text(UNGUARDED_SCRIPT)
+    completed = run_python("script.py", tmp_path)
     assert completed.returncode == 1
     assert completed.stderr.splitlines()[-1].startswith(
         "hetero_fl.utils.errors.UserError: worker processes import"
@@ -187,19 +184,24 @@ def test_script_without_main_guard_raises_one_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_comparison_runs_in_a_script_from_standard_input(tmp_path: Path) -> None:
-    text = f"import hetero_fl\nhetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)\n"
-    completed = subprocess.run(
-        [sys.executable, "-"],
-        input=text,
+    completed = run_python("-", tmp_path, standard_input=UNGUARDED_SCRIPT)
+    assert completed.returncode == 0, completed.stderr
+    assert RunDirectory(tmp_path / "out/runs/local-seed1").finished
+
+
+def run_python(
+    script: str, folder: Path, standard_input: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, script],
+        input=standard_input,
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
     )
-    assert completed.returncode == 0, completed.stderr
-    assert RunDirectory(tmp_path / "out/runs/local-seed1").finished
 
 
 def environment() -> dict[str, str]:

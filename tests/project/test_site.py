@@ -124,6 +124,21 @@ def test_search_prefers_guides_and_leaves_out_source_files() -> None:
 
 
 @pytest.mark.usefixtures("site_scripts")
+def test_markers_distinguish_methods_and_their_settings() -> None:
+    pytest.importorskip("plotly")
+    from site_plots import COMPONENTS, PLAIN, _marker, _methods, benchmark
+
+    colors = {method: _marker(method)["color"] for method in benchmark().highlighted}
+    markers = {(_marker(method)["color"], _marker(method)["symbol"]) for method in _methods()}
+    kinds = (PLAIN, COMPONENTS, "components + sharpening")
+
+    assert {"Hybrid", "FedAvg", "FML"} <= colors.keys()
+    assert len(set(colors.values())) == len(colors)
+    assert len(markers) == len(_methods()) > len(colors)
+    assert len({_marker("Hybrid", kind)["symbol"] for kind in kinds}) == len(kinds)
+
+
+@pytest.mark.usefixtures("site_scripts")
 def test_notebook_becomes_markdown(tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")
     from site_notebooks import notebook_page

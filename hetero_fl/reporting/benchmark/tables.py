@@ -98,14 +98,19 @@ def difference_table(
         [
             federation,
             *(rows if len(names) > 1 else rows[1:]),
-            f"**{mean}**" if bold and found.low * found.high > 0 else mean,
+            _bold_points(found) if bold else format_points(found.mean),
             f"[{format_points(found.low)}, {format_points(found.high)}]",
         ]
         for (federation, *rows), found in differences.items()
-        for mean in [format_points(found.mean)]
     ]
     header = ["Federation", *names, "Difference", "95% interval"]
     return markdown_table(header, lines, ("left", *("left" for _ in names), "right", "right"))
+
+
+def _bold_points(difference: PairedDifference) -> str:
+    """Format a difference, in bold if its interval excludes 0."""
+    points = format_points(difference.mean)
+    return f"**{points}**" if difference.low * difference.high > 0 else points
 
 
 def _verdict(test: PrimaryTest) -> str:

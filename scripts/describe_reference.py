@@ -307,10 +307,11 @@ FAMILIES = (
         "parameter_sharing",
         "Parameter sharing",
         "The whole model travels and is averaged: P parameters take 4·P bytes per client and "
-        "round in each direction. In a mixed federation, each tensor is averaged over the clients "
-        "of one architecture, and across architectures where `clients.common` names a common "
-        "part. A tensor that only one client has does not change. The sums suffice, so these "
-        "methods work with secure aggregation.",
+        "round in each direction. With several architectures, each tensor is averaged over the "
+        "clients of one architecture, and across architectures where `clients.common` names a "
+        "common part. A tensor that only one client has does not change. The server needs only "
+        "sums, so these methods work with secure aggregation, except `fedasync` and `fedbuff`, "
+        "which do not sum the uploads of one cohort.",
         (
             "fedavg",
             "fedprox",

@@ -313,7 +313,6 @@ function renderRuns() {
   const title = metricTitle();
   const hasEpsilon = content.runs.some((run) => run.epsilon !== null);
   const hasWorst = content.runs.some((run) => run.worst_client !== null);
-  const byValidation = content.runs.some((run) => run.best?.by_validation);
   const columns = ["Run", title, "Best round", hasWorst ? "Worst client" : null, "Method", "Seed", "State", "Rounds",
     "Up", "Down", hasEpsilon ? "ε" : null, "Time"].filter(Boolean);
   const isText = (name) => ["Run", "Worst client", "Method", "State", "Rounds"].includes(name);
@@ -321,7 +320,7 @@ function renderRuns() {
   const test = TESTS[content.test].toLowerCase();
   const details = {
     [title]: [test],
-    "Best round": [test, byValidation ? "by validation" : "by test"],
+    "Best round": [test, "by validation"],
     "Worst client": [test],
   };
   byId("runs-head").replaceChildren(create("tr", {}, ...columns.map((name) =>
@@ -345,10 +344,9 @@ function runRows(run, hasWorst, hasEpsilon, numColumns) {
   const bar = run.rounds === null ? null : create("progress", { max: run.rounds, value: run.completed, "aria-label": rounds });
   const worst = run.worst_client;
   const best = run.best;
-  const isByTest = best && !best.by_validation && content.runs.some((other) => other.best?.by_validation);
   const cells = [
     create("td", {}, score(run.last)),
-    create("td", {}, score(best?.score), best ? create("small", {}, `round ${best.round}${isByTest ? ", by test" : ""}`) : null),
+    create("td", {}, score(best?.score), best ? create("small", {}, `round ${best.round}`) : null),
     hasWorst ? create("td", { class: "text" }, worst ? score(worst.last) : MISSING, worst ? create("small", {}, worst.id) : null) : null,
     create("td", { class: "text" }, run.algorithm),
     create("td", {}, run.seed),

@@ -272,23 +272,22 @@ def _run_content(run: LiveRun, label: str, test: str, metric: str) -> Json:
 
 
 def _best_round(run: LiveRun, test: str, metric: str) -> Json | None:
-    """Return the test score of the best round, or None if there is no score.
+    """Return the test score of the round that is best on validation rows.
 
-    The round is chosen by the metric on validation rows or, if no round has been validated, on the
-    test, and is the first one in a tie.
+    The first round is chosen in a tie. The result is None if no round has been validated: choosing
+    a round by its test score would use the test rows.
     """
-    tested = {
-        r.number: (value, _number(r.validation.get(test, {}).get(metric)))
-        for r in run.rounds
-        if (value := _number(r.means.get(test, {}).get(metric))) is not None
-    }
-    validated = {n: found for n, (_, found) in tested.items() if found is not None}
-    by_score = validated or {n: value for n, (value, _) in tested.items()}
-    if not by_score:
+    candidates = []
+    for r in run.rounds:
+        score = _number(r.means.get(test, {}).get(metric))
+        validation = _number(r.validation.get(test, {}).get(metric))
+        if score is not None and validation is not None:
+            candidates.append((validation, r.number, score))
+    if not candidates:
         return None
     choose = min if metric in SMALLER_IS_BETTER else max
-    number = choose(by_score, key=lambda n: by_score[n])
-    return {"round": number, "score": tested[number][0], "by_validation": bool(validated)}
+    _, number, score = choose(candidates, key=lambda candidate: candidate[0])
+    return {"round": number, "score": score}
 
 
 def _worst_client(run: LiveRun, test: str, metric: str) -> Json | None:

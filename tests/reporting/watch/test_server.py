@@ -49,7 +49,6 @@ def test_runs_of_several_folders_are_listed(three_runs: list[Path]) -> None:
     assert fedavg["best"] == {
         "round": best["round"],
         "score": best["global"]["accuracy"],
-        "by_validation": True,
     }
     assert (fedavg["epsilon"], live["epsilon"]) == (None, 1.5)
     assert content["is_percentage"] is True
@@ -70,19 +69,18 @@ def test_smaller_losses_are_better(three_runs: list[Path]) -> None:
     assert content["is_percentage"] is False
 
 
-def test_best_round_without_validation_is_chosen_by_the_test(
+def test_runs_without_validation_have_no_best_round(
     three_runs: list[Path], live: RunDirectory
 ) -> None:
     records = live.metrics()
-    tested = {r["round"]: r["global"]["accuracy"] for r in records}
     live.rewind_metrics(0)
     for record in records:
         live.append_metrics(record | {"validation": None})
 
-    best = WatchedRuns(three_runs).overview("global", "accuracy")["runs"][2]["best"]
+    run = WatchedRuns(three_runs).overview("global", "accuracy")["runs"][2]
 
-    number = max(tested, key=lambda n: tested[n])
-    assert best == {"round": number, "score": tested[number], "by_validation": False}
+    assert run["last"] == records[-1]["global"]["accuracy"]
+    assert run["best"] is None
 
 
 def test_best_round_is_not_that_of_the_best_test_score(

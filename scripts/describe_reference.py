@@ -114,8 +114,8 @@ contains the keys that differ. `configs/medical_hetero.yaml` is a commented exam
 - **User-defined** algorithms, models, data sources and partitions are written as
   `python:package.module:Name` instead of a name. They require `--allow-code`
   ([why](../explanation/threat_model.md#code-from-configuration-files)).
-- JSON files of a well-known tutorial, which have ten keys, are translated
-  ([page](../scenarios/cifar10.md)).
+- JSON files in the format of the book *Practicing Federated Learning*, which have ten keys, are
+  translated ([CIFAR-10](../scenarios/cifar10.md)).
 - A model may be given by its name: `model: mlp` means `model: {name: mlp}`.
 - `null` is the default of keys that are not set.
 """
@@ -359,8 +359,8 @@ FAMILIES = (
     Family(
         "mutual_learning",
         "Mutual learning",
-        "Each client trains its own model, of any architecture, which never leaves, and a small "
-        "shared model, the mentee, which is averaged.",
+        "Each client trains its own model, of any architecture, which is not sent, and a small "
+        "common model, the mentee, which is averaged.",
         ("fml", "fedkd", "fedmrl"),
         {"The mentee": MenteeTraining},
     ),

@@ -1,4 +1,4 @@
-"""Methods with a small shared model next to each client's model: FML, FedKD and FedMRL."""
+"""Methods with a small common model next to each client's model: FML, FedKD and FedMRL."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 
-# Slot of the small shared model.
+# Slot of the small common model.
 MENTEE = "mentee"
 # Default mentees, keyed by the number of input dimensions. The key 0 stands for tokens.
 DEFAULT_MENTEES = {
@@ -67,7 +67,7 @@ DEFAULT_MENTEES = {
 
 
 class MenteeTraining(Algorithm):
-    """Base class of methods that train a small shared model, the mentee, with each client's model.
+    """Base class of methods that train a small common model, the mentee, with each client's model.
 
     Only the mentee is exchanged and averaged over all clients. Without compression, a mentee of m
     parameters requires 4·m bytes per round in each direction. The mentee has the same architecture
@@ -208,15 +208,15 @@ class MenteeTraining(Algorithm):
 
 @register_algorithm("fml")
 class FML(MenteeTraining):
-    """Train each client's model and a small shared model by mutual distillation.
+    """Train each client's model and a small common model by mutual distillation.
 
     The client's own model minimizes α·CE + (1 − α)·KL, where KL is the divergence from the
-    predictions of the shared model, the mentee ("meme model" in the paper). The mentee minimizes
+    predictions of the common model, the mentee ("meme model" in the paper). The mentee minimizes
     β·CE + (1 − β)·KL with the divergence from the predictions of the client's own model. In a
     regression, mean squared errors replace CE and KL. The server averages the mentee (Shen et al.
     2020, Algorithm 1).
 
-    Use this method where you need a shared model and personal models of any architecture. The
+    Use this method where you need a common model and personal models of any architecture. The
     global test accuracy is the accuracy of the mentee. A mentee that is too small for the task is
     also a poor teacher.
 
@@ -257,10 +257,10 @@ HIDDEN = "hidden"
 
 @register_algorithm("fedkd")
 class FedKD(MenteeTraining):
-    """Distill each client's model and a small shared model into each other, with low-rank updates.
+    """Distill each client's model and a small common model into each other, with low-rank updates.
 
     Distillation terms are divided by the sum of the task losses of both models. Updates of the
-    shared model, the mentee, are truncated singular value decompositions that keep a share of the
+    common model, the mentee, are truncated singular value decompositions that keep a share of the
     energy, the sum of squared singular values. The share changes linearly from `energy_start` to
     `energy_end` over the rounds (Wu et al. 2022, Algorithm 1). The server applies the truncated
     mean update to its own mentee, so that it stays equal to the mentees of clients that receive
@@ -410,9 +410,9 @@ PROJECTION = "projection"
 
 @register_algorithm("fedmrl")
 class FedMRL(MenteeTraining):
-    """Train each client's model and a small shared model on nested projections of their features.
+    """Train each client's model and a small common model on nested projections of their features.
 
-    Only the shared model G, the mentee, is averaged (Yi et al. 2024, Algorithm 1). The features of
+    Only the common model G, the mentee, is averaged (Yi et al. 2024, Algorithm 1). The features of
     G have width d₁, and the features of the client's model F have width d₂ > d₁. A private linear
     projection maps the concatenated features of both models to width d₂. The head of F uses all
     components of the projection, and the head of G uses the first d₁ components. The loss is the

@@ -1,4 +1,4 @@
-"""Objectives of a client's model that is trained together with a small shared model, the mentee."""
+"""Objectives of a client's model that is trained together with a small common model, the mentee."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MutualDistillation(Supervised):
     """The loss of two models that learn from each other (FML, Shen et al. 2020, eq. 6 and 7).
 
     The loss is the sum of α·task(p) + (1 - α)·KL(m ‖ p) for the client's model p and
-    β·task(m) + (1 - β)·KL(p ‖ m) for the small shared model m, the mentee. The teacher of each
+    β·task(m) + (1 - β)·KL(p ‖ m) for the small common model m, the mentee. The teacher of each
     divergence is detached, so that one optimizer step trains each model with the gradient of its
     own loss.
 

@@ -213,7 +213,7 @@ class FedGen(FedAvg):
 
 
 class FedMRL(Loop):
-    """A personal model, a small shared one and a projection of both features."""
+    """A personal model, a small common one and a projection of both features."""
 
     def start(self) -> None:
         super().start()

@@ -26,7 +26,7 @@ from hetero_fl.reporting.rendering import markdown_table
 ROW = "hybrid/all"
 CHANGES = {
     "logit-adjusted loss": "algorithm.logit_adjustment=false",
-    "contrast-weighted consensus": "algorithm.teacher=mean",
+    "contrast-weighted teacher": "algorithm.teacher=mean",
     "alignment": "algorithm.align=0",
     "recalibrated statistics": "algorithm.recalibrate=[]",
     "replay at the clients": "algorithm.replay_weight=0",

@@ -25,7 +25,7 @@ from hetero_fl.reporting.comparison.significance import (
     paired_difference,
 )
 from hetero_fl.reporting.formatting import algorithm_name, format_significant
-from hetero_fl.reporting.methods import format_needs, is_bound
+from hetero_fl.reporting.methods import is_bound
 from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.text import format_list, pluralize
 
@@ -132,7 +132,7 @@ def _primary_table(results: BenchmarkResults) -> str:
 
 
 def _verdict(results: BenchmarkResults) -> str:
-    """Summarize the primary tests and the mean ranks in two sentences.
+    """Summarize the primary tests and the mean ranks.
 
     Ranks are those of the primary family's metric on the main federations.
     """
@@ -145,9 +145,8 @@ def _verdict(results: BenchmarkResults) -> str:
     best = sorted(ranks, key=lambda method: ranks[method])[:2]
     federations = pluralize(len(results.groups[MAIN_GROUP]), "federation")
     num_tests = len(primary.federations) * len(primary.against)
-    known = f" with runs (of {num_tests})" if len(tests) < num_tests else ""
-    needs = {method: format_needs(method) or "no requirements" for method in best}
-    named = [f"{algorithm_name(method)} ({ranks[method]:.2f}; {needs[method]})" for method in best]
+    known = f" (of {num_tests}; the others have no runs yet)" if len(tests) < num_tests else ""
+    named = [f"{algorithm_name(method)} ({ranks[method]:.2f})" for method in best]
     limit = critical_difference(len(ranks), len(results.groups[MAIN_GROUP]))
     counts = []
     for method in primary.against:
@@ -155,11 +154,12 @@ def _verdict(results: BenchmarkResults) -> str:
         won = sum(test.p_holm <= SIGNIFICANT and test.difference.mean > 0 for test in against)
         counts.append(f"{algorithm_name(method)} in {won} of {len(against)}")
     return (
-        f"Of {pluralize(len(tests), 'primary test')}{known}, {algorithm_name(primary.method)} is "
-        f"significantly ahead in {ahead} and behind in {len(significant) - ahead}. It is ahead of "
-        f"{format_list(counts)}. Of {len(ranks)} methods with components, {' and '.join(named)} "
-        f"have the best mean ranks on the global test over {federations}; mean ranks that differ "
-        f"by less than {limit:.2f} cannot be distinguished (Nemenyi test)."
+        f"In {pluralize(len(tests), 'paired test')} with Holm's correction{known}, "
+        f"{algorithm_name(primary.method)} is significantly ahead in {ahead} and behind in "
+        f"{len(significant) - ahead}. By method, it is ahead of {format_list(counts)}. Of "
+        f"{len(ranks)} methods with components, {' and '.join(named)} have the best mean ranks "
+        f"over {federations}; mean ranks that differ by less than {limit:.2f} cannot be "
+        "distinguished (Nemenyi test)."
     )
 
 

@@ -20,14 +20,14 @@ Scores = dict[str, dict[int, float]]
 GLOBAL = "global_last_balanced_accuracy"
 LOCAL = "personal_last_accuracy"
 XRAY_PROXIES = {
-    "As published": "medical_homogeneous",
+    "500 rows": "medical_homogeneous",
     "100 rows": "small_medical",
     "Other scanner": "shifted_medical",
     "Other class mix": "skewed_medical",
     "None": "none_medical",
 }
 FASHION_PROXIES = {
-    "As published": "fashion_dirichlet",
+    "800 rows": "fashion_dirichlet",
     "100 rows": "small_fashion",
     "MNIST digits": "shifted_fashion",
     "None": "none_fashion",
@@ -47,7 +47,7 @@ SETTINGS = {
 # Components of Hybrid, mapped to the settings that disable them.
 COMPONENTS = {
     "LA": "logit_adjustment=false",
-    "contrast teacher": "teacher=mean",
+    "contrast-weighted teacher": "teacher=mean",
     "recalibration": "recalibrate=[]",
     "alignment": "align=0",
     "replay": "replay_weight=0",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -23,7 +24,7 @@ from hetero_fl.deployment.certificates import (
 )
 from hetero_fl.deployment.config import load_server_config
 from hetero_fl.deployment.conversations import PATIENCE, Connections
-from hetero_fl.deployment.handshake import perform_handshake
+from hetero_fl.deployment.handshake import Handshake, perform_handshake
 from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
@@ -34,6 +35,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
 from hetero_fl.federation.executors.choose import ExecutorChoice
+from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.sampling import min_clients
 from hetero_fl.federation.simulation.schedule import unused_simulation_keys
 from hetero_fl.federation.state_store import StateStore
@@ -101,58 +103,30 @@ def run_federation(
             cannot continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
-    is_complete = False
     try:
         config = load_config(source, overrides)
         check_deployable(config)
-        # Fail before waiting for nodes.
-        if resume and (out / "config.yaml").exists():
-            check_resumed_choice(out, on_nodes=True)
-        else:
-            check_vacant(out)
+        _check_out(out, resume)
         clients = list(expand_population(config.clients))
         status = status or RunStatus(out, clients)
-
-        def report(line: str) -> None:
-            line = one_line(line)
-            status.add_event(line)
-            log(line)
-
-        transport = BoundedTransport(transport, message_bytes)
-        connections = Connections(transport, clients, report, patience, keys)
+        bounded = BoundedTransport(transport, message_bytes)
+        connections = Connections(bounded, clients, _make_reporter(status, log), patience, keys)
         status.set_log_source(lambda: connections.log_heads.longest)
         status.set_presence_source(lambda: connections.node_of)
     except BaseException:
         transport.close()
         raise
+    is_complete = False
     try:
         with _report_outcome(status):
             status.update(
                 name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds
             )
-            handshake = perform_handshake(
-                config, connections, wait, _run_identity(out) if resume else None
-            )
+            identity = _run_identity(out) if resume else None
+            handshake = perform_handshake(config, connections, wait, identity)
             status.update(phase="running", run=handshake.run)
             for record in _completed_rounds(out) if resume else []:
                 status.add_record(record)
-
-            def executor_factory(
-                prepared: PreparedRun, choice: ExecutorChoice, store: StateStore
-            ) -> NodeExecutor:
-                torch.set_num_threads(choice.server_threads)
-                device = torch.device(choice.device)
-                use_deterministic_algorithms(device, choice.deterministic)
-                write_atomically(out / IDENTITY_FILE, json.dumps(handshake.state_dict()).encode())
-                # Privacy noise must not depend on the seed, which every node knows.
-                noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
-                prepared.federation = replace(prepared.federation, noise=noise)
-                memory = DeviceMemory(device, keeps_copies=False)
-                backend = make_backend(memory, 1, choice.precision)
-                seconds = min(deadline, config.cohort.deadline or deadline)
-                required = min_clients(config.cohort, prepared.federation)
-                return NodeExecutor(handshake, store, backend, seconds, required=required)
-
             prepared = handshake.prepared
             prepared.notes.extend(unused_simulation_keys(prepared.federation, config))
             run = run_prepared(
@@ -161,13 +135,71 @@ def run_federation(
                 resume=resume,
                 callbacks=[status.add_record, *callbacks],
                 quiet=quiet,
-                executor_factory=executor_factory,
+                executor_factory=partial(
+                    _make_executor, handshake=handshake, out=out, deadline=deadline
+                ),
                 console=console,
             )
         is_complete = True
         return run
     finally:
         connections.close(is_complete)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """Check, before waiting for nodes, that a run can be started or resumed in a folder."""
+    if resume and (out / "config.yaml").exists():
+        check_resumed_choice(out, on_nodes=True)
+    else:
+        check_vacant(out)
+
+
+def _make_reporter(status: RunStatus, log: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that adds an event to the status and the log."""
+
+    def report(line: str) -> None:
+        line = one_line(line)
+        status.add_event(line)
+        log(line)
+
+    return report
+
+
+def _make_executor(
+    prepared: PreparedRun,
+    choice: ExecutorChoice,
+    store: StateStore,
+    *,
+    handshake: Handshake,
+    out: Path,
+    deadline: float,
+) -> tuple[NodeExecutor, FederationSpec]:
+    """Create the executor of a run, and write the files that a restarted server needs.
+
+    Args:
+        prepared: The run.
+        choice: Device and threads of the server.
+        store: Store of the server.
+        handshake: The completed handshake with the nodes.
+        out: Run directory, which exists.
+        deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
+
+    Returns:
+        The executor, and the federation with the server's secret source of noise.
+    """
+    torch.set_num_threads(choice.server_threads)
+    device = torch.device(choice.device)
+    use_deterministic_algorithms(device, choice.deterministic)
+    write_atomically(out / IDENTITY_FILE, json.dumps(handshake.state_dict()).encode())
+    memory = DeviceMemory(device, keeps_copies=False)
+    backend = make_backend(memory, 1, choice.precision)
+    cohort = prepared.config.cohort
+    seconds = min(deadline, cohort.deadline or deadline)
+    required = min_clients(cohort, prepared.federation)
+    executor = NodeExecutor(handshake, store, backend, seconds, required=required)
+    # Privacy noise must not depend on the seed, which every node knows.
+    noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
+    return executor, replace(prepared.federation, noise=noise)
 
 
 @contextmanager

@@ -56,8 +56,13 @@ from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 from model_zoo.registry import is_user_defined
 
-ExecutorFactory = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
-"""Type of functions that create an executor for clients on other machines."""
+ExecutorFactory = Callable[
+    ["PreparedRun", ExecutorChoice, StateStore], tuple[RemoteExecutor, FederationSpec]
+]
+"""Type of functions that create an executor for clients on other machines.
+
+The functions also return the federation of the server, whose noise may have another source.
+"""
 
 
 # File in the folder of checkpoints with the key that simulated clients share.
@@ -127,20 +132,19 @@ class PreparedRun:
         """
         choice = choice or choose_executor(self.config, self.federation)
         clients = self.config.clients
-        remote = (
-            executor_factory(self, choice, store or StateStore())
-            if executor_factory is not None
-            else None
-        )
+        remote: RemoteExecutor | None = None
+        federation = self.federation
+        if executor_factory is not None:
+            remote, federation = executor_factory(self, choice, store or StateStore())
         executor = remote or make_executor(
             choice, self.method, self._client_federation(store), store, log
         )
         stop = self.config.runtime.divergence == "stop"
         try:
             connected = remote.connected_clients if remote is not None else None
-            environment = SimulationEnvironment.from_config(self.federation, self.config, connected)
+            environment = SimulationEnvironment.from_config(federation, self.config, connected)
             runtime = self.config.runtime
-            arguments = (self.method, self.federation, executor, clients.per_round, stop)
+            arguments = (self.method, federation, executor, clients.per_round, stop)
             if runtime.mode == "async":
                 trainer_type = AsynchronousTrainer if remote is None else RemoteAsynchronousTrainer
                 return trainer_type(

@@ -55,6 +55,7 @@ class SynchronousTrainer(FederatedTrainer):
                 collector.add(exchange, client_id, reply)
                 # Free the upload before the next client trains.
                 del reply
+        collector.finish()
         self.count_traffic(collector.up_bytes, collector.down_bytes)
         return collector
 

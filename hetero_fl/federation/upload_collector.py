@@ -92,6 +92,8 @@ class UploadCollector:
         self._sent_bytes: dict[tuple[str, str], int] = {}
         # Broadcasts to clients that have not replied, keyed by client id.
         self._sent: dict[str, Payload] = {}
+        # Result of the exchanges, if the protocol reveals only a sum.
+        self._total: AggregatedUploads | SealedAggregate | None = None
         # Uploads that are stored until the uploads of all malicious clients have arrived, keyed by
         # client id.
         self._waiting: dict[str, Payload] = {}
@@ -133,10 +135,8 @@ class UploadCollector:
     def exchanges(self, clients: Sequence[str] | None = None) -> Iterator[Exchange]:
         """Yield the exchanges of the round.
 
-        The replies to an exchange must be added before the next exchange is requested. After the
-        last exchange, simulated attacks replace the uploads of malicious clients. With secure
-        aggregation, `uploads` is set to the aggregated sum. If the protocol abandons the round, all
-        clients that did not fail before are recorded as failed.
+        The replies to an exchange must be added before the next exchange is requested. `finish`
+        must be called after the last exchange.
 
         Args:
             clients: Ids of the clients of the cohort that participate. If None, all clients
@@ -144,16 +144,27 @@ class UploadCollector:
         """
         clients = self.cohort if clients is None else clients
         try:
-            total = yield from self.trainer.protocol.exchanges(clients, self.round_idx)
+            self._total = yield from self.trainer.protocol.exchanges(clients, self.round_idx)
         except RoundAbandonedError as error:
-            self._abandon(error)
-            return
-        if isinstance(total, AggregatedUploads):
-            self._read_sum(total)
-        elif total is not None:
-            self._keep_sealed(total)
-        if self._waiting:
+            self.abandoned = error
+
+    def finish(self) -> None:
+        """Complete the uploads after the last exchange.
+
+        Simulated attacks replace the uploads of malicious clients. With secure aggregation,
+        `uploads` is set to the aggregated sum. If the protocol abandoned the round, all clients
+        that did not fail before are recorded as failed.
+        """
+        if self.abandoned is not None:
+            self._fail_remaining()
+        elif isinstance(self._total, AggregatedUploads):
+            self._read_sum(self._total)
+        elif self._total is not None:
+            self._keep_sealed(self._total)
+        elif self._waiting:
             self._poison()
+        # Free the memory of the sum.
+        self._total = None
 
     def request(self, exchange: Exchange, client_id: str) -> Message:
         """Return the request to a client, and count the traffic.
@@ -278,8 +289,8 @@ class UploadCollector:
             else:
                 self.refuse(client_id, f"upload refused: {reason}")
 
-    def _abandon(self, error: RoundAbandonedError) -> None:
-        self.abandoned = error
+    def _fail_remaining(self) -> None:
+        """Record the clients that did not fail before the protocol abandoned the round."""
         for client_id in self.cohort:
             if client_id not in self.failed and client_id not in self.late:
                 self.fail(client_id, "the round was abandoned")

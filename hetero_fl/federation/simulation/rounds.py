@@ -168,6 +168,7 @@ class ScheduledTrainer(SynchronousTrainer):
                 collector.add(exchange, client_id, reply)
                 # Free the upload before the next client trains.
                 del reply
+        collector.finish()
         self.count_traffic(collector.up_bytes, collector.down_bytes)
         schedule.late = collector.late
 

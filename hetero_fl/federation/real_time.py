@@ -84,10 +84,8 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
     def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
         self._sampled_at = self.stopwatch.elapsed()
         schedule = super().run_attempt(collector, number)
-        schedule.failed = collector.failed
-        schedule.end = self.stopwatch.elapsed()
-        self.now = schedule.end
-        return schedule
+        self.now = self.stopwatch.elapsed()
+        return replace(schedule, end=self.now, failed=collector.failed)
 
     @override
     def replies(

@@ -31,10 +31,12 @@ class RoundAttempt:
     Attributes:
         schedule: Schedule of the tasks.
         failed: Reasons why clients failed, keyed by client id.
+        late: Ids of clients that had not replied when the round ended.
     """
 
     schedule: Schedule
     failed: dict[str, str]
+    late: list[str]
 
     @property
     def counts(self) -> Counter[str]:
@@ -44,13 +46,13 @@ class RoundAttempt:
         entries.
         """
         invited = len(self.schedule.tasks)
-        late = len(self.schedule.late)
+        late = len(self.late)
         failed = len(self.failed)
         return Counter(invited=invited, arrived=invited - late - failed, failed=failed, late=late)
 
     def task_rows(self) -> list[list[object]]:
         """Return a list `[client, start, end, outcome]` for each task, with times in seconds."""
-        return self.schedule.record(self.failed)
+        return self.schedule.record(self.failed, self.late)
 
 
 class ScheduledTrainer(SynchronousTrainer):
@@ -128,7 +130,7 @@ class ScheduledTrainer(SynchronousTrainer):
         collector = UploadCollector(self, cohort)
         collector.attempts = number + 1
         schedule = self.run_attempt(collector, number)
-        self._attempts.append(RoundAttempt(schedule, collector.failed))
+        self._attempts.append(RoundAttempt(schedule, collector.failed, collector.late))
         self.sampler.update(schedule, collector.losses, self.round_idx)
         return collector
 
@@ -170,7 +172,6 @@ class ScheduledTrainer(SynchronousTrainer):
                 del reply
         collector.finish()
         self.count_traffic(collector.up_bytes, collector.down_bytes)
-        schedule.late = collector.late
 
     def replies(
         self,
@@ -261,8 +262,9 @@ class SimulatedTrainer(ScheduledTrainer):
             self._sampled_at,
             task,
         )
-        collector.failed.update(schedule.failed)
-        collector.late = schedule.late
+        for client_id, reason in schedule.failed.items():
+            collector.fail(client_id, reason)
+        collector.late.extend(schedule.late)
         requested: Sequence[str] = ()
         if schedule.num_expected >= self.policy.least:
             requested = cohort if self.protocol.setup else schedule.computing
@@ -271,7 +273,7 @@ class SimulatedTrainer(ScheduledTrainer):
             # There are too few uploads for an aggregation, so none is computed.
             for client_id in schedule.computing:
                 if schedule.tasks[client_id].outcome.kind == "corrupted":
-                    collector.failed[client_id] = DAMAGED
+                    collector.fail(client_id, DAMAGED)
         self.now = schedule.end
         self._count_unseen_traffic(schedule, sizes, set(requested))
         return schedule

@@ -204,9 +204,11 @@ class ScheduledTask:
     end: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
     """Schedule of a round's tasks.
+
+    The collector of the uploads records what happens in the round (see `UploadCollector`).
 
     Attributes:
         tasks: Task of each client, keyed by client id.
@@ -214,7 +216,7 @@ class Schedule:
         end: Time at which the round ends, in seconds.
         computing: Ids of clients whose uploads arrive in time, including corrupted uploads. Only
             the tasks of these clients are computed.
-        failed: Reasons why clients fail, keyed by client id.
+        failed: Reasons why the tasks of clients fail, keyed by client id.
         late: Ids of clients whose uploads arrive too late.
     """
 
@@ -252,17 +254,18 @@ class Schedule:
         ]
         return [*sent, *(c for c in self.computing if self.tasks[c].outcome.kind == "twice")]
 
-    def record(self, failed: Collection[str]) -> list[list[object]]:
+    def record(self, failed: Collection[str], late: Collection[str]) -> list[list[object]]:
         """Return a list `[client, start, end, outcome]` for each task, with times in seconds.
 
         Args:
             failed: Ids of clients that failed or whose uploads were refused.
+            late: Ids of clients that had not replied when the round ended.
         """
         rows: list[list[object]] = []
         for client, task in self.tasks.items():
             if client in failed:
                 outcome = "failed"
-            elif client in self.late:
+            elif client in late:
                 outcome = "late"
             else:
                 outcome = "arrived"

@@ -249,7 +249,7 @@ class Algorithm(Settings):
         part = download_part(self, recipient.settings, server.round_context.round_idx)
         if part == ():
             return {}
-        model = server.models[recipient.arch.group_id]
+        model = server.models[recipient.arch.family_id]
         return {"model": shareable_tensors(self, recipient.arch, model, part)}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
@@ -662,7 +662,7 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
         ...     info = ClientInfo(client_id, arch, num_rows, None, ClientSettings())
         ...     tensors = {"head.weight": torch.full((1, 1), value)}
         ...     return Upload(info, Payload({"model": Item(tensors, num_rows, "params")}))
-        >>> group = arch.group_id
+        >>> group = arch.spec_id
         >>> models = {group: arch.initial_tensors(0)}
         >>> server = Participant("server", None, {group: arch}, models, None, None, None)
         >>> average_models(server, Uploads([upload("a", 1.0, 30), upload("b", 2.0, 10)]))

@@ -356,7 +356,7 @@ class HeteroFL(FedAvg):
             return {"model": wide}
         name, options = narrow_options(wide.name, dict(wide.options), width, self.scaler)
         narrow = replace(wide, name=name, options=tuple(sorted(options.items())))
-        return {"model": replace(narrow, label=label, group=wide.spec_id)}
+        return {"model": replace(narrow, label=label, family=wide.spec_id)}
 
     @override
     def setup(self, server: Participant) -> None:
@@ -420,7 +420,7 @@ class HeteroFL(FedAvg):
         # Dictionaries serve as ordered sets here.
         families: dict[str, dict[str, None]] = {}
         for sender in uploads.senders("model"):
-            families.setdefault(sender.arch.group_id, {})[sender.arch.spec_id] = None
+            families.setdefault(sender.arch.family_id, {})[sender.arch.spec_id] = None
         # The maximum is the weight of the tensors that all clients of a group share.
         weights = {g: max(w.values()) for g, w in uploads.weights_by_group("model").items()}
         means = uploads.mean_by_group("model")

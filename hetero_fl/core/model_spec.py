@@ -1,6 +1,8 @@
 """Hashable specifications of models, from which every process builds the same module.
 
-A group is a set of models that the server averages.
+An architecture group is the set of models with one `ModelSpec.spec_id`, which the server averages.
+A family is the set of models for which the server has one model, such as a wide model and its
+slices.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class ModelSpec:
         vocabulary: Number of different tokens, or None for numeric examples.
         label: Name in tables and reports. If empty, `name` is used. The label is neither compared
             nor stored.
-        group: Name of the group to which the model belongs. If empty, `spec_id` is used. The group
-            is neither compared nor stored.
+        family: Name of the family to which the model belongs. If empty, `spec_id` is used. The
+            family is neither compared nor stored.
 
     Example:
         >>> from hetero_fl.core.model_spec import ModelSpec
@@ -66,7 +68,7 @@ class ModelSpec:
     pretrained: bool = False
     vocabulary: int | None = None
     label: str = field(default="", compare=False)
-    group: str = field(default="", compare=False)
+    family: str = field(default="", compare=False)
 
     @classmethod
     def from_config(
@@ -152,9 +154,9 @@ class ModelSpec:
         return self.label or self.name.removeprefix(OBJECT_PREFIX)
 
     @cached_property
-    def group_id(self) -> str:
-        """Name of the group to which the model belongs, and of the server's model of this group."""
-        return self.group or self.spec_id
+    def family_id(self) -> str:
+        """Name of the family to which the model belongs, and slot of the server's model."""
+        return self.family or self.spec_id
 
     @cached_property
     def parameter_names(self) -> frozenset[str]:
@@ -182,7 +184,7 @@ class ModelSpec:
         return _measure(self).head_path
 
     def to_json(self) -> str:
-        """Return the specification as JSON, without the label and the group."""
+        """Return the specification as JSON, without the label and the family."""
         stored = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return json.dumps(stored, sort_keys=True)
 
@@ -260,8 +262,8 @@ def _initial_tensors(arch: ModelSpec, seed: int, _dtype: torch.dtype) -> Tensors
         return {n: t.detach().clone() for n, t in arch.build(arch.pretrained).state_dict().items()}
 
 
-# Name and shape of a tensor, and the group of the model. The group is "" for tensors that are
-# averaged across groups.
+# Name and shape of a tensor, and the architecture group of the model. The group is "" for tensors
+# that are averaged across groups.
 Owner = tuple[str, tuple[int, ...], str]
 
 
@@ -274,7 +276,7 @@ def owners_of(
 
     Args:
         tensors: Tensors of the model, keyed by name.
-        group: Group of the client's model.
+        group: Architecture group of the client's model.
         common: Prefixes of the names of tensors that are averaged across groups.
     """
     return {

@@ -35,16 +35,14 @@ class GivenModels:
 class StartingTensors:
     """Initial tensors of clients and server.
 
-    Clients whose models are averaged together form a group, for which the server has one model.
-
     Args:
         clients: Tensors of the clients' models, keyed by client id.
-        groups: Tensors of the server's models, keyed by group.
+        server: Tensors of the server's models, keyed by slot.
         notes: Lines for the log.
     """
 
     clients: Mapping[str, Tensors] = field(default_factory=dict)
-    groups: Mapping[str, Tensors] = field(default_factory=dict)
+    server: Mapping[str, Tensors] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def load_into(self, trainer: FederatedTrainer) -> None:
@@ -55,9 +53,9 @@ class StartingTensors:
         """
         states = {c: PrivateState({"model": tensors}) for c, tensors in self.clients.items()}
         trainer.load_client_states(states)
-        for group, tensors in self.groups.items():
-            if group in trainer.server.models:
-                own = trainer.server.models[group]
+        for slot, tensors in self.server.items():
+            if slot in trainer.server.models:
+                own = trainer.server.models[slot]
                 if any(n not in own or own[n].shape != t.shape for n, t in tensors.items()):
                     raise UserError(
                         f"algorithm.name={trainer.algorithm.title.lower()} changes the models of "
@@ -65,7 +63,7 @@ class StartingTensors:
                         "pass the class of the module"
                     )
                 moved = {n: t.to(own[n].device) for n, t in tensors.items()}
-                trainer.server.models[group] = {**own, **moved}
+                trainer.server.models[slot] = {**own, **moved}
 
 
 def starting_tensors(
@@ -92,9 +90,9 @@ def starting_tensors(
 
 
 def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -> StartingTensors:
-    """Return each client's own weights, and for each group the weights of its first client."""
+    """Return each client's own weights, and for each family the weights of its first client."""
     own: dict[str, Tensors] = {}
-    groups: dict[str, Tensors] = {}
+    families: dict[str, Tensors] = {}
     differing: list[str] = []
     for client, model in given.items():
         arch = federation.client_infos[client].arch
@@ -102,7 +100,7 @@ def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -
             own[client] = arch.build_given(model)
         except ModelError as error:
             raise UserError(f"clients: '{client}': model: {error}") from None
-        first = groups.setdefault(arch.group_id, own[client])
+        first = families.setdefault(arch.family_id, own[client])
         if any(not torch.equal(first[name], tensor) for name, tensor in own[client].items()):
             differing.append(client)
     notes: tuple[str, ...] = ()
@@ -111,7 +109,7 @@ def _from_modules(given: Mapping[str, GivenModel], federation: FederationSpec) -
             f"modules of {', '.join(differing)} start with other weights than the first client "
             "with the same architecture, whose weights the server starts with",
         )
-    return StartingTensors(own, groups, notes)
+    return StartingTensors(own, families, notes)
 
 
 def _from_run(path: str, federation: FederationSpec, permission: CodePermission) -> StartingTensors:

@@ -47,7 +47,7 @@ MOVED_NAMES = {
 RENAMED_MEMBERS = {
     "Algorithm": {
         "add_log_prior": "hetero_fl.algorithms.add_log_prior(client, logits)",
-        "aggregation_group": "client_info.arch.group_id",
+        "aggregation_group": "client_info.arch.family_id",
         "architecture": "models",
         "asynchronous": "needs = Needs(asynchronous=AsyncPolicy(…))",
         "average": "hetero_fl.algorithms.average_models(server, uploads)",
@@ -63,7 +63,7 @@ RENAMED_MEMBERS = {
         "everybody": "needs = Needs(all_clients=…)",  # style: ok (old name)
         "extra_models": "models",
         "extras": "models",
-        "family": "client_info.arch.group_id",
+        "family": "client_info.arch.family_id",
         "fit": "hetero_fl.algorithms.local_fit(client, …)",
         "gives": "hetero_fl.algorithms.may_share(client, …)",
         "goal": "needs = Needs(asynchronous=AsyncPolicy(…))",
@@ -146,7 +146,13 @@ RENAMED_MEMBERS = {
         "small": "mentee_model",
         "together": "objective",
     },
-    "ModelSpec": {"id": "spec_id", "initial": "initial_tensors", "width": "feature_width"},
+    "ModelSpec": {
+        "group": "family",
+        "group_id": "family_id",
+        "id": "spec_id",
+        "initial": "initial_tensors",
+        "width": "feature_width",
+    },
     "Objective": {"private": "private_loss", "public": "public_loss", "total": "total_loss"},
     "Participant": {
         "clock": "round_context",

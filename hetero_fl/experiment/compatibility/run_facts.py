@@ -301,7 +301,7 @@ class RunFacts(UploadFacts):
             or any(
                 shared_part(self.algorithm, info.settings) is not None
                 or download_part(self.algorithm, info.settings, 0) is not None
-                or info.arch.group_id != info.arch.spec_id
+                or info.arch.family_id != info.arch.spec_id
                 for info in infos
             )
         )

@@ -157,12 +157,12 @@ class UploadFacts(ConfigFacts):
         common = self.federation.common
         sent = []
         for profile in self.profiles:
-            group = profile.arch.group_id
+            family = profile.arch.family_id
             # Tensors with equal keys are averaged (see `hetero_fl.aggregation.means`).
             own: set[tuple[str, tuple[int, ...], str]] = set()
             for name, tensor in self.shareable_tensors(profile).items():
                 is_common = bool(common) and name.startswith(common)
-                own.add((name, tuple(tensor.shape), "") if is_common else (name, (), group))
+                own.add((name, tuple(tensor.shape), "") if is_common else (name, (), family))
             sent.append((profile, own))
         return _lone_owners(sent, all)
 

@@ -135,7 +135,10 @@ class SharedPart:
     Args:
         part: Prefixes of the names of exchanged tensors. If None, the whole model is exchanged. If
             `()`, no tensors are exchanged.
-        slot: Slot of the model. Default: `"model"`, the client's own model.
+        slot: Slot of the model, which is also the name of the exchanged item. Default: `"model"`,
+            the client's own model. A method with another slot must define how this model is
+            trained and, if its architecture differs from the client's own model, how it is sent
+            and aggregated.
         received: Prefixes of the names of tensors that the client replaces with the server's
             tensors. If None, the client replaces all tensors in `part`.
         local: BatchNorm tensors that never leave the client: all tensors of BatchNorm layers, or
@@ -250,7 +253,8 @@ class Algorithm(Settings):
         if part == ():
             return {}
         model = server.models[recipient.arch.family_id]
-        return {"model": shareable_tensors(self, recipient.arch, model, part)}
+        slot = shared_part_of(self).slot
+        return {slot: shareable_tensors(self, recipient.arch, model, part)}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         """Update the client's models with the received items, so that the client can predict.
@@ -265,8 +269,8 @@ class Algorithm(Settings):
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         """Train a client for one round and return the client's upload.
 
-        By default, the client deploys the received items, trains its model with its own settings,
-        and uploads the shared part of the model.
+        By default, the client deploys the received items, trains its own model with its own
+        settings, and uploads the shared part of the model.
         """
         yield from self.deploy(client, received)
         yield local_fit(client)
@@ -277,8 +281,9 @@ class Algorithm(Settings):
 
         By default, the uploaded models are averaged within each architecture.
         """
-        if "model" in self.uploads:
-            average_models(server, uploads)
+        slot = shared_part_of(self).slot
+        if slot in self.uploads:
+            average_models(server, uploads, item=slot)
         yield from ()
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
@@ -639,15 +644,18 @@ def upload_model(method: Algorithm, client: Participant, weight: float | None = 
     return {slot: Item(tensors, weight, "params")}
 
 
-def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
+def average_models(
+    server: Participant, uploads: Uploads, rate: float = 1.0, item: str = "model"
+) -> None:
     """Move the model of each architecture group towards the mean of the uploaded models.
 
     Buffers are replaced by their mean, regardless of `rate`.
 
     Args:
         server: The server.
-        uploads: Uploads of the round with the item "model".
+        uploads: Uploads of the round.
         rate: Server learning rate λ. If 1, parameters are replaced by their mean as well.
+        item: Name of the item with the models.
 
     Example:
         >>> import torch
@@ -669,7 +677,7 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
         >>> server.models[group]["head.weight"]
         tensor([[1.2500]])
     """
-    for group, mean in uploads.mean_by_group("model").items():
+    for group, mean in uploads.mean_by_group(item).items():
         parameters = server.arch[group].parameter_names
         server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
 

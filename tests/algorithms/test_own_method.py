@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms import Algorithm, local_fit, register_algorithm, upload_model
+from hetero_fl.algorithms.base import Items, SharedPart
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, Context, ModelViews, Supervised
+from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.core.payload import ItemSpec, Payload
+from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import UserError
 from tests.helpers import documented_method
@@ -57,6 +62,35 @@ def test_invalid_setting_is_refused() -> None:
         rounds_of(
             config("median_teacher", MIXED, algorithm={"name": "median_teacher", "epochs": 0})
         )
+
+
+class SharedCopy(Algorithm):
+    """FedAvg whose clients exchange a copy of their own model, which is in another slot."""
+
+    shared = SharedPart(slot="copy")
+    uploads = {"copy": ItemSpec("params")}
+
+    def models(self, client: ClientInfo) -> dict[str, ModelSpec]:
+        return {"model": client.arch, "copy": client.arch}
+
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
+        client.load("model", client.models["copy"])
+        yield local_fit(client)
+        client.load("copy", client.models["model"])
+        return upload_model(self, client)
+
+
+def test_default_hooks_exchange_the_model_of_another_slot() -> None:
+    models = ["cnn_bn_small", "mlp"]
+    own = rounds_of(config(f"python:{__name__}:SharedCopy", models, clients=4))
+    fedavg = rounds_of(config("fedavg", models, clients=4))
+
+    broadcast = own.broadcast(own.federation.client_infos["site_1"])
+    assert list(broadcast.items_by_name) == ["copy"]
+    assert own.server.models.keys() == fedavg.server.models.keys()
+    for group, model in fedavg.server.models.items():
+        assert same_bits(own.server.models[group], model)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from hetero_fl.deployment.messages import (
     LOG,
@@ -227,6 +228,18 @@ MAX_CLOCK_SKEW = 10.0
 HEAD_PATTERN = re.compile(r"(\d{1,12}):[0-9a-f]{64}")
 
 
+class EventFunction(Protocol):
+    """Type of functions that report an event at the server."""
+
+    def __call__(self, line: str, *, client: str | None = None) -> None:
+        """Report an event.
+
+        Args:
+            line: Message of the event.
+            client: Name of the client of the event, or None.
+        """
+
+
 class LogHeads:
     """Heads of the audit logs of all sites.
 
@@ -235,13 +248,13 @@ class LogHeads:
     contradicts an earlier head.
 
     Args:
-        log: Function that is called with a line for each head that contradicts an earlier head.
+        log: Function that is called for each head that contradicts an earlier head.
 
     Attributes:
         longest: The head with the most lines, keyed by client.
     """
 
-    def __init__(self, log: Callable[[str], None]) -> None:
+    def __init__(self, log: EventFunction) -> None:
         self.log = log
         self.longest: dict[str, str] = {}
         # The most recent head, keyed by client.
@@ -265,12 +278,14 @@ class LogHeads:
         if _lines(head) < _lines(last):
             self.log(
                 f"the audit log of '{client}' has {_lines(head)} lines; "
-                f"it had {_lines(last)} (kept: {kept})"
+                f"it had {_lines(last)} (kept: {kept})",
+                client=client,
             )
         elif any(_lines(head) == _lines(before) and head != before for before in (last, kept)):
             self.log(
                 f"line {_lines(head)} of the audit log of '{client}' was replaced: "
-                f"found {head} (kept: {kept})"
+                f"found {head} (kept: {kept})",
+                client=client,
             )
         if _lines(head) > _lines(kept):
             self.longest[client] = head
@@ -287,8 +302,7 @@ class Connections:
     Args:
         transport: Transport for the messages.
         clients: Names of the expected clients. Nodes of other clients are refused.
-        log: Function that is called with a line for each node that connects, disconnects or is
-            refused.
+        log: Function that is called for each node that connects, disconnects or is refused.
         patience: Seconds to wait for a disconnected node while other nodes are connected.
         keys: Public key of each client's node in PEM format. If None, a client belongs to the first
             node that claims to be the client, until that node disconnects.
@@ -304,7 +318,7 @@ class Connections:
         self,
         transport: Transport,
         clients: Collection[str],
-        log: Callable[[str], None],
+        log: EventFunction,
         patience: float = PATIENCE,
         keys: Mapping[str, bytes] | None = None,
     ) -> None:
@@ -442,7 +456,7 @@ class Connections:
             if not self._are_keys_known:
                 # Without TLS, Flower generates a new key for a node that reconnects.
                 del self._keys[client]
-            self.log(f"{client} disconnected")
+            self.log(f"{client} disconnected", client=client)
 
     def _register_node(self, node: int, answer: Envelope) -> None:
         """Register a node for the client that the answer names, or refuse the node."""
@@ -463,7 +477,8 @@ class Connections:
         if why:
             if self.refusals.get((node, client)) != why:
                 self.refusals[node, client] = why
-                self.log(f"refused a node for client {client[:80]!r}: {why}")
+                known = client if client in self.clients else None
+                self.log(f"refused a node for client {client[:80]!r}: {why}", client=known)
             if not client or (client in self.node_of and not self._are_keys_known):
                 # The node's worker did not start, or the node restarted while its old connection is
                 # still listed. Both may be temporary.
@@ -476,7 +491,7 @@ class Connections:
         self.node_of[client] = node
         self.reports[client] = reported
         self.log_heads.update(client, answer)
-        self.log(f"{client} {event}")
+        self.log(f"{client} {event}", client=client)
 
     def _key_mismatch(self, node: int, client: str) -> str:
         """Return why a node's key is not the key of a client, or an empty string if it is."""

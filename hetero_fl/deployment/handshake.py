@@ -251,7 +251,7 @@ def perform_handshake(
     requests = {client: partial(handshake.request_ready, client) for client in present}
     _converse_with_all(connections, requests, "ready")
     for client in missing:
-        connections.log(f"{client} is not connected; continuing without it")
+        connections.log(f"{client} is not connected; continuing without it", client=client)
     return handshake
 
 

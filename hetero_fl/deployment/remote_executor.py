@@ -279,7 +279,9 @@ class NodeExecutor(RemoteExecutor):
                 self._reset_clients.append(client)
                 self.on_reset(client)
                 request = make_request(client)
-                self.connections.log(f"{client} has lost its private state and starts without it")
+                self.connections.log(
+                    f"{client} has lost its private state and starts without it", client=client
+                )
             elif outcome == "unready":
                 yield from self.handshake.prepare_restarted_node(client)
             else:
@@ -304,7 +306,7 @@ class NodeExecutor(RemoteExecutor):
                 decode_body(answer), client, prepared.federation, prepared.method
             )
         except RequestRefusedError as error:
-            self.connections.log(f"{client}: {error}")
+            self.connections.log(f"{client}: {error}", client=client)
             return ClientAbsentError(str(error))
 
     def _parse_reply(self, client: str, answer: Envelope | ClientAbsentError) -> Reply:

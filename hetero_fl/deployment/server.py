@@ -23,7 +23,7 @@ from hetero_fl.deployment.certificates import (
     public_bytes,
 )
 from hetero_fl.deployment.config import load_server_config
-from hetero_fl.deployment.conversations import PATIENCE, Connections
+from hetero_fl.deployment.conversations import PATIENCE, Connections, EventFunction
 from hetero_fl.deployment.handshake import Handshake, perform_handshake
 from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
 from hetero_fl.deployment.node_storage import NodeStorage
@@ -66,7 +66,7 @@ def run_federation(
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
     keys: Mapping[str, bytes] | None = None,
-    log: Callable[[str], None] = lambda _line: None,
+    log: EventFunction | None = None,
     status: RunStatus | None = None,
     console: Console | None = None,
     message_bytes: int = MESSAGE_BYTES,
@@ -88,8 +88,8 @@ def run_federation(
         quiet: Whether to hide progress.
         keys: Public key of each client's node in PEM format. If None, a client belongs to the first
             node that claims to be the client, until that node disconnects.
-        log: Function that is called with a line for each node that connects, disconnects or is
-            refused.
+        log: Function that is called for each node that connects, disconnects or is refused. If
+            None, these events are not logged.
         status: Status that is updated during the run. If None, a new status is created.
         console: Console for progress. If None, progress is shown in the terminal.
         message_bytes: Maximum size of a node's answer in bytes.
@@ -154,13 +154,14 @@ def _check_out(out: Path, resume: bool) -> None:
         check_vacant(out)
 
 
-def _make_reporter(status: RunStatus, log: Callable[[str], None]) -> Callable[[str], None]:
+def _make_reporter(status: RunStatus, log: EventFunction | None) -> EventFunction:
     """Return a function that adds an event to the status and the log."""
 
-    def report(line: str) -> None:
+    def report(line: str, *, client: str | None = None) -> None:
         line = one_line(line)
         status.add_event(line)
-        log(line)
+        if log is not None:
+            log(line, client=client)
 
     return report
 
@@ -357,15 +358,7 @@ class _RunLog(EventLog):
 
     def __call__(self, line: str, **fields: object) -> None:
         tree = self._status.to_dict()
-        named = [
-            client
-            for client in tree["nodes"]
-            if line.startswith(f"{client} ") or f"'{client}'" in line
-        ]
-        client = named[0] if len(named) == 1 else None
-        super().__call__(
-            line, run=tree["run"], round=tree["round"], phase=tree["phase"], client=client, **fields
-        )
+        super().__call__(line, run=tree["run"], round=tree["round"], phase=tree["phase"], **fields)
 
     def log_round(self, record: Record) -> None:
         """Log a completed round in JSON format.

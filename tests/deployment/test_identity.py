@@ -20,7 +20,7 @@ from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.deployments import SITES, Federation, small
 from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.nodes import Clock, until
+from tests.helpers.nodes import Clock, EventLines, until
 
 PRIVATE = {client: generate_private_key(SECP384R1()) for client in SITES}
 KEYS = {client: public_bytes(key.public_key()) for client, key in PRIVATE.items()}
@@ -31,9 +31,9 @@ class Server:
 
     def __init__(self, folder: Path, keys: Mapping[str, bytes] | None) -> None:
         self.folder = folder
-        self.log_lines: list[str] = []
+        self.log_lines = EventLines()
         self.transport = LoopbackTransport()
-        self.connections = Connections(self.transport, SITES, self.log_lines.append, keys=keys)
+        self.connections = Connections(self.transport, SITES, self.log_lines, keys=keys)
 
     def meet(self, claim: str, key: bytes) -> int:
         """Connect a node, and wait until the server has answered its claim."""
@@ -171,14 +171,15 @@ WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5,
 def test_longest_audit_log_is_kept_and_another_is_reported(
     heads: list[str], kept: str, expected: list[str]
 ) -> None:
-    lines: list[str] = []
-    found = LogHeads(lines.append)
+    lines = EventLines()
+    found = LogHeads(lines)
 
     for head in heads:
         found.update("site_1", Envelope({LOG: head}))
 
     assert found.longest == {"site_1": kept}
     assert lines == expected
+    assert set(lines.clients) <= {"site_1"}
 
 
 def test_truncated_audit_log_is_a_status_event(

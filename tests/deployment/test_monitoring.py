@@ -28,6 +28,7 @@ from hetero_fl.deployment.monitoring import (
     read_status,
     serve_status,
 )
+from hetero_fl.deployment.server import _RunLog
 from hetero_fl.utils.errors import UserError
 
 SCORES = {
@@ -219,6 +220,19 @@ def test_json_log_lines_name_their_subject() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
     assert first == {"message": "round 1: done", "client": "north", "round": 1, "seconds": 0.5}
     assert [line["message"] for line in others] == ["a line of", "someone else's"]
+
+
+def test_json_log_of_a_run_names_the_client_of_an_event(
+    status: RunStatus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = _RunLog("json", status)
+
+    log("north: metrics: expected a number", client="north")
+    log("another north line")
+
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first["client"] == "north"
+    assert "client" not in second
 
 
 def test_print_status_escapes_markup(status: RunStatus) -> None:

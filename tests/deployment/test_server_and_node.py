@@ -28,7 +28,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 from tests.helpers.deployments import Federation, small
 from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.nodes import LONG, Clock
+from tests.helpers.nodes import LONG, Clock, EventLines
 from tests.helpers.small_federations import changed, config
 
 ALL = DisclosureConfig(labels=True, details=True, model=True)
@@ -84,9 +84,9 @@ def same_models(a: Run, b: Run) -> bool:
 
 
 def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> None:
-    log_lines: list[str] = []
+    log_lines = EventLines()
     finished = run_federation(
-        config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, log=log_lines.append
+        config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, log=log_lines
     )
     tree = read_status(tmp_path / "out")
     assert tree["phase"] == "done" and tree["round"] == 2
@@ -100,6 +100,7 @@ def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> No
         == [f"site_{i} connected" for i in (1, 2, 3)]
         == sorted(e["message"] for e in tree["events"])
     )
+    assert sorted(map(str, log_lines.clients)) == ["site_1", "site_2", "site_3"]
     assert sites.lines.count("disconnected by the server") == 3
     assert not any(stop.is_set() for stop in sites.stops), "a node waits for the next run"
     line = "the site's file has no data: training on a part of the server's data (digits)"

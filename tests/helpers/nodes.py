@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
+from hetero_fl.deployment.conversations import EventFunction
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.server import run_federation
@@ -39,6 +40,18 @@ class ServerKilledError(BaseException):
     """Raised when the server's process ends."""
 
 
+class EventLines(list[str]):
+    """Log function that stores the lines of events, and the clients in `clients`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clients: list[str | None] = []
+
+    def __call__(self, line: str, *, client: str | None = None) -> None:
+        self.append(line)
+        self.clients.append(client)
+
+
 class Clock:
     """A server clock: deadlines that a test lets pass end at once, and others never end."""
 
@@ -57,10 +70,10 @@ class Clock:
         """Move the clock past the server's current deadline."""
         self.ahead += 2 * LONG
 
-    def after(self, count: int, lines: list[str]) -> Callable[[str], None]:
+    def after(self, count: int, lines: list[str]) -> EventFunction:
         """Return a log function that stores lines and closes admission after a number of them."""
 
-        def log_line(line: str) -> None:
+        def log_line(line: str, *, client: str | None = None) -> None:
             lines.append(line)
             if len(lines) == count:
                 self.forward()

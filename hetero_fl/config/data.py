@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -109,6 +109,15 @@ class SharedSettings(ConfigSection):
     def for_other_data(self) -> Self:
         """Return a copy without the settings that only apply to the main data set."""
         return self.model_copy(update=dict.fromkeys(self.selection))
+
+
+SHARED_KEYS: tuple[Literal["text", "speech", "movies", "driving"], ...] = (
+    "text",
+    "speech",
+    "movies",
+    "driving",
+)
+"""Keys of `SharedSettings` in a source. The keys are also names of sources that read folders."""
 
 
 class TextConfig(SharedSettings):

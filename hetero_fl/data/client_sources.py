@@ -21,7 +21,7 @@ from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, inde
 from hetero_fl.data.external import match_to_common, source_with_task
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
-from hetero_fl.data.registry import FOLDERS, load_source, needs_path
+from hetero_fl.data.registry import load_source, needs_path, reads_folder
 from hetero_fl.data.splits import RowSelection, Splits, holdout_strategy
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -118,7 +118,7 @@ def pool_client_files(
 def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]:
     """Return the source of each client, with unset keys filled in from `data`."""
     missing = "data.path: missing"
-    if config.name in FOLDERS.values():
+    if reads_folder(config.name):
         raise UserError(f"{missing}; {config.name} reads a folder")
     if config.name not in (*POOLED, OBJECT_PREFIX):
         raise UserError(

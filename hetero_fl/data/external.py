@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.clients import PreprocessConfig
-from hetero_fl.config.data import DataConfig, SharedSettings, SourceConfig
+from hetero_fl.config.data import SHARED_KEYS, DataConfig, SharedSettings, SourceConfig
 from hetero_fl.config.population import SettingsProfile
 from hetero_fl.core.stored_rows import Column, require_tensor
 from hetero_fl.core.task import Task
@@ -31,7 +31,6 @@ from hetero_fl.data.dataset import (
 from hetero_fl.data.preprocessing import check_same_shape, required_columns
 from hetero_fl.data.registry import (
     HUB_PREFIX,
-    SHARED_KEYS,
     check_roles,
     load_source,
     reads_key,

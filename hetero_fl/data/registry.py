@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from hetero_fl.config.data import SharedSettings, SourceConfig
+from hetero_fl.config.data import SHARED_KEYS, SharedSettings, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset
@@ -38,29 +38,8 @@ Key = Literal[
     "windows",
 ]
 OPTIONAL_KEYS: tuple[Key, ...] = tuple(key for key in get_args(Key) if key != "path")
-FOLDERS = {
-    "train/*.npz": "htfllib",
-    "train/*.json": "leaf",
-    "patches/patient_*": "camelyon17",
-    "metadata.csv": "iwildcam",
-    "*/*_nohash_*.wav": "speech",
-    "u.data": "movies",
-    "ratings.dat": "movies",
-    "ratings.csv": "movies",
-    "*/interpolated.csv": "driving",
-    "*/driving_log.csv": "driving",
-}
-"""Sources that read folders, keyed by a pattern of files that only such a folder contains."""
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 """Suffixes of files that the source `table` reads."""
-SHARED_KEYS: tuple[Literal["text", "speech", "movies", "driving"], ...] = (
-    "text",
-    "speech",
-    "movies",
-    "driving",
-)
-"""Keys of settings of the main data set that also apply to a proxy set. The keys are also names of
-sources that read folders."""
 HUB_PREFIX = "hf:"
 """Prefix of the names of Hugging Face data sets, which the source `hf` reads."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
@@ -76,6 +55,7 @@ class _Source:
     task: Task | None
     keys: tuple[str, ...]
     generates: bool
+    folder_files: tuple[str, ...] = ()
 
 
 _sources: dict[str, _Source] = {}
@@ -94,7 +74,12 @@ PLUGINS = Plugins("hetero_fl.sources", "data source", _built_in_names, _check_pl
 
 
 def register_source(
-    name: str, *, task: Task | None = None, keys: tuple[Key, ...] = (), generates: bool = False
+    name: str,
+    *,
+    task: Task | None = None,
+    keys: tuple[Key, ...] = (),
+    generates: bool = False,
+    folder_files: tuple[str, ...] = (),
 ) -> Callable[[SourceFunction], SourceFunction]:
     """Register a data source for `data.name`.
 
@@ -106,6 +91,8 @@ def register_source(
             required unless `generates` is set.
         generates: Whether the function generates rows if `path` is not set. Such a function also
             reads `.npz` files itself.
+        folder_files: Patterns of files that only the folders contain that the function reads from
+            `path`, such as `train/*.npz`. If empty, the function may read files.
 
     Returns:
         A decorator that registers the function and returns it unchanged.
@@ -126,7 +113,7 @@ def register_source(
     def register(load: SourceFunction) -> SourceFunction:
         if name in _sources:
             raise ValueError(f"register_source: '{name}' already exists; choose another name")
-        _sources[name] = _Source(load, task, keys, generates)
+        _sources[name] = _Source(load, task, keys, generates, folder_files)
         return load
 
     return register
@@ -171,6 +158,11 @@ def reads_key(name: object, key: Key) -> bool:
     """Return whether a registered source has this name and reads a configuration key."""
     registered = _registered_name(str(name))
     return registered in _sources and key in _sources[registered].keys
+
+
+def reads_folder(name: str) -> bool:
+    """Return whether a registered source has this name and reads folders of its own layout."""
+    return name in _sources and bool(_sources[name].folder_files)
 
 
 def needs_path(name: str) -> bool:
@@ -258,7 +250,7 @@ def load_source(
         _check(dataset, place, missing)
         return dataset
     name, entry = _find_source(config, where)
-    reads_files = not entry.generates and name not in FOLDERS.values()
+    reads_files = not entry.generates and not entry.folder_files
     npz = config.path is not None and config.path.endswith(".npz") and reads_files
     local = npz or (config.path is not None and "path" not in entry.keys)
     _check_keys(config, name, entry, local, where)
@@ -385,8 +377,10 @@ def _reader_for_suffix(name: str) -> str:
     if path.suffix == ".zarr":
         return "zarr"
     if path.is_dir():
-        matching = (source for pattern, source in FOLDERS.items() if any(path.glob(pattern)))
-        return next(matching, "image_folder")
+        for source, entry in _sources.items():
+            if any(any(path.glob(pattern)) for pattern in entry.folder_files):
+                return source
+        return "image_folder"
     suffix = path.suffix.lower()
     return "table" if suffix in TABLE_SUFFIXES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
 

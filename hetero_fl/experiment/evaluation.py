@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import SHARED_KEYS, SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.stored_rows import Column, map_rows
@@ -21,7 +21,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
 from hetero_fl.data.preprocessing import usable_rows
-from hetero_fl.data.registry import SHARED_KEYS, Key, reads_key
+from hetero_fl.data.registry import Key, reads_key
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run

@@ -233,6 +233,7 @@ def test_missing_test_set_is_split_from_training_rows() -> None:
         ("registry.csv", "file 'registry.csv'; set data.name=table and data.path=registry.csv"),
         ("mine.npz", "file 'mine.npz'; set data.name=npz and data.path=mine.npz"),
         ("scans", "folder 'scans'; set data.name=image_folder and data.path=scans"),
+        ("ml-100k", "folder 'ml-100k'; set data.name=movies and data.path=ml-100k"),
     ],
 )
 def test_path_as_source_name_is_refused(
@@ -240,6 +241,8 @@ def test_path_as_source_name_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()
+    (tmp_path / "ml-100k").mkdir()
+    (tmp_path / "ml-100k" / "u.data").touch()
 
     with pytest.raises(UserError) as error:
         load_source(SourceConfig(name=name), tmp_path)

@@ -36,7 +36,7 @@ from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
 
-@register_source("htfllib", keys=("path",))
+@register_source("htfllib", keys=("path",), folder_files=("train/*.npz",))
 def htfllib(config: SourceConfig, _root: Path) -> Dataset:
     """Load a folder of client files as written by PFLlib and HtFLlib (see `read_client_folder`)."""
     return read_client_folder(Path(str(config.path)).expanduser())

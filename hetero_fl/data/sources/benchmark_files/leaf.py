@@ -39,7 +39,7 @@ READ = "; of the data sets of LEAF, FEMNIST, Shakespeare and Synthetic are read"
 CHARACTERS = Vocabulary(tuple({"\n": "newline", " ": "space"}.get(c, c) for c in LETTERS))
 
 
-@register_source("leaf", keys=("path",))
+@register_source("leaf", keys=("path",), folder_files=("train/*.json",))
 def leaf(config: SourceConfig, _root: Path) -> Dataset:
     """Load a folder of LEAF's JSON files (see `read_leaf_folder`)."""
     return read_leaf_folder(Path(str(config.path)).expanduser())

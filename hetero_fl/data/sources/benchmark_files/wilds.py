@@ -58,7 +58,11 @@ class WildsRows:
     metadata: Mapping[str, np.ndarray]
 
 
-@register_source("camelyon17", keys=("path", "group", "patient", "size", "stream", "splits"))
+@register_source(
+    "camelyon17",
+    keys=("path", "group", "patient", "size", "stream", "splits"),
+    folder_files=("patches/patient_*",),
+)
 def camelyon17(config: SourceConfig, _root: Path) -> Dataset:
     """Load the folder of Camelyon17-WILDS, whose groups are the hospitals (`center`).
 
@@ -97,7 +101,11 @@ def camelyon17(config: SourceConfig, _root: Path) -> Dataset:
     return _make_dataset("camelyon17", TUMOR, rows, path, config)
 
 
-@register_source("iwildcam", keys=("path", "group", "patient", "size", "stream", "splits"))
+@register_source(
+    "iwildcam",
+    keys=("path", "group", "patient", "size", "stream", "splits"),
+    folder_files=("metadata.csv",),
+)
 def iwildcam(config: SourceConfig, _root: Path) -> Dataset:
     """Load the folder of iWildCam-WILDS, whose groups are the cameras.
 

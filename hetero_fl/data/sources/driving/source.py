@@ -78,7 +78,12 @@ METERS_PER_DEGREE = 111_320.0
 ABOUT = "generated: frames of vehicles with color cameras by day and gray cameras by night"
 
 
-@register_source("driving", keys=("path", "driving"), generates=True)
+@register_source(
+    "driving",
+    keys=("path", "driving"),
+    generates=True,
+    folder_files=("*/interpolated.csv", "*/driving_log.csv"),
+)
 def driving(config: SourceConfig, _root: Path) -> Dataset:
     """Generate the drives of four vehicles (groups), or read a folder (see `read_driving_folder`).
 

@@ -21,7 +21,12 @@ MD5 = "0e33842e24a9c977be4e0107933c0723"
 FOLDER = "ml-100k"
 
 
-@register_source("movies", keys=("path", "group", "movies"), generates=True)
+@register_source(
+    "movies",
+    keys=("path", "group", "movies"),
+    generates=True,
+    folder_files=("u.data", "ratings.dat", "ratings.csv"),
+)
 def movies(config: SourceConfig, _root: Path) -> Dataset:
     """Generate the movies of users in six regions (groups), or read a folder (see `read_movies`).
 

@@ -56,7 +56,9 @@ RECORDINGS = 40
 ABOUT = "generated: ten words, spoken by persons with phones, old phones and smart speakers"
 
 
-@register_source("speech", keys=("path", "speech"), generates=True)
+@register_source(
+    "speech", keys=("path", "speech"), generates=True, folder_files=("*/*_nohash_*.wav",)
+)
 def speech(config: SourceConfig, _root: Path) -> Dataset:
     """Generate recordings of nine devices (groups), or read a folder (see `read_speech_folder`).
 

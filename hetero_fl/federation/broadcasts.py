@@ -349,12 +349,16 @@ class ClientEstimates:
         self.names: dict[str, dict[str, bytes]] = {}
         self.sent: dict[str, SentBroadcast] = {}
 
-    def names_of(self, client_id: str) -> Mapping[str, bytes]:
-        """Return the names of the estimates that a client has, keyed by item."""
+    def record_commit(self, client_id: str) -> None:
+        """Record the estimates after the last broadcast if the private state was committed."""
         sent = self.sent.get(client_id)
         if sent is not None and sent.stamp != self._stamp(client_id):
             self.names[client_id] = {**self.names.get(client_id, {}), **sent.names}
             del self.sent[client_id]
+
+    def names_of(self, client_id: str) -> Mapping[str, bytes]:
+        """Return the names of the estimates that a client has, keyed by item."""
+        self.record_commit(client_id)
         return self.names.get(client_id, {})
 
     def send(
@@ -369,7 +373,7 @@ class ClientEstimates:
             rest: The part of the message without models.
             version: Number of completed rounds or aggregations.
         """
-        self.names_of(client_id)
+        self.record_commit(client_id)
         self.sent[client_id] = SentBroadcast(names, received, rest, self._stamp(client_id), version)
 
     def drop_unused(self, version: int, training: Collection[str]) -> None:
@@ -380,7 +384,7 @@ class ClientEstimates:
             training: Ids of clients that still train on an earlier version.
         """
         for client_id in list(self.sent):
-            self.names_of(client_id)
+            self.record_commit(client_id)
             sent = self.sent.get(client_id)
             if sent is not None and sent.version != version and client_id not in training:
                 del self.sent[client_id]
@@ -524,9 +528,8 @@ class EstimateBroadcasts(Broadcasts):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # Record the estimates of clients whose private state has been committed.
         for client_id in list(self.known.sent):
-            self.known.names_of(client_id)
+            self.known.record_commit(client_id)
         # Sorted, because the order in which workers process clients varies.
         sent = dict(sorted(self.known.sent.items()))
         received = {id(each.received): each for each in sent.values()}

@@ -68,23 +68,30 @@ class SynchronousTrainer(FederatedTrainer):
         Returns:
             Reason why training at the server diverged. Empty if training did not diverge.
         """
-
-        def aggregate() -> None:
-            if collector.sealed is not None:
-                self.adopt_state(collector.sealed)
-                return
-            if collector.rules is not None:
-                scratch = replace(self.server, models=dict(self.server.models), stream_uses={})
-                run_plan(collector.uploads.prepare(scratch), scratch, self.backend)
-            plan = self.algorithm.aggregate(self.server, collector.uploads)
-            run_plan(plan, self.server, self.backend)
-            if self.privacy is not None:
-                self.privacy.adapt_bounds(collector.uploads)
-
-        diverged = self.update_server(aggregate, collector.magnitudes)
+        diverged = self.update_server(
+            partial(self._run_aggregation, collector), collector.magnitudes
+        )
         if diverged:
             self.store.discard()
         return diverged
+
+    def _run_aggregation(self, collector: UploadCollector) -> None:
+        """Update the server, the state of the aggregation rules and the privacy bounds.
+
+        Raises:
+            DivergedError: If training at the server diverges.
+        """
+        if collector.sealed is not None:
+            self.adopt_state(collector.sealed)
+            return
+        if collector.rules is not None:
+            scratch = replace(self.server, models=dict(self.server.models), stream_uses={})
+            run_plan(collector.uploads.prepare(scratch), scratch, self.backend)
+        run_plan(
+            self.algorithm.aggregate(self.server, collector.uploads), self.server, self.backend
+        )
+        if self.privacy is not None:
+            self.privacy.adapt_bounds(collector.uploads)
 
     def abandon_round(self, collector: UploadCollector) -> None:
         """Discard the private states of a round with too few uploads.

@@ -253,9 +253,7 @@ class RunSession:
         if evaluation is None:
             # The run stopped early, or the process was killed after the last round. The traffic of
             # the evaluation has already been counted.
-            down_bytes = trainer.traffic.down
-            evaluation = _evaluate_fully(trainer, directory)
-            trainer.traffic.down = down_bytes
+            evaluation = _evaluate_fully(trainer, directory, counts_traffic=False)
         directory.write_json(
             "details.json",
             collect_details(prepared.federation, evaluation, prepared.notes, prepared.method),
@@ -330,7 +328,7 @@ def write_presentation(config: Config, directory: RunDirectory, log: Callable[[s
 
 
 def evaluate_models(
-    trainer: FederatedTrainer, save: Callable[[str, bytes], None]
+    trainer: FederatedTrainer, save: Callable[[str, bytes], None], counts_traffic: bool = True
 ) -> EvaluationResult:
     """Evaluate the models with all details for the report.
 
@@ -338,11 +336,12 @@ def evaluate_models(
         trainer: The trainer.
         save: Function that is called with the name of each evaluated model (the client id or
             "server") and the model, encoded by `SavedModel.encode`.
+        counts_traffic: Whether the broadcasts count as traffic of the run.
 
     Raises:
         RunFailedError: If a model cannot be evaluated.
     """
-    result = trainer.evaluate(details=True, save=save)
+    result = trainer.evaluate(details=True, save=save, counts_traffic=counts_traffic)
     slot = trainer.server_slot
     if slot is not None:
         federation = trainer.federation
@@ -362,7 +361,9 @@ def evaluate_models(
     return result
 
 
-def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
+def _evaluate_fully(
+    trainer: FederatedTrainer, directory: RunDirectory, counts_traffic: bool = True
+) -> EvaluationResult:
     """Evaluate the models with all details for the report, and write each evaluated model."""
 
     def save(name: str, model: bytes) -> None:
@@ -370,4 +371,4 @@ def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> Evalu
         if model:
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
-    return evaluate_models(trainer, save)
+    return evaluate_models(trainer, save, counts_traffic)

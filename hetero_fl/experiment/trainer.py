@@ -210,9 +210,7 @@ class Trainer:
         return run
 
     def _evaluate(self) -> EvaluationResult:
-        # This evaluation is not part of the run, so its downloads must not count as traffic.
-        down_bytes = self._trainer.traffic.down
-        result = evaluate_models(self._trainer, self._models.__setitem__)
-        self._trainer.traffic.down = down_bytes
+        # This evaluation is not part of the run.
+        result = evaluate_models(self._trainer, self._models.__setitem__, counts_traffic=False)
         self._evaluated = self.completed
         return result

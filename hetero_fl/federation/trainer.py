@@ -431,17 +431,21 @@ class FederatedTrainer(ABC):
 
     @translate_user_errors()
     def evaluate(
-        self, details: bool = False, save: Callable[[str, bytes], None] | None = None
+        self,
+        details: bool = False,
+        save: Callable[[str, bytes], None] | None = None,
+        counts_traffic: bool = True,
     ) -> EvaluationResult:
         """Evaluate the present models of the clients and the server's model.
 
         All clients in `federation.evaluated_clients` are evaluated, including clients outside the
-        cohort of the round. The clients receive the next broadcast, which counts as traffic.
+        cohort of the round. The clients receive the next broadcast.
 
         Args:
             details: Whether to compute all results that a report shows, including the models.
             save: Function that is called with the id and the encoded model of each client (see
                 `SavedModel.encode`). If None, the encoded models are part of the result.
+            counts_traffic: Whether the broadcasts count as traffic of the run.
 
         Raises:
             RunFailedError: If a model cannot be evaluated.
@@ -474,7 +478,8 @@ class FederatedTrainer(ABC):
                 f"round {self.completed}: a model cannot be evaluated: {error}"
             ) from None
         self._clear_broadcasts()
-        self.count_traffic(down=sum(sizes.values()))
+        if counts_traffic:
+            self.count_traffic(down=sum(sizes.values()))
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
     def server_tensors(self, slot: str) -> Tensors:

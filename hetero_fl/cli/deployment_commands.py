@@ -39,9 +39,9 @@ ADDRESS = re.compile(r"(https?://.+)|([^/\s]+:\d+)")
 @training_command("hetero-fl federate -c configs/digits_quickstart.yaml rounds=2")
 def federate(source: Path, **options: Any) -> Run:
     """Train with a server and one process per client on this machine."""
-    from hetero_fl.deployment.flower.commands import check_installed
+    from hetero_fl.deployment.flower.commands import check_flower
 
-    check_installed()
+    check_flower()
     from hetero_fl.deployment.flower.local_federation import run_local_federation
 
     return run_local_federation(source, **options)
@@ -151,9 +151,9 @@ def flower_app(
     """Write a Flower app to train with `flwr run`."""
     if config is None:
         raise UserError("--config: missing; expected a YAML or JSON file")
-    from hetero_fl.deployment.flower.commands import check_installed
+    from hetero_fl.deployment.flower.commands import check_flower
 
-    check_installed()
+    check_flower()
     from hetero_fl.deployment.flower.app import write_app
 
     for path in write_app(folder, config, overrides, code_permission(allow_code)):

@@ -231,14 +231,14 @@ def load_checked_run(
         from hetero_fl.cli.printing import print_check, print_draft
         from hetero_fl.experiment import prepare
         from hetero_fl.experiment.configuration import draft_config
-        from hetero_fl.reporting.loggers import check_installed
+        from hetero_fl.reporting.loggers import check_loggers
 
         draft = draft_config(config, overrides)
         if refused := dict(permission.find_refused(draft.code_references, draft.key_source)):
             print_draft(draft.config, refused)
         else:
             prepared = prepare(config, overrides, allow_code=permission)
-            check_installed(prepared.config)
+            check_loggers(prepared.config)
             print_check(prepared)
         return None
     # Jobs on clusters are often started with --resume from the beginning, so this is no error.

@@ -297,9 +297,9 @@ def run_server(
     }
     _check_distinct(keys, file)
     path = default_out(config) if out is None else out
-    from hetero_fl.deployment.flower.commands import check_installed
+    from hetero_fl.deployment.flower.commands import check_flower
 
-    check_installed()
+    check_flower()
     from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 
     status = RunStatus(path, list(expand_population(config.clients)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.base import shared_part_of
-from hetero_fl.communication.homomorphic.ckks import check_installed
+from hetero_fl.communication.homomorphic.ckks import check_tenseal
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.base import record_deprecations
@@ -284,7 +284,7 @@ def prepare(
     method = make_algorithm(config)
     check_rules(RULES_ON_LOADING, ConfigFacts(config, clients, method))
     if config.channel.homomorphic is not None:
-        check_installed()
+        check_tenseal()
     data = data or load_federated_data(config, dataset)
     student = method.needs.proxy_set != "unused" and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)

@@ -18,7 +18,7 @@ from hetero_fl.experiment.session import RunSession, write_presentation
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.trainer import Record
 from hetero_fl.reporting.integrity import NODES, inspect
-from hetero_fl.reporting.loggers import check_installed
+from hetero_fl.reporting.loggers import check_loggers
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
@@ -204,7 +204,7 @@ def open_session(
         Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
     """
     config = prepared.config
-    check_installed(config)
+    check_loggers(config)
     on_nodes = executor_factory is not None
     is_resumed = resume and has_run(path)
     if not is_resumed:

@@ -18,7 +18,7 @@ import pytest
 
 from hetero_fl.cli import _is_closed, main
 from hetero_fl.deployment.flower import worker_socket
-from hetero_fl.deployment.flower.commands import check_installed
+from hetero_fl.deployment.flower.commands import check_flower
 from hetero_fl.utils import environment, processes
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically
@@ -125,7 +125,7 @@ def test_deployment_without_fork_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         UserError, match=r"^deployments need fork and Unix sockets, which .* Linux$"
     ):
-        check_installed()
+        check_flower()
 
 
 def test_site_without_unix_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ SLOTS = DEGREE // 2
 PRIME_BITS = [60, 49]
 
 
-def check_installed() -> None:
+def check_tenseal() -> None:
     """Check that TenSEAL is installed.
 
     Raises:

@@ -49,7 +49,7 @@ class SharedKey:
     @classmethod
     def generate(cls) -> SharedKey:
         """Generate a key from the random number generator of the operating system."""
-        ckks.check_installed()
+        ckks.check_tenseal()
         return cls(ckks.new_context(), os.urandom(authenticated_encryption.KEY_LENGTH))
 
     @classmethod
@@ -59,7 +59,7 @@ class SharedKey:
         Raises:
             UserError: If the file cannot be read, is not a key or can be read by other users.
         """
-        ckks.check_installed()
+        ckks.check_tenseal()
         try:
             data = path.read_bytes()
         except OSError as error:

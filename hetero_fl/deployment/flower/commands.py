@@ -35,7 +35,7 @@ DEFAULT_ENVIRONMENT = {
 }
 
 
-def check_installed() -> None:
+def check_flower() -> None:
     """Check that a supported version of Flower is installed, without importing Flower.
 
     Raises:

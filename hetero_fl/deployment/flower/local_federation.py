@@ -20,7 +20,7 @@ from typing_extensions import Self
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.certificates import make_node_key
-from hetero_fl.deployment.flower.commands import check_installed
+from hetero_fl.deployment.flower.commands import check_flower
 from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 from hetero_fl.deployment.flower.supernode import start_prefork
 from hetero_fl.deployment.flower.worker import run_node
@@ -76,7 +76,7 @@ def run_local_federation(
         RunFailedError: If the process of a client fails, or the run cannot continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
-    check_installed()
+    check_flower()
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
     path = default_out(config) if out is None else Path(out)

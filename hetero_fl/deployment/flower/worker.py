@@ -20,7 +20,7 @@ from pathlib import Path
 from hetero_fl.data import check_source
 from hetero_fl.deployment.certificates import check_authority, load_node_key
 from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.flower.commands import check_installed
+from hetero_fl.deployment.flower.commands import check_flower
 from hetero_fl.deployment.flower.supernode import SuperNode
 from hetero_fl.deployment.flower.worker_socket import LISTENING, listen, receive, send
 from hetero_fl.deployment.monitoring import EventLog
@@ -78,7 +78,7 @@ def run_node(
     if site.server.authority is not None:
         check_authority(Path(site.server.authority))
     key = load_node_key(Path(site.server.key))
-    check_installed()
+    check_flower()
     import torch._dynamo  # noqa: F401 optimizers load it at their first step
 
     log = EventLog(site.logs, client=site.client)

@@ -18,7 +18,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import UsedSettings
-from hetero_fl.reporting.loggers import check_installed
+from hetero_fl.reporting.loggers import check_loggers
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores
@@ -90,7 +90,7 @@ class ComparisonPlan:
             raise ArgumentError(f"out: {out} is a file; choose a folder")
         check_grid(grid)
         config = load_config(source, base, permission)
-        check_installed(config)
+        check_loggers(config)
         for seed in seeds:
             load_config(source, [*base, f"seed={seed}"], permission)
         names = split_top_level(algorithms, ",") if isinstance(algorithms, str) else algorithms

@@ -58,7 +58,7 @@ class ExportedFile(NamedTuple):
     largest_difference: float | None
 
 
-def check_installed() -> None:
+def check_onnx() -> None:
     """Raise UserError if a package for writing or running ONNX files is not installed."""
     try:
         import onnx  # noqa: F401
@@ -222,7 +222,7 @@ def export(
             "label frequencies"
         )
     if file_format == "onnx":
-        check_installed()
+        check_onnx()
     folder = run.path / "export" if out is None else Path(out)
     exported = {}
     for name, model in models.items():

@@ -8,7 +8,7 @@ from hetero_fl.reporting.loggers.csv_table import CSVLogger
 from hetero_fl.reporting.loggers.mlflow_run import MLflowLogger
 from hetero_fl.reporting.loggers.run_loggers import (
     RunLoggers,
-    check_installed,
+    check_loggers,
     make_logger,
     make_loggers,
 )
@@ -23,7 +23,7 @@ __all__ = [
     "RunLoggers",
     "TensorBoardLogger",
     "WandbLogger",
-    "check_installed",
+    "check_loggers",
     "make_logger",
     "make_loggers",
     "register_logger",

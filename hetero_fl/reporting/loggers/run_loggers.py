@@ -59,7 +59,7 @@ def make_loggers(config: Config) -> dict[str, Logger]:
     }
 
 
-def check_installed(config: Config) -> None:
+def check_loggers(config: Config) -> None:
     """Check that the modules that the loggers require are installed.
 
     Raises:

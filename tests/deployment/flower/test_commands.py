@@ -30,7 +30,7 @@ time.sleep(1000)
 @pytest.mark.parametrize("found", ["1.41.0", "1.57.2", "1.41.dev3"])
 def test_later_versions_of_flower_are_accepted(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "version", lambda _: found)
-    commands.check_installed()
+    commands.check_flower()
 
 
 @pytest.mark.parametrize("found", ["1.40.9", "0.42.0", "2.0.0"])
@@ -41,7 +41,7 @@ def test_other_versions_of_flower_are_refused(found: str, monkeypatch: pytest.Mo
         r"run pip install 'hetero_fl\[flower\]'"
     )
     with pytest.raises(UserError, match=line):
-        commands.check_installed()
+        commands.check_flower()
 
 
 def test_missing_flower_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_missing_flower_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(commands, "version", missing)
     with pytest.raises(UserError, match="flwr: not installed"):
-        commands.check_installed()
+        commands.check_flower()
 
 
 def start_tree(folder: Path) -> tuple[FlowerCommand, int]:

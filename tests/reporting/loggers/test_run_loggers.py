@@ -15,7 +15,7 @@ from hetero_fl.config.schema import OutputConfig
 from hetero_fl.reporting.loggers import (
     LoggedRun,
     RunLoggers,
-    check_installed,
+    check_loggers,
     register_logger,
     round_scalars,
 )
@@ -152,7 +152,7 @@ def test_missing_module_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
     config = load_config({"output": {"loggers": ["csv", "mlflow"]}})
 
     with pytest.raises(UserError) as caught:
-        check_installed(config)
+        check_loggers(config)
 
     assert str(caught.value) == (
         "output.loggers.1: mlflow requires mlflow, which is not installed; "
@@ -352,6 +352,6 @@ def test_exception_in_validation_gives_one_line() -> None:
     register_logger("invalid")(InvalidLogger)
 
     with pytest.raises(UserError) as caught:
-        check_installed(load_config({"output": {"loggers": ["invalid"]}}))
+        check_loggers(load_config({"output": {"loggers": ["invalid"]}}))
 
     assert str(caught.value).endswith("output.loggers.0: invalid is not valid (KeyError: 'host')")

@@ -381,3 +381,22 @@ def _entries(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) is typing.Annotated:
         return _entries(typing.get_args(annotation)[0])
     return section_of(annotation) if typing.get_origin(annotation) in (list, tuple) else None
+
+
+def prefix_origin(origin: str, line: str) -> str:
+    """Prefix an error message with the origin of its key, unless the key names the origin.
+
+    The key names an override of the key itself, but not an override of a section.
+
+    Args:
+        origin: The configuration file, or an override `key.path=value`.
+        line: Error message that begins with a key.
+
+    Example:
+        >>> prefix_origin("rounds=ten", "rounds: expected an integer, got 'ten'")
+        "rounds: expected an integer, got 'ten'"
+        >>> prefix_origin("run.yaml", "rounds: expected an integer, got 'ten'")
+        "run.yaml: rounds: expected an integer, got 'ten'"
+    """
+    key = line.partition(": ")[0]
+    return line if origin.startswith(f"{key}=") else f"{origin}: {line}"

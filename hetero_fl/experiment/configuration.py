@@ -11,18 +11,16 @@ from pydantic import ValidationError
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config import Config
-from hetero_fl.config.errors import describe_error
+from hetero_fl.config.errors import describe_error, prefix_origin
 from hetero_fl.config.load import (
     Overrides,
     Source,
     apply_overrides,
-    is_tutorial,
     override_list,
     plain,
-    prefix_origin,
     read_config_file,
-    translate_tutorial,
 )
+from hetero_fl.config.tutorial import is_tutorial, translate_tutorial
 from hetero_fl.reporting.loggers import make_loggers
 from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.errors import UserError, closest

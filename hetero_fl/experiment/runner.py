@@ -15,9 +15,10 @@ from hetero_fl.config.load import Overrides
 from hetero_fl.data import Dataset
 from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepare
 from hetero_fl.experiment.session import RunSession, write_presentation
+from hetero_fl.federation.executors.base import NODES
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.trainer import Record
-from hetero_fl.reporting.integrity import NODES, inspect
+from hetero_fl.reporting.integrity import inspect
 from hetero_fl.reporting.loggers import check_loggers
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run

@@ -19,13 +19,12 @@ from hetero_fl.federation.checkpoint import (
     checkpoint_round,
     read_checkpoint,
 )
+from hetero_fl.federation.executors.base import NODES
 from hetero_fl.reporting.run_directory import ALWAYS, CHECKSUMS, LOG, METRICS, RunDirectory
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, sha256_of
 from hetero_fl.utils.text import pluralize
 
-# Executor of a run on several machines, whose sites do not have to upload their models.
-NODES = "nodes"
 # Fields of the executor choice in `environment.json` that do not affect results.
 IRRELEVANT_CHOICES = ("workers", "reasons")
 CHANGED = "modified since the run wrote it"

@@ -10,6 +10,7 @@ from typing import Any
 
 from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.core.metrics import REGRESSION, SMALLER_IS_BETTER
+from hetero_fl.federation.executors.base import NODES
 from hetero_fl.reporting import plots
 from hetero_fl.reporting.formatting import (
     BALANCED,
@@ -28,7 +29,6 @@ from hetero_fl.reporting.formatting import (
     small_test_note,
     target_kind,
 )
-from hetero_fl.reporting.integrity import NODES
 from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.clients import FEW

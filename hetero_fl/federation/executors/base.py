@@ -20,6 +20,9 @@ from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.utils.errors import NoUploadError
 from hetero_fl.utils.ordering import natural_order
 
+# Name of the executor in runs on several machines, whose sites do not have to upload their models.
+NODES = "nodes"
+
 T = TypeVar("T")
 
 

@@ -88,6 +88,8 @@ class ComparisonPlan:
             raise ArgumentError(f"jobs: must be >= 1, got {jobs}")
         if out.exists() and not out.is_dir():
             raise ArgumentError(f"out: {out} is a file; choose a folder")
+        if space is not None and grid:
+            raise ArgumentError("space: cannot be combined with grid; choose one")
         check_grid(grid)
         config = load_config(source, base, permission)
         check_loggers(config)
@@ -135,8 +137,6 @@ class ComparisonPlan:
         self.search: SearchTask | None = None
         self.not_found: dict[Variant, str] = {}
         if space is not None:
-            if grid:
-                raise ArgumentError("space: cannot be combined with grid; choose one")
             self.search = self._make_search(space, Budget.parse(str(budget)), config.rounds)
 
     def _make_work(self) -> list[ComparisonJob]:

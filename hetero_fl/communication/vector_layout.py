@@ -19,7 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.communication import HomomorphicConfig, SecureAggregationConfig
+from hetero_fl.config.communication import (
+    HomomorphicConfig,
+    SecureAggregationConfig,
+    num_fraction_bits,
+)
 from hetero_fl.core.payload import (
     SUM_KINDS,
     Item,
@@ -285,7 +289,7 @@ class FixedPoint:
         cls, config: SecureAggregationConfig | HomomorphicConfig, cohort: int, section: str
     ) -> FixedPoint:
         """Create the format that a configuration determines for a cohort of a given size."""
-        return cls(config.num_fraction_bits(cohort), config.range, section)
+        return cls(num_fraction_bits(config, cohort), config.range, section)
 
     def encode(self, values: np.ndarray) -> Words:
         """Encode float64 values of shape `[L]` as uint64 integers of the same shape.

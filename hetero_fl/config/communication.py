@@ -86,15 +86,6 @@ class SecureAggregationConfig(ConfigSection):
             return int(self.threshold)
         return max(2, cohort // 2 + 1, math.ceil(self.threshold * cohort - 1e-9))
 
-    def num_fraction_bits(self, cohort: int) -> int:
-        """Return the number of binary digits after the point.
-
-        If `fraction_bits` is None, the maximum is returned, which is less than 1 if no digit fits.
-        """
-        if self.fraction_bits is not None:
-            return self.fraction_bits
-        return self.max_fraction_bits(cohort)
-
     def max_fraction_bits(self, cohort: int) -> int:
         """Return the maximum number of binary digits for which no sum over a cohort overflows.
 
@@ -126,15 +117,6 @@ class HomomorphicConfig(ConfigSection):
         """
         return 12 + math.ceil(math.log2(cohort) / 2)
 
-    def num_fraction_bits(self, cohort: int) -> int:
-        """Return the number of binary digits after the point.
-
-        If `fraction_bits` is None, the maximum is returned, which is less than 1 if no digit fits.
-        """
-        if self.fraction_bits is not None:
-            return self.fraction_bits
-        return self.max_fraction_bits(cohort)
-
     def max_fraction_bits(self, cohort: int) -> int:
         """Return the maximum number of binary digits for which no sum over a cohort overflows.
 
@@ -142,6 +124,20 @@ class HomomorphicConfig(ConfigSection):
         is a quarter of the ciphertext modulus.
         """
         return math.ceil(58 - self.num_noise_bits(cohort) - math.log2(cohort * self.range)) - 1
+
+
+def num_fraction_bits(config: SecureAggregationConfig | HomomorphicConfig, cohort: int) -> int:
+    """Return the number of binary digits after the point.
+
+    If `fraction_bits` is None, the maximum is returned, which is less than 1 if no digit fits.
+
+    Args:
+        config: The section `channel.secure_sum` or `channel.homomorphic`.
+        cohort: Number of clients in a cohort.
+    """
+    if config.fraction_bits is not None:
+        return config.fraction_bits
+    return config.max_fraction_bits(cohort)
 
 
 class StageConfig(ConfigSection):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.algorithms.distillation import InitialPhase
+from hetero_fl.config.communication import num_fraction_bits
 from hetero_fl.experiment.compatibility.config_facts import first
 from hetero_fl.experiment.compatibility.rule import CompatibilityRule, check_rules
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
@@ -214,10 +215,10 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ("channel.secure_sum.fraction_bits", "channel.secure_sum.range"),
         lambda run: (
             run.secure_sum
-            and run.secure_sum.num_fraction_bits(run.cohort)
+            and num_fraction_bits(run.secure_sum, run.cohort)
             > run.secure_sum.max_fraction_bits(run.cohort)
             and {
-                "bits": run.secure_sum.num_fraction_bits(run.cohort),
+                "bits": num_fraction_bits(run.secure_sum, run.cohort),
                 "most": run.secure_sum.max_fraction_bits(run.cohort),
             }
         ),
@@ -255,10 +256,10 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ("channel.homomorphic.fraction_bits", "channel.homomorphic.range"),
         lambda run: (
             run.homomorphic
-            and run.homomorphic.num_fraction_bits(run.cohort)
+            and num_fraction_bits(run.homomorphic, run.cohort)
             > run.homomorphic.max_fraction_bits(run.cohort)
             and {
-                "bits": run.homomorphic.num_fraction_bits(run.cohort),
+                "bits": num_fraction_bits(run.homomorphic, run.cohort),
                 "most": run.homomorphic.max_fraction_bits(run.cohort),
             }
         ),

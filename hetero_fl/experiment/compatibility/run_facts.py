@@ -20,7 +20,11 @@ from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_withou
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
 from hetero_fl.config.base import StalenessConfig
-from hetero_fl.config.communication import HomomorphicConfig, SecureAggregationConfig
+from hetero_fl.config.communication import (
+    HomomorphicConfig,
+    SecureAggregationConfig,
+    num_fraction_bits,
+)
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.driver import run_plan, translate_user_errors
@@ -171,7 +175,7 @@ class RunFacts(UploadFacts):
 
         The result is None if the mean of clients with equal weights is exact to 1e-6.
         """
-        step: float = 2.0 ** -config.num_fraction_bits(self.cohort)
+        step: float = 2.0 ** -num_fraction_bits(config, self.cohort)
         if step <= PRECISION_OF_MEANS:
             return None
         return {"step": step, "key": "range" if config.fraction_bits is None else "fraction_bits"}

@@ -25,7 +25,7 @@ from hetero_fl.federation.simulation.rounds import ScheduledTrainer
 from hetero_fl.federation.simulation.sampling import MAX_WAIT
 from hetero_fl.federation.simulation.schedule import Schedule
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.federation.trainer import Record
+from hetero_fl.federation.trainer import FederatedTrainer, Record
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
 
@@ -61,14 +61,27 @@ def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
     return {"anew": clients} if clients else {}  # style: ok (file key)
 
 
-class RemoteSynchronousTrainer(ScheduledTrainer):
+class RemoteClientsTrainer(FederatedTrainer):
+    """Base class of trainers whose clients, on other machines, store the private states."""
+
+    executor: RemoteExecutor
+
+    @override
+    def on_checkpoint(self) -> None:
+        self.executor.on_checkpoint()
+
+    @override
+    def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
+        self.executor.send_states(states)
+        self.store.commit()
+
+
+class RemoteSynchronousTrainer(RemoteClientsTrainer, ScheduledTrainer):
     """Synchronous trainer with clients on other machines.
 
     A round ends when enough uploads have arrived or the deadline has passed. The arguments are the
     same as those of `ScheduledTrainer`.
     """
-
-    executor: RemoteExecutor
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -127,15 +140,6 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
         return {"wall": wall, **self.task_record(), **reset_record(self.executor)}
 
     @override
-    def on_checkpoint(self) -> None:
-        self.executor.on_checkpoint()
-
-    @override
-    def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
-        self.executor.send_states(states)
-        self.store.commit()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"now": self.now}
 
@@ -146,7 +150,7 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
         self.stopwatch = Stopwatch(self.now)
 
 
-class RemoteAsynchronousTrainer(AsynchronousTrainer):
+class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
     """Asynchronous trainer with clients on other machines.
 
     Clients are sampled among the connected clients. If the same clients are connected and the
@@ -155,7 +159,6 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
     `AsynchronousTrainer`.
     """
 
-    executor: RemoteExecutor
     time_kind = "wall"
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -170,15 +173,6 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
     def run_round(self) -> Record:
         self.now = self.stopwatch.elapsed()
         return super().run_round() | reset_record(self.executor)
-
-    @override
-    def on_checkpoint(self) -> None:
-        self.executor.on_checkpoint()
-
-    @override
-    def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
-        self.executor.send_states(states)
-        self.store.commit()
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -346,9 +346,9 @@ class AsynchronousTrainer(FederatedTrainer):
         staleness: StalenessConfig | None = None,
         **options: Any,
     ) -> None:
+        super().__init__(*args, policy=environment.policy, **options)
         self.version = 0
         self.queue = TaskQueue()
-        super().__init__(*args, policy=environment.policy, **options)
         self.environment = environment
         self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
         self.ids = self.federation.client_infos.clients.ids

@@ -171,7 +171,7 @@ class FederatedTrainer(ABC):
             if self.protocol.hides_server
             else make_broadcasts(self.links, self.store.stamp, self.hands_over)
         )
-        self._clear_broadcasts()
+        self.broadcasts.begin(0, 0, self.server.arch.values())
 
     @property
     def round_idx(self) -> int:

@@ -296,11 +296,11 @@ PROXY_NOTES: dict[str, type[Algorithm]] = {
 }
 FAMILIES = (
     Family(
-        "bounds",
-        "Bounds",
-        "References for comparisons. `local` exchanges nothing; the other two have all rows or "
-        "all models in one place, of at most 10,000 clients. Tables and figures show `local` as "
-        "the baseline and set the other two apart.",
+        "references",
+        "Baseline and references",
+        "Methods for comparison. `local`, the baseline, exchanges nothing. The other two, the "
+        "references, have all rows or all models in one place, of at most 10,000 clients. Tables "
+        "and figures set the references apart.",
         ("local", "centralized", "ensemble"),
     ),
     Family(

@@ -25,7 +25,7 @@ from hetero_fl.reporting.comparison.significance import (
     paired_difference,
 )
 from hetero_fl.reporting.formatting import algorithm_name, format_significant
-from hetero_fl.reporting.methods import is_bound
+from hetero_fl.reporting.methods import is_reference
 from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.text import format_list, pluralize
 
@@ -46,7 +46,7 @@ LOCAL_REFERENCES = ("local", "fedavg", "ditto")
 COMMON_NETWORK = "One network for all clients"
 """Heading of the federations in which all clients train the same network."""
 PRIMARY_METHODS = ("fedavg", *DISTILLING)
-# Methods that are measured in all main federations, and the bound.
+# Methods that are measured in all main federations, and the reference.
 OVERVIEW_METHODS = ("local", "fedavg", "ditto", *DISTILLING, "centralized")
 SUMMARY_COLUMNS = {
     GLOBAL: "Global test, balanced accuracy",
@@ -169,7 +169,7 @@ def _better_rows(results: BenchmarkResults, metric: str) -> Differences:
     for federation in results.groups[MAIN_GROUP]:
         own = federation.by_seed(HYBRID, metric)
         for row in federation.rows:
-            if row[0] == HYBRID[0] or is_bound(row[0]):
+            if row[0] == HYBRID[0] or is_reference(row[0]):
                 continue
             difference = paired_difference(own, federation.by_seed(row, metric))
             if difference is not None and difference.mean < 0:
@@ -249,11 +249,11 @@ def _summary_table(results: BenchmarkResults, federation: FederationScores) -> s
     rows = [row for row in federation.rows if row[1] == "all"]
     if not rows:
         return NO_RUNS
-    lines = [_summary_line(results, federation, row) for row in rows if not is_bound(row[0])]
-    bounds = [_summary_line(results, federation, row) for row in rows if is_bound(row[0])]
+    lines = [_summary_line(results, federation, row) for row in rows if not is_reference(row[0])]
+    references = [_summary_line(results, federation, row) for row in rows if is_reference(row[0])]
     header = ["Method", *SUMMARY_COLUMNS.values(), "MB", "TFLOP"]
     alignment = ("left", *["right"] * (len(header) - 1))
-    return markdown_table(header, [*lines, ["*Bound*"], *bounds], alignment)
+    return markdown_table(header, [*lines, ["*Reference*"], *references], alignment)
 
 
 def _summary_line(

@@ -12,7 +12,7 @@ from typing import Any
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
-from hetero_fl.reporting.methods import format_needs, is_bound
+from hetero_fl.reporting.methods import format_needs, is_reference
 from hetero_fl.reporting.rendering import markdown_table
 
 Row = Mapping[str, Any]
@@ -279,7 +279,7 @@ def _column(runs: Mapping[str, Sequence[Row]], key: str) -> dict[str, str]:
         for label, rows in runs.items()
     }
     means = {label: statistics.mean(found) for label, found in values.items() if found}
-    ranked = {label: mean for label, mean in means.items() if not is_bound(label)}
+    ranked = {label: mean for label, mean in means.items() if not is_reference(label)}
     best = (min if _metric(key) in SMALLER_IS_BETTER else max)(ranked.values(), default=None)
     cells = {label: _cell(found, is_share) for label, found in values.items()}
     return {

@@ -38,7 +38,7 @@ def needs_of(method_class: type[Algorithm]) -> Needs:
     return method_class.model_construct().needs
 
 
-def is_bound(method_class: type[Algorithm]) -> bool:
+def is_reference(method_class: type[Algorithm]) -> bool:
     """Return whether the method is a reference that collects all rows or models in one place."""
     return needs_of(method_class).all_clients
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.algorithms.requirements import is_bound
+from hetero_fl.algorithms.requirements import is_reference
 from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.certificates import (
     ServerFiles,
@@ -236,7 +236,7 @@ def check_deployable(config: Config) -> None:
     if config.evaluation.metrics:
         raise UserError("evaluation.metrics: available in simulations only; remove it")
     name = config.algorithm["name"]
-    if is_bound(register_algorithm[name]):
+    if is_reference(register_algorithm[name]):
         raise UserError(
             f"algorithm.name: {name} is available in simulations only: "
             "it needs the rows or models of all clients in one place"

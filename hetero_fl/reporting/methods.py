@@ -19,10 +19,10 @@ def method_class(label: str) -> type[Algorithm] | None:
     return register_algorithm.get_loaded(algorithm_base(label))
 
 
-def is_bound(label: str) -> bool:
-    """Return whether a method is a reference bound, which is not ranked with other methods."""
+def is_reference(label: str) -> bool:
+    """Return whether a method is a reference, which is not ranked with other methods."""
     kind = method_class(label)
-    return kind is not None and requirements.is_bound(kind)
+    return kind is not None and requirements.is_reference(kind)
 
 
 def is_baseline(label: str) -> bool:

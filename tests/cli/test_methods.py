@@ -11,7 +11,7 @@ from hetero_fl.algorithms.requirements import (
     describe_needs,
     format_needs,
     is_baseline,
-    is_bound,
+    is_reference,
     method_summary,
     shared_kinds,
     supported_tasks,
@@ -150,7 +150,10 @@ def test_settings_change_requirements() -> None:
 
 
 def test_bounds_and_baselines_are_recognized() -> None:
-    assert {n for n in BUILT_IN if is_bound(register_algorithm[n])} == {"centralized", "ensemble"}
+    assert {n for n in BUILT_IN if is_reference(register_algorithm[n])} == {
+        "centralized",
+        "ensemble",
+    }
     assert [n for n in BUILT_IN if is_baseline(register_algorithm[n])] == ["local"]
     assert shared_kinds(register_algorithm["local"]()) == [] and shared_kinds(
         register_algorithm["centralized"]()

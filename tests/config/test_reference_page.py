@@ -67,10 +67,10 @@ def test_check_reports_outdated_pages(
     assert run("--check") == 1 and not pages.exists()
     assert run() == 0 and run("--check") == 0
     capsys.readouterr()
-    (pages / "methods" / "bounds.md").write_text("stale", encoding="utf-8")
+    (pages / "methods" / "references.md").write_text("stale", encoding="utf-8")
     assert run("--check") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "docs/reference/methods/bounds.md: outdated; run `make docs`"
+    assert line == "docs/reference/methods/references.md: outdated; run `make docs`"
 
 
 def test_configuration_contains_every_section_and_key(configuration: str) -> None:

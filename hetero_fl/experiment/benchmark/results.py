@@ -34,7 +34,7 @@ from hetero_fl.reporting.comparison.significance import (
     paired_difference,
 )
 from hetero_fl.reporting.formatting import algorithm_name, capitalize_first, format_range
-from hetero_fl.reporting.methods import is_bound
+from hetero_fl.reporting.methods import is_reference
 from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import split_top_level
@@ -174,7 +174,7 @@ class BenchmarkResults:
         return found
 
     def ranks(self, metric: str, components: str) -> dict[str, float]:
-        """Return mean ranks of methods over the main federations, without bounds.
+        """Return mean ranks of methods over the main federations, without references.
 
         Methods that are missing in a federation are left out.
 
@@ -185,7 +185,7 @@ class BenchmarkResults:
         """
         federations = self.groups[MAIN_GROUP]
         sign = -1 if metric.endswith("_loss") else 1
-        methods = dict.fromkeys(row[0] for row in self.rows if not is_bound(row[0]))
+        methods = dict.fromkeys(row[0] for row in self.rows if not is_reference(row[0]))
         scores: list[dict[str, float | None]] = []
         for federation in federations:
             if components == BEST:
@@ -432,7 +432,7 @@ class BenchmarkResults:
                 row = method, components
                 values = [100 * score for score in scores.by_seed(row, metric).values()]
                 costs = {column: scores.mean(row, column) or 0.0 for column in COST_COLUMNS}
-                if is_bound(method) or not values or not cost(costs):
+                if is_reference(method) or not values or not cost(costs):
                     continue
                 points.append(
                     CostPoint(

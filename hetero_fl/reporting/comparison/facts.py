@@ -32,7 +32,7 @@ from hetero_fl.reporting.formatting import (
     small_test_note,
     tested_metric,
 )
-from hetero_fl.reporting.methods import is_baseline, is_bound
+from hetero_fl.reporting.methods import is_baseline, is_reference
 from hetero_fl.reporting.rendering import render_line
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE, UserError
@@ -96,18 +96,18 @@ class ComparedMethods:
     """Labels of the compared methods, in the order of display.
 
     Attributes:
-        federated: Labels of all methods except bounds.
-        bounds: Labels of bounds, which are methods that need the rows or models of all clients in
+        federated: Labels of all methods except references.
+        references: Labels of methods that need the rows or models of all clients in
             one place.
     """
 
     federated: tuple[str, ...]
-    bounds: tuple[str, ...]
+    references: tuple[str, ...]
 
     @property
     def all_labels(self) -> tuple[str, ...]:
         """Labels of all methods."""
-        return self.federated + self.bounds
+        return self.federated + self.references
 
     @property
     def baseline(self) -> str | None:
@@ -119,8 +119,8 @@ def compared_methods(rows: Sequence[Row]) -> ComparedMethods:
     """Return the methods of the rows, in the order of the rows."""
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     return ComparedMethods(
-        tuple(label for label in labels if not is_bound(label)),
-        tuple(label for label in labels if is_bound(label)),
+        tuple(label for label in labels if not is_reference(label)),
+        tuple(label for label in labels if is_reference(label)),
     )
 
 
@@ -356,7 +356,7 @@ def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
 
 
 def _finished_runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
-    """Return the directories of the finished runs of the rows, with bounds last."""
+    """Return the directories of the finished runs of the rows, with references last."""
     wanted = {(algorithm_base(str(row["algorithm"])), row["seed"]) for row in rows}
     found = []
     for folder in sorted((out / "runs").glob("*")):
@@ -368,7 +368,7 @@ def _finished_runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
             # The run failed.
             continue
         if (summary["algorithm"], summary["seed"]) in wanted:
-            found.append((is_bound(summary["algorithm"]), run))
+            found.append((is_reference(summary["algorithm"]), run))
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -30,7 +30,7 @@ from hetero_fl.reporting.formatting import (
     metric_name,
     tested_metric,
 )
-from hetero_fl.reporting.methods import is_bound, method_needs
+from hetero_fl.reporting.methods import is_reference, method_needs
 from hetero_fl.reporting.plots import style
 
 LABEL_WIDTH = 25
@@ -45,7 +45,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
 
     Scores are from the last round and are shown as mean and standard deviation over seeds. Faint
     points are single seeds. A score that is undefined in some seed of a method is left out. A
-    dotted line marks the baseline. Bounds are below a dashed line.
+    dotted line marks the baseline. References are below a dashed line.
 
     Args:
         rows: One row for each run.
@@ -109,7 +109,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         axes.grid(axis="y", visible=False)
         for place in range(1, len(labels), 2):
             axes.axhspan(place - 0.5, place + 0.5, color=style.BAND, linewidth=0, zorder=0)
-        if shown.federated and shown.bounds:
+        if shown.federated and shown.references:
             axes.axhline(
                 len(shown.federated) - 0.5, color=style.GREY, linewidth=0.8, linestyle=(0, (3, 3))
             )
@@ -186,7 +186,7 @@ def _draw_scores(
             marker=style.TEST_MARKERS[test],
             markersize=5,
             elinewidth=1.2,
-            markerfacecolor="white" if label in shown.bounds else color,
+            markerfacecolor="white" if label in shown.references else color,
         )
 
 
@@ -362,7 +362,7 @@ def _draw_curves(
             [np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in line]
         )
         color = COLORS[place % len(COLORS)]
-        dashed = (0, (4, 2)) if is_bound(label) or place >= len(COLORS) else "-"
+        dashed = (0, (4, 2)) if is_reference(label) or place >= len(COLORS) else "-"
         name = textwrap.fill(_short_name(label), 44, max_lines=2, placeholder=" …")
         axes.plot(x, mean, color=color, linestyle=dashed, label=name)
         style.draw_band(axes, x, mean, spread, metric=metric, color=color, alpha=0.15)

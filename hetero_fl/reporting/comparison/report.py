@@ -76,7 +76,7 @@ def write_comparison(
 ) -> None:
     """Write the tables, the plot and the report of a comparison.
 
-    Methods are listed in the order of the rows, with bounds last. Information about the runs is
+    Methods are listed in the order of the rows, with references last. Information about the runs is
     read from `runs/` and `log.txt` in `out_dir` if they exist.
 
     Args:

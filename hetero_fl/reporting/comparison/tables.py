@@ -27,7 +27,7 @@ from hetero_fl.reporting.formatting import (
     metric_name,
     tested_metric,
 )
-from hetero_fl.reporting.methods import format_needs, is_bound
+from hetero_fl.reporting.methods import format_needs, is_reference
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class TableLine:
     Attributes:
         algorithm: Label of the method.
         name: Display name of the method.
-        bound: Whether the method is a reference bound, which is not ranked with other methods.
+        is_reference: Whether the method is a reference, which is not ranked with other methods.
         cells: Scores, in the order of the columns.
         megabytes: Megabytes exchanged per run.
         seconds: Seconds per run.
@@ -91,7 +91,7 @@ class TableLine:
 
     algorithm: str
     name: str
-    bound: bool
+    is_reference: bool
     cells: tuple[TableCell, ...]
     megabytes: str
     seconds: str
@@ -105,7 +105,7 @@ class ComparisonTable:
     Attributes:
         title: Title of the table.
         columns: Columns with scores.
-        lines: Rows of the table, bounds last.
+        lines: Rows of the table, references last.
         caption: Text below the table.
         jobs: Number of runs that were executed in parallel, or None if unknown.
     """
@@ -134,11 +134,11 @@ class ComparisonTable:
         return [(group, [column.short for column in columns]) for group, columns in by_group]
 
     def markdown(self) -> str:
-        """Return the table in GitHub Markdown, with a subheading above the bounds."""
+        """Return the table in GitHub Markdown, with a subheading above the references."""
         rows = []
         for line in self.lines:
-            if line.bound and ["*Bounds*"] not in rows:
-                rows.append(["*Bounds*"])
+            if line.is_reference and ["*References*"] not in rows:
+                rows.append(["*References*"])
             cells = [cell.markdown for cell in line.cells]
             rows.append([line.name, *cells, line.megabytes, line.seconds, line.needs])
         numbers = ["right"] * (len(self.header) - 2)
@@ -191,7 +191,7 @@ def make_table(
             TableLine(
                 label,
                 algorithm_name(label) + short,
-                is_bound(label),
+                is_reference(label),
                 tuple(column[index] for column in cells),
                 _format_megabytes((own["up_bytes"] + own["down_bytes"]).mean() / 1e6),
                 format_significant(own["seconds_total"].mean()),
@@ -202,7 +202,7 @@ def make_table(
         "table_caption.txt",
         task=task,
         seeds=seeds,
-        bounds=shown.bounds,
+        references=shown.references,
         baseline=algorithm_name(str(shown.baseline)),
         below=BELOW if any(cell.below for line in lines for cell in line.cells) else "",
         undefined=_undefined_titles(rows, task, moment),

@@ -1,4 +1,4 @@
-"""Comparison tables: columns, best values and bounds."""
+"""Comparison tables: columns, best values and references."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_means_spread_and_best(task: Task, metrics: Sequence[str], main: str) ->
                 np.std(found, ddof=1)
             )
             assert cell.best == (line.algorithm == "hybrid"), (
-                "the bounds are better, and never bold"
+                "the references are better, and never bold"
             )
     assert [line.megabytes for line in table.lines] == ["0", "40.0", "50.0", "0", "0"]
     assert {line.seconds for line in table.lines} == {"32.0"}
@@ -194,7 +194,7 @@ def test_markdown_separates_bounds() -> None:
         "Local",
         "FedAvg",
         "Hybrid",
-        "*Bounds*",
+        "*References*",
         "Centralized",
         "Ensemble",
     ]
@@ -222,7 +222,7 @@ def test_markdown_and_latex_have_the_values_of_the_table() -> None:
     plain = {"\\textbf{": "", "}": "", " $\\downarrow$": "", "$\\pm$": "±", "$<$": "<", "--": "–"}
 
     assert header == table.header
-    assert [row for row in rows if row[0] != "Bounds"] == expected
+    assert [row for row in rows if row[0] != "References"] == expected
     for line, latex_cells in zip(expected, cells, strict=True):
         found = latex_cells
         for mark, text in plain.items():
@@ -288,7 +288,7 @@ def test_comparison_writes_its_files(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "comparison.tex").read_text().count("\\end{table}") == 3
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     page = Page((tmp_path / "out" / "report.html").read_text())
-    assert "Two & <three>" in page.text and "A note." in page.text and "bounds" in page.text
+    assert "Two & <three>" in page.text and "A note." in page.text and "references" in page.text
     assert sum(tag == "b" for tag, _ in page.attributes) == 2 * 7 - 1 + 1, (
         "one best in each column, and a caption"
     )
@@ -353,7 +353,7 @@ def test_values_below_the_baseline_are_marked() -> None:
         }[row["algorithm"]]
     table = make_table(rows, BINARY, "last")
     assert [line.cells[1].below for line in table.lines] == [True, False, False, False], (
-        "printed alike, and the bounds"
+        "printed alike, and the references"
     )
     assert "↓: worse than Local." in table.caption
     assert " 50.0 ± 0.0 ↓ |" in table.markdown()

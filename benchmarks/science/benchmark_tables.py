@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,6 +53,14 @@ SUMMARY_COLUMNS = {
     AUROC: "Global test, AUROC",
     LOCAL: "Local tests, accuracy",
     "personal_last_accuracy_worst": "Worst client",
+}
+
+RANK_COLUMNS = {
+    GLOBAL: "Global test, balanced accuracy",
+    AUROC: "Global test, AUROC",
+    LOCAL: "Local tests, accuracy",
+    BALANCED_LOCAL: "Local tests, balanced accuracy",
+    "validation_score": "Validation rows, local and global",
 }
 
 
@@ -142,11 +150,9 @@ def _verdict(results: BenchmarkResults) -> str:
         return NO_RUNS
     significant = [test for test in tests if test.p_holm <= SIGNIFICANT]
     ahead = sum(test.difference.mean > 0 for test in significant)
-    best = sorted(ranks, key=lambda method: ranks[method])[:2]
     federations = pluralize(len(results.groups[MAIN_GROUP]), "federation")
     num_tests = len(primary.federations) * len(primary.against)
     known = f" (of {num_tests}; the others have no runs yet)" if len(tests) < num_tests else ""
-    named = [f"{algorithm_name(method)} ({ranks[method]:.2f})" for method in best]
     limit = critical_difference(len(ranks), len(results.groups[MAIN_GROUP]))
     counts = []
     for method in primary.against:
@@ -157,10 +163,32 @@ def _verdict(results: BenchmarkResults) -> str:
         f"In {pluralize(len(tests), 'paired test')} with Holm's correction{known}, "
         f"{algorithm_name(primary.method)} is significantly ahead in {ahead} and behind in "
         f"{len(significant) - ahead}. By method, it is ahead of {format_list(counts)}. Of "
-        f"{len(ranks)} methods with components, {' and '.join(named)} have the best mean ranks "
+        f"{len(ranks)} methods with components, {_best_ranks(ranks)} have the best mean ranks "
         f"over {federations}; mean ranks that differ by less than {limit:.2f} cannot be "
-        "distinguished (Nemenyi test)."
+        "distinguished (Nemenyi test). By balanced accuracy on local tests, "
+        f"{_best_ranks(results.ranks(BALANCED_LOCAL, primary.components))} have the best mean "
+        "ranks."
     )
+
+
+def _best_ranks(ranks: Mapping[str, float]) -> str:
+    """Name the two methods with the best mean ranks, and the ranks."""
+    best = sorted(ranks, key=lambda method: ranks[method])[:2]
+    return " and ".join(f"{algorithm_name(method)} ({ranks[method]:.2f})" for method in best)
+
+
+def _rank_table(results: BenchmarkResults) -> str:
+    """Format the mean ranks of the methods with components by several metrics."""
+    components = results.benchmark.protocol.primary.components
+    ranks = {metric: results.ranks(metric, components) for metric in RANK_COLUMNS}
+    if not ranks[GLOBAL]:
+        return NO_RUNS
+    lines = [
+        [algorithm_name(method), *(f"{found[method]:.2f}" for found in ranks.values())]
+        for method in sorted(ranks[GLOBAL], key=lambda method: ranks[GLOBAL][method])
+    ]
+    alignment = ["left", *["right"] * len(ranks)]
+    return markdown_table(["Method", *RANK_COLUMNS.values()], lines, alignment)
 
 
 def _better_rows(results: BenchmarkResults, metric: str) -> Differences:
@@ -226,6 +254,7 @@ SPECIAL: dict[str, Callable[[BenchmarkResults], str]] = {
     "best rows": _best_row_table,
     "local differences": _local_difference_table,
     "verdict": _verdict,
+    "ranks": _rank_table,
     "largest losses": _largest_losses,
     "better rows": partial(_better_table, metric=GLOBAL),
     "better rows, local tests": partial(_better_table, metric=LOCAL),

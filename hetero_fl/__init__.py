@@ -54,7 +54,6 @@ if TYPE_CHECKING:
         local_fit,
         register_algorithm,
     )
-    from hetero_fl.config.base import SGD, Adam, AdamW
     from hetero_fl.config.clients import (
         AugmentConfig as Augment,
         ClientSettings,
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
         ScannerConfig as Scanner,
     )
     from hetero_fl.config.communication import ChannelConfig as Channel
+    from hetero_fl.config.optimizers import SGD, Adam, AdamW
     from hetero_fl.config.partitions import IID, Classes, Dirichlet, Natural, Partition, Quantity
     from hetero_fl.config.privacy import PrivacyConfig as Privacy
     from hetero_fl.config.robustness import (
@@ -193,7 +193,6 @@ __all__ = [
 
 # Public names by module, `Original:Public` if they differ. All others are in hetero_fl.algorithms.
 _PUBLIC_NAMES = {
-    "hetero_fl.config.base": ["SGD", "Adam", "AdamW"],
     "hetero_fl.config.clients": [
         "AugmentConfig:Augment",
         "ClientSettings",
@@ -201,6 +200,7 @@ _PUBLIC_NAMES = {
         "ScannerConfig:Scanner",
     ],
     "hetero_fl.config.communication": ["ChannelConfig:Channel"],
+    "hetero_fl.config.optimizers": ["SGD", "Adam", "AdamW"],
     "hetero_fl.config.partitions": [
         "IID",
         "Classes",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -442,50 +442,6 @@ class OptimizerConfig(ConfigSection):
     def is_custom(self) -> bool:
         """Whether a user-defined function creates the optimizer."""
         return self.name.startswith((CODE_PREFIX, OBJECT_PREFIX))
-
-
-class SGD(OptimizerConfig):
-    """Stochastic gradient descent, `torch.optim.SGD`.
-
-    Example:
-        >>> import hetero_fl as hfl
-        >>> hfl.SGD(lr=0.1, momentum=0.9).name
-        'sgd'
-    """
-
-    fixed: ClassVar[frozenset[str]] = frozenset({"name"})
-
-    name: Literal["sgd"] = "sgd"
-
-
-class Adam(OptimizerConfig):
-    """The optimizer of Kingma and Ba (2015), `torch.optim.Adam`.
-
-    Example:
-        >>> import hetero_fl as hfl
-        >>> hfl.Adam(lr=5e-4).lr
-        0.0005
-    """
-
-    fixed: ClassVar[frozenset[str]] = frozenset({"name"})
-    unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
-
-    name: Literal["adam"] = "adam"
-
-
-class AdamW(OptimizerConfig):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), `torch.optim.AdamW`.
-
-    Example:
-        >>> import hetero_fl as hfl
-        >>> hfl.AdamW(weight_decay=0.01).name
-        'adamw'
-    """
-
-    fixed: ClassVar[frozenset[str]] = frozenset({"name"})
-    unused: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
-
-    name: Literal["adamw"] = "adamw"
 
 
 class OptimizerLayer(OptimizerConfig):

@@ -15,7 +15,6 @@ from hetero_fl.config.base import OptimizerConfig, format_value
 from hetero_fl.config.errors import prefix_origin
 from hetero_fl.config.population import SGD_SETTINGS
 from hetero_fl.config.schema import CLIENT_OPTIONS, Config
-from hetero_fl.config.tutorial import is_tutorial, translate_tutorial
 from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import UserError, closest, suggest_file
 
@@ -135,18 +134,6 @@ def _without_other_key(raw: dict[str, Any], key: str) -> dict[str, Any]:
         rest = {name: value for name, value in algorithm.items() if name != option}
         return {**raw, "algorithm": rest}
     return raw
-
-
-def raw_algorithm_section(source: Source) -> dict[str, Any]:
-    """Return the section `algorithm` of a source as written, without defaults.
-
-    The result is empty if the source has no such section.
-    """
-    raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
-    if is_tutorial(raw):
-        raw, _ = translate_tutorial(raw, [], str(source))
-    section = raw.get("algorithm")
-    return dict(section) if isinstance(section, Mapping) else {}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hetero_fl.config.load import (
     plain,
     read_config_file,
 )
-from hetero_fl.config.tutorial import is_tutorial, translate_tutorial
+from hetero_fl.experiment.tutorial import is_tutorial, translate_tutorial
 from hetero_fl.reporting.loggers import make_loggers
 from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.errors import UserError, closest
@@ -252,3 +252,15 @@ def _method_keys(raw: Mapping[str, Any]) -> list[str]:
         if isinstance(name, str) and name in register_algorithm
         else []
     )
+
+
+def raw_algorithm_section(source: Source) -> dict[str, Any]:
+    """Return the section `algorithm` of a source as written, without defaults.
+
+    The result is empty if the source has no such section.
+    """
+    raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
+    if is_tutorial(raw):
+        raw, _ = translate_tutorial(raw, [], str(source))
+    section = raw.get("algorithm")
+    return dict(section) if isinstance(section, Mapping) else {}

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.config.load import raw_algorithm_section
 from hetero_fl.config.schema import CLIENT_OPTIONS, Config
-from hetero_fl.experiment.configuration import load_config
+from hetero_fl.experiment.configuration import load_config, raw_algorithm_section
 from hetero_fl.reporting.comparison.facts import Setting, UsedSettings
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run_directory import RunDirectory

@@ -271,7 +271,10 @@ def _is_share(key: str) -> bool:
 
 
 def _column(runs: Mapping[str, Sequence[Row]], key: str) -> dict[str, str]:
-    """Format the mean ± standard deviation of a metric for each method."""
+    """Format the mean ± standard deviation of a metric for each method.
+
+    The best mean is bold, as are means that are printed like it. References are never bold.
+    """
     is_share = _is_share(key)
     scale = 100 if is_share else 1
     values = {
@@ -280,10 +283,12 @@ def _column(runs: Mapping[str, Sequence[Row]], key: str) -> dict[str, str]:
     }
     means = {label: statistics.mean(found) for label, found in values.items() if found}
     ranked = {label: mean for label, mean in means.items() if not is_reference(label)}
-    best = (min if _metric(key) in SMALLER_IS_BETTER else max)(ranked.values(), default=None)
+    choose = min if _metric(key) in SMALLER_IS_BETTER else max
     cells = {label: _cell(found, is_share) for label, found in values.items()}
+    printed = {label: cells[label].partition(" ")[0] for label in ranked}
+    best = printed[choose(ranked, key=lambda label: ranked[label])] if ranked else None
     return {
-        label: f"**{cell}**" if ranked.get(label) == best and label in ranked else cell
+        label: f"**{cell}**" if printed.get(label, MISSING) == best else cell
         for label, cell in cells.items()
     }
 

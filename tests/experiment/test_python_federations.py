@@ -169,7 +169,7 @@ def test_given_weights_are_the_start_of_each_client() -> None:
     for client, net in zip(("site_1", "site_2", "site_3"), nets, strict=True):
         assert torch.equal(start.clients[client]["head.weight"], net.out.weight)
         assert torch.equal(start.clients[client]["backbone.conv.weight"], net.conv.weight)
-    assert len(start.groups) == 2
+    assert len(start.server) == 2
     assert any("modules of site_2 start with other weights" in note for note in prepared.notes)
 
 

@@ -56,7 +56,7 @@ BEST = "best"
 """Name of the ranking of each method's best row, next to the groups of settings."""
 COMPRESSION = "Compression"
 """Heading of the federations with compressed messages, which the plots of costs contain."""
-COST_TITLE = "GFLOP at clients / GFLOP at the server / MB / seconds of a run"
+COST_TITLE = "GFLOP at clients / GFLOP at the server / MB of a run"
 COST_COLUMNS = ("client_operations", "server_operations", "up_bytes", "down_bytes")
 COSTS: dict[str, tuple[Callable[[Mapping[str, float]], float], str]] = {
     "computation": (

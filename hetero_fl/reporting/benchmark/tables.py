@@ -127,37 +127,27 @@ def format_points(value: float) -> str:
 def cost_table(
     federations: Sequence[FederationScores], rows: Sequence[RowName], names: Mapping[str, str]
 ) -> str:
-    """Format the computation at clients and server, the traffic and the time of a run.
+    """Format the computation at clients and server and the traffic of a run.
+
+    The seconds in the archive depend on other processes and machines, so they are left out.
 
     Args:
         federations: The federations.
         rows: The rows, in order. Rows without runs are left out.
         names: Title of each group of settings.
     """
-    columns = {
-        "client_operations": 1e9,
-        "server_operations": 1e9,
-        "megabytes": 1e6,
-        "seconds_total": 1.0,
-    }
     lines = []
     for row in rows:
         cells = []
         for federation in federations:
-            found = {
-                "megabytes": _sum(
-                    federation.mean(row, "up_bytes"), federation.mean(row, "down_bytes")
-                )
-            }
-            values = [found.get(name, federation.mean(row, name)) for name in columns]
-            cells.append(
-                MISSING
-                if any(value is None for value in values)
-                else " / ".join(
-                    _rounded((value or 0.0) / unit)
-                    for value, unit in zip(values, columns.values(), strict=True)
-                )
-            )
+            at_clients = federation.mean(row, "client_operations")
+            at_server = federation.mean(row, "server_operations")
+            num_bytes = _sum(federation.mean(row, "up_bytes"), federation.mean(row, "down_bytes"))
+            if at_clients is None or at_server is None or num_bytes is None:
+                cells.append(MISSING)
+                continue
+            values = (at_clients / 1e9, at_server / 1e9, num_bytes / 1e6)
+            cells.append(" / ".join(_rounded(value) for value in values))
         if any(cell != MISSING for cell in cells):
             lines.append([row_title(row, names), *cells])
     titles = [federation.title for federation in federations]

@@ -104,8 +104,8 @@ def load_config(
     """Load and check a configuration.
 
     If an override selects a different algorithm, kind of partition, model or optimizer than the
-    file, its settings in the file are ignored. JSON files in the format of a well-known tutorial
-    (see `hetero_fl.config.load`) are translated.
+    file, its settings in the file are ignored. JSON files in the format of a tutorial (see
+    `hetero_fl.experiment.tutorial`) are translated.
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.

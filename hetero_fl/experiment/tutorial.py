@@ -1,4 +1,4 @@
-"""Translation of JSON files in the format of a well-known tutorial to configurations."""
+"""Translation of JSON files in the format of *Practicing Federated Learning*, chapter 3."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hetero_fl.config.errors import describe_error, prefix_origin
 from hetero_fl.config.schema import Config
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 
-# The tutorial on horizontal federated learning configures a run by a JSON file such as:
+# Yang et al., *Practicing Federated Learning*, chapter 3, is a tutorial on horizontal federated
+# learning. It configures a run by a JSON file such as:
 #
 #     {"model_name": "resnet18", "no_models": 10, "type": "cifar", "global_epochs": 20,
 #      "local_epochs": 3, "k": 6, "batch_size": 32, "lr": 0.001, "momentum": 0.0001, "lambda": 0.1}

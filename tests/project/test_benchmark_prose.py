@@ -1,0 +1,100 @@
+"""Figures in sentences about the benchmark are those of the archived runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetero_fl.experiment.benchmark.results import MAIN_GROUP, BenchmarkResults
+from hetero_fl.reporting.benchmark.scores import FederationScores
+
+ROOT = Path(__file__).parents[2]
+FINDING = ROOT / "docs" / "results" / "finding.md"
+PROTOCOL = ROOT / "docs" / "benchmark" / "README.md"
+CHOOSE = ROOT / "docs" / "how_to" / "choose_method.md"
+GLOBAL, LOCAL = "global_last_balanced_accuracy", "personal_last_accuracy"
+
+
+@pytest.fixture(scope="module")
+def results() -> BenchmarkResults:
+    return BenchmarkResults(ROOT / "configs" / "benchmark", ROOT / "docs" / "benchmark")
+
+
+def sentences(page: Path) -> str:
+    """Return the text of a page without line breaks."""
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def lead(
+    scores: FederationScores, row: tuple[str, str], other: tuple[str, str], metric: str = GLOBAL
+) -> float:
+    """Return by how many points a row is ahead of another row."""
+    mean, reference = scores.mean(row, metric), scores.mean(other, metric)
+    assert mean is not None and reference is not None
+    return 100 * (mean - reference)
+
+
+def computation(scores: FederationScores, method: str) -> float:
+    """Return the operations of a run at clients and server, with components."""
+    return sum(
+        scores.mean((method, "all"), f"{place}_operations") or 0.0 for place in ("client", "server")
+    )
+
+
+def test_effects_of_components_are_those_of_the_archive(results: BenchmarkResults) -> None:
+    effects = [
+        lead(results.scores[name], (method, "all"), (method, "none"))
+        for name in ("digits", "fashion_dirichlet", "fashion_classes")
+        for method in ("fedmd", "feddf", "ds_fl", "hybrid")
+    ]
+
+    line = f"of all four distilling methods by {min(effects):.0f} to {max(effects):.0f} points"
+    assert line in sentences(FINDING)
+
+
+def test_ratios_of_computation_are_those_of_the_archive(results: BenchmarkResults) -> None:
+    ratios = {
+        method: [
+            computation(scores, "hybrid") / computation(scores, method)
+            for scores in results.groups[MAIN_GROUP]
+        ]
+        for method in ("fedavg", "feddf", "fedmd", "ds_fl")
+    }
+
+    averaging = (
+        f"{min(ratios['fedavg']):.1f} to {max(ratios['fedavg']):.1f} times as much as FedAvg"
+    )
+    distilling = f"{min(ratios['feddf']):.1f} to {max(ratios['feddf']):.1f} times as much as FedDF"
+    assert averaging in sentences(FINDING)
+    assert distilling in sentences(FINDING) and distilling in sentences(PROTOCOL)
+    at_clients = [*ratios["fedmd"], *ratios["ds_fl"]]
+    assert min(at_clients) == pytest.approx(1 / 3, abs=0.03)
+    assert max(at_clients) == pytest.approx(4 / 5, abs=0.03)
+
+
+def test_advice_has_the_figures_of_the_archive(results: BenchmarkResults) -> None:
+    text = sentences(CHOOSE)
+    hybrid, fml = ("hybrid", "all"), ("fml", "all")
+    digits, dirichlet = results.scores["digits"], results.scores["fashion_dirichlet"]
+    averaging = [
+        lead(scores, ("fedavg", "all"), ("local", "all")) for scores in results.groups[MAIN_GROUP]
+    ]
+    ditto = {
+        name: lead(results.scores[name], ("ditto", "all"), ("local", "all"), LOCAL)
+        for name in ("digits", "xrays_three")
+    }
+
+    assert f"{lead(digits, fml, hybrid):.1f} points ahead of Hybrid on the global test" in text
+    assert f"with Dirichlet partitions {lead(dirichlet, hybrid, fml):.1f} points behind" in text
+    assert f"FedAvg is {min(averaging):.0f} to {max(averaging):.0f} points ahead of Local" in text
+    assert f"{ditto['digits']:.1f} points better (digits)" in text
+    assert f"{-ditto['xrays_three']:.1f} points worse (X-rays)" in text
+
+
+def test_difference_by_replay_is_that_of_the_archive(results: BenchmarkResults) -> None:
+    difference = lead(results.scores["fashion_classes"], ("hybrid", "all"), ("feddf", "all"))
+
+    assert f"With two classes per client, they differ by {difference:.1f} points" in sentences(
+        FINDING
+    )

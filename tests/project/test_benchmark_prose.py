@@ -45,7 +45,7 @@ def computation(scores: FederationScores, method: str) -> float:
 def test_effects_of_components_are_those_of_the_archive(results: BenchmarkResults) -> None:
     effects = [
         lead(results.scores[name], (method, "all"), (method, "none"))
-        for name in ("digits", "fashion_dirichlet", "fashion_classes")
+        for name in ("digits", "fashion_dirichlet", "fashion_classes", "xrays_one")
         for method in ("fedmd", "feddf", "ds_fl", "hybrid")
     ]
 

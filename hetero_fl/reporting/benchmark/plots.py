@@ -107,7 +107,8 @@ def draw_costs(
         for point in sorted(found, key=lambda point: point.method in colors):
             _draw_point(axes, point, colors.get(point.method, style.LIGHT), kinds[point.kind])
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8)

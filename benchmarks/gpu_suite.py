@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import signal
 import statistics
@@ -50,6 +51,7 @@ from model_zoo import create_model
 
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = "tests/engine/test_gpu.py"
+TEST_PROCESSES = 8
 CLIENTS, ROWS, BATCH = 100, 60, 10
 # Options of each model, and side length and number of channels of its images.
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -116,20 +118,21 @@ class Outcome:
     failures: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_tests(setting: Setting, expression: str) -> Outcome:
-    """Run the tests that are marked `gpu` and match a pytest expression.
-
-    Args:
-        setting: Device and size of the measurements.
-        expression: Value of the pytest option `-k`.
-    """
-    if setting.is_dry:
-        expression = "mlp or pretended"
+def run_tests(setting: Setting) -> Outcome:
+    """Run the tests that are marked `gpu` in several processes."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", GPU_TESTS, "-m", "gpu", "-k", expression]
+        command = [sys.executable, "-m", "pytest", GPU_TESTS, "-m", "gpu"]
         command += ["-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        command += ["-k", "mlp or pretended"] if setting.is_dry else ["-n", str(TEST_PROCESSES)]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "HETERO_FL_TEST_GPU": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if not report.exists():
             raise SystemExit(f"pytest ended with status {done.returncode}: {done.stdout[-500:]}")
         cases = list(ElementTree.parse(report).iter("testcase"))
@@ -142,7 +145,7 @@ def run_tests(setting: Setting, expression: str) -> Outcome:
         "failures": [case.get("name") for case in failed],
         "output": done.stdout[-6000:] if failed else "",
     }
-    return Outcome(f"tests marked gpu, {expression}", tests=tests)
+    return Outcome("tests marked gpu", tests=tests)
 
 
 def profile_round(run: TrainerRun, device: str) -> dict[str, Any]:
@@ -406,12 +409,10 @@ def tensor_float_32(enabled: bool) -> Iterator[None]:
 
 # Parts with the minutes after which a part is interrupted, most important parts first.
 PARTS: dict[str, tuple[Callable[[Setting], Outcome], float]] = {
-    "tests_serial": (partial(run_tests, expression="serial"), 5),
+    "tests": (run_tests, 5),
     "vectorized_cnn": (partial(measure_vectorized, model="cnn"), 2),
     "pfl_research": (measure_pfl, 4),
     "htfllib": (measure_htfllib, 5),
-    "tests_vectorized": (partial(run_tests, expression="batched"), 5),
-    "tests_others": (partial(run_tests, expression="not serial and not batched"), 4),
     "vectorized_mlp": (partial(measure_vectorized, model="mlp"), 2),
     "vectorized_resnet8": (partial(measure_vectorized, model="resnet8"), 3),
     "vectorized_vit_tiny": (partial(measure_vectorized, model="vit_tiny"), 4),

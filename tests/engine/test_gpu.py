@@ -1,6 +1,8 @@
-"""Runs on a GPU match those on the CPU: on a real GPU if present, else on a simulated one.
+"""Runs on a GPU match those on the CPU.
 
-`pytest -m gpu` selects them together with tests that need a real GPU.
+The GPU is simulated, unless the environment variable HETERO_FL_TEST_GPU is 1 and there is a GPU:
+
+    HETERO_FL_TEST_GPU=1 pytest -m gpu
 """
 
 from __future__ import annotations

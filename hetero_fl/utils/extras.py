@@ -25,6 +25,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "opacus": "privacy",
+    "tenseal": "he",
     "flwr": "flower",
     "httpx": "flower",
     "uvicorn": "flower",

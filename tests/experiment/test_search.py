@@ -17,6 +17,7 @@ from hetero_fl.experiment.comparison import search as search_module
 from hetero_fl.experiment.comparison.jobs import KILLED, Variant
 from hetero_fl.experiment.comparison.search import SearchSettings, SearchTask, Trial
 from hetero_fl.experiment.comparison.search_space import Budget, Choices, Range, parse_space
+from hetero_fl.utils import extras
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 CONFIG = {
@@ -117,9 +118,10 @@ def test_wrong_searches_are_refused_before_the_first_run(
 
 
 def test_missing_optuna_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "find_spec", lambda name: None)
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "optuna" else find(name))
 
-    with pytest.raises(UserError, match=r"search: optuna is not installed; run pip install"):
+    with pytest.raises(UserError, match=r"^search needs optuna, which is not installed; run pip"):
         hetero_fl.compare(CONFIG, "fedavg", out=tmp_path / "out", space={LR: "0.1..1"})
 
 

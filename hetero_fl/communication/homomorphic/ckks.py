@@ -8,14 +8,13 @@ is exact, and reveals nothing about the key (Li and Micciancio 2021).
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import PayloadError
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.extras import check_extra
 
 if TYPE_CHECKING:
     import tenseal
@@ -34,10 +33,7 @@ def check_tenseal() -> None:
     Raises:
         UserError: If TenSEAL is not installed.
     """
-    if find_spec("tenseal") is None:
-        raise UserError(
-            "channel.homomorphic: tenseal is not installed; run pip install 'hetero_fl[he]'"
-        )
+    check_extra("he", ["tenseal"], "channel.homomorphic")
 
 
 def new_context() -> bytes:

@@ -12,7 +12,7 @@ from hetero_fl.config import describe_difference, resolve_config, resume_relevan
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.comparison.jobs import ComparisonJob, Point, Source, Variant, run_folder
-from hetero_fl.experiment.comparison.search import SearchSettings, SearchTask, require_optuna
+from hetero_fl.experiment.comparison.search import SearchSettings, SearchTask
 from hetero_fl.experiment.comparison.search_space import Budget, Space, check_grid, parse_space
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import prepare
@@ -23,6 +23,7 @@ from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores
 from hetero_fl.utils.errors import ArgumentError, UserError
+from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.text import split_top_level
 
 SEARCH_FOLDER = "search"
@@ -154,7 +155,7 @@ class ComparisonPlan:
         Raises:
             UserError: If a value is invalid.
         """
-        require_optuna()
+        check_extra("search", ["optuna"], "search")
         parsed = parse_space(space)
         folder = self.out / SEARCH_FOLDER
         earlier = SearchSettings.read(folder)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +60,6 @@ INDEX = "index"
 
 SETTINGS = "search.json"
 """File in the search folder with what must be the same when a search continues."""
-
-
-def require_optuna() -> None:
-    """Raise ArgumentError if Optuna is not installed."""
-    if find_spec("optuna") is None:
-        raise ArgumentError("search: optuna is not installed; run pip install 'hetero_fl[search]'")
 
 
 @dataclass(frozen=True)

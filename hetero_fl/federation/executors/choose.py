@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,6 +46,7 @@ from hetero_fl.utils.environment import (
     use_deterministic_algorithms,
 )
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.text import pluralize
 
 LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.executor=torchrun"
@@ -112,8 +112,7 @@ def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
     if executor != "ray":
         yield
         return
-    if find_spec("ray") is None:
-        raise UserError("runtime.executor: ray is not installed; run pip install 'hetero_fl[ray]'")
+    check_extra("ray", ["ray"], "runtime.executor")
     from hetero_fl.federation.executors.ray import connect
 
     workers = config.workers or available_cores()

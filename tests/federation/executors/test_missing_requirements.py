@@ -9,6 +9,7 @@ import pytest
 
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import choose
+from hetero_fl.utils import extras
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config
 
@@ -25,9 +26,11 @@ def refused(out: Path, **runtime: object) -> str:
 
 
 def test_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     line = refused(tmp_path / "out", executor="ray")
-    assert line == "runtime.executor: ray is not installed; run pip install 'hetero_fl[ray]'"
+    assert line == (
+        "runtime.executor needs ray, which is not installed; run pip install 'hetero_fl[ray]'"
+    )
 
 
 @needs_ray

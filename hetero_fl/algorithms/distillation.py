@@ -322,8 +322,10 @@ class ProxyDistillation(ProxyTraining):
 
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
         """Return an item with a client's predictions and their weight in the teacher."""
+        uses_counts = self.teacher == "contrast" and client.task.kind == "multiclass"
+        # Read label counts only if they are used, because reading them may spend privacy budget.
         counts = None
-        if self.teacher == "contrast" and "statistics" in client.settings.shares:
+        if uses_counts and "statistics" in client.settings.shares:
             counts = client.counts
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 

@@ -12,7 +12,6 @@ from hetero_fl.algorithms.base import Items, may_share, register_algorithm, uplo
 from hetero_fl.algorithms.distillation import COUNTS, DistilledStatistics, ProxyDistillation
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.recalibration import proxy_sample, recalibrates
-from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.core.participant import Participant
@@ -66,16 +65,19 @@ class FedDF(ProxyDistillation, FedAvg):
         items: Items = yield from super().train(client, received)
         if upload_part(self, client.settings, client.round_context.round_idx) is not None:
             items |= yield from self.upload_predictions(client)
-        elif self.needs_counts(client.settings) and may_share(client, "statistics"):
+        elif client.has_proxy and self.needs_counts(client):
+            # The server predicts with the model of each client that has the proxy set.
             items[COUNTS] = Item(client.counts, kind="counts")
-        elif client.has_proxy:
-            # Without proxy rows, the client's model does not contribute to the teacher.
-            items |= self.label_counts(client)
         return items
 
-    def needs_counts(self, settings: ClientSettings) -> bool:
-        """Return whether the server needs label counts to use a client's predictions."""
-        return self.teacher == "contrast" or bool(settings.prior_correction)
+    def needs_counts(self, client: Participant) -> bool:
+        """Return whether the server needs a client's label counts, and the client shares them.
+
+        The counts weight or correct the predictions of the client's model, or align the teacher.
+        """
+        uses_counts = self.teacher == "contrast" or client.settings.prior_correction or self.align
+        is_multiclass = client.task.kind == "multiclass"
+        return bool(uses_counts) and is_multiclass and may_share(client, "statistics")
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

@@ -395,10 +395,10 @@ class HeteroFL(FedAvg):
 
         All values are 1 if the client does not share statistics.
         """
-        ones = torch.ones_like(client.counts)
+        ones = client.models["model"][HEAD[0]].new_ones(client.task.outputs)
         if "statistics" not in client.settings.shares:
             return ones
-        return (client.counts > 0).to(ones.dtype)
+        return (client.counts > 0).to(ones)
 
     def upload_slice(self, client: Participant) -> Items:
         """Return the upload of the client's slice.

@@ -154,7 +154,7 @@ def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
         >>> add_log_prior(client, torch.zeros(1, 2)).exp()
         tensor([[0.7500, 0.2500]])
     """
-    prior = log_prior(client.task, client.counts) if uses_local_prior(client.settings) else None
+    prior = _log_prior_if(client, uses_local_prior(client.settings))
     return logits if prior is None else logits + prior
 
 
@@ -169,7 +169,13 @@ def subtract_log_prior(client: Participant, logits: Tensor) -> Tensor:
         client: The client.
         logits: Logits for rows of another label distribution, shape `[N, C]`.
     """
-    if not client.settings.prior_correction:
-        return logits
-    prior = log_prior(client.task, client.counts)
+    prior = _log_prior_if(client, bool(client.settings.prior_correction))
     return logits if prior is None else logits - prior
+
+
+def _log_prior_if(client: Participant, is_used: bool) -> Tensor | None:
+    """Return the log class prior if it is used and the task is multiclass, otherwise None."""
+    # Read the label counts only if they are used, because reading them may spend privacy budget.
+    if not is_used or client.task.kind != "multiclass":
+        return None
+    return log_prior(client.task, client.counts)

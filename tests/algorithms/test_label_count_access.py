@@ -1,0 +1,58 @@
+"""Label counts are read only if they are used, because reading them may spend privacy budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.algorithms.feddf import FedDF
+from hetero_fl.algorithms.heterofl import HeteroFL
+from hetero_fl.algorithms.local_training import add_log_prior, subtract_log_prior
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.task import Task
+
+LOGITS = torch.zeros(4, 3)
+
+
+def client_of(kind: Any, **settings: Any) -> Participant:
+    """Return a client whose label counts must not be read."""
+
+    def counts() -> torch.Tensor:
+        raise AssertionError("label counts were read")
+
+    models = {"model": {"head.weight": torch.zeros(3, 2), "head.bias": torch.zeros(3)}}
+    settings_object = ClientSettings(**settings)
+    return Participant("a", Task(kind, 3), {}, models, None, settings_object, counts)
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "regression"])
+def test_tasks_without_class_prior_do_not_read_counts(kind: str) -> None:
+    client = client_of(kind, logit_adjustment=True, prior_correction=True)
+
+    assert add_log_prior(client, LOGITS) is LOGITS
+    assert subtract_log_prior(client, LOGITS) is LOGITS
+    assert FedDF(teacher="contrast").weighted_predictions(client, LOGITS).values is LOGITS
+    assert not FedDF(teacher="contrast", align=1.0).needs_counts(client)
+
+
+def test_counts_that_are_not_shared_are_not_read() -> None:
+    client = client_of("multiclass", shares=["parameters", "predictions"])
+
+    assert HeteroFL(masked=True).present_classes(client).tolist() == [1.0, 1.0, 1.0]
+    FedDF(teacher="contrast").weighted_predictions(client, LOGITS)
+
+
+def test_settings_that_use_counts_read_them() -> None:
+    client = client_of("multiclass", logit_adjustment=True, prior_correction=True)
+
+    for read in (
+        lambda: add_log_prior(client, LOGITS),
+        lambda: subtract_log_prior(client, LOGITS),
+        lambda: FedDF(teacher="contrast").weighted_predictions(client, LOGITS),
+        lambda: HeteroFL(masked=True).present_classes(client),
+    ):
+        with pytest.raises(AssertionError, match="label counts were read"):
+            read()

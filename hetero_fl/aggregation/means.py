@@ -323,20 +323,21 @@ def interpolate_model(
 def add_updates(
     current: Tensors,
     mean: Tensors,
-    owners: Mapping[str, float],
+    total_weights: Mapping[str, float],
     factor: float,
     parameters: Iterable[str],
 ) -> Tensors:
-    """Add the sum of the owners' updates: `current + factor * sum(θ_k - current)`.
+    """Add the weighted sum of the clients' updates: `current + factor * Σ s_k (θ_k - current)`.
 
-    The sum is computed as `factor * K * (mean - current)` for the K owners of a tensor. For
-    buffers, `factor * K` is limited to 1, because extrapolation beyond the mean could make a
+    The sum is computed as `factor * S * (mean - current)` with the total weight S = Σ s_k. If no
+    upload is stale, all weights s_k are 1 and S is the number of clients that own the tensor. For
+    buffers, `factor * S` is limited to 1, because extrapolation beyond the mean could make a
     running variance negative.
 
     Args:
         current: The current tensors, keyed by name.
-        mean: Means of some or all tensors over their owners.
-        owners: Number of owners K, keyed by tensor name.
+        mean: Weighted means of some or all tensors over their owners.
+        total_weights: Total weight S of each mean, keyed by tensor name.
         factor: Factor of the updates.
         parameters: Names of the parameters. All other tensors are buffers.
 
@@ -346,7 +347,9 @@ def add_updates(
     trainable = set(parameters)
     updated = {}
     for name, tensor in mean.items():
-        rate = factor * owners[name] if name in trainable else min(1.0, factor * owners[name])
+        rate = factor * total_weights[name]
+        if name not in trainable:
+            rate = min(1.0, rate)
         updated[name] = tensor if rate == 1 else current[name] + rate * (tensor - current[name])
     return {**current, **updated}
 

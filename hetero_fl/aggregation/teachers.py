@@ -13,19 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetero_fl.core.objectives import MIN_PROBABILITY
 from hetero_fl.core.payload import Item
 from hetero_fl.core.task import Task
 
 TeacherKind = Literal["mean", "samples", "contrast", "entropy"]
 Sharpening = Literal["era", "power", "none"]
 # Minimum log-probability, which limits the influence of a client on classes without examples.
-CLIP = -8.0
+MIN_LOG_PROBABILITY = -8.0
 # Minimum contrast weight. If all clients have this weight for a class, the mean is unweighted.
-FLOOR = 0.1
-# Minimum of a class probability before its logarithm is taken.
-TINY = 1e-12
+MIN_CONTRAST_WEIGHT = 0.1
 # Minimum distance of a label probability from 0 and 1, the resolution of float32.
-CERTAIN = 1e-6
+LOGIT_EPSILON = 1e-6
 
 
 def contrast_weights(counts: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def contrast_weights(counts: Tensor) -> Tensor:
         Weights, shape `[C]`.
     """
     n = counts.to(torch.get_default_dtype())
-    return n * (1 - n / n.sum().clamp(min=1)) + FLOOR
+    return n * (1 - n / n.sum().clamp(min=1)) + MIN_CONTRAST_WEIGHT
 
 
 def proxy_predictions(
@@ -68,7 +67,8 @@ def proxy_predictions(
     if kind == "contrast" and task.kind == "multiclass":
         if counts is None:
             counts = logits.new_full((task.outputs,), n / task.outputs)
-        return Item(F.log_softmax(logits, -1).clamp(min=CLIP), contrast_weights(counts), "rows")
+        log_p = F.log_softmax(logits, -1).clamp(min=MIN_LOG_PROBABILITY)
+        return Item(log_p, contrast_weights(counts), "rows")
     if kind == "entropy" and task.kind != "regression":
         return Item(logits, certainty_weights(task, logits), "rows")
     return Item(logits, 1.0 if kind in ("mean", "entropy") else float(n), "rows")
@@ -143,5 +143,8 @@ def sharpen(task: Task, p: Tensor, method: Sharpening, strength: float) -> Tenso
     """
     if method == "era":
         return (2 * p - 1 if task.kind == "multilabel" else p) / strength
-    logits = p.logit(eps=CERTAIN) if task.kind == "multilabel" else p.clamp(min=TINY).log()
+    if task.kind == "multilabel":
+        logits = p.logit(eps=LOGIT_EPSILON)
+    else:
+        logits = p.clamp(min=MIN_PROBABILITY).log()
     return strength * logits if method == "power" else logits

@@ -8,7 +8,7 @@ rules (`hetero_fl.robustness.rules`) can replace the mean.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -109,7 +109,9 @@ class Uploads:
         noise: Noise that is added to every sum. If None, no noise is added.
 
     Attributes:
-        aggregated_items: Pairs of name and kind of the items whose mean or sum has been requested.
+        aggregated_items: Names of the aggregated items, each with the kind of the aggregation:
+            "models" for named tensors of architecture groups, otherwise the kind of the item. The
+            kind determines which robust rule applies to the item.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class Uploads:
             if self._spec(name).use != "each" or self._uses_rule(name):
                 self._accumulate(name, upload)
         if any(spec.use == "each" for spec in self._specs.values()):
-            self._kept.append(Upload(upload.client_info, Payload(kept_items)))
+            self._kept.append(replace(upload, payload=Payload(kept_items)))
 
     def _spec(self, name: str) -> ItemSpec:
         return self._specs.get(name, ItemSpec("params"))
@@ -288,6 +290,7 @@ class Uploads:
             KeyError: If no client sent the item and no noise is added to the sum.
         """
         self._prepare_aggregate(name)
+        # No robust rule applies to a total. A note names the counts that are not protected.
         if self._spec(name).kind == "counts":
             self.aggregated_items.add((name, "counts"))
         if self._noise is not None and self._noise.expects(name):

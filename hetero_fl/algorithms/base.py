@@ -692,9 +692,9 @@ def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
         uploads: Uploads of the round with the item "model".
         factor: Factor by which the sum is multiplied.
     """
-    owners = uploads.weights_by_group("model")
+    total_weights = uploads.weights_by_group("model")
     for group, mean in uploads.mean_by_group("model").items():
         parameters = server.arch[group].parameter_names
         server.models[group] = add_updates(
-            server.models[group], mean, owners[group], factor, parameters
+            server.models[group], mean, total_weights[group], factor, parameters
         )

@@ -421,7 +421,7 @@ class ProxyDistillation(ProxyTraining):
                 the proxy rows are kept. With `clients`, the mean of the clients' statistics is
                 restored.
         """
-        # The client with the lowest id determines the preprocessing of the whole group.
+        # The client with the first id in string order determines the preprocessing of its group.
         preprocess = {
             c.arch.spec_id: c.preprocess
             for c in sorted(senders, key=lambda c: c.client_id, reverse=True)

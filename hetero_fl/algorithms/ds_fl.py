@@ -12,11 +12,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from typing_extensions import override
 
-from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening
+from hetero_fl.aggregation.teachers import MIN_LOG_PROBABILITY, Sharpening
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, Needs, may_share, register_algorithm
 from hetero_fl.algorithms.distillation import TEACHER, ProxyDistillation, predicted_probabilities
 from hetero_fl.algorithms.local_training import local_fit
+from hetero_fl.core.objectives import MIN_PROBABILITY
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan
@@ -49,10 +50,10 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
     down = (p * top).floor()
     missing = (top - down.sum(-1, keepdim=True)).round()
     order = (p * top - down).sort(dim=-1, descending=True, stable=True).indices
-    place = torch.empty_like(order).scatter_(
+    rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(p.shape[-1], device=p.device).expand_as(order).contiguous()
     )
-    return (down + (place < missing)).to(torch.uint8)
+    return (down + (rank < missing)).to(torch.uint8)
 
 
 def pack_labels(levels: Tensor, bits: int) -> Tensor:
@@ -317,7 +318,7 @@ class DSFL(CachedPredictions):
 
     def averaged_form(self, task: Task, p: Tensor) -> Tensor:
         """Return the values that are averaged: probabilities, or clipped log-probabilities."""
-        return p.log().clamp(min=CLIP) if self.averages_logarithms(task) else p
+        return p.log().clamp(min=MIN_LOG_PROBABILITY) if self.averages_logarithms(task) else p
 
     def averages_logarithms(self, task: Task) -> bool:
         """Return whether log-probabilities are averaged instead of probabilities."""
@@ -365,7 +366,8 @@ class DSFL(CachedPredictions):
             return mean
         if self.averages_logarithms(server.task):
             return self.align_teacher(server, uploads, mean)
-        return self.align_teacher(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
+        logits = mean.clamp(min=MIN_PROBABILITY).log()
+        return self.align_teacher(server, uploads, logits).softmax(-1)
 
     def sharpened_teacher(self, task: Task, mean: Tensor) -> Tensor:
         """Sharpen the mean of the (log) probabilities and return the teacher's logits."""

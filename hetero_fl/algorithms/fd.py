@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from typing_extensions import override
 
-from hetero_fl.aggregation.teachers import CLIP, contrast_weights
+from hetero_fl.aggregation.teachers import MIN_LOG_PROBABILITY, contrast_weights
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
 from hetero_fl.algorithms.local_training import local_fit
@@ -84,7 +84,9 @@ class FD(Algorithm):
         if self.teacher == "mean":
             sums, counts = yield ClassSums("model")
             return Item(sums, counts[:, None], "class_sums")
-        sums, counts = yield ClassSums("model", readout="log_probabilities", at_least=CLIP)
+        sums, counts = yield ClassSums(
+            "model", readout="log_probabilities", at_least=MIN_LOG_PROBABILITY
+        )
         weight = contrast_weights(client.counts).to(sums.dtype) / max(1, client.num_rows)
         return Item(sums * weight, counts[:, None] * weight, "class_sums")
 

@@ -22,7 +22,8 @@ class FedMD(InitialPhase, ProxyDistillation):
 
     Clients first distill the last round's consensus on the proxy set, then train on their own rows
     (Li and Wang 2019, Algorithm 1). Clients upload logits, shape `[D, C]` for D proxy rows and C
-    classes, and receive the mean of all uploads. Labels of the proxy set are not used.
+    classes, and receive the mean of all uploads. Labels of the proxy set are used in the initial
+    phase only.
 
     Use this method where all models differ and no parameter may leave a client. The method needs
     public rows that resemble the private rows. Under label skew, set `logit_adjustment` and either

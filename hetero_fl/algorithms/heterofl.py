@@ -273,8 +273,9 @@ class HeteroFL(FedAvg):
     width. The setting `widths` supports at most 1,000 clients. For more clients, set models of
     these widths for the groups of clients.
 
-    Deviation: the mask of absent classes is off by default. The mask reveals a client's classes to
-    the server and requires `statistics` in `shares`.
+    Deviations: the mask of absent classes is off by default. The mask reveals a client's classes to
+    the server and requires `statistics` in `shares`. The outputs of narrow models are divided in
+    evaluation as well, because each client is evaluated with its own slice.
 
     References:
         Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learning for

@@ -13,7 +13,7 @@ from hetero_fl.algorithms.distillation import TEACHER, InitialPhase
 from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import TINY, Coefficients
+from hetero_fl.core.objectives import MIN_PROBABILITY, Coefficients
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, TensorRows
@@ -28,12 +28,13 @@ class KTpFL(InitialPhase):
 
     The teacher of client k is Σ_j c_kj p_j, where p_j are softened predictions on the proxy set
     (Zhang et al. 2021, Algorithm 1). The server learns c by gradient steps on Σ_k KL(Σ_j c_kj p_j ‖
-    p_k)·T² + ρ‖c_k − 1/N‖² and projects each row onto the probability simplex after every step.
-    Clients upload predictions after local training, before distillation.
+    p_k)·T² + ρ‖c_k − 1/K‖² for the K participants of the round, and projects each row onto the
+    probability simplex after every step. Clients upload predictions after local training, before
+    distillation.
 
     With partial participation, the server learns only the coefficients among the participants of
     the round, and teachers are mixtures of the participants' predictions. The server keeps a
-    coefficient for each pair of clients seen so far.
+    coefficient for each pair of clients seen so far. New coefficients start at 1/N for N clients.
 
     Use this method where clients form groups with similar data. The method is not suited to very
     many clients, because the number of coefficients grows with the square of the number of clients.
@@ -67,7 +68,7 @@ class KTpFL(InitialPhase):
         1, description="epochs of distillation at the client after each broadcast"
     )
     rho: NonNegativeFloat = Field(
-        0.7, description="weight ρ of the coefficients' distance to uniform weights 1/N"
+        0.7, description="weight ρ of the coefficients' distance to uniform weights 1/K"
     )
     coefficient_lr: PositiveFloat = Field(0.01, description="learning rate of the coefficients")
     coefficient_steps: NonNegativeInt = Field(
@@ -108,7 +109,8 @@ class KTpFL(InitialPhase):
         Returns:
             Logits of shape `[D, C]`.
         """
-        return self.temperature * torch.einsum("k,kdc->dc", weights, p).clamp(min=TINY).log()
+        mixture = torch.einsum("k,kdc->dc", weights, p)
+        return self.temperature * mixture.clamp(min=MIN_PROBABILITY).log()
 
     @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
@@ -201,7 +203,9 @@ def normalize_rows(weights: Tensor) -> Tensor:
     """Divide each row by the sum of the row. Rows whose sum is not positive become uniform."""
     total = weights.sum(-1, keepdim=True)
     return torch.where(
-        total > 0, weights / total.clamp(min=TINY), torch.full_like(weights, 1 / weights.shape[-1])
+        total > 0,
+        weights / total.clamp(min=MIN_PROBABILITY),
+        torch.full_like(weights, 1 / weights.shape[-1]),
     )
 
 

@@ -48,8 +48,9 @@ class Scaffold(FedAvg):
 
     Deviations: the mean uses the clients' weights, whereas the paper uses uniform weights. The
     correction is applied after the optimizer step, because momentum would accumulate a correction
-    of the gradient. Clients whose optimizer is not SGD train with SGD, because Kη does not describe
-    the length of an adaptive optimizer's path.
+    of the gradient. With momentum, c and c_k therefore estimate the mean optimizer step divided by
+    η, which is the scale of the correction. Clients whose optimizer is not SGD train with SGD,
+    because Kη does not describe the length of an adaptive optimizer's path.
 
     References:
         Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML

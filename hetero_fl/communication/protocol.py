@@ -204,8 +204,8 @@ class RoundProtocol(Interface):
     Attributes:
         setup: Kinds of the exchanges before the exchange "train", in which clients train.
         requests: Kinds of all requests, in the order of the exchanges.
-        takes_payload: Whether the protocol accepts broadcasts and uploads that are not encoded. If
-            True, encoding can be omitted if server and clients are in the same process.
+        accepts_unencoded: Whether the protocol accepts broadcasts and uploads that are not encoded.
+            If True, encoding can be omitted if server and clients are in the same process.
         has_one_time_requests: Whether requests refer to secrets that are valid for one sum only.
         hides_server: Whether the server cannot read its own models and state, which clients
             compute and decrypt.
@@ -213,7 +213,7 @@ class RoundProtocol(Interface):
 
     setup: tuple[str, ...]
     requests: tuple[str, ...]
-    takes_payload: bool
+    accepts_unencoded: bool
     has_one_time_requests: bool
     hides_server: bool
 
@@ -315,7 +315,7 @@ class DirectProtocol(RoundProtocol):
 
     setup: tuple[str, ...] = ()
     requests: tuple[str, ...] = ("train",)
-    takes_payload = True
+    accepts_unencoded = True
     has_one_time_requests = False
     hides_server = False
 

@@ -26,7 +26,7 @@ Kind = Literal["multiclass", "multilabel", "regression"]
 T = TypeVar("T")
 
 # Lower bound of probabilities before a logarithm.
-TINY = 1e-12
+MIN_PROBABILITY = 1e-12
 
 
 class ModelView:
@@ -563,6 +563,7 @@ class Coefficients(Objective):
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         c = nets.mix(batch.x).logits
         p = context["predictions"]
-        mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=TINY)
-        divergence = (mixed * (mixed.log() - p[batch.own].clamp(min=TINY).log())).sum(-1).mean(-1)
+        mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=MIN_PROBABILITY)
+        own = p[batch.own].clamp(min=MIN_PROBABILITY)
+        divergence = (mixed * (mixed.log() - own.log())).sum(-1).mean(-1)
         return self.temperature**2 * divergence + self.rho * (c - 1 / c.shape[-1]).square().sum(-1)

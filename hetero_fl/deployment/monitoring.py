@@ -103,7 +103,7 @@ class LineStream(io.TextIOBase):
 STATUS_FILE = "status.json"
 # Number of recent events in the status.
 MAX_EVENTS = 20
-EVALUATION_SETS = ("personal", "global", "server")
+SCORE_KEYS = ("personal", "global", "server")
 
 
 class RunStatus:
@@ -134,7 +134,7 @@ class RunStatus:
             "failures": 0,
             "seconds": None,
             "epsilon": None,
-            **dict.fromkeys(EVALUATION_SETS),
+            **dict.fromkeys(SCORE_KEYS),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "versions": versions(),
@@ -186,7 +186,7 @@ class RunStatus:
             tree["epsilon"] = (
                 record["privacy"]["epsilon"] if "privacy" in record else tree["epsilon"]
             )
-            for name in EVALUATION_SETS:
+            for name in SCORE_KEYS:
                 if scores := record.get(name):
                     tree[name] = {
                         m: v for m, v in scores.items() if not m.endswith(STATISTIC_SUFFIXES)
@@ -232,7 +232,7 @@ class RunStatus:
         about = {name: tree[name] or "" for name in ("run", "name", "algorithm", "phase")}
         scores = [
             ({"of": name, "metric": metric}, value)
-            for name in EVALUATION_SETS
+            for name in SCORE_KEYS
             for metric, value in (tree[name] or {}).items()
         ]
         families: Sequence[tuple[str, str, str, Sequence[tuple[Mapping[str, Any], Any]]]] = (

@@ -427,7 +427,7 @@ class Policy:
         client = self._expectations.placeholder_client(self.client_info, request.round_idx)
         received = self._read_broadcast(request, load_state)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
-            run_plan(hook(client, received), client, self._step_counter)
+            run_plan(client, hook(client, received), self._step_counter)
 
     def _check_budget(
         self, charges: Iterable[PrivacyCharge], budget: BudgetConfig

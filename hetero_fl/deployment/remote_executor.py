@@ -54,7 +54,7 @@ class NodeExecutor(RemoteExecutor):
             server waits for disconnected nodes.
     """
 
-    takes_payload = False
+    accepts_unencoded = False
 
     def __init__(
         self,

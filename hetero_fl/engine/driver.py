@@ -220,13 +220,13 @@ def _compute(
 
 
 def run_plan(
-    plan: Plan[T], participant: Participant, backend: Backend
+    participant: Participant, plan: Plan[T], backend: Backend
 ) -> tuple[T, list[tuple[str, FitReport]]]:
     """Run one plan to completion.
 
     Args:
-        plan: The plan.
         participant: The participant to which the plan belongs.
+        plan: The plan.
         backend: Backend that computes the steps.
 
     Returns:

@@ -40,7 +40,7 @@ class DropoutStreams:
         self._keys: Sequence[int] = ()
         self._most_rows = 1
         self._num_masks = 0
-        self._place: Tensor | None = None
+        self._participant_idx: Tensor | None = None
 
     def seed(self, keys: Sequence[int], batch_size: int = 0) -> None:
         """Begin an optimizer step, so that the next mask is the first mask of this step.
@@ -56,17 +56,17 @@ class DropoutStreams:
         self._num_masks = 0
 
     @contextmanager
-    def stacked(self, place: Tensor) -> Iterator[None]:
+    def stacked(self, participant_idx: Tensor) -> Iterator[None]:
         """Draw the masks of all stacked participants inside the `with` block.
 
         Args:
-            place: Index of the participant, a scalar under `torch.vmap`.
+            participant_idx: Index of the participant, a scalar under `torch.vmap`.
         """
-        self._place = place
+        self._participant_idx = participant_idx
         try:
             yield
         finally:
-            self._place = None
+            self._participant_idx = None
 
     def mask(self, x: Tensor, p: float) -> Tensor:
         """Draw the next mask of the step.
@@ -84,8 +84,8 @@ class DropoutStreams:
         if not self._keys:
             raise RuntimeError("dropout in training mode was used outside a training step")
         self._num_masks += 1
-        if self._place is not None:
-            mask: Tensor = _StackedMask.apply(x.detach(), self._place, p, self)
+        if self._participant_idx is not None:
+            mask: Tensor = _StackedMask.apply(x.detach(), self._participant_idx, p, self)
             return mask
         return self._draw(x, self._keys[0], p)
 
@@ -119,7 +119,7 @@ class _StackedMask(torch.autograd.Function):
     """The mask of one participant, or the masks of all participants under vmap."""
 
     @staticmethod
-    def forward(x: Tensor, _place: Tensor, p: float, streams: DropoutStreams) -> Tensor:
+    def forward(x: Tensor, _participant_idx: Tensor, p: float, streams: DropoutStreams) -> Tensor:
         return streams.draw_stacked(x[None], p)[0]
 
     @staticmethod
@@ -132,7 +132,7 @@ class _StackedMask(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        x, _place, p, streams = args
+        x, _participant_idx, p, streams = args
         like = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
         return streams.draw_stacked(like, p), 0
 

@@ -29,10 +29,10 @@ from model_zoo.shapes import make_shape
 # order in which clients start, and this order does not change results.
 
 # Assumed floating-point operations per second of one core, to convert estimates to seconds.
-RATE = 2e10
+FLOPS_PER_SECOND = 2e10
 # Minimum number of floating-point operations per parameter and example for which a convolutional
 # model uses the channels-last memory format.
-INTENSE = 10
+MIN_FLOPS_PER_PARAMETER = 10
 
 
 @cache
@@ -55,7 +55,7 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
         return False
     model = describe_model(arch)
     is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0
-    is_intense = model.forward_flops >= INTENSE * model.parameters
+    is_intense = model.forward_flops >= MIN_FLOPS_PER_PARAMETER * model.parameters
     return is_convolutional and is_intense and not _has_narrow_shortcut(arch)
 
 
@@ -132,7 +132,7 @@ class TaskCosts:
         This is the last measured duration, or an estimate if no duration has been recorded.
         """
         measured = self._measured.get(client_id)
-        return measured or training_flops(self._client_infos[client_id]) / RATE
+        return measured or training_flops(self._client_infos[client_id]) / FLOPS_PER_SECOND
 
     def update(self, seconds: Mapping[str, float]) -> None:
         """Record measured durations in seconds, keyed by client id."""
@@ -150,7 +150,7 @@ class Template:
 
     Attributes:
         module: The module.
-        drops: Whether the module has dropout layers with a positive probability.
+        has_dropout: Whether the module has dropout layers with a positive probability.
         tensors: The module's parameters and buffers, keyed by name.
         parameters: The module's trainable parameters, keyed by name. Parameters that the model
             itself has frozen are left out.
@@ -167,15 +167,15 @@ class Template:
         device = memory.device
         with torch.random.fork_rng(devices=[]):
             self.module = arch.build().to(device)
-        self.drops = use_keyed_dropout(self.module, dropout or DropoutStreams(device))
+        self.has_dropout = use_keyed_dropout(self.module, dropout or DropoutStreams(device))
         if precision == "bfloat16":
             _use_bfloat16(self.module, device)
         if prefers_channels_last(arch):
             self.module.to(memory_format=torch.channels_last)
         self.tensors: Mapping[str, Tensor] = self.module.state_dict(keep_vars=True)
-        self._handed_over: set[str] = set()
-        # cuDNN expects the weights of a recurrent layer in one block of memory, so `hand_over`
-        # returns copies of the module's tensors.
+        self._released: set[str] = set()
+        # cuDNN expects the weights of a recurrent layer in one block of memory, so
+        # `release_tensors` returns copies of the module's tensors.
         self._keeps_memory = device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.module.modules()
         )
@@ -198,9 +198,9 @@ class Template:
         for name, mine in self.tensors.items():
             if tensors[name] is mine:
                 continue
-            if name in self._handed_over:
+            if name in self._released:
                 mine.data = torch.empty_like(mine)
-                self._handed_over.discard(name)
+                self._released.discard(name)
             mine.copy_(self.memory.keep(tensors[name]))
         return self.module
 
@@ -211,7 +211,7 @@ class Template:
             self.module.train(training)
             self._mode = training
 
-    def hand_over(self) -> Tensors:
+    def release_tensors(self) -> Tensors:
         """Return the module's tensors, keyed by name, contiguous and on the storage device.
 
         The tensors are copied only if necessary. For tensors that are not copied, the next `load`
@@ -226,7 +226,7 @@ class Template:
             )
             for name, mine in self.tensors.items()
         }
-        self._handed_over = {
+        self._released = {
             name for name, t in tensors.items() if t.data_ptr() == self.tensors[name].data_ptr()
         }
         return tensors
@@ -264,7 +264,7 @@ class Templates:
         self.memory = memory
         self.device = memory.device
         self.precision = precision
-        self.forked = [self.device] if self.device.type == "cuda" else []
+        self.rng_devices = [self.device] if self.device.type == "cuda" else []
         self.dropout = DropoutStreams(self.device)
         self._templates: dict[tuple[ModelSpec, str], Template] = {}
 

@@ -213,9 +213,9 @@ class FitState:
     dropout: DropoutStreams
 
     @property
-    def uses_dropout(self) -> bool:
+    def has_dropout(self) -> bool:
         """Whether any model has dropout layers with a positive probability."""
-        return any(template.drops for template in self.modules.values())
+        return any(template.has_dropout for template in self.modules.values())
 
 
 class Gradients(Protocol):
@@ -280,10 +280,10 @@ def run_fit(
     draw_batches = Batches if gradients is None else gradients.batches
     batches = draw_batches(participant, fit, templates.memory)
     state = FitState(fit, modules, trainable, nets, context, batches, templates.dropout)
-    uses_dropout = state.uses_dropout
+    has_dropout = state.has_dropout
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
-    with torch.random.fork_rng(devices=templates.forked):
+    with torch.random.fork_rng(devices=templates.rng_devices):
         # Random operations of a model other than nn.Dropout use the global generator.
         seed_torch(stream_key(*batches.stream, "torch"), templates.device)
         for i, (dropout_key, batch) in enumerate(batches):
@@ -291,7 +291,7 @@ def run_fit(
                 scale_learning_rates(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
             optimizer.zero_grad()
             if gradients is None:
-                if uses_dropout:
+                if has_dropout:
                     templates.dropout.seed([dropout_key], fit.batch_size)
                 loss = fit.objective.total_loss(nets, batch, context)
                 loss.backward()
@@ -310,7 +310,7 @@ def run_fit(
     snapshot = None
     if fit.keep:
         snapshot = snapshot_optimizer(optimizer, trainable, templates.memory.storage_device)
-    trained = {slot: modules[slot].hand_over() for slot in fit.train}
+    trained = {slot: modules[slot].release_tensors() for slot in fit.train}
     participant.models.update(trained)
     if snapshot is not None:
         participant.state.setdefault("optimizers", {})[fit.keep] = snapshot

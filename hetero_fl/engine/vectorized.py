@@ -101,7 +101,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
         for i in range(active):
             batches[i].append(out[i, : len(x[i]) - begin])
     whole = [torch.cat(parts).to(templates.memory.storage_device) for parts in batches]
-    outputs_by_index = {i: whole[place] for place, i in enumerate(order)}
+    outputs_by_index = {i: whole[position] for position, i in enumerate(order)}
     return [outputs_by_index[i] for i in range(len(work))]
 
 

@@ -85,7 +85,7 @@ def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnaps
 
 
 # Minimum number of weights for which a linear layer uses `_Linear`.
-LARGE = 2**14
+MIN_LINEAR_WEIGHTS = 2**14
 
 
 class StackedOps(TorchFunctionMode):
@@ -102,8 +102,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear` with a backward pass that is faster under `torch.vmap`.
 
     The batching rule of PyTorch returns a transposed gradient of stacked weights, and copying this
-    gradient takes as long as computing the gradient. Layers with fewer than `LARGE` weights use
-    `F.linear`, because the overhead of this function would be larger.
+    gradient takes as long as computing the gradient. Layers with fewer than `MIN_LINEAR_WEIGHTS`
+    weights use `F.linear`, because the overhead of this function would be larger.
 
     Args:
         x: Inputs, shape `[..., in]`.
@@ -113,7 +113,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Outputs, shape `[..., out]`.
     """
-    if weight.numel() < LARGE:
+    if weight.numel() < MIN_LINEAR_WEIGHTS:
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)
     out = out.view(*x.shape[:-1], -1)
@@ -242,16 +242,16 @@ class StackedBatches:
         if isinstance(self.fit.data, SampledBatches):
             columns = _stack([self.runs[i].sampled_batch(step) for i in members])
         else:
-            place = self._starts[who] + step
+            table_rows = self._starts[who] + step
             longest = max(sizes)
-            rows = self._table[place, :longest]
+            rows = self._table[table_rows, :longest]
             offset_rows = rows + self._offsets[who, None]
             columns = {
                 name: all_rows[rows if shared else offset_rows]
                 for name, (all_rows, shared) in self._columns.items()
             }
             if min(sizes) < longest:
-                weight = self._weights[place, :longest]
+                weight = self._weights[table_rows, :longest]
         if self.fit.augment is not None:
             for j, (i, size) in enumerate(zip(members, sizes, strict=True)):
                 columns["x"][j, :size] = self.runs[i].augment_batch(columns["x"][j, :size], step)
@@ -269,10 +269,10 @@ def _stack(drawn: Sequence[Tensors]) -> Tensors:
     return {n: torch.stack([d[n] for d in drawn]) for n in first}
 
 
-Work = Sequence[tuple[Participant, Fit]]
+FitWork = Sequence[tuple[Participant, Fit]]
 
 
-def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedError]:
+def fit_stacked(work: FitWork, templates: Templates) -> list[FitReport | DivergedError]:
     """Train models of several participants in place.
 
     All fits must be equal (see `vectorization_key`).
@@ -300,7 +300,7 @@ def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedEr
 class _StackedFits:
     """Equal fits in progress, in descending order of the number of steps."""
 
-    def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
+    def __init__(self, work: FitWork, runs: list[Batches], templates: Templates) -> None:
         self.work = work
         self.fit = work[0][1]
         self.device = templates.device
@@ -327,7 +327,7 @@ class _StackedFits:
             is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
         )
         self.dropout = templates.dropout
-        self.drops = any(t.drops for t in self.templates.values())
+        self.has_dropout = any(t.has_dropout for t in self.templates.values())
         context, self.context_dims = stack_trees([f.context for _, f in work])
         self.context = move_to_device(templates.memory, context)
         self.drift = {
@@ -435,20 +435,20 @@ class _StackedFits:
     ) -> None:
         """Compute the losses of the selected participants and the gradients of leaf tensors."""
         columns, weight = self.batches.batch_at(step, who, sizes)
-        place = None
-        if self.drops:
+        participant_idx = None
+        if self.has_dropout:
             self.dropout.seed(self.batches.dropout_keys(step, who), self.fit.batch_size)
-            place = torch.arange(len(sizes), device=self.device)
+            participant_idx = torch.arange(len(sizes), device=self.device)
         context = select_participants(self.context, self.context_dims, who)
         dims = (
             0,
             0,
-            None if place is None else 0,
+            None if participant_idx is None else 0,
             self.context_dims,
             None if weight is None else 0,
         )
         losses = vmap(self._loss, dims, randomness="error")(
-            tensors, columns, place, context, weight
+            tensors, columns, participant_idx, context, weight
         )
         losses.sum().backward()
         self.totals[who] += losses.detach()
@@ -457,7 +457,7 @@ class _StackedFits:
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
         columns: Mapping[str, Tensor],
-        place: Tensor | None,
+        participant_idx: Tensor | None,
         context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
@@ -467,7 +467,9 @@ class _StackedFits:
         )
         batch = Batch(columns)
         batch.weight = weight
-        dropout = nullcontext() if place is None else self.dropout.stacked(place)
+        dropout = (
+            nullcontext() if participant_idx is None else self.dropout.stacked(participant_idx)
+        )
         with StackedOps(), dropout:
             return self.fit.objective.total_loss(nets, batch, context)
 

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -55,7 +55,7 @@ class ClientTask:
         up_bytes: Expected size of the upload in bytes.
         fault: The simulated fault.
         upload: The upload, or None if no upload has been computed.
-        diverged: Reason why training produced no upload, or None if training did not fail.
+        failure: Reason why training produced no upload, or None if training did not fail.
     """
 
     number: int
@@ -69,7 +69,7 @@ class ClientTask:
     up_bytes: int
     fault: FaultOutcome
     upload: Message | None = None
-    diverged: str | None = None
+    failure: str | None = None
 
     @property
     def request(self) -> Message:
@@ -82,7 +82,7 @@ class ClientTask:
 
         Tasks that fail because of a simulated fault are never computed.
         """
-        return self.fault.is_failure or self.upload is not None or self.diverged is not None
+        return self.fault.is_failure or self.upload is not None or self.failure is not None
 
 
 class TaskQueue:
@@ -171,7 +171,7 @@ class TaskQueue:
                     t.end,
                     broadcast_idx,
                     t.up_bytes,
-                    t.diverged,
+                    t.failure,
                 ]
             )
         return {
@@ -197,7 +197,7 @@ class TaskQueue:
         queue = cls()
         broadcasts = {int(idx): as_bytes(body) for idx, body in state["broadcasts"].items()}
         for row in state["tasks"]:
-            number, client, position, version, attempt, start, end, idx, up_bytes, diverged = row
+            number, client, position, version, attempt, start, end, idx, up_bytes, failure = row
             task = ClientTask(
                 number,
                 client,
@@ -209,7 +209,7 @@ class TaskQueue:
                 broadcasts[idx],
                 up_bytes,
                 outcome_of(client, number),
-                diverged=diverged,
+                failure=failure,
             )
             upload = state["uploads"].get(str(number))
             if upload is not None:
@@ -299,11 +299,11 @@ class TaskFailedError(Exception):
 
     Args:
         reason: Description of the failure.
-        cause: "fate" for a random fault. "client" for a failure that would be repeated, such as
-            divergence.
+        cause: "fault" for a random or network fault, "client" for a failure that would recur, such
+            as divergence.
     """
 
-    def __init__(self, reason: str, cause: str) -> None:
+    def __init__(self, reason: str, cause: Literal["fault", "client"]) -> None:
         super().__init__(reason)
         self.cause = cause
 
@@ -469,7 +469,7 @@ class AsynchronousTrainer(FederatedTrainer):
             if isinstance(reply, Message):
                 tasks[client].upload = reply
             else:
-                tasks[client].diverged = str(reply)
+                tasks[client].failure = str(reply)
 
     def _finish_task(self, task: ClientTask, buffer_record: BufferRecord) -> None:
         """Buffer the upload of a task and commit the client's private state, or record the failure.
@@ -486,7 +486,7 @@ class AsynchronousTrainer(FederatedTrainer):
             self._num_failed[error.cause] += 1
             if (
                 self._num_failed["client"] >= self.num_concurrent
-                or self._num_failed["fate"] >= MAX_CONSECUTIVE_FAULTS * self.num_concurrent
+                or self._num_failed["fault"] >= MAX_CONSECUTIVE_FAULTS * self.num_concurrent
             ):
                 num_tasks = sum(self._num_failed.values())
                 raise RunFailedError(
@@ -511,10 +511,10 @@ class AsynchronousTrainer(FederatedTrainer):
         """
         if task.fault.is_failure:
             self.count_traffic(up=task.up_bytes if task.fault.kind == "lost" else 0)
-            raise TaskFailedError(task.fault.description, "fate")
-        if task.diverged is not None:
-            self.check_divergence(task.client, task.diverged)
-            raise TaskFailedError(task.diverged, "client")
+            raise TaskFailedError(task.fault.description, "fault")
+        if task.failure is not None:
+            self.check_divergence(task.client, task.failure)
+            raise TaskFailedError(task.failure, "client")
         sent = iter([(task.client, task.upload or Message("upload", b""))])
         replies = list(
             inject_faults(
@@ -526,7 +526,7 @@ class AsynchronousTrainer(FederatedTrainer):
         # The second of two equal uploads of a task is ignored.
         upload = arrivals[0]
         if not upload.is_intact:
-            raise TaskFailedError(DAMAGED, "fate")
+            raise TaskFailedError(DAMAGED, "fault")
         received = self.broadcasts.received_by(task.client, task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
@@ -564,7 +564,7 @@ class AsynchronousTrainer(FederatedTrainer):
         uploads = Uploads(specs=self.algorithm.uploads, common=self.federation.common)
         for upload in arrived:
             uploads.add(upload)
-        run_plan(self.algorithm.aggregate(self.server, uploads), self.server, self.backend)
+        run_plan(self.server, self.algorithm.aggregate(self.server, uploads), self.backend)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -135,13 +135,13 @@ class PlainBroadcasts(Broadcasts):
 
     Args:
         links: The links that encode and decode messages.
-        hand_over: Whether payloads are passed to clients in this process without encoding. Ignored
-            if broadcasts are compressed.
+        skips_encoding: Whether payloads are passed to clients in this process without encoding.
+            Ignored if broadcasts are compressed.
     """
 
-    def __init__(self, links: FederationLinks, hand_over: bool = False) -> None:
+    def __init__(self, links: FederationLinks, skips_encoding: bool = False) -> None:
         super().__init__(links)
-        self._hands_over = hand_over and links.down is None
+        self._skips_encoding = skips_encoding and links.down is None
 
     @override
     def _clear(self, training: Collection[str]) -> None:
@@ -150,7 +150,7 @@ class PlainBroadcasts(Broadcasts):
         self._contents: EncodeCache[Content] = EncodeCache(
             lambda payload: (
                 payload
-                if self._hands_over
+                if self._skips_encoding
                 else self._links.encode_broadcast(round_idx, payload, archs)
             )
         )
@@ -569,7 +569,7 @@ class EstimateBroadcasts(Broadcasts):
 
 
 def make_broadcasts(
-    links: FederationLinks, stamp: Callable[[str], int | None], hand_over: bool = False
+    links: FederationLinks, stamp: Callable[[str], int | None], skips_encoding: bool = False
 ) -> Broadcasts:
     """Create the encoder of broadcasts that the configuration of the channel requires.
 
@@ -577,12 +577,12 @@ def make_broadcasts(
         links: The links that encode and decode messages.
         stamp: Function that returns the version number of a client's private state
             (`StateStore.stamp`).
-        hand_over: Whether payloads are passed to clients in this process without encoding. Ignored
-            if broadcasts are compressed.
+        skips_encoding: Whether payloads are passed to clients in this process without encoding.
+            Ignored if broadcasts are compressed.
     """
     if links.sends_changes:
         return EstimateBroadcasts(links, stamp)
-    return PlainBroadcasts(links, hand_over)
+    return PlainBroadcasts(links, skips_encoding)
 
 
 def estimate_group(algorithm: Algorithm, client_info: ClientInfo) -> str:

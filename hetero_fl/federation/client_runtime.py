@@ -230,7 +230,7 @@ class ClientRuntime:
             because such methods may modify tensors after the upload.
 
     Attributes:
-        hands_over: Whether uploads are passed to the server without encoding.
+        skips_encoding: Whether uploads are passed to the server without encoding.
         listener: Function that is called with a message when a step of a plan begins. If None, no
             function is called.
         review_upload: Function that is called with the client id and the upload before the upload
@@ -258,8 +258,8 @@ class ClientRuntime:
         self.broadcast_cache = BroadcastCache(
             self._decode_broadcast, 0 if has_user_code else MAX_BROADCASTS
         )
-        self.hands_over = (
-            local and protocol.takes_payload and self.links.up is None and not has_user_code
+        self.skips_encoding = (
+            local and protocol.accepts_unencoded and self.links.up is None and not has_user_code
         )
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
@@ -298,6 +298,7 @@ class ClientRuntime:
                 client_id, self.store.get(client_id), request.round_idx, request.attempt
             )
             clients[client_id].step_share = request.step_share
+        # In the order of rounds, because the cache drops the messages of other rounds.
         received = {
             c: self.broadcast_cache.get(c, requests[c].round_idx, training[c].broadcast)
             for c in sorted(training, key=lambda c: requests[c].round_idx)
@@ -376,7 +377,7 @@ class ClientRuntime:
         """Return the reply with an upload, and stage the client's private state."""
         client_id = client.participant_id
         content: Content = upload
-        if not self.hands_over:
+        if not self.skips_encoding:
             content = self.links.encode_upload(
                 self.federation.client_infos[client_id],
                 request.round_idx,
@@ -606,7 +607,7 @@ class ClientRuntime:
             personal: Whether the rows follow the label distribution of the client.
         """
         plan = self.algorithm.predict(participant, rows, personal)
-        return run_plan(plan, participant, self.backend)[0].cpu()
+        return run_plan(participant, plan, self.backend)[0].cpu()
 
     def _run(
         self, plans: Mapping[str, Plan[Any]], clients: Mapping[str, Participant]

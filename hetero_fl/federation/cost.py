@@ -231,7 +231,7 @@ class DryRun:
             uploads.add(Upload(client_info, Payload(dict(items))))
         plan = self.algorithm.aggregate(self.server, uploads)
         before = self.expectations.backend.operations
-        run_plan(plan, self.server, self.expectations.backend)
+        run_plan(self.server, plan, self.expectations.backend)
         self._aggregated[phase] = self.expectations.backend.operations - before
         return self._aggregated[phase]
 

@@ -238,7 +238,7 @@ class ExpectedUploads:
         ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
         with self.check_yields("train"):
             plan = self.algorithm.train(client, broadcast)
-            items, reports = run_plan(plan, client, ledger or self.backend)
+            items, reports = run_plan(client, plan, ledger or self.backend)
         try:
             upload = Payload.from_hook(items, self.algorithm.uploads)
             self._check_shares(client_info, upload)
@@ -352,7 +352,7 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
         uploads.add(Upload(client_info, Payload(dict(items))))
     try:
         with expectations.check_yields("aggregate"):
-            run_plan(algorithm.aggregate(server, uploads), server, expectations.backend)
+            run_plan(server, algorithm.aggregate(server, uploads), expectations.backend)
     except UserError:
         raise
     except Exception:

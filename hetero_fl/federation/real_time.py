@@ -22,15 +22,13 @@ from hetero_fl.federation.executors.base import (
 )
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from hetero_fl.federation.simulation.rounds import ScheduledTrainer
-from hetero_fl.federation.simulation.sampling import MAX_WAIT
+from hetero_fl.federation.simulation.sampling import MAX_WAIT, POLL_INTERVAL
 from hetero_fl.federation.simulation.schedule import Schedule
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.trainer import FederatedTrainer, Record
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
 
-# Seconds between checks for newly connected clients.
-POLL_INTERVAL = 1.0
 # Kinds of replies that contain an upload.
 UPLOADS = ("upload", "train")
 
@@ -198,9 +196,9 @@ class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
             if isinstance(reply, Message):
                 task.upload = reply
             else:
-                task.diverged = str(reply)
+                task.failure = str(reply)
                 if isinstance(reply, ClientAbsentError):
-                    self._unresponsive[client] = task.diverged
+                    self._unresponsive[client] = task.failure
             task.end = self.stopwatch.elapsed()
             self.queue.set_end(task)
         return self.queue.pop()
@@ -235,8 +233,8 @@ class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
 
     @override
     def _receive_upload(self, task: ClientTask) -> Payload:
-        if task.client in self._unresponsive and task.diverged is not None:
-            raise TaskFailedError(task.diverged, "fate")
+        if task.client in self._unresponsive and task.failure is not None:
+            raise TaskFailedError(task.failure, "fault")
         return super()._receive_upload(task)
 
     @override

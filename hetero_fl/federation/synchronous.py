@@ -86,9 +86,9 @@ class SynchronousTrainer(FederatedTrainer):
             return
         if collector.rules is not None:
             scratch = replace(self.server, models=dict(self.server.models), stream_uses={})
-            run_plan(collector.uploads.prepare(scratch), scratch, self.backend)
+            run_plan(scratch, collector.uploads.prepare(scratch), self.backend)
         run_plan(
-            self.algorithm.aggregate(self.server, collector.uploads), self.server, self.backend
+            self.server, self.algorithm.aggregate(self.server, collector.uploads), self.backend
         )
         if self.privacy is not None:
             self.privacy.adapt_bounds(collector.uploads)

@@ -111,7 +111,7 @@ class FederatedTrainer(ABC):
     Attributes:
         keeps_requests: Whether requests are stored in checkpoints, because clients may still train
             on a request after the server has changed.
-        hands_over: Whether broadcasts are passed to clients in this process without encoding.
+        skips_encoding: Whether broadcasts are passed to clients in this process without encoding.
             Broadcasts of user-defined methods are always encoded, because such methods may modify
             received tensors in place.
         traffic: Bytes sent so far.
@@ -142,9 +142,9 @@ class FederatedTrainer(ABC):
         self.backend = executor.backend
         self.protocol = make_protocol(algorithm, federation)
         self.links = FederationLinks(algorithm, federation)
-        self.hands_over = (
-            executor.takes_payload
-            and self.protocol.takes_payload
+        self.skips_encoding = (
+            executor.accepts_unencoded
+            and self.protocol.accepts_unencoded
             and not self.keeps_requests
             and not runs_user_code(algorithm, federation.client_infos)
         )
@@ -169,7 +169,7 @@ class FederatedTrainer(ABC):
         self.broadcasts: Broadcasts = (
             SealedBroadcasts(self.server)
             if self.protocol.hides_server
-            else make_broadcasts(self.links, self.store.stamp, self.hands_over)
+            else make_broadcasts(self.links, self.store.stamp, self.skips_encoding)
         )
         self.broadcasts.begin(0, 0, self.server.arch.values())
 
@@ -352,8 +352,8 @@ class FederatedTrainer(ABC):
         Args:
             aggregate: Function that updates the server, the state of the aggregation rules and the
                 privacy bounds.
-            magnitudes: Norm of each upload, keyed by client id, which is used in the description of
-                a divergence.
+            magnitudes: Largest norm of a tensor in each upload, keyed by client id, which is used
+                in the description of a divergence.
 
         Returns:
             Reason why training at the server diverged. Empty if training did not diverge.

@@ -155,7 +155,7 @@ class PrivateGradients:
             parameter.grad = None
             noise = stream.normal(parameter, self.z * self.clip)
             total[name].add_(noise).div_(state.batches.expected)
-        if state.uses_dropout:
+        if state.has_dropout:
             state.dropout.seed([dropout_key])
         public = state.fit.objective.public_loss(state.nets, batch, state.context)
         public = public + state.fit.objective.penalty(state.nets, state.context)
@@ -235,7 +235,7 @@ def _gradients_vectorized(
         for slot, template in state.modules.items()
     }
 
-    if state.uses_dropout:
+    if state.has_dropout:
         state.dropout.seed(keys)
 
     def loss(trainable: TrainableTensors, row: Mapping[str, Tensor], index: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def _gradient_of_row(
     state: FitState, columns: Mapping[str, Tensor], extra_batch: Mapping[str, Tensor], key: int
 ) -> TrainableTensors:
     """Return the gradients of a single row, `[1, …]`."""
-    if state.uses_dropout:
+    if state.has_dropout:
         state.dropout.seed([key])
     batch = Batch({**columns, **extra_batch})
     loss = state.fit.objective.private_loss(state.nets, batch, state.context).sum()

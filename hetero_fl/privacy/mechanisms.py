@@ -33,7 +33,7 @@ from hetero_fl.utils.seeding import Key, keyed_generator
 # fits in the CPU cache.
 BLOCK = 2**16
 # Spacing of uniform numbers in [0, 1) with 53 bits.
-TINY = 2.0**-53
+UNIFORM_SPACING = 2.0**-53
 
 
 class NoiseStream(Protocol):
@@ -167,7 +167,7 @@ class SecretNoiseStream(NoiseStream):
 
     @override
     def uniform(self, count: int) -> Tensor:
-        return torch.from_numpy(self._words(count) * TINY)
+        return torch.from_numpy(self._words(count) * UNIFORM_SPACING)
 
     def _normal(self, count: int) -> np.ndarray:
         numbers = np.empty(count)
@@ -176,8 +176,8 @@ class SecretNoiseStream(NoiseStream):
             half = (len(part) + 1) // 2
             words = self._words(2 * half)
             # Adding 0.5 avoids the logarithm of 0.
-            radius = np.sqrt(-2 * np.log((words[:half] + 0.5) * TINY))
-            angle = words[half:] * (2 * math.pi * TINY)
+            radius = np.sqrt(-2 * np.log((words[:half] + 0.5) * UNIFORM_SPACING))
+            angle = words[half:] * (2 * math.pi * UNIFORM_SPACING)
             part[:half] = radius * np.cos(angle)
             part[half:] = (radius * np.sin(angle))[: len(part) - half]
         return numbers

@@ -311,7 +311,7 @@ def mean_nearest_to_median(values: Tensor, keep: int) -> Tensor:
 
 
 # Lower bound of divisors.
-TINY = 1e-12
+MIN_DIVISOR = 1e-12
 
 
 @rule("norm_bound")
@@ -331,7 +331,7 @@ class NormBound(Rule):
         for names, bound in ((block.parameters, self.config.bound), (block.buffers, None)):
             norms = block.norms(names)
             limit = trimmed_mean(norms) if bound is None else torch.as_tensor(bound)
-            factors = (limit / norms.clamp(min=TINY)).clamp(max=1.0) / len(block)
+            factors = (limit / norms.clamp(min=MIN_DIVISOR)).clamp(max=1.0) / len(block)
             combined |= scale_updates(block, names, factors)
         return {name: combined[name] for name in block.names}
 
@@ -355,8 +355,8 @@ class FLTrust(Rule):
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         assert block.root is not None, "provided because of uses_root"
         trust, size = self.trust_scores(block)
-        norms = block.norms(block.parameters).clamp(min=TINY)
-        share = trust / trust.sum().clamp(min=TINY)
+        norms = block.norms(block.parameters).clamp(min=MIN_DIVISOR)
+        share = trust / trust.sum().clamp(min=MIN_DIVISOR)
         combined = scale_updates(block, block.parameters, share * size / norms)
         combined |= scale_updates(block, block.buffers, share * (size / norms).clamp(max=1.0))
         return {name: combined[name] for name in block.names}
@@ -379,7 +379,7 @@ class FLTrust(Rule):
             dots += ((block.stack(name) - start).double().flatten(1) * own).sum(1)
             square += own[0].square().sum()
         size = square.sqrt()
-        cosine = dots / (block.norms(block.parameters) * size).clamp(min=TINY)
+        cosine = dots / (block.norms(block.parameters) * size).clamp(min=MIN_DIVISOR)
         return cosine.clamp(min=0), size
 
 
@@ -467,7 +467,7 @@ class DownWeight(PredictionRule):
         deviations = (predictions - trimmed_mean(predictions)).double()
         distances = deviations.flatten(2 if predictions.ndim > 2 else 1).norm(dim=-1)
         distances = distances.mean(1) if distances.ndim > 1 else distances
-        excess = (distances / trimmed_mean(distances).clamp(min=TINY) - 1).clamp(min=0)
+        excess = (distances / trimmed_mean(distances).clamp(min=MIN_DIVISOR) - 1).clamp(min=0)
         for client, value in zip(clients, excess.tolist(), strict=True):
             memory[client] = memory.get(client, 0.0) + value
         weights = torch.tensor([-RATE * memory[c] for c in clients], dtype=torch.float64).softmax(0)
@@ -499,7 +499,7 @@ class Agreement(PredictionRule):
         weight = torch.where(agreement >= max(1, num_malicious), agreement, 0)
         weight = weight.to(predictions.dtype)[..., None]
         norms = predictions.norm(dim=-1, keepdim=True)
-        clipped = predictions * (trimmed_mean(norms) / norms.clamp(min=TINY)).clamp(max=1.0)
+        clipped = predictions * (trimmed_mean(norms) / norms.clamp(min=MIN_DIVISOR)).clamp(max=1.0)
         total = weight.sum(0)
         mean = (weight * clipped).sum(0) / total.clamp(min=1)
         return torch.where(total > 0, mean, trimmed_mean(predictions))

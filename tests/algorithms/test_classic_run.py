@@ -79,14 +79,14 @@ def test_server_rate_extrapolates_parameters_but_not_statistics() -> None:
         {"w": torch.tensor([1.0]), "var": torch.tensor([1.0])},
         {"w": torch.tensor([0.2]), "var": torch.tensor([0.2])},
     )
-    owners = {"w": 6.0, "var": 6.0}
-    moved = add_updates({**now, "other": torch.tensor([5.0])}, mean, owners, 0.5, ["w"])
+    total_weights = {"w": 6.0, "var": 6.0}
+    moved = add_updates({**now, "other": torch.tensor([5.0])}, mean, total_weights, 0.5, ["w"])
     assert torch.allclose(moved["w"], torch.tensor([1 - 3 * 0.8])) and torch.equal(
         moved["var"], mean["var"]
     )
     assert moved["other"] == 5
     assert torch.allclose(
-        add_updates(now, mean, owners, 0.1, ["w"])["var"], torch.tensor([1 - 0.6 * 0.8])
+        add_updates(now, mean, total_weights, 0.1, ["w"])["var"], torch.tensor([1 - 0.6 * 0.8])
     )
 
 

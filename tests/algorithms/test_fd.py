@@ -18,7 +18,7 @@ CLIP = -2.5
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("teacher", ["mean", "contrast"])
 def test_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetero_fl.algorithms.fd.CLIP", CLIP)
+    monkeypatch.setattr("hetero_fl.algorithms.fd.MIN_LOG_PROBABILITY", CLIP)
     settings = {"name": "fd", "weight": LAMBDA, "temperature": T, "teacher": teacher}
     rounds = rounds_of(
         config("fd", MIXED, algorithm=settings, data__partition__alpha=0.2), num_rounds=1

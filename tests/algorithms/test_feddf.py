@@ -72,7 +72,7 @@ def contrast(counts: Tensor) -> Tensor:
 @pytest.mark.parametrize("teacher", ["mean", "samples", "contrast"])
 def test_feddf_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients preprocess proxy rows differently; the last keeps its model and joins no group."""
-    monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
+    monkeypatch.setattr("hetero_fl.aggregation.teachers.MIN_LOG_PROBABILITY", CLIP)
     source = federation("feddf", [BN, MLP], 5, teacher=teacher)
     views = {"site_2": (0.3, 0.2), "site_3": (0.1, 0.5)}
     source["clients"]["overrides"] = [
@@ -153,7 +153,7 @@ def test_hybrid_round_matches_reference(
     distill_at: str, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cover logit adjustment, contrast weights, proxy replay and clients that share backbones."""
-    monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
+    monkeypatch.setattr("hetero_fl.aggregation.teachers.MIN_LOG_PROBABILITY", CLIP)
     source = federation(
         "hybrid",
         [BN, MLP],

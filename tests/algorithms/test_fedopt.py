@@ -119,7 +119,7 @@ def test_yogi_forgets_large_updates_slower_than_adam() -> None:
             upload = Upload(client_info, Payload({"model": Item(sent, 1.0, "params")}))
             uploads = Uploads([upload], rounds.algorithm.uploads)
             run_plan(
-                rounds.algorithm.aggregate(rounds.server, uploads), rounds.server, rounds.backend
+                rounds.server, rounds.algorithm.aggregate(rounds.server, uploads), rounds.backend
             )
         seconds[method] = float(
             rounds.server.state["optimizer"][group]["second"]["head.bias"].mean()

@@ -129,7 +129,7 @@ def learned(rounds: SynchronousTrainer, p: Tensor, **settings: Any) -> Tensor:
     method = rounds.algorithm.model_copy(update=settings)
     mix = torch.full((len(p), len(p)), 1 / len(p))
     return run_plan(
-        method.update_coefficients(rounds.server, mix, p), rounds.server, rounds.backend
+        rounds.server, method.update_coefficients(rounds.server, mix, p), rounds.backend
     )[0]
 
 

@@ -174,7 +174,7 @@ def trained(rounds: SynchronousTrainer, client_id: str) -> tuple[Participant, Pa
         rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[client_id])
     )
     client = clients(rounds)[client_id]
-    items, _ = run_plan(rounds.algorithm.train(client, got), client, rounds.backend)
+    items, _ = run_plan(client, rounds.algorithm.train(client, got), rounds.backend)
     return client, got, Payload(items)
 
 

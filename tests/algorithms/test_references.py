@@ -47,7 +47,7 @@ def trained(rounds, client_id: str, index: int):
     rounds._set_round_context(index)
     sent = Payload(rounds.algorithm.broadcast(rounds.server, client_info))
     participant = rounds.federation.client(client_id, rounds.store.get(client_id), index)
-    items, _ = run_plan(rounds.algorithm.train(participant, sent), participant, rounds.backend)
+    items, _ = run_plan(participant, rounds.algorithm.train(participant, sent), rounds.backend)
     return participant, Payload(items)
 
 

@@ -183,7 +183,7 @@ def test_old_teacher_is_distilled_on_its_rows(method: str) -> None:
     rounds.backend.run = lambda work: (
         seen.extend(s for _, s in work if isinstance(s, Fit)) or perform(work)
     )  # type: ignore[method-assign]
-    run_plan(rounds.algorithm.train(client, got), client, rounds.backend)
+    run_plan(client, rounds.algorithm.train(client, got), rounds.backend)
     if method != "hybrid":
         (digest,) = (step for step in seen if step.label == "digest")
         assert torch.equal(digest.data.rows, rows) and len(got[TEACHER]) == 20

@@ -56,7 +56,7 @@ def test_returned_tensors_are_not_overwritten(name: str) -> None:
     template = Template(arch, DeviceMemory(torch.device("cpu")))
     first, second = (arch.initial_tensors(seed) for seed in (1, 2))
     template.load(first)
-    taken = template.hand_over()
+    taken = template.release_tensors()
     versions = {n: t._version for n, t in taken.items()}
     parameters = list(template.module.parameters())
 
@@ -69,6 +69,6 @@ def test_returned_tensors_are_not_overwritten(name: str) -> None:
     assert all(torch.equal(t, second[n]) for n, t in template.module.state_dict().items())
     assert all(a is b for a, b in zip(parameters, template.module.parameters(), strict=True))
     # A model may be trained in place again: loading copies into the module's memory.
-    again = template.hand_over()
+    again = template.release_tensors()
     template.load(again)
-    assert all(torch.equal(t, second[n]) for n, t in template.hand_over().items())
+    assert all(torch.equal(t, second[n]) for n, t in template.release_tensors().items())

@@ -215,7 +215,7 @@ class Mutual(Objective):
 def test_large_linear_layers_use_a_separate_rule(
     large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectorized_training, "LARGE", large)
+    monkeypatch.setattr(vectorized_training, "MIN_LINEAR_WEIGHTS", large)
     both(arch("mlp", hidden=(260, 12)), lambda p: FIT)
     both(
         arch("transformer", width=8, depth=1),

@@ -175,7 +175,7 @@ def test_coarse_rounding_is_noted(section: str, wide: float) -> None:
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetero_fl.communication.homomorphic.ckks.find_spec", lambda name: None)
+    monkeypatch.setattr("hetero_fl.utils.extras.find_spec", lambda name: None)
 
     with pytest.raises(UserError, match=r"run pip install 'hetero_fl\[he\]'$"):
         prepare(encrypted("fedavg"))

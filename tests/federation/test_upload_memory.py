@@ -101,12 +101,12 @@ def test_repeated_round_keeps_uploads_of_one_attempt() -> None:
 def test_passed_payload_equals_its_bytes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = config(method, MIXED if method in ("hybrid", "fedproto") else "mlp", 3)
     records = []
-    for hands_over in (True, False):
-        monkeypatch.setattr(InProcessExecutor, "takes_payload", hands_over)
+    for skips_encoding in (True, False):
+        monkeypatch.setattr(InProcessExecutor, "accepts_unencoded", skips_encoding)
         trainer = rounds_of(source, num_rounds=0)
         runtime = trainer.executor.runtime  # type: ignore[attr-defined]
-        assert runtime.hands_over and trainer.hands_over == hands_over
-        runtime.hands_over = hands_over
+        assert runtime.skips_encoding and trainer.skips_encoding == skips_encoding
+        runtime.skips_encoding = skips_encoding
         records.append([trainer.run_round() for _ in range(2)])
         for record in records[-1]:
             del record["seconds"]

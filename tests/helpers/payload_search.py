@@ -60,5 +60,5 @@ def tapped() -> Iterator[set[bytes]]:
         patch.setattr(Payload, "encode", tap)
         encoded = property(lambda self: False, lambda self, value: None)
         for kind in (ClientRuntime, FederatedTrainer):
-            patch.setattr(kind, "hands_over", encoded, raising=False)
+            patch.setattr(kind, "skips_encoding", encoded, raising=False)
         yield payloads

@@ -270,7 +270,7 @@ def test_metrics_cover_benign_clients_and_backdoor_success() -> None:
     def predict() -> Any:
         return (yield Predict("model", TensorRows({"x": x})))
 
-    logits = run_plan(predict(), client, rounds.backend)[0]
+    logits = run_plan(client, predict(), rounds.backend)[0]
     assert clients["site_1"].triggered == pytest.approx(
         float((logits.argmax(-1) == 1).double().mean())
     )

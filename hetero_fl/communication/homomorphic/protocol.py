@@ -119,7 +119,7 @@ class HomomorphicEncryption(RoundProtocol):
 
     setup: tuple[str, ...] = ()
     requests: tuple[str, ...] = tuple(REQUESTS)
-    takes_payload = False
+    accepts_unencoded = False
     has_one_time_requests = False
     hides_server = True
 

@@ -44,7 +44,7 @@ class SecureAggregation(RoundProtocol):
 
     setup: tuple[str, ...] = ("keys", "shares")
     requests: tuple[str, ...] = tuple(REQUESTS)
-    takes_payload = False
+    accepts_unencoded = False
     has_one_time_requests = True
     hides_server = False
 

@@ -28,7 +28,7 @@ KEY_COLUMNS = ("method", "components", "settings", "seed")
 """Columns that identify a run in its file."""
 DIGITS = 6
 """Number of significant digits of archived numbers."""
-PLACES = ("data.path", "data.root", "name", "seed")
+IGNORED_KEYS = ("data.path", "data.root", "name", "seed")
 """Keys that differ between machines or runs without changing the results of a seed."""
 
 
@@ -106,7 +106,7 @@ def flatten_config(config: Config) -> dict[str, Any]:
     plain = resume_relevant(resolve_config(config)) | {"rounds": config.rounds}
     del plain["output"]
     flat = dict(_leaves(plain, ""))
-    return {key: value for key, value in sorted(flat.items()) if key not in PLACES}
+    return {key: value for key, value in sorted(flat.items()) if key not in IGNORED_KEYS}
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:

@@ -162,7 +162,8 @@ class BenchmarkFederation(ConfigSection):
     """A federation of the benchmark.
 
     Attributes:
-        title: Title of the federation in tables.
+        title: Title of the federation in tables. In the group of compressed federations, the text
+            after the last comma names the compression in plots.
         group: Heading of the tables in which the federation is a column.
         config: Path of the configuration file, relative to the folder of the benchmark.
         overrides: Changes to the configuration, as `key.path=value`.

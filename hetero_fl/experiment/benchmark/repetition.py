@@ -89,8 +89,8 @@ def repeat_row(
     work = []
     for seed in chosen:
         point = (*split_top_level(archived[seed]["settings"], ":"), *overrides)
-        place = out / federation / run_folder(method.variant, point, seed)
-        work.append(ComparisonJob(method.variant, point, seed, place))
+        run_dir = out / federation / run_folder(method.variant, point, seed)
+        work.append(ComparisonJob(method.variant, point, seed, run_dir))
     with lock_folder(out) as lock_notes, Progress(out / "log.txt", quiet) as progress:
         for line in lock_notes:
             progress.log(line)
@@ -121,8 +121,8 @@ def repetition_table(scores: RepeatedScores) -> str:
     lines = []
     for metric, values in scores.items():
         archived, repeated = (
-            score_cell({seed: pair[place] for seed, pair in values.items()}, metric)
-            for place in (0, 1)
+            score_cell({seed: pair[index] for seed, pair in values.items()}, metric)
+            for index in (0, 1)
         )
         factor, decimals = (1, 2) if metric.endswith("_loss") else (100, 1)
         differences = [factor * abs(new - old) for old, new in values.values()]

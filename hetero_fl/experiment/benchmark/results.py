@@ -9,7 +9,12 @@ from pathlib import Path
 
 from hetero_fl.experiment.benchmark.archive import RunArchive
 from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP, Benchmark
-from hetero_fl.experiment.benchmark.tuning import FINAL_RATE, RATE, TunedSettings, choices_of
+from hetero_fl.experiment.benchmark.tuning import (
+    FINAL_LEARNING_RATE,
+    LEARNING_RATE,
+    TunedSettings,
+    choices_of,
+)
 from hetero_fl.reporting.benchmark.scores import (
     CostPoint,
     Effect,
@@ -275,11 +280,14 @@ class BenchmarkResults:
         ]
 
     def edges(self) -> list[str]:
-        """Return the chosen values of widened settings beyond which no value was tried."""
+        """Return the chosen values of widened settings beyond which no value was tried.
+
+        Federations that use the settings of another federation are left out.
+        """
         wider = {
             **self.benchmark.protocol.tuning.wider_settings,
-            RATE: self.benchmark.protocol.tuning.wider,
-            FINAL_RATE: self.benchmark.protocol.tuning.wider,
+            LEARNING_RATE: self.benchmark.protocol.tuning.wider,
+            FINAL_LEARNING_RATE: self.benchmark.protocol.tuning.wider,
         }
         return [
             f"{federation.title}, {row_title(row, self.names)}: {tuned.key} {tuned.chosen:g}"
@@ -426,8 +434,8 @@ class BenchmarkResults:
         ]
         metric = self.benchmark.protocol.primary.metric
         points = []
-        for federation, suffix in [(name, ""), *compressed]:
-            scores = self.scores[federation]
+        for name_of_points, suffix in [(name, ""), *compressed]:
+            scores = self.scores[name_of_points]
             for method, components in scores.rows:
                 row = method, components
                 values = [100 * score for score in scores.by_seed(row, metric).values()]

@@ -280,8 +280,8 @@ class _Runner:
             found = archive.rows.get(_key(row, point, seed))
             if found and found["config_hash"] == configs.hash_of(row.name, ":".join(point)):
                 continue
-            place = self.out / source.name / run_folder(row.variant, point, seed)
-            pending[ComparisonJob(row.variant, point, seed, place)] = row
+            run_dir = self.out / source.name / run_folder(row.variant, point, seed)
+            pending[ComparisonJob(row.variant, point, seed, run_dir)] = row
         if not pending:
             return
         self._check(source, pending)
@@ -289,7 +289,8 @@ class _Runner:
         self.progress.log(f"{source.name}: {pluralize(len(pending), kind)}")
 
         def archive_run(job: ComparisonJob, error: str | None) -> None:
-            # A trial that diverges is archived without a score.
+            # A trial that fails, usually because training diverges, is archived without a score and
+            # not repeated. Killed trials are repeated.
             if error is not None and (error == KILLED or not is_tuning):
                 self.failed.append(f"{source.name}: {job}: {' '.join(error.split())}")
                 return

@@ -19,8 +19,8 @@ class TunedKey:
     """The values that were tried for a setting.
 
     Attributes:
-        key: The setting. `RATE` and `FINAL_RATE` stand for all keys of the learning rate, before
-            and after the other settings are chosen.
+        key: The setting. `LEARNING_RATE` and `FINAL_LEARNING_RATE` stand for all keys of the
+            learning rate, before and after the other settings are chosen.
         values: The values, in order.
         scores: Mean validation score of each value.
         chosen: The value with the best score, the first in a tie.
@@ -49,7 +49,9 @@ class TunedSettings:
     @property
     def is_interior(self) -> bool:
         """Whether the chosen learning rate is neither the smallest nor the largest tried."""
-        rates = self.tuned[-1]
+        rates = next(
+            key for key in reversed(self.tuned) if key.key in (LEARNING_RATE, FINAL_LEARNING_RATE)
+        )
         return rates.chosen not in (rates.values[0], rates.values[-1])
 
     @property
@@ -58,8 +60,8 @@ class TunedSettings:
         return max(self.tuned[-1].scores)
 
 
-RATE = "learning rate"
-FINAL_RATE = "learning rate, at the other values"
+LEARNING_RATE = "learning rate"
+FINAL_LEARNING_RATE = "learning rate, at the other values"
 
 
 def next_trials(row: BenchmarkRow, tuning: Tuning, scores: Mapping[str, float]) -> TunedSettings:
@@ -77,10 +79,10 @@ def next_trials(row: BenchmarkRow, tuning: Tuning, scores: Mapping[str, float]) 
     """
     settings: Trial = dict.fromkeys(tuning.keys, tuning.learning_rates[0])
     settings |= {key: values[0] for key, values in row.tuned.items()}
-    grids = [_Grid(RATE, tuning.keys, tuning.learning_rates, tuning.wider)]
+    grids = [_Grid(LEARNING_RATE, tuning.keys, tuning.learning_rates, tuning.wider)]
     for key, values in row.tuned.items():
         grids.append(_Grid(key, [key], values, tuning.wider_settings.get(key, ())))
-    grids.append(_Grid(FINAL_RATE, tuning.keys, (), tuning.wider))
+    grids.append(_Grid(FINAL_LEARNING_RATE, tuning.keys, (), tuning.wider))
     return _choose(row, settings, grids, scores)
 
 
@@ -133,7 +135,7 @@ def _choose(
             if missing:
                 return TunedSettings(settings, missing, tuple(tuned))
             reached = [scores[text] for text in texts]
-            best = max(range(len(values)), key=lambda place: reached[place])
+            best = max(range(len(values)), key=lambda index: reached[index])
             added = _neighbor(values, values[best], wider)
             if added is None:
                 break
@@ -155,8 +157,8 @@ def _neighbor(tried: Sequence[Any], best: Any, wider: Sequence[Any]) -> Any:
     """Return the next value to try, or None if both neighbors of the best value were tried."""
     if not wider:
         return None
-    place = wider.index(best)
-    neighbors = wider[max(0, place - 1) : place + 2]
+    index = wider.index(best)
+    neighbors = wider[max(0, index - 1) : index + 2]
     return next((value for value in neighbors if value not in tried), None)
 
 
@@ -169,8 +171,8 @@ def choices_of(benchmark: Benchmark, name: str, archive: Path) -> dict[str, Tune
         archive: Folder of the archive.
 
     Returns:
-        The settings, keyed by name of the row. If another federation is tuned for this one and is
-        incomplete, its remaining trials.
+        The settings, keyed by name of the row. A federation with `tuned_as` has the settings of the
+        other federation, and its remaining trials while these settings are incomplete.
     """
     federation = benchmark.federations[name]
     seeds = benchmark.protocol.tuning.seeds

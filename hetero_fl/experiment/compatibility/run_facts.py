@@ -191,7 +191,7 @@ class RunFacts(UploadFacts):
                 for hook in (self.algorithm.deploy, self.algorithm.personalize):
                     ledger = privacy.make_ledger(self.expectations.backend)
                     assert ledger is not None
-                    run_plan(hook(client, received), client, ledger)
+                    run_plan(client, hook(client, received), ledger)
                     if ledger.charges[client.participant_id]:
                         return True
         return False

@@ -232,7 +232,8 @@ class UploadFacts(ConfigFacts):
         """Result of a dry run of the first round in which all clients upload.
 
         The first element contains the uploaded items, keyed by the first client of each profile.
-        The second element contains the name and the kind of each item that the server aggregates.
+        The second element contains the items that the server aggregates (see
+        `Uploads.aggregated_items`).
         """
         with translate_user_errors():
             intervals = {profile.settings.share_every for profile in self.profiles}
@@ -249,7 +250,7 @@ class UploadFacts(ConfigFacts):
                 sent[profile.first] = items
                 uploads.append(Upload(info, Payload(dict(items))))
             received = Uploads(uploads, self.algorithm.uploads, self.federation.common)
-            run_plan(self.algorithm.aggregate(server, received), server, self.expectations.backend)
+            run_plan(server, self.algorithm.aggregate(server, received), self.expectations.backend)
             return sent, received.aggregated_items
 
 

@@ -41,13 +41,13 @@ class Executor(Protocol):
         store: Store of the clients' private states. The new state of a client is staged before the
             reply of the client is yielded.
         backend: Backend in this process, which computes the server's plans.
-        takes_payload: Whether requests may contain broadcasts that are not encoded, because clients
-            run in this process.
+        accepts_unencoded: Whether requests may contain broadcasts that are not encoded, because
+            clients run in this process.
     """
 
     store: StateStore
     backend: Backend
-    takes_payload: bool
+    accepts_unencoded: bool
 
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
@@ -173,7 +173,7 @@ class InProcessExecutor(Executor):
         chunk: Number of clients of one architecture that are processed together.
     """
 
-    takes_payload = True
+    accepts_unencoded = True
 
     def __init__(self, runtime: ClientRuntime, chunk: int = 1) -> None:
         self.runtime = runtime

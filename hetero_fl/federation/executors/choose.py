@@ -22,7 +22,7 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.engine.device_memory import CACHE_SHARE, DeviceMemory, MemoryPlan, free_bytes
 from hetero_fl.engine.templates import (
-    RATE,
+    FLOPS_PER_SECOND,
     describe_model,
     example_flops,
     is_recurrent,
@@ -242,14 +242,14 @@ class RunLoad:
         population = len(federation.client_infos)
         cohort = min(population, config.clients.per_round or population)
         # Per client and round.
-        seconds = sum(map(training_flops, clients)) / len(clients) / RATE
+        seconds = sum(map(training_flops, clients)) / len(clients) / FLOPS_PER_SECOND
         model_bytes = sum(4 * describe_model(c.arch).parameters for c in clients) / len(clients)
         largest = max(clients, key=training_flops)
         return cls(
             cohort,
             seconds * cohort * config.rounds,
             model_bytes / seconds,
-            seconds * cohort / (training_flops(largest) / RATE),
+            seconds * cohort / (training_flops(largest) / FLOPS_PER_SECOND),
             largest.settings.batch_size * describe_model(largest.arch).forward_flops,
         )
 
@@ -271,7 +271,7 @@ class RunLoad:
         for (arch, batch_size), total in largest:
             num_steps = total / (batch_size * example_flops(arch))
             seconds = measure_step(arch, batch_size, 1)
-            estimated += total / RATE
+            estimated += total / FLOPS_PER_SECOND
             measured += num_steps * seconds
             if threads > 1:
                 seconds = measure_step(arch, batch_size, threads)
@@ -521,7 +521,7 @@ def stays_on_device(algorithm: Algorithm, federation: FederationSpec) -> bool:
     """
     links = FederationLinks(algorithm, federation)
     return (
-        make_protocol(algorithm, federation).takes_payload
+        make_protocol(algorithm, federation).accepts_unencoded
         and links.up is None
         and links.down is None
         and federation.privacy is None

@@ -375,7 +375,7 @@ class WorkerExecutor(Executor):
         chunk: Number of clients of one architecture that are processed together.
     """
 
-    takes_payload = False
+    accepts_unencoded = False
 
     def __init__(
         self,

@@ -88,6 +88,7 @@ class ScheduledTrainer(SynchronousTrainer):
     def run_round(self) -> Record:
         start = self.now
         record = super().run_round()
+        # The failures of all attempts are listed, but only the cohort of the last attempt.
         failed: dict[str, str] = {}
         for attempt in self._attempts:
             failed |= attempt.failed

@@ -137,7 +137,7 @@ class HiddenServer(DerivedSetup, ServerReplica):
         uploads, _ = uploads_from_sum(decrypted.vector, decrypted.unit, layout, forms)
         # The aggregation changes the server.
         self._last = None
-        run_plan(self.algorithm.aggregate(server, uploads), server, backend)
+        run_plan(server, self.algorithm.aggregate(server, uploads), backend)
         return encode_state(server)
 
     def _server(self, state: bytes, round_idx: int) -> Participant:

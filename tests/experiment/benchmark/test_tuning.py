@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment.benchmark.protocol import BenchmarkRow, Tuning
-from hetero_fl.experiment.benchmark.tuning import FINAL_RATE, RATE, TunedSettings, next_trials
+from hetero_fl.experiment.benchmark.tuning import (
+    FINAL_LEARNING_RATE,
+    LEARNING_RATE,
+    TunedSettings,
+    next_trials,
+)
 
 LADDER = [0.0001, 0.001, 0.01, 0.1, 1.0]
 TUNING = Tuning(
@@ -70,7 +75,7 @@ def test_settings_are_tuned_in_order_at_the_values_chosen_before() -> None:
     ]
     assert choice.settings["mu"] == 1.0
     assert choice.settings["clients.defaults.epochs"] == 5
-    keys = [RATE, "mu", "clients.defaults.epochs", FINAL_RATE]
+    keys = [LEARNING_RATE, "mu", "clients.defaults.epochs", FINAL_LEARNING_RATE]
     assert [key.key for key in choice.tuned] == keys
     assert choice.tuned[1].values == (0.1, 1.0, 10.0)
 

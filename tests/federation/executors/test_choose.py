@@ -12,7 +12,12 @@ from torch import nn
 
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine import templates
-from hetero_fl.engine.templates import RATE, example_flops, measure_step, prefers_channels_last
+from hetero_fl.engine.templates import (
+    FLOPS_PER_SECOND,
+    example_flops,
+    measure_step,
+    prefers_channels_last,
+)
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors import choose as module
@@ -31,7 +36,7 @@ def threads_speedup(threads: int) -> float:
 
 def seconds_of_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
     """Return the estimated seconds of a step, on a made-up machine."""
-    return batch_size * example_flops(arch) / RATE / threads_speedup(threads)
+    return batch_size * example_flops(arch) / FLOPS_PER_SECOND / threads_speedup(threads)
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> ExecutorChoice:

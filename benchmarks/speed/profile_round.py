@@ -58,7 +58,7 @@ STAGES: dict[Callable[..., Any], str] = {
     Supervised.total_loss: "        forward and loss",
     torch.Tensor.backward: "        backward",
     torch.optim.SGD.step: "        optimizer steps",
-    Template.hand_over: "        tensors handed over",
+    Template.release_tensors: "        tensors released",
     Payload.encode: "all payloads encoded",
     Payload.decode: "all payloads decoded",
     StateStore.stage: "private state staged",

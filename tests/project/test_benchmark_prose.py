@@ -11,6 +11,7 @@ from hetero_fl.reporting.benchmark.scores import FederationScores
 
 ROOT = Path(__file__).parents[2]
 FINDING = ROOT / "docs" / "results" / "finding.md"
+MEASUREMENTS = ROOT / "docs" / "results" / "measurements"
 PROTOCOL = ROOT / "docs" / "benchmark" / "README.md"
 CHOOSE = ROOT / "docs" / "how_to" / "choose_method.md"
 GLOBAL, LOCAL = "global_last_balanced_accuracy", "personal_last_accuracy"
@@ -90,6 +91,23 @@ def test_advice_has_the_figures_of_the_archive(results: BenchmarkResults) -> Non
     assert f"FedAvg is {min(averaging):.0f} to {max(averaging):.0f} points ahead of Local" in text
     assert f"{ditto['digits']:.1f} points better (digits)" in text
     assert f"{-ditto['xrays_three']:.1f} points worse (X-rays)" in text
+
+
+def test_leads_with_equal_statistics_are_those_of_the_measurement(
+    results: BenchmarkResults,
+) -> None:
+    text = (MEASUREMENTS / "recalibration.txt").read_text(encoding="utf-8")
+    means = {}
+    for line in text.splitlines():
+        if "±" in line:
+            _, row, _, *scores, _, _ = (cell.strip() for cell in line.split("|"))
+            means[row] = [float(score.split()[0]) for score in scores]
+    hybrid, feddf = means["Hybrid + components"], means["FedDF + components"]
+    equal = [f"{one - other:.1f}" for one, other in zip(hybrid, feddf, strict=True)]
+    archived = lead(results.scores["xrays_three"], ("hybrid", "all"), ("feddf", "all"))
+
+    line = f"it is {equal[0]} or {equal[1]} points instead of {archived:.1f}"
+    assert line in sentences(FINDING)
 
 
 def test_difference_by_replay_is_that_of_the_archive(results: BenchmarkResults) -> None:

@@ -32,8 +32,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Use one thread: the number of threads changes the last bits of results."""
+def reproducible() -> None:
+    """Seed models that tests create, and use one thread.
+
+    The number of threads changes the last bits of results.
+    """
+    torch.manual_seed(0)
     torch.set_num_threads(1)
 
 

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from hetero_fl.algorithms.distillation import COUNTS
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.algorithms.heterofl import HeteroFL
 from hetero_fl.algorithms.local_training import add_log_prior, subtract_log_prior
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Payload
 from hetero_fl.core.task import Task
+from hetero_fl.engine.driver import run_plan
+from tests.helpers.small_federations import config, rounds_of
+from tests.references.local_training import clients
 
 LOGITS = torch.zeros(4, 3)
 
@@ -56,3 +61,21 @@ def test_settings_that_use_counts_read_them() -> None:
     ):
         with pytest.raises(AssertionError, match="label counts were read"):
             read()
+
+
+@pytest.mark.parametrize("has_proxy", [False, True])
+@pytest.mark.parametrize("teacher", ["mean", "contrast"])
+def test_counts_are_uploaded_by_clients_that_contribute_to_the_teacher(
+    teacher: str, has_proxy: bool
+) -> None:
+    settings = {"name": "feddf", "teacher": teacher, "align": 1.0}
+    rounds = rounds_of(config("feddf", clients=2, algorithm=settings), num_rounds=0)
+    rounds._set_round_context(0)
+    client = clients(rounds)["site_1"]
+    client.has_proxy = has_proxy
+    client_info = rounds.federation.client_infos["site_1"]
+    received = Payload(rounds.algorithm.broadcast(rounds.server, client_info))
+
+    items, _ = run_plan(client, rounds.algorithm.train(client, received), rounds.backend)
+
+    assert "model" in items and (COUNTS in items) == has_proxy

@@ -23,9 +23,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -76,6 +79,15 @@ class Settings(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         cls.__doc__ = add_arguments(cls)
         cls.__signature__ = _plain_signature(cls)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _reject_boolean_numbers(cls, value: object, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Reject `true` and `yes` for numbers, which pydantic would convert to 1."""
+        validated = validate(value)
+        if isinstance(value, bool) and type(validated) in (int, float):
+            raise PydanticKnownError("int_type" if isinstance(validated, int) else "float_type")
+        return validated
 
     @classmethod
     def accepted(cls) -> dict[str, FieldInfo]:

@@ -30,6 +30,7 @@ ERRORS_OF_NODE: dict[str, set[str]] = {
     "function-after": {"value_error", "assertion_error"},
     "function-before": {"value_error", "assertion_error"},
     "function-plain": {"value_error", "assertion_error"},
+    "function-wrap": {"value_error", "assertion_error"},
     "is-instance": {"is_instance_of"},
     "lax-or-strict": {"path_type"},  # pydantic's node of a Path
     **{
@@ -100,6 +101,11 @@ class Small(BaseModel):
         ({"rounds": "ten"}, "rounds: expected an integer, got 'ten'"),
         ({"rounds": 2.5}, "rounds: expected an integer, got 2.5"),
         ({"rounds": None}, "rounds: expected an integer, got null"),
+        ({"rounds": True}, "rounds: expected an integer, got true"),
+        (
+            {"data": {"partition": {"alpha": True}}},
+            "data.partition.alpha: expected a number, got true",
+        ),
         ({"rounds": [1]}, "rounds: expected an integer, got [1]"),
         ({"rounds": float("nan")}, "rounds: expected a finite number, got nan"),
         ({"rounds": 0}, "rounds: must be > 0, got 0"),

@@ -4,14 +4,15 @@
     python -m benchmarks ablation [--federations digits,sensors] [--seeds 630,631]
 
 Repeats the archived runs of Hybrid with components (docs/benchmark) with the same tuned settings,
-but without one component. The table contains the difference from the archived runs with all
+with all components and without one. The table contains the difference from the runs with all
 components, in points of balanced accuracy on the global test, with a 95% interval from paired runs.
-Interrupted commands continue. Run the command on the machine of the archive.
+Interrupted commands continue.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import add_quick
@@ -66,16 +67,17 @@ def main() -> None:
         names, seeds, extra = names[:1], [630], ["rounds=1"]
         changes = dict([*CHANGES.items()][:1])
     benchmark = Benchmark.load(ROOT / PUBLISHED)
+
+    def repeat(name: str, overrides: Sequence[str] = ()) -> dict[int, float]:
+        scores = repeat_row(
+            name, ROW, out=options.out, seeds=seeds, overrides=[*overrides, *extra], quiet=True
+        )
+        return {seed: repeated for seed, (_, repeated) in scores[METRIC].items()}
+
+    complete = {name: repeat(name) for name in names}
     rows = []
     for component, change in changes.items():
-        cells = []
-        for name in names:
-            scores = repeat_row(
-                name, ROW, out=options.out, seeds=seeds, overrides=[change, *extra], quiet=True
-            )[METRIC]
-            changed = {seed: new for seed, (_, new) in scores.items()}
-            archived = {seed: old for seed, (old, _) in scores.items()}
-            cells.append(cell(paired_difference(changed, archived)))
+        cells = [cell(paired_difference(repeat(name, [change]), complete[name])) for name in names]
         rows.append([component, *cells])
     titles = [benchmark.federations[name].title for name in names]
     print(markdown_table(["Left out", *titles], rows, ["left", *["right"] * len(titles)]))

@@ -15,6 +15,7 @@ from hetero_fl.reporting.benchmark.scores import FederationScores, RowName, row_
 from hetero_fl.reporting.benchmark.tables import (
     SIGNIFICANT,
     difference_table,
+    format_points,
     primary_table,
     score_cell,
     score_table,
@@ -35,6 +36,7 @@ GLOBAL = "global_last_balanced_accuracy"
 AUROC = "global_last_auroc"
 LOCAL = "personal_last_accuracy"
 BALANCED_LOCAL = "personal_last_balanced_accuracy"
+WORST_CLIENT = "personal_last_accuracy_worst"
 NO_RUNS = "No runs yet."
 HYBRID = "hybrid", "all"
 DISTILLING = ("fedmd", "feddf", "ds_fl", "hybrid")
@@ -52,7 +54,7 @@ SUMMARY_COLUMNS = {
     GLOBAL: "Global test, balanced accuracy",
     AUROC: "Global test, AUROC",
     LOCAL: "Local tests, accuracy",
-    "personal_last_accuracy_worst": "Worst client",
+    WORST_CLIENT: "Worst client",
 }
 
 RANK_COLUMNS = {
@@ -97,6 +99,11 @@ TABLES = {
     "proxies_local": ArchiveTable(LOCAL, PRIMARY_METHODS, group="Proxy sets"),
     "common network": ArchiveTable(
         GLOBAL, ("local", "fedavg", "feddf", "ds_fl", "hybrid", "centralized"), group=COMMON_NETWORK
+    ),
+    "common network, local": ArchiveTable(
+        BALANCED_LOCAL,
+        ("local", "fedavg", "feddf", "ds_fl", "hybrid", "centralized"),
+        group=COMMON_NETWORK,
     ),
     "compression": ArchiveTable(GLOBAL, PRIMARY_METHODS, group="Compression"),
 }
@@ -164,8 +171,8 @@ def _verdict(results: BenchmarkResults) -> str:
         f"{algorithm_name(primary.method)} is significantly ahead in {ahead} and behind in "
         f"{len(significant) - ahead}. By method, it is ahead of {format_list(counts)}. Of "
         f"{len(ranks)} methods with components, {_best_ranks(ranks)} have the best mean ranks "
-        f"over {federations}; mean ranks that differ by less than {limit:.2f} cannot be "
-        "distinguished (Nemenyi test). By balanced accuracy on local tests, "
+        f"over {federations} (exploratory); mean ranks that differ by less than {limit:.2f} cannot "
+        "be distinguished (Nemenyi test). By balanced accuracy on local tests, "
         f"{_best_ranks(results.ranks(BALANCED_LOCAL, primary.components))} have the best mean "
         "ranks."
     )
@@ -191,10 +198,10 @@ def _rank_table(results: BenchmarkResults) -> str:
     return markdown_table(["Method", *RANK_COLUMNS.values()], lines, alignment)
 
 
-def _better_rows(results: BenchmarkResults, metric: str) -> Differences:
+def _better_rows(results: BenchmarkResults, metric: str, group: str = MAIN_GROUP) -> Differences:
     """Return the differences from all rows with a better mean score than Hybrid, worst first."""
     found = {}
-    for federation in results.groups[MAIN_GROUP]:
+    for federation in results.groups[group]:
         own = federation.by_seed(HYBRID, metric)
         for row in federation.rows:
             if row[0] == HYBRID[0] or is_reference(row[0]):
@@ -214,15 +221,18 @@ def _better_table(results: BenchmarkResults, metric: str) -> str:
 
 
 def _largest_losses(results: BenchmarkResults) -> str:
-    """List the row that is furthest ahead of Hybrid, for each metric."""
+    """Format the row that is furthest ahead of Hybrid, for each group of federations and metric."""
     lines = []
-    for metric in (GLOBAL, LOCAL, BALANCED_LOCAL):
-        if better := _better_rows(results, metric):
-            (federation, _, row), difference = next(iter(better.items()))
-            title, _, _ = METRICS[metric].partition(" (")
-            points = f"{-100 * difference.mean:.1f} points behind {row}"
-            lines.append(f"- {title}: {points} ({federation})")
-    return "\n".join(lines) if lines else NO_RUNS
+    for group in results.groups:
+        for metric in (GLOBAL, LOCAL, BALANCED_LOCAL, WORST_CLIENT):
+            if better := _better_rows(results, metric, group):
+                (federation, _, row), difference = next(iter(better.items()))
+                heading = "Main federations" if group == MAIN_GROUP else group
+                title, _, _ = METRICS[metric].partition(" (")
+                lines.append([heading, title, format_points(difference.mean), row, federation])
+    header = ["Federations", "Metric", "Points", "Against", "Federation"]
+    alignment = ("left", "left", "right", "left", "left")
+    return markdown_table(header, lines, alignment) if lines else NO_RUNS
 
 
 def _best_row_table(results: BenchmarkResults) -> str:

@@ -15,6 +15,7 @@ MEASUREMENTS = ROOT / "docs" / "results" / "measurements"
 PROTOCOL = ROOT / "docs" / "benchmark" / "README.md"
 CHOOSE = ROOT / "docs" / "how_to" / "choose_method.md"
 GLOBAL, LOCAL = "global_last_balanced_accuracy", "personal_last_accuracy"
+BALANCED = "personal_last_balanced_accuracy"
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,11 @@ def results() -> BenchmarkResults:
 def sentences(page: Path) -> str:
     """Return the text of a page without line breaks."""
     return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def method_row(method: str) -> tuple[str, str]:
+    """Return the row of a method with components."""
+    return method, "all"
 
 
 def lead(
@@ -116,3 +122,51 @@ def test_difference_by_replay_is_that_of_the_archive(results: BenchmarkResults) 
     assert f"With two classes per client, they differ by {difference:.1f} points" in sentences(
         FINDING
     )
+
+
+def test_fedprox_is_compared_as_in_the_archive(results: BenchmarkResults) -> None:
+    found = [results.scores[name] for name in ("digits", "fashion_dirichlet", "sensors")]
+    prox, average, hybrid = (method_row(name) for name in ("fedprox", "fedavg", "hybrid"))
+    ahead = [lead(scores, prox, average) for scores in found]
+    behind = [lead(scores, hybrid, prox) for scores in found]
+
+    assert f"FedProx another {min(ahead):.0f} to {max(ahead):.0f} points" in sentences(CHOOSE)
+    assert (
+        f"{min(ahead):.0f} to {max(ahead):.0f} points ahead of FedAvg, and {min(behind):.0f} to "
+        f"{max(behind):.0f} points behind Hybrid" in sentences(FINDING)
+    )
+
+
+def test_losses_with_one_network_are_those_of_the_archive(results: BenchmarkResults) -> None:
+    hybrid, average, ds_fl = (method_row(name) for name in ("hybrid", "fedavg", "ds_fl"))
+    digits, dirichlet = results.scores["digits_common"], results.scores["fashion_dirichlet_common"]
+    lines = (
+        f"FedAvg is ahead on the digits ({lead(digits, average, hybrid):.1f} points; on local "
+        f"tests {lead(digits, average, hybrid, LOCAL):.1f} in accuracy and "
+        f"{lead(digits, average, hybrid, BALANCED):.1f} in balanced accuracy)",
+        f"{lead(dirichlet, average, hybrid, BALANCED):.1f} points ahead in balanced accuracy",
+        f"DS-FL is ahead by {lead(dirichlet, ds_fl, hybrid):.1f} and "
+        f"{lead(dirichlet, ds_fl, hybrid, BALANCED):.1f} points",
+    )
+
+    assert [line for line in lines if line not in sentences(FINDING)] == []
+
+
+def test_scores_on_validation_rows_of_xrays_are_those_of_the_archive(
+    results: BenchmarkResults,
+) -> None:
+    three, one = results.scores["xrays_three"], results.scores["xrays_one"]
+
+    def score(scores: FederationScores, method: str, metric: str = "validation_global") -> str:
+        mean = scores.mean(method_row(method), metric)
+        assert mean is not None
+        return f"{100 * mean:.1f}%"
+
+    lines = (
+        f"Hybrid has {score(three, 'hybrid', GLOBAL)} (three architectures) and "
+        f"{score(one, 'hybrid', GLOBAL)} (one) on the test, and {score(three, 'hybrid')} and "
+        f"{score(one, 'hybrid')} on validation rows",
+        f"with {score(three, 'centralized')} and {score(one, 'centralized')}",
+        f"FedAvg has {score(one, 'fedavg')} on validation rows",
+    )
+    assert [line for line in lines if line not in sentences(FINDING)] == []

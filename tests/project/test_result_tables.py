@@ -175,12 +175,14 @@ def test_rows_better_than_hybrid_are_listed(small_archive: BenchmarkResults) -> 
     )
     assert better_local["Hybrid + components against"] == "Local + components"
     assert better_local["Difference"] == "**−20.0**"
-    assert archive_table(small_archive, "largest losses").split("\n") == [
-        "- Global test, balanced accuracy: 12.0 points behind FedAvg + components (Digits, three "
-        "architectures)",
-        "- Local tests, accuracy: 20.0 points behind Local + components (Digits, three "
-        "architectures)",
+    losses = read_rows(archive_table(small_archive, "largest losses"))
+    assert [(row["Metric"], row["Points"], row["Against"]) for row in losses] == [
+        ("Global test, balanced accuracy", "−12.0", "FedAvg + components"),
+        ("Local tests, accuracy", "−20.0", "Local + components"),
     ]
+    assert {(row["Federations"], row["Federation"]) for row in losses} == {
+        ("Main federations", "Digits, three architectures")
+    }
 
 
 def test_verdict_counts_tests_in_both_directions(small_archive: BenchmarkResults) -> None:

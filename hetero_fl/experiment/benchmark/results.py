@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from hetero_fl.experiment.benchmark.protocol import MAIN_GROUP, Benchmark
 from hetero_fl.experiment.benchmark.tuning import (
     FINAL_LEARNING_RATE,
     LEARNING_RATE,
+    TunedKey,
     TunedSettings,
     choices_of,
 )
@@ -267,7 +268,7 @@ class BenchmarkResults:
         trials = [RunArchive(self.archive / f"{name}_tuning.csv").rows for name in self.scores]
         commits = sorted({commit for frame in frames for commit in frame["commit"]})
         hours = sum(frame["seconds_total"].sum() for frame in frames) / 3600
-        edges = self.edges()
+        edges, largest = self.edges(), self.largest()
         seeds = [format_range(found) for found in (protocol.seeds, protocol.tuning.seeds)]
         missing = [("Runs are missing in", "; ".join(self.incomplete))] if self.incomplete else []
         return [
@@ -277,6 +278,7 @@ class BenchmarkResults:
             ("Time of the reported runs", f"{hours:.1f} hours, with one thread each"),
             ("Commits", ", ".join(f"`{commit}`" for commit in commits)),
             *([("Chosen at the end of the values to try", "; ".join(edges))] if edges else []),
+            *([("Rows with the largest value to try", "; ".join(largest))] if largest else []),
         ]
 
     def edges(self) -> list[str]:
@@ -284,19 +286,40 @@ class BenchmarkResults:
 
         Federations that use the settings of another federation are left out.
         """
-        wider = {
-            **self.benchmark.protocol.tuning.wider_settings,
-            LEARNING_RATE: self.benchmark.protocol.tuning.wider,
-            FINAL_LEARNING_RATE: self.benchmark.protocol.tuning.wider,
-        }
+        wider = self._wider()
         return [
-            f"{federation.title}, {row_title(row, self.names)}: {tuned.key} {tuned.chosen:g}"
-            for name, federation in self.benchmark.federations.items()
-            if federation.tuned_as is None
-            for row, choice in self.choices(name).items()
-            for tuned in choice.tuned
+            f"{title}, {row_title(row, self.names)}: {tuned.key} {tuned.chosen:g}"
+            for title, row, tuned in self._tuned_keys()
             if tuned.key in wider and tuned.chosen in (wider[tuned.key][0], wider[tuned.key][-1])
         ]
+
+    def largest(self) -> list[str]:
+        """Return how many rows chose the largest value of each setting that is not widened.
+
+        Settings whose values are not numbers, and federations that use the settings of another
+        federation, are left out.
+        """
+        counts: dict[str, list[bool]] = {}
+        wider = self._wider()
+        for _, _, tuned in self._tuned_keys():
+            is_number = all(type(value) in (int, float) for value in tuned.values)
+            if is_number and tuned.key not in wider:
+                counts.setdefault(tuned.key, []).append(tuned.chosen == max(tuned.values))
+        return [f"{key}: {sum(found)} of {len(found)}" for key, found in sorted(counts.items())]
+
+    def _wider(self) -> Mapping[str, Sequence[float]]:
+        """Return the values of the settings that are widened."""
+        tuning = self.benchmark.protocol.tuning
+        rates = {LEARNING_RATE: tuning.wider, FINAL_LEARNING_RATE: tuning.wider}
+        return {**tuning.wider_settings, **rates}
+
+    def _tuned_keys(self) -> Iterator[tuple[str, RowName, TunedKey]]:
+        """Yield the title of the federation, the row, and each setting that was tuned for it."""
+        for name, federation in self.benchmark.federations.items():
+            if federation.tuned_as is None:
+                for row, choice in self.choices(name).items():
+                    for tuned in choice.tuned:
+                        yield federation.title, row, tuned
 
     @cached_property
     def highlighted(self) -> tuple[str, ...]:

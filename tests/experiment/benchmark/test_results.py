@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from hetero_fl.experiment.benchmark.results import BEST, BenchmarkResults
+from hetero_fl.experiment.benchmark.tuning import LEARNING_RATE, TunedKey, TunedSettings
 
 GLOBAL = "global_last_balanced_accuracy"
 SEEDS = range(5)
@@ -148,3 +149,25 @@ def test_best_rows_need_a_complete_tuning(results: BenchmarkResults) -> None:
 
     assert results.best_rows("two") == {}
     assert list(results.rankings) == ["none", "all"]
+
+
+def test_largest_values_are_counted_if_they_are_not_widened(
+    results: BenchmarkResults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tuned(epochs: int) -> TunedSettings:
+        keys = (
+            TunedKey("epochs", (1, 3, 5), (0.0, 0.0, 0.0), epochs),
+            TunedKey(LEARNING_RATE, RATES, (0.0, 0.0, 0.0), RATES[-1]),
+            TunedKey("recalibrate", (["local_test"], []), (0.0, 0.0), []),
+        )
+        return TunedSettings((), tuned=keys)
+
+    choices = {("fedavg", "all"): tuned(5), ("ditto", "all"): tuned(3)}
+    monkeypatch.setattr(BenchmarkResults, "choices", lambda self, name: choices)
+
+    assert results.largest() == ["epochs: 2 of 4"]
+    assert results.edges() == [
+        f"{federation}, {row}: {LEARNING_RATE} 0.1"
+        for federation in ("One", "Two")
+        for row in ("FedAvg + components", "Ditto + components")
+    ]

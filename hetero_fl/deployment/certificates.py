@@ -60,7 +60,7 @@ server: {{address: "{host}:{port}", authority: authority.pem, key: key}}
 folder: state    # private models and secrets
 
 # The site's data. Without it, the site gets its part of the data in the server's configuration.
-# data: {{path: data.npz}}
+# data: {{name: npz, path: data.npz}}
 
 # What the server may learn besides uploads, the number of rows and scores.
 tells: {{labels: false, details: false, model: false}}

@@ -375,9 +375,9 @@ FAMILIES = (
         "hybrid",
         "Hybrid",
         "The method of this project: parameter averaging and distillation of the consensus. "
-        "[Label skew](../../explanation/label_skew.md) explains its defaults and measures their "
-        "effect, and [the finding](../../results/finding.md#where-hybrid-falls-short) lists where "
-        "other methods are better. [Public "
+        "[Label skew](../../explanation/label_skew.md) explains its defaults. [Where Hybrid falls "
+        "short](../../results/finding.md#where-hybrid-falls-short) lists where other methods are "
+        "better. [Public "
         "distillation](public_distillation.md#teacher-and-alignment) describes teacher, alignment, "
         "proxy rows and the server's student.",
         ("hybrid",),

@@ -1,6 +1,6 @@
 """Tables with scores of Hybrid and its components, in which each column is a comparison.
 
-`scripts/result_tables.py` writes the tables to docs/explanation/label_skew.md.
+`scripts/result_tables.py` writes the tables to docs/results/options.md.
 """
 
 from __future__ import annotations

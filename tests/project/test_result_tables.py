@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MEDICAL = ROOT / "docs" / "scenarios" / "medical_hetero.md"
 REPLICATION = ROOT / "docs" / "results" / "replication.md"
-LABEL_SKEW = ROOT / "docs" / "explanation" / "label_skew.md"
+OPTIONS = ROOT / "docs" / "results" / "options.md"
 COMPONENTS = ROOT / "docs" / "results" / "components"
 BENCHMARK = ROOT / "docs" / "benchmark"
 MARKED = re.compile(
@@ -99,7 +99,7 @@ def runs_of(path: Path, key: str = "algorithm") -> dict[str, list[dict[str, str]
 
 def test_pages_contain_their_tables() -> None:
     assert [name for _, name in marked(README)] == ["overview", "verdict"]
-    assert set(marked(LABEL_SKEW)) == {("components", name) for name in COMPONENT_TABLES}
+    assert set(marked(OPTIONS)) == {("components", name) for name in COMPONENT_TABLES}
     assert list(marked(REPLICATION)) == [("replication", name) for name in TABLES]
 
 
@@ -209,7 +209,7 @@ def test_tables_without_runs_say_so(tmp_path: Path) -> None:
 def test_result_tables_check_finds_a_changed_figure(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pages = {path: tmp_path / path.name for path in (LABEL_SKEW, REPLICATION)}
+    pages = {path: tmp_path / path.name for path in (OPTIONS, REPLICATION)}
     for path, page in pages.items():
         page.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(script, "PAGES", tuple(pages.values()))
@@ -228,7 +228,7 @@ def test_result_tables_check_finds_a_changed_figure(
 @pytest.mark.parametrize("table", list(COMPONENT_TABLES))
 def test_component_tables_match_the_archived_runs(table: str) -> None:
     spec = COMPONENT_TABLES[table]
-    shown = read_rows(marked(LABEL_SKEW)["components", table])
+    shown = read_rows(marked(OPTIONS)["components", table])
 
     for title, name in spec.columns.items():
         cells = {row[title].strip("*") for row in shown}

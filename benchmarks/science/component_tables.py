@@ -47,11 +47,11 @@ SETTINGS = {
 # Components of Hybrid, mapped to the settings that disable them.
 COMPONENTS = {
     "LA": "logit_adjustment=false",
-    "contrast-weighted teacher": "teacher=mean",
-    "recalibration": "recalibrate=[]",
+    "contrast": "teacher=mean",
+    "statistics": "recalibrate=[]",
     "alignment": "align=0",
     "replay": "replay_weight=0",
-    "shared heads": "heads=keep",
+    "heads": "heads=keep",
 }
 
 
@@ -80,7 +80,7 @@ TABLES = {
     "without_batch_norm": ComponentTable(WITHOUT_BATCH_NORM),
     "without_batch_norm_local": ComponentTable(WITHOUT_BATCH_NORM, LOCAL),
     "ablation": ComponentTable(
-        {"X-rays, one architecture": "ablation_medical", "Fashion-MNIST": "ablation_fashion"},
+        {"X-rays": "ablation_medical", "Fashion-MNIST": "ablation_fashion"},
         style="components",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ FINDING = ROOT / "docs" / "results" / "finding.md"
 MEASUREMENTS = ROOT / "docs" / "results" / "measurements"
 PROTOCOL = ROOT / "docs" / "benchmark" / "README.md"
 LABEL_SKEW = ROOT / "docs" / "explanation" / "label_skew.md"
+COMPRESSION = ROOT / "docs" / "how_to" / "compression.md"
 CHOOSE = ROOT / "docs" / "how_to" / "choose_method.md"
 GLOBAL, LOCAL = "global_last_balanced_accuracy", "personal_last_accuracy"
 BALANCED = "personal_last_balanced_accuracy"
@@ -217,3 +219,25 @@ def test_figures_of_other_proxy_sets_are_those_of_the_archive(results: Benchmark
     )
     assert [line for line in lines if line not in sentences(FINDING)] == []
     assert f"Hybrid loses {full - small:.1f} points on Fashion-MNIST" in sentences(LABEL_SKEW)
+
+
+def test_costs_of_compression_are_those_of_the_archive(results: BenchmarkResults) -> None:
+    def changes(suffix: str, methods: Sequence[str]) -> list[float]:
+        found = []
+        for name, original in (("digits", "digits"), ("fashion", "fashion_dirichlet")):
+            for method in methods:
+                before = results.scores[original].mean(method_row(method), GLOBAL)
+                after = results.scores[f"{name}_{suffix}"].mean(method_row(method), GLOBAL)
+                assert before is not None and after is not None
+                found.append(100 * (after - before))
+        return found
+
+    parameters, predictions = ("fedavg", "feddf", "hybrid"), ("fedmd", "ds_fl")
+    eight_bits = max(abs(each) for each in changes("8bit", [*parameters, *predictions]))
+    small = [-each for each in changes("small", parameters)]
+    lines = (
+        f"changes no mean by more than {eight_bits:.1f} points",
+        f"costs methods that send parameters {min(small):.0f} to {max(small):.0f} points",
+        f"lose at most {-min(changes('small', predictions)):.1f} points",
+    )
+    assert [line for line in lines if line not in sentences(COMPRESSION)] == []

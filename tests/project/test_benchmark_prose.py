@@ -241,3 +241,15 @@ def test_costs_of_compression_are_those_of_the_archive(results: BenchmarkResults
         f"lose at most {-min(changes('small', predictions)):.1f} points",
     )
     assert [line for line in lines if line not in sentences(COMPRESSION)] == []
+
+
+def test_effect_of_local_epochs_is_that_of_the_measurement() -> None:
+    text = (MEASUREMENTS / "local_epochs.txt").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "±" in line]
+    gains = {(row[1], row[2]): float(row[4].split()[0]) - float(row[3].split()[0]) for row in rows}
+    leads = [row[5] for row in rows if row[2] == "FedDF"]
+    gain = gains["Fashion-MNIST, Dirichlet 0.3", "FedDF"]
+
+    line = f"FedDF gains {gain:.1f} points on Fashion-MNIST with Dirichlet partitions"
+    assert line in sentences(FINDING)
+    assert len(leads) >= 4 and all("[+" in lead for lead in leads)

@@ -11,11 +11,9 @@ Interrupted commands continue.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.common import add_quick
+from benchmarks.common import repetition_parser
 from benchmarks.science.thresholds import METRIC, ROOT
 from hetero_fl.experiment.benchmark.archive import PUBLISHED
 from hetero_fl.experiment.benchmark.protocol import Benchmark
@@ -46,22 +44,14 @@ def cell(difference: PairedDifference | None) -> str:
 
 def main() -> None:
     """Print a table with a row for each component."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = repetition_parser(__doc__, "runs/ablation")
     parser.add_argument(
         "--federations",
         default="digits,fashion_dirichlet,fashion_classes,sensors",
         help="names in configs/benchmark (%(default)s)",
     )
-    parser.add_argument("--seeds", help="seeds of the archived runs, separated by commas (all)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/ablation"), help="folder of the runs"
-    )
-    add_quick(parser)
     options = parser.parse_args()
-    names = options.federations.split(",")
-    seeds = [int(seed) for seed in (options.seeds or "").split(",") if seed] or None
+    names, seeds = options.federations.split(","), options.seeds
     changes, extra = CHANGES, []
     if options.quick:
         names, seeds, extra = names[:1], [630], ["rounds=1"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Repeat rows of the benchmark that distill on proxy rows with more local epochs.
 
-    python -m benchmarks local_epochs [--federations digits,sensors] [--methods feddf,hybrid]
+    python -m benchmarks local_epochs [--federations digits,sensors] [--methods feddf,ds_fl]
 
 In the benchmark (docs/benchmark), methods that distill on proxy rows tune the epochs on these rows
 and have the local epochs of the configuration. This benchmark repeats their rows with components
@@ -13,10 +13,7 @@ continue.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from benchmarks.common import add_quick
+from benchmarks.common import repetition_parser
 from benchmarks.science.ablation import cell
 from benchmarks.science.thresholds import METRIC, ROOT
 from hetero_fl.experiment.benchmark.archive import PUBLISHED
@@ -33,9 +30,7 @@ HYBRID = "hybrid"
 
 def main() -> None:
     """Print a table with a line for each federation and method."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = repetition_parser(__doc__, "runs/local_epochs")
     parser.add_argument(
         "--federations",
         default="digits,fashion_dirichlet,fashion_classes,sensors,xrays_three",
@@ -44,14 +39,9 @@ def main() -> None:
     parser.add_argument(
         "--methods", default="feddf,ds_fl", help="methods to compare with Hybrid (%(default)s)"
     )
-    parser.add_argument("--seeds", help="seeds of the archived runs, separated by commas (all)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/local_epochs"), help="folder of the runs"
-    )
-    add_quick(parser)
     options = parser.parse_args()
     names, methods = options.federations.split(","), options.methods.split(",")
-    seeds = [int(seed) for seed in (options.seeds or "").split(",") if seed] or None
+    seeds = options.seeds
     overrides = [f"clients.defaults.epochs={EPOCHS}"]
     if options.quick:
         names, methods, seeds, overrides = names[:1], methods[:1], [630], [*overrides, "rounds=1"]

@@ -12,11 +12,9 @@ of the archive.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.common import add_quick
+from benchmarks.common import repetition_parser
 from benchmarks.science.ablation import cell
 from benchmarks.science.thresholds import METRIC, ROOT
 from hetero_fl.experiment.benchmark.repetition import repeat_row
@@ -43,23 +41,15 @@ def recalibrated(overrides: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Print a table with a line for each row."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = repetition_parser(__doc__, "runs/recalibration")
     parser.add_argument(
         "--federation", default="xrays_three", help="name in configs/benchmark (%(default)s)"
     )
     parser.add_argument(
         "--rows", default="feddf/all,hybrid/all", help="rows, separated by commas (%(default)s)"
     )
-    parser.add_argument("--seeds", help="seeds of the archived runs, separated by commas (all)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/recalibration"), help="folder of the runs"
-    )
-    add_quick(parser)
     options = parser.parse_args()
-    name, rows = options.federation, options.rows.split(",")
-    seeds = [int(seed) for seed in (options.seeds or "").split(",") if seed] or None
+    name, rows, seeds = options.federation, options.rows.split(","), options.seeds
     extra = []
     if options.quick:
         name, rows, seeds, extra = "fashion_dirichlet", rows[:1], [630], ["rounds=1"]

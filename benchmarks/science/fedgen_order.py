@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Explain the FedAvg row of FedGen's table by training with and without shuffling.
 
-    python -m benchmarks fedgen_order --data DIR [--seeds 0,1,2] [--alpha 0.1]
+    python -m benchmarks fedgen_order --data DIR [--seeds 0,1,2,3] [--alpha 0.1]
 
 DIR contains `mnist.npz`. The benchmark is a training loop in plain PyTorch with the data, model and
 settings of `configs/replication/fedgen_mnist.yaml`. As in the authors' code, clients keep their
 BatchNorm statistics, and each client is evaluated on the test images of its own classes. Batches
 are either taken in order from rows sorted by class, as in the authors' code at the time of
-publication, or shuffled. The output is the last score and the mean of the five best of forty
-scores, in percent.
+publication, or shuffled. The table contains the last score and the mean of the five best of forty
+scores, in percent, and their mean and standard deviation over the seeds, of which each samples a
+partition.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.experiment import PreparedRun, prepare
+from hetero_fl.reporting.rendering import markdown_table
 from hetero_fl.utils.seeding import keyed_generator
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "replication" / "fedgen_mnist.yaml"
@@ -99,28 +101,48 @@ def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
     return read
 
 
+def mean_and_deviation(values: list[float]) -> str:
+    """Format the mean and the standard deviation of a sample."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
 def main() -> None:
     """Train with and without shuffling for every seed, and print the scores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of mnist.npz")
-    parser.add_argument("--seeds", default="0,1,2", metavar="A,B,…", help="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2,3", metavar="A,B,…", help="0,1,2,3")
     parser.add_argument("--alpha", default="0.1", help="0.1, or 0.05")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for seed in options.seeds.split(","):
+    seeds = options.seeds.split(",")
+    last: dict[str, list[float]] = {"Shuffled": [], "In order of class": []}
+    best: dict[str, list[float]] = {order: [] for order in last}
+    for seed in seeds:
         changes = [
             f"data.path={options.data / 'mnist.npz'}",
             f"data.partition.alpha={options.alpha}",
             f"seed={seed}",
         ]
         prepared = prepare(CONFIG, changes)
-        for shuffled in (True, False):
-            read = course(prepared, shuffled)
-            best = statistics.mean(sorted(read)[-5:])
-            order = "shuffled" if shuffled else "in order of class"
-            print(f"seed {seed}, {order}: last {read[-1]:.2f}, five best {best:.2f}", flush=True)
+        for order, ends in last.items():
+            scores = course(prepared, shuffled=order == "Shuffled")
+            ends.append(scores[-1])
+            best[order].append(statistics.mean(sorted(scores)[-5:]))
+    rows = [
+        [order, kind, *(f"{score:.2f}" for score in scores), mean_and_deviation(scores)]
+        for kind, found in (("last", last), ("five best", best))
+        for order, scores in found.items()
+    ]
+    for kind, found in (("last", last), ("five best", best)):
+        differences = [a - b for a, b in zip(*found.values(), strict=True)]
+        shown = (f"{difference:+.2f}" for difference in differences)
+        rows.append(["Difference", kind, *shown, mean_and_deviation(differences)])
+    header = ["Batches", "Scores", *(f"Seed {seed}" for seed in seeds), "Mean ± sd"]
+    print(markdown_table(header, rows, ["left", "left", *["right"] * (len(header) - 2)]))
 
 
 if __name__ == "__main__":

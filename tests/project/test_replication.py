@@ -131,7 +131,7 @@ class Echo(torch.nn.Module):
 
 
 def test_fedproto_authors_accumulate_counts_over_clients() -> None:
-    from benchmarks.science.fedproto_setting import Client, readings
+    from benchmarks.science.fedproto_setting import HEAD, PROTOTYPES, RUNNING, Client, readings
 
     def client(y: list[int], head: list[int], features: list[float]) -> Client:
         tests = {"these": (torch.tensor([head, features], dtype=torch.float32).T, torch.tensor(y))}
@@ -142,11 +142,10 @@ def test_fedproto_authors_accumulate_counts_over_clients() -> None:
     found = readings(
         [client([0, 1], [0, 1], [0, 0.2]), client([0, 1], [1, 0], [0, 9])], prototypes, "these"
     )
-    assert found["head"].tolist() == [100, 0] and found["own prototypes"].tolist() == [50, 100]
-    assert found["authors' count"].tolist() == [75, 62.5]
-    assert readings([client([0, 1], [0, 0], [0, 0])], None, "these")["authors' count"].tolist() == [
-        50
-    ]
+    assert found[HEAD].tolist() == [100, 0] and found[PROTOTYPES].tolist() == [50, 100]
+    assert found[RUNNING].tolist() == [75, 62.5]
+    single = readings([client([0, 1], [0, 0], [0, 0])], None, "these")
+    assert single[RUNNING].tolist() == [50]
 
 
 def test_fedproto_reference_setting_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +162,7 @@ def test_fedproto_reference_setting_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(setting, "CLIENTS", 3)
     monkeypatch.setattr(setting, "TESTS", {"few": ("test", 0, 4)})
     torch.manual_seed(0)
-    clients = setting.clients_of(data, setting.AUTHORS)
+    clients = setting.clients_of(data)
     # A separate block of the rows of each class.
     for place, client in enumerate(clients):
         wanted = np.concatenate(
@@ -171,11 +170,8 @@ def test_fedproto_reference_setting_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         )
         assert torch.equal(client.x[:, 0], (torch.from_numpy(wanted) / 255 - 0.1307) / 0.3081)
     before = clients[0].model.state_dict()["head.weight"].clone()
-    prototypes = setting.course(clients, setting.AUTHORS, 2)
+    prototypes = setting.course(clients, 1.0, 2)
     assert prototypes[clients[0].y].abs().sum(1).min() > 0
     assert not torch.equal(before, clients[0].model.state_dict()["head.weight"])
-    assert set(setting.readings(clients, prototypes, "few")) == {
-        "head",
-        "own prototypes",
-        "authors' count",
-    }
+    names = {setting.HEAD, setting.PROTOTYPES, setting.RUNNING}
+    assert set(setting.readings(clients, prototypes, "few")) == names

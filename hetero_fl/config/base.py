@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -83,10 +83,11 @@ class Settings(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _reject_boolean_numbers(cls, value: object, validate: ValidatorFunctionWrapHandler) -> Any:
-        """Reject `true` and `yes` for numbers, which pydantic would convert to 1."""
+        """Reject booleans for numbers, which pydantic would convert to 1 and 0."""
         validated = validate(value)
-        if isinstance(value, bool) and type(validated) in (int, float):
-            raise PydanticKnownError("int_type" if isinstance(validated, int) else "float_type")
+        number = _number_from_boolean(value, validated)
+        if number is not None:
+            raise PydanticKnownError("int_type" if isinstance(number, int) else "float_type")
         return validated
 
     @classmethod
@@ -102,6 +103,21 @@ class Settings(BaseModel):
 
     def __repr_name__(self) -> str:
         return type(self).__name__.removesuffix("Config")
+
+
+def _number_from_boolean(value: object, validated: object) -> int | float | None:
+    """Return a number that was a boolean before validation, also in a list or mapping."""
+    if isinstance(value, bool):
+        if isinstance(validated, int | float) and not isinstance(validated, bool):
+            return validated
+        return None
+    pairs: Iterable[tuple[object, object]] = ()
+    if isinstance(value, list | tuple) and isinstance(validated, list | tuple):
+        pairs = zip(value, validated, strict=False)
+    elif isinstance(value, Mapping) and isinstance(validated, Mapping):
+        pairs = ((value[key], validated.get(key)) for key in value)
+    found = (_number_from_boolean(*pair) for pair in pairs)
+    return next((number for number in found if number is not None), None)
 
 
 def _plain_signature(model: type[Settings]) -> inspect.Signature:

@@ -106,6 +106,14 @@ class Small(BaseModel):
             {"data": {"partition": {"alpha": True}}},
             "data.partition.alpha: expected a number, got true",
         ),
+        (
+            {"clients": {"defaults": {"class_weights": [True, 2.0]}}},
+            "clients.defaults.class_weights: expected a number, got [True, 2.0]",
+        ),
+        (
+            {"privacy": {"clip": {"params": True}}},
+            "privacy.clip: expected a number, got {'params': True}",
+        ),
         ({"rounds": [1]}, "rounds: expected an integer, got [1]"),
         ({"rounds": float("nan")}, "rounds: expected a finite number, got nan"),
         ({"rounds": 0}, "rounds: must be > 0, got 0"),

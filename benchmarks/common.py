@@ -66,24 +66,18 @@ def add_quick(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one turn of a small case, for tests")
 
 
-def repetition_parser(description: str | None, out: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of benchmarks that repeat archived runs.
+def seed_list(text: str) -> list[int]:
+    """Parse seeds that are separated by commas.
 
-    Args:
-        description: Docstring of the benchmark.
-        out: Default folder of the runs.
+    Raises:
+        argparse.ArgumentTypeError: If the text contains something else.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--seeds",
-        type=lambda text: [int(seed) for seed in text.split(",")],
-        help="seeds of the archived runs, separated by commas (all)",
-    )
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
-    add_quick(parser)
-    return parser
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers separated by commas, got {text!r}"
+        ) from None
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

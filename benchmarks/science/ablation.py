@@ -11,15 +11,11 @@ Interrupted commands continue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from benchmarks.common import repetition_parser
-from benchmarks.science.thresholds import METRIC, ROOT
+from benchmarks.science.repeated_rows import difference_cell, repeat, repetition_parser
+from benchmarks.science.thresholds import ROOT
 from hetero_fl.experiment.benchmark.archive import PUBLISHED
 from hetero_fl.experiment.benchmark.protocol import Benchmark
-from hetero_fl.experiment.benchmark.repetition import repeat_row
-from hetero_fl.reporting.benchmark.tables import format_points
-from hetero_fl.reporting.comparison.significance import PairedDifference, paired_difference
+from hetero_fl.reporting.comparison.significance import paired_difference
 from hetero_fl.reporting.rendering import markdown_table
 
 ROW = "hybrid/all"
@@ -36,14 +32,6 @@ Fine-tuning before local tests does not change the scores on the global test.
 """
 
 
-def cell(difference: PairedDifference | None) -> str:
-    """Format a difference in points with its interval."""
-    if difference is None:
-        return "–"
-    low, high = format_points(difference.low), format_points(difference.high)
-    return f"{format_points(difference.mean)} [{low}, {high}]"
-
-
 def main() -> None:
     """Print a table with a row for each component."""
     parser = repetition_parser(__doc__, "runs/ablation")
@@ -53,23 +41,20 @@ def main() -> None:
         help="names in configs/benchmark (%(default)s)",
     )
     options = parser.parse_args()
-    names, seeds = options.federations.split(","), options.seeds
-    changes, extra = CHANGES, []
+    names = options.federations.split(",")
+    changes = CHANGES
     if options.quick:
-        names, seeds, extra = names[:1], [630], ["rounds=1"]
-        changes = dict([*CHANGES.items()][:1])
+        names = names[:1]
+        changes = dict(list(CHANGES.items())[:1])
     benchmark = Benchmark.load(ROOT / PUBLISHED)
 
-    def repeat(name: str, overrides: Sequence[str] = ()) -> dict[int, float]:
-        scores = repeat_row(
-            name, ROW, out=options.out, seeds=seeds, overrides=[*overrides, *extra], quiet=True
-        )
-        return {seed: repeated for seed, (_, repeated) in scores[METRIC].items()}
-
-    complete = {name: repeat(name) for name in names}
+    complete = {name: repeat(name, ROW, options, []).repeated for name in names}
     rows = []
     for component, change in changes.items():
-        cells = [cell(paired_difference(repeat(name, [change]), complete[name])) for name in names]
+        cells = []
+        for name in names:
+            without = repeat(name, ROW, options, [change]).repeated
+            cells.append(difference_cell(paired_difference(without, complete[name])))
         rows.append([component, *cells])
     titles = [benchmark.federations[name].title for name in names]
     print(markdown_table(["Left out", *titles], rows, ["left", *["right"] * len(titles)]))

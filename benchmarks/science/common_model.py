@@ -5,8 +5,9 @@
 
 FML trains a small common model next to each client's model, and the global test evaluates the
 common model. The rows are FML as archived, the clients' own models of the same runs, FedAvg with
-the common model at all clients (learning rate and epochs of FML), and Hybrid as archived. All have
-their components. Balanced accuracy in percent, mean and standard deviation over the seeds.
+the common model at all clients (learning rate and epochs of FML, and the logit-adjusted loss), and
+Hybrid as archived. FML and Hybrid have all their components. The table contains the balanced
+accuracy in percent, mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 import hetero_fl
-from benchmarks.common import add_quick
+from benchmarks.common import add_quick, seed_list
 from benchmarks.science.thresholds import (
     METRIC,
     ROOT,
@@ -64,11 +65,11 @@ def fedavg_with_common_model(config: Path, overrides: list[str]) -> float:
     """
     mentee = hetero_fl.prepare(load_config(config, overrides)).method.mentee
     groups = load_config(config).clients.groups
-    common = [each for each in overrides if not each.startswith(ALGORITHM)]
+    kept = [each for each in overrides if not each.startswith(ALGORITHM)]
     models = [f"clients.groups.{place}.model={mentee.name}" for place in range(len(groups))]
     method = [f"{ALGORITHM}name=fedavg", f"{ALGORITHM}logit_adjustment=true"]
     with tempfile.TemporaryDirectory() as folder:
-        run = hetero_fl.run(config, out=Path(folder) / "run", overrides=[*common, *models, *method])
+        run = hetero_fl.run(config, out=Path(folder) / "run", overrides=[*kept, *models, *method])
         return float(comparison_row(run.summary)[METRIC])
 
 
@@ -78,17 +79,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--federation", default="digits", help="name in configs/benchmark (digits)")
-    parser.add_argument("--seeds", help="seeds of the archived runs, separated by commas (all)")
+    parser.add_argument(
+        "--seeds", type=seed_list, help="seeds of the archived runs, separated by commas (all)"
+    )
     add_quick(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = BenchmarkResults(ROOT / "configs" / "benchmark", ROOT / "docs" / "benchmark")
     name = options.federation
-    seeds = [int(seed) for seed in (options.seeds or "").split(",") if seed]
-    seeds = seeds or results.benchmark.protocol.seeds
+    seeds = options.seeds or results.benchmark.protocol.seeds
     extra = [SERIAL]
     if options.quick:
-        seeds, extra = seeds[:1], [SERIAL, "rounds=1"]
+        seeds = seeds[:1]
+        extra = [SERIAL, "rounds=1"]
     config = results.benchmark.federations[name].config
     runs = [[*results.run_overrides(name, FML, seed), *extra] for seed in seeds]
     archived = {

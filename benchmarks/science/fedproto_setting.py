@@ -31,18 +31,25 @@ from torch import Tensor
 from hetero_fl.reporting.rendering import markdown_table
 from model_zoo import create_model
 
-CLIENTS, BATCH, LR, MOMENTUM, BLOCK, SEED = 20, 4, 0.01, 0.5, 110, 1234
-HEAD, PROTOTYPES, RUNNING = "By the head", "By prototypes", "As the authors' code counts"
-
-
+CLIENTS = 20
+BATCH = 4
+LR = 0.01
+MOMENTUM = 0.5
+BLOCK = 110
+SEED = 1234
+CLASSES = 10
+FEATURES = 50
+HEAD = "By the head"
+PROTOTYPES = "By prototypes"
+RUNNING = "As the authors' code counts"
 METHODS = {"FedProto": 1.0, "Local": 0.0}
 """Weight λ of the prototype loss, keyed by name of the method."""
-# Split, first row of each class, and number of images per class and client.
 TESTS = {
     "40": ("test", 0, 40),
     "15": ("test", 0, 15),
     "40, of the training set": ("train", CLIENTS * BLOCK, 40),
 }
+"""Split, first row of each class, and number of images per class and client, keyed by title."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,13 @@ class Client:
 
 def clients_of(data: dict[str, np.ndarray]) -> list[Client]:
     """Create the clients, with classes and numbers of rows sampled as in the authors' code."""
-    numbers, names = np.random.RandomState(SEED), random.Random(SEED)
+    numbers = np.random.RandomState(SEED)
+    names = random.Random(SEED)
     # 3 classes with a deviation of up to 2, at least two.
     classes = numbers.randint(2, 6, CLIENTS)
     shots = numbers.randint(99, 101, CLIENTS)
     rows = {
-        part: [np.flatnonzero(data[f"{part}_labels"] == c) for c in range(10)]
+        part: [np.flatnonzero(data[f"{part}_labels"] == c) for c in range(CLASSES)]
         for part in ("train", "test")
     }
 
@@ -80,8 +88,8 @@ def clients_of(data: dict[str, np.ndarray]) -> list[Client]:
 
     found = []
     for i in range(CLIENTS):
-        mine = sorted(names.sample(range(10), int(classes[i])))
-        model = create_model("fedproto_cnn", 10, 1, 28)
+        mine = sorted(names.sample(range(CLASSES), int(classes[i])))
+        model = create_model("fedproto_cnn", CLASSES, 1, 28)
         tests = {
             name: taken(part, mine, skip + i * n, n) for name, (part, skip, n) in TESTS.items()
         }
@@ -105,7 +113,8 @@ def train(
         `[C]`.
     """
     optimizer = torch.optim.SGD(client.model.train().parameters(), LR, MOMENTUM)
-    seen, labels = [], []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
     for rows in torch.randperm(len(client.y)).split(BATCH):
         if len(rows) < BATCH:
             continue
@@ -118,27 +127,28 @@ def train(
             loss = loss + weight * F.mse_loss(out.features, target)
         loss.backward()
         optimizer.step()
-        seen.append(out.features.detach())
+        features.append(out.features.detach())
         labels.append(y)
-    features, y = torch.cat(seen), torch.cat(labels)
-    one_hot = F.one_hot(y, 10).to(features.dtype)
-    return one_hot.T @ features, one_hot.sum(0)
+    one_hot = F.one_hot(torch.cat(labels), CLASSES).float()
+    return one_hot.T @ torch.cat(features), one_hot.sum(0)
 
 
-def course(clients: list[Client], weight: float, rounds: int) -> Tensor:
+def train_rounds(clients: list[Client], weight: float, rounds: int) -> Tensor:
     """Train all rounds and return the last prototypes."""
-    prototypes, known = torch.zeros(10, 50), torch.zeros(10, dtype=torch.bool)
+    prototypes = torch.zeros(CLASSES, FEATURES)
+    known = torch.zeros(CLASSES, dtype=torch.bool)
     for _ in range(rounds):
-        parts = [train(client, weight, prototypes, known) for client in clients]
-        sums, counts = torch.stack([s for s, _ in parts]), torch.stack([n for _, n in parts])
-        means, clients_with = sums / counts.clamp(min=1)[..., None], (counts > 0).sum(0)
+        trained = [train(client, weight, prototypes, known) for client in clients]
+        sums, counts = (torch.stack(each) for each in zip(*trained, strict=True))
+        means = sums / counts.clamp(min=1)[..., None]
+        clients_with = (counts > 0).sum(0)
         known = clients_with > 0
         # The global prototypes are means of the clients' means.
         prototypes = means.sum(0) / clients_with.clamp(min=1)[:, None]
     return prototypes
 
 
-def readings(clients: list[Client], prototypes: Tensor | None, tests: str) -> dict[str, np.ndarray]:
+def evaluate(clients: list[Client], prototypes: Tensor | None, tests: str) -> dict[str, np.ndarray]:
     """Evaluate all clients.
 
     Args:
@@ -157,7 +167,7 @@ def readings(clients: list[Client], prototypes: Tensor | None, tests: str) -> di
             output = client.model.eval()(x)
             predicted = {HEAD: output.logits.argmax(1)}
             if prototypes is not None:
-                own = torch.isin(torch.arange(10), client.y)
+                own = torch.isin(torch.arange(CLASSES), client.y)
                 distances = torch.cdist(output.features, prototypes)
                 predicted[PROTOTYPES] = distances.where(own, torch.inf).argmin(1)
             correct.append([int((classes == y).sum()) for classes in predicted.values()])
@@ -175,7 +185,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of mnist.npz")
-    parser.add_argument("--rounds", type=int, default=100, help="100")
+    parser.add_argument("--rounds", type=int, default=100, help="number of rounds (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with np.load(options.data / "mnist.npz") as file:
@@ -185,9 +195,9 @@ def main() -> None:
     for method, weight in METHODS.items():
         torch.manual_seed(SEED)
         clients = clients_of(data)
-        prototypes = course(clients, weight, options.rounds)
+        prototypes = train_rounds(clients, weight, options.rounds)
         for tests in TESTS:
-            found = readings(clients, prototypes if weight else None, tests)
+            found = evaluate(clients, prototypes if weight else None, tests)
             cells = [
                 f"{found[name].mean():.2f} ± {found[name].std():.2f}" if name in found else ""
                 for name in columns

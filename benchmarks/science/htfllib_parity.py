@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 import hetero_fl
+from benchmarks.common import seed_list
 from benchmarks.science.htfllib_models import FAMILIES
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
@@ -346,7 +347,9 @@ def arguments() -> argparse.Namespace:
         "--methods", metavar="A,B,…", help="methods by their names in HtFLlib (all of the study)"
     )
     parser.add_argument("--rounds", type=int, default=30, help="number of rounds (30)")
-    parser.add_argument("--seeds", default="0", metavar="A,B,…", help="seeds of hetero_fl (0)")
+    parser.add_argument(
+        "--seeds", type=seed_list, default=[0], metavar="A,B,…", help="seeds of hetero_fl (0)"
+    )
     parser.add_argument(
         "--family", choices=FAMILIES, default="digits", help="model family of HtFLlib (digits)"
     )
@@ -378,7 +381,7 @@ def main() -> None:
     """Execute the missing runs, and print the table and the end of each method."""
     options = arguments()
     methods = select_methods(options.methods)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = options.seeds
     setting = Setting(options.rounds, options.family, options.out)
     try:
         splits = [Split.read(path) for path in options.data]

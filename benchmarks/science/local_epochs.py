@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Repeat rows of the benchmark that distill on proxy rows with more local epochs.
+"""Repeat rows of the benchmark with three local epochs, for methods that distill on proxy rows.
 
     python -m benchmarks local_epochs [--federations digits,sensors] [--methods feddf,ds_fl]
 
@@ -7,18 +7,16 @@ In the benchmark (docs/benchmark), methods that distill on proxy rows tune the e
 and have the local epochs of the configuration. This benchmark repeats their rows with components
 with the same tuned settings and three local epochs. The table contains the balanced accuracy on the
 global test with both numbers of epochs, in percent, and the difference between Hybrid and the
-method with three epochs, in points, with a 95% interval from paired runs. Interrupted commands
-continue.
+method with three epochs, in points, with a 95% interval from paired runs. Archived runs may be from
+another machine, whose rounding differs. Interrupted commands continue.
 """
 
 from __future__ import annotations
 
-from benchmarks.common import repetition_parser
-from benchmarks.science.ablation import cell
+from benchmarks.science.repeated_rows import difference_cell, repeat, repetition_parser
 from benchmarks.science.thresholds import METRIC, ROOT
 from hetero_fl.experiment.benchmark.archive import PUBLISHED
 from hetero_fl.experiment.benchmark.protocol import Benchmark
-from hetero_fl.experiment.benchmark.repetition import repeat_row
 from hetero_fl.reporting.benchmark.tables import score_cell
 from hetero_fl.reporting.comparison.significance import paired_difference
 from hetero_fl.reporting.formatting import algorithm_name
@@ -33,42 +31,35 @@ def main() -> None:
     parser = repetition_parser(__doc__, "runs/local_epochs")
     parser.add_argument(
         "--federations",
-        default="digits,fashion_dirichlet,fashion_classes,sensors,xrays_three",
+        default="fashion_dirichlet,digits,sensors,fashion_classes",
         help="names in configs/benchmark (%(default)s)",
     )
     parser.add_argument(
         "--methods", default="feddf,ds_fl", help="methods to compare with Hybrid (%(default)s)"
     )
     options = parser.parse_args()
-    names, methods = options.federations.split(","), options.methods.split(",")
-    seeds = options.seeds
-    overrides = [f"clients.defaults.epochs={EPOCHS}"]
+    names = options.federations.split(",")
+    methods = options.methods.split(",")
     if options.quick:
-        names, methods, seeds, overrides = names[:1], methods[:1], [630], [*overrides, "rounds=1"]
+        names = names[:1]
+        methods = methods[:1]
     benchmark = Benchmark.load(ROOT / PUBLISHED)
+    overrides = [f"clients.defaults.epochs={EPOCHS}"]
     lines = []
     for name in names:
-        hybrid: dict[int, float] = {}
-        for method in (HYBRID, *methods):
-            scores = repeat_row(
-                name,
-                f"{method}/all",
-                out=options.out,
-                seeds=seeds,
-                overrides=overrides,
-                quiet=True,
-            )[METRIC]
-            archived = {seed: old for seed, (old, _) in scores.items()}
-            repeated = {seed: new for seed, (_, new) in scores.items()}
-            hybrid = hybrid or repeated
-            difference = "" if method == HYBRID else cell(paired_difference(hybrid, repeated))
+        scores = {
+            method: repeat(name, f"{method}/all", options, overrides)
+            for method in (HYBRID, *methods)
+        }
+        for method, (archived, repeated) in scores.items():
+            difference = paired_difference(scores[HYBRID].repeated, repeated)
             lines.append(
                 [
                     benchmark.federations[name].title,
                     algorithm_name(method),
                     score_cell(archived, METRIC),
                     score_cell(repeated, METRIC),
-                    difference,
+                    "" if method == HYBRID else difference_cell(difference),
                 ]
             )
     header = ["Federation", "Method", "Archived", f"{EPOCHS} local epochs", "Hybrid − method"]

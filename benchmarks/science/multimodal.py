@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hetero_fl
+from benchmarks.common import seed_list
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.data import Dataset, load_source
@@ -198,14 +199,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--seeds", type=seed_list, default=[0, 1, 2], help="seeds, separated by commas (0,1,2)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/multimodal"))
     parser.add_argument("changes", nargs="*", help="key=value for every run")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     dataset = load_source(SourceConfig(name="xray_genes"), Path(), missing=True)
     raw: dict[str, dict[int, dict[str, Any]]] = {}
-    for seed in map(int, args.seeds.split(",")):
+    for seed in args.seeds:
         for row in ROWS:
             raw.setdefault(row, {})[seed] = figures(
                 run_of(row, seed, args.out, args.changes), dataset

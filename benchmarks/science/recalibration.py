@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.common import repetition_parser
-from benchmarks.science.ablation import cell
+from benchmarks.science.repeated_rows import difference_cell, repeat, repetition_parser
 from benchmarks.science.thresholds import METRIC, ROOT
-from hetero_fl.experiment.benchmark.repetition import repeat_row
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.benchmark.scores import row_title
 from hetero_fl.reporting.benchmark.tables import score_cell
@@ -49,10 +47,11 @@ def main() -> None:
         "--rows", default="feddf/all,hybrid/all", help="rows, separated by commas (%(default)s)"
     )
     options = parser.parse_args()
-    name, rows, seeds = options.federation, options.rows.split(","), options.seeds
-    extra = []
+    name = options.federation
+    rows = options.rows.split(",")
     if options.quick:
-        name, rows, seeds, extra = "fashion_dirichlet", rows[:1], [630], ["rounds=1"]
+        name = "fashion_dirichlet"
+        rows = rows[:1]
     results = BenchmarkResults(ROOT / "configs" / "benchmark", ROOT / "docs" / "benchmark")
     lines = []
     for row in rows:
@@ -61,16 +60,7 @@ def main() -> None:
         tests = recalibrated(results.run_overrides(name, (method, components), seed))
         chosen = TEST in tests
         other = [test for test in tests if test != TEST] if chosen else [TEST, *tests]
-        scores = repeat_row(
-            name,
-            row,
-            out=options.out,
-            seeds=seeds,
-            overrides=[f"{KEY}=[{','.join(other)}]", *extra],
-            quiet=True,
-        )[METRIC]
-        archived = {seed: old for seed, (old, _) in scores.items()}
-        repeated = {seed: new for seed, (_, new) in scores.items()}
+        archived, repeated = repeat(name, row, options, [f"{KEY}=[{','.join(other)}]"])
         with_test, without_test = (archived, repeated) if chosen else (repeated, archived)
         lines.append(
             [
@@ -78,7 +68,7 @@ def main() -> None:
                 "recalibrated" if chosen else "of the clients",
                 score_cell(with_test, METRIC),
                 score_cell(without_test, METRIC),
-                cell(paired_difference(with_test, without_test)),
+                difference_cell(paired_difference(with_test, without_test)),
             ]
         )
     header = ["Method", "Chosen by validation", "Recalibrated", "Of the clients", "Difference"]

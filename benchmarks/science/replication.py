@@ -17,6 +17,7 @@ import argparse
 import time
 from pathlib import Path
 
+from benchmarks.common import seed_list
 from benchmarks.science.published import TABLES
 from benchmarks.science.replication_runs import (
     accuracy,
@@ -45,7 +46,9 @@ def arguments() -> argparse.Namespace:
         metavar="A,B,…",
         help=f"some of {', '.join(TABLES)} (all)",
     )
-    parser.add_argument("--seeds", metavar="A,B,…", help="seeds (default 0,1,2; niid: 0)")
+    parser.add_argument(
+        "--seeds", type=seed_list, metavar="A,B,…", help="seeds (default 0,1,2; niid: 0)"
+    )
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="rows whose method contains the text"
     )
@@ -71,12 +74,6 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--tables: found '{name}'; there are {', '.join(TABLES)}")
         if not (options.data / TABLES[name].file).exists():
             parser.error(f"--data: {options.data} has no {TABLES[name].file}")
-    try:
-        options.seeds = (
-            None if options.seeds is None else [int(s) for s in options.seeds.split(",")]
-        )
-    except ValueError:
-        parser.error(f"--seeds: found '{options.seeds}'; write whole numbers with commas")
     return options
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hetero_fl
-from benchmarks.common import add_quick
+from benchmarks.common import add_quick, seed_list
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.comparison.report import comparison_row
@@ -162,13 +162,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--federation", default="digits", help="name in configs/benchmark (digits)")
-    parser.add_argument("--seeds", help="seeds of the archived runs, separated by commas (all)")
+    parser.add_argument(
+        "--seeds", type=seed_list, help="seeds of the archived runs, separated by commas (all)"
+    )
     add_quick(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = BenchmarkResults(ROOT / "configs" / "benchmark", ROOT / "docs" / "benchmark")
-    seeds = [int(seed) for seed in (options.seeds or "").split(",") if seed]
-    seeds = seeds or results.benchmark.protocol.seeds
+    seeds = options.seeds or results.benchmark.protocol.seeds
     methods, extra = METHODS, [SERIAL]
     if options.quick:
         methods, seeds, extra = METHODS[:1], seeds[:1], [SERIAL, "rounds=1"]

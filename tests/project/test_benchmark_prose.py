@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from hetero_fl.experiment.benchmark.archive import RunArchive
 from hetero_fl.experiment.benchmark.results import MAIN_GROUP, BenchmarkResults
 from hetero_fl.reporting.benchmark.scores import FederationScores
 
@@ -204,13 +207,18 @@ def test_figures_of_other_proxy_sets_are_those_of_the_archive(results: Benchmark
         return f"{100 * mean:.1f}"
 
     fashion, xrays = behind("fashion_shifted_proxy"), behind("xrays_shifted_proxy")
-    full, small = (
-        float(percent(name, hybrid)) for name in ("fashion_dirichlet", "fashion_small_proxy")
-    )
+    leads = {
+        name: f"{lead(scores[name], hybrid, average):.1f}"
+        for name in ("fashion_dirichlet", "fashion_small_proxy", "xrays_one", "xrays_small_proxy")
+    }
+    local = lead(scores["fashion_shifted_proxy"], method_row("fedmd"), average, LOCAL)
     lines = (
         f"by {min(fashion):.0f} to {max(fashion):.0f} points on Fashion-MNIST and {min(xrays):.0f} "
         f"to {max(xrays):.0f} on the X-rays",
-        f"it has {full - small:.1f} points less than with 800 rows",
+        f"Its lead over FedAvg is {leads['fashion_small_proxy']} points on Fashion-MNIST and "
+        f"{leads['xrays_small_proxy']} on the X-rays; with the original proxy sets it is "
+        f"{leads['fashion_dirichlet']} and {leads['xrays_one']}",
+        f"FedMD is {local:.1f} points ahead on Fashion-MNIST",
         f"is {lead(scores['fashion_no_proxy'], average, hybrid):.1f} points ahead on Fashion-MNIST",
         f"FedAvg is up to {fashion[-1]:.1f} points ahead of Hybrid",
         f"FedAvg has {percent('xrays_no_proxy', average)}%; with the proxy set, Hybrid has "
@@ -218,7 +226,29 @@ def test_figures_of_other_proxy_sets_are_those_of_the_archive(results: Benchmark
         f"({percent('fashion_no_proxy', average)}% and {percent('fashion_dirichlet', hybrid)}%)",
     )
     assert [line for line in lines if line not in sentences(FINDING)] == []
-    assert f"Hybrid loses {full - small:.1f} points on Fashion-MNIST" in sentences(LABEL_SKEW)
+    assert (
+        f"is {leads['fashion_small_proxy']} instead of {leads['fashion_dirichlet']} points on "
+        f"Fashion-MNIST, and {leads['xrays_small_proxy']} instead of {leads['xrays_one']} on the "
+        "X-rays" in sentences(LABEL_SKEW)
+    )
+
+
+def test_numbers_of_training_rows_are_those_of_the_archive(results: BenchmarkResults) -> None:
+    def rows(name: str) -> str:
+        archive = RunArchive(ROOT / "docs" / "benchmark" / f"{name}.csv")
+        totals = [
+            sum(client["n_train"] for client in json.loads(run["clients"]).values())
+            for run in archive.rows.values()
+        ]
+        return f"{statistics.fmean(totals):,.0f}"
+
+    fashion = [rows(f"fashion_{name}") for name in ("dirichlet", "small_proxy", "no_proxy")]
+    xrays = [rows(f"xrays_{name}") for name in ("one", "small_proxy", "no_proxy")]
+    assert (
+        f"clients have {fashion[0]} training rows in all with the original proxy set, {fashion[1]} "
+        f"with 100 proxy rows and {fashion[2]} without any" in sentences(FINDING)
+    )
+    assert f"they have {xrays[0]}, {xrays[1]} and {xrays[2]}" in sentences(FINDING)
 
 
 def test_costs_of_compression_are_those_of_the_archive(results: BenchmarkResults) -> None:
@@ -236,7 +266,7 @@ def test_costs_of_compression_are_those_of_the_archive(results: BenchmarkResults
     eight_bits = max(abs(each) for each in changes("8bit", [*parameters, *predictions]))
     small = [-each for each in changes("small", parameters)]
     lines = (
-        f"changes no mean by more than {eight_bits:.1f} points",
+        f"changes no mean of this table by more than {eight_bits:.1f} points",
         f"costs methods that send parameters {min(small):.0f} to {max(small):.0f} points",
         f"lose at most {-min(changes('small', predictions)):.1f} points",
     )
@@ -252,4 +282,8 @@ def test_effect_of_local_epochs_is_that_of_the_measurement() -> None:
 
     line = f"FedDF gains {gain:.1f} points on Fashion-MNIST with Dirichlet partitions"
     assert line in sentences(FINDING)
+    gain = gains["Fashion-MNIST, Dirichlet 0.3", "Hybrid"]
+    assert f"Hybrid gains {gain:.1f} points there" in sentences(FINDING)
+    losses = [-gains["Fashion-MNIST, two classes per client", name] for name in ("FedDF", "DS-FL")]
+    assert f"FedDF loses {losses[0]:.1f} and DS-FL {losses[1]:.1f} points" in sentences(FINDING)
     assert len(leads) >= 4 and all("[+" in lead for lead in leads)

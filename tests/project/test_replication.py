@@ -131,7 +131,7 @@ class Echo(torch.nn.Module):
 
 
 def test_fedproto_authors_accumulate_counts_over_clients() -> None:
-    from benchmarks.science.fedproto_setting import HEAD, PROTOTYPES, RUNNING, Client, readings
+    from benchmarks.science.fedproto_setting import HEAD, PROTOTYPES, RUNNING, Client, evaluate
 
     def client(y: list[int], head: list[int], features: list[float]) -> Client:
         tests = {"these": (torch.tensor([head, features], dtype=torch.float32).T, torch.tensor(y))}
@@ -139,12 +139,12 @@ def test_fedproto_authors_accumulate_counts_over_clients() -> None:
 
     # Classes that the client lacks are never predicted.
     prototypes = torch.arange(10.0)[:, None]
-    found = readings(
+    found = evaluate(
         [client([0, 1], [0, 1], [0, 0.2]), client([0, 1], [1, 0], [0, 9])], prototypes, "these"
     )
     assert found[HEAD].tolist() == [100, 0] and found[PROTOTYPES].tolist() == [50, 100]
     assert found[RUNNING].tolist() == [75, 62.5]
-    single = readings([client([0, 1], [0, 0], [0, 0])], None, "these")
+    single = evaluate([client([0, 1], [0, 0], [0, 0])], None, "these")
     assert single[RUNNING].tolist() == [50]
 
 
@@ -170,8 +170,8 @@ def test_fedproto_reference_setting_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         )
         assert torch.equal(client.x[:, 0], (torch.from_numpy(wanted) / 255 - 0.1307) / 0.3081)
     before = clients[0].model.state_dict()["head.weight"].clone()
-    prototypes = setting.course(clients, 1.0, 2)
+    prototypes = setting.train_rounds(clients, 1.0, 2)
     assert prototypes[clients[0].y].abs().sum(1).min() > 0
     assert not torch.equal(before, clients[0].model.state_dict()["head.weight"])
     names = {setting.HEAD, setting.PROTOTYPES, setting.RUNNING}
-    assert set(setting.readings(clients, prototypes, "few")) == names
+    assert set(setting.evaluate(clients, prototypes, "few")) == names

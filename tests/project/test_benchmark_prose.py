@@ -287,3 +287,30 @@ def test_effect_of_local_epochs_is_that_of_the_measurement() -> None:
     losses = [-gains["Fashion-MNIST, two classes per client", name] for name in ("FedDF", "DS-FL")]
     assert f"FedDF loses {losses[0]:.1f} and DS-FL {losses[1]:.1f} points" in sentences(FINDING)
     assert len(leads) >= 4 and all("[+" in lead for lead in leads)
+
+
+def test_effects_in_the_ablation_are_those_of_the_measurement() -> None:
+    text = (MEASUREMENTS / "ablation.txt").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    federations, rows = table[0][1:], table[2:]
+    assert federations == [
+        "Digits, three architectures",
+        "Fashion-MNIST, two classes per client",
+        "Fashion-MNIST, Dirichlet 0.3",
+    ]
+    lost = {
+        name: [-float(cell.split()[0].replace("−", "-")) for cell in cells] for name, *cells in rows
+    }
+
+    def extent(name: str) -> str:
+        return f"{min(lost[name]):.1f} to {max(lost[name]):.1f}"
+
+    lines = (
+        f"Without the **logit-adjusted loss**, Hybrid loses {extent('logit-adjusted loss')} points",
+        f"**contrast-weighted teacher** {extent('contrast-weighted teacher')}",
+        f"**replay** {extent('replay at the clients')}",
+        f"worth {lost['alignment'][1]:.1f} and {lost['alignment'][2]:.1f} points on Fashion-MNIST",
+        f"cost {-lost['recalibrated statistics'][1]:.1f} points with two classes per client",
+    )
+    assert [line for line in lines if line not in sentences(FINDING)] == []
+    assert f"{-lost['recalibrated statistics'][1]:.1f} points in the third" in sentences(LABEL_SKEW)

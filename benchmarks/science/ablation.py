@@ -37,7 +37,7 @@ def main() -> None:
     parser = repetition_parser(__doc__, "runs/ablation")
     parser.add_argument(
         "--federations",
-        default="digits,fashion_dirichlet,fashion_classes,sensors",
+        default="digits,fashion_classes,fashion_dirichlet",
         help="names in configs/benchmark (%(default)s)",
     )
     options = parser.parse_args()

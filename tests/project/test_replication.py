@@ -196,3 +196,20 @@ def test_effects_of_counting_are_those_of_the_measurement() -> None:
         f"Local is {means['Local', '40'][0] - 94.05:.1f} points above the paper in this loop",
     )
     assert [line for line in lines if line not in page] == []
+
+
+def test_effect_of_sorted_batches_is_that_of_the_measurement() -> None:
+    folder = ROOT / "docs" / "results"
+    text = (folder / "measurements" / "fedgen_order.txt").read_text(encoding="utf-8")
+    found = {}
+    for line in text.splitlines()[4:]:  # after the command, the environment and the header
+        batches, scores, *_, mean = (cell.strip() for cell in line.split("|")[1:-1])
+        found[batches, scores] = [float(value) for value in mean.split(" ± ")]
+
+    page = " ".join((folder / "replication.md").read_text(encoding="utf-8").split())
+    lines = (
+        f"sorting costs FedAvg {found['Difference', 'last'][0]:.1f} points in the last round and "
+        f"{found['Difference', 'five best'][0]:.1f} in the mean of the five best",
+        f"has a standard deviation of {found['Shuffled', 'last'][1]:.2f} (second table)",
+    )
+    assert [line for line in lines if line not in page] == []

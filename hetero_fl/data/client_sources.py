@@ -27,6 +27,7 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import stream_key
+from hetero_fl.utils.text import prefix_note
 
 POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
@@ -89,7 +90,9 @@ def pool_client_files(
     }
     train = _concatenate(parts)
     notes = [
-        f"{_config_path(client)}: {note}" for client, each in own.items() for note in each.notes
+        prefix_note(_config_path(client), note)
+        for client, each in own.items()
+        for note in each.notes
     ]
     for client, each in own.items():
         notes += note_unused_sets(each.splits(), _config_path(client))
@@ -325,7 +328,7 @@ def load_client_sources(
         own = load_source(read, Path(config.root).expanduser(), where, missing=True)
         found.simulated |= own.simulated
         found.notes += [
-            note if note.startswith(where) else f"{where}: {note}" for note in own.notes
+            note if note.startswith(where) else prefix_note(where, note) for note in own.notes
         ]
         needed = required_columns((clients[name] for name in owners), common_set.layout)
         converted = Dataset(

@@ -36,7 +36,7 @@ from hetero_fl.reporting.formatting import (
 )
 from hetero_fl.reporting.notebook import ProgressBar, in_notebook
 from hetero_fl.utils.errors import RunFailedError, UserError
-from hetero_fl.utils.text import pluralize
+from hetero_fl.utils.text import Caution, pluralize
 
 logger = logging.getLogger("hetero_fl")
 
@@ -70,6 +70,7 @@ class Progress:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=hide)
         self._log_path = log_path
         self._log: TextIO | None = None
+        self._no_output = logging.NullHandler()
         self._live: Live | None = None
         self._bar = Bar(
             TextColumn("round"),
@@ -88,6 +89,9 @@ class Progress:
         self.unit = ""
 
     def __enter__(self) -> Progress:
+        if not self._console.quiet:
+            # The console shows warnings, which logging would print once more.
+            logger.addHandler(self._no_output)
         if self._log_path is not None:
             # With line buffering, the log of a killed run is complete up to its last line.
             self._log = open(self._log_path, "a", encoding="utf-8", buffering=1)
@@ -100,6 +104,7 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         self._stop()
+        logger.removeHandler(self._no_output)
         if self._log is not None:
             if isinstance(error, Exception):
                 self._write_failure(error)
@@ -208,14 +213,21 @@ class Progress:
             self._notebook.update(line, done, total)
 
     def log(self, line: str) -> None:
-        """Print one line and append the line to the log file."""
+        """Print one line and append the line to the log file.
+
+        A `Caution` starts with "warning:" and has the level WARNING.
+        """
+        level = logging.INFO
+        if isinstance(line, Caution):
+            level = logging.WARNING
+            line = f"warning: {line}"
         line = " ".join(line.split())
-        self.write(line)
+        self.write(line, level)
         self._print(line)
 
-    def write(self, line: str) -> None:
+    def write(self, line: str, level: int = logging.INFO) -> None:
         """Append one line to the log file without printing it."""
-        logger.info("%s", line)
+        logger.log(level, "%s", line)
         if self._log is not None:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 

@@ -1,4 +1,4 @@
-"""Functions for text: splitting outside brackets, joining lists of names, and plurals."""
+"""Functions for text: splitting outside brackets, lists of names, plurals, and notes of runs."""
 
 from __future__ import annotations
 
@@ -57,3 +57,24 @@ def pluralize(count: int, noun: str) -> str:
     The plural is formed by adding `s`.
     """
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+class Caution(str):
+    """A note on a run that says that results may be wrong.
+
+    Other notes are plain strings. A caution is logged at level WARNING, so that Python and the
+    command line show it by default.
+
+    Example:
+        >>> from hetero_fl.utils.text import Caution, prefix_note
+        >>> prefix_note("clients: 'a'", Caution("no test rows"))
+        Caution("clients: 'a': no test rows")
+    """
+
+    def __repr__(self) -> str:
+        return f"Caution({super().__repr__()})"
+
+
+def prefix_note(where: str, note: str) -> str:
+    """Return a note that starts with a place, and that is a caution if `note` is one."""
+    return type(note)(f"{where}: {note}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from rich.console import Console
 from hetero_fl.reporting import progress as module
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.text import Caution
 
 
 def play(run: RunDirectory, progress: Progress) -> None:
@@ -110,3 +113,30 @@ def test_markup_and_line_breaks_are_escaped(capsys: pytest.CaptureFixture[str]) 
         progress.start(2, 1)
         progress.finish_round(record)
     assert "round 1: a dropped (found [red] x[0])" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_warning_is_shown_once(
+    quiet: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "hetero_fl"), Progress(tmp_path / "log.txt", quiet) as progress:
+        progress.log(Caution("the test rows are training rows"))
+        progress.log("6 clients")
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert ("warning: the test rows" in capfd.readouterr().err) is not quiet
+    assert "warning: the test rows are training rows" in (tmp_path / "log.txt").read_text()
+
+
+def test_warning_reaches_python_users_without_logging(tmp_path: Path) -> None:
+    code = (
+        "from hetero_fl.reporting.progress import Progress\n"
+        "from hetero_fl.utils.text import Caution\n"
+        "for quiet in (True, False):\n"
+        "    with Progress(quiet=quiet) as progress:\n"
+        "        progress.log(Caution('the test rows are training rows'))\n"
+    )
+
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert shown.stderr.splitlines() == ["warning: the test rows are training rows"] * 2

@@ -20,6 +20,7 @@ from hetero_fl.algorithms.base import (
 from hetero_fl.algorithms.local_training import (
     add_log_prior,
     augmentation,
+    load_objective,
     local_fit,
     objective_context,
     subtract_log_prior,
@@ -216,7 +217,9 @@ class Centralized(Algorithm):
                 counts = torch.bincount(labels, minlength=server.task.outputs)
             yield Fit(
                 {slot: None},
-                Supervised(server.task.kind, slot=slot),
+                load_objective(
+                    settings.objective, server.task, Supervised(server.task.kind, slot=slot)
+                ),
                 rows,
                 context=objective_context(server.task, counts, settings),
                 augment=augmentation(settings),

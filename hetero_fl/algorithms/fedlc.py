@@ -94,7 +94,7 @@ class FedLC(FedAvg):
         one_architecture=True,
         tasks=("multiclass",),
         shared_model=True,
-        unused_options=("logit_adjustment", "class_weights"),
+        unused_options=("logit_adjustment", "class_weights", "objective"),
     )
 
     tau: NonNegativeFloat = Field(1.0, description="factor τ of the margins")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hetero_fl.core.objectives import LossFunction, Objective, Supervised, log_p
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.core.task import Task
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import import_reference
 
 
@@ -26,12 +28,12 @@ def local_fit(
 ) -> Fit:
     """Create the `Fit` step that trains a client's model with the client's own settings.
 
-    The supervised loss applies the client's `logit_adjustment` and `class_weights`.
+    The supervised loss applies the client's `objective`, `logit_adjustment` and `class_weights`.
 
     Args:
         client: The client.
-        objective: Objective to minimize. If None, the client's setting `objective` is used, or the
-            supervised loss if this setting is None as well.
+        objective: Objective to minimize, in which the client's setting `objective` replaces the
+            supervised loss. If None, this setting is minimized itself.
         data: Rows to train on. If None, the client's training rows are used.
         context: Tensors that the objective needs in addition to the batch.
         **changes: Values of other fields of `Fit`, such as `train`, `epochs` or `label`.
@@ -53,7 +55,7 @@ def local_fit(
         5
     """
     settings = client.settings
-    objective = objective or load_objective(settings.objective, client.task)
+    objective = load_objective(settings.objective, client.task, objective)
     data = data or Rows()
     fields: dict[str, Any] = {
         "train": {"model": None},
@@ -77,26 +79,35 @@ def local_fit(
     )
 
 
-def load_objective(reference: str | None, task: Task) -> Objective:
-    """Return the objective that a reference names.
+def load_objective(
+    reference: str | None, task: Task, objective: Objective | None = None
+) -> Objective:
+    """Return the objective that a reference names, or an objective with the loss that it names.
 
     Args:
         reference: Reference to a loss function, an `Objective` or a subclass of `Objective`. If
-            None, the supervised loss is returned.
+            None, the supervised loss is not replaced.
         task: The learning task. Its kind is passed to the objective.
+        objective: Objective of the method. If None, the supervised loss.
 
     Raises:
-        UserError: If the reference cannot be imported or is not an objective.
+        UserError: If the reference cannot be imported or is not an objective, or is not a loss
+            function although the method has an objective.
     """
-    if reference is None:
-        return Supervised(task.kind)
+    own = Supervised(task.kind) if objective is None else objective
+    if reference is None or not isinstance(own, Supervised):
+        return own
     found = import_reference(reference, "objective", Objective, takes="logits, y")
-    if isinstance(found, Objective):
-        return found
-    if isinstance(found, type) and issubclass(found, Objective):
-        objective_class: Callable[..., Objective] = found
-        return objective_class(task.kind)
-    return LossFunction(task.kind, function=found)
+    is_class = isinstance(found, type) and issubclass(found, Objective)
+    if not is_class and not isinstance(found, Objective):
+        return replace(own, function=LossFunction(found, task))
+    if objective is not None:
+        raise UserError(
+            f"objective: the method combines the local loss with {type(own).__name__}, so it needs "
+            f"a function of logits and targets, got the objective {reference}"
+        )
+    create: Callable[..., Objective] = found
+    return create(task.kind) if is_class else found
 
 
 def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:

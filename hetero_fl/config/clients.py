@@ -255,8 +255,9 @@ class ClientSettings(ConfigSection):
     )
     objective: Reference | None = Field(
         None,
-        description="user-defined local loss: a function of logits and targets that returns a loss "
-        "per example, or a subclass of `Objective`; `null`: the supervised loss of the task",
+        description="user-defined local loss: a function of logits and targets that returns the "
+        "loss of a batch or of each example, or a subclass of `Objective`; `null`: the supervised "
+        "loss of the task",
     )
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()

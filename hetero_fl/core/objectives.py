@@ -8,14 +8,15 @@ step (`hetero_fl.core.plan.Fit`).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import vmap
 from typing_extensions import override
 
 from hetero_fl.core.task import Task
@@ -27,6 +28,10 @@ T = TypeVar("T")
 
 # Lower bound of probabilities before a logarithm.
 MIN_PROBABILITY = 1e-12
+# Minimum number of examples with which a user's loss is examined.
+TRIAL_EXAMPLES = 8
+# The fractional parts of multiples of an irrational number are spread evenly between 0 and 1.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class ModelView:
@@ -129,6 +134,15 @@ class Objective:
         >>> MeanSquaredLogit().loss(nets, batch, {}).shape
         torch.Size([5])
     """
+
+    @property
+    def needs_whole_batches(self) -> bool:
+        """Whether the loss of a batch is not the mean of the losses of its examples.
+
+        In this case, `loss` returns values whose mean is the loss of the batch. Batches are not
+        padded, and DP-SGD is not possible.
+        """
+        return False
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         """Return the loss of each example, shape `[B]`."""
@@ -245,6 +259,113 @@ def squared_distance(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tens
 
 
 @dataclass(frozen=True)
+class LossFunction:
+    """A user's loss of logits and targets, with the meaning that it has in plain PyTorch.
+
+    Args:
+        function: Function of logits `[B, C]` and targets that returns the loss of the batch, a
+            scalar, or the loss of each example, `[B]` or `[B, ...]`, whose mean is the loss of the
+            batch. A loss of `torch.nn` keeps its `reduction`.
+        task: The task, which determines the shapes of logits and targets.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.objectives import LossFunction
+        >>> from hetero_fl.core.task import Task
+        >>> weighted = LossFunction(
+        ...     torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])), Task("multiclass", 2)
+        ... )
+        >>> weighted.total(torch.zeros(2, 2), torch.tensor([0, 1]))
+        tensor(0.6931)
+        >>> weighted.is_mean_of_examples
+        False
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    task: Task
+
+    def total(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of a batch, a scalar."""
+        return self._call(logits, y).mean()
+
+    def each(self, logits: Tensor, y: Tensor, separate: bool = False) -> Tensor:
+        """Return one value per example, shape `[B]`, whose mean is the loss of the batch.
+
+        Args:
+            logits: Outputs, shape `[B, C]`.
+            y: Targets.
+            separate: Whether the values must be the losses of the examples, which requires
+                `is_mean_of_examples`. Otherwise, they may be equal.
+        """
+        losses = self._call(logits, y)
+        if losses.ndim:
+            return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+        if not separate:
+            return losses.expand(len(logits))
+        return vmap(lambda z, target: self._call(z[None], target[None]))(logits, y)
+
+    def _call(self, logits: Tensor, y: Tensor) -> Tensor:
+        if isinstance(self.function, nn.Module):
+            # The weights of classes are tensors of the loss.
+            self.function.to(logits.device)
+        losses = self.function(logits, y)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"the loss must be a tensor, got {type(losses).__name__}")
+        if losses.ndim and len(losses) != len(logits):
+            raise ValueError(
+                "the loss must be a scalar or have one value per example, shape "
+                f"{tuple(logits.shape[:1])}, got shape {tuple(losses.shape)}"
+            )
+        return losses
+
+    @cached_property
+    def is_mean_of_examples(self) -> bool:
+        """Whether the loss of a batch is the mean of the losses of its examples.
+
+        This does not hold for class weights with the reduction `mean`, whose denominator is the sum
+        of the weights, for `ignore_index` of a class, and for the reduction `sum`. The result
+        follows from the losses of pairs of examples, in which all classes occur.
+        """
+        count = self.task.outputs if self.task.kind == "multiclass" else TRIAL_EXAMPLES
+        z, y = self._examples([0])
+        try:
+            first = self.total(z, y)
+            for i in range(1, max(count, TRIAL_EXAMPLES)):
+                mean = (first + self.total(*self._examples([i]))) / 2
+                if not torch.allclose(self.total(*self._examples([0, i])), mean, rtol=1e-4):
+                    return False
+        # A user's function may raise any exception.
+        except Exception:
+            return False
+        return True
+
+    @cached_property
+    def needs_log_probabilities(self) -> bool:
+        """Whether the loss is linear in the outputs, as `NLLLoss`, and has no minimum on logits."""
+        z, y = self._examples(range(TRIAL_EXAMPLES))
+        try:
+            zero, one, two, opposite = (self.total(k * z, y) for k in (0, 100, 200, -100))
+        # A user's function may raise any exception.
+        except Exception:
+            return False
+        step = one - zero
+        return bool(step) and torch.allclose(
+            torch.stack([two - one, zero - opposite]), step, rtol=1e-3
+        )
+
+    def _examples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return outputs between 0 and 1, and targets. The class of example i is i modulo C."""
+        classes = torch.arange(1, self.task.outputs + 1)
+        rows = torch.tensor(indices)
+        position = (rows[:, None] + 1) * classes
+        logits = (position * GOLDEN_RATIO).frac()
+        if self.task.kind == "multiclass":
+            return logits, rows % self.task.outputs
+        targets = (position * 2**0.5).frac()
+        return logits, targets.round() if self.task.kind == "multilabel" else targets
+
+
+@dataclass(frozen=True)
 class Supervised(Objective):
     """The supervised loss of the task.
 
@@ -255,6 +376,7 @@ class Supervised(Objective):
     Args:
         kind: Kind of the task.
         slot: Slot of the model.
+        function: A user's loss in place of the supervised loss.
 
     Example:
         >>> import torch
@@ -268,6 +390,12 @@ class Supervised(Objective):
 
     kind: Kind = "multiclass"
     slot: str = "model"
+    function: LossFunction | None = field(default=None, kw_only=True)
+
+    @property
+    @override
+    def needs_whole_batches(self) -> bool:
+        return self.function is not None and not self.function.is_mean_of_examples
 
     @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
@@ -285,10 +413,19 @@ class Supervised(Objective):
             reduction: `none` or `mean`.
         """
         logits = outputs.logits + context["log_prior"] if "log_prior" in context else outputs.logits
-        if "class_weights" in context:
-            losses = supervised_loss(self.kind, logits, batch.y) * context["class_weights"][batch.y]
-            return losses.mean() if reduction == "mean" else losses
-        return supervised_loss(self.kind, logits, batch.y, reduction)
+        is_weighted = "class_weights" in context
+        is_mean = reduction == "mean" and not is_weighted
+        if self.function is None:
+            losses = supervised_loss(self.kind, logits, batch.y, "mean" if is_mean else "none")
+        elif is_mean:
+            losses = self.function.total(logits, batch.y)
+        else:
+            is_padded = batch.weight is not None
+            losses = self.function.each(logits, batch.y, separate=is_weighted or is_padded)
+        if not is_weighted:
+            return losses
+        losses = losses * context["class_weights"][batch.y]
+        return losses.mean() if reduction == "mean" else losses
 
     @override
     def total_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
@@ -298,49 +435,6 @@ class Supervised(Objective):
         return self.loss_of_outputs(
             nets[self.slot](batch.x), batch, context, "mean"
         ) + self.penalty(nets, context)
-
-
-@dataclass(frozen=True)
-class LossFunction(Supervised):
-    """A user's loss function in place of the supervised loss.
-
-    Args:
-        function: Function of logits `[B, C]` and targets that returns the loss of each example,
-            `[B]` or `[B, ...]`. Further dimensions are averaged. If the function has an attribute
-            `reduction`, like the losses of `torch.nn`, a copy with `reduction="none"` is used.
-
-    Example:
-        >>> import torch
-        >>> from hetero_fl.core.objectives import Batch, LossFunction
-        >>> from model_zoo import Outputs
-        >>> smoothed = LossFunction(function=torch.nn.CrossEntropyLoss(label_smoothing=0.1))
-        >>> batch = Batch(y=torch.tensor([0, 1]))
-        >>> smoothed.loss_of_outputs(Outputs(torch.zeros(2, 4), torch.zeros(2, 8)), batch, {})
-        tensor([1.3863, 1.3863])
-    """
-
-    function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-
-    @override
-    def loss_of_outputs(
-        self, outputs: Outputs, batch: Batch, context: Context, reduction: str = "none"
-    ) -> Tensor:
-        function = self.function
-        if getattr(function, "reduction", "none") != "none":
-            function = copy.copy(function)
-            function.reduction = "none"  # type: ignore[attr-defined]
-        logits = outputs.logits + context["log_prior"] if "log_prior" in context else outputs.logits
-        losses = function(logits, batch.y)
-        if losses.ndim > 1:
-            losses = losses.flatten(1).mean(1)
-        if losses.shape != logits.shape[:1]:
-            raise ValueError(
-                f"the loss must have one value per example, shape {tuple(logits.shape[:1])}, got "
-                f"shape {tuple(losses.shape)}; use reduction='none'"
-            )
-        if "class_weights" in context:
-            losses = losses * context["class_weights"][batch.y]
-        return losses.mean() if reduction == "mean" else losses
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ The module `vectorized_training` contains the training loop for several particip
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,14 +25,14 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError, translate_user_errors
 from hetero_fl.engine.dropout import DropoutStreams
 from hetero_fl.engine.templates import Template, Templates
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.seeding import seed_torch, stream_key
 
 # Trained tensors, keyed by "slot:name".
 TrainableTensors = dict[str, Tensor]
-# Optimizer state of each trained tensor, keyed by "slot:name".
-OptimizerSnapshot = dict[str, dict[str, Tensor]]
+# Optimizer state of each trained tensor, tensors and numbers, keyed by "slot:name".
+OptimizerSnapshot = dict[str, dict[str, Any]]
 
 
 def is_trained(fit: Fit, slot: str, name: str) -> bool:
@@ -95,13 +95,10 @@ def _make_custom_optimizer(
     head_rates = [group.get("lr") for group in groups]
     parameters = groups if config.head_lr else [p for group in groups for p in group["params"]]
     with translate_user_errors():
-        optimizer = create(parameters)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            f"optimizer.name: expected {config.name} to return a torch.optim.Optimizer, got "
-            f"{type(optimizer).__name__}"
-        )
+        optimizer = create_optimizer(create, parameters)
     if config.head_lr:
+        if len(optimizer.param_groups) != len(groups):
+            raise UserError(f"optimizer.head_lr: {config.name} must keep the parameter groups")
         for rate, group in zip(head_rates, optimizer.param_groups, strict=True):
             group["lr"] = rate or config.lr
         return optimizer
@@ -109,6 +106,59 @@ def _make_custom_optimizer(
     for group in optimizer.param_groups:
         # The ratios between the learning rates of groups that the function defines are preserved.
         group["lr"] = config.lr if group["lr"] == first else group["lr"] * config.lr / first
+    return optimizer
+
+
+def create_optimizer(
+    create: Callable[[Any], Any], parameters: Sequence[Any]
+) -> torch.optim.Optimizer:
+    """Create the optimizer of a user's function.
+
+    Args:
+        create: Function of parameters.
+        parameters: Parameters or parameter groups.
+
+    Raises:
+        TypeError: If the result is not an optimizer.
+        ValueError: If the optimizer has no learning rate.
+    """
+    optimizer = create(parameters)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "expected a function that returns a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}"
+        )
+    if not all(group.get("lr") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} needs a positive learning rate 'lr' in each parameter "
+            "group, which schedules change"
+        )
+    return optimizer
+
+
+def try_optimizer(create: Callable[[list[nn.Parameter]], Any]) -> torch.optim.Optimizer:
+    """Create an optimizer for a small linear layer, and make a step as local training does.
+
+    Args:
+        create: Function of parameters that returns an optimizer.
+
+    Raises:
+        TypeError: If the result is not an optimizer.
+        ValueError: If the optimizer has no learning rate or needs a closure.
+    """
+    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = create_optimizer(create, parameters)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer.step()
+    # A user's optimizer may raise any exception.
+    except Exception as error:
+        raise ValueError(
+            f"{type(optimizer).__name__}.step() fails without a closure, which local training does "
+            f"not have: {one_line(error)}; choose an optimizer such as torch.optim.SGD"
+        ) from error
     return optimizer
 
 
@@ -128,23 +178,29 @@ def snapshot_optimizer(
         trainable: The tensors that the optimizer updates, keyed by "slot:name".
         device: The device of the copy.
     """
-    copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
+    states = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
     return {
-        k: {
-            n: torch.as_tensor(v)
-            .detach()
-            .to(device, copy=True, memory_format=torch.contiguous_format)
-            for n, v in s.items()
-            if v is not None
-        }
-        for k, s in copy.items()
+        k: {n: _copy_state(n, v, device) for n, v in state.items() if v is not None}
+        for k, state in states.items()
     }
+
+
+def _copy_state(name: str, value: Any, device: torch.device) -> Any:
+    """Copy a tensor or a number of an optimizer's state."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, int | float):
+        return value
+    raise UserError(
+        f"optimizer: the state '{name}' is a {type(value).__name__}, which cannot be kept between "
+        "rounds; choose an optimizer whose state consists of tensors and numbers"
+    )
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     trainable: Mapping[str, Tensor],
-    saved: Mapping[str, Mapping[str, Tensor]],
+    saved: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Restore the state of an optimizer from `snapshot_optimizer`.
 
@@ -155,12 +211,16 @@ def restore_optimizer(
     """
     for name, state in saved.items():
         p = trainable[name]
-        # Fused optimizers expect the step counter in float32 on the device of the parameter, and
-        # all other state in the memory format of the parameter.
-        optimizer.state[p] = {
-            n: t.to(p.device, copy=True) if n == "step" else torch.empty_like(p).copy_(t)
-            for n, t in state.items()
-        }
+        optimizer.state[p] = {n: _restore_state(v, p) for n, v in state.items()}
+
+
+def _restore_state(value: Any, p: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape != p.shape or not p.ndim:
+        return value.to(p.device, copy=True)
+    # Fused optimizers expect state of the parameter's shape in its memory format.
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def move_to_device(memory: DeviceMemory, value: Any) -> Any:

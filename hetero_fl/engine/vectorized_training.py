@@ -323,7 +323,7 @@ class _StackedFits:
             (s, n) for s, t in self.templates.items() for n in t.parameters if is_trained(fit, s, n)
         ]
         # BatchNorm uses statistics of the whole batch, so only batches of equal size are stacked.
-        self.equal_sizes = any(
+        self.equal_sizes = fit.objective.needs_whole_batches or any(
             is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
         )
         self.dropout = templates.dropout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_source, to_dataset
+from hetero_fl.engine.training import try_optimizer
 from hetero_fl.reporting.notebook import html_items
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -84,9 +84,9 @@ class Client:
         fine_tune_epochs: Number of epochs of fine-tuning on the client's rows before each
             evaluation.
         fine_tune_before: Tests before which the model is fine-tuned: "all_tests" or "local_tests".
-        objective: Loss of local training: a function of logits and targets, such as
-            `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`; a subclass of `Objective`; or a
-            reference `python:module:name`.
+        objective: Loss of local training: a function of logits and targets that returns the loss of
+            the batch or of each example, such as `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`;
+            a subclass of `Objective`; or a reference `python:module:name`.
         preprocess: Preprocessing of all inputs. `Preprocess(transform=...)` applies a function.
         augment: Augmentation of training inputs. `Augment(transform=...)` applies a function, such
             as a torchvision transform.
@@ -367,28 +367,21 @@ def optimizer_section(create: OptimizerFunction, where: str) -> dict[str, Any]:
     """Return the section `optimizer` of a configuration for a function that creates an optimizer.
 
     Args:
-        create: The function, which is called once to read the learning rate.
+        create: The function, which is called once to read the learning rate and to make a step.
         where: Prefix of error messages.
 
     Raises:
         TypeError: If the function does not return a `torch.optim.Optimizer`.
-        UserError: If the function raises an exception.
+        UserError: If the function raises an exception, or the optimizer has no learning rate or
+            needs a closure.
     """
     try:
-        optimizer = create([torch.zeros(1, requires_grad=True)])
+        optimizer = try_optimizer(create)
+    except TypeError as error:
+        raise TypeError(f"{where}optimizer: {one_line(error)}") from error
     # A user's function may raise any exception.
     except Exception as error:
         raise UserError(f"{where}optimizer: {one_line(error)}") from error
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"{where}optimizer: expected a function that returns a torch.optim.Optimizer, got "
-            f"{type(optimizer).__name__}"
-        )
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
-        raise UserError(
-            f"{where}optimizer: {type(optimizer).__name__} needs a closure, which local training "
-            "does not have; choose an optimizer such as torch.optim.SGD"
-        )
     return {"name": reference_to(create), "lr": float(optimizer.param_groups[0]["lr"])}
 
 

@@ -309,7 +309,7 @@ def prepare(
     if budget is not None:
         notes.append(budget.description())
     notes += compatibility_notes(LATER_NOTES, facts)
-    check_user_code(federation)
+    notes += check_user_code(federation)
     choose_device(config.runtime.device)
     notes += SimulationEnvironment.from_config(federation, config).notes()
     start = starting_tensors(config.init_from, federation, permission)

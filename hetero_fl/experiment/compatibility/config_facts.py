@@ -54,7 +54,7 @@ class ConfigFacts:
         sections += [(f"clients: {group.name}: ", group) for group in clients.groups]
         sections += [(f"clients: {override.match}: ", override) for override in clients.overrides]
         for place, settings in sections:
-            for name in (*CLIENT_OPTIONS, "class_weights"):
+            for name in (*CLIENT_OPTIONS, "class_weights", "objective"):
                 if value := getattr(settings, name):
                     yield place + name, name, value
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hetero_fl.algorithms.local_training import load_objective
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.image_transforms import apply_transform
 from hetero_fl.core.metrics import apply_metric, metric_names
-from hetero_fl.core.objectives import Batch, LossFunction
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import Objective, Supervised
 from hetero_fl.core.task import Task
-from hetero_fl.engine.training import make_optimizer
+from hetero_fl.engine.training import make_optimizer, try_optimizer
 from hetero_fl.federation.federation import FederationSpec, load_metric
 from hetero_fl.utils.errors import UserError, one_line
-from model_zoo import Outputs
+from hetero_fl.utils.text import Caution, prefix_note
+from model_zoo.registry import is_user_defined
+from model_zoo.shapes import make_shape
 
 TRIAL_ROWS = 4
 """Number of examples with which user-defined functions are called."""
+LOGITS = "logits"
+PROBABILITIES = "probabilities"
+LOG_PROBABILITIES = "log-probabilities"
 
 
-def check_user_code(federation: FederationSpec) -> None:
+def check_user_code(federation: FederationSpec) -> list[str]:
     """Check user-defined functions by calling each function with a few examples.
 
     Losses, optimizers and transforms are checked for each set of clients with equal settings.
@@ -29,38 +37,160 @@ def check_user_code(federation: FederationSpec) -> None:
     Args:
         federation: The federation.
 
+    Returns:
+        Notes on models whose outputs are not logits.
+
     Raises:
         UserError: If a function does not exist, raises an exception, or returns an invalid value,
             or if a metric has the name of a built-in metric.
     """
+    # The first client to which a note applies, keyed by note.
+    noted: dict[str, str] = {}
+    archs = {arch for p in federation.client_infos.profiles for arch in p.models.values()}
+    unusual = {arch: kinds for arch in archs if set(kinds := output_kinds(arch)) != {LOGITS}}
+    is_private = federation.privacy is not None and federation.privacy.unit == "record"
     for profile in federation.client_infos.profiles:
         settings = profile.settings
-        where = f"clients: '{profile.first}': "
+        where = f"clients: '{profile.first}'"
         try:
-            _check_objective(settings.objective, federation.task)
-            if settings.optimizer.is_custom:
-                weight = torch.zeros(1, requires_grad=True)
-                make_optimizer(settings.optimizer, {"model:weight": weight})
+            objective = load_objective(settings.objective, federation.task)
+            _check_objective(objective, settings, federation.task, is_private)
+            if federation.task.kind != "regression":
+                for arch in dict.fromkeys(profile.models.values()):
+                    kinds = unusual.get(arch, [LOGITS, LOGITS])
+                    for note in _output_notes(arch, kinds, objective):
+                        noted.setdefault(note, where)
+            _check_optimizer(settings.optimizer)
             inputs = torch.zeros(TRIAL_ROWS, *profile.arch.input_shape)
             if settings.preprocess.transform is not None:
                 apply_transform(settings.preprocess.transform, inputs, "preprocess.transform")
             if settings.augment.transform is not None:
                 apply_transform(settings.augment.transform, inputs, "augment.transform")
         except UserError as error:
-            raise UserError(f"{where}{error}") from error
-    _check_metrics(federation.metrics, federation.task)
-
-
-def _check_objective(reference: str | None, task: Task) -> None:
-    objective = load_objective(reference, task)
-    if not isinstance(objective, LossFunction):
-        return
-    logits, y = _trial_outputs(task)
+            raise UserError(f"{where}: {error}") from error
     try:
-        objective.loss_of_outputs(Outputs(logits, logits), Batch(y=y), {})
+        _check_optimizer(federation.server_settings.optimizer)
+    except UserError as error:
+        raise UserError(f"server: {error}") from error
+    _check_metrics(federation.metrics, federation.task)
+    return [prefix_note(where, note) for note, where in noted.items()]
+
+
+def _check_objective(
+    objective: Objective, settings: ClientSettings, task: Task, is_private: bool
+) -> None:
+    function = objective.function if isinstance(objective, Supervised) else None
+    if function is None:
+        return
+    if isinstance(function.function, nn.Module):
+        trained = [n for n, p in function.function.named_parameters() if p.requires_grad]
+        if trained:
+            raise UserError(
+                f"objective: the parameter '{trained[0]}' of the loss would not be trained; add it "
+                "to the model, or set requires_grad=False"
+            )
+    needs_rows = {"privacy.unit=record": is_private, "class_weights": settings.class_weights}
+    try:
+        logits, y = _trial_outputs(task)
+        function.total(logits, y)
+        for setting in [name for name, value in needs_rows.items() if value]:
+            if not function.is_mean_of_examples:
+                raise ValueError(
+                    f"{setting} needs a loss that is the mean of the losses of the rows, which "
+                    "class weights, ignore_index and reduction='sum' change; return one loss per "
+                    "row (reduction='none')"
+                )
+            function.each(logits, y, separate=True)
     # A user's function may raise any exception.
     except Exception as error:
         raise UserError(f"objective: {one_line(error)}") from error
+
+
+def output_kinds(arch: ModelSpec) -> list[str]:
+    """Return what a model returns in training and in evaluation mode, such as `probabilities`.
+
+    Only models of the user are examined. Their heads get random weights that are so large that
+    logits are neither between 0 and 1 nor normalized by chance.
+    """
+    if not is_user_defined(arch.name):
+        return [LOGITS, LOGITS]
+    _, channels, size, _ = arch.size_arguments
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = arch.build()
+        x = make_shape(channels, size, arch.vocabulary).zeros(2)
+        x = x.uniform_() if x.is_floating_point() else x.random_(1, arch.vocabulary)
+        head = list(model.head.parameters())
+        changed = head or list(model.parameters())
+        for parameter in changed:
+            parameter.normal_(std=1e6 if head else 1.0)
+        try:
+            outputs = [[model.train(mode)(x).logits for mode in (True, False)]]
+            for parameter in changed:
+                parameter.neg_()
+            outputs.append([model.train(mode)(x).logits for mode in (True, False)])
+        # Errors of models are reported where models are created.
+        except Exception:
+            return [LOGITS, LOGITS]
+    return [_output_kind(torch.cat(pair)) for pair in zip(*outputs, strict=True)]
+
+
+def _output_kind(outputs: Tensor) -> str:
+    if bool(outputs.any() and ((outputs >= 0) & (outputs <= 1)).all()):
+        return PROBABILITIES
+    sums = outputs.exp().sum(-1)
+    return LOG_PROBABILITIES if torch.allclose(sums, torch.ones_like(sums), 1e-3) else LOGITS
+
+
+def _output_notes(arch: ModelSpec, kinds: Sequence[str], objective: Objective) -> list[str]:
+    """Return a note if a loss and predictions that need logits receive something else.
+
+    Raises:
+        UserError: If the loss needs log-probabilities and the model returns logits.
+    """
+    function = objective.function if isinstance(objective, Supervised) else None
+    needs_log = (
+        function is not None
+        and function.task.kind == "multiclass"
+        and function.needs_log_probabilities
+    )
+    model = f"model {arch.display_name}"
+    if needs_log and kinds[0] == LOGITS:
+        raise UserError(
+            "objective: the loss is linear in the outputs, as torch.nn.NLLLoss, and has no minimum "
+            f"on the logits of {model}; use torch.nn.CrossEntropyLoss, or end the head with "
+            "torch.nn.LogSoftmax(-1)"
+        )
+    if PROBABILITIES in kinds:
+        return [
+            Caution(
+                f"{model}: the outputs are probabilities, but losses and predictions apply softmax "
+                "or sigmoid to outputs; return logits, without softmax or sigmoid"
+            )
+        ]
+    if LOG_PROBABILITIES in kinds and isinstance(objective, Supervised) and not needs_log:
+        return [
+            Caution(
+                f"{model}: the outputs are log-probabilities, to which the loss applies softmax "
+                "again; return logits, without log-softmax, or use torch.nn.NLLLoss as objective"
+            )
+        ]
+    return []
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if not optimizer.is_custom:
+        return
+    try:
+        try_optimizer(
+            lambda parameters: make_optimizer(
+                optimizer, dict(zip(("model:weight", "model:head.bias"), parameters, strict=True))
+            )
+        )
+    # A user's optimizer may raise any exception.
+    except Exception as error:
+        reason = str(error).removeprefix("optimizer.name: ")
+        raise UserError(f"optimizer.name: {one_line(reason)}") from error
 
 
 def _check_metrics(metrics: Mapping[str, str], task: Task) -> None:

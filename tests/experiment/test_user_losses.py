@@ -1,0 +1,291 @@
+"""Losses of the user give the results of a loop of plain PyTorch, or are refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import hetero_fl as hfl
+from hetero_fl.utils.errors import UserError
+from tests.helpers.python_federations import NO_REPORT, images
+
+BATCHED = ["runtime.executor=batched", *NO_REPORT[1:]]
+WEIGHT = torch.tensor([1.0, 5.0, 0.3])
+RATE = 0.3
+CLASSES = 3
+
+
+class RecordingFlatten(nn.Flatten):
+    """A layer that records the batches of training, unless `seen` is None."""
+
+    seen: list[Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.seen is not None:
+            self.seen.append(x.detach().clone())
+        return super().forward(x)
+
+
+def train_recorded(own: hfl.Federation, method: Any) -> tuple[hfl.Run, list[Tensor]]:
+    """Train one round with the serial executor, and return the batches of all clients."""
+    RecordingFlatten.seen = seen = []
+    try:
+        return own.train(method, rounds=1, overrides=NO_REPORT), seen
+    finally:
+        RecordingFlatten.seen = None
+
+
+class WeightedFocalLoss(nn.Module):
+    """A loss that divides by the weights of the batch, in the style of `torch.nn`."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.register_buffer("weight", WEIGHT)
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        each = functional.cross_entropy(logits, y, reduction="none")
+        each = self.weight[y] * (1 - (-each).exp()) ** 2 * each
+        return each if self.reduction == "none" else each.sum() / self.weight[y].sum()
+
+
+def spread_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Return a scalar that is not a sum over examples."""
+    return functional.cross_entropy(logits, y) + logits.var(0).mean().sqrt()
+
+
+MULTICLASS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weights": nn.CrossEntropyLoss(weight=WEIGHT),
+    "ignored class": nn.CrossEntropyLoss(ignore_index=1),
+    "weights and smoothing": nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "weights without reduction": nn.CrossEntropyLoss(weight=WEIGHT, reduction="none"),
+    "margins": nn.MultiMarginLoss(weight=WEIGHT),
+    "module": WeightedFocalLoss(),
+    "partial": partial(functional.cross_entropy, weight=WEIGHT),
+    "mean": functional.cross_entropy,
+    "spread": spread_loss,
+}
+MULTILABEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "positive weights": nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
+    "weighted labels": nn.BCEWithLogitsLoss(weight=WEIGHT, reduction="sum"),
+    "mean of a batch": nn.KLDivLoss(reduction="batchmean"),
+}
+
+
+def numbered_images(rows: int, client: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return images whose first two pixels are the class and the number of the client."""
+    rng = np.random.default_rng(client)
+    x = rng.integers(0, 256, (rows, 4, 4)).astype(np.uint8)
+    y = np.arange(rows) % CLASSES
+    x[:, 0, 0], x[:, 0, 1] = 60 * y, 10 * client
+    return x, y if kind == "multiclass" else targets_of(torch.from_numpy(y), kind).numpy()
+
+
+def targets_of(y: Tensor, kind: str) -> Tensor:
+    """Return the targets of classes. A multilabel row has the labels up to its class."""
+    return y if kind == "multiclass" else (torch.arange(CLASSES) <= y[:, None]).float()
+
+
+def train_with_torch(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    seen: list[Tensor],
+    client: int,
+    kind: str = "multiclass",
+) -> nn.Module:
+    """Train a model on the recorded batches of a client, as a loop of plain PyTorch does."""
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    batches = [x for x in seen if round(float(x[0, 0, 0, 1]) * 255) == 10 * client]
+    assert len({len(x) for x in batches}) > 1
+    for x in batches:
+        y = targets_of((x[:, 0, 0, 0] * 255 / 60).round().long(), kind)
+        optimizer.zero_grad()
+        loss(model[1](x.flatten(1)), y).mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "losses", "not_vectorized"),
+    [("multiclass", MULTICLASS, 2), ("multilabel", MULTILABEL, 1)],
+)
+def test_loss_equals_plain_torch(
+    kind: str, losses: dict[str, Any], not_vectorized: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(RecordingFlatten(), nn.Linear(16, CLASSES))
+    sizes = (40, 29)
+    # Two clients with each loss, which are trained together.
+    loss_of = dict(enumerate((loss for loss in losses.values() for _ in sizes), 1))
+    clients = [
+        hfl.Client(
+            f"site_{i}",
+            copy.deepcopy(model),
+            numbered_images(sizes[i % 2], i, kind),
+            objective=loss,
+            optimizer=hfl.SGD(lr=RATE),
+            batch_size=7,
+            epochs=2,
+        )
+        for i, loss in loss_of.items()
+    ]
+    own = hfl.Federation(clients, test=numbered_images(12, 25, kind))
+
+    serial, seen = train_recorded(own, hfl.Local())
+    with caplog.at_level(logging.INFO, "hetero_fl"):
+        batched = own.train(hfl.Local(), rounds=1, overrides=BATCHED)
+
+    assert sum("cannot be vectorized" in line for line in caplog.messages) == not_vectorized
+    for i, loss in loss_of.items():
+        trained = train_with_torch(copy.deepcopy(model), loss, seen, i, kind)
+        for run in (serial, batched):
+            tensors = run.models[f"site_{i}"].tensors
+            assert torch.allclose(tensors["head.weight"], trained[1].weight, atol=2e-5), i
+            assert torch.allclose(tensors["head.bias"], trained[1].bias, atol=2e-5), i
+
+
+def federation(model: nn.Module | None = None, **client: Any) -> hfl.Federation:
+    """Return a federation of two clients with equal models."""
+    model = model or nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+    clients = [hfl.Client(f"site_{i}", model, images(40, i), **client) for i in (1, 2)]
+    return hfl.Federation(clients, test=images(12, 9))
+
+
+def weights(run: hfl.Run) -> Tensor:
+    return run.models["site_1"].tensors["head.weight"]
+
+
+def test_terms_of_a_method_are_added_to_the_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(RecordingFlatten(), nn.Linear(16, CLASSES))
+    loss = MULTICLASS["weights"]
+    client = hfl.Client(
+        "site_1",
+        copy.deepcopy(model),
+        numbered_images(40, 1, "multiclass"),
+        objective=loss,
+        optimizer=hfl.SGD(lr=RATE),
+        batch_size=7,
+    )
+    own = hfl.Federation([client], test=numbered_images(12, 25, "multiclass"))
+
+    run, seen = train_recorded(own, hfl.FedProx(mu=2.0))
+
+    trained = copy.deepcopy(model)
+
+    def proximal(logits: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(trained.parameters(), model.parameters(), strict=True)
+        return loss(logits, y) + sum((p - q.detach()).square().sum() for p, q in pairs)
+
+    train_with_torch(trained, proximal, seen, 1)
+    head = run.models["site_1"].tensors["head.weight"]
+    assert torch.allclose(head, trained.state_dict()["1.weight"], atol=2e-5)
+
+
+def test_private_loss_is_that_of_single_rows() -> None:
+    privacy = hfl.Privacy(unit="record", noise_multiplier=1.0, clip=0.5)
+    losses = (None, functional.cross_entropy)
+
+    runs = [
+        federation(objective=loss, init="seeded").train(
+            hfl.FedAvg(), rounds=1, privacy=privacy, overrides=NO_REPORT
+        )
+        for loss in losses
+    ]
+
+    assert torch.allclose(weights(runs[0]), weights(runs[1]), atol=1e-6)
+
+
+def log_softmax_model(last: nn.Module) -> nn.Module:
+    """Return a model with a head that ends in a given layer."""
+    return hfl.SplitModel(nn.Flatten(), nn.Sequential(nn.Linear(64, CLASSES), last))
+
+
+def trained_loss() -> nn.Module:
+    loss = nn.CrossEntropyLoss()
+    loss.scale = nn.Parameter(torch.ones(()))
+    return loss
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "record": (
+        r"clients: 'site_1': objective: privacy.unit=record needs .*reduction='none'",
+        {"objective": MULTICLASS["weights"], "init": "seeded"},
+        {"privacy": hfl.Privacy(unit="record", noise_multiplier=1.0)},
+    ),
+    "class weights": (
+        r"objective: class_weights needs a loss that is the mean",
+        {"objective": MULTICLASS["sum"], "class_weights": "balanced"},
+        {},
+    ),
+    "raw logits": (r"NLLLoss, .* logits of model Seq.*LogSoftmax", {"objective": nn.NLLLoss()}, {}),
+    "partial": (
+        "has no minimum on the logits",
+        {"objective": partial(functional.nll_loss, weight=WEIGHT, reduction="sum")},
+        {},
+    ),
+    "trained loss": (
+        "objective: the parameter 'scale' of the loss would not be trained",
+        {"objective": trained_loss()},
+        {},
+    ),
+    "method": (
+        "remove it",
+        {"objective": MULTICLASS["sum"]},
+        {"method": hfl.FedLC()},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_loss_that_cannot_keep_its_meaning_is_refused(case: str) -> None:
+    words, client, settings = REFUSED[case]
+    method = settings.pop("method", hfl.FedAvg())
+
+    with pytest.raises(UserError, match=words) as caught:
+        federation(**client).train(method, rounds=1, overrides=NO_REPORT, **settings)
+
+    assert "\n" not in str(caught.value)
+
+
+class TrainingSoftmax(nn.Softmax):
+    """A softmax that is applied in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else x
+
+
+@pytest.mark.parametrize(
+    ("last", "objective", "words"),
+    [
+        (nn.Softmax(-1), None, "are probabilities"),
+        (TrainingSoftmax(-1), None, "are probabilities"),
+        (nn.Sigmoid(), None, "are probabilities"),
+        (nn.Softmax(-1), nn.NLLLoss(), "are probabilities"),
+        (nn.LogSoftmax(-1), None, "are log-probabilities"),
+        (nn.LogSoftmax(-1), nn.CrossEntropyLoss(weight=WEIGHT), "are log-probabilities"),
+        (nn.LogSoftmax(-1), nn.NLLLoss(weight=WEIGHT), ""),
+        (nn.ReLU(), None, ""),
+    ],
+    ids=lambda value: getattr(type(value), "__name__", None),
+)
+def test_outputs_that_are_no_logits_are_noted(
+    last: nn.Module, objective: Any, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = federation(log_softmax_model(last), objective=objective)
+
+    own.train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT)
+
+    cautions = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(cautions) == bool(words)
+    assert all("clients: 'site_1': model " in line and words in line for line in cautions)

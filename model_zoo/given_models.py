@@ -93,7 +93,7 @@ class GivenModel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The source text of a function is not available in every process.
-        return _restore, (self._model, self.head, self.name)
+        return restore_given, (self._model, self.head, self.name)
 
     def __repr__(self) -> str:
         return f"GivenModel({self.title}, head={self.head!r})"
@@ -128,6 +128,10 @@ class GivenModel:
         """The class or function that creates the module, or a function that copies the module."""
         return _Copy(self._model) if isinstance(self._model, nn.Module) else self._model
 
+    def is_known_as(self, name: str) -> bool:
+        """Return whether an equal model of another program may have a name, `object:NAME`."""
+        return self.name.partition("~")[0] == name.partition("~")[0]
+
     def _unique_name(self, name: str) -> str:
         """Return a name of which all models have the same functions and other opaque objects."""
         number = 1
@@ -151,7 +155,14 @@ class GivenModel:
         return split_module(self.factory(pretrained=True), shape, self.head)
 
 
-def _restore(model: nn.Module | ModelFactory, head: str | None, name: str) -> GivenModel:
+def restore_given(model: nn.Module | ModelFactory, head: str | None, name: str) -> GivenModel:
+    """Return a model under the name that the model has in another program.
+
+    Args:
+        model: The module, class or function.
+        head: Path of the head in the module. If None, the head is searched for.
+        name: The name, `object:NAME`.
+    """
     given = GivenModel(model, head)
     given.name = name
     _given.setdefault(name, WeakSet()).add(given)
@@ -206,6 +217,11 @@ def redraw_weights(module: nn.Module) -> list[str]:
     return kept
 
 
+def is_given(name: str) -> bool:
+    """Return whether this program has the model with a name, `object:NAME`."""
+    return bool(_given.get(name))
+
+
 def find_given(name: str) -> GivenModel:
     """Return the model that is registered under the name `object:NAME`.
 
@@ -215,8 +231,8 @@ def find_given(name: str) -> GivenModel:
     given = next(iter(_given.get(name, ())), None)
     if given is None:
         raise ModelError(
-            "the model was an object of a Python program; pass it again, or use a name or "
-            "python:package.module:Class"
+            "the model was an object of a Python program; create the federation from objects "
+            "again, or use a name or python:package.module:Class"
         )
     return given
 

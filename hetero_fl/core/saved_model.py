@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from hetero_fl.core.plan import forward_batch_size
 from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.utils.code_permission import CodePermission, find_references
-from hetero_fl.utils.errors import UserError
-from model_zoo import SplitModel
+from hetero_fl.utils.errors import ArgumentError, UserError
+from hetero_fl.utils.objects import OBJECT_PREFIX
+from model_zoo import ModelError, SplitModel
+from model_zoo.errors import one_line
+from model_zoo.given_models import GivenModel, restore_given
 
 FORM = "hetero_fl model 1"
 # Prefix of the names of local tensors in a model file, for the client's own examples. At first,
@@ -72,6 +76,8 @@ class SavedModel:
             all other examples. If None, nothing is subtracted.
         local_tensors: Tensors for the client's own examples, keyed by the name of the tensor that
             they replace: BatchNorm statistics, or all tensors of a model that was fine-tuned.
+        head: Path of the head in a module that a program passed. If None, the path is that of
+            `arch`.
     """
 
     tensors: Tensors
@@ -83,6 +89,7 @@ class SavedModel:
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
     correction: tuple[float, ...] | None = None
     local_tensors: Tensors = field(default_factory=dict)
+    head: str | None = None
 
     def __repr__(self) -> str:
         values = sum(tensor.numel() for tensor in self.tensors.values())
@@ -91,6 +98,11 @@ class SavedModel:
             f"input {list(self.arch.input_shape)}, {values:,} values in {len(self.tensors)} "
             "tensors)"
         )
+
+    @property
+    def is_object(self) -> bool:
+        """Whether the model is a module, class or function that a program passed."""
+        return self.arch.name.startswith(OBJECT_PREFIX)
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the model file as JSON-compatible values."""
@@ -107,6 +119,8 @@ class SavedModel:
             **({} if self.correction is None else {"correction": self.correction}),
             **({"columns": self.columns} if self.columns else {}),
             **({"categories": self.categories} if self.categories else {}),
+            # The head tells how to split the module when a program passes the module again.
+            **({"head": self.head or self.arch.head_path} if self.is_object else {}),
         }
         plain: dict[str, Any] = json.loads(json.dumps(metadata))
         return plain
@@ -163,9 +177,44 @@ class SavedModel:
                 categories,
                 None if correction is None else tuple(correction),
                 local,
+                metadata.get("head"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a saved model: {error}") from None
+
+    def restore_object(self, model: Any, where: str) -> GivenModel:
+        """Use a module of this program for all saved models with this architecture.
+
+        Args:
+            model: The module, or a class or function that creates the module.
+            where: Prefix of error messages.
+
+        Returns:
+            The module under its saved name, which is valid as long as the program keeps the result.
+
+        Raises:
+            ArgumentError: If the model was not an object of a program, or the module does not fit
+                the saved tensors.
+        """
+        name = self.arch.name
+        if not self.is_object:
+            raise ArgumentError(f"{where}: the saved model is {name}, which needs no module")
+        try:
+            given = GivenModel(model)
+            if self.head and not given.is_known_as(name):
+                given = GivenModel(model, self.head)
+            replace(self, arch=replace(self.arch, name=given.name)).module()
+        except (ModelError, TypeError, RuntimeError) as error:
+            reason = one_line(error)
+            raise ArgumentError(f"{where}: does not fit the saved model: {reason}") from None
+        if not given.is_known_as(name):
+            warnings.warn(
+                f"{where}: {given.title} differs from the module of the run in its class, source "
+                "code, attributes or frozen parameters, so its predictions may differ",
+                UserWarning,
+                stacklevel=5,
+            )
+        return restore_given(model, given.head, name)
 
     def module(self, personal: bool = False) -> SplitModel:
         """Build the model with the saved tensors, in evaluation mode.

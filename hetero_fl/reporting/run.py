@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +27,11 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.integrity import CHANGED, inspect
 from hetero_fl.reporting.notebook import Picture, html_items, html_table
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
-from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.serialization import sha256_of
 from hetero_fl.utils.text import pluralize
+from model_zoo.given_models import is_given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +47,9 @@ class Run:
         path: The run directory.
         allow_code: Whether code that the files reference (`python:package.module:Name`) may be
             executed, such as a user-defined model class.
+        models: Modules, or classes or functions that create modules, keyed by client id. Required
+            after a restart for models that were passed as modules. A module is used for all models
+            of the run with its architecture.
 
     Attributes:
         directory: The files of the run.
@@ -76,21 +82,34 @@ class Run:
         ['curves.png', 'clients.png', 'labels.png']
     """
 
-    def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        allow_code: bool | CodePermission = False,
+        models: Mapping[str, Any] | None = None,
+    ) -> None:
         self.directory = RunDirectory.open(path)
         inspect(path, thorough=False).require_whole()
-        self.permission = CodePermission.from_argument(allow_code)
+        example = f"Run.load({str(path)!r}, allow_code=True)"
+        self.permission = CodePermission.from_argument(allow_code, example)
         self._loaded: dict[str, SavedModel] = {}
         self._kept: list[object] = []
+        for name, model in (models or {}).items():
+            self._restore_object(name, model)
 
     def keep(self, *objects: object) -> None:
         """Keep objects, such as user-defined model classes, alive as long as this instance."""
         self._kept.extend(objects)
 
     @classmethod
-    def load(cls, path: str | Path, allow_code: bool | CodePermission = False) -> Run:
+    def load(
+        cls,
+        path: str | Path,
+        allow_code: bool | CodePermission = False,
+        models: Mapping[str, Any] | None = None,
+    ) -> Run:
         """Return the run in a directory, as the constructor does."""
-        return cls(path, allow_code)
+        return cls(path, allow_code, models)
 
     @classmethod
     def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
@@ -98,12 +117,18 @@ class Run:
 
         Args:
             run: Path of the run directory, or a `Run`. A `Run` is returned unchanged, unless
-                `allow_code` is set and differs from the permission of the run.
+                `allow_code` permits more than the run does. The result is then a copy that shares
+                the models, the directory and the objects of the run.
             allow_code: Whether code that the files reference may be executed.
         """
-        if isinstance(run, Run) and (not allow_code or run.permission is allow_code):
+        if not isinstance(run, Run):
+            return cls(run, allow_code)
+        if not allow_code or run.permission.everything or run.permission is allow_code:
             return run
-        return cls(run.path if isinstance(run, Run) else run, allow_code)
+        opened = copy.copy(run)
+        permission = CodePermission.from_argument(allow_code)
+        opened.permission = permission.with_granted(run.permission.granted)
+        return opened
 
     def __repr__(self) -> str:
         if not (self.path / "summary.json").exists():
@@ -146,6 +171,18 @@ class Run:
         """The path of the run directory."""
         return self.directory.path
 
+    def config(self) -> dict[str, Any]:
+        """Return the resolved configuration, from which the run can be prepared again.
+
+        A file cannot name objects of a program, so the file itself cannot be loaded.
+
+        Raises:
+            UserError: If the configuration references code that may not be executed.
+        """
+        config = self.directory.config()
+        self.permission.check(find_references(config), str(self.path / "config.yaml"))
+        return config
+
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`.
@@ -183,11 +220,13 @@ class Run:
     def models(self) -> dict[str, SavedModel]:
         """The models, keyed by client id, or `server` for the server's model.
 
+        The tensors can be read without the modules that were passed for the models.
+
         Raises:
             UserError: If the run has no models, or a model is damaged or references code that may
                 not be executed.
         """
-        return self.load_models()
+        return self._read_models(self.model_names)
 
     def load_models(self, client: str | None = None) -> dict[str, SavedModel]:
         """Load the model of one client, or the models of all clients.
@@ -199,24 +238,48 @@ class Run:
             The loaded models, keyed by client id.
 
         Raises:
-            UserError: If there is no such client, or a model is damaged or references code that may
-                not be executed.
+            UserError: If there is no such client, or a model is damaged, references code that may
+                not be executed, or was an object that this program does not have.
         """
         if client is not None and client not in self.model_names:
             hint = suggest_or_list(client, self.model_names)
             raise ArgumentError(f"client: no model of '{client}'{hint}")
-        names = self.model_names if client is None else [client]
+        models = self._read_models(self.model_names if client is None else [client])
+        for name, model in models.items():
+            self._check_object(name, model)
+        return models
+
+    def _read_models(self, names: Iterable[str]) -> dict[str, SavedModel]:
         for name in names:
             if name not in self._loaded:
                 self._loaded[name] = self._read_model(name)
         return {name: self._loaded[name] for name in names}
+
+    def _check_object(self, client: str, model: SavedModel) -> None:
+        """Check that this program has the module of a client, if the module was an object."""
+        if model.is_object and not is_given(model.arch.name):
+            title = model.arch.display_name.rpartition("-")[0]
+            raise UserError(
+                f"{self.path}: the model of '{client}' was an object of a Python program; pass it "
+                f"again: Run.load({str(self.path)!r}, models={{{client!r}: {title}()}})"
+            )
+
+    def _restore_object(self, client: str, model: Any) -> None:
+        if client not in self.model_names:
+            hint = suggest_or_list(client, self.model_names)
+            raise ArgumentError(f"models: no model of '{client}'{hint}")
+        saved = self._read_models([client])[client]
+        self.keep(saved.restore_object(model, f"models: '{client}'"))
+
+    def _model_file(self, name: str) -> Path:
+        return self.path / "models" / f"{name}.safetensors"
 
     @cached_property
     def _checksums(self) -> dict[str, str]:
         return self.directory.checksums()
 
     def _read_model(self, name: str) -> SavedModel:
-        file = self.path / "models" / f"{name}.safetensors"
+        file = self._model_file(name)
         expected = self._checksums.get(f"models/{file.name}")
         if expected is not None and sha256_of(file) != expected:
             raise UserError(f"{file}: {CHANGED}")

@@ -106,18 +106,26 @@ class CodePermission:
         self.granted = frozenset(granted)
         self.trusts_caller = trusts_caller
         self._ask = ask
-        self._advice = "pass allow_code=True" if trusts_caller else "pass --allow-code"
+        flag = "allow_code=True" if trusts_caller else "--allow-code"
+        self._advice = f"pass {flag} to run it"
 
     @classmethod
-    def from_argument(cls, allow_code: bool | CodePermission) -> CodePermission:
+    def from_argument(cls, allow_code: bool | CodePermission, example: str = "") -> CodePermission:
         """Convert the argument `allow_code` of a public function to a permission.
 
         True permits all references, and False only the references that the caller passes. A
         `CodePermission` is returned unchanged.
+
+        Args:
+            allow_code: The argument.
+            example: A call with `allow_code=True`, for the error message.
         """
         if isinstance(allow_code, CodePermission):
             return allow_code
-        return cls(everything=allow_code, trusts_caller=True)
+        permission = cls(everything=allow_code, trusts_caller=True)
+        if example:
+            permission._advice += f", as in {example}"
+        return permission
 
     def with_caller_references(
         self, source: object, overrides: Iterable[str] = ()
@@ -191,4 +199,4 @@ class CodePermission:
         for reference, key in self.find_refused(found, where):
             place = where(key) if callable(where) else where
             prefix = ": ".join(filter(None, [place, key]))
-            raise UserError(f"{prefix}: '{reference}' names code; {self._advice} to run it")
+            raise UserError(f"{prefix}: '{reference}' names code; {self._advice}")

@@ -102,7 +102,8 @@ def audit(
     run = Run.open(run, allow_code)
     _check_arguments(attack, shadows, images, batch)
     chosen = _chosen_clients(run, clients)
-    prepared = prepare(run.path / "config.yaml", dataset=dataset, allow_code=run.permission)
+    run.load_models()
+    prepared = prepare(run.config(), dataset=dataset, allow_code=run.permission)
     _check_data(run, prepared)
     summary = run.summary
     notes: list[str] = []

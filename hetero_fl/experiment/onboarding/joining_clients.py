@@ -445,7 +445,7 @@ def join(
     )
     # A folder with results is rejected, because joining cannot be resumed.
     check_vacant(out, alternatives="")
-    models = source_run.run.models
+    models = source_run.run.load_models()
     dataset = (
         load_as(source_run.run, str(data), label, models)
         if is_named

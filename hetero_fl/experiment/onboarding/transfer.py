@@ -52,7 +52,7 @@ class TransferSource:
     @cached_property
     def config(self) -> Config:
         """Resolved configuration of the run."""
-        return load_config(self.run.path / "config.yaml", allow_code=self.run.permission)
+        return load_config(self.run.config(), allow_code=self.run.permission)
 
     @cached_property
     def clients(self) -> Population:

@@ -15,10 +15,10 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare
 from hetero_fl.experiment.comparison import compare as comparison
-from hetero_fl.experiment.comparison.jobs import ComparisonJob, Variant
+from hetero_fl.experiment.comparison.jobs import ComparisonJob, Variant, run_job
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.text import split_top_level
 from tests.helpers.small_federations import config
 
@@ -89,6 +89,39 @@ def test_grid_works_without_local_test_rows(tmp_path: Path, in_process: list[str
     assert written["comparison.tex"].count(f"local: {chosen}.") == 2
     (row,) = csv.DictReader(written["comparison.csv"].splitlines())
     assert row["clients.defaults.optimizer.lr"] == "0.05"
+
+
+def test_grid_rates_only_settings_that_finished_with_every_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = "clients.defaults.optimizer.lr"
+
+    def run_jobs(source: Any, base: Any, work: list[ComparisonJob], *_: Any, **__: Any) -> Any:
+        diverged = [
+            job for job in work if "seed=1" in job.overrides and f"{rate}=0.05" in job.point
+        ]
+        diverged += [job for job in work if job.variant.label == "fedavg" and job.seed == 0]
+        for job in work:
+            if job not in diverged:
+                run_job(source, [*base, *job.overrides], job.out)
+        return dict.fromkeys(diverged, "diverged")
+
+    monkeypatch.setattr(comparison, "run_jobs", run_jobs)
+    out = tmp_path / "out"
+
+    with pytest.raises(RunFailedError) as caught:
+        compare(small(), "local,fedavg", [0, 1], out=out, grid={rate: ["1e-9", "0.05"]})
+
+    rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
+    # The better rate of Local has finished with one of two seeds.
+    assert [(row["algorithm"], row["seed"], row[rate]) for row in rows] == [
+        ("local", "0", "1e-9"),
+        ("local", "1", "1e-9"),
+    ]
+    text = (out / "comparison.md").read_text()
+    assert text.count("failed with a seed") == 3
+    reason = "fedavg: no setting of the grid has finished with every seed"
+    assert reason in str(caught.value) and reason in (out / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -187,9 +187,13 @@ def _write_results(
     from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
 
     finished = [job for job in plan.work if job not in failed]
-    scores = _mean_validation_scores(finished, plan.task) if plan.is_tuned else {}
+    scores = _mean_validation_scores(_rated(plan.work, failed), plan.task) if plan.is_tuned else {}
     chosen = _choose(scores, plan.points)
-    best = [job for job in finished if job.point == chosen[job.variant]]
+    for variant in plan.variants:
+        if variant not in chosen:
+            reason = "no setting of the grid has finished with every seed"
+            plan.not_found[variant] = f"{variant.label}: {reason}"
+    best = [job for job in finished if job.point == chosen.get(job.variant)]
     if not best:
         return
     metrics = {job: Run(job.out).metrics for job in best}
@@ -243,7 +247,9 @@ def _candidates(
         return []
     if plan.search is None:
         return [
-            Candidate(variant.label, point, scores.get((variant, point)), point == chosen[variant])
+            Candidate(
+                variant.label, point, scores.get((variant, point)), point == chosen.get(variant)
+            )
             for variant in plan.variants
             for point in plan.points[variant]
         ]
@@ -270,6 +276,17 @@ def _missing_methods(plan: ComparisonPlan, failed: Mapping[ComparisonJob, str]) 
     return missing
 
 
+def _rated(
+    work: Sequence[ComparisonJob], failed: Mapping[ComparisonJob, str]
+) -> list[ComparisonJob]:
+    """Return the runs at the points that have finished with every seed.
+
+    Seeds differ in difficulty, so means over different seeds cannot be compared.
+    """
+    incomplete = {(job.variant, job.point) for job in failed}
+    return [job for job in work if (job.variant, job.point) not in incomplete]
+
+
 def _mean_validation_scores(
     finished: list[ComparisonJob], task: Task
 ) -> dict[tuple[Variant, Point], float]:
@@ -290,8 +307,13 @@ def _mean_validation_scores(
 def _choose(
     scores: Mapping[tuple[Variant, Point], float], points: Mapping[Variant, Sequence[Point]]
 ) -> dict[Variant, Point]:
-    """Choose the grid point with the best validation score per variant, the first in a tie."""
-    return {
-        variant: max(found, key=lambda point: scores.get((variant, point), float("-inf")))
-        for variant, found in points.items()
-    }
+    """Choose the grid point with the best validation score per variant, the first in a tie.
+
+    A variant is left out if it has several points and none has a score.
+    """
+    chosen = {}
+    for variant, found in points.items():
+        rated = [point for point in found if (variant, point) in scores]
+        if rated or len(found) == 1:
+            chosen[variant] = max(rated or found, key=lambda p: scores.get((variant, p), 0.0))
+    return chosen

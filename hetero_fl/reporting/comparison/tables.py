@@ -296,7 +296,8 @@ class Candidate:
     Attributes:
         algorithm: Label of the method.
         point: Settings in the format `key=value`.
-        score: Mean validation score over seeds, or None if there is no score. Larger is better.
+        score: Mean validation score over seeds. Larger is better. None if the candidate has not
+            finished with every seed.
         chosen: Whether the candidate was chosen.
         stopped_after: Round after which a search stopped the candidate, or None.
     """
@@ -343,7 +344,9 @@ def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTabl
     for c in candidates:
         known = c.score is not None and math.isfinite(c.score)
         text = format_single(sign * c.score, metric) if c.score is not None and known else MISSING
-        if c.stopped_after is not None:
+        if c.score is None and c.stopped_after is None:
+            text = "failed with a seed"
+        elif c.stopped_after is not None:
             text = f"{text} (stopped after round {c.stopped_after})"
         lines.append((algorithm_name(c.algorithm), ", ".join(c.point), text, c.chosen))
     caption = render_line(

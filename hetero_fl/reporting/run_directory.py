@@ -33,7 +33,7 @@ DERIVED = ("report.html", "plots/*.png")
 # Folder of the nodes of a federation on one machine.
 SITES = "sites"
 # Files that may exist if the creation of a run directory was interrupted.
-UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK, SITES}
+UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK, LOG, SITES}
 
 Json = dict[str, Any]
 

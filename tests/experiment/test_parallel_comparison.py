@@ -54,6 +54,41 @@ def finished_flags(
     return flags
 
 
+def run_with_defect(*arguments: Any, **keywords: Any) -> None:
+    if "seed=1" in keywords["overrides"]:
+        raise ZeroDivisionError("a defect")
+    run(*arguments, **keywords)
+
+
+def job_with_defect(*arguments: Any) -> None:
+    """Execute a run in a worker, with a defect for one of the seeds."""
+    comparison_jobs.run = run_with_defect  # type: ignore[assignment]
+    comparison_jobs.run_job(*arguments)
+
+
+@pytest.mark.slow
+def test_unexpected_exception_fails_only_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(small()))
+    monkeypatch.setattr(comparison_jobs, "run_job", job_with_defect)
+    flags = ["--config", "c.yaml", "--algorithms", "local", "--seeds", "1,0", "--out", "out"]
+
+    assert main([*flags, "--jobs", "1"], command="compare") == 1
+
+    log = Path("out/runs/local-seed1/log.txt")
+    line = f"local seed 1: ZeroDivisionError: a defect (see {log})"
+    assert line in capsys.readouterr().err
+    assert log.read_text().startswith("Traceback") and "run_with_defect" in log.read_text()
+    assert [row.split(",")[1] for row in Path("out/comparison.csv").read_text().split()[1:]] == [
+        "0"
+    ]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main([*flags, "--jobs", "1"], command="compare") == 0
+
+
 def test_compare_refuses_runs_with_other_settings(
     finished_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

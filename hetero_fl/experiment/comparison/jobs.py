@@ -6,13 +6,15 @@ import copy
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from traceback import format_exc
 from typing import Any
 
 from hetero_fl.core.shipped_objects import pack_objects, unpack_objects
@@ -22,7 +24,7 @@ from hetero_fl.federation.trainer import Record
 from hetero_fl.reporting.formatting import format_duration, format_final_evaluation
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.run_directory import RunDirectory, has_run
+from hetero_fl.reporting.run_directory import LOG, RunDirectory, has_run
 from hetero_fl.reporting.summary import mean_validation_score
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import use_one_core
@@ -120,7 +122,7 @@ def run_jobs(
     """Execute runs in worker processes.
 
     When a run ends, the function logs the scores or the error, and the estimated remaining time. If
-    the process of a run is killed, only this run fails.
+    a run raises an exception or its process is killed, only this run fails.
 
     Args:
         source: The configuration.
@@ -239,7 +241,7 @@ class JobPool:
             if any(worker.exitcode == UNGUARDED for worker in self._workers):
                 raise UserError(ADVICE) from None
             return KILLED
-        except (UserError, RunFailedError) as error:
+        except Exception as error:
             self._idle.append(pool)
             return str(error)
         self._idle.append(pool)
@@ -318,7 +320,31 @@ def run_job(
         allow_code: Whether code that a file refers to may be executed (see
             `hetero_fl.load_config`).
     """
-    run(source, out=out, resume=has_run(out), overrides=overrides, allow_code=allow_code)
+    with log_unexpected(out):
+        run(source, out=out, resume=has_run(out), overrides=overrides, allow_code=allow_code)
+
+
+@contextmanager
+def log_unexpected(out: Path, *expected: type[Exception]) -> Iterator[None]:
+    """Convert an unexpected exception of a run to `RunFailedError`, and log its traceback.
+
+    Args:
+        out: The run directory.
+        expected: Types of exceptions to leave unchanged, in addition to those of failed runs.
+    """
+    log = out / LOG
+    size = log.stat().st_size if log.exists() else 0
+    try:
+        yield
+    except (UserError, RunFailedError, *expected):
+        raise
+    except Exception as error:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            # A run that has started has written the traceback itself.
+            if file.tell() == size:
+                file.write(format_exc())
+        raise RunFailedError(f"{type(error).__name__}: {error} (see {log})") from None
 
 
 def run_folder(variant: Variant, point: Point, seed: int) -> str:

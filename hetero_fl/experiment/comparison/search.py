@@ -25,6 +25,7 @@ from hetero_fl.experiment.comparison.jobs import (
     Source,
     Variant,
     final_validation_score,
+    log_unexpected,
     run_folder,
 )
 from hetero_fl.experiment.comparison.search_space import Budget, Choices, Range
@@ -343,14 +344,15 @@ def run_trial(search: SearchTask, variant: Variant, index: int) -> int:
 
     overrides = [*search.base, *variant.overrides, *point, f"seed={search.seed}", *NO_REPORT]
     try:
-        finished = run(
-            search.source,
-            out=out,
-            resume=True,
-            overrides=overrides,
-            callbacks=[report],
-            allow_code=search.permission,
-        )
+        with log_unexpected(out, optuna.TrialPruned):
+            finished = run(
+                search.source,
+                out=out,
+                resume=True,
+                overrides=overrides,
+                callbacks=[report],
+                allow_code=search.permission,
+            )
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except (UserError, RunFailedError) as error:

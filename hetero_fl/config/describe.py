@@ -162,11 +162,8 @@ def section_summary(model: type[BaseModel]) -> str:
 # Maximum number of differences that `describe_difference` lists.
 MAX_SHOWN = 3
 
-# Keys that do not affect results, by section. Earlier versions had `output.tensorboard`.
-RESULT_NEUTRAL_KEYS = {
-    "runtime": ("store_memory", "workers", "address"),
-    "output": ("loggers", "tensorboard"),
-}
+# Keys of the section `runtime` that do not affect results.
+NEUTRAL_RUNTIME_KEYS = ("store_memory", "workers", "address")
 
 ABSENT = object()
 
@@ -214,22 +211,29 @@ def dump(config: Config) -> str:
     return to_yaml(resolve_config(config))
 
 
+def result_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved configuration without the keys that do not affect results.
+
+    These are the section `output` and the keys `runtime.store_memory`, `runtime.workers` and
+    `runtime.address`.
+    """
+    kept = {key: value for key, value in plain.items() if key != "output"}
+    if isinstance(runtime := plain.get("runtime"), Mapping):
+        kept["runtime"] = {k: v for k, v in runtime.items() if k not in NEUTRAL_RUNTIME_KEYS}
+    return kept
+
+
 def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a resolved configuration without the keys that may change when a run is resumed.
 
     The keys that may change are `rounds`, which may be increased, `version`, and the keys that do
-    not affect results: `runtime.store_memory`, `runtime.workers`, `runtime.address` and
-    `output.loggers`.
+    not affect results (see `result_relevant`).
     """
-    kept = {
+    return {
         key: _without_object_numbers(value)
-        for key, value in plain.items()
+        for key, value in result_relevant(plain).items()
         if key not in ("rounds", "version")
     }
-    for name, neutral in RESULT_NEUTRAL_KEYS.items():
-        if isinstance(section := plain.get(name), Mapping):
-            kept[name] = {key: value for key, value in section.items() if key not in neutral}
-    return kept
 
 
 def _without_object_numbers(value: Any) -> Any:

@@ -22,7 +22,7 @@ from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.describe import RESULT_NEUTRAL_KEYS
+from hetero_fl.config.describe import result_relevant
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
@@ -175,10 +175,7 @@ def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
         rows: Hash of the site's rows.
         public: Hash of the public sets.
     """
-    kept = {**tree, "init_from": None}
-    for name, neutral in RESULT_NEUTRAL_KEYS.items():
-        if isinstance(section := tree.get(name), dict):
-            kept[name] = {key: value for key, value in section.items() if key not in neutral}
+    kept = {**result_relevant(tree), "init_from": None}
     text = json.dumps([kept, rows, public], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).digest()
 

@@ -299,12 +299,13 @@ def _open_directory(
         }
         return RunDirectory.create(path, config=resolve_config(config), environment=environment)
     directory = _open_for_resume(path, prepared, on_nodes)
+    _check_code(directory, prepared)
     if not directory.finished:
         return directory
     inspect(path).require_whole()
     if config.rounds != directory.config().get("rounds", config.rounds):
         return directory
-    _check_inputs(directory, prepared)
+    _check_data(directory, prepared)
     write_presentation(config, directory, progress.log)
     progress.log(f"{path}: {_finished_message(directory, prepared, on_nodes)}")
     return None
@@ -312,30 +313,38 @@ def _open_directory(
 
 def _describe_inputs(prepared: PreparedRun) -> dict[str, Any]:
     """Return hashes of the data and of the modules that the configuration refers to."""
-    references = find_references(prepared.config.model_dump())
-    return {"data": prepared.data.content_hash(), "code": hash_modules(references)}
+    return {"data": prepared.data.content_hash(), "code": _hash_code(prepared)}
 
 
-def _check_inputs(directory: RunDirectory, prepared: PreparedRun) -> None:
-    """Raise UserError if a finished run had other data or other code of the user.
+def _hash_code(prepared: PreparedRun) -> dict[str, str]:
+    return hash_modules(find_references(prepared.config.model_dump()))
+
+
+def _check_data(directory: RunDirectory, prepared: PreparedRun) -> None:
+    """Raise UserError if a finished run had other data.
+
+    Runs of earlier versions have no hash and are not checked.
+    """
+    current = prepared.data.content_hash()
+    if directory.environment().get("data", current) != current:
+        raise UserError(_changed(directory, "the data"))
+
+
+def _check_code(directory: RunDirectory, prepared: PreparedRun) -> None:
+    """Raise UserError if a run had other code of the user.
 
     Runs of earlier versions have no hashes and are not checked.
     """
-    recorded = directory.environment()
-    current = _describe_inputs(prepared)
-    if recorded.get("data", current["data"]) != current["data"]:
-        changed = "the data"
-    else:
-        code = recorded.get("code", {})
-        modules = [
-            name for name, value in current["code"].items() if code.get(name, value) != value
-        ]
-        if not modules:
-            return
-        changed = f"the code of {format_list(modules)}"
-    raise UserError(
-        f"{directory.path}: {changed} has changed since this run; delete the folder, or choose "
-        "another one"
+    code = directory.environment().get("code", {})
+    current = _hash_code(prepared)
+    if modules := [name for name, value in current.items() if code.get(name, value) != value]:
+        raise UserError(_changed(directory, f"the code of {format_list(modules)}"))
+
+
+def _changed(directory: RunDirectory, what: str) -> str:
+    return (
+        f"{directory.path}: {what} has changed since this run; restore it, delete the folder, or "
+        "choose another one"
     )
 
 

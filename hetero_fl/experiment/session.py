@@ -101,7 +101,7 @@ class RunSession:
                 "restore it, or start a new run in another folder"
             )
         directory.rewind_metrics(self.trainer.completed)
-        _record_loggers(directory, prepared.config)
+        _record_output(directory, prepared.config)
         extended = self._extend(saved)
         prepared.notes += extended
         self._metadata["directory"] = {
@@ -272,13 +272,12 @@ class RunSession:
         self._loggers.finish(summary)
 
 
-def _record_loggers(directory: RunDirectory, config: Config) -> None:
-    """Record the loggers of a resumed run, which may have changed, in `config.yaml`."""
+def _record_output(directory: RunDirectory, config: Config) -> None:
+    """Record the output settings of a resumed run, which may have changed, in `config.yaml`."""
     recorded = directory.config()
-    output = recorded.get("output", {})
-    loggers = config.output.model_dump(mode="json")["loggers"]
-    if output.get("loggers", []) != loggers:
-        directory.write_config({**recorded, "output": {**output, "loggers": loggers}})
+    output = config.output.model_dump(mode="json")
+    if recorded.get("output") != output:
+        directory.write_config({**recorded, "output": output})
 
 
 def _read_history(directory: RunDirectory) -> list[Record]:

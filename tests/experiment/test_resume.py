@@ -236,24 +236,49 @@ def test_finished_run_on_changed_data_is_refused(
     write_table(150)
     assert main(train) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: a: the data has changed since this run; delete the folder, or choose another one"
+        "error: a: the data has changed since this run; restore it, delete the folder, or choose "
+        "another one"
     )
 
 
-def test_finished_run_with_changed_code_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("state", ["finished", "interrupted", "extended"])
+def test_run_with_changed_code_is_refused(
+    state: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.syspath_prepend(str(folder))
     code = "from hetero_fl.algorithms import FedAvg\n\n\nclass Mine(FedAvg):\n    title = 'Mine'\n"
-    Path("finished_code.py").write_text(code, encoding="utf-8")
-    name = "algorithm.name=python:finished_code:Mine"
-    train = ["train", "--config", "c.yaml", "--out", "a", "--resume", "--allow-code", name]
+    name = f"{state}_code"
+    Path(f"{name}.py").write_text(code, encoding="utf-8")
+    setting = f"algorithm.name=python:{name}:Mine"
+    train = ["train", "--config", "c.yaml", "--out", "a", "--resume", "--allow-code", setting]
     assert main(train) == 0
     assert main(train) == 0
-    Path("finished_code.py").write_text(code + "\n# changed\n", encoding="utf-8")
+    if state == "interrupted":
+        Path("a/summary.json").unlink()
+    Path(f"{name}.py").write_text(code + "\n# changed\n", encoding="utf-8")
     capsys.readouterr()
-    assert main(train) == 2
+
+    assert main([*train, *(["rounds=9"] if state == "extended" else [])]) == 2
+
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: a: the code of finished_code has changed since this run; delete the folder, or "
-        "choose another one"
+        f"error: a: the code of {name} has changed since this run; restore it, delete the folder, "
+        "or choose another one"
     )
+
+
+@pytest.mark.parametrize("change", ["report=true", "plots=true", "loggers=[csv]"])
+def test_output_may_change_on_resume(change: str, folder: Path) -> None:
+    off = ["output.report=false", "output.plots=false"]
+    train = ["train", "--config", "c.yaml", "--out", "a", "--resume"]
+    assert main([*train, *off]) == 0
+    Path("a/summary.json").unlink()
+
+    assert main([*train, *off, f"output.{change}"]) == 0
+
+    assert Path("a/report.html").exists() == (change == "report=true")
+    key, _, value = change.partition("=")
+    recorded = yaml.safe_load(Path("a/config.yaml").read_text())["output"][key]
+    assert recorded == (True if value == "true" else [{"kind": "csv"}])

@@ -104,7 +104,6 @@ def flatten_config(config: Config) -> dict[str, Any]:
     Keys that do not affect the results of a seed are left out.
     """
     plain = resume_relevant(resolve_config(config)) | {"rounds": config.rounds}
-    del plain["output"]
     flat = dict(_leaves(plain, ""))
     return {key: value for key, value in sorted(flat.items()) if key not in IGNORED_KEYS}
 

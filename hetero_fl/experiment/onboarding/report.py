@@ -14,6 +14,7 @@ from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.task import Task
+from hetero_fl.reporting.comparison.facts import metrics_of
 from hetero_fl.reporting.comparison.tables import format_single
 from hetero_fl.reporting.formatting import METRICS, capitalize_first
 from hetero_fl.reporting.plots import style
@@ -28,11 +29,6 @@ WORDS = {
 }
 COLORS = {SCRATCH: style.GREY, BACKBONE: style.BLUE, TEACHER: style.VERMILION, BOTH: style.GREEN}
 MARKERS = {SCRATCH: "o", BACKBONE: "s", TEACHER: "^", BOTH: "D"}
-_SHOWN = {
-    "multiclass": ("accuracy", "balanced_accuracy", "auroc"),
-    "multilabel": ("auroc", "balanced_accuracy"),
-    "regression": ("mae", "r2"),
-}
 Json = dict[str, Any]
 
 
@@ -79,7 +75,7 @@ def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
 
 def shown_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
     """Return the metrics to show for a task, except metrics that are undefined in all results."""
-    return [m for m in _SHOWN[task.kind] if any(row[m] is not None for row in content["rows"])]
+    return [m for m in metrics_of(task) if any(row[m] is not None for row in content["rows"])]
 
 
 def join_markdown(content: Json, task: Task) -> str:

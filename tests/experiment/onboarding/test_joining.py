@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 import hetero_fl
 from hetero_fl.algorithms.onboarding import SCRATCH, JoiningClient
 from hetero_fl.cli import main
+from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
@@ -24,13 +25,34 @@ from hetero_fl.experiment.onboarding.joining_clients import (
     JoiningClients,
     JoiningSite,
 )
-from hetero_fl.experiment.onboarding.report import draw_join, is_clearly_better
+from hetero_fl.experiment.onboarding.report import draw_join, is_clearly_better, shown_metrics
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import broadcasts, config, rounds_of, same_bits
 
 Folder = Path
 STARTS = {"scratch", "backbone", "teacher", "both"}
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (Task("multiclass", 2), ["balanced_accuracy", "auroc", "accuracy"]),
+        (Task("multiclass", 3), ["accuracy", "balanced_accuracy", "auroc"]),
+        (Task("multiclass", 2, rare=1), ["auroc", "average_precision"]),
+        (Task("multiclass", 30), ["accuracy", "top3_accuracy", "perplexity"]),
+        (Task("multilabel", 3), ["auroc", "average_precision", "balanced_accuracy"]),
+        (Task("regression", 1), ["mae", "rmse", "r2"]),
+    ],
+)
+def test_joining_shows_the_metrics_of_comparisons(task: Task, expected: list[str]) -> None:
+    row = dict.fromkeys(metric_names(task), 0.5)
+
+    assert shown_metrics({"rows": [row]}, task) == expected
+    assert shown_metrics({"rows": [{**row, expected[1]: None}]}, task) == [
+        expected[0],
+        *expected[2:],
+    ]
 
 
 @pytest.fixture(scope="module")

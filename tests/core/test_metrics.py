@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from sklearn import metrics as sk
 from torch.nn.functional import one_hot
 
 from hetero_fl.core.metrics import (
@@ -24,6 +24,14 @@ from hetero_fl.core.task import Task
 
 BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 4)
 VALUES = Task("regression", 3)
+
+
+@pytest.fixture(scope="module")
+def sk() -> ModuleType:
+    """Return the reference, which is not imported before a test needs it."""
+    from sklearn import metrics
+
+    return metrics
 
 
 def draw(task: Task, n: int, seed: int, ties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +56,9 @@ def draw(task: Task, n: int, seed: int, ties: bool = False) -> tuple[torch.Tenso
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("task", [BINARY, TEN], ids=["binary", "ten"])
-def test_multiclass_agrees_with_scikit_learn(task: Task, seed: int, ties: bool) -> None:
+def test_multiclass_agrees_with_scikit_learn(
+    task: Task, seed: int, ties: bool, sk: ModuleType
+) -> None:
     logits, y = draw(task, 200, seed, ties)
     p, guess = logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
     area = (
@@ -70,7 +80,7 @@ def test_multiclass_agrees_with_scikit_learn(task: Task, seed: int, ties: bool) 
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_multilabel_agrees_with_scikit_learn(ties: bool) -> None:
+def test_multilabel_agrees_with_scikit_learn(ties: bool, sk: ModuleType) -> None:
     logits, y = draw(LABELS, 300, 1, ties)
     p = logits.double().sigmoid().numpy()
     guess = p > 0.5
@@ -87,7 +97,7 @@ def test_multilabel_agrees_with_scikit_learn(ties: bool) -> None:
     assert score(LABELS, logits, y) == pytest.approx(expected, abs=1e-9)
 
 
-def test_regression_agrees_with_scikit_learn() -> None:
+def test_regression_agrees_with_scikit_learn(sk: ModuleType) -> None:
     outputs, y = draw(VALUES, 150, 2)
     expected = {
         "mae": sk.mean_absolute_error(y, outputs),
@@ -109,7 +119,7 @@ def test_auroc_with_ties(rows: list[tuple[int, bool]]) -> None:
     assert found == pytest.approx(float(beaten), abs=1e-6)
 
 
-def test_missing_class_makes_only_auroc_undefined() -> None:
+def test_missing_class_makes_only_auroc_undefined(sk: ModuleType) -> None:
     logits, y = draw(TEN, 200, 3)
     kept = y != 4
     found = score(TEN, logits[kept], y[kept])
@@ -128,7 +138,7 @@ def test_metrics_of_one_class() -> None:
     assert found["accuracy"] == found["balanced_accuracy"] == 0.5
 
 
-def test_constant_labels_are_left_out() -> None:
+def test_constant_labels_are_left_out(sk: ModuleType) -> None:
     logits, y = draw(LABELS, 60, 4)
     y[:, 2] = 0
     found, rest = score(LABELS, logits, y), [0, 1, 3]
@@ -168,7 +178,7 @@ def test_wrong_shape_is_refused() -> None:
         score(VALUES, torch.zeros(4, 3), torch.zeros(4))
 
 
-def test_confusion_rows_are_true_classes() -> None:
+def test_confusion_rows_are_true_classes(sk: ModuleType) -> None:
     logits, y = draw(TEN, 200, 7)
     assert np.array_equal(confusion(TEN, logits, y), sk.confusion_matrix(y, logits.argmax(1)))
     logits, y = draw(LABELS, 50, 7)

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 import hetero_fl
 from hetero_fl.config.clients import ClientSettings
@@ -281,6 +280,8 @@ def test_from_arrays_refuses_text_labels_that_do_not_fit(
 
 @pytest.mark.parametrize("scale", [1 / 16, 1, 255 / 16, -1])
 def test_from_arrays_refuses_floats_that_could_be_images_or_series(scale: float) -> None:
+    from sklearn.datasets import load_digits
+
     x = load_digits().images[:12] * scale
 
     with pytest.raises(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,57 +48,73 @@ def saved(
     )
 
 
-def image_cases() -> dict[str, SavedModel]:
-    """Return models for embedded images and one from timm, with every image preprocessing."""
+def image_cases() -> dict[str, Callable[[], SavedModel]]:
+    """Return builders of models for images, one from timm, with every image preprocessing."""
     colours = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.4, 0.3)}
     return {
-        "cnn_bn": saved("cnn", (1, 12, 12), {"mean": 0.4, "std": 0.2}, width=4),
-        "cnn_gn_resized": saved(
-            "cnn", (1, 12, 12), {"resize": 12}, prior=True, width=4, norm="group"
+        "cnn_bn": partial(saved, "cnn", (1, 12, 12), {"mean": 0.4, "std": 0.2}, width=4),
+        "cnn_gn_resized": partial(
+            saved, "cnn", (1, 12, 12), {"resize": 12}, prior=True, width=4, norm="group"
         ),
-        "lenet_of_colours": saved(
-            "lenet", (1, 14, 14), {"channels": 1, "resize": 14, "mean": 0.5, "std": 0.3}
+        "lenet_of_colours": partial(
+            saved, "lenet", (1, 14, 14), {"channels": 1, "resize": 14, "mean": 0.5, "std": 0.3}
         ),
-        "resnet_of_grey": saved(
-            "resnet", (3, 12, 12), {"channels": 3, **colours}, widths=(4, 8), blocks=(1, 1)
+        "resnet_of_grey": partial(
+            saved, "resnet", (3, 12, 12), {"channels": 3, **colours}, widths=(4, 8), blocks=(1, 1)
         ),
-        "vit": saved("vit", (1, 12, 12), depth=1, width=16),
-        "rows_of_an_image": saved("gru", (1, 12, 10), hidden=8),
-        "timm": saved("timm:resnet10t", (3, 32, 32)),
+        "vit": partial(saved, "vit", (1, 12, 12), depth=1, width=16),
+        "rows_of_an_image": partial(saved, "gru", (1, 12, 10), hidden=8),
+        "timm": partial(saved, "timm:resnet10t", (3, 32, 32)),
     }
 
 
-def other_cases() -> dict[str, SavedModel]:
-    """Return models for tables, series, text and blocks, with and without missing values."""
+def other_cases() -> dict[str, Callable[[], SavedModel]]:
+    """Return builders of models for tables, series, text and blocks, with and without gaps."""
     raw = {"raw": (7,), "spans": SPANS, **SCALE}
     steps = {"raw": (20, 3), "missing": "indicate", **SCALE}
     both = {"raw": (150,), "blocks": BLOCKS}
     return {
-        "mlp_of_columns": saved(
-            "mlp", (3,), raw, "regression", columns=COLUMNS, hidden=(8,), norm="batch"
+        "mlp_of_columns": partial(
+            saved, "mlp", (3,), raw, "regression", columns=COLUMNS, hidden=(8,), norm="batch"
         ),
-        "tabular_with_gaps": saved(
-            "tabular", (6,), raw | {"missing": "indicate"}, "multilabel", columns=COLUMNS, width=8
+        "tabular_with_gaps": partial(
+            saved,
+            "tabular",
+            (6,),
+            raw | {"missing": "indicate"},
+            "multilabel",
+            columns=COLUMNS,
+            width=8,
         ),
-        "wide_deep": saved("wide_deep", (5,), prior=True, hidden=(8,)),
-        "ft_transformer": saved("ft_transformer", (5,), width=8, heads=2),
-        "lstm": saved("lstm", (3, 20), SCALE, hidden=8),
-        "cnn1d_with_gaps": saved("cnn1d", (6, 20), steps, width=8),
-        "transformer": saved("transformer", (3, 20), width=8, heads=2),
-        "text_gru": saved("text_gru", (9,), vocabulary=30),
-        "text_cnn": saved("text_cnn", (9,), vocabulary=30, width=8),
-        "text_transformer": saved("text_transformer", (9,), vocabulary=30, width=8, heads=2),
-        "multimodal_with_gaps": saved(
-            "multimodal", (152,), both | {"missing": "indicate"}, blocks=BLOCKS, width=8
+        "wide_deep": partial(saved, "wide_deep", (5,), prior=True, hidden=(8,)),
+        "ft_transformer": partial(saved, "ft_transformer", (5,), width=8, heads=2),
+        "lstm": partial(saved, "lstm", (3, 20), SCALE, hidden=8),
+        "cnn1d_with_gaps": partial(saved, "cnn1d", (6, 20), steps, width=8),
+        "transformer": partial(saved, "transformer", (3, 20), width=8, heads=2),
+        "text_gru": partial(saved, "text_gru", (9,), vocabulary=30),
+        "text_cnn": partial(saved, "text_cnn", (9,), vocabulary=30, width=8),
+        "text_transformer": partial(
+            saved, "text_transformer", (9,), vocabulary=30, width=8, heads=2
         ),
-        "multimodal": saved("multimodal", (150,), both, blocks=BLOCKS, fusion="gated", width=8),
-        "one_block": saved(
-            "cnn", (1, 12, 12), both | {"spans": ((0, 144),), "blocks": BLOCKS[:1]}, width=4
+        "multimodal_with_gaps": partial(
+            saved, "multimodal", (152,), both | {"missing": "indicate"}, blocks=BLOCKS, width=8
         ),
-        "one_block_of_numbers": saved(
-            "mlp", (6,), both | {"spans": ((144, 150),), "blocks": BLOCKS[1:]}, hidden=(8,)
+        "multimodal": partial(
+            saved, "multimodal", (150,), both, blocks=BLOCKS, fusion="gated", width=8
+        ),
+        "one_block": partial(
+            saved, "cnn", (1, 12, 12), both | {"spans": ((0, 144),), "blocks": BLOCKS[:1]}, width=4
+        ),
+        "one_block_of_numbers": partial(
+            saved, "mlp", (6,), both | {"spans": ((144, 150),), "blocks": BLOCKS[1:]}, hidden=(8,)
         ),
     }
 
 
 CASES = {**image_cases(), **other_cases()}
+
+
+@cache
+def case(name: str) -> SavedModel:
+    """Return a model, which is built when the first test needs it."""
+    return CASES[name]()

@@ -6,6 +6,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +114,10 @@ def _names(node: ast.AST, importer: str, is_package: bool) -> list[str]:
     return []
 
 
-IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path)]
+@cache
+def all_imports() -> list[Import]:
+    """Return the imports of all modules."""
+    return [found for name, path in MODULES.items() for found in imports_of(name, path)]
 
 
 def package(module: str) -> str:
@@ -146,13 +150,13 @@ def test_package_root_contains_only_the_public_interface() -> None:
 
 
 def test_packages_import_only_lower_packages() -> None:
-    assert not [found for found in IMPORTS if goes_up(found)]
+    assert not [found for found in all_imports() if goes_up(found)]
 
 
 def test_modules_do_not_import_the_package_root() -> None:
     roots = [
         found
-        for found in IMPORTS
+        for found in all_imports()
         if found.imported == "hetero_fl" and found.importer != "hetero_fl"
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
 from benchmarks.science.thresholds import balanced_accuracy, with_fitted_offsets
@@ -41,6 +40,8 @@ def test_offsets_weight_classes_equally() -> None:
 
 
 def test_balanced_accuracy_equals_the_one_of_scikit_learn() -> None:
+    from sklearn.metrics import balanced_accuracy_score
+
     logits, y = noisy_logits(100, seed=2)
 
     expected = balanced_accuracy_score(y, logits.argmax(-1))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 import hetero_fl
 from hetero_fl.cli import main
@@ -46,6 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> hetero_fl.Run:
 
 
 def pixels(count: int) -> torch.Tensor:
+    from sklearn.datasets import load_digits
+
     return torch.from_numpy(load_digits().images[:count] / 16).float()[:, None]
 
 

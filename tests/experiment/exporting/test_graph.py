@@ -21,7 +21,7 @@ from hetero_fl.experiment.exporting.graph import (
 )
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
-from tests.helpers.saved_models import CASES, COLUMNS
+from tests.helpers.saved_models import CASES, COLUMNS, case
 
 
 def require_onnx() -> None:
@@ -65,7 +65,7 @@ def invalid_values(model: SavedModel) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_exported_module_predicts_as_the_model(name: str) -> None:
-    model = CASES[name]
+    model = case(name)
     personal = model.log_prior is not None
     inputs = draw_inputs(model, 5, keyed_generator("rows", 5))
 
@@ -80,7 +80,7 @@ def test_exported_file_predicts_as_the_model_for_any_batch_size(
     name: str,
 ) -> None:
     require_onnx()
-    model, personal = CASES[name], CASES[name].log_prior is not None
+    model, personal = case(name), case(name).log_prior is not None
     content = file_of(model, personal)
     score = export.load_scorer(content)
     for size in (1, 2, 5, 33):
@@ -104,7 +104,7 @@ def test_exported_file_predicts_as_the_model_for_any_batch_size(
 
 @pytest.mark.parametrize("name", CASES)
 def test_invalid_rows_give_nan_only_for_themselves(name: str) -> None:
-    model = CASES[name]
+    model = case(name)
     graph = ExportedModel(model, False).eval()
     for input_idx, value in invalid_values(model):
         inputs = draw_inputs(model, 5, keyed_generator("bad"))
@@ -119,7 +119,7 @@ def test_invalid_rows_give_nan_only_for_themselves(name: str) -> None:
 
 
 def test_two_channels_are_not_accepted_as_colors() -> None:
-    model = CASES["resnet_of_grey"]
+    model = case("resnet_of_grey")
     two = torch.rand(3, 2, 12, 12)
     assert ExportedModel(model, False)(two).isnan().all()
     with pytest.raises(UserError):
@@ -129,7 +129,7 @@ def test_two_channels_are_not_accepted_as_colors() -> None:
 @pytest.mark.slow
 def test_exported_file_describes_its_interface() -> None:
     require_onnx()
-    model = CASES["tabular_with_gaps"]
+    model = case("tabular_with_gaps")
     about = json.loads(_embedded(file_of(model)))
     assert about == interface(model)
     (row,) = about["inputs"]
@@ -155,10 +155,10 @@ def _embedded(content: bytes) -> Any:
 
 
 def test_image_inputs_have_symbolic_shapes() -> None:
-    (image,) = inputs_of(CASES["lenet_of_colours"])
+    (image,) = inputs_of(case("lenet_of_colours"))
     assert image.shape == ("channels", "height", "width")
-    assert [model_input.name for model_input in inputs_of(CASES["multimodal"])] == [
+    assert [model_input.name for model_input in inputs_of(case("multimodal"))] == [
         "image",
         "genes",
     ]
-    assert inputs_of(CASES["lstm"])[0].shape == (20, 3)
+    assert inputs_of(case("lstm"))[0].shape == (20, 3)

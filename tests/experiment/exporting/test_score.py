@@ -22,7 +22,7 @@ from hetero_fl.experiment.exporting.export import interface
 from hetero_fl.experiment.exporting.graph import draw_inputs
 from hetero_fl.utils.seeding import keyed_generator
 from tests.experiment.exporting.test_graph import file_of, predicted, require_onnx
-from tests.helpers.saved_models import CASES
+from tests.helpers.saved_models import case
 
 SCRIPT = Path(score.__file__)
 # run a script on a machine that has neither package of this project
@@ -34,7 +34,7 @@ ALONE = (
 
 @cache
 def content_of(name: str) -> bytes:
-    return file_of(CASES[name], personal=True)
+    return file_of(case(name), personal=True)
 
 
 def write_model(folder: Path, name: str) -> Path:
@@ -58,7 +58,7 @@ def write_description(folder: Path, name: str) -> Path:
     graph = helper.make_graph([constant], "constant", [], [output])
     opset = helper.make_opsetid("", 18)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    helper.set_model_props(model, {"hetero_fl": json.dumps(interface(CASES[name]))})
+    helper.set_model_props(model, {"hetero_fl": json.dumps(interface(case(name)))})
     file = folder / f"{name}.onnx"
     file.write_bytes(model.SerializeToString())
     return file
@@ -82,7 +82,7 @@ def test_script_imports_only_numpy_and_onnxruntime() -> None:
 
 @pytest.mark.slow
 def test_script_runs_without_this_project(tmp_path: Path) -> None:
-    model, x = CASES["cnn_gn_resized"], torch.randint(0, 256, (601, 9, 11), dtype=torch.uint8)
+    model, x = case("cnn_gn_resized"), torch.randint(0, 256, (601, 9, 11), dtype=torch.uint8)
     np.savez(tmp_path / "x.npz", test_images=x.numpy(), test_labels=np.zeros(601))
     command = [
         sys.executable,
@@ -122,7 +122,7 @@ def assert_predictions(model: SavedModel, x: tuple[torch.Tensor, ...], out: Path
 
 
 def test_table_columns_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, out = CASES["tabular_with_gaps"], tmp_path / "out.csv"
+    model, out = case("tabular_with_gaps"), tmp_path / "out.csv"
     (x,) = draw_inputs(model, 9, keyed_generator("table"))
     weight, pulse, glucose = (
         [f"{v:.9g}" if not math.isnan(v) else "" for v in column.tolist()] for column in x.T
@@ -148,7 +148,7 @@ def test_table_columns_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_unit_multiplies_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, out = CASES["mlp_of_columns"], tmp_path / "out.csv"
+    model, out = case("mlp_of_columns"), tmp_path / "out.csv"
     (x,) = draw_inputs(model, 4, keyed_generator("table"))
     np.savez(tmp_path / "x.npz", row=x.numpy())
     file = write_model(tmp_path, "mlp_of_columns")
@@ -174,7 +174,7 @@ def test_unit_multiplies_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_arrays_are_matched_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    model, out = CASES[name], tmp_path / "out.csv"
+    model, out = case(name), tmp_path / "out.csv"
     x = draw_inputs(model, 6, keyed_generator("arrays"))
     names = [one["name"] for one in interface(model)["inputs"]]
     np.savez(tmp_path / "x.npz", **{n: part.numpy() for n, part in zip(names, x, strict=True)})
@@ -196,7 +196,7 @@ def test_arrays_are_matched_by_name(
 def test_absent_block_and_channels_last_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, out = CASES["multimodal_with_gaps"], tmp_path / "out.csv"
+    model, out = case("multimodal_with_gaps"), tmp_path / "out.csv"
     image = torch.rand(5, 1, 12, 12)
     np.savez(tmp_path / "x.npz", image=image.movedim(1, -1).numpy())
     assert (

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 import hetero_fl
 from hetero_fl.algorithms.onboarding import SCRATCH, JoiningClient
@@ -61,6 +60,8 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
     Two clients of the run share an architecture; the third has another one.
     """
+    from sklearn.datasets import load_digits
+
     folder = tmp_path_factory.mktemp("join")
     digits = load_digits()
     x, y = (digits.images * 15.9).astype("uint8"), digits.target

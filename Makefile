@@ -41,15 +41,14 @@ help:
 medical: $(VENV)/.installed
 	$(PY) scripts/train.py --config configs/medical_hetero.yaml
 
-# Workers start with a contiguous share of tests, so they rarely repeat fixtures.
-PYTEST := $(PY) -m pytest --numprocesses auto --dist worksteal
+# One worker runs all tests of a file, so that no fixture is repeated; files with slow tests first.
+PYTEST := $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-all
 	$(PYTEST) -m "not slow"
 
-# The quick tests, then the slow ones: `make test test-all` runs no test twice.
-test-all: test
-	$(PYTEST) -m slow
+test-all: $(VENV)/.installed-all
+	$(PYTEST)
 
 coverage: $(VENV)/.installed-all
 	$(PYTEST) $(if $(QUICK),-m "not slow") --cov --cov-report=
@@ -87,15 +86,18 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
+# Packages are compiled when they are imported, because most modules of the large ones never are.
+PIP_INSTALL := $(PY) -m pip install --quiet --no-compile --editable
+
 # Stamp files: packages are installed again only if pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml $(PY)
 	@echo "installing into $(VENV) once; this takes some minutes"
-	$(PY) -m pip install --quiet --editable '.[compare]'
+	$(PIP_INSTALL) '.[compare]'
 	@touch $@
 
 $(VENV)/.installed-all: pyproject.toml $(PY)
 	@echo "installing into $(VENV) once; this takes some minutes"
-	$(PY) -m pip install --quiet --editable '.[all]'
+	$(PIP_INSTALL) '.[all]'
 	@touch $@ $(VENV)/.installed
 
 $(PY):

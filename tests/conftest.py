@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hetero_fl.utils import processes
 
 # Further modules that most test runs import.
-processes.PRELOADED.extend(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
+processes.PRELOADED.extend(["hetero_fl.experiment", "matplotlib.figure"])
 
 # The default deadline of 200 ms per example fails on a busy machine.
 settings.register_profile(
@@ -29,6 +30,23 @@ settings.load_profile("any machine")
 
 # Background jobs of a shell ignore Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect without looking for garbage, because all modules and tests stay until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that contain slow tests, so that all workers end at the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
-"""The wheel and the source distribution contain what they should, and nothing else."""
+"""The wheel and the source distribution: their content, and a run of the installed wheel."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -101,3 +102,20 @@ def test_source_distribution_builds_the_same_wheel(
     assert files_of_wheel(again) == files_of_wheel(wheel)
     assert {"LICENSE", "CHANGELOG.md", "configs/digits_quickstart.yaml"} <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", ".venv"))]
+
+
+@pytest.mark.slow
+def test_installed_wheel_works_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site-packages"
+    config = ROOT / "configs" / "digits_quickstart.yaml"
+
+    for command in (
+        ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel],
+        [ROOT / ".ci" / "check_wheel.py", wheel],
+        [site / "bin" / "hetero-fl", "train", "-c", config, "--out", "run", "rounds=1"],
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
+
+    for name in ("summary.json", "report.html", "models/vit.safetensors", "plots/curves.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 0

@@ -319,4 +319,5 @@ def _converse_with_all(
         if isinstance(answer, ClientAbsentError):
             raise RunFailedError(f"{client}: {answer}")
         if answer.head.get("ask") != expected:
-            raise RunFailedError(f"{client}: the node refused the run: {refusal_reason(answer)}")
+            event = "failed" if answer.head.get("ask") == "error" else "refused the run"
+            raise RunFailedError(f"{client}: the node {event}: {refusal_reason(answer)}")

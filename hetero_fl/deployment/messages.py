@@ -20,7 +20,8 @@ from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
 from hetero_fl.utils.version import __version__
 
 # The unsuccessful answers are `lacks` (public sets missing), `unready` (node restarted), `lost`
-# (private state missing), `failed` (training diverged) and `refused`.
+# (private state missing), `failed` (training diverged), `error` (an exception, whose traceback is
+# in the log of the site) and `refused` (by the policy, the data or the format of the message).
 
 # Version of the protocol, which must be the same at the server and at all nodes.
 PROTOCOL = 1
@@ -62,19 +63,28 @@ def message(kind: str, body: Any = None, **head: Any) -> Envelope:
     return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
 
 
-def decode_body(envelope: Envelope) -> Any:
+def decode_body(envelope: Envelope, *names: str) -> Any:
     """Decode the body of a message.
+
+    Args:
+        envelope: The message.
+        *names: Required keys of the body.
 
     Returns:
         Nested dictionaries and lists of plain values and tensors.
 
     Raises:
-        RequestRefusedError: If the body cannot be decoded.
+        RequestRefusedError: If the body cannot be decoded or lacks a key.
     """
+    ask = envelope.head.get("ask")
     try:
-        return decode(envelope.body, FORM)
+        tree = decode(envelope.body, FORM)
     except CodecError as error:
-        raise RequestRefusedError(f"{envelope.head.get('ask')!r:.60}: {error}") from None
+        raise RequestRefusedError(f"{ask!r:.60}: {error}") from None
+    for name in names:
+        if not isinstance(tree, dict) or name not in tree:
+            raise RequestRefusedError(f"{ask!r:.60}: {name}: missing")
+    return tree
 
 
 def head_value(head: Head, name: str, kind: type) -> Any:
@@ -105,20 +115,26 @@ def refusal_reason(answer: Envelope) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions that must be equal at the server and at all nodes."""
+    """Return the versions whose public parts must be equal at the server and at all nodes."""
     return {"protocol": PROTOCOL, "package": __version__, "torch": torch.__version__}
 
 
 def version_mismatch(head: Head) -> str:
     """Describe the first version in a head that differs from the local version.
 
+    The build tag after a plus sign, such as `cpu` in `2.4.0+cpu`, may differ.
+
     Returns:
         The description, or an empty string if all versions are equal.
     """
     for name, expected in versions().items():
-        if head.get(name) != expected:
+        if _public_version(head.get(name)) != _public_version(expected):
             return f"{name}: expected version {expected!r}, got {head.get(name)!r:.60}"
     return ""
+
+
+def _public_version(version: object) -> str:
+    return str(version).partition("+")[0]
 
 
 def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:

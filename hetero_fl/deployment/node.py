@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config import Config, expand_population
-from hetero_fl.core.payload import Payload
+from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.remote import PublicPack, describe_client_rows, restrict_to_holder
@@ -28,7 +29,6 @@ from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
     FORM,
     LOG,
-    MALFORMED_ERRORS,
     RequestRefusedError,
     data_info_tree,
     decode_body,
@@ -55,7 +55,13 @@ from hetero_fl.deployment.validation import read_data_info
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.workers import Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    RemoteTracebackError,
+    Worker,
+    WorkerJob,
+    WorkerSetup,
+)
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.utils.code_permission import CodePermission
@@ -271,6 +277,27 @@ def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
     return pack
 
 
+def _run_job(worker: Worker, job: WorkerJob, what: str) -> JobResult:
+    """Run a job and return its result, or raise the exception with which the job failed.
+
+    Args:
+        worker: The worker.
+        job: The job.
+        what: Description of the job for error messages.
+
+    Raises:
+        RequestRefusedError: If the site does not share an item of the upload, or the request is
+            malformed.
+        RunFailedError: If the job failed with another exception.
+    """
+    done = worker.run_job(job)
+    if isinstance(done.error, (UserError, PayloadError)):
+        raise RequestRefusedError(f"{what}: {done.error}")
+    if done.error is not None:
+        raise RunFailedError(f"{what}: {done.error}") from RemoteTracebackError(done.trace)
+    return done
+
+
 def check_file_name(name: str) -> str:
     """Return a received name if it is safe to use as a file name.
 
@@ -361,11 +388,10 @@ class Node:
             except StateLostError as error:
                 self.log(f"lost: {error}")
                 answer = self._empty_answer("lost", str(error))
-            except (RequestRefusedError, UserError, RunFailedError) as error:
+            except (RequestRefusedError, UserError) as error:
                 answer = self._refusal(str(error))
-            # OSError: the disk may be full.
-            except (*MALFORMED_ERRORS, OSError) as error:
-                answer = self._refusal(f"{type(error).__name__}: {one_line(error, 200)}")
+            except Exception as error:
+                answer = self._failure(error)
             return Envelope({**answer.head, LOG: self.audit_log.head}, answer.body)
 
     def _log_answer(self, answer: Envelope) -> None:
@@ -379,6 +405,15 @@ class Node:
         why = one_line(why)
         self.log(f"refused: {why}")
         return self._empty_answer("refused", why)
+
+    def _failure(self, error: Exception) -> Envelope:
+        """Log the traceback of an unexpected exception and return an answer that names it."""
+        kind = "" if isinstance(error, RunFailedError) else f"{type(error).__name__}: "
+        why = f"{kind}{one_line(error, 200)}; the traceback is in the log of the site"
+        for line in traceback.format_exception(error):
+            for part in line.splitlines():
+                self.log(one_line(part))
+        return self._empty_answer("error", why)
 
     def _empty_answer(self, kind: str, why: str) -> Envelope:
         """Return an answer that contains no data of this site."""
@@ -405,7 +440,7 @@ class Node:
             self.storage_key,
             entries=self.audit_log.entries(),
             run=run,
-            tree=decode_body(envelope),
+            tree=decode_body(envelope, "config", "public"),
         )
         if result is None:
             return message("lacks")
@@ -421,7 +456,8 @@ class Node:
     def _prepare(self, envelope: Envelope) -> Envelope:
         """Prepare for the tasks of the run, given the data reports of all clients."""
         joined = self._current_run(envelope)
-        fingerprint = joined.prepare(self.site, decode_body(envelope), self._check_upload)
+        tree = decode_body(envelope, "told", "fingerprint", "threads")
+        fingerprint = joined.prepare(self.site, tree, self._check_upload)
         self.log(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
             f"{pluralize(joined.config.rounds, 'round')}"
@@ -445,7 +481,7 @@ class Node:
         joined = self._prepared_run(envelope)
         if joined is None:
             return message("unready")
-        state = as_bytes(decode_body(envelope)["state"])
+        state = as_bytes(decode_body(envelope, "state")["state"])
         try:
             PrivateState.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
@@ -532,9 +568,7 @@ class Node:
         job = self._worker_job(
             "answer", request, private, notes={} if notes is None else {client: notes}
         )
-        done = joined.worker.run_job(job)
-        if done.error is not None:
-            raise RequestRefusedError(f"{request.kind}: {done.error}")
+        done = _run_job(joined.worker, job, request.kind)
         if client in done.notes:
             storage.write("notes", done.notes[client])
         else:
@@ -562,9 +596,7 @@ class Node:
         job = self._worker_job(
             "read", request, {self.site.client: joined.storage.load_state(base)}, details
         )
-        done = joined.worker.run_job(job)
-        if done.error is not None:
-            raise RequestRefusedError(f"evaluation: {done.error}")
+        done = _run_job(joined.worker, job, "evaluation")
         evaluation = done.evaluations[self.site.client]
         # After the last round, the site stores its model even if it does not disclose the model.
         if evaluation.model:

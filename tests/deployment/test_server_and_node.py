@@ -14,19 +14,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.deployment import messages
+from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.flower.worker import LoggedNode
 from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import _stop_after_round, run_federation
-from hetero_fl.deployment.transport import Envelope
+from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment import run
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
-from tests.helpers.deployments import Federation, small
+from tests.helpers.deployments import SITES, Federation, small
 from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import LONG, Clock, EventLines
 from tests.helpers.small_federations import changed, config
@@ -141,6 +144,53 @@ def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock:
     )
     assert not sites.stops[1].is_set()
     assert not (tmp_path / "out").exists()
+
+
+def test_nodes_with_another_build_of_torch_train(tmp_path: Path) -> None:
+    def rebuilt(handle: Handle) -> Handle:
+        def answer(envelope: Envelope) -> Envelope:
+            reply = handle(envelope)
+            if reply.head["ask"] == "here":
+                public = torch.__version__.partition("+")[0]
+                return Envelope({**reply.head, "torch": f"{public}+rocm6.2"}, reply.body)
+            return reply
+
+        return answer
+
+    run = Federation(tmp_path).serve(small(rounds=1), dict.fromkeys(SITES, rebuilt), wait=20.0)
+
+    assert not run.metrics[0]["failed"]
+
+
+def test_exception_at_a_node_is_a_failure_with_a_traceback_in_its_log(tmp_path: Path) -> None:
+    name = "python:tests.helpers.failing_methods:Fails"
+    sites = {site: {"allows": {"own_code": [name]}} for site in SITES}
+    federation = Federation(tmp_path, sites)
+
+    run = federation.serve(load_config(small(name, "mlp"), allow_code=True))
+
+    reason = run.metrics[1]["failed"]["site_1"]
+    assert "ZeroDivisionError: of all things; the traceback is in the log of the site" in reason
+    assert "ZeroDivisionError: of all things" in federation.log_lines
+    assert any("failing_methods.py" in line for line in federation.log_lines)
+    assert not any(line.startswith("refused") for line in federation.log_lines)
+    outcomes = [entry["outcome"] for entry in verify(tmp_path / "site_1" / "audit.jsonl")]
+    assert sum(outcome.startswith("error: train: ") for outcome in outcomes) == 1
+
+
+def test_exception_while_a_node_prepares_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_config: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    monkeypatch.setattr("hetero_fl.deployment.node.load_federated_data", load)
+    federation = Federation(tmp_path)
+
+    with pytest.raises(RunFailedError, match=r"site_\d: the node failed: RuntimeError: CUDA error"):
+        federation.serve(small(rounds=1))
+
+    assert "RuntimeError: CUDA error: no kernel image is available" in federation.log_lines
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ class LoopbackTransport:
             try:
                 with self._working:
                     answer: Envelope | None = handle(envelope)
-            except Exception:
+            except BaseException:
                 # Like a node whose process has ended.
                 answer = None
             with self._changed:

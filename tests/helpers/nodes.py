@@ -29,7 +29,7 @@ LONG = 300.0
 Point = tuple[str, int, str]
 
 
-class NodeEndedError(Exception):
+class NodeEndedError(BaseException):
     """Raised when a node's process ends."""
 
 

@@ -509,19 +509,19 @@ class SparseStage(Stage):
     The receiver sets all other numbers to zero.
 
     Attributes:
-        amount: Fraction of the numbers to keep if less than 1, otherwise number of values to keep.
+        amount: Fraction of the numbers to keep if a float, or number of values to keep if an int.
             At least one value is kept.
     """
 
-    amount: float
+    amount: int | float
 
     sorts = frozenset({"change"})
 
     def num_kept(self, total: int) -> int:
         """Return the number of values that are sent if the vector has `total` values."""
-        return (
-            max(1, ceil(self.amount * total)) if self.amount < 1 else min(int(self.amount), total)
-        )
+        if isinstance(self.amount, int):
+            return min(self.amount, total)
+        return max(1, ceil(self.amount * total))
 
     @override
     def compresses(self, layout: Layout) -> bool:

@@ -36,6 +36,19 @@ from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.registry import reference_to
 
 
+def _share_or_count(value: int | float) -> int | float:
+    """Check that a float is a share. A whole number greater than 1 is a count in either form."""
+    if isinstance(value, int) or value <= 1:
+        return value
+    if not value.is_integer():
+        raise ValueError(f"must be a share <= 1 or a whole number, got {value:g}")
+    return int(value)
+
+
+ShareOrCount = Annotated[int | float, AfterValidator(_share_or_count)]
+"""A share, which is a float and at most 1 (`1.0`: all), or a number, which is an int (`1`: one)."""
+
+
 class Settings(BaseModel):
     """Base class of configuration sections and methods.
 

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, format_value, rename_keys
+from hetero_fl.config.base import ConfigSection, ShareOrCount, format_value, rename_keys
 from hetero_fl.utils.errors import suggest_or_list
 
 # Stages that drop a part of a model update. The receiver replaces the dropped part with zeros.
@@ -34,7 +34,7 @@ STAGES = (*SPARSE, "top_classes", *FORMATS)
 class SecureAggregationConfig(ConfigSection):
     """Secure aggregation, with which the server learns only sums (Bonawitz et al. 2017)."""
 
-    threshold: float = Field(
+    threshold: ShareOrCount = Field(
         2 / 3,
         description="clients that must complete the round, else it is discarded: a share of the "
         "cohort > 0.5, or a number >= 2",
@@ -64,11 +64,11 @@ class SecureAggregationConfig(ConfigSection):
 
     @field_validator("threshold")
     @classmethod
-    def _check_threshold(cls, value: float) -> float:
+    def _check_threshold(cls, value: int | float) -> int | float:
         """Check that the value is a share of the cohort or a number of clients."""
-        if not (0.5 < value <= 1 or (value >= 2 and value == int(value))):
+        if not (value >= 2 if isinstance(value, int) else value > 0.5):
             raise ValueError(
-                f"must be a share > 0.5 and <= 1 or a number of clients >= 2, got {value:g}"
+                f"must be a share > 0.5 and <= 1 or a number of clients >= 2, got {value}"
             )
         return value
 
@@ -82,8 +82,8 @@ class SecureAggregationConfig(ConfigSection):
 
     def min_survivors(self, cohort: int) -> int:
         """Return the minimum number of clients in a cohort that must complete the round."""
-        if self.threshold > 1:
-            return int(self.threshold)
+        if isinstance(self.threshold, int):
+            return self.threshold
         return max(2, cohort // 2 + 1, math.ceil(self.threshold * cohort - 1e-9))
 
     def max_fraction_bits(self, cohort: int) -> int:
@@ -143,17 +143,17 @@ def num_fraction_bits(config: SecureAggregationConfig | HomomorphicConfig, cohor
 class StageConfig(ConfigSection):
     """One stage of a compression chain, which has a single key, or both `quantize` and `bucket`."""
 
-    topk: float | None = Field(
+    topk: ShareOrCount | None = Field(
         None,
         gt=0,
-        description="model changes: send the values of largest magnitude, a share < 1 or a "
-        "number; the rest is added to the next change (error feedback)",
+        description="model changes: send the values of largest magnitude, a share <= 1.0 or a "
+        "number >= 1; the rest is added to the next change (error feedback)",
     )
-    randk: float | None = Field(
+    randk: ShareOrCount | None = Field(
         None,
         gt=0,
-        description="model changes: send randomly chosen values, a share < 1 or a number, divided "
-        "by the probability to be chosen",
+        description="model changes: send randomly chosen values, a share <= 1.0 or a number >= 1, "
+        "divided by the probability to be chosen",
     )
     lowrank: float | None = Field(
         None,
@@ -176,14 +176,6 @@ class StageConfig(ConfigSection):
     half: bool = Field(
         False, description="send numbers in half precision; the stage may be written as `half`"
     )
-
-    @field_validator("topk", "randk")
-    @classmethod
-    def _check_share_or_count(cls, value: float | None) -> float | None:
-        """Check that a value of 1 or more is a whole number."""
-        if value is not None and value >= 1 and value != int(value):
-            raise ValueError(f"must be a share < 1 or a whole number, got {value:g}")
-        return value
 
     @model_validator(mode="after")
     def _check_single_key(self) -> StageConfig:

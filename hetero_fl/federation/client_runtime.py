@@ -201,7 +201,8 @@ class ClientEvaluation:
         baselines: Scores of the baselines, keyed by name of the evaluation and of the baseline.
         forecast: Forecast for the latest rows of the local test set (see the function `forecast`).
         triggered: Success rate of a backdoor, which is the fraction of global test rows with the
-            trigger that are classified as the target class. None if there is no backdoor.
+            trigger that are classified as the target class. None if there is no backdoor, or no
+            row of another class.
         model: The deployed model, encoded by `SavedModel.encode`.
     """
 
@@ -580,8 +581,9 @@ class ClientRuntime:
         if malicious is None or not malicious.has_trigger:
             return
         target = malicious.config.target
-        plans = {c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in clients.items()}
-        for c, logits in self._run(plans, clients).items():
+        with_rows = {c: p for c, p in clients.items() if len(targets(p.data(TRIGGERED, None)))}
+        plans = {c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in with_rows.items()}
+        for c, logits in self._run(plans, with_rows).items():
             evaluations[c].triggered = float((logits.argmax(-1) == target).double().mean())
 
     def _on_host(self, tensor: Tensor) -> Tensor:

@@ -288,8 +288,9 @@ def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dic
     """Return the attack and the malicious clients, or an empty dictionary without attack.
 
     The entry `success` is the success rate of a backdoor in the last evaluation, or None for other
-    attacks. The success rate is the fraction of global test rows with the trigger that the models
-    of the honest clients assign to the target class.
+    attacks. The success rate is the fraction of global test rows of other classes, with the
+    trigger, that the models of the honest clients assign to the target class. It is None if there
+    are no such rows.
     """
     malicious = federation.malicious
     if malicious is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+import hetero_fl as hfl
 from hetero_fl.config import dump
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
@@ -31,6 +33,33 @@ def test_chain_survives_a_resolved_configuration(text: str, names: list[str]) ->
     assert load_config(yaml.safe_load(dump(loaded))).channel == loaded.channel
 
 
+@pytest.mark.parametrize("stage", ["topk", "randk"])
+def test_sparse_stage_reads_floats_as_shares_and_integers_as_numbers(stage: str) -> None:
+    x = np.random.default_rng(0).random((60, 8), dtype=np.float32)
+    clients = [hfl.Client(f"site_{i}", "linear", (x, np.arange(60) % 2)) for i in range(2)]
+    federation = hfl.Federation(clients)
+
+    def upload_bytes(text: str) -> int:
+        loaded = yaml.safe_load(f"[{{{stage}: {text}}}]")
+        run = federation.train(hfl.FedAvg(), rounds=1, channel=hfl.Channel(compress=loaded))
+        return int(run.metrics[0]["up_bytes"])
+
+    # The model has 8 * 2 weights and 2 biases in float32.
+    assert upload_bytes("1.0") == upload_bytes("18") == upload_bytes("1000.0")
+    assert upload_bytes("1.0") - upload_bytes("1") >= 2 * 17 * 4
+
+
+def test_threshold_of_secure_aggregation_is_a_share_or_an_integer() -> None:
+    def survivors(threshold: float) -> int:
+        loaded = load_config(config(clients=10, channel={"secure_sum": {"threshold": threshold}}))
+        assert loaded.channel.secure_sum is not None
+        return loaded.channel.secure_sum.min_survivors(10)
+
+    assert [survivors(threshold) for threshold in (0.8, 1.0, 7, 7.0)] == [8, 10, 7, 7]
+    with pytest.raises(UserError, match=r"a number of clients >= 2, got 1$"):
+        survivors(1)
+
+
 @pytest.mark.parametrize(
     ("channel", "words"),
     [
@@ -40,7 +69,7 @@ def test_chain_survives_a_resolved_configuration(text: str, names: list[str]) ->
         ),
         (
             {"compress": [{"topk": 1.5}]},
-            "channel.compress.0.topk: must be a share < 1 or a whole number, got 1.5",
+            "channel.compress.0.topk: must be a share <= 1 or a whole number, got 1.5",
         ),
         ({"compress": [{"topk": 0}]}, "channel.compress.0.topk: must be > 0, got 0"),
         ({"compress": [{"quantize": 17}]}, "channel.compress.0.quantize: must be <= 16, got 17"),

@@ -6,9 +6,11 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import hetero_fl as hfl
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.recalibration import proxy_sample
 from hetero_fl.config.population import Population
@@ -274,6 +276,18 @@ def test_metrics_cover_benign_clients_and_backdoor_success() -> None:
     assert clients["site_1"].triggered == pytest.approx(
         float((logits.argmax(-1) == 1).double().mean())
     )
+
+
+def test_backdoor_success_without_rows_of_other_classes_is_null() -> None:
+    images = np.random.default_rng(0).random((100, 1, 8, 8), dtype=np.float32)
+    labels = np.arange(100) % 2
+    clients = [hfl.Client(f"site_{i}", "linear", (images, labels)) for i in range(3)]
+    test = images[labels == 0], labels[labels == 0]
+    attacks = hfl.Attacks(name="backdoor", target=0, clients=["site_0"])
+
+    run = hfl.Federation(clients, test=test).train(hfl.FedAvg(), rounds=1, attacks=attacks)
+
+    assert run.summary["attacks"]["success"] is None
 
 
 def test_backdoor_success_uses_recalibrated_models() -> None:

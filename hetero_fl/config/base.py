@@ -250,7 +250,7 @@ def warn_deprecated(key: str, replacement: str) -> None:
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
     """Replace former names of keys and issue a warning for each replaced key.
 
-    A key is not replaced if the section also contains the new key.
+    If the section contains both names, the last one takes precedence, which is that of an override.
 
     Args:
         raw: Content of the section.
@@ -270,15 +270,10 @@ def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
     """
     if not isinstance(raw, Mapping) or not renamed.keys() & raw.keys():
         return raw
-    keys = {}
     for key in raw:
-        new = renamed.get(key, key)
-        if new in raw or new == key:
-            keys[key] = key
-            continue
-        keys[key] = new
-        warn_deprecated(f"{section}.{key}", f"{section}.{new}")
-    return {keys[key]: value for key, value in raw.items()}
+        if key in renamed:
+            warn_deprecated(f"{section}.{key}", f"{section}.{renamed[key]}")
+    return {renamed.get(key, key): value for key, value in raw.items()}
 
 
 VERSION = 1

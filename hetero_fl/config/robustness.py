@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, ShareOrCount, choice_type, rename_keys
+from hetero_fl.config.base import ConfigSection, choice_type, rename_keys
 
 RULES = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "norm_bound", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
@@ -51,7 +51,7 @@ class AggregationConfig(ConfigSection):
         description="aggregation of class statistics (prototypes, mean logits); `median`: of the "
         "clients' class means",
     )
-    malicious: ShareOrCount = Field(
+    malicious: int | float = Field(
         0.2,
         description="malicious clients that a robust rule tolerates: a number, or a share < 0.5 "
         "of the clients that upload",

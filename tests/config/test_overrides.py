@@ -104,3 +104,17 @@ def test_setting_of_another_kind_in_an_override_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"^data.partition.partition_by: unknown key"):
         partition(FLOWER, *overrides)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_override_with_a_former_key_replaces_the_key_of_the_file() -> None:
+    file = Path("configs/medical_private.yaml")
+    secure = {"channel": {"secure_sum": {"neighbors": 4}}, "aggregation": {"malicious": 0.1}}
+    overrides = ["channel.secure_sum.neighbours=2", "aggregation.liars=1"]  # style: ok (former)
+
+    assert load_config(file, ["algorithm.distil_epochs=1"]).algorithm["distill_epochs"] == 1
+    former = {"algorithm": {"name": "hybrid", "distil_epochs": 4}}
+    assert load_config(former, ["algorithm.distill_epochs=1"]).algorithm["distill_epochs"] == 1
+    found = load_config(secure, overrides)
+    assert found.channel.secure_sum is not None
+    assert (found.channel.secure_sum.neighbors, found.aggregation.malicious) == (2, 1)

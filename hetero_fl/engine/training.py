@@ -120,8 +120,9 @@ def create_optimizer(
 
     Raises:
         TypeError: If the result is not an optimizer.
-        ValueError: If the optimizer has no learning rate.
+        ValueError: If the optimizer has no learning rate or updates other parameters.
     """
+    given = [group["params"] if isinstance(group, dict) else [group] for group in parameters]
     optimizer = create(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -132,6 +133,12 @@ def create_optimizer(
         raise ValueError(
             f"{type(optimizer).__name__} needs a positive learning rate 'lr' in each parameter "
             "group, which schedules change"
+        )
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not own <= {id(p) for group in given for p in group}:
+        raise ValueError(
+            f"{type(optimizer).__name__} must update the parameters that the function receives, "
+            "not those of another model"
         )
     return optimizer
 
@@ -144,7 +151,7 @@ def try_optimizer(create: Callable[[list[nn.Parameter]], Any]) -> torch.optim.Op
 
     Raises:
         TypeError: If the result is not an optimizer.
-        ValueError: If the optimizer has no learning rate or needs a closure.
+        ValueError: If the optimizer cannot be used (see `create_optimizer`) or needs a closure.
     """
     parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
     for parameter in parameters:

@@ -211,6 +211,18 @@ def log_softmax_model(last: nn.Module) -> nn.Module:
     return hfl.SplitModel(nn.Flatten(), nn.Sequential(nn.Linear(64, CLASSES), last))
 
 
+class Centered(nn.Module):
+    """A loss with a running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.center = torch.zeros(CLASSES)
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        self.center = 0.9 * self.center + 0.1 * logits.detach().mean(0)
+        return functional.cross_entropy(logits - self.center, y)
+
+
 def trained_loss() -> nn.Module:
     loss = nn.CrossEntropyLoss()
     loss.scale = nn.Parameter(torch.ones(()))
@@ -237,6 +249,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "trained loss": (
         "objective: the parameter 'scale' of the loss would not be trained",
         {"objective": trained_loss()},
+        {},
+    ),
+    "changing loss": ("loss changes its attribute 'center'", {"objective": Centered()}, {}),
+    "probabilities": (
+        "objective: .*between 0 and 1",
+        {"objective": lambda z, y: functional.binary_cross_entropy(z, functional.one_hot(y) * 1.0)},
         {},
     ),
     "method": (

@@ -47,6 +47,10 @@ def make_lbfgs(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(parameters)
 
 
+def make_foreign_sgd(_parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.2)
+
+
 def make_sgd_of_matrices(parameters: Any) -> torch.optim.Optimizer:
     """Return an optimizer of weights, which leaves biases as they are."""
     return torch.optim.SGD([p for p in parameters if p.ndim > 1], lr=0.2)
@@ -85,11 +89,12 @@ def test_optimizer_of_some_parameters_is_accepted() -> None:
     [
         (torch.optim.LBFGS, r"LBFGS.step\(\) fails without a closure, .* choose an optimizer such"),
         (SharpnessAware, r"SharpnessAware.step\(\) fails without .*: evaluate the loss twice"),
+        (make_foreign_sgd, "SGD must update the parameters that the function receives"),
         (Unrated, "Unrated needs a positive learning rate 'lr'"),
     ],
 )
 def test_optimizer_that_local_training_cannot_use_is_refused(
-    optimizer: type[torch.optim.Optimizer], words: str
+    optimizer: Callable[[Any], torch.optim.Optimizer], words: str
 ) -> None:
     with pytest.raises(UserError, match=rf"Client\('a'\): optimizer: {words}"):
         hfl.Client("a", "linear", optimizer=optimizer)

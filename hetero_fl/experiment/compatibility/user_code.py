@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.image_transforms import apply_transform
 from hetero_fl.core.metrics import apply_metric, metric_names
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import Objective, Supervised
+from hetero_fl.core.objectives import LossFunction, Objective, Supervised
 from hetero_fl.core.task import Task
 from hetero_fl.engine.training import make_optimizer, try_optimizer
 from hetero_fl.federation.federation import FederationSpec, load_metric
@@ -54,10 +57,11 @@ def check_user_code(federation: FederationSpec) -> list[str]:
         where = f"clients: '{profile.first}'"
         try:
             objective = load_objective(settings.objective, federation.task)
-            _check_objective(objective, settings, federation.task, is_private)
-            if federation.task.kind != "regression":
-                for arch in dict.fromkeys(profile.models.values()):
-                    kinds = unusual.get(arch, [LOGITS, LOGITS])
+            for arch in dict.fromkeys(profile.models.values()):
+                kinds = unusual.get(arch, [LOGITS, LOGITS])
+                if isinstance(objective, Supervised) and objective.function is not None:
+                    _check_loss(objective.function, kinds[0], settings, is_private)
+                if federation.task.kind != "regression":
                     for note in _output_notes(arch, kinds, objective):
                         noted.setdefault(note, where)
             _check_optimizer(settings.optimizer)
@@ -76,34 +80,56 @@ def check_user_code(federation: FederationSpec) -> list[str]:
     return [prefix_note(where, note) for note, where in noted.items()]
 
 
-def _check_objective(
-    objective: Objective, settings: ClientSettings, task: Task, is_private: bool
+def _check_loss(
+    loss: LossFunction, outputs: str, settings: ClientSettings, is_private: bool
 ) -> None:
-    function = objective.function if isinstance(objective, Supervised) else None
-    if function is None:
-        return
-    if isinstance(function.function, nn.Module):
-        trained = [n for n, p in function.function.named_parameters() if p.requires_grad]
+    """Check that a loss can be computed from the given kind of outputs and does not change."""
+    if isinstance(loss.function, nn.Module):
+        trained = [n for n, p in loss.function.named_parameters() if p.requires_grad]
         if trained:
             raise UserError(
                 f"objective: the parameter '{trained[0]}' of the loss would not be trained; add it "
                 "to the model, or set requires_grad=False"
             )
     needs_rows = {"privacy.unit=record": is_private, "class_weights": settings.class_weights}
+    logits, y = _trial_outputs(loss.task)
+    if outputs == LOGITS and loss.task.kind != "regression":
+        # Logits are negative and positive.
+        logits = logits + torch.arange(loss.task.outputs) - 0.5
     try:
-        logits, y = _trial_outputs(task)
-        function.total(logits, y)
+        if isinstance(loss.function, nn.Module):
+            _check_state(replace(loss, function=copy.deepcopy(loss.function)), logits, y)
+        loss.total(logits, y)
         for setting in [name for name, value in needs_rows.items() if value]:
-            if not function.is_mean_of_examples:
+            if not loss.is_mean_of_examples:
                 raise ValueError(
                     f"{setting} needs a loss that is the mean of the losses of the rows, which "
                     "class weights, ignore_index and reduction='sum' change; return one loss per "
                     "row (reduction='none')"
                 )
-            function.each(logits, y, separate=True)
+            loss.each(logits, y, separate=True)
     # A user's function may raise any exception.
     except Exception as error:
         raise UserError(f"objective: {one_line(error)}") from error
+
+
+def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
+    """Check that a call of a loss does not change a tensor or number of its module."""
+
+    def state() -> dict[str, Tensor]:
+        module = cast("nn.Module", loss.function)
+        plain = {n: v for n, v in vars(module).items() if isinstance(v, Tensor | int | float)}
+        values = {**plain, **module.state_dict()}
+        return {name: torch.as_tensor(value).clone() for name, value in values.items()}
+
+    before = state()
+    loss.total(logits, y)
+    for name, value in state().items():
+        if name not in before or not torch.equal(value, before[name]):
+            raise ValueError(
+                f"the loss changes its attribute '{name}', which clients would share; compute the "
+                "loss from logits and targets only"
+            )
 
 
 def output_kinds(arch: ModelSpec) -> list[str]:

@@ -391,8 +391,10 @@ class SourceConfig(ConfigSection):
     )
     patient: str | None = Field(
         None,
-        description="tables, `.npz` files, Hugging Face data sets and WILDS: column or array that "
-        "identifies the patient of each row; a patient's rows stay in one split of one client",
+        description="tables, `.npz` files, zarr stores, Hugging Face data sets and WILDS: column "
+        "or array that identifies the patient of each row; `image_folder`: regular expression with "
+        "a group that is found in file names, such as `(p[0-9]+)_`, or a table with the columns "
+        "`file` and `patient`; a patient's rows stay in one split of one client",
     )
     task: (
         choice_type("multiclass", "multilabel", "regression") | None  # type: ignore[valid-type]

@@ -17,7 +17,13 @@ from hetero_fl.core.images import (
     in_range,
 )
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import ARRAY_NAMES, ExampleNames, check_examples, first_true
+from hetero_fl.data.checks import (
+    ARRAY_NAMES,
+    ExampleNames,
+    check_examples,
+    first_true,
+    note_identifiers,
+)
 from hetero_fl.data.dataset import (
     MAX_NUMBERED_CLASSES,
     Block,
@@ -25,6 +31,7 @@ from hetero_fl.data.dataset import (
     Examples,
     Vocabulary,
     index_names,
+    with_patients,
 )
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
@@ -123,6 +130,7 @@ def from_arrays(
         {f"{name}: {split}: {names.x}": pair[0] for split, pair in given.items()},
         tuple(columns),
         vocabulary,
+        names,
     )
     if classes and not isinstance(task, Task):
         task = Task("multiclass", len(classes), classes)
@@ -149,7 +157,7 @@ def from_arrays(
                 f"{name}: {split}: {names.y}: expected {len(inputs_of_split)} rows as in "
                 f"{names.x}, got {len(labels[split])}"
             )
-    extra = _extra_columns(group, patient, time, unit, name)
+    extra = _extra_columns(group, time, unit, name)
     extra["metadata"] = {key: np.asarray(column) for key, column in (metadata or {}).items()}
     examples = {
         split: Examples(
@@ -157,6 +165,8 @@ def from_arrays(
         )
         for split, inputs_of_split in zip(given, inputs, strict=True)
     }
+    if patient is not None:
+        examples["train"] = with_patients(examples["train"], patient, f"{name}: patient")
     for split, part in examples.items():
         # Missing values are checked later, against the preprocessing of each client.
         check_examples(
@@ -178,29 +188,34 @@ def from_arrays(
 
 
 def _parse_inputs(
-    raw: Mapping[str, Any], columns: tuple[str, ...], vocabulary: Vocabulary | None
+    raw: Mapping[str, Any],
+    columns: tuple[str, ...],
+    vocabulary: Vocabulary | None,
+    names: ExampleNames,
 ) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Return x of each split as tensors, and remarks on how images were read.
+    """Return x of each split as tensors, and remarks on images and columns of ids.
 
     Args:
         raw: The inputs of each split, keyed by their name in messages.
         columns: Names of columns or channels.
         vocabulary: Vocabulary if the inputs are tokens, otherwise None.
+        names: Names of x, y and rows in the source. Columns of named sources are not checked.
     """
     if vocabulary is not None:
         return [_tensor(x, where).long() for where, x in raw.items()], ()
     tensors = {where: as_numbers(x, where) for where, x in raw.items()}
     _check_series(tensors, columns)
-    return _images(tensors)
+    inputs, notes = _images(tensors)
+    if names is ARRAY_NAMES:
+        notes += tuple(note_identifiers(inputs[0], columns, "pass its values as patient=..."))
+    return inputs, notes
 
 
-def _extra_columns(group: Any, patient: Any, time: Any, unit: Any, name: str) -> dict[str, Any]:
+def _extra_columns(group: Any, time: Any, unit: Any, name: str) -> dict[str, Any]:
     """Return the fields of `Examples` for the columns that are not None."""
     extra: dict[str, Any] = {}
     if group is not None:
         extra["group"], extra["group_names"] = index_names(_as_list(group))
-    if patient is not None:
-        extra["patient"], extra["patient_names"] = index_names(_as_list(patient))
     if time is not None:
         extra["time"] = _parse_times(time, name)
     if unit is not None:

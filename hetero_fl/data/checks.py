@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,12 @@ from hetero_fl.core.stored_rows import Column, require_tensor, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples, Vocabulary
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import Caution
 
+DISTINCT_SHARE = 0.95
+"""Share of distinct values from which a column of integers or text seems to identify rows."""
+MIN_IDENTIFIED = 30
+"""Number of rows from which a column can seem to identify rows."""
 CHECKED_ROWS = 4096
 """Number of rows whose values are checked at a time."""
 
@@ -249,6 +254,36 @@ def _check_excluded(excluded: Tensor, y: Tensor, task: Task, where: str) -> None
 
 def _describe(tensor: Column) -> str:
     return f"{dtype_name(tensor)} of shape {tuple(tensor.shape)}"
+
+
+def is_identifier(distinct: int, rows: int) -> bool:
+    """Return whether integers or text with so many distinct values seem to identify rows."""
+    return rows >= MIN_IDENTIFIED and distinct >= DISTINCT_SHARE * rows
+
+
+def note_identifiers(x: Column, columns: Sequence[str], advice: str) -> list[str]:
+    """Return warnings about columns of integers that seem to identify rows.
+
+    Args:
+        x: Inputs. Only tables `[N, F]` with several columns are checked.
+        columns: Names of the columns, or empty.
+        advice: How to keep the rows of a patient together.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 2 or len(x) < MIN_IDENTIFIED or x.shape[1] < 2:
+        return []
+    notes = []
+    is_whole = (x[:CHECKED_ROWS] == x[:CHECKED_ROWS].floor()).all(0)
+    for index in is_whole.nonzero().squeeze(1).tolist():
+        column = x[:, index]
+        if bool((column == column.floor()).all()) and is_identifier(len(column.unique()), len(x)):
+            name = f"'{columns[index]}'" if columns else str(index)
+            notes.append(
+                Caution(
+                    f"column {name} of x has another integer in almost every row, as an id has, "
+                    f"and is a feature; remove the column, or {advice}"
+                )
+            )
+    return notes
 
 
 def first_true(mask: Any) -> int | None:

@@ -19,6 +19,7 @@ from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.external import match_to_common, source_with_task
+from hetero_fl.data.groups import check_patients_in_one_set
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
 from hetero_fl.data.registry import load_source, needs_path, reads_folder
@@ -27,7 +28,7 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import stream_key
-from hetero_fl.utils.text import prefix_note
+from hetero_fl.utils.text import pluralize, prefix_note
 
 POOLED = ("table", "npz", "image_folder")
 """Sources whose files can be pooled."""
@@ -178,8 +179,8 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
         where = _config_path(client)
         if with_patients and each.train.patient is None:
             raise UserError(
-                f"{where}.patient: missing; client '{with_patients[0]}' has patients, so all files "
-                "need them"
+                f"{where}: no patients, but client '{with_patients[0]}' has patients; set patient "
+                "for all clients or for none"
             )
         if each.task.kind != first.task.kind:
             raise UserError(
@@ -326,6 +327,7 @@ def load_client_sources(
             source, common_set.task, common_set.categories, config.label, main=config
         )
         own = load_source(read, Path(config.root).expanduser(), where, missing=True)
+        check_patients_in_one_set(own, where)
         found.simulated |= own.simulated
         found.notes += [
             note if note.startswith(where) else prefix_note(where, note) for note in own.notes
@@ -349,6 +351,14 @@ def load_client_sources(
             converted, source, owners, config=config, clients=clients, seed=seed, notes=found.notes
         )
         given = _given_sets(own, source) if len(owners) == 1 else {}
+        for name in owners:
+            rows = len(shares[name].rows) + sum(map(len, given.values()))
+            if rows < config.partition.min_size:
+                raise UserError(
+                    f"clients: '{name}': data: has {pluralize(rows, 'row')}, fewer than "
+                    f"data.partition.min_size={config.partition.min_size}; give the client more "
+                    f"rows, or {_override('data.partition.min_size', rows, source)}"
+                )
         found.notes += note_unused_sets(own.splits().keys() - given.keys(), where)
         # Rows are held out only for the sets that are not given.
         held_out = config.split.model_copy(update=dict.fromkeys(given, 0.0))
@@ -359,6 +369,12 @@ def load_client_sources(
             splits[owners[0]][name] = RowSelection.all_rows(matched)
         found.private |= splits
     return found
+
+
+def _override(key: str, value: object, source: SourceConfig) -> str:
+    """Return how to change a key, in files or in the program that passes a source as an object."""
+    is_object = source.name.startswith(OBJECT_PREFIX)
+    return f'pass overrides=["{key}={value}"]' if is_object else f"set {key}={value}"
 
 
 def note_unused_sets(names: Collection[str], where: str) -> list[str]:

@@ -559,6 +559,30 @@ def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
     return torch.tensor([indices[name] for name in texts], dtype=torch.int64), names
 
 
+def with_patients(examples: Examples, patient: Any, where: str) -> Examples:
+    """Return the examples with the patient of each row.
+
+    Args:
+        examples: The examples.
+        patient: Patient of each row, `[N]` or `[N, 1]` numbers or strings.
+        where: Name of the patients, for error messages.
+
+    Raises:
+        UserError: If there is not one patient for each row, or a patient is missing.
+    """
+    values = np.asarray(patient.tolist() if hasattr(patient, "tolist") else patient, dtype=object)
+    if values.shape not in ((len(examples),), (len(examples), 1)):
+        raise UserError(
+            f"{where}: expected shape ({len(examples)},), one entry per row, got {values.shape}"
+        )
+    values = values.reshape(-1)
+    missing = np.flatnonzero((values == None) | (values != values))  # noqa: E711, PLR0124
+    if len(missing):
+        raise UserError(f"{where}: row {missing[0]}: missing patient")
+    index, names = index_names(values.tolist())
+    return replace(examples, patient=index, patient_names=names)
+
+
 @dataclass
 class Dataset:
     """A data set with a learning task and a description.
@@ -633,6 +657,12 @@ class Dataset:
     def layout(self) -> ColumnLayout:
         """Names of the columns or blocks along the last axis of the examples."""
         return ColumnLayout(self.columns, self.blocks, self.categories)
+
+    @property
+    def predicts_items(self) -> bool:
+        """Whether the classes are items of the inputs, such as the next word or movie."""
+        words = self.vocabulary
+        return words is not None and (self.task.is_ranking or self.task.outputs == len(words.names))
 
     def splits(self) -> dict[str, Examples]:
         """Return the existing splits, keyed by "train", "validation" and "test"."""

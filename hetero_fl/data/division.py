@@ -15,7 +15,14 @@ from hetero_fl.data.client_sources import clients_by_source, load_client_sources
 from hetero_fl.data.dataset import Dataset, without_metadata
 from hetero_fl.data.external import proxy_set
 from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
-from hetero_fl.data.overlap import check_paths, notes_on_shared_rows
+from hetero_fl.data.groups import check_patients_in_one_set
+from hetero_fl.data.overlap import (
+    MAX_LISTED,
+    POOL,
+    PUBLIC_SETS,
+    check_paths,
+    notes_on_equal_rows,
+)
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     Preprocess,
@@ -37,9 +44,10 @@ from hetero_fl.data.splits import (
     with_test,
 )
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import keyed_generator
-from hetero_fl.utils.text import format_list
+from hetero_fl.utils.text import Caution, format_list, pluralize
 
 
 def federate(
@@ -102,6 +110,8 @@ def federate(
     """
     check_classes(dataset, config)
     check_categories(dataset, config)
+    is_object = config.name.startswith(OBJECT_PREFIX)
+    check_patients_in_one_set(dataset, "data" if is_object else f"data: {dataset.name}")
     described = mark_rare_class(with_test(dataset))
     # Partition functions see the metadata, which the participants do not need.
     dataset = without_metadata(described)
@@ -142,11 +152,22 @@ def federate(
     present = _without(sources, absent)
     owned = load_client_sources(present, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
-    if dataset.vocabulary is None:
-        of_files = {name for source, names in present.items() if source.path for name in names}
-        in_files = {name: owned.private[name] for name in natural_order(of_files)}
-        notes += notes_on_shared_rows(config, in_files, private, public)
+    compared: dict[str, Splits] = {
+        name: client_rows.assigned[name] for name in natural_order(client_rows.assigned)
+    }
+    if lazy_partition is not None:
+        compared[POOL] = {"train": lazy_partition.pool}
+    source_of = {name: source for source, names in present.items() for name in names}
+    notes += notes_on_equal_rows(
+        dataset,
+        config,
+        compared,
+        public,
+        sources=source_of,
+        advice=_advice_on_equal_rows(dataset, config),
+    )
 
+    notes += _notes_on_few_rows(dataset, client_rows, public)
     _check_scanners(profiles, client_rows)
     notes += owned.notes + check_missing_values(
         profiles,
@@ -172,6 +193,44 @@ def federate(
         layout=dataset.layout,
         vocabulary=dataset.vocabulary,
     )
+
+
+def _advice_on_equal_rows(dataset: Dataset, config: DataConfig) -> str:
+    """Return how to keep equal rows of one source, which may belong to a patient, together."""
+    if dataset.train.patient is not None:
+        return "remove equal rows"
+    if config.name.startswith(OBJECT_PREFIX):
+        return "pass patient=... to keep the rows of a patient together, or remove equal rows"
+    if reads_key(config.name, "patient"):
+        return "set data.patient to keep the rows of a patient together, or remove equal rows"
+    return "remove equal rows"
+
+
+def _notes_on_few_rows(
+    dataset: Dataset, client_rows: ClientRows, public: Mapping[str, RowSelection]
+) -> list[str]:
+    """Return warnings about sets with fewer rows than classes, with which no score is meaningful.
+
+    Sets from which the next word or item is predicted may have fewer rows than classes.
+    """
+    task = dataset.task
+    if dataset.predicts_items:
+        return []
+    least = task.outputs if task.kind == "multiclass" else 2
+    reason = f"fewer than the {least} classes" if task.kind == "multiclass" else "too few"
+    sizes = {
+        f"the {PUBLIC_SETS[name]}": len(part.rows)
+        for name, part in public.items()
+        if name != "common_validation"
+    }
+    sizes |= {
+        f"client '{client}'": len(client_rows.assigned[client]["train"].rows)
+        for client in natural_order(client_rows.assigned)
+    }
+    few = [f"{title} has {pluralize(rows, 'row')}" for title, rows in sizes.items() if rows < least]
+    if not few:
+        return []
+    return [Caution(f"{format_list(few, MAX_LISTED)}, {reason}, so that results mean little")]
 
 
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
@@ -203,8 +262,10 @@ def _notes_on_generated_rows(
     if not owners or not dataset.simulated or config.path or not reads_key(config.name, "path"):
         return []
     return [
-        f"data.path is not set: {config.name} generates the global test and validation sets, but "
-        f"these clients read files: {format_list(natural_order(owners), quote=True)}"
+        Caution(
+            f"data.path is not set: {config.name} generates the global test and validation sets, "
+            f"but these clients read files: {format_list(natural_order(owners), quote=True)}"
+        )
     ]
 
 

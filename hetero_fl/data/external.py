@@ -550,7 +550,11 @@ def _load_proxy_set(
         )
     clients = {profile.first: profile.settings for profile in profiles}
     check_same_shape(tuple(x.shape[1:]), where, clients=clients, common=dataset, server=server)
-    proxy = RowSelection.all_rows(Examples(x, y))
+    examples = Examples(x, y)
+    if is_object:
+        given = load_source(read, root, where).train
+        examples = replace(examples, patient=given.patient, patient_names=given.patient_names)
+    proxy = RowSelection.all_rows(examples)
     if 0 < size < len(x):
         proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, generator)[0])
     return proxy

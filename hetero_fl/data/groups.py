@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import PARTITION_KINDS
-from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.text import format_list, pluralize
@@ -184,6 +185,29 @@ def all_groups(dataset: Dataset) -> list[str]:
         for g in part.group.unique().tolist()
     }
     return natural_order(names)
+
+
+def patient_names(examples: Examples, rows: Tensor | None = None) -> set[str]:
+    """Return the names of the patients of all or some rows, or no names if they have none."""
+    if examples.patient is None or not examples.patient_names:
+        return set()
+    patient = examples.patient if rows is None else examples.patient[rows]
+    return {examples.patient_names[index] for index in patient.unique().tolist()}
+
+
+def check_patients_in_one_set(dataset: Dataset, where: str) -> None:
+    """Check that no patient has rows in two of the training, validation and test sets.
+
+    Raises:
+        UserError: If a patient has rows in two sets.
+    """
+    names = {split: patient_names(part) for split, part in dataset.splits().items()}
+    for (first, own), (second, other) in combinations(names.items(), 2):
+        if shared := natural_order(own & other):
+            raise UserError(
+                f"{where}: {pluralize(len(shared), 'patient')} with rows in the {first} and the "
+                f"{second} set, such as '{shared[0]}'; remove their rows from one of the sets"
+            )
 
 
 def check_patients_in_one_group(dataset: Dataset) -> None:

@@ -61,6 +61,8 @@ class Client:
             source as in the configuration, such as `{"name": "table", "path": "clinic.csv"}`. If
             None, the client receives a part of the federation's common data.
         label: Column of the labels in a DataFrame or a Hugging Face data set.
+        patient: Column of the patients in a DataFrame or a Hugging Face data set, or the patient of
+            each row of `data` as an array. The rows of a patient are never divided between splits.
         validation: Validation examples. If None, they are held out of `data`.
         test: Examples of the local test set. If None, they are held out of `data`.
         head: Path of the head within the model, such as "fc". If None, `model_zoo.heads.find_head`
@@ -115,6 +117,7 @@ class Client:
         data: Any = None,
         *,
         label: str | None = None,
+        patient: Any = None,
         validation: Any = None,
         test: Any = None,
         head: str | None = None,
@@ -172,11 +175,17 @@ class Client:
             found = "a source, whose key label names the column" if is_source(data) else repr(label)
             raise TypeError(f"Client({name!r}): label: expected the name of a column, got {found}")
         where = f"Client({name!r}): "
+        if patient is not None and (data is None or is_source(data)):
+            raise UserError(
+                f"{where}patient: applies to data=... as arrays, a data frame or a data set; for a "
+                "source set its key patient"
+            )
         if callable(optimizer):
             settings["optimizer"] = optimizer_section(optimizer, where)
         self.name = name
         self.data = data
         self.label = label
+        self.patient = patient
         self.validation = validation
         self.test = test
         self.init: Init = init or ("given" if isinstance(model, nn.Module) else "seeded")
@@ -235,6 +244,7 @@ def split(
     *,
     model: Model | Sequence[Model] | None = None,
     label: str | None = None,
+    patient: Any = None,
     seed: int = 0,
     **settings: Any,
 ) -> list[Client]:
@@ -248,6 +258,7 @@ def split(
             divided at random.
         model: Model of all clients, or a list of models that are assigned to the clients in turn.
         label: Column of the labels in a DataFrame or a Hugging Face data set.
+        patient: Patients of the rows, as for `Client`. The rows of a patient go to one client.
         seed: Seed of the partition.
         **settings: Additional arguments of each `Client`.
 
@@ -279,7 +290,7 @@ def split(
         root = Path(DataConfig().root).expanduser()
         dataset = load_source(SourceConfig.model_validate(named), root)
     else:
-        dataset = to_dataset(data, "data", label)
+        dataset = to_dataset(data, "data", label, patient=patient)
     config = DataConfig.model_validate(
         {} if partition is None else {"partition": plain_value(partition)}
     )

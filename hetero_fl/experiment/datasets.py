@@ -38,6 +38,7 @@ class FederationDatasets:
         sets: The arguments `data`, `test`, `validation` and `proxy` of the federation that are not
             None, keyed by name.
         label: Column of the labels in data frames.
+        patient: Column of the patients in data frames, or the patient of each row of `data`.
         num_classes: Number of classes. If None, the classes are numbered from 0 to the largest
             integer label in all data sets.
 
@@ -51,6 +52,7 @@ class FederationDatasets:
         sets: Mapping[str, Any],
         label: str | None,
         num_classes: int | None,
+        patient: Any = None,
     ) -> None:
         for client in clients:
             _check_client(client, sets)
@@ -73,13 +75,17 @@ class FederationDatasets:
         }
         if label is not None and not any(_column(data, label) for data, _ in given.values()):
             raise UserError(f"label: no data frame or Hugging Face Dataset has a column '{label}'")
+        self._patients = _patients(clients, sets, patient)
         pairs = {place: (to_pair(data, place), column) for place, (data, column) in given.items()}
         self._categories = _shared_categories(
-            {**pairs, "proxy": (sets.get("proxy"), _column(sets.get("proxy"), label))}
+            {**pairs, "proxy": (sets.get("proxy"), _column(sets.get("proxy"), label))},
+            {place: own for place, own in self._patients.items() if isinstance(own, str)},
         )
         options = _label_options({p: data for p, (data, _) in pairs.items()}, num_classes)
         self.datasets = {
-            place: to_dataset(data, place, column, self._categories, **options)
+            place: to_dataset(
+                data, place, column, self._categories, self._patients.get(place), **options
+            )
             for place, (data, column) in pairs.items()
         }
         if self._named and ("test" in sets or "validation" in sets):
@@ -99,7 +105,11 @@ class FederationDatasets:
             return None
         if not isinstance(proxy, numbers.Integral):
             self.datasets["proxy"] = to_examples(
-                proxy, "proxy", _column(proxy, label), self._categories
+                proxy,
+                "proxy",
+                _column(proxy, label),
+                self._categories,
+                self._patients.get("proxy"),
             )
             return None
         if isinstance(proxy, bool) or proxy < 1:
@@ -183,11 +193,51 @@ def _column(data: Any, label: str | None) -> str | None:
     return label if label in list(columns) else None
 
 
+def _patients(clients: Sequence[Client], sets: Mapping[str, Any], patient: Any) -> dict[str, Any]:
+    """Return the argument `patient` of `to_dataset`, keyed by the name of the data in messages.
+
+    A column of the federation, or of a client, applies to all its data frames that have the column.
+
+    Raises:
+        UserError: If the patients apply to no data.
+    """
+    found: dict[str, Any] = {}
+    for client in clients:
+        for part, data in client.parts().items():
+            if part == "data" and client.patient is not None:
+                found[_place(client)] = client.patient
+                continue
+            own = patient if client.patient is None else client.patient
+            if isinstance(own, str) and _column(data, own):
+                found[_place(client, part)] = own
+    if isinstance(patient, str):
+        found |= {name: patient for name, data in sets.items() if _column(data, patient)}
+        if patient not in found.values():
+            raise UserError(
+                f"patient: no data frame or Hugging Face Dataset has a column '{patient}'"
+            )
+    elif patient is not None:
+        if "data" not in sets or is_source(sets["data"]) or isinstance(sets["data"], str):
+            raise UserError(
+                "patient: has one entry for each row of data=..., which is not given as arrays or "
+                "a data set; pass Client(patient=...) for the rows of a client"
+            )
+        found["data"] = patient
+    return found
+
+
 def _shared_categories(
-    parts: Mapping[str, tuple[Any, str | None]],
+    parts: Mapping[str, tuple[Any, str | None]], owners: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]] | None:
-    """Return the values of the text columns of all data frames, or None if there are no frames."""
-    frames = {place: part for place, part in parts.items() if is_frame(part[0])}
+    """Return the values of the text columns of all data frames, or None if there are no frames.
+
+    Columns of patients, which are the values of `owners`, are left out.
+    """
+    frames = {
+        place: (data.drop(columns=[c for c in data.columns if str(c) == owners.get(place)]), label)
+        for place, (data, label) in parts.items()
+        if is_frame(data)
+    }
     if not frames:
         return None
     # Imported here because loading pandas is slow.

@@ -88,6 +88,9 @@ class Federation:
             the clients' rows if both `data` and `test` are None. If None, there is no proxy set.
         label: Column of the labels in data frames that are passed to this federation, and in those
             of clients without `label`.
+        patient: Column of the patients in all data frames that have this column, or the patient of
+            each row of `data` as an array. The rows of a patient are never divided between clients,
+            or between training, validation, test and proxy rows.
         num_classes: Number of classes. If None, integer labels range from 0 to the largest label
             in all data sets of the federation.
         defaults: Default settings of the clients, such as `ClientSettings(epochs=2)`.
@@ -136,6 +139,7 @@ class Federation:
         validation: Any = None,
         proxy: Any = None,
         label: str | None = None,
+        patient: Any = None,
         num_classes: int | None = None,
         defaults: ClientSettings | None = None,
         per_round: int | None = None,
@@ -155,7 +159,7 @@ class Federation:
             raise UserError("partition: has no effect, because all clients have their own data")
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
-        datasets = FederationDatasets(self.clients, sets, label, num_classes)
+        datasets = FederationDatasets(self.clients, sets, label, num_classes, patient)
         self._objects: list[object] = [datasets.datasets, defaults, *self.clients]
         groups = [
             {

@@ -184,7 +184,7 @@ def test_classes_and_columns_of_all_files_are_matched_by_name(
             {"south": {"name": "digits", "path": None, "label": None, "patient": None}},
             r"'south': data\.name: must be table .* got digits",
         ),
-        ({"south": {"patient": None}}, r"^clients: 'south': data\.patient: missing"),
+        ({"south": {"patient": None}}, r"^clients: 'south': data: no patients, but client"),
         (
             {"south": {"task": "regression"}},
             r"^clients: 'south': data.*column 'ill': expected numbers as regression labels",

@@ -308,7 +308,7 @@ def test_patient_array_of_npz(npz: Any, tmp_path: Path) -> None:
         load(npz("b.npz", who=who), "npz", "wo")
     with pytest.raises(
         UserError,
-        match=r"patient: expected shape \(30,\), one entry per row of train_images, got \(4,\)",
+        match=r"patient: expected shape \(30,\), one entry per row, got \(4,\)",
     ):
         load(npz(patient=who[:4]))
     with pytest.raises(UserError, match=r"data\.patient: does not apply to source digits"):

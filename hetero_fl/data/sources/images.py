@@ -5,6 +5,7 @@ The embedded chest X-rays and digits, and local files, need no network access.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.data.registry import register_source
+from hetero_fl.data.dataset import Dataset, Examples, with_patients
+from hetero_fl.data.registry import TABLE_SUFFIXES, register_source
 from hetero_fl.data.sources.files.downloads import download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
 from hetero_fl.data.sources.npz_files import medmnist_file, read_npz
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.text import format_list
+from hetero_fl.utils.text import Caution, format_list
 
 CHEST_XRAY = Task("multiclass", 2, ("normal", "pneumonia"))
 DIGITS = Task("multiclass", 10)
@@ -84,16 +85,18 @@ FOLDER_SPLITS = {
 """Split of a data set, keyed by the name of a folder."""
 
 
-@register_source("image_folder", keys=("path", "group", "size", "stream"))
+@register_source("image_folder", keys=("path", "group", "patient", "size", "stream"))
 def image_folder(config: SourceConfig, _root: Path) -> Dataset:
     """Load the images in the folder `config.path` (see `read_image_folder`).
 
     If `config.group` is set, for example to "site", the folder must contain a subfolder for each
-    group, which contains the folders of the classes.
+    group, which contains the folders of the classes. `config.patient` identifies the patient of
+    each image (see `patients_of_files`).
     """
     return read_image_folder(
         Path(str(config.path)).expanduser(),
         grouped=config.group is not None,
+        patient=config.patient,
         side=config.size,
         stream=config.stream,
     )
@@ -103,6 +106,7 @@ def read_image_folder(
     path: Path,
     *,
     grouped: bool = False,
+    patient: str | None = None,
     side: int | None = None,
     stream: StreamConfig | None = None,
 ) -> Dataset:
@@ -114,6 +118,8 @@ def read_image_folder(
     Args:
         path: Folder to read.
         grouped: Whether the folders of the classes are in folders of groups.
+        patient: Pattern or file that identifies the patient of each image (see
+            `patients_of_files`). If None, the images have no patients.
         side: Height and width in pixels to which images are resized. If None, images keep their
             size.
         stream: Settings for reading images when they are used. If None, all images are read into
@@ -139,15 +145,21 @@ def read_image_folder(
                 f"path: {folders[split]}: expected images as {pattern} with suffix "
                 f"{', '.join(sorted(SUFFIXES))}, found none"
             )
+    owners = None
+    if patient is not None:
+        owners = patients_of_files([file for file, _, _ in all_files], path, patient)
     images = read_image_files([file for file, _, _ in all_files], side, stream)
     splits = {}
     begin = 0
     for split, entries in files.items():
-        x = images[begin : begin + len(entries)]
-        begin += len(entries)
+        end = begin + len(entries)
+        x = images[begin:end]
         y = torch.tensor([classes.index(c) for _, c, _ in entries])
         group = torch.tensor([groups.index(g) for _, _, g in entries]) if grouped else None
         splits[split] = Examples(x, y, group, tuple(groups) if grouped else ())
+        if owners is not None:
+            splits[split] = with_patients(splits[split], owners[begin:end], "patient")
+        begin = end
     return Dataset(
         "image_folder",
         Task("multiclass", len(classes), tuple(classes)),
@@ -158,6 +170,54 @@ def read_image_folder(
         notes=_note_empty(empty) + (() if grouped else _note_levels(folders["train"])),
         empty_classes=empty,
     )
+
+
+def patients_of_files(files: Sequence[Path], folder: Path, patient: str) -> list[str]:
+    r"""Return the patient of each file.
+
+    Args:
+        files: The files.
+        folder: Folder that contains the files.
+        patient: Either a table with the columns `file` (name, or path within the folder) and
+            `patient`, such as `patients.csv`; or a regular expression that is found in the name of
+            each file, such as `(p\d+)_`, of which the first group is the patient. If the expression
+            contains `/`, it is found in the path within the folder.
+
+    Raises:
+        UserError: If the table or the expression is invalid, or a file has no patient.
+    """
+    paths = [file.relative_to(folder).as_posix() for file in files]
+    if Path(patient).suffix.lower() in TABLE_SUFFIXES:
+        # Imported here because loading pandas is slow.
+        from hetero_fl.data.sources.table_columns import check_columns, parse_names
+        from hetero_fl.data.sources.table_files import read_frame
+
+        names = ("file", "patient")
+        try:
+            frame = read_frame(Path(patient).expanduser(), names)
+        except UserError as error:
+            raise UserError(f"patient: {str(error).removeprefix('path: ')}") from None
+        check_columns(frame, [("patient", name) for name in names], patient)
+        columns = (parse_names(frame[name], f"patient: {patient}") for name in names)
+        known = dict(zip(*columns, strict=True))
+        found = [known.get(path, known.get(Path(path).name)) for path in paths]
+        reason = f"no row of {patient} names this file"
+    else:
+        try:
+            pattern = re.compile(patient)
+        except re.error as error:
+            raise UserError(f"patient: '{patient}' is no regular expression ({error})") from None
+        if not pattern.groups:
+            raise UserError(
+                f"patient: expected a pattern of file names with a group, such as '(p[0-9]+)_', or "
+                f"a table such as patients.csv, got '{patient}'"
+            )
+        matches = [pattern.search(p if "/" in patient else Path(p).name) for p in paths]
+        found = [match and match[1] for match in matches]
+        reason = f"the pattern '{patient}' is not found in its name"
+    if None in found:
+        raise UserError(f"patient: {files[found.index(None)]}: {reason}")
+    return [str(owner) for owner in found]
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
@@ -208,9 +268,11 @@ def _note_levels(path: Path) -> tuple[str, ...]:
         return ()
     classes = format_list([folder.name for folder in outer], max_names=3)
     return (
-        f"the classes are {classes}, and all their folders have "
-        f"{format_list(inner[0], max_names=3)}; if those are the classes, set data.group to the "
-        "kind of the outer folders, such as site",
+        Caution(
+            f"the classes are {classes}, and all their folders have "
+            f"{format_list(inner[0], max_names=3)}; if those are the classes, set data.group to "
+            "the kind of the outer folders, such as site"
+        ),
     )
 
 

@@ -22,8 +22,8 @@ from hetero_fl.core.images import (
 from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import class_numbers
-from hetero_fl.data.checks import ExampleNames, check_examples
-from hetero_fl.data.dataset import Dataset, Examples, index_names
+from hetero_fl.data.checks import ExampleNames, check_examples, note_identifiers
+from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 
 PREFIXES = {"train": "train", "validation": "val", "test": "test"}
@@ -89,12 +89,7 @@ def read_npz(
             )
     train = splits["train"]
     if (patients := arrays.get(patient or PATIENT)) is not None:
-        if patients.shape not in ((len(train),), (len(train), 1)):
-            raise UserError(
-                f"{where}: {patient or PATIENT}: expected shape ({len(train)},), one entry per "
-                f"row of train_images, got {patients.shape}"
-            )
-        train.patient, train.patient_names = index_names(patients.reshape(-1).tolist())
+        train = with_patients(train, patients, f"{where}: {patient or PATIENT}")
     elif patient is not None:
         raise UserError(
             f"patient: array '{patient}' not found in {path}{suggest_or_list(patient, names)}"
@@ -106,7 +101,7 @@ def read_npz(
         splits.get("validation"),
         splits.get("test"),
         about=f"local file {path.name}",
-        notes=notes,
+        notes=(*notes, *note_identifiers(train.x, (), "move it to an array 'patient'")),
     )
 
 

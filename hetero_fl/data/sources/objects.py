@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
-from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.data.sources.hugging_face import read_hub_splits
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
@@ -36,6 +36,7 @@ def to_dataset(
     where: str,
     label: str | None = None,
     categories: Categories | None = None,
+    patient: Any = None,
     **options: Any,
 ) -> Dataset:
     """Convert data of any supported type to a data set.
@@ -52,6 +53,9 @@ def to_dataset(
             Face data set must have exactly one column of type `ClassLabel`.
         categories: Text columns of a DataFrame to one-hot encode, with their values. If None, all
             text columns with fewer than 20 distinct values are encoded.
+        patient: Column of the patients in a DataFrame or a Hugging Face data set, or the patient of
+            each row, `[N]` numbers or strings. If None, the rows have no patients, except those of
+            a `hetero_fl.data.Dataset`.
         **options: Arguments of `from_arrays` for pairs and torch data sets, such as `task`,
             `num_classes` or `columns`.
 
@@ -66,12 +70,32 @@ def to_dataset(
         >>> to_dataset((x, y), "data").train
         Examples(6 rows: x uint8 [1, 28, 28], y int64)
     """
+    column = patient if isinstance(patient, str) else None
+    if column is not None and not has_columns(data):
+        raise UserError(
+            f"{where}: patient: expected the patient of each row of {type(data).__name__}, as only "
+            f"data frames have columns, got '{column}'"
+        )
+    dataset = _convert(data, where, label, categories, column, **options)
+    if column is not None or patient is None:
+        return dataset
+    return replace(dataset, train=with_patients(dataset.train, patient, f"{where}: patient"))
+
+
+def _convert(
+    data: Any,
+    where: str,
+    label: str | None,
+    categories: Categories | None,
+    patient: str | None,
+    **options: Any,
+) -> Dataset:
     if isinstance(data, Dataset):
         return data
     if is_frame(data):
-        return _from_frame(data, where, label, categories)
+        return _from_frame(data, where, label, categories, patient)
     if _is_hugging_face(data):
-        return _from_hugging_face(data, where, label, categories, **options)
+        return _from_hugging_face(data, where, label, categories, patient, **options)
     if label is not None:
         raise UserError(
             f"{where}: label: applies to a DataFrame or a Hugging Face Dataset, got "
@@ -101,7 +125,11 @@ def to_pair(data: Any, where: str) -> Any:
 
 
 def to_examples(
-    data: Any, where: str, label: str | None = None, categories: Categories | None = None
+    data: Any,
+    where: str,
+    label: str | None = None,
+    categories: Categories | None = None,
+    patient: str | None = None,
 ) -> Dataset:
     """Convert data to an unlabeled data set, for example a proxy set.
 
@@ -113,19 +141,27 @@ def to_examples(
         label: Column of the labels in a DataFrame or a Hugging Face data set. If None, all columns
             of a DataFrame are features.
         categories: Text columns of a DataFrame to one-hot encode, with their values.
+        patient: Column of the patients in a DataFrame or a Hugging Face data set.
     """
     if isinstance(data, Tensor | np.ndarray):
         return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
     if is_frame(data) and label is None:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_columns import normalize_frame
+        from hetero_fl.data.sources.table_columns import normalize_frame, parse_names
         from hetero_fl.data.sources.table_files import features
 
-        x, columns, _ = features(normalize_frame(data, where), where, [], categories)
-        return Dataset(where, _NO_TASK, Examples(x), columns=columns)
+        frame = normalize_frame(data, where)
+        owners = [] if patient is None else [patient]
+        x, columns, _ = features(frame.drop(columns=owners), where, [], categories)
+        examples = Examples(x)
+        for column in owners:
+            examples = with_patients(examples, parse_names(frame[column], where), where)
+        return Dataset(where, _NO_TASK, examples, columns=columns)
     if _is_hugging_face(data):
-        return _unlabeled(_from_hugging_face(data, where, label, categories, labeled=False))
-    return _unlabeled(to_dataset(data, where, label, categories))
+        return _unlabeled(
+            _from_hugging_face(data, where, label, categories, patient, labeled=False)
+        )
+    return _unlabeled(to_dataset(data, where, label, categories, patient))
 
 
 def _unlabeled(dataset: Dataset) -> Dataset:
@@ -135,6 +171,11 @@ def _unlabeled(dataset: Dataset) -> Dataset:
 def is_source(data: Any) -> bool:
     """Return whether `data` is the configuration of a source, such as `{"name": "digits"}`."""
     return isinstance(data, Mapping) and not _is_hugging_face(data)
+
+
+def has_columns(data: Any) -> bool:
+    """Return whether data is a pandas DataFrame or a Hugging Face data set."""
+    return is_frame(data) or _is_hugging_face(data)
 
 
 def is_frame(data: Any) -> bool:
@@ -147,7 +188,11 @@ def _is_hugging_face(data: Any) -> bool:
 
 
 def _from_frame(
-    frame: pd.DataFrame, where: str, label: str | None, categories: Categories | None = None
+    frame: pd.DataFrame,
+    where: str,
+    label: str | None,
+    categories: Categories | None,
+    patient: str | None,
 ) -> Dataset:
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import read_table
@@ -159,7 +204,7 @@ def _from_frame(
         )
     labels = [label] if label in columns else [part.strip() for part in label.split(",")]
     check_names(labels, columns, f"{where}: label: column", " not found")
-    return read_table(frame, where, label, categories=categories)
+    return read_table(frame, where, label, patient=patient, categories=categories)
 
 
 def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
@@ -237,7 +282,8 @@ def _from_hugging_face(
     data: Any,
     where: str,
     label: str | None,
-    categories: Categories | None = None,
+    categories: Categories | None,
+    patient: str | None,
     *,
     labeled: bool = True,
     num_classes: int | None = None,
@@ -250,7 +296,7 @@ def _from_hugging_face(
             "a DatasetDict, and collect the items of an IterableDataset"
         )
     given = None if categories is None else dict(categories)
-    config = SourceConfig(name=HUB_PREFIX, label=label, categories=given)
+    config = SourceConfig(name=HUB_PREFIX, label=label, categories=given, patient=patient)
     return read_hub_splits(
         {"train": data}, where, config, labeled=labeled, num_classes=num_classes, task=task
     )

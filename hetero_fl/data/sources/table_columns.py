@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
-from hetero_fl.data.checks import first_true
+from hetero_fl.data.checks import first_true, is_identifier
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.text import Caution
 
 INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")
 """Pattern of integers such as 1, 01 and 1.0."""
@@ -25,7 +26,10 @@ MANY_CATEGORIES = 20
 """Number of distinct values from which text columns are not one-hot encoded by default."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
-PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
+ID_NAME = re.compile(
+    r"(?i:patient|subject(?!ive)|person(?!al)|mrn)|(?i:(?<![a-z])(?:[cps]?id|case)(?![a-z]))|[a-z]I[Dd]$"
+)
+"""Pattern of names of columns that identify patients."""
 
 
 def normalize_frame(frame: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -243,8 +247,10 @@ def encode_indicators(
     empty = text.isna().to_numpy()
     if notes is not None and (row := first_true(unknown)) is not None:
         notes.append(
-            f"column '{column.name}': {int(unknown.sum())} of {len(text)} rows have none of "
-            f"{', '.join(values)} (row {row + 1}: '{text.iloc[row]}'); their indicators are 0"
+            Caution(
+                f"column '{column.name}': {int(unknown.sum())} of {len(text)} rows have none of "
+                f"{', '.join(values)} (row {row + 1}: '{text.iloc[row]}'); their indicators are 0"
+            )
         )
     if notes is not None and (row := first_true(empty)) is not None:
         notes.append(
@@ -348,28 +354,47 @@ def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoRetur
     raise UserError(f"{where}: row {row + 1}, column '{column}': {problem}")
 
 
-def describe_repeated_patients(columns: Iterable[pd.Series], used: Collection[str]) -> list[str]:
-    """Return a warning if a column seems to identify patients with several rows.
+def describe_identifiers(
+    columns: Iterable[pd.Series], used: Collection[str], in_config: bool
+) -> list[Caution]:
+    """Return warnings about columns that seem to identify patients or rows.
 
-    Columns with two values are treated as indicators.
+    Such a column repeats, so that the rows of a patient may be divided, or is a feature.
 
     Args:
         columns: Columns other than labels, groups and patients.
         used: Names of the columns that are features.
-
-    Returns:
-        At most one remark, on the first such column.
+        in_config: Whether the patients are set in the configuration instead of by an argument.
     """
+    remarks = []
     for column in columns:
         name = str(column.name)
-        if not PATIENT.search(name) or not 2 < column.nunique() < len(column):
+        is_number = types.is_numeric_dtype(column) and not types.is_bool_dtype(column)
+        present = column.dropna()
+        if not (is_number or is_categorical(column)) or types.is_complex_dtype(column):
             continue
-        if types.is_float_dtype(column) and not (column == np.floor(column)).all():
+        if types.is_float_dtype(column) and not (present == np.floor(present)).all():
             continue
+        distinct = present.nunique()
+        is_id = is_identifier(distinct, len(present)) and (
+            is_number or not present.astype(str).str.contains(r"\s").any()
+        )
+        is_named = distinct > 2 and ID_NAME.search(name) is not None
+        keep = f"set data.patient={name}" if in_config else f"pass patient='{name}'"
         feature = ", and the column is a feature" if name in used else ""
-        return [
-            f"column '{name}' seems to identify patients and repeats; set data.patient to keep the "
-            f"rows of a patient together, otherwise they are divided between training and test"
-            f"{feature}"
-        ]
-    return []
+        if (is_id or is_named) and distinct < len(present):
+            remarks.append(
+                Caution(
+                    f"column '{name}' seems to identify patients and repeats{feature}; {keep} to "
+                    "keep the rows of a patient together, otherwise they are divided between "
+                    "training and test"
+                )
+            )
+        elif is_id and is_number and feature:
+            remarks.append(
+                Caution(
+                    f"column '{name}' has another integer in almost every row, as an id has, and "
+                    f"is a feature; remove the column, or {keep}"
+                )
+            )
+    return remarks

@@ -31,7 +31,7 @@ from hetero_fl.data.sources.table_columns import (
     check_columns,
     column_as_text,
     decimal_commas,
-    describe_repeated_patients,
+    describe_identifiers,
     encode_indicators,
     find_categories,
     is_categorical,
@@ -43,7 +43,7 @@ from hetero_fl.data.sources.table_columns import (
 )
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.text import format_list
+from hetero_fl.utils.text import format_list, prefix_note
 
 SNIFFED_ROWS = 20
 """Maximum number of rows below the header from which the separator is determined."""
@@ -219,10 +219,12 @@ def read_table(
     summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
     summary += describe_columns(used, encoded, left_out, commas)
     notes = [f"table {title}: {'; '.join(summary)}"]
-    notes += [f"table {title}: {remark}" for remark in remarks]
+    notes += [prefix_note(f"table {title}", remark) for remark in remarks]
     if patient is None:
         others = [rest[name] for name in rest.columns]
-        notes += [f"table {title}: {note}" for note in describe_repeated_patients(others, used)]
+        in_config = isinstance(path, Path)
+        found = describe_identifiers(others, used, in_config)
+        notes += [prefix_note(f"table {title}", note) for note in found]
     return Dataset(
         "table",
         task,

@@ -15,13 +15,13 @@ from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.images import MAX_CHANNELS
 from hetero_fl.core.stored_rows import StoredRows, read_all
 from hetero_fl.data.checks import ExampleNames, check_examples
-from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.npz_files import PREFIXES, npz_targets, split_arrays, task_of_labels
-from hetero_fl.utils.errors import UserError, suggest_file
+from hetero_fl.utils.errors import UserError, check_names, suggest_file
 
 
-@register_source("zarr", keys=("path", "task", "stream"))
+@register_source("zarr", keys=("path", "task", "stream", "patient"))
 def zarr(config: SourceConfig, _root: Path) -> Dataset:
     """Load a local zarr store with images in the MedMNIST layout (see `read_zarr`)."""
     return read_zarr(Path(str(config.path)).expanduser(), config)
@@ -36,14 +36,15 @@ def read_zarr(path: Path, config: SourceConfig) -> Dataset:
 
     Args:
         path: Folder of the store.
-        config: Settings `task`, and `stream` for reading images when they are used. Without
-            `stream`, all images are read into memory.
+        config: Settings `task`, `patient` (array with the patient of each training row), and
+            `stream` for reading images when they are used. Without `stream`, all images are read
+            into memory.
 
     Raises:
         UserError: If the store is missing or malformed. The message names the array.
     """
     where = f"path: {path}"
-    arrays = _open_arrays(path)
+    arrays = _open_arrays(path, config.patient)
     found: dict[str, Any] = {
         n: a if n.endswith("_images") else _read(a, f"{where}: {n}") for n, a in arrays.items()
     }
@@ -70,10 +71,14 @@ def read_zarr(path: Path, config: SourceConfig) -> Dataset:
                 f"{tuple(splits['train'].x.shape[1:])} as in train_images, got "
                 f"{tuple(examples.x.shape[1:])}"
             )
+    train = splits["train"]
+    if config.patient is not None:
+        check_names([config.patient], found, "patient: array", f" not found in {path}")
+        train = with_patients(train, found[config.patient], f"{where}: {config.patient}")
     return Dataset(
         "zarr",
         task,
-        splits["train"],
+        train,
         splits.get("validation"),
         splits.get("test"),
         about=f"zarr store {path.name}",
@@ -125,14 +130,15 @@ class ZarrReader:
         return torch.from_numpy(np.moveaxis(values, -1, 1).copy())
 
 
-def _open_arrays(path: Path) -> dict[str, Any]:
-    """Open a zarr store and return the arrays of the MedMNIST layout that exist, keyed by name."""
+def _open_arrays(path: Path, patient: str | None = None) -> dict[str, Any]:
+    """Return the arrays of the MedMNIST layout, and of patients, in a zarr store, keyed by name."""
     # Imported here because zarr is optional.
     import zarr
 
     if not path.is_dir():
         raise UserError(f"path: folder '{path}' not found{suggest_file(path)}")
     names = [f"{split}_{part}" for split in PREFIXES.values() for part in ("images", "labels")]
+    names += [patient] if patient is not None else []
     try:
         group = zarr.open_group(str(path), mode="r")
         return {name: group[name] for name in names if name in group}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from hetero_fl.experiment.compatibility.rule import CompatibilityRule
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
 from hetero_fl.federation.channel import idle_stages
+from hetero_fl.utils.text import Caution
 
 NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
@@ -20,12 +21,14 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: run.secure_sum and run.coarse_rounding(run.secure_sum),
         "channel.secure_sum rounds the weighted values of clients to multiples of {step:.1g}; "
         "change channel.secure_sum.{key} for more binary digits",
+        Caution,
     ),
     CompatibilityRule(
         ("channel.secure_sum.neighbors", "clients.per_round"),
         lambda run: run.needed_neighbors(),
         "channel.secure_sum.neighbors: {run.secure_sum.neighbors} may reveal uploads if a fifth "
         "of all clients collude with the server; use {found} or more",
+        Caution,
     ),
     CompatibilityRule(
         ("channel.compress", "channel.secure_sum"),
@@ -38,6 +41,7 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: run.secure_sum and run.clients_alone_in_sum(),
         "channel.secure_sum does not hide some items of {found}: no other client uploads these "
         "tensors, so their sum equals the client's upload",
+        Caution,
     ),
     # Homomorphic encryption
     CompatibilityRule(
@@ -51,6 +55,7 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: run.homomorphic and run.coarse_rounding(run.homomorphic),
         "channel.homomorphic rounds the weighted values of clients to multiples of {step:.1g}; "
         "change channel.homomorphic.{key} for more binary digits",
+        Caution,
     ),
     # Methods
     CompatibilityRule(
@@ -79,11 +84,13 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         ("aggregation.rule", "algorithm.name"),
         lambda run: run.rules and run.unprotected_items(),
         "aggregation.{key}=mean: {items} of malicious clients are averaged without protection",
+        Caution,
     ),
     CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),
         lambda run: run.rules and sorted({n for n, how in run.dry_round[1] if how == "counts"}),
         "{found} are summed without protection from malicious clients",
+        Caution,
     ),
     CompatibilityRule(
         ("attacks.name", "clients"),
@@ -129,6 +136,7 @@ LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: run.weakly_protected(),
         "privacy.delta: {run.privacy.delta:g} allows a mechanism that reveals one of {found}; "
         "choose less than one over their number",
+        Caution,
     ),
     CompatibilityRule(
         ("server.model", "data.proxy.size"),

@@ -24,11 +24,14 @@ class CompatibilityRule(Generic[Facts]):
         message: Format string of the message. The field `{run}` is the argument of `violation`. If
             a description is a mapping, its keys are additional fields. Any other description is
             the field `{found}`.
+        line_type: Type of the lines: `Caution` if results, or the protection of clients, may not be
+            what the configuration suggests, otherwise `str`.
     """
 
     keys: tuple[str, str]
     violation: Callable[[Facts], Any]
     message: str
+    line_type: type[str] = str
 
     def lines(self, run: Facts) -> list[str]:
         """Return one message for each violation, or no messages if the run satisfies the rule."""
@@ -38,7 +41,7 @@ class CompatibilityRule(Generic[Facts]):
         lines = []
         for violation in found if isinstance(found, list) else [found]:
             values = violation if isinstance(violation, Mapping) else {"found": violation}
-            lines.append(self.message.format(run=run, **values))
+            lines.append(self.line_type(self.message.format(run=run, **values)))
         return lines
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -198,11 +199,10 @@ class TransferSource:
         if self.prepared is None or tuple(x.shape[1:]) != self.prepared.data.input_shape:
             return 0
         given = row_hashes(x)
-        distinct = set(given)
-        seen: set[bytes] = set()
+        seen = np.zeros(len(given), dtype=bool)
         for rows in self.prepared.data.private_rows():
-            seen |= distinct.intersection(row_hashes(rows))
-        return sum(row in seen for row in given)
+            seen |= np.isin(given, row_hashes(rows))
+        return int(seen.sum())
 
     def overlap(self, x: Column, rows: str, description: str) -> str:
         """Describe how many raw rows were training rows in the run.

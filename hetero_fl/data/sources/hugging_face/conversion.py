@@ -37,7 +37,7 @@ from hetero_fl.data.sources.hugging_face.values import (
 )
 from hetero_fl.data.sources.text import make_examples, make_task, read_vocabulary
 from hetero_fl.utils.errors import UserError, check_names
-from hetero_fl.utils.text import format_list, pluralize
+from hetero_fl.utils.text import format_list, pluralize, prefix_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ class _Parts:
 
     def note(self, text: str) -> None:
         """Add a remark."""
-        self.notes.append(f"{self.where.removeprefix('name: ')}: {text}")
+        self.notes.append(prefix_note(self.where.removeprefix("name: "), text))
 
 
 def read_hub_splits(
@@ -126,7 +126,7 @@ def read_hub_splits(
     else:
         dataset = _table(parts)
     if labeled and columns.patient is None:
-        _note_repeated_patients(parts, dataset)
+        _note_identifiers(parts, dataset)
     return replace(dataset, notes=(*parts.notes, *dataset.notes))
 
 
@@ -140,6 +140,14 @@ def _with_labels(
     for key, column in (("group", columns.group), ("patient", columns.patient)):
         if column is not None:
             options[key] = read_owners(splits["train"], column, where)
+    for split, part in splits.items():
+        if columns.patient is None or split == "train":
+            continue
+        if shared := set(options["patient"]) & set(read_owners(part, columns.patient, where)):
+            raise UserError(
+                f"{where}: {pluralize(len(shared), 'patient')} with rows in the train and the "
+                f"{split} set, such as '{min(shared)}'; remove their rows from one of the sets"
+            )
     kept = {split: part for split, part in splits.items() if split in targets}
     return _Parts(kept, columns, targets, options, where, config, notes)
 
@@ -229,20 +237,21 @@ def _table(parts: _Parts) -> Dataset:
     )
 
 
-def _note_repeated_patients(parts: _Parts, dataset: Dataset) -> None:
-    """Note a column that seems to identify patients although no column is named as such."""
+def _note_identifiers(parts: _Parts, dataset: Dataset) -> None:
+    """Note columns that seem to identify patients although no column is named as such."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_columns import PATIENT, describe_repeated_patients
+    from hetero_fl.data.sources.table_columns import describe_identifiers
 
     train = parts.splits["train"]
     special = (*parts.columns.labels, parts.columns.group)
     columns = (
         read_column(train, name)
         for name, feature in train.features.items()
-        if name not in special and PATIENT.search(name) and feature_kind(feature) in SCALARS
+        if name not in special and feature_kind(feature) in SCALARS[1:]
     )
     used = ColumnLayout(dataset.columns, (), dataset.categories).names
-    for remark in describe_repeated_patients(columns, used):
+    in_config = parts.where.startswith("name: ")
+    for remark in describe_identifiers(columns, used, in_config):
         parts.note(remark)
 
 

@@ -1,0 +1,414 @@
+"""Patients of rows that a program passes, and warnings about rows on both sides of a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import hetero_fl as hfl
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import from_arrays, load_source
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import Caution
+
+COLUMNS = ["a", "b", "c"]
+
+
+def visits(patients: int, rows: int = 4, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Return x, y and the patient of each row. All rows of a patient are equal."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(patients, 3)).astype(np.float32).repeat(rows, 0)
+    return x, rng.integers(0, 2, patients).repeat(rows), np.arange(patients).repeat(rows)
+
+
+def frame(patients: int, rows: int = 4, seed: int = 0, prefix: str = "") -> pd.DataFrame:
+    x, y, who = visits(patients, rows, seed)
+    names = [f"{prefix}{each}" for each in who] if prefix else who
+    return pd.DataFrame(x, columns=COLUMNS).assign(pid=names, ill=y)
+
+
+def clients(first: Any, second: Any, **options: Any) -> list[hfl.Client]:
+    return [
+        hfl.Client(name, model="mlp", data=data, **options)
+        for name, data in (("north", first), ("south", second))
+    ]
+
+
+def arrays_of_clients() -> hfl.Federation:
+    parts = {"north": visits(40), "south": visits(40, seed=1)}
+    return hfl.Federation(
+        [
+            hfl.Client(name, model="mlp", data=(x, y), patient=who)
+            for name, (x, y, who) in parts.items()
+        ],
+        proxy=20,
+    )
+
+
+def frames_of_clients() -> hfl.Federation:
+    return hfl.Federation(
+        clients(frame(40, prefix="p"), frame(40, seed=1, prefix="q")),
+        label="ill",
+        patient="pid",
+        proxy=20,
+    )
+
+
+def divided_tensors() -> hfl.Federation:
+    x, y, who = (torch.as_tensor(each) for each in visits(80))
+    data = torch.utils.data.TensorDataset(x, y)
+    return hfl.Federation(clients(None, None), data=data, patient=who, proxy=20)
+
+
+def clients_with_given_test() -> hfl.Federation:
+    return hfl.Federation(
+        clients(frame(40), frame(40, seed=1), label="ill", patient="pid"),
+        test=frame(20, 1, seed=2).drop(columns="pid"),
+        label="ill",
+    )
+
+
+def split_clients() -> hfl.Federation:
+    x, y, who = visits(80)
+    return hfl.Federation(hfl.split((x, y), 2, patient=who, model="mlp"))
+
+
+def warnings_of(federation: hfl.Federation, **options: Any) -> list[str]:
+    prepared = federation.prepare(hfl.FedAvg(), rounds=1, **options)
+    return [note for note in prepared.notes if isinstance(note, Caution)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        arrays_of_clients,
+        frames_of_clients,
+        divided_tensors,
+        clients_with_given_test,
+        split_clients,
+    ],
+)
+def test_rows_of_a_patient_are_on_one_side_of_every_cut(make: Callable[[], hfl.Federation]) -> None:
+    federation = make()
+
+    prepared = federation.prepare(hfl.FedAvg(), rounds=1)
+
+    data = prepared.data
+    parts = [*data.public_sets.values()]
+    parts += [part for own in data.client_rows.values() for part in own.values()]
+    sides = [set(part.copy_rows().x[:, 0].tolist()) for part in parts]
+    assert data.input_shape == (3,)
+    assert sum(map(len, sides)) == len(set().union(*sides))
+    assert not [note for note in prepared.notes if isinstance(note, Caution)]
+
+
+def test_equal_rows_on_both_sides_of_a_cut_are_a_warning_with_the_cure(tmp_path: Path) -> None:
+    frame(80).drop(columns="pid").to_csv(tmp_path / "visits.csv", index=False)
+    config = {
+        "data": {"name": "table", "path": str(tmp_path / "visits.csv"), "label": "ill"},
+        "clients": {"count": 2, "defaults": {"model": "mlp"}},
+    }
+    x, y, _ = visits(40)
+
+    in_python = warnings_of(hfl.Federation(clients((x, y), visits(40, seed=1)[:2])))
+    in_files = warnings_of(hfl.Federation.from_config(config))
+
+    for notes, cure in ((in_python, "pass patient=..."), (in_files, "set data.patient")):
+        assert any("local validation and test sets equal training rows" in n for n in notes)
+        assert any("the global test set contains rows that are elsewhere" in n for n in notes)
+        assert all(cure in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.arange(120) // 4, "'pid' seems to identify patients and repeats"),
+        ([f"p{i // 4}" for i in range(120)], "'pid' seems to identify patients and repeats"),
+        (np.arange(120), "'pid' has another integer in almost every row"),
+        (10**9 + 7919 * np.arange(120) % 10**6, "'pid' has another integer in almost every row"),
+        ([f"p{min(i, 117)}" for i in range(120)], "'pid' seems to identify patients and repeats"),
+    ],
+)
+def test_columns_of_ids_are_warnings(values: Any, words: str) -> None:
+    x, y, _ = visits(120, 1)
+    table = pd.DataFrame(x, columns=COLUMNS).assign(pid=values, ill=y)
+
+    found = warnings_of(hfl.Federation(clients(None, None), data=table, label="ill"))
+
+    assert len(found) == 1 and words in found[0] and "pass patient='pid'" in found[0]
+
+
+def test_other_columns_are_no_ids() -> None:
+    rng = np.random.default_rng(0)
+    x, y, _ = visits(120, 1)
+    table = pd.DataFrame(x, columns=COLUMNS).assign(
+        age=rng.integers(20, 90, 120),
+        paid=rng.integers(0, 30, 120),
+        comment=[f"seen on day {i}" for i in range(120)],
+        ill=y,
+    )
+
+    assert warnings_of(hfl.Federation(clients(None, None), data=table, label="ill")) == []
+
+
+def test_ids_in_arrays_are_warnings() -> None:
+    x, y, _ = visits(120, 1)
+    x[:, 1] = np.arange(120)
+
+    (note,) = from_arrays(x, y).notes
+
+    assert isinstance(note, Caution) and "column 1 of x has another integer" in note
+
+
+def write_images(folder: Path, splits: tuple[str, ...] = ("",)) -> Path:
+    """Write four images of each of 40 patients, in folders of two classes."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for who in range(40):
+            place = folder / split / ("ill" if who % 2 else "well")
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            pixels[0, 0] = who
+            for view in range(4):
+                Image.fromarray(pixels).save(place / f"scan_p{who:02}_{view}.png")
+    return folder
+
+
+def image_config(folder: Path, patient: str | None) -> dict[str, Any]:
+    return {
+        "data": {"name": "image_folder", "path": str(folder), "patient": patient},
+        "clients": {"count": 2, "defaults": {"model": "cnn_bn_small"}},
+    }
+
+
+@pytest.mark.parametrize("patient", ["(p[0-9]+)_", "(?:ill|well)/scan_(p..)", "patients.csv"])
+def test_patients_of_image_files(patient: str, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    if patient.endswith(".csv"):
+        files = sorted(folder.rglob("*.png"))
+        rows = {"file": [file.name for file in files], "patient": [f.name[5:8] for f in files]}
+        patient = str(tmp_path / patient)
+        pd.DataFrame(rows).to_csv(patient, index=False)
+
+    data = hfl.prepare(image_config(folder, patient)).data
+
+    parts = [*data.public_sets.values()]
+    parts += [part for own in data.client_rows.values() for part in own.values()]
+    sides = [set(part.copy_rows().x[:, 0, 0, 0].tolist()) for part in parts]
+    assert sum(map(len, sides)) == 40
+    assert not [note for note in data.notes if isinstance(note, Caution)]
+
+
+@pytest.mark.parametrize(
+    ("patient", "words"),
+    [
+        (None, None),
+        ("p[0-9]+", "expected a pattern of file names with a group"),
+        ("(q[0-9]+)", "scan_p01_0.png: the pattern '(q[0-9]+)' is not found in its name"),
+        ("(p[", "is no regular expression"),
+        ("none.csv", "file 'none.csv' not found"),
+    ],
+)
+def test_images_without_patients(patient: str | None, words: str | None, tmp_path: Path) -> None:
+    config = image_config(write_images(tmp_path / "images"), patient)
+
+    if words is None:
+        found = [note for note in hfl.prepare(config).notes if isinstance(note, Caution)]
+        assert found and all("set data.patient" in note for note in found)
+        return
+    with pytest.raises(UserError) as caught:
+        hfl.prepare(config)
+
+    assert words in str(caught.value) and str(caught.value).startswith("data.patient: ")
+
+
+def test_patient_in_two_given_sets_is_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", ("train", "test"))
+    table = frame(40)
+    options: dict[str, Any] = {"label": "ill", "patient": "pid"}
+    own = hfl.Client("north", model="mlp", data=table, test=table[:8])
+
+    for prepare in (
+        lambda: hfl.prepare(image_config(folder, "(p[0-9]+)_")),
+        hfl.Federation(clients(None, None), data=table, test=table[:8], **options).prepare,
+        hfl.Federation([own], test=frame(9, prefix="q"), **options).prepare,
+    ):
+        with pytest.raises(UserError, match="with rows in the train and the test set, such as"):
+            prepare()
+
+
+def test_patient_in_two_splits_of_a_hugging_face_data_set_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = {"train": frame(40), "test": frame(9, seed=2)}
+    splits = {split: datasets.Dataset.from_pandas(part) for split, part in parts.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "visits"))
+    data = {"name": f"hf:{tmp_path / 'visits'}", "label": "ill", "patient": "pid"}
+
+    with pytest.raises(UserError, match="9 patients with rows in the train and the test set"):
+        hfl.prepare({"data": data})
+
+
+def test_patients_of_a_zarr_store(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    _, y, who = visits(40)
+    group = zarr.open_group(str(tmp_path / "scans.zarr"), mode="w")
+    images = np.random.default_rng(0).integers(0, 256, (len(y), 8, 8), dtype=np.uint8)
+    for name, values in (("train_images", images), ("train_labels", y), ("who", who)):
+        group.create_array(name, data=values)
+    source = {"name": "zarr", "path": str(tmp_path / "scans.zarr"), "patient": "who"}
+
+    dataset = load_source(SourceConfig.model_validate(source), tmp_path)
+
+    assert dataset.train.patient is not None
+    assert torch.equal(dataset.train.patient, torch.as_tensor(who))
+
+
+def test_patients_of_a_client_in_a_given_set_are_a_warning() -> None:
+    first, second = frame(40), frame(40, seed=1, prefix="q")
+    test, proxy = frame(9, seed=2, prefix="q"), frame(9, seed=3)
+
+    found = warnings_of(
+        hfl.Federation(clients(first, second), test=test, proxy=proxy, label="ill", patient="pid")
+    )
+
+    assert [note.split(" have patients")[0] for note in found] == [
+        "client 'north' and the proxy set",
+        "client 'south' and the global test set",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: clients(visits(9)[:2], visits(9)[:2], patient="pid"),
+            "only data frames have columns",
+        ),
+        (lambda: clients(visits(40)[:2], visits(40)[:2], patient=[1, 2]), "one entry per row"),
+        (
+            lambda: clients(visits(1)[:2], visits(1)[:2], patient=[1, None, 2, 3]),
+            "patient: row 1: missing",
+        ),
+        (lambda: clients({"name": "digits"}, None, patient="pid"), "set its key patient"),
+        (lambda: clients(frame(40), frame(40), label="ill", patient="pd"), "did you mean 'pid'?"),
+    ],
+)
+def test_patients_that_do_not_fit_are_refused(
+    make: Callable[[], list[hfl.Client]], words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        hfl.Federation(make(), data=visits(40)[:2])
+
+    assert words in str(caught.value)
+
+
+def apart(rows: int, seed: int) -> tuple[Any, Any]:
+    x, y, _ = visits(rows, 1, seed)
+    return x, y
+
+
+def test_copies_of_rows_in_objects_are_warnings() -> None:
+    first, second, other = apart(100, 0), apart(100, 1), apart(60, 2)
+    part = first[0][:30], first[1][:30]
+    own = [
+        hfl.Client("north", model="mlp", data=first, test=part),
+        hfl.Client("south", model="mlp", data=second),
+    ]
+    cases: list[tuple[hfl.Federation, list[str]]] = [
+        (hfl.Federation(clients(first, second), test=other, proxy=apart(60, 3)[0]), []),
+        (
+            hfl.Federation(clients(first, first), test=other),
+            ["rows of two clients are equal: 100 of client 'north' and client 'south'"],
+        ),
+        (
+            hfl.Federation(clients(first, second), test=part),
+            ["the global test set contains rows that are elsewhere, too: 30 of client 'north'"],
+        ),
+        (
+            hfl.Federation(clients(first, second), test=other, validation=part),
+            ["the global validation set contains rows that are elsewhere, too: 30 of client"],
+        ),
+        (
+            hfl.Federation(clients(first, second), test=other, proxy=first[0]),
+            ["the proxy set contains rows that are elsewhere, too: 100 of client 'north'"],
+        ),
+        (
+            hfl.Federation(clients(first, second), test=other, proxy=other[0]),
+            ["the proxy set contains rows that are elsewhere, too: 60 of the global test set"],
+        ),
+        (hfl.Federation(own, test=other), ["equal training rows, so scores may be too high: "]),
+    ]
+
+    for federation, expected in cases:
+        found = warnings_of(federation)
+        assert len(found) == len(expected)
+        assert all(words in note for words, note in zip(expected, found, strict=True))
+
+
+def test_rows_that_are_equal_by_chance_are_no_warnings() -> None:
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 3, (300, 4)).astype(np.float32), rng.integers(0, 2, 300)
+    blank = np.zeros((300, 8, 8), dtype=np.uint8), rng.integers(0, 2, 300)
+
+    for data, model in ((answers, "mlp"), (blank, "cnn_bn_small")):
+        own = [hfl.Client(name, model=model) for name in ("north", "south")]
+        assert warnings_of(hfl.Federation(own, data=data)) == []
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_client_with_few_rows_is_refused_from_objects_and_files(
+    in_files: bool, tmp_path: Path
+) -> None:
+    sets = {"few": frame(10, 1), "many": frame(60, 1, seed=1), "main": frame(60, 1, seed=2)}
+    sets = {name: each.drop(columns="pid") for name, each in sets.items()}
+    for name, each in sets.items():
+        each.to_csv(tmp_path / f"{name}.csv", index=False)
+    own = [
+        {"name": name, "data": {"name": "table", "path": str(tmp_path / f"{name}.csv")}}
+        for name in ("few", "many")
+    ]
+    main = {"name": "table", "path": str(tmp_path / "main.csv"), "label": "ill"}
+    cure = "data.partition.min_size=10"
+    if in_files:
+        federation = hfl.Federation.from_config(
+            {
+                "data": main,
+                "clients": {
+                    "defaults": {"model": "mlp"},
+                    "groups": [*own, {"name": "rest", "model": "mlp"}],
+                },
+            }
+        )
+    else:
+        named = [hfl.Client(n, model="mlp", data=sets[n]) for n in ("few", "many")]
+        federation = hfl.Federation(named, test=sets["main"], label="ill")
+
+    with pytest.raises(UserError) as caught:
+        federation.prepare(hfl.FedAvg())
+
+    assert "'few': data: has 10 rows, fewer than data.partition.min_size=20" in str(caught.value)
+    assert f'pass overrides=["{cure}"]' in str(caught.value) or (
+        in_files and f"set {cure}" in str(caught.value)
+    )
+    assert federation.prepare(hfl.FedAvg(), overrides=[cure]).data.n_rows("few", "train") > 0
+
+
+def test_fewer_rows_than_classes_are_a_warning() -> None:
+    x, _, _ = visits(120, 1)
+    y = np.arange(120) % 3
+    pairs = (x[:60], y[:60]), (x[60:], y[60:])
+
+    few = warnings_of(hfl.Federation(clients(*pairs), proxy=2))
+    enough = warnings_of(hfl.Federation(clients(*pairs), proxy=3))
+
+    assert few == [
+        "the proxy set has 2 rows, fewer than the 3 classes, so that results mean little"
+    ]
+    assert enough == []

@@ -105,9 +105,15 @@ class Batch(AttributeDict[Tensor]):
     weight: Tensor | None = None
 
     def mean(self, per_example: Tensor) -> Tensor:
-        """Return the mean over all examples except padding."""
+        """Return the mean over all examples except padding.
+
+        Raises:
+            RuntimeError: If there is padding and no single value per example.
+        """
         if self.weight is None:
             return per_example.mean()
+        if per_example.shape != self.weight.shape:
+            raise RuntimeError("the loss does not have one value per example")
         return (per_example * self.weight).sum() / self.weight.sum()
 
 

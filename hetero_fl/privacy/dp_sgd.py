@@ -248,7 +248,7 @@ def _gradients_vectorized(
         )
         batch = Batch({**{n: t[None] for n, t in row.items()}, **extra_batch})
         with StackedOps(), state.dropout.stacked(index):
-            return state.fit.objective.private_loss(nets, batch, state.context).sum()
+            return state.fit.objective.private_loss(nets, batch, state.context).mean()
 
     with warnings.catch_warnings():
         # Without a batching rule for an operation, vmap would loop over the rows.
@@ -268,7 +268,7 @@ def _gradient_of_row(
     if state.has_dropout:
         state.dropout.seed([key])
     batch = Batch({**columns, **extra_batch})
-    loss = state.fit.objective.private_loss(state.nets, batch, state.context).sum()
+    loss = state.fit.objective.private_loss(state.nets, batch, state.context).mean()
     gradients = torch.autograd.grad(loss, list(state.trainable.values()), allow_unused=True)
     pairs = zip(state.trainable.items(), gradients, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -163,6 +164,38 @@ def federation(model: nn.Module | None = None, **client: Any) -> hfl.Federation:
 
 def weights(run: hfl.Run) -> Tensor:
     return run.models["site_1"].tensors["head.weight"]
+
+
+@dataclass(frozen=True)
+class WeightedObjective(hfl.Objective):
+    """An objective that returns the loss of the batch instead of the losses of examples."""
+
+    kind: str = "multiclass"
+
+    def loss(self, nets: Any, batch: Any, context: Any) -> Tensor:
+        return functional.cross_entropy(nets.model(batch.x).logits, batch.y, weight=WEIGHT)
+
+
+def test_objective_with_a_scalar_is_equal_on_all_executors() -> None:
+    clients = [
+        hfl.Client(
+            f"site_{i}",
+            "linear",
+            images(30 + 4 * i, i),
+            objective=WeightedObjective,
+            optimizer=hfl.SGD(lr=RATE),
+            batch_size=7,
+        )
+        for i in (1, 2)
+    ]
+    own = hfl.Federation(clients, test=images(12, 9))
+
+    serial, batched = (
+        own.train(hfl.FedAvg(), rounds=1, overrides=overrides) for overrides in (NO_REPORT, BATCHED)
+    )
+
+    head, other = (run.models["site_1"].tensors["head.weight"] for run in (serial, batched))
+    assert torch.allclose(head, other, atol=1e-5)
 
 
 def test_terms_of_a_method_are_added_to_the_loss() -> None:

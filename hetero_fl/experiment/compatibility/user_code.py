@@ -99,7 +99,7 @@ def _check_loss(
     try:
         if isinstance(loss.function, nn.Module):
             _check_state(replace(loss, function=copy.deepcopy(loss.function)), logits, y)
-        loss.total(logits, y)
+        loss.each(logits, y, separate=settings.class_weights is not None)
         for setting in [name for name, value in needs_rows.items() if value]:
             if not loss.is_mean_of_examples:
                 raise ValueError(
@@ -107,7 +107,6 @@ def _check_loss(
                     "class weights, ignore_index and reduction='sum' change; return one loss per "
                     "row (reduction='none')"
                 )
-            loss.each(logits, y, separate=True)
     # A user's function may raise any exception.
     except Exception as error:
         raise UserError(f"objective: {one_line(error)}") from error

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_zoo.external import Enlarge
+from model_zoo.generators import keyed_generators
 from model_zoo.registry import MODELS, PLUGINS, create_model
 from model_zoo.shapes import make_shape
 from model_zoo.split_model import is_batch_norm
@@ -131,7 +132,7 @@ def describe(
         >>> small.parameters, small.feature_dim, small.has_batch_norm
         (78042, 64, True)
     """
-    with torch.random.fork_rng(devices=[]):
+    with keyed_generators(0):
         sizes = (num_classes, in_channels, input_size, feature_dim)
         model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
     enlargement = _describe_enlargement(model)
@@ -139,8 +140,10 @@ def describe(
     # of users may not support meta tensors.
     device = "meta" if name in MODELS else "cpu"
     with torch.device(device):
-        example = make_shape(in_channels, input_size, vocabulary).zeros(1)
-    flops, convolutions = _count_flops(model.to(device), example)
+        # Models with batch statistics need at least two examples.
+        examples = make_shape(in_channels, input_size, vocabulary).zeros(2)
+    with keyed_generators(0):
+        flops, convolutions = _count_flops(model.to(device), examples)
     return ModelDescription(
         name=name,
         parameters=num_parameters(model),
@@ -159,7 +162,8 @@ def num_parameters(module: nn.Module) -> int:
     return sum(math.prod(p.shape) for p in module.parameters())
 
 
-def _count_flops(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
+def _count_flops(model: nn.Module, examples: torch.Tensor) -> tuple[int, int]:
+    """Return the operations per example, and the part of them that is due to convolutions."""
     # With oneDNN, an LSTM is a single kernel that the counter does not support. Disabling oneDNN
     # may emit a warning about TF32 on CPUs.
     with warnings.catch_warnings():
@@ -169,9 +173,9 @@ def _count_flops(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
             torch.backends.mkldnn.flags(enabled=False),
             FlopCounterMode(display=False) as counter,
         ):
-            model(example)
+            model(examples)
     by_operator = counter.get_flop_counts()["Global"]
     convolutions = sum(
         int(count) for operator, count in by_operator.items() if "convolution" in str(operator)
     )
-    return int(counter.get_total_flops()), convolutions
+    return int(counter.get_total_flops()) // len(examples), convolutions // len(examples)

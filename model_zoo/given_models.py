@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from model_zoo.errors import ModelError
-from model_zoo.heads import find_head, split_module
+from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel
 
@@ -52,7 +52,8 @@ class GivenModel:
         model: A module, or a class or function that returns a module. A module is not modified. A
             class or function is called with the arguments `num_classes`, `in_channels`,
             `input_size`, `feature_dim` and `vocabulary`, as far as the signature contains them.
-        head: Path of the head in the module. If None, the head is searched for (see `find_head`).
+        head: Path of the head in the module. If None, the head is searched for (see
+            `split_module`).
 
     Attributes:
         head: Path of the head, or None if the head is searched for.
@@ -109,19 +110,6 @@ class GivenModel:
     def is_instance(self) -> bool:
         """Whether the model is a module, so that training may start from its weights."""
         return isinstance(self._model, nn.Module)
-
-    @property
-    def head_path(self) -> str | None:
-        """Path of the head, or None if the path is not known before the model is created."""
-        if self.head is not None or not isinstance(self._model, nn.Module):
-            return self.head
-        parts = (getattr(self._model, "backbone", None), getattr(self._model, "head", None))
-        if all(isinstance(part, nn.Module) for part in parts):
-            return "head"
-        try:
-            return find_head(self._model)
-        except ModelError:
-            return None
 
     @property
     def factory(self) -> ModelFactory:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from model_zoo.errors import InputError, ModelError, one_line, suggest_names
+from model_zoo.errors import InputError, ModelError, suggest_names
 from model_zoo.shapes import Shape
-from model_zoo.split_model import SplitModel, in_evaluation_mode, measure_feature_width
+from model_zoo.split_model import SplitModel, measure_feature_width, probe, replace_submodule
 
-# Submodules that are classifiers in torchvision, timm and transformers.
-CLASSIFIERS = ("fc", "classifier", "head", "heads", "score")
 # Largest accepted difference between the logits of a module before and after splitting.
 TOLERANCE = 1e-4
 
@@ -42,59 +41,14 @@ class LogitsOnly(nn.Module):
         return cast("Tensor", outputs.logits)
 
 
-def find_head(module: nn.Module, head: str | None = None) -> str:
-    """Return the path of a model's head.
-
-    The head is the last linear layer of `fc`, `classifier`, `head`, `heads` or `score`, or of the
-    module that timm's `get_classifier` returns, or else the last linear layer of the model. A
-    SqueezeNet ends with a 1x1 convolution instead.
-
-    Args:
-        module: The model.
-        head: Path of the head. If None, the head is searched for.
-
-    Raises:
-        ModelError: If there is no submodule `head`, or `head` is None and the model has no linear
-            layer.
-
-    Example:
-        >>> from torch import nn
-        >>> from model_zoo.heads import find_head
-        >>> find_head(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2)))
-        '3'
-    """
-    paths = {path: part for path, part in module.named_modules() if path}
-    if head is not None:
-        if head not in paths:
-            raise ModelError(f"head: no submodule '{head}'{suggest_names(head, paths)}")
-        return head
-    named: list[str] = [name for name in CLASSIFIERS if name in paths]
-    get_classifier: Any = getattr(module, "get_classifier", None)
-    classifier = get_classifier() if callable(get_classifier) else None
-    named += [path for path, part in paths.items() if part is classifier]
-    for name in named:
-        inside = {p: m for p, m in paths.items() if p == name or p.startswith(f"{name}.")}
-        for layer_type in (nn.Linear, nn.Conv2d):
-            if found := _last(inside.items(), layer_type):
-                return found
-    found = _last(paths.items(), nn.Linear)
-    if found is None:
-        raise ModelError("head: the model has no linear layer; name the head, such as head='fc'")
-    return found
-
-
-def _last(parts: Iterable[tuple[str, nn.Module]], layer_type: type[nn.Module]) -> str | None:
-    found = [path for path, part in parts if isinstance(part, layer_type)]
-    return found[-1] if found else None
-
-
 def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> SplitModel:
     """Split a classifier into a backbone, which computes features, and a head.
 
     A `SplitModel` and a module with the attributes `backbone` and `head` keep these parts. In any
-    other model, the head (see `find_head`) is replaced by the identity, and the rest is the
-    backbone. If the model has a method `forward`, backbone and head together must return the logits
-    that `forward` returns.
+    other model, the head is replaced by the identity, and the rest is the backbone. The head is the
+    layer that computes the logits, whatever its name and its position in the constructor: the
+    forward pass of two examples is observed. If the model has a method `forward`, backbone and head
+    together must return the logits that `forward` returns.
 
     Args:
         module: The model, which is modified in place and becomes a part of the result.
@@ -113,71 +67,180 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
         >>> split_module(net, Shape(1, (8, 8))).head
         Linear(in_features=8, out_features=2, bias=True)
     """
-    if isinstance(module, SplitModel):
-        width = measure_feature_width(module.backbone, shape)
-        if module.known_feature_dim not in (None, width):
-            raise ModelError(
-                f"feature_dim is {module.feature_dim}, but the backbone returns {width} features"
-            )
-        module.feature_dim = width
-        return module
     backbone: Any = getattr(module, "backbone", None)
     given: Any = getattr(module, "head", None)
     has_parts = isinstance(backbone, nn.Module) and isinstance(given, nn.Module) and head is None
-    if has_parts and type(module).forward is nn.Module.forward:
-        return SplitModel(backbone, given, measure_feature_width(backbone, shape))
-    expected = _evaluate(module, shape)
-    if not isinstance(getattr(expected, "logits", expected), Tensor):
-        raise ModelError(f"expected a model that returns logits, got {type(expected).__name__}")
-    split = _assemble(backbone, given, shape) if has_parts else None
-    if split is not None and _has_logits(split, expected, shape):
+    if isinstance(module, SplitModel) or (has_parts and type(module).forward is nn.Module.forward):
+        split = module if isinstance(module, SplitModel) else SplitModel(backbone, given)
+        width = measure_feature_width(split.backbone, shape)
+        if split.known_feature_dim not in (None, width):
+            raise ModelError(
+                f"feature_dim is {split.feature_dim}, but the backbone returns {width} features"
+            )
+        split.feature_dim = width
+        return split
+    calls: list[tuple[nn.Module, Any]] = []
+    with _recorded_calls(module, calls):
+        expected = evaluate_examples(module, shape)
+    logits = getattr(expected, "logits", expected)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"expected a model that returns logits, got {type(expected).__name__}; return the "
+            "logits alone"
+        )
+    if has_parts and _has_logits(split := SplitModel(backbone, given), logits, shape):
         split.set_source(module, "head")
         return split
-    path = find_head(module, head)
-    parent, _, name = path.rpartition(".")
-    found = module.get_submodule(path)
-    setattr(module.get_submodule(parent), name, nn.Identity())
-    rest = LogitsOnly(module) if hasattr(expected, "logits") else module
-    split = SplitModel(rest, found, measure_feature_width(rest, shape))
-    split.set_source(module, path)
-    if not _has_logits(split, expected, shape):
+    paths = {part: path for path, part in module.named_modules()}
+    if head is not None and head not in paths.values():
+        raise ModelError(f"head: no submodule '{head}'{suggest_names(head, paths.values())}")
+    candidates = _find_heads(calls, logits) if head is None else [module.get_submodule(head)]
+    for candidate in candidates:
+        if candidate is module:
+            rest: nn.Module = nn.Flatten()
+        else:
+            rest = LogitsOnly(module) if hasattr(expected, "logits") else module
+            replace_submodule(module, candidate, nn.Identity())
+        split = SplitModel(rest, candidate)
+        split.set_source(module, paths[candidate])
+        if _has_logits(split, logits, shape):
+            return split
+        split.source_module()
+    if not candidates:
         raise ModelError(
-            f"head: the model's outputs are not those of its submodule '{path}'; return logits "
-            "without softmax, name another submodule, or pass SplitModel(backbone, head)"
+            "head: no layer of the model computes its outputs; pass SplitModel(backbone, head)"
         )
-    return split
-
-
-def _assemble(backbone: Any, head: Any, shape: Shape) -> SplitModel | None:
-    """Return the model of two parts, or None if the backbone cannot return features `[B, D]`."""
-    try:
-        return SplitModel(backbone, head, measure_feature_width(backbone, shape))
-    except ModelError:
-        return None
-
-
-def _has_logits(split: SplitModel, outputs: Any, shape: Shape) -> bool:
-    """Return whether the logits of a model equal the given outputs for the same examples."""
-    actual = _evaluate(split, shape).logits
-    expected = getattr(outputs, "logits", outputs)
-    return (
-        isinstance(expected, Tensor)
-        and expected.shape == actual.shape
-        and bool(torch.allclose(expected, actual, atol=TOLERANCE))
+    raise ModelError(
+        f"head: the model's outputs are not those of its submodule '{paths[candidates[0]]}'; "
+        "return logits without softmax, name another submodule (argument head), or pass "
+        "SplitModel(backbone, head)"
     )
 
 
-def _evaluate(module: nn.Module, shape: Shape) -> Any:
-    """Return a module's outputs for two random examples, in evaluation mode."""
+def check_training(split: SplitModel, module: nn.Module, shape: Shape) -> None:
+    """Check that a model returns the same logits in training mode as the module before the split.
+
+    Args:
+        split: The model, whose buffers change.
+        module: An equal module that was not split, whose buffers change.
+        shape: Shape of an example.
+
+    Raises:
+        ModelError: If the module cannot be trained, or its outputs in training mode are not those
+            of its head.
+    """
+    # Models of torchvision with this attribute have further outputs in training mode.
+    has_more_outputs = bool(getattr(module, "aux_logits", False))
+    advice = (
+        "create it with aux_logits=False"
+        if has_more_outputs
+        else "return the same logits in both modes"
+    )
+    kind = type(evaluate_examples(module, shape)).__name__
+    try:
+        expected = evaluate_examples(module, shape, training=True)
+    except InputError as error:
+        raise InputError(f"{error}; {advice}" if has_more_outputs else str(error)) from error
+    if type(expected).__name__ != kind:
+        raise ModelError(
+            f"returns a {kind} in evaluation mode, but a {type(expected).__name__} in training "
+            f"mode; {advice}"
+        )
+    logits = evaluate_examples(split, shape, training=True).logits
+    if not have_equal_values(logits, getattr(expected, "logits", expected)):
+        raise ModelError(
+            f"head: in training mode, the model's outputs are not those of its submodule "
+            f"'{split.head_path}'; {advice}"
+        )
+
+
+@contextmanager
+def _recorded_calls(module: nn.Module, calls: list[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Append each submodule that is called inside the `with` block, and its output, to a list.
+
+    A module without submodules counts as its own submodule.
+    """
+
+    def record(part: nn.Module, _inputs: Any, output: Any) -> None:
+        calls.append((part, output))
+
+    parts = [part for part in module.modules() if part is not module] or [module]
+    hooks = [part.register_forward_hook(record) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _find_heads(calls: Sequence[tuple[nn.Module, Any]], logits: Tensor) -> list[nn.Module]:
+    """Return the submodules that may be the head of a model, the most likely one first.
+
+    These are the modules with parameters whose outputs are the logits, inner modules and linear
+    layers before others. In some text models, the logits are some rows of the head's outputs, so
+    the linear layer and the module that were called last follow.
+
+    Args:
+        calls: The submodules in the order in which their calls ended, and their outputs.
+        logits: Outputs of the model.
+    """
+    trained = [(part, output) for part, output in calls if any(True for _ in part.parameters())]
+    exact = [
+        part
+        for part, output in trained
+        if isinstance(output, Tensor)
+        and output.shape == logits.shape
+        and torch.equal(output, logits)
+    ]
+    leaves = [part for part, _ in reversed(trained) if not any(True for _ in part.children())]
+    found = [
+        *sorted(exact, key=lambda part: not isinstance(part, nn.Linear)),
+        *[part for part in leaves if isinstance(part, nn.Linear)][:1],
+        *leaves[:1],
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _has_logits(split: SplitModel, expected: Tensor, shape: Shape) -> bool:
+    """Return whether a model has the given logits for the same examples, and features `[B, D]`.
+
+    If so, the width of the features is set.
+    """
+    try:
+        logits, features = evaluate_examples(split, shape)
+    except InputError:
+        return False
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        return False
+    split.feature_dim = features.shape[1]
+    return have_equal_values(logits, expected)
+
+
+def have_equal_values(actual: Any, expected: Any) -> bool:
+    """Return whether two objects are tensors of one shape with about the same values."""
+    return (
+        isinstance(actual, Tensor)
+        and isinstance(expected, Tensor)
+        and expected.shape == actual.shape
+        and bool(torch.allclose(expected, actual, atol=TOLERANCE, equal_nan=True))
+    )
+
+
+def evaluate_examples(module: nn.Module, shape: Shape, training: bool = False) -> Any:
+    """Return a module's outputs for two random examples, which are equal in each call.
+
+    Args:
+        module: The module. In training mode, its buffers may change.
+        shape: Shape of an example.
+        training: Whether to evaluate the module in training mode.
+
+    Raises:
+        InputError: If the module raises an exception.
+    """
     generator = torch.Generator().manual_seed(0)
     x = shape.zeros(2)
     if x.is_floating_point():
         x = torch.rand(x.shape, generator=generator)
     else:
         x = torch.randint(1, shape.vocabulary_size, x.shape, generator=generator)
-    with in_evaluation_mode(module), torch.no_grad():
-        try:
-            return module(x)
-        # A module of unknown origin may raise any exception.
-        except Exception as error:
-            raise InputError(f"cannot process {shape}: {one_line(error)}") from error
+    return probe(module, x, shape, training=training)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from model_zoo.errors import InputError, ModelError, one_line
+from model_zoo.generators import keyed_generators
 from model_zoo.shapes import Shape
 
 # A backbone, the width of the features and, optionally, the dropout rate between features and head.
@@ -54,7 +53,8 @@ class SplitModel(nn.Module):
     Attributes:
         backbone: The backbone.
         head: The head.
-        head_path: Path of the head in the module that was split, "head" by default.
+        head_path: Path of the head in the module that was split, "head" by default. If the module
+            is the head, the path is empty.
 
     Example:
         >>> import torch
@@ -99,8 +99,8 @@ class SplitModel(nn.Module):
         if not self._source:
             return self
         (module,) = self._source
-        parent, _, name = self.head_path.rpartition(".")
-        setattr(module.get_submodule(parent), name, self.head)
+        if self.head_path:
+            replace_submodule(module, module.get_submodule(self.head_path), self.head)
         return module
 
     @property
@@ -216,12 +216,7 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
         InputError: If the backbone does not accept examples of this shape.
         ModelError: If the backbone does not return features of shape `[B, D]`.
     """
-    with in_evaluation_mode(backbone), torch.no_grad():
-        try:
-            features = backbone(shape.zeros(2))
-        # A module of unknown origin may raise any exception.
-        except Exception as error:
-            raise InputError(f"cannot process {shape}: {one_line(error)}") from error
+    features = probe(backbone, shape.zeros(2), shape)
     if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != 2:
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(
@@ -230,16 +225,46 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
     return features.shape[1]
 
 
-@contextmanager
-def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Set a module to evaluation mode inside the `with` block, and restore all modes afterwards."""
+def probe(module: nn.Module, x: Tensor, examples: object, training: bool = False) -> Any:
+    """Return the outputs of a module of unknown origin, and restore all modes afterwards.
+
+    The global random number generators do not change, and calls with equal inputs draw equal random
+    numbers.
+
+    Args:
+        module: The module. In training mode, its buffers may change.
+        x: Inputs of the module.
+        examples: Description of the inputs, for the error message.
+        training: Whether to run the module in training mode.
+
+    Raises:
+        InputError: If the module raises an exception.
+    """
     modes = {part: part.training for part in module.modules()}
-    module.eval()
+    if training:
+        module.train()
+    else:
+        module.eval()
     try:
-        yield
+        with keyed_generators(0), torch.no_grad():
+            return module(x)
+    # A module may raise any exception, or call sys.exit.
+    except (Exception, SystemExit) as error:
+        mode = "in training mode: " if training else ""
+        prefix = "SystemExit: " if isinstance(error, SystemExit) else ""
+        raise InputError(f"{mode}cannot process {examples}: {prefix}{one_line(error)}") from error
     finally:
-        for part, mode in modes.items():
-            part.training = mode
+        for part, mode_before in modes.items():
+            part.training = mode_before
+
+
+def replace_submodule(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a submodule under each of its names, in place."""
+    for parent in list(module.modules()):
+        # `named_children` skips further names of a child.
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 import sys
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from model_zoo.errors import ModelError, one_line, suggest_names
+from model_zoo.errors import InputError, ModelError, one_line, suggest_names
 from model_zoo.given_models import OBJECT_PREFIX, find_given
 from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
-from model_zoo.split_model import SplitModel
+from model_zoo.split_model import SplitModel, probe
 
 # Arguments that `build` passes by name if the signature contains them. `input_size` is always a
 # tuple; `vocabulary` is None except for tokens.
@@ -149,15 +148,11 @@ def build(
 
 
 def _check_head(model: SplitModel, num_classes: int) -> None:
-    head = copy.deepcopy(model.head).eval()
+    width = model.feature_dim
     try:
-        with torch.no_grad():
-            logits = head(torch.zeros(2, model.feature_dim))
-    # A user's head may raise any exception.
-    except Exception as error:
-        raise ModelError(
-            f"head: cannot process features of width {model.feature_dim}: {one_line(error)}"
-        ) from error
+        logits = probe(model.head, torch.zeros(2, width), f"features of width {width}")
+    except InputError as error:
+        raise ModelError(f"head: {error}") from error
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, num_classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ModelError(

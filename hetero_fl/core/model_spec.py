@@ -19,7 +19,10 @@ from torch import Tensor
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
+from model_zoo.generators import keyed_generators
 from model_zoo.given_models import GivenModel
+from model_zoo.heads import check_training
+from model_zoo.registry import MODELS
 from model_zoo.shapes import make_shape
 
 Tensors = dict[str, Tensor]
@@ -102,23 +105,25 @@ class ModelSpec:
         channels, *size = self.input_shape if self.vocabulary is None else (1, *self.input_shape)
         return self.outputs, channels, tuple(size), self.feature_dim
 
-    def build(self, pretrained: bool = False) -> SplitModel:
-        """Build a module whose initial weights are drawn from the global random number generator.
+    def build(self, pretrained: bool = False, seed: int = 0) -> SplitModel:
+        """Build a module, whose constructor draws equal random numbers in each call.
 
         Args:
             pretrained: Whether to load published weights instead of drawing initial weights.
+            seed: Seed of the random numbers.
 
         Raises:
             ModelError: If the model cannot be created.
         """
         options = dict(self.options)
-        return create_model(
-            self.name,
-            *self.size_arguments,
-            pretrained=pretrained,
-            vocabulary=self.vocabulary,
-            **options,
-        )
+        with keyed_generators(stream_key(seed, "init", self.spec_id)):
+            return create_model(
+                self.name,
+                *self.size_arguments,
+                pretrained=pretrained,
+                vocabulary=self.vocabulary,
+                **options,
+            )
 
     def build_given(self, given: GivenModel) -> Tensors:
         """Return the tensors of a user's module that has this architecture.
@@ -211,16 +216,17 @@ class ModelSpec:
             raise ValueError(f"not a model specification: {error}") from None
 
     def check(self) -> None:
-        """Check that the model can be built.
+        """Check that the model can be built, and returns logits in training mode, too.
 
         Raises:
-            ModelError: If the model cannot be built.
+            ModelError: If the model cannot be built or trained.
         """
         try:
-            with torch.random.fork_rng(devices=[]):
-                self.build()
-        except ModelError:
-            raise
+            _check_training(self)
+        except ModelError as error:
+            if str(error).startswith("model "):
+                raise
+            raise ModelError(f"model {self.display_name}: {error}") from error
         # An invalid option may cause any error inside PyTorch.
         except Exception as error:
             raise ModelError(
@@ -242,8 +248,7 @@ class _ModelProperties:
 @lru_cache(maxsize=256)
 def _measure(arch: ModelSpec) -> _ModelProperties:
     # Cached because methods create equal specifications in each round.
-    with torch.random.fork_rng(devices=[]):
-        module = arch.build()
+    module = arch.build()
     layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
     return _ModelProperties(
         frozenset(n for n, _ in module.named_parameters()),
@@ -257,9 +262,18 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
 @lru_cache(maxsize=16)
 def _initial_tensors(arch: ModelSpec, seed: int, _dtype: torch.dtype) -> Tensors:
     # The result depends on torch's default dtype, which is therefore part of the cache key.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_key(seed, "init", arch.spec_id))
-        return {n: t.detach().clone() for n, t in arch.build(arch.pretrained).state_dict().items()}
+    module = arch.build(arch.pretrained, seed)
+    return {n: t.detach().clone() for n, t in module.state_dict().items()}
+
+
+@lru_cache(maxsize=256)
+def _check_training(arch: ModelSpec) -> None:
+    # Cached because many clients may have equal models.
+    model = arch.build()
+    if arch.name not in MODELS:
+        _, channels, size, _ = arch.size_arguments
+        shape = make_shape(channels, size, arch.vocabulary)
+        check_training(model, arch.build().source_module(), shape)
 
 
 # Name and shape of a tensor, and the architecture group of the model. The group is "" for tensors

@@ -65,8 +65,8 @@ class Client:
             each row of `data` as an array. The rows of a patient are never divided between splits.
         validation: Validation examples. If None, they are held out of `data`.
         test: Examples of the local test set. If None, they are held out of `data`.
-        head: Path of the head within the model, such as "fc". If None, `model_zoo.heads.find_head`
-            chooses the head.
+        head: Path of the head within the model, such as "fc". If None, the head is the layer that
+            computes the logits.
         init: Initial weights. With `given`, the client starts from the weights of the module. With
             `seeded`, the weights depend on the seed only, so that all clients with the same
             architecture start equal. Default: `given` for modules, `seeded` for classes, functions
@@ -206,12 +206,12 @@ class Client:
         return html_items(f"Client {self.name}", self.describe())
 
     def describe(self) -> dict[str, str]:
-        """Return the arguments that are set and the head of the model, as text keyed by name."""
+        """Return the arguments that are set, as text keyed by name."""
         described = {}
         if self.model is not None:
             described["model"] = self.title
-        if self.given is not None and self.given.head_path is not None:
-            described["head"] = repr(self.given.head_path)
+        if self.given is not None and self.given.head is not None:
+            described["head"] = repr(self.given.head)
         described |= {name: _describe_data(data) for name, data in self.parts().items()}
         return described | {key: _describe_setting(value) for key, value in self.settings.items()}
 

@@ -334,7 +334,8 @@ def _describe_user_models(client_infos: ClientDirectory) -> list[str]:
         if is_user_defined(profile.arch.name)
     }
     return [
-        f"model {arch.display_name}: the head is '{arch.head_path}', "
+        f"model {arch.display_name}: the head is "
+        f"{repr(arch.head_path) if arch.head_path else 'the model'}, "
         f"on {pluralize(arch.feature_width, 'feature')}"
         for arch in user_models
     ]

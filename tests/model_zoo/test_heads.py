@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model_zoo import ModelError, SplitModel, create_model
 from model_zoo.given_models import GivenModel, redraw_weights
-from model_zoo.heads import find_head, split_module
+from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
 
 GRAY = Shape(1, (8, 8))
@@ -64,20 +64,20 @@ class Pooled(nn.Module):
 def test_parts_compute_the_logits_of_the_model(module: nn.Module, path: str) -> None:
     x = torch.rand(5, 1, 8, 8)
     expected = module(x)
-    assert find_head(module) == path
 
     split = split_module(module, GRAY)
 
     logits, features = split(x)
     assert torch.allclose(logits, expected)
     assert features.shape == (5, split.feature_dim)
+    assert split.head_path == path
     assert all(name.startswith(("backbone.", "head.")) for name in split.state_dict())
 
 
 def test_head_can_be_named() -> None:
     assert split_module(WithFc(), GRAY, head="fc").feature_dim == 10
     with pytest.raises(ModelError, match=r"no submodule 'ou'; did you mean 'out'"):
-        find_head(Net(), "ou")
+        split_module(Net(), GRAY, "ou")
 
 
 def test_named_head_must_be_the_last_layer() -> None:
@@ -91,9 +91,11 @@ def test_operation_after_the_head_is_refused() -> None:
         split_module(Softmax(), GRAY)
 
 
-def test_model_without_linear_layer_is_refused() -> None:
-    with pytest.raises(ModelError, match="no linear layer"):
-        find_head(nn.Conv2d(1, 3, 8))
+def test_model_whose_layers_do_not_compute_its_outputs_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"no layer .* pass SplitModel"):
+        split_module(nn.AvgPool2d(8), GRAY)
+    with pytest.raises(ModelError, match="outputs are not those of its submodule '0'"):
+        split_module(nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), GRAY)
 
 
 def test_timm_classifier_is_found() -> None:

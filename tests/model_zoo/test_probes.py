@@ -1,0 +1,232 @@
+"""Models of any origin are tried in both modes before a run."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+import hetero_fl as hfl
+from hetero_fl.utils.errors import UserError
+from model_zoo import SplitModel, describe
+from model_zoo.given_models import GivenModel
+from model_zoo.heads import split_module
+from model_zoo.shapes import Shape
+from tests.helpers.python_federations import NO_REPORT
+
+ROW = Shape(6, ())
+
+
+class Net(nn.Module):
+    """A perceptron for two classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 8)
+        self.cls = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cls(self.hidden(x).relu())  # type: ignore[no-any-return]
+
+
+class Projected(Net):
+    """A network whose last declared linear layer is its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(6, 6)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.projection(x))
+
+
+class Unused(Net):
+    """A network with a layer for pretraining, and two names for the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alias = self.cls
+        self.projection = nn.Linear(8, 4)
+
+
+class Several(Net):
+    """A network with several heads, of which the first one is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.cls
+        self.heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 5)])
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[0](self.hidden(x).relu())  # type: ignore[no-any-return]
+
+
+class BatchStatistics(Net):
+    """A network that needs at least two examples in both modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6, track_running_stats=False)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+class Noisy(Net):
+    """A network that draws from three generators, in both modes."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand(1) + np.random.rand() + random.random()
+        return super().forward(x + noise.float())
+
+
+class TupleInTraining(Net):
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits  # type: ignore[return-value]
+
+
+class ScaledInTraining(Net):
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits.log_softmax(1) if self.training else logits
+
+
+class FailsInTraining(Net):
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise IndexError("two\nlines")
+        return super().forward(x)
+
+
+class Exits(Net):
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        sys.exit(3)
+
+
+def rows(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    y = np.arange(40) % 2
+    return np.random.default_rng(seed).random((40, 6), dtype="float32"), y
+
+
+def train(module: nn.Module | type[nn.Module]) -> hfl.Run:
+    clients = [hfl.Client(name, module, rows(i)) for i, name in enumerate("ab")]
+    return hfl.Federation(clients).train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "path"),
+    [
+        (Projected(), "cls"),
+        (Unused(), "cls"),
+        (Several(), "heads.0"),
+        (BatchStatistics(), "cls"),
+        (Noisy(), "cls"),
+        (nn.Linear(6, 2), ""),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_head_is_the_layer_that_computes_the_outputs(module: nn.Module, path: str) -> None:
+    x = torch.rand(5, 6)
+    names = set(module.state_dict())
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    expected = module(x)
+
+    split = split_module(module, ROW)
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    assert torch.allclose(split(x).logits, expected)
+    assert split.head_path == path
+    assert split.source_module() is module
+    assert set(module.state_dict()) == names
+
+
+def test_two_names_of_the_head_are_one_tensor() -> None:
+    split = split_module(Unused(), ROW)
+
+    assert sum(tensor.shape == (2, 8) for tensor in split.state_dict().values()) == 1
+    assert not any(name.startswith("backbone.alias") for name in split.state_dict())
+
+
+@pytest.mark.parametrize("model", [Projected, BatchStatistics, nn.Linear(6, 2)])
+def test_models_that_plain_torch_trains_are_trained(model: nn.Module | type[nn.Module]) -> None:
+    run = train(model)
+
+    assert run.summary["rounds_completed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (TupleInTraining, "a Tensor in evaluation mode, but a tuple in training mode; return"),
+        (ScaledInTraining, "in training mode, the model's outputs are not those of its .*'cls'"),
+        (FailsInTraining, "in training mode: cannot process a table row of 6 columns: two lines"),
+        (Exits, "cannot process a table row of 6 columns: SystemExit: 3"),
+    ],
+)
+def test_model_that_cannot_be_trained_is_refused_in_one_line(
+    model: type[nn.Module], message: str
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"^clients: a: model: .*{model.__name__}.*{message}"
+    ) as info:
+        train(model)
+
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 32), ("inception_v3", 80)])
+def test_auxiliary_outputs_of_torchvision_are_refused_with_advice(name: str, size: int) -> None:
+    models = pytest.importorskip("torchvision.models")
+    module = models.get_model(name, num_classes=2, init_weights=False)
+    y = np.arange(40) % 2
+    x = np.random.default_rng(0).integers(0, 255, (40, 3, size, size), dtype=np.uint8)
+    federation = hfl.Federation([hfl.Client(name, module, (x, y)) for name in "ab"])
+
+    with pytest.raises(UserError, match=r"training mode.*; create it with aux_logits=False$"):
+        federation.train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT, quiet=True)
+
+
+def test_probes_do_not_change_the_weights_or_the_generators() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(6), Noisy())
+    given = GivenModel(module)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+
+    describe(given.name, 2, 6, ())
+    split = given.build(ROW)
+
+    after = split.source_module().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+
+
+def test_operations_are_counted_for_one_example() -> None:
+    assert describe("linear", 3, 6, ()).forward_flops == 2 * 6 * 3
+    given = GivenModel(BatchStatistics())
+    assert describe(given.name, 2, 6, ()).forward_flops == 2 * (6 * 8 + 8 * 2)
+
+
+def test_split_model_with_a_wrong_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="feature_dim is 5, but the backbone returns 6 features"):
+        split_module(SplitModel(nn.Flatten(), nn.Identity(), 5), ROW)

@@ -11,20 +11,23 @@ from torch.nn import functional as F
 from hetero_fl.config.clients import AugmentConfig, ScannerConfig
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import call_reference
+from model_zoo.generators import keyed_generators
 
 
-def apply_transform(reference: str, x: Tensor, where: str) -> Tensor:
+def apply_transform(reference: str, x: Tensor, where: str, seed: int = 0) -> Tensor:
     """Apply a user-defined function to a batch.
 
     Args:
         reference: Reference to the function.
         x: The batch.
         where: Prefix of error messages.
+        seed: Seed of the random numbers that the function draws from global generators.
 
     Raises:
         UserError: If the function fails or returns a batch of another shape or type.
     """
-    transformed = call_reference(reference, where, "x", (x,))
+    with keyed_generators(seed, x.device):
+        transformed = call_reference(reference, where, "x", (x,))
     if not isinstance(transformed, Tensor):
         raise UserError(f"{where}: expected a tensor, got {type(transformed).__name__}")
     if transformed.shape != x.shape or transformed.dtype != x.dtype:
@@ -73,10 +76,8 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
         degrees = (2 * torch.rand(batch, generator=generator) - 1) * config.rotate
         x = _rotate(x, (degrees * (math.pi / 180)).to(x.device, x.dtype))
     if config.transform is not None:
-        devices = [] if x.is_cpu else [x.device]
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            x = apply_transform(config.transform, x, "augment.transform")
+        seed = int(torch.randint(2**62, (), generator=generator))
+        x = apply_transform(config.transform, x, "augment.transform", seed)
     return x
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hetero_fl.core.task import Task
+from model_zoo.generators import keyed_generators
 
 Scores = dict[str, float | None]
 MetricFunction = Callable[[Tensor, Tensor], Any]
@@ -211,7 +212,8 @@ def apply_metric(function: MetricFunction, task: Task, logits: Tensor, y: Tensor
         predictions = predictions.softmax(1)
     elif task.kind == "multilabel":
         predictions = predictions.sigmoid()
-    value = float(function(predictions, y.to(predictions.device)))
+    with keyed_generators(0, predictions.device):
+        value = float(function(predictions, y.to(predictions.device)))
     return value if abs(value) <= MAX_METRIC_VALUE else None
 
 

@@ -22,8 +22,10 @@ from hetero_fl.core.task import Task
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
+from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel
 from model_zoo.errors import one_line
+from model_zoo.generators import keyed_generators
 from model_zoo.given_models import GivenModel, restore_given
 
 FORM = "hetero_fl model 1"
@@ -224,8 +226,7 @@ class SavedModel:
                 `local_tensors` are used.
         """
         tensors = {**self.tensors, **self.local_tensors} if personal else self.tensors
-        with torch.random.fork_rng(devices=[]):
-            module = self.arch.build()
+        module = self.arch.build()
         counters = {
             n: t
             for n, t in module.state_dict().items()
@@ -249,7 +250,8 @@ class SavedModel:
         """
         module = self.module(personal)
         size = forward_batch_size(batch_size, x)
-        z = torch.cat([module(b).logits for b in split_rows(x, size)])
+        with keyed_generators(stream_key("predict", self.arch.spec_id)):
+            z = torch.cat([module(b).logits for b in split_rows(x, size)])
         offset = self.offset(personal)
         return z if offset is None else z + offset.to(z.dtype)
 

@@ -17,6 +17,7 @@ from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 from hetero_fl.utils.extras import describe_missing_package
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from hetero_fl.utils.registry import call_reference, is_internal
+from model_zoo.generators import own_generators
 from model_zoo.plugins import PluginError, Plugins
 
 Key = Literal[
@@ -210,6 +211,7 @@ def check_source(config: SourceConfig, where: str = "data") -> None:
             )
 
 
+@own_generators()
 def load_source(
     config: SourceConfig, root: Path, where: str = "data", missing: bool = False
 ) -> Dataset:

@@ -21,6 +21,7 @@ from hetero_fl.core.participant import Columns, move_tree
 from hetero_fl.core.stored_rows import Column
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
+from model_zoo.generators import keyed_generators
 from model_zoo.shapes import make_shape
 
 CPU = torch.device("cpu")
@@ -255,7 +256,7 @@ def _saved_bytes(arch: ModelSpec, examples: int) -> int:
         saved.append(tensor)
         return tensor
 
-    with torch.random.fork_rng(devices=[]):
+    with keyed_generators(0):
         module = arch.build().train()
         dropout = DropoutStreams(CPU)
         use_keyed_dropout(module, dropout)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError, Work
 from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
 from hetero_fl.engine.training import run_fit
+from hetero_fl.utils.seeding import stream_key
 from model_zoo import Outputs, is_batch_norm
+from model_zoo.generators import keyed_generators
 
 
 def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
@@ -72,6 +75,18 @@ def class_sums(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Ten
         return members.t() @ values, members.sum(0)
     sums = torch.zeros(num_classes, values.shape[1], dtype=values.dtype).index_add_(0, y, values)
     return sums, torch.bincount(y, minlength=num_classes).to(values.dtype)
+
+
+def prediction_generators(
+    participant: Participant, step: OutputStep | Recalibrate, templates: Templates
+) -> AbstractContextManager[None]:
+    """Return a context manager that seeds the global generators for predictions of a model.
+
+    All participants draw equal numbers, so that results do not depend on cached predictions, and
+    saved models predict what a run evaluated.
+    """
+    spec_id = step_model_spec(participant, step).spec_id
+    return keyed_generators(stream_key("predict", spec_id), templates.device, brief=True)
 
 
 # Maximum number of cached predictions. Each entry keeps the tensors of the model in memory.
@@ -249,9 +264,10 @@ class SerialBackend:
             layer.reset_running_stats()
             layer.momentum = None
             layer.train()
-        for batch in split_rows(rows, step.batch_size):
-            if len(batch) > 1:
-                module(self.templates.memory.keep(batch).to(self.templates.device))
+        with prediction_generators(participant, step, self.templates):
+            for batch in split_rows(rows, step.batch_size):
+                if len(batch) > 1:
+                    module(self.templates.memory.keep(batch).to(self.templates.device))
         for name, layer in layers.items():
             layer.momentum = momenta[name]
             layer.eval()
@@ -288,10 +304,11 @@ class SerialBackend:
         if isinstance(rows, Tensor):
             rows = self.templates.memory.keep(rows)
         size = forward_batch_size(first.batch_size, rows, self.templates.device)
-        for batch in split_rows(rows, size):
-            out = module(batch.to(self.templates.device))
-            for parts, step in zip(batches, steps, strict=True):
-                parts.append(select_output(step, out))
+        with prediction_generators(participant, first, self.templates):
+            for batch in split_rows(rows, size):
+                out = module(batch.to(self.templates.device))
+                for parts, step in zip(batches, steps, strict=True):
+                    parts.append(select_output(step, out))
         return [torch.cat(parts).to(self.templates.memory.storage_device) for parts in batches]
 
 

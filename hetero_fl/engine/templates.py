@@ -22,6 +22,7 @@ from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
+from model_zoo.generators import keyed_generators
 from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
 
@@ -65,29 +66,25 @@ def _has_narrow_shortcut(arch: ModelSpec) -> bool:
 
     In the channels-last format, its backward pass does not end or crashes on CPUs (torch 2.14).
     """
-    with torch.random.fork_rng(devices=[]):
-        modules = list(arch.build().modules())
     return any(
         isinstance(m, nn.Conv2d)
         and math.prod(m.kernel_size) == 1
         and math.prod(m.stride) > 1
         and m.in_channels <= 4
-        for m in modules
+        for m in arch.build().modules()
     )
 
 
 @cache
 def is_recurrent(arch: ModelSpec) -> bool:
     """Return whether a model has recurrent layers, which cannot be vectorized over clients."""
-    with torch.random.fork_rng(devices=[]):
-        return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
+    return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
 
 
 @cache
 def has_batch_norm(arch: ModelSpec) -> bool:
     """Return whether a model has BatchNorm layers."""
-    with torch.random.fork_rng(devices=[]):
-        return any(is_batch_norm(m) for m in arch.build().modules())
+    return any(is_batch_norm(m) for m in arch.build().modules())
 
 
 def training_flops(client_info: ClientInfo) -> float:
@@ -165,8 +162,7 @@ class Template:
     ) -> None:
         self.memory = memory
         device = memory.device
-        with torch.random.fork_rng(devices=[]):
-            self.module = arch.build().to(device)
+        self.module = arch.build().to(device)
         self.has_dropout = use_keyed_dropout(self.module, dropout or DropoutStreams(device))
         if precision == "bfloat16":
             _use_bfloat16(self.module, device)
@@ -256,7 +252,6 @@ class Templates:
 
     Attributes:
         device: The device of the modules.
-        forked: GPUs whose random state a fit saves and restores.
         dropout: The masks of all dropout layers.
     """
 
@@ -264,7 +259,6 @@ class Templates:
         self.memory = memory
         self.device = memory.device
         self.precision = precision
-        self.rng_devices = [self.device] if self.device.type == "cuda" else []
         self.dropout = DropoutStreams(self.device)
         self._templates: dict[tuple[ModelSpec, str], Template] = {}
 
@@ -317,7 +311,7 @@ def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
     optimizer = torch.optim.SGD(template.module.parameters(), lr=0.0, fused=True)
     seconds: list[float] = []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with keyed_generators(0):
             while sum(seconds) < MEASURED_SECONDS or (len(seconds) == 1 and seconds[0] < SLOW_STEP):
                 started = time.perf_counter()
                 templates.dropout.seed([len(seconds)], batch_size)

@@ -27,7 +27,8 @@ from hetero_fl.engine.dropout import DropoutStreams
 from hetero_fl.engine.templates import Template, Templates
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.registry import import_reference
-from hetero_fl.utils.seeding import seed_torch, stream_key
+from hetero_fl.utils.seeding import stream_key
+from model_zoo.generators import keyed_generators
 
 # Trained tensors, keyed by "slot:name".
 TrainableTensors = dict[str, Tensor]
@@ -350,9 +351,9 @@ def run_fit(
     has_dropout = state.has_dropout
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
-    with torch.random.fork_rng(devices=templates.rng_devices):
-        # Random operations of a model other than nn.Dropout use the global generator.
-        seed_torch(stream_key(*batches.stream, "torch"), templates.device)
+    # Random operations of a model other than nn.Dropout use the global generators.
+    key = stream_key(*batches.stream, "torch")
+    with keyed_generators(key, templates.device, brief=True):
         for i, (dropout_key, batch) in enumerate(batches):
             if fit.anneal:
                 scale_learning_rates(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))

@@ -39,7 +39,7 @@ from hetero_fl.engine.serial import (
     select_output,
 )
 from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
-from hetero_fl.engine.vectorized_training import fit_stacked
+from hetero_fl.engine.vectorized_training import fit_stacked, refused_draws
 
 T = TypeVar("T")
 OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
@@ -90,16 +90,17 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     x = [templates.memory.keep(inputs[i]) for i in order]
     batches: list[list[Tensor]] = [[] for _ in order]
     size = forward_batch_size(step.batch_size, x[0], device)
-    for begin in range(0, len(x[0]), size):
-        active = sum(len(rows) > begin for rows in x)
-        parts = [rows[begin : begin + size].to(device) for rows in x[:active]]
-        # Shorter batches are padded with zeros, because rows do not affect each other in evaluation
-        # mode.
-        batch = pad_sequence(parts, batch_first=True)
-        tensors = {n: t[:active] for n, t in stacked.items()}
-        out = vmap(outputs, randomness="error")(tensors, batch)
-        for i in range(active):
-            batches[i].append(out[i, : len(x[i]) - begin])
+    with refused_draws():
+        for begin in range(0, len(x[0]), size):
+            active = sum(len(rows) > begin for rows in x)
+            parts = [rows[begin : begin + size].to(device) for rows in x[:active]]
+            # Shorter batches are padded with zeros, because rows do not affect each other in
+            # evaluation mode.
+            batch = pad_sequence(parts, batch_first=True)
+            tensors = {n: t[:active] for n, t in stacked.items()}
+            out = vmap(outputs, randomness="error")(tensors, batch)
+            for i in range(active):
+                batches[i].append(out[i, : len(x[i]) - begin])
     whole = [torch.cat(parts).to(templates.memory.storage_device) for parts in batches]
     outputs_by_index = {i: whole[position] for position, i in enumerate(order)}
     return [outputs_by_index[i] for i in range(len(work))]

@@ -8,8 +8,8 @@ participant's own slice. In this module, a step is an optimizer step of a `Fit`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from hetero_fl.engine.training import (
     snapshot_optimizer,
     split_name,
 )
+from model_zoo.generators import generator_hash, keyed_generators
 from model_zoo.split_model import is_batch_norm
 
 
@@ -292,9 +293,24 @@ def fit_stacked(work: FitWork, templates: Templates) -> list[FitReport | Diverge
     batches = [Batches(participant, fit, templates.memory) for participant, fit in work]
     order = sorted(range(len(work)), key=lambda i: -batches[i].count)
     stack = _StackedFits([work[i] for i in order], [batches[i] for i in order], templates)
-    stack.run()
+    with refused_draws():
+        stack.run()
     results = dict(zip(order, stack.finish(), strict=True))
     return [results[i] for i in range(len(work))]
+
+
+@contextmanager
+def refused_draws() -> Iterator[None]:
+    """Raise RuntimeError if the `with` block draws from the generators of NumPy or Python.
+
+    Such numbers would be equal for all stacked participants. Draws from the generator of PyTorch
+    raise an error under `torch.vmap`.
+    """
+    with keyed_generators(0, brief=True):
+        before = generator_hash()
+        yield
+        if generator_hash() != before:
+            raise RuntimeError("the model or the loss draws from the generators of NumPy or Python")
 
 
 class _StackedFits:

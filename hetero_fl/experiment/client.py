@@ -36,6 +36,7 @@ from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.registry import importable_reference, reference_to
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
+from model_zoo.generators import keyed_generators
 from model_zoo.given_models import GivenModel, redraw_weights
 
 Model = nn.Module | type[nn.Module] | Mapping[str, Any] | str | Any
@@ -366,7 +367,9 @@ def given_model(model: Any, head: str | None, init: Init, where: str) -> GivenMo
         raise UserError(
             f"{where}init: 'given' needs a module with weights, got {given.title}; create it"
         )
-    if init == "seeded" and given.is_instance and (kept := redraw_weights(given.factory(True))):
+    with keyed_generators(0):
+        kept = redraw_weights(given.factory(True)) if init == "seeded" and given.is_instance else []
+    if kept:
         raise UserError(
             f"{where}init: 'seeded' cannot redraw the parameter '{kept[0]}' of {given.title}; pass "
             "the class or a function that creates the module"
@@ -387,7 +390,8 @@ def optimizer_section(create: OptimizerFunction, where: str) -> dict[str, Any]:
             needs a closure.
     """
     try:
-        optimizer = try_optimizer(create)
+        with keyed_generators(0):
+            optimizer = try_optimizer(create)
     except TypeError as error:
         raise TypeError(f"{where}optimizer: {one_line(error)}") from error
     # A user's function may raise any exception.

@@ -49,6 +49,7 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
 from hetero_fl.utils.registry import reference_to
 from hetero_fl.utils.text import pluralize
+from model_zoo.generators import own_generators
 
 DEFAULT_NAME = "federation"
 MethodLike = Algorithm | type[Algorithm] | str | None
@@ -129,6 +130,7 @@ class Federation:
         ['clinic', 'university']
     """
 
+    @own_generators()
     def __init__(
         self,
         clients: Sequence[Client],

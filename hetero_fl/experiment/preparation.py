@@ -54,6 +54,7 @@ from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
+from model_zoo.generators import own_generators
 from model_zoo.registry import is_user_defined
 
 ExecutorFactory = Callable[
@@ -240,6 +241,7 @@ def make_algorithm(config: Config) -> Algorithm:
     return method
 
 
+@own_generators()
 def prepare(
     source: str | Path | Mapping[str, Any] | Config,
     overrides: Overrides = (),

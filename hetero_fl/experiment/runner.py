@@ -29,6 +29,7 @@ from hetero_fl.utils.environment import describe_environment
 from hetero_fl.utils.errors import Interrupted, UserError, translate_exits
 from hetero_fl.utils.processes import exit_if_importing
 from hetero_fl.utils.text import format_list, pluralize
+from model_zoo.generators import own_generators
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -161,14 +162,15 @@ def run_prepared(
         Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
     """
     path = Path(out) if out is not None else default_out(prepared.config)
-    with open_session(
+    session_of_run = open_session(
         prepared,
         path,
         resume=resume,
         quiet=quiet,
         executor_factory=executor_factory,
         console=console,
-    ) as session:
+    )
+    with own_generators(), session_of_run as session:
         for record in session or ():
             for callback in callbacks:
                 with translate_exits():

@@ -24,6 +24,7 @@ from hetero_fl.experiment.session import evaluate_models
 from hetero_fl.federation.trainer import EvaluationResult, Record, add_evaluation
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError, suggest_or_list
+from model_zoo.generators import own_generators
 
 
 class Trainer:
@@ -149,7 +150,8 @@ class Trainer:
 
     def __next__(self) -> Record:
         try:
-            return next(self._records)
+            with own_generators():
+                return next(self._records)
         except StopIteration:
             self.close()
             raise
@@ -211,6 +213,7 @@ class Trainer:
 
     def _evaluate(self) -> EvaluationResult:
         # This evaluation is not part of the run.
-        result = evaluate_models(self._trainer, self._models.__setitem__, counts_traffic=False)
+        with own_generators():
+            result = evaluate_models(self._trainer, self._models.__setitem__, counts_traffic=False)
         self._evaluated = self.completed
         return result

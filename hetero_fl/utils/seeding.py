@@ -3,7 +3,8 @@
 A stream is seeded with a hash of a key. A key is a sequence of strings and integers, for example
 the run's seed, the round, the participant and the label of a step. The same configuration therefore
 results in the same random numbers, regardless of the order of clients, the number of workers and
-restarts after a crash. The global random number generator is not used.
+restarts after a crash. The global random number generators are not used, except by the code of
+users (see `model_zoo.generators`).
 """
 
 from __future__ import annotations
@@ -54,17 +55,3 @@ def keyed_generator(*parts: Key) -> torch.Generator:
 def keyed_numpy_generator(*parts: Key) -> np.random.Generator:
     """Create a NumPy generator that is seeded with the hash of a key."""
     return np.random.default_rng(stream_key(*parts))
-
-
-def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed PyTorch's global generators of the CPU and of a device.
-
-    This function is faster than `torch.manual_seed`, which also records a stack trace for each type
-    of device that is not initialized.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -9,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
 
 from hetero_fl.deployment import conversations
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
+from model_zoo import generators
 from tests.helpers.nodes import LONG, Clock
 
 
@@ -26,19 +27,30 @@ def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def one_generator_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let server and nodes take turns with torch's generator, which their process shares.
+    """Let server and nodes take turns with the global generators, which their process shares.
 
     Two threads that read its state at the same time can also block each other forever.
     """
     lock = threading.RLock()
-    fork_rng = torch.random.fork_rng
+    keyed = generators.keyed_generators
 
     @contextmanager
     def locked(*args: Any, **kwargs: Any) -> Iterator[None]:
-        with lock, fork_rng(*args, **kwargs):
+        with lock, keyed(*args, **kwargs):
             yield
 
-    monkeypatch.setattr(torch.random, "fork_rng", locked)
+    def locked_function(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with lock:
+                return function(*args)
+
+        return call
+
+    for name in ("read_states", "write_states"):
+        monkeypatch.setattr(generators, name, locked_function(getattr(generators, name)))
+    for module in list(sys.modules.values()):
+        if vars(module).get("keyed_generators") is keyed:
+            monkeypatch.setattr(module, "keyed_generators", locked)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hetero_fl.utils.seeding import sample_numbers, seed_torch, stream_key
+from hetero_fl.utils.seeding import sample_numbers, stream_key
+from model_zoo.generators import keyed_generators
 from tests.helpers.small_federations import config, rounds_of
 
 
@@ -16,7 +17,7 @@ def test_seeded_draws_equal_manual_seed() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         expected = torch.randn(5)
-        seed_torch(7, torch.device("cpu"))
+    with keyed_generators(7):
         assert torch.equal(torch.randn(5), expected)
 
 

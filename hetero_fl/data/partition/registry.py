@@ -38,6 +38,8 @@ from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.registry import import_reference
+from hetero_fl.utils.seeding import stream_key
+from model_zoo.generators import keyed_generators
 
 PartitionFunction = Callable[[PartitionContext], list[Tensor]]
 Registered = TypeVar("Registered", bound=UserPartition)
@@ -172,12 +174,14 @@ def partition_rows(
     if config.kind in PARTITION_KINDS and config.kind in _partitions:
         parts = _partition(_partitions[config.kind], context, patient)
         return [part.sort().values for part in parts]
-    if config.kind.startswith(FLOWER_PREFIX):
-        parts = _partition(flower_partition, context, patient)
-    elif takes_six_arguments(partition := _find_user_partition(config.kind)):
-        parts = legacy_partition(partition, context, sizes, patient)
-    else:
-        parts = _partition(partial(call_partition, partition), context, patient)
+    # A user's function may draw from global generators.
+    with keyed_generators(stream_key("data", seed, "partition", config.kind)):
+        if config.kind.startswith(FLOWER_PREFIX):
+            parts = _partition(flower_partition, context, patient)
+        elif takes_six_arguments(partition := _find_user_partition(config.kind)):
+            parts = legacy_partition(partition, context, sizes, patient)
+        else:
+            parts = _partition(partial(call_partition, partition), context, patient)
     check_min_size(parts, config)
     if left := len(y) - sum(map(len, parts)):
         context.notes.append(

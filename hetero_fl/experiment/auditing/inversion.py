@@ -299,8 +299,7 @@ class Inverter:
         self.upload = upload
         self.labels = labels
         self.to_input = to_input
-        with torch.random.fork_rng(devices=[]):
-            self.module: SplitModel = upload.arch.build()
+        self.module: SplitModel = upload.arch.build()
         missing = {n: t for n, t in self.module.state_dict().items() if n not in upload.model}
         self.module.load_state_dict({**missing, **upload.model})
         self.module.train()

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hetero_fl.algorithms.base import download_part, permitted_part, shared_part
@@ -120,8 +119,7 @@ class RunFacts(UploadFacts):
         models = {m for profile in self.profiles for m in profile.models.values()}
         if self.federation.student is not None:
             models.add(self.federation.student)
-        with torch.random.fork_rng(devices=[]):
-            return {m for m in models if any(map(is_batch_norm, m.build().modules()))}
+        return {m for m in models if any(map(is_batch_norm, m.build().modules()))}
 
     def drawn_proxy_rows(self) -> int | None:
         """Return the number of proxy rows sampled in each round, or None if all rows are used."""

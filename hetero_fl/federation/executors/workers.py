@@ -45,6 +45,7 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
+from model_zoo.generators import own_generators
 
 # Maximum number of bytes of private state that a worker keeps for later rounds.
 MAX_HELD_STATE_BYTES = 256 * 2**20
@@ -229,11 +230,12 @@ class Worker:
         """Run a job, and return the result. Exceptions are stored in the result and not raised."""
         result = JobResult(job.number)
         try:
-            for chunk in job.chunks:
-                start = time.perf_counter()
-                self._run_chunk(job, chunk, result)
-                share = (time.perf_counter() - start) / len(chunk)
-                result.seconds.update(dict.fromkeys(chunk, share))
+            with own_generators():
+                for chunk in job.chunks:
+                    start = time.perf_counter()
+                    self._run_chunk(job, chunk, result)
+                    share = (time.perf_counter() - start) / len(chunk)
+                    result.seconds.update(dict.fromkeys(chunk, share))
         except Exception as error:
             result.error = _transferable_error(error)
             result.trace = traceback.format_exc()

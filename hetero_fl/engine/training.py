@@ -157,9 +157,10 @@ def try_optimizer(create: Callable[[list[nn.Parameter]], Any]) -> torch.optim.Op
     parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimizer = create_optimizer(create, parameters)
+    with keyed_generators(0):
+        optimizer = create_optimizer(create, parameters)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with keyed_generators(0):
             optimizer.step()
     # A user's optimizer may raise any exception.
     except Exception as error:

@@ -390,8 +390,7 @@ def optimizer_section(create: OptimizerFunction, where: str) -> dict[str, Any]:
             needs a closure.
     """
     try:
-        with keyed_generators(0):
-            optimizer = try_optimizer(create)
+        optimizer = try_optimizer(create)
     except TypeError as error:
         raise TypeError(f"{where}optimizer: {one_line(error)}") from error
     # A user's function may raise any exception.

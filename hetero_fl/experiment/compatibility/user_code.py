@@ -22,6 +22,7 @@ from hetero_fl.engine.training import make_optimizer, try_optimizer
 from hetero_fl.federation.federation import FederationSpec, load_metric
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.text import Caution, prefix_note
+from model_zoo.generators import keyed_generators
 from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
 
@@ -140,8 +141,7 @@ def output_kinds(arch: ModelSpec) -> list[str]:
     if not is_user_defined(arch.name):
         return [LOGITS, LOGITS]
     _, channels, size, _ = arch.size_arguments
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with keyed_generators(0), torch.no_grad():
         model = arch.build()
         x = make_shape(channels, size, arch.vocabulary).zeros(2)
         x = x.uniform_() if x.is_floating_point() else x.random_(1, arch.vocabulary)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -60,7 +61,7 @@ class CatalogEntry:
     min_size: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Options that the user may set, with their defaults."""
         parameters = inspect.signature(self.build).parameters.values()
@@ -70,6 +71,10 @@ class CatalogEntry:
             if p.kind is p.KEYWORD_ONLY and p.name != "pretrained"
         }
         return {name: default for name, default in keywords.items() if name not in self.fixed}
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        return typing.get_type_hints(self.build)
 
     @property
     def has_weights(self) -> bool:
@@ -96,9 +101,8 @@ class CatalogEntry:
         Raises:
             ModelError: If a value is not valid.
         """
-        hints = typing.get_type_hints(self.build)
         return {
-            name: check_value(name, value, self.options[name], hints[name])
+            name: check_value(name, value, self.options[name], self._hints[name])
             for name, value in options.items()
         }
 
@@ -564,7 +568,7 @@ def _find_options(name: str) -> tuple[dict[str, Any], bool]:
     if name not in MODELS:
         hint = suggest_names(name, list_models()) or "; choose from model_zoo.list_models()"
         raise ModelError(f"unknown model{hint}")
-    return MODELS[name].options, False
+    return dict(MODELS[name].options), False
 
 
 def _validate_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ SECTIONS = ("Args", "Attributes", "References", "Example")
 
 ALL_CLIENTS = "all in one place"
 PROXY = "proxy set"
-ONE_ARCHITECTURE = "one architecture"
+SHARED_ARCHITECTURES = "shared architectures"
 SINGLE_UPLOADS = "single uploads"
 LABELED_PROXY = "labeled proxy set"
 SHARES = {
@@ -57,13 +57,13 @@ def describe_needs(method: Algorithm) -> list[Need]:
     needs = method.needs
     found: list[Need] = [(ALL_CLIENTS,)] if needs.all_clients else []
     if needs.proxy_set == "optional" and needs.one_architecture:
-        found.append((PROXY, ONE_ARCHITECTURE))
+        found.append((PROXY, SHARED_ARCHITECTURES))
     elif needs.proxy_set == "required":
         found.append((PROXY,))
     elif needs.proxy_set == "labeled":
         found.append((LABELED_PROXY,))
     elif needs.one_architecture:
-        found.append((ONE_ARCHITECTURE,))
+        found.append((SHARED_ARCHITECTURES,))
     found += [(need,) for need in needs.also]
     if any(spec.use == "each" for spec in method.uploads.values()):
         found.append((SINGLE_UPLOADS,))
@@ -124,7 +124,7 @@ def method_summary(method_class: type[Algorithm]) -> str:
 
 
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
-    """Yield properties of a method, such as `sends parameters` and `needs one architecture`.
+    """Yield properties of a method, such as `sends parameters` and `needs a proxy set`.
 
     The properties apply to the method with default settings.
     """

@@ -90,6 +90,11 @@ class Settings(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
+        for name, info in cls.model_fields.items():
+            # A subclass that changes only the default keeps the description.
+            inherited = (getattr(base, "model_fields", {}).get(name) for base in cls.__mro__[1:])
+            texts = (base.description for base in inherited if base is not None)
+            info.description = info.description or next(filter(None, texts), None)
         cls.__doc__ = add_arguments(cls)
         cls.__signature__ = _plain_signature(cls)
 

@@ -271,7 +271,7 @@ def note_identifiers(x: Column, columns: Sequence[str], advice: str) -> list[str
     """
     if not isinstance(x, Tensor) or x.ndim != 2 or len(x) < MIN_IDENTIFIED or x.shape[1] < 2:
         return []
-    notes = []
+    notes: list[str] = []
     is_whole = (x[:CHECKED_ROWS] == x[:CHECKED_ROWS].floor()).all(0)
     for index in is_whole.nonzero().squeeze(1).tolist():
         column = x[:, index]

@@ -129,10 +129,12 @@ class Either(Summed):
 
 
 def test_needs_follow_from_the_declarations() -> None:
-    assert format_needs(describe_needs(Summed())) == "one architecture, a telescope"
+    assert format_needs(describe_needs(Summed())) == "shared architectures, a telescope"
     assert format_needs(describe_needs(Looked())) == "a telescope, patience, single uploads"
     assert format_needs(describe_needs(OnRows())) == "proxy set, a telescope"
-    assert format_needs(describe_needs(Either())) == "proxy set or one architecture, a telescope"
+    assert (
+        format_needs(describe_needs(Either())) == "proxy set or shared architectures, a telescope"
+    )
     assert shared_kinds(Summed()) == ["parameters"] and shared_kinds(Looked()) == [
         "backbone parameters",
         "predictions",

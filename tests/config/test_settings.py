@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hetero_fl as hfl
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.base import Settings
 
 
@@ -55,3 +56,12 @@ def test_class_variables_state_their_type() -> None:
     ]
 
     assert not bare
+
+
+@pytest.mark.parametrize("name", list(register_algorithm))
+def test_every_setting_of_a_method_is_described(name: str) -> None:
+    method = register_algorithm[name]
+
+    described = str(method.__doc__)
+
+    assert all(f"\n    {setting}: " in described for setting in method.accepted())

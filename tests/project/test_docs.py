@@ -160,6 +160,17 @@ def test_links_exist(page: Path) -> None:
             assert target[1:] in anchors(page), target
 
 
+def test_medical_scenario_states_the_rows_of_its_hospitals() -> None:
+    page = (ROOT / "docs/scenarios/medical_hetero.md").read_text(encoding="utf-8")
+    data = prepare(ROOT / "configs/medical_hetero.yaml").data
+
+    rows = {client: data.n_rows(client, "train") for client in data.client_ids}
+
+    stated = re.findall(r"(\d+) and (\d+)", " ".join(page.split()))
+    for group in ("clinic", "university", "county"):
+        assert (str(rows[f"{group}_1"]), str(rows[f"{group}_2"])) in stated
+
+
 def test_index_links_to_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     targets = re.findall(r"\]\(([^)#\s]+\.md)[)#]", index.read_text(encoding="utf-8"))

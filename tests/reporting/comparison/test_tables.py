@@ -293,7 +293,7 @@ def test_comparison_writes_its_files(tmp_path: Path) -> None:
         "one best in each column, and a caption"
     )
     assert len([row for row in page.cells if row[0].startswith("Hybrid ")]) == 2 + 5
-    assert page.text.count("needs proxy set or one architecture") == 1, (
+    assert page.text.count("needs proxy set or shared architectures") == 1, (
         "said once, in the first table"
     )
 
@@ -373,7 +373,7 @@ def test_needs_match_classes_and_settings() -> None:
     rows = make_rows(["local", "hybrid", "ensemble"], seeds=[0])
     rows += [dict(rows[0], algorithm=name) for name in ("ds_fl:bits=1", "python:no.such:Thing")]
     found = {line.algorithm: line.needs for line in make_table(rows, BINARY, "last").lines}
-    assert found["local"] == "–" and found["hybrid"] == "proxy set or one architecture"
+    assert found["local"] == "–" and found["hybrid"] == "proxy set or shared architectures"
     assert found["ensemble"] == "all in one place, single uploads"
     assert (
         found["ds_fl:bits=1"] == "proxy set, single uploads"

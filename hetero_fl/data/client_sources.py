@@ -7,7 +7,6 @@ partition.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +15,16 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.images import dtype_name
-from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.external import match_to_common, source_with_task
 from hetero_fl.data.groups import check_patients_in_one_set
+from hetero_fl.data.labels import common_classes
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
-from hetero_fl.data.registry import load_source, needs_path, reads_folder
+from hetero_fl.data.registry import check_unread_keys, load_source, needs_path, reads_folder
 from hetero_fl.data.splits import RowSelection, Splits, holdout_strategy
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
-from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import stream_key
 from hetero_fl.utils.text import pluralize, prefix_note
 
@@ -66,6 +64,8 @@ def pool_client_files(
     Raises:
         UserError: If a client has no file, two clients have the same file, or files do not match.
     """
+    if config.name == OBJECT_PREFIX:
+        check_unread_keys(config, "data")
     sources = _sources(config, clients)
     root = Path(config.root).expanduser()
     if config.name == "table" and config.categories is None:
@@ -83,7 +83,7 @@ def pool_client_files(
         )
         for client, source in sources.items()
     }
-    schema = _common_schema(own)
+    schema, class_notes = _common_schema(own)
     needed = required_columns((clients[client] for client in own), schema.layout)
     parts = {
         client: match_to_common(each, schema, _config_path(client), needed, "another client's file")
@@ -97,7 +97,7 @@ def pool_client_files(
     ]
     for client, each in own.items():
         notes += note_unused_sets(each.splits(), _config_path(client))
-    notes += _note_unshared_classes(own)
+    notes += class_notes
     is_from_objects = config.name == OBJECT_PREFIX
     notes.append(
         f"{'no test set' if is_from_objects else 'data.path is not set'}: global test, validation "
@@ -159,9 +159,9 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
                 "data.categories instead"
             )
         owner[source.path] = client
-        shared = {
-            key: getattr(config, key) for key in INHERITED_KEYS if getattr(source, key) is None
-        }
+        is_object = source.name.startswith(OBJECT_PREFIX)
+        inherited = () if is_object else INHERITED_KEYS
+        shared = {key: getattr(config, key) for key in inherited if getattr(source, key) is None}
         found[client] = source.model_copy(update=shared)
     return found
 
@@ -170,8 +170,8 @@ def _config_path(client: str) -> str:
     return f"clients: '{client}': data"
 
 
-def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
-    """Return a data set with the rows of the first data set and the classes and columns of all."""
+def _common_schema(datasets: Mapping[str, Dataset]) -> tuple[Dataset, list[str]]:
+    """Return a data set with the first rows and the classes and columns of all, and notes."""
     first_client, first = next(iter(datasets.items()))
     columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
     with_patients = [client for client, each in datasets.items() if each.train.patient is not None]
@@ -202,46 +202,18 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
                 f"{where}: expected examples of shape {raw_shape(first)} as for client "
                 f"'{first_client}', got {raw_shape(each)}"
             )
-    task = _common_classes(datasets) if first.task.kind == "multiclass" else first.task
+    task = first.task
+    notes: list[str] = []
+    if task.kind == "multiclass":
+        tasks = {
+            f"{_config_path(client)}: {each.name}": each.task for client, each in datasets.items()
+        }
+        task, notes = common_classes(tasks, "clients: data")
     categories = tuple(
         dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
     )
-    return Dataset(first.name, task, first.train, columns=columns, categories=categories)
-
-
-def _common_classes(datasets: Mapping[str, Dataset]) -> Task:
-    _check_spelling(datasets)
-    names = tuple(natural_order({name for each in datasets.values() for name in each.task.names}))
-    if all(each.task.names for each in datasets.values()):
-        return Task("multiclass", len(names), names)
-    outputs = max(each.task.outputs for each in datasets.values())
-    return Task("multiclass", outputs, names if outputs == len(names) else ())
-
-
-def _check_spelling(datasets: Mapping[str, Dataset]) -> None:
-    """Reject class names that differ only in case or spaces."""
-    spellings: dict[str, tuple[str, Dataset]] = {}
-    for client, each in datasets.items():
-        for name in each.task.names:
-            known, other = spellings.setdefault(" ".join(name.casefold().split()), (name, each))
-            if known != name:
-                raise UserError(
-                    f"{_config_path(client)}: class '{name}' of {each.name} is spelled '{known}' "
-                    f"in {other.name}; use one spelling"
-                )
-
-
-def _note_unshared_classes(datasets: Mapping[str, Dataset]) -> list[str]:
-    """Return a remark for each file whose classes do not occur in any other file."""
-    num_files = Counter(name for each in datasets.values() for name in each.task.names)
-    return [
-        f"{_config_path(client)}: no other file has a class of {each.name}: {', '.join(names)}"
-        for client, each in datasets.items()
-        if len(datasets) > 1
-        and each.task.kind == "multiclass"
-        and (names := each.task.names)
-        and all(num_files[name] == 1 for name in names)
-    ]
+    schema = Dataset(first.name, task, first.train, columns=columns, categories=categories)
+    return schema, notes
 
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:

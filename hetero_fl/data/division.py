@@ -10,12 +10,14 @@ from torch import Tensor
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.config.population import Population, SettingsProfile
+from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import ClientRows, LazyPartition
 from hetero_fl.data.client_sources import clients_by_source, load_client_sources
 from hetero_fl.data.dataset import Dataset, without_metadata
 from hetero_fl.data.external import proxy_set
 from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
 from hetero_fl.data.groups import check_patients_in_one_set
+from hetero_fl.data.labels import note_unshared_classes
 from hetero_fl.data.overlap import (
     MAX_LISTED,
     POOL,
@@ -168,6 +170,10 @@ def federate(
     )
 
     notes += _notes_on_few_rows(dataset, client_rows, public)
+    if dataset.task.kind == "multiclass" and dataset.vocabulary is None:
+        # A partition may separate classes on purpose.
+        own_rows = private | owned.private if config.partition.kind == "natural" else owned.private
+        notes += _notes_on_classes(own_rows, private | owned.private, dataset.task)
     _check_scanners(profiles, client_rows)
     notes += owned.notes + check_missing_values(
         profiles,
@@ -233,11 +239,26 @@ def _notes_on_few_rows(
     return [Caution(f"{format_list(few, MAX_LISTED)}, {reason}, so that results mean little")]
 
 
+def _notes_on_classes(owners: Collection[str], rows: Mapping[str, Splits], task: Task) -> list[str]:
+    """Return a note for each client in `owners` without a class of another client."""
+    classes = {}
+    for client, splits in rows.items():
+        labels = [part.examples.labels[part.rows] for part in splits.values()]
+        classes[client] = [task.output_names[i] for i in torch.cat(labels).unique().tolist()]
+    return note_unshared_classes(classes, owners)
+
+
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
     """Return the indices of at most `data.train_limit` training rows, int64 `[M]`."""
     rows = torch.arange(len(dataset.train))
     patient = dataset.train.patient
-    if config.train_limit is None or config.train_limit >= len(rows):
+    if config.train_limit is None:
+        return rows
+    if not len(rows):
+        raise UserError(
+            "data.train_limit: has no effect, because no training rows are divided; remove it"
+        )
+    if config.train_limit >= len(rows):
         return rows
     return draw_rows(
         rows, config.train_limit, keyed_generator("data", seed, "train_limit"), patient, leave=0

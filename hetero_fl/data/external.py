@@ -19,7 +19,6 @@ from hetero_fl.config.data import SHARED_KEYS, DataConfig, SharedSettings, Sourc
 from hetero_fl.config.population import SettingsProfile
 from hetero_fl.core.stored_rows import Column, require_tensor
 from hetero_fl.core.task import Task
-from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import (
     Block,
     Categories,
@@ -28,10 +27,12 @@ from hetero_fl.data.dataset import (
     Vocabulary,
     spans_of,
 )
+from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import check_same_shape, required_columns
 from hetero_fl.data.registry import (
     HUB_PREFIX,
     check_roles,
+    has_documented_classes,
     load_source,
     reads_key,
 )
@@ -123,67 +124,18 @@ def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
         UserError: If the vocabularies or tasks differ, or a class does not exist in the main data
             set.
     """
-    own_task = own.task
-    task = common_set.task
     place = _place(where, own.name)
-    in_common = "as in the main data set"
     if own.vocabulary != common_set.vocabulary:
         raise UserError(f"{place}: the vocabulary differs from that of the main data set; {TOKENS}")
-    if own_task.kind != task.kind:
-        raise UserError(f"{place}: expected a {task.kind} task {in_common}, got {own_task.kind}")
-    y = own.train.labels
-    if task.kind == "multiclass":
-        return _match_classes(y, own_task, task, place)
-    if own_task.outputs != task.outputs:
-        raise UserError(
-            f"{place}: expected {task.outputs} targets {in_common}, got {own_task.outputs}"
-        )
-    if own_task.names and task.names and own_task.names != task.names:
-        raise UserError(
-            f"{place}: expected targets {', '.join(task.names)} {in_common}, got "
-            f"{', '.join(own_task.names)}"
-        )
-    return y
-
-
-def _match_classes(y: Tensor, own_task: Task, task: Task, place: str) -> Tensor:
-    """Return class numbers of the main data set, matched by name if both tasks have names."""
-    if own_task.names and task.names:
-        detail = " does not exist in the main data set"
-        check_names(own_task.names, task.names, f"{place}: class", detail)
-        return torch.tensor([task.names.index(name) for name in own_task.names])[y]
-    if task.numbers and not own_task.names:
-        return classes_from_labels(y, task, place)
-    # Without names, a source may lack the last classes.
-    if own_task.outputs > task.outputs or (own_task.names and own_task.outputs < task.outputs):
-        raise UserError(
-            f"{place}: expected {task.outputs} classes as in the main data set, got "
-            f"{own_task.outputs}"
-        )
-    return y
-
-
-def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
-    """Convert integer labels, which are the names of classes, to class numbers.
-
-    Args:
-        y: Labels, int64 `[N]`.
-        task: Multiclass task whose class names are integers.
-        where: Name of the labels, for error messages.
-
-    Returns:
-        Class numbers, int64 `[N]`.
-
-    Raises:
-        UserError: If there is no class for a label.
-    """
-    numbers = torch.tensor(task.numbers)
-    if (row := first_true(~torch.isin(y, numbers))) is not None:
-        raise UserError(
-            f"{where}: row {row}: unknown class '{int(y[row])}'"
-            f"{suggest_or_list(int(y[row]), task.names)}"
-        )
-    return (y[:, None] == numbers).to(torch.uint8).argmax(1)
+    numbered = has_documented_classes(common_set.source, common_set.task)
+    return renumber_targets(
+        own.train.labels,
+        own.task,
+        common_set.task,
+        place,
+        owner="the main data set",
+        numbered=numbered,
+    )
 
 
 def source_with_task(
@@ -196,7 +148,8 @@ def source_with_task(
 ) -> SourceConfig:
     """Fill in the unset options of a source from the main data set.
 
-    Tables get the kind of the task, which a single file may not determine, and the categories.
+    Sources get the kind of the task, which a single file may not determine, and tables the
+    categories.
     Sources of the same kind as the main data set get the settings in `SHARED_KEYS`, such as those
     of texts. Files of sources with label columns get the label column.
 
@@ -216,7 +169,9 @@ def source_with_task(
         if settings is not None and reads_key(source.name, key):
             shared[key] = settings.for_other_data()
     if source.name == "table":
-        shared |= {"task": task.kind, "categories": dict(categories)}
+        shared["categories"] = dict(categories)
+    if reads_key(source.name, "task"):
+        shared["task"] = task.kind
     if reads_key(source.name, "label") and source.path is not None:
         shared["label"] = label
     return source.model_copy(

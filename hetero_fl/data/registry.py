@@ -161,6 +161,24 @@ def reads_key(name: object, key: Key) -> bool:
     return registered in _sources and key in _sources[registered].keys
 
 
+def has_documented_classes(name: object, task: Task) -> bool:
+    """Return whether the classes of a task are those that a registered source documents.
+
+    Integers in files of the same data are then class numbers, even if the classes have names.
+
+    Args:
+        name: Name of the source of the data.
+        task: Task of the data.
+    """
+    registered = _registered_name(str(name))
+    known = _sources[registered].task if registered in _sources else None
+    return known is not None and (known.kind, known.names or task.names, known.outputs) == (
+        task.kind,
+        task.names,
+        task.outputs,
+    )
+
+
 def reads_folder(name: str) -> bool:
     """Return whether a registered source has this name and reads folders of its own layout."""
     return name in _sources and bool(_sources[name].folder_files)
@@ -241,6 +259,7 @@ def load_source(
         (torch.Size([1200, 10]), 'multiclass')
     """
     if config.name.startswith(OBJECT_PREFIX):
+        check_unread_keys(config, where)
         registered: Dataset = find_object(config.name, f"{where}.name")
         return registered
     if config.name.startswith(CODE_PREFIX):
@@ -283,6 +302,19 @@ def load_source(
         )
     _check(dataset, f"{where}.name: {name}", missing)
     return dataset
+
+
+def check_unread_keys(config: SourceConfig, where: str) -> None:
+    """Reject all keys of a source but the name, because a program passes the data.
+
+    Raises:
+        UserError: If a key is set.
+    """
+    for key in get_args(Key):
+        if getattr(config, key) is not None:
+            raise UserError(
+                f"{where}.{key}: has no effect, because the program passes the data; remove it"
+            )
 
 
 def _read_local_npz(config: SourceConfig, name: str, entry: _Source) -> Dataset:

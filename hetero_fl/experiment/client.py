@@ -25,7 +25,9 @@ from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.objectives import Objective
+from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.labels import Kind
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_source, to_dataset
@@ -246,6 +248,7 @@ def split(
     model: Model | Sequence[Model] | None = None,
     label: str | None = None,
     patient: Any = None,
+    task: Task | Kind | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> list[Client]:
@@ -260,6 +263,7 @@ def split(
         model: Model of all clients, or a list of models that are assigned to the clients in turn.
         label: Column of the labels in a DataFrame or a Hugging Face data set.
         patient: Patients of the rows, as for `Client`. The rows of a patient go to one client.
+        task: Kind of the task, or the task. If None, the labels determine the task.
         seed: Seed of the partition.
         **settings: Additional arguments of each `Client`.
 
@@ -291,7 +295,7 @@ def split(
         root = Path(DataConfig().root).expanduser()
         dataset = load_source(SourceConfig.model_validate(named), root)
     else:
-        dataset = to_dataset(data, "data", label, patient=patient)
+        dataset = to_dataset(data, "data", label, patient=patient, task=task)
     config = DataConfig.model_validate(
         {} if partition is None else {"partition": plain_value(partition)}
     )

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.task import Task
@@ -18,20 +16,18 @@ from hetero_fl.data import Dataset
 from hetero_fl.data.client_sources import OWN_DATA
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
+from hetero_fl.data.labels import common_classes, read_labels, with_task
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
-from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.text import format_list
 
 
 class FederationDatasets:
     """The data sets of a federation, which are converted together.
 
-    All data sets have the same number of classes, because a client's examples may lack some
-    classes.
+    All data sets have the same classes, because a client's examples may lack some classes.
 
     Args:
         clients: The clients.
@@ -39,8 +35,9 @@ class FederationDatasets:
             None, keyed by name.
         label: Column of the labels in data frames.
         patient: Column of the patients in data frames, or the patient of each row of `data`.
-        num_classes: Number of classes. If None, the classes are numbered from 0 to the largest
-            integer label in all data sets.
+        num_classes: Number of classes of labels that are class numbers from 0. If None, the classes
+            are the distinct labels of all data sets.
+        task: Kind of the task, or the task. If None, the labels determine the task.
 
     Attributes:
         datasets: The data sets, keyed by the name that error messages use for them.
@@ -51,8 +48,10 @@ class FederationDatasets:
         clients: Sequence[Client],
         sets: Mapping[str, Any],
         label: str | None,
-        num_classes: int | None,
+        *,
         patient: Any = None,
+        task: Task | str | None = None,
+        num_classes: int | None = None,
     ) -> None:
         for client in clients:
             _check_client(client, sets)
@@ -81,17 +80,27 @@ class FederationDatasets:
             {**pairs, "proxy": (sets.get("proxy"), _column(sets.get("proxy"), label))},
             {place: own for place, own in self._patients.items() if isinstance(own, str)},
         )
-        options = _label_options({p: data for p, (data, _) in pairs.items()}, num_classes)
+        read, found, notes = _read_common_labels(pairs, task, num_classes)
         self.datasets = {
             place: to_dataset(
-                data, place, column, self._categories, self._patients.get(place), **options
+                data,
+                place,
+                pairs[place][1],
+                self._categories,
+                self._patients.get(place),
+                task=found,
             )
-            for place, (data, column) in pairs.items()
+            for place, data in read.items()
         }
         if self._named and ("test" in sets or "validation" in sets):
             root = Path(DataConfig().root).expanduser()
             self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
-        _share_classes(self.datasets, num_classes)
+        _check_kinds(self.datasets, task, num_classes)
+        notes += _share_classes(self.datasets, task, num_classes)
+        if notes:
+            first = next(iter(self.datasets))
+            with_notes = (*notes, *self.datasets[first].notes)
+            self.datasets[first] = replace(self.datasets[first], notes=with_notes)
         for client in clients:
             self._add_own_sets(client)
         self._proxy_size = self._add_proxy(sets, label)
@@ -246,51 +255,51 @@ def _shared_categories(
     return categories_of_frames(frames)
 
 
-def _label_options(parts: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
-    """Return the argument `num_classes` for `to_dataset`.
+def _read_common_labels(
+    parts: Mapping[str, tuple[Any, str | None]], task: Task | str | None, num_classes: int | None
+) -> tuple[dict[str, Any], Task | str | None, list[str]]:
+    """Read the labels of all pairs and data frames, which determine the task together.
 
     Args:
-        parts: The data, keyed by the name that error messages use.
-        num_classes: Number of classes. If None, the number is the largest class number in `parts`
-            plus 1.
+        parts: The data and its label column, keyed by the name that error messages use.
+        task: Kind of the task, or the task.
+        num_classes: Number of classes, or None.
 
     Returns:
-        A dictionary with the key `num_classes`. It is empty if `num_classes` is None and not all
-        labels are class numbers.
+        The data, in which pairs have targets of the task; the task, or its kind if there are no
+        such labels; and notes.
 
     Raises:
-        UserError: If a class number is negative, or if some labels are text and others numbers.
+        UserError: If labels do not match each other or the task.
     """
-    if num_classes is not None:
-        return {"num_classes": num_classes}
-    _check_kinds(parts)
-    largest = []
-    for place, data in parts.items():
-        if not isinstance(data, tuple | list) or len(data) != 2:
-            return {}
-        y = np.asarray(data[1])
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not len(y):
-            return {}
-        if y.min() < 0:
-            raise UserError(
-                f"{place}: y: expected class numbers from 0, got {y.min()}; renumber the classes, "
-                "or pass floats for a regression"
-            )
-        largest.append(int(y.max()))
-    return {"num_classes": max(largest) + 1} if largest else {}
+    kind = task.kind if isinstance(task, Task) else task
+    labels: dict[str, Any] = {}
+    for place, (data, column) in parts.items():
+        if is_frame(data):
+            labels |= _frame_labels(data, column, place, kind)
+        elif isinstance(data, tuple | list):
+            labels[f"{place}: y"] = data[1]
+    read = {place: data for place, (data, _) in parts.items()}
+    if not labels:
+        return read, kind, []
+    found, targets, notes = read_labels(labels, "labels", task=kind, num_classes=num_classes)
+    for place, data in read.items():
+        if isinstance(data, tuple | list):
+            read[place] = (data[0], targets[f"{place}: y"])
+    return read, found, [] if isinstance(task, Task) else notes
 
 
-def _check_kinds(parts: Mapping[str, Any]) -> None:
-    """Raise UserError if the labels of some pairs (x, y) are text and others are numbers."""
-    kinds = {
-        place: np.asarray(data[1]).dtype.kind in "OSU"
-        for place, data in parts.items()
-        if isinstance(data, tuple | list) and len(data) == 2
-    }
-    text = [place for place, is_text in kinds.items() if is_text]
-    numeric = [place for place, is_text in kinds.items() if not is_text]
-    if text and numeric:
-        raise UserError(f"{numeric[0]}: y: expected text as in {text[0]}, got numbers")
+def _frame_labels(frame: Any, column: str | None, place: str, kind: str | None) -> dict[str, Any]:
+    """Return the labels of a data frame, or nothing if `to_dataset` reports a missing column."""
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.table_columns import normalize_frame
+    from hetero_fl.data.sources.table_files import label_columns, label_values
+
+    table = normalize_frame(frame, place)
+    columns = [] if column is None else label_columns(table, column)
+    if not columns or not set(columns) <= set(table.columns) or not len(table):
+        return {}
+    return {f"{place}: column '{column}'": label_values(table[columns], place, kind)}
 
 
 def _plain_source(data: Any) -> dict[str, Any] | None:
@@ -307,61 +316,45 @@ def _plain_source(data: Any) -> dict[str, Any] | None:
     return dict(data) if is_source(data) else None
 
 
-def _share_classes(datasets: dict[str, Dataset], num_classes: int | None) -> None:
-    """Give all data sets of a classification the same classes, in place.
+def _check_kinds(
+    datasets: Mapping[str, Dataset], task: Task | str | None, num_classes: int | None
+) -> None:
+    """Raise UserError if the given task or number of classes does not apply to all data sets."""
+    kind = "multiclass" if num_classes is not None else getattr(task, "kind", task)
+    if kind is not None and not datasets:
+        raise UserError("task, num_classes: apply to objects; set task in the sources instead")
+    for place, dataset in datasets.items():
+        if kind not in (None, dataset.task.kind):
+            raise UserError(f"{place}: expected a {kind} task, got {dataset.task.kind}")
 
-    The classes are numbers if a data set has no class names. Data sets without rows of a class may
-    lack its name or number.
+
+def _share_classes(
+    datasets: dict[str, Dataset], task: Task | str | None, num_classes: int | None
+) -> list[str]:
+    """Give all data sets of a classification the same classes, in place, and return notes.
 
     Args:
         datasets: The data sets, keyed by the name that error messages use for them.
+        task: The task or its kind.
         num_classes: Number of classes, or None.
 
     Raises:
-        UserError: If some labels are class names and others numbers.
+        UserError: If a class is unknown, or if some labels are class names and others numbers.
     """
-    kinds = {dataset.task.kind for dataset in datasets.values()}
-    if kinds != {"multiclass"}:
-        return
-    unnamed = [place for place, dataset in datasets.items() if not dataset.task.names]
-    if not unnamed and num_classes is None:
-        return
+    if {dataset.task.kind for dataset in datasets.values()} != {"multiclass"}:
+        return []
+    notes: list[str] = []
+    if num_classes is not None:
+        known = Task("multiclass", num_classes)
+    elif isinstance(task, Task):
+        known = task
+    else:
+        tasks = {place: dataset.task for place, dataset in datasets.items()}
+        known, notes = common_classes(tasks, "labels")
+    owner = "the federation" if num_classes is None else f"num_classes={num_classes}"
     for place, dataset in datasets.items():
-        names = dataset.task.names
-        if names and not all(name.isdigit() for name in names):
-            other = f"class numbers as in {unnamed[0]}" if unnamed else "class numbers"
-            raise UserError(f"{place}: y: expected {other}, got {format_list(names)}")
-        if names:
-            numbers_of = torch.tensor([int(name) for name in names])
-            datasets[place] = _renumbered(dataset, numbers_of)
-    largest = max(
-        int(examples.labels.max())
-        for each in datasets.values()
-        for examples in each.splits().values()
-        if len(examples)
-    )
-    outputs = max(each.task.outputs for each in datasets.values())
-    outputs = num_classes or max(outputs, largest + 1)
-    if largest >= outputs:
-        raise UserError(f"num_classes: must be > {largest}, the largest label, got {num_classes}")
-    for place, dataset in datasets.items():
-        datasets[place] = replace(dataset, task=Task("multiclass", outputs))
-
-
-def _renumbered(dataset: Dataset, numbers_of: Tensor) -> Dataset:
-    """Return a data set whose class names are numbers, with these numbers as labels."""
-    parts = {
-        name: replace(examples, y=numbers_of[examples.labels])
-        for name, examples in dataset.splits().items()
-    }
-    outputs = int(numbers_of.max()) + 1
-    return replace(
-        dataset,
-        task=Task("multiclass", outputs),
-        train=parts["train"],
-        validation=parts.get("validation"),
-        test=parts.get("test"),
-    )
+        datasets[place] = with_task(dataset, known, place, owner)
+    return notes
 
 
 def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
@@ -371,8 +364,7 @@ def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:
         # All clients have data of their own, so there are no training rows to divide.
         given = datasets["test"]
         main = replace(given, name=OWN_DATA, train=given.train.select_rows(torch.arange(0)))
-    common = replace(main, task=_common_task(main.task, datasets))
-    common = replace(common, train=match_to_common(main, common, "data"))
+    common = main
     for part in ("validation", "test"):
         if part in datasets:
             # A data set with a test split is evaluated on this split.
@@ -399,14 +391,3 @@ def _with_split(dataset: Dataset, part: str, examples: Examples) -> Dataset:
     if part == "validation":
         return replace(dataset, validation=examples)
     return replace(dataset, test=examples)
-
-
-def _common_task(task: Task, datasets: Mapping[str, Dataset]) -> Task:
-    """Return the task with the class names of all data sets, or unchanged if one has no names."""
-    tasks = [dataset.task for place, dataset in datasets.items() if place != "proxy"]
-    if not all(each.kind == "multiclass" and each.names for each in tasks):
-        return task
-    names = {name for each in tasks for name in each.names}
-    if names == set(task.names):
-        return task
-    return Task("multiclass", len(names), tuple(natural_order(names)))

@@ -19,14 +19,16 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.stored_rows import Column, map_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
-from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
+from hetero_fl.data.external import match_columns, source_with_task
+from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import usable_rows
-from hetero_fl.data.registry import Key, reads_key
+from hetero_fl.data.registry import Key, has_documented_classes, reads_key
+from hetero_fl.data.sources.images import is_grouped
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission, find_references
-from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file
 from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
@@ -46,8 +48,7 @@ def evaluate(
     """Compute the metrics of a finished run's models on a data set.
 
     The models are evaluated on the test split, or on all rows of a local file without a test split.
-    If both the data set and a model have class or target names, classes and targets are matched by
-    name. Otherwise, they are matched by position.
+    Classes and targets are matched by name, and numbers are names of classes, too.
 
     Args:
         run: A finished run or its directory.
@@ -100,9 +101,8 @@ def evaluate(
     examples = dataset_with_test.test or dataset_with_test.train
     results = {}
     for name, model in models.items():
-        _check_model_fits(run, name, model, dataset, examples.x, data=title)
-        with data_argument():
-            y = renumber_targets(examples.labels, dataset.task, model.task, f"data: {title}")
+        y = targets_of_models(run, examples.labels, dataset, model.task, title)
+        _check_model_fits(name, model, dataset, examples.x, data=title)
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
         results[name] = score(
@@ -119,15 +119,29 @@ def evaluate(
     return results
 
 
+def targets_of_models(run: Run, y: Tensor, dataset: Dataset, known: Task, title: str) -> Tensor:
+    """Convert targets of a data set to those of the models of a run.
+
+    Args:
+        run: The finished run.
+        y: Targets.
+        dataset: The data set.
+        known: Task of the models.
+        title: Name of the data set in messages.
+
+    Raises:
+        ArgumentError: If the targets do not match those of the models.
+    """
+    source = (run.directory.config().get("data") or {}).get("name")
+    numbered = has_documented_classes(source, known)
+    with data_argument():
+        return renumber_targets(y, dataset.task, known, f"data: {title}", numbered=numbered)
+
+
 def _check_model_fits(
-    run: Run, name: str, model: SavedModel, dataset: Dataset, x: Column, *, data: str
+    name: str, model: SavedModel, dataset: Dataset, x: Column, *, data: str
 ) -> None:
     """Raise ArgumentError if a model cannot process the examples of a data set."""
-    if not are_comparable(dataset.task, model.task):
-        raise ArgumentError(
-            f"data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
-            f"but the models of {run.path} are {model.task.kind} with {model.task.outputs}"
-        )
     preprocess = Preprocess(**model.preprocess)
     raw_shape = tuple(x.shape[1:])
     if preprocess.raw not in (None, raw_shape):
@@ -161,65 +175,6 @@ def _describe_tokens(vocabulary_size: int | None) -> str:
     if vocabulary_size is None:
         return "no tokens"
     return f"tokens from a vocabulary of {vocabulary_size:,}"
-
-
-def are_comparable(found: Task, known: Task) -> bool:
-    """Return whether the targets of one task can be mapped to the targets of another task.
-
-    Two tasks are comparable if they have the same kind and number of outputs. In addition, unnamed
-    class labels can be mapped to classes whose names are integers.
-
-    Args:
-        found: Task of the targets.
-        known: Task to map the targets to.
-    """
-    if found.kind == known.kind == "multiclass" and known.numbers and not found.names:
-        return True
-    return (found.kind, found.outputs) == (known.kind, known.outputs)
-
-
-def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Tensor:
-    """Reorder the classes or columns of targets to match a model's task.
-
-    If both tasks have names, classes and columns are matched by name. Unnamed labels are matched
-    with classes whose names are integers. Otherwise, the targets are returned unchanged.
-
-    Args:
-        y: Class indices `[N]`, or targets `[N, outputs]`.
-        given_task: Task of the targets.
-        known: Task of the model.
-        where: Prefix of error messages.
-
-    Returns:
-        Targets in the order of the model's task, in the shape of `y`.
-
-    Raises:
-        UserError: If a name exists in only one of the tasks, no class has the name of an integer
-            label, or the items of a ranking are in another order.
-    """
-    if known.numbers and not given_task.names:
-        return classes_from_labels(y, known, where)
-    if not given_task.names or not known.names or given_task.names == known.names:
-        return y
-    for name in given_task.names:
-        if name not in known.names:
-            raise UserError(
-                f"{where}: '{name}' is unknown to the models{suggest_or_list(name, known.names)}"
-            )
-    for name in known.names:
-        if name not in given_task.names:
-            raise UserError(
-                f"{where}: '{name}', which the models predict, is missing"
-                f"{suggest_or_list(name, given_task.names)}"
-            )
-    if known.is_ranking:
-        raise UserError(
-            f"{where}: the items are in another order than those of the models, whose inputs are "
-            "items, too; use the same order"
-        )
-    if known.kind == "multiclass":
-        return torch.tensor([known.names.index(name) for name in given_task.names])[y]
-    return y[:, [given_task.names.index(name) for name in known.names]]
 
 
 def load_as(run: Run, data: str, label: str | None, models: Mapping[str, SavedModel]) -> Dataset:
@@ -264,9 +219,8 @@ def from_objects(
     """
     label = label or (run.directory.config().get("data") or {}).get("label")
     is_frame = hasattr(data, "columns") or hasattr(data, "column_names")
-    task = next(iter(models.values())).task
-    options: dict[str, Any] = {} if is_frame or isinstance(data, Dataset) else {"task": task}
-    dataset = to_dataset(data, "data", label if is_frame else None, **options)
+    kind = next(iter(models.values())).task.kind
+    dataset = to_dataset(data, "data", label if is_frame else None, task=kind)
     return order_columns(dataset, run, models)
 
 
@@ -275,7 +229,7 @@ def data_argument() -> Iterator[None]:
     """Convert errors that name configuration keys to errors that name arguments.
 
     In error messages, the keys `data.name` and `data.path` become the argument `data`, and
-    `data.label` becomes `label`. Other errors are raised unchanged.
+    `data.label` becomes `label`. Advice to set keys is dropped. Other errors are raised unchanged.
     """
     try:
         yield
@@ -283,6 +237,7 @@ def data_argument() -> Iterator[None]:
         message = re.sub(r"^data\.(name|path)\b", "data", str(error))
         if not message.startswith("data"):
             raise
+        message = re.sub(r"(;|, or) (set|remove)\b[^;]*\b(data|clients)\.[a-z].*$", "", message)
         raise ArgumentError(re.sub(r"^data\.label\b", "label", message)) from None
 
 
@@ -343,12 +298,17 @@ def _file_source(
             return SourceConfig.model_validate({"name": kind, "path": data, kind: settings[kind]})
     stream = known.get("stream")
     if path.suffix == ".zarr":
-        return SourceConfig(name="zarr", path=data, label=label, stream=stream)
+        kind = model.task.kind
+        return SourceConfig(name="zarr", path=data, label=label, task=kind, stream=stream)
     if path.is_dir():
-        size = known.get("size")
-        return SourceConfig(name="image_folder", path=data, label=label, size=size, stream=stream)
+        # Folders of sites may contain the folders of the classes.
+        group = (
+            (known.get("group") or "site") if is_grouped(path, model.task.output_names) else None
+        )
+        source = {"name": "image_folder", "path": data, "label": label, "stream": stream}
+        return SourceConfig.model_validate({**source, "size": known.get("size"), "group": group})
     if path.suffix == ".npz":
-        return SourceConfig(name="npz", path=data, label=label)
+        return SourceConfig(name="npz", path=data, label=label, task=model.task.kind)
     table = SourceConfig(name="table", path=data, label=label)
     table = source_with_task(table, model.task, categories=model.categories)
     columns = _columns(path)

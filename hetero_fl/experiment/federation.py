@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -22,7 +23,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.config.describe import to_yaml
-from hetero_fl.config.load import Overrides, Source, plain
+from hetero_fl.config.load import Overrides, Source, override_list, plain
 from hetero_fl.config.population import expand_population
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
@@ -34,6 +35,9 @@ from hetero_fl.config.schema import (
     ServerConfig,
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.labels import Kind
+from hetero_fl.data.sources.objects import is_source
 from hetero_fl.experiment.client import Client, plain_value
 from hetero_fl.experiment.comparison.compare import compare
 from hetero_fl.experiment.configuration import load_config
@@ -41,6 +45,7 @@ from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
+from hetero_fl.experiment.wording import errors_with_arguments, with_arguments
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.notebook import html_items, html_table
 from hetero_fl.reporting.run import Run
@@ -92,8 +97,10 @@ class Federation:
         patient: Column of the patients in all data frames that have this column, or the patient of
             each row of `data` as an array. The rows of a patient are never divided between clients,
             or between training, validation, test and proxy rows.
-        num_classes: Number of classes. If None, integer labels range from 0 to the largest label
-            in all data sets of the federation.
+        task: Kind of the task, "multiclass", "multilabel" or "regression", or a `Task` with the
+            names of the classes. If None, the labels determine the task, and the classes are the
+            sorted distinct labels in all data sets of the federation.
+        num_classes: Number of classes of labels that are class numbers from 0. If None, see `task`.
         defaults: Default settings of the clients, such as `ClientSettings(epochs=2)`.
         per_round: Number of clients that are sampled in each round. If None, all clients take part.
         common: Name prefixes of the tensors that are averaged across models of different
@@ -142,6 +149,7 @@ class Federation:
         proxy: Any = None,
         label: str | None = None,
         patient: Any = None,
+        task: Task | Kind | None = None,
         num_classes: int | None = None,
         defaults: ClientSettings | None = None,
         per_round: int | None = None,
@@ -159,9 +167,14 @@ class Federation:
             )
         if partition is not None and all(client.data is not None for client in self.clients):
             raise UserError("partition: has no effect, because all clients have their own data")
+        _check_defaults(self.clients, defaults)
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
-        datasets = FederationDatasets(self.clients, sets, label, num_classes, patient)
+        self._names_arguments = not any(map(_is_configured, (data, *(c.data for c in clients))))
+        with errors_with_arguments() if self._names_arguments else nullcontext():
+            datasets = FederationDatasets(
+                self.clients, sets, label, patient=patient, task=task, num_classes=num_classes
+            )
         self._objects: list[object] = [datasets.datasets, defaults, *self.clients]
         groups = [
             {
@@ -225,6 +238,7 @@ class Federation:
         federation._objects = []
         federation._config = plain(config)
         federation._allow_code = allow_code
+        federation._names_arguments = False
         federation.is_from_file = True
         return federation
 
@@ -285,8 +299,14 @@ class Federation:
                 data cannot be loaded.
         """
         config = self._configuration(method, rounds, sections)
-        prepared = prepare(config, overrides, allow_code=self._allow_code)
-        return replace(prepared, kept=(*self._objects, method, sections))
+        kept = (*self._objects, method, sections)
+        if not self._names_arguments:
+            return replace(prepare(config, overrides, allow_code=self._allow_code), kept=kept)
+        given = override_list(overrides)
+        with errors_with_arguments(given):
+            prepared = prepare(config, given, allow_code=self._allow_code)
+        notes = [with_arguments(note, given) for note in prepared.notes]
+        return replace(prepared, kept=kept, notes=notes)
 
     def train(
         self,
@@ -591,6 +611,11 @@ def _method_name(method_type: type[Algorithm]) -> str:
     return reference_to(method_type)
 
 
+def _is_configured(data: Any) -> bool:
+    """Return whether data is the name or the configuration of a source."""
+    return isinstance(data, str) or is_source(data)
+
+
 def _check_names(clients: Sequence[Client]) -> None:
     if not clients:
         raise UserError("clients: expected at least one client, got none")
@@ -601,6 +626,18 @@ def _check_names(clients: Sequence[Client]) -> None:
         if client.name in names:
             raise UserError(f"clients: two clients have the name '{client.name}'; choose another")
         names.add(client.name)
+
+
+def _check_defaults(clients: Sequence[Client], defaults: ClientSettings | None) -> None:
+    """Raise UserError if all clients replace a default."""
+    settings = {} if defaults is None else plain_value(defaults)
+    for key, value in settings.items():
+        # Other sections are merged.
+        is_merged = key != "optimizer" and isinstance(value, dict)
+        if not is_merged and all(key in {**c.settings, **_client_model(c)} for c in clients):
+            raise UserError(
+                f"defaults: {key} has no effect, because every client sets {key}; remove it"
+            )
 
 
 def _client_settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from hetero_fl.communication.homomorphic.ckks import check_tenseal
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.base import record_deprecations
-from hetero_fl.config.load import Overrides
+from hetero_fl.config.load import Overrides, override_list
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.client_sources import has_common_source, pool_client_files
+from hetero_fl.data.registry import check_unread_keys
 from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.compatibility import (
     LATER_NOTES,
@@ -226,6 +227,8 @@ def load_federated_data(
             )
         dataset, pooled, members = pool_client_files(config.data, clients, allows_missing)
         return federate(dataset, pooled, members, config.seed, server=server_preprocess)
+    if dataset is not None:
+        check_unread_keys(config.data, "data")
     dataset = dataset or load_source(
         config.data, Path(config.data.root).expanduser(), missing=allows_missing
     )
@@ -279,6 +282,7 @@ def prepare(
     """
     with record_deprecations() as deprecations:
         config = load_config(source, overrides, allow_code)
+    _check_defaults(config, override_list(overrides))
     permission = CodePermission.from_argument(allow_code).with_granted(
         find_references(config.model_dump())
     )
@@ -326,6 +330,25 @@ def prepare(
         headline,
         deprecations=tuple(deprecations),
     )
+
+
+def _check_defaults(config: Config, overrides: Sequence[str]) -> None:
+    """Raise UserError if an override sets a default that all groups of clients replace.
+
+    In a file, such a default may be meant for clients that join later.
+    """
+    for override in overrides:
+        *section, name = override.partition("=")[0].split(".")
+        if section[:2] != ["clients", "defaults"] or not config.clients.groups:
+            continue
+        parts: list[Any] = list(config.clients.groups)
+        for key in section[2:]:
+            parts = [getattr(part, key, None) for part in parts]
+        if all(name in getattr(part, "model_fields_set", ()) for part in parts):
+            place = ".".join([*section, name])
+            raise UserError(
+                f"{place}: has no effect, because every client sets {name} itself; remove it"
+            )
 
 
 def _describe_user_models(client_infos: ClientDirectory) -> list[str]:

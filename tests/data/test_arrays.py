@@ -121,15 +121,15 @@ def test_from_arrays_reads_few_integral_floats_as_classes() -> None:
 
 
 @pytest.mark.parametrize("labels", [(-1.0, 1.0), (-2.0, -1.0, 0.0, 1.0, 2.0)])
-def test_from_arrays_reads_negative_floats_as_regression_targets(labels: tuple[float, ...]) -> None:
+def test_from_arrays_reads_negative_floats_as_classes(labels: tuple[float, ...]) -> None:
     y = np.resize(labels, len(X))
 
     dataset = made_with_warning(
-        "some negative, read as regression targets; pass task='multiclass' if they are classes", y
+        "as floats, read as classes; pass task='regression' if they are regression targets", y
     )
 
-    assert dataset.task == Task("regression", 1)
-    assert dataset.train.y is not None and dataset.train.y.flatten().tolist() == list(y)
+    assert dataset.task.names == tuple(f"{label:g}" for label in labels)
+    assert [labels[number] for number in targets(dataset)] == list(y)
 
 
 def test_from_arrays_maps_float_labels() -> None:
@@ -195,15 +195,21 @@ def test_from_arrays_reads_negative_floats_as_classes_on_request() -> None:
     assert dataset.task.names == ("-1", "1")
 
 
-def test_from_arrays_refuses_many_negative_integers_without_a_task() -> None:
-    x, y = np.zeros((30, 2)), np.arange(30) - 10
+@pytest.mark.filterwarnings("ignore:arrays. y. read as 30 classes:UserWarning")
+@pytest.mark.parametrize(
+    ("y", "kind", "other"),
+    [
+        (np.arange(90) % 30, "multiclass", "regression"),
+        (np.arange(90) % 30 + 1, "multiclass", "regression"),
+        (np.arange(90) % 30 - 10, "regression", "multiclass"),
+        (np.arange(90), "regression", "multiclass"),
+    ],
+)
+def test_from_arrays_warns_about_many_integers(y: np.ndarray, kind: str, other: str) -> None:
+    with pytest.warns(UserWarning, match=f"distinct integers, read as .*; pass task='{other}'"):
+        dataset = from_arrays(np.zeros((90, 2)), y)
 
-    with pytest.raises(
-        UserError,
-        match="got 30 distinct integers from -10 to 19; pass task='regression' or",
-    ):
-        from_arrays(x, y)
-    assert from_arrays(x, y, task="regression").task == Task("regression", 1)
+    assert dataset.task.kind == kind
 
 
 @pytest.mark.parametrize(
@@ -257,7 +263,7 @@ def test_from_arrays_numbers_text_labels_as_the_task_does() -> None:
         (
             ["a", "b"] * 6,
             {"test": (X[:2], [0, 1])},
-            "test: y: expected text as in other splits, got numbers",
+            "test: y: expected text as in arrays: train: y, got numbers",
         ),
         (
             ["ill", "il"] * 6,
@@ -342,7 +348,7 @@ def test_run_keeps_class_names(tmp_path: Path) -> None:
         expected
     )
     np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known - 1)
-    with pytest.raises(UserError, match="row 0: unknown class '0'; choose from 1, 2, 3"):
+    with pytest.raises(UserError, match="'0' is unknown to the models; choose from 1, 2, 3"):
         hetero_fl.evaluate(run, str(tmp_path / "new.npz"))
 
 

@@ -247,21 +247,18 @@ def test_client_source_must_match_common_source(npz: Any, images: Dataset, tmp_p
         (
             xray,
             SourceConfig(name="digits"),
-            "'own': data: digits: expected 2 classes as in the main data set, got 10",
+            "'own': data: digits: '2' is unknown to the main data set; choose from 0, 1",
         ),
         (
             images,
             SourceConfig(),
-            ("'own': data: chest_xray: expected 4 classes as in the main data set, got 2"),
+            "'own': data: chest_xray: 'normal' is unknown to the main data set; choose from 0, 1",
         ),
         (xray, SourceConfig(), "'own': data: is the source of the main data set"),
         (
             make_table(kind="regression"),
             local,
-            (
-                "'own': data: npz: expected a regression task as in the "
-                "main data set, got multiclass"
-            ),
+            ("'own': data: npz: expected 3 targets as in the main data set, got 1"),
         ),
         (
             xray,
@@ -299,7 +296,7 @@ def test_client_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
         (rows.assign(w=1), "column 'w' does not exist in the main data set"),
         (
             rows.replace({"kind": {"y": "yy"}}),
-            "class 'yy' does not exist in the main data set",
+            "'yy' is unknown to the main data set",
         ),
     ):
         change.to_csv(tmp_path / "own.csv", index=False)

@@ -90,6 +90,11 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "asynchronous_clients_share_rarely": config(runtime=ASYNC, clients__defaults__share_every=2),
     "two_staleness_settings": config("fedbuff", runtime={"staleness": {"a": 1.0}}),
     "asynchronous_cohort": config(runtime=ASYNC, cohort={"least": 2}),
+    "unused_partition": config(
+        clients__groups=[{"name": "a", "model": MLP, "data": {"name": "chest_xray"}}]
+    ),
+    "unused_partition_setting": config(data__partition={"kind": "iid", "alpha": 0.1}),
+    "unused_proxy_setting": config(data__proxy={"labels": True}),
     "unused_client_option": config("centralized", clients__defaults__fine_tune_epochs=2),
     "private_asynchronous_run": config(runtime=ASYNC, privacy=CLIENT),
     "private_run_from_other_models": config(init_from="runs/other", privacy=CLIENT),

@@ -116,7 +116,7 @@ DATA: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "classes and numbers": (
         UserError,
-        "'b': data: .*expected a multiclass task.*got regression",
+        "'b': data: y: expected integers as in .*'a'.*, got fractions",
         lambda: two((X, Y), (X, Y + 0.25)),
     ),
     "channels of the test set": (
@@ -130,7 +130,7 @@ DATA: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: prepared(proxy=OTHER_SIZE),
     ),
     "test set without labels": (UserError, "test: expected a pair", lambda: prepared(test=X)),
-    "no rows": (UserError, "'a': data: train: y: expected shape", lambda: prepared((X[:0], Y[:0]))),
+    "no rows": (UserError, "'a': data: y: has no rows", lambda: prepared((X[:0], Y[:0]))),
     "labels of three axes": (
         UserError,
         r"y: expected shape \(N,\) or \(N, L\), got \(40, 2, 2\)",
@@ -276,13 +276,13 @@ MODELS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
 SETTINGS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "more clients per round than clients": (
         UserError,
-        "clients.per_round: must be <= 1, the number of clients, got 5",
+        "per_round: must be <= 1, the number of clients, got 5",
         lambda: prepared(per_round=5),
     ),
     "seed is text": (UserError, "seed: expected an integer, got 'x'", lambda: prepared(seed="x")),
     "unknown default": (
         UserError,
-        "clients.defaults.epoch: unknown key; did you mean 'epochs'",
+        "defaults.epoch: unknown key; did you mean 'epochs'",
         lambda: prepared(defaults={"epoch": 2}),
     ),
     "partition by name": (
@@ -292,7 +292,7 @@ SETTINGS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "unknown common prefix": (
         UserError,
-        "clients.common: no model has a tensor with prefix 'nothing.'",
+        "common: no model has a tensor with prefix 'nothing.'",
         lambda: prepared(common=["nothing."]),
     ),
     "number of class weights": (

@@ -6,7 +6,7 @@ The embedded chest X-rays and digits, and local files, need no network access.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
+from hetero_fl.data.labels import note_similar_names
 from hetero_fl.data.registry import TABLE_SUFFIXES, register_source
 from hetero_fl.data.sources.files.downloads import download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
@@ -160,6 +161,7 @@ def read_image_folder(
         if owners is not None:
             splits[split] = with_patients(splits[split], owners[begin:end], "patient")
         begin = end
+    notes = (*_note_empty(empty), *note_similar_names(classes, f"path: {path}"))
     return Dataset(
         "image_folder",
         Task("multiclass", len(classes), tuple(classes)),
@@ -167,7 +169,7 @@ def read_image_folder(
         splits.get("validation"),
         splits.get("test"),
         about=f"images of {path.name}",
-        notes=_note_empty(empty) + (() if grouped else _note_levels(folders["train"])),
+        notes=notes + (() if grouped else _note_levels(folders["train"])),
         empty_classes=empty,
     )
 
@@ -218,6 +220,14 @@ def patients_of_files(files: Sequence[Path], folder: Path, patient: str) -> list
     if None in found:
         raise UserError(f"patient: {files[found.index(None)]}: {reason}")
     return [str(owner) for owner in found]
+
+
+def is_grouped(path: Path, classes: Collection[str]) -> bool:
+    """Return whether the folders of known classes are in folders of groups."""
+    splits = [folder for folder in _folders(path) if folder.name in FOLDER_SPLITS] or [path]
+    outer = [folder for split in splits for folder in _folders(split)]
+    inner = {folder.name for each in outer for folder in _folders(each)}
+    return inner.intersection(classes) != set() and not any(f.name in classes for f in outer)
 
 
 def _split_folders(path: Path) -> dict[str, Path]:

@@ -8,7 +8,6 @@ from typing import Any
 from zipfile import is_zipfile
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hetero_fl.core.images import (
@@ -21,9 +20,9 @@ from hetero_fl.core.images import (
 )
 from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import class_numbers
 from hetero_fl.data.checks import ExampleNames, check_examples, note_identifiers
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
+from hetero_fl.data.labels import read_labels
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 
 PREFIXES = {"train": "train", "validation": "val", "test": "test"}
@@ -43,14 +42,13 @@ def read_npz(
     The file contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
     those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`
     and values in 0..1 or 0..255. Floats `[N, F]` are rows of a table. Labels have shape `[N]`,
-    `[N, 1]` or `[N, L]`. Integers in one column are classes, several columns of 0 and 1 are
-    multilabel targets, and fractions are regression targets.
+    `[N, 1]` or `[N, L]` and are read as by `from_arrays`.
 
     Args:
         path: File to read.
         name: Name of the data set.
         task: Learning task. If set, the file must contain images. If None, the task is inferred
-            from the labels, with classes numbered from 0.
+            from the labels.
         kind: Kind of the task, "multiclass", "multilabel" or "regression". If None, the kind is
             inferred from the labels.
         patient: Name of the array with the patient of each training row. If None, the array
@@ -72,15 +70,15 @@ def read_npz(
     if "train" not in raw:
         raise _missing_images_error(where, names)
     known = task is not None
-    task, notes = task_of_labels([y for _, y in raw.values()], where, task, kind)
+    task, targets, notes = npz_targets({s: y for s, (_, y) in raw.items()}, where, task or kind)
     read = _npz_images(
         {f"{where}: {PREFIXES[s]}_images": x for s, (x, _) in raw.items()}, table=not known
     )
     splits = {}
-    for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
+    for (split, (x, _)), pixels in zip(raw.items(), read, strict=True):
         images = f"{PREFIXES[split]}_images"
         labels = f"{PREFIXES[split]}_labels"
-        splits[split] = Examples(pixels, npz_targets(y, task, f"{where}: {labels}"))
+        splits[split] = Examples(pixels, targets[split])
         check_examples(splits[split], task, where, names=ExampleNames(images, labels))
         if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
             raise UserError(
@@ -217,79 +215,18 @@ def split_arrays(arrays: Mapping[str, Any], split: str, where: str) -> tuple[Any
     return x, y[:, None] if y.ndim == 1 else y
 
 
-def task_of_labels(
-    labels: list[np.ndarray], where: str, task: Task | None, kind: str | None
-) -> tuple[Task, tuple[str, ...]]:
-    """Return the task of the labels of all splits, and remarks if the labels are ambiguous.
-
-    Args:
-        labels: Labels of each split, `[N, L]`.
-        where: Place of the file, for messages.
-        task: Learning task, or None to infer the task from the labels.
-        kind: Kind of the task. If None, the kind is inferred from the labels.
-
-    Raises:
-        UserError: If the labels do not match a task.
-    """
-    if task is not None:
-        return task, ()
-    task = _npz_task(labels, where, kind)
-    if kind is not None:
-        return task, ()
-    return task, _ambiguity_note(labels, task, f"{where}: train_labels")
-
-
-def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """Return the task of the labels of all splits, inferred from the labels if `kind` is None."""
-    widths = {y.shape[1] for y in labels}
-    if len(widths) > 1:
-        raise UserError(
-            f"{where}: labels: expected the same number of columns in every split, got "
-            f"{' and '.join(map(str, sorted(widths)))}"
-        )
-    y = np.concatenate(labels)
-    if len(y) == 0:
-        raise UserError(f"{where}: train_images: has no rows")
-    if kind is None and y.dtype.kind == "f" and (y != np.floor(y)).any():
-        kind = "regression"
-    if kind == "regression":
-        return Task("regression", y.shape[1])
-    if kind == "multilabel" or (kind is None and y.shape[1] > 1):
-        return Task("multilabel", y.shape[1])
-    values = np.unique(y)
-    # At least half of the class numbers must occur, so that a stray 255 among two classes is
-    # reported instead of creating 256 classes.
-    if values[0] >= 0 and int(values[-1]) + 1 > 2 * len(values):
-        raise UserError(
-            f"{where}: labels: label {int(values[-1])} is out of range for {len(values)} distinct "
-            "labels; number the classes from 0"
-        )
-    return Task("multiclass", int(max(values[-1], 0)) + 1)
-
-
-def _ambiguity_note(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
-    """Return a remark if the labels of all splits are ambiguous, otherwise an empty tuple."""
-    y = np.concatenate(labels)
-    if task.kind == "multiclass" and (
-        absent := sorted(set(range(task.outputs)) - set(y[:, 0].astype(int).tolist()))
-    ):
-        listed = ", ".join(map(str, absent))
-        return (f"{where}: read as {task.outputs} classes from 0, of which {listed} do not occur",)
-    if task.kind == "multilabel" and bool((y.sum(1) == 1).all()):
-        return (
-            f"{where}: every row has exactly one 1, read as multilabel; if they are classes, save "
-            "one column of class numbers",
-        )
-    return ()
-
-
-def npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
-    """Convert the labels of a split, `[N, L]`, to targets of a task."""
-    if task.kind != "multiclass":
-        return torch.from_numpy(y.astype(np.float32))
-    if y.shape[1] != 1:
-        raise UserError(f"{where}: expected one column of labels, got {y.shape[1]}")
-    return class_numbers(y[:, 0], where)
+def npz_targets(
+    labels: Mapping[str, np.ndarray], where: str, task: Task | str | None
+) -> tuple[Task, dict[str, Tensor], tuple[str, ...]]:
+    """Return the task, the targets of each split, and notes (see `read_labels`)."""
+    places = {split: f"{where}: {PREFIXES[split]}_labels" for split in labels}
+    found, targets, notes = read_labels(
+        {places[split]: y for split, y in labels.items()},
+        f"{where}: labels",
+        task=task,
+        names=ExampleNames(in_config=True),
+    )
+    return found, {split: targets[place] for split, place in places.items()}, tuple(notes)
 
 
 def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,8 @@ def to_dataset(
         patient: Column of the patients in a DataFrame or a Hugging Face data set, or the patient of
             each row, `[N]` numbers or strings. If None, the rows have no patients, except those of
             a `hetero_fl.data.Dataset`.
-        **options: Arguments of `from_arrays` for pairs and torch data sets, such as `task`,
-            `num_classes` or `columns`.
+        **options: Arguments of `from_arrays` for pairs and torch data sets, such as `num_classes`
+            or `columns`. The kind of `task` applies to all types.
 
     Raises:
         TypeError: If the data is of another type.
@@ -93,7 +94,10 @@ def _convert(
     if isinstance(data, Dataset):
         return data
     if is_frame(data):
-        return _from_frame(data, where, label, categories, patient)
+        kind = options.get("task")
+        return _from_frame(
+            data, where, label, categories, patient, kind=getattr(kind, "kind", kind)
+        )
     if _is_hugging_face(data):
         return _from_hugging_face(data, where, label, categories, patient, **options)
     if label is not None:
@@ -105,7 +109,10 @@ def _convert(
         x, y = _from_torch(data, where)
     else:
         x, y = _pair(data, where)
-    return replace(from_arrays(x, y, name=where, **options), name="arrays")
+    with warnings.catch_warnings():
+        # The same remarks are in the notes of the data set.
+        warnings.simplefilter("ignore")
+        return replace(from_arrays(x, y, name=where, **options), name="arrays")
 
 
 def to_pair(data: Any, where: str) -> Any:
@@ -193,6 +200,8 @@ def _from_frame(
     label: str | None,
     categories: Categories | None,
     patient: str | None,
+    *,
+    kind: str | None = None,
 ) -> Dataset:
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import read_table
@@ -204,7 +213,7 @@ def _from_frame(
         )
     labels = [label] if label in columns else [part.strip() for part in label.split(",")]
     check_names(labels, columns, f"{where}: label: column", " not found")
-    return read_table(frame, where, label, patient=patient, categories=categories)
+    return read_table(frame, where, label, patient=patient, kind=kind, categories=categories)
 
 
 def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
@@ -287,7 +296,7 @@ def _from_hugging_face(
     *,
     labeled: bool = True,
     num_classes: int | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
 ) -> Dataset:
     """Convert a Hugging Face data set of images, texts, arrays or columns of a table."""
     if isinstance(data, Mapping) or not hasattr(data, "__len__"):
@@ -296,7 +305,8 @@ def _from_hugging_face(
             "a DatasetDict, and collect the items of an IterableDataset"
         )
     given = None if categories is None else dict(categories)
-    config = SourceConfig(name=HUB_PREFIX, label=label, categories=given, patient=patient)
-    return read_hub_splits(
-        {"train": data}, where, config, labeled=labeled, num_classes=num_classes, task=task
+    kind = task.kind if isinstance(task, Task) else task
+    config = SourceConfig(
+        name=HUB_PREFIX, label=label, categories=given, patient=patient, task=kind
     )
+    return read_hub_splits({"train": data}, where, config, labeled=labeled, num_classes=num_classes)

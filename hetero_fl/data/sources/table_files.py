@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,14 +18,15 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
+from hetero_fl.data.checks import ExampleNames
 from hetero_fl.data.dataset import (
-    MAX_NUMBERED_CLASSES,
     ColumnLayout,
     Dataset,
     Examples,
     index_names,
     indicator_names,
 )
+from hetero_fl.data.labels import read_labels
 from hetero_fl.data.registry import TABLE_SUFFIXES
 from hetero_fl.data.sources.table_columns import (
     CATEGORICAL,
@@ -159,9 +162,7 @@ def read_table(
     Surrounding spaces are removed from text, and labels such as 1.0 become 1. All columns that are
     not numeric features are in the metadata of the examples, as in the table.
 
-    A single column of labels is read as classes if the column contains text, booleans, or integers
-    with at most 20 distinct values, otherwise as a regression target. Several columns are
-    multilabel targets if all values are 0 or 1, otherwise regression targets.
+    Text and booleans are names of classes, and numbers are read as by `from_arrays`.
 
     Args:
         frame: Table.
@@ -181,7 +182,7 @@ def read_table(
     where = f"path: {path}" if isinstance(path, Path) else path
     title = path.name if isinstance(path, Path) else path
     frame = normalize_frame(frame, where)
-    labels = _label_columns(frame, label)
+    labels = label_columns(frame, label)
     owners = {
         key: column
         for key, column in (("group", group), ("patient", patient))
@@ -206,7 +207,7 @@ def read_table(
     gaps: list[str] = []
     remarks: list[str] = []
     x, columns, left_out = features(rest, where, gaps, encoded, remarks)
-    task, y = _targets(targets, where, kind)
+    task, y, label_notes = _targets(targets, where, kind, isinstance(path, Path))
     groups, group_names = indexed.get("group", (None, ()))
     patients, patient_names = indexed.get("patient", (None, ()))
     inputs = {name for name in columns if name not in encoded}
@@ -218,7 +219,7 @@ def read_table(
     )
     summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
     summary += describe_columns(used, encoded, left_out, commas)
-    notes = [f"table {title}: {'; '.join(summary)}"]
+    notes = [f"table {title}: {'; '.join(summary)}", *label_notes]
     notes += [prefix_note(f"table {title}", remark) for remark in remarks]
     if patient is None:
         others = [rest[name] for name in rest.columns]
@@ -307,7 +308,7 @@ def categories_of_frames(
     columns = {}
     for place, (frame, label) in frames.items():
         table = normalize_frame(frame, place)
-        labels = _label_columns(table, label) if label is not None else []
+        labels = label_columns(table, label) if label is not None else []
         columns[place] = [table[name] for name in table.columns if name not in labels]
     return shared_categories(columns, {place: place for place in frames})
 
@@ -357,7 +358,7 @@ def shared_categories(
 def _feature_columns(source: SourceConfig, place: str) -> list[pd.Series]:
     try:
         frame = read_frame(Path(str(source.path)).expanduser(), (source.group, source.patient))
-        others = [*_label_columns(frame, source.label or ""), source.group, source.patient]
+        others = [*label_columns(frame, source.label or ""), source.group, source.patient]
         rest, _ = decimal_commas(
             frame.drop(columns=[n for n in others if n in frame.columns]), f"path: {source.path}"
         )
@@ -366,7 +367,8 @@ def _feature_columns(source: SourceConfig, place: str) -> list[pd.Series]:
     return [rest[name] for name in rest.columns]
 
 
-def _label_columns(frame: pd.DataFrame, label: str) -> list[str]:
+def label_columns(frame: pd.DataFrame, label: str) -> list[str]:
+    """Return the columns that a setting `label` names, which may not exist."""
     return [label] if label in frame.columns else [part.strip() for part in label.split(",")]
 
 
@@ -433,36 +435,50 @@ def _reason_left_out(column: pd.Series) -> str:
     return "text" if count < MANY_CATEGORIES else f"text, {count} different values"
 
 
-def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, Tensor]:
-    columns = [parse_column(labels[name], where) for name in labels.columns]
+def _targets(
+    labels: pd.DataFrame, where: str, kind: str | None, in_config: bool
+) -> tuple[Task, Tensor, list[str]]:
+    """Return the task of the columns of labels, the targets, and notes."""
     titles = tuple(map(str, labels.columns))
-    if kind == "multiclass" and len(columns) > 1:
-        raise UserError(
-            f"label: data.task=multiclass needs one column, got {len(columns)}; set one column or "
-            "data.task=multilabel"
-        )
-    if kind == "multiclass" or (kind is None and len(columns) == 1 and _are_classes(columns[0])):
-        y, classes = index_names(parse_names(columns[0], where))
-        return Task("multiclass", len(classes), classes), y
+    task, targets, notes = read_labels(
+        {where: label_values(labels, where, kind)},
+        f"{where}: label {', '.join(titles)}",
+        task=kind,
+        names=ExampleNames(first_row=1, in_config=in_config),
+    )
+    is_column_of_classes = task.kind == "multiclass" and len(titles) == 1
+    names = task.output_names if is_column_of_classes else titles
+    return replace(task, names=names), targets[where], notes
+
+
+def label_values(labels: pd.DataFrame, where: str, kind: str | None = None) -> Any:
+    """Return the columns of labels as text `[N]`, or as numbers `[N]` or `[N, L]`.
+
+    Args:
+        labels: Columns of the labels.
+        where: Name of the table, for error messages.
+        kind: Kind of the task. For "multiclass", fractions are names of classes.
+
+    Raises:
+        UserError: If a value is missing, or a cell is not a number in several columns or although
+            the kind needs numbers.
+    """
+    columns = [parse_column(labels[name], where) for name in labels.columns]
+    first = columns[0]
+    is_number = types.is_numeric_dtype(first) and not types.is_bool_dtype(first)
+    is_class = kind == "multiclass" or (kind is None and not is_number)
+    if is_number and all(float(value).is_integer() for value in first.unique()):
+        is_class = False
+    if len(columns) == 1 and is_class:
+        return parse_names(first, where).to_numpy(dtype=object)
     values = []
-    for column, title in zip(columns, titles, strict=True):
+    for column in columns:
         found = parse_numbers(column, where)
         if found is None:
             raise UserError(
-                f"{where}: column '{title}': expected numbers as {kind or 'multiple'} labels, got "
-                "text"
+                f"{where}: column '{column.name}': expected numbers as {kind or 'multiple'} "
+                "labels, got text"
             )
-        values.append(found)
-    y = torch.from_numpy(np.stack(values, axis=1).astype(np.float32))
-    several = len(columns) > 1 and bool(((y == 0) | (y == 1)).all())
-    if kind == "multilabel" or (kind is None and several):
-        return Task("multilabel", len(columns), titles), y
-    return Task("regression", len(columns), titles), y
-
-
-def _are_classes(column: pd.Series) -> bool:
-    """Return whether a column of labels should be read as classes."""
-    if not types.is_numeric_dtype(column) or types.is_bool_dtype(column):
-        return True
-    values = column.unique()
-    return len(values) <= MAX_NUMBERED_CLASSES and all(float(v).is_integer() for v in values)
+        is_whole = types.is_integer_dtype(column) or types.is_bool_dtype(column)
+        values.append(found.astype(np.int64) if is_whole else found)
+    return values[0] if len(values) == 1 else np.stack(values, axis=1)

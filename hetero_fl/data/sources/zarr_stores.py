@@ -17,7 +17,7 @@ from hetero_fl.core.stored_rows import StoredRows, read_all
 from hetero_fl.data.checks import ExampleNames, check_examples
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.npz_files import PREFIXES, npz_targets, split_arrays, task_of_labels
+from hetero_fl.data.sources.npz_files import PREFIXES, npz_targets, split_arrays
 from hetero_fl.utils.errors import UserError, check_names, suggest_file
 
 
@@ -56,13 +56,13 @@ def read_zarr(path: Path, config: SourceConfig) -> Dataset:
     if "train" not in raw:
         listed = ", ".join(sorted(arrays)) or "no array of the layout"
         raise UserError(f"{where}: array 'train_images' not found; the store has {listed}")
-    task, notes = task_of_labels([y for _, y in raw.values()], where, None, config.task)
+    task, targets, notes = npz_targets({s: y for s, (_, y) in raw.items()}, where, config.task)
     splits = {}
-    for split, (array, y) in raw.items():
+    for split, (array, _) in raw.items():
         names = ExampleNames(f"{PREFIXES[split]}_images", f"{PREFIXES[split]}_labels")
         stored = _stored_images(path, names.x, array, config.stream)
         x = read_all(stored) if config.stream is None else stored
-        examples = Examples(x, npz_targets(y, task, f"{where}: {names.y}"))
+        examples = Examples(x, targets[split])
         check_examples(examples, task, where, names=names)
         splits[split] = examples
         if examples.x.shape[1:] != splits["train"].x.shape[1:]:

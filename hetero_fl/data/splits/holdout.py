@@ -355,12 +355,22 @@ def common_sets(
         rows.
 
     Raises:
-        UserError: If there are too few rows or patients to hold out a validation set.
+        UserError: If there are too few rows or patients to hold out a validation set, or
+            `data.validation` has no effect.
     """
     assert dataset.test is not None
     if dataset.validation is not None:
+        if config.validation != DataConfig().validation:
+            raise UserError(
+                f"data.validation: has no effect, because {dataset.name} has a validation set; "
+                "remove it"
+            )
         validation = RowSelection.all_rows(dataset.validation)
     elif config.validation:
+        if not len(rows):
+            raise UserError(
+                "data.validation: has no effect, because no training rows are divided; remove it"
+            )
         held_out, rows = strategy.split_validation(rows, config.validation, seed)
         validation = RowSelection(dataset.train, held_out)
     else:

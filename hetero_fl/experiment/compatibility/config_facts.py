@@ -13,12 +13,21 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import AsyncPolicy, predicts_proxy_set, unused_options
 from hetero_fl.config import Config
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.data import PARTITION_KINDS
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
 from hetero_fl.utils.objects import OBJECT_PREFIX
 
 ROBUST_KEYS = ("rule", "predictions", "statistics")
 """Keys of the section `aggregation` that select a rule, each for a different kind of item."""
+
+PARTITION_KEYS = {
+    "dirichlet": ("alpha", "cap"),
+    "quantity": ("alpha",),
+    "classes": ("classes", "classes_spread", "shots"),
+    "drawn": ("alpha", "rows", "spread"),
+}
+"""Keys of the section `data.partition` that each kind of partition reads."""
 
 T = TypeVar("T")
 
@@ -80,6 +89,34 @@ class ConfigFacts:
             ):
                 return f"{key}: proxy_predictions"
         return None
+
+    def unused_partition(self) -> bool:
+        """Return whether a partition is set, but no two clients divide a data set."""
+        partition = self.config.data.partition
+        default = type(partition)(min_size=partition.min_size)
+        is_set = partition.kind != "natural" and partition.model_dump() != default.model_dump()
+        if not is_set or any(p.settings.data is None for p in self.clients.profiles):
+            return False
+        return len({p.settings.data for p in self.clients.profiles}) == len(self.clients)
+
+    def unused_partition_setting(self) -> str | None:
+        """Return a key of `data.partition` that the kind of partition does not read, or None."""
+        partition = self.config.data.partition
+        if partition.kind not in PARTITION_KINDS:
+            return None
+        default = type(partition)()
+        read = {"min_size", "kind", "arguments", *PARTITION_KEYS.get(partition.kind, ())}
+        for key in type(partition).model_fields.keys() - read:
+            if getattr(partition, key) not in (None, getattr(default, key)):
+                return key
+        return None
+
+    def unused_proxy_setting(self) -> str | None:
+        """Return a key of `data.proxy` that is set although there is no proxy set, or None."""
+        proxy = self.config.data.proxy
+        if proxy.size or proxy.source is not None:
+            return None
+        return "labels" if proxy.labels else "columns" if proxy.columns is not None else None
 
     def single_uploads(self) -> str | None:
         """Return a setting that requires individual uploads at the server.

@@ -48,7 +48,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ("algorithm.name", "data.proxy.size"),
         lambda run: run.algorithm.needs.has_required_proxy and not run.num_proxy,
         "algorithm.name={run.name} requires a proxy set; set data.proxy.size > 0 to make "
-        "training rows public, or data.proxy.source (Federation: pass proxy=...)",
+        "training rows public, or data.proxy.source",
     ),
     "no_proxy_labels": CompatibilityRule(
         ("algorithm.initial_phase", "data.proxy.labels"),

@@ -66,6 +66,23 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         lambda run: run.is_async and run.waiting_setting(),
         "cohort.{found}: cannot be combined with runtime.mode=async, which has no cohorts",
     ),
+    # Settings without effect
+    "unused_partition": CompatibilityRule(
+        ("data.partition", "clients"),
+        lambda run: run.unused_partition(),
+        "data.partition: has no effect, because all clients have data of their own; remove it",
+    ),
+    "unused_partition_setting": CompatibilityRule(
+        ("data.partition", "data.partition.kind"),
+        lambda run: run.unused_partition_setting(),
+        "data.partition.{found}: has no effect with kind={run.config.data.partition.kind}; remove "
+        "it, or set another kind",
+    ),
+    "unused_proxy_setting": CompatibilityRule(
+        ("data.proxy", "data.proxy.size"),
+        lambda run: run.unused_proxy_setting(),
+        "data.proxy.{found}: has no effect without a proxy set; set data.proxy.size",
+    ),
     # Methods
     "unused_client_option": CompatibilityRule(
         ("clients", "algorithm.name"),

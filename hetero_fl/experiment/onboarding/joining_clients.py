@@ -26,13 +26,7 @@ from hetero_fl.data.groups import most_common_stratum
 from hetero_fl.data.preprocessing import NOTHING, check_missing_values, usable_rows
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.experiment.evaluation import (
-    are_comparable,
-    data_argument,
-    from_objects,
-    load_as,
-    renumber_targets,
-)
+from hetero_fl.experiment.evaluation import from_objects, load_as, targets_of_models
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.starting_models import StartingTensors
@@ -501,17 +495,11 @@ def _joining_site(
     dataset: Dataset, source_run: TransferSource, patients: Sequence[int]
 ) -> JoiningSite:
     task = source_run.task
-    if not are_comparable(dataset.task, task):
-        raise ArgumentError(
-            f"data: {dataset.name} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
-            f"but the run's models are {task.kind} with {task.outputs}"
-        )
     dataset = with_test(dataset)
     assert dataset.test is not None
     parts = []
     for examples in (dataset.train, dataset.test):
-        with data_argument():
-            y = renumber_targets(examples.labels, dataset.task, task, f"data: {dataset.name}")
+        y = targets_of_models(source_run.run, examples.labels, dataset, task, dataset.name)
         parts.append(replace(examples, y=y, group=None, group_names=()))
     train, test = parts
     available = len(train) if train.patient is None else len(train.patient.unique())

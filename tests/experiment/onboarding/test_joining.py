@@ -323,7 +323,7 @@ def test_is_clearly_better_requires_more_than_both_deviations() -> None:
         (["--patients", "5000"], "must be <= 500, the number of labeled training examples"),
         (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),
         (["--epochs", "0"], "--epochs: expected an integer >= 1, got '0'"),
-        (["--data", "chest_xray"], "10"),
+        (["--data", "chest_xray"], "'normal' is unknown to the models"),
     ],
 )
 def test_join_flags_raise_one_line(

@@ -7,17 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hetero_fl.core.task import Task
+from hetero_fl.data.checks import ExampleNames, first_true
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
-from hetero_fl.utils.errors import one_line
-from hetero_fl.utils.text import format_list, pluralize
+from hetero_fl.data.labels import read_labels
+from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.text import format_list, pluralize, prefix_note
 
 SPLITS = ("train", "test")
 """Splits of the rows of each client, which are also names of folders."""
 MAX_CLASSES = 10_000
 """Maximum number of classes. Larger class numbers are probably not class numbers."""
+CONFIGURED = ExampleNames(in_config=True)
 
 
 def _join_clients(rows: Mapping[str, Examples]) -> Examples:
@@ -78,7 +80,7 @@ def client_dataset(
         other: Further arguments of `Dataset`.
     """
     train, test = (_join_clients(rows[split]) for split in SPLITS)
-    notes = tuple(f"{name}: {note}" for note in (*notes, *_note_empty_clients(rows, noun)))
+    notes = tuple(prefix_note(name, note) for note in (*notes, *_note_empty_clients(rows, noun)))
     if len(test) == 0:
         return Dataset(name, task, train, notes=notes, **other)
     common = replace(test, group=None, group_names=())
@@ -86,9 +88,25 @@ def client_dataset(
     return Dataset(name, task, train, test=common, local_sets=local, notes=notes, **other)
 
 
-def number_of_classes(labels: Sequence[Tensor]) -> int:
-    """Return the number of classes that are numbered from 0, one more than the largest label.
+def read_classes(
+    parts: Mapping[str, Examples], where: str, names: ExampleNames = CONFIGURED
+) -> tuple[Task, dict[str, Examples], list[str]]:
+    """Return the task of class numbers, the parts with their targets, and notes.
 
-    The number is at most `MAX_CLASSES`, so that larger labels are rejected as out of range.
+    Args:
+        parts: Rows, keyed by their name in messages.
+        where: Name of all rows in messages.
+        names: Names of x, y and rows in messages.
+
+    Raises:
+        UserError: If a label is not a number from 0 to `MAX_CLASSES` - 1.
     """
-    return min(MAX_CLASSES, 1 + max((int(y.max()) for y in labels if len(y)), default=0))
+    for place, part in parts.items():
+        if (row := first_true((part.labels < 0) | (part.labels >= MAX_CLASSES))) is not None:
+            raise UserError(
+                f"{place}: {names.y}: {names.row(row)}: label {int(part.labels[row])} is out of "
+                f"range 0 to {MAX_CLASSES - 1}"
+            )
+    labels = {place: part.labels for place, part in parts.items()}
+    task, targets, notes = read_labels(labels, where, task="multiclass", names=names)
+    return task, {place: replace(part, y=targets[place]) for place, part in parts.items()}, notes

@@ -15,15 +15,15 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.images import as_bytes, as_numbers, dtype_name
 from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import class_numbers
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.labels import class_numbers
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import (
     MAX_CLASSES,
     SPLITS,
     client_dataset,
-    number_of_classes,
+    read_classes,
 )
 from hetero_fl.data.sources.benchmark_files.pickled_arrays import (
     PickledArray,
@@ -48,7 +48,8 @@ def read_client_folder(path: Path) -> Dataset:
     The folder contains `train/K.npz` and `test/K.npz` for each client K. A file contains a pickled
     dictionary `data` or, alternatively, arrays, with the keys `x` (images `[N, C, H, W]` or
     floats `[N, D]`) and `y` (class numbers `[N]`). The values of x are not rescaled. The number of
-    classes is `num_classes` of `config.json`, if this file exists. No code of the pickle is run.
+    classes is `num_classes` of `config.json`, if this file exists. Otherwise, the classes are the
+    distinct labels. No code of the pickle is run.
 
     Args:
         path: Folder to read.
@@ -65,28 +66,34 @@ def read_client_folder(path: Path) -> Dataset:
         for name in names:
             rows[split][name] = _read_rows(path / split / f"{name}.npz")
     classes = _configured_classes(path / "config.json")
+    places = {
+        f"path: {path / split / f'{name}.npz'}": (split, name)
+        for split in SPLITS
+        for name in names
+        if split == "train" or len(rows[split][name])
+    }
+    parts = {place: rows[split][name] for place, (split, name) in places.items()}
+    notes: list[str] = []
     if classes is None:
-        classes = number_of_classes(
-            [part.labels for split in SPLITS for part in rows[split].values()]
-        )
-    task = Task("multiclass", classes)
+        task, parts, notes = read_classes(parts, f"path: {path}: y")
+    else:
+        task = Task("multiclass", classes)
     first = rows["train"][names[0]]
-    for split in SPLITS:
-        for name, part in rows[split].items():
-            where = f"path: {path / split / f'{name}.npz'}"
-            if split == "test" and len(part) == 0:
-                continue
-            check_examples(part, task, where)
-            if (part.x.shape[1:], part.x.dtype) != (first.x.shape[1:], first.x.dtype):
-                raise UserError(
-                    f"{where}: x: expected rows like those of train/{names[0]}.npz, "
-                    f"{_describe(first.x)}, got {_describe(part.x)}"
-                )
+    for where, part in parts.items():
+        check_examples(part, task, where)
+        if (part.x.shape[1:], part.x.dtype) != (first.x.shape[1:], first.x.dtype):
+            raise UserError(
+                f"{where}: x: expected rows like those of train/{names[0]}.npz, "
+                f"{_describe(first.x)}, got {_describe(part.x)}"
+            )
+        split, name = places[where]
+        rows[split][name] = part
     return client_dataset(
         "htfllib",
         task,
         rows,
         noun="client",
+        notes=notes,
         about=f"files of {len(names)} clients in {path.name}",
     )
 

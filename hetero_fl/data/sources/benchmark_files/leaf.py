@@ -13,14 +13,14 @@ import torch
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import class_numbers
 from hetero_fl.data.checks import check_examples
 from hetero_fl.data.dataset import FIRST, UNKNOWN, Dataset, Examples, Vocabulary
+from hetero_fl.data.labels import class_numbers
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.benchmark_files.client_sets import (
     SPLITS,
     client_dataset,
-    number_of_classes,
+    read_classes,
 )
 from hetero_fl.data.sources.files import check_folder, visible_files
 from hetero_fl.utils.errors import UserError, one_line
@@ -201,7 +201,7 @@ def _text_examples(texts: list[Any], targets: list[Any], where: str) -> Examples
 
 def _leaf_dataset(
     path: Path,
-    rows: Mapping[str, Mapping[str, Examples]],
+    rows: Mapping[str, dict[str, Examples]],
     places: Mapping[tuple[str, str], str],
     notes: Sequence[str],
 ) -> Dataset:
@@ -219,23 +219,28 @@ def _leaf_dataset(
     if not any(split == "train" for split, _ in present):
         raise UserError(f"path: {path}: no user in train has rows")
     first = next(iter(present.values()))
+    for key, part in present.items():
+        if (part.x.shape[1:], part.x.dtype) != (first.x.shape[1:], first.x.dtype):
+            raise UserError(
+                f"{places[key]}: x: expected rows of {_describe_row(first.x)} as for the first "
+                f"user, got {_describe_row(part.x)}"
+            )
     is_text = first.x.dtype == torch.int64
     if is_text:
         task = Task("multiclass", len(CHARACTERS.names), CHARACTERS.names)
     else:
-        classes = number_of_classes([part.labels for part in present.values()])
-        is_femnist = first.x.ndim == 4 and 10 < classes <= len(FEMNIST_CLASSES)
-        names = FEMNIST_CLASSES if is_femnist else ()
-        task = Task("multiclass", len(names) or classes, names)
+        largest = max(int(part.labels.max()) for part in present.values())
+        is_femnist = first.x.ndim == 4 and 10 <= largest < len(FEMNIST_CLASSES)
+        task = Task("multiclass", len(FEMNIST_CLASSES), FEMNIST_CLASSES)
+        if not is_femnist:
+            parts = {places[key]: part for key, part in present.items()}
+            task, parts, remarks = read_classes(parts, f"path: {path}: y")
+            present = {key: parts[places[key]] for key in present}
+            notes = [*notes, *remarks]
     vocabulary = CHARACTERS if is_text else None
     for (split, user), part in present.items():
-        where = places[split, user]
-        if (part.x.shape[1:], part.x.dtype) != (first.x.shape[1:], first.x.dtype):
-            raise UserError(
-                f"{where}: x: expected rows of {_describe_row(first.x)} as for the first user, got "
-                f"{_describe_row(part.x)}"
-            )
-        check_examples(part, task, where, vocabulary=vocabulary)
+        check_examples(part, task, places[split, user], vocabulary=vocabulary)
+        rows[split][user] = part
     return client_dataset(
         "leaf",
         task,

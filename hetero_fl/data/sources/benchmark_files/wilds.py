@@ -13,12 +13,11 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
+from hetero_fl.data.checks import ExampleNames
 from hetero_fl.data.dataset import Dataset, Examples, index_names
+from hetero_fl.data.labels import read_labels
 from hetero_fl.data.registry import register_source
-from hetero_fl.data.sources.benchmark_files.client_sets import (
-    MAX_CLASSES,
-    number_of_classes,
-)
+from hetero_fl.data.sources.benchmark_files.client_sets import MAX_CLASSES
 from hetero_fl.data.sources.files import check_folder
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
@@ -124,10 +123,19 @@ def iwildcam(config: SourceConfig, _root: Path) -> Dataset:
     labels = _labels(columns["y"], path / "metadata.csv", "y")
     patient = None if config.patient is None else columns[config.patient]
     metadata = _metadata_arrays(frame)
-    rows = WildsRows(files, labels, columns["split"], columns[group], patient, metadata)
     names = _read_class_names(path / "categories.csv")
-    task = Task("multiclass", len(names) or number_of_classes([labels]), names)
-    return _make_dataset("iwildcam", task, rows, path, config)
+    task = Task("multiclass", len(names) or MAX_CLASSES, names)
+    _check_range(labels, task, path)
+    notes: list[str] = []
+    if not names:
+        place = f"path: {path / 'metadata.csv'}: column 'y'"
+        configured = ExampleNames(first_row=1, in_config=True)
+        task, found, notes = read_labels(
+            {place: labels}, place, task="multiclass", names=configured
+        )
+        labels = found[place]
+    rows = WildsRows(files, labels, columns["split"], columns[group], patient, metadata)
+    return replace(_make_dataset("iwildcam", task, rows, path, config), notes=tuple(notes))
 
 
 def _read_class_names(file: Path) -> tuple[str, ...]:
@@ -250,6 +258,16 @@ def _check_splits(
             )
 
 
+def _check_range(labels: Tensor, task: Task, path: Path) -> None:
+    """Raise UserError if a label is not a class number of the task."""
+    row = int(labels.argmax())
+    if int(labels[row]) >= task.outputs:
+        raise UserError(
+            f"path: {path / 'metadata.csv'}: row {row + 1}: label {int(labels[row])} is out of "
+            f"range 0 to {task.outputs - 1}"
+        )
+
+
 def _make_dataset(
     name: str, task: Task, rows: WildsRows, path: Path, config: SourceConfig
 ) -> Dataset:
@@ -260,12 +278,7 @@ def _make_dataset(
             image cannot be read.
     """
     where = f"path: {path / 'metadata.csv'}"
-    largest = int(rows.labels.argmax())
-    if int(rows.labels[largest]) >= task.outputs:
-        raise UserError(
-            f"{where}: row {largest + 1}: label {int(rows.labels[largest])} is out of range 0 to "
-            f"{task.outputs - 1}"
-        )
+    _check_range(rows.labels, task, path)
     selected = _rows_of_splits(rows.splits, config.splits == "pooled", where)
     files = [rows.files[row] for chosen in selected.values() for row in chosen.tolist()]
     images = read_image_files(files, config.size, config.stream)

@@ -15,6 +15,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.checks import ExampleNames
 from hetero_fl.data.dataset import ColumnLayout, Dataset, Examples, index_names, split_words
+from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.data.sources.hugging_face.columns import (
     HubColumns,
     array_depth,
@@ -80,7 +81,6 @@ def read_hub_splits(
     *,
     labeled: bool = True,
     num_classes: int | None = None,
-    task: Task | None = None,
 ) -> Dataset:
     """Convert data sets of `datasets` to a data set.
 
@@ -95,7 +95,6 @@ def read_hub_splits(
         config: Source configuration.
         labeled: Whether there are labels. If False, the targets have no meaning.
         num_classes: Number of classes of integer labels (see `from_arrays`).
-        task: Task of the labels. If None, the task follows from the labels.
 
     Raises:
         UserError: If a column is missing or has an unsupported type, or a value is invalid.
@@ -108,8 +107,8 @@ def read_hub_splits(
     columns = find_columns(train, where, config, labeled)
     kind = input_kind(train.features, columns.inputs, where, config)
     parts = _with_labels(splits, columns, where, config, labeled)
-    if parts.options["task"] is None or task is not None:
-        parts = replace(parts, options={**parts.options, "task": task, "num_classes": num_classes})
+    if not isinstance(parts.options["task"], Task):
+        parts = replace(parts, options={**parts.options, "num_classes": num_classes})
     if kind != "table":
         described = [f"input {format_list(columns.inputs)}", *columns.describe_targets()]
         parts.note("; ".join(described))
@@ -160,7 +159,7 @@ def _from_arrays(
     options = {
         "columns": names,
         "metadata": read_metadata(parts.splits["train"], names, parts.where),
-        "names": _names(parts.columns),
+        "names": _names(parts),
         **parts.options,
         **options,
     }
@@ -178,13 +177,14 @@ def _from_arrays(
     return dataset
 
 
-def _names(columns: HubColumns) -> ExampleNames:
+def _names(parts: _Parts) -> ExampleNames:
     """Return the names of the columns and rows in messages. Rows count from 1 as in tables."""
     x, y = (
         f"column{'s' * (len(names) > 1)} {format_list(names, quote=True)}"
-        for names in (columns.inputs, columns.labels)
+        for names in (parts.columns.inputs, parts.columns.labels)
     )
-    return ExampleNames(x, y, first_row=1, in_config=True)
+    # Objects have no name of their own.
+    return ExampleNames(x, y, first_row=1, in_config=parts.config.name != HUB_PREFIX)
 
 
 def _table(parts: _Parts) -> Dataset:

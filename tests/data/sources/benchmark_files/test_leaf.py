@@ -90,7 +90,7 @@ def test_other_numbers_are_rows_of_a_table(tmp_path: Path) -> None:
     dataset = load(tmp_path)
 
     assert dataset.train.x.tolist() == [[0.5, 1], [2, 3]] and dataset.test is None
-    assert dataset.task.outputs == 3 and not dataset.local_sets
+    assert dataset.task.names == ("0", "2") and not dataset.local_sets
 
 
 def test_characters_have_the_classes_of_leaf(tmp_path: Path) -> None:

@@ -1,0 +1,238 @@
+"""Labels of all sources: one rule for classes, one for the kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import hetero_fl as hfl
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data import Dataset, from_arrays, load_source
+from hetero_fl.data.sources.objects import to_dataset
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import Caution
+
+ROWS = 60
+X = np.random.default_rng(0).random((ROWS, 3), dtype=np.float32)
+
+
+def load(folder: Path, name: str, path: str, **settings: Any) -> Dataset:
+    return load_source(SourceConfig(name=name, path=str(folder / path), **settings), folder)
+
+
+def read_npz(folder: Path, y: np.ndarray, **settings: Any) -> Dataset:
+    np.savez(folder / "d.npz", train_images=X, train_labels=y)
+    return load(folder, "npz", "d.npz", **settings)
+
+
+def read_csv(folder: Path, y: np.ndarray, **settings: Any) -> Dataset:
+    frame = pd.DataFrame(X, columns=list("abc"))
+    labels = pd.DataFrame(y.reshape(len(y), -1)).add_prefix("y")
+    pd.concat([frame, labels], axis=1).to_csv(folder / "d.csv", index=False)
+    return load(folder, "table", "d.csv", label=",".join(labels.columns), **settings)
+
+
+def read_frame(_folder: Path, y: np.ndarray) -> Dataset:
+    frame = pd.DataFrame(X, columns=list("abc")).assign(y=y)
+    return to_dataset(frame, "data", "y")
+
+
+def read_hub(_folder: Path, y: np.ndarray) -> Dataset:
+    datasets = pytest.importorskip("datasets")
+    frame = pd.DataFrame(X, columns=list("abc")).assign(y=y)
+    return to_dataset(datasets.Dataset.from_pandas(frame), "data", "y")
+
+
+def read_htfllib(folder: Path, y: np.ndarray) -> Dataset:
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        np.savez(folder / split / "0.npz", x=X, y=y)
+    return load(folder, "htfllib", "")
+
+
+def read_images(folder: Path, y: np.ndarray) -> Dataset:
+    for row, label in enumerate(y):
+        (folder / str(label)).mkdir(exist_ok=True)
+        pixels = np.full((4, 4), row, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / str(label) / f"{row:02}.png")
+    return load(folder, "image_folder", "")
+
+
+WAYS: dict[str, Callable[[Path, np.ndarray], Dataset]] = {
+    "arrays": lambda _folder, y: to_dataset((X, y), "data"),
+    "tensors": lambda _folder, y: to_dataset((torch.tensor(X), torch.tensor(y)), "data"),
+    "frame": read_frame,
+    "hub": read_hub,
+    "npz": read_npz,
+    "csv": read_csv,
+    "htfllib": read_htfllib,
+    "images": read_images,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("labels", [(0, 1, 2), (1, 2, 3), (0, 2), (2, 10)])
+@pytest.mark.parametrize("way", WAYS)
+def test_classes_are_the_sorted_distinct_labels(
+    way: str, labels: tuple[int, ...], tmp_path: Path
+) -> None:
+    y = np.resize(labels, ROWS)
+
+    dataset = WAYS[way](tmp_path, y)
+
+    values, expected = np.unique(y, return_inverse=True)
+    assert dataset.task.kind == "multiclass"
+    assert dataset.task.output_names == tuple(map(str, values))
+    # The images of a folder are sorted by class, and the values of their pixels are their rows.
+    rows = dataset.train.x[:, 0, 0, 0].long().numpy() if way == "images" else np.arange(ROWS)
+    assert dataset.train.labels.tolist() == expected[rows].tolist()
+
+
+@pytest.mark.parametrize("way", ["npz", "csv"])
+@pytest.mark.parametrize(
+    ("y", "kind", "advice"),
+    [
+        (np.arange(ROWS) % 3 + 1, "multiclass", "data.task=regression"),
+        (np.arange(ROWS) % 5 + 1.0, "multiclass", "data.task=regression"),
+        (np.arange(ROWS) % 2 * 1.0, "multiclass", "data.task=regression"),
+        (np.arange(ROWS) % 3 - 1, "multiclass", "data.task=regression"),
+        (np.arange(ROWS) * 3, "regression", "data.task=multiclass"),
+        (np.stack([np.arange(ROWS) % 3 - 1] * 3, 1), "regression", "data.task=regression"),
+        (np.eye(3, dtype=int)[np.arange(ROWS) % 3], "multiclass", "data.task=multilabel"),
+    ],
+)
+def test_ambiguous_kind_is_a_caution_that_names_the_key(
+    way: str, y: np.ndarray, kind: str, advice: str, tmp_path: Path
+) -> None:
+    read: Any = WAYS[way]
+
+    dataset = read(tmp_path, y)
+
+    assert dataset.task.kind == kind
+    cautions = [note for note in dataset.notes if isinstance(note, Caution)]
+    assert any(f"set {advice}" in note for note in cautions)
+    given = read(tmp_path, y, task=kind)
+    assert given.task == dataset.task
+    assert not any(isinstance(note, Caution) for note in given.notes)
+
+
+@pytest.mark.parametrize(
+    "y", [np.arange(ROWS) % 3, np.arange(ROWS) / 7, np.resize([-1, 1], ROWS), ["a", "b"] * 30]
+)
+def test_labels_with_one_reading_have_no_caution(y: Any, tmp_path: Path) -> None:
+    datasets = [to_dataset((X, y), "data"), read_csv(tmp_path, np.asarray(y))]
+
+    assert not any(isinstance(note, Caution) for each in datasets for note in each.notes)
+
+
+def clients(*labels: Any) -> list[hfl.Client]:
+    return [hfl.Client(f"c{i}", "mlp", (X + i, y)) for i, y in enumerate(labels)]
+
+
+def cautions(own: hfl.Federation) -> list[str]:
+    return [note for note in own.prepare(hfl.Local()).notes if isinstance(note, Caution)]
+
+
+def names_of(own: hfl.Federation) -> tuple[str, ...]:
+    return own.prepare(hfl.Local()).federation.task.output_names
+
+
+def test_federation_has_the_labels_of_all_clients() -> None:
+    first = np.resize([1, 2], ROWS)
+    second = np.resize([3, 2], ROWS)
+
+    own = hfl.Federation(clients(first, second), test=(X, np.resize([1, 3], ROWS)))
+
+    prepared = own.prepare(hfl.Local())
+    assert prepared.federation.task.names == ("1", "2", "3")
+    counts = [prepared.data.label_counts(client) > 0 for client in ("c0", "c1")]
+    assert [count.tolist() for count in counts] == [[True, True, False], [False, True, True]]
+
+
+def test_federation_task_and_num_classes_replace_the_guess() -> None:
+    ratings = np.resize([1.0, 2, 3, 4, 5], ROWS)
+
+    guessed = hfl.Federation(clients(ratings, ratings))
+
+    assert any("pass task='regression'" in note for note in cautions(guessed))
+    given = hfl.Federation(clients(ratings, ratings), task="regression")
+    assert given.prepare(hfl.Local()).federation.task == Task("regression", 1)
+    assert not cautions(given)
+    named = Task("multiclass", 3, ("ill", "unknown", "well"))
+    text = np.resize(["well", "ill"], ROWS)
+    assert names_of(hfl.Federation(clients(text, text), task=named)) == named.names
+    numbers = np.resize([0, 2], ROWS)
+    assert names_of(hfl.Federation(clients(numbers, numbers), num_classes=4)) == tuple("0123")
+    for outside in ([0, 4], [-1, 0]):
+        with pytest.raises(UserError, match=r"label -?\d is out of range 0 to 3"):
+            hfl.Federation(clients(numbers, np.resize(outside, ROWS)), num_classes=4)
+
+
+def test_gap_in_class_numbers_is_a_caution() -> None:
+    y = np.resize([0, 2], ROWS)
+
+    own = hfl.Federation(clients(y, y))
+
+    assert names_of(own) == ("0", "2")
+    assert any("0 as class 0, 2 as class 1; pass num_classes=3" in note for note in cautions(own))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("yes", "Yes"), ("caf\u00e9", "cafe\u0301"), ("day in", "day\u00a0 in")]
+)
+def test_similar_names_are_a_caution(name: str, other: str) -> None:
+    first, second = (np.resize([each, "no"], ROWS) for each in (name, other))
+
+    found = cautions(hfl.Federation(clients(first, second)))
+
+    assert any("differ only in case, white space or Unicode form" in note for note in found)
+
+
+def test_clients_without_a_common_class_are_a_caution(tmp_path: Path) -> None:
+    labels = {"a": [0, 1], "b": [0, 1], "c": [5, 6]}
+    for name, values in labels.items():
+        frame = pd.DataFrame(X, columns=list("xyz")).assign(y=np.resize(values, ROWS))
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+    groups = [
+        {
+            "name": name,
+            "model": "mlp",
+            "data": {"name": "table", "path": str(tmp_path / f"{name}.csv")},
+        }
+        for name in labels
+    ]
+    files = {
+        "data": {"name": "table", "label": "y"},
+        "clients": {"groups": groups},
+        "algorithm": {"name": "local"},
+    }
+
+    of_files = [note for note in hfl.prepare(files).notes if isinstance(note, Caution)]
+    of_objects = cautions(hfl.Federation(clients(*(np.resize(v, ROWS) for v in labels.values()))))
+
+    for found, client in ((of_files, "c"), (of_objects, "c2")):
+        assert [note for note in found if "no other client has a class" in note] == [
+            f"clients: '{client}': no other client has a class of this client: 5, 6"
+        ]
+
+
+def test_numbers_and_names_are_refused() -> None:
+    names = np.resize(["ill", "well"], ROWS)
+    numbers = np.resize([0, 1], ROWS)
+    named = from_arrays(X, names)
+    numbered = from_arrays(X, numbers)
+
+    for first, second in ((names, numbers), (named, numbered)):
+        parts = [hfl.Client("a", "mlp", first if first is named else (X, first))]
+        parts += [hfl.Client("b", "mlp", second if second is numbered else (X, second))]
+        with pytest.raises(UserError, match=r"expected (text|class numbers) as in") as caught:
+            hfl.Federation(parts)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,133 @@
+"""Evaluation of saved models: labels are matched to classes by name, in all interfaces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import hetero_fl as hfl
+from hetero_fl.cli import main
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.utils.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
+NAMES = np.array(["sick", "healthy"])
+
+
+def rows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    y = np.arange(n) % 2
+    x = np.random.default_rng(seed).normal(size=(n, 2)) + 4 * y[:, None]
+    return x.astype(np.float32), y
+
+
+@pytest.fixture(scope="module")
+def named_run(tmp_path_factory: pytest.TempPathFactory) -> hfl.Run:
+    x, y = rows(120)
+    clients = [hfl.Client("a", "linear", (x, NAMES[y])), hfl.Client("b", "linear", (x, NAMES[y]))]
+    defaults = ClientSettings(optimizer=hfl.SGD(lr=0.5), epochs=5)
+    own = hfl.Federation(clients, defaults=defaults)
+    return own.train(hfl.FedAvg(), rounds=3, out=tmp_path_factory.mktemp("named") / "run")
+
+
+def accuracy(run: hfl.Run, data: Any, **options: Any) -> float:
+    return float(hfl.evaluate(run, data, client="a", **options)["a"]["accuracy"])
+
+
+def test_evaluate_matches_names_or_refuses_them(named_run: hfl.Run, tmp_path: Path) -> None:
+    x, y = rows(80, 1)
+    classes = named_run.models["a"].task.names
+    predicted = np.array(classes)[named_run.predict("a", x, personal=False).argmax(1)]
+    expected = float((predicted == NAMES[y]).mean())
+    frame = pd.DataFrame(x, columns=["u", "v"])
+    frame.assign(y=NAMES[y]).to_csv(tmp_path / "named.csv", index=False)
+    frame.assign(y=y).to_csv(tmp_path / "numbered.csv", index=False)
+    np.savez(tmp_path / "numbered.npz", train_images=x, train_labels=y)
+
+    assert expected > 0.9
+    for data in ((x, NAMES[y]), (torch.tensor(x), list(NAMES[y])), str(tmp_path / "named.csv")):
+        assert accuracy(named_run, data, label="y" if isinstance(data, str) else None) == expected
+    healthy = y == 1
+    assert accuracy(named_run, (x[healthy], NAMES[y][healthy])) > 0.9
+    wrong = [(x, y), (x, y + 1), (x, y * 1.0), (x, np.array(["Sick", "Healthy"])[y])]
+    files = [str(tmp_path / "numbered.csv"), str(tmp_path / "numbered.npz")]
+    for data in (*wrong, frame.assign(y=y), *files):
+        is_table = isinstance(data, pd.DataFrame) or str(data).endswith(".csv")
+        with pytest.raises(UserError, match=r"expected class names as in|unknown") as caught:
+            accuracy(named_run, data, label="y" if is_table else None)
+        assert "\n" not in str(caught.value)
+
+
+def test_commands_refuse_numbers_for_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = rows(120)
+    frame = pd.DataFrame(x, columns=["u", "v"])
+    frame.assign(y=NAMES[y]).to_csv(tmp_path / "named.csv", index=False)
+    frame.assign(y=y).to_csv(tmp_path / "numbered.csv", index=False)
+    config = {
+        "data": {"name": "table", "path": str(tmp_path / "named.csv"), "label": "y"},
+        "clients": {"groups": [{"name": "c", "count": 2, "model": "linear"}]},
+        "rounds": 1,
+        "output": {"plots": False, "report": False},
+    }
+    run = hfl.run(config, out=tmp_path / "run", quiet=True)
+    path = str(tmp_path / "numbered.csv")
+
+    assert main(["evaluate", str(run.path), "--data", path]) == 2
+    assert main(["join", str(run.path), "--data", path, "--out", str(tmp_path / "j")]) == 2
+
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("error: --data: ") and "expected class names as in" in line
+    with pytest.raises(UserError, match="expected class names as in"):
+        hfl.join(run, (x, y), out=tmp_path / "joined")
+
+
+def test_evaluate_matches_numbers_by_value(tmp_path: Path) -> None:
+    x, y = rows(120)
+    clients = [hfl.Client("a", "linear", (x, 3 * y + 1)), hfl.Client("b", "linear", (x, 3 * y + 1))]
+    own = hfl.Federation(clients, defaults=ClientSettings(optimizer=hfl.SGD(lr=0.5), epochs=5))
+    run = own.train(hfl.FedAvg(), rounds=3, out=tmp_path / "run")
+
+    assert run.models["a"].task.names == ("1", "4")
+    assert accuracy(run, (x, 3 * y + 1)) == accuracy(run, (x, (3 * y + 1) * 1.0)) > 0.9
+    frame = pd.DataFrame(x, columns=["u", "v"]).assign(y=3 * y + 1)
+    assert accuracy(run, frame, label="y") > 0.9
+    for data in ((x, y), (x, NAMES[y])):
+        with pytest.raises(UserError, match="is unknown to the models"):
+            accuracy(run, data)
+
+
+def test_evaluate_reads_class_folders_in_folders_of_sites(tmp_path: Path) -> None:
+    for site in ("train", "north", "south"):
+        for name, value in (("normal", 0), ("ill", 200)):
+            folder = tmp_path / ("train" if site == "train" else f"sites/{site}") / name
+            folder.mkdir(parents=True)
+            for i in range(30):
+                pixels = np.full((6, 6), value + i, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    source = {"name": "image_folder", "path": str(tmp_path / "train")}
+    config = {
+        "data": source,
+        "clients": {"groups": [{"name": "c", "count": 2, "model": "linear"}]},
+        "rounds": 1,
+        "output": {"plots": False, "report": False},
+    }
+    run = hfl.run(config, out=tmp_path / "run", quiet=True)
+
+    scores = hfl.evaluate(run, str(tmp_path / "sites"), client="c_1")["c_1"]
+    of_site = hfl.evaluate(run, str(tmp_path / "sites" / "north"), client="c_1")["c_1"]
+
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(tmp_path / "sites/north/ill/x.png")
+    with pytest.raises(UserError, match=r"^data: .*x\.png: expected 6x6 pixels .*, got 9x9$"):
+        hfl.evaluate(run, str(tmp_path / "sites"))
+    # Both sites have the same images.
+    assert scores["loss"] == pytest.approx(of_site["loss"])
+    assert scores["accuracy"] == of_site["accuracy"]

@@ -1,0 +1,173 @@
+"""Settings either change a run or are refused, and advice exists in the caller's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import hetero_fl as hfl
+from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SplitConfig
+from hetero_fl.data import from_arrays
+from hetero_fl.experiment import PreparedRun, prepare
+from hetero_fl.utils.errors import UserError
+
+X = np.random.default_rng(0).normal(size=(240, 3)).astype(np.float32)
+Y = np.arange(240) % 3
+FRAME = pd.DataFrame(X, columns=list("abc")).assign(y=Y)
+CONFIG = {"clients": {"groups": [{"name": "c", "count": 2, "model": "mlp"}]}}
+
+
+def own_data(_folder: Path, overrides: list[str]) -> PreparedRun:
+    clients = [
+        hfl.Client("c1", "mlp", (X[:120], Y[:120])),
+        hfl.Client("c2", "mlp", (X[120:], Y[120:])),
+    ]
+    return hfl.Federation(clients).prepare(hfl.FedAvg(), overrides=overrides)
+
+
+def own_frames(_folder: Path, overrides: list[str]) -> PreparedRun:
+    clients = [hfl.Client("c1", "mlp", FRAME[:120]), hfl.Client("c2", "mlp", FRAME[120:])]
+    own = hfl.Federation(clients, label="y", test=FRAME[:60])
+    return own.prepare(hfl.FedAvg(), overrides=overrides)
+
+
+def divided(_folder: Path, overrides: list[str]) -> PreparedRun:
+    clients = [hfl.Client("c1", "mlp"), hfl.Client("c2", "mlp")]
+    return hfl.Federation(clients, data=(X, Y)).prepare(hfl.FedAvg(), overrides=overrides)
+
+
+def in_memory(_folder: Path, overrides: list[str]) -> PreparedRun:
+    return prepare(CONFIG, overrides, dataset=from_arrays(X, Y))
+
+
+def table(folder: Path, overrides: list[str]) -> PreparedRun:
+    FRAME.to_csv(folder / "t.csv", index=False)
+    data = {"name": "table", "path": str(folder / "t.csv"), "label": "y"}
+    return prepare({**CONFIG, "data": data}, overrides)
+
+
+WAYS: dict[str, Callable[[Path, list[str]], PreparedRun]] = {
+    "own_data": own_data,
+    "own_frames": own_frames,
+    "divided": divided,
+    "in_memory": in_memory,
+    "table": table,
+}
+VALUES = {
+    "path": "OTHER",
+    "columns": "{input: a}",
+    "label": "a",
+    "group": "y",
+    "patient": "b",
+    "task": "regression",
+    "categories": "{y: [0, 1, 2]}",
+    "size": "8",
+    "stream": "{workers: 1}",
+    "splits": "pooled",
+    "series": "{window: 3}",
+    "windows": "{length: 3}",
+    "speech": "{rate: 8000}",
+    "movies": "{length: 3}",
+    "driving": "{height: 8}",
+    "text": "{length: 3}",
+    "train_limit": "90",
+    "test_limit": "9",
+    "validation": "0.3",
+    "partition.kind": "dirichlet",
+    "partition.arguments": "{a: 1}",
+    "partition.alpha": "0.1",
+    "partition.cap": "2",
+    "partition.classes": "3",
+    "partition.classes_spread": "1",
+    "partition.shots": "5",
+    "partition.min_size": "200",
+    "partition.rows": "30",
+    "partition.spread": "1",
+    "proxy.size": "10",
+    "proxy.source": "{name: synthetic_table}",
+    "proxy.columns": "[a]",
+    "proxy.labels": "true",
+    "split.validation": "0.3",
+    "split.test": "0.1",
+}
+"""A value of each key of the section `data` that no way to pass data uses by default."""
+ENVIRONMENT = {"name", "root"}
+"""Keys that choose the source and a folder of this machine."""
+
+
+def test_values_of_all_keys_are_tested() -> None:
+    sections = {"partition": PartitionConfig, "proxy": ProxyConfig, "split": SplitConfig}
+    keys = {key for key in DataConfig.model_fields if key not in {*sections, *ENVIRONMENT}}
+    keys |= {f"{name}.{key}" for name, cls in sections.items() for key in cls.model_fields}
+
+    assert keys == set(VALUES)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_key_of_the_data_has_an_effect_or_is_refused(way: str, tmp_path: Path) -> None:
+    FRAME.assign(a=0.0).to_csv(tmp_path / "other.csv", index=False)
+    before = WAYS[way](tmp_path, []).data.content_hash()
+    silent = []
+    for key, value in VALUES.items():
+        if (way, key) == ("own_frames", "partition.min_size"):
+            # The minimum applies to rows that are divided.
+            continue
+        override = f"data.{key}={value.replace('OTHER', str(tmp_path / 'other.csv'))}"
+        try:
+            if WAYS[way](tmp_path, [override]).data.content_hash() == before:
+                silent.append(override)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    assert silent == []
+
+
+@pytest.mark.parametrize("key", ["model=linear", "epochs=7", "optimizer.lr=0.5"])
+def test_default_without_effect_is_refused(key: str) -> None:
+    clients = [
+        hfl.Client(name, "mlp", (X, Y), epochs=2, optimizer=hfl.SGD(lr=0.1)) for name in ("a", "b")
+    ]
+
+    with pytest.raises(UserError, match=r"defaults\.[a-z.]+: has no effect, because every client"):
+        hfl.Federation(clients).prepare(hfl.Local(), overrides=[f"clients.defaults.{key}"])
+    with pytest.raises(UserError, match="defaults: epochs has no effect"):
+        hfl.Federation(clients, defaults=hfl.ClientSettings(epochs=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "advice", "key"),
+    [
+        (lambda: own_data(Path(), ["algorithm.name=fedmd"]), "proxy", "data.proxy"),
+        (
+            lambda: hfl.Federation(
+                [
+                    hfl.Client("a", "mlp", FRAME.assign(b="x")),
+                    hfl.Client("b", "mlp", FRAME),
+                ],
+                label="y",
+            ),
+            "convert it to one type",
+            "data.categories",
+        ),
+        (
+            lambda: hfl.Federation(
+                [hfl.Client("a", "mlp"), hfl.Client("b", "mlp")],
+                data=(X, Y),
+                partition=hfl.Natural(),
+            ).prepare(hfl.FedAvg()),
+            "from_arrays(..., group=...)",
+            "data.group",
+        ),
+    ],
+)
+def test_advice_names_arguments_to_callers_that_pass_objects(
+    make: Callable[[], object], advice: str, key: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+
+    assert advice in str(caught.value) and key not in str(caught.value)

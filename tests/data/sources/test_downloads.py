@@ -8,6 +8,7 @@ import pickle
 import socket
 import tarfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,15 @@ from hetero_fl.data import Dataset, load_source
 from hetero_fl.utils.errors import UserError
 from tests.helpers.file_server import md5
 
-medmnist = pytest.importorskip("medmnist")
 ROWS = {"train": 30, "val": 6, "test": 9}
 """Rows of each split of the fixture `npz`."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def medmnist() -> ModuleType:
+    """Import the package, which takes long, when the first test needs it."""
+    module: ModuleType = pytest.importorskip("medmnist")
+    return module
 
 
 def get(name: str, root: Path) -> Dataset:
@@ -105,7 +112,12 @@ def test_cifar_is_loaded_from_download(
 
 @pytest.mark.parametrize("flag", ["pneumoniamnist", "chestmnist", "medmnist:pathmnist"])
 def test_medmnist_is_loaded_from_download(
-    flag: str, npz: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flag: str,
+    npz: Any,
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    medmnist: ModuleType,
 ) -> None:
     address, folder = server
     name = flag.removeprefix("medmnist:")
@@ -129,7 +141,7 @@ def test_medmnist_is_loaded_from_download(
         )
 
 
-def test_medmnist_2d_sets_match_the_package(tmp_path: Path) -> None:
+def test_medmnist_2d_sets_match_the_package(tmp_path: Path, medmnist: ModuleType) -> None:
     from hetero_fl.data.sources.images import OUTPUTS
 
     flat = {name: info for name, info in medmnist.INFO.items() if not name.endswith("3d")}
@@ -141,7 +153,11 @@ def test_medmnist_2d_sets_match_the_package(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "bloodmnist"])
 def test_failed_download_raises_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    medmnist: ModuleType,
 ) -> None:
     with socket.socket() as closed:  # a port without a listener
         closed.bind(("127.0.0.1", 0))
@@ -163,7 +179,11 @@ def test_failed_download_raises_one_line(
 
 
 def test_truncated_download_is_detected(
-    server: tuple[str, Path], npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: tuple[str, Path],
+    npz: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    medmnist: ModuleType,
 ) -> None:
     address, folder = server
     data = npz().read_bytes()
@@ -206,7 +226,12 @@ def test_interrupt_during_download_is_raised(
 
 @pytest.mark.parametrize("size", [28, 64])
 def test_size_selects_the_file_of_medmnist(
-    size: int, npz: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int,
+    npz: Any,
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    medmnist: ModuleType,
 ) -> None:
     address, folder = server
     images = {f"{s}_images": np.zeros((n, size, size, 3), np.uint8) for s, n in ROWS.items()}
@@ -227,7 +252,11 @@ def test_size_selects_the_file_of_medmnist(
 
 
 def test_wrong_checksum_is_detected(
-    npz: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    npz: Any,
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    medmnist: ModuleType,
 ) -> None:
     address, folder = server
     (folder / "pathmnist_64.npz").write_bytes(npz().read_bytes())
@@ -239,7 +268,7 @@ def test_wrong_checksum_is_detected(
         load_source(SourceConfig(name="pathmnist", size=32), tmp_path / "root")
 
 
-def test_every_size_has_a_checksum() -> None:
+def test_every_size_has_a_checksum(medmnist: ModuleType) -> None:
     from hetero_fl.data.sources.images import OUTPUTS, SIDES
 
     for name in OUTPUTS:

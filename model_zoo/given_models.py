@@ -7,7 +7,6 @@ equal names, in every process and on every machine.
 from __future__ import annotations
 
 import copy
-import enum
 import functools
 import hashlib
 import inspect
@@ -21,17 +20,11 @@ from torch.nn.parameter import is_lazy
 
 from model_zoo.errors import ModelError
 from model_zoo.heads import split_module
+from model_zoo.module_state import MODULE_ATTRIBUTES, PLAIN_TYPES, check_shared_memory
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel
 
 OBJECT_PREFIX = "object:"
-# Types whose `repr` describes a value completely.
-PLAIN_TYPES = (
-    *(type(None), bool, int, float, complex, str, bytes),
-    *(torch.dtype, torch.device, torch.Size, enum.Enum),
-)
-# Attributes of every module, such as the mode and the dictionaries of parameters and hooks.
-MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 
 ModelFactory = Callable[..., nn.Module]
 
@@ -85,6 +78,7 @@ class GivenModel:
         self._model = model
         self.head = head
         if isinstance(model, nn.Module):
+            check_shared_memory(model)
             described, self._identity = _describe_module(model)
         else:
             described, self._identity = _source_of(model), (id(model),)
@@ -178,7 +172,8 @@ def redraw_weights(module: nn.Module) -> list[str]:
 
     Args:
         module: The module, modified in place. The method `reset_parameters` of each submodule is
-            called, except for submodules whose parameters are all frozen.
+            called, except for submodules whose parameters are all frozen. Frozen parameters keep
+            their values.
 
     Returns:
         Names of the trainable parameters that keep their values, because their submodules have no
@@ -199,7 +194,10 @@ def redraw_weights(module: nn.Module) -> list[str]:
         if own and not trainable:
             continue
         if callable(reset := getattr(part, "reset_parameters", None)):
+            frozen = {name: p.detach().clone() for name, p in own.items() if name not in trainable}
             reset()
+            for name, values in frozen.items():
+                own[name].data.copy_(values)
         else:
             kept += trainable
     return kept

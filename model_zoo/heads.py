@@ -121,8 +121,8 @@ def check_training(split: SplitModel, module: nn.Module, shape: Shape) -> None:
     """Check that a model returns the same logits in training mode as the module before the split.
 
     Args:
-        split: The model, whose buffers change.
-        module: An equal module that was not split, whose buffers change.
+        split: The model.
+        module: An equal module that was not split.
         shape: Shape of an example.
 
     Raises:
@@ -230,17 +230,11 @@ def evaluate_examples(module: nn.Module, shape: Shape, training: bool = False) -
     """Return a module's outputs for two random examples, which are equal in each call.
 
     Args:
-        module: The module. In training mode, its buffers may change.
+        module: The module.
         shape: Shape of an example.
         training: Whether to evaluate the module in training mode.
 
     Raises:
         InputError: If the module raises an exception.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = shape.zeros(2)
-    if x.is_floating_point():
-        x = torch.rand(x.shape, generator=generator)
-    else:
-        x = torch.randint(1, shape.vocabulary_size, x.shape, generator=generator)
-    return probe(module, x, shape, training=training)
+    return probe(module, shape.random(2), shape, training=training)

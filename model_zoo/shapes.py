@@ -63,6 +63,14 @@ class Shape:
             return torch.zeros(batch_size, *self.size, dtype=torch.int64)
         return torch.zeros(batch_size, self.channels, *self.size)
 
+    def random(self, batch_size: int, seed: int = 0) -> torch.Tensor:
+        """Return a batch of numbers from 0 to 1 or of tokens other than 0, drawn at random."""
+        generator = torch.Generator().manual_seed(seed)
+        blank = self.zeros(batch_size)
+        if self.vocabulary is None:
+            return torch.rand(blank.shape, generator=generator)
+        return torch.randint(1, self.vocabulary, blank.shape, generator=generator)
+
     def __str__(self) -> str:
         if self.kind == "tokens":
             return f"a text of {self.size[0]} tokens (vocabulary of {self.vocabulary})"

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.generators import keyed_generators
+from model_zoo.module_state import ModuleSnapshot
 from model_zoo.shapes import Shape
 
 # A backbone, the width of the features and, optionally, the dropout rate between features and head.
@@ -226,13 +227,13 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
 
 
 def probe(module: nn.Module, x: Tensor, examples: object, training: bool = False) -> Any:
-    """Return the outputs of a module of unknown origin, and restore all modes afterwards.
+    """Return the outputs of a module of unknown origin, and restore the module afterwards.
 
-    The global random number generators do not change, and calls with equal inputs draw equal random
-    numbers.
+    All modes, buffers and attributes are restored. The global random number generators do not
+    change, and calls with equal inputs draw equal random numbers.
 
     Args:
-        module: The module. In training mode, its buffers may change.
+        module: The module.
         x: Inputs of the module.
         examples: Description of the inputs, for the error message.
         training: Whether to run the module in training mode.
@@ -241,6 +242,7 @@ def probe(module: nn.Module, x: Tensor, examples: object, training: bool = False
         InputError: If the module raises an exception.
     """
     modes = {part: part.training for part in module.modules()}
+    before = ModuleSnapshot(module)
     if training:
         module.train()
     else:
@@ -254,6 +256,7 @@ def probe(module: nn.Module, x: Tensor, examples: object, training: bool = False
         prefix = "SystemExit: " if isinstance(error, SystemExit) else ""
         raise InputError(f"{mode}cannot process {examples}: {prefix}{one_line(error)}") from error
     finally:
+        before.restore(before.changes())
         for part, mode_before in modes.items():
             part.training = mode_before
 

@@ -326,7 +326,7 @@ class Algorithm(Settings):
         if not shares_whole_model or len(server.models) != 1:
             return None
         (slot,) = server.models
-        return None if local_tensor_names(self, server.arch[slot]) else slot
+        return None if changing_local_names(self, server.arch[slot]) else slot
 
 
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
@@ -431,13 +431,25 @@ def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds
 def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
     """Return the names of the tensors that always stay at clients with this architecture.
 
-    The set is empty unless the method excludes BatchNorm tensors (`SharedPart.local`).
+    These are the BatchNorm tensors that the method excludes (`SharedPart.local`), and the tensors
+    that no client shares (`ModelSpec.local_names`).
     """
+    return _excluded_names(method, arch) | arch.local_names
+
+
+def _excluded_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
     local = shared_part_of(method).local
     if local is None:
         return frozenset()
     names = arch.batch_norm_names
     return names if local == "batch_norm" else names - arch.parameter_names
+
+
+def changing_local_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
+    """Return those of `local_tensor_names` that training changes."""
+    local = arch.local_names
+    # Whether a model writes tensors is found out by running it, so only if necessary.
+    return _excluded_names(method, arch) | (local & arch.written_names if local else local)
 
 
 def shareable_tensors(
@@ -467,12 +479,16 @@ def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
     slot = shared_part_of(method).slot
     settings = client.settings
     replaced = download_part(method, settings, 0) if settings.share_every == 1 else ()
-    local = local_tensor_names(method, client.arch[slot])
+    local = changing_local_names(method, client.arch[slot])
     own = client.models[slot]
     kept = exclude_part(own, replaced) | {n: t for n, t in own.items() if n in local}
     models = {**client.models, slot: kept}
-    # Integer counters alone are not worth storing.
-    return {name: tensors for name, tensors in models.items() if floating_tensors(tensors)}
+    # Other integers, such as counters of BatchNorm layers, are not worth storing.
+    return {
+        name: tensors
+        for name, tensors in models.items()
+        if floating_tensors(tensors) or not local.isdisjoint(tensors)
+    }
 
 
 def may_share(client: Participant, share: str) -> bool:

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
@@ -22,8 +22,9 @@ from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 from model_zoo.generators import keyed_generators
 from model_zoo.given_models import GivenModel
 from model_zoo.heads import check_training
-from model_zoo.registry import MODELS
-from model_zoo.shapes import make_shape
+from model_zoo.module_state import ForwardWrites, carry_state, observe_forward, state_tensors
+from model_zoo.registry import MODELS, is_user_defined
+from model_zoo.shapes import Shape, make_shape
 
 Tensors = dict[str, Tensor]
 
@@ -51,6 +52,8 @@ class ModelSpec:
             nor stored.
         family: Name of the family to which the model belongs. If empty, `spec_id` is used. The
             family is neither compared nor stored.
+        shares_trained_only: Whether all tensors except trained parameters stay at the clients,
+            because noise protects trained parameters only. It is neither compared nor stored.
 
     Example:
         >>> from hetero_fl.core.model_spec import ModelSpec
@@ -72,6 +75,7 @@ class ModelSpec:
     vocabulary: int | None = None
     label: str = field(default="", compare=False)
     family: str = field(default="", compare=False)
+    shares_trained_only: bool = field(default=False, compare=False)
 
     @classmethod
     def from_config(
@@ -105,6 +109,12 @@ class ModelSpec:
         channels, *size = self.input_shape if self.vocabulary is None else (1, *self.input_shape)
         return self.outputs, channels, tuple(size), self.feature_dim
 
+    @property
+    def shape(self) -> Shape:
+        """Shape of an example, as models see it."""
+        _, channels, size, _ = self.size_arguments
+        return make_shape(channels, size, self.vocabulary)
+
     def build(self, pretrained: bool = False, seed: int = 0) -> SplitModel:
         """Build a module, whose constructor draws equal random numbers in each call.
 
@@ -115,15 +125,9 @@ class ModelSpec:
         Raises:
             ModelError: If the model cannot be created.
         """
-        options = dict(self.options)
-        with keyed_generators(stream_key(seed, "init", self.spec_id)):
-            return create_model(
-                self.name,
-                *self.size_arguments,
-                pretrained=pretrained,
-                vocabulary=self.vocabulary,
-                **options,
-            )
+        module = _create(self, pretrained, seed)
+        carry_state(module, _unknown_writes(self).carried)
+        return module
 
     def build_given(self, given: GivenModel) -> Tensors:
         """Return the tensors of a user's module that has this architecture.
@@ -131,9 +135,9 @@ class ModelSpec:
         Raises:
             ModelError: If the module has another architecture.
         """
-        _, channels, size, _ = self.size_arguments
-        model = given.build(make_shape(channels, size, self.vocabulary))
-        return {n: t.detach() for n, t in model.state_dict().items()}
+        model = given.build(self.shape)
+        carry_state(model, _unknown_writes(self).carried)
+        return {n: t.detach() for n, t in state_tensors(model).items()}
 
     def initial_tensors(self, seed: int) -> Tensors:
         """Return the initial tensors for a seed, keyed by name.
@@ -165,8 +169,32 @@ class ModelSpec:
 
     @cached_property
     def parameter_names(self) -> frozenset[str]:
-        """Names of the trainable tensors. All other tensors are buffers."""
+        """Names of the parameters. All other tensors are buffers."""
         return _measure(self).parameters
+
+    @property
+    def written_names(self) -> frozenset[str]:
+        """Names of the buffers that the forward pass writes in training mode."""
+        return _observe(self).tensors
+
+    @property
+    def local_names(self) -> frozenset[str]:
+        """Names of the tensors that clients do not share.
+
+        Of the tensors that the forward pass writes, these are attributes, buffers that are not
+        persistent, and integers, which an average of `state_dict` leaves out. Counters of BatchNorm
+        layers that use a momentum are not listed, because nothing depends on them. With
+        `shares_trained_only`, these are all tensors except trained parameters.
+        """
+        measured = _measure(self)
+        if self.shares_trained_only:
+            return frozenset(measured.shapes) - measured.trained
+        return measured.local
+
+    @property
+    def cached_names(self) -> frozenset[str]:
+        """Names of attributes that the forward pass writes and no later pass depends on."""
+        return _unknown_writes(self).caches
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -239,31 +267,61 @@ class _ModelProperties:
     """Properties of a model that do not depend on the values of its tensors."""
 
     parameters: frozenset[str]
+    trained: frozenset[str]
     width: int
     head_path: str
     shapes: Mapping[str, tuple[int, ...]]
     batch_norm: frozenset[str]
+    local: frozenset[str]
 
 
 @lru_cache(maxsize=256)
 def _measure(arch: ModelSpec) -> _ModelProperties:
     # Cached because methods create equal specifications in each round.
-    module = arch.build()
+    # A model may freeze parameters in its method `train`.
+    module = arch.build().train()
+    tensors = state_tensors(module)
     layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
+    counters = {f"{path}.num_batches_tracked" for path, m in layers if m.momentum is not None}
+    writes = _unknown_writes(arch)
+    integers = {n for n in writes.tensors if not tensors[n].is_floating_point()}
     return _ModelProperties(
-        frozenset(n for n, _ in module.named_parameters()),
+        frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
+        frozenset(n for n, t in tensors.items() if t.requires_grad),
         int(module.feature_dim),
         module.head_path,
-        {n: tuple(t.shape) for n, t in module.state_dict().items()},
+        {n: tuple(t.shape) for n, t in tensors.items()},
         frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),
+        (writes.carried | integers) - counters,
     )
+
+
+def _create(arch: ModelSpec, pretrained: bool = False, seed: int = 0) -> SplitModel:
+    with keyed_generators(stream_key(seed, "init", arch.spec_id)):
+        return create_model(
+            arch.name,
+            *arch.size_arguments,
+            pretrained=pretrained,
+            vocabulary=arch.vocabulary,
+            **dict(arch.options),
+        )
+
+
+@lru_cache(maxsize=256)
+def _observe(arch: ModelSpec) -> ForwardWrites:
+    return observe_forward(_create(arch), arch.shape)
+
+
+def _unknown_writes(arch: ModelSpec) -> ForwardWrites:
+    """Return what a user's model writes. Models of libraries keep all state in `state_dict`."""
+    return _observe(arch) if is_user_defined(arch.name) else ForwardWrites()
 
 
 @lru_cache(maxsize=16)
 def _initial_tensors(arch: ModelSpec, seed: int, _dtype: torch.dtype) -> Tensors:
     # The result depends on torch's default dtype, which is therefore part of the cache key.
     module = arch.build(arch.pretrained, seed)
-    return {n: t.detach().clone() for n, t in module.state_dict().items()}
+    return {n: t.detach().clone() for n, t in state_tensors(module).items()}
 
 
 @lru_cache(maxsize=256)
@@ -271,9 +329,7 @@ def _check_training(arch: ModelSpec) -> None:
     # Cached because many clients may have equal models.
     model = arch.build()
     if arch.name not in MODELS:
-        _, channels, size, _ = arch.size_arguments
-        shape = make_shape(channels, size, arch.vocabulary)
-        check_training(model, arch.build().source_module(), shape)
+        check_training(model, arch.build().source_module(), arch.shape)
 
 
 # Name and shape of a tensor, and the architecture group of the model. The group is "" for tensors

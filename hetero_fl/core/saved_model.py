@@ -27,6 +27,7 @@ from model_zoo import ModelError, SplitModel
 from model_zoo.errors import one_line
 from model_zoo.generators import keyed_generators
 from model_zoo.given_models import GivenModel, restore_given
+from model_zoo.module_state import load_state
 
 FORM = "hetero_fl model 1"
 # Prefix of the names of local tensors in a model file, for the client's own examples. At first,
@@ -227,12 +228,7 @@ class SavedModel:
         """
         tensors = {**self.tensors, **self.local_tensors} if personal else self.tensors
         module = self.arch.build()
-        counters = {
-            n: t
-            for n, t in module.state_dict().items()
-            if n not in tensors and not t.is_floating_point()
-        }
-        module.load_state_dict({**counters, **tensors})
+        load_state(module, tensors)
         return module.eval()
 
     @torch.no_grad()

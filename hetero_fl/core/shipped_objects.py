@@ -6,6 +6,7 @@ from typing import Any
 
 import cloudpickle
 
+from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.objects import find_object, iterate_objects, restore_object
 from model_zoo import ModelError
 from model_zoo.given_models import find_given
@@ -25,10 +26,20 @@ def pack_objects(*trees: Any) -> bytes:
 
     Returns:
         The serialized objects, or empty bytes if the configurations name no object.
+
+    Raises:
+        UserError: If an object cannot be serialized.
     """
     names = {name for tree in trees for _, name in iterate_objects(tree)}
     found = {name: _find(name) for name in sorted(names)}
-    return cloudpickle.dumps(found) if found else b""
+    try:
+        return cloudpickle.dumps(found) if found else b""
+    # Any object may refuse, such as a module with parametrizations.
+    except Exception as error:
+        raise UserError(
+            f"{', '.join(found)}: cannot be sent to another process ({one_line(error)}); pass a "
+            "class or function that creates the object, or set runtime.executor=serial"
+        ) from error
 
 
 def unpack_objects(packed: bytes) -> None:

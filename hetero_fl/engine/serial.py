@@ -35,7 +35,13 @@ from hetero_fl.core.stored_rows import Column, split_rows, targets
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError, Work
-from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
+from hetero_fl.engine.templates import (
+    OutputStep,
+    Templates,
+    step_model_spec,
+    step_tensors,
+    with_integers,
+)
 from hetero_fl.engine.training import run_fit
 from hetero_fl.utils.seeding import stream_key
 from model_zoo import Outputs, is_batch_norm
@@ -111,12 +117,10 @@ class CachedOutputs:
         self._x = weakref.ref(x)
         self.outputs = outputs
         self._version = outputs._version
-        self._tensors = {n: (t, t._version) for n, t in tensors.items() if t.is_floating_point()}
+        self._tensors = {n: (t, t._version) for n, t in tensors.items()}
 
     def matches(self, x: Column, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether the outputs were computed from these rows and an equal model.
-
-        Integer buffers are not compared, because they do not affect the outputs in evaluation mode.
 
         Args:
             x: Inputs, shape `[N, ...]`, which are compared by identity.
@@ -126,10 +130,9 @@ class CachedOutputs:
             return False
         if any(t._version != version for t, version in self._tensors.values()):
             return False
-        names = [n for n, t in tensors.items() if t.is_floating_point()]
-        return all(
-            n in self._tensors and _are_equal(self._tensors[n][0], tensors[n]) for n in names
-        )
+        if self._tensors.keys() != tensors.keys():
+            return False
+        return all(_are_equal(self._tensors[n][0], tensor) for n, tensor in tensors.items())
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
@@ -256,8 +259,7 @@ class SerialBackend:
         rows = step.data.columns(participant)["x"]
         if not layers or min(len(rows), step.batch_size) < 2:
             return {}
-        counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
-        module = template.load({**counters, **step_tensors(participant, step)})
+        module = template.load(with_integers(participant, step))
         template.set_mode(training=False)
         momenta = {name: layer.momentum for name, layer in layers.items()}
         for layer in layers.values():
@@ -294,10 +296,7 @@ class SerialBackend:
         is_received = getattr(first, "tensors", None) is not None
         slot = "" if is_received else first.slot
         template = self.templates(step_model_spec(participant, first), slot)
-        # Integer counters are not transmitted, and the forward pass in evaluation mode ignores
-        # counters.
-        counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
-        module = template.load({**counters, **step_tensors(participant, first)})
+        module = template.load(with_integers(participant, first))
         template.set_mode(training=False)
         batches: list[list[Tensor]] = [[] for _ in steps]
         rows = first.data.columns(participant)["x"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 
 import torch
@@ -21,8 +21,10 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import ClassSums, Predict, Recalibrate
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
+from hetero_fl.utils.errors import UserError
 from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
 from model_zoo.generators import keyed_generators
+from model_zoo.module_state import ModuleSnapshot, named_state, state_tensors
 from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
 
@@ -148,7 +150,8 @@ class Template:
     Attributes:
         module: The module.
         has_dropout: Whether the module has dropout layers with a positive probability.
-        tensors: The module's parameters and buffers, keyed by name.
+        tensors: The module's parameters and buffers, keyed by name. A tensor with several names
+            (tied weights) is listed once.
         parameters: The module's trainable parameters, keyed by name. Parameters that the model
             itself has frozen are left out.
     """
@@ -168,7 +171,23 @@ class Template:
             _use_bfloat16(self.module, device)
         if prefers_channels_last(arch):
             self.module.to(memory_format=torch.channels_last)
-        self.tensors: Mapping[str, Tensor] = self.module.state_dict(keep_vars=True)
+        self.arch = arch
+        # A model may freeze parameters in its method `train`.
+        self.module.train()
+        self.tensors: Mapping[str, Tensor] = state_tensors(self.module)
+        first = {id(tensor): name for name, tensor in self.tensors.items()}
+        # Names in `tensors` of all names of the module and of the head.
+        self._names = {t.name: first[id(t.tensor)] for t in named_state(self.module)}
+        self._head_names = {t.name: first[id(t.tensor)] for t in named_state(self.module.head)}
+        # The dictionary that contains each buffer, because a forward pass may replace buffers.
+        self._buffers = {
+            t.name: (t.part._buffers, t.key)
+            for t in named_state(self.module)
+            if not isinstance(t.tensor, nn.Parameter)
+        }
+        # Models of libraries do not write attributes.
+        is_known = not is_user_defined(arch.name)
+        self._attributes = None if is_known else ModuleSnapshot(self.module, buffers=False)
         self._released: set[str] = set()
         # cuDNN expects the weights of a recurrent layer in one block of memory, so
         # `release_tensors` returns copies of the module's tensors.
@@ -186,11 +205,16 @@ class Template:
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Copy tensors into the module and return the module.
 
-        A tensor that is the module's own tensor is not copied.
+        A tensor that is the module's own tensor is not copied. What a forward pass wrote to
+        attributes for another participant is removed.
 
         Raises:
             KeyError: If a tensor of the module is missing.
         """
+        if self._attributes is not None:
+            self._attributes.restore(self._attributes.changes())
+        for name, (owner, key) in self._buffers.items():
+            owner[key] = self.tensors[self._names[name]]
         for name, mine in self.tensors.items():
             if tensors[name] is mine:
                 continue
@@ -207,11 +231,17 @@ class Template:
             self.module.train(training)
             self._mode = training
 
-    def release_tensors(self) -> Tensors:
+    def release_tensors(self, trained: Collection[str]) -> Tensors:
         """Return the module's tensors, keyed by name, contiguous and on the storage device.
 
         The tensors are copied only if necessary. For tensors that are not copied, the next `load`
         allocates new memory in the module.
+
+        Args:
+            trained: Names of the parameters that have been trained.
+
+        Raises:
+            UserError: If the forward pass has written state that the tensors do not contain.
         """
         # Unlike `detach()`, `data` does not share its version counter with the module's tensor.
         tensors = {
@@ -220,23 +250,69 @@ class Template:
                 copy=self._keeps_memory,
                 memory_format=torch.contiguous_format,
             )
-            for name, mine in self.tensors.items()
+            for name, mine in self._written_tensors(trained).items()
         }
         self._released = {
             name for name, t in tensors.items() if t.data_ptr() == self.tensors[name].data_ptr()
         }
         return tensors
 
+    def _written_tensors(self, trained: Collection[str]) -> Mapping[str, Tensor]:
+        """Return the module's tensors after its forward pass may have replaced buffers."""
+        buffers = {name: owner[key] for name, (owner, key) in self._buffers.items()}
+        tensors = {name: buffers.get(name, tensor) for name, tensor in self.tensors.items()}
+        for name, tensor in tensors.items():
+            mine = self.tensors[name]
+            if tensor is not mine and (
+                not isinstance(tensor, Tensor)
+                or (tensor.shape, tensor.dtype) != (mine.shape, mine.dtype)
+            ):
+                raise UserError(
+                    f"{self._describe(name)} changes its shape or type in training; a buffer must "
+                    f"stay a tensor of shape {tuple(mine.shape)} and type {mine.dtype}"
+                )
+            if isinstance(mine, nn.Parameter) and mine.requires_grad is not (name in trained):
+                raise UserError(
+                    f"{self._describe(name)} changes its requires_grad in training; freeze "
+                    "parameters in __init__ or in train()"
+                )
+        if unexpected := self.written_attributes() - self.arch.cached_names:
+            raise UserError(
+                f"{self._describe(min(unexpected))} changes in training and would be lost; keep it "
+                "as a tensor in a buffer: self.register_buffer(name, tensor)"
+            )
+        return tensors
+
+    def _describe(self, name: str) -> str:
+        return f"model {self.arch.display_name}: '{name}'"
+
+    def written_attributes(self) -> set[str]:
+        """Return the names of the attributes that differ from those of a new module."""
+        return set() if self._attributes is None else self._attributes.changes()
+
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
         """Return a view of the module that uses other tensors, without changing the module.
 
         Args:
             tensors: Parameters and buffers, keyed by name.
+
+        Raises:
+            RuntimeError: When the view is called, if the forward pass replaces a buffer.
         """
-        head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
+
+        def forward(x: Tensor) -> Outputs:
+            used = {name: tensors[first] for name, first in self._names.items()}
+            # `functional_call` finds tied weights by itself, but not those of shared submodules.
+            outputs: Outputs = functional_call(self.module, used, (x,), tie_weights=False)
+            for name in self._buffers:
+                if used[name] is not tensors[self._names[name]]:
+                    raise RuntimeError(f"its forward pass assigns the buffer '{name}'")
+            return outputs
+
+        head = {name: tensors[first] for name, first in self._head_names.items()}
         return ModelView(
-            lambda x: functional_call(self.module, dict(tensors), (x,)),
-            lambda z: functional_call(self.module.head, head, (z,)),
+            forward,
+            lambda z: functional_call(self.module.head, head, (z,), tie_weights=False),
             {n: tensors[n] for n in self.parameters},
         )
 
@@ -325,6 +401,18 @@ def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
 
 
 OutputStep = Predict | ClassSums
+
+
+def with_integers(participant: Participant, step: OutputStep | Recalibrate) -> Mapping[str, Tensor]:
+    """Return the tensors of the model that a step uses, including integers.
+
+    Integers are not transmitted, so a received model has those of the participant's initial model.
+    """
+    tensors = step_tensors(participant, step)
+    arch = step_model_spec(participant, step)
+    if tensors.keys() == arch.shapes.keys():
+        return tensors
+    return {**arch.initial_tensors(participant.round_context.seed), **tensors}
 
 
 def step_model_spec(participant: Participant, step: OutputStep | Recalibrate) -> ModelSpec:

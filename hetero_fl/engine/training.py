@@ -379,7 +379,12 @@ def run_fit(
     snapshot = None
     if fit.keep:
         snapshot = snapshot_optimizer(optimizer, trainable, templates.memory.storage_device)
-    trained = {slot: modules[slot].release_tensors() for slot in fit.train}
+    trained = {
+        slot: modules[slot].release_tensors(
+            {name for name in modules[slot].parameters if f"{slot}:{name}" in trainable}
+        )
+        for slot in fit.train
+    }
     participant.models.update(trained)
     if snapshot is not None:
         participant.state.setdefault("optimizers", {})[fit.keep] = snapshot

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from hetero_fl.core.model_spec import ModelSpec
@@ -38,7 +38,7 @@ from hetero_fl.engine.serial import (
     prediction_key,
     select_output,
 )
-from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
+from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, with_integers
 from hetero_fl.engine.vectorized_training import fit_stacked, refused_draws
 
 T = TypeVar("T")
@@ -72,20 +72,18 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     step = work[0][1]
     device = templates.device
     template = templates(step_model_spec(*work[0]), "")
-    module = template.module.eval()
+    template.module.eval()
     # Models with the most rows come first, so that the models with remaining rows are always a
     # prefix.
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
-    models = [step_tensors(*work[i]) for i in order]
-    # Integer counters are not transmitted, and evaluation ignores them.
+    models = [with_integers(*work[i]) for i in order]
     stacked = {
         n: templates.memory.stack([m[n] for m in models]).to(mine)
         for n, mine in template.tensors.items()
-        if mine.is_floating_point()
     }
 
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return select_output(step, functional_call(module, dict(tensors), (x,)))
+        return select_output(step, template.view_of(tensors)(x))
 
     x = [templates.memory.keep(inputs[i]) for i in order]
     batches: list[list[Tensor]] = [[] for _ in order]

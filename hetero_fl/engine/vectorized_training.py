@@ -520,6 +520,9 @@ class _StackedFits:
         ]
         finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
         totals = self.totals.tolist()
+        for slot in self.fit.train:
+            if written := self.templates[slot].written_attributes():
+                raise RuntimeError(f"its forward pass changes '{min(written)}'")
         tensors = {
             s: {n: t.to(self.storage_device) for n, t in self.tensors[s].items()}
             for s in self.fit.train

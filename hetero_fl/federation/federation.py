@@ -49,6 +49,13 @@ MAX_EVALUATED = 1000
 NUM_REPRESENTATIVE = 100
 
 
+def _protect(arch: ModelSpec, privacy: PrivacyConfig | None) -> ModelSpec:
+    """Return a model of which clients share what the noise on uploads protects."""
+    if privacy is None or privacy.unit == "record":
+        return arch
+    return replace(arch, shares_trained_only=True)
+
+
 def as_sender(server: Participant, client_id: str) -> Participant:
     """Return the server as the sender of a broadcast to a client.
 
@@ -144,7 +151,8 @@ class FederationSpec:
             view = data.unnormalized_view(
                 profile.settings.preprocess, f"clients: '{profile.first}': preprocess"
             )
-            archs.append(build_model_spec(profile.settings.model[0], data, view))
+            arch = build_model_spec(profile.settings.model[0], data, view)
+            archs.append(_protect(arch, config.privacy))
             if archs[-1] not in checked:
                 _check_model(archs[-1], f"clients: {profile.first}: model")
                 checked.add(archs[-1])
@@ -219,11 +227,18 @@ class FederationSpec:
             UserError: If the model of a client cannot be built.
         """
         known = {profile.arch for profile in self.client_infos.profiles}
+        if isinstance(models, Mapping):
+            models = {client: self._protect_slots(slots) for client, slots in models.items()}
+        else:
+            models = [self._protect_slots(slots) for slots in models]
         client_infos = ClientDirectory(self.client_infos.clients, models, self.data)
         for profile in client_infos.profiles:
             if profile.arch not in known:
                 _check_model(profile.arch, f"clients: {profile.first}: model")
         return replace(self, client_infos=client_infos)
+
+    def _protect_slots(self, models: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
+        return {slot: _protect(arch, self.privacy) for slot, arch in models.items()}
 
     def with_memory(self, memory: DeviceMemory) -> FederationSpec:
         """Return the federation with another memory for the tensors of participants.

@@ -19,6 +19,7 @@ from torch.func import vmap
 from typing_extensions import override
 
 from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, SampledBatches, Step
@@ -410,10 +411,13 @@ class PrivacyBackend(PrivacyLedger):
         if isinstance(step, ClassSums):
             return self._class_sums(participant, step)
         assert isinstance(step, Fit)
+        before = dict(participant.models)
         try:
             report = run_fit(participant, step, self.templates, self._gradients)
         except DivergedError as failure:
             return failure
+        for slot in step.train:
+            _check_unchanged(participant.arch[slot], before[slot], participant.models[slot])
         # The true loss has no noise and must not be released.
         return replace(report, loss=math.nan)
 
@@ -440,6 +444,19 @@ class PrivacyBackend(PrivacyLedger):
         noisy_counts = counts + self.noise.normal(counts, deviation, *key, "counts")
         noisy_sums = sums + self.noise.normal(sums, deviation * clip, *key, "sums")
         return noisy_sums, noisy_counts.clamp(min=0)
+
+
+def _check_unchanged(
+    arch: ModelSpec, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Check that training has changed parameters only, to whose gradients it adds noise."""
+    for name, tensor in after.items():
+        if name not in arch.parameter_names and not torch.equal(tensor, before[name]):
+            raise UserError(
+                f"privacy.unit=record: the forward pass of model {arch.display_name} writes "
+                f"'{name}' from private rows without noise; choose a model that changes in "
+                "training only by its gradients"
+            )
 
 
 def without_private_data(data: StepData) -> StepData:

@@ -224,7 +224,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
         "fedmd", MLP, algorithm__initial_phase=True, data__proxy__labels=True, privacy=RECORD
     ),
     "private_rows_sent": config("fedgkt", "cnn_gn_small", privacy=RECORD),
-    "private_records_batch_norm": config(models="cnn_bn_small", privacy=RECORD),
+    "private_records_mixed": config(models="cnn_bn_small", privacy=RECORD),
     "private_fine_tuning": config("fedbabu", "cnn_gn_small", privacy=RECORD),
     "private_records_in_evaluation": config(f"{THIS_MODULE}:LateTrainer", MLP, privacy=RECORD),
     "private_records_unaccounted": config(f"{THIS_MODULE}:Impatient", MLP, privacy=RECORD),
@@ -235,7 +235,6 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "bounded_uploads_share_rarely": config(
         models=MLP, privacy=CLIENT, clients__defaults__share_every=2
     ),
-    "noised_batch_norm": config(models="cnn_bn_small", privacy=CLIENT),
     "parameters_without_start": config(
         f"{THIS_MODULE}:Unstructured", MLP, privacy=CLIENT, clients__defaults__shares=["statistics"]
     ),

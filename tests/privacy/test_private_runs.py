@@ -63,7 +63,6 @@ def client_of(source: dict[str, Any]) -> Participant:
         (private("fedbabu", RECORD), "does not account for training before evaluation"),
         (private("feddf", CLIENT), "needs single uploads"),
         (private("fedkd", {**CLIENT, "unit": "local"}), "the shape of 'mentee'"),
-        (private("fedavg", CLIENT, "cnn_bn_small"), "adds noise to BatchNorm statistics"),
         (
             private("fedavg", CLIENT, clients__defaults__share_every=2),
             "share_every=2 cannot be combined with privacy.unit=client",

@@ -35,6 +35,7 @@ from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
+from model_zoo.module_state import load_state, state_tensors
 
 MODEL = "model"
 # Number of optimization steps and learning rate of the attack.
@@ -300,8 +301,7 @@ class Inverter:
         self.labels = labels
         self.to_input = to_input
         self.module: SplitModel = upload.arch.build()
-        missing = {n: t for n, t in self.module.state_dict().items() if n not in upload.model}
-        self.module.load_state_dict({**missing, **upload.model})
+        load_state(self.module, {**state_tensors(self.module), **upload.model})
         self.module.train()
         for layer in self.module.modules():
             if isinstance(layer, nn.modules.dropout._DropoutNd):

@@ -43,6 +43,13 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         "tensors, so their sum equals the client's upload",
         Caution,
     ),
+    # Differential privacy
+    CompatibilityRule(
+        ("privacy.unit", "model"),
+        lambda run: run.unit in ("client", "local") and run.unshared_tensor(),
+        "privacy.unit={run.unit}: '{name}' of {model}, and whatever else training changes without "
+        "noise, stays at the clients, so the server has no model to deploy",
+    ),
     # Homomorphic encryption
     CompatibilityRule(
         ("channel.homomorphic", "data set"),

@@ -466,11 +466,11 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
         "uploads '{found}' of every private row",
     ),
-    "private_records_batch_norm": CompatibilityRule(
+    "private_records_mixed": CompatibilityRule(
         ("model", "privacy.unit"),
         lambda run: run.unit == "record" and run.mixing_model(),
-        "{key}={model} cannot be combined with privacy.unit={run.unit}, because BatchNorm "
-        "mixes the rows of a batch; choose {other}",
+        "{key}={model} cannot be combined with privacy.unit={run.unit}, because {reason}; choose "
+        "{other}",
     ),
     "private_fine_tuning": CompatibilityRule(
         ("fine_tune_epochs", "privacy.unit"),
@@ -531,13 +531,6 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "clients: {client}: share_every={every} cannot be combined with "
         "privacy.unit={run.unit}, because an update is relative to the broadcast of the same "
         "round",
-    ),
-    "noised_batch_norm": CompatibilityRule(
-        ("model", "privacy.unit"),
-        lambda run: run.unit in BOUNDED and run.noised_statistics(),
-        "clients: {client}: model={model} cannot be combined with privacy.unit={run.unit}, "
-        "which adds noise to BatchNorm statistics; choose {other}, or algorithm.name=fedbn, "
-        "which keeps them local",
     ),
     "parameters_without_start": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),

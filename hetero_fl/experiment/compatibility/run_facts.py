@@ -208,29 +208,32 @@ class RunFacts(UploadFacts):
         return None
 
     def mixing_model(self) -> dict[str, str] | None:
-        """Return a model with BatchNorm, in which gradients per row depend on the batch, or None.
+        """Return a model whose gradient of a row depends on other rows, or None.
+
+        These are models with BatchNorm, and models whose forward pass writes buffers.
 
         Returns:
             A dictionary with the configuration key of the model under `key`, the name of the model
-            under `model`, and a variant with GroupNorm under `other`.
+            under `model`, the reason under `reason`, and another model under `other`.
         """
         for profile in self.profiles:
             for slot, arch in profile.models.items():
+                own = f"clients: {profile.first}: model"
+                key = own if slot == "model" else f"algorithm.{slot}"
                 if arch in self.batch_norm_models:
-                    own = f"clients: {profile.first}: model"
-                    return {"key": own if slot == "model" else f"algorithm.{slot}", **_other(arch)}
+                    reason = "BatchNorm mixes the rows of a batch"
+                    return {"key": key, "reason": reason, **_other(arch)}
+                if arch.written_names:
+                    reason = f"its forward pass writes '{min(arch.written_names)}' from rows"
+                    other = "a model that changes in training only by its gradients"
+                    return {"key": key, "reason": reason, **_other(arch), "other": other}
         return None
 
-    def noised_statistics(self) -> dict[str, str] | None:
-        """Return a client that uploads BatchNorm statistics, or None.
-
-        Noise would make the statistics useless.
-        """
-        if not any(spec.kind == "params" for spec in self.uploadable.values()):
-            return None
+    def unshared_tensor(self) -> dict[str, str] | None:
+        """Return a tensor that training changes and that stays at the clients, or None."""
         for profile in self.profiles:
-            if set(self.shareable_tensors(profile)) - profile.arch.parameter_names:
-                return {"client": profile.first, **_other(profile.arch)}
+            if names := profile.arch.local_names & profile.arch.written_names:
+                return {"name": min(names), "model": _other(profile.arch)["model"]}
         return None
 
     def weakly_protected(self) -> str | None:

@@ -1,0 +1,457 @@
+"""Modules of users: results as a loop of plain torch gives them.
+
+The modules have tied weights, buffers that are assigned or changed in place, frozen parameters and
+other habits of users' code. Each client trains on all of its rows at once, so that the loop does
+not depend on the order of rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+import hetero_fl as hfl
+from hetero_fl.core.participant import floating_tensors
+from hetero_fl.core.plan import Predict, TensorRows
+from hetero_fl.engine.device_memory import DeviceMemory
+from hetero_fl.engine.vectorized import make_backend
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.utils.errors import UserError
+from model_zoo.module_state import load_state
+from tests.helpers.python_federations import NO_REPORT
+
+EXECUTORS = ["serial", "batched", "processes"]
+ROUNDS = 2
+EPOCHS = 2
+LEARNING_RATE = 0.1
+WIDTH = 4
+HABITS = [
+    *("tied", "tied_head", "shared_layer", "frozen", "frozen_by_train"),
+    *("assigned", "in_place", "counter", "attribute", "attribute_in_place"),
+    *("not_persistent", "cache", "batch_norm", "spectral_norm"),
+]
+
+
+class Habits(nn.Module):
+    """A classifier of table rows with some of the habits above."""
+
+    def __init__(self, habits: frozenset[str]) -> None:
+        super().__init__()
+        self.habits = habits
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        if "tied" in habits:
+            self.second.weight = self.first.weight
+        if "tied_head" in habits:
+            self.out.weight = self.first.weight
+        if "shared_layer" in habits:
+            self.second = self.first
+        if "spectral_norm" in habits:
+            self.third = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+        if "frozen" in habits:
+            self.first.bias.requires_grad_(False)
+        if "batch_norm" in habits:
+            self.norm = nn.BatchNorm1d(WIDTH)
+        if "attribute" in habits:
+            self.center = torch.zeros(WIDTH)
+        else:
+            self.register_buffer("center", torch.zeros(WIDTH), "not_persistent" not in habits)
+        if "attribute_in_place" in habits:
+            self.peak = torch.zeros(WIDTH)
+        else:
+            self.register_buffer("peak", torch.zeros(WIDTH))
+        self.register_buffer("steps", torch.tensor(0))
+        self.last: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Habits:
+        super().train(mode)
+        if "frozen_by_train" in self.habits:
+            self.second.bias.requires_grad_(False)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.habits & {"assigned", "attribute", "not_persistent"}:
+            self.center = 0.5 * self.center + 0.5 * x.detach().mean(0)
+        if self.training and self.habits & {"in_place", "attribute_in_place"}:
+            self.peak.copy_(torch.maximum(self.peak, x.detach().amax(0)))
+        if self.training and "counter" in self.habits:
+            self.steps += 1
+        x = (x - self.center) / (1 + self.peak) * (1 + self.steps / 10)
+        x = self.first(x).tanh()
+        if "used_twice" in self.habits:
+            x = F.linear(x, self.first.weight, self.second.bias)
+        else:
+            x = self.second(x)
+        if "spectral_norm" in self.habits:
+            x = self.third(x)
+        if "batch_norm" in self.habits:
+            x = self.norm(x)
+        if "cache" in self.habits:
+            self.last = x
+        return self.out(x.tanh())  # type: ignore[no-any-return]
+
+
+def rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = np.arange(count) % WIDTH
+    return rng.normal(size=(count, WIDTH)) + np.eye(WIDTH)[y], y
+
+
+DATA = {f"site_{i}": rows(20 + 4 * i, i) for i in range(3)}
+TEST = rows(16, 9)
+
+
+def local_names(habits: frozenset[str]) -> set[str]:
+    """Names of the state that stays at a client in FedAvg."""
+    return {"steps", "last", "norm.num_batches_tracked"} | {
+        name
+        for name, reasons in {
+            "center": {"attribute", "not_persistent"},
+            "peak": {"attribute_in_place"},
+        }.items()
+        if habits & reasons
+    }
+
+
+class Reference:
+    """Clients in plain torch: each has a module of its own, and FedAvg averages `state_dict`."""
+
+    def __init__(self, module: nn.Module, clients: list[str]) -> None:
+        self.modules = {client: copy.deepcopy(module) for client in clients}
+
+    def run(self, local: Collection[str] | None) -> None:
+        """Train all rounds, with averages of all tensors but the local ones, or without (None)."""
+        for _ in range(ROUNDS):
+            for client, module in self.modules.items():
+                self.train(module, *map(torch.from_numpy, DATA[client]))
+            if local is not None:
+                self.average(local)
+
+    def train(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        module.train()
+        optimizer = torch.optim.SGD(module.parameters(), LEARNING_RATE)
+        for _ in range(EPOCHS):
+            optimizer.zero_grad()
+            F.cross_entropy(module(x), y).backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def average(self, local: Collection[str]) -> None:
+        total = sum(len(DATA[client][1]) for client in self.modules)
+        states = {client: module.state_dict() for client, module in self.modules.items()}
+        mean = {
+            name: sum(len(DATA[c][1]) / total * state[name] for c, state in states.items())
+            for name in next(iter(states.values()))
+            if name not in local
+        }
+        for state in states.values():
+            for name, tensor in mean.items():
+                state[name].copy_(tensor)
+
+    def state(self, client: str) -> dict[str, Tensor]:
+        module = self.modules[client]
+        attributes = {n: v for n, v in vars(module).items() if isinstance(v, Tensor)}
+        return {**dict(module.named_parameters()), **dict(module.named_buffers()), **attributes}
+
+    @torch.no_grad()
+    def loss(self, client: str) -> float:
+        x, y = map(torch.from_numpy, TEST)
+        return float(F.cross_entropy(self.modules[client].eval()(x), y))
+
+
+def train(
+    module: nn.Module,
+    method: hfl.Algorithm,
+    executor: str,
+    clients: Sequence[str] = tuple(DATA),
+    **sections: Any,
+) -> hfl.Run:
+    splits = {"validation": rows(8, 7), "test": rows(8, 8)}
+    init = "seeded" if "privacy" in sections else "given"
+    federation = hfl.Federation(
+        [
+            hfl.Client(client, module, DATA[client], head="out", init=init, **splits)
+            for client in clients
+        ],
+        test=TEST,
+        defaults=hfl.ClientSettings(
+            epochs=EPOCHS, batch_size=100, optimizer=hfl.SGD(lr=LEARNING_RATE)
+        ),
+    )
+    workers = ["runtime.workers=2"] if executor == "processes" else []
+    overrides = [*NO_REPORT, f"runtime.executor={executor}", *workers]
+    return federation.train(method, rounds=ROUNDS, overrides=overrides, **sections)
+
+
+def own_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Key the tensors of a split model by their names in the user's module."""
+    return {
+        name.replace("head.", "out.").removeprefix("backbone."): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def check_equals_reference(run: hfl.Run, reference: Reference) -> None:
+    losses = {client["id"]: client["global"]["loss"] for client in run.summary["clients"]}
+    for client in reference.modules:
+        expected = reference.state(client)
+        for name, tensor in own_names(run.models[client].tensors).items():
+            if name != "norm.num_batches_tracked":  # nothing depends on it
+                torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)
+        assert losses[client] == pytest.approx(reference.loss(client), abs=1e-6)
+
+
+# Together, these have all habits.
+COMBINATIONS = {
+    "tied": ["tied", "assigned", "frozen", "counter"],
+    "tied_head": ["tied_head", "attribute", "in_place", "cache"],
+    "shared_layer": ["shared_layer", "not_persistent", "frozen_by_train", "batch_norm"],
+    "in_place": ["attribute_in_place", "spectral_norm"],
+}
+
+
+def draw_habits(seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return rng.sample(HABITS, rng.randint(2, 6))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
+@pytest.mark.parametrize(
+    "habits",
+    [
+        *(pytest.param(habits, id=name) for name, habits in COMBINATIONS.items()),
+        *(pytest.param(draw_habits(i), id=f"{i}", marks=pytest.mark.slow) for i in range(8)),
+    ],
+)
+def test_own_module_gives_the_result_of_plain_torch(
+    habits: list[str], method: hfl.Algorithm, executor: str, float64: None
+) -> None:
+    # Modules with parametrizations cannot be pickled.
+    chosen = frozenset(habits) - ({"spectral_norm"} if executor == "processes" else set())
+    module = Habits(chosen)
+    reference = Reference(module, list(DATA))
+    reference.run(local_names(chosen) if isinstance(method, hfl.FedAvg) else None)
+
+    run = train(module, method, executor)
+
+    check_equals_reference(run, reference)
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_local_client_does_not_change_because_another_client_exists(
+    habit: str, float64: None
+) -> None:
+    module = Habits(frozenset([habit]))
+
+    alone = train(module, hfl.Local(), "serial", ["site_0"])
+    together = train(module, hfl.Local(), "serial")
+
+    for name, tensor in alone.models["site_0"].tensors.items():
+        assert torch.equal(tensor, together.models["site_0"].tensors[name]), name
+
+
+class Counter(nn.Module):
+    """A classifier that keeps state where no federation finds it."""
+
+    def __init__(self, change: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.change = change
+        self.calls = 0
+        self.center: Tensor | None = None
+        self.seen: list[float] = []
+        self.noise = np.random.default_rng(0)
+        self.register_buffer("queue", torch.zeros(0, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.change(self)
+        center = x.mean(0) if self.center is None else self.center
+        scale = 1 + self.calls + len(self.seen) + len(self.queue)
+        return self.out(self.body(x - center).tanh() * scale)  # type: ignore[no-any-return]
+
+
+def count(module: Any) -> None:
+    module.calls += 1
+
+
+def follow(module: Any) -> None:
+    module.center = torch.ones(WIDTH) if module.center is None else 0.9 * module.center
+
+
+def draw(module: Any) -> None:
+    module.noise.random()
+
+
+def remember(module: Any) -> None:
+    module.seen.append(0.5)
+
+
+def enqueue(module: Any) -> None:
+    module.queue = torch.cat([module.queue, torch.zeros(1, WIDTH)])
+
+
+def freeze(module: Any) -> None:
+    module.body.requires_grad_(False)
+
+
+def replace_layer(module: Any) -> None:
+    module.body = nn.Linear(WIDTH, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (count, "calls"),
+        (follow, "center"),
+        (draw, "noise"),
+        (remember, "seen"),
+        (enqueue, "queue"),
+        (freeze, "body.weight"),
+        (replace_layer, "body"),
+    ],
+)
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_state_that_cannot_be_carried_is_refused_in_one_line(
+    change: Callable[[Any], None], name: str, executor: str
+) -> None:
+    with pytest.raises(UserError, match=rf"'backbone\.{name}'") as caught:
+        train(Counter(change), hfl.FedAvg(), executor)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_parameters_that_share_memory_are_refused() -> None:
+    module = Habits(frozenset())
+    module.second.weight = nn.Parameter(module.first.weight.t())
+
+    with pytest.raises(UserError, match=r"'second\.weight' shares memory with the parameter"):
+        train(module, hfl.FedAvg(), "serial")
+
+
+@pytest.mark.parametrize("method", [hfl.FedAvg(server_lr=0.5), hfl.FedAvgM(), hfl.FedAdam()])
+def test_tied_weights_are_moved_by_the_server_as_one_tensor(
+    method: hfl.Algorithm, float64: None
+) -> None:
+    modules = []
+    for habit in ("tied", "used_twice"):
+        torch.manual_seed(0)
+        modules.append(Habits(frozenset([habit])))
+    tied, shared = (train(module, method, "serial") for module in modules)
+
+    for client in DATA:
+        one, other = tied.models[client].tensors, shared.models[client].tensors
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("method", [hfl.FedPer(), hfl.FedRep()])
+def test_layer_that_backbone_and_head_share_is_averaged(method: hfl.Algorithm) -> None:
+    run = train(Habits(frozenset(["tied_head"])), method, "serial")
+
+    weights = [run.models[client].module().head.weight for client in DATA]
+
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
+WRITTEN = ["assigned", "in_place", "attribute", "attribute_in_place", "not_persistent"]
+
+
+@pytest.mark.parametrize("habit", WRITTEN)
+def test_private_records_refuse_state_that_is_written_from_rows(habit: str) -> None:
+    privacy = hfl.Privacy(noise_multiplier=5.0, delta=1e-4)
+
+    with pytest.raises(UserError, match=r"writes 'backbone\.(center|peak)' from rows") as caught:
+        train(Habits(frozenset([habit])), hfl.FedAvg(), "serial", privacy=privacy)
+
+    assert "privacy.unit=record" in str(caught.value) and "\n" not in str(caught.value)
+
+
+class RecordingFedAvg(hfl.FedAvg):
+    """FedAvg that records the names of the tensors that the server receives."""
+
+    title = "Recording FedAvg"
+    received: ClassVar[set[str]] = set()
+
+    @override
+    def aggregate(self, server: Any, uploads: Any) -> Any:
+        for mean in uploads.mean_by_group("model").values():
+            self.received.update(mean)
+        yield from super().aggregate(server, uploads)
+
+
+@pytest.mark.parametrize("unit", ["client", "local"])
+def test_private_clients_share_trained_parameters_only(unit: str) -> None:
+    habits = frozenset(["in_place", "frozen", "batch_norm"])
+    module = Habits(habits)
+    privacy = hfl.Privacy(unit=unit, noise_multiplier=1.0, delta=1e-4, clip=1.0)
+    RecordingFedAvg.received.clear()
+
+    run = train(module, RecordingFedAvg(), "serial", privacy=privacy)
+
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert own_names(dict.fromkeys(RecordingFedAvg.received)).keys() == trained
+    tensors = {client: own_names(run.models[client].tensors) for client in DATA}
+    assert all(torch.equal(own["first.bias"], module.first.bias) for own in tensors.values())
+    for client, (x, _) in DATA.items():
+        expected = torch.from_numpy(x).amax(0).clamp(min=0).float()
+        torch.testing.assert_close(tensors[client]["peak"], expected)
+
+
+class WritesSingleRows(Habits):
+    """A module that writes state only if a batch has one row, as in DP-SGD."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 1:
+            self.peak.copy_(torch.maximum(self.peak, x.detach().amax(0)))
+        return super().forward(x)
+
+
+def test_private_records_refuse_state_that_training_writes_unexpectedly() -> None:
+    privacy = hfl.Privacy(noise_multiplier=5.0, delta=1e-4)
+    module = WritesSingleRows(frozenset())
+
+    with pytest.raises(UserError, match=r"writes 'backbone\.peak' from private rows"):
+        train(module, hfl.FedAvg(), "serial", privacy=privacy)
+
+
+class Permuted(nn.Module):
+    """A class that draws an integer buffer, which is not transmitted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("order", torch.randperm(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x[:, self.order]).tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_received_model_has_the_integers_of_the_initial_model(chunk: int) -> None:
+    clients = [hfl.Client(name, Permuted, data) for name, data in DATA.items()]
+    federation = hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg()).federation
+    client = federation.client("site_0", PrivateState(), 0)
+    arch = client.arch["model"]
+    received = floating_tensors(client.models["model"])
+    rows = torch.from_numpy(TEST[0]).float()
+    step = Predict("model", TensorRows({"x": rows}), tensors=received, arch=arch)
+    module = arch.build()
+    load_state(module, client.models["model"])
+
+    found = make_backend(DeviceMemory(torch.device("cpu")), chunk).run([(client, step)] * 2)
+
+    for outputs in found:
+        torch.testing.assert_close(outputs, module(rows).logits)

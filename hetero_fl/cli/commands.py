@@ -31,6 +31,7 @@ from hetero_fl.cli.run_options import (
     PERSONAL_HELP,
     QUIET_HELP,
     allow_code_option,
+    best_option,
     code_permission,
     command,
     examples,
@@ -82,6 +83,7 @@ def train(source: Path, **options: Any) -> Run:
     metavar="ID",
     help="Evaluate only the model of this client, or of `server`.  [default: all models]",
 )
+@best_option
 @click.option("--personal", "--home", "personal", is_flag=True, help=PERSONAL_HELP)
 @click.option(
     "--json", "json_file", type=PATH, metavar="FILE", help="Also write the metrics to a JSON file."
@@ -94,6 +96,7 @@ def evaluate(
     data: str,
     label: str | None,
     client: str | None,
+    best: str | None,
     personal: bool,
     json_file: Path | None,
     allow_code: bool,
@@ -111,6 +114,7 @@ def evaluate(
     permission = code_permission(allow_code)
     log = make_printer(quiet)
     loaded = Run(run, permission)
+    loaded = loaded.best(best) if best else loaded
     results = experiment.evaluate(
         loaded,
         data,

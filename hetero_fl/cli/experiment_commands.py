@@ -15,6 +15,7 @@ from hetero_fl.cli.run_options import (
     PATH,
     PERSONAL_HELP,
     allow_code_option,
+    best_option,
     code_permission,
     command,
     config_option,
@@ -382,6 +383,7 @@ def _option_or_study(name: str, value: Any, study: Study | None) -> Any:
     metavar="ID",
     help="Export only the model of this client, or of `server`.  [default: all models]",
 )
+@best_option
 @click.option(
     "--format",
     "file_format",
@@ -408,6 +410,7 @@ def export(
     *,
     run: Path,
     client: str | None,
+    best: str | None,
     file_format: str,
     personal: bool,
     out: Path | None,
@@ -416,15 +419,18 @@ def export(
 ) -> None:
     """Export models of a finished run to ONNX or safetensors."""
     from hetero_fl import experiment
+    from hetero_fl.reporting.run import Run
 
+    permission = code_permission(allow_code)
+    loaded = Run(run, permission)
     exported = experiment.export(
-        run,
+        loaded.best(best) if best else loaded,
         client,
         file_format,
         out,
         personal,
         log=make_printer(quiet),
-        allow_code=code_permission(allow_code),
+        allow_code=permission,
     )
     print(next(iter(exported.values())).model.parent)
 

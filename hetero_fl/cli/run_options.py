@@ -65,6 +65,12 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help=QUIET_HELP)
 run_argument = click.argument(
     "run", type=PATH, metavar="RUN", help="Run directory of a finished run."
 )
+best_option = click.option(
+    "--best",
+    type=click.Choice(["personal", "global"]),
+    help="Use the models of the round with the best local (personal) or global validation score.  "
+    "[default: models of the last round]",
+)
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -219,6 +219,11 @@ class OutputConfig(ConfigSection):
 
     plots: bool = Field(True, description="write figures to `plots/*.png`")
     report: bool = Field(True, description="write `report.html`")
+    best_models: bool = Field(
+        True,
+        description="also save the models of the rounds with the best local and global validation "
+        "scores, in `models/best_personal/` and `models/best_global/`",
+    )
     loggers: list[Annotated[LoggerConfig, BeforeValidator(_expand_logger_kind)]] = Field(
         [],
         description="loggers to which each round is written, by `kind` or with settings; do not "

@@ -17,8 +17,8 @@ from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Rec
 from hetero_fl.reporting.integrity import check_resumable, evidence_of_start, identity
 from hetero_fl.reporting.loggers import RunLoggers, make_loggers
 from hetero_fl.reporting.progress import Progress
-from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.reporting.summary import Patience, collect_details, summarize
+from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory
+from hetero_fl.reporting.summary import BestRounds, Patience, collect_details, summarize
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically
 from hetero_fl.utils.text import pluralize
@@ -60,6 +60,8 @@ class RunSession:
         store = StateStore(directory.path / "checkpoint", memory)
         self.trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
         self._checkpoints = Checkpoints(store, progress.log)
+        # Nodes keep the private states of their clients, which cannot be reset to an earlier round.
+        self._saves_best = prepared.config.output.best_models and executor_factory is None
         # Metadata to save in checkpoints, which is empty until the run is started.
         self._metadata: dict[str, Any] = {}
         config = prepared.config
@@ -206,6 +208,7 @@ class RunSession:
         budget = prepared.budget
         planned = self._num_planned()
         history = _read_history(directory)
+        best = BestRounds(prepared.federation.task, history)
         patience = Patience(prepared.federation.task, config.evaluation.patience, history)
         setup_seconds = time.perf_counter() - self._started
         self._loggers.start(history)
@@ -214,16 +217,20 @@ class RunSession:
         evaluation: EvaluationResult | None = None
         while trainer.completed < planned and not patience.exhausted:
             record = trainer.run_round()
+            # An extended run may repeat a round, or a resumed one fall back to the previous round.
+            kept_rounds = {*best.rounds.values()}
             is_last = trainer.completed == planned
             if budget is not None:
                 record["privacy"] = budget.spent(trainer.completed)
             if trainer.completed % config.evaluation.every == 0 or is_last:
                 result = _evaluate(trainer, record, directory if is_last else None)
                 patience.update(record)
+                best.update(record)
                 evaluation = result if is_last else None
             directory.append_metrics(record)
             self._metadata["directory"]["metrics"] = directory.metrics_checksum()
-            trainer.save(self._checkpoints, self._metadata)
+            kept_rounds |= {*best.rounds.values()}
+            trainer.save(self._checkpoints, self._metadata, kept_rounds if self._saves_best else ())
             self._loggers.log(record)
             yield record
             progress.finish_round(record)
@@ -238,14 +245,20 @@ class RunSession:
                 f"stopped after round {planned}: another round would raise ε to {next_epsilon:.3g},"
                 f" above privacy.target_epsilon={budget.privacy.target_epsilon:g}"
             )
-        self._finish(evaluation, setup_seconds)
+        self._finish(evaluation, setup_seconds, best.rounds)
 
-    def _finish(self, evaluation: EvaluationResult | None, setup_seconds: float) -> None:
+    def _finish(
+        self,
+        evaluation: EvaluationResult | None,
+        setup_seconds: float,
+        best_rounds: Mapping[str, int],
+    ) -> None:
         """Write the models, summary, plots and report of the run.
 
         Args:
             evaluation: The evaluation of the last round. If None, the models are evaluated again.
             setup_seconds: Seconds before the first round.
+            best_rounds: Rounds with the best validation scores, see `BestRounds`.
         """
         prepared = self._prepared
         directory = self._directory
@@ -266,10 +279,64 @@ class RunSession:
             setup_seconds=setup_seconds,
             evaluation=evaluation,
         )
+        if self._saves_best and best_rounds:
+            self._save_best(best_rounds)
         directory.finish(summary)
         write_presentation(prepared.config, directory, self._progress.log)
         self._progress.finish(summary)
         self._loggers.finish(summary)
+
+    def _save_best(self, best_rounds: Mapping[str, int]) -> None:
+        """Save the models of the best rounds, as in the evaluations of these rounds.
+
+        Args:
+            best_rounds: Rounds with the best validation scores, see `BestRounds`.
+        """
+        directory = self._directory
+        trainer = self.trainer
+        last = trainer.completed
+        for round_idx in sorted(set(best_rounds.values())):
+            save = _BestModels(directory, best_rounds, round_idx)
+            if round_idx == last:
+                for path in directory.model_files():
+                    save(path.stem, path.read_bytes())
+            elif (saved := self._checkpoints.load(round_idx)) is None:
+                self._progress.log(
+                    f"the best models of round {round_idx} are not saved, because its checkpoint "
+                    "is missing or damaged"
+                )
+            else:
+                trainer.load_state_dict(saved["run"])
+                evaluate_models(trainer, save, counts_traffic=False)
+        if trainer.completed != last and (newest := self._checkpoints.load(last)) is not None:
+            trainer.load_state_dict(newest["run"])
+
+
+class _BestModels:
+    """Function that writes models of a round to the folders for which the round is the best.
+
+    The server's model is selected by its own global validation score.
+
+    Args:
+        directory: The run directory.
+        best_rounds: Rounds with the best validation scores, see `BestRounds`.
+        round_idx: The round of the models.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, best_rounds: Mapping[str, int], round_idx: int
+    ) -> None:
+        self._directory = directory
+        server = {**best_rounds, "global": best_rounds.get("server")}
+        self._folders = {
+            is_server: [which for which in BEST_MODELS if rounds.get(which) == round_idx]
+            for is_server, rounds in ((False, best_rounds), (True, server))
+        }
+
+    def __call__(self, name: str, model: bytes) -> None:
+        for which in self._folders[name == "server"]:
+            folder = self._directory.models_folder(which)
+            write_atomically(folder / f"{name}.safetensors", model)
 
 
 def _record_output(directory: RunDirectory, config: Config) -> None:

@@ -9,7 +9,7 @@ removed when neither of these checkpoints refers to them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,12 +58,15 @@ class Checkpoints:
         self.folder = store.folder
         self.log = log
 
-    def save(self, completed: int, state: Mapping[str, Any]) -> Path:
+    def save(
+        self, completed: int, state: Mapping[str, Any], kept_rounds: Collection[int] = ()
+    ) -> Path:
         """Write a checkpoint, including the committed and staged private states.
 
         Args:
             completed: Number of completed rounds.
             state: The rest of the run's state, as nested dictionaries.
+            kept_rounds: Rounds whose checkpoints are kept, in addition to the two newest.
 
         Returns:
             Path of the checkpoint.
@@ -80,8 +83,23 @@ class Checkpoints:
         self.store.start_segment()
         # Later files are damaged checkpoints, which `load_newest` has skipped.
         self._remove_files_after(completed)
-        self._remove_unused_files()
+        self._remove_unused_files(kept_rounds)
         return path
+
+    def load(self, completed: int) -> dict[str, Any] | None:
+        """Load the checkpoint of a round, including the private states.
+
+        All private states in the store are replaced by the private states in the checkpoint.
+
+        Args:
+            completed: Number of completed rounds.
+
+        Returns:
+            The rest of the run's state, or None if the checkpoint is missing or damaged. The store
+            is then empty.
+        """
+        files = checkpoint_files(self.folder)
+        return self._load_first_undamaged([p for p in files if checkpoint_round(p) == completed])
 
     def load_newest(self) -> dict[str, Any] | None:
         """Load the newest undamaged checkpoint, including the private states.
@@ -141,11 +159,12 @@ class Checkpoints:
             if checkpoint_round(path) > completed:
                 path.unlink()
 
-    def _remove_unused_files(self) -> None:
-        """Remove files to which neither of the two newest checkpoints nor the store refers."""
+    def _remove_unused_files(self, kept_rounds: Collection[int]) -> None:
+        """Remove files to which neither a kept checkpoint nor the store refers."""
         files = checkpoint_files(self.folder)
         used = self.store.files()
-        for path in files[-KEPT_CHECKPOINTS:]:
+        kept = [path for path in files if checkpoint_round(path) in kept_rounds]
+        for path in (*kept, *files[-KEPT_CHECKPOINTS:]):
             used.add(path)
             # The references of a damaged checkpoint are not needed.
             with suppress(CodecError, OSError):

@@ -208,14 +208,17 @@ class FederatedTrainer(ABC):
             self.now = now
             raise
 
-    def save(self, checkpoints: Checkpoints, about: Mapping[str, Any]) -> None:
+    def save(
+        self, checkpoints: Checkpoints, about: Mapping[str, Any], kept_rounds: Collection[int] = ()
+    ) -> None:
         """Write a checkpoint of the run.
 
         Args:
             checkpoints: The checkpoints of the run.
             about: Further entries of the checkpoint, which describe the run.
+            kept_rounds: Rounds whose checkpoints are kept, in addition to the two newest.
         """
-        checkpoints.save(self.completed, {"run": self.state_dict(), **about})
+        checkpoints.save(self.completed, {"run": self.state_dict(), **about}, kept_rounds)
         self.on_checkpoint()
 
     def on_checkpoint(self) -> None:

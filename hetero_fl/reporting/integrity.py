@@ -201,9 +201,9 @@ def _check_checksums(
                 inspection.damage.setdefault(name, CHANGED)
         except OSError as error:
             inspection.damage.setdefault(name, f"cannot be read ({error.strerror})")
-    for path in directory.model_files():
-        if f"models/{path.name}" not in sums:
-            inspection.damage[f"models/{path.name}"] = FOREIGN
+    for path in directory.all_model_files():
+        if (name := directory.name_of(path)) not in sums:
+            inspection.damage[name] = FOREIGN
 
 
 def _check_models(directory: RunDirectory, inspection: Inspection) -> None:

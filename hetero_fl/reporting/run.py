@@ -26,7 +26,7 @@ from hetero_fl.reporting.formatting import (
 )
 from hetero_fl.reporting.integrity import CHANGED, inspect
 from hetero_fl.reporting.notebook import Picture, html_items, html_table
-from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
+from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.serialization import sha256_of
@@ -54,6 +54,8 @@ class Run:
     Attributes:
         directory: The files of the run.
         permission: The code that may run when models are loaded.
+        selection: `personal` or `global` if the models are those of the round with the best local
+            or global validation score (see `best`). Empty for the last models.
 
     Raises:
         UserError: If the path is not a run directory, or a file is missing or damaged.
@@ -92,6 +94,7 @@ class Run:
         inspect(path, thorough=False).require_whole()
         example = f"Run.load({str(path)!r}, allow_code=True)"
         self.permission = CodePermission.from_argument(allow_code, example)
+        self.selection = ""
         self._loaded: dict[str, SavedModel] = {}
         self._kept: list[object] = []
         for name, model in (models or {}).items():
@@ -129,6 +132,56 @@ class Run:
         permission = CodePermission.from_argument(allow_code)
         opened.permission = permission.with_granted(run.permission.granted)
         return opened
+
+    def best(self, test: str = "global") -> Run:
+        """Return this run with the models of the round that is best on validation rows.
+
+        The result can be passed to functions such as `evaluate` and `export`.
+
+        Args:
+            test: "global" for the round with the best mean score on the global validation set, or
+                "personal" for the round with the best mean score on the clients' validation rows.
+
+        Raises:
+            UserError: If the run has no such models.
+
+        Example:
+            >>> import hetero_fl
+            >>> config = {
+            ...     "data": {"name": "digits"},
+            ...     "clients": {"count": 2, "defaults": {"model": "linear"}},
+            ...     "rounds": 2,
+            ...     "output": {"plots": False, "report": False},
+            ... }
+            >>> run = hetero_fl.run(config, out="runs/selected")
+            >>> round_idx = run.summary["global"]["best_by_validation"]["round"]
+            >>> run.best("global").record_of("client_1")["round"] == round_idx
+            True
+        """
+        if test not in BEST_MODELS:
+            raise ArgumentError(f"test: expected 'personal' or 'global', got {test!r}")
+        best = copy.copy(self)
+        best.selection = test
+        best._loaded = {}
+        for name in ("models", "model_names"):
+            best.__dict__.pop(name, None)
+        return best
+
+    def record_of(self, client: str) -> dict[str, Any]:
+        """Return the record of the round in which the model of a client was evaluated.
+
+        Args:
+            client: Client id, or `server`.
+        """
+        if not self.selection:
+            return next(record for record in reversed(self.metrics) if "clients" in record)
+        # Imported here because its imports are slow.
+        from hetero_fl.reporting.summary import BestRounds
+
+        # The server's model is selected by its own score.
+        key = "server" if (client, self.selection) == ("server", "global") else self.selection
+        rounds = BestRounds(self.models[client].task, self.metrics).rounds
+        return self.metrics[rounds[key] - 1]
 
     def __repr__(self) -> str:
         if not (self.path / "summary.json").exists():
@@ -206,7 +259,13 @@ class Run:
         Raises:
             UserError: If the run has no saved models.
         """
-        files = self.directory.model_files()
+        files = self.directory.model_files(self.selection)
+        if not files and self.selection:
+            raise UserError(
+                f"{self.directory.models_folder(self.selection)}: no models; they are saved at the "
+                "end of a run that has validation rows and output.best_models=true, but not on "
+                "nodes"
+            )
         if not files:
             if not self.directory.finished:
                 raise UserError(f"{self.path}: has no models; the run has not finished")
@@ -271,16 +330,17 @@ class Run:
         saved = self._read_models([client])[client]
         self.keep(saved.restore_object(model, f"models: '{client}'"))
 
-    def _model_file(self, name: str) -> Path:
-        return self.path / "models" / f"{name}.safetensors"
+    def model_file(self, name: str) -> Path:
+        """Return the file of the model of a client, or `server`."""
+        return self.directory.models_folder(self.selection) / f"{name}.safetensors"
 
     @cached_property
     def _checksums(self) -> dict[str, str]:
         return self.directory.checksums()
 
     def _read_model(self, name: str) -> SavedModel:
-        file = self._model_file(name)
-        expected = self._checksums.get(f"models/{file.name}")
+        file = self.model_file(name)
+        expected = self._checksums.get(self.directory.name_of(file))
         if expected is not None and sha256_of(file) != expected:
             raise UserError(f"{file}: {CHANGED}")
         return SavedModel.load(file, self.permission)

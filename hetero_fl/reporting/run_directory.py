@@ -28,6 +28,8 @@ CHECKSUMS = "SHA256SUMS"
 METRICS = "metrics.jsonl"
 # Files that every finished run has, in addition to its summary.
 ALWAYS = ("config.yaml", "environment.json", METRICS, "details.json")
+# Validation scores whose best models are saved.
+BEST_MODELS = ("personal", "global")
 # Files that can be created again from the others.
 DERIVED = ("report.html", "plots/*.png")
 # Folder of the nodes of a federation on one machine.
@@ -314,7 +316,7 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `SHA256SUMS` and then `summary.json`, which marks the run as finished."""
         text = _json_text(summary)
-        names = [*ALWAYS, *(f"models/{path.name}" for path in self.model_files())]
+        names = [*ALWAYS, *map(self.name_of, self.all_model_files())]
         sums = {name: sha256_of(self.path / name) for name in names}
         sums[METRICS] = self.metrics_checksum()
         sums["summary.json"] = hashlib.sha256(text.encode()).hexdigest()
@@ -329,12 +331,30 @@ class RunDirectory:
         """
         for name in ("summary.json", CHECKSUMS, "details.json"):
             (self.path / name).unlink(missing_ok=True)
-        for path in (*self.model_files(), *(p for name in DERIVED for p in self.path.glob(name))):
+        derived = (path for name in DERIVED for path in self.path.glob(name))
+        for path in (*self.all_model_files(), *derived):
             path.unlink()
 
-    def model_files(self) -> list[Path]:
-        """Return the files of the saved models, sorted."""
-        return sorted((self.path / "models").glob("*.safetensors"))
+    def models_folder(self, best: str = "") -> Path:
+        """Return the folder of the last models, or of the models that are best on validation rows.
+
+        Args:
+            best: `personal` or `global`, for the models of the round with the best local or global
+                validation score. Empty for the last models.
+        """
+        return self.path / "models" / f"best_{best}" if best else self.path / "models"
+
+    def model_files(self, best: str = "") -> list[Path]:
+        """Return the files of the saved models, sorted (see `models_folder`)."""
+        return sorted(self.models_folder(best).glob("*.safetensors"))
+
+    def all_model_files(self) -> list[Path]:
+        """Return the files of all saved models, the last and the best ones, sorted."""
+        return sorted((self.path / "models").rglob("*.safetensors"))
+
+    def name_of(self, path: Path) -> str:
+        """Return the name of a file, relative to the directory and with slashes."""
+        return path.relative_to(self.path).as_posix()
 
     def checksums(self) -> dict[str, str]:
         """Return the checksums in `SHA256SUMS`, keyed by file name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -119,6 +120,34 @@ def best_round(task: Task, history: Sequence[Record], which: str) -> Record | No
     if scored:
         return max(scored, key=lambda r: validation_score(task, r, which) or 0.0)
     return evaluated[-1] if evaluated else None
+
+
+class BestRounds:
+    """Rounds with the best validation scores so far, the earlier one in a tie.
+
+    Args:
+        task: The task, which determines the metric.
+        history: Records of the rounds before the run was resumed.
+
+    Attributes:
+        rounds: The best round, keyed by `personal`, `global` and `server`. A key is missing as long
+            as there is no score.
+    """
+
+    def __init__(self, task: Task, history: Sequence[Record]) -> None:
+        self.task = task
+        self.rounds: dict[str, int] = {}
+        self._scores: dict[str, float] = {}
+        for record in history:
+            self.update(record)
+
+    def update(self, record: Record) -> None:
+        """Update the best rounds with the record of a round, which may have no scores."""
+        for which in ("personal", "global", "server"):
+            value = validation_score(self.task, record, which)
+            if value is not None and value > self._scores.get(which, -math.inf):
+                self._scores[which] = value
+                self.rounds[which] = record["round"]
 
 
 class Patience:

@@ -53,18 +53,18 @@ def trained_before_a_restart(path: Path, model: Any, **settings: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["evaluate", "export", "audit", "join"])
 def test_functions_keep_the_temporary_directory_of_a_run(name: str, tmp_path: Path) -> None:
-    call: dict[str, Any] = {
-        "evaluate": lambda run: hfl.evaluate(run, images(30, 5), allow_code=True),
-        "export": lambda run: hfl.export(run, "inst", "safetensors", out=tmp_path, allow_code=True),
-        "audit": lambda run: hfl.audit(run, attack="membership", shadows=0, allow_code=True),
-        "join": lambda run: hfl.join(
-            run, images(40, 5), out=tmp_path, patients=[10], seeds=[0], epochs=1, allow_code=True
-        ),
-    }[name]
+    arguments: dict[str, dict[str, Any]] = {
+        "evaluate": {"data": images(30, 5)},
+        "export": {"client": "inst", "file_format": "safetensors", "out": tmp_path},
+        "audit": {"attack": "membership", "shadows": 0},
+        "join": {"data": images(40, 5), "out": tmp_path, "patients": [10], "seeds": [0]},
+    }
     kept = federation(Net(), head="cls")
 
-    # The run is deleted as soon as nothing refers to it.
-    result = call(kept.train(hfl.FedMD(), rounds=1, overrides=NO_REPORT))
+    # Nothing else refers to the run, so its directory is deleted if the function drops the run.
+    result = getattr(hfl, name)(
+        kept.train(hfl.FedMD(), rounds=1, overrides=NO_REPORT), allow_code=True, **arguments[name]
+    )
 
     assert result
 

@@ -35,6 +35,12 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         lambda run: run.config.cohort.over_selection > 1 and not run.takes_time(),
         "cohort.over_selection: requires devices; without them all uploads arrive at the same time",
     ),
+    "patience_without_validation": CompatibilityRule(
+        ("evaluation.patience", "validation rows"),
+        lambda run: run.config.evaluation.patience is not None and not run.has_validation,
+        "evaluation.patience: has no effect without validation rows; set data.validation or "
+        "data.split.validation > 0 (Federation, Client: pass validation=...), or remove patience",
+    ),
     # Methods
     "task_of_method": CompatibilityRule(
         ("algorithm.name", "data set"),

@@ -121,6 +121,14 @@ class RunFacts(UploadFacts):
             models.add(self.federation.student)
         return {m for m in models if any(map(is_batch_norm, m.build().modules()))}
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are validation rows, global ones or those of an evaluated client."""
+        data = self.federation.data
+        return len(data.public_sets["common_validation"].rows) > 0 or any(
+            data.n_rows(client_id, "validation") for client_id in self.federation.evaluated_clients
+        )
+
     def drawn_proxy_rows(self) -> int | None:
         """Return the number of proxy rows sampled in each round, or None if all rows are used."""
         rows = getattr(self.algorithm, "proxy_rows", None)

@@ -181,7 +181,8 @@ def export(
         run: A finished run or its directory.
         client: Client id or "server". If None, all models are exported.
         file_format: "onnx" or "safetensors".
-        out: The folder to write to. Default: `export` in the run directory.
+        out: The folder to write to. Default: `export` in the run directory, or `export/best_global`
+            and `export/best_personal` for the best models.
         personal: Whether to include the client's label frequencies, as `Run.predict` does by
             default. If True, the file is named `NAME-personal`. Not supported for safetensors
             files.
@@ -223,7 +224,8 @@ def export(
         )
     if file_format == "onnx":
         check_onnx()
-    folder = run.path / "export" if out is None else Path(out)
+    default = run.directory.models_folder(run.selection).relative_to(run.path / "models")
+    folder = run.path / "export" / default if out is None else Path(out)
     exported = {}
     for name, model in models.items():
         exported[name] = _export_model(
@@ -240,14 +242,14 @@ def _export_model(
 ) -> ExportedFile:
     largest = None
     if file_format == "safetensors":
-        content = (run.path / "models" / f"{name}.safetensors").read_bytes()
+        content = run.model_file(name).read_bytes()
     else:
         content = _onnx_content(name, model, personal)
         largest = _largest_difference(run, name, load_scorer(content), personal)
     stem = f"{name}-personal" if personal else name
     file = folder / f"{stem}{SUFFIXES[file_format]}"
     card = folder / f"{stem}.json"
-    source = sha256_of(run.path / "models" / f"{name}.safetensors")
+    source = sha256_of(run.model_file(name))
     checked = None if largest is None else {"batches": list(BATCHES), "largest_difference": largest}
     entry = {
         "name": file.name,

@@ -69,13 +69,17 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
     facts: Json = {
         "form": FORM,
         **exported,
-        "run": {key: summary[key] for key in ("name", "algorithm", "seed", "rounds_completed")},
+        "run": {
+            **{key: summary[key] for key in ("name", "algorithm", "seed")},
+            "rounds_completed": run.record_of(name)["round"],
+        },
         "method": {
             "title": algorithm_name(summary["algorithm"]),
             "settings": config.get("algorithm", {}),
         },
         "model": {
             "id": name,
+            "file": run.directory.name_of(run.model_file(name)),
             "architecture": model.arch.spec_id,
             "parameters": sum(model.tensors[n].numel() for n in model.arch.parameter_names),
             "preprocess": {k: v for k, v in model.preprocess.items() if v not in (None, ())},
@@ -91,7 +95,7 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
         },
         "privacy": summary["privacy"],
         "protections": describe_protections(summary, details),
-        "figures": _last_scores(summary, details, name),
+        "figures": _scores(run, name),
         "read": details.get("read", ""),
         "own_readout": method is None or method.predict is not Algorithm.predict,
         "unit": model.task.unit,
@@ -113,28 +117,23 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
     return facts | {"limits": limits.splitlines()}
 
 
-def _last_scores(summary: Json, details: Json, name: str) -> Json:
-    """Return the scores of a model in the last round.
+def _scores(run: Run, name: str) -> Json:
+    """Return the scores of a model in its round.
 
     Returns:
         The scores and the number of test rows, keyed by test set. Test sets without scores are
         omitted.
     """
-    client = next((c for c in summary["clients"] if c["id"] == name), None)
-    scores = {
-        "at home": None,  # style: ok (file key)
-        "in common": (summary["server"] or {}).get("last"),  # style: ok (file key)
+    record = run.record_of(name)
+    client = {"global": record["server"]} if name == "server" else record["clients"].get(name, {})
+    rows = run.directory.details()["rows"].get(name, {}).get("test", 0)
+    tests = {
+        "at home": (client.get("personal"), rows),  # style: ok (file key)
+        "in common": (client.get("global"), run.summary["data"]["n_test"]),  # style: ok (file key)
     }
-    rows = {"in common": summary["data"]["n_test"]}  # style: ok (file key)
-    if client is not None:
-        scores = {
-            "at home": client["personal"],  # style: ok (file key)
-            "in common": client["global"],  # style: ok (file key)
-        }
-        rows["at home"] = details["rows"][name]["test"]  # style: ok (file key)
     return {
-        test_set: {"n": rows[test_set], **{m: found[m] for m in METRICS if m in found}}
-        for test_set, found in scores.items()
+        test_set: {"n": count, **{m: found[m] for m in METRICS if m in found}}
+        for test_set, (found, count) in tests.items()
         if found
     }
 

@@ -1,0 +1,182 @@
+"""The models of the rounds that validation selects: saving, resuming, loading, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hetero_fl
+from hetero_fl.cli import main
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.utils.errors import Interrupted, UserError
+from tests.helpers.small_federations import config
+
+NO_REPORT = {"output__plots": False, "output__report": False}
+
+
+def small(method: str = "fedavg", **changes: Any) -> dict[str, Any]:
+    """Return a run whose scores get worse again, so that an early round is best."""
+    rates = {"clients__defaults__optimizer": {"name": "sgd", "lr": 2.0}}
+    model = {"name": "mlp", "hidden": [16]}
+    settings: dict[str, Any] = {"rounds": 5, "seed": 1, **NO_REPORT, **rates, **changes}
+    return config(method, model, 3, **settings)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Return the model files of a run, keyed by name."""
+    found = (path / "models").rglob("*.safetensors")
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in found}
+
+
+def selected_rounds(run: hetero_fl.Run) -> dict[str, int]:
+    return {
+        test: run.summary[test]["best_by_validation"]["round"]
+        for test in ("personal", "global", "server")
+        if run.summary[test]
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("fedavg", {}),
+        ("ditto", {"clients__per_round": 2}),
+        ("fedmd", {}),
+        ("fedavg", {"runtime__executor": "batched", "channel__compress_down": [{"quantize": 8}]}),
+        ("fedbuff", {"runtime__mode": "async", "clients__per_round": 2}),
+        pytest.param(
+            "ditto",
+            {"runtime__executor": "processes", "runtime__workers": 2},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["shared", "private", "predictions", "compressed", "asynchronous", "workers"],
+)
+def test_best_models_are_those_of_a_run_that_ends_in_their_round(
+    method: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    source = small(method, **changes)
+    run = hetero_fl.run(source, out=tmp_path / "run")
+    rounds = selected_rounds(run)
+    assert min(rounds.values()) < 5
+
+    for test in ("personal", "global"):
+        shorter = hetero_fl.run(
+            {**source, "rounds": rounds[test]}, out=tmp_path / f"shorter_{test}"
+        )
+        for name, model in run.best(test).models.items():
+            if name == "server" and test == "global":
+                continue
+            expected = shorter.models[name].tensors
+            assert model.tensors.keys() == expected.keys()
+            assert all(torch.equal(model.tensors[n], t) for n, t in expected.items()), (test, name)
+    assert run.best("global").model_names == run.model_names
+
+
+def test_best_models_have_the_scores_of_the_summary(tmp_path: Path) -> None:
+    run = hetero_fl.run(small(data__test_limit=None), out=tmp_path / "run")
+    best = run.best("global")
+    images = np.zeros((2, 8, 8), np.uint8)
+
+    scores = hetero_fl.evaluate(best, "digits", log=lambda _: None)
+
+    selected = run.summary["server"]["best_by_validation"]
+    assert selected["round"] < 5
+    for metric in ("accuracy", "balanced_accuracy", "auroc"):
+        assert scores["server"][metric] == pytest.approx(selected[metric], abs=1e-9)
+    assert best.record_of("site_1")["round"] == run.summary["global"]["best_by_validation"]["round"]
+    assert not torch.equal(best.predict("site_1", images), run.predict("site_1", images))
+
+
+def test_interrupted_run_saves_the_same_best_models(tmp_path: Path) -> None:
+    source = small("ditto", clients__per_round=2)
+    expected = files(hetero_fl.run(source, out=tmp_path / "whole").path)
+
+    for stop in (2, 4, 5):
+        out = tmp_path / f"stop_{stop}"
+
+        def interrupt(record: dict[str, Any], stop: int = stop) -> None:
+            if record["round"] == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(Interrupted):
+            hetero_fl.run(source, out=out, callbacks=[interrupt])
+        assert not list((out / "models").glob("best_*"))
+        hetero_fl.run(source, out=out, resume=True)
+        assert files(out) == expected
+        shutil.rmtree(out / "models")
+        (out / "summary.json").unlink()
+        hetero_fl.run(source, out=out, resume=True)
+        assert files(out) == expected
+
+
+def test_extended_run_selects_again(tmp_path: Path) -> None:
+    source = small(evaluation__every=2, rounds=7, seed=28)
+    shorter = selected_rounds(hetero_fl.run({**source, "rounds": 5}, out=tmp_path / "run"))
+
+    hetero_fl.run(source, out=tmp_path / "run", resume=True)
+
+    whole = hetero_fl.run(source, out=tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole.path)
+    # The longer run does not evaluate the last round of the shorter one, which was the best.
+    assert {*shorter.values()} == {5} and {*selected_rounds(whole).values()} == {2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output__best_models": False},
+        {"data__split": {"validation": 0}, "data__validation": 0},
+    ],
+    ids=["turned off", "no validation rows"],
+)
+def test_no_best_models_are_written(changes: dict[str, Any], tmp_path: Path) -> None:
+    run = hetero_fl.run(small(**changes), out=tmp_path / "run")
+
+    folders = [path.name for path in (run.path / "models").iterdir() if path.is_dir()]
+    assert folders == []
+    with pytest.raises(UserError, match=r"models/best_personal: no models; .*best_models=true"):
+        run.best("personal").predict("site_1", np.zeros((2, 8, 8)))
+
+
+def test_best_models_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = hetero_fl.run(small(), out="run")
+    flags = ["--best", "global"]
+
+    assert main(["evaluate", "run", "--data", "digits", "--json", "scores.json", *flags]) == 0
+    assert main(["export", "run", "--client", "site_1", "--format", "safetensors", *flags]) == 0
+    assert main(["check", "run"]) == 0
+    Path("run/models/best_global/site_1.safetensors").unlink()
+    assert main(["check", "run"]) == 2
+    assert "best_global/site_1.safetensors: missing" in capsys.readouterr().err
+
+    expected = hetero_fl.evaluate(run, "digits", log=lambda _: None)
+    assert json.loads(Path("scores.json").read_text())["server"] != expected["server"]
+    exported = Path("run/export/best_global/site_1.safetensors")
+    assert SavedModel.load(exported).tensors.keys() == run.models["site_1"].tensors.keys()
+    card = json.loads(exported.with_suffix(".json").read_text())
+    best = run.summary["global"]["best_by_validation"]
+    assert card["run"]["rounds_completed"] == best["round"]
+    scores = run.metrics[best["round"] - 1]["clients"]["site_1"]["global"]
+    assert card["figures"]["in common"]["accuracy"] == scores["accuracy"]  # style: ok (file key)
+
+
+def test_patience_without_validation_rows_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(60, 3)), np.arange(60) % 2
+    federation = hetero_fl.Federation([hetero_fl.Client(name, "linear", rows) for name in "ab"])
+    none = ["data.split.validation=0", "data.validation=0"]
+    patience = hetero_fl.Evaluation(patience=2)
+
+    assert federation.prepare(evaluation=patience)
+    with pytest.raises(UserError, match=r"evaluation\.patience: has no effect without validation"):
+        federation.prepare(evaluation=patience, overrides=none)

@@ -662,6 +662,11 @@ class DataConfig(SourceConfig):
     test_limit: PositiveInt | None = Field(
         None, description="maximum number of global test rows, sampled at random; `null`: all"
     )
+    range: PositiveFloat | None = Field(
+        None,
+        description="value of integer pixels that becomes 1, for all clients; `null`: 1 if no "
+        "training pixel exceeds 1, otherwise 255 or the largest number of their bit depth",
+    )
     partition: PartitionConfig = PartitionConfig()
     proxy: ProxyConfig = ProxyConfig()
     split: SplitConfig = SplitConfig()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_fl.config.clients import AugmentConfig, ScannerConfig
+from hetero_fl.core.images import to_floats
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import call_reference
 from model_zoo.generators import keyed_generators
@@ -106,20 +107,28 @@ SCANNER_CHUNK = 256
 """Number of images processed at a time. A change of this number changes the sampled noise."""
 
 
-def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
+def apply_scanner(
+    x_raw: Tensor,
+    config: ScannerConfig,
+    generator: torch.Generator,
+    pixel_range: float | None = None,
+) -> Tensor:
     """Simulate the imaging device of a site (feature shift).
 
     The operations are, in this order: bilinear down- and upsampling (`resolution`), Gaussian blur,
     contrast around middle gray, brightness, and Gaussian noise. uint8 images are rounded and
-    clipped to 0..255. Floats are assumed to be in 0..1 and are not clipped.
+    clipped to 0..255. Integers of another range become floats from 0 to 1. Floats are assumed to
+    be in 0..1 and are not clipped.
 
     Args:
-        x_raw: Images, shape `[N, C, H, W]`, uint8 or floats. The images are not modified in place.
+        x_raw: Images, shape `[N, C, H, W]`, integers or floats. The images are not modified in
+            place.
         config: Settings of the device.
         generator: Random generator for the noise.
+        pixel_range: Value of integer pixels that becomes 1. If None, 255.
 
     Returns:
-        Images of the same shape and dtype.
+        Images of the same shape.
 
     Example:
         >>> import torch
@@ -131,11 +140,14 @@ def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generat
     """
     if config == ScannerConfig() or len(x_raw) == 0:
         return x_raw
-    return torch.cat([_apply(chunk, config, generator) for chunk in x_raw.split(SCANNER_CHUNK)])
+    chunks = x_raw.split(SCANNER_CHUNK)
+    return torch.cat([_apply(chunk, config, generator, pixel_range) for chunk in chunks])
 
 
-def _apply(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
-    x = x_raw.float() / 255 if x_raw.dtype == torch.uint8 else x_raw
+def _apply(
+    x_raw: Tensor, config: ScannerConfig, generator: torch.Generator, pixel_range: float | None
+) -> Tensor:
+    x = to_floats(x_raw, pixel_range)
     height, width = x.shape[-2:]
     if config.resolution < 1:
         small = (
@@ -149,7 +161,10 @@ def _apply(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> 
     x = (x - 0.5) * config.contrast + (0.5 + config.brightness)
     if config.noise:
         x = x + config.noise * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8) if x_raw.dtype == torch.uint8 else x
+    if x_raw.is_floating_point():
+        return x
+    x = x.clamp(0, 1)
+    return x if pixel_range is not None else (x * 255).round().to(torch.uint8)
 
 
 def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convert users' arrays to images `[N, C, H, W]`, uint8 or floats in [0, 1], and resize examples.
+"""Convert users' arrays to images `[N, C, H, W]`, integers or floats in [0, 1], and resize them.
 
 Arrays that can be interpreted in more than one way are rejected.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetero_fl.core.stored_rows import Column, map_rows
+from hetero_fl.core.stored_rows import Column, map_rows, split_rows
 from hetero_fl.utils.errors import UserError
 
 # Usual numbers of channels: gray and RGB.
@@ -23,8 +23,14 @@ USUAL_CHANNELS = (1, 3)
 MAX_CHANNELS = 16
 # Tolerance for rounding errors of images scaled to [0, 1].
 SCALE_TOLERANCE = 1e-3
-# Floats with a maximum between this value and 255 are interpreted as bytes.
+# Floats with at least this maximum are interpreted as pixels.
 MIN_BYTE_MAXIMUM = 128
+# Largest pixel of 8 bits.
+MAX_BYTE = 255
+# Types of integer pixels, of 8 and of more bits.
+PIXEL_TYPES = (torch.uint8, torch.int32)
+# Number of images whose pixels are compared at a time.
+CHECKED_ROWS = 256
 
 
 def as_numbers(values: Any, where: str) -> Tensor:
@@ -65,26 +71,75 @@ def as_numbers(values: Any, where: str) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def as_bytes(x: Tensor, where: str) -> Tensor:
-    """Convert integers to uint8 and return floats unchanged.
+def as_pixels(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the integers of a data set to uint8, or to int32 if they do not fit into 8 bits.
+
+    Floats and uint8 are returned unchanged. All other parts of the data set get the same type.
 
     Args:
-        x: Images, shape `[N, …]`.
-        where: Prefix of error messages.
+        images: Images `[N, …]`, keyed by the name that error messages quote.
 
     Raises:
-        UserError: If integers are outside 0..255.
+        UserError: If a value does not fit into int32.
     """
-    if x.is_floating_point() or x.dtype == torch.uint8 or x.numel() == 0:
-        return x
-    low = int(x.min())
-    high = int(x.max())
-    if low < 0 or high > 255:
+    wide = {
+        name: (int(x.min()), int(x.max()))
+        for name, x in images.items()
+        if not x.is_floating_point() and x.dtype != torch.uint8 and x.numel()
+    }
+    limits = torch.iinfo(torch.int32)
+    for name, (low, high) in wide.items():
+        if low < limits.min or high > limits.max:
+            raise UserError(
+                f"{name}: expected pixels of at most 31 bits, got {low} to {high}; divide them by "
+                "their largest possible value and pass floats"
+            )
+    is_deep = any(low < 0 or high > MAX_BYTE for low, high in wide.values())
+    dtype = torch.int32 if is_deep else torch.uint8
+    return {name: x.to(dtype) if name in wide else x for name, x in images.items()}
+
+
+def check_pixels(
+    x: Column,
+    pixel_range: float | None,
+    where: str,
+    advice: str = "convert them to this range, or pass floats from 0 to 1",
+) -> None:
+    """Check that integer pixels fit the range of the images that a model is trained on.
+
+    Args:
+        x: Examples. Those that are no images of integers are accepted.
+        pixel_range: Value of integer pixels that becomes 1. If None, 255.
+        where: Prefix of the error message.
+        advice: End of the error message.
+
+    Raises:
+        UserError: If the pixels have more or fewer bits than the range.
+    """
+    if x.ndim != 4 or x.dtype not in PIXEL_TYPES:
+        return
+    limit = pixel_range or MAX_BYTE
+    found = ""
+    if x.dtype == torch.uint8 and limit > MAX_BYTE:
+        found = f"8 bits, at most {MAX_BYTE}"
+    elif limit == 1 and exceeds(x, 1):
+        found = "larger ones"
+    elif x.dtype != torch.uint8 and limit <= MAX_BYTE and exceeds(x, MAX_BYTE, low=0):
+        found = f"pixels outside 0 to {MAX_BYTE}"
+    if found:
         raise UserError(
-            f"{where}: expected uint8 or floats from 0 to 1, got {dtype_name(x)} from {low} "
-            f"to {high}"
+            f"{where}: expected pixels from 0 to {limit:g} as in training, got {found}; {advice}"
         )
-    return x.to(torch.uint8)
+
+
+def to_floats(x: Tensor, pixel_range: float | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Divide integer pixels by their range, 255 if `pixel_range` is None. Floats are unchanged."""
+    return x if x.is_floating_point() else x.to(dtype) / (pixel_range or MAX_BYTE)
+
+
+def exceeds(x: Column, high: float, low: float = -torch.inf) -> bool:
+    """Return whether a pixel is outside a range. Reading ends at the first batch with one."""
+    return any(bool(((rows < low) | (rows > high)).any()) for rows in split_rows(x, CHECKED_ROWS))
 
 
 def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
@@ -122,11 +177,11 @@ def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
     return x if is_first else x.movedim(-1, 1)
 
 
-def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Convert the floating-point images of a data set to the range [0, 1].
+def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Convert the floating-point images of a data set to integer pixels or to the range [0, 1].
 
-    Floats with a maximum between 128 and 255 are interpreted as bytes: images are converted to
-    uint8 if all values are integers, otherwise divided by 255. All parts of the data set are
+    Floats with a maximum of at least 128 are interpreted as pixels: they are converted to uint8 or
+    int32 if all values are integers, otherwise divided by 255. All parts of the data set are
     treated equally.
 
     Args:
@@ -135,7 +190,7 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
             images later.
 
     Returns:
-        The images, and whether floats were interpreted as bytes.
+        The images, and a remark if floats were interpreted as pixels.
 
     Raises:
         UserError: If floats have another range.
@@ -150,20 +205,19 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     if not all(np.isfinite(limits).all() for limits in ranges.values()) or (
         low >= -SCALE_TOLERANCE and high <= 1 + SCALE_TOLERANCE
     ):
-        return dict(images), False
-    if low < 0 or not MIN_BYTE_MAXIMUM <= high <= 255:
+        return dict(images), ""
+    are_pixels = low >= 0 and high >= MIN_BYTE_MAXIMUM
+    are_integers = are_pixels and all(bool((images[n] == images[n].floor()).all()) for n in ranges)
+    if not are_pixels or (high > MAX_BYTE and not are_integers):
         name = next(n for n, (a, b) in ranges.items() if a == low or b == high)
         a, b = ranges[name]
         raise UserError(
             f"{name}: expected uint8 or floats from 0 to 1, got floats from {a:g} to {b:g}; "
-            "preprocess.normalize standardizes them"
+            "divide them by their largest possible value"
         )
-    are_integers = all(bool((images[n] == images[n].floor()).all()) for n in ranges)
-    converted = dict(images)
-    for name in ranges:
-        x = images[name]
-        converted[name] = x.to(torch.uint8) if are_integers else x / 255
-    return converted, True
+    floats = {n: images[n].long() if are_integers else images[n] / MAX_BYTE for n in ranges}
+    shown = f"{high:g}" if high > MAX_BYTE else str(MAX_BYTE)
+    return dict(images) | as_pixels(floats), f"floats from 0 to {shown} are read as pixel values"
 
 
 def dtype_name(tensor: Column) -> str:

@@ -14,7 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hetero_fl.core.images import as_bytes, as_numbers, channels_first, in_range
+from hetero_fl.core.images import (
+    MAX_BYTE,
+    PIXEL_TYPES,
+    as_numbers,
+    as_pixels,
+    channels_first,
+    check_pixels,
+    in_range,
+)
 from hetero_fl.core.model_spec import ModelSpec, Tensors, freeze_lists
 from hetero_fl.core.plan import forward_batch_size
 from hetero_fl.core.stored_rows import Column, split_rows
@@ -112,7 +120,11 @@ class SavedModel:
         metadata = {
             "form": FORM,
             "architecture": asdict(self.arch),
-            "preprocess": self.preprocess,
+            "preprocess": {
+                name: value
+                for name, value in self.preprocess.items()
+                if name != "pixel_range" or value is not None
+            },
             "task": {
                 name: value
                 for name, value in asdict(self.task).items()
@@ -279,21 +291,26 @@ class SavedModel:
         """
         if self.arch.vocabulary is not None:
             return self._tokens(x, self.arch.vocabulary)
-        raw = as_numbers(x, "predict: x")
         where = "predict: x"
+        raw = as_numbers(x, where)
+        pixel_range = self.preprocess.get("pixel_range")
         is_image = len(self.arch.input_shape) == 3
         if is_image and raw.ndim in (3, 4) and 0 not in raw.shape:
-            raw = as_bytes(raw, where)
+            raw = _pixels(raw, "bool" in str(getattr(x, "dtype", "")), pixel_range, where)
             raw = raw[:, None] if raw.ndim == 3 else self._channels_first(raw, where)
         if not self._accepts_shape(tuple(raw.shape[1:])) or raw.ndim < 2:
             raise UserError(
                 f"{where}: expected {self._expected_shapes()}, got shape {tuple(np.shape(x))}"
             )
-        raw = raw if raw.dtype == torch.uint8 and is_image else raw.to(torch.get_default_dtype())
+        is_pixels = is_image and raw.dtype in PIXEL_TYPES
+        raw = raw if is_pixels else raw.to(torch.get_default_dtype())
         if raw.is_floating_point() and not bool(torch.isfinite(raw).all()):
             row = int((~torch.isfinite(raw)).flatten(1).any(1).to(torch.uint8).argmax())
             raise UserError(f"{where}: NaN or infinity in row {row}")
-        return in_range({where: raw})[0][where] if is_image else raw
+        if is_image:
+            raw = in_range({where: raw})[0][where]
+            check_pixels(raw, pixel_range, where)
+        return raw
 
     def _tokens(self, x: Any, vocabulary: int) -> Tensor:
         raw = torch.as_tensor(x)
@@ -347,3 +364,13 @@ class SavedModel:
             height = "H"
             width = "W"
         return f"images (N, {channels}, {height}, {width}), uint8 or floats from 0 to 1"
+
+
+def _pixels(raw: Tensor, are_bool: bool, pixel_range: float | None, where: str) -> Tensor:
+    """Return integer images as pixels of the model's type, and booleans and floats as floats."""
+    if are_bool:
+        return raw.to(torch.get_default_dtype())
+    pixels = as_pixels({where: raw})[where]
+    # Dark images of a wide type may have the many bits that the model expects.
+    is_deep = raw.dtype == torch.int64 and (pixel_range or 0) > MAX_BYTE
+    return pixels.to(torch.int32) if is_deep else pixels

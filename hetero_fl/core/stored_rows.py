@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -207,7 +208,7 @@ class JoinedReader:
         self._parts = list(parts)
         self._ends = np.cumsum([len(part) for part in parts])
         self.shape = tuple(parts[0].shape[1:])
-        self.dtype = parts[0].dtype
+        self.dtype = reduce(torch.promote_types, [part.dtype for part in parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

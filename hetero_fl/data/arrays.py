@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.images import (
-    as_bytes,
     as_numbers,
+    as_pixels,
     channels_first,
     in_range,
 )
@@ -63,9 +63,10 @@ def from_arrays(
 
     Args:
         x: Images, series, a table or tokens. Images have shape `[N, C, H, W]`, `[N, H, W, C]` or,
-            as integers, `[N, H, W]`, and values in 0..255 or, as floats, 0..1. Series are floats
-            `[N, T, F]`, and tables are floats `[N, F]`. Series with more than one channel need
-            `columns` to distinguish them from images. Tokens need `vocabulary`.
+            as integers, `[N, H, W]`, and values from 0 to the largest number of their bit depth
+            or, as floats, 0..1. Series are floats `[N, T, F]`, and tables are floats `[N, F]`.
+            Series with more than one channel need `columns` to distinguish them from images. Tokens
+            need `vocabulary`.
         y: Labels. Strings `[N]` are class names. Whole numbers `[N]` are classes if they have at
             most 20 distinct values, or if they are integers that number the classes from 0 or 1.
             Unless the numbers are 0 to C - 1, the sorted distinct labels become the class names.
@@ -256,24 +257,23 @@ def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
     Returns:
         The tensors in the order of `raw`, and remarks on the axis order and value range of images.
     """
-    inputs = {where: _to_channels_first(x, where) for where, x in raw.items()}
+    pixels = as_pixels({where: x for where, x in raw.items() if x.ndim in (3, 4)})
+    inputs = {where: _to_channels_first(x, where) for where, x in (raw | pixels).items()}
     images = {where: x for where, x in inputs.items() if x.ndim == 4}
-    ranged, scaled = in_range(images)
+    ranged, remark = in_range(images)
     notes = [
         f"{where}: read as [rows, height, width, channels]"
         for where, image in images.items()
         if raw[where].ndim == 4 and raw[where].shape != image.shape
     ]
-    if scaled:
-        notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as pixel values")
+    if remark:
+        notes.append(f"{next(iter(raw))}: {remark}")
     return list((inputs | ranged).values()), tuple(notes)
 
 
 def _to_channels_first(x: Tensor, where: str) -> Tensor:
     """Return images `[N, C, H, W]` with their range of values, and other floats as float32."""
-    if x.ndim in (3, 4):
-        x = as_bytes(x, where)
-    if x.ndim == 3 and x.dtype == torch.uint8:
+    if x.ndim == 3 and not x.is_floating_point():
         x = x[:, None]
     if x.is_floating_point():
         x = x.float()

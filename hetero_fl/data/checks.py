@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.core.images import dtype_name
+from hetero_fl.core.images import PIXEL_TYPES, dtype_name
 from hetero_fl.core.stored_rows import Column, require_tensor, split_rows
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples, Vocabulary
@@ -126,7 +126,7 @@ def _check_tokens(x: Tensor, vocabulary_size: int, where: str, names: ExampleNam
 
 def _check_values(x: Column, where: str, names: ExampleNames, missing: bool) -> None:
     """Check images, series and tables."""
-    if x.dtype == torch.uint8:
+    if x.dtype in PIXEL_TYPES:
         if x.ndim != 4 or 0 in x.shape:
             hint = f'; for a table pass {names.x}.astype("float32")' if x.ndim == 2 else ""
             raise UserError(

@@ -78,6 +78,7 @@ class ColumnLayout:
         columns: Name of each column.
         blocks: Blocks of multimodal rows. If there are any, names refer to blocks, not to columns.
         categories: Text columns that are one-hot encoded, with their values.
+        pixel_range: Value of integer pixels that becomes 1. If None, 255.
 
     Example:
         >>> from hetero_fl.data import ColumnLayout
@@ -91,6 +92,7 @@ class ColumnLayout:
     columns: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     categories: Categories = ()
+    pixel_range: float | None = None
 
     @property
     def encoded_columns(self) -> dict[str, str]:
@@ -238,16 +240,47 @@ UNKNOWN = 1
 """The token of words outside the vocabulary."""
 FIRST = 2
 """The token of the first word of a vocabulary."""
-WORD = re.compile(r"\w+(?:['’-]\w+)*|[.!?]")
+MARKS = (
+    r"\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e"
+    r"\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d"
+    r"\u108f\u109a-\u109d\u17b4-\u17d3\u17dd\u3099\u309a\ufe00-\ufe0f"
+)
+"""Combining vowels and tone marks, which belong to the preceding character."""
+UNSPACED = (
+    r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e80-\u0ecf\u0edc-\u0edf\u1000-\u103f\u1050-\u108f"
+    r"\u109a-\u109f\u1780-\u17d3\u17d7\u17dc\u17dd\u2e80-\u2fdf\u3005-\u3007\u3021-\u302d"
+    r"\u3031-\u3035\u303b\u3041-\u309f\u30a1-\u30fa\u30fc-\u312f\u31a0-\u31bf\u31f0-\u31ff"
+    r"\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9fe\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
+    r"\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+"""Thai, Lao, Burmese, Khmer, Chinese and Japanese, whose words are not separated by spaces."""
+WORD = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\W{UNSPACED}]+(?:['’-][^\W{UNSPACED}]+)*|[.!?]")
 
 
 def split_words(text: str) -> list[str]:
-    """Split a text into lowercase words.
+    """Split a text into lowercase words, and into characters where no spaces separate words.
 
     Periods, question marks and exclamation marks are separate words. Other punctuation is dropped,
-    except apostrophes and hyphens within a word.
+    except apostrophes and hyphens within a word. In scripts without spaces between words, such as
+    Chinese, Japanese and Thai, each character is a word, together with its combining marks.
+
+    Example:
+        >>> from hetero_fl.data.dataset import split_words
+        >>> split_words("I love 北京!")
+        ['i', 'love', '北', '京', '!']
     """
     return WORD.findall(text.lower())
+
+
+def note_unspaced(texts: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Return a remark if texts, as sequences of words, have scripts without spaces."""
+    script = re.compile(f"[{UNSPACED}]")
+    if not any(script.match(word) for words in texts for word in words):
+        return ()
+    return (
+        "characters are the tokens of text in scripts without spaces between words; text.length "
+        "counts them",
+    )
 
 
 @dataclass(frozen=True)
@@ -403,9 +436,9 @@ class Examples:
     """Raw examples, before preprocessing, with targets and optional further columns.
 
     Attributes:
-        x: Inputs, which are images (uint8 or float `[N, C, H, W]`), series (float `[N, T, F]`),
-            tables (float `[N, F]`) or tokens (int64 `[N, T]`). Images may be `StoredRows`, which
-            are read from files when they are used.
+        x: Inputs, which are images (uint8, int32 or float `[N, C, H, W]`), series (float
+            `[N, T, F]`), tables (float `[N, F]`) or tokens (int64 `[N, T]`). Images may be
+            `StoredRows`, which are read from files when they are used.
         y: Targets as defined by `Task`, or None if the examples are unlabeled.
         group: Group of each row, for example a hospital, as indices into `group_names`, int64
             `[N]`.
@@ -611,6 +644,7 @@ class Dataset:
         local_sets: Validation and test rows of the groups of `train`, keyed by "validation" and
             "test". In a natural partition, each client gets the rows of its groups, instead of
             rows that are held out of its training rows.
+        pixel_range: Value of integer pixels that becomes 1. If None, `federate` decides.
 
     Example:
         >>> import torch
@@ -638,6 +672,7 @@ class Dataset:
     categories: Categories = ()
     source: str = ""
     local_sets: Mapping[str, Examples] = field(default_factory=dict)
+    pixel_range: float | None = None
 
     def __post_init__(self) -> None:
         self.source = self.source or self.name
@@ -656,7 +691,7 @@ class Dataset:
     @property
     def layout(self) -> ColumnLayout:
         """Names of the columns or blocks along the last axis of the examples."""
-        return ColumnLayout(self.columns, self.blocks, self.categories)
+        return ColumnLayout(self.columns, self.blocks, self.categories, self.pixel_range)
 
     @property
     def predicts_items(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from hetero_fl.data.overlap import (
     notes_on_equal_rows,
 )
 from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.pixels import choose_range
 from hetero_fl.data.preprocessing import (
     Preprocess,
     check_missing_values,
@@ -174,8 +176,11 @@ def federate(
         # A partition may separate classes on purpose.
         own_rows = private | owned.private if config.partition.kind == "natural" else owned.private
         notes += _notes_on_classes(own_rows, private | owned.private, dataset.task)
+    pixels = choose_range(dataset, config, client_rows, public)
+    dataset = replace(dataset, pixel_range=pixels.value)
     _check_scanners(profiles, client_rows)
-    notes += owned.notes + check_missing_values(
+    notes += [*pixels.notes, *owned.notes]
+    notes += check_missing_values(
         profiles,
         population,
         client_rows,

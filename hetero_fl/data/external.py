@@ -17,6 +17,7 @@ from torch import Tensor
 from hetero_fl.config.clients import PreprocessConfig
 from hetero_fl.config.data import SHARED_KEYS, DataConfig, SharedSettings, SourceConfig
 from hetero_fl.config.population import SettingsProfile
+from hetero_fl.core.images import to_floats
 from hetero_fl.core.stored_rows import Column, require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
@@ -281,7 +282,7 @@ def match_blocks(
                 f"{common_set.name}; choose from {known or 'none'}"
             )
         blocks = tuple(candidates)
-        x = (x.float() / 255 if x.dtype == torch.uint8 else x).flatten(1)
+        x = to_floats(x, common_set.pixel_range).flatten(1)
     parts = {
         b.name: x[:, start:stop] for b, (start, stop) in zip(blocks, spans_of(blocks), strict=True)
     }

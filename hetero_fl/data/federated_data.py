@@ -465,7 +465,8 @@ class FederatedData:
         if scanner == ScannerConfig():
             return Examples(rows.x, rows.y)
         check_scanner(rows.x, scanner, client)
-        scan = partial(apply_scanner, config=scanner, generator=generator)
+        pixel_range = self.layout.pixel_range
+        scan = partial(apply_scanner, config=scanner, generator=generator, pixel_range=pixel_range)
         return Examples(map_rows(rows.x, scan), rows.y)
 
     def _preprocess(self, examples: Examples, preprocess: Preprocess) -> Columns:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.core.images import as_bytes, as_numbers, in_range
+from hetero_fl.core.images import as_numbers, as_pixels, check_pixels, in_range, to_floats
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
@@ -127,17 +127,17 @@ def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
                 f"{WHERE}: {block.name}: expected {count} rows as in {next(iter(parts))}, got "
                 f"{len(part)}"
             )
-        rows.append(_block_values(part, block))
+        rows.append(_block_values(part, block, view.pixel_range))
     return torch.cat(rows, dim=1)
 
 
-def _block_values(part: Tensor, block: Block) -> Tensor:
+def _block_values(part: Tensor, block: Block, pixel_range: float | None) -> Tensor:
     """Return the values of a block, shape `[N, size]`. Images become floats from 0 to 1."""
     where = f"{WHERE}: {block.name}"
     shape = tuple(part.shape)
     dtype = torch.get_default_dtype()
     if block.image:
-        part = as_bytes(part[:, None] if part.ndim == 3 else part, where)
+        part = as_pixels({where: part[:, None] if part.ndim == 3 else part})[where]
         last = part.ndim == 4 and tuple(part.shape[1:]) != block.shape
         part = part.movedim(-1, 1) if last else part
     if tuple(part.shape[1:]) not in (block.shape, (block.size,)):
@@ -150,6 +150,7 @@ def _block_values(part: Tensor, block: Block) -> Tensor:
     part = part.reshape(len(part), block.size)
     is_missing = part.isnan().all(1)
     values = in_range({where: part[~is_missing]})[0][where]
-    values = values.to(dtype) / 255 if values.dtype == torch.uint8 else values.to(dtype)
+    check_pixels(values[:, :, None, None], pixel_range, where)
+    values = to_floats(values, pixel_range, dtype).to(dtype)
     empty = values.new_full((len(part), block.size), torch.nan)
     return empty.masked_scatter(~is_missing[:, None], values)

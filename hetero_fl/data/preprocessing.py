@@ -24,6 +24,7 @@ from hetero_fl.config.clients import (
 )
 from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.core.image_transforms import apply_transform
+from hetero_fl.core.images import to_floats
 from hetero_fl.core.stored_rows import Column, StoredRows, require_tensor, split_rows
 from hetero_fl.data.dataset import (
     Block,
@@ -75,6 +76,7 @@ class Preprocess:
             missing. If None, NaN does not change.
         transform: Reference to a function that transforms each batch after all other steps. If
             None, no function is called.
+        pixel_range: Number by which integer pixels are divided. If None, 255.
 
     Example:
         >>> import torch
@@ -96,6 +98,7 @@ class Preprocess:
     blocks: tuple[Block, ...] = ()
     missing: Literal["indicate"] | None = None
     transform: str | None = None
+    pixel_range: float | None = None
 
     def __post_init__(self) -> None:
         # Files store blocks as plain tuples.
@@ -121,7 +124,11 @@ class Preprocess:
             UserError: If a column or block is unknown.
         """
         view = cls(
-            config.resize, config.channels, missing=config.missing, transform=config.transform
+            config.resize,
+            config.channels,
+            missing=config.missing,
+            transform=config.transform,
+            pixel_range=layout.pixel_range,
         )
         if config.columns is None and not layout.blocks and config.missing is None:
             return view
@@ -214,7 +221,7 @@ class Preprocess:
     def __call__(self, x_raw: Tensor) -> Tensor:
         """Preprocess raw examples.
 
-        uint8 values are divided by 255. Tokens (int64) are returned unchanged.
+        Integer pixels are divided by `pixel_range`. Tokens (int64) are returned unchanged.
 
         Args:
             x_raw: Raw examples, shape `[N, ...]`.
@@ -249,7 +256,7 @@ class Preprocess:
         """Return the selected values in their output shape, before normalization."""
         dtype = torch.get_default_dtype()
         x = self.select_columns(x_raw)
-        x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+        x = to_floats(x, self.pixel_range, dtype).to(dtype)
         if len(x) == 0:
             return x
         x = x.reshape(-1, *self._selected_shape(tuple(x_raw.shape[1:])))

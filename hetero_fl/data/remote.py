@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig
 from hetero_fl.config.population import Population
+from hetero_fl.core.images import MAX_BYTE
 from hetero_fl.core.stored_rows import read_all
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import ClientRows, RemoteDataInfo, fingerprint
 from hetero_fl.data.client_sources import load_client_sources
 from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Examples, Vocabulary
 from hetero_fl.data.federated_data import PRIVATE, FederatedData
+from hetero_fl.data.pixels import choose_range
 from hetero_fl.data.preprocessing import check_missing_values
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
@@ -110,6 +112,7 @@ class PublicPack:
             "task": vars(self.task),
             "columns": self.layout.columns,
             "categories": self.layout.categories,
+            "pixel_range": self.layout.pixel_range,
             "blocks": [[block.name, block.shape] for block in self.layout.blocks],
             "vocabulary": vocabulary,
             "public": {name: _public_columns(examples) for name, examples in self.public.items()},
@@ -132,7 +135,7 @@ class PublicPack:
             content["about"],
             content["simulated"],
             Task(**{**content["task"], "names": tuple(content["task"]["names"])}),
-            ColumnLayout(tuple(content["columns"]), blocks, categories),
+            ColumnLayout(tuple(content["columns"]), blocks, categories, content.get("pixel_range")),
             None
             if vocabulary is None
             else Vocabulary(tuple(vocabulary["words"]), vocabulary["buckets"]),
@@ -176,6 +179,7 @@ class PublicPack:
             blocks=self.layout.blocks,
             vocabulary=self.vocabulary,
             categories=self.layout.categories,
+            pixel_range=self.layout.pixel_range or MAX_BYTE,
         )
         owned = load_client_sources({source: [client]}, common, config, population, seed)
         private = ClientRows(owned.private)
@@ -183,6 +187,7 @@ class PublicPack:
         notes = check_missing_values(
             [population.profile(client)], population, private, public, layout=self.layout
         )
+        pixels = choose_range(common, config, private, public)
         return FederatedData(
             self.task,
             self.name,
@@ -192,8 +197,8 @@ class PublicPack:
             seed=seed,
             simulated=self.simulated or owned.simulated,
             about=self.about,
-            notes=[*owned.notes, *notes],
-            layout=self.layout,
+            notes=[*owned.notes, *notes, *pixels.notes],
+            layout=replace(self.layout, pixel_range=pixels.value),
             vocabulary=self.vocabulary,
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import SHARED_KEYS, SourceConfig
+from hetero_fl.core.images import check_pixels
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.stored_rows import Column, map_rows
@@ -155,6 +156,7 @@ def _check_model_fits(
             f"data: {data} has examples of shape {input_shape} after preprocessing, "
             f"but the model of {name} expects {model.arch.input_shape}"
         )
+    check_pixels(x, preprocess.pixel_range, f"data: {data}")
     vocabulary_size = dataset.vocabulary.size if dataset.vocabulary else None
     if vocabulary_size != model.arch.vocabulary:
         raise ArgumentError(

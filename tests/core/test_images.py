@@ -136,7 +136,7 @@ def test_predict_accepts_unambiguous_images() -> None:
         ((4,), [[1, 2], [3]], "expected an array of numbers"),
         ((4,), np.array([[0, 1, np.nan, 2]]), "NaN or infinity in row 0"),
         ((1, 8, 8), np.full((2, 8, 8), -1.0), "got floats from -1 to -1"),
-        ((1, 8, 8), np.full((2, 8, 8), 4000), "got int64 from 4000 to 4000"),
+        ((1, 8, 8), np.full((2, 8, 8), 4000), "got pixels outside 0 to 255"),
     ],
 )
 def test_predict_refuses_other_images_in_one_line(

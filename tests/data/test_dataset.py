@@ -35,7 +35,7 @@ def with_nan(*shape: int) -> torch.Tensor:
     [
         (IMAGES[:0], LABELS[:0], CLASSES, "here: x: has no rows"),
         (IMAGES[:, 0], LABELS, CLASSES, "got uint8 of shape (4, 5, 5)"),
-        (IMAGES.int(), LABELS, CLASSES, "x: expected uint8 images or floats, got int32"),
+        (IMAGES.short(), LABELS, CLASSES, "x: expected uint8 images or floats, got int16"),
         (torch.zeros(4), LABELS, CLASSES, "got float32 of shape (4,)"),
         (torch.zeros(4, 0), LABELS, CLASSES, "got float32 of shape (4, 0)"),
         (with_nan(4, 3), LABELS, CLASSES, "x: row 2: NaN or infinite value"),

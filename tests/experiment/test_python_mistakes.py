@@ -138,8 +138,8 @@ DATA: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "pixels out of range": (
         UserError,
-        "x: expected uint8 or floats from 0 to 1, got int64 from 0 to",
-        lambda: prepared((X.astype(int) * 3, Y)),
+        r"pixels must be >= 0, got -.*; pass overrides=\['data.range=MAXIMUM'\]",
+        lambda: prepared((-X.astype(int), Y)),
     ),
     "complex numbers": (
         UserError,

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,24 +38,23 @@ def read_image_files(
             memory. Otherwise, only the sizes and color modes are read.
 
     Returns:
-        Images, uint8 `[N, C, H, W]`.
+        Images, uint8 `[N, C, H, W]`, or int32 if the files have more than 8 bits per pixel.
 
     Raises:
-        UserError: If a file is not an image, or the images have different sizes.
+        UserError: If a file is not an image, or the images have different sizes or bits.
     """
     places = [f"path: {file}" for file in files]
     if stream is None:
         return stack_images([_read(file, side) for file in files], places, files[0].name)
-    sizes = []
-    has_color = False
-    for file in files:
-        size, is_gray = _read_header(file)
-        sizes.append(size)
-        has_color = has_color or not is_gray
+    headers = [_read_header(file) for file in files]
+    sizes = [header.size for header in headers]
     if side is None:
         check_sizes(sizes, places, files[0].name)
+    _check_bits([header.is_deep for header in headers], places, files[0].name)
     width, height = (side, side) if side else sizes[0]
-    reader = ImageFileReader(files, side, (3 if has_color else 1, height, width))
+    channels = 1 if all(header.is_gray for header in headers) else 3
+    dtype = torch.int32 if headers[0].is_deep else torch.uint8
+    reader = ImageFileReader(files, side, (channels, height, width), dtype)
     return StoredRows(reader, stream)
 
 
@@ -67,30 +66,34 @@ class ImageFileReader:
         side: Height and width in pixels to which images are resized. If None, images keep their
             size.
         shape: Shape of an image, `(C, H, W)`.
+        dtype: Type of the pixels, uint8 or int32.
     """
 
-    dtype = torch.uint8
-
     def __init__(
-        self, files: Sequence[Path], side: int | None, shape: tuple[int, int, int]
+        self,
+        files: Sequence[Path],
+        side: int | None,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
     ) -> None:
         # Strings take less memory than paths.
         self._files = [str(file) for file in files]
         self._side = side
         self.shape: tuple[int, ...] = shape
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, rows: np.ndarray) -> Tensor:
         """Read images (see `RowReader.read`)."""
-        images = np.empty((len(rows), *self.shape), dtype=np.uint8)
-        for i, row in enumerate(rows):
-            images[i] = self._read_image(Path(self._files[row]))
-        return torch.from_numpy(images)
+        images = torch.empty(len(rows), *self.shape, dtype=self.dtype)
+        for image, row in zip(images, rows, strict=True):
+            image.copy_(torch.tensor(self._read_image(Path(self._files[row]))))
+        return images
 
     def _read_image(self, file: Path) -> np.ndarray:
-        """Return the pixels of an image, uint8 `[C, H, W]` or `[1, H, W]`."""
+        """Return the pixels of an image, `[C, H, W]` or `[1, H, W]`."""
         try:
             pixels = _read(file, self._side)
         except UserError as error:
@@ -113,18 +116,19 @@ def stack_images(images: Sequence[np.ndarray], places: Sequence[str], first: str
     """Stack images, as grayscale if all images are grayscale, otherwise as RGB.
 
     Args:
-        images: Pixels of each image, uint8 `[H, W]` or `[H, W, 3]`.
+        images: Pixels of each image, uint8 `[H, W]` or `[H, W, 3]`, or int32 `[H, W]`.
         places: Place of each image, for error messages.
         first: Name of the first image, for error messages.
 
     Returns:
-        Images, uint8 `[N, C, H, W]`.
+        Images, uint8 or int32 `[N, C, H, W]`.
 
     Raises:
-        UserError: If the images have different sizes.
+        UserError: If the images have different sizes or bits.
     """
     has_color = any(image.ndim == 3 for image in images)
     check_sizes([(image.shape[1], image.shape[0]) for image in images], places, first)
+    _check_bits([image.dtype != np.uint8 for image in images], places, first)
     if has_color:
         images = [
             image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
@@ -150,6 +154,17 @@ def check_sizes(sizes: Sequence[tuple[int, int]], places: Sequence[str], first: 
             raise UserError(
                 f"{place}: expected {sizes[0][0]}x{sizes[0][1]} pixels as in {first}, got "
                 f"{width}x{height}; set data.size to resize all images"
+            )
+
+
+def _check_bits(are_deep: Sequence[bool], places: Sequence[str], first: str) -> None:
+    """Raise UserError if only some images have more than 8 bits per pixel."""
+    for place, is_deep in zip(places, are_deep, strict=True):
+        if is_deep != are_deep[0]:
+            expected, found = ("16", "8") if are_deep[0] else ("8", "16")
+            raise UserError(
+                f"{place}: expected {expected} bits per pixel as in {first}, got {found}; save all "
+                "images with the same number of bits"
             )
 
 
@@ -186,17 +201,24 @@ def describe_image_error(error: Exception) -> str:
 
 
 def _read(file: Path, side: int | None) -> np.ndarray:
-    """Return the pixels of an image file, uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB)."""
+    """Return the pixels of an image file (see `image_pixels`)."""
     with open_image(file) as opened:
         return image_pixels(opened, side)
 
 
-def _read_header(file: Path) -> tuple[tuple[int, int], bool]:
-    """Return the width and height of an image file in pixels, and whether it is grayscale."""
+class _Header(NamedTuple):
+    """Width and height in pixels, and whether the image is grayscale and has more than 8 bits."""
+
+    size: tuple[int, int]
+    is_gray: bool
+    is_deep: bool
+
+
+def _read_header(file: Path) -> _Header:
     with open_image(file) as opened:
         width, height = opened.size
         size = (height, width) if _is_rotated(opened) else (width, height)
-        return size, is_grayscale(opened.mode)
+        return _Header(size, is_grayscale(opened), opened.mode.startswith("I"))
 
 
 def _is_rotated(image: Any) -> bool:
@@ -220,35 +242,43 @@ def _upright(image: Any) -> Any:
         return image
 
 
-def is_grayscale(mode: str) -> bool:
-    """Return whether images of a Pillow mode are read as grayscale.
+def is_grayscale(image: Any) -> bool:
+    """Return whether a Pillow image is read as grayscale.
 
     Raises:
-        ValueError: If the range of the pixels is unknown.
+        ValueError: If the range of the pixels is unknown, or Pillow would drop some of their bits.
     """
-    if mode == "F":
+    if image.mode == "F":
         raise ValueError("pixels of mode F have no fixed range; save it with 8 or 16 bits")
-    return mode in ("1", "L", "LA") or mode.startswith("I")
+    is_gray = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+    # Pillow reads 16 bits of a single channel only. The tiles of a loaded image are unknown.
+    raw_modes = [str(tile[3] if isinstance(tile[3], str) else tile[3][0]) for tile in image.tile]
+    if not image.mode.startswith("I") and any(";16" in mode for mode in raw_modes):
+        raise ValueError(f"16 bits per channel of mode {image.mode}; save it with 8 bits")
+    return is_gray
 
 
 def image_pixels(image: Any, side: int | None) -> np.ndarray:
-    """Return the pixels of a Pillow image, uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB).
+    """Return the pixels of a Pillow image.
 
     Args:
         image: Image of any mode.
         side: Height and width in pixels to which the image is resized. If None, it keeps its size.
+
+    Returns:
+        uint8 `[H, W]` (grayscale) or `[H, W, 3]` (RGB), or int32 `[H, W]` if the image has more
+        than 8 bits per pixel.
 
     Raises:
         ValueError: If the range of the pixels is unknown.
     """
     from PIL import Image
 
+    mode = "L" if is_grayscale(image) else "RGB"
     image = _upright(image)
-    # Keep the upper 8 bits of 16-bit scans, which have mode "I" in older Pillow versions.
     if image.mode.startswith("I"):
-        deep = np.asarray(image)
-        if deep.min() < 0 or deep.max() > 0xFFFF:
-            raise ValueError(f"pixels from {deep.min()} to {deep.max()}; save it with 8 or 16 bits")
-        image = Image.fromarray((deep >> 8).astype(np.uint8))
-    image = image.convert("L" if is_grayscale(image.mode) else "RGB")
+        # Pillow resizes 32-bit images only.
+        image = Image.fromarray(np.asarray(image).astype(np.int32))
+    else:
+        image = image.convert(mode)
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR) if side else image)

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hetero_fl.config.data import DataConfig
+from hetero_fl.core.images import to_floats
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
+from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import Block, Dataset, Examples, index_names
+from hetero_fl.data.pixels import choose_range
 from hetero_fl.utils.errors import UserError, suggest_similar
 from hetero_fl.utils.text import format_list
 
@@ -118,7 +122,8 @@ def join_images_and_table(
     if columns is not None and left_out:
         column, kind = next(iter(left_out.items()))
         raise UserError(f"{where}: column '{column}': expected numbers, got {kind}")
-    train = _join_rows(image_set.train, values, table_ids, without_image)
+    pixels = choose_range(image_set, DataConfig(), ClientRows({}), {}, "pass floats from 0 to 1")
+    train = _join_rows(image_set.train, values, table_ids, without_image, pixels.value)
     if label is not None and without_image:
         labels = _table_labels(frame[label], without_image, image_set.task, where)
         groups = _table_groups(frame, without_image, table_group, image_set.train, where)
@@ -127,6 +132,7 @@ def join_images_and_table(
     both = len(with_image & set(table_ids))
     notes = [
         *image_set.notes,
+        *pixels.notes,
         f"{name}: {len(image_ids)} patients with images, {len(table_ids)} in the table, {both} "
         f"with both; columns {format_list(used)}",
     ]
@@ -143,6 +149,7 @@ def join_images_and_table(
             Block(blocks[0], tuple(image_set.train.x.shape[1:])),
             Block(blocks[1], (len(used),)),
         ),
+        pixel_range=pixels.value,
     )
 
 
@@ -196,7 +203,11 @@ def _check_unique(table_ids: list[str], where: str, by: str) -> None:
 
 
 def _join_rows(
-    images: Examples, values: Tensor, table_ids: list[str], without_image: list[int]
+    images: Examples,
+    values: Tensor,
+    table_ids: list[str],
+    without_image: list[int],
+    pixel_range: float | None,
 ) -> Examples:
     """Return N images with the table values of their patients, then M patients without images.
 
@@ -204,8 +215,7 @@ def _join_rows(
     """
     assert images.patient is not None
     x = require_tensor(images.x, "a multimodal data set")
-    pixels = x.flatten(1).float()
-    pixels = pixels / 255 if x.dtype == torch.uint8 else pixels
+    pixels = to_floats(x.flatten(1), pixel_range).float()
     row_of = {table_id: row for row, table_id in enumerate(table_ids)}
     patient_rows = [row_of.get(image_id, len(table_ids)) for image_id in images.patient_names]
     rows = torch.tensor(patient_rows)[images.patient]

@@ -13,8 +13,8 @@ from torch import Tensor
 from hetero_fl.core.images import (
     MAX_CHANNELS,
     USUAL_CHANNELS,
-    as_bytes,
     as_numbers,
+    as_pixels,
     channels_first,
     in_range,
 )
@@ -41,8 +41,8 @@ def read_npz(
 
     The file contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
     those of `train` are required. Images have shape `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`
-    and values in 0..1 or 0..255. Floats `[N, F]` are rows of a table. Labels have shape `[N]`,
-    `[N, 1]` or `[N, L]` and are read as by `from_arrays`.
+    and values in 0..1 or 0..255, or integers of more bits. Floats `[N, F]` are rows of a table.
+    Labels have shape `[N]`, `[N, 1]` or `[N, L]` and are read as by `from_arrays`.
 
     Args:
         path: File to read.
@@ -129,7 +129,7 @@ def read_images(path: Path) -> Tensor:
     """Read the training images of a `.npz` file in the MedMNIST layout, without labels.
 
     Returns:
-        Images, uint8 or float32 `[N, C, H, W]`, or rows of a table, float32 `[N, F]`.
+        Images, integers or float32 `[N, C, H, W]`, or rows of a table, float32 `[N, F]`.
 
     Raises:
         UserError: If the file is missing or malformed.
@@ -230,19 +230,23 @@ def npz_targets(
 
 
 def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
-    """Return images `[N, C, H, W]` as uint8 or float32 or, if `table` is set, tables `[N, F]`."""
-    read = {}
+    """Return images `[N, C, H, W]`, integers or float32, or tables `[N, F]` if `table` is set."""
     for where, x in raw.items():
         if x.dtype.kind not in "buif":
-            raise UserError(f"{where}: expected images as uint8 or floats, got {x.dtype}")
-        images = as_numbers(x, where)
-        images = as_bytes(images, where) if x.ndim > 2 else images.float()
-        if x.ndim == 3:
-            images = images[:, None]
-        elif x.ndim == 4 and (x.shape[-1] <= MAX_CHANNELS or x.shape[1] in USUAL_CHANNELS):
-            images = channels_first(images, where, documented="last")
-        elif x.ndim != 2 or not table:
-            raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {x.shape}")
-        read[where] = images.float() if images.is_floating_point() else images
+            raise UserError(f"{where}: expected images as integers or floats, got {x.dtype}")
+    numbers = {where: as_numbers(x, where) for where, x in raw.items()}
+    numbers |= as_pixels({where: x for where, x in numbers.items() if x.ndim > 2})
+    read = {where: _to_images(x, where, table) for where, x in numbers.items()}
     ranged, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
     return list((read | ranged).values())
+
+
+def _to_images(x: Tensor, where: str, table: bool) -> Tensor:
+    shape = tuple(x.shape)
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and (shape[-1] <= MAX_CHANNELS or shape[1] in USUAL_CHANNELS):
+        x = channels_first(x, where, documented="last")
+    elif x.ndim != 2 or not table:
+        raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
+    return x.float() if x.is_floating_point() or x.ndim == 2 else x

@@ -21,6 +21,7 @@ from hetero_fl.data.dataset import (
     PatientTerm,
     Vocabulary,
     index_names,
+    note_unspaced,
     split_words,
 )
 from hetero_fl.data.registry import register_source
@@ -81,7 +82,8 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
         train.group = group[text_indices]
     task = make_task(settings, vocabulary, names)
     about = f"{len(messages):,} lines of {path.name}, {vocabulary.size:,} tokens"
-    return Dataset("text", task, train, about=about, vocabulary=vocabulary)
+    notes = note_unspaced(messages)
+    return Dataset("text", task, train, about=about, notes=notes, vocabulary=vocabulary)
 
 
 def make_examples(

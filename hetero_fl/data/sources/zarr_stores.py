@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig, StreamConfig
-from hetero_fl.core.images import MAX_CHANNELS
+from hetero_fl.core.images import MAX_CHANNELS, as_numbers, as_pixels
 from hetero_fl.core.stored_rows import StoredRows, read_all
 from hetero_fl.data.checks import ExampleNames, check_examples
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
@@ -31,7 +31,7 @@ def read_zarr(path: Path, config: SourceConfig) -> Dataset:
     """Read a zarr store, which is a folder.
 
     The store contains arrays `{train,val,test}_images` and `{train,val,test}_labels`, of which only
-    those of `train` are required. Images have type uint8 and shape `[N, H, W]` or `[N, H, W, C]`.
+    those of `train` are required. Images are integers and have shape `[N, H, W]` or `[N, H, W, C]`.
     Labels are as in `.npz` files (see `read_npz`).
 
     Args:
@@ -92,11 +92,9 @@ class ZarrReader:
     Args:
         path: Folder of the store.
         name: Name of the array.
-        array: The array, uint8 `[N, H, W]` or `[N, H, W, C]`.
+        array: The array, integers `[N, H, W]` or `[N, H, W, C]`.
         key: Configuration key of the path in error messages.
     """
-
-    dtype = torch.uint8
 
     def __init__(self, path: Path, name: str, array: Any, key: str) -> None:
         self._path = path
@@ -106,6 +104,7 @@ class ZarrReader:
         self._length = int(array.shape[0])
         height, width, *channels = array.shape[1:]
         self.shape = (*(channels or [1]), height, width)
+        self.dtype = torch.uint8 if array.dtype in (np.uint8, np.bool_) else torch.int32
 
     def __len__(self) -> int:
         return self._length
@@ -125,9 +124,10 @@ class ZarrReader:
         if len(rows) == 0:
             return torch.empty(0, *self.shape, dtype=self.dtype)
         values = _read(self._array.oindex, f"{place}: {self._name}", rows)
-        if values.ndim == 3:
-            return torch.from_numpy(values[:, None])
-        return torch.from_numpy(np.moveaxis(values, -1, 1).copy())
+        values = values[:, None] if values.ndim == 3 else np.moveaxis(values, -1, 1)
+        pixels = as_numbers(values, f"{place}: {self._name}")
+        as_pixels({f"{place}: {self._name}": pixels})
+        return pixels.to(self.dtype)
 
 
 def _open_arrays(path: Path, patient: str | None = None) -> dict[str, Any]:
@@ -183,8 +183,8 @@ def _stored_images(path: Path, name: str, array: Any, stream: StreamConfig | Non
     """Return the images of an array, whose type and shape are checked."""
     where = f"path: {path}: {name}"
     shape = tuple(array.shape)
-    if array.dtype != np.uint8:
-        raise UserError(f"{where}: expected images as uint8, got {array.dtype}")
+    if array.dtype.kind not in "bui":
+        raise UserError(f"{where}: expected images as integers, got {array.dtype}")
     if array.ndim not in (3, 4) or 0 in shape[1:] or (array.ndim == 4 and shape[-1] > MAX_CHANNELS):
         raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
     # Streamed rows are read after the data set is loaded, which adds the section to the key.

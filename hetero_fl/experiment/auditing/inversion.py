@@ -579,7 +579,7 @@ def _label_source(read: Tensor | None, true: Tensor) -> str:
 
 def _value_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
     """Apply a client's preprocessing to a black and a white image, `[1, C, H, W]` each."""
-    white = 255.0 if x.dtype == torch.uint8 else max(1.0, float(x.max()))
+    white = max(1.0, float(x.max())) if x.is_floating_point() else preprocess.pixel_range or 255
     black = min(0.0, float(x.min()))
     return preprocess(torch.full_like(x[:1], black)), preprocess(torch.full_like(x[:1], white))
 

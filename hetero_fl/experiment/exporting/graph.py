@@ -24,7 +24,7 @@ OUTPUTS = {"multiclass": "probabilities", "multilabel": "probabilities", "regres
 """Name of the output for each kind of task."""
 _MEANINGS = {
     "tokens": "word indices, 0 to {last_token}; 0 is padding on the left of shorter texts",
-    "image": "pixels from 0 to 1 (bytes divided by 255), channels first{missing}",
+    "image": "pixels from 0 to 1 ({integers}), channels first{missing}",
     "series": "steps × columns, the newest step last, in the units of the data{missing}",
     "row": "one value per column, in the units of the data{encoded}{missing}",
 }
@@ -43,6 +43,7 @@ class Input:
         allows_missing: Whether NaN represents a missing value. If False, NaN is invalid.
         tokens: Size of the vocabulary, or 0 for inputs other than tokens.
         categories: Text columns that are encoded as indicator columns, each with its values.
+        pixel_range: Value of integer pixels that becomes 1. If None, 255.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Input:
     allows_missing: bool = False
     tokens: int = 0
     categories: Categories = ()
+    pixel_range: float | None = None
 
     @property
     def dtype(self) -> str:
@@ -63,6 +65,11 @@ class Input:
         """Description of the values, for model cards."""
         return _MEANINGS[self.kind].format(
             last_token=self.tokens - 1,
+            integers=(
+                "bytes divided by 255"
+                if self.pixel_range is None
+                else f"integers divided by {self.pixel_range:g}"
+            ),
             encoded=_ENCODED if self.categories else "",
             missing="; NaN where a value is missing" if self.allows_missing else "",
         )
@@ -74,6 +81,7 @@ class Input:
             "categories": {column: list(values) for column, values in self.categories},
             "gaps": self.allows_missing,
             "tokens": self.tokens,
+            "range": self.pixel_range,
         }
         return {
             "name": self.name,
@@ -112,6 +120,7 @@ def inputs_of(model: SavedModel) -> tuple[Input, ...]:
                 "image" if block.image else "row",
                 block.shape,
                 allows_missing=allows_missing,
+                pixel_range=preprocess.pixel_range if block.image else None,
             )
             for block in preprocess.blocks
         )
@@ -138,7 +147,7 @@ def _image_input(preprocess: Preprocess, input_shape: tuple[int, ...]) -> Input:
     name = preprocess.blocks[0].name if preprocess.blocks else "image"
     channels: Sizes = ("channels",) if preprocess.channels is not None else input_shape[:1]
     sides: Sizes = ("height", "width") if preprocess.resize is not None else input_shape[1:]
-    return Input(name, "image", (*channels, *sides))
+    return Input(name, "image", (*channels, *sides), pixel_range=preprocess.pixel_range)
 
 
 def to_predict_inputs(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:

@@ -197,7 +197,7 @@ def _normalize_cell(cell: str, categories: list[str]) -> str:
 def to_input(x: Any, spec: dict[str, Any], where: str) -> Any:
     """Convert an array of examples to the shape and data type of a model input.
 
-    The channel axis of images is moved to the front, and integer pixels are divided by 255.
+    The channel axis of images is moved to the front, and integer pixels are divided by their range.
 
     Args:
         x: Array of examples, `[N, ...]`.
@@ -216,7 +216,7 @@ def to_input(x: Any, spec: dict[str, Any], where: str) -> Any:
         )
     shape = spec["shape"][1:]
     if spec["kind"] == "image":
-        x = _to_image(x, shape, where)
+        x = _to_image(x, shape, spec.get("range", 255), where)
     if not _shapes_match(x.shape[1:], shape):
         raise ScoringError(
             f"{where}: expected shape ({', '.join(map(str, ['N', *shape]))}), got {x.shape}"
@@ -231,7 +231,7 @@ def to_input(x: Any, spec: dict[str, Any], where: str) -> Any:
     return np.ascontiguousarray(x, dtype=spec["dtype"])
 
 
-def _to_image(x: Any, shape: list[int | str], where: str) -> Any:
+def _to_image(x: Any, shape: list[int | str], pixel_range: float, where: str) -> Any:
     x = x[:, None] if x.ndim == 3 else x
     if (
         x.ndim == 4
@@ -239,13 +239,15 @@ def _to_image(x: Any, shape: list[int | str], where: str) -> Any:
         and _shapes_match((x.shape[3], *x.shape[1:3]), shape)
     ):
         x = np.moveaxis(x, 3, 1)
-    if x.dtype.kind in "bui":
-        if x.size and (x.min() < 0 or x.max() > 255):
+    if x.dtype.kind == "b":
+        x = x.astype(np.float32)
+    if x.dtype.kind in "ui":
+        if x.size and (x.min() < 0 or x.max() > pixel_range):
             raise ScoringError(
-                f"{where}: expected bytes, or floats from 0 to 1, "
+                f"{where}: expected integers from 0 to {pixel_range:g}, or floats from 0 to 1, "
                 f"got integers from {x.min()} to {x.max()}"
             )
-        x = x.astype(np.float32) / np.float32(255)
+        x = x.astype(np.float32) / np.float32(pixel_range)
     return x
 
 

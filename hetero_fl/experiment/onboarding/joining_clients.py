@@ -15,6 +15,7 @@ from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH, JoiningClie
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.load import Overrides, override_list
+from hetero_fl.core.images import check_pixels
 from hetero_fl.core.metrics import Scores, score
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.stored_rows import require_tensor
@@ -520,4 +521,7 @@ def _joining_site(
         source_run.notes.append(
             f"{dataset.name} has {available} labeled training {unit}; larger numbers are skipped"
         )
-    return JoiningSite(train, test, counts, unit, task, dataset.layout, dataset.vocabulary)
+    model = next(iter(source_run.models.values()))
+    layout = replace(dataset.layout, pixel_range=model.preprocess.get("pixel_range"))
+    check_pixels(train.x, layout.pixel_range, f"data: {dataset.name}")
+    return JoiningSite(train, test, counts, unit, task, layout, dataset.vocabulary)

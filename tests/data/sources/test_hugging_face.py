@@ -650,9 +650,9 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
         "train: column 'scan': row 1: infinite value",
     ),
     "values of images": (
-        lambda p: save(p, {"scan": [[[0, 300]]] * 2, "label": [0, 1]}),
+        lambda p: save(p, {"scan": [[[0, 2**31]]] * 2, "label": [0, 1]}),
         {},
-        "train: column 'scan': expected uint8 or floats from 0 to 1, got int64 from 0 to 300",
+        "train: column 'scan': expected pixels of at most 31 bits, got 0 to 2147483648",
     ),
     "several columns as one class": (
         lambda p: save(p, {"x": [1.0] * 2, "ill": [0, 1], "old": [1, 1]}),

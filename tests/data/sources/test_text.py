@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,39 @@ def test_vocabulary_encodes_words() -> None:
         and y.tolist() == [1, 0]
         and owners.tolist() == [0, 0]
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("我喜歡Python 3.10!", ["我", "喜", "歡", "python", "3", ".", "10", "!"]),
+        ("ラーメンを食べる", list("ラーメンを食べる")),
+        ("ﾃｽﾄ𠮷野家", list("ﾃｽﾄ𠮷野家")),
+        ("ดีที่สุด", ["ดี", "ที่", "สุ", "ด"]),
+        ("ສະບາຍ", list("ສະບາຍ")),
+        ("ខ្មែរ", ["ខ្", "មែ", "រ"]),
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("한국어 텍스트, наïve-ß", ["한국어", "텍스트", "наïve-ß"]),
+    ],
+)
+def test_characters_are_words_in_scripts_without_spaces(text: str, words: list[str]) -> None:
+    assert split_words(text) == words
+
+
+def test_classification_of_text_without_spaces_equals_that_with_spaces(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for row in range(60):
+        characters = [*rng.permutation(list("天地玄黄宇宙洪荒"))[:5], "好坏"[row % 2]]
+        lines.append(("good" if row % 2 == 0 else "bad", rng.permutation(characters).tolist()))
+    read = {}
+    for gap in ("", " "):
+        file = tmp_path / f"{len(gap)}.txt"
+        file.write_text("\n".join(f"{c}\t{gap.join(t)}" for c, t in lines), encoding="utf-8")
+        read[gap] = load("text", file, predict="class", tokenizer="hashing")
+
+    assert torch.equal(read[""].train.x, read[" "].train.x)
+    assert "characters are the tokens" in " ".join(read[""].notes)
 
 
 def test_hashing_needs_no_corpus_and_is_stable() -> None:

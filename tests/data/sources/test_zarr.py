@@ -93,7 +93,7 @@ def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
         ({"test_labels": np.arange(8)}, "test_labels: expected 9 rows as in test_images, got 8"),
         (
             {"train_images": np.zeros((30, 8, 8), np.float32)},
-            "train_images: expected images as uint8, got float32",
+            "train_images: expected images as integers, got float32",
         ),
         (
             {"train_images": np.zeros((30, 8), np.uint8)},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.core.images import as_bytes, as_numbers, dtype_name
+from hetero_fl.core.images import as_numbers, as_pixels, dtype_name
 from hetero_fl.core.stored_rows import Column
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import check_examples
@@ -246,5 +246,5 @@ def _inputs(x: np.ndarray, where: str) -> Tensor:
             "not read"
         )
     values = as_numbers(x, where)
-    values = as_bytes(values, where) if x.ndim == 4 else values
+    values = as_pixels({where: values})[where] if x.ndim == 4 else values
     return values.float() if values.is_floating_point() else values

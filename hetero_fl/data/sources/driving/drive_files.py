@@ -115,6 +115,8 @@ def read_frames(files: Sequence[Path], settings: DrivingConfig) -> np.ndarray:
     for index, file in enumerate(files):
         with open_image(file) as opened:
             pixels = image_pixels(opened, None)
+        if pixels.dtype != np.uint8:
+            raise UserError(f"path: {file}: expected 8 bits per pixel, got 16")
         height, width = pixels.shape[:2]
         first = first or (width, height)
         if (width, height) != first:

@@ -14,7 +14,14 @@ from hetero_fl.config.data import SourceConfig, TextConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.checks import ExampleNames
-from hetero_fl.data.dataset import ColumnLayout, Dataset, Examples, index_names, split_words
+from hetero_fl.data.dataset import (
+    ColumnLayout,
+    Dataset,
+    Examples,
+    index_names,
+    note_unspaced,
+    split_words,
+)
 from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.data.sources.hugging_face.columns import (
     HubColumns,
@@ -360,4 +367,6 @@ def _words(
         if dropped := len(words) - len(found[split]):
             count = pluralize(dropped, "row")
             parts.note(f"{split}: {count} with fewer than {least} left out")
+    for remark in note_unspaced([words for texts in found.values() for words in texts]):
+        parts.note(remark)
     return found, rows

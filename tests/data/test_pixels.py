@@ -74,7 +74,7 @@ def test_range_is_that_of_the_training_rows_of_all_clients() -> None:
     assert torch.allclose(inputs(prepared), torch.from_numpy(TWELVE // 2).float() / 4095)
     mixed = federation(BINARY, BYTES).prepare(hfl.FedAvg())
     assert torch.allclose(inputs(mixed), torch.from_numpy(BINARY).float() / 255)
-    (warning,) = [note for note in mixed.notes if isinstance(note, Caution)]
+    (warning,) = [n for n in mixed.notes if isinstance(n, Caution) and "divided by 255" in n]
     assert "do not exceed 1 at 'client_0'" in warning
 
 

@@ -157,7 +157,7 @@ def federate(
     owned = load_client_sources(present, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
     compared: dict[str, Splits] = {
-        name: client_rows.assigned[name] for name in natural_order(client_rows.assigned)
+        name: dict(client_rows.assigned[name]) for name in natural_order(client_rows.assigned)
     }
     if lazy_partition is not None:
         compared[POOL] = {"train": lazy_partition.pool}

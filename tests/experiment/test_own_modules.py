@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from hetero_fl.utils.errors import UserError
 from model_zoo.module_state import load_state
 from tests.helpers.python_federations import NO_REPORT
 
-EXECUTORS = ["serial", "batched", "processes"]
+EXECUTORS = ["serial", "batched", "processes", pytest.param("ray", marks=pytest.mark.slow)]
 ROUNDS = 2
 EPOCHS = 2
 LEARNING_RATE = 0.1
@@ -188,7 +189,9 @@ def train(
             epochs=EPOCHS, batch_size=100, optimizer=hfl.SGD(lr=LEARNING_RATE)
         ),
     )
-    workers = ["runtime.workers=2"] if executor == "processes" else []
+    if executor == "ray":
+        pytest.importorskip("ray", reason="ray is not installed: pip install 'hetero_fl[ray]'")
+    workers = ["runtime.workers=2"] if executor in ("processes", "ray") else []
     overrides = [*NO_REPORT, f"runtime.executor={executor}", *workers]
     return federation.train(method, rounds=ROUNDS, overrides=overrides, **sections)
 
@@ -238,7 +241,8 @@ def test_own_module_gives_the_result_of_plain_torch(
     habits: list[str], method: hfl.Algorithm, executor: str, float64: None
 ) -> None:
     # Modules with parametrizations cannot be pickled.
-    chosen = frozenset(habits) - ({"spectral_norm"} if executor == "processes" else set())
+    sends_modules = executor in ("processes", "ray")
+    chosen = frozenset(habits) - ({"spectral_norm"} if sends_modules else set())
     module = Habits(chosen)
     reference = Reference(module, list(DATA))
     reference.run(local_names(chosen) if isinstance(method, hfl.FedAvg) else None)
@@ -354,6 +358,21 @@ def test_tied_weights_are_moved_by_the_server_as_one_tensor(
     for client in DATA:
         one, other = tied.models[client].tensors, shared.models[client].tensors
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("unit", [None, "record"])
+def test_tied_weights_are_saved_as_one_tensor(unit: str | None, tmp_path: Path) -> None:
+    privacy = None if unit is None else hfl.Privacy(noise_multiplier=1.0, delta=1e-4)
+    sections = {} if privacy is None else {"privacy": privacy}
+    module = Habits(frozenset(["tied", "tied_head"]))
+
+    run = train(module, hfl.FedAvg(), "batched", **sections)
+    run.save(tmp_path / "run")
+
+    loaded = hfl.Run.load(tmp_path / "run", allow_code=True).models["site_0"]
+    module = loaded.module()
+    assert module.head.weight is module.backbone.first.weight is module.backbone.second.weight
+    assert not {"second.weight", "out.weight"} & own_names(loaded.tensors).keys()
 
 
 @pytest.mark.parametrize("method", [hfl.FedPer(), hfl.FedRep()])

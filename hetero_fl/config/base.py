@@ -49,6 +49,20 @@ ShareOrCount = Annotated[int | float, AfterValidator(_share_or_count)]
 """A share, which is a float and at most 1 (`1.0`: all), or a number, which is an int (`1`: one)."""
 
 
+def _check_path(value: str) -> str:
+    r"""Reject line breaks and tabs, which `\n` and `\t` mean in the double quotes of YAML."""
+    if not value.isprintable():
+        raise ValueError(
+            f"got {value!r} with control characters, as \\ starts an escape in double quotes; "
+            "write / instead, or use single quotes"
+        )
+    return value
+
+
+FilePath = Annotated[str, AfterValidator(_check_path)]
+"""Path of a file or folder."""
+
+
 class Settings(BaseModel):
     """Base class of configuration sections and methods.
 

@@ -292,11 +292,23 @@ class ClientSettings(ConfigSection):
         return value
 
 
+RESERVED_NAMES = {
+    "server": "the reserved id of the server",
+    "mean": "the name of the mean over the clients",
+    **dict.fromkeys(
+        ("con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))),
+        "the names that Windows reserves for devices",
+    ),
+}
+"""What each name that is not allowed for a client stands for, in lower case."""
+
+
 class ClientGroup(ClientSettings):
     """A group of clients with the same settings."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        max_length=100,
         description="prefix of the client ids `name_1`, `name_2`, …; the id of a single client",
     )
     count: PositiveInt | None = Field(
@@ -322,9 +334,9 @@ class ClientGroup(ClientSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        """Reject the name of the server in any case, because some file systems ignore case."""
-        if value.lower() == "server":
-            raise ValueError(f"must differ from the reserved id of the server, got '{value}'")
+        """Reject reserved names in any case, because some file systems ignore case."""
+        if (use := RESERVED_NAMES.get(value.lower())) is not None:
+            raise ValueError(f"must differ from {use}, got '{value}'; choose another name")
         return value
 
     @model_validator(mode="after")

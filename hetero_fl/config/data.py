@@ -15,7 +15,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from hetero_fl.config.base import ConfigSection, choice_type, format_value
+from hetero_fl.config.base import ConfigSection, FilePath, choice_type, format_value
 
 # Hours per week.
 WEEK = 168
@@ -371,7 +371,7 @@ class SourceConfig(ConfigSection):
         description="source, one of `hetero_fl.data.list_sources()`; `hf:NAME` or `hf:FOLDER`: a "
         "Hugging Face data set of the hub or in a folder; `python:module:Name`: your own",
     )
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None, description="local file or folder to read; `null`: download the source"
     )
     columns: ColumnsConfig | None = Field(
@@ -653,7 +653,7 @@ class SplitConfig(ConfigSection):
 class DataConfig(SourceConfig):
     """The data source that the clients share, its partition, and the proxy set."""
 
-    root: str = Field("~/.cache/hetero_fl", description="folder for downloads")
+    root: FilePath = Field("~/.cache/hetero_fl", description="folder for downloads")
     train_limit: PositiveInt | None = Field(
         None,
         description="maximum number of training rows, sampled at random, including the proxy set; "

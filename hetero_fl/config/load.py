@@ -180,7 +180,10 @@ def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
     problem = getattr(error, "problem", None) or error
     if path.suffix == ".json":
         return f"{path}{line}: invalid JSON: {problem}; is a comma missing?"
-    return f"{path}{line}: invalid YAML: {problem}"
+    # A message of PyYAML or libyaml about a backslash in double quotes.
+    is_escape = re.search("escape|hexd?ecimal", str(problem))
+    remedy = "; write / instead of \\ in a path, or use single quotes" if is_escape else ""
+    return f"{path}{line}: invalid YAML: {problem}{remedy}"
 
 
 def _describe_reference_error(error: Exception) -> str:

@@ -299,6 +299,13 @@ def expand_population(config: ClientsConfig) -> Population:
         raise UserError(
             f"clients.groups: two clients have the id '{error}'; choose different group names"
         ) from None
+    try:
+        ClientIds([IdSeries(m.series.name.lower(), len(m.series)) for m in members])
+    except ValueError as error:
+        raise UserError(
+            f"clients.groups: two client ids are '{error}' except for upper case, which some file "
+            "systems ignore; choose different group names"
+        ) from None
     # Also resolve the profiles without overrides, because overrides must not hide contradictions.
     _ = without_overrides.profiles
     for override, matches in zip(overrides, population.matched_overrides(), strict=True):

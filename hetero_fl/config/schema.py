@@ -20,6 +20,7 @@ from pydantic import (
 from hetero_fl.config.base import (
     VERSION,
     ConfigSection,
+    FilePath,
     OptimizerConfig,
     Reference,
     StalenessConfig,
@@ -312,7 +313,7 @@ class Config(ConfigSection):
     cohort: CohortConfig = CohortConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
-    init_from: str | None = Field(
+    init_from: FilePath | None = Field(
         None,
         description="directory of a run whose models initialize this run; `null`: random "
         "initialization",

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, choice_type, format_value
+from hetero_fl.config.base import ConfigSection, FilePath, choice_type, format_value
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 WIDEST = 10.0
@@ -124,7 +124,7 @@ class DevicesConfig(DeviceConfig):
         1000000000.0
     """
 
-    file: str | None = Field(
+    file: FilePath | None = Field(
         None,
         description="CSV file with a device per row and any of the columns speed, up, down, "
         "jitter, failure, online (seconds of the day, such as `0-21600;64800-86400`); a column "

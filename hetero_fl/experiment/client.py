@@ -119,7 +119,7 @@ class Client:
         model: Model | None = None,
         data: Any = None,
         *,
-        label: str | None = None,
+        label: str | int | None = None,
         patient: Any = None,
         validation: Any = None,
         test: Any = None,
@@ -174,6 +174,9 @@ class Client:
                 f"Client({name!r}): optimizer: expected an optimizer such as Adam(lr=1e-3), or a "
                 f"function of parameters, got {type(optimizer).__name__}"
             )
+        if isinstance(label, int):
+            # The columns of a data frame without names are numbered.
+            label = str(label)
         if label is not None and (not isinstance(label, str) or is_source(data)):
             found = "a source, whose key label names the column" if is_source(data) else repr(label)
             raise TypeError(f"Client({name!r}): label: expected the name of a column, got {found}")
@@ -246,7 +249,7 @@ def split(
     partition: PartitionConfig | None = None,
     *,
     model: Model | Sequence[Model] | None = None,
-    label: str | None = None,
+    label: str | int | None = None,
     patient: Any = None,
     task: Task | Kind | None = None,
     seed: int = 0,
@@ -295,7 +298,8 @@ def split(
         root = Path(DataConfig().root).expanduser()
         dataset = load_source(SourceConfig.model_validate(named), root)
     else:
-        dataset = to_dataset(data, "data", label, patient=patient, task=task)
+        named_label = None if label is None else str(label)
+        dataset = to_dataset(data, "data", named_label, patient=patient, task=task)
     config = DataConfig.model_validate(
         {} if partition is None else {"partition": plain_value(partition)}
     )

@@ -47,7 +47,7 @@ class FederationDatasets:
         self,
         clients: Sequence[Client],
         sets: Mapping[str, Any],
-        label: str | None,
+        label: str | int | None,
         *,
         patient: Any = None,
         task: Task | str | None = None,
@@ -107,7 +107,7 @@ class FederationDatasets:
         if "data" in self.datasets or "test" in self.datasets:
             self.datasets["common"] = _common_set(self.datasets)
 
-    def _add_proxy(self, sets: Mapping[str, Any], label: str | None) -> int | None:
+    def _add_proxy(self, sets: Mapping[str, Any], label: str | int | None) -> int | None:
         """Add the proxy set, or return its size if its rows are to be held out."""
         proxy = sets.get("proxy")
         if proxy is None:
@@ -196,10 +196,10 @@ def _check_client(client: Client, sets: Mapping[str, Any]) -> None:
         )
 
 
-def _column(data: Any, label: str | None) -> str | None:
-    """Return `label` if the data has a column of this name, else None."""
+def _column(data: Any, label: str | int | None) -> str | None:
+    """Return `label` as text if the data has a column of this name, else None."""
     columns = getattr(data, "column_names", getattr(data, "columns", ()))
-    return label if label in list(columns) else None
+    return str(label) if label is not None and str(label) in map(str, columns) else None
 
 
 def _patients(clients: Sequence[Client], sets: Mapping[str, Any], patient: Any) -> dict[str, Any]:

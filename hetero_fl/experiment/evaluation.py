@@ -222,7 +222,7 @@ def from_objects(
     label = label or (run.directory.config().get("data") or {}).get("label")
     is_frame = hasattr(data, "columns") or hasattr(data, "column_names")
     kind = next(iter(models.values())).task.kind
-    dataset = to_dataset(data, "data", label if is_frame else None, task=kind)
+    dataset = to_dataset(data, "data", str(label) if is_frame and label else None, task=kind)
     return order_columns(dataset, run, models)
 
 

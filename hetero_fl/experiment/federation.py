@@ -147,7 +147,7 @@ class Federation:
         test: Any = None,
         validation: Any = None,
         proxy: Any = None,
-        label: str | None = None,
+        label: str | int | None = None,
         patient: Any = None,
         task: Task | Kind | None = None,
         num_classes: int | None = None,
@@ -623,9 +623,12 @@ def _check_names(clients: Sequence[Client]) -> None:
     for client in clients:
         if not isinstance(client, Client):
             raise TypeError(f"clients: expected Client objects, got {type(client).__name__}")
-        if client.name in names:
-            raise UserError(f"clients: two clients have the name '{client.name}'; choose another")
-        names.add(client.name)
+        if client.name.lower() in names:
+            raise UserError(
+                f"clients: two clients have the name '{client.name}' (some file systems ignore "
+                "case); choose another"
+            )
+        names.add(client.name.lower())
 
 
 def _check_defaults(clients: Sequence[Client], defaults: ClientSettings | None) -> None:

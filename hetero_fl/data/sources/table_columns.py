@@ -24,6 +24,34 @@ THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
 SEPARATED = re.compile(r"\s*[+-]?\d{1,3}(?:[.,'’]\d{3})+(?:[.,]\d+)?\s*")
 MANY_CATEGORIES = 20
 """Number of distinct values from which text columns are not one-hot encoded by default."""
+MARKERS = frozenset(
+    (
+        "",
+        "?",
+        "??",
+        "-",
+        "--",
+        "---",
+        "–",
+        "—",
+        ".",
+        "..",
+        "...",
+        "*",
+        "na",
+        "n/a",
+        "n.a.",
+        "#n/a",
+        "<na>",
+        "nan",
+        "nil",
+        "null",
+        "none",
+        "missing",
+        "unknown",
+    )
+)
+"""Markers of missing values in columns of numbers, in lower case."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
 ID_NAME = re.compile(
@@ -45,7 +73,23 @@ def normalize_frame(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     for name, count in Counter(map(str, frame.columns)).items():
         if count > 1:
             raise UserError(f"{where}: column '{name}' occurs {count} times")
-    return frame.rename(columns=str).reset_index(drop=True)
+    frame = frame.rename(columns=str).reset_index(drop=True)
+    for name in filter(lambda name: is_text(frame[name]), frame.columns):
+        frame[name] = _without_markers(frame[name])
+    return frame
+
+
+def _without_markers(column: pd.Series) -> pd.Series:
+    """Return a text column in which markers of missing values are NaN.
+
+    `?` is such a marker in every column, the other markers only among numbers, because a minus sign
+    is also a result of a test.
+    """
+    text = column.map(lambda cell: cell.strip().lower() if isinstance(cell, str) else None)
+    marked = text.map(MARKERS.__contains__).astype(bool)
+    rest = column[~marked & column.notna()].astype(str)
+    is_number = pd.to_numeric(rest, errors="coerce").notna() | rest.str.fullmatch(COMMA)
+    return column.mask(marked if len(rest) and is_number.all() else (text == "?").astype(bool))
 
 
 def decimal_commas(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -48,12 +49,16 @@ from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list, prefix_note
 
+SEPARATORS = {",": "commas", ";": "semicolons", "|": "vertical bars", "\t": "tabs"}
+"""Separators of CSV files, with their names."""
 SNIFFED_ROWS = 20
 """Maximum number of rows below the header from which the separator is determined."""
+SAVED_INDEX = re.compile(r"Unnamed: \d+|level_\d+|__index_level_\d+__")
+"""Names under which pandas saves and reads an index without a name."""
 
 
 def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
-    """Read a CSV (comma or semicolon), TSV or Parquet file.
+    """Read a CSV, TSV or Parquet file.
 
     Args:
         path: File to read.
@@ -115,29 +120,29 @@ def _check_cells(path: Path, separator: str) -> None:
 
 
 def _detect_separator(path: Path) -> str:
-    """Return the separator of a CSV file, a comma or a semicolon.
+    """Return the separator of a CSV file: a comma, a semicolon, a vertical bar or a tab.
 
-    If the header contains commas and semicolons, the separator that divides all rows into the same
-    number of cells is returned.
+    If the header contains several of them, the one that divides all rows into the same number of
+    cells is returned.
 
     Raises:
-        UserError: If neither or both separators divide all rows into the same number of cells.
+        UserError: If the header contains several of them, and not exactly one divides all rows into
+            the same number of cells.
     """
     divided = {}
-    for separator in (",", ";"):
+    for separator in SEPARATORS:
         with path.open(encoding="utf-8-sig", newline="") as file:
             cells = csv.reader(file, delimiter=separator)
             divided[separator] = [len(row) for row in islice(cells, SNIFFED_ROWS + 1) if row] or [0]
-    if divided[";"][0] < 2:
-        return ","
-    if divided[","][0] < 2:
-        return ";"
-    consistent = [separator for separator, counts in divided.items() if len(set(counts)) == 1]
+    occurring = [separator for separator, counts in divided.items() if counts[0] > 1]
+    if len(occurring) < 2:
+        return occurring[0] if occurring else ","
+    consistent = [separator for separator in occurring if len(set(divided[separator])) == 1]
     if len(consistent) == 1:
         return consistent[0]
+    found = " and ".join(SEPARATORS[separator] for separator in occurring)
     raise UserError(
-        f"path: {path}: ambiguous separator, as the header has commas and semicolons; save the "
-        "file as .tsv"
+        f"path: {path}: ambiguous separator, as the header has {found}; save the file as .tsv"
     )
 
 
@@ -357,7 +362,8 @@ def shared_categories(
 
 def _feature_columns(source: SourceConfig, place: str) -> list[pd.Series]:
     try:
-        frame = read_frame(Path(str(source.path)).expanduser(), (source.group, source.patient))
+        path = Path(str(source.path)).expanduser()
+        frame = normalize_frame(read_frame(path, (source.group, source.patient)), f"path: {path}")
         others = [*label_columns(frame, source.label or ""), source.group, source.patient]
         rest, _ = decimal_commas(
             frame.drop(columns=[n for n in others if n in frame.columns]), f"path: {source.path}"
@@ -406,10 +412,12 @@ def features(
         if name in encoded:
             indicators = encode_indicators(frame[name], encoded[name], notes)
             added = dict(zip(indicator_names(name, encoded[name]), indicators.T, strict=True))
-        elif (numbers := parse_numbers(frame[name], where, allow_missing)) is not None:
-            added = {name: numbers.astype(np.float32)}
-        else:
+        elif (numbers := parse_numbers(frame[name], where, allow_missing)) is None:
             left_out[name] = _reason_left_out(frame[name])
+        elif SAVED_INDEX.fullmatch(name) and (numbers % 1 == 0).all():
+            left_out[name] = "saved index"
+        else:
+            added = {name: numbers.astype(np.float32)}
         for other in added:
             if other in found:
                 raise UserError(

@@ -234,6 +234,11 @@ def split_client(
         UserError: If the client has too few rows or patients.
     """
     count = split_counts(len(rows), config)
+    if len(rows) < MIN_TRAIN_ROWS:
+        raise UserError(
+            f"client '{client}' has {pluralize(len(rows), 'row')}, but training needs at least "
+            f"{MIN_TRAIN_ROWS}; give it more rows or leave it out"
+        )
     if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
             f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split into "

@@ -1,0 +1,49 @@
+"""Names of clients, which are also names of files and of rows in tables of results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import hetero_fl as hfl
+from hetero_fl.utils.errors import UserError
+
+DATA = np.zeros((40, 4), dtype=np.float32), np.arange(40) % 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mean", "Mean", "server", "x" * 300, ".", "..", "a/b", "a\\b", "CON", "nul", "com1", "a.", ""],
+)
+def test_name_that_cannot_be_a_file_or_a_row_is_refused(name: str) -> None:
+    groups = {"clients": {"groups": [{"name": name, "model": "linear"}]}}
+
+    with pytest.raises(UserError, match=r"name: (must|expected) ") as from_object:
+        hfl.Client(name, "linear", DATA)
+    with pytest.raises(
+        UserError, match=r"clients\.groups\.0\.name: (must|expected) "
+    ) as from_config:
+        hfl.load_config(groups)
+
+    assert max(len(str(error.value)) for error in (from_object, from_config)) < 450
+
+
+def test_names_that_differ_only_in_case_are_refused() -> None:
+    clients = [hfl.Client(name, "linear", DATA) for name in ("Clinic", "clinic")]
+    groups = [{"name": "Site", "count": 2}, {"name": "site_1"}]
+
+    with pytest.raises(UserError, match=r"'clinic' .*ignore case"):
+        hfl.Federation(clients)
+    with pytest.raises(UserError, match=r"clients\.groups: two client ids are 'site_1' except"):
+        hfl.Federation.from_config({"clients": {"groups": groups}}).prepare(hfl.FedAvg())
+
+
+def test_client_with_one_row_of_training_is_told_to_bring_more() -> None:
+    one = DATA[0][:1], DATA[1][:1]
+    clients = [
+        hfl.Client("small", "linear", one, validation=DATA, test=DATA),
+        hfl.Client("large", "linear", DATA),
+    ]
+
+    with pytest.raises(UserError, match=r"^client 'small' has 1 row, but training needs at least"):
+        hfl.Federation(clients, test=DATA).prepare(hfl.FedAvg())

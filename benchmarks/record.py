@@ -5,7 +5,7 @@
     python -m benchmarks record FILE hetero-fl COMMAND [options]
 
 The output goes to `docs/results/measurements/FILE.txt`, below the command, the commit and the
-machine. `scripts/result_tables.py` copies it to the pages.
+machine. `scripts/result_tables.py` copies it to the pages. Changes must be committed first.
 """
 
 from __future__ import annotations
@@ -21,19 +21,46 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import cores
-from hetero_fl.utils.environment import current_commit, processor_name
+from hetero_fl.utils.environment import processor_name
 
 ROOT = Path(__file__).parents[1]
 MEASUREMENTS = ROOT / "docs" / "results" / "measurements"
 COMMAND_LINE = "hetero-fl"
 
 
-def header(command: list[str]) -> str:
+def archivable_commit(name: str = "HEAD", root: Path = ROOT) -> str:
+    """Return the abbreviated hash of a commit whose results may be archived.
+
+    Args:
+        name: Name or hash of the commit. HEAD stands for the files in the repository, which may
+            differ from the commit in archived results only.
+        root: Folder of the repository.
+
+    Raises:
+        SystemExit: If a file is not committed, or the commit is not in the history of the
+            repository.
+    """
+    git = ["git", "-C", str(root)]
+    if name == "HEAD":
+        status = [*git, "status", "--porcelain", "--", ".", ":(exclude)docs/results"]
+        changed = subprocess.run(status, check=False, capture_output=True, text=True).stdout
+        if changed:
+            sys.exit(f"{changed.splitlines()[0][3:]}: not committed; commit all changes first")
+    if subprocess.run(
+        [*git, "merge-base", "--is-ancestor", name, "HEAD"], check=False, capture_output=True
+    ).returncode:
+        sys.exit(f"commit '{name}' is not in the history of the repository; choose another")
+    describe = [*git, "rev-parse", "--short=8", name]
+    return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def header(command: list[str], commit: str) -> str:
     """Return the lines above an archived output: the command, the commit and the machine.
 
     Args:
         command: Name and options of the benchmark, or a command of hetero-fl. Of files and absolute
             paths, only the last part is shown.
+        commit: Commit of the benchmark.
     """
     shown = [
         Path(part).name if Path(part).is_file() or Path(part).is_absolute() else part
@@ -42,7 +69,7 @@ def header(command: list[str]) -> str:
     machine = f"{cores()} cores, {processor_name()}, Python {platform.python_version()}"
     prefix = [] if command[0] == COMMAND_LINE else ["python", "-m", "benchmarks"]
     call = f"$ {shlex.join([*prefix, *shown])}"
-    return f"{call}\n# {current_commit()}, {machine}, torch {torch.__version__}\n"
+    return f"{call}\n# {commit}, {machine}, torch {torch.__version__}\n"
 
 
 def main() -> None:
@@ -55,6 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.command:
         parser.error("the name of a benchmark is missing")
+    commit = archivable_commit()
     name, *arguments = options.command
     program = ["hetero_fl"] if name == COMMAND_LINE else ["benchmarks", name]
     call = [sys.executable, "-m", *program, *arguments]
@@ -71,7 +99,7 @@ def main() -> None:
     if process.returncode:
         sys.exit(f"{name} failed; nothing was archived")
     MEASUREMENTS.mkdir(parents=True, exist_ok=True)
-    text = header(options.command) + "".join(lines).strip("\n") + "\n"
+    text = header(options.command, commit) + "".join(lines).strip("\n") + "\n"
     (MEASUREMENTS / f"{options.file}.txt").write_text(text, encoding="utf-8")
 
 

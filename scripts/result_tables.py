@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.record import MEASUREMENTS  # noqa: E402
+from benchmarks.record import MEASUREMENTS, archivable_commit  # noqa: E402
 from benchmarks.robustness.attacks import table as attack_tables  # noqa: E402
 from benchmarks.science import published  # noqa: E402
 from benchmarks.science.benchmark_tables import archive_table  # noqa: E402
@@ -44,7 +44,6 @@ from hetero_fl.reporting.comparison import plots  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.rendering import markdown_table  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
-from hetero_fl.utils.environment import current_commit  # noqa: E402
 
 ARCHIVE = ROOT / "docs" / "results"
 BENCHMARK = ROOT / "configs" / "benchmark"
@@ -265,7 +264,7 @@ def main() -> int:
     options = parser.parse_args()
     for argument in options.archive:
         name, _, folders = argument.rpartition("=")
-        commit = options.commit or current_commit()
+        commit = archivable_commit(options.commit or "HEAD")
         archive([Path(each) for each in folders.split(",")], commit, name, options.clients)
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     updated = {page: written(text) for page, text in texts.items()}

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -331,13 +332,14 @@ def test_recorded_output_names_the_command_and_the_commit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(record, "MEASUREMENTS", tmp_path / "measurements")
+    monkeypatch.setattr(record, "archivable_commit", lambda: "0123abcd")
     monkeypatch.setattr(sys, "argv", ["record", "sums", "secure_sum", "--quick"])
 
     record.main()
 
     lines = (tmp_path / "measurements" / "sums.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "$ python -m benchmarks secure_sum --quick"
-    assert re.match(r"# ([0-9a-f]{7,}\+?|\d\.\d.*), \d+ cores, .+, Python 3", lines[1])
+    assert re.match(r"# 0123abcd, \d+ cores, .+, Python 3", lines[1])
     assert lines[2].startswith("| clients | numbers |") and lines[4].startswith("| 5 | 1,000 |")
 
 
@@ -345,6 +347,7 @@ def test_output_of_the_command_line_is_recorded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(record, "MEASUREMENTS", tmp_path)
+    monkeypatch.setattr(record, "archivable_commit", lambda: "0123abcd")
     monkeypatch.setattr(sys, "argv", ["record", "version", "hetero-fl", "--version"])
 
     record.main()
@@ -358,9 +361,66 @@ def test_output_of_a_failed_benchmark_is_not_recorded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(record, "MEASUREMENTS", tmp_path)
+    monkeypatch.setattr(record, "archivable_commit", lambda: "0123abcd")
     monkeypatch.setattr(sys, "argv", ["record", "sums", "no_such_benchmark"])
 
     with pytest.raises(SystemExit, match="nothing was archived"):
         record.main()
 
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Create a repository with one commit."""
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    for name in ("benchmark.py", "docs/results/sums.txt"):
+        (tmp_path / name).write_text("1", encoding="utf-8")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "first")
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> str:
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    command = ["git", "-C", str(folder), *author, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_results_of_a_commit_may_be_archived(repository: Path) -> None:
+    (repository / "docs" / "results" / "sums.txt").write_text("2", encoding="utf-8")
+    head = git(repository, "rev-parse", "HEAD")
+
+    found = {record.archivable_commit(name, repository) for name in ("HEAD", head, head[:7])}
+
+    assert found == {head[:8]}
+
+
+@pytest.mark.parametrize("name", ["benchmark.py", "new.py"])
+def test_results_of_changed_files_are_refused(name: str, repository: Path) -> None:
+    (repository / name).write_text("2", encoding="utf-8")
+
+    with pytest.raises(SystemExit, match=rf"^{name}: not committed; commit all changes first$"):
+        record.archivable_commit(root=repository)
+
+
+def test_results_of_a_commit_outside_the_history_are_refused(repository: Path) -> None:
+    tree = git(repository, "rev-parse", "HEAD^{tree}")
+    abandoned = git(repository, "commit-tree", tree, "-m", "abandoned")
+    head = git(repository, "rev-parse", "--short=8", "HEAD")
+
+    for name in (abandoned, "01234567", f"{head}+"):
+        with pytest.raises(SystemExit, match="is not in the history of the repository"):
+            record.archivable_commit(name, repository)
+
+
+def test_archive_of_runs_of_an_unknown_commit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, script: ModuleType, tmp_path: Path
+) -> None:
+    arguments = ["--archive", f"runs={tmp_path}", "--commit", "01234567"]
+    monkeypatch.setattr(sys, "argv", ["result_tables.py", *arguments])
+    monkeypatch.setattr(script, "ARCHIVE", tmp_path)
+
+    with pytest.raises(SystemExit, match=r"^commit '01234567' is not in the history"):
+        script.main()

@@ -60,7 +60,7 @@ def differing(one: Path, other: Path) -> list[str]:
     """Return the summary entries and the model files that differ between two runs."""
     a, b = (json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (one, other))
     found = [part for part in COMPARED if a[part] != b[part]]
-    models = {file.name for run in (one, other) for file in (run / "models").iterdir()}
+    models = {file.name for run in (one, other) for file in (run / "models").glob("*.safetensors")}
     return found + [
         m for m in sorted(models) if content(one / "models" / m) != content(other / "models" / m)
     ]
@@ -105,7 +105,7 @@ def main() -> None:
                     carried_out("federate.py", config, deployed, changes),
                 ]
                 found = differing(simulation_folder, deployed)
-                models = len(list((deployed / "models").iterdir()))
+                models = len(list((deployed / "models").glob("*.safetensors")))
             unequal += bool(found)
             text = (
                 f"differ: {', '.join(found)}" if found else f"equal, {models} models byte for byte"

@@ -120,7 +120,7 @@ def read_results(out: Path) -> tuple[dict[str, bytes], list[Source]]:
     """Return the model files and the records of a finished run, without `TIMED` keys."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figures = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
-    return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}, figures
+    return {p.name: p.read_bytes() for p in sorted((out / "models").glob("*.safetensors"))}, figures
 
 
 def run_whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]], float]:

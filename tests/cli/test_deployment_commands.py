@@ -182,8 +182,10 @@ def same(a: Run, b: Run) -> None:
         "data",
     ):
         assert a.summary[key] == b.summary[key], key
-    files = sorted(path.name for path in (a.path / "models").iterdir())
-    assert len(files) >= 2 and files == sorted(path.name for path in (b.path / "models").iterdir())
+    files = sorted(path.name for path in (a.path / "models").glob("*.safetensors"))
+    assert len(files) >= 2 and files == sorted(
+        path.name for path in (b.path / "models").glob("*.safetensors")
+    )
     for name in files:
         assert (a.path / "models" / name).read_bytes() == (b.path / "models" / name).read_bytes()
 

@@ -81,8 +81,10 @@ def test_deployment_equals_simulation(
         "data",
     ):
         assert deployed.summary[key] == simulated.summary[key], key
-    files = sorted(p.name for p in (simulated.path / "models").iterdir())
-    assert len(files) >= 4 and files == sorted(p.name for p in (deployed.path / "models").iterdir())
+    files = sorted(p.name for p in (simulated.path / "models").glob("*.safetensors"))
+    assert len(files) >= 4 and files == sorted(
+        p.name for p in (deployed.path / "models").glob("*.safetensors")
+    )
     for file in files:
         assert (simulated.path / "models" / file).read_bytes() == (
             deployed.path / "models" / file

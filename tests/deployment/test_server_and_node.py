@@ -79,8 +79,10 @@ def sites(tmp_path: Path) -> Sites:
 
 
 def same_models(a: Run, b: Run) -> bool:
-    files = sorted(path.name for path in (a.path / "models").iterdir())
-    assert len(files) >= 3 and files == sorted(path.name for path in (b.path / "models").iterdir())
+    files = sorted(path.name for path in (a.path / "models").glob("*.safetensors"))
+    assert len(files) >= 3 and files == sorted(
+        path.name for path in (b.path / "models").glob("*.safetensors")
+    )
     return all(
         (a.path / "models" / f).read_bytes() == (b.path / "models" / f).read_bytes() for f in files
     )

@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_run_directory_is_complete(finished: Run) -> None:
     for name in FILES:
         assert (finished.path / name).stat().st_size > 0
-    assert {p.stem for p in (finished.path / "models").iterdir()} == {
+    assert {p.stem for p in (finished.path / "models").glob("*.safetensors")} == {
         "site_1",
         "site_2",
         "site_3",
@@ -57,7 +57,11 @@ def test_run_directory_is_complete(finished: Run) -> None:
         "server",
     }
     assert len(list((finished.path / "plots").glob("*.png"))) >= 5
-    assert len(list((finished.path / "checkpoint").iterdir())) == 2
+    best = {
+        finished.summary[test]["best_by_validation"]["round"] for test in ("personal", "global")
+    }
+    checkpoints = {path.stem for path in (finished.path / "checkpoint").iterdir()}
+    assert checkpoints == {f"round-{n:06}" for n in (2, 3, *best)}
 
 
 def test_summary_keys_and_totals(finished: Run) -> None:

@@ -77,7 +77,8 @@ def spawn(out: Path, mode: str, at: str | None = None) -> Any:
 
 
 def models(out: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}
+    files = sorted((out / "models").rglob("*.safetensors"))
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def figures(out: Path) -> list[dict[str, Any]]:

@@ -324,7 +324,9 @@ def figures(run: Run) -> list[dict[str, Any]]:
 
 def models(run: Run) -> dict[str, bytes]:
     """Return the bytes of the models of a finished run."""
-    return {path.name: path.read_bytes() for path in sorted((run.path / "models").iterdir())}
+    return {
+        path.name: path.read_bytes() for path in sorted((run.path / "models").glob("*.safetensors"))
+    }
 
 
 def same(one: Run, other: Run) -> None:

@@ -432,7 +432,7 @@ def crafted(run: Path, name: str, what: str) -> None:
         result["clients"]["groups"][0]["model"] = [{"name": name}]
         Path("run/config.yaml").write_text(yaml.safe_dump(result))
     else:
-        for path in Path("run/models").iterdir():
+        for path in Path("run/models").glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["hetero_fl"])
                 tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118

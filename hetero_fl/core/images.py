@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hetero_fl.core.stored_rows import Column, map_rows, split_rows
+from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError
 
 # Usual numbers of channels: gray and RGB.
@@ -36,6 +37,8 @@ CHECKED_ROWS = 256
 def as_numbers(values: Any, where: str) -> Tensor:
     """Convert an array to a CPU tensor of type uint8, int64 or floating point.
 
+    Masked entries and null values become NaN.
+
     Args:
         values: Any array-like object.
         where: Prefix of error messages.
@@ -53,7 +56,7 @@ def as_numbers(values: Any, where: str) -> Tensor:
             else x.to(torch.int64)
         )
     try:
-        array = np.asarray(values)
+        array = np.asarray(plain_array(values))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: expected an array of numbers ({error})") from error
     if array.dtype.kind not in "buif":

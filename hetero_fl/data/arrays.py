@@ -29,9 +29,11 @@ from hetero_fl.data.dataset import (
     Examples,
     Vocabulary,
     index_names,
+    owner_list,
     with_patients,
 )
 from hetero_fl.data.labels import Kind, read_labels
+from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError
 
 
@@ -148,7 +150,9 @@ def from_arrays(
                 f"{names.x}, got {len(labels[split])}"
             )
     extra = _extra_columns(group, time, unit, name)
-    extra["metadata"] = {key: np.asarray(column) for key, column in (metadata or {}).items()}
+    extra["metadata"] = {
+        key: np.asarray(plain_array(column)) for key, column in (metadata or {}).items()
+    }
     examples = {
         split: Examples(inputs_of_split, labels[split], **(extra if split == "train" else {}))
         for split, inputs_of_split in zip(given, inputs, strict=True)
@@ -203,26 +207,22 @@ def _extra_columns(group: Any, time: Any, unit: Any, name: str) -> dict[str, Any
     """Return the fields of `Examples` for the columns that are not None."""
     extra: dict[str, Any] = {}
     if group is not None:
-        extra["group"], extra["group_names"] = index_names(_as_list(group))
+        extra["group"], extra["group_names"] = index_names(owner_list(group, f"{name}: group"))
     if time is not None:
         extra["time"] = _parse_times(time, name)
     if unit is not None:
-        extra["unit"] = _tensor(unit, f"{name}: unit").float()
+        extra["unit"] = as_numbers(unit, f"{name}: unit").float()
     return extra
 
 
 def _parse_times(values: Any, name: str) -> Tensor:
     """Convert dates to seconds since 1970 and return integers unchanged, int64 `[N]`."""
-    times = np.asarray(values)
+    times = np.asarray(plain_array(values))
     if np.issubdtype(times.dtype, np.datetime64):
         times = times.astype("datetime64[s]").astype(np.int64)
     if not np.issubdtype(times.dtype, np.integer):
         raise UserError(f"{name}: time: expected integers or datetime64, got {times.dtype}")
     return torch.from_numpy(times.astype(np.int64))
-
-
-def _as_list(values: Any) -> list[Any]:
-    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _tensor(values: Any, where: str) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from hetero_fl.core.images import dtype_name
 from hetero_fl.core.stored_rows import Column, join_rows
 from hetero_fl.core.task import Task
+from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError, check_names, printable
 from hetero_fl.utils.ordering import natural_order
 
@@ -592,6 +593,24 @@ def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
     return torch.tensor([indices[name] for name in texts], dtype=torch.int64), names
 
 
+def owner_list(values: Any, where: str) -> list[Any]:
+    """Return the groups or patients of rows as a list.
+
+    Args:
+        values: Group or patient of each row, numbers or strings.
+        where: Name of the values, for error messages.
+
+    Raises:
+        UserError: If a value is missing.
+    """
+    plain = plain_array(values)
+    found = list(plain.tolist() if hasattr(plain, "tolist") else plain)
+    for row, value in enumerate(found):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            raise UserError(f"{where}: row {row}: missing value; fill or remove missing values")
+    return found
+
+
 def with_patients(examples: Examples, patient: Any, where: str) -> Examples:
     """Return the examples with the patient of each row.
 
@@ -603,16 +622,13 @@ def with_patients(examples: Examples, patient: Any, where: str) -> Examples:
     Raises:
         UserError: If there is not one patient for each row, or a patient is missing.
     """
-    values = np.asarray(patient.tolist() if hasattr(patient, "tolist") else patient, dtype=object)
-    if values.shape not in ((len(examples),), (len(examples), 1)):
+    values = owner_list(patient, where)
+    shape = np.shape(np.asarray(values, dtype=object))
+    if shape not in ((len(examples),), (len(examples), 1)):
         raise UserError(
-            f"{where}: expected shape ({len(examples)},), one entry per row, got {values.shape}"
+            f"{where}: expected shape ({len(examples)},), one entry per row, got {shape}"
         )
-    values = values.reshape(-1)
-    missing = np.flatnonzero((values == None) | (values != values))  # noqa: E711, PLR0124
-    if len(missing):
-        raise UserError(f"{where}: row {missing[0]}: missing patient")
-    index, names = index_names(values.tolist())
+    index, names = index_names(np.asarray(values, dtype=object).reshape(-1).tolist())
     return replace(examples, patient=index, patient_names=names)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import ARRAY_NAMES, ExampleNames, first_true
 from hetero_fl.data.dataset import MAX_NUMBERED_CLASSES, Dataset, Examples, index_names
+from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import Caution, format_list
@@ -54,6 +55,7 @@ def read_labels(
     Raises:
         UserError: If labels are malformed or contradict the task.
     """
+    labels = {place: plain_array(y) for place, y in labels.items()}
     texts = {place: text for place, y in labels.items() if (text := _text_labels(y, place, names))}
     for place in labels:
         if texts and place not in texts:
@@ -213,7 +215,10 @@ def _check_fractions(y: Mapping[str, Tensor], names: ExampleNames) -> None:
     """Raise UserError if some parts have integers, which may be classes, and others fractions."""
     integers = [place for place, part in y.items() if not part.is_floating_point()]
     for place, part in y.items():
-        if integers and bool((part != part.floor()).any() if part.is_floating_point() else False):
+        # Missing labels, which are NaN, are reported later.
+        if integers and bool(
+            (part.isfinite() & (part != part.floor())).any() if part.is_floating_point() else False
+        ):
             raise UserError(
                 f"{place}: expected integers as in {integers[0]}, got fractions; "
                 f"{names.set_task('regression')} if they are regression targets"

@@ -18,6 +18,7 @@ from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.data.sources.hugging_face import read_hub_splits
+from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
         raise UserError(f"{where}: has no rows")
     # One pass over the items, which may be read from disk or augmented at random.
     items = [_item(data, where, i) for i in range(len(data))]
-    x = [_as_array(x) for x, _ in items]
+    x = [plain_array(_as_array(x)) for x, _ in items]
     shapes = {tuple(each.shape) for each in x}
     if len(shapes) > 1:
         first, second, *_ = sorted(shapes)
@@ -240,7 +241,7 @@ def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
             f"{where}: examples have shapes {first} and {second}; resize them to one shape in the "
             "data set's transform"
         )
-    return np.stack(x), np.stack([np.asarray(y) for _, y in items])
+    return np.stack(x), plain_array(np.ma.stack([np.asanyarray(y) for _, y in items]))
 
 
 def _two_columns(tensors: Any, where: str) -> tuple[Any, Any]:
@@ -262,7 +263,7 @@ def _item(data: Any, where: str, row: int) -> tuple[Any, Any]:
 
 
 def _as_array(x: Any) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asanyarray(x)
 
 
 def _pair(data: Any, where: str) -> tuple[Any, Any]:
@@ -284,7 +285,7 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
         )
     if data[1] is None:
         raise UserError(f"{where}: labels missing; pass a pair (x, y)")
-    return data[0], data[1]
+    return plain_array(data[0]), plain_array(data[1])
 
 
 def _from_hugging_face(

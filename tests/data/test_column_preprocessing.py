@@ -22,8 +22,8 @@ from hetero_fl.data import (
 )
 from hetero_fl.data.external import match_blocks, match_columns
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import Caution
 from hetero_fl.utils.seeding import keyed_generator
+from hetero_fl.utils.text import Caution
 
 NAN = float("nan")
 TABLE = ColumnLayout(("age", "crp", "bmi", "dose"))

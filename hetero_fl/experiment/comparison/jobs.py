@@ -336,9 +336,9 @@ def log_unexpected(out: Path, *expected: type[Exception]) -> Iterator[None]:
     size = log.stat().st_size if log.exists() else 0
     try:
         yield
-    except (UserError, RunFailedError, *expected):
-        raise
     except Exception as error:
+        if isinstance(error, (UserError, RunFailedError, *expected)):
+            raise
         out.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             # A run that has started has written the traceback itself.

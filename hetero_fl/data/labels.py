@@ -91,8 +91,14 @@ def read_labels(
 
 
 def _equal_columns(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return labels `[N]`, or `[N, L]` with L > 1, which must be equal in L."""
+    """Return labels `[N]`, or `[N, L]` with L > 1, which must be equal in L.
+
+    One-hot rows become class numbers if other parts have one column.
+    """
     y = {place: _squeeze_labels(part, place) for place, part in labels.items()}
+    wide = [part for part in y.values() if part.ndim == 2]
+    if len(wide) < len(y) and _is_one_hot(wide):
+        y = {place: part.long().argmax(1) if part.ndim == 2 else part for place, part in y.items()}
     first = next(iter(y))
     for place, part in y.items():
         if part.shape[1:] != y[first].shape[1:]:
@@ -112,7 +118,7 @@ def _numbers(values: Any, where: str) -> Tensor:
         array = values if isinstance(values, Tensor) else np.asarray(values)
         if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
             # torch has few functions for unsigned integers.
-            array = array.astype(np.int64)
+            array = array.astype(np.int64, copy=False)
         return torch.as_tensor(
             array if isinstance(array, Tensor) else np.require(array, requirements="W")
         )

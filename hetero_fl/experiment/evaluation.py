@@ -300,8 +300,8 @@ def _file_source(
             return SourceConfig.model_validate({"name": kind, "path": data, kind: settings[kind]})
     stream = known.get("stream")
     if path.suffix == ".zarr":
-        kind = model.task.kind
-        return SourceConfig(name="zarr", path=data, label=label, task=kind, stream=stream)
+        task = model.task.kind
+        return SourceConfig(name="zarr", path=data, label=label, task=task, stream=stream)
     if path.is_dir():
         # Folders of sites may contain the folders of the classes.
         group = (

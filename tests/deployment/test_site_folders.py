@@ -40,7 +40,7 @@ def federate(folder: Path, common: Source, own: Source, model: str) -> Run:
     """
     config = {
         "rounds": 1,
-        "data": {"validation": 0.2, "partition": {"min_size": 4}, **common},
+        "data": {"partition": {"min_size": 4}, **common},
         "clients": {"groups": [{"name": name, "model": model} for name in SITES]},
         "algorithm": {"name": "fedavg"},
         "runtime": {"executor": "serial", "threads": 1},

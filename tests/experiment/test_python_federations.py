@@ -584,10 +584,10 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "resume: requires out",
         lambda: federation().train(hfl.Local(), rounds=1, resume=True),
     ),
-    "negative label": (
+    "negative class number": (
         UserError,
-        "'a': data: y: expected class numbers from 0, got -1",
-        lambda: one_client((X, Y - 1)),
+        "'a': data: y: row 0: label -1 is out of range 0 to 2",
+        lambda: one_client((X, Y - 1), num_classes=3),
     ),
     "number of public examples": (
         UserError,

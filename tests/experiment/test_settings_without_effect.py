@@ -66,6 +66,7 @@ VALUES = {
     "task": "regression",
     "categories": "{y: [0, 1, 2]}",
     "size": "8",
+    "range": "1000",
     "stream": "{workers: 1}",
     "splits": "pooled",
     "series": "{window: 3}",

@@ -96,7 +96,11 @@ def test_task_follows_the_configuration(tmp_path: Path) -> None:
     assert load(path, many, "a", "multiclass").task.outputs == 30
     assert load(path, 'x,a\n1,"1,5"\n2,"2,5"\n', "a", "multiclass").task.names == ("1,5", "2,5")
     for label, task, words in (
-        ("a,b", "multiclass", "data.label: data.task=multiclass needs one column, got 2"),
+        (
+            "a,b",
+            "multiclass",
+            "label a, b: a multiclass task needs one column of labels or one-hot rows, got 2",
+        ),
         ("x", "multilabel", "row 1: multilabel targets must be 0 or 1"),
     ):
         with pytest.raises(UserError, match=words):

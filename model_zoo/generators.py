@@ -43,8 +43,11 @@ def seed_generators(seed: int, device: torch.device = CPU) -> None:
 
 def generator_hash() -> int:
     """Return a hash of the states of NumPy's and Python's generators, which every draw changes."""
-    _, words, *rest = np.random.get_state()
-    return hash((words.tobytes(), *rest, random.getstate()))
+    state = np.random.get_state(legacy=False)
+    words: Any = state["state"]
+    # A draw from a normal distribution may use the second number of an earlier draw.
+    gauss = (state["has_gauss"], state["gauss"])
+    return hash((words["key"].tobytes(), words["pos"], gauss, random.getstate()))
 
 
 def read_states() -> tuple[Any, ...]:

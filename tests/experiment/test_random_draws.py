@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.data.partition.context import PartitionContext
+from model_zoo.generators import generator_hash
 from tests.helpers.python_federations import NO_REPORT, images, same_models, without_seconds
 
 HERE = f"python:{__name__}"
@@ -35,7 +36,7 @@ class Noisy(nn.Module):
         self.out = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out((self.hidden(x.flatten(1) + draw()) * self.scale + self.shift).relu())  # type: ignore[no-any-return]
+        return self.out((self.hidden(x.flatten(1) + draw()) * self.scale + self.shift).relu())
 
 
 class NumpyNoise(Noisy):
@@ -43,7 +44,7 @@ class NumpyNoise(Noisy):
 
     def forward(self, x: Tensor) -> Tensor:
         noise = np.random.rand() + random.random()
-        return self.out(self.hidden(x.flatten(1) + noise).relu() * self.scale)  # type: ignore[no-any-return]
+        return self.out(self.hidden(x.flatten(1) + noise).relu() * self.scale)
 
 
 class Plain(nn.Module):
@@ -54,7 +55,7 @@ class Plain(nn.Module):
         self.out = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(x.flatten(1))  # type: ignore[no-any-return]
+        return self.out(x.flatten(1))
 
 
 def noisy_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -67,9 +68,11 @@ def noisy_transform(x: Tensor) -> Tensor:
 
 def noisy_optimizer(parameters: Any) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    optimizer.register_step_pre_hook(
-        lambda *_: [group.update(lr=random.random()) for group in optimizer.param_groups] and None
-    )
+
+    def change_rate(*_: object) -> None:
+        optimizer.param_groups[0]["lr"] = random.random()
+
+    optimizer.register_step_pre_hook(change_rate)
     return optimizer
 
 
@@ -82,8 +85,7 @@ def random_parts(context: PartitionContext) -> list[Tensor]:
 
 
 def states() -> list[Any]:
-    numpy_state = np.random.get_state()
-    return [torch.get_rng_state().tolist(), numpy_state[1].tolist(), random.getstate()]  # type: ignore[index]
+    return [torch.get_rng_state().tolist(), generator_hash()]
 
 
 def federation(model: type[nn.Module], **settings: Any) -> hfl.Federation:
@@ -98,7 +100,7 @@ def train(own: hfl.Federation, executor: str = "serial") -> hfl.Run:
     return own.train(hfl.FedAvg(), rounds=2, overrides=[*NO_REPORT, *workers, metric], quiet=True)
 
 
-CODE = {
+CODE: dict[str, dict[str, Any]] = {
     "model": {"model": Noisy},
     "model without torch": {"model": NumpyNoise},
     "loss": {"model": Plain, "objective": noisy_loss},
@@ -125,7 +127,8 @@ def test_draws_of_user_code_are_keyed(code: str) -> None:
     stacked = train(federation(**CODE[code]), "batched")
     assert same_models(first, second)
     assert without_seconds(first) == without_seconds(second)
-    assert "noise" in first.metrics[-1]["personal"]
+    noise = first.metrics[-1]["personal"]["noise"]
+    assert stacked.metrics[-1]["personal"]["noise"] == noise > 0
     for client, model in first.models.items():
         for name, tensor in model.tensors.items():
             assert torch.allclose(tensor, stacked.models[client].tensors[name], atol=1e-6), name

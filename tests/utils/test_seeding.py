@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from hetero_fl.utils.seeding import sample_numbers, stream_key
-from model_zoo.generators import keyed_generators
+from model_zoo.generators import generator_hash, keyed_generators, own_generators
 from tests.helpers.small_federations import config, rounds_of
 
 
@@ -19,6 +21,21 @@ def test_seeded_draws_equal_manual_seed() -> None:
         expected = torch.randn(5)
     with keyed_generators(7):
         assert torch.equal(torch.randn(5), expected)
+
+
+def test_brief_block_restores_all_generators_unless_it_is_inside_another() -> None:
+    before = generator_hash()
+
+    with keyed_generators(7, brief=True):
+        first = random.random(), np.random.rand()
+
+    assert generator_hash() == before
+    with own_generators():
+        with keyed_generators(7, brief=True):
+            assert (random.random(), np.random.rand()) == first
+        with keyed_generators(7, brief=True):
+            assert (random.random(), np.random.rand()) == first
+    assert generator_hash() == before
 
 
 def test_seeding_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None:

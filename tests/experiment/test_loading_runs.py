@@ -53,20 +53,21 @@ def trained_before_a_restart(path: Path, model: Any, **settings: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["evaluate", "export", "audit", "join"])
 def test_functions_keep_the_temporary_directory_of_a_run(name: str, tmp_path: Path) -> None:
-    arguments: dict[str, dict[str, Any]] = {
-        "evaluate": {"data": images(30, 5)},
-        "export": {"client": "inst", "file_format": "safetensors", "out": tmp_path},
-        "audit": {"attack": "membership", "shadows": 0},
-        "join": {"data": images(40, 5), "out": tmp_path, "patients": [10], "seeds": [0]},
-    }
     kept = federation(Net(), head="cls")
 
-    # Nothing else refers to the run, so its directory is deleted if the function drops the run.
-    result = getattr(hfl, name)(
-        kept.train(hfl.FedMD(), rounds=1, overrides=NO_REPORT), allow_code=True, **arguments[name]
-    )
+    def train() -> hfl.Run:
+        return kept.train(hfl.FedMD(), rounds=1, overrides=NO_REPORT)
 
-    assert result
+    # Nothing else refers to the run, so its directory is deleted if the function drops the run.
+    calls: dict[str, Any] = {
+        "evaluate": lambda: hfl.evaluate(train(), images(30, 5), allow_code=True),
+        "export": lambda: hfl.export(train(), "inst", "safetensors", out=tmp_path, allow_code=True),
+        "audit": lambda: hfl.audit(train(), attack="membership", shadows=0, allow_code=True),
+        "join": lambda: hfl.join(
+            train(), images(40, 5), out=tmp_path, patients=[10], seeds=[0], allow_code=True
+        ),
+    }
+    assert calls[name]()
 
 
 def test_permission_of_a_call_is_not_kept_by_the_run(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
         The tensors in the order of `raw`, and remarks on the axis order and value range of images.
     """
     pixels = as_pixels({where: x for where, x in raw.items() if x.ndim in (3, 4)})
-    inputs = {where: _to_channels_first(x, where) for where, x in (raw | pixels).items()}
+    inputs = {where: _to_channels_first(x, where) for where, x in {**raw, **pixels}.items()}
     images = {where: x for where, x in inputs.items() if x.ndim == 4}
     ranged, remark = in_range(images)
     notes = [

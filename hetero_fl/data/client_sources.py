@@ -79,7 +79,7 @@ def pool_client_files(
     own = {
         client: replace(
             load_source(source, root, _config_path(client), missing),
-            name=Path(str(source.path)).name,
+            name=f"'{client}'" if source.path is None else Path(source.path).name,
         )
         for client, source in sources.items()
     }
@@ -112,7 +112,6 @@ def pool_client_files(
         train=train,
         about=f"{len(train):,} rows of {len(own)} {'clients' if is_from_objects else 'files'}",
         notes=tuple(notes),
-        first_missing=next((each.first_missing for each in own.values() if each.first_missing), ""),
     )
     partition = config.partition.model_copy(update={"kind": "natural"})
     settings = {client: each.model_copy(update={"data": None}) for client, each in clients.items()}
@@ -221,6 +220,8 @@ def _concatenate(parts: Mapping[str, Examples]) -> Examples:
     rows = concatenate_examples(list(parts.values()))
     owners = [client for client, part in parts.items() for _ in range(len(part))]
     rows.group, rows.group_names = index_names(owners)
+    if rows.row is not None:
+        rows.files = tuple(parts[client].files[0] for client in rows.group_names)
     if rows.patient is not None:
         patients = [
             f"{client}/{part.patient_names[number]}"

@@ -463,6 +463,9 @@ class Examples:
             are compared with these outputs, which are never model inputs.
         metadata: Further columns of the source, such as a hospital or a date, as arrays `[N]` keyed
             by name. Partition functions see these columns, which are never model inputs.
+        row: Number of each row in its file, int64 `[N]`, for messages. If None, the rows are not
+            from a file.
+        files: The file of all rows, or of each group, for messages.
 
     Raises:
         UserError: If a column and `x` differ in the number of rows.
@@ -490,6 +493,8 @@ class Examples:
     excluded: Tensor | None = None
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, np.ndarray] = field(default_factory=dict)
+    row: Tensor | None = None
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, column in [
@@ -501,7 +506,7 @@ class Examples:
                 raise UserError(f"{name}: expected {len(self.x)} rows as in x, got {len(column)}")
 
     def __repr__(self) -> str:
-        columns = {name: getattr(self, name) for name in ("x", *_BY_ROW)}
+        columns = {name: getattr(self, name) for name in ("x", *_BY_ROW) if name != "row"}
         shapes = (
             f"{name} {_shape(column)}" for name, column in columns.items() if column is not None
         )
@@ -509,6 +514,14 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def locate(self, index: int, split: str) -> str:
+        """Return the place of a row in messages: its file and number, or `split` and the index."""
+        if self.row is None:
+            return f"row {index} of {split}"
+        of_groups = len(self.files) > 1 and self.group is not None
+        file = self.files[int(self.group[index]) if of_groups else 0]  # type: ignore[index]
+        return f"{file}: row {int(self.row[index])}"
 
     @property
     def labels(self) -> Tensor:
@@ -530,7 +543,7 @@ class Examples:
         return replace(self, x=x, baselines=baselines, metadata=metadata, **columns)
 
 
-_BY_ROW = ("y", "group", "patient", "time", "unit", "candidates", "excluded")
+_BY_ROW = ("y", "group", "patient", "time", "unit", "candidates", "excluded", "row")
 
 
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:

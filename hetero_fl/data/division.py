@@ -186,7 +186,6 @@ def federate(
         client_rows,
         public,
         layout=dataset.layout,
-        first_missing=dataset.first_missing,
     )
     if server is not None:
         _check_server(server, dataset, public)
@@ -395,4 +394,4 @@ def _check_server(
         server, dataset.layout, raw_shape(dataset), "server.preprocess"
     )
     if view.missing is None:
-        check_view(public, view, dataset.layout, "server.preprocess", dataset.first_missing)
+        check_view(public, view, dataset.layout, "server.preprocess")

@@ -98,7 +98,8 @@ def match_to_common(
     advice = (
         "; set clients.defaults.preprocess.missing=indicate"
         if owner
-        else "; if this client lacks it, list the columns of the client in its preprocess.columns"
+        else "; if this client lacks it, set clients.defaults.preprocess.missing=indicate, or list "
+        "the columns of the client in its preprocess.columns"
     )
     x, extra = match_columns(
         own.train.x, own.columns, common_set, place, needed=needed, owner=owner, advice=advice
@@ -460,7 +461,10 @@ def _hold_out(
         ) from error
     y = train.y if config.proxy.labels else None
     if names is None:
-        return RowSelection(Examples(train.x, y), held), rest
+        located = Examples(
+            train.x, y, train.group, train.group_names, row=train.row, files=train.files
+        )
+        return RowSelection(located, held), rest
     # The rows without values in some public columns remain.
     rows = rows[~torch.isin(rows, held)]
     if train.patient is not None:

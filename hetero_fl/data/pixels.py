@@ -115,10 +115,10 @@ def _integer_images(sets: Mapping[str, Column]) -> dict[str, Column]:
     """Return the sets of integer images, each once."""
     distinct = {
         id(x): (name, x)
-        for name, x in reversed(sets.items())
+        for name, x in reversed(list(sets.items()))
         if x.ndim == 4 and x.dtype in PIXEL_TYPES and len(x)
     }
-    return dict(reversed(distinct.values()))
+    return dict(reversed(list(distinct.values())))
 
 
 def _range_of(sets: Mapping[str, Column], advice: str) -> int:

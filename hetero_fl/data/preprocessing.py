@@ -476,7 +476,6 @@ def check_missing_values(
     public: Mapping[str, RowSelection],
     *,
     layout: ColumnLayout,
-    first_missing: str = "",
 ) -> list[str]:
     """Check that clients with missing values have set `preprocess.missing: indicate`.
 
@@ -486,7 +485,6 @@ def check_missing_values(
         private: Rows of the clients.
         public: Public sets, keyed by name.
         layout: Names of the columns or blocks along the last axis of the examples.
-        first_missing: Location of the first missing value as reported by the source.
 
     Returns:
         A remark for each of `profiles` for which all values of the proxy set are missing.
@@ -516,7 +514,7 @@ def check_missing_values(
         if private.lazy_partition is not None:
             sets["train"] = private.lazy_partition.pool
         if view.missing is None:
-            check_view(sets, view, layout, where, first_missing)
+            check_view(sets, view, layout, where)
     for (client, split), share in located:
         if client and id(share.examples) in incomplete:
             config = clients[client].preprocess
@@ -524,7 +522,7 @@ def check_missing_values(
             raw = tuple(share.examples.x.shape[1:])
             view = Preprocess.without_normalization(config, layout, raw, where)
             if view.missing is None:
-                check_view({split: share}, view, layout, where, first_missing)
+                check_view({split: share}, view, layout, where)
     return notes
 
 
@@ -544,7 +542,6 @@ def check_view(
     view: Preprocess,
     layout: ColumnLayout,
     where: str,
-    first_missing: str = "",
 ) -> None:
     """Check that sets have no missing values in the columns that a view selects.
 
@@ -553,7 +550,6 @@ def check_view(
         view: View without `missing: indicate`.
         layout: Names of the columns or blocks along the last axis of the examples.
         where: Configuration section of the view, for error messages.
-        first_missing: Location of the first missing value as reported by the source.
 
     Raises:
         UserError: If a selected value is missing.
@@ -569,12 +565,11 @@ def check_view(
                 continue
             row, *_, column = missing.nonzero()[0].tolist()
             column_name = f"column '{view.names(names)[column]}'" if names else "one column"
-            location = f" ({first_missing})" if first_missing else ""
             section = where if where in CONFIG_SECTIONS else CONFIG_SECTIONS[0]
+            place = share.examples.locate(int(rows[row]), set_name)
             raise UserError(
-                f"{where}.missing: row {int(rows[row])} of {set_name} has no value in "
-                f"{column_name}{location}; set {section}.missing=indicate, or exclude the column "
-                f"by {section}.columns"
+                f"{where}.missing: {place} has no value in {column_name}; set "
+                f"{section}.missing=indicate, or exclude the column by {section}.columns"
             )
 
 

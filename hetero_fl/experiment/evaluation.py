@@ -17,9 +17,9 @@ from hetero_fl.config.data import SHARED_KEYS, SourceConfig
 from hetero_fl.core.images import check_pixels
 from hetero_fl.core.metrics import score
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.core.stored_rows import Column, map_rows
+from hetero_fl.core.stored_rows import map_rows
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, Preprocess, load_source, with_test
+from hetero_fl.data import Dataset, Examples, Preprocess, load_source, with_test
 from hetero_fl.data.external import match_columns, source_with_task
 from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import usable_rows
@@ -103,7 +103,7 @@ def evaluate(
     results = {}
     for name, model in models.items():
         y = targets_of_models(run, examples.labels, dataset, model.task, title)
-        _check_model_fits(name, model, dataset, examples.x, data=title)
+        _check_model_fits(name, model, dataset, examples, data=title)
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
         results[name] = score(
@@ -140,10 +140,11 @@ def targets_of_models(run: Run, y: Tensor, dataset: Dataset, known: Task, title:
 
 
 def _check_model_fits(
-    name: str, model: SavedModel, dataset: Dataset, x: Column, *, data: str
+    name: str, model: SavedModel, dataset: Dataset, examples: Examples, *, data: str
 ) -> None:
     """Raise ArgumentError if a model cannot process the examples of a data set."""
     preprocess = Preprocess(**model.preprocess)
+    x = examples.x
     raw_shape = tuple(x.shape[1:])
     if preprocess.raw not in (None, raw_shape):
         raise ArgumentError(
@@ -169,7 +170,8 @@ def _check_model_fits(
     if bool(unusable.any()):
         row = int(unusable.to(torch.uint8).argmax())
         raise ArgumentError(
-            f"data: {data}: row {row}: a value is missing that the model of {name} needs"
+            f"data: {data}: {examples.locate(row, 'the data')} has no value that the model of "
+            f"{name} needs"
         )
 
 

@@ -207,6 +207,9 @@ class Federation:
             given = GivenModels(modules)
             self._objects.append(given)
             self._config["init_from"] = name_object(f"{name}: modules", given)
+        if any(c.given and _indicates_missing(c, defaults) for c in self.clients):
+            # Indicators double the columns, which the caller's modules may not expect.
+            self.prepare("local")
 
     @classmethod
     def from_config(
@@ -614,6 +617,12 @@ def _method_name(method_type: type[Algorithm]) -> str:
 def _is_configured(data: Any) -> bool:
     """Return whether data is the name or the configuration of a source."""
     return isinstance(data, str) or is_source(data)
+
+
+def _indicates_missing(client: Client, defaults: ClientSettings | None) -> bool:
+    """Return whether the inputs of a client's model include indicators of missing values."""
+    settings = _client_settings(client, defaults).get("preprocess") or {}
+    return settings.get("missing") is not None
 
 
 def _check_names(clients: Sequence[Client]) -> None:

@@ -154,7 +154,7 @@ class FederationSpec:
             arch = build_model_spec(profile.settings.model[0], data, view)
             archs.append(_protect(arch, config.privacy))
             if archs[-1] not in checked:
-                _check_model(archs[-1], f"clients: {profile.first}: model")
+                _check_model(archs[-1], f"clients: {profile.first}: model", view)
                 checked.add(archs[-1])
         client_infos = ClientDirectory(population, [{"model": arch} for arch in archs], data)
         server = config.server
@@ -475,11 +475,15 @@ def _exclude_malicious(client_ids: list[str], malicious: MaliciousClients | None
     return honest
 
 
-def _check_model(arch: ModelSpec, where: str) -> None:
+def _check_model(arch: ModelSpec, where: str, view: Preprocess | None = None) -> None:
     try:
         arch.check()
     except ModelError as error:
-        raise UserError(f"{where}: {str(error).removeprefix('model ')}") from None
+        inputs = ""
+        if view is not None and view.missing is not None and not view.blocks:
+            count = arch.input_shape[0] // 2
+            inputs = f"; preprocess.missing=indicate makes {count} columns and {count} indicators"
+        raise UserError(f"{where}: {str(error).removeprefix('model ')}{inputs}") from None
 
 
 def describe_settings(settings: ClientSettings) -> dict[str, Any]:

@@ -319,8 +319,8 @@ def test_table_with_missing_values_trains(tmp_path: Any) -> None:
     with pytest.raises(
         UserError,
         match=(
-            r"clients: 'a': preprocess\.missing: row \d+ of \w+ has "
-            r"no value in column 'crp' \(path: .*row 5"
+            r"clients: 'a': preprocess\.missing: path: .*t\.csv: row 5 has "
+            r"no value in column 'crp'"
         ),
     ):
         federated()

@@ -218,6 +218,7 @@ def read_table(
     inputs = {name for name in columns if name not in encoded}
     metadata = {name: metadata_array(frame[name]) for name in frame.columns if name not in inputs}
     examples = Examples(x, y, groups, group_names, patients, patient_names, metadata=metadata)
+    examples = replace(examples, row=torch.arange(1, len(x) + 1), files=(where,))
     used = ColumnLayout(columns, (), tuple(encoded.items())).names
     about = f"table {title}, {len(used)} columns" + (
         f"; left out: {', '.join(left_out)}" if left_out else ""

@@ -268,7 +268,7 @@ TABLE = pd.DataFrame(
         (
             {"age": [1.0] * 39 + [None]},
             {"label": "fraud"},
-            "row 40, column 'age': missing value (1 in 40 rows)",
+            "FILE: row 40 has no value in column 'age'",
         ),
         (
             {"amount": [1.0] * 39 + [np.inf]},

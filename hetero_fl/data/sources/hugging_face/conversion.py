@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig, TextConfig
@@ -237,10 +238,16 @@ def _table(parts: _Parts) -> Dataset:
     parts.note("; ".join(described))
     for remark in remarks:
         parts.note(remark)
+    dataset = _from_arrays(parts, x, names["train"])
+    located: dict[str, Any] = {
+        split: replace(part, row=torch.arange(1, len(part) + 1), files=(f"{parts.where}: {split}",))
+        for split, part in dataset.splits().items()
+    }
     return replace(
-        _from_arrays(parts, x, names["train"]),
+        dataset,
         categories=tuple(encoded.items()),
         first_missing=gaps[0] if gaps else "",
+        **located,
     )
 
 

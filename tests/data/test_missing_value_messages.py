@@ -1,0 +1,115 @@
+"""Messages about missing values: the file, and rows that count as the file does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from torch import Tensor, nn
+
+import hetero_fl as hfl
+from hetero_fl.utils.errors import UserError
+
+Y = np.arange(60) % 2
+
+
+def frame(gap: int | None = None, rows: int = 60) -> pd.DataFrame:
+    values = np.random.default_rng(0).normal(size=(rows, 3))
+    if gap is not None:
+        values[gap - 1, 1] = np.nan
+    return pd.DataFrame(values, columns=["age", "dose", "rate"]).assign(ill=Y[:rows])
+
+
+def save(path: Path, gap: int | None = None) -> dict[str, Any]:
+    frame(gap).to_csv(path, index=False)
+    return {"name": "table", "path": str(path), "label": "ill"}
+
+
+def refused(config: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as error:
+        hfl.Federation.from_config(config).prepare("local")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("gap", [1, 6, 60])
+def test_missing_value_names_the_file_and_its_row(gap: int, tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole.csv")
+    own = save(tmp_path / "own.csv", gap)
+    defaults = {"model": "mlp", "preprocess": {"missing": "indicate"}}
+    strict: dict[str, Any] = {"preprocess": {"missing": None}}
+    groups = [
+        {"name": "a", "data": {"name": "table", "path": own["path"]}, **strict},
+        {"name": "b"},
+    ]
+    separate = {"data": whole, "clients": {"defaults": defaults, "groups": groups}}
+    files = [save(tmp_path / f"{name}.csv", gap if name == "b" else None) for name in "ab"]
+    pooled = {
+        "data": {"name": "table", "label": "ill"},
+        "clients": {
+            "defaults": defaults,
+            "groups": [
+                {
+                    "name": name,
+                    "data": {"name": "table", "path": file["path"]},
+                    **(strict if name == "b" else {}),
+                }
+                for name, file in zip("ab", files, strict=True)
+            ],
+        },
+    }
+    main = {
+        "data": save(tmp_path / "main.csv", gap) | {"partition": {"min_size": 5}},
+        "clients": {
+            "count": 2,
+            "defaults": {"model": "mlp", "preprocess": {"columns": ["age", "dose"]}},
+        },
+    }
+
+    for config, file in ((separate, "own.csv"), (pooled, "b.csv"), (main, "main.csv")):
+        assert f"{file}: row {gap} has no value in column 'dose'" in refused(config)
+
+
+def test_evaluation_names_the_row_as_the_file_does(tmp_path: Path) -> None:
+    data = save(tmp_path / "whole.csv") | {"partition": {"min_size": 5}}
+    clients = {"count": 2, "defaults": {"model": "mlp", "preprocess": {"columns": ["age", "dose"]}}}
+    run = hfl.run({"data": data, "clients": clients, "rounds": 1}, out=tmp_path / "run")
+    other = save(tmp_path / "other.csv", 6)
+
+    with pytest.raises(UserError, match=r"other\.csv: row 6 has no value that the model of"):
+        hfl.evaluate(run, other["path"])
+
+
+class Net(nn.Module):
+    """A module for 30 columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(30, 4)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.body(x).relu())
+        return out
+
+
+@pytest.mark.parametrize("model", [Net, Net()], ids=["class", "module"])
+def test_indicators_are_explained_where_the_federation_is_created(model: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 30))
+    client = hfl.Client("a", model, (x, Y), preprocess=hfl.Preprocess(missing="indicate"))
+
+    with pytest.raises(UserError, match="30 columns and 30 indicators"):
+        hfl.Federation([client], test=(x, Y))
+
+
+def test_missing_column_suggests_indicators(tmp_path: Path) -> None:
+    frame().drop(columns="dose").to_csv(tmp_path / "own.csv", index=False)
+    groups = [{"name": "a", "data": {"name": "table", "path": str(tmp_path / "own.csv")}}]
+    config = {"data": save(tmp_path / "main.csv"), "clients": {"groups": [*groups, {"name": "b"}]}}
+
+    assert "set clients.defaults.preprocess.missing=indicate" in refused(config)
+    lacking = hfl.Client("a", "mlp", frame().drop(columns="dose"))
+    with pytest.raises(UserError, match=r"pass preprocess=Preprocess\(missing='indicate'\)"):
+        hfl.Federation([lacking], test=frame(), label="ill").prepare("local")

@@ -226,6 +226,20 @@ def have_equal_values(actual: Any, expected: Any) -> bool:
     )
 
 
+def mixes_examples(model: SplitModel, shape: Shape, training: bool) -> bool:
+    """Return whether the outputs of a model for an example depend on another example of the batch.
+
+    Args:
+        model: The model.
+        shape: Shape of an example.
+        training: Whether to evaluate the model in training mode.
+    """
+    x = shape.random(2)
+    other = torch.stack([x[0], x[0]])
+    outputs = [probe(model, batch, shape, training=training)[0][:1] for batch in (x, other)]
+    return not have_equal_values(*outputs)
+
+
 def evaluate_examples(module: nn.Module, shape: Shape, training: bool = False) -> Any:
     """Return a module's outputs for two random examples, which are equal in each call.
 

@@ -24,6 +24,7 @@ from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
 from model_zoo.generators import keyed_generators
+from model_zoo.heads import mixes_examples
 from model_zoo.module_state import ModuleSnapshot, named_state, state_tensors
 from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
@@ -87,6 +88,19 @@ def is_recurrent(arch: ModelSpec) -> bool:
 def has_batch_norm(arch: ModelSpec) -> bool:
     """Return whether a model has BatchNorm layers."""
     return any(is_batch_norm(m) for m in arch.build().modules())
+
+
+@cache
+def mixes_rows(arch: ModelSpec, training: bool) -> bool:
+    """Return whether the outputs for a row depend on the other rows of the batch.
+
+    In training mode, BatchNorm layers use statistics of the batch. User-defined models, which may
+    compute other statistics, are tried.
+    """
+    if not is_user_defined(arch.name):
+        return training and has_batch_norm(arch)
+    _, channels, size, _ = arch.size_arguments
+    return mixes_examples(arch.build(), make_shape(channels, size, arch.vocabulary), training)
 
 
 def training_flops(client_info: ClientInfo) -> float:

@@ -38,7 +38,13 @@ from hetero_fl.engine.serial import (
     prediction_key,
     select_output,
 )
-from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, with_integers
+from hetero_fl.engine.templates import (
+    OutputStep,
+    Templates,
+    mixes_rows,
+    step_model_spec,
+    with_integers,
+)
 from hetero_fl.engine.vectorized_training import fit_stacked, refused_draws
 
 T = TypeVar("T")
@@ -284,8 +290,8 @@ def vectorization_key(participant: Participant, step: Fit | OutputStep) -> Any:
         if isinstance(x, StoredRows):
             return object()
         plain = [step.readout, step.batch_size, getattr(step, "at_least", None)]
-        if not len(x):
-            # Without rows there is no output to compute together.
+        # Without rows there is no output to compute together, and padding must not change outputs.
+        if not len(x) or mixes_rows(step_model_spec(participant, step), training=False):
             return object()
         return (type(step), step_model_spec(participant, step), *plain, _tree_structure(x[:0]))
     if step.optimizer.is_custom:

@@ -28,7 +28,7 @@ from hetero_fl.core.plan import Fit, FitReport, SampledBatches
 from hetero_fl.core.stored_rows import require_tensor
 from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
-from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.templates import Templates, mixes_rows
 from hetero_fl.engine.training import (
     OptimizerSnapshot,
     TrainableTensors,
@@ -42,7 +42,6 @@ from hetero_fl.engine.training import (
     split_name,
 )
 from model_zoo.generators import generator_hash, keyed_generators
-from model_zoo.split_model import is_batch_norm
 
 
 def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
@@ -338,9 +337,9 @@ class _StackedFits:
         self.trained = [
             (s, n) for s, t in self.templates.items() for n in t.parameters if is_trained(fit, s, n)
         ]
-        # BatchNorm uses statistics of the whole batch, so only batches of equal size are stacked.
+        # Padding would change the outputs for other rows, so only equal sizes are stacked.
         self.equal_sizes = fit.objective.needs_whole_batches or any(
-            is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
+            mixes_rows(first.arch[slot], slot in fit.train) for slot in self.templates
         )
         self.dropout = templates.dropout
         self.has_dropout = any(t.has_dropout for t in self.templates.values())

@@ -96,6 +96,14 @@ class BatchStatistics(Net):
         return super().forward(self.norm(x))
 
 
+class Centered(Net):
+    """A network that subtracts the mean of the batch, in both modes."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
 class Noisy(Net):
     """A network that draws from three generators, in both modes."""
 
@@ -187,6 +195,24 @@ def test_models_that_plain_torch_trains_are_trained(model: nn.Module | type[nn.M
     run = train(model)
 
     assert run.summary["rounds_completed"] == 1
+
+
+@pytest.mark.parametrize("model", [Centered, BatchStatistics])
+def test_batches_of_models_that_mix_rows_are_not_padded(model: type[nn.Module]) -> None:
+    data = [rows(0), rows(1), tuple(part[:33] for part in rows(2))]
+    clients = [hfl.Client(f"c{i}", model, own, batch_size=16) for i, own in enumerate(data)]
+
+    runs = [
+        hfl.Federation(clients).train(
+            hfl.Local(), rounds=2, overrides=[*NO_REPORT, executor], quiet=True
+        )
+        for executor in ("runtime.executor=serial", "runtime.executor=batched")
+    ]
+
+    losses = [run.summary["personal"]["last"]["loss"] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    for name, tensor in runs[0].models["c2"].tensors.items():
+        assert torch.allclose(tensor, runs[1].models["c2"].tensors[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(

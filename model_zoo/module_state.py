@@ -134,7 +134,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     for tensor in (a, b):
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         spans.append((tensor.storage_offset(), tensor.storage_offset() + last))
-    return spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]
+    return bool(spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1])
 
 
 class ModuleSnapshot:
@@ -277,7 +277,7 @@ def _observe_copy(module: nn.Module, first: Tensor, second: Tensor) -> ForwardWr
     fresh = ModuleSnapshot(module)
 
     def is_read(name: str) -> bool:
-        """Return whether a pass depends on what an earlier pass wrote under this name."""
+        """Return whether a pass depends on what an earlier pass wrote under a name."""
         start.restore(start.changes())
         after.restore({name})
         try:

@@ -274,13 +274,10 @@ class Template:
     def _written_tensors(self, trained: Collection[str]) -> Mapping[str, Tensor]:
         """Return the module's tensors after its forward pass may have replaced buffers."""
         buffers = {name: owner[key] for name, (owner, key) in self._buffers.items()}
-        tensors = {name: buffers.get(name, tensor) for name, tensor in self.tensors.items()}
-        for name, tensor in tensors.items():
-            mine = self.tensors[name]
-            if tensor is not mine and (
-                not isinstance(tensor, Tensor)
-                or (tensor.shape, tensor.dtype) != (mine.shape, mine.dtype)
-            ):
+        tensors: Tensors = {}
+        for name, mine in self.tensors.items():
+            tensor = buffers.get(name, mine)
+            if tensor is None or (tensor.shape, tensor.dtype) != (mine.shape, mine.dtype):
                 raise UserError(
                     f"{self._describe(name)} changes its shape or type in training; a buffer must "
                     f"stay a tensor of shape {tuple(mine.shape)} and type {mine.dtype}"
@@ -290,6 +287,7 @@ class Template:
                     f"{self._describe(name)} changes its requires_grad in training; freeze "
                     "parameters in __init__ or in train()"
                 )
+            tensors[name] = tensor
         if unexpected := self.written_attributes() - self.arch.cached_names:
             raise UserError(
                 f"{self._describe(min(unexpected))} changes in training and would be lost; keep it "

@@ -56,7 +56,7 @@ def test_returned_tensors_are_not_overwritten(name: str) -> None:
     template = Template(arch, DeviceMemory(torch.device("cpu")))
     first, second = (arch.initial_tensors(seed) for seed in (1, 2))
     template.load(first)
-    taken = template.release_tensors()
+    taken = template.release_tensors(template.parameters)
     versions = {n: t._version for n, t in taken.items()}
     parameters = list(template.module.parameters())
 

@@ -17,9 +17,9 @@ from hetero_fl.config.population import Population
 from hetero_fl.core.images import dtype_name
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.external import match_to_common, source_with_task
-from hetero_fl.data.groups import check_patients_in_one_set
 from hetero_fl.data.labels import common_classes
 from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.partition.groups import check_patients_in_one_set
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
 from hetero_fl.data.registry import check_unread_keys, load_source, needs_path, reads_folder
 from hetero_fl.data.splits import RowSelection, Splits, holdout_strategy

@@ -17,7 +17,6 @@ from hetero_fl.data.client_sources import clients_by_source, load_client_sources
 from hetero_fl.data.dataset import Dataset, without_metadata
 from hetero_fl.data.external import proxy_set
 from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
-from hetero_fl.data.groups import check_patients_in_one_set
 from hetero_fl.data.labels import note_unshared_classes
 from hetero_fl.data.overlap import (
     MAX_LISTED,
@@ -27,6 +26,7 @@ from hetero_fl.data.overlap import (
     notes_on_equal_rows,
 )
 from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.partition.groups import check_patients_in_one_set
 from hetero_fl.data.pixels import choose_range
 from hetero_fl.data.preprocessing import (
     Preprocess,

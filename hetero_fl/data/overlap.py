@@ -13,7 +13,7 @@ from torch import Tensor
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.data.dataset import Dataset
-from hetero_fl.data.groups import patient_names
+from hetero_fl.data.partition.groups import patient_names
 from hetero_fl.data.splits import RowSelection, Splits
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order

@@ -21,8 +21,8 @@ from typing_extensions import override
 
 from hetero_fl.config.schema import STATISTIC_SUFFIXES
 from hetero_fl.deployment.messages import versions
+from hetero_fl.reporting.http_pages import Page, PageFunction, serve_pages
 from hetero_fl.utils.errors import UserError, one_line
-from hetero_fl.utils.http_pages import Page, PageFunction, serve_pages
 from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import write_atomically
 

@@ -12,7 +12,7 @@ import torch
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.data import federate, load_source
-from hetero_fl.data.groups import match_groups
+from hetero_fl.data.partition.groups import match_groups
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 from tests.helpers.federated_data import PLAIN_CLIENT, numbered, rows_of

@@ -20,7 +20,7 @@ from hetero_fl.config.data import (
 )
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, load_source, partition_rows, with_test
-from hetero_fl.data.groups import (
+from hetero_fl.data.partition.groups import (
     most_common_stratum,
     move_patients_to_short_clients,
     split_patient_rows,

@@ -10,13 +10,13 @@ from torch import Tensor
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import PARTITION_KINDS, DataConfig
 from hetero_fl.data.dataset import Dataset
-from hetero_fl.data.groups import (
+from hetero_fl.data.partition.context import PartitionColumns
+from hetero_fl.data.partition.groups import (
     WHERE,
     all_groups,
     check_patients_in_one_group,
     match_groups,
 )
-from hetero_fl.data.partition.context import PartitionColumns
 from hetero_fl.data.partition.registry import partition_rows
 from hetero_fl.data.registry import reads_key
 from hetero_fl.data.splits import RowSelection

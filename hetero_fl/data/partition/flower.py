@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import FLOWER_PREFIX
-from hetero_fl.data.groups import WHERE, match_groups
 from hetero_fl.data.partition.context import PartitionContext
+from hetero_fl.data.partition.groups import WHERE, match_groups
 from hetero_fl.data.partition.user_code import check_arguments, check_parts
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, one_line, suggest_or_list

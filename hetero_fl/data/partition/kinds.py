@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.data.groups import WHERE, too_few_rows_error
 from hetero_fl.data.partition.apportion import (
     apportion,
     apportion_nonzero,
@@ -15,6 +14,7 @@ from hetero_fl.data.partition.apportion import (
     cut_proportions,
 )
 from hetero_fl.data.partition.context import PartitionContext
+from hetero_fl.data.partition.groups import WHERE, too_few_rows_error
 from hetero_fl.data.partition.registry import register_partition
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize

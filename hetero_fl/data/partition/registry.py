@@ -18,7 +18,6 @@ from hetero_fl.config.data import (
 )
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples
-from hetero_fl.data.groups import WHERE, partition_patients
 from hetero_fl.data.partition.context import (
     PartitionColumns,
     PartitionContext,
@@ -26,6 +25,7 @@ from hetero_fl.data.partition.context import (
     row_strata,
 )
 from hetero_fl.data.partition.flower import flower_partition
+from hetero_fl.data.partition.groups import WHERE, partition_patients
 from hetero_fl.data.partition.user_code import (
     UserPartition,
     call_partition,

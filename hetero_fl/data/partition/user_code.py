@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hetero_fl.config.data import PartitionConfig
 from hetero_fl.core.images import dtype_name
-from hetero_fl.data.groups import WHERE, split_patient_rows
 from hetero_fl.data.partition.context import PartitionContext
+from hetero_fl.data.partition.groups import WHERE, split_patient_rows
 from hetero_fl.utils.errors import UserError, one_line, suggest_or_list
 from hetero_fl.utils.text import pluralize
 from hetero_fl.utils.version import describe_new_name

@@ -18,7 +18,7 @@ from hetero_fl.data import FederatedData, Preprocess, row_strata
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import Examples, concatenate_examples
 from hetero_fl.data.federated_data import unprocessed_rows
-from hetero_fl.data.groups import most_common_stratum
+from hetero_fl.data.partition.groups import most_common_stratum
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.utils.errors import ArgumentError

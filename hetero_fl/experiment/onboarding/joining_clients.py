@@ -23,7 +23,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, Preprocess, row_strata, with_test
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import ColumnLayout, Examples, Vocabulary
-from hetero_fl.data.groups import most_common_stratum
+from hetero_fl.data.partition.groups import most_common_stratum
 from hetero_fl.data.preprocessing import NOTHING, check_missing_values, usable_rows
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.configuration import load_config

@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.reporting.http_pages import Page, PageFunction, serve_pages
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.watch.content import WatchedRuns
 from hetero_fl.utils.errors import ArgumentError
-from hetero_fl.utils.http_pages import Page, PageFunction, serve_pages
 
 LOOPBACK = ("127.0.0.1", "localhost")
 HEADERS = {

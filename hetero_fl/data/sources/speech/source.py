@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from hetero_fl.config.data import SourceConfig, SpeechConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
-from hetero_fl.data.groups import largest_groups
+from hetero_fl.data.partition.groups import largest_groups
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.files import check_folder, contains_file, read_lines
 from hetero_fl.data.sources.files.downloads import download_archive

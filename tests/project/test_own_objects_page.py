@@ -23,7 +23,7 @@ def test_each_sentence_names_existing_tests() -> None:
     items = [item for section in sections for item in section.split("\n- ")[1:]]
     tests = {item: re.findall(r"(test_\w+\.py)::(test_\w+)", item) for item in items}
 
-    assert len(items) >= 30
+    assert len(items) >= 25
     assert [item for item, named in tests.items() if not named] == []
     assert [
         (name, function)

@@ -15,6 +15,8 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.remote import PublicPack
+from hetero_fl.experiment.exporting.graph import inputs_of
+from hetero_fl.experiment.exporting.score import to_input
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 
@@ -55,7 +57,7 @@ def inputs(prepared: Any, name: str = "common_test") -> torch.Tensor:
         (SIXTEEN.astype(np.uint32), 65535),
         (RNG.integers(0, 1024, (40, 8, 8)).astype(np.int16), 1023),
     ],
-    ids=str,
+    ids=lambda value: str(value.dtype) if hasattr(value, "dtype") else str(value),
 )
 def test_pixels_are_divided_by_the_range_of_their_values(images: Any, pixel_range: int) -> None:
     prepared = federation(images, proxy=images).prepare(hfl.FedMD())
@@ -183,6 +185,8 @@ def test_range_is_saved_with_the_model(tmp_path: Path) -> None:
     predict = lambda x: saved.predict(name, x)  # noqa: E731
     assert np.allclose(predict(TWELVE), predict(scaled), atol=1e-6)
     assert np.allclose(predict(TWELVE // 64), predict((TWELVE // 64 / 4095)[:, None]), atol=1e-6)
+    (spec,) = inputs_of(saved.load_models(name)[name])
+    assert np.allclose(to_input(TWELVE, spec.record(), "x"), scaled)
     as_integers, as_floats = (
         hfl.evaluate(run, (x, Y), client=name, log=print)[name] for x in (TWELVE, scaled)
     )

@@ -376,7 +376,14 @@ def _load_unlabeled_file(config: SourceConfig) -> tuple[Column, tuple[str, ...]]
     if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
     path = Path(config.path).expanduser()
-    if path.suffix == ".npz":
+    is_npz = path.suffix.lower() == ".npz"
+    if is_npz and config.name == "activity":
+        # Imported here because loading pandas is slow.
+        from hetero_fl.data.sources.recordings import read_windows
+
+        windows, columns = read_windows(path)
+        return torch.from_numpy(windows), columns
+    if is_npz:
         return read_images(path), ()
     if config.name == "table" and config.label is None:
         # Imported here because loading pandas is slow.

@@ -41,6 +41,7 @@ Key = Literal[
 OPTIONAL_KEYS: tuple[Key, ...] = tuple(key for key in get_args(Key) if key != "path")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 """Suffixes of files that the source `table` reads."""
+MEDMNIST_PREFIX = "medmnist:"
 HUB_PREFIX = "hf:"
 """Prefix of the names of Hugging Face data sets, which the source `hf` reads."""
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
@@ -194,7 +195,13 @@ def _registered_name(name: str) -> str:
     """Return the name of the source that reads a data set, without the name of the data set."""
     if name.startswith(HUB_PREFIX):
         return HUB_PREFIX.removesuffix(":")
-    return name.removeprefix("medmnist:")
+    if name.startswith(MEDMNIST_PREFIX):
+        # Imported here because sources import this module.
+        from hetero_fl.data.sources.images import OUTPUTS
+
+        data_set = name.removeprefix(MEDMNIST_PREFIX)
+        return data_set if data_set in OUTPUTS else name
+    return name
 
 
 def check_source(config: SourceConfig, where: str = "data") -> None:

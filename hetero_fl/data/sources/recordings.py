@@ -58,28 +58,29 @@ def read_recorded(
         UserError: If the file is malformed. The message names the array or column and the row.
     """
     if path.suffix.lower() == ".npz":
-        return _read_windows(path, label or "y", group or "person", group is not None)
+        return _read_labeled_windows(path, label or "y", group or "person", group is not None)
     frame = read_frame(path, (group or "person",))
     return _make_windows(frame, path, windows, label or "activity", group)
 
 
-def _read_windows(path: Path, label: str, group: str, needs_group: bool) -> Dataset:
+def read_windows(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read the windows of a `.npz` file of recordings, float32 `[N, T, F]`, without labels.
+
+    Returns:
+        The windows, and the names of the channels, which are empty if the file has none.
+
+    Raises:
+        UserError: If the file is malformed.
+    """
     where = f"path: {path}"
-    arrays, names = read_npz_arrays(path, ("x", label, group, "columns"))
-    required = ["x", label, *([group] if needs_group else [])]
-    check_names(required, names, f"{where}: array", " not found")
+    arrays, names = read_npz_arrays(path, ("x", "columns"))
+    check_names(["x"], names, f"{where}: array", " not found")
     x = arrays["x"]
     if x.ndim != 3 or x.dtype.kind not in "iuf" or 0 in x.shape:
         raise UserError(
             f"{where}: x: expected numbers of shape (windows, samples, channels), got {x.dtype} of "
             f"shape {x.shape}"
         )
-    for name in (label, group):
-        if name in arrays and arrays[name].shape != (len(x),):
-            raise UserError(
-                f"{where}: {name}: expected shape {(len(x),)}, one entry per window of x, "
-                f"got {arrays[name].shape}"
-            )
     if not np.isfinite(x).all():
         window, sample, channel = np.argwhere(~np.isfinite(x))[0]
         raise UserError(
@@ -91,9 +92,24 @@ def _read_windows(path: Path, label: str, group: str, needs_group: bool) -> Data
         raise UserError(
             f"{where}: columns: expected {x.shape[2]} names of channels, got {len(columns)}"
         )
+    return x.astype(np.float32), columns
+
+
+def _read_labeled_windows(path: Path, label: str, group: str, needs_group: bool) -> Dataset:
+    where = f"path: {path}"
+    x, columns = read_windows(path)
+    arrays, names = read_npz_arrays(path, (label, group))
+    required = [label, *([group] if needs_group else [])]
+    check_names(required, names, f"{where}: array", " not found")
+    for name, array in arrays.items():
+        if array.shape != (len(x),):
+            raise UserError(
+                f"{where}: {name}: expected shape {(len(x),)}, one entry per window of x, "
+                f"got {array.shape}"
+            )
     y, classes = index_names(arrays[label].tolist())
     persons = index_names(arrays[group].tolist()) if group in arrays else (None, ())
-    examples = Examples(torch.from_numpy(x.astype(np.float32)), y, *persons)
+    examples = Examples(torch.from_numpy(x), y, *persons)
     return _make_dataset(path, examples, classes, columns)
 
 

@@ -141,7 +141,10 @@ def read_vocabulary(settings: TextConfig) -> Vocabulary:
             "text.tokenizer=hashing"
         )
     public = Path(settings.public).expanduser()
-    lines = [line.rpartition("\t")[2] for _, line in read_lines(public, "text.public")]
+    lines = [line for _, line in read_lines(public, "text.public")]
+    if settings.predict == "class":
+        # Public text may have classes, as in `_split_label`.
+        lines = [line.partition("\t")[2] or line for line in lines]
     vocabulary = Vocabulary.from_texts(map(split_words, lines), settings.vocabulary)
     if len(vocabulary.words) < 2:
         raise UserError(

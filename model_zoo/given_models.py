@@ -7,10 +7,9 @@ equal names, in every process and on every machine.
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -20,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from model_zoo.errors import ModelError
 from model_zoo.heads import split_module
-from model_zoo.module_state import MODULE_ATTRIBUTES, PLAIN_TYPES, check_shared_memory
+from model_zoo.module_state import MODULE_ATTRIBUTES, check_shared_memory, describe_value
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel
 
@@ -236,56 +235,9 @@ def _describe_module(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     for path, part in module.named_modules():
         own = {name: value for name, value in vars(part).items() if name not in MODULE_ATTRIBUTES}
         buffers = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
-        attributes[path] = _describe_value({**own, **buffers}, opaque, set())
+        attributes[path] = describe_value({**own, **buffers}, opaque, set())
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}", tuple(opaque)
-
-
-def _describe_value(value: Any, opaque: list[int], parents: set[int]) -> str:
-    """Describe an attribute of a module.
-
-    Args:
-        value: The attribute.
-        opaque: List to which the ids of objects are appended that cannot be described.
-        parents: Ids of the objects that contain the value.
-    """
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    is_importable = "<" not in name and not name.startswith("__main__")
-    if isinstance(value, PLAIN_TYPES):
-        return repr(value)
-    if isinstance(value, torch.Tensor):
-        shape = f"{value.dtype} {tuple(value.shape)}"
-        if value.is_meta:
-            return shape
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return f"{shape} {hashlib.sha256(raw.numpy().tobytes()).hexdigest()}"
-    if hasattr(value, "__qualname__") and is_importable:
-        return name
-    # Submodules are described by their own attributes.
-    if not isinstance(value, nn.Module) and id(value) not in parents:
-        content = _content(value)
-        if content is None:
-            opaque.append(id(value))
-        else:
-            inner = {*parents, id(value)}
-            parts = (_describe_value(each, opaque, inner) for each in content)
-            return f"{type(value).__qualname__}({', '.join(parts)})"
-    return type(value).__qualname__
-
-
-def _content(value: Any) -> Sequence[Any] | None:
-    """Return the objects that an object consists of, or None for objects such as lambdas."""
-    if isinstance(value, Mapping):
-        return [each for pair in value.items() for each in pair]
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=repr)
-    if isinstance(value, list | tuple):
-        return value
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if not callable(value) and hasattr(value, "__dict__"):
-        return _content(vars(value))
-    return None
 
 
 def _source_of(function: Any) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import enum
-import pickle
+import functools
+import hashlib
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -151,7 +152,7 @@ class ModuleSnapshot:
         self._module = module
         self._has_buffers = buffers
         self._records = {
-            name: (owner, key, owner[key], _content(owner[key]))
+            name: (owner, key, _copy(owner[key]), _content(owner[key]))
             for name, owner, key in self._places()
         }
 
@@ -192,26 +193,95 @@ class ModuleSnapshot:
             owner, key, value, content = self._records[name]
             if isinstance(value, Tensor):
                 owner[key] = value.detach().copy_(content) if value.is_leaf else content
-            elif isinstance(content, bytes):
-                owner[key] = pickle.loads(content)
             else:
-                owner[key] = value
+                owner[key] = _copy(value)
+
+
+def _copy(value: Any) -> Any:
+    """Copy a container or another object, but not a tensor or module."""
+    if isinstance(value, (Tensor, nn.Module, *PLAIN_TYPES)):
+        return value
+    try:
+        return copy.deepcopy(value)
+    # Any object may refuse.
+    except Exception:
+        return value
 
 
 def _content(value: Any) -> Any:
     """Return a copy of a tensor, and a description of any other value."""
-    if isinstance(value, PLAIN_TYPES):
-        return f"{type(value)} {value!r}"
     try:
         if isinstance(value, Tensor):
             return value.detach().clone()
         if not isinstance(value, nn.Module):
-            return pickle.dumps(value)
+            opaque: list[int] = []
+            return f"{type(value)} {describe_value(value, opaque, set())} {opaque}"
     # Any object may refuse, such as a tensor that escaped from `vmap`. Without its content, only
     # another object is noticed.
     except Exception:
         pass
     return id(value)
+
+
+def describe_value(  # noqa: PLR0911
+    value: Any, opaque: list[int], parents: set[int]
+) -> str:
+    """Describe an attribute of a module, including the content of tensors and containers.
+
+    Args:
+        value: The attribute.
+        opaque: List to which the ids of objects are appended that cannot be described.
+        parents: Ids of the objects that contain the value.
+    """
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    is_importable = "<" not in name and not name.startswith("__main__")
+    if isinstance(value, PLAIN_TYPES):
+        return repr(value)
+    if isinstance(value, GENERATORS):
+        return _describe_generator(value)
+    if isinstance(value, torch.Tensor):
+        shape = f"{value.dtype} {tuple(value.shape)}"
+        if value.is_meta:
+            return shape
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return f"{shape} {hashlib.sha256(raw.numpy().tobytes()).hexdigest()}"
+    if hasattr(value, "__qualname__") and is_importable:
+        return name
+    # Submodules are described by their own attributes.
+    if not isinstance(value, nn.Module) and id(value) not in parents:
+        content = _parts_of(value)
+        if content is None:
+            opaque.append(id(value))
+        else:
+            inner = {*parents, id(value)}
+            parts = (describe_value(each, opaque, inner) for each in content)
+            return f"{type(value).__qualname__}({', '.join(parts)})"
+    return type(value).__qualname__
+
+
+def _parts_of(value: Any) -> Sequence[Any] | None:
+    """Return the objects that an object consists of, or None for objects such as lambdas."""
+    if isinstance(value, Mapping):
+        return [each for pair in value.items() for each in pair]
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if not callable(value) and hasattr(value, "__dict__"):
+        return _parts_of(vars(value))
+    return None
+
+
+def _describe_generator(generator: Any) -> str:
+    """Describe the state of a random number generator."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes().hex()
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state)
+    is_numpy = isinstance(generator, np.random.RandomState)
+    return repr(generator.get_state(legacy=False) if is_numpy else generator.getstate())
 
 
 def _is_equal(a: Any, b: Any) -> bool:

@@ -36,8 +36,9 @@ def pack_objects(*trees: Any) -> bytes:
         return cloudpickle.dumps(found) if found else b""
     # Any object may refuse, such as a module with parametrizations.
     except Exception as error:
+        name = next((name for name in found if not _can_pickle(found[name])), ", ".join(found))
         raise UserError(
-            f"{', '.join(found)}: cannot be sent to another process ({one_line(error)}); pass a "
+            f"{name}: cannot be sent to another process ({one_line(error)}); pass a "
             "class or function that creates the object, or set runtime.executor=serial"
         ) from error
 
@@ -52,6 +53,15 @@ def unpack_objects(packed: bytes) -> None:
     for name, value in cloudpickle.loads(packed).items():
         restore_object(name, value)
         _kept.append(value)
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    # See `pack_objects`.
+    except Exception:
+        return False
+    return True
 
 
 def _find(name: str) -> Any:

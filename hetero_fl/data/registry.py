@@ -200,7 +200,7 @@ def _registered_name(name: str) -> str:
         from hetero_fl.data.sources.images import OUTPUTS
 
         data_set = name.removeprefix(MEDMNIST_PREFIX)
-        return data_set if data_set in OUTPUTS else name
+        return name if data_set in _sources and data_set not in OUTPUTS else data_set
     return name
 
 

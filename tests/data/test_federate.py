@@ -213,7 +213,7 @@ def test_too_few_rows_raise() -> None:
         federate(numbered(), DataConfig(train_limit=10), THREE, 0)
     one = DataConfig(partition=PartitionConfig(kind="quantity", alpha=1e-6, min_size=1))
     with pytest.raises(
-        UserError, match=r"client '[abc]' has 1 row, .* increase data\.partition\.min_size=1, or"
+        UserError, match=r"client '[abc]' has 1 row, but training needs at least 2; give it more"
     ):
         federate(numbered(), one, THREE, 0)
     bare = one.model_copy(update={"split": SplitConfig(validation=0, test=0)})

@@ -216,6 +216,9 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
         clients__overrides=[{"match": "site_1", "machine": {"speed": 1e6}}],
     ),
     "large_buffer": config(runtime={**ASYNC, "buffer": 7}),
+    "patience_without_validation": config(
+        evaluation={"patience": 2}, data__validation=0, data__split={"validation": 0, "test": 0.2}
+    ),
     "private_rows_in_one_place": config("centralized", privacy=RECORD, models=MLP),
     "private_statistics": config(
         models=MLP, privacy=CLIENT, clients__defaults__preprocess={"normalize": "own"}

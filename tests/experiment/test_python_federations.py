@@ -529,7 +529,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "no head": (
         UserError,
-        "no linear layer",
+        "the model's outputs are not those of its submodule '0'",
         lambda: one_client((X, Y), model=nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten())),
     ),
     "wrong input shape": (

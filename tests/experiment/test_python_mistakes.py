@@ -319,8 +319,8 @@ SETTINGS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
 
 PROCESSES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "loss that cannot be pickled": (
-        TypeError,
-        "cannot pickle",
+        UserError,
+        r"object:loss: cannot be sent to another process \(cannot pickle '_thread.lock' object\)",
         lambda: train_in_processes(objective=loss_with_a_lock()),
     ),
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import hetero_fl.data
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import (
@@ -37,7 +38,7 @@ def test_chest_xray_is_embedded(tmp_path: Path) -> None:
     assert 120 < dataset.train.x.float().mean() < 160  # X-rays, neither blank nor inverted
     assert "CC BY 4.0" in dataset.about and not dataset.simulated
     assert not list(tmp_path.iterdir())
-    embedded = Path(load_source.__globals__["__file__"]).parent / "embedded"
+    embedded = Path(hetero_fl.data.__file__).parent / "embedded"
     assert (embedded / "chest_xray.npz").stat().st_size < 2.2e6
     assert "CC BY 4.0" in (embedded / "LICENSE.md").read_text()
 

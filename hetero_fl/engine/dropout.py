@@ -147,13 +147,14 @@ class KeyedDropout(nn.Dropout):
 
     def __init__(self, p: float, streams: DropoutStreams) -> None:
         super().__init__(p)
-        self._streams = streams
+        # A method, because the changing state of the streams is not state of the model.
+        self._mask = streams.mask
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return x * self._streams.mask(x, self.p)
+        return x * self._mask(x, self.p)
 
 
 def use_keyed_dropout(module: nn.Module, streams: DropoutStreams) -> bool:

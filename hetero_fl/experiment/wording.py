@@ -56,7 +56,8 @@ def with_arguments(line: str, overrides: Sequence[str] = ()) -> str:
     for key, argument in ARGUMENTS.items():
         if any(override.startswith(key) for override in given):
             continue
-        text = re.sub(rf"\b{re.escape(key)}\b", argument, text)
+        # Settings below an argument keep their key, which overrides set.
+        text = re.sub(rf"\b{re.escape(key)}\b(?!\.\w)", argument, text)
     return type(line)(text)
 
 

@@ -107,7 +107,7 @@ PLACES: dict[str, tuple[dict[str, Any], str, str]] = {
     "source": ({"data__name": "{}rows"}, "data.name", "rows"),
     "public": ({"data__proxy__source": {"name": "{}rows"}}, "data.proxy.source.name", "rows"),
     "own data": (
-        {"clients__groups": [{"name": "a", "data": {"name": "{}rows"}}]},
+        {"clients__groups": [{"name": "a", "data": {"name": "{}rows"}}, {"name": "b"}]},
         "clients.groups.0.data.name",
         "rows",
     ),

@@ -13,9 +13,10 @@ PAGE = ROOT / "docs" / "reference" / "own_objects.md"
 
 @cache
 def functions_of(name: str) -> set[str]:
-    (path,) = (ROOT / "tests").rglob(name)
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "tests").rglob(name)]
+    return {
+        node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    }
 
 
 def test_each_sentence_names_existing_tests() -> None:

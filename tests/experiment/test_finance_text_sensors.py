@@ -103,7 +103,7 @@ def check_saved_token_models(finished: Any, path: Path) -> None:
         SavedModel.load(path / "models" / f"{client}.safetensors").arch.vocabulary
         == dataset.vocabulary.size
     )
-    with pytest.raises(UserError, match=r"data: digits is multiclass with"):
+    with pytest.raises(UserError, match=r"data: digits: expected class names as in the models"):
         evaluate(path, "digits", client)
 
 

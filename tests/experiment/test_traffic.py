@@ -153,10 +153,7 @@ def test_file_replaces_the_generated_junctions(tmp_path: Path) -> None:
 def test_classification_of_busy_hours(horizons: str, tmp_path: Path) -> None:
     common = ["vehicles", "hour_sin", "hour_cos", "week_sin", "week_cos"]
     plain = [f"clients.groups.{i}.preprocess.columns={common}" for i in (0, 1)]
-    plain += [
-        f"server.preprocess.columns={common}",
-        f"clients.defaults.preprocess.columns={common}",
-    ]
+    plain.append(f"server.preprocess.columns={common}")
     series = f"data.series={{target: busy, horizons: {horizons}}}"
     public = f"data.proxy.source.series={{sites: [public], horizons: {horizons}}}"
     finished = run(CONFIG, overrides=[*SHORT, series, public, *plain], out=tmp_path / "run")

@@ -127,7 +127,11 @@ def test_public_run_directory_shows_label_counts(tmp_path: Path) -> None:
 
     finished = run(source, out=tmp_path / "run")
 
-    models = {f"models/{client['id']}.safetensors" for client in finished.summary["clients"]}
+    models = {
+        f"models/{folder}{client['id']}.safetensors"
+        for client in finished.summary["clients"]
+        for folder in ("", "best_personal/", "best_global/")
+    }
     assert disclosed(finished.path, label_counts(source)) == {"details.json", *models}
 
 

@@ -293,7 +293,7 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 @dataclass(frozen=True)
 class ForwardWrites:
-    """What the forward pass of a module writes in training mode.
+    """Names of the state and the caches that a forward pass writes in training mode.
 
     Args:
         tensors: Names of the buffers and attributes that are state of the module.

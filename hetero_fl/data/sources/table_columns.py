@@ -55,7 +55,9 @@ MARKERS = frozenset(
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
 ID_NAME = re.compile(
-    r"(?i:patient|subject(?!ive)|person(?!al)|mrn)|(?i:(?<![a-z])(?:[cps]?id|case)(?![a-z]))|[a-z]I[Dd]$"
+    r"(?i:patient|subject(?!ive)|person(?!al)|mrn)"
+    r"|(?i:(?<![a-z])(?:[cps]?id|case)(?![a-z]))"
+    r"|[a-z]I[Dd]$"
 )
 """Pattern of names of columns that identify patients."""
 

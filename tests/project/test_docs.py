@@ -24,7 +24,9 @@ from hetero_fl.algorithms import Algorithm, Items, register_algorithm
 from hetero_fl.algorithms.requirements import describe_needs, format_needs
 from hetero_fl.cli import main
 from hetero_fl.cli.commands import APP
+from hetero_fl.config.data import registered_partition_kinds
 from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.data.partition import registry as partitions
 from hetero_fl.deployment.config import load_server_config, load_site_config
 from hetero_fl.experiment.configuration import load_config
 from model_zoo import list_models
@@ -67,8 +69,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("hetero_fl.experiment.session.write_presentation", lambda *_: None)
     # Undo registrations of the page.
     monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
+    monkeypatch.setattr(partitions, "_partitions", dict(partitions._partitions))
+    kinds = set(registered_partition_kinds)
     before = set(sys.modules)
     yield tmp_path
+    registered_partition_kinds.intersection_update(kinds)
     # Another page may use the same module names.
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):

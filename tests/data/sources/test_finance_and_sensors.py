@@ -203,7 +203,7 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
             and "\n" not in message
         ), message
     for arrays, words in (
-        ({"x": np.zeros((3, 4))}, "array 'y' not found"),
+        ({"x": np.zeros((3, 4, 2))}, "array 'y' not found"),
         (
             {"x": np.zeros((3, 4)), "y": [0, 1, 0]},
             (

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("hetero_fl", "model_zoo")
+PACKAGES = ("hetero_fl", "model_zoo", "benchmarks")
 
 
 class MutantError(ValueError):

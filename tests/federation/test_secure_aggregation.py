@@ -162,7 +162,7 @@ def test_methods_without_uploads_run_unchanged(method: str) -> None:
             "threshold: must be more than half of the 4 clients .* 3 or more",
         ),
         ({"secure_sum": {"threshold": 0.5}}, "threshold: must be a share > 0.5 .*, got 0.5"),
-        ({"secure_sum": {"threshold": 2.5}}, "threshold: must be a share <= 1 or a whole number, got 2.5"),
+        ({"secure_sum": {"threshold": 2.5}}, "threshold: must be .* a whole number, got 2.5"),
         (
             {"secure_sum": {"range": 1e19}},
             r"range: 1e\+19 is too large; sums over 4 clients .* exceed 64-bit integers",

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hetero_fl.algorithms import Centralized
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
 from tests.helpers.loopback import LoopbackTransport
+from tests.helpers.models import DRIFTING
 from tests.helpers.nodes import LONG
 from tests.helpers.small_federations import config
 
@@ -107,6 +110,23 @@ def test_local_models_are_saved_at_the_sites(loopback: LoopbackTransport, tmp_pa
         assert (
             kept.read_bytes() == (simulated.path / "models" / f"{client}.safetensors").read_bytes()
         )
+
+
+def test_own_module_keeps_its_state_at_a_node(loopback: LoopbackTransport, tmp_path: Path) -> None:
+    clients = ["site_1", "site_2"]
+    source = config("fedavg", DRIFTING, clients=2)
+    for client in clients:
+        site = SiteConfig(client=client, tells=ALL, allows={"own_code": [DRIFTING]})
+        loopback.join(Node(site, tmp_path / "sites" / client).handle)
+    loaded = load_config(source, allow_code=True)
+
+    deployed = run_federation(loaded, loopback, out=tmp_path / "federation", wait=LONG)
+    simulated = run(loaded, out=tmp_path / "simulation")
+
+    for client in clients:
+        assert deployed.models[client].tensors["backbone.peak"].count_nonzero()
+        for name, tensor in deployed.models[client].tensors.items():
+            assert torch.equal(tensor, simulated.models[client].tensors[name]), name
 
 
 class Pooled(Centralized):

@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from hetero_fl.experiment import run
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.federation.executors import torchrun
 from hetero_fl.federation.executors.workers import JobResult
+from tests.helpers.models import DRIFTING
 from tests.helpers.small_federations import MIXED, config
 from tests.helpers.workers import (
     PATIENCE,
@@ -109,16 +111,18 @@ def models(out: Path) -> dict[str, bytes]:
 
 
 def test_two_ranks_match_a_serial_run(tmp_path: Path) -> None:
-    configuration = {**source(), "rounds": 1}
+    configuration = {**source(), "rounds": 2}
+    configuration["clients"]["groups"][0]["model"] = [*MIXED, DRIFTING]
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(configuration))
     out = tmp_path / "out"
+    command = [TRAIN, "--config", "c.yaml", "--out", str(out), "--allow-code"]
 
-    process = launch(tmp_path, TRAIN, "--config", "c.yaml", "--out", str(out), ranks=2)
+    process = launch(tmp_path, *command, ranks=2)
     _, output = process.communicate(timeout=PATIENCE)
 
     assert process.returncode == 0, output
     configuration["runtime"]["executor"] = "serial"
-    run(configuration, out=tmp_path / "serial")
+    run(load_config(configuration, allow_code=True), out=tmp_path / "serial")
     assert models(out) == models(tmp_path / "serial")
 
 

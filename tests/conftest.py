@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from hetero_fl.utils import processes
+from hetero_fl.utils.environment import available_cores
 
 # Further modules that most test runs import.
 processes.PRELOADED.extend(["hetero_fl.experiment", "matplotlib.figure"])
@@ -30,6 +31,11 @@ settings.load_profile("any machine")
 
 # Background jobs of a shell ignore Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start one process more than there are cores, because tests wait for nodes and timers."""
+    return available_cores() + 1
 
 
 @pytest.hookimpl(wrapper=True)

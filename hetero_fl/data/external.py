@@ -366,6 +366,8 @@ def _load_labeled(
     """Load a data set, and convert the labels to the class numbers of the main data set."""
     try:
         own = load_source(config, root, where, missing=True)
+        if own.train.y is None:
+            raise UserError(f"{where}: has no labels; pass a pair (x, y) or a data frame")
         return own, match_labels(own, common_set, where)
     except UserError as error:
         raise UserError(f"data.proxy.labels=true needs matching labels: {error}") from error

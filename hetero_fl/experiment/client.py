@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -174,18 +175,12 @@ class Client:
                 f"Client({name!r}): optimizer: expected an optimizer such as Adam(lr=1e-3), or a "
                 f"function of parameters, got {type(optimizer).__name__}"
             )
-        if isinstance(label, int):
-            # The columns of a data frame without names are numbered.
-            label = str(label)
-        if label is not None and (not isinstance(label, str) or is_source(data)):
-            found = "a source, whose key label names the column" if is_source(data) else repr(label)
-            raise TypeError(f"Client({name!r}): label: expected the name of a column, got {found}")
         where = f"Client({name!r}): "
-        if patient is not None and (data is None or is_source(data)):
-            raise UserError(
-                f"{where}patient: applies to data=... as arrays, a data frame or a data set; for a "
-                "source set its key patient"
-            )
+        label = column_name(label)
+        patient = column_name(patient)
+        if not isinstance(label, str | None):
+            raise TypeError(f"{where}label: expected the name of a column, got {label!r}")
+        _check_columns(data, where, label, patient)
         if callable(optimizer):
             settings["optimizer"] = optimizer_section(optimizer, where)
         self.name = name
@@ -294,12 +289,17 @@ def split(
     if not names:
         raise UserError("split: clients: expected at least one client, got none")
     named = {"name": data} if isinstance(data, str) else data
+    label = column_name(label)
+    patient = column_name(patient)
+    _check_columns(named, "split: ", label, patient)
     if is_source(named):
         root = Path(DataConfig().root).expanduser()
         dataset = load_source(SourceConfig.model_validate(named), root)
     else:
-        named_label = None if label is None else str(label)
-        dataset = to_dataset(data, "data", named_label, patient=patient, task=task)
+        dataset = to_dataset(data, "data", label, patient=patient, task=task)
+    kind = getattr(task, "kind", task)
+    if kind not in (None, dataset.task.kind):
+        raise UserError(f"split: task: expected {dataset.task.kind} as in the data, got {kind}")
     config = DataConfig.model_validate(
         {} if partition is None else {"partition": plain_value(partition)}
     )
@@ -323,6 +323,20 @@ def split(
         )
         for i, name in enumerate(names)
     ]
+
+
+def column_name(column: Any) -> Any:
+    """Return an integer name of a column as text, as in data sets, and other values unchanged."""
+    return str(column) if isinstance(column, numbers.Integral) else column
+
+
+def _check_columns(data: Any, where: str, label: str | None, patient: Any) -> None:
+    """Raise UserError if columns are given for data that is not an object of the program."""
+    for key, value in (("label", label), ("patient", patient)):
+        if value is not None and (data is None or is_source(data)):
+            raise UserError(
+                f"{where}{key}: applies to data=... as an object; for a source set its key {key}"
+            )
 
 
 def _describe_setting(value: Any) -> str:

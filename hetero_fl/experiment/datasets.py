@@ -47,7 +47,7 @@ class FederationDatasets:
         self,
         clients: Sequence[Client],
         sets: Mapping[str, Any],
-        label: str | int | None,
+        label: str | None,
         *,
         patient: Any = None,
         task: Task | str | None = None,
@@ -72,8 +72,13 @@ class FederationDatasets:
             for name, data in sets.items()
             if name != "proxy" and not (name == "data" and self._named)
         }
-        if label is not None and not any(_column(data, label) for data, _ in given.values()):
-            raise UserError(f"label: no data frame or Hugging Face Dataset has a column '{label}'")
+        users = [data for c in clients if c.label is None for data in c.parts().values()]
+        users += sets.values()
+        if label is not None and not any(_column(data, label) for data in users):
+            raise UserError(
+                "label: no data frame or Hugging Face Dataset without a label of its own has a "
+                f"column '{label}'"
+            )
         self._patients = _patients(clients, sets, patient)
         pairs = {place: (to_pair(data, place), column) for place, (data, column) in given.items()}
         self._categories = _shared_categories(
@@ -107,7 +112,7 @@ class FederationDatasets:
         if "data" in self.datasets or "test" in self.datasets:
             self.datasets["common"] = _common_set(self.datasets)
 
-    def _add_proxy(self, sets: Mapping[str, Any], label: str | int | None) -> int | None:
+    def _add_proxy(self, sets: Mapping[str, Any], label: str | None) -> int | None:
         """Add the proxy set, or return its size if its rows are to be held out."""
         proxy = sets.get("proxy")
         if proxy is None:
@@ -196,10 +201,10 @@ def _check_client(client: Client, sets: Mapping[str, Any]) -> None:
         )
 
 
-def _column(data: Any, label: str | int | None) -> str | None:
-    """Return `label` as text if the data has a column of this name, else None."""
-    columns = getattr(data, "column_names", getattr(data, "columns", ()))
-    return str(label) if label is not None and str(label) in map(str, columns) else None
+def _column(data: Any, label: str | None) -> str | None:
+    """Return `label` if the data has a column of this name, else None."""
+    columns = data.columns if is_frame(data) else getattr(data, "column_names", None) or ()
+    return label if label in map(str, columns) else None
 
 
 def _patients(clients: Sequence[Client], sets: Mapping[str, Any], patient: Any) -> dict[str, Any]:

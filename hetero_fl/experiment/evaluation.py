@@ -25,7 +25,8 @@ from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.data.registry import Key, has_documented_classes, reads_key
 from hetero_fl.data.sources.images import is_grouped
-from hetero_fl.data.sources.objects import to_dataset
+from hetero_fl.data.sources.objects import has_columns, to_dataset
+from hetero_fl.experiment.client import column_name
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission, find_references
@@ -41,7 +42,7 @@ def evaluate(
     data: Any,
     client: str | None = None,
     personal: bool = False,
-    label: str | None = None,
+    label: str | int | None = None,
     *,
     allow_code: bool | CodePermission = False,
     log: Callable[[str], None] | None = None,
@@ -83,6 +84,7 @@ def evaluate(
         >>> sorted(scores["server"])[:3]
         ['accuracy', 'auroc', 'average_precision']
     """
+    label = column_name(label)
     run = Run.open(run, allow_code)
     models = run.load_models(client)
     if isinstance(data, str | Path):
@@ -221,10 +223,10 @@ def from_objects(
     Raises:
         UserError: If the examples are malformed, or their columns do not match those of the run.
     """
-    label = label or (run.directory.config().get("data") or {}).get("label")
-    is_frame = hasattr(data, "columns") or hasattr(data, "column_names")
+    if label is None and has_columns(data):
+        label = (run.directory.config().get("data") or {}).get("label")
     kind = next(iter(models.values())).task.kind
-    dataset = to_dataset(data, "data", str(label) if is_frame and label else None, task=kind)
+    dataset = to_dataset(data, "data", label, task=kind)
     return order_columns(dataset, run, models)
 
 

@@ -38,7 +38,7 @@ from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfi
 from hetero_fl.core.task import Task
 from hetero_fl.data.labels import Kind
 from hetero_fl.data.sources.objects import is_source
-from hetero_fl.experiment.client import Client, plain_value
+from hetero_fl.experiment.client import Client, column_name, plain_value
 from hetero_fl.experiment.comparison.compare import compare
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.datasets import FederationDatasets
@@ -173,7 +173,12 @@ class Federation:
         self._names_arguments = not any(map(_is_configured, (data, *(c.data for c in clients))))
         with errors_with_arguments() if self._names_arguments else nullcontext():
             datasets = FederationDatasets(
-                self.clients, sets, label, patient=patient, task=task, num_classes=num_classes
+                self.clients,
+                sets,
+                column_name(label),
+                patient=column_name(patient),
+                task=task,
+                num_classes=num_classes,
             )
         self._objects: list[object] = [datasets.datasets, defaults, *self.clients]
         groups = [

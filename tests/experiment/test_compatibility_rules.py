@@ -93,6 +93,13 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "unused_partition": config(
         clients__groups=[{"name": "a", "model": MLP, "data": {"name": "chest_xray"}}]
     ),
+    "unused_size": config(
+        clients__overrides=[{"match": "a", "size": 2.0}],
+        clients__groups=[
+            {"name": "a", "model": MLP, "data": {"name": "chest_xray"}},
+            {"name": "b", "model": MLP},
+        ],
+    ),
     "unused_partition_setting": config(data__partition={"kind": "iid", "alpha": 0.1}),
     "unused_proxy_setting": config(data__proxy={"labels": True}),
     "unused_client_option": config("centralized", clients__defaults__fine_tune_epochs=2),

@@ -237,7 +237,9 @@ def test_text_labels_of_arrays_name_the_classes() -> None:
 
 def test_label_column_of_a_client_replaces_that_of_the_federation() -> None:
     both = table(60, 1).assign(state=lambda frame: 1 - frame["ill"])
-    own = hfl.Federation([hfl.Client("a", "mlp", both, label="state")], label="ill")
+    other = both.rename(columns={"state": "outcome"})
+    clients = [hfl.Client("a", "mlp", both, label="state"), hfl.Client("b", "mlp", other)]
+    own = hfl.Federation(clients, label="outcome")
 
     prepared = own.prepare(hfl.Local())
 

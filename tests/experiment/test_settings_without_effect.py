@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -125,6 +126,75 @@ def test_each_key_of_the_data_has_an_effect_or_is_refused(way: str, tmp_path: Pa
             assert "\n" not in str(error)
 
     assert silent == []
+
+
+def federation_with(**arguments: Any) -> hfl.Federation:
+    client = hfl.Client("a", "mlp", FRAME[:120], label="y")
+    return hfl.Federation([client, hfl.Client("b", "mlp", (X[120:], Y[120:]))], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (lambda: hfl.split("digits", 2, label="y"), "split: label"),
+        (lambda: hfl.split("digits", 2, patient="p"), "split: patient"),
+        (lambda: hfl.split("digits", 2, task="regression"), "split: task"),
+        (lambda: hfl.split(from_arrays(X, Y), 2, label="y"), "label: applies"),
+        (lambda: hfl.split(from_arrays(X, Y), 2, task="regression"), "split: task"),
+        (lambda: hfl.Client("a", "mlp", label="y"), "label: applies"),
+        (
+            lambda: hfl.Federation([hfl.Client("a", "mlp", from_arrays(X, Y), label="y")]),
+            "label: applies",
+        ),
+        (lambda: federation_with(label="c"), "label: no data frame"),
+        (
+            lambda: hfl.evaluate(federation_with().train(hfl.Local(), rounds=1), (X, Y), label="y"),
+            "label: applies",
+        ),
+        (
+            lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y), size=2)]).prepare(),
+            "size: has no effect",
+        ),
+        (
+            lambda: federation_with(defaults=hfl.ClientSettings(size=2)).prepare(),
+            "size: has no effect",
+        ),
+    ],
+)
+def test_argument_without_effect_is_refused(make: Callable[[], object], refused: str) -> None:
+    with pytest.raises(UserError, match=refused):
+        make()
+
+
+def test_label_of_a_proxy_set_is_used_or_missing_in_one_line() -> None:
+    override = ["data.proxy.labels=true"]
+    labels = 2 - Y
+
+    found = federation_with(test=(X, Y), proxy=(X, labels)).prepare("fedmd", overrides=override)
+
+    public = found.data.public_sets["proxy"]
+    assert public.examples.labels[public.rows].tolist() == labels.tolist()
+    with pytest.raises(UserError, match="proxy: has no labels; pass a pair"):
+        federation_with(test=(X, Y), proxy=X).prepare("fedmd", overrides=override)
+
+
+@pytest.mark.parametrize("name", [4, np.int64(4)])
+def test_integer_names_of_columns_are_accepted(name: Any) -> None:
+    frame = pd.DataFrame(np.c_[X, Y, np.arange(240) // 2]).astype({3: int, 4: int})
+    client = hfl.Client("a", "mlp", frame, label=np.int64(3), patient=name)
+
+    own = hfl.Federation([client]).prepare()
+    shared = hfl.Federation([hfl.Client("a", "mlp", frame)], label=3, patient=name).prepare()
+    parts = hfl.split(frame, 2, label=3, patient=name)
+
+    assert own.data.content_hash() == shared.data.content_hash()
+    patients = [set(part.data.train.patient.tolist()) for part in parts]
+    assert len(patients[0] | patients[1]) == 120 and not patients[0] & patients[1]
+
+
+def test_dictionary_of_arrays_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"clients: 'a': data: expected a pair \(x, y\).*got dict"):
+        hfl.Federation([hfl.Client("a", "mlp", {"x": X, "y": Y})])
 
 
 @pytest.mark.parametrize("key", ["model=linear", "epochs=7", "optimizer.lr=0.5"])

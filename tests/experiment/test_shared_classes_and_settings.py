@@ -136,7 +136,7 @@ def test_optimizer_of_a_client_replaces_the_default_one() -> None:
         ),
         (
             lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], test=rows(9), label="z"),
-            "label: no data frame or Hugging Face Dataset has a column 'z'",
+            "Hugging Face Dataset without a label of its own has a column 'z'",
         ),
         (
             lambda: hfl.Federation([hfl.Client("a", "mlp", rows(40))], proxy=True),
@@ -144,7 +144,7 @@ def test_optimizer_of_a_client_replaces_the_default_one() -> None:
         ),
         (
             lambda: hfl.Client("a", "mlp", {"name": "table", "path": "x.csv"}, label="y"),
-            "label: expected the name of a column, got a source",
+            "label: applies to data=... as an object",
         ),
         (
             lambda: hfl.Federation(

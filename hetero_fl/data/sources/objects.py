@@ -92,8 +92,6 @@ def _convert(
     patient: str | None,
     **options: Any,
 ) -> Dataset:
-    if isinstance(data, Dataset):
-        return data
     if is_frame(data):
         kind = options.get("task")
         return _from_frame(
@@ -106,6 +104,8 @@ def _convert(
             f"{where}: label: applies to a DataFrame or a Hugging Face Dataset, got "
             f"{type(data).__name__}"
         )
+    if isinstance(data, Dataset):
+        return data
     if isinstance(data, torch.utils.data.Dataset):
         x, y = _from_torch(data, where)
     else:
@@ -139,9 +139,9 @@ def to_examples(
     categories: Categories | None = None,
     patient: str | None = None,
 ) -> Dataset:
-    """Convert data to an unlabeled data set, for example a proxy set.
+    """Convert data whose labels are not needed to a data set, for example a proxy set.
 
-    Labels in the data are dropped.
+    Labels of a Hugging Face data set are dropped.
 
     Args:
         data: Data of any type that `to_dataset` accepts, or an array or tensor of examples.
@@ -169,7 +169,7 @@ def to_examples(
         return _unlabeled(
             _from_hugging_face(data, where, label, categories, patient, labeled=False)
         )
-    return _unlabeled(to_dataset(data, where, label, categories, patient))
+    return to_dataset(data, where, label, categories, patient)
 
 
 def _unlabeled(dataset: Dataset) -> Dataset:
@@ -178,7 +178,7 @@ def _unlabeled(dataset: Dataset) -> Dataset:
 
 def is_source(data: Any) -> bool:
     """Return whether `data` is the configuration of a source, such as `{"name": "digits"}`."""
-    return isinstance(data, Mapping) and not _is_hugging_face(data)
+    return isinstance(data, Mapping) and "name" in data and not _is_hugging_face(data)
 
 
 def has_columns(data: Any) -> bool:

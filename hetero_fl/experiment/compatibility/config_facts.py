@@ -6,6 +6,7 @@ equal settings. An item is a named part of an upload, such as a model or class s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import AsyncPolicy, predicts_proxy_set, unused_options
 from hetero_fl.config import Config
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.data import PARTITION_KINDS
+from hetero_fl.config.data import PARTITION_KINDS, SourceConfig
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import CLIENT_OPTIONS
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -98,6 +99,21 @@ class ConfigFacts:
         if not is_set or any(p.settings.data is None for p in self.clients.profiles):
             return False
         return len({p.settings.data for p in self.clients.profiles}) == len(self.clients)
+
+    def unused_size(self) -> str | None:
+        """Return a client whose size is set although its data is not divided, or None."""
+        owners: Counter[SourceConfig | None] = Counter()
+        for profile in self.clients.profiles:
+            owners[profile.settings.data] += profile.count
+        # The default applies to the clients without data of their own.
+        default = self.config.clients.defaults.size if owners[None] else 1.0
+        return first(
+            profile.first
+            for profile in self.clients.profiles
+            if profile.settings.data is not None
+            and owners[profile.settings.data] == 1
+            and profile.settings.size != default
+        )
 
     def unused_partition_setting(self) -> str | None:
         """Return a key of `data.partition` that the kind of partition does not read, or None."""

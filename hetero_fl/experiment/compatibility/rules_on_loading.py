@@ -72,6 +72,12 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         lambda run: run.unused_partition(),
         "data.partition: has no effect, because all clients have data of their own; remove it",
     ),
+    "unused_size": CompatibilityRule(
+        ("clients", "size"),
+        lambda run: run.unused_size(),
+        "clients: '{found}': size: has no effect, because the client has data of its own; remove "
+        "it",
+    ),
     "unused_partition_setting": CompatibilityRule(
         ("data.partition", "data.partition.kind"),
         lambda run: run.unused_partition_setting(),

@@ -30,14 +30,17 @@ MIN_BYTE_MAXIMUM = 128
 MAX_BYTE = 255
 # Types of integer pixels, of 8 and of more bits.
 PIXEL_TYPES = (torch.uint8, torch.int32)
+# Largest numbers of more than 8 bits.
+DEEP_RANGES = tuple(4**pairs - 1 for pairs in range(5, 17))
 # Number of images whose pixels are compared at a time.
 CHECKED_ROWS = 256
 
 
 def as_numbers(values: Any, where: str) -> Tensor:
-    """Convert an array to a CPU tensor of type uint8, int64 or floating point.
+    """Convert an array to a CPU tensor of type uint8, int32, int64 or floating point.
 
-    Masked entries and null values become NaN.
+    Integers of 16 or 32 bits become int32, and other integers except uint8 int64. Masked entries
+    and null values become NaN.
 
     Args:
         values: Any array-like object.
@@ -50,11 +53,10 @@ def as_numbers(values: Any, where: str) -> Tensor:
         if values.is_complex():
             raise UserError(f"{where}: expected real numbers, got {dtype_name(values)}")
         x = values.detach().cpu()
-        return (
-            x
-            if x.dtype in (torch.uint8, torch.int64) or x.is_floating_point()
-            else x.to(torch.int64)
-        )
+        if x.dtype == torch.uint8 or x.is_floating_point():
+            return x
+        is_wide = x.dtype in (torch.int16, torch.uint16, torch.int32)
+        return x.to(torch.int32 if is_wide else torch.int64)
     try:
         array = np.asarray(plain_array(values))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -67,7 +69,8 @@ def as_numbers(values: Any, where: str) -> Tensor:
             )
         raise UserError(message)
     if array.dtype.kind in "bui" and array.dtype != np.uint8:
-        array = array.astype(np.int64)
+        is_wide = array.dtype.name in ("int16", "uint16", "int32")
+        array = array.astype(np.int32 if is_wide else np.int64)
     elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
@@ -77,7 +80,8 @@ def as_numbers(values: Any, where: str) -> Tensor:
 def as_pixels(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the integers of a data set to uint8, or to int32 if they do not fit into 8 bits.
 
-    Floats and uint8 are returned unchanged. All other parts of the data set get the same type.
+    Floats, uint8 and int32, which may be dark images of more bits, are returned unchanged. All
+    other parts of the data set get the same type.
 
     Args:
         images: Images `[N, …]`, keyed by the name that error messages quote.
@@ -88,7 +92,7 @@ def as_pixels(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
     wide = {
         name: (int(x.min()), int(x.max()))
         for name, x in images.items()
-        if not x.is_floating_point() and x.dtype != torch.uint8 and x.numel()
+        if x.dtype == torch.int64 and x.numel()
     }
     limits = torch.iinfo(torch.int32)
     for name, (low, high) in wide.items():
@@ -98,8 +102,14 @@ def as_pixels(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 "their largest possible value and pass floats"
             )
     is_deep = any(low < 0 or high > MAX_BYTE for low, high in wide.values())
+    is_deep |= any(x.dtype == torch.int32 for x in images.values())
     dtype = torch.int32 if is_deep else torch.uint8
     return {name: x.to(dtype) if name in wide else x for name, x in images.items()}
+
+
+def are_pixels(x: Column) -> bool:
+    """Return whether examples are images of integers."""
+    return x.ndim == 4 and x.dtype in PIXEL_TYPES
 
 
 def check_pixels(
@@ -107,28 +117,35 @@ def check_pixels(
     pixel_range: float | None,
     where: str,
     advice: str = "convert them to this range, or pass floats from 0 to 1",
+    *,
+    complete: bool = False,
 ) -> None:
     """Check that integer pixels fit the range of the images that a model is trained on.
+
+    A range that was configured, and is not the largest number of some bits, has no upper limit.
 
     Args:
         x: Examples. Those that are no images of integers are accepted.
         pixel_range: Value of integer pixels that becomes 1. If None, 255.
         where: Prefix of the error message.
         advice: End of the error message.
+        complete: Whether these are all images of a data set, and not a few that may be black.
 
     Raises:
         UserError: If the pixels have more or fewer bits than the range.
     """
-    if x.ndim != 4 or x.dtype not in PIXEL_TYPES:
+    if not are_pixels(x):
         return
     limit = pixel_range or MAX_BYTE
     found = ""
     if x.dtype == torch.uint8 and limit > MAX_BYTE:
         found = f"8 bits, at most {MAX_BYTE}"
-    elif limit == 1 and exceeds(x, 1):
+    elif limit in (1, *DEEP_RANGES) and exceeds(x, limit):
         found = "larger ones"
     elif x.dtype != torch.uint8 and limit <= MAX_BYTE and exceeds(x, MAX_BYTE, low=0):
         found = f"pixels outside 0 to {MAX_BYTE}"
+    elif complete and limit > 1 and not exceeds(x, 1):
+        found = "0 and 1 only"
     if found:
         raise UserError(
             f"{where}: expected pixels from 0 to {limit:g} as in training, got {found}; {advice}"
@@ -214,9 +231,11 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     if not are_pixels or (high > MAX_BYTE and not are_integers):
         name = next(n for n, (a, b) in ranges.items() if a == low or b == high)
         a, b = ranges[name]
+        cure = "divide them by their largest possible value"
+        if low < 0:
+            cure = "pass the original images, which preprocess.normalize standardizes"
         raise UserError(
-            f"{name}: expected uint8 or floats from 0 to 1, got floats from {a:g} to {b:g}; "
-            "divide them by their largest possible value"
+            f"{name}: expected uint8 or floats from 0 to 1, got floats from {a:g} to {b:g}; {cure}"
         )
     floats = {n: images[n].long() if are_integers else images[n] / MAX_BYTE for n in ranges}
     shown = f"{high:g}" if high > MAX_BYTE else str(MAX_BYTE)

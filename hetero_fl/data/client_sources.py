@@ -14,7 +14,7 @@ from pathlib import Path
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.config.population import Population
-from hetero_fl.core.images import dtype_name
+from hetero_fl.core.images import MAX_BYTE, PIXEL_TYPES, dtype_name, exceeds
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.external import match_to_common, source_with_task
 from hetero_fl.data.labels import common_classes
@@ -191,7 +191,11 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> tuple[Dataset, list[str]]
                 f"{where}: time series such as {each.name} cannot be pooled; set data.path to a "
                 "common file"
             )
-        if each.train.x.dtype != first.train.x.dtype:
+        types = {each.train.x.dtype, first.train.x.dtype}
+        if len(types) > 1 and (
+            types != set(PIXEL_TYPES)
+            or any(exceeds(part.train.x, MAX_BYTE) for part in (first, each))
+        ):
             raise UserError(
                 f"{where}: expected {dtype_name(first.train.x)} examples as for client "
                 f"'{first_client}', got {dtype_name(each.train.x)}"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from hetero_fl.config.data import DataConfig
-from hetero_fl.core.images import MAX_BYTE, PIXEL_TYPES, check_pixels, exceeds
+from hetero_fl.core.images import DEEP_RANGES, MAX_BYTE, are_pixels, check_pixels, exceeds
 from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.dataset import Dataset
+from hetero_fl.data.overlap import PUBLIC_SETS
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -19,6 +20,8 @@ from hetero_fl.utils.text import Caution, format_list
 
 DIM = 31
 """Largest pixel of 8-bit images that are suspected to have another range than 0 to 255."""
+DARK_FACTOR = 16
+"""Factor by which the range of deep images exceeds the pixels of sets that are noted as dark."""
 CHECKED_ROWS = 256
 """Number of images whose largest pixel is computed at a time."""
 
@@ -45,23 +48,24 @@ def choose_range(
 ) -> PixelRange:
     """Choose the value of integer pixels that becomes 1, for all participants.
 
-    The value is `data.range` or that of the data set. Otherwise, it follows from the training rows
-    of all clients: 1 if no pixel exceeds 1, 255 if none exceeds 255, and else the largest number of
-    the smallest even number of bits.
+    The value is `data.range` or that of the data set. Otherwise, it follows from the images of all
+    clients, rows that are held out of them included: 1 if no pixel exceeds 1, 255 if none exceeds
+    255, and else the largest number of the smallest even number of bits.
 
     Args:
         dataset: Main data set.
         config: Data configuration.
         rows: Rows of the clients on this machine.
         public: Public sets, keyed by name.
-        advice: How to choose another value, for messages. If empty, by `data.range`.
+        advice: How to change the value, for messages. If empty, by `data.range`.
 
     Raises:
-        UserError: If `data.range` is not set, and the sets differ in their bits or pixels are
-            negative. If `data.range` is set, and no images are integers.
+        UserError: If `data.range` is not set, and pixels are negative or sets have more or fewer
+            bits than those of the clients. If `data.range` is set, and no images are integers.
     """
     training = {"the training set": dataset.train.x}
-    others = {f"the {name.replace('_', ' ')} set": s.examples.x for name, s in public.items()}
+    shared = {f"the {PUBLIC_SETS[name]}": part for name, part in public.items()}
+    others = {name: part.examples.x for name, part in shared.items()}
     for (client, split), share in rows.rows_by_location():
         found = training if split == "train" else others
         found[f"client '{client}': {split}"] = share.examples.x
@@ -88,20 +92,26 @@ def choose_range(
                 f"pixels are divided by {value:g}, the largest number of their bits; {advice} if "
                 "their range is another"
             )
-        elif not any(exceeds(x, DIM) for x in training.values()):
+        elif not any(exceeds(x, DIM) for x in (training or others).values()):
             notes.append(
                 Caution(
                     f"no pixel exceeds {DIM}, and pixels are divided by 255; {advice} if their "
                     "range is another"
                 )
             )
-    low = 1 if value <= MAX_BYTE else int(value) // 16
-    dark = [client for client, share in _shares(rows) if not _exceeds(share, low)]
-    if value > 1 and dark and len(dark) < len(dict(_shares(rows))):
+    low = 1 if value <= MAX_BYTE else int(value) // DARK_FACTOR
+    own = {f"'{client}'": splits["train"] for client, splits in rows.assigned.items()}
+    parts = {
+        name: part
+        for name, part in (own | shared).items()
+        if are_pixels(part.examples.x) and len(part.rows)
+    }
+    dark = [name for name, part in parts.items() if not _has_above(part, low)]
+    if value > 1 and dark and len(dark) < len(parts):
         notes.append(
             Caution(
                 f"pixels are divided by {value:g} for all clients, but do not exceed {low} at "
-                f"{format_list(dark, quote=True)}; convert them if their range differs"
+                f"{format_list(dark)}; convert them if their range differs"
             )
         )
     return PixelRange(_unless_default(value), tuple(notes))
@@ -114,9 +124,7 @@ def _unless_default(value: float | None) -> float | None:
 def _integer_images(sets: Mapping[str, Column]) -> dict[str, Column]:
     """Return the sets of integer images, each once."""
     distinct = {
-        id(x): (name, x)
-        for name, x in reversed(list(sets.items()))
-        if x.ndim == 4 and x.dtype in PIXEL_TYPES and len(x)
+        id(x): (name, x) for name, x in reversed(list(sets.items())) if are_pixels(x) and len(x)
     }
     return dict(reversed(list(distinct.values())))
 
@@ -129,27 +137,12 @@ def _range_of(sets: Mapping[str, Column], advice: str) -> int:
     for name, x in sets.items():
         for part in split_rows(x, CHECKED_ROWS):
             if (low := int(part.min())) < 0:
-                raise UserError(
-                    f"{name}: pixels must be >= 0, got {low}; {advice} to the value that becomes 1"
-                )
+                raise UserError(f"{name}: pixels must be >= 0, got {low}; {advice}")
             high = max(high, int(part.max()))
-    if high <= 1:
-        return 1
-    bits = max(8, high.bit_length())
-    return 2 ** (bits + bits % 2) - 1
+    return next(value for value in (1, MAX_BYTE, *DEEP_RANGES) if value >= high)
 
 
-def _shares(rows: ClientRows) -> list[tuple[str, RowSelection]]:
-    """Return the training rows of the clients with integer images on this machine."""
-    return [
-        (client, splits["train"])
-        for client, splits in rows.assigned.items()
-        if splits["train"].examples.x.ndim == 4
-        and splits["train"].examples.x.dtype in PIXEL_TYPES
-        and len(splits["train"].rows)
-    ]
-
-
-def _exceeds(share: RowSelection, limit: float) -> bool:
-    x = share.examples.x
-    return any(exceeds(x[rows], limit) for rows in share.rows.split(CHECKED_ROWS))
+def _has_above(part: RowSelection, limit: float) -> bool:
+    """Return whether a pixel of the selected rows exceeds a limit."""
+    x = part.examples.x
+    return any(exceeds(x[rows], limit) for rows in part.rows.split(CHECKED_ROWS))

@@ -159,7 +159,7 @@ def _check_model_fits(
             f"data: {data} has examples of shape {input_shape} after preprocessing, "
             f"but the model of {name} expects {model.arch.input_shape}"
         )
-    check_pixels(x, preprocess.pixel_range, f"data: {data}")
+    check_pixels(x, preprocess.pixel_range, f"data: {data}", complete=True)
     vocabulary_size = dataset.vocabulary.size if dataset.vocabulary else None
     if vocabulary_size != model.arch.vocabulary:
         raise ArgumentError(

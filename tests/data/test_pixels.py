@@ -84,10 +84,12 @@ def test_range_is_that_of_the_training_rows_of_all_clients() -> None:
     ("images", "test", "words"),
     [
         ((BYTES.astype(np.uint8), TWELVE), BYTES, "expected pixels from 0 to 4095"),
-        ((BINARY,), BYTES, "common test set: expected pixels from 0 to 1 as in training"),
-        ((BYTES,), TWELVE, "common test set: expected pixels from 0 to 255"),
+        ((BINARY,), BYTES, "global test set: expected pixels from 0 to 1 as in training"),
+        ((BYTES,), TWELVE, "global test set: expected pixels from 0 to 255"),
+        ((TWELVE,), SIXTEEN, "global test set: expected pixels from 0 to 4095 .*, got larger ones"),
         ((TWELVE - 2000,), TWELVE, "pixels must be >= 0, got -"),
         ((BYTES[:, None] / 16,), BYTES, "floats from 0 to 15.9375; divide them"),
+        ((BYTES[:, None] / 64 - 2,), BYTES, "floats from -2 .*original images, which preprocess"),
     ],
 )
 def test_other_ranges_are_one_line(images: Any, test: Any, words: str) -> None:
@@ -95,6 +97,39 @@ def test_other_ranges_are_one_line(images: Any, test: Any, words: str) -> None:
         federation(*images, test=test).prepare(hfl.FedAvg())
 
     assert "\n" not in str(refused.value)
+
+
+def test_dark_images_of_a_wide_type_have_the_bits_of_the_others() -> None:
+    dark = (TWELVE // 17).astype(np.uint16)
+    clients = [hfl.Client(f"client_{i}", "linear", (x, Y)) for i, x in enumerate((dark, TWELVE))]
+
+    for test in (None, (dark, Y)):
+        prepared = hfl.Federation(clients, test=test).prepare(hfl.FedAvg())
+        view = prepared.data.preprocess("client_0")
+        rows = prepared.data.client_rows["client_0"]["train"].copy_rows()
+        known = {image.tobytes() for image in (dark / 4095).astype(np.float32)}
+        assert {image.numpy().tobytes() for image in view(rows.x)} < known
+        (warning,) = [n for n in prepared.notes if "divided by 4095 for all" in n]
+        assert "do not exceed 255 at 'client_0'" in warning
+    as_bytes = hfl.Client("client_0", "linear", (dark.astype(np.uint8), Y))
+    with pytest.raises(UserError, match="uint8"):
+        hfl.Federation([as_bytes, clients[1]]).prepare(hfl.FedAvg())
+
+
+def test_sets_that_no_client_trains_on_are_compared_with_the_range() -> None:
+    masks = BYTES > 127
+    given = {"test": masks, "proxy": masks}
+    prepared = federation(BYTES.astype(np.uint8), **given).prepare(hfl.FedMD())
+    (warning,) = [n for n in prepared.notes if isinstance(n, Caution) and "divided by 255" in n]
+    assert "do not exceed 1 at the proxy set, the global test set" in warning
+    run = federation(BYTES.astype(np.uint8)).train(hfl.FedAvg(), rounds=1)
+    with pytest.raises(UserError, match="from 0 to 255 as in training, got 0 and 1 only"):
+        hfl.evaluate(run, (masks, Y))
+    with pytest.raises(UserError, match="the proxy set: expected pixels from 0 to 4095"):
+        federation(TWELVE, proxy=SIXTEEN).prepare(hfl.FedMD())
+
+    floats = federation(BYTES[:, None] / 255, test=BYTES.astype(np.uint8)).prepare(hfl.FedAvg())
+    assert not [note for note in floats.notes if "pixel" in note]
 
 
 def test_configured_range_applies_to_all_pixels() -> None:
@@ -195,6 +230,11 @@ def test_range_is_saved_with_the_model(tmp_path: Path) -> None:
         UserError, match="expected pixels from 0 to 4095 as in training, got 8 bits"
     ):
         hfl.evaluate(run, (BYTES.astype(np.uint8), Y))
+    for use in (hfl.evaluate, lambda run, data: run.predict(name, data[0])):
+        with pytest.raises(UserError, match="from 0 to 4095 as in training, got larger ones"):
+            use(run, (SIXTEEN.astype(np.uint16), Y))
+    with pytest.raises(UserError, match="from 0 to 4095 as in training, got 8 bits"):
+        hfl.evaluate(run, (BINARY.astype(bool), Y))
     own = str(tmp_path / "images.npz")
     hfl.join(run, own, out=tmp_path / "joined", patients=[10], seeds=[0])
     joined = SavedModel.load(next((tmp_path / "joined" / "models").iterdir()))

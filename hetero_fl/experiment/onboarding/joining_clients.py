@@ -523,5 +523,6 @@ def _joining_site(
         )
     model = next(iter(source_run.models.values()))
     layout = replace(dataset.layout, pixel_range=model.preprocess.get("pixel_range"))
-    check_pixels(train.x, layout.pixel_range, f"data: {dataset.name}")
+    for part in parts:
+        check_pixels(part.x, layout.pixel_range, f"data: {dataset.name}", complete=True)
     return JoiningSite(train, test, counts, unit, task, layout, dataset.vocabulary)

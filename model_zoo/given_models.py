@@ -10,7 +10,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -30,6 +30,9 @@ ModelFactory = Callable[..., nn.Module]
 
 # The models that the program keeps, keyed by name.
 _given: dict[str, WeakSet[GivenModel]] = {}
+# Functions that cache properties of models, whose arguments contain names of models.
+_caches: list[Any] = []
+_Cache = TypeVar("_Cache")
 
 
 class GivenModel:
@@ -84,6 +87,9 @@ class GivenModel:
         digest = hashlib.sha256(f"{described}\n{head}".encode()).hexdigest()[:8]
         self.name = self._unique_name(f"{OBJECT_PREFIX}{self.title}-{digest}")
         _given.setdefault(self.name, WeakSet()).add(self)
+        # The name may have belonged to another model, and a function may return other modules now.
+        for cached in _caches:
+            cached.cache_clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The source text of a function is not available in every process.
@@ -200,6 +206,19 @@ def redraw_weights(module: nn.Module) -> list[str]:
         else:
             kept += trainable
     return kept
+
+
+def forgets_models(cached: _Cache) -> _Cache:
+    """Clear a cache whenever a model is given, because a name does not determine all properties.
+
+    Args:
+        cached: A function with a cache of `functools`.
+
+    Returns:
+        The function.
+    """
+    _caches.append(cached)
+    return cached
 
 
 def is_given(name: str) -> bool:

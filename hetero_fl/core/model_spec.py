@@ -20,7 +20,7 @@ from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 from model_zoo.generators import keyed_generators
-from model_zoo.given_models import GivenModel
+from model_zoo.given_models import GivenModel, forgets_models
 from model_zoo.heads import check_training
 from model_zoo.module_state import ForwardWrites, carry_state, observe_forward, state_tensors
 from model_zoo.registry import MODELS, is_user_defined
@@ -275,6 +275,7 @@ class _ModelProperties:
     local: frozenset[str]
 
 
+@forgets_models
 @lru_cache(maxsize=256)
 def _measure(arch: ModelSpec) -> _ModelProperties:
     # Cached because methods create equal specifications in each round.
@@ -307,6 +308,7 @@ def _create(arch: ModelSpec, pretrained: bool = False, seed: int = 0) -> SplitMo
         )
 
 
+@forgets_models
 @lru_cache(maxsize=256)
 def _observe(arch: ModelSpec) -> ForwardWrites:
     return observe_forward(_create(arch), arch.shape)
@@ -317,6 +319,7 @@ def _unknown_writes(arch: ModelSpec) -> ForwardWrites:
     return _observe(arch) if is_user_defined(arch.name) else ForwardWrites()
 
 
+@forgets_models
 @lru_cache(maxsize=16)
 def _initial_tensors(arch: ModelSpec, seed: int, _dtype: torch.dtype) -> Tensors:
     # The result depends on torch's default dtype, which is therefore part of the cache key.
@@ -324,6 +327,7 @@ def _initial_tensors(arch: ModelSpec, seed: int, _dtype: torch.dtype) -> Tensors
     return {n: t.detach().clone() for n, t in state_tensors(module).items()}
 
 
+@forgets_models
 @lru_cache(maxsize=256)
 def _check_training(arch: ModelSpec) -> None:
     # Cached because many clients may have equal models.

@@ -22,6 +22,7 @@ from hetero_fl.core.stored_rows import Column
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
 from model_zoo.generators import keyed_generators
+from model_zoo.given_models import forgets_models
 from model_zoo.shapes import make_shape
 
 CPU = torch.device("cpu")
@@ -239,6 +240,7 @@ def activation_bytes(arch: ModelSpec) -> int:
     return _measure_activation_bytes(arch, torch.get_default_dtype())
 
 
+@forgets_models
 @cache
 def _measure_activation_bytes(arch: ModelSpec, _dtype: torch.dtype) -> int:
     # The dtype is an argument because it is part of the cache key.

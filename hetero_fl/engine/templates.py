@@ -24,6 +24,7 @@ from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelDescription, Outputs, SplitModel, describe, is_batch_norm
 from model_zoo.generators import keyed_generators
+from model_zoo.given_models import forgets_models
 from model_zoo.heads import mixes_examples
 from model_zoo.module_state import ModuleSnapshot, named_state, state_tensors
 from model_zoo.registry import is_user_defined
@@ -39,6 +40,7 @@ FLOPS_PER_SECOND = 2e10
 MIN_FLOPS_PER_PARAMETER = 10
 
 
+@forgets_models
 @cache
 def describe_model(arch: ModelSpec) -> ModelDescription:
     """Return the description of a model, with the numbers of parameters and operations."""
@@ -78,18 +80,21 @@ def _has_narrow_shortcut(arch: ModelSpec) -> bool:
     )
 
 
+@forgets_models
 @cache
 def is_recurrent(arch: ModelSpec) -> bool:
     """Return whether a model has recurrent layers, which cannot be vectorized over clients."""
     return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
 
 
+@forgets_models
 @cache
 def has_batch_norm(arch: ModelSpec) -> bool:
     """Return whether a model has BatchNorm layers."""
     return any(is_batch_norm(m) for m in arch.build().modules())
 
 
+@forgets_models
 @cache
 def mixes_rows(arch: ModelSpec, training: bool) -> bool:
     """Return whether the outputs for a row depend on the other rows of the batch.

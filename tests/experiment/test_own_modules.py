@@ -8,6 +8,7 @@ not depend on the order of rows.
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -343,6 +344,28 @@ def test_parameters_that_share_memory_are_refused() -> None:
 
     with pytest.raises(UserError, match=r"'second\.weight' shares memory with the parameter"):
         train(module, hfl.FedAvg(), "serial")
+
+
+def test_functions_of_one_source_text_start_with_their_own_weights() -> None:
+    def first_weight(width: int, scale: float) -> Tensor:
+        def make() -> nn.Module:
+            module = nn.Sequential(nn.Linear(WIDTH, width), nn.Linear(width, WIDTH))
+            nn.init.normal_(module[0].weight, std=scale)
+            return module
+
+        clients = [hfl.Client(name, make, data) for name, data in DATA.items()]
+        federation = hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg()).federation
+        client = federation.client("site_0", PrivateState(), 0)
+        return client.models["model"]["backbone.0.weight"]
+
+    found = []
+    for width, scale in [(8, 1.0), (8, 10.0), (16, 1.0)]:
+        found.append(first_weight(width, scale))
+        # The name of the function is free after the function is gone.
+        gc.collect()
+
+    torch.testing.assert_close(found[1], 10 * found[0])
+    assert found[2].shape == (16, WIDTH)
 
 
 @pytest.mark.parametrize("method", [hfl.FedAvg(server_lr=0.5), hfl.FedAvgM(), hfl.FedAdam()])

@@ -160,6 +160,8 @@ def from_arrays(
     if patient is not None:
         examples["train"] = with_patients(examples["train"], patient, f"{name}: patient")
     for split, part in examples.items():
+        part.row = torch.arange(names.first_row, names.first_row + len(part))
+        part.files = (name if split == "train" else f"{name}: {split}",)
         # Missing values are checked later, against the preprocessing of each client.
         check_examples(
             part, task, f"{name}: {split}", names=names, vocabulary=vocabulary, missing=True

@@ -463,9 +463,9 @@ class Examples:
             are compared with these outputs, which are never model inputs.
         metadata: Further columns of the source, such as a hospital or a date, as arrays `[N]` keyed
             by name. Partition functions see these columns, which are never model inputs.
-        row: Number of each row in its file, int64 `[N]`, for messages. If None, the rows are not
-            from a file.
-        files: The file of all rows, or of each group, for messages.
+        row: Number of each row in its file or array, int64 `[N]`, for messages. If None, it is
+            unknown.
+        files: The file or argument of all rows, or of each group, for messages.
 
     Raises:
         UserError: If a column and `x` differ in the number of rows.

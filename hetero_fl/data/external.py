@@ -309,7 +309,7 @@ def match_blocks(
 
 def load_unlabeled(
     config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
-) -> tuple[Column, tuple[str, ...], tuple[Block, ...]]:
+) -> tuple[Examples, tuple[str, ...], tuple[Block, ...]]:
     """Load the training examples of a source without labels.
 
     Values may be missing (NaN). Local files need no labels. A `.npz` file may contain
@@ -323,7 +323,7 @@ def load_unlabeled(
         vocabulary: Vocabulary that the source must have. If None, the examples are not tokens.
 
     Returns:
-        The examples, shape `[N, ...]`, the names of their columns, and their blocks.
+        The examples, which may have labels, the names of their columns, and their blocks.
 
     Raises:
         UserError: If the source cannot be loaded (see `load_source`) or has another vocabulary.
@@ -339,7 +339,7 @@ def load_unlabeled(
                 f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
                 f"{TOKENS}"
             )
-        return dataset.train.x, dataset.columns, dataset.blocks
+        return dataset.train, dataset.columns, dataset.blocks
     if vocabulary is not None:
         raise UserError(f"{where}.path: expected text as in the main data set, got '{config.path}'")
     x, columns = unlabeled
@@ -347,7 +347,8 @@ def load_unlabeled(
         bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any()))
     ):
         raise UserError(f"{where}.path: {config.path}: the examples have NaN or infinite values")
-    return x, columns, ()
+    file = f"{where}.path: {config.path}"
+    return Examples(x, row=torch.arange(1, len(x) + 1), files=(file,)), columns, ()
 
 
 def _load_inputs(config: SourceConfig, root: Path, where: str) -> Dataset:
@@ -469,17 +470,16 @@ def _hold_out(
             f"data.proxy.size={size}: {error}; set data.proxy.source to other data"
         ) from error
     y = train.y if config.proxy.labels else None
+    located = Examples(train.x, y, train.group, train.group_names, row=train.row, files=train.files)
     if names is None:
-        located = Examples(
-            train.x, y, train.group, train.group_names, row=train.row, files=train.files
-        )
         return RowSelection(located, held), rest
     # The rows without values in some public columns remain.
     rows = rows[~torch.isin(rows, held)]
     if train.patient is not None:
         rows = rows[~torch.isin(train.patient[rows], train.patient[held])]
-    public = dataset.layout.keep_columns(x[held], names, PROXY_COLUMNS)
-    return RowSelection.all_rows(Examples(public, None if y is None else y[held])), rows
+    public = located.select_rows(held)
+    kept = dataset.layout.keep_columns(x[held], names, PROXY_COLUMNS)
+    return RowSelection.all_rows(replace(public, x=kept)), rows
 
 
 def _load_proxy_set(
@@ -501,11 +501,12 @@ def _load_proxy_set(
     y: Tensor | None = None
     if config.proxy.labels:
         own, y = _load_labeled(read, root, where, dataset)
-        x = own.train.x
+        given = own.train
         columns = own.columns
         blocks = own.blocks
     else:
-        x, columns, blocks = load_unlabeled(read, root, where, dataset.vocabulary)
+        given, columns, blocks = load_unlabeled(read, root, where, dataset.vocabulary)
+    x = given.x
     name = where if is_object else f"{where}: {source.name}"
     if blocks or dataset.blocks:
         # Clients for which all blocks are missing do not train on the proxy set.
@@ -519,9 +520,8 @@ def _load_proxy_set(
         )
     clients = {profile.first: profile.settings for profile in profiles}
     check_same_shape(tuple(x.shape[1:]), where, clients=clients, common=dataset, server=server)
-    examples = Examples(x, y)
+    examples = Examples(x, y, row=given.row, files=given.files)
     if is_object:
-        given = load_source(read, root, where).train
         examples = replace(examples, patient=given.patient, patient_names=given.patient_names)
     proxy = RowSelection.all_rows(examples)
     if 0 < size < len(x):

@@ -34,6 +34,7 @@ from hetero_fl.data.dataset import (
     Spans,
     spans_of,
 )
+from hetero_fl.data.overlap import PUBLIC_SETS
 from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
 
@@ -566,7 +567,8 @@ def check_view(
             row, *_, column = missing.nonzero()[0].tolist()
             column_name = f"column '{view.names(names)[column]}'" if names else "one column"
             section = where if where in CONFIG_SECTIONS else CONFIG_SECTIONS[0]
-            place = share.examples.locate(int(rows[row]), set_name)
+            title = f"the {PUBLIC_SETS[set_name]}" if set_name in PUBLIC_SETS else set_name
+            place = share.examples.locate(int(rows[row]), title)
             raise UserError(
                 f"{where}.missing: {place} has no value in {column_name}; set "
                 f"{section}.missing=indicate, or exclude the column by {section}.columns"

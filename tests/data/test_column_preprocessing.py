@@ -190,14 +190,14 @@ def test_missing_values_require_a_setting() -> None:
     with pytest.raises(
         UserError,
         match=(
-            r"clients: 'b': preprocess\.missing: row \d+ of \w+ has "
+            r"clients: 'b': preprocess\.missing: arrays: row \d+ has "
             r"no value in column 'genes'; set clients\.defaults\.preprocess\.missing=indicate, or "
         ),
     ):
         hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})
     with pytest.raises(
         UserError,
-        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value in column 'image'",
+        match=r"clients: 'a': preprocess\.missing: arrays: row \d+ has no value in column 'image'",
     ):
         hospitals(x, BLOCKS, {"a": images, "b": images})
 
@@ -224,7 +224,7 @@ def test_public_rows_may_lack_blocks() -> None:
     ]
     with pytest.raises(
         UserError,
-        match=r"clients: 'a': preprocess\.missing: row \d+ of proxy has no value in column 'genes'",
+        match=r"clients: 'a': preprocess\.missing: arrays: row \d+ has no value in column 'genes'",
     ):
         hospitals(
             x,

@@ -55,7 +55,7 @@ def inputs(data: Any) -> torch.Tensor:
 def test_missing_entries_train_as_nan(x: Any) -> None:
     assert torch.equal(inputs((x, Y)), inputs((NAN, Y)))
     assert torch.equal(inputs(Items()), inputs((NAN, Y)))
-    with pytest.raises(UserError, match=r"row 3 .* has no value"):
+    with pytest.raises(UserError, match=r"row 3 has no value"):
         hfl.Federation([hfl.Client("a", "mlp", (x, Y))], test=(X, Y)).prepare("local")
 
 

@@ -82,6 +82,42 @@ def test_evaluation_names_the_row_as_the_file_does(tmp_path: Path) -> None:
         hfl.evaluate(run, other["path"])
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_proxy_file_names_its_row(labels: bool, tmp_path: Path) -> None:
+    proxy = save(tmp_path / "public.csv", 6)
+    if not labels:
+        frame(6).drop(columns="ill").to_csv(proxy["path"], index=False)
+        del proxy["label"]
+    main = save(tmp_path / "main.csv") | {"proxy": {"source": proxy, "labels": labels}}
+    config = {"data": main, "clients": {"count": 2, "defaults": {"model": "mlp"}}}
+
+    assert "public.csv: row 6 has no value in column 'dose'" in refused(config)
+
+
+def test_missing_value_in_memory_names_the_row_as_it_was_passed() -> None:
+    gap = frame(6).drop(columns="ill")
+    array = gap.to_numpy()
+    arrays = [hfl.Client(name, "mlp", (array + i, Y)) for i, name in enumerate("ab", start=1)]
+    whole = [hfl.Client(name, "mlp", (np.nan_to_num(array) + i, Y)) for i, name in enumerate("ab")]
+    frames = [hfl.Client(name, "mlp", frame(), label="ill") for name in "ab"]
+    mixed = [hfl.Client("a", "mlp", frame(6), label="ill"), whole[1]]
+    test = {"test": whole[0].data}
+    cases: list[tuple[Any, str]] = [
+        (hfl.Federation(arrays), "clients: 'a': data: row 5 "),
+        (hfl.Federation([whole[0], arrays[1]]), "clients: 'b': data: row 5 "),
+        (hfl.Federation(mixed), "clients: 'a': data: row 6 "),
+        (hfl.Federation([hfl.Client("a", "mlp")], data=(array, Y)), "data: row 5 "),
+        (hfl.Federation(whole, test=(array, Y)), "test: row 5 "),
+        (hfl.Federation(whole, **test, proxy=array), "proxy: row 5 "),
+        (hfl.Federation(frames, test=frame(), label="ill", proxy=gap), "proxy: row 6 "),
+    ]
+
+    for federation, words in cases:
+        with pytest.raises(UserError) as error:
+            federation.prepare(hfl.FedMD(), overrides=["data.partition.min_size=2"])
+        assert words in str(error.value)
+
+
 class Net(nn.Module):
     """A module for 30 columns."""
 

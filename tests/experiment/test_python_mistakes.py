@@ -163,7 +163,7 @@ DATA: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "missing value": (
         UserError,
-        "'a': preprocess.missing: row 0 of train has no value",
+        "clients: 'a': data: row 0 has no value",
         lambda: prepared((TABLE * np.nan, Y), test=(TABLE, Y)),
     ),
     "infinite value": (

@@ -161,7 +161,7 @@ def to_examples(
         frame = normalize_frame(data, where)
         owners = [] if patient is None else [patient]
         x, columns, _ = features(frame.drop(columns=owners), where, [], categories)
-        examples = Examples(x)
+        examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(where,))
         for column in owners:
             examples = with_patients(examples, parse_names(frame[column], where), where)
         return Dataset(where, _NO_TASK, examples, columns=columns)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig, TextConfig
@@ -239,15 +238,10 @@ def _table(parts: _Parts) -> Dataset:
     for remark in remarks:
         parts.note(remark)
     dataset = _from_arrays(parts, x, names["train"])
-    located: dict[str, Any] = {
-        split: replace(part, row=torch.arange(1, len(part) + 1), files=(f"{parts.where}: {split}",))
-        for split, part in dataset.splits().items()
-    }
     return replace(
         dataset,
         categories=tuple(encoded.items()),
         first_missing=gaps[0] if gaps else "",
-        **located,
     )
 
 

@@ -54,7 +54,7 @@ def _check_path(value: str) -> str:
     if not value.isprintable():
         raise ValueError(
             f"got {value!r} with control characters, as \\ starts an escape in double quotes; "
-            "write / instead, or use single quotes"
+            r"write / or \\ instead"
         )
     return value
 

@@ -140,7 +140,7 @@ class TextConfig(SharedSettings):
     vocabulary: PositiveInt = Field(
         1000, description="`words`: maximum vocabulary size; `hashing`: number of hash values"
     )
-    public: str | None = Field(
+    public: FilePath | None = Field(
         None, description="file of public text that defines the vocabulary (`tokenizer: words`)"
     )
 

@@ -178,12 +178,12 @@ def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     line = f", line {mark.line + 1}" if mark else ""
     problem = getattr(error, "problem", None) or error
-    if path.suffix == ".json":
-        return f"{path}{line}: invalid JSON: {problem}; is a comma missing?"
+    is_json = path.suffix == ".json"
+    remedy = "; is a comma missing?" if is_json else ""
     # A message of PyYAML or libyaml about a backslash in double quotes.
-    is_escape = re.search("escape|hexd?ecimal", str(problem))
-    remedy = "; write / instead of \\ in a path, or use single quotes" if is_escape else ""
-    return f"{path}{line}: invalid YAML: {problem}{remedy}"
+    if re.search("escape|hexd?ecimal", str(problem)):
+        remedy = r"; write / or \\ instead of \ in a path"
+    return f"{path}{line}: invalid {'JSON' if is_json else 'YAML'}: {problem}{remedy}"
 
 
 def _describe_reference_error(error: Exception) -> str:

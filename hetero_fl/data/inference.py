@@ -69,14 +69,19 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     Missing columns are NaN. Unknown columns, such as the label, are ignored unless a column is
     missing.
     """
-    names = [str(name) for name in frame.columns]
+    # Imported here because loading pandas is slow.
+    from hetero_fl.data.sources.table_columns import (
+        encode_indicators,
+        normalize_frame,
+        parse_numbers,
+    )
+
+    frame = normalize_frame(frame, WHERE)
+    names = list(frame.columns)
     known = model.columns
     categories = dict(model.categories)
     encoded = ColumnLayout(known, categories=model.categories).encoded_columns
     readable = [*known, *categories]
-    for name in names:
-        if name in readable and names.count(name) > 1:
-            raise UserError(f"{WHERE}: column '{name}' occurs {names.count(name)} times")
     absent = [n for n in view.names(known) if n not in names and encoded.get(n) not in names]
     if absent:
         # An unknown column is probably a misspelled one.
@@ -85,22 +90,17 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
             missing = encoded.get(absent[0], absent[0])
             raise UserError(f"{WHERE}: column '{missing}' not found, which the model needs")
     rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
-    for name, column in zip(names, frame.columns, strict=True):
+    for name in names:
         if name in categories:
             indices = [known.index(one) for one in indicator_names(name, categories[name])]
-            rows[:, indices] = _encode_indicators(frame[column], categories[name]).to(rows.dtype)
+            indicators = encode_indicators(frame[name], categories[name])
+            rows[:, indices] = torch.from_numpy(indicators).to(rows.dtype)
         elif name in known:
-            values = as_numbers(frame[column], f"{WHERE}: {name}")
-            rows[:, known.index(name)] = values.to(rows.dtype)
+            numbers = parse_numbers(frame[name], WHERE, [])
+            if numbers is None:
+                raise UserError(f"{WHERE}: column '{name}': expected numbers, got text")
+            rows[:, known.index(name)] = torch.tensor(numbers, dtype=rows.dtype)
     return rows
-
-
-def _encode_indicators(column: Any, values: tuple[str, ...]) -> Tensor:
-    import pandas as pd
-
-    from hetero_fl.data.sources.table_columns import encode_indicators
-
-    return torch.from_numpy(encode_indicators(pd.Series(np.asarray(column)), values))
 
 
 def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:

@@ -415,7 +415,7 @@ def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
 def _reader_for_suffix(name: str) -> str:
     """Return the source that reads the file or folder `name`, or an empty string."""
     path = Path(name)
-    if path.suffix == ".zarr":
+    if path.suffix.lower() == ".zarr":
         return "zarr"
     if path.is_dir():
         for source, entry in _sources.items():

@@ -254,7 +254,7 @@ def _source_as(
     path = Path(data)
     known = run.directory.config().get("data") or {}
     name = known.get("name")
-    if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
+    if label is None and (data == name or (path.is_file() and path.suffix.lower() != ".npz")):
         label = known.get("label")
     if data == name and reads_key(name, "columns"):
         of_columns = ("columns", "group", "patient", "task", "size", "categories", "text")
@@ -300,10 +300,10 @@ def _file_source(
         file = {"name": known.get("name"), "path": data, "label": label, "group": group}
         return SourceConfig.model_validate({**file, **settings})
     for kind in SHARED_KEYS:
-        if kind in settings and path.suffix != ".npz":
+        if kind in settings and path.suffix.lower() != ".npz":
             return SourceConfig.model_validate({"name": kind, "path": data, kind: settings[kind]})
     stream = known.get("stream")
-    if path.suffix == ".zarr":
+    if path.suffix.lower() == ".zarr":
         task = model.task.kind
         return SourceConfig(name="zarr", path=data, label=label, task=task, stream=stream)
     if path.is_dir():
@@ -313,7 +313,7 @@ def _file_source(
         )
         source = {"name": "image_folder", "path": data, "label": label, "stream": stream}
         return SourceConfig.model_validate({**source, "size": known.get("size"), "group": group})
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return SourceConfig(name="npz", path=data, label=label, task=model.task.kind)
     table = SourceConfig(name="table", path=data, label=label)
     table = source_with_task(table, model.task, categories=model.categories)

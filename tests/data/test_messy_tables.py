@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import hetero_fl as hfl
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import join_images_and_table
+from hetero_fl.data.external import load_unlabeled
+from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
 
 
@@ -49,12 +55,19 @@ def test_label_may_be_the_number_of_a_column(owner: str) -> None:
     assert layout_of(federation).columns == ("0", "1")
 
 
-@pytest.mark.parametrize("header", ["", "Unnamed: 0"])
+@pytest.mark.parametrize("header", ["", "Unnamed: 0", "Unnamed: 0.1"])
 def test_saved_index_is_no_feature(header: str, tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     make_frame().sample(frac=1, random_state=0).to_csv(path, index_label=header or None)
 
     assert layout_of(federate(path)).columns == ("age", "dose")
+
+
+def test_saved_index_may_have_fractions(tmp_path: Path) -> None:
+    frame = make_frame()
+    frame.set_index(frame.index / 2).to_csv(tmp_path / "table.csv")
+
+    assert layout_of(federate(tmp_path / "table.csv")).columns == ("age", "dose")
 
 
 @pytest.mark.parametrize("marker", ["?", "NA", "-", ".", "n/a", "--", "missing", " ? "])
@@ -70,6 +83,64 @@ def test_marker_among_numbers_is_a_missing_value(marker: str, tmp_path: Path) ->
     )
 
     assert marked.metrics[0]["clients"] == expected.metrics[0]["clients"]
+
+
+def public_rows(frame: pd.DataFrame, folder: Path) -> torch.Tensor:
+    """Return the values of a table without labels, as a proxy set."""
+    frame.to_csv(folder / "public.csv", index=False)
+    config = SourceConfig(name="table", path=str(folder / "public.csv"))
+    return load_unlabeled(config, folder, "proxy")[0]
+
+
+def joined_rows(frame: pd.DataFrame, folder: Path) -> torch.Tensor:
+    """Return the values of a file that is joined with images."""
+    frame.assign(patient=frame.index).to_csv(folder / "joined.csv", index=False)
+    images = np.zeros((len(frame), 1, 1), np.uint8)
+    classes = frame.index % 2
+    dataset = join_images_and_table(images, classes, frame.index, folder / "joined.csv")
+    return dataset.train.x[:, 1:]
+
+
+def hub_rows(frame: pd.DataFrame, _folder: Path) -> torch.Tensor:
+    """Return the values of a Hugging Face data set."""
+    datasets = pytest.importorskip("datasets")
+    labeled = datasets.Dataset.from_pandas(frame.assign(sick=frame.index % 2))
+    return to_dataset(labeled, "hub", "sick").train.x
+
+
+@pytest.mark.parametrize("read", [public_rows, joined_rows, hub_rows])
+def test_question_mark_is_a_missing_value_in_every_source(
+    read: Callable[[pd.DataFrame, Path], torch.Tensor], tmp_path: Path
+) -> None:
+    frame = make_frame(20).drop(columns="sick")
+    marked = frame.astype({"dose": str})
+    marked.loc[3, "dose"] = "?"
+
+    values = read(marked, tmp_path)
+
+    expected = torch.tensor(frame.to_numpy(), dtype=torch.float32)
+    expected[3, 1] = torch.nan
+    assert torch.equal(values.nan_to_num(-9), expected.nan_to_num(-9))
+
+
+def test_frame_and_file_are_applied_like_the_training_data(tmp_path: Path) -> None:
+    frame = make_frame().set_axis([2, 1, 0], axis=1)
+    marked = frame.astype({1: str})
+    marked.loc[3, 1] = "?"
+    preprocess = hfl.Preprocess(missing="indicate")
+    client = hfl.Client("a", "linear", marked, label=0, preprocess=preprocess)
+    run = hfl.Federation([client]).train(hfl.Local(), rounds=1)
+    values = frame[[2, 1]].to_numpy(copy=True)
+    values[3, 1] = np.nan
+    with (tmp_path / "ROWS.NPZ").open("wb") as file:
+        np.savez(file, train_images=values, train_labels=frame[0])
+
+    predicted = run.predict("a", marked)
+    of_frame = hfl.evaluate(run, marked, label=0, log=print)
+    of_file = hfl.evaluate(run, tmp_path / "ROWS.NPZ", log=print)
+
+    assert torch.equal(predicted, run.predict("a", values))
+    assert of_frame["a"]["accuracy"] == of_file["a"]["accuracy"]
 
 
 def test_question_mark_as_label_is_a_missing_value(tmp_path: Path) -> None:
@@ -100,9 +171,14 @@ def test_csv_file_may_have_any_usual_separator(separator: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     "written", [r'"C:\new\table.csv"', r'"C:\data\table.csv"', r'"..\users\x.csv"', r'"\_a.csv"']
 )
-def test_backslash_in_double_quotes_is_refused(written: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(f"data: {{name: table, path: {written}, label: y}}\n", encoding="utf-8")
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+@pytest.mark.parametrize("key", ['"path"', '"text": {"public"'])
+def test_backslash_in_double_quotes_is_refused(
+    written: str, suffix: str, key: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"run.{suffix}"
+    close = "}" * key.count("{")
+    path.write_text(f'{{"data": {{"name": "text", {key}: {written}{close}}}}}', encoding="utf-8")
 
-    with pytest.raises(UserError, match=r"write / instead.*single quotes$"):
+    with pytest.raises(UserError, match=r"write / or .* instead"):
         hfl.load_config(path)

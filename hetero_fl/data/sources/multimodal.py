@@ -171,7 +171,7 @@ def _read_table(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame
         return normalize_frame(table, "table"), "table"
     path = Path(table).expanduser()
     try:
-        return read_frame(path, names), str(path)
+        return normalize_frame(read_frame(path, names), str(path)), str(path)
     except UserError as error:
         raise UserError(f"table: {str(error).removeprefix('path: ')}") from error
 

@@ -53,7 +53,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "|": "vertical bars", "\t": "tab
 """Separators of CSV files, with their names."""
 SNIFFED_ROWS = 20
 """Maximum number of rows below the header from which the separator is determined."""
-SAVED_INDEX = re.compile(r"Unnamed: \d+|level_\d+|__index_level_\d+__")
+SAVED_INDEX = re.compile(r"Unnamed: \d+(?:\.\d+)?|level_\d+|__index_level_\d+__")
 """Names under which pandas saves and reads an index without a name."""
 
 
@@ -415,7 +415,7 @@ def features(
             added = dict(zip(indicator_names(name, encoded[name]), indicators.T, strict=True))
         elif (numbers := parse_numbers(frame[name], where, allow_missing)) is None:
             left_out[name] = _reason_left_out(frame[name])
-        elif SAVED_INDEX.fullmatch(name) and (numbers % 1 == 0).all():
+        elif SAVED_INDEX.fullmatch(name) and _is_index(numbers):
             left_out[name] = "saved index"
         else:
             added = {name: numbers.astype(np.float32)}
@@ -435,6 +435,11 @@ def features(
         tuple(found),
         left_out,
     )
+
+
+def _is_index(numbers: np.ndarray) -> bool:
+    """Return whether numbers can be an index: integers in any order, or increasing numbers."""
+    return bool((numbers % 1 == 0).all() or (np.diff(numbers) > 0).all())
 
 
 def _reason_left_out(column: pd.Series) -> str:

@@ -5,8 +5,8 @@
 Requires numpy and onnxruntime. NAME.md describes the raw examples. A .npz file contains one array
 for each input, under its name; a single input may also be named images, test_images, x or test_x,
 or be the only array. A .csv file has a header and one example per row; columns are matched by name
-if the model has column names, and an empty cell is a missing value. The result is a CSV file with
-one row per example, one column per output, and the most likely class.
+if the model has column names, and an empty cell or a question mark is a missing value. The result
+is a CSV file with one row per example, one column per output, and the most likely class.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
     """
     if not path.is_file():
         raise ScoringError(f"--model: file '{path}' not found")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         raise ScoringError(f"--model: {path} contains tensors only; export the model as onnx")
-    if path.suffix != ".onnx":
+    if path.suffix.lower() != ".onnx":
         raise ScoringError(f"--model: expected a .onnx file, got {path.name}")
     try:
         import onnxruntime
@@ -86,9 +86,9 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     if not path.is_file():
         raise ScoringError(f"--data: file '{path}' not found")
     try:
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             found = _read_npz(path, inputs)
-        elif path.suffix == ".csv":
+        elif path.suffix.lower() == ".csv":
             found = _read_csv(path, inputs)
         else:
             raise ScoringError(f"--data: expected a .npz or .csv file, got {path.name}")
@@ -157,7 +157,7 @@ def _read_csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         for j, place in enumerate(places):
             cell = "" if place is None else line[place].strip()
             try:
-                values[i, j] = float(cell) if cell else np.nan
+                values[i, j] = np.nan if cell in ("", "?") else float(cell)
             except ValueError:
                 raise ScoringError(
                     f"--data: {path}: row {i + 1}, column '{columns[j]}': "

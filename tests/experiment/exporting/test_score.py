@@ -125,9 +125,10 @@ def test_table_columns_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.M
     model, out = case("tabular_with_gaps"), tmp_path / "out.csv"
     (x,) = draw_inputs(model, 9, keyed_generator("table"))
     weight, pulse, glucose = (
-        [f"{v:.9g}" if not math.isnan(v) else "" for v in column.tolist()] for column in x.T
+        [f"{v:.9g}" if not math.isnan(v) else gap for v in column.tolist()]
+        for column, gap in zip(x.T, ("", "?", " ? "), strict=True)
     )
-    with (tmp_path / "x.csv").open("w", newline="") as file:
+    with (tmp_path / "X.CSV").open("w", newline="") as file:
         csv.writer(file).writerow(["glucose", "name", "weight", "pulse"])
         csv.writer(file).writerows(zip(glucose, "abcdefghi", weight, pulse, strict=True))
     assert (
@@ -136,7 +137,7 @@ def test_table_columns_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.M
             "--model",
             write_model(tmp_path, "tabular_with_gaps"),
             "--data",
-            tmp_path / "x.csv",
+            tmp_path / "X.CSV",
             "--out",
             out,
         )

@@ -273,6 +273,8 @@ def _frame(part: Any, inputs: Sequence[str], where: str) -> pd.DataFrame:
     """Return the inputs as a table. Lists of numbers become several columns."""
     import pandas as pd
 
+    from hetero_fl.data.sources.table_columns import normalize_frame
+
     columns: dict[str, Any] = {}
     for name in inputs:
         feature = part.features[name]
@@ -288,7 +290,7 @@ def _frame(part: Any, inputs: Sequence[str], where: str) -> pd.DataFrame:
             columns[name] = read_column(part, name)
     if not columns:
         raise UserError(f"{where}: columns.input: {format_list(inputs)}: no numbers or text")
-    return pd.DataFrame(columns)
+    return normalize_frame(pd.DataFrame(columns), where)
 
 
 def _texts(parts: _Parts) -> Dataset:

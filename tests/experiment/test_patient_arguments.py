@@ -15,6 +15,7 @@ from PIL import Image
 import hetero_fl as hfl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import from_arrays, load_source
+from hetero_fl.data.sources.images import patients_of_files
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 
@@ -229,6 +230,19 @@ def test_images_without_patients(patient: str | None, words: str | None, tmp_pat
     assert words in str(caught.value) and str(caught.value).startswith("data.patient: ")
 
 
+def test_file_with_two_patients_is_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    table = tmp_path / "patients.csv"
+    files = [path.name for path in sorted(folder.rglob("*.png"))]
+    pd.DataFrame({"file": [*files, files[0]], "patient": "p1"}).to_csv(table, index=False)
+    assert patients_of_files(sorted(folder.rglob("*.png")), folder, str(table))
+    with table.open("a") as rows:
+        rows.write(f"{files[0]},p2\n")
+
+    with pytest.raises(UserError, match=f"'{files[0]}' has two patients, 'p1' and 'p2'"):
+        hfl.prepare(image_config(folder, str(table)))
+
+
 def test_patient_in_two_given_sets_is_refused(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", ("train", "test"))
     table = frame(40)
@@ -342,6 +356,10 @@ def test_copies_of_rows_in_objects_are_warnings() -> None:
         (
             hfl.Federation(clients(first, second), test=other, proxy=other[0]),
             ["the proxy set contains rows that are elsewhere, too: 60 of the global test set"],
+        ),
+        (
+            hfl.Federation([hfl.Client("north", "mlp", first, validation=other)], test=other),
+            ["the global test set contains rows that are elsewhere, too: 60 of client 'north'"],
         ),
         (hfl.Federation(own, test=other), ["equal training rows, so scores may be too high: "]),
     ]

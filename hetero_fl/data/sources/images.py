@@ -201,7 +201,13 @@ def patients_of_files(files: Sequence[Path], folder: Path, patient: str) -> list
             raise UserError(f"patient: {str(error).removeprefix('path: ')}") from None
         check_columns(frame, [("patient", name) for name in names], patient)
         columns = (parse_names(frame[name], f"patient: {patient}") for name in names)
-        known = dict(zip(*columns, strict=True))
+        known: dict[str, str] = {}
+        for file, owner in zip(*columns, strict=True):
+            if known.setdefault(file, owner) != owner:
+                raise UserError(
+                    f"patient: {patient}: '{file}' has two patients, '{known[file]}' and "
+                    f"'{owner}'; name each file once, by its path within the folder"
+                )
         found = [known.get(path, known.get(Path(path).name)) for path in paths]
         reason = f"no row of {patient} names this file"
     else:

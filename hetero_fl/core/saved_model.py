@@ -219,7 +219,7 @@ class SavedModel:
             if self.head and not given.is_known_as(name):
                 given = GivenModel(model, self.head)
             replace(self, arch=replace(self.arch, name=given.name)).module()
-        except (ModelError, TypeError, RuntimeError) as error:
+        except (ModelError, TypeError, ValueError, RuntimeError) as error:
             reason = one_line(error)
             raise ArgumentError(f"{where}: does not fit the saved model: {reason}") from None
         if not given.is_known_as(name):

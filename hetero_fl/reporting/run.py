@@ -97,6 +97,9 @@ class Run:
         self.selection = ""
         self._loaded: dict[str, SavedModel] = {}
         self._kept: list[object] = []
+        if not isinstance(models, Mapping | None):
+            found = type(models).__name__
+            raise ArgumentError(f"models: expected modules keyed by client id, got {found}")
         for name, model in (models or {}).items():
             self._restore_object(name, model)
 

@@ -22,10 +22,10 @@ ROWS = np.zeros((3, 8, 8), np.uint8)
 class Net(nn.Module):
     """A network whose classifier is not its last submodule."""
 
-    def __init__(self, slope: float = 0.1) -> None:
+    def __init__(self, slope: float = 0.1, width: int = 16) -> None:
         super().__init__()
-        self.cls = nn.Linear(16, 3)
-        self.body = nn.Linear(64, 16)
+        self.cls = nn.Linear(width, 3)
+        self.body = nn.Linear(64, width)
         self.slope = slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,6 +130,8 @@ def test_importable_class_is_named_with_the_call_that_permits_it(tmp_path: Path)
     ("models", "message"),
     [
         ({"inst": nn.Sequential(nn.Flatten(), nn.Linear(64, 3))}, "'inst': does not fit"),
+        ({"inst": Net(width=7)}, "'inst': does not fit the saved model: 'backbone"),
+        (Net(), "models: expected modules keyed by client id, got Net"),
         ({"inst": 3}, "'inst': does not fit the saved model: model: expected a torch.nn.Module"),
         ({"clinic": Net()}, "'clinic': the saved model is mlp, which needs no module"),
         ({"instt": Net()}, "no model of 'instt'; did you mean 'inst'?"),

@@ -156,6 +156,8 @@ def federate(
     present = _without(sources, absent)
     owned = load_client_sources(present, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
+    pixels = choose_range(dataset, config, client_rows, public)
+    dataset = replace(dataset, pixel_range=pixels.value)
     compared: dict[str, Splits] = {
         name: dict(client_rows.assigned[name]) for name in natural_order(client_rows.assigned)
     }
@@ -176,8 +178,6 @@ def federate(
         # A partition may separate classes on purpose.
         own_rows = private | owned.private if config.partition.kind == "natural" else owned.private
         notes += _notes_on_classes(own_rows, private | owned.private, dataset.task)
-    pixels = choose_range(dataset, config, client_rows, public)
-    dataset = replace(dataset, pixel_range=pixels.value)
     _check_scanners(profiles, client_rows)
     notes += [*pixels.notes, *owned.notes]
     notes += check_missing_values(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import DataConfig, SourceConfig
+from hetero_fl.core.images import to_floats
 from hetero_fl.core.stored_rows import Column, split_rows
 from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.partition.groups import patient_names
@@ -114,7 +115,8 @@ def notes_on_equal_rows(
     if dataset.predicts_items:
         return []
     everything = [part for own in private.values() for part in own.values()]
-    equal = EqualRows([*everything, *public.values()])
+    selections = [*everything, *public.values()]
+    equal = EqualRows(selections, dataset.pixel_range)
     notes = _notes_on_clients(equal, config, private, sources, advice)
     for name, rows in public.items():
         x = rows.examples.x
@@ -122,7 +124,7 @@ def notes_on_equal_rows(
             # Columns without any value in the public set are not compared.
             empty = x[rows.rows].isnan().all(0)
             if len(rows.rows) and bool(empty.any()):
-                equal = EqualRows([*everything, *public.values()], ~empty)
+                equal = EqualRows(selections, kept=~empty)
         separate = set(sources)
         if name == "proxy" and config.proxy.source is not None:
             separate |= {*private, *public}
@@ -158,12 +160,14 @@ def _equal_to_public(
             only training rows are compared with test rows.
     """
     found: dict[str, int] = {}
+    # A client and the federation may be given the same validation or test set.
+    given = {"proxy": ("validation", "test"), "common_test": ("validation",)}.get(name, ())
     for client, own in private.items():
         compared = [
             part
             for split, part in own.items()
             if split == "train"
-            or (client in separate and (name == "proxy" or part.examples is own["train"].examples))
+            or (client in separate and (split in given or part.examples is own["train"].examples))
         ]
         found[_title(client)] = equal.count(compared, [public[name]], client in separate)
     for other in list(PUBLIC_SETS)[list(PUBLIC_SETS).index(name) + 1 :]:
@@ -245,22 +249,31 @@ class EqualRows:
 
     Args:
         selections: Rows to compare. Each row is hashed once.
+        pixel_range: Value of integer pixels that becomes 1, to compare images of several types. If
+            None, 255.
         kept: Columns of tables to compare, bool `[F]`. If None, all columns are compared.
     """
 
-    def __init__(self, selections: Iterable[RowSelection], kept: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        selections: Iterable[RowSelection],
+        pixel_range: float | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
         used: dict[int, tuple[Tensor, Tensor]] = {}
         for selection in selections:
             x = selection.examples.x
             if isinstance(x, Tensor) and (kept is None or x.shape[1:] == kept.shape):
-                used.setdefault(id(x), (x, torch.zeros(len(x), dtype=torch.bool)))[1][
-                    selection.rows
-                ] = True
+                _, mask = used.setdefault(id(x), (x, torch.zeros(len(x), dtype=torch.bool)))
+                mask[selection.rows] = True
+        image_types = {x.dtype for x, _ in used.values() if x.ndim == 4}
         self._hashes: dict[int, np.ndarray] = {}
         inputs: list[Tensor] = []
         for key, (x, mask) in used.items():
             rows = mask.nonzero().squeeze(1)
             values = x if len(rows) == len(x) else x[rows]
+            if len(image_types) > 1:
+                values = to_floats(values, pixel_range)
             inputs.append(values if kept is None else values[:, kept])
             self._hashes[key] = np.zeros(len(x), dtype=np.uint64)
             self._hashes[key][rows.numpy()] = row_hashes(inputs[-1])

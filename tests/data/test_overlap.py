@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hetero_fl as hfl
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.data import federate, load_source
@@ -15,6 +16,7 @@ from hetero_fl.utils.errors import UserError
 from tests.helpers.speech_folders import write_speech_folder
 
 HERE = Path(".")
+ROWS = {"a": slice(40), "b": slice(40, 80)}
 OVERLAP = "contains rows that are elsewhere, too"
 
 
@@ -152,3 +154,18 @@ def test_columns_without_public_values_are_not_compared(tmp_path: Path) -> None:
     data = federate(load_source(main, HERE), main, {"site_0": client, "site_1": client}, seed=0)
 
     assert len(shared(data.notes)) == 1
+
+
+@pytest.mark.parametrize(("dtype", "pixel_range"), [(np.uint8, 255), (np.uint16, 4095)])
+def test_copies_of_images_of_another_type_are_found(dtype: Any, pixel_range: int) -> None:
+    y = np.arange(40) % 2
+    pixels = np.random.default_rng(0).integers(0, pixel_range + 1, (80, 8, 8)).astype(dtype)
+    pixels[:2, 0, 0] = pixel_range
+    as_floats = (pixels[:, None] / pixel_range).astype(np.float32)
+    clients = [hfl.Client(name, "linear", (pixels[rows], y)) for name, rows in ROWS.items()]
+
+    copied = hfl.Federation(clients, test=(as_floats[:40], y), proxy=as_floats[40:])
+
+    proxy, test = shared(list(copied.prepare(hfl.FedMD()).notes))
+    assert proxy.startswith("the proxy set") and "40 of client 'b'" in proxy
+    assert test.startswith("the global test set") and "of client 'a'" in test

@@ -89,7 +89,7 @@ def public_rows(frame: pd.DataFrame, folder: Path) -> torch.Tensor:
     """Return the values of a table without labels, as a proxy set."""
     frame.to_csv(folder / "public.csv", index=False)
     config = SourceConfig(name="table", path=str(folder / "public.csv"))
-    return load_unlabeled(config, folder, "proxy")[0]
+    return load_unlabeled(config, folder, "proxy")[0].x
 
 
 def joined_rows(frame: pd.DataFrame, folder: Path) -> torch.Tensor:
@@ -133,10 +133,10 @@ def test_frame_and_file_are_applied_like_the_training_data(tmp_path: Path) -> No
     values = frame[[2, 1]].to_numpy(copy=True)
     values[3, 1] = np.nan
     with (tmp_path / "ROWS.NPZ").open("wb") as file:
-        np.savez(file, train_images=values, train_labels=frame[0])
+        np.savez(file, train_images=frame[[2, 1]], train_labels=frame[0])
 
     predicted = run.predict("a", marked)
-    of_frame = hfl.evaluate(run, marked, label=0, log=print)
+    of_frame = hfl.evaluate(run, frame, label=0, log=print)
     of_file = hfl.evaluate(run, tmp_path / "ROWS.NPZ", log=print)
 
     assert torch.equal(predicted, run.predict("a", values))

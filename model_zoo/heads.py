@@ -16,6 +16,8 @@ from model_zoo.split_model import SplitModel, measure_feature_width, probe, repl
 
 # Largest accepted difference between the logits of a module before and after splitting.
 TOLERANCE = 1e-4
+# Factor of the head's weights for which operations after the head, such as bounds, change outputs.
+LARGE = 1e4
 
 
 class LogitsOnly(nn.Module):
@@ -48,7 +50,7 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
     other model, the head is replaced by the identity, and the rest is the backbone. The head is the
     layer that computes the logits, whatever its name and its position in the constructor: the
     forward pass of two examples is observed. If the model has a method `forward`, backbone and head
-    together must return the logits that `forward` returns.
+    together must return the logits that `forward` returns, for other weights, too.
 
     Args:
         module: The model, which is modified in place and becomes a part of the result.
@@ -79,6 +81,13 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
             )
         split.feature_dim = width
         return split
+    return _split_classifier(module, shape, head, has_parts)
+
+
+def _split_classifier(
+    module: nn.Module, shape: Shape, head: str | None, has_parts: bool
+) -> SplitModel:
+    """Split a module with a method `forward` (see `split_module`)."""
     calls: list[tuple[nn.Module, Any]] = []
     with _recorded_calls(module, calls):
         expected = evaluate_examples(module, shape)
@@ -88,24 +97,32 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
             f"expected a model that returns logits, got {type(expected).__name__}; return the "
             "logits alone"
         )
-    if has_parts and _has_logits(split := SplitModel(backbone, given), logits, shape):
-        split.set_source(module, "head")
-        return split
+    parameters = list(module.parameters())
+    if has_parts:
+        split = SplitModel(module.backbone, module.head)
+        changed = _logits_of_other_weights(module, module.head, parameters, shape)
+        if _has_logits(split, logits, changed, parameters, shape):
+            split.set_source(module, "head")
+            return split
     paths = {part: path for path, part in module.named_modules()}
     if head is not None and head not in paths.values():
         raise ModelError(f"head: no submodule '{head}'{suggest_names(head, paths.values())}")
     candidates = _find_heads(calls, logits) if head is None else [module.get_submodule(head)]
     for candidate in candidates:
-        if candidate is module:
-            rest: nn.Module = nn.Flatten()
-        else:
-            rest = LogitsOnly(module) if hasattr(expected, "logits") else module
-            replace_submodule(module, candidate, nn.Identity())
-        split = SplitModel(rest, candidate)
-        split.set_source(module, paths[candidate])
-        if _has_logits(split, logits, shape):
+        # An operation in place leaves the head's output, but increases its version.
+        is_last = not logits._version and any(p is candidate and z is logits for p, z in calls)
+        changed = (
+            None if is_last else _logits_of_other_weights(module, candidate, parameters, shape)
+        )
+        split = _replace_head(module, candidate, paths[candidate], hasattr(expected, "logits"))
+        if _has_logits(split, logits, changed, parameters, shape):
             return split
         split.source_module()
+    if not have_equal_values(logits, _logits_of(module, shape)):
+        raise ModelError(
+            "returns different outputs for equal inputs; draw random numbers from the global "
+            "generators of torch, NumPy or Python, which are seeded for each client"
+        )
     if not candidates:
         raise ModelError(
             "head: no layer of the model computes its outputs; pass SplitModel(backbone, head)"
@@ -115,6 +132,18 @@ def split_module(module: nn.Module, shape: Shape, head: str | None = None) -> Sp
         "return logits without softmax, name another submodule (argument head), or pass "
         "SplitModel(backbone, head)"
     )
+
+
+def _replace_head(module: nn.Module, head: nn.Module, path: str, has_attribute: bool) -> SplitModel:
+    """Split a module into a head and the rest, in which the identity replaces the head."""
+    rest: nn.Module = LogitsOnly(module) if has_attribute else module
+    if head is module:
+        rest = nn.Flatten()
+    else:
+        replace_submodule(module, head, nn.Identity())
+    split = SplitModel(rest, head)
+    split.set_source(module, path)
+    return split
 
 
 def check_training(split: SplitModel, module: nn.Module, shape: Shape) -> None:
@@ -165,7 +194,12 @@ def _recorded_calls(module: nn.Module, calls: list[tuple[nn.Module, Any]]) -> It
         calls.append((part, output))
 
     parts = [part for part in module.modules() if part is not module] or [module]
-    hooks = [part.register_forward_hook(record) for part in parts]
+    # Modules that were compiled to TorchScript have no hooks.
+    hooks = [
+        part.register_forward_hook(record)
+        for part in parts
+        if not isinstance(part, torch.jit.ScriptModule)
+    ]
     try:
         yield
     finally:
@@ -201,10 +235,62 @@ def _find_heads(calls: Sequence[tuple[nn.Module, Any]], logits: Tensor) -> list[
     return list(dict.fromkeys(found))
 
 
-def _has_logits(split: SplitModel, expected: Tensor, shape: Shape) -> bool:
+def _logits_of(module: nn.Module, shape: Shape) -> Any:
+    outputs = evaluate_examples(module, shape)
+    return getattr(outputs, "logits", outputs)
+
+
+def _logits_of_other_weights(
+    module: nn.Module, head: nn.Module, parameters: Sequence[nn.Parameter], shape: Shape
+) -> Any:
+    """Return a module's logits for other weights and large outputs of the head.
+
+    An operation after the head that does not change the initial outputs, such as a scale of one or
+    bounds, changes these outputs.
+
+    Args:
+        module: The module, before or after it was split. Its weights are restored.
+        head: The head.
+        parameters: Parameters of the module, in equal order before and after the split.
+        shape: Shape of an example.
+
+    Returns:
+        The logits, or None if the module refuses the weights.
+    """
+    before = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                spread = float(p.std(correction=0)) or 1.0
+                p.add_(spread * (torch.rand(p.shape, generator=generator) - 0.5))
+            for p in head.parameters():
+                p.mul_(LARGE)
+        return _logits_of(module, shape)
+    except InputError:
+        return None
+    finally:
+        for parameter, values in zip(parameters, before, strict=True):
+            parameter.data.copy_(values)
+
+
+def _has_logits(
+    split: SplitModel,
+    expected: Tensor,
+    changed: Any,
+    parameters: Sequence[nn.Parameter],
+    shape: Shape,
+) -> bool:
     """Return whether a model has the given logits for the same examples, and features `[B, D]`.
 
     If so, the width of the features is set.
+
+    Args:
+        split: The model.
+        expected: Logits of the module before the split.
+        changed: The same for other weights, or None to leave this out.
+        parameters: Parameters of the module.
+        shape: Shape of an example.
     """
     try:
         logits, features = evaluate_examples(split, shape)
@@ -213,7 +299,11 @@ def _has_logits(split: SplitModel, expected: Tensor, shape: Shape) -> bool:
     if not isinstance(features, Tensor) or features.ndim != 2:
         return False
     split.feature_dim = features.shape[1]
-    return have_equal_values(logits, expected)
+    if changed is None or not have_equal_values(logits, expected):
+        return have_equal_values(logits, expected)
+    largest = changed.abs().max()
+    actual = _logits_of_other_weights(split, split.head, parameters, shape)
+    return actual is not None and have_equal_values(actual / largest, changed / largest)
 
 
 def have_equal_values(actual: Any, expected: Any) -> bool:

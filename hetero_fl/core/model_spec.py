@@ -257,8 +257,9 @@ class ModelSpec:
             raise ModelError(f"model {self.display_name}: {error}") from error
         # An invalid option may cause any error inside PyTorch.
         except Exception as error:
+            options = f" with {dict(self.options)}" if self.options else ""
             raise ModelError(
-                f"model {self.name}: cannot be built with {dict(self.options)}: {error}"
+                f"model {self.display_name}: cannot be built{options}: {error}"
             ) from None
 
 

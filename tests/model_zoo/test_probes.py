@@ -13,7 +13,7 @@ from typing_extensions import override
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
-from model_zoo import SplitModel, describe
+from model_zoo import ModelError, SplitModel, describe
 from model_zoo.generators import generator_hash
 from model_zoo.given_models import GivenModel
 from model_zoo.heads import split_module
@@ -113,6 +113,64 @@ class Noisy(Net):
         return super().forward(x + noise.float())
 
 
+class Scaled(Net):
+    """A network with a scale after its head, which is one at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 2)
+        self.cls = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class ScaledInPlace(Scaled):
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        logits = Net.forward(self, x)
+        logits *= self.scale
+        return logits
+
+
+class Bounded(Net):
+    """A network whose outputs have bounds that the initial outputs do not reach."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-50, 50)
+
+
+class ScaledParts(nn.Module):
+    """A network with `backbone` and `head`, and a scale between them, which is one at first."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(6, 2)
+        self.head = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.backbone(x)
+        if self.last:
+            return self.head(features) * self.scale  # type: ignore[no-any-return]
+        return self.head(features * self.scale)  # type: ignore[no-any-return]
+
+
+class OwnGenerator(Net):
+    """A network that draws from a generator that no federation seeds."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + OWN_GENERATOR.random())
+
+
+OWN_GENERATOR = random.Random(0)
+
+
 class TupleInTraining(Net):
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -181,6 +239,34 @@ def test_head_is_the_layer_that_computes_the_outputs(module: nn.Module, path: st
     assert split.head_path == path
     assert split.source_module() is module
     assert set(module.state_dict()) == names
+
+
+@pytest.mark.parametrize("module", [Scaled(), ScaledInPlace(), Bounded(), ScaledParts(last=True)])
+def test_operation_after_the_head_that_shows_later_is_refused(module: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    with pytest.raises(ModelError, match=r"outputs are not those of its submodule '(cls|head)'"):
+        split_module(module, ROW)
+
+    after = module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_weights_between_backbone_and_head_are_kept() -> None:
+    module = ScaledParts(last=False)
+
+    split = split_module(module, ROW)
+
+    with torch.no_grad():
+        module.scale.fill_(3.0)
+    x = torch.rand(5, 6)
+    logits = split(x).logits
+    assert torch.allclose(split.source_module()(x), logits)
+
+
+def test_draws_from_an_own_generator_are_named() -> None:
+    with pytest.raises(ModelError, match=r"different outputs for equal inputs; draw .* global"):
+        split_module(OwnGenerator(), ROW)
 
 
 def test_two_names_of_the_head_are_one_tensor() -> None:

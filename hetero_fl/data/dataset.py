@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,12 +242,6 @@ UNKNOWN = 1
 """The token of words outside the vocabulary."""
 FIRST = 2
 """The token of the first word of a vocabulary."""
-MARKS = (
-    r"\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e"
-    r"\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d"
-    r"\u108f\u109a-\u109d\u17b4-\u17d3\u17dd\u3099\u309a\ufe00-\ufe0f"
-)
-"""Combining vowels and tone marks, which belong to the preceding character."""
 UNSPACED = (
     r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e80-\u0ecf\u0edc-\u0edf\u1000-\u103f\u1050-\u108f"
     r"\u109a-\u109f\u1780-\u17d3\u17d7\u17dc\u17dd\u2e80-\u2fdf\u3005-\u3007\u3021-\u302d"
@@ -255,22 +250,37 @@ UNSPACED = (
     r"\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
 """Thai, Lao, Burmese, Khmer, Chinese and Japanese, whose words are not separated by spaces."""
-WORD = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\W{UNSPACED}]+(?:['’-][^\W{UNSPACED}]+)*|[.!?]")
+
+
+@cache
+def _word_pattern() -> re.Pattern[str]:
+    """Return the pattern of a word: letters and digits, each with its combining marks."""
+    # Vowels, accents and tones. Words of Persian and Indic languages also contain joiners.
+    codes = range(0x300, 0x20000)
+    marks = {code for code in codes if unicodedata.category(chr(code)) in ("Mn", "Mc")}
+    # Ranges, as a set of single characters is slow.
+    starts = sorted(code for code in marks if code - 1 not in marks)
+    ends = sorted(code for code in marks if code + 1 not in marks)
+    ranges = [f"{chr(start)}-{chr(end)}" for start, end in zip(starts, ends, strict=True)]
+    mark = f"[{''.join(ranges)}\u200c\u200d]"
+    letter = rf"[^\W{UNSPACED}]"
+    return re.compile(f"[{UNSPACED}]{mark}*|{letter}+(?:['’-]{letter}+|{mark}+{letter}*)*|[.!?]")
 
 
 def split_words(text: str) -> list[str]:
     """Split a text into lowercase words, and into characters where no spaces separate words.
 
     Periods, question marks and exclamation marks are separate words. Other punctuation is dropped,
-    except apostrophes and hyphens within a word. In scripts without spaces between words, such as
-    Chinese, Japanese and Thai, each character is a word, together with its combining marks.
+    except apostrophes and hyphens within a word. Combining marks, such as the vowel signs of Hindi,
+    belong to their word. In scripts without spaces between words, such as Chinese, Japanese and
+    Thai, each character is a word, together with its combining marks.
 
     Example:
         >>> from hetero_fl.data.dataset import split_words
         >>> split_words("I love 北京!")
         ['i', 'love', '北', '京', '!']
     """
-    return WORD.findall(text.lower())
+    return _word_pattern().findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def note_unspaced(texts: Iterable[Sequence[str]]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from hetero_fl.data.sources.files import read_lines
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator
+from hetero_fl.utils.text import pluralize
 
 TEXTS = PatientTerm("text", "data.text.predict=next keeps the rows of each text together")
 
@@ -52,6 +53,8 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
     vocabulary = read_vocabulary(settings)
     # A single word has no next word.
     min_words = 2 if settings.predict == "next" else 1
+    least = pluralize(min_words, "word")
+    dropped = 0
     messages: list[list[str]] = []
     classes: list[str] = []
     owners: list[str] = []
@@ -67,9 +70,10 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
                 messages.append(words)
                 classes.append(label)
                 owners.append(file.stem)
+            else:
+                dropped += 1
     if not messages:
-        least = "two words" if min_words == 2 else "a word"
-        raise UserError(f"path: {path}: no line has at least {least}")
+        raise UserError(f"path: {path}: no line has {least}")
     y, names = index_names(classes)
     train, text_indices = make_examples(messages, y.tolist(), settings, vocabulary)
     if len(train) == 0:
@@ -83,6 +87,8 @@ def text(config: SourceConfig, _root: Path) -> Dataset:
     task = make_task(settings, vocabulary, names)
     about = f"{len(messages):,} lines of {path.name}, {vocabulary.size:,} tokens"
     notes = note_unspaced(messages)
+    if dropped:
+        notes = (f"{pluralize(dropped, 'line')} with fewer than {least} left out", *notes)
     return Dataset("text", task, train, about=about, notes=notes, vocabulary=vocabulary)
 
 

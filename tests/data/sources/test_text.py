@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,44 @@ def test_vocabulary_encodes_words() -> None:
 )
 def test_characters_are_words_in_scripts_without_spaces(text: str, words: list[str]) -> None:
     assert split_words(text) == words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "हिन्दी भाषा में",
+        "বাংলা ভাষা",
+        "தமிழ் மொழி",
+        "తెలుగు లిపి",
+        "മലയാളം ലിപി",
+        "සිංහල භාෂාව",
+        "العَرَبِيَّة لُغَة",
+        "עִבְרִית שָׂפָה",
+        "می\u200cخواهم",
+        "tiếng việt café",
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_combining_marks_belong_to_their_word(words: str, form: str) -> None:
+    expected = [unicodedata.normalize("NFC", word) for word in words.split()]
+
+    assert split_words(unicodedata.normalize(form, words)) == expected
+
+
+def test_dotted_capital_begins_a_word() -> None:
+    assert len(split_words("İstanbul güzel")) == 2
+
+
+def test_lines_without_words_are_noted(tmp_path: Path) -> None:
+    lines = ["good\tvery nice", "bad\tvery bad", "good\t😀😀", "bad\t😡"]
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    settings = TextConfig(predict="class", tokenizer="hashing")
+    config = SourceConfig(name="text", path=str(tmp_path / "text.txt"), text=settings)
+
+    dataset = load_source(config, tmp_path)
+
+    assert len(dataset.train) == 2
+    assert "2 lines with fewer than 1 word left out" in dataset.notes
 
 
 def test_classification_of_text_without_spaces_equals_that_with_spaces(tmp_path: Path) -> None:
@@ -207,7 +246,7 @@ def test_invalid_text_files_raise_one_line(folder: Path) -> None:
         ("gone", None, hashing, "data.path: file or folder '.*gone' not found"),
         ("empty", None, hashing, "data.path: .*empty: the folder has no .txt files"),
         ("bad.txt", None, hashing, "data.path: .*bad.txt: line 2: not encoded in UTF-8"),
-        ("none.txt", None, hashing, "data.path: .*none.txt: no line has at least two words"),
+        ("none.txt", None, hashing, "data.path: .*none.txt: no line has 2 words"),
         (
             "mail.txt",
             None,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.masked import is_masked_tensor
 from torch.nn import functional as F
 
 from hetero_fl.core.stored_rows import Column, map_rows, split_rows
@@ -52,13 +53,20 @@ def as_numbers(values: Any, where: str) -> Tensor:
     if isinstance(values, Tensor):
         if values.is_complex():
             raise UserError(f"{where}: expected real numbers, got {dtype_name(values)}")
+        if values.layout != torch.strided or values.is_nested or is_masked_tensor(values):
+            raise UserError(
+                f"{where}: expected a dense tensor, got a sparse, nested or masked one; convert it "
+                "with to_dense(), to_padded_tensor(nan) or to_tensor(nan)"
+            )
         x = values.detach().cpu()
         if x.dtype == torch.uint8 or x.is_floating_point():
             return x
         is_wide = x.dtype in (torch.int16, torch.uint16, torch.int32)
         return x.to(torch.int32 if is_wide else torch.int64)
     try:
-        array = np.asarray(plain_array(values))
+        given = np.asarray(plain_array(values))
+        # Python numbers get the type that they have in a list.
+        array = np.asarray(given.tolist()) if given.dtype == object else given
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: expected an array of numbers ({error})") from error
     if array.dtype.kind not in "buif":
@@ -70,7 +78,7 @@ def as_numbers(values: Any, where: str) -> Tensor:
         raise UserError(message)
     if array.dtype.kind in "bui" and array.dtype != np.uint8:
         is_wide = array.dtype.name in ("int16", "uint16", "int32")
-        array = array.astype(np.int32 if is_wide else np.int64)
+        array = array.astype(np.int32 if is_wide else np.int64, copy=False)
     elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))

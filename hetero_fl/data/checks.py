@@ -23,6 +23,8 @@ MIN_IDENTIFIED = 30
 """Number of rows from which a column can seem to identify rows."""
 CHECKED_ROWS = 4096
 """Number of rows whose values are checked at a time."""
+DIVIDED_PATIENTS = "they are divided between training and test"
+"""End of notes on columns that seem to identify patients who are not known."""
 
 
 @dataclass(frozen=True)

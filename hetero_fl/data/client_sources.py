@@ -17,7 +17,7 @@ from hetero_fl.config.population import Population
 from hetero_fl.core.images import MAX_BYTE, PIXEL_TYPES, dtype_name, exceeds
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.external import match_to_common, source_with_task
-from hetero_fl.data.labels import common_classes
+from hetero_fl.data.labels import ALL_LABELS, common_classes
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.partition.groups import check_patients_in_one_set
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
@@ -83,7 +83,7 @@ def pool_client_files(
         )
         for client, source in sources.items()
     }
-    schema, class_notes = _common_schema(own)
+    schema = _common_schema(own)
     needed = required_columns((clients[client] for client in own), schema.layout)
     parts = {
         client: match_to_common(each, schema, _config_path(client), needed, "another client's file")
@@ -91,13 +91,11 @@ def pool_client_files(
     }
     train = _concatenate(parts)
     notes = [
-        prefix_note(_config_path(client), note)
-        for client, each in own.items()
-        for note in each.notes
+        _located(note, _config_path(client)) for client, each in own.items() for note in each.notes
     ]
     for client, each in own.items():
         notes += note_unused_sets(each.splits(), _config_path(client))
-    notes += class_notes
+        _check_size(client, len(each.train), config, sources[client])
     is_from_objects = config.name == OBJECT_PREFIX
     notes.append(
         f"{'no test set' if is_from_objects else 'data.path is not set'}: global test, validation "
@@ -113,7 +111,8 @@ def pool_client_files(
         about=f"{len(train):,} rows of {len(own)} {'clients' if is_from_objects else 'files'}",
         notes=tuple(notes),
     )
-    partition = config.partition.model_copy(update={"kind": "natural"})
+    # The sizes are checked above, before rows are held out.
+    partition = config.partition.model_copy(update={"kind": "natural", "min_size": 1})
     settings = {client: each.model_copy(update={"data": None}) for client, each in clients.items()}
     return dataset, config.model_copy(update={"partition": partition}), settings
 
@@ -169,8 +168,8 @@ def _config_path(client: str) -> str:
     return f"clients: '{client}': data"
 
 
-def _common_schema(datasets: Mapping[str, Dataset]) -> tuple[Dataset, list[str]]:
-    """Return a data set with the first rows and the classes and columns of all, and notes."""
+def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
+    """Return a data set with the first rows and the classes and columns of all."""
     first_client, first = next(iter(datasets.items()))
     columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
     with_patients = [client for client, each in datasets.items() if each.train.patient is not None]
@@ -206,17 +205,15 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> tuple[Dataset, list[str]]
                 f"'{first_client}', got {raw_shape(each)}"
             )
     task = first.task
-    notes: list[str] = []
     if task.kind == "multiclass":
         tasks = {
             f"{_config_path(client)}: {each.name}": each.task for client, each in datasets.items()
         }
-        task, notes = common_classes(tasks, "clients: data")
+        task = common_classes(tasks)
     categories = tuple(
         dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
     )
-    schema = Dataset(first.name, task, first.train, columns=columns, categories=categories)
-    return schema, notes
+    return Dataset(first.name, task, first.train, columns=columns, categories=categories)
 
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:
@@ -306,9 +303,7 @@ def load_client_sources(
         own = load_source(read, Path(config.root).expanduser(), where, missing=True)
         check_patients_in_one_set(own, where)
         found.simulated |= own.simulated
-        found.notes += [
-            note if note.startswith(where) else prefix_note(where, note) for note in own.notes
-        ]
+        found.notes += [_located(note, where) for note in own.notes]
         needed = required_columns((clients[name] for name in owners), common_set.layout)
         converted = Dataset(
             own.name,
@@ -330,12 +325,7 @@ def load_client_sources(
         given = _given_sets(own, source) if len(owners) == 1 else {}
         for name in owners:
             rows = len(shares[name].rows) + sum(map(len, given.values()))
-            if rows < config.partition.min_size:
-                raise UserError(
-                    f"clients: '{name}': data: has {pluralize(rows, 'row')}, fewer than "
-                    f"data.partition.min_size={config.partition.min_size}; give the client more "
-                    f"rows, or {_override('data.partition.min_size', rows, source)}"
-                )
+            _check_size(name, rows, config, source)
         found.notes += note_unused_sets(own.splits().keys() - given.keys(), where)
         # Rows are held out only for the sets that are not given.
         held_out = config.split.model_copy(update=dict.fromkeys(given, 0.0))
@@ -348,10 +338,22 @@ def load_client_sources(
     return found
 
 
-def _override(key: str, value: object, source: SourceConfig) -> str:
-    """Return how to change a key, in files or in the program that passes a source as an object."""
-    is_object = source.name.startswith(OBJECT_PREFIX)
-    return f'pass overrides=["{key}={value}"]' if is_object else f"set {key}={value}"
+def _check_size(client: str, rows: int, config: DataConfig, source: SourceConfig) -> None:
+    """Raise UserError if the source of a client has fewer than `data.partition.min_size` rows."""
+    if rows < config.partition.min_size:
+        cure = f"data.partition.min_size={rows}"
+        is_object = source.name.startswith(OBJECT_PREFIX)
+        raise UserError(
+            f"clients: '{client}': data: has {pluralize(rows, 'row')}, fewer than "
+            f"data.partition.min_size={config.partition.min_size}; give the client more rows, or "
+            + (f'pass overrides=["{cure}"]' if is_object else f"set {cure}")
+        )
+
+
+def _located(note: str, where: str) -> str:
+    """Return a note that names its source, unless it is about the labels of all sources."""
+    is_located = note.startswith((where, f"{ALL_LABELS}:"))
+    return note if is_located else prefix_note(where, note)
 
 
 def note_unused_sets(names: Collection[str], where: str) -> list[str]:

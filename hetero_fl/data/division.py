@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from hetero_fl.data.client_sources import clients_by_source, load_client_sources
 from hetero_fl.data.dataset import Dataset, without_metadata
 from hetero_fl.data.external import proxy_set
 from hetero_fl.data.federated_data import CACHE_BYTES, FederatedData, check_scanner
-from hetero_fl.data.labels import note_unshared_classes
+from hetero_fl.data.labels import ALL_LABELS, note_similar_names, note_unshared_classes
 from hetero_fl.data.overlap import (
     MAX_LISTED,
     POOL,
@@ -174,7 +174,10 @@ def federate(
     )
 
     notes += _notes_on_few_rows(dataset, client_rows, public)
-    if dataset.task.kind == "multiclass" and dataset.vocabulary is None:
+    if dataset.task.kind == "multiclass" and not dataset.predicts_items:
+        notes += note_similar_names(dataset.task.names, ALL_LABELS)
+        if not absent:
+            notes += _notes_on_unseen_classes(compared.values(), public, dataset.task)
         # A partition may separate classes on purpose.
         own_rows = private | owned.private if config.partition.kind == "natural" else owned.private
         notes += _notes_on_classes(own_rows, private | owned.private, dataset.task)
@@ -245,11 +248,32 @@ def _notes_on_few_rows(
 
 def _notes_on_classes(owners: Collection[str], rows: Mapping[str, Splits], task: Task) -> list[str]:
     """Return a note for each client in `owners` without a class of another client."""
-    classes = {}
-    for client, splits in rows.items():
-        labels = [part.examples.labels[part.rows] for part in splits.values()]
-        classes[client] = [task.output_names[i] for i in torch.cat(labels).unique().tolist()]
+    classes = {client: _classes(splits.values(), task) for client, splits in rows.items()}
     return note_unshared_classes(classes, owners)
+
+
+def _notes_on_unseen_classes(
+    clients: Collection[Splits], public: Mapping[str, RowSelection], task: Task
+) -> list[str]:
+    """Return a note if validation or test rows have classes without training rows."""
+    evaluated = [part for name, part in public.items() if name != "proxy"]
+    evaluated += [part for splits in clients for name, part in splits.items() if name != "train"]
+    known = _classes([splits["train"] for splits in clients], task)
+    unseen = [name for name in _classes(evaluated, task) if name not in known]
+    if not unseen:
+        return []
+    return [
+        Caution(
+            f"{ALL_LABELS}: validation or test rows have classes that no training rows have: "
+            f"{format_list(unseen, MAX_LISTED, quote=True)}; use one coding of the classes"
+        )
+    ]
+
+
+def _classes(parts: Iterable[RowSelection], task: Task) -> list[str]:
+    """Return the names of the classes of the rows."""
+    labels = [part.examples.labels[part.rows] for part in parts]
+    return [task.output_names[i] for i in torch.cat(labels).unique().tolist()]
 
 
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero_fl.core.images import as_numbers
 from hetero_fl.core.task import Task
 from hetero_fl.data.checks import ARRAY_NAMES, ExampleNames, first_true
 from hetero_fl.data.dataset import MAX_NUMBERED_CLASSES, Dataset, Examples, index_names
@@ -25,8 +26,12 @@ from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import Caution, format_list
 
 Kind = Literal["multiclass", "multilabel", "regression"]
+ALL_LABELS = "labels"
+"""Name of the labels of all data sets in notes."""
 MAX_LISTED_CLASSES = 8
 """Maximum number of classes that a note lists."""
+BOOLEANS = {"False": "0", "True": "1"}
+"""Numbers of booleans, which are class names in tables."""
 
 
 def read_labels(
@@ -56,12 +61,7 @@ def read_labels(
         UserError: If labels are malformed or contradict the task.
     """
     labels = {place: plain_array(y) for place, y in labels.items()}
-    texts = {place: text for place, y in labels.items() if (text := _text_labels(y, place, names))}
-    for place in labels:
-        if texts and place not in texts:
-            raise UserError(
-                f"{place}: expected text as in {next(iter(texts))}, got numbers; use one coding"
-            )
+    texts = _shared_text(labels, names)
     if isinstance(task, Task):
         if num_classes is not None:
             raise UserError(
@@ -114,27 +114,42 @@ def _width(y: Tensor) -> int:
 
 
 def _numbers(values: Any, where: str) -> Tensor:
-    try:
-        array = values if isinstance(values, Tensor) else np.asarray(values)
-        if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
-            # torch has few functions for unsigned integers.
-            array = array.astype(np.int64, copy=False)
-        return torch.as_tensor(
-            array if isinstance(array, Tensor) else np.require(array, requirements="W")
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: expected an array of numbers ({error})") from error
+    y = as_numbers(values, where)
+    # NumPy has no bfloat16.
+    return y.float() if y.dtype == torch.bfloat16 else y
 
 
-def _text_labels(y: Any, where: str, names: ExampleNames) -> list[str] | None:
-    """Return text labels `[N]`, or None if the labels are not text."""
-    if isinstance(y, Tensor):
+def _shared_text(labels: Mapping[str, Any], names: ExampleNames) -> dict[str, list[str]]:
+    """Return the text labels of all parts, or nothing if no part has text."""
+    texts = {place: text for place, y in labels.items() if (text := _text_labels(y, place, names))}
+    if texts and {label for text in texts.values() for label in text} <= set(BOOLEANS):
+        # Tables have booleans as text.
+        texts = {
+            place: text
+            for place, y in labels.items()
+            if (text := _text_labels(y, place, names, has_booleans=True))
+        }
+    for place in labels:
+        if texts and place not in texts:
+            raise UserError(
+                f"{place}: expected text as in {next(iter(texts))}, got numbers; use one coding"
+            )
+    return texts
+
+
+def _text_labels(
+    y: Any, where: str, names: ExampleNames, *, has_booleans: bool = False
+) -> list[str] | None:
+    """Return text labels `[N]`, also booleans if `has_booleans`, or None for other labels."""
+    if isinstance(y, Tensor) and not has_booleans:
         return None
     try:
         array = np.asarray(y)
     except (TypeError, ValueError, RuntimeError):
         # `_numbers` reports the problem.
         return None
+    if has_booleans and array.dtype == bool and array.size == len(array):
+        array = array.astype(str)
     labels = array.ravel().tolist() if array.dtype.kind in "OSU" else []
     if not any(isinstance(label, str) for label in labels):
         return None
@@ -164,7 +179,7 @@ def _text_classes(
         )
     parts = numbers.split([len(text) for text in texts.values()])
     task = Task("multiclass", len(classes), classes)
-    return task, dict(zip(texts, parts, strict=True)), note_similar_names(classes, where)
+    return task, dict(zip(texts, parts, strict=True)), []
 
 
 def _known_classes(text: Sequence[str], task: Task, where: str, names: ExampleNames) -> Tensor:
@@ -354,10 +369,10 @@ def _number_classes(
     note = "; ".join([note, *([", or ".join(advice)] if advice else [])])
     # A gap may be a class without rows, and more than two numbers may be ratings.
     has_gap = lowest >= 0 and highest - lowest >= len(values)
-    if has_gap or (is_inferred and len(values) > 2):
+    if notes or has_gap or (is_inferred and len(values) > 2):
         note = Caution(note)
     task = Task("multiclass", len(values), tuple(map(str, values.tolist())))
-    return task, {p: torch.searchsorted(values, part) for p, part in y.items()}, [*notes, note]
+    return task, {p: torch.searchsorted(values, part) for p, part in y.items()}, [note]
 
 
 def _targets(y: Tensor, task: Task, where: str, names: ExampleNames) -> Tensor:
@@ -376,30 +391,31 @@ def note_similar_names(names: Iterable[str], where: str) -> list[str]:
     notes: list[str] = []
     first: dict[str, str] = {}
     for name in names:
-        plain = unicodedata.normalize("NFKC", name).casefold()
-        other = first.setdefault("".join(unicodedata.normalize("NFKC", plain).split()), name)
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+        # Cf are invisible characters, such as byte order marks.
+        plain = "".join(c for c in folded if not c.isspace() and unicodedata.category(c) != "Cf")
+        other = first.setdefault(plain, name)
         if other != name:
             notes.append(
                 Caution(
-                    f"{where}: classes '{other}' and '{name}' differ only in case, white space or "
+                    f"{where}: classes {other!r} and {name!r} differ only in case, white space or "
                     "Unicode form; they are two classes unless you use one spelling"
                 )
             )
     return notes
 
 
-def common_classes(tasks: Mapping[str, Task], where: str) -> tuple[Task, list[str]]:
-    """Return the task with the classes of several data sets, and notes.
+def common_classes(tasks: Mapping[str, Task]) -> Task:
+    """Return the task with the classes of several data sets.
 
     Args:
         tasks: Multiclass task of each data set, keyed by its name in messages.
-        where: Name of all data sets in notes.
 
     Raises:
         UserError: If the classes are numbers in one data set and names in another.
     """
     if len(set(tasks.values())) == 1:
-        return next(iter(tasks.values())), []
+        return next(iter(tasks.values()))
     names = {name for task in tasks.values() for name in task.output_names}
     numeric = [place for place, task in tasks.items() if all(map(is_integer, task.output_names))]
     named = [place for place, task in tasks.items() if not any(map(is_integer, task.output_names))]
@@ -413,7 +429,7 @@ def common_classes(tasks: Mapping[str, Task], where: str) -> tuple[Task, list[st
     task = Task("multiclass", len(ordered), ordered)
     if any(not each.names for each in tasks.values()) and is_numbered and not task.numbers:
         task = Task("multiclass", len(ordered))
-    return task, note_similar_names(ordered, where)
+    return task
 
 
 def is_integer(name: str) -> bool:
@@ -484,6 +500,9 @@ def renumber_targets(
         return _renumber_columns(y, given_task, known, where, owner)
     names = given_task.output_names
     expected = known.output_names
+    if {*names, *expected} <= {*BOOLEANS, *BOOLEANS.values()}:
+        names = tuple(BOOLEANS.get(name, name) for name in names)
+        expected = tuple(BOOLEANS.get(name, name) for name in expected)
     if names == expected:
         return y
     is_numeric = all(map(is_integer, names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from hetero_fl.data import Dataset
 from hetero_fl.data.client_sources import OWN_DATA
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
-from hetero_fl.data.labels import common_classes, read_labels, with_task
+from hetero_fl.data.labels import ALL_LABELS, common_classes, read_labels, with_task
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
@@ -81,11 +81,13 @@ class FederationDatasets:
             )
         self._patients = _patients(clients, sets, patient)
         pairs = {place: (to_pair(data, place), column) for place, (data, column) in given.items()}
+        owners = {place: own for place, own in self._patients.items() if isinstance(own, str)}
         self._categories = _shared_categories(
             {**pairs, "proxy": (sets.get("proxy"), _column(sets.get("proxy"), label))},
-            {place: own for place, own in self._patients.items() if isinstance(own, str)},
+            owners,
         )
-        read, found, notes = _read_common_labels(pairs, task, num_classes)
+        excluded = {*(self._categories or ()), *owners.values()}
+        read, found, notes = _read_common_labels(pairs, task, num_classes, excluded)
         self.datasets = {
             place: to_dataset(
                 data,
@@ -101,7 +103,7 @@ class FederationDatasets:
             root = Path(DataConfig().root).expanduser()
             self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
         _check_kinds(self.datasets, task, num_classes)
-        notes += _share_classes(self.datasets, task, num_classes)
+        _share_classes(self.datasets, task, num_classes)
         if notes:
             first = next(iter(self.datasets))
             with_notes = (*notes, *self.datasets[first].notes)
@@ -202,9 +204,11 @@ def _check_client(client: Client, sets: Mapping[str, Any]) -> None:
 
 
 def _column(data: Any, label: str | None) -> str | None:
-    """Return `label` if the data has a column of this name, else None."""
+    """Return `label` if the data has a column of this name, or all columns that it names."""
     columns = data.columns if is_frame(data) else getattr(data, "column_names", None) or ()
-    return label if label in map(str, columns) else None
+    names = set(map(str, columns))
+    parts = {part.strip() for part in (label or "").split(",")}
+    return label if label in names or parts <= names else None
 
 
 def _patients(clients: Sequence[Client], sets: Mapping[str, Any], patient: Any) -> dict[str, Any]:
@@ -261,7 +265,10 @@ def _shared_categories(
 
 
 def _read_common_labels(
-    parts: Mapping[str, tuple[Any, str | None]], task: Task | str | None, num_classes: int | None
+    parts: Mapping[str, tuple[Any, str | None]],
+    task: Task | str | None,
+    num_classes: int | None,
+    excluded: Collection[str],
 ) -> tuple[dict[str, Any], Task | str | None, list[str]]:
     """Read the labels of all pairs and data frames, which determine the task together.
 
@@ -269,6 +276,7 @@ def _read_common_labels(
         parts: The data and its label column, keyed by the name that error messages use.
         task: Kind of the task, or the task.
         num_classes: Number of classes, or None.
+        excluded: Columns of data frames in which commas are no decimal commas.
 
     Returns:
         The data, in which pairs have targets of the task; the task, or its kind if there are no
@@ -281,29 +289,33 @@ def _read_common_labels(
     labels: dict[str, Any] = {}
     for place, (data, column) in parts.items():
         if is_frame(data):
-            labels |= _frame_labels(data, column, place, kind)
+            labels |= _frame_labels(data, column, place, kind, excluded)
         elif isinstance(data, tuple | list):
             labels[f"{place}: y"] = data[1]
     read = {place: data for place, (data, _) in parts.items()}
     if not labels:
         return read, kind, []
-    found, targets, notes = read_labels(labels, "labels", task=kind, num_classes=num_classes)
+    found, targets, notes = read_labels(labels, ALL_LABELS, task=kind, num_classes=num_classes)
     for place, data in read.items():
         if isinstance(data, tuple | list):
             read[place] = (data[0], targets[f"{place}: y"])
     return read, found, [] if isinstance(task, Task) else notes
 
 
-def _frame_labels(frame: Any, column: str | None, place: str, kind: str | None) -> dict[str, Any]:
+def _frame_labels(
+    frame: Any, column: str | None, place: str, kind: str | None, excluded: Collection[str]
+) -> dict[str, Any]:
     """Return the labels of a data frame, or nothing if `to_dataset` reports a missing column."""
     # Imported here because loading pandas is slow.
-    from hetero_fl.data.sources.table_columns import normalize_frame
+    from hetero_fl.data.sources.table_columns import decimal_commas, normalize_frame
     from hetero_fl.data.sources.table_files import label_columns, label_values
 
     table = normalize_frame(frame, place)
     columns = [] if column is None else label_columns(table, column)
     if not columns or not set(columns) <= set(table.columns) or not len(table):
         return {}
+    if kind != "multiclass":
+        table, _ = decimal_commas(table, place, excluded)
     return {f"{place}: column '{column}'": label_values(table[columns], place, kind)}
 
 
@@ -335,8 +347,8 @@ def _check_kinds(
 
 def _share_classes(
     datasets: dict[str, Dataset], task: Task | str | None, num_classes: int | None
-) -> list[str]:
-    """Give all data sets of a classification the same classes, in place, and return notes.
+) -> None:
+    """Give all data sets of a classification the same classes, in place.
 
     Args:
         datasets: The data sets, keyed by the name that error messages use for them.
@@ -347,19 +359,17 @@ def _share_classes(
         UserError: If a class is unknown, or if some labels are class names and others numbers.
     """
     if {dataset.task.kind for dataset in datasets.values()} != {"multiclass"}:
-        return []
-    notes: list[str] = []
+        return
     if num_classes is not None:
         known = Task("multiclass", num_classes)
     elif isinstance(task, Task):
         known = task
     else:
         tasks = {place: dataset.task for place, dataset in datasets.items()}
-        known, notes = common_classes(tasks, "labels")
+        known = common_classes(tasks)
     owner = "the federation" if num_classes is None else f"num_classes={num_classes}"
     for place, dataset in datasets.items():
         datasets[place] = with_task(dataset, known, place, owner)
-    return notes
 
 
 def _common_set(datasets: Mapping[str, Dataset]) -> Dataset:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-MISSING_TYPES = ("NoneType", "NAType", "NaTType")
+MISSING_TYPES = ("NoneType", "NAType", "NaTType", "MaskedConstant")
 """Names of the types of missing entries. pandas is not imported only to compare with `pd.NA`."""
 
 

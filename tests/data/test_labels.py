@@ -186,7 +186,13 @@ def test_gap_in_class_numbers_is_a_caution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("yes", "Yes"), ("caf\u00e9", "cafe\u0301"), ("day in", "day\u00a0 in")]
+    ("name", "other"),
+    [
+        ("yes", "Yes"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("day in", "day\u00a0 in"),
+        ("yes", "\ufeffye\u200bs"),
+    ],
 )
 def test_similar_names_are_a_caution(name: str, other: str) -> None:
     first, second = (np.resize([each, "no"], ROWS) for each in (name, other))
@@ -194,6 +200,157 @@ def test_similar_names_are_a_caution(name: str, other: str) -> None:
     found = cautions(hfl.Federation(clients(first, second)))
 
     assert any("differ only in case, white space or Unicode form" in note for note in found)
+
+
+@pytest.mark.parametrize("name", ["text", "activity"])
+def test_similar_names_are_a_caution_in_every_source(name: str, tmp_path: Path) -> None:
+    labels = np.repeat(["walk", "Walk"], 320)
+    path = tmp_path / ("t.txt" if name == "text" else "a.csv")
+    frame = pd.DataFrame({"activity": labels, "v": np.arange(640.0)})
+    lines = [f"{label}\t{row} words" for row, label in enumerate(labels)]
+    path.write_text("\n".join(lines) if name == "text" else frame.to_csv(index=False))
+    keys = {
+        "text": {"text": {"predict": "class", "tokenizer": "hashing"}},
+        "activity": {"windows": {"length": 4}},
+    }
+    config = {
+        "data": {"name": name, "path": str(path), **keys[name]},
+        "clients": {"groups": [{"name": "a", "model": "text_cnn" if name == "text" else "mlp"}]},
+        "algorithm": {"name": "local"},
+    }
+
+    found = [note for note in hfl.prepare(config).notes if isinstance(note, Caution)]
+
+    assert any("classes 'Walk' and 'walk' differ only in case" in note for note in found)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "unseen"),
+    [(["sick", "well"], ["krank", "well"], "'krank'"), ([0, 1], [1, 2], "'2'")],
+)
+@pytest.mark.parametrize("way", ["test", "own test", "divided", "validation"])
+def test_classes_without_training_rows_are_a_caution(
+    train: list[Any], test: list[Any], unseen: str, way: str
+) -> None:
+    y = np.resize(train, ROWS)
+    other = np.resize(test, ROWS)
+    own = {"test": (X + 2, other)} if way == "own test" else {}
+    public = {"test": (X + 1, other if way == "test" else y)}
+    if way == "validation":
+        public["validation"] = (X + 3, other)
+    federation = (
+        hfl.Federation([hfl.Client("a", "mlp")], data=from_arrays(X, y, test=(X + 1, other)))
+        if way == "divided"
+        else hfl.Federation([hfl.Client("a", "mlp", (X, y), **own)], **public)
+    )
+
+    found = [note for note in cautions(federation) if "no training rows" in note]
+
+    assert found == [
+        "labels: validation or test rows have classes that no training rows have: "
+        f"{unseen}; use one coding of the classes"
+    ]
+
+
+def test_frames_with_decimal_commas_are_read_as_files(tmp_path: Path) -> None:
+    numbers = np.resize([0.05, 1.5, 2.25, -3.0], ROWS)
+    commas = [f"{number:.2f}".replace(".", ",") for number in numbers]
+    frame = pd.DataFrame(X, columns=list("abc")).assign(dose=commas, y=commas)
+    frame.to_csv(tmp_path / "d.csv", index=False, sep=";")
+    proxy = frame.drop(columns="y").assign(a=1.0)
+
+    own = hfl.Federation([hfl.Client("a", "mlp", frame)], test=frame, proxy=proxy, label="y")
+
+    data = own.prepare("fedmd").data
+    of_file = load(tmp_path, "table", "d.csv", label="y")
+    of_frame = data.client_rows["a"]["train"].examples
+    assert data.task == of_file.task == Task("regression", 1, ("y",))
+    assert torch.equal(of_frame.x, of_file.train.x)
+    assert torch.equal(of_frame.labels, of_file.train.labels)
+    assert torch.equal(data.public_sets["proxy"].examples.x[:, 1:], of_file.train.x[:, 1:])
+    names = np.resize(["1,5", "2,5"], ROWS)
+    for task, expected in (("multiclass", ("1,5", "2,5")), ("regression", ("y",))):
+        own = hfl.Federation([hfl.Client("a", "mlp", frame.assign(y=names))], label="y", task=task)
+        assert names_of(own) == expected
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        torch.arange(ROWS).remainder(2).bfloat16(),
+        torch.arange(ROWS).remainder(2).double().requires_grad_(),
+        torch.arange(ROWS).remainder(2).to(torch.uint16),
+        np.arange(ROWS)[::-1] % 2,
+        (np.arange(ROWS) % 2).astype(object),
+        pytest.param(
+            torch.arange(ROWS).remainder(2),
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+    ids=["bfloat16", "requires_grad", "uint16", "negative stride", "object", "cuda"],
+)
+def test_labels_of_every_type_are_read(y: Any, request: pytest.FixtureRequest) -> None:
+    given = y.cuda() if "cuda" in request.node.name else y
+    plain = np.arange(ROWS) % 2
+    expected = 1 - plain if "stride" in request.node.name else plain
+
+    for task in ("multiclass", "regression"):
+        own = hfl.Federation(clients(given, plain), test=(X + 2, plain), task=task)
+        labels = own.prepare("local").data.client_rows["c0"]["train"].examples.labels
+        assert labels.flatten().tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of")
+@pytest.mark.parametrize("kind", ["complex", "sparse", "nested", "masked"])
+def test_tensors_that_are_not_dense_and_real_are_refused(kind: str) -> None:
+    change: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "complex": lambda values: values.to(torch.complex64),
+        "sparse": torch.Tensor.to_sparse,
+        "nested": lambda values: torch.nested.nested_tensor(list(values)),
+        "masked": lambda values: torch.masked.masked_tensor(values, values >= 0),
+    }
+    message = "expected real numbers" if kind == "complex" else "expected a dense tensor"
+    y = torch.arange(ROWS) % 2
+
+    for x, labels in ((change[kind](torch.tensor(X)), y), (torch.tensor(X), change[kind](y))):
+        with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
+            hfl.Federation([hfl.Client("a", "mlp", (x, labels))]).prepare("local")
+
+
+@pytest.mark.filterwarnings("ignore:.*training rows")
+def test_booleans_of_arrays_and_frames_are_the_same_classes() -> None:
+    y = np.arange(ROWS) % 2 == 1
+    frame = pd.DataFrame(X, columns=list("abc")).assign(y=y)
+    of_array = [hfl.Client("a", "mlp", (X, y)), hfl.Client("t", "mlp", (X, torch.tensor(y)))]
+    of_frame = [hfl.Client("b", "mlp", frame, label="y")]
+
+    assert names_of(hfl.Federation([*of_array, *of_frame])) == ("False", "True")
+    for federation in (hfl.Federation(of_array, test=(X, y)), hfl.Federation(of_frame)):
+        run = federation.train("local", rounds=1)
+        scores = [hfl.evaluate(run, (X, y)), hfl.evaluate(run, frame, label="y")]
+        assert scores[0] == scores[1]
+    with pytest.raises(UserError, match="expected text as in"):
+        hfl.Federation([*of_array, hfl.Client("c", "mlp", (X, np.where(y, "ill", "well")))])
+
+
+def test_label_of_the_federation_may_name_several_columns() -> None:
+    frame = pd.DataFrame(X, columns=["a", "p", "q"])
+
+    task = hfl.Federation([hfl.Client("a", "mlp", frame)], label="p, q").prepare("local").data.task
+
+    assert task == Task("regression", 2, ("p", "q"))
+
+
+def test_notes_on_all_labels_name_no_client_and_appear_once() -> None:
+    ratings = np.resize([1.0, 2, 3, 4, 5], ROWS)
+    frames = [pd.DataFrame(X + i, columns=list("abc")).assign(y=ratings) for i in range(2)]
+    own = [hfl.Client(f"c{i}", "mlp", frame) for i, frame in enumerate(frames)]
+
+    for test in (None, frames[0].assign(a=9.0)):
+        notes = hfl.Federation(own, test=test, label="y").prepare("local").notes
+        found = [note for note in notes if "read as" in note]
+        assert len(found) == 1 and found[0].startswith("labels: read as 5 classes")
+        assert isinstance(found[0], Caution)
 
 
 def test_clients_without_a_common_class_are_a_caution(tmp_path: Path) -> None:

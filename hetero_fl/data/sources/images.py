@@ -19,7 +19,6 @@ from torch import Tensor
 from hetero_fl.config.data import SourceConfig, StreamConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
-from hetero_fl.data.labels import note_similar_names
 from hetero_fl.data.registry import TABLE_SUFFIXES, register_source
 from hetero_fl.data.sources.files.downloads import download_folder
 from hetero_fl.data.sources.image_files import SUFFIXES, image_files, read_image_files
@@ -161,7 +160,7 @@ def read_image_folder(
         if owners is not None:
             splits[split] = with_patients(splits[split], owners[begin:end], "patient")
         begin = end
-    notes = (*_note_empty(empty), *note_similar_names(classes, f"path: {path}"))
+    notes = _note_empty(empty)
     return Dataset(
         "image_folder",
         Task("multiclass", len(classes), tuple(classes)),

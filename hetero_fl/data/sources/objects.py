@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
+from hetero_fl.data.checks import DIVIDED_PATIENTS
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.data.sources.hugging_face import read_hub_splits
@@ -81,7 +82,9 @@ def to_dataset(
     dataset = _convert(data, where, label, categories, column, **options)
     if column is not None or patient is None:
         return dataset
-    return replace(dataset, train=with_patients(dataset.train, patient, f"{where}: patient"))
+    train = with_patients(dataset.train, patient, f"{where}: patient")
+    notes = tuple(note for note in dataset.notes if DIVIDED_PATIENTS not in note)
+    return replace(dataset, train=train, notes=notes)
 
 
 def _convert(
@@ -155,12 +158,17 @@ def to_examples(
         return _unlabeled(from_arrays(data, np.zeros(len(data)), name=where, task=_NO_TASK))
     if is_frame(data) and label is None:
         # Imported here because loading pandas is slow.
-        from hetero_fl.data.sources.table_columns import normalize_frame, parse_names
+        from hetero_fl.data.sources.table_columns import (
+            decimal_commas,
+            normalize_frame,
+            parse_names,
+        )
         from hetero_fl.data.sources.table_files import features
 
         frame = normalize_frame(data, where)
         owners = [] if patient is None else [patient]
-        x, columns, _ = features(frame.drop(columns=owners), where, [], categories)
+        rest, _ = decimal_commas(frame.drop(columns=owners), where, tuple(categories or ()))
+        x, columns, _ = features(rest, where, [], categories)
         examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(where,))
         for column in owners:
             examples = with_patients(examples, parse_names(frame[column], where), where)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
-from hetero_fl.data.checks import first_true, is_identifier
+from hetero_fl.data.checks import DIVIDED_PATIENTS, first_true, is_identifier
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import Caution
@@ -87,6 +87,7 @@ def _without_markers(column: pd.Series) -> pd.Series:
     `?` is such a marker in every column, the other markers only among numbers, because a minus sign
     is also a result of a test.
     """
+    column = column.mask(column.map(lambda cell: cell is np.ma.masked).astype(bool))
     text = column.map(lambda cell: cell.strip().lower() if isinstance(cell, str) else None)
     marked = text.map(MARKERS.__contains__).astype(bool)
     rest = column[~marked & column.notna()].astype(str)
@@ -432,8 +433,7 @@ def describe_identifiers(
             remarks.append(
                 Caution(
                     f"column '{name}' seems to identify patients and repeats{feature}; {keep} to "
-                    "keep the rows of a patient together, otherwise they are divided between "
-                    "training and test"
+                    f"keep the rows of a patient together, otherwise {DIVIDED_PATIENTS}"
                 )
             )
         elif is_id and is_number and feature:

@@ -199,14 +199,11 @@ def read_table(
     }
     rest = frame.drop(columns=list(set(owners.values())))
     given = () if categories is None else tuple(categories)
-    if kind == "multiclass":
-        # Names of classes may be similar to decimal commas, such as "1,2".
-        targets = rest[labels]
-        rest, commas = decimal_commas(rest.drop(columns=labels), where, given)
-    else:
-        rest, commas = decimal_commas(rest, where, given)
-        targets = rest[labels]
-        rest = rest.drop(columns=labels)
+    # Names of classes may be similar to decimal commas, such as "1,2".
+    excluded = (*given, *labels) if kind == "multiclass" else given
+    rest, commas = decimal_commas(rest, where, excluded)
+    targets = rest[labels]
+    rest = rest.drop(columns=labels)
     encoded = find_categories(rest, where) if categories is None else categories
     encoded = {name: tuple(encoded[name]) for name in rest.columns if name in encoded}
     gaps: list[str] = []
@@ -315,7 +312,8 @@ def categories_of_frames(
     for place, (frame, label) in frames.items():
         table = normalize_frame(frame, place)
         labels = label_columns(table, label) if label is not None else []
-        columns[place] = [table[name] for name in table.columns if name not in labels]
+        rest, _ = decimal_commas(table.drop(columns=labels, errors="ignore"), place)
+        columns[place] = [rest[name] for name in rest.columns]
     return shared_categories(columns, {place: place for place in frames})
 
 
@@ -462,7 +460,9 @@ def _targets(
     )
     is_column_of_classes = task.kind == "multiclass" and len(titles) == 1
     names = task.output_names if is_column_of_classes else titles
-    return replace(task, names=names), targets[where], notes
+    # A program has determined the kind from the labels of all data frames, with the same notes.
+    is_known = kind is not None and not in_config
+    return replace(task, names=names), targets[where], [] if is_known else notes
 
 
 def label_values(labels: pd.DataFrame, where: str, kind: str | None = None) -> Any:

@@ -21,6 +21,7 @@ from hetero_fl.data.checks import (
     ARRAY_NAMES,
     ExampleNames,
     check_examples,
+    first_true,
     note_identifiers,
 )
 from hetero_fl.data.dataset import (
@@ -221,6 +222,10 @@ def _parse_times(values: Any, name: str) -> Tensor:
     """Convert dates to seconds since 1970 and return integers unchanged, int64 `[N]`."""
     times = np.asarray(plain_array(values))
     if np.issubdtype(times.dtype, np.datetime64):
+        if (row := first_true(np.isnat(times))) is not None:
+            raise UserError(
+                f"{name}: time: row {row}: missing value; fill or remove missing values"
+            )
         times = times.astype("datetime64[s]").astype(np.int64)
     if not np.issubdtype(times.dtype, np.integer):
         raise UserError(f"{name}: time: expected integers or datetime64, got {times.dtype}")

@@ -631,7 +631,8 @@ def owner_list(values: Any, where: str) -> list[Any]:
     for row, value in enumerate(found):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             raise UserError(f"{where}: row {row}: missing value; fill or remove missing values")
-    return found
+    # Names of integers are equal in integer arrays and in float arrays.
+    return [int(value) if isinstance(value, float) and value % 1 == 0 else value for value in found]
 
 
 def with_patients(examples: Examples, patient: Any, where: str) -> Examples:

@@ -92,6 +92,10 @@ def test_null_values_of_frames_equal_nan() -> None:
         ({"group": pd.Series([pd.NA, *Y[1:].astype(str)])}, "group: row 0: missing value"),
         ({"patient": np.where(FIRST, np.nan, Y)}, "patient: row 0: missing value"),
         ({"patient": np.ma.masked_array(Y, mask=FIRST)}, "patient: row 0: missing value"),
+        (
+            {"time": np.where(FIRST, np.datetime64("NaT"), np.datetime64("2024-01-01"))},
+            "time: row 0: missing value",
+        ),
         ({"time": np.ma.masked_array(Y, mask=FIRST)}, "time: expected integers or datetime64"),
     ],
 )

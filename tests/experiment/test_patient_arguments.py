@@ -146,6 +146,16 @@ def test_columns_of_ids_are_warnings(values: Any, words: str) -> None:
     assert len(found) == 1 and words in found[0] and "pass patient='pid'" in found[0]
 
 
+def test_columns_of_ids_are_no_warnings_if_the_patients_are_given() -> None:
+    sites = frame(40), frame(40, seed=1)
+    own = [
+        hfl.Client(str(i), "mlp", site, label="ill", patient=site.pid.to_numpy())
+        for i, site in enumerate(sites)
+    ]
+
+    assert not [note for note in warnings_of(hfl.Federation(own)) if "'pid'" in note]
+
+
 def test_other_columns_are_no_ids() -> None:
     rng = np.random.default_rng(0)
     x, y, _ = visits(120, 1)
@@ -298,6 +308,16 @@ def test_patients_of_a_client_in_a_given_set_are_a_warning() -> None:
     ]
 
 
+def test_patients_as_floats_are_the_patients_as_integers() -> None:
+    x, y, who = visits(40)
+    own = hfl.Client("a", "mlp", (x, y), patient=who.astype(float))
+    test = from_arrays(x[:40] + 9, y[:40], patient=who[:40])
+
+    found = warnings_of(hfl.Federation([own], test=test))
+
+    assert "client 'a' and the global test set have patients of the same name: '0'" in found[0]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -381,10 +401,11 @@ def test_rows_that_are_equal_by_chance_are_no_warnings() -> None:
 
 
 @pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("is_pooled", [False, True])
 def test_client_with_few_rows_is_refused_from_objects_and_files(
-    in_files: bool, tmp_path: Path
+    in_files: bool, is_pooled: bool, tmp_path: Path
 ) -> None:
-    sets = {"few": frame(10, 1), "many": frame(60, 1, seed=1), "main": frame(60, 1, seed=2)}
+    sets = {"few": frame(19, 1), "many": frame(20, 1, seed=1), "main": frame(60, 1, seed=2)}
     sets = {name: each.drop(columns="pid") for name, each in sets.items()}
     for name, each in sets.items():
         each.to_csv(tmp_path / f"{name}.csv", index=False)
@@ -393,25 +414,26 @@ def test_client_with_few_rows_is_refused_from_objects_and_files(
         for name in ("few", "many")
     ]
     main = {"name": "table", "path": str(tmp_path / "main.csv"), "label": "ill"}
-    cure = "data.partition.min_size=10"
+    cure = "data.partition.min_size=19"
     if in_files:
         federation = hfl.Federation.from_config(
             {
-                "data": main,
+                "data": {"name": "table", "label": "ill"} if is_pooled else main,
                 "clients": {
                     "defaults": {"model": "mlp"},
-                    "groups": [*own, {"name": "rest", "model": "mlp"}],
+                    "groups": own if is_pooled else [*own, {"name": "rest"}],
                 },
             }
         )
     else:
         named = [hfl.Client(n, model="mlp", data=sets[n]) for n in ("few", "many")]
-        federation = hfl.Federation(named, test=sets["main"], label="ill")
+        test = None if is_pooled else sets["main"]
+        federation = hfl.Federation(named, test=test, label="ill")
 
     with pytest.raises(UserError) as caught:
         federation.prepare(hfl.FedAvg())
 
-    assert "'few': data: has 10 rows, fewer than data.partition.min_size=20" in str(caught.value)
+    assert "'few': data: has 19 rows, fewer than data.partition.min_size=20" in str(caught.value)
     assert f'pass overrides=["{cure}"]' in str(caught.value) or (
         in_files and f"set {cure}" in str(caught.value)
     )

@@ -150,6 +150,12 @@ class Objective:
         """
         return False
 
+    @property
+    def is_user_defined(self) -> bool:
+        """Whether the objective, or the loss function in it, is defined outside this package."""
+        is_built_in = type(self).__module__.startswith("hetero_fl.")
+        return not is_built_in or getattr(self, "function", None) is not None
+
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         """Return the loss of each example, shape `[B]`."""
         raise TypeError(f"{type(self).__name__} does not implement loss")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
+from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import (
@@ -31,7 +33,7 @@ from hetero_fl.core.plan import (
 from hetero_fl.core.stored_rows import StoredRows, require_tensor, targets
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.device_memory import DeviceMemory
-from hetero_fl.engine.driver import Backend, Work
+from hetero_fl.engine.driver import Backend, Work, model_slots
 from hetero_fl.engine.serial import (
     SerialBackend,
     class_sums,
@@ -45,7 +47,15 @@ from hetero_fl.engine.templates import (
     step_model_spec,
     with_integers,
 )
-from hetero_fl.engine.vectorized_training import fit_stacked, refused_draws
+from hetero_fl.engine.vectorized_training import (
+    TRIAL_RATE,
+    check_trial,
+    fit_stacked,
+    refused_draws,
+    trial_value,
+)
+from model_zoo.generators import keyed_generators
+from model_zoo.registry import is_user_defined
 
 T = TypeVar("T")
 OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
@@ -152,6 +162,8 @@ class VectorizedBackend:
         self.log = log
         self.templates = self.serial.templates
         self._unsupported: set[Any] = set()
+        # Keys of the steps that have been compared with the serial backend.
+        self._tried: set[Any] = set()
         self._logged: set[str] = set()
         # Largest number of participants whose steps fit into device memory at once.
         self._max_group_sizes: dict[Any, int] = {}
@@ -229,6 +241,9 @@ class VectorizedBackend:
                 # If an operation has no batching rule, vmap loops over the participants, which is
                 # slower than the serial backend.
                 warnings.filterwarnings("error", message="There is a performance drop")
+                if support_key not in self._tried:
+                    _check_stacking(participant, step, self.templates.memory)
+                    self._tried.add(support_key)
                 # All steps are of the type of the first one.
                 if isinstance(step, Fit):
                     return fit_stacked(work, self.templates)  # type: ignore[arg-type]
@@ -259,6 +274,42 @@ class VectorizedBackend:
         if line not in self._logged:
             self._logged.add(line)
             self.log(line)
+
+
+def _check_stacking(participant: Participant, step: Fit | OutputStep, memory: DeviceMemory) -> None:
+    """Check that a step of user-defined code gives the same result stacked and alone.
+
+    The trial uses copies of the participant with other parameters. A fit makes one optimizer step.
+
+    Raises:
+        RuntimeError: If the results differ.
+    """
+    is_fit = isinstance(step, Fit)
+    is_own = any(is_user_defined(arch.name) for arch in architectures(participant, step))
+    if not is_own and not (isinstance(step, Fit) and step.objective.is_user_defined):
+        return
+    if isinstance(step, Fit):
+        optimizer = OptimizerConfig(name="sgd", lr=TRIAL_RATE)
+        step = replace(step, steps=1, optimizer=optimizer, keep=None)
+    serial = SerialBackend(memory)
+    templates = serial.templates
+    with keyed_generators(0, memory.device):
+        models = {
+            slot: {
+                n: trial_value(t) if n in templates(participant.arch[slot], slot).parameters else t
+                for n, t in participant.models[slot].items()
+            }
+            for slot in model_slots(step)
+        }
+    trials = [replace(participant, models=dict(models), state={}, stream_uses={}) for _ in range(3)]
+    run: Callable[..., list[Any]] = fit_stacked if is_fit else run_stacked_outputs
+    results = [
+        run([(trial, step) for trial in trials[:2]], templates)[0],
+        serial.run([(trials[2], step)])[0],
+    ]
+    if is_fit:
+        results = [[t for m in p.models.values() for t in m.values()] for p in trials[1:]]
+    check_trial(*([r] if isinstance(r, Tensor) else r for r in results))
 
 
 def _model_names(participant: Participant, step: Step) -> str:

@@ -312,6 +312,31 @@ def refused_draws() -> Iterator[None]:
             raise RuntimeError("the model or the loss draws from the generators of NumPy or Python")
 
 
+# Learning rate of a trial step, so large that the gradient dominates the result.
+TRIAL_RATE = 100.0
+# Relative difference between two computations that rounding does not explain.
+TRIAL_TOLERANCE = 0.01
+
+
+def trial_value(parameter: Tensor) -> Tensor:
+    """Return another value of a parameter, without zeros, which would hide the gradients."""
+    return parameter * 1.1 + (parameter == 0) * 0.01 * torch.rand_like(parameter)
+
+
+def check_trial(stacked: Sequence[Tensor], alone: Sequence[Tensor]) -> None:
+    """Check that a trial gives the same tensors stacked and alone.
+
+    Under `torch.vmap`, hooks on gradients do not run, and parameters that the forward pass reads
+    from a list or a closure are those of another participant.
+
+    Raises:
+        RuntimeError: If the tensors differ.
+    """
+    for one, other in zip(stacked, alone, strict=True):
+        if (one.float() - other.float()).norm() > TRIAL_TOLERANCE * other.float().norm():
+            raise RuntimeError("its results would differ, for example because of a backward hook")
+
+
 class _StackedFits:
     """Equal fits in progress, in descending order of the number of steps."""
 

@@ -31,11 +31,17 @@ from hetero_fl.engine.driver import Backend, DivergedError, Work
 from hetero_fl.engine.serial import class_sums, select_output
 from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import FitState, TrainableTensors, run_fit, split_name
-from hetero_fl.engine.vectorized_training import StackedOps
+from hetero_fl.engine.vectorized_training import (
+    TRIAL_RATE,
+    StackedOps,
+    check_trial,
+    trial_value,
+)
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.mechanisms import NoiseSource
 from hetero_fl.utils.errors import UserError
 from model_zoo import Outputs
+from model_zoo.registry import is_user_defined
 
 # Maximum size in bytes of the per-example gradients that are computed at a time.
 MEMORY = 64 * 2**20
@@ -128,6 +134,8 @@ class PrivateGradients:
         self.noise = noise
         self.rate = rate
         self._unsupported: set[Any] = set()
+        # Keys of the models and objectives whose vectorized gradients have been compared.
+        self._tried: set[Any] = set()
 
     def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> PoissonBatches:
         """Return the Poisson-sampled batches of a fit."""
@@ -184,12 +192,15 @@ class PrivateGradients:
             part_keys = keys[begin : begin + size]
             if len(part_keys) > 1 and support_key not in self._unsupported:
                 try:
+                    if support_key not in self._tried:
+                        _check_stacking(state, part, extra, part_keys)
+                        self._tried.add(support_key)
                     self._add_clipped(total, _gradients_vectorized(state, part, extra, part_keys))
                     continue
                 except torch.OutOfMemoryError:
                     raise
                 except (RuntimeError, UserWarning):
-                    # vmap does not support an operation of the model.
+                    # vmap does not support an operation of the model, or ignores its hooks.
                     self._unsupported.add(support_key)
             for i, key in enumerate(part_keys):
                 row = {n: t[i : i + 1] for n, t in part.items()}
@@ -214,6 +225,35 @@ class PrivateGradients:
                 total[name].add_(gradients[0] * factor[0])
             else:
                 total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
+
+
+def _check_stacking(
+    state: FitState, columns: Mapping[str, Tensor], extra: Mapping[str, Tensor], keys: list[int]
+) -> None:
+    """Check that user-defined code has the same gradient for a row in a stack and alone.
+
+    Raises:
+        RuntimeError: If the gradients of the first row differ.
+    """
+    is_own = any(is_user_defined(template.arch.name) for template in state.modules.values())
+    if not is_own and not state.fit.objective.is_user_defined:
+        return
+    rows = [{n: t[:count] for n, t in columns.items()} for count in (1, 2)]
+    parameters = list(state.trainable.values())
+    before = [p.detach().clone() for p in parameters]
+    try:
+        for p in parameters:
+            p.data.copy_(trial_value(p.data))
+        each = _gradients_vectorized(state, rows[1], extra, keys[:2])
+        alone = _gradient_of_row(state, rows[0], extra, keys[0])
+        moved = [
+            [p.data - TRIAL_RATE * gradients[n][0] for n, p in state.trainable.items()]
+            for gradients in (each, alone)
+        ]
+    finally:
+        for p, values in zip(parameters, before, strict=True):
+            p.data.copy_(values)
+    check_trial(*moved)
 
 
 def _gradients_vectorized(

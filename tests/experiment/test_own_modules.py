@@ -468,6 +468,45 @@ def test_private_records_refuse_state_that_training_writes_unexpectedly() -> Non
         train(module, hfl.FedAvg(), "serial", privacy=privacy)
 
 
+class Hooked(nn.Module):
+    """A module with a hook that changes the gradients of its first layer."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.hook = hook
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        nn.init.zeros_(self.out.weight)
+        if hook == "module":
+            self.second.register_full_backward_hook(lambda _layer, grads, _out: (0.5 * grads[0],))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.hook == "tensor" and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: -gradient)
+        return self.out(self.second(hidden))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("hook", ["tensor", "module"])
+@pytest.mark.parametrize("unit", [None, "record"])
+def test_hooks_change_gradients_as_in_plain_torch(
+    hook: str, unit: str | None, float64: None
+) -> None:
+    torch.manual_seed(0)
+    module = Hooked(hook)
+    privacy = hfl.Privacy(unit="record", noise_multiplier=1e-9, clip=1e3, delta=1e-4)
+
+    run = train(module, hfl.Local(), "batched", **({"privacy": privacy} if unit else {}))
+
+    if unit:
+        start = run.models["site_0"].arch.initial_tensors(seed=0)
+        load_state(module, own_names(start))
+    reference = Reference(module, list(DATA))
+    reference.run(local=None)
+    check_equals_reference(run, reference)
+
+
 class Permuted(nn.Module):
     """A class that draws an integer buffer, which is not transmitted."""
 

@@ -142,6 +142,11 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
                 "data for each client"
             )
         if not source.name.startswith(OBJECT_PREFIX) and source.name != config.name:
+            if config.name == OBJECT_PREFIX:
+                raise UserError(
+                    f"{_config_path(client)}: got a source, which cannot be pooled with data in "
+                    "memory to hold out a global test set; pass test=..."
+                )
             raise UserError(
                 f"{_config_path(client)}.name: must be {config.name} as in data.name if data.path "
                 f"is not set, got {source.name}"
@@ -213,7 +218,15 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
     categories = tuple(
         dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
     )
-    return Dataset(first.name, task, first.train, columns=columns, categories=categories)
+    return Dataset(
+        first.name,
+        task,
+        first.train,
+        columns=columns,
+        categories=categories,
+        vocabulary=first.vocabulary,
+        blocks=first.blocks,
+    )
 
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:

@@ -569,9 +569,10 @@ def check_view(
             section = where if where in CONFIG_SECTIONS else CONFIG_SECTIONS[0]
             title = f"the {PUBLIC_SETS[set_name]}" if set_name in PUBLIC_SETS else set_name
             place = share.examples.locate(int(rows[row]), title)
+            other = f", or exclude the column by {section}.columns" if names else ""
             raise UserError(
                 f"{where}.missing: {place} has no value in {column_name}; set "
-                f"{section}.missing=indicate, or exclude the column by {section}.columns"
+                f"{section}.missing=indicate{other}"
             )
 
 

@@ -33,6 +33,7 @@ from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_source, to_dataset
 from hetero_fl.engine.training import try_optimizer
+from hetero_fl.experiment.wording import errors_with_arguments
 from hetero_fl.reporting.notebook import html_items
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.objects import OBJECT_PREFIX
@@ -304,15 +305,16 @@ def split(
         {} if partition is None else {"partition": plain_value(partition)}
     )
     rows = torch.arange(len(dataset.train))
-    shares = assign_rows(
-        dataset,
-        rows,
-        names,
-        config=config,
-        clients={name: ClientSettings() for name in names},
-        seed=seed,
-        notes=[],
-    )
+    with errors_with_arguments():
+        shares = assign_rows(
+            dataset,
+            rows,
+            names,
+            config=config,
+            clients={name: ClientSettings() for name in names},
+            seed=seed,
+            notes=[],
+        )
     models = list(model) if isinstance(model, list | tuple) else [model]
     return [
         Client(

@@ -339,7 +339,7 @@ def _check_kinds(
     """Raise UserError if the given task or number of classes does not apply to all data sets."""
     kind = "multiclass" if num_classes is not None else getattr(task, "kind", task)
     if kind is not None and not datasets:
-        raise UserError("task, num_classes: apply to objects; set task in the sources instead")
+        raise UserError("task, num_classes: apply to data in memory, not to sources; remove them")
     for place, dataset in datasets.items():
         if kind not in (None, dataset.task.kind):
             raise UserError(f"{place}: expected a {kind} task, got {dataset.task.kind}")

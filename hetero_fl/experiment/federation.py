@@ -476,16 +476,18 @@ class Federation:
         if out is None:
             temporary = TemporaryFolder()
             out = temporary.path
-        comparison = compare(
-            self._configuration(None, rounds, sections),
-            [_variant(method) for method in methods],
-            seeds,
-            out=out,
-            overrides=overrides,
-            jobs=jobs,
-            quiet=quiet,
-            allow_code=self._allow_code,
-        )
+        given = override_list(overrides)
+        with errors_with_arguments(given) if self._names_arguments else nullcontext():
+            comparison = compare(
+                self._configuration(None, rounds, sections),
+                [_variant(method) for method in methods],
+                seeds,
+                out=out,
+                overrides=given,
+                jobs=jobs,
+                quiet=quiet,
+                allow_code=self._allow_code,
+            )
         comparison.keep(temporary, *self._objects, *methods, sections)
         return comparison
 

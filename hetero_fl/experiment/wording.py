@@ -8,6 +8,19 @@ from contextlib import contextmanager
 
 from hetero_fl.utils.errors import ArgumentError, UserError
 
+ARGUMENTS = {
+    "clients.common": "common",
+    "clients.per_round": "per_round",
+    "clients.defaults": "defaults",
+    "data.label": "label",
+    "data.name": "data",
+    "data.partition": "partition",
+    "data.patient": "patient",
+    "data.proxy.size": "proxy",
+    "data.proxy.source": "proxy",
+    "data.task": "task",
+}
+"""Arguments of `Federation`, keyed by the key that they set."""
 PHRASES = (
     (r"set data\.task=(\w+)", r"pass task='\1'"),
     (r"set data\.path to a common file", "pass test"),
@@ -24,22 +37,16 @@ PHRASES = (
         r"set clients\.defaults\.preprocess\.missing=indicate",
         "pass preprocess=Preprocess(missing='indicate')",
     ),
-    (r"set (data|clients)\.", r"pass \1."),
+    (
+        r"exclude the column by clients\.defaults\.preprocess\.columns",
+        "pass preprocess=Preprocess(columns=[...]) with the other columns",
+    ),
+    (r"set data\.proxy\.source to other data", "pass other data as proxy"),
+    (r"; text\.length counts them", ""),
+    (rf"set ({'|'.join(map(re.escape, ARGUMENTS))})\b(?!\.\w)", r"pass \1"),
+    (r"set (?=(?:data|clients)\.)", "use overrides to set "),
 )
 """Patterns of advice that names keys, and the same advice for arguments."""
-ARGUMENTS = {
-    "clients.common": "common",
-    "clients.per_round": "per_round",
-    "clients.defaults": "defaults",
-    "data.label": "label",
-    "data.name": "data",
-    "data.partition": "partition",
-    "data.patient": "patient",
-    "data.proxy.size": "proxy",
-    "data.proxy.source": "proxy",
-    "data.task": "task",
-}
-"""Arguments of `Federation`, keyed by the key that they set."""
 
 
 def with_arguments(line: str, overrides: Sequence[str] = ()) -> str:

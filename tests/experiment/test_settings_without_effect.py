@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,26 @@ def test_default_without_effect_is_refused(key: str) -> None:
             "from_arrays(..., group=...)",
             "data.group",
         ),
+        (lambda: hfl.split((X, Y), 2, hfl.Natural()), "from_arrays(..., group=...)", "data.group"),
+        (
+            lambda: federation_with().compare(["fedmd"], rounds=1, quiet=True),
+            "pass proxy=...",
+            "data.proxy",
+        ),
+        (
+            lambda: federation_with(test=(X, Y)).prepare(
+                evaluation=hfl.Evaluation(patience=2), overrides=["data.split.validation=0"]
+            ),
+            "use overrides to set data.validation",
+            "pass data",
+        ),
+        (
+            lambda: hfl.Federation(
+                [hfl.Client("a", "mlp", {"name": "digits"}), hfl.Client("b", "mlp", (X, Y))]
+            ).prepare(),
+            "pass test=...",
+            "data.name",
+        ),
     ],
 )
 def test_advice_names_arguments_to_callers_that_pass_objects(
@@ -242,3 +263,17 @@ def test_advice_names_arguments_to_callers_that_pass_objects(
         make()
 
     assert advice in str(caught.value) and key not in str(caught.value)
+
+
+def test_texts_and_blocks_are_pooled_without_a_test_set() -> None:
+    datasets = pytest.importorskip("datasets")
+    lines = [f"word {row} of {row % 7} or {row % 5}" for row in range(80)]
+    text = datasets.Dataset.from_dict({"text": lines, "label": [row % 2 for row in range(80)]})
+    blocks = (("left", (2,)), ("right", (1,)))
+    joined = replace(from_arrays(X, Y), blocks=blocks)
+
+    texts = hfl.Federation([hfl.Client(name, "text_cnn", text, label="label") for name in "ab"])
+    rows = hfl.Federation([hfl.Client(name, "linear", joined) for name in "ab"])
+
+    assert texts.prepare().data.input_shape == (32,)
+    assert rows.prepare().federation.data.layout.blocks == joined.blocks

@@ -110,7 +110,8 @@ def _advice_on_proxy(dataset: Dataset, config: DataConfig) -> str:
     if config.proxy.source is not None or config.proxy.size == 0:
         return ""
     train = dataset.train
-    reason = "" if train.patient is None else f"; {train.patient_term.rule}"
+    term = train.patient_term
+    reason = "" if train.patient is None else f" (by whole {term.noun}s: {term.rule})"
     return (
         f"{reason}; choose a smaller number than data.proxy.size={config.proxy.size}, or set "
         "data.proxy.source to other data"

@@ -515,7 +515,8 @@ def _load_proxy_set(
         x = match_blocks(require_tensor(x, "a multimodal data set"), blocks, dataset, name, ())
     else:
         needed = required_columns((p.settings for p in profiles), dataset.layout)
-        x, _ = match_columns(x, columns, dataset, name, needed=needed)
+        advice = "; set clients.defaults.preprocess.missing=indicate"
+        x, _ = match_columns(x, columns, dataset, name, needed=needed, advice=advice)
     if config.proxy.columns is not None:
         x = dataset.layout.keep_columns(
             require_tensor(x, PROXY_COLUMNS), config.proxy.columns, PROXY_COLUMNS

@@ -628,7 +628,8 @@ def _is_configured(data: Any) -> bool:
 
 def _indicates_missing(client: Client, defaults: ClientSettings | None) -> bool:
     """Return whether the inputs of a client's model include indicators of missing values."""
-    settings = _client_settings(client, defaults).get("preprocess") or {}
+    shared = {} if defaults is None else plain_value(defaults)
+    settings = {**shared.get("preprocess", {}), **client.settings.get("preprocess", {})}
     return settings.get("missing") is not None
 
 

@@ -134,10 +134,14 @@ class Net(nn.Module):
 @pytest.mark.parametrize("model", [Net, Net()], ids=["class", "module"])
 def test_indicators_are_explained_where_the_federation_is_created(model: Any) -> None:
     x = np.random.default_rng(0).normal(size=(60, 30))
-    client = hfl.Client("a", model, (x, Y), preprocess=hfl.Preprocess(missing="indicate"))
+    preprocess = hfl.Preprocess(missing="indicate")
+    client = hfl.Client("a", model, (x, Y), preprocess=preprocess)
+    defaults = hfl.ClientSettings(preprocess=preprocess)
 
     with pytest.raises(UserError, match="30 columns and 30 indicators"):
         hfl.Federation([client], test=(x, Y))
+    with pytest.raises(UserError, match="30 columns and 30 indicators"):
+        hfl.Federation([hfl.Client("a", model, (x, Y))], test=(x, Y), defaults=defaults)
 
 
 def test_missing_column_suggests_indicators(tmp_path: Path) -> None:
@@ -149,3 +153,7 @@ def test_missing_column_suggests_indicators(tmp_path: Path) -> None:
     lacking = hfl.Client("a", "mlp", frame().drop(columns="dose"))
     with pytest.raises(UserError, match=r"pass preprocess=Preprocess\(missing='indicate'\)"):
         hfl.Federation([lacking], test=frame(), label="ill").prepare("local")
+    whole = hfl.Client("a", "mlp", frame())
+    public = frame().drop(columns=["dose", "ill"])
+    with pytest.raises(UserError, match=r"'dose' not.*Preprocess\(missing='indicate'\)"):
+        hfl.Federation([whole], test=frame(), label="ill", proxy=public).prepare("fedmd")

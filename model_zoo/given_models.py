@@ -15,11 +15,10 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from model_zoo.errors import ModelError
 from model_zoo.heads import split_module
-from model_zoo.module_state import MODULE_ATTRIBUTES, check_shared_memory, describe_value
+from model_zoo.module_state import MODULE_ATTRIBUTES, check_tensors, describe_value
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel
 
@@ -56,7 +55,7 @@ class GivenModel:
 
     Raises:
         TypeError: If `model` is neither a module nor callable.
-        ModelError: If the module has lazy layers that were not initialized.
+        ModelError: If the module has tensors that cannot be read (see `check_tensors`).
 
     Example:
         >>> from torch import nn
@@ -73,14 +72,10 @@ class GivenModel:
                 "model: expected a torch.nn.Module, or a class or function that creates one, got "
                 f"{type(model).__name__}"
             )
-        if isinstance(model, nn.Module) and any(map(is_lazy, model.parameters())):
-            raise ModelError(
-                "model: has lazy layers without shapes; call the module once on an example first"
-            )
         self._model = model
         self.head = head
         if isinstance(model, nn.Module):
-            check_shared_memory(model)
+            check_tensors(model)
             described, self._identity = _describe_module(model)
         else:
             described, self._identity = _source_of(model), (id(model),)
@@ -163,10 +158,16 @@ class _Copy:
         self._module = module
 
     def __call__(self, pretrained: bool = False) -> nn.Module:
-        if any(tensor.is_meta for tensor in self._module.state_dict().values()):
+        tensors = [*self._module.parameters(), *self._module.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
             raise ModelError("the module has no weights (device meta); create it on a device")
         # Training moves the model to the configured device and precision.
-        module = copy.deepcopy(self._module).to("cpu", torch.get_default_dtype())
+        module = copy.deepcopy(self._module).cpu()
+        # A module of several types uses them on purpose.
+        if len({t.dtype for t in tensors if t.is_floating_point()}) == 1 and not any(
+            t.is_complex() for t in tensors
+        ):
+            module.to(torch.get_default_dtype())
         if not pretrained:
             redraw_weights(module)
         return module
@@ -247,7 +248,8 @@ def _describe_module(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     Returns:
         A text, and the ids of the objects that the text does not describe, such as lambdas.
     """
-    tensors = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state = module.state_dict()
+    tensors = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     opaque: list[int] = []
     attributes = {}

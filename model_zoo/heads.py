@@ -194,12 +194,7 @@ def _recorded_calls(module: nn.Module, calls: list[tuple[nn.Module, Any]]) -> It
         calls.append((part, output))
 
     parts = [part for part in module.modules() if part is not module] or [module]
-    # Modules that were compiled to TorchScript have no hooks.
-    hooks = [
-        part.register_forward_hook(record)
-        for part in parts
-        if not isinstance(part, torch.jit.ScriptModule)
-    ]
+    hooks = [part.register_forward_hook(record) for part in parts]
     try:
         yield
     finally:

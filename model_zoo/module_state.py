@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from model_zoo.errors import ModelError
 from model_zoo.generators import keyed_generators
@@ -107,35 +108,54 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def check_shared_memory(module: nn.Module) -> None:
-    """Check that no parameter shares memory with another tensor of a module.
+def check_tensors(module: nn.Module) -> None:
+    """Check that the tensors of a module can be read, and do not share memory.
 
-    A weight that is used twice is the same `nn.Parameter` in both layers. Two parameters on the
-    same memory would be trained and averaged as if they were independent.
+    A weight that is used twice is the same `nn.Parameter` in both layers. Two tensors on the same
+    memory would be trained, written and averaged as if they were independent.
 
     Raises:
-        ModelError: If a parameter shares memory with another parameter or a buffer.
+        ModelError: If a part of the module was compiled to TorchScript, a layer has no shape yet,
+            or a parameter or buffer shares memory with another tensor. Only buffers are compared
+            with attributes.
     """
-    owners: dict[int, tuple[str, Tensor]] = {}
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for name, tensor in tensors:
-        if tensor.is_meta or not tensor.numel():
+    registered = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if any(map(is_lazy, registered.values())):
+        raise ModelError("lazy layers have no shapes yet; call the module once on an example first")
+    attributes: dict[str, Tensor] = {}
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModelError("compiled to TorchScript; pass the module before its compilation")
+        own = {key: value for key, value in vars(part).items() if isinstance(value, Tensor)}
+        attributes |= {f"{path}.{key}" if path else key: value for key, value in own.items()}
+    owners: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in [*registered.items(), *attributes.items()]:
+        if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
             continue
-        first, other = owners.setdefault(tensor.untyped_storage().data_ptr(), (name, tensor))
-        if other is not tensor and isinstance(other, nn.Parameter) and _overlap(tensor, other):
-            raise ModelError(
-                f"'{name}' shares memory with the parameter '{first}', but is another tensor; to "
-                "use one weight twice, assign the same nn.Parameter to both names"
-            )
+        others = owners.setdefault(tensor.untyped_storage().data_ptr(), [])
+        for first, other in others:
+            # Layers may keep a view of a weight that each forward pass replaces.
+            is_compared = name in registered or not isinstance(other, nn.Parameter)
+            if is_compared and other is not tensor and _overlap(tensor, other):
+                kind = "parameter" if isinstance(other, nn.Parameter) else "buffer"
+                raise ModelError(
+                    f"'{name}' shares memory with the {kind} '{first}', but is another tensor; to "
+                    f"use one tensor twice, assign the same {kind} to both names"
+                )
+        if name in registered:
+            others.append((name, tensor))
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors of one storage have common elements."""
-    spans = []
+    places = []
     for tensor in (a, b):
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        spans.append((tensor.storage_offset(), tensor.storage_offset() + last))
-    return bool(spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1])
+        span = torch.arange(tensor.storage_offset(), tensor.storage_offset() + last + 1)
+        places.append(span.as_strided(tensor.shape, tensor.stride()).reshape(-1))
+    first, second = places
+    is_apart = first.amax() < second.amin() or second.amax() < first.amin()
+    return not is_apart and bool(torch.isin(first, second).any())
 
 
 class ModuleSnapshot:

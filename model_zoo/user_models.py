@@ -15,6 +15,7 @@ from torch import nn
 from model_zoo.errors import InputError, ModelError, one_line, suggest_names
 from model_zoo.given_models import OBJECT_PREFIX, find_given
 from model_zoo.heads import split_module
+from model_zoo.module_state import check_tensors, state_tensors
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel, probe
 
@@ -138,6 +139,13 @@ def build(
         ) from error
     if not isinstance(created, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(created).__name__}")
+    check_tensors(created)
+    for name, tensor in state_tensors(created).items():
+        if tensor.is_complex() or tensor.dtype is torch.bfloat16:
+            raise ModelError(
+                f"'{name}' has the unsupported type {tensor.dtype}; use torch.float32, such as the "
+                "real and imaginary part (torch.view_as_complex)"
+            )
     model = split_module(created, shape, head)
     if feature_dim not in (None, model.feature_dim):
         raise ModelError(

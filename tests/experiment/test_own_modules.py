@@ -338,12 +338,119 @@ def test_state_that_cannot_be_carried_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_parameters_that_share_memory_are_refused() -> None:
-    module = Habits(frozenset())
+def share_transposed(module: Any) -> None:
     module.second.weight = nn.Parameter(module.first.weight.t())
 
-    with pytest.raises(UserError, match=r"'second\.weight' shares memory with the parameter"):
-        train(module, hfl.FedAvg(), "serial")
+
+def share_buffers(module: Any) -> None:
+    module.register_buffer("pair", torch.zeros(2, WIDTH))
+    module.register_buffer("peak", module.pair[0])
+
+
+def share_attribute(module: Any) -> None:
+    module.pair = torch.zeros(2, WIDTH)
+    module.register_buffer("peak", module.pair[0])
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (share_transposed, r"'second\.weight' shares memory with the parameter 'first\.weight'"),
+        (share_buffers, "'pair' shares memory with the buffer 'peak'"),
+        (share_attribute, "'pair' shares memory with the buffer 'peak'"),
+    ],
+)
+@pytest.mark.parametrize("is_function", [False, True])
+def test_tensors_that_share_memory_are_refused(
+    share: Callable[[Any], None], message: str, is_function: bool
+) -> None:
+    def make() -> nn.Module:
+        module = Habits(frozenset())
+        share(module)
+        return module
+
+    with pytest.raises(UserError, match=message):
+        clients = [hfl.Client("site_0", make if is_function else make(), DATA["site_0"])]
+        hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg())
+
+
+def test_columns_of_one_tensor_and_views_of_weights_are_independent() -> None:
+    module = Habits(frozenset())
+    columns = torch.zeros(WIDTH, 2)
+    module.register_buffer("center", columns[:, 0])
+    module.register_buffer("peak", columns[:, 1])
+    module.transposed = module.first.weight.data.t()
+
+    run = train(module, hfl.FedAvg(), "serial")
+
+    assert run.summary["rounds_completed"] == ROUNDS
+
+
+class SeveralTypes(nn.Module):
+    """A classifier with a buffer and a layer of another type than its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH).double()
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("count", torch.full((1,), 1e8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count += 1
+        return self.out(self.body(x.double()).tanh().float())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_module_with_several_types_of_numbers_keeps_them(executor: str) -> None:
+    run = train(SeveralTypes(), hfl.Local(), executor)
+
+    tensors = own_names(run.models["site_0"].tensors)
+    assert tensors["body.weight"].dtype == torch.float64
+    assert tensors["count"].item() == 1e8 + ROUNDS * EPOCHS
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.bfloat16])
+@pytest.mark.parametrize("is_function", [False, True])
+def test_types_that_cannot_be_sent_are_refused(kind: torch.dtype, is_function: bool) -> None:
+    def make() -> nn.Module:
+        module = Habits(frozenset())
+        module.spectrum = nn.Parameter(torch.ones(3, dtype=kind))
+        return module
+
+    with pytest.raises(UserError, match=r"'spectrum' has the unsupported type torch\."):
+        clients = [hfl.Client("site_0", make if is_function else make(), DATA["site_0"])]
+        hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg())
+
+
+class ExtraState(Habits):
+    """A module whose `state_dict` has an entry that is not a tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"version": 1}
+
+
+def test_extra_state_of_a_module_is_accepted() -> None:
+    run = train(ExtraState(frozenset()), hfl.FedAvg(), "serial")
+
+    assert run.summary["rounds_completed"] == ROUNDS
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_lazy_layers_and_compiled_modules_are_refused_in_one_line() -> None:
+    def make_lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(WIDTH), nn.LazyBatchNorm1d(), nn.Linear(WIDTH, WIDTH))
+
+    traced = torch.jit.trace(nn.Linear(WIDTH, WIDTH), torch.zeros(2, WIDTH))  # type: ignore[no-untyped-call]
+    compiled = nn.Sequential(traced, nn.Linear(WIDTH, WIDTH))
+    for model, message in [(make_lazy, "lazy layers"), (compiled, "compiled to TorchScript")]:
+        with pytest.raises(UserError, match=message):
+            hfl.Federation([hfl.Client("site_0", model, DATA["site_0"])], test=TEST).prepare(
+                hfl.FedAvg()
+            )
 
 
 def test_functions_of_one_source_text_start_with_their_own_weights() -> None:

@@ -252,11 +252,13 @@ def _describe_module(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     tensors = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     opaque: list[int] = []
+    known = {id(part): type(part).__qualname__ for part in module.modules()}
+    known |= {id(parameter): name for name, parameter in module.named_parameters()}
     attributes = {}
     for path, part in module.named_modules():
         own = {name: value for name, value in vars(part).items() if name not in MODULE_ATTRIBUTES}
         buffers = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
-        attributes[path] = describe_value({**own, **buffers}, opaque, set())
+        attributes[path] = describe_value({**own, **buffers}, opaque, known)
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}", tuple(opaque)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import enum
-import functools
 import hashlib
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -55,6 +54,14 @@ def state_tensors(module: nn.Module) -> dict[str, Tensor]:
     for found in named_state(module):
         first.setdefault(id(found.tensor), (found.name, found.tensor))
     return dict(first.values())
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """Return the name in `state_tensors` of each name of a parameter or persistent buffer."""
+    first: dict[int, str] = {}
+    return {
+        found.name: first.setdefault(id(found.tensor), found.name) for found in named_state(module)
+    }
 
 
 class NamedTensor(NamedTuple):
@@ -159,29 +166,33 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 class ModuleSnapshot:
-    """The buffers and attributes of a module at one moment, to which it can be restored.
-
-    Parameters are not included, because a forward pass does not change them.
+    """The state and the attributes of a module at one moment, to which it can be restored.
 
     Args:
         module: The module.
-        buffers: Whether to include buffers. Default: True.
+        tensors: Whether to include parameters and buffers. Default: True.
     """
 
-    def __init__(self, module: nn.Module, buffers: bool = True) -> None:
+    def __init__(self, module: nn.Module, tensors: bool = True) -> None:
         self._module = module
-        self._has_buffers = buffers
+        self._has_tensors = tensors
+        self._registered: dict[int, Any] = {id(part): part for part in module.modules()}
+        for _, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            self._registered[id(tensor)] = tensor
+        self._known = {key: str(key) for key in self._registered}
         self._records = {
-            name: (owner, key, _copy(owner[key]), _content(owner[key]))
+            name: (owner, key, self._copy(owner[key]), self._content(owner[key]))
             for name, owner, key in self._places()
         }
 
     def _places(self) -> Iterator[tuple[str, dict[str, Any], str]]:
-        """Yield name, dictionary and key of each buffer, submodule and attribute."""
+        """Yield name, dictionary and key of each parameter, buffer, submodule and attribute."""
         for path, part in self._module.named_modules():
             prefix = f"{path}." if path else ""
             owners: list[Any] = [part.__dict__, part._modules]
-            for owner in [*owners, part._buffers] if self._has_buffers else owners:
+            for owner in [*owners, part._parameters, part._buffers][
+                : 4 if self._has_tensors else 2
+            ]:
                 for key in owner:
                     if owner is not part.__dict__ or key not in MODULE_ATTRIBUTES:
                         yield prefix + key, owner, key
@@ -194,69 +205,70 @@ class ModuleSnapshot:
             for name in now.keys() | self._records.keys()
             if name not in now
             or name not in self._records
-            or not _is_equal(_content(now[name]), self._records[name][3])
+            or not _is_equal(self._content(now[name]), self._records[name][3])
         }
 
-    def tensor_kind(self, name: str) -> Any:
+    def tensor_kind(self, name: str) -> tuple[torch.Size, torch.dtype] | None:
         """Return shape and dtype of a tensor, or None if there is no tensor of this name."""
         content = self._records[name][3] if name in self._records else None
         return (content.shape, content.dtype) if isinstance(content, Tensor) else None
 
     @torch.no_grad()
     def restore(self, names: Collection[str]) -> None:
-        """Restore some of the buffers, submodules and attributes. What is new is removed."""
+        """Restore some of the tensors, submodules and attributes. What is new is removed."""
         new = [place for place in self._places() if place[0] not in self._records]
         for name, owner, key in new:
             if name in names:
                 del owner[key]
         for name in names & self._records.keys():
             owner, key, value, content = self._records[name]
-            if isinstance(value, Tensor):
-                owner[key] = value.detach().copy_(content) if value.is_leaf else content
+            if isinstance(value, Tensor) and value.is_leaf:
+                value.data.copy_(content)
+                owner[key] = value
             else:
-                owner[key] = _copy(value)
+                owner[key] = content if isinstance(value, Tensor) else self._copy(value)
 
+    def _copy(self, value: Any) -> Any:
+        """Copy a container or another object, but no tensor or module of the module in it."""
+        if isinstance(value, (Tensor, nn.Module, *PLAIN_TYPES)):
+            return value
+        try:
+            return copy.deepcopy(value, dict(self._registered))
+        # Any object may refuse.
+        except Exception:
+            return value
 
-def _copy(value: Any) -> Any:
-    """Copy a container or another object, but not a tensor or module."""
-    if isinstance(value, (Tensor, nn.Module, *PLAIN_TYPES)):
-        return value
-    try:
-        return copy.deepcopy(value)
-    # Any object may refuse.
-    except Exception:
-        return value
-
-
-def _content(value: Any) -> Any:
-    """Return a copy of a tensor, and a description of any other value."""
-    try:
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        if not isinstance(value, nn.Module):
-            opaque: list[int] = []
-            return f"{type(value)} {describe_value(value, opaque, set())} {opaque}"
-    # Any object may refuse, such as a tensor that escaped from `vmap`. Without its content, only
-    # another object is noticed.
-    except Exception:
-        pass
-    return id(value)
+    def _content(self, value: Any) -> Any:
+        """Return a copy of a tensor, and a description of any other value."""
+        try:
+            if isinstance(value, Tensor):
+                return value.detach().clone()
+            if not isinstance(value, nn.Module):
+                opaque: list[int] = []
+                return f"{type(value)} {describe_value(value, opaque, self._known)} {opaque}"
+        # Any object may refuse, such as a tensor that escaped from `vmap`. Without its content,
+        # only another object is noticed.
+        except Exception:
+            pass
+        return id(value)
 
 
 def describe_value(  # noqa: PLR0911
-    value: Any, opaque: list[int], parents: set[int]
+    value: Any, opaque: list[int], known: dict[int, str]
 ) -> str:
-    """Describe an attribute of a module, including the content of tensors and containers.
+    """Describe an attribute of a module, including the content of tensors and other objects.
 
     Args:
         value: The attribute.
         opaque: List to which the ids of objects are appended that cannot be described.
-        parents: Ids of the objects that contain the value.
+        known: Descriptions of objects whose content does not count, keyed by id.
     """
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
     is_importable = "<" not in name and not name.startswith("__main__")
     if isinstance(value, PLAIN_TYPES):
         return repr(value)
+    if id(value) in known:
+        return known[id(value)]
     if isinstance(value, GENERATORS):
         return _describe_generator(value)
     if isinstance(value, torch.Tensor):
@@ -267,16 +279,17 @@ def describe_value(  # noqa: PLR0911
         return f"{shape} {hashlib.sha256(raw.numpy().tobytes()).hexdigest()}"
     if hasattr(value, "__qualname__") and is_importable:
         return name
-    # Submodules are described by their own attributes.
-    if not isinstance(value, nn.Module) and id(value) not in parents:
-        content = _parts_of(value)
-        if content is None:
-            opaque.append(id(value))
-        else:
-            inner = {*parents, id(value)}
-            parts = (describe_value(each, opaque, inner) for each in content)
-            return f"{type(value).__qualname__}({', '.join(parts)})"
-    return type(value).__qualname__
+    content = _parts_of(value)
+    if content is None:
+        opaque.append(id(value))
+        return type(value).__qualname__
+    # An object that contains itself is not described again.
+    known[id(value)] = type(value).__qualname__
+    try:
+        parts = [describe_value(each, opaque, known) for each in content]
+    finally:
+        del known[id(value)]
+    return f"{type(value).__qualname__}({', '.join(parts)})"
 
 
 def _parts_of(value: Any) -> Sequence[Any] | None:
@@ -287,11 +300,15 @@ def _parts_of(value: Any) -> Sequence[Any] | None:
         return sorted(value, key=repr)
     if isinstance(value, list | tuple):
         return value
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if not callable(value) and hasattr(value, "__dict__"):
-        return _parts_of(vars(value))
-    return None
+    try:
+        # From protocol 5 on, arrays return buffers in place of their content.
+        reduced = value.__reduce_ex__(4)
+    # Any object may refuse to be pickled.
+    except Exception:
+        return None
+    if isinstance(reduced, str):
+        return [reduced]
+    return [list(part) if isinstance(part, Iterator) else part for part in reduced[1:]]
 
 
 def _describe_generator(generator: Any) -> str:
@@ -307,47 +324,45 @@ def _describe_generator(generator: Any) -> str:
 def _is_equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same_kind = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-        return same_kind and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+        return same_kind and bool(((a == b) | (a.isnan() & b.isnan())).all())
     return type(a) is type(b) and bool(a == b)
 
 
 @dataclass(frozen=True)
 class ForwardWrites:
-    """Names of the state and the caches that a forward pass writes in training mode.
+    """Names of the state and the caches that a forward pass writes.
 
     Args:
-        tensors: Names of the buffers and attributes that are state of the module.
-        carried: Those of `tensors` that `state_dict` does not contain: attributes, and buffers that
-            are not persistent.
-        caches: Names of the attributes and of the buffers that are not persistent that no later
-            pass depends on, such as the features of the last batch.
+        tensors: Names of the parameters, buffers and attributes that are state of the module.
+        attributes: Those of `tensors` that are attributes.
+        caches: Names of the attributes that no later pass depends on, such as the features of the
+            last batch.
     """
 
     tensors: frozenset[str] = frozenset()
-    carried: frozenset[str] = frozenset()
+    attributes: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
 
 
 def observe_forward(module: nn.Module, shape: Shape) -> ForwardWrites:
-    """Find out what the forward pass of a module writes in training mode.
+    """Find out what the forward pass of a module writes, by calls with random examples.
 
-    A copy of the module computes random examples. What a pass writes outside of `state_dict` is
-    state if the next pass depends on it, and a cache otherwise.
+    Written attributes are state if they are tensors of constant shape and type, and caches if the
+    next pass does not depend on any of them.
 
     Args:
-        module: The module.
+        module: The module, which is changed.
         shape: Shape of an example.
 
     Returns:
-        The names of what is written. Nothing is found if the module cannot be copied or does not
-        accept the examples, which training will report.
+        The names of what is written. Nothing is found if the module does not accept the examples,
+        which training will report.
 
     Raises:
-        ModelError: If state is not a tensor of constant shape and type.
+        ModelError: If other state is written.
     """
     try:
-        module = copy.deepcopy(module).train()
-        return _observe_copy(module, shape.random(2), shape.random(2, seed=1))
+        return _observe(module, shape.random(2), shape.random(2, seed=1), shape.random(3))
     except ModelError:
         raise
     # A module of unknown origin may raise any exception.
@@ -355,35 +370,49 @@ def observe_forward(module: nn.Module, shape: Shape) -> ForwardWrites:
         return ForwardWrites()
 
 
-def _observe_copy(module: nn.Module, first: Tensor, second: Tensor) -> ForwardWrites:
+def _observe(module: nn.Module, first: Tensor, second: Tensor, larger: Tensor) -> ForwardWrites:
+    names = first_names(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            # Attributes that are computed from parameters are then written, too.
+            parameter.mul_(1.01)
     start = ModuleSnapshot(module)
-    _outputs(module, first)
+    _outputs(module.train(), first)
     after = ModuleSnapshot(module)
     written = start.changes()
-    persistent = written & state_tensors(module).keys()
-    others = written - persistent
-    start.restore(written)
-    outputs = _outputs(module, second)
-    fresh = ModuleSnapshot(module)
+    _outputs(module, larger)
+    last = ModuleSnapshot(module)
 
-    def is_read(name: str) -> bool:
-        """Return whether a pass depends on what an earlier pass wrote under a name."""
-        start.restore(start.changes())
-        after.restore({name})
+    def outputs_without(dropped: Collection[str]) -> list[Tensor]:
+        """Return the outputs of two further passes, without what was written under some names."""
+        after.restore(after.changes())
+        start.restore(dropped)
+        return [*_outputs(module.eval(), second), *_outputs(module.train(), second)]
+
+    outputs = outputs_without(())
+    later = ModuleSnapshot(module)
+
+    def is_read(dropped: Collection[str]) -> bool:
+        """Return whether a pass depends on what an earlier pass wrote under some names."""
         try:
-            same = all(map(_is_equal, outputs, _outputs(module, second)))
-        # Other names that belong to this one were not written.
+            same = all(map(_is_equal, outputs, outputs_without(dropped)))
+        # Other names that belong to these were not dropped.
         except Exception:
             return True
-        return not same or bool(fresh.changes())
+        return not same or bool(later.changes())
 
-    carried = {name for name in others if is_read(name)}
-    for name in sorted(persistent | carried):
-        kind = start.tensor_kind(name)
-        if kind is None or kind != after.tensor_kind(name):
-            raise ModelError(_describe_lost_state(module, name))
+    kinds = {name: {each.tensor_kind(name) for each in (start, after, last)} for name in written}
+    tensors = {name for name in written if len(kinds[name]) == 1 and None not in kinds[name]}
+    others = written - tensors
+    lost = sorted(others & names.keys()) or (sorted(others) if others and is_read(others) else [])
+    if lost:
+        raise ModelError(
+            _describe_lost_state(module, next((n for n in lost if is_read({n})), lost[0]))
+        )
     return ForwardWrites(
-        frozenset(persistent | carried), frozenset(carried), frozenset(others - carried)
+        frozenset(names.get(name, name) for name in tensors),
+        frozenset(tensors - names.keys()),
+        frozenset(others),
     )
 
 
@@ -408,17 +437,26 @@ def _describe_lost_state(module: nn.Module, name: str) -> str:
     )
 
 
-def carry_state(module: nn.Module, names: Collection[str]) -> None:
-    """Make attributes and buffers of a module persistent buffers.
+def carry_state(module: nn.Module, attributes: Collection[str]) -> None:
+    """Make all buffers of a module persistent, and attributes that are tensors buffers.
 
     Args:
         module: The module.
-        names: Names of attributes that are tensors, and of buffers.
+        attributes: Names of the attributes.
     """
-    for name in names:
+    for part in module.modules():
+        part._non_persistent_buffers_set.clear()
+    for name in attributes:
         path, _, key = name.rpartition(".")
         part = module.get_submodule(path)
-        if key in part._buffers:
-            part._non_persistent_buffers_set.discard(key)
-        else:
-            part.register_buffer(key, part.__dict__.pop(key))
+        part.register_buffer(key, part.__dict__.pop(key))
+
+
+def state_outside(module: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers that `state_dict` does not contain."""
+    return frozenset(
+        f"{path}.{key}" if path else key
+        for path, part in module.named_modules()
+        for key in part._non_persistent_buffers_set
+        if part._buffers[key] is not None
+    )

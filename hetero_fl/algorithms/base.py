@@ -326,7 +326,10 @@ class Algorithm(Settings):
         if not shares_whole_model or len(server.models) != 1:
             return None
         (slot,) = server.models
-        return None if changing_local_names(self, server.arch[slot]) else slot
+        arch = server.arch[slot]
+        # Whether a model writes tensors is found out by running it, so only if necessary.
+        is_complete = not arch.local_names or arch.local_names.isdisjoint(arch.written_names)
+        return slot if is_complete and not _excluded_names(self, arch) else None
 
 
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
@@ -445,13 +448,6 @@ def _excluded_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
     return names if local == "batch_norm" else names - arch.parameter_names
 
 
-def changing_local_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
-    """Return those of `local_tensor_names` that training changes."""
-    local = arch.local_names
-    # Whether a model writes tensors is found out by running it, so only if necessary.
-    return _excluded_names(method, arch) | (local & arch.written_names if local else local)
-
-
 def shareable_tensors(
     method: Algorithm, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
 ) -> Tensors:
@@ -479,7 +475,11 @@ def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
     slot = shared_part_of(method).slot
     settings = client.settings
     replaced = download_part(method, settings, 0) if settings.share_every == 1 else ()
-    local = changing_local_names(method, client.arch[slot])
+    arch = client.arch[slot]
+    local = _excluded_names(method, arch)
+    if arch.local_names:
+        # Frozen parameters are equal for all clients, unless the forward pass writes them.
+        local |= arch.local_names - (arch.parameter_names - arch.written_names)
     own = client.models[slot]
     kept = exclude_part(own, replaced) | {n: t for n, t in own.items() if n in local}
     models = {**client.models, slot: kept}

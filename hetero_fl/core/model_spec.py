@@ -22,7 +22,14 @@ from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 from model_zoo.generators import keyed_generators
 from model_zoo.given_models import GivenModel, forgets_models
 from model_zoo.heads import check_training
-from model_zoo.module_state import ForwardWrites, carry_state, observe_forward, state_tensors
+from model_zoo.module_state import (
+    ForwardWrites,
+    carry_state,
+    first_names,
+    observe_forward,
+    state_outside,
+    state_tensors,
+)
 from model_zoo.registry import MODELS, is_user_defined
 from model_zoo.shapes import Shape, make_shape
 
@@ -126,7 +133,8 @@ class ModelSpec:
             ModelError: If the model cannot be created.
         """
         module = _create(self, pretrained, seed)
-        carry_state(module, _unknown_writes(self).carried)
+        if is_user_defined(self.name):
+            carry_state(module, _observe(self).attributes)
         return module
 
     def build_given(self, given: GivenModel) -> Tensors:
@@ -136,7 +144,7 @@ class ModelSpec:
             ModelError: If the module has another architecture.
         """
         model = given.build(self.shape)
-        carry_state(model, _unknown_writes(self).carried)
+        carry_state(model, _observe(self).attributes)
         return {n: t.detach() for n, t in state_tensors(model).items()}
 
     def initial_tensors(self, seed: int) -> Tensors:
@@ -173,28 +181,32 @@ class ModelSpec:
         return _measure(self).parameters
 
     @property
+    def trained_names(self) -> frozenset[str]:
+        """Names of the parameters that the model has not frozen."""
+        return _measure(self).trained
+
+    @property
     def written_names(self) -> frozenset[str]:
-        """Names of the buffers that the forward pass writes in training mode."""
+        """Names of the tensors that the forward pass writes."""
         return _observe(self).tensors
 
     @property
     def local_names(self) -> frozenset[str]:
         """Names of the tensors that clients do not share.
 
-        Of the tensors that the forward pass writes, these are attributes, buffers that are not
+        Of a user's model, these are attributes that the forward pass writes, buffers that are not
         persistent, and integers, which an average of `state_dict` leaves out. Counters of BatchNorm
         layers that use a momentum are not listed, because nothing depends on them. With
         `shares_trained_only`, these are all tensors except trained parameters.
         """
-        measured = _measure(self)
         if self.shares_trained_only:
-            return frozenset(measured.shapes) - measured.trained
-        return measured.local
+            return frozenset(self.shapes) - self.trained_names
+        return _measure(self).local
 
     @property
     def cached_names(self) -> frozenset[str]:
         """Names of attributes that the forward pass writes and no later pass depends on."""
-        return _unknown_writes(self).caches
+        return _observe(self).caches
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -285,8 +297,12 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
     tensors = state_tensors(module)
     layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
     counters = {f"{path}.num_batches_tracked" for path, m in layers if m.momentum is not None}
-    writes = _unknown_writes(arch)
-    integers = {n for n in writes.tensors if not tensors[n].is_floating_point()}
+    local: set[str] = set()
+    # Models of libraries keep all state in `state_dict`.
+    if is_user_defined(arch.name):
+        first = first_names(module)
+        local = {first[n] for n in state_outside(_create(arch)) | _observe(arch).attributes}
+        local |= {n for n, tensor in tensors.items() if not tensor.is_floating_point()}
     return _ModelProperties(
         frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
         frozenset(n for n, t in tensors.items() if t.requires_grad),
@@ -294,7 +310,7 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
         module.head_path,
         {n: tuple(t.shape) for n, t in tensors.items()},
         frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),
-        (writes.carried | integers) - counters,
+        frozenset(local - counters),
     )
 
 
@@ -312,12 +328,9 @@ def _create(arch: ModelSpec, pretrained: bool = False, seed: int = 0) -> SplitMo
 @forgets_models
 @lru_cache(maxsize=256)
 def _observe(arch: ModelSpec) -> ForwardWrites:
-    return observe_forward(_create(arch), arch.shape)
-
-
-def _unknown_writes(arch: ModelSpec) -> ForwardWrites:
-    """Return what a user's model writes. Models of libraries keep all state in `state_dict`."""
-    return _observe(arch) if is_user_defined(arch.name) else ForwardWrites()
+    module = _create(arch)
+    carry_state(module, ())
+    return observe_forward(module, arch.shape)
 
 
 @forgets_models

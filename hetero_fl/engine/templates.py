@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +101,12 @@ def mixes_rows(arch: ModelSpec, training: bool) -> bool:
     """Return whether the outputs for a row depend on the other rows of the batch.
 
     In training mode, BatchNorm layers use statistics of the batch. User-defined models, which may
-    compute other statistics, are tried.
+    compute other statistics or keep them for later passes, are tried.
     """
     if not is_user_defined(arch.name):
         return training and has_batch_norm(arch)
-    _, channels, size, _ = arch.size_arguments
-    return mixes_examples(arch.build(), make_shape(channels, size, arch.vocabulary), training)
+    keeps_state = training and bool(arch.written_names | arch.local_names)
+    return keeps_state or mixes_examples(arch.build(), arch.shape, training)
 
 
 def training_flops(client_info: ClientInfo) -> float:
@@ -198,15 +199,14 @@ class Template:
         # Names in `tensors` of all names of the module and of the head.
         self._names = {t.name: first[id(t.tensor)] for t in named_state(self.module)}
         self._head_names = {t.name: first[id(t.tensor)] for t in named_state(self.module.head)}
-        # The dictionary that contains each buffer, because a forward pass may replace buffers.
-        self._buffers = {
-            t.name: (t.part._buffers, t.key)
+        # The dictionary that contains each tensor, because a forward pass may replace buffers.
+        self._places: dict[str, tuple[dict[str, Any], str]] = {
+            t.name: (t.part._parameters if t.key in t.part._parameters else t.part._buffers, t.key)
             for t in named_state(self.module)
-            if not isinstance(t.tensor, nn.Parameter)
         }
         # Models of libraries do not write attributes.
         is_known = not is_user_defined(arch.name)
-        self._attributes = None if is_known else ModuleSnapshot(self.module, buffers=False)
+        self._attributes = None if is_known else ModuleSnapshot(self.module, tensors=False)
         self._released: set[str] = set()
         # cuDNN expects the weights of a recurrent layer in one block of memory, so
         # `release_tensors` returns copies of the module's tensors.
@@ -232,7 +232,7 @@ class Template:
         """
         if self._attributes is not None:
             self._attributes.restore(self._attributes.changes())
-        for name, (owner, key) in self._buffers.items():
+        for name, (owner, key) in self._places.items():
             owner[key] = self.tensors[self._names[name]]
         for name, mine in self.tensors.items():
             if tensors[name] is mine:
@@ -278,21 +278,29 @@ class Template:
 
     def _written_tensors(self, trained: Collection[str]) -> Mapping[str, Tensor]:
         """Return the module's tensors after its forward pass may have replaced buffers."""
-        buffers = {name: owner[key] for name, (owner, key) in self._buffers.items()}
         tensors: Tensors = {}
-        for name, mine in self.tensors.items():
-            tensor = buffers.get(name, mine)
+        for name, (owner, key) in self._places.items():
+            tensor: Any = owner.get(key)
+            mine = self.tensors[self._names[name]]
+            is_parameter = isinstance(mine, nn.Parameter)
+            if tensor is not tensors.setdefault(self._names[name], tensor) or (
+                is_parameter and tensor is not mine
+            ):
+                what = "a parameter" if is_parameter else "a buffer of several names"
+                raise UserError(
+                    f"{self._describe(name)} is {what}, but replaced in training; change it in "
+                    "place"
+                )
             if tensor is None or (tensor.shape, tensor.dtype) != (mine.shape, mine.dtype):
                 raise UserError(
                     f"{self._describe(name)} changes its shape or type in training; a buffer must "
                     f"stay a tensor of shape {tuple(mine.shape)} and type {mine.dtype}"
                 )
-            if isinstance(mine, nn.Parameter) and mine.requires_grad is not (name in trained):
+            if is_parameter and mine.requires_grad is not (self._names[name] in trained):
                 raise UserError(
                     f"{self._describe(name)} changes its requires_grad in training; freeze "
                     "parameters in __init__ or in train()"
                 )
-            tensors[name] = tensor
         if unexpected := self.written_attributes() - self.arch.cached_names:
             raise UserError(
                 f"{self._describe(min(unexpected))} changes in training and would be lost; keep it "
@@ -321,7 +329,7 @@ class Template:
             used = {name: tensors[first] for name, first in self._names.items()}
             # `functional_call` finds tied weights by itself, but not those of shared submodules.
             outputs: Outputs = functional_call(self.module, used, (x,), tie_weights=False)
-            for name in self._buffers:
+            for name in self._places:
                 if used[name] is not tensors[self._names[name]]:
                     raise RuntimeError(f"its forward pass assigns the buffer '{name}'")
             return outputs

@@ -21,7 +21,7 @@ from typing_extensions import override
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Batch, ModelViews
-from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.participant import Columns, Participant, select_part
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, SampledBatches, Step
 from hetero_fl.core.stored_rows import targets
 from hetero_fl.data.federated_data import PUBLIC
@@ -457,7 +457,10 @@ class PrivacyBackend(PrivacyLedger):
         except DivergedError as failure:
             return failure
         for slot in step.train:
-            _check_unchanged(participant.arch[slot], before[slot], participant.models[slot])
+            arch, after = participant.arch[slot], participant.models[slot]
+            noised = select_part(after, step.train[slot]).keys() & arch.trained_names
+            others = {name: t for name, t in after.items() if name not in noised}
+            _check_unchanged(arch, before[slot], others)
         # The true loss has no noise and must not be released.
         return replace(report, loss=math.nan)
 
@@ -489,9 +492,9 @@ class PrivacyBackend(PrivacyLedger):
 def _check_unchanged(
     arch: ModelSpec, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> None:
-    """Check that training has changed parameters only, to whose gradients it adds noise."""
+    """Check that training has not changed tensors to whose gradients it adds no noise."""
     for name, tensor in after.items():
-        if name not in arch.parameter_names and not torch.equal(tensor, before[name]):
+        if not torch.equal(tensor, before[name]):
             raise UserError(
                 f"privacy.unit=record: the forward pass of model {arch.display_name} writes "
                 f"'{name}' from private rows without noise; choose a model that changes in "

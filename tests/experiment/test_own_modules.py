@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +41,7 @@ HABITS = [
     *("tied", "tied_head", "shared_layer", "frozen", "frozen_by_train"),
     *("assigned", "in_place", "counter", "attribute", "attribute_in_place"),
     *("not_persistent", "cache", "batch_norm", "spectral_norm"),
+    *("recurrent", "for_evaluation", "written_rarely", "written_parameter"),
 ]
 
 
@@ -73,6 +75,15 @@ class Habits(nn.Module):
         else:
             self.register_buffer("peak", torch.zeros(WIDTH))
         self.register_buffer("steps", torch.tensor(0))
+        self.low = torch.zeros(WIDTH)
+        if "written_rarely" in habits:
+            del self.low
+            # It changes for negative values only.
+            self.register_buffer("low", torch.zeros(WIDTH), persistent=False)
+        self.mean = torch.zeros(WIDTH)
+        self.average = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
+        if "recurrent" in habits:
+            self.memory = nn.LSTM(1, WIDTH, batch_first=True)
         self.last: Tensor | None = None
 
     def train(self, mode: bool = True) -> Habits:
@@ -81,14 +92,29 @@ class Habits(nn.Module):
             self.second.bias.requires_grad_(False)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.habits & {"assigned", "attribute", "not_persistent"}:
-            self.center = 0.5 * self.center + 0.5 * x.detach().mean(0)
-        if self.training and self.habits & {"in_place", "attribute_in_place"}:
-            self.peak.copy_(torch.maximum(self.peak, x.detach().amax(0)))
-        if self.training and "counter" in self.habits:
+    def write(self, x: Tensor) -> None:
+        """Write state from rows."""
+        if self.habits & {"assigned", "attribute", "not_persistent"}:
+            self.center = 0.5 * self.center + 0.5 * x.mean(0)
+        if self.habits & {"in_place", "attribute_in_place"}:
+            self.peak.copy_(torch.maximum(self.peak, x.amax(0)))
+        if "counter" in self.habits:
             self.steps += 1
-        x = (x - self.center) / (1 + self.peak) * (1 + self.steps / 10)
+        if "written_rarely" in self.habits:
+            self.low = torch.minimum(self.low, x.amin(0))
+        if "written_parameter" in self.habits:
+            self.average.data.mul_(0.5).add_(0.5 * x.mean(0))
+        if "for_evaluation" in self.habits:
+            self.mean = x.mean(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.write(x.detach())
+        else:
+            x = x - self.mean
+        x = (x - self.center) / (1 + self.peak) * (1 + self.steps / 10) + self.low - self.average
+        if "recurrent" in self.habits:
+            x = x + self.memory(x[:, :, None])[0][:, -1]
         x = self.first(x).tanh()
         if "used_twice" in self.habits:
             x = F.linear(x, self.first.weight, self.second.bias)
@@ -115,7 +141,7 @@ TEST = rows(16, 9)
 
 def local_names(habits: frozenset[str]) -> set[str]:
     """Names of the state that stays at a client in FedAvg."""
-    return {"steps", "last", "norm.num_batches_tracked"} | {
+    return {"steps", "low", "mean", "last", "norm.num_batches_tracked"} | {
         name
         for name, reasons in {
             "center": {"attribute", "not_persistent"},
@@ -220,7 +246,8 @@ COMBINATIONS = {
     "tied": ["tied", "assigned", "frozen", "counter"],
     "tied_head": ["tied_head", "attribute", "in_place", "cache"],
     "shared_layer": ["shared_layer", "not_persistent", "frozen_by_train", "batch_norm"],
-    "in_place": ["attribute_in_place", "spectral_norm"],
+    "in_place": ["attribute_in_place", "spectral_norm", "for_evaluation"],
+    "recurrent": ["recurrent", "written_rarely", "written_parameter"],
 }
 
 
@@ -266,6 +293,18 @@ def test_local_client_does_not_change_because_another_client_exists(
         assert torch.equal(tensor, together.models["site_0"].tensors[name]), name
 
 
+class Total:
+    """A callable object with a value."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def __call__(self) -> float:
+        return self.value
+
+
 class Counter(nn.Module):
     """A classifier that keeps state where no federation finds it."""
 
@@ -278,13 +317,18 @@ class Counter(nn.Module):
         self.center: Tensor | None = None
         self.seen: list[float] = []
         self.noise = np.random.default_rng(0)
+        self.recent: deque[float] = deque(maxlen=9)
+        self.table = np.zeros(1)
+        self.total = Total()
+        self.bias = 0.0
         self.register_buffer("queue", torch.zeros(0, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.change(self)
         center = x.mean(0) if self.center is None else self.center
-        scale = 1 + self.calls + len(self.seen) + len(self.queue)
+        scale = 1 + self.calls + len(self.seen) + len(self.queue) + len(self.recent)
+        scale = scale + self.table.item() + self.total() + (0 if self.training else self.bias)
         return self.out(self.body(x - center).tanh() * scale)  # type: ignore[no-any-return]
 
 
@@ -304,6 +348,22 @@ def remember(module: Any) -> None:
     module.seen.append(0.5)
 
 
+def append(module: Any) -> None:
+    module.recent.append(0.5)
+
+
+def write(module: Any) -> None:
+    module.table += 1
+
+
+def add(module: Any) -> None:
+    module.total.value += 1
+
+
+def assign(module: Any) -> None:
+    module.bias = 0.5
+
+
 def enqueue(module: Any) -> None:
     module.queue = torch.cat([module.queue, torch.zeros(1, WIDTH)])
 
@@ -316,6 +376,10 @@ def replace_layer(module: Any) -> None:
     module.body = nn.Linear(WIDTH, WIDTH)
 
 
+def replace_parameter(module: Any) -> None:
+    module.body.bias = nn.Parameter(0.5 * module.body.bias)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -323,9 +387,14 @@ def replace_layer(module: Any) -> None:
         (follow, "center"),
         (draw, "noise"),
         (remember, "seen"),
+        (append, "recent"),
+        (write, "table"),
+        (add, "total"),
+        (assign, "bias"),
         (enqueue, "queue"),
         (freeze, "body.weight"),
         (replace_layer, "body"),
+        (replace_parameter, "body.bias"),
     ],
 )
 @pytest.mark.parametrize("executor", ["serial", "batched"])
@@ -514,14 +583,17 @@ def test_layer_that_backbone_and_head_share_is_averaged(method: hfl.Algorithm) -
     assert all(torch.equal(weight, weights[0]) for weight in weights)
 
 
-WRITTEN = ["assigned", "in_place", "attribute", "attribute_in_place", "not_persistent"]
+WRITTEN = [
+    *("assigned", "in_place", "attribute", "attribute_in_place", "not_persistent"),
+    *("for_evaluation", "written_parameter"),
+]
 
 
 @pytest.mark.parametrize("habit", WRITTEN)
 def test_private_records_refuse_state_that_is_written_from_rows(habit: str) -> None:
     privacy = hfl.Privacy(noise_multiplier=5.0, delta=1e-4)
 
-    with pytest.raises(UserError, match=r"writes 'backbone\.(center|peak)' from rows") as caught:
+    with pytest.raises(UserError, match=r"writes 'backbone\.\w+' from rows") as caught:
         train(Habits(frozenset([habit])), hfl.FedAvg(), "serial", privacy=privacy)
 
     assert "privacy.unit=record" in str(caught.value) and "\n" not in str(caught.value)

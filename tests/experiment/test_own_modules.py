@@ -75,11 +75,8 @@ class Habits(nn.Module):
         else:
             self.register_buffer("peak", torch.zeros(WIDTH))
         self.register_buffer("steps", torch.tensor(0))
-        self.low = torch.zeros(WIDTH)
-        if "written_rarely" in habits:
-            del self.low
-            # It changes for negative values only.
-            self.register_buffer("low", torch.zeros(WIDTH), persistent=False)
+        # It changes for negative values only.
+        self.register_buffer("low", torch.zeros(WIDTH), "written_rarely" not in habits)
         self.mean = torch.zeros(WIDTH)
         self.average = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
         if "recurrent" in habits:
@@ -141,11 +138,12 @@ TEST = rows(16, 9)
 
 def local_names(habits: frozenset[str]) -> set[str]:
     """Names of the state that stays at a client in FedAvg."""
-    return {"steps", "low", "mean", "last", "norm.num_batches_tracked"} | {
+    return {"steps", "mean", "last", "norm.num_batches_tracked"} | {
         name
         for name, reasons in {
             "center": {"attribute", "not_persistent"},
             "peak": {"attribute_in_place"},
+            "low": {"written_rarely"},
         }.items()
         if habits & reasons
     }

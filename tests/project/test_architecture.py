@@ -35,7 +35,7 @@ PACKAGES = (
     "deployment",
     "cli",
 )
-MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 15, 735, 360
+MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 15, 750, 360
 # One module per method or group of similar methods.
 WIDE_FOLDERS = {"algorithms"}
 TEST_FOLDERS = {

@@ -290,14 +290,14 @@ def split(
     if not names:
         raise UserError("split: clients: expected at least one client, got none")
     named = {"name": data} if isinstance(data, str) else data
-    label = column_name(label)
+    named_label = column_name(label)
     patient = column_name(patient)
-    _check_columns(named, "split: ", label, patient)
+    _check_columns(named, "split: ", named_label, patient)
     if is_source(named):
         root = Path(DataConfig().root).expanduser()
         dataset = load_source(SourceConfig.model_validate(named), root)
     else:
-        dataset = to_dataset(data, "data", label, patient=patient, task=task)
+        dataset = to_dataset(data, "data", named_label, patient=patient, task=task)
     kind = getattr(task, "kind", task)
     if kind not in (None, dataset.task.kind):
         raise UserError(f"split: task: expected {dataset.task.kind} as in the data, got {kind}")

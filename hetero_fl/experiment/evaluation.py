@@ -84,7 +84,7 @@ def evaluate(
         >>> sorted(scores["server"])[:3]
         ['accuracy', 'auroc', 'average_precision']
     """
-    label = column_name(label)
+    named_label = column_name(label)
     run = Run.open(run, allow_code)
     models = run.load_models(client)
     if isinstance(data, str | Path):
@@ -92,9 +92,9 @@ def evaluate(
         CodePermission.from_argument(allow_code).check_caller_references(
             find_references({"--data": title})
         )
-        dataset = load_as(run, title, label, models)
+        dataset = load_as(run, title, named_label, models)
     else:
-        dataset = from_objects(run, data, label, models)
+        dataset = from_objects(run, data, named_label, models)
         title = dataset.name
     # A named source without a test split is split as in a federation. The name of the run's source
     # takes precedence over a file, as in `load_as`.

@@ -63,15 +63,19 @@ def write_states(states: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def own_generators() -> Iterator[None]:
-    """Seed all global generators with 0 inside the `with` block, and restore them afterwards.
+def own_generators(seed: int = 0, device: torch.device = CPU) -> Iterator[None]:
+    """Seed all global generators inside the `with` block, and restore those of the CPU afterwards.
 
     A block around a run makes the `brief` blocks inside it fast (see `keyed_generators`).
+
+    Args:
+        seed: A non-negative integer.
+        device: Device whose generator is seeded, too.
     """
     states = read_states()
     token = _is_inside.set(True)
     try:
-        seed_generators(0)
+        seed_generators(seed, device)
         yield
     finally:
         _is_inside.reset(token)
@@ -106,16 +110,18 @@ def keyed_generators(
     """
     cpu = torch.get_rng_state()
     accelerator = _accelerator_state(device)
-    with nullcontext() if brief and _is_inside.get() else own_generators():
-        try:
+    is_nested = brief and _is_inside.get()
+    try:
+        if is_nested:
             seed_generators(seed, device)
+        with nullcontext() if is_nested else own_generators(seed, device):
             yield
-        finally:
-            torch.set_rng_state(cpu)
-            if accelerator is not None and device.type == "cuda":
-                torch.cuda.set_rng_state(accelerator, device)
-            elif accelerator is not None:
-                torch.mps.set_rng_state(accelerator)
+    finally:
+        torch.set_rng_state(cpu)
+        if accelerator is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(accelerator, device)
+        elif accelerator is not None:
+            torch.mps.set_rng_state(accelerator)
 
 
 def _accelerator_state(device: torch.device) -> torch.Tensor | None:

@@ -99,8 +99,8 @@ def _split_classifier(
         )
     parameters = list(module.parameters())
     if has_parts:
-        split = SplitModel(module.backbone, module.head)
-        changed = _logits_of_other_weights(module, module.head, parameters, shape)
+        split = SplitModel(module.get_submodule("backbone"), module.get_submodule("head"))
+        changed = _logits_of_other_weights(module, split.head, parameters, shape)
         if _has_logits(split, logits, changed, parameters, shape):
             split.set_source(module, "head")
             return split

@@ -25,7 +25,7 @@ from hetero_fl.algorithms.local_training import (
     objective_context,
     subtract_log_prior,
 )
-from hetero_fl.algorithms.prototypes import require_linear_head
+from hetero_fl.algorithms.prototypes import require_linear_head, require_sent_state
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import (
@@ -101,6 +101,7 @@ class Ensemble(Local):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         for profile in clients.profiles:
+            require_sent_state(profile.first, profile.arch)
             if profile.settings.prior_correction:
                 require_linear_head(profile.first, profile.arch)
         return super().configure(clients)

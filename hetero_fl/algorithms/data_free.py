@@ -27,7 +27,7 @@ from hetero_fl.algorithms.base import (
 )
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import local_fit
-from hetero_fl.algorithms.prototypes import CommonHead
+from hetero_fl.algorithms.prototypes import CommonHead, require_sent_state
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import (
     GeneratedFeatures,
@@ -200,6 +200,7 @@ class Dense(DataFreeDistillation):
                 "algorithm.name: dense cannot generate tokens; choose another method for text"
             )
         for profile in clients.profiles:
+            require_sent_state(profile.first, profile.arch)
             own = profile.arch.input_shape
             shape = arch.input_shape
             if not is_convertible(shape, own):

@@ -116,6 +116,18 @@ def require_linear_head(client_id: str, arch: ModelSpec) -> None:
         )
 
 
+def require_sent_state(client_id: str, arch: ModelSpec) -> None:
+    """Raise UserError if training changes integers of a model, which clients do not send."""
+    written = (arch.local_names & arch.written_names) - arch.batch_norm_names
+    initial = arch.initial_tensors(0)
+    if lost := sorted(n for n in written if not initial[n].is_floating_point()):
+        raise UserError(
+            f"clients: {client_id}: model: this method evaluates models of other clients, but "
+            f"clients do not send integers, such as '{lost[0]}', which training changes; keep it "
+            "as a floating-point number"
+        )
+
+
 # Margin by which the logit of a class without a prototype is lower than the lowest logit of all
 # other classes. The probability of such a class is smaller by a factor of e^-20.
 MISSING_PROTOTYPE_MARGIN = 20.0

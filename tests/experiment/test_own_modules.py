@@ -581,6 +581,18 @@ def test_layer_that_backbone_and_head_share_is_averaged(method: hfl.Algorithm) -
     assert all(torch.equal(weight, weights[0]) for weight in weights)
 
 
+@pytest.mark.parametrize("method", [hfl.Ensemble(), hfl.Dense()])
+def test_members_with_integers_that_training_changes_are_refused(method: hfl.Algorithm) -> None:
+    with pytest.raises(UserError, match=r"do not send integers, such as 'backbone\.steps'"):
+        train(Habits(frozenset(["counter"])), method, "serial")
+
+
+def test_members_with_counters_of_batch_norm_are_evaluated() -> None:
+    run = train(Habits(frozenset(["batch_norm", "in_place"])), hfl.Ensemble(), "serial")
+
+    assert run.summary["rounds_completed"] == ROUNDS
+
+
 WRITTEN = [
     *("assigned", "in_place", "attribute", "attribute_in_place", "not_persistent"),
     *("for_evaluation", "written_parameter"),

@@ -30,6 +30,8 @@ T = TypeVar("T")
 MIN_PROBABILITY = 1e-12
 # Minimum number of examples with which a user's loss is examined.
 TRIAL_EXAMPLES = 8
+# Number of examples of a batch of which a loss may leave out a part.
+TRIAL_BATCH = 64
 # The fractional parts of multiples of an irrational number are spread evenly between 0 and 1.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -320,7 +322,8 @@ class LossFunction:
         if isinstance(self.function, nn.Module):
             # The weights of classes are tensors of the loss.
             self.function.to(logits.device)
-        losses = self.function(logits, y)
+        # A loss may change its arguments in place.
+        losses = self.function(logits.clone(), y)
         if not isinstance(losses, Tensor):
             raise TypeError(f"the loss must be a tensor, got {type(losses).__name__}")
         if losses.ndim and len(losses) != len(logits):
@@ -336,20 +339,20 @@ class LossFunction:
 
         This does not hold for class weights with the reduction `mean`, whose denominator is the sum
         of the weights, for `ignore_index` of a class, and for the reduction `sum`. The result
-        follows from the losses of pairs of examples, in which all classes occur.
+        follows from the losses of pairs of examples, in which all classes occur, and of a batch.
         """
-        count = self.task.outputs if self.task.kind == "multiclass" else TRIAL_EXAMPLES
-        z, y = self._examples([0])
+        classes = self.task.outputs if self.task.kind == "multiclass" else 0
+        pairs = [[0, i] for i in range(1, max(classes, TRIAL_EXAMPLES))]
+        batches = [*pairs, [*range(max(classes, TRIAL_BATCH))]]
         try:
-            first = self.total(z, y)
-            for i in range(1, max(count, TRIAL_EXAMPLES)):
-                mean = (first + self.total(*self._examples([i]))) / 2
-                if not torch.allclose(self.total(*self._examples([0, i])), mean, rtol=1e-4):
-                    return False
+            each = torch.stack([self.total(*self._examples([i])) for i in batches[-1]])
+            return all(
+                torch.allclose(self.total(*self._examples(batch)), each[batch].mean(), rtol=1e-4)
+                for batch in batches
+            )
         # A user's function may raise any exception.
         except Exception:
             return False
-        return True
 
     @cached_property
     def needs_log_probabilities(self) -> bool:

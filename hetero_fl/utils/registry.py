@@ -217,6 +217,8 @@ def import_reference(
         )
     accepted = [] if takes is None else [f"a function of ({takes}) that '{module_name}' defines"]
     accepted += [f"a subclass of {base.__module__}.{base.__qualname__}"] if base is not None else []
+    if takes is not None and hasattr(found, "forward"):
+        accepted += [f"an object; pass an object of the class, {name}(...)"]
     raise UserError(f"{where}: '{reference}' is not {' or '.join(accepted)}")
 
 

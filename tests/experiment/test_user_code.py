@@ -217,7 +217,7 @@ def fail_on_many(predictions: Tensor, y: Tensor) -> float:
 MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "loss has too few values": (
         UserError,
-        r"clients: 'site_1': objective: .*one value per example, shape \(4,\), got shape \(2,\)",
+        r"clients: 'site_1': objective: .*one value per example, shape \(16,\), got shape \(2,\)",
         lambda: train(federation(objective=lambda z, y: smoothed_loss(z, y)[:2])),
     ),
     "loss fails": (UserError, "objective: 'column'", lambda: train(federation(objective=fail))),

@@ -64,6 +64,12 @@ def spread_loss(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(logits, y) + logits.var(0).mean().sqrt()
 
 
+def trimmed_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the mean without the largest quarter, which is empty for fewer than four rows."""
+    each = functional.cross_entropy(logits, y, reduction="none").sort().values
+    return each[: len(each) - len(each) // 4].mean()
+
+
 MULTICLASS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weights": nn.CrossEntropyLoss(weight=WEIGHT),
     "ignored class": nn.CrossEntropyLoss(ignore_index=1),
@@ -75,6 +81,8 @@ MULTICLASS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "partial": partial(functional.cross_entropy, weight=WEIGHT),
     "mean": functional.cross_entropy,
     "spread": spread_loss,
+    "trimmed": trimmed_loss,
+    "in place": lambda z, y: functional.cross_entropy(z.div_(0.5), y),
 }
 MULTILABEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "positive weights": nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
@@ -256,6 +264,39 @@ class Centered(nn.Module):
         return functional.cross_entropy(logits - self.center, y)
 
 
+class CenteredFunction:
+    """A loss with a running mean that is no module."""
+
+    def __init__(self) -> None:
+        self.center = torch.zeros(CLASSES)
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        if len(logits) > 10:
+            self.center += logits.detach().mean(0)
+        return functional.cross_entropy(logits - self.center, y)
+
+
+class Wrapped(nn.Module):
+    """A loss that contains a loss with a running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Centered()
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.inner(logits, y)  # type: ignore[no-any-return]
+
+
+def counting_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    calls: list[int] = []
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        calls.append(1)
+        return functional.cross_entropy(logits, y) / len(calls)
+
+    return loss
+
+
 def trained_loss() -> nn.Module:
     loss = nn.CrossEntropyLoss()
     loss.scale = nn.Parameter(torch.ones(()))
@@ -284,7 +325,25 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"objective": trained_loss()},
         {},
     ),
+    "trimmed": (
+        r"objective: class_weights needs a loss that is the mean",
+        {"objective": trimmed_loss, "class_weights": "balanced"},
+        {},
+    ),
     "changing loss": ("loss changes its attribute 'center'", {"objective": Centered()}, {}),
+    "changing part": ("changes its attribute 'inner.center'", {"objective": Wrapped()}, {}),
+    "changing object": ("changes its attribute 'center'", {"objective": CenteredFunction()}, {}),
+    "changing variable": ("changes its attribute 'calls'", {"objective": counting_loss()}, {}),
+    "no gradient": (
+        r"objective: the loss has no gradient; .* detach\(\)",
+        {"objective": lambda z, y: functional.cross_entropy(z.detach(), y)},
+        {},
+    ),
+    "class": (
+        r"pass an object of the class, CrossEntropyLoss\(\.\.\.\)",
+        {"objective": nn.CrossEntropyLoss},
+        {},
+    ),
     "probabilities": (
         "objective: .*between 0 and 1",
         {"objective": lambda z, y: functional.binary_cross_entropy(z, functional.one_hot(y) * 1.0)},
@@ -316,6 +375,20 @@ class TrainingSoftmax(nn.Softmax):
         return super().forward(x) if self.training else x
 
 
+class Exponential(nn.Module):
+    """A softmax that overflows for large inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp() / x.exp().sum(-1, keepdim=True)
+
+
+class HalfLogSoftmax(nn.LogSoftmax):
+    """Outputs that are negative but no log-probabilities."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
 @pytest.mark.parametrize(
     ("last", "objective", "words"),
     [
@@ -327,6 +400,8 @@ class TrainingSoftmax(nn.Softmax):
         (nn.LogSoftmax(-1), nn.CrossEntropyLoss(weight=WEIGHT), "are log-probabilities"),
         (nn.LogSoftmax(-1), nn.NLLLoss(weight=WEIGHT), ""),
         (nn.ReLU(), None, ""),
+        (Exponential(), None, "are probabilities"),
+        (HalfLogSoftmax(-1), None, ""),
     ],
     ids=lambda value: getattr(type(value), "__name__", None),
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +25,14 @@ from hetero_fl.federation.federation import FederationSpec, load_metric
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.text import Caution, prefix_note
 from model_zoo.generators import keyed_generators
+from model_zoo.module_state import MODULE_ATTRIBUTES, describe_value
 from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
 
 TRIAL_ROWS = 4
 """Number of examples with which user-defined functions are called."""
+STATE_TYPES = (Tensor, int, float, list, dict, set)
+"""Types of attributes and variables in which a loss may keep state."""
 LOGITS = "logits"
 PROBABILITIES = "probabilities"
 LOG_PROBABILITIES = "log-probabilities"
@@ -98,8 +103,16 @@ def _check_loss(
         # Logits are negative and positive.
         logits = logits + torch.arange(loss.task.outputs) - 0.5
     try:
-        if isinstance(loss.function, nn.Module):
-            _check_state(replace(loss, function=copy.deepcopy(loss.function)), logits, y)
+        is_module = isinstance(loss.function, nn.Module)
+        trial = replace(loss, function=copy.deepcopy(loss.function)) if is_module else loss
+        _check_state(
+            trial, logits.repeat_interleave(TRIAL_ROWS, 0), y.repeat_interleave(TRIAL_ROWS, 0)
+        )
+        if not loss.total(logits.requires_grad_(), y).requires_grad:
+            raise ValueError(
+                "the loss has no gradient; compute it from the logits with operations of torch, "
+                "without detach(), item() or numpy()"
+            )
         loss.each(logits, y, separate=settings.class_weights is not None)
         for setting in [name for name, value in needs_rows.items() if value]:
             if not loss.is_mean_of_examples:
@@ -114,22 +127,41 @@ def _check_loss(
 
 
 def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
-    """Check that a call of a loss does not change a tensor or number of its module."""
-
-    def state() -> dict[str, Tensor]:
-        module = cast("nn.Module", loss.function)
-        plain = {n: v for n, v in vars(module).items() if isinstance(v, Tensor | int | float)}
-        values = {**plain, **module.state_dict()}
-        return {name: torch.as_tensor(value).clone() for name, value in values.items()}
-
-    before = state()
+    """Check that a call of a loss changes neither its attributes nor variables that it uses."""
+    before = _state_of(loss.function)
     loss.total(logits, y)
-    for name, value in state().items():
-        if name not in before or not torch.equal(value, before[name]):
+    for name, value in _state_of(loss.function).items():
+        if before.get(name) != value:
             raise ValueError(
                 f"the loss changes its attribute '{name}', which clients would share; compute the "
                 "loss from logits and targets only"
             )
+
+
+def _state_of(function: Any) -> dict[str, str]:
+    """Describe the attributes of a loss, or the variables that a function reads."""
+    if isinstance(function, functools.partial):
+        return _state_of(function.func)
+    if isinstance(function, nn.Module):
+        values = {
+            f"{path}.{name}".removeprefix("."): value
+            for path, part in function.named_modules()
+            for name, value in {**vars(part), **part._parameters, **part._buffers}.items()
+            if name not in MODULE_ATTRIBUTES
+        }
+    elif inspect.isfunction(function):
+        variables = inspect.getclosurevars(function)
+        values = {**variables.globals, **variables.nonlocals}
+    else:
+        owner = function.__self__ if inspect.ismethod(function) else function
+        values = dict(getattr(owner, "__dict__", {}))
+    inner = {n: _state_of(v) for n, v in values.items() if isinstance(v, nn.Module)}
+    # Objects of other types may refer to the whole program.
+    content = {n: v for n, v in values.items() if isinstance(v, STATE_TYPES)}
+    return {
+        **{name: describe_value(value, [], {}) for name, value in content.items()},
+        **{f"{n}.{k}": text for n, state in inner.items() for k, text in state.items()},
+    }
 
 
 def output_kinds(arch: ModelSpec) -> list[str]:
@@ -147,13 +179,15 @@ def output_kinds(arch: ModelSpec) -> list[str]:
         x = x.uniform_() if x.is_floating_point() else x.random_(1, arch.vocabulary)
         head = list(model.head.parameters())
         changed = head or list(model.parameters())
-        for parameter in changed:
-            parameter.normal_(std=1e6 if head else 1.0)
+        outputs: list[list[Tensor]] = []
         try:
-            outputs = [[model.train(mode)(x).logits for mode in (True, False)]]
             for parameter in changed:
-                parameter.neg_()
-            outputs.append([model.train(mode)(x).logits for mode in (True, False)])
+                parameter.normal_(std=1e6 if head else 1.0)
+            # Weights of size 1, because exp() of large outputs is infinite.
+            for factor in (1.0, -1.0, -1e-6, -1.0) if head else (1.0, -1.0):
+                for parameter in changed:
+                    parameter.mul_(factor)
+                outputs.append([model.train(mode)(x).logits for mode in (True, False)])
         # Errors of models are reported where models are created.
         except Exception:
             return [LOGITS, LOGITS]
@@ -161,6 +195,9 @@ def output_kinds(arch: ModelSpec) -> list[str]:
 
 
 def _output_kind(outputs: Tensor) -> str:
+    outputs = outputs[outputs.isfinite().all(-1)]
+    if not len(outputs):
+        return LOGITS
     if bool(outputs.any() and ((outputs >= 0) & (outputs <= 1)).all()):
         return PROBABILITIES
     sums = outputs.exp().sum(-1)

@@ -187,6 +187,10 @@ class Template:
         device = memory.device
         self.module = arch.build().to(device)
         self.has_dropout = use_keyed_dropout(self.module, dropout or DropoutStreams(device))
+        for layer in self.module.modules():
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+                # Fused optimizers need dense gradients, whose steps are the same.
+                layer.sparse = False
         if precision == "bfloat16":
             _use_bfloat16(self.module, device)
         if prefers_channels_last(arch):

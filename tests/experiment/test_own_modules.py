@@ -696,6 +696,30 @@ def test_hooks_change_gradients_as_in_plain_torch(
     check_equals_reference(run, reference)
 
 
+class SparseEmbedding(nn.Module):
+    """A module whose embedding has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, WIDTH, sparse=True)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = (x * 3 + 10).long().clamp(0, 19)
+        return self.out(self.embedding(codes).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_sparse_embedding_gives_the_result_of_plain_torch(executor: str, float64: None) -> None:
+    module = SparseEmbedding()
+    reference = Reference(module, list(DATA))
+    reference.run(local=None)
+
+    run = train(module, hfl.Local(), executor)
+
+    check_equals_reference(run, reference)
+
+
 class Permuted(nn.Module):
     """A class that draws an integer buffer, which is not transmitted."""
 

@@ -32,7 +32,6 @@ from hetero_fl.utils.errors import UserError
 from model_zoo.module_state import load_state
 from tests.helpers.python_federations import NO_REPORT
 
-EXECUTORS = ["serial", "batched", "processes", pytest.param("ray", marks=pytest.mark.slow)]
 ROUNDS = 2
 EPOCHS = 2
 LEARNING_RATE = 0.1
@@ -254,18 +253,25 @@ def draw_habits(seed: int) -> list[str]:
     return rng.sample(HABITS, rng.randint(2, 6))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+# Executors with processes start slowly, so each of them trains some of the combinations.
+CASES = [
+    *((name, executor) for name in COMBINATIONS for executor in ("serial", "batched")),
+    *((name, "processes") for name in ("tied", "recurrent")),
+    pytest.param("tied_head", "ray", marks=pytest.mark.slow),
+    *(
+        pytest.param(f"drawn_{seed}", executor, marks=pytest.mark.slow)
+        for seed in range(8)
+        for executor in ("serial", "batched")
+    ),
+]
+
+
 @pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
-@pytest.mark.parametrize(
-    "habits",
-    [
-        *(pytest.param(habits, id=name) for name, habits in COMBINATIONS.items()),
-        *(pytest.param(draw_habits(i), id=f"{i}", marks=pytest.mark.slow) for i in range(8)),
-    ],
-)
+@pytest.mark.parametrize(("name", "executor"), CASES)
 def test_own_module_gives_the_result_of_plain_torch(
-    habits: list[str], method: hfl.Algorithm, executor: str, float64: None
+    name: str, executor: str, method: hfl.Algorithm, float64: None
 ) -> None:
+    habits = COMBINATIONS.get(name) or draw_habits(int(name.removeprefix("drawn_")))
     # Modules with parametrizations cannot be pickled.
     sends_modules = executor in ("processes", "ray")
     chosen = frozenset(habits) - ({"spectral_norm"} if sends_modules else set())

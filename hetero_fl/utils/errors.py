@@ -307,8 +307,11 @@ def user_code_place(error: BaseException) -> str | None:
     Returns:
         A text such as `my_method.py:12, in train`, or None if there is no such line.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in frames[-1:] if isinstance(error, SystemExit) else reversed(frames):
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if isinstance(error, SystemExit):
+        # Packages such as wandb replace `sys.exit` with a function of the name `exit`.
+        frames = [frame for frame in frames if frame.name != "exit"][-1:]
+    for frame in reversed(frames):
         if not frame.filename.startswith(_LIBRARY_PREFIXES):
             return f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return None

@@ -111,7 +111,7 @@ def test_predict_matches_columns_by_name(
     for wrong, words in (
         (frame.rename(columns={"b": "bb"}), "predict: x: unknown column 'bb'; did you mean 'b'"),
         (frame[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),
-        (frame.assign(b="much"), "predict: x: b: expected an array of numbers"),
+        (frame.assign(b="much"), "predict: x: column 'b': expected numbers, got text"),
         *(
             []
             if "missing" in view

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,7 +195,16 @@ def test_callbacks_run_after_the_metrics_are_written(tmp_path: Path) -> None:
     assert [r.get("global") is not None for r in records] == [False, True, True]
 
 
-def test_callback_that_exits_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_callback_that_exits_is_reported(
+    is_replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_replaced:
+        library: dict[str, object] = {"leave": sys.exit}
+        text = "def exit(code):\n    leave(code)\n"
+        exec(compile(text, sysconfig.get_path("purelib") + "/library.py", "exec"), library)
+        monkeypatch.setattr(sys, "exit", library["exit"])
+
     def callback(record: dict) -> None:
         sys.exit(3)
 

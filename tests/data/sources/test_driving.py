@@ -177,7 +177,7 @@ SMALL = {"height": 8, "width": 12, "gap": 2}
         (
             ("car", "truck"),
             {"proxy": {"size": 60}},
-            "group 'car' .* keeps sequences of 50 frames together; choose a smaller number than "
+            "group 'car' .* keeps sequences of 50 frames together\\); choose a smaller number than "
             r"data\.proxy\.size=60, or set data\.proxy\.source",
         ),
         (

@@ -452,8 +452,8 @@ def carry_state(module: nn.Module, attributes: Collection[str]) -> None:
         part.register_buffer(key, part.__dict__.pop(key))
 
 
-def state_outside(module: nn.Module) -> frozenset[str]:
-    """Return the names of the buffers that `state_dict` does not contain."""
+def non_persistent_names(module: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers that are not persistent."""
     return frozenset(
         f"{path}.{key}" if path else key
         for path, part in module.named_modules()

@@ -26,8 +26,8 @@ from model_zoo.module_state import (
     ForwardWrites,
     carry_state,
     first_names,
+    non_persistent_names,
     observe_forward,
-    state_outside,
     state_tensors,
 )
 from model_zoo.registry import MODELS, is_user_defined
@@ -301,7 +301,7 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
     # Models of libraries keep all state in `state_dict`.
     if is_user_defined(arch.name):
         first = first_names(module)
-        local = {first[n] for n in state_outside(_create(arch)) | _observe(arch).attributes}
+        local = {first[n] for n in non_persistent_names(_create(arch)) | _observe(arch).attributes}
         local |= {n for n, tensor in tensors.items() if not tensor.is_floating_point()}
     return _ModelProperties(
         frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -307,13 +308,14 @@ def user_code_place(error: BaseException) -> str | None:
     Returns:
         A text such as `my_method.py:12, in train`, or None if there is no such line.
     """
-    frames = list(traceback.extract_tb(error.__traceback__))
+    codes = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SystemExit):
-        # Packages such as wandb replace `sys.exit` with a function of the name `exit`.
-        frames = [frame for frame in frames if frame.name != "exit"][-1:]
-    for frame in reversed(frames):
-        if not frame.filename.startswith(_LIBRARY_PREFIXES):
-            return f"{frame.filename}:{frame.lineno}, in {frame.name}"
+        # Packages such as wandb replace `sys.exit` with a function of their own.
+        replacement = getattr(sys.exit, "__code__", None)
+        codes = [(code, line) for code, line in codes if code is not replacement][-1:]
+    for code, line in reversed(codes):
+        if not code.co_filename.startswith(_LIBRARY_PREFIXES):
+            return f"{code.co_filename}:{line}, in {code.co_name}"
     return None
 
 

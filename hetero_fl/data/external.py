@@ -395,7 +395,7 @@ def _load_unlabeled_file(config: SourceConfig) -> tuple[Column, tuple[str, ...]]
 
         where = f"path: {path}"
         categories = config.categories or {}
-        frame = normalize_frame(read_frame(path, categories), where)
+        frame = normalize_frame(read_frame(path, (), categories), where, categories)
         frame, _ = decimal_commas(frame, where, categories)
         x, columns, _ = features(frame, where, [], categories)
         return x, columns

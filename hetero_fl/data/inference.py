@@ -76,10 +76,10 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
         parse_numbers,
     )
 
-    frame = normalize_frame(frame, WHERE)
+    categories = dict(model.categories)
+    frame = normalize_frame(frame, WHERE, categories)
     names = list(frame.columns)
     known = model.columns
-    categories = dict(model.categories)
     encoded = ColumnLayout(known, categories=model.categories).encoded_columns
     readable = [*known, *categories]
     absent = [n for n in view.names(known) if n not in names and encoded.get(n) not in names]

@@ -15,7 +15,9 @@ import hetero_fl as hfl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import join_images_and_table
 from hetero_fl.data.external import load_unlabeled
+from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import to_dataset
+from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.utils.errors import UserError
 
 
@@ -182,3 +184,38 @@ def test_backslash_in_double_quotes_is_refused(
 
     with pytest.raises(UserError, match=r"write / or .* instead"):
         hfl.load_config(path)
+
+
+def test_listed_categories_are_no_missing_values(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"test": ["+", "?"] * 10, "grade": ["1", "NA"] * 10, "sick": [0, 1] * 10})
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    listed = {"test": ("+", "?"), "grade": ("1", "NA")}
+    config = SourceConfig(
+        name="table", path=str(tmp_path / "table.csv"), label="sick", categories=listed
+    )
+
+    from_file = load_source(config, tmp_path)
+    from_frame = to_dataset(frame, "data", "sick", categories=listed)
+
+    expected = torch.eye(2).repeat(10, 2)
+    assert torch.equal(from_file.train.x, expected)
+    assert torch.equal(from_frame.train.x, expected)
+
+
+def test_declared_categories_keep_their_order_and_those_without_rows() -> None:
+    declared = {
+        "dose": pd.Categorical(["low", "high"] * 10, categories=["low", "mid", "high"]),
+        "stage": pd.Categorical(["2", "1"] * 10, categories=["2", "1"]),
+        "test": pd.Categorical(["?", "+"] * 10, categories=["?", "+"]),
+    }
+    frame = pd.DataFrame({**declared, "sick": [0, 1] * 10})
+    site = frame[frame.dose == "low"]
+
+    datasets = FederationDatasets(
+        [hfl.Client("a", "linear", frame), hfl.Client("b", "linear", site)], {}, "sick"
+    ).datasets
+
+    expected = pd.get_dummies(site.drop(columns="sick"), prefix_sep="=").astype(np.float32)
+    own = datasets["clients: 'b': data"]
+    assert own.columns == tuple(expected.columns)
+    assert np.array_equal(own.train.x.numpy(), expected.to_numpy())

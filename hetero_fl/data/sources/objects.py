@@ -165,7 +165,7 @@ def to_examples(
         )
         from hetero_fl.data.sources.table_files import features
 
-        frame = normalize_frame(data, where)
+        frame = normalize_frame(data, where, categories)
         owners = [] if patient is None else [patient]
         rest, _ = decimal_commas(frame.drop(columns=owners), where, tuple(categories or ()))
         x, columns, _ = features(rest, where, [], categories)

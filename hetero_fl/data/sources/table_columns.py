@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -62,12 +62,17 @@ ID_NAME = re.compile(
 """Pattern of names of columns that identify patients."""
 
 
-def normalize_frame(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+def normalize_frame(
+    frame: pd.DataFrame, where: str, categories: Mapping[str, Collection[str]] | None = None
+) -> pd.DataFrame:
     """Return a data frame with text as names of columns and rows that are numbered from 0.
+
+    Markers of missing values become NaN, unless they are listed or declared as categories.
 
     Args:
         frame: Data frame that a program passes. It is not changed.
         where: Name of the data frame, for error messages.
+        categories: Text columns to one-hot encode, with their values.
 
     Raises:
         UserError: If two columns have the same name.
@@ -77,22 +82,24 @@ def normalize_frame(frame: pd.DataFrame, where: str) -> pd.DataFrame:
             raise UserError(f"{where}: column '{name}' occurs {count} times")
     frame = frame.rename(columns=str).reset_index(drop=True)
     for name in filter(lambda name: is_text(frame[name]), frame.columns):
-        frame[name] = _without_markers(frame[name])
+        frame[name] = _without_markers(frame[name], (categories or {}).get(name, ()))
     return frame
 
 
-def _without_markers(column: pd.Series) -> pd.Series:
+def _without_markers(column: pd.Series, categories: Collection[str]) -> pd.Series:
     """Return a text column in which markers of missing values are NaN.
 
     `?` is such a marker in every column, the other markers only among numbers, because a minus sign
-    is also a result of a test.
+    is also a result of a test. If the column has `categories`, all markers but these are missing.
     """
     column = column.mask(column.map(lambda cell: cell is np.ma.masked).astype(bool))
     text = column.map(lambda cell: cell.strip().lower() if isinstance(cell, str) else None)
-    marked = text.map(MARKERS.__contains__).astype(bool)
+    is_listed = column.astype(object).map(lambda cell: str(cell).strip() in categories)
+    marked = text.map(MARKERS.__contains__).astype(bool) & ~is_listed.astype(bool)
     rest = column[~marked & column.notna()].astype(str)
     is_number = pd.to_numeric(rest, errors="coerce").notna() | rest.str.fullmatch(COMMA)
-    return column.mask(marked if len(rest) and is_number.all() else (text == "?").astype(bool))
+    has_markers = bool(categories) or (len(rest) > 0 and is_number.all())
+    return column.mask(marked if has_markers else marked & (text == "?"))
 
 
 def decimal_commas(
@@ -254,10 +261,28 @@ def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...
             is_categorical(frame[name])
             and parse_numbers(frame[name], where, [], CATEGORICAL) is None
         ):
-            values = column_as_text(frame[name]).dropna().unique().tolist()
+            values = category_values([frame[name]])
             if 0 < len(values) < MANY_CATEGORIES:
-                categories[name] = tuple(natural_order(values))
+                categories[name] = values
     return categories
+
+
+def category_values(columns: Sequence[pd.Series]) -> tuple[str, ...]:
+    """Return the values of a categorical column in several tables.
+
+    Values that all tables declare with the categorical dtype of pandas keep their order. They need
+    not occur, unless there are `MANY_CATEGORIES`.
+    """
+    are_declared = all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns)
+    found: dict[str, None] = {}
+    for column in columns:
+        values = column
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            is_short = len(column.cat.categories) < MANY_CATEGORIES
+            used = column if is_short else column.cat.remove_unused_categories()
+            values = used.cat.categories.to_series()
+        found |= dict.fromkeys(column_as_text(values).dropna().tolist())
+    return tuple(found if are_declared else natural_order(found))
 
 
 def metadata_array(column: pd.Series) -> np.ndarray:
@@ -326,7 +351,7 @@ def strip_text(column: pd.Series, where: str) -> pd.Series:
     Raises:
         UserError: If a value is missing.
     """
-    if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
+    if is_categorical(column):
         text = column.astype(object).map(
             lambda value: value.strip() if isinstance(value, str) else value
         )
@@ -356,10 +381,10 @@ def first_missing_value(column: pd.Series, where: str) -> str | None:
 
 
 def is_text(column: pd.Series) -> bool:
-    """Return whether a column contains text or other objects."""
-    return not types.is_numeric_dtype(column) and (
-        types.is_object_dtype(column) or types.is_string_dtype(column)
-    )
+    """Return whether a column contains text or other objects, but is no Categorical."""
+    if isinstance(column.dtype, pd.CategoricalDtype) or types.is_numeric_dtype(column):
+        return False
+    return types.is_object_dtype(column) or types.is_string_dtype(column)
 
 
 def is_categorical(column: pd.Series) -> bool:

@@ -32,6 +32,7 @@ from hetero_fl.data.registry import TABLE_SUFFIXES
 from hetero_fl.data.sources.table_columns import (
     CATEGORICAL,
     MANY_CATEGORIES,
+    category_values,
     check_columns,
     column_as_text,
     decimal_commas,
@@ -46,7 +47,6 @@ from hetero_fl.data.sources.table_columns import (
     parse_numbers,
 )
 from hetero_fl.utils.errors import UserError, suggest_file
-from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list, prefix_note
 
 SEPARATORS = {",": "commas", ";": "semicolons", "|": "vertical bars", "\t": "tabs"}
@@ -57,12 +57,15 @@ SAVED_INDEX = re.compile(r"Unnamed: \d+(?:\.\d+)?|level_\d+|__index_level_\d+__"
 """Names under which pandas saves and reads an index without a name."""
 
 
-def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
+def read_frame(
+    path: Path, names: Iterable[str | None] = (), categories: Iterable[str] = ()
+) -> pd.DataFrame:
     """Read a CSV, TSV or Parquet file.
 
     Args:
         path: File to read.
         names: Columns to read as text if they exist, so that site 01 does not become 1.
+        categories: Columns to read as text in which `NA` and `None` may be categories.
 
     Raises:
         UserError: If the file cannot be read.
@@ -81,9 +84,15 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
             return pd.read_parquet(path).rename(columns=str)
         separator = "\t" if kind == ".tsv" else _detect_separator(path)
         _check_cells(path, separator)
-        return pd.read_csv(
+        frame = pd.read_csv(
             path, sep=separator, low_memory=False, dtype=dict.fromkeys(filter(None, names), str)
         )
+        listed = frame.columns.intersection(list(categories)).tolist()
+        if listed:
+            frame[listed] = pd.read_csv(
+                path, sep=separator, usecols=listed, dtype=str, keep_default_na=False
+            )[listed]
+        return frame
     except ImportError as error:
         raise UserError(
             f"{where}: Parquet files need pyarrow; run pip install 'hetero_fl[parquet]'"
@@ -186,7 +195,7 @@ def read_table(
     """
     where = f"path: {path}" if isinstance(path, Path) else path
     title = path.name if isinstance(path, Path) else path
-    frame = normalize_frame(frame, where)
+    frame = normalize_frame(frame, where, categories)
     labels = label_columns(frame, label)
     owners = {
         key: column
@@ -331,7 +340,7 @@ def shared_categories(
     Raises:
         UserError: If a column is text in one table and numeric in another.
     """
-    texts: dict[str, dict[str, None]] = {}
+    texts: dict[str, list[pd.Series]] = {}
     place_of: dict[str, str] = {}
     numeric: dict[str, str] = {}
     for place, own in columns.items():
@@ -339,9 +348,7 @@ def shared_categories(
         for column in own:
             name = str(column.name)
             if is_categorical(column) and parse_numbers(column, where, [], CATEGORICAL) is None:
-                texts.setdefault(name, {}).update(
-                    dict.fromkeys(column_as_text(column).dropna().tolist())
-                )
+                texts.setdefault(name, []).append(column)
                 place_of.setdefault(name, place)
             elif types.is_numeric_dtype(column) and column.notna().any():
                 numeric.setdefault(name, place)
@@ -352,11 +359,8 @@ def shared_categories(
                 f"{place_of[name]}: column '{name}' is text, but numeric for {other}; list its "
                 "values in data.categories"
             )
-    return {
-        name: tuple(natural_order(values))
-        for name, values in texts.items()
-        if len(values) < MANY_CATEGORIES
-    }
+    categories = {name: category_values(own) for name, own in texts.items()}
+    return {name: values for name, values in categories.items() if len(values) < MANY_CATEGORIES}
 
 
 def _feature_columns(source: SourceConfig, place: str) -> list[pd.Series]:

@@ -22,7 +22,7 @@ def table(config: SourceConfig, _root: Path) -> Dataset:
     from hetero_fl.data.sources.table_files import read_frame, read_table
 
     path = Path(str(config.path)).expanduser()
-    frame = read_frame(path, (config.group, config.patient, *(config.categories or ())))
+    frame = read_frame(path, (config.group, config.patient), config.categories or ())
     if config.label is None:
         columns = ", ".join(frame.columns[:20])
         raise UserError(f"label: missing; set the column of the labels, choose from {columns}")

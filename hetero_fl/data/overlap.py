@@ -119,17 +119,18 @@ def notes_on_equal_rows(
     equal = EqualRows(selections, dataset.pixel_range)
     notes = _notes_on_clients(equal, config, private, sources, advice)
     for name, rows in public.items():
+        compared = equal
         x = rows.examples.x
         if name == "proxy" and isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point():
             # Columns without any value in the public set are not compared.
             empty = x[rows.rows].isnan().all(0)
             if len(rows.rows) and bool(empty.any()):
-                equal = EqualRows(selections, kept=~empty)
+                compared = EqualRows(selections, kept=~empty)
         separate = set(sources)
         if name == "proxy" and config.proxy.source is not None:
             separate |= {*private, *public}
         notes += _notes_on_patients(name, rows, private, separate)
-        found = _equal_to_public(equal, name, private, public, separate)
+        found = _equal_to_public(compared, name, private, public, separate)
         if found:
             listed = format_list((f"{count:,} of {t}" for t, count in found.items()), MAX_LISTED)
             is_separate = any(_title(other) in found for other in separate)

@@ -134,26 +134,37 @@ def test_same_name_of_another_folder_is_no_overlap(tmp_path: Path) -> None:
     assert shared(divide({"path": main}, {"path": own})) == []
 
 
-def test_columns_without_public_values_are_not_compared(tmp_path: Path) -> None:
-    x = np.arange(400.0).reshape(200, 2)
+def notes_with_public_column(folder: Path, x: np.ndarray) -> list[str]:
+    """Divide a table of two columns, of which a public file has the first; return the notes."""
     rows = [f"{a},{b},{i % 2},site_{i % 4 // 2}\n" for i, (a, b) in enumerate(x)]
-    (tmp_path / "main.csv").write_text("x,z,y,site\n" + "".join(rows))
-    (tmp_path / "public.csv").write_text("x,z\n" + "".join(f"{a},\n" for a, _ in x))
-    source = {"name": "table", "path": str(tmp_path / "public.csv")}
+    (folder / "main.csv").write_text("x,z,y,site\n" + "".join(rows))
+    (folder / "public.csv").write_text("x,z\n" + "".join(f"{a},\n" for a, _ in x))
+    source = {"name": "table", "path": str(folder / "public.csv")}
     main = DataConfig.model_validate(
         {
             "name": "table",
-            "path": str(tmp_path / "main.csv"),
+            "path": str(folder / "main.csv"),
             "label": "y",
             "group": "site",
             "proxy": {"source": source},
         }
     )
     client = ClientSettings.model_validate({"preprocess": {"missing": "indicate"}})
+    clients = {"site_0": client, "site_1": client}
+    return shared(federate(load_source(main, HERE), main, clients, seed=0).notes)
 
-    data = federate(load_source(main, HERE), main, {"site_0": client, "site_1": client}, seed=0)
 
-    assert len(shared(data.notes)) == 1
+def test_columns_without_public_values_are_not_compared(tmp_path: Path) -> None:
+    assert len(notes_with_public_column(tmp_path, np.arange(400.0).reshape(200, 2))) == 1
+
+
+def test_columns_without_public_values_are_compared_between_other_sets(tmp_path: Path) -> None:
+    rows = np.arange(200.0)
+
+    # Each value of the first column occurs in four rows, which differ in the second column.
+    (note,) = notes_with_public_column(tmp_path, np.stack([rows // 4, rows], 1))
+
+    assert note.startswith("the proxy set")
 
 
 @pytest.mark.parametrize(("dtype", "pixel_range"), [(np.uint8, 255), (np.uint16, 4095)])

@@ -226,7 +226,7 @@ class ModuleSnapshot:
                 value.data.copy_(content)
                 owner[key] = value
             else:
-                owner[key] = content if isinstance(value, Tensor) else self._copy(value)
+                owner[key] = content.clone() if isinstance(value, Tensor) else self._copy(value)
 
     def _copy(self, value: Any) -> Any:
         """Copy a container or another object, but no tensor or module of the module in it."""

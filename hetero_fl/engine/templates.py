@@ -229,13 +229,16 @@ class Template:
         """Copy tensors into the module and return the module.
 
         A tensor that is the module's own tensor is not copied. What a forward pass wrote to
-        attributes for another participant is removed.
+        attributes for another participant is removed, and the next `set_mode` sets the modes of all
+        layers.
 
         Raises:
             KeyError: If a tensor of the module is missing.
         """
         if self._attributes is not None:
             self._attributes.restore(self._attributes.changes())
+            # A user's `train` may write attributes, and the forward pass may set modes of layers.
+            self._mode = None
         for name, (owner, key) in self._places.items():
             owner[key] = self.tensors[self._names[name]]
         for name, mine in self.tensors.items():
@@ -266,18 +269,19 @@ class Template:
         Raises:
             UserError: If the forward pass has written state that the tensors do not contain.
         """
-        # Unlike `detach()`, `data` does not share its version counter with the module's tensor.
-        tensors = {
-            name: mine.data.to(
+        tensors: Tensors = {}
+        storages: set[int] = set()
+        for name, written in self._written_tensors(trained).items():
+            # Unlike `detach()`, `data` does not share its version counter with the module's tensor.
+            tensor = written.data.to(
                 self.memory.storage_device,
                 copy=self._keeps_memory,
                 memory_format=torch.contiguous_format,
             )
-            for name, mine in self._written_tensors(trained).items()
-        }
-        self._released = {
-            name for name, t in tensors.items() if t.data_ptr() == self.tensors[name].data_ptr()
-        }
+            # A forward pass may assign one tensor to several buffers.
+            tensors[name] = tensor.clone() if _storage(tensor) in storages else tensor
+            storages.add(_storage(tensors[name]))
+        self._released = {n for n, mine in self.tensors.items() if _storage(mine) in storages}
         return tensors
 
     def _written_tensors(self, trained: Collection[str]) -> Mapping[str, Tensor]:
@@ -344,6 +348,11 @@ class Template:
             lambda z: functional_call(self.module.head, head, (z,), tie_weights=False),
             {n: tensors[n] for n in self.parameters},
         )
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return the address of the memory that a tensor is part of."""
+    return tensor.untyped_storage().data_ptr()
 
 
 class Templates:

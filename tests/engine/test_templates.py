@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import nn
@@ -73,4 +75,18 @@ def test_returned_tensors_are_not_overwritten(name: str) -> None:
     template.load(again)
     assert all(
         torch.equal(t, second[n]) for n, t in template.release_tensors(template.parameters).items()
+    )
+
+
+def test_returned_tensors_share_no_memory(template: Template) -> None:
+    norms = [m for m in template.module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].running_var = norms[0].running_mean
+    norms[1].running_mean.data = norms[1].running_var.data
+
+    taken = template.release_tensors(template.parameters)
+    template.load({n: torch.full_like(t, 5) for n, t in taken.items()})
+
+    assert not any(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        for a, b in combinations([*taken.values(), *template.tensors.values()], 2)
     )

@@ -29,7 +29,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.utils.errors import UserError
-from model_zoo.module_state import load_state
+from model_zoo.module_state import ModuleSnapshot, load_state
 from tests.helpers.python_federations import NO_REPORT
 
 ROUNDS = 2
@@ -41,6 +41,7 @@ HABITS = [
     *("assigned", "in_place", "counter", "attribute", "attribute_in_place"),
     *("not_persistent", "cache", "batch_norm", "spectral_norm"),
     *("recurrent", "for_evaluation", "written_rarely", "written_parameter"),
+    *("handed_on", "swapped", "remembers_mode", "sets_mode"),
 ]
 
 
@@ -76,14 +77,20 @@ class Habits(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
         # It changes for negative values only.
         self.register_buffer("low", torch.zeros(WIDTH), "written_rarely" not in habits)
+        self.register_buffer("old", torch.zeros(WIDTH))
+        self.register_buffer("new", torch.zeros(WIDTH))
         self.mean = torch.zeros(WIDTH)
         self.average = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
         if "recurrent" in habits:
             self.memory = nn.LSTM(1, WIDTH, batch_first=True)
         self.last: Tensor | None = None
+        self.scale = 1.0
+        self.switch = nn.Identity()
 
     def train(self, mode: bool = True) -> Habits:
         super().train(mode)
+        if "remembers_mode" in self.habits:
+            self.scale = 1.0 if mode else 0.5
         if "frozen_by_train" in self.habits:
             self.second.bias.requires_grad_(False)
         return self
@@ -102,6 +109,12 @@ class Habits(nn.Module):
             self.average.data.mul_(0.5).add_(0.5 * x.mean(0))
         if "for_evaluation" in self.habits:
             self.mean = x.mean(0)
+        if "handed_on" in self.habits:
+            self.old = self.new
+            self.new = x.mean(0)
+        if "swapped" in self.habits:
+            self.old, self.new = self.new, self.old
+            self.new.copy_(0.5 * self.old + 0.5 * x.mean(0))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -109,6 +122,7 @@ class Habits(nn.Module):
         else:
             x = x - self.mean
         x = (x - self.center) / (1 + self.peak) * (1 + self.steps / 10) + self.low - self.average
+        x = x - self.old + 0.5 * self.new
         if "recurrent" in self.habits:
             x = x + self.memory(x[:, :, None])[0][:, -1]
         x = self.first(x).tanh()
@@ -120,9 +134,12 @@ class Habits(nn.Module):
             x = self.third(x)
         if "batch_norm" in self.habits:
             x = self.norm(x)
+        if "sets_mode" in self.habits and self.switch.training:
+            x = 0.5 * x
+            self.switch.eval()
         if "cache" in self.habits:
             self.last = x
-        return self.out(x.tanh())  # type: ignore[no-any-return]
+        return self.out(self.scale * x.tanh())  # type: ignore[no-any-return]
 
 
 def rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,8 +168,9 @@ def local_names(habits: frozenset[str]) -> set[str]:
 class Reference:
     """Clients in plain torch: each has a module of its own, and FedAvg averages `state_dict`."""
 
-    def __init__(self, module: nn.Module, clients: list[str]) -> None:
+    def __init__(self, module: nn.Module, clients: list[str], epochs: int = EPOCHS) -> None:
         self.modules = {client: copy.deepcopy(module) for client in clients}
+        self.epochs = epochs
 
     def run(self, local: Collection[str] | None) -> None:
         """Train all rounds, with averages of all tensors but the local ones, or without (None)."""
@@ -165,7 +183,7 @@ class Reference:
     def train(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
         module.train()
         optimizer = torch.optim.SGD(module.parameters(), LEARNING_RATE)
-        for _ in range(EPOCHS):
+        for _ in range(self.epochs):
             optimizer.zero_grad()
             F.cross_entropy(module(x), y).backward()
             optimizer.step()
@@ -199,6 +217,7 @@ def train(
     method: hfl.Algorithm,
     executor: str,
     clients: Sequence[str] = tuple(DATA),
+    epochs: int = EPOCHS,
     **sections: Any,
 ) -> hfl.Run:
     splits = {"validation": rows(8, 7), "test": rows(8, 8)}
@@ -210,7 +229,7 @@ def train(
         ],
         test=TEST,
         defaults=hfl.ClientSettings(
-            epochs=EPOCHS, batch_size=100, optimizer=hfl.SGD(lr=LEARNING_RATE)
+            epochs=epochs, batch_size=100, optimizer=hfl.SGD(lr=LEARNING_RATE)
         ),
     )
     if executor == "ray":
@@ -245,6 +264,8 @@ COMBINATIONS = {
     "shared_layer": ["shared_layer", "not_persistent", "frozen_by_train", "batch_norm"],
     "in_place": ["attribute_in_place", "spectral_norm", "for_evaluation"],
     "recurrent": ["recurrent", "written_rarely", "written_parameter"],
+    "handed_on": ["handed_on", "remembers_mode"],
+    "swapped": ["swapped", "assigned", "sets_mode"],
 }
 
 
@@ -253,13 +274,15 @@ def draw_habits(seed: int) -> list[str]:
     return rng.sample(HABITS, rng.randint(2, 6))
 
 
-# Executors with processes start slowly, so each of them trains some of the combinations.
+# Name, executor and number of steps of a fit. Executors with processes start slowly, so each of
+# them trains some of the combinations.
 CASES = [
-    *((name, executor) for name in COMBINATIONS for executor in ("serial", "batched")),
-    *((name, "processes") for name in ("tied", "recurrent")),
-    pytest.param("tied_head", "ray", marks=pytest.mark.slow),
+    *((name, executor, EPOCHS) for name in COMBINATIONS for executor in ("serial", "batched")),
+    *((name, "serial", 1) for name in COMBINATIONS),
+    *((name, "processes", EPOCHS) for name in ("tied", "recurrent")),
+    pytest.param("tied_head", "ray", EPOCHS, marks=pytest.mark.slow),
     *(
-        pytest.param(f"drawn_{seed}", executor, marks=pytest.mark.slow)
+        pytest.param(f"drawn_{seed}", executor, 1 + seed % 3, marks=pytest.mark.slow)
         for seed in range(8)
         for executor in ("serial", "batched")
     ),
@@ -267,19 +290,19 @@ CASES = [
 
 
 @pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
-@pytest.mark.parametrize(("name", "executor"), CASES)
+@pytest.mark.parametrize(("name", "executor", "steps"), CASES)
 def test_own_module_gives_the_result_of_plain_torch(
-    name: str, executor: str, method: hfl.Algorithm, float64: None
+    name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
 ) -> None:
     habits = COMBINATIONS.get(name) or draw_habits(int(name.removeprefix("drawn_")))
     # Modules with parametrizations cannot be pickled.
     sends_modules = executor in ("processes", "ray")
     chosen = frozenset(habits) - ({"spectral_norm"} if sends_modules else set())
     module = Habits(chosen)
-    reference = Reference(module, list(DATA))
+    reference = Reference(module, list(DATA), steps)
     reference.run(local_names(chosen) if isinstance(method, hfl.FedAvg) else None)
 
-    run = train(module, method, executor)
+    run = train(module, method, executor, epochs=steps)
 
     check_equals_reference(run, reference)
 
@@ -457,6 +480,19 @@ def test_columns_of_one_tensor_and_views_of_weights_are_independent() -> None:
     run = train(module, hfl.FedAvg(), "serial")
 
     assert run.summary["rounds_completed"] == ROUNDS
+
+
+def test_snapshot_of_a_computed_attribute_stays_as_it_was() -> None:
+    module = nn.Linear(WIDTH, WIDTH)
+    module.scale = 2 * module.bias
+    expected = module.scale.detach().clone()
+    snapshot = ModuleSnapshot(module)
+
+    for _ in range(2):
+        module.scale.data.add_(1)
+        snapshot.restore(snapshot.changes())
+
+    assert torch.equal(module.scale, expected)
 
 
 class SeveralTypes(nn.Module):

@@ -226,6 +226,7 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
         categories=categories,
         vocabulary=first.vocabulary,
         blocks=first.blocks,
+        pixel_range=first.pixel_range if first.blocks else None,
     )
 
 

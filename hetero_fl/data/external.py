@@ -17,7 +17,7 @@ from torch import Tensor
 from hetero_fl.config.clients import PreprocessConfig
 from hetero_fl.config.data import SHARED_KEYS, DataConfig, SharedSettings, SourceConfig
 from hetero_fl.config.population import SettingsProfile
-from hetero_fl.core.images import to_floats
+from hetero_fl.core.images import MAX_BYTE, to_floats
 from hetero_fl.core.stored_rows import Column, require_tensor
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
@@ -77,6 +77,13 @@ def match_to_common(
             needed column or block is missing.
     """
     y = match_labels(own, common_set, where)
+    if own.blocks and own.pixel_range != common_set.pixel_range:
+        expected, found = (each.pixel_range or MAX_BYTE for each in (common_set, own))
+        raise UserError(
+            f"{_place(where, own.name)}: expected pixels that were divided by {expected:g} as in other "
+            f"data, got {found:g}; pass pixel_range={max(expected, found):g} to "
+            "join_images_and_table for all data sets"
+        )
     if own.blocks or common_set.blocks:
         return replace(
             own.train,

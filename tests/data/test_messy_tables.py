@@ -19,6 +19,7 @@ from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import Caution
 
 
 def make_frame(rows: int = 100) -> pd.DataFrame:
@@ -70,6 +71,26 @@ def test_saved_index_may_have_fractions(tmp_path: Path) -> None:
     frame.set_index(frame.index / 2).to_csv(tmp_path / "table.csv")
 
     assert layout_of(federate(tmp_path / "table.csv")).columns == ("age", "dose")
+
+
+def test_feature_with_the_name_of_an_index_level_is_kept() -> None:
+    frame = make_frame()
+    levels = frame.assign(level_0=frame.index, level_1=frame.index % 7)
+
+    dataset = to_dataset(levels, "data", "sick")
+
+    assert dataset.columns == ("age", "dose", "level_1")
+    assert "left out: level_0 (saved index)" in dataset.notes[0]
+
+
+def test_column_without_a_name_that_repeats_is_left_out_with_a_caution() -> None:
+    frame = make_frame()
+
+    dataset = to_dataset(frame.assign(**{"Unnamed: 3": frame.index % 7}), "data", "sick")
+
+    (caution,) = (note for note in dataset.notes if isinstance(note, Caution))
+    assert dataset.columns == ("age", "dose")
+    assert "'Unnamed: 3' has no name and repeats" in caution
 
 
 @pytest.mark.parametrize("marker", ["?", "NA", "-", ".", "n/a", "--", "missing", " ? "])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+import hetero_fl as hfl
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.data import Dataset, federate, join_images_and_table
@@ -48,6 +49,41 @@ def test_images_are_joined_with_rows_of_their_patient() -> None:
         "joined: 5 patients with images, 3 in the table, 3 with both; columns tp53, egfr",
         "table: columns excluded because not numeric: note",
     )
+
+
+def federate_joined(*pixels: np.ndarray, pixel_range: float | None = None) -> hfl.Federation:
+    """Return a federation of one client for each array of images."""
+    patients = np.arange(40)
+    table = pd.DataFrame({"patient": patients, "age": patients / 3})
+    y = patients % 2
+    return hfl.Federation(
+        [
+            hfl.Client(
+                f"site_{i}",
+                {"name": "multimodal"},
+                join_images_and_table(images, y, patients, table, pixel_range=pixel_range),
+            )
+            for i, images in enumerate(pixels)
+        ]
+    )
+
+
+def test_images_of_all_clients_are_divided_by_one_range() -> None:
+    masks = np.random.default_rng(0).integers(0, 2, (40, 8, 8), dtype=np.uint8)
+    images = masks * 200
+
+    with pytest.raises(UserError, match="divided by 1 as in .* got 255; pass pixel_range=255"):
+        federate_joined(masks, images).prepare("fedavg")
+
+    federation = federate_joined(masks, images, pixel_range=255)
+    assert federation.prepare("fedavg").federation.data.layout.pixel_range is None
+    assert federation.clients[0].data.train.x[:, :64].max() == np.float32(1 / 255)
+
+
+def test_range_of_joined_images_is_saved_with_the_models() -> None:
+    deep = np.random.default_rng(0).integers(0, 4096, (40, 8, 8), dtype=np.uint16)
+
+    assert federate_joined(deep, deep).prepare("fedavg").federation.data.layout.pixel_range == 4095
 
 
 def test_columns_may_be_named_by_integers() -> None:

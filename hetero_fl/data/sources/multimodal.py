@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def join_images_and_table(
     group: Any = None,
     table_group: str | None = None,
     blocks: tuple[str, str] = ("image", "table"),
+    pixel_range: float | None = None,
     name: str = "joined",
     simulated: bool = False,
     about: str = "",
@@ -62,6 +64,8 @@ def join_images_and_table(
         table_group: Column of the table with the group of patients without an image. Required if
             there are such patients and `group` is set.
         blocks: Names of the image block and the table block.
+        pixel_range: Value of integer pixels that becomes 1, which must be equal for all data sets
+            of a federation. If None, it follows from the largest pixel, as for `data.range`.
         name: Name of the data set.
         simulated: Whether the data is generated.
         about: Short description.
@@ -122,7 +126,8 @@ def join_images_and_table(
     if columns is not None and left_out:
         column, kind = next(iter(left_out.items()))
         raise UserError(f"{where}: column '{column}': expected numbers, got {kind}")
-    pixels = choose_range(image_set, DataConfig(), ClientRows({}), {}, "pass floats from 0 to 1")
+    image_set = replace(image_set, pixel_range=pixel_range)
+    pixels = choose_range(image_set, DataConfig(), ClientRows({}), {}, "pass pixel_range=MAXIMUM")
     train = _join_rows(image_set.train, values, table_ids, without_image, pixels.value)
     if label is not None and without_image:
         labels = _table_labels(frame[label], without_image, image_set.task, where)

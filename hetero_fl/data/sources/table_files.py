@@ -47,14 +47,16 @@ from hetero_fl.data.sources.table_columns import (
     parse_numbers,
 )
 from hetero_fl.utils.errors import UserError, suggest_file
-from hetero_fl.utils.text import format_list, prefix_note
+from hetero_fl.utils.text import Caution, format_list, prefix_note
 
 SEPARATORS = {",": "commas", ";": "semicolons", "|": "vertical bars", "\t": "tabs"}
 """Separators of CSV files, with their names."""
 SNIFFED_ROWS = 20
 """Maximum number of rows below the header from which the separator is determined."""
-SAVED_INDEX = re.compile(r"Unnamed: \d+(?:\.\d+)?|level_\d+|__index_level_\d+__")
-"""Names under which pandas saves and reads an index without a name."""
+NO_NAME = re.compile(r"Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")
+"""Names under which pandas reads columns without a name, such as those of a saved index."""
+RESET_INDEX = re.compile(r"level_\d+")
+"""Names that pandas gives to an index that becomes a column, and that a feature may have, too."""
 
 
 def read_frame(
@@ -417,8 +419,15 @@ def features(
             added = dict(zip(indicator_names(name, encoded[name]), indicators.T, strict=True))
         elif (numbers := parse_numbers(frame[name], where, allow_missing)) is None:
             left_out[name] = _reason_left_out(frame[name])
-        elif SAVED_INDEX.fullmatch(name) and _is_index(numbers):
+        elif _is_index(name, numbers):
             left_out[name] = "saved index"
+            if notes is not None and len(np.unique(numbers)) < len(numbers):
+                notes.append(
+                    Caution(
+                        f"column '{name}' has no name and repeats, and is left out as a saved "
+                        "index; if it is a feature, name it"
+                    )
+                )
         else:
             added = {name: numbers.astype(np.float32)}
         for other in added:
@@ -439,9 +448,18 @@ def features(
     )
 
 
-def _is_index(numbers: np.ndarray) -> bool:
-    """Return whether numbers can be an index: integers in any order, or increasing numbers."""
-    return bool((numbers % 1 == 0).all() or (np.diff(numbers) > 0).all())
+def _is_index(name: str, numbers: np.ndarray) -> bool:
+    """Return whether a column is taken for a saved index.
+
+    Columns without a name are if they have integers in any order or increasing numbers, and
+    `level_0` is if it counts the rows.
+    """
+    steps = np.diff(numbers)
+    if RESET_INDEX.fullmatch(name):
+        return bool((steps == 1).all())
+    return NO_NAME.fullmatch(name) is not None and bool(
+        (numbers % 1 == 0).all() or (steps > 0).all()
+    )
 
 
 def _reason_left_out(column: pd.Series) -> str:

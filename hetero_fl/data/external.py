@@ -80,8 +80,8 @@ def match_to_common(
     if own.blocks and own.pixel_range != common_set.pixel_range:
         expected, found = (each.pixel_range or MAX_BYTE for each in (common_set, own))
         raise UserError(
-            f"{_place(where, own.name)}: expected pixels that were divided by {expected:g} as in other "
-            f"data, got {found:g}; pass pixel_range={max(expected, found):g} to "
+            f"{_place(where, own.name)}: expected pixels that were divided by {expected:g} as in "
+            f"other data, got {found:g}; pass pixel_range={max(expected, found):g} to "
             "join_images_and_table for all data sets"
         )
     if own.blocks or common_set.blocks:

@@ -543,8 +543,11 @@ def _renumber_columns(y: Tensor, given_task: Task, known: Task, where: str, owne
 def with_task(dataset: Dataset, task: Task, where: str, owner: str) -> Dataset:
     """Return a data set whose targets are those of another task (see `renumber_targets`).
 
-    Integer labels are class numbers if no class of the task is named by a number.
+    Integer labels are class numbers if no class of the task is named by a number. Columns keep
+    their names if the task has none.
     """
+    if task.kind != "multiclass" and not task.names:
+        task = replace(task, names=dataset.task.names)
 
     def convert(part: Examples) -> Examples:
         y = renumber_targets(part.labels, dataset.task, task, where, owner=owner, numbered=True)

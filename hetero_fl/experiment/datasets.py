@@ -103,7 +103,7 @@ class FederationDatasets:
             root = Path(DataConfig().root).expanduser()
             self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
         _check_kinds(self.datasets, task, num_classes)
-        _share_classes(self.datasets, task, num_classes)
+        _share_task(self.datasets, task, num_classes)
         if notes:
             first = next(iter(self.datasets))
             with_notes = (*notes, *self.datasets[first].notes)
@@ -345,10 +345,10 @@ def _check_kinds(
             raise UserError(f"{place}: expected a {kind} task, got {dataset.task.kind}")
 
 
-def _share_classes(
+def _share_task(
     datasets: dict[str, Dataset], task: Task | str | None, num_classes: int | None
 ) -> None:
-    """Give all data sets of a classification the same classes, in place.
+    """Give all data sets the given task, or the same classes, in place.
 
     Args:
         datasets: The data sets, keyed by the name that error messages use for them.
@@ -356,18 +356,21 @@ def _share_classes(
         num_classes: Number of classes, or None.
 
     Raises:
-        UserError: If a class is unknown, or if some labels are class names and others numbers.
+        UserError: If a class or an output is unknown, or if some labels are class names and others
+            numbers.
     """
-    if {dataset.task.kind for dataset in datasets.values()} != {"multiclass"}:
-        return
-    if num_classes is not None:
-        known = Task("multiclass", num_classes)
-    elif isinstance(task, Task):
+    tasks = {place: dataset.task for place, dataset in datasets.items()}
+    if isinstance(task, Task):
         known = task
+        owner = "task"
+    elif {each.kind for each in tasks.values()} != {"multiclass"}:
+        return
+    elif num_classes is not None:
+        known = Task("multiclass", num_classes)
+        owner = f"num_classes={num_classes}"
     else:
-        tasks = {place: dataset.task for place, dataset in datasets.items()}
         known = common_classes(tasks)
-    owner = "the federation" if num_classes is None else f"num_classes={num_classes}"
+        owner = "the federation"
     for place, dataset in datasets.items():
         datasets[place] = with_task(dataset, known, place, owner)
 

@@ -176,6 +176,27 @@ def test_federation_task_and_num_classes_replace_the_guess() -> None:
             hfl.Federation(clients(numbers, np.resize(outside, ROWS)), num_classes=4)
 
 
+@pytest.mark.parametrize("kind", ["regression", "multilabel"])
+def test_task_of_several_columns_keeps_names_unit_and_outputs(kind: Any) -> None:
+    y = np.random.default_rng(0).integers(0, 2, (ROWS, 2))
+    x = np.random.default_rng(1).random((ROWS, 3), dtype=np.float32)
+    named = Task(kind, 2, ("upper", "lower"), unit="mmHg")
+    frame = pd.DataFrame({"x": x[:, 0], "lower": y[:, 0], "upper": y[:, 1]})
+
+    def read(data: Any, task: Task, label: str | None = None) -> hfl.Federation:
+        return hfl.Federation([hfl.Client("a", "mlp", data, label=label)], task=task)
+
+    for federation in (read((x, y), named), read(frame, named, "lower, upper")):
+        assert federation.prepare(hfl.Local()).federation.task == named
+    (part,) = hfl.split(frame, 1, label="lower, upper", task=named)
+    assert part.data.task == named
+    assert np.array_equal(part.data.train.y.numpy(), y[:, ::-1])
+    unnamed = read(frame, Task(kind, 2), "lower, upper").prepare(hfl.Local()).federation.task
+    assert unnamed.names == ("lower", "upper")
+    with pytest.raises(UserError, match="expected 3 targets as in task, got 2"):
+        read((x, y), Task(kind, 3))
+
+
 def test_gap_in_class_numbers_is_a_caution() -> None:
     y = np.resize([0, 2], ROWS)
 

@@ -72,7 +72,7 @@ def test_images_of_all_clients_are_divided_by_one_range() -> None:
     masks = np.random.default_rng(0).integers(0, 2, (40, 8, 8), dtype=np.uint8)
     images = masks * 200
 
-    with pytest.raises(UserError, match="divided by 1 as in .* got 255; pass pixel_range=255"):
+    with pytest.raises(UserError, match=r"divided by 1 as in .* got 255; pass pixel_range=255"):
         federate_joined(masks, images).prepare("fedavg")
 
     federation = federate_joined(masks, images, pixel_range=255)

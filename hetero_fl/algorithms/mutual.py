@@ -22,6 +22,7 @@ from hetero_fl.algorithms.base import (
     adjust_to_labels,
     download_part,
     register_algorithm,
+    shareable_tensors,
     shared_part,
     upload_model,
     upload_part,
@@ -46,7 +47,6 @@ from hetero_fl.core.participant import (
     ClientInfo,
     Part,
     Participant,
-    floating_tensors,
     select_part,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -155,7 +155,8 @@ class MenteeTraining(Algorithm):
         part = download_part(self, recipient.settings, server.round_context.round_idx)
         if part == ():
             return {}
-        return {MENTEE: floating_tensors(select_part(server.models[MENTEE], part))}
+        arch = recipient.models[MENTEE]
+        return {MENTEE: shareable_tensors(self, arch, server.models[MENTEE], part)}
 
     @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -346,7 +347,7 @@ class FedKD(MenteeTraining):
         # W is a linear map without bias.
         client.load(HIDDEN, {"head.bias": torch.zeros_like(client.models[HIDDEN]["head.bias"])})
         part = shared_part(self, client.settings)
-        own = floating_tensors(select_part(client.models[MENTEE], part))
+        own = shareable_tensors(self, client.arch[MENTEE], client.models[MENTEE], part)
         base = received[MENTEE] if MENTEE in received else client.state.get("base", own)
         if "change" in received:
             base = add_low_rank(base, received["change"])

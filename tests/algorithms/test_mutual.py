@@ -22,7 +22,14 @@ from hetero_fl.engine.driver import run_plan
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.helpers.small_federations import (
+    MIXED,
+    broadcasts,
+    config,
+    deployed,
+    rounds_of,
+    same_bits,
+)
 from tests.references.local_training import clients, largest_difference, module, train
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch"}
@@ -347,3 +354,49 @@ def test_invalid_settings_raise_one_line() -> None:
     batch_norm["clients"]["defaults"]["batch_size"] = 1
     with pytest.raises(UserError, match="batch_size: got 1, but cnn has BatchNorm"):
         prepare(batch_norm)
+
+
+@pytest.mark.parametrize("unit", ["client", "local"])
+def test_private_mentee_is_sent_without_its_statistics(unit: str) -> None:
+    """Statistics have no noise, so they stay at the client."""
+    privacy = {"unit": unit, "noise_multiplier": 1.0, "delta": 1e-4}
+    rounds = rounds_of({**federation("fml"), "privacy": privacy}, num_rounds=1)
+    info = rounds.federation.client_infos["site_1"]
+    statistics = info.models[MENTEE].batch_norm_names - info.models[MENTEE].parameter_names
+
+    sent = Payload.decode(broadcasts(rounds, ["site_1"])["site_1"])[MENTEE]
+
+    assert statistics and sent.keys() == info.models[MENTEE].trained_names
+    own = deployed(rounds, "site_1").models[MENTEE]
+    assert all(
+        not torch.equal(own[n], rounds.server.models[MENTEE][n])
+        for n in statistics
+        if own[n].is_floating_point()
+    )
+
+
+class Centered(torch.nn.Module):
+    """A classifier of images with a buffer that is not persistent, so that clients keep it."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(in_channels * 64, 4)
+        self.out = torch.nn.Linear(4, num_classes)
+        self.register_buffer("center", torch.zeros(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x.flatten(1)).tanh()
+        if self.training:
+            self.center = 0.5 * self.center + 0.5 * x.detach().mean(0)
+        return self.out(x - self.center)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["fml", "fedkd"])
+def test_state_of_an_own_mentee_stays_at_the_client(method: str) -> None:
+    mentee = {"name": f"python:{__name__}:Centered"}
+    rounds = rounds_of(federation(method, mentee=mentee), num_rounds=2)
+
+    centers = [deployed(rounds, f"site_{i}").models[MENTEE]["backbone.center"] for i in (1, 2)]
+
+    assert not rounds.server.models[MENTEE]["backbone.center"].any()
+    assert not torch.equal(*centers)

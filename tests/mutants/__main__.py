@@ -10,6 +10,7 @@ exit status is 0 if all mutants were killed.
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import shutil
 import subprocess
@@ -98,6 +99,9 @@ def _copy_tree(target: Path) -> Path:
         shutil.copytree(ROOT / name, target / name, ignore=skipped)
     for name in FILES:
         shutil.copy(ROOT / name, target / name)
+    # Processes that write no bytecode would compile the packages for each mutant again.
+    for package in ("hetero_fl", "model_zoo"):
+        compileall.compile_dir(target / package, quiet=1)
     return target
 
 

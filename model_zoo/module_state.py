@@ -240,17 +240,33 @@ class ModuleSnapshot:
 
     def _content(self, value: Any) -> Any:
         """Return a copy of a tensor, and a description of any other value."""
+        if isinstance(value, nn.Module):
+            return id(value)
         try:
             if isinstance(value, Tensor):
                 return value.detach().clone()
-            if not isinstance(value, nn.Module):
-                opaque: list[int] = []
-                return f"{type(value)} {describe_value(value, opaque, self._known)} {opaque}"
-        # Any object may refuse, such as a tensor that escaped from `vmap`. Without its content,
-        # only another object is noticed.
+        # A tensor that escaped from `vmap` may refuse.
         except Exception:
-            pass
-        return id(value)
+            return id(value)
+        return describe_content(value, self._known)
+
+
+def describe_content(value: Any, known: dict[int, str] | None = None) -> str:
+    """Describe a value such that another content has another description.
+
+    Without access to its content, only another object is noticed.
+
+    Args:
+        value: The value.
+        known: See `describe_value`.
+    """
+    opaque: list[int] = []
+    try:
+        text = describe_value(value, opaque, {} if known is None else known)
+    # Any object may refuse.
+    except Exception:
+        return str(id(value))
+    return f"{type(value)} {text} {opaque}"
 
 
 def describe_value(  # noqa: PLR0911

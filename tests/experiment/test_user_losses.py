@@ -297,6 +297,67 @@ def counting_loss() -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
+class Balanced(nn.Module):
+    """A loss with weights from the classes that it has seen, in an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = np.ones(CLASSES)
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        self.counts += np.bincount(y.numpy(), minlength=CLASSES)
+        return functional.cross_entropy(logits, y, torch.tensor(1 / self.counts).float())
+
+
+class Meter:
+    """The sum of the values that it has seen."""
+
+    total = np.float64(0)
+
+
+class Metered:
+    """A loss with slots whose state is that of another object."""
+
+    __slots__ = ("__weakref__", "meter")
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        self.meter.total = self.meter.total + 1
+        return functional.cross_entropy(logits, y) / float(self.meter.total)
+
+
+class ClassCounts:
+    """A loss whose state is an attribute of the class, and which is used as a method."""
+
+    counts = np.zeros(CLASSES)
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        self.counts[0] += 1
+        return functional.cross_entropy(logits, y) / float(self.counts[0])
+
+
+ZERO = np.zeros(1)
+
+
+def counted_loss(logits: Tensor, y: Tensor, calls: Any = ZERO) -> Tensor:
+    calls += 1
+    return functional.cross_entropy(logits, y) / float(calls[0])
+
+
+def attribute_loss(logits: Tensor, y: Tensor) -> Tensor:
+    attribute_loss.calls = (*getattr(attribute_loss, "calls", ()), len(y))  # type: ignore[attr-defined]
+    return functional.cross_entropy(logits, y) / len(attribute_loss.calls)  # type: ignore[attr-defined]
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+def noisy_loss(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, y) * GENERATOR.random()
+
+
 def trained_loss() -> nn.Module:
     loss = nn.CrossEntropyLoss()
     loss.scale = nn.Parameter(torch.ones(()))
@@ -334,6 +395,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "changing part": ("changes its attribute 'inner.center'", {"objective": Wrapped()}, {}),
     "changing object": ("changes its attribute 'center'", {"objective": CenteredFunction()}, {}),
     "changing variable": ("changes its attribute 'calls'", {"objective": counting_loss()}, {}),
+    "changing array": ("changes its attribute 'counts'", {"objective": Balanced()}, {}),
+    "changing slot": ("changes its attribute 'Metered'", {"objective": Metered()}, {}),
+    "changing class": ("changes its attribute 'counts'", {"objective": ClassCounts().loss}, {}),
+    "changing default": ("changes its attribute 'calls'", {"objective": counted_loss}, {}),
+    "changing function": ("changes its attribute 'calls'", {"objective": attribute_loss}, {}),
+    "changing argument": (
+        "changes its attribute 'calls'",
+        {"objective": partial(counted_loss, calls=np.zeros(1))},
+        {},
+    ),
+    "generator": ("changes its attribute 'GENERATOR'", {"objective": noisy_loss}, {}),
     "no gradient": (
         r"objective: the loss has no gradient; .* detach\(\)",
         {"objective": lambda z, y: functional.cross_entropy(z.detach(), y)},

@@ -25,14 +25,12 @@ from hetero_fl.federation.federation import FederationSpec, load_metric
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.text import Caution, prefix_note
 from model_zoo.generators import keyed_generators
-from model_zoo.module_state import MODULE_ATTRIBUTES, describe_value
+from model_zoo.module_state import MODULE_ATTRIBUTES, describe_content
 from model_zoo.registry import is_user_defined
 from model_zoo.shapes import make_shape
 
 TRIAL_ROWS = 4
 """Number of examples with which user-defined functions are called."""
-STATE_TYPES = (Tensor, int, float, list, dict, set)
-"""Types of attributes and variables in which a loss may keep state."""
 LOGITS = "logits"
 PROBABILITIES = "probabilities"
 LOG_PROBABILITIES = "log-probabilities"
@@ -139,29 +137,42 @@ def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
 
 
 def _state_of(function: Any) -> dict[str, str]:
-    """Describe the attributes of a loss, or the variables that a function reads."""
+    """Describe what a function may keep between two calls, keyed by the names of variables."""
+    return {name: describe_content(value) for name, value in _variables_of(function).items()}
+
+
+def _variables_of(function: Any) -> dict[str, Any]:
+    """Return attributes of an object, arguments of a partial, or variables that a function reads.
+
+    Variables that only inner functions read are not found.
+    """
     if isinstance(function, functools.partial):
-        return _state_of(function.func)
-    if isinstance(function, nn.Module):
-        values = {
+        given = {f"args[{i}]": value for i, value in enumerate(function.args)}
+        return {**_variables_of(function.func), **given, **function.keywords}
+    if inspect.ismethod(function):
+        return {**_variables_of(function.__func__), **_variables_of(function.__self__)}
+    if inspect.isfunction(function):
+        read = inspect.getclosurevars(function)
+        parameters = inspect.signature(function).parameters.values()
+        defaults = {parameter.name: parameter.default for parameter in parameters}
+        return {**read.globals, **read.nonlocals, **defaults, **vars(function)}
+    parts = function.named_modules() if isinstance(function, nn.Module) else [("", function)]
+    found: dict[str, Any] = {}
+    for path, part in parts:
+        call = getattr(type(part), "forward", type(part).__call__)
+        values = _variables_of(call) if inspect.isfunction(call) else {}
+        for owner in reversed(type(part).__mro__):
+            values |= {name: v for name, v in vars(owner).items() if not name.startswith("__")}
+        # Objects without `__dict__` have slots.
+        values |= getattr(part, "__dict__", {type(part).__name__: part})
+        for own in (part._parameters, part._buffers) if isinstance(part, nn.Module) else ():
+            values |= own
+        found |= {
             f"{path}.{name}".removeprefix("."): value
-            for path, part in function.named_modules()
-            for name, value in {**vars(part), **part._parameters, **part._buffers}.items()
+            for name, value in values.items()
             if name not in MODULE_ATTRIBUTES
         }
-    elif inspect.isfunction(function):
-        variables = inspect.getclosurevars(function)
-        values = {**variables.globals, **variables.nonlocals}
-    else:
-        owner = function.__self__ if inspect.ismethod(function) else function
-        values = dict(getattr(owner, "__dict__", {}))
-    inner = {n: _state_of(v) for n, v in values.items() if isinstance(v, nn.Module)}
-    # Objects of other types may refer to the whole program.
-    content = {n: v for n, v in values.items() if isinstance(v, STATE_TYPES)}
-    return {
-        **{name: describe_value(value, [], {}) for name, value in content.items()},
-        **{f"{n}.{k}": text for n, state in inner.items() for k, text in state.items()},
-    }
+    return found
 
 
 def output_kinds(arch: ModelSpec) -> list[str]:

@@ -240,14 +240,9 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         raise UserError(f"overrides: expected key.path=value, got '{override}'")
     try:
         config = OmegaConf.create(raw)
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+        parsed = _parse_value(value)
         _check_references([raw, parsed], override)
-        OmegaConf.update(
-            config,
-            key,
-            _add_yaml_spaces(typing.cast("dict[str, Any]", parsed)["value"]),
-            merge=True,
-        )
+        OmegaConf.update(config, key, parsed, merge=True)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except yaml.YAMLError:
         reason = f"expected a YAML value, got {format_value(value)}"
@@ -258,6 +253,28 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     except RecursionError:
         reason = "nested too deeply"
     raise UserError(prefix_origin(override, f"{key}: {reason}"))
+
+
+def _parse_value(text: str) -> Any:
+    """Parse the value of an override. References are not resolved."""
+    from omegaconf import OmegaConf
+
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    return _add_yaml_spaces(typing.cast("dict[str, Any]", parsed)["value"])
+
+
+def override_values(override: str) -> dict[str, Any]:
+    """Return a valid override as nested dictionaries.
+
+    Example:
+        >>> override_values("clients.defaults={epochs: 2}")
+        {'clients': {'defaults': {'epochs': 2}}}
+    """
+    key, _, text = override.partition("=")
+    values = _parse_value(text)
+    for step in reversed(key.split(".")):
+        values = {step: values}
+    return typing.cast("dict[str, Any]", values)
 
 
 def _invalid_path_reason(value: Any, key: str) -> str:

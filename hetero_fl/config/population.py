@@ -264,6 +264,9 @@ MEMBERSHIP_KEYS = {"name", "count", "fraction", "match"}
 # Settings of SGD that are removed if an override selects another optimizer.
 SGD_SETTINGS = {"momentum", "nesterov"}
 
+# Value that no setting has, which shows whether clients use the value of a key.
+MARK = object()
+
 
 def expand_population(config: ClientsConfig) -> Population:
     """Resolve the section `clients` to the settings of all clients.
@@ -282,12 +285,12 @@ def expand_population(config: ClientsConfig) -> Population:
             no client, or the merged settings of a client contradict each other.
     """
     groups = config.groups or [ClientGroup(name="client")]
-    defaults = _explicit_settings(config.defaults)
+    defaults = explicit_settings(config.defaults)
     members = [
-        GroupMembers(IdSeries(group.name, count), _apply_layer(defaults, _explicit_settings(group)))
+        GroupMembers(IdSeries(group.name, count), _apply_layer(defaults, explicit_settings(group)))
         for group, count in zip(groups, _counts(config, groups), strict=True)
     ]
-    overrides = [OverrideLayer(o.match, _explicit_settings(o)) for o in config.overrides]
+    overrides = [OverrideLayer(o.match, explicit_settings(o)) for o in config.overrides]
     try:
         without_overrides = Population(members, resolve=_resolve_settings)
         population = (
@@ -344,7 +347,7 @@ def _resolve_settings(
         ) from None
 
 
-def _explicit_settings(settings: ClientSettings) -> dict[str, Any]:
+def explicit_settings(settings: ClientSettings) -> dict[str, Any]:
     """Return the layer of settings that are set explicitly."""
     return {
         k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in MEMBERSHIP_KEYS
@@ -361,6 +364,53 @@ def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
     if name is not None and name != optimizer.get("name", OptimizerConfig().name):
         base = {**base, "optimizer": {k: v for k, v in optimizer.items() if k not in SGD_SETTINGS}}
     return _merge(base, override)
+
+
+def key_without_effect(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the first key of some defaults that all clients replace with other values, or "".
+
+    Args:
+        given: The defaults to check.
+        defaults: All defaults.
+        layers: The settings of the clients, which take precedence.
+    """
+    for path in _leaves(given):
+        marked = _mark(defaults, path)
+        if layers and not any(
+            _is_marked(_apply_layer(marked, layer)) or _at(layer, path) == _at(given, path)
+            for layer in layers
+        ):
+            return ".".join(path)
+    return ""
+
+
+def _at(layer: Any, path: Sequence[str]) -> Any:
+    """Return the value of a path, or None."""
+    for key in path:
+        layer = layer.get(key) if isinstance(layer, Mapping) else None
+    return layer
+
+
+def _leaves(layer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of all values that are no sections."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping):
+            yield from ((key, *path) for path in _leaves(value))
+        else:
+            yield (key,)
+
+
+def _mark(layer: Mapping[str, Any], path: Sequence[str]) -> Layer:
+    """Return a layer with a mark in place of the value of a path."""
+    value = layer.get(path[0])
+    is_section = len(path) > 1 and isinstance(value, Mapping | None)
+    return {**layer, path[0]: _mark(value or {}, path[1:]) if is_section else MARK}
+
+
+def _is_marked(value: Any) -> bool:
+    return value is MARK or (isinstance(value, Mapping) and any(map(_is_marked, value.values())))
 
 
 def _select_model(layer: Layer, index: int) -> Layer:

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from html import escape
@@ -19,12 +19,12 @@ from typing_extensions import Unpack
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.config.base import OptimizerConfig, Settings
-from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.config.describe import to_yaml
 from hetero_fl.config.load import Overrides, Source, override_list, plain
-from hetero_fl.config.population import expand_population
+from hetero_fl.config.population import expand_population, key_without_effect
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.config.schema import (
@@ -35,7 +35,9 @@ from hetero_fl.config.schema import (
     ServerConfig,
 )
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.task import Task
+from hetero_fl.data import Dataset, Preprocess
 from hetero_fl.data.labels import Kind
 from hetero_fl.data.sources.objects import is_source
 from hetero_fl.experiment.client import Client, column_name, plain_value
@@ -46,6 +48,7 @@ from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.experiment.runner import Callback, default_out, run_prepared
 from hetero_fl.experiment.starting_models import GivenModels
 from hetero_fl.experiment.wording import errors_with_arguments, with_arguments
+from hetero_fl.federation.federation import check_model
 from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.notebook import html_items, html_table
 from hetero_fl.reporting.run import Run
@@ -167,7 +170,6 @@ class Federation:
             )
         if partition is not None and all(client.data is not None for client in self.clients):
             raise UserError("partition: has no effect, because all clients have their own data")
-        _check_defaults(self.clients, defaults)
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
         self._names_arguments = not any(map(_is_configured, (data, *(c.data for c in clients))))
@@ -190,9 +192,7 @@ class Federation:
             }
             for client in self.clients
         ]
-        section: dict[str, Any] = {"groups": groups}
-        if defaults is not None:
-            section["defaults"] = plain_value(defaults)
+        section = _clients_section(groups, defaults)
         if per_round is not None:
             section["per_round"] = per_round
         if common:
@@ -212,9 +212,8 @@ class Federation:
             given = GivenModels(modules)
             self._objects.append(given)
             self._config["init_from"] = name_object(f"{name}: modules", given)
-        if any(c.given and _indicates_missing(c, defaults) for c in self.clients):
-            # Indicators double the columns, which the caller's modules may not expect.
-            self.prepare("local")
+        for client in self.clients:
+            _check_indicators(client, section, datasets.of(client))
 
     @classmethod
     def from_config(
@@ -626,11 +625,18 @@ def _is_configured(data: Any) -> bool:
     return isinstance(data, str) or is_source(data)
 
 
-def _indicates_missing(client: Client, defaults: ClientSettings | None) -> bool:
-    """Return whether the inputs of a client's model include indicators of missing values."""
-    shared = {} if defaults is None else plain_value(defaults)
-    settings = {**shared.get("preprocess", {}), **client.settings.get("preprocess", {})}
-    return settings.get("missing") is not None
+def _check_indicators(client: Client, section: Mapping[str, Any], dataset: Dataset | None) -> None:
+    """Check that a module accepts indicators of missing values, which double the columns."""
+    shared = section.get("defaults", {}).get("preprocess", {})
+    settings = {**shared, **client.settings.get("preprocess", {})}
+    if client.given is None or dataset is None or settings.get("missing") is None:
+        return
+    where = f"clients: {client.name}"
+    raw = tuple(dataset.train.x.shape[1:])
+    config = PreprocessConfig.model_validate(settings)
+    view = Preprocess.without_normalization(config, dataset.layout, raw, f"{where}: preprocess")
+    arch = ModelSpec.from_config(client.model_config, dataset.task.outputs, view.shape(raw))
+    check_model(arch, f"{where}: model", view)
 
 
 def _check_names(clients: Sequence[Client]) -> None:
@@ -648,16 +654,19 @@ def _check_names(clients: Sequence[Client]) -> None:
         names.add(client.name.lower())
 
 
-def _check_defaults(clients: Sequence[Client], defaults: ClientSettings | None) -> None:
-    """Raise UserError if all clients replace a default."""
-    settings = {} if defaults is None else plain_value(defaults)
-    for key, value in settings.items():
-        # Other sections are merged.
-        is_merged = key != "optimizer" and isinstance(value, dict)
-        if not is_merged and all(key in {**c.settings, **_client_model(c)} for c in clients):
-            raise UserError(
-                f"defaults: {key} has no effect, because every client sets {key}; remove it"
-            )
+def _clients_section(
+    groups: list[dict[str, Any]], defaults: ClientSettings | None
+) -> dict[str, Any]:
+    """Return the section `clients`, or raise UserError if all clients replace a default."""
+    if defaults is None:
+        return {"groups": groups}
+    shared = plain_value(defaults)
+    if key := key_without_effect(shared, shared, groups):
+        raise UserError(
+            f"defaults: {key} has no effect, because every client sets {key.partition('.')[0]}; "
+            "remove it"
+        )
+    return {"groups": groups, "defaults": shared}
 
 
 def _client_settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from hetero_fl.communication.homomorphic.ckks import check_tenseal
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.base import record_deprecations
-from hetero_fl.config.load import Overrides, override_list
+from hetero_fl.config.load import Overrides, override_list, override_values
+from hetero_fl.config.population import explicit_settings, key_without_effect
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.task import Task
@@ -337,17 +338,15 @@ def _check_defaults(config: Config, overrides: Sequence[str]) -> None:
 
     In a file, such a default may be meant for clients that join later.
     """
+    layers = [explicit_settings(group) for group in config.clients.groups]
+    defaults = explicit_settings(config.clients.defaults)
     for override in overrides:
-        *section, name = override.partition("=")[0].split(".")
-        if section[:2] != ["clients", "defaults"] or not config.clients.groups:
-            continue
-        parts: list[Any] = list(config.clients.groups)
-        for key in section[2:]:
-            parts = [getattr(part, key, None) for part in parts]
-        if all(name in getattr(part, "model_fields_set", ()) for part in parts):
-            place = ".".join([*section, name])
+        clients = override_values(override).get("clients")
+        given = clients.get("defaults") if isinstance(clients, dict) else None
+        if isinstance(given, dict) and (key := key_without_effect(given, defaults, layers)):
             raise UserError(
-                f"{place}: has no effect, because every client sets {name} itself; remove it"
+                f"clients.defaults.{key}: has no effect, because every client sets "
+                f"{key.partition('.')[0]} itself; remove it"
             )
 
 

@@ -154,14 +154,14 @@ class FederationSpec:
             arch = build_model_spec(profile.settings.model[0], data, view)
             archs.append(_protect(arch, config.privacy))
             if archs[-1] not in checked:
-                _check_model(archs[-1], f"clients: {profile.first}: model", view)
+                check_model(archs[-1], f"clients: {profile.first}: model", view)
                 checked.add(archs[-1])
         client_infos = ClientDirectory(population, [{"model": arch} for arch in archs], data)
         server = config.server
         server_view = data.server_preprocess(server.preprocess)
         student_arch = build_model_spec(server.model, data, server_view) if server.model else None
         if student_arch is not None:
-            _check_model(student_arch, "server.model")
+            check_model(student_arch, "server.model")
         settings = ClientSettings(optimizer=server.optimizer)
         common = tuple(config.clients.common)
         malicious = None
@@ -234,7 +234,7 @@ class FederationSpec:
         client_infos = ClientDirectory(self.client_infos.clients, models, self.data)
         for profile in client_infos.profiles:
             if profile.arch not in known:
-                _check_model(profile.arch, f"clients: {profile.first}: model")
+                check_model(profile.arch, f"clients: {profile.first}: model")
         return replace(self, client_infos=client_infos)
 
     def _protect_slots(self, models: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
@@ -475,7 +475,17 @@ def _exclude_malicious(client_ids: list[str], malicious: MaliciousClients | None
     return honest
 
 
-def _check_model(arch: ModelSpec, where: str, view: Preprocess | None = None) -> None:
+def check_model(arch: ModelSpec, where: str, view: Preprocess | None = None) -> None:
+    """Check that a model can be created and trained.
+
+    Args:
+        arch: Specification of the model.
+        where: Prefix of error messages.
+        view: Preprocessing of the inputs, which error messages explain.
+
+    Raises:
+        UserError: If the model cannot be created or trained.
+    """
     try:
         arch.check()
     except ModelError as error:

@@ -144,6 +144,20 @@ def test_indicators_are_explained_where_the_federation_is_created(model: Any) ->
         hfl.Federation([hfl.Client("a", model, (x, Y))], test=(x, Y), defaults=defaults)
 
 
+def test_creation_of_a_federation_with_indicators_prepares_nothing() -> None:
+    x = np.random.default_rng(0).normal(size=(60, 15))
+    transformed: list[Tensor] = []
+
+    def transform(x: Tensor) -> Tensor:
+        transformed.append(x)
+        return x
+
+    preprocess = hfl.Preprocess(missing="indicate", transform=transform)
+    hfl.Federation([hfl.Client("a", Net(), (x, Y), preprocess=preprocess)], test=(x, Y))
+
+    assert transformed == []
+
+
 def test_missing_column_suggests_indicators(tmp_path: Path) -> None:
     frame().drop(columns="dose").to_csv(tmp_path / "own.csv", index=False)
     groups = [{"name": "a", "data": {"name": "table", "path": str(tmp_path / "own.csv")}}]

@@ -198,16 +198,69 @@ def test_dictionary_of_arrays_is_refused() -> None:
         hfl.Federation([hfl.Client("a", "mlp", {"x": X, "y": Y})])
 
 
-@pytest.mark.parametrize("key", ["model=linear", "epochs=7", "optimizer.lr=0.5"])
-def test_default_without_effect_is_refused(key: str) -> None:
-    clients = [
-        hfl.Client(name, "mlp", (X, Y), epochs=2, optimizer=hfl.SGD(lr=0.1)) for name in ("a", "b")
-    ]
+def own_settings(**first: Any) -> hfl.Federation:
+    """Return a federation whose second client sets more than its first."""
+    settings = [first, {"epochs": 2, "optimizer": hfl.SGD(lr=0.1)}]
+    return hfl.Federation([hfl.Client(f"c{i}", "mlp", (X, Y), **s) for i, s in enumerate(settings)])
 
-    with pytest.raises(UserError, match=r"defaults\.[a-z.]+: has no effect, because every client"):
-        hfl.Federation(clients).prepare(hfl.Local(), overrides=[f"clients.defaults.{key}"])
-    with pytest.raises(UserError, match="defaults: epochs has no effect"):
-        hfl.Federation(clients, defaults=hfl.ClientSettings(epochs=3))
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["clients.defaults.model=linear"], "model"),
+        (["clients.defaults.model={name: linear, feature_dim: 4}"], "model.name"),
+        (["clients.defaults.epochs=7"], "epochs"),
+        (["clients.defaults.optimizer.lr=0.5"], "optimizer.lr"),
+        (["clients.defaults={batch_size: 8, epochs: 7}"], "epochs"),
+        (["clients.defaults.optimizer={weight_decay:0.5,lr:0.5}"], "optimizer.lr"),
+        ({"clients": {"defaults": {"optimizer": {"lr": 0.5}}}}, "optimizer.lr"),
+        (["clients.defaults.optimizer={name: sgd, momentum: 0.5}"], "optimizer.name"),
+    ],
+)
+def test_default_without_effect_is_refused(overrides: Any, key: str) -> None:
+    optimizer = hfl.AdamW(lr=0.1)
+    clients = [
+        hfl.Client(name, "mlp", (X, Y), epochs=2, optimizer=optimizer) for name in ("a", "b")
+    ]
+    own = hfl.Federation(clients)
+
+    with pytest.raises(UserError, match=rf"defaults\.{key}: has no effect, because every client"):
+        own.prepare(hfl.Local(), overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "value"),
+    [
+        ({"clients": {"defaults": {"batch_size": 8}}}, {"epochs": 2}, "batch_size=8"),
+        (["clients.defaults={epochs: 7}"], {}, "epochs=7"),
+        (["clients.defaults.optimizer={lr: 0.5}"], {"epochs": 2}, "lr=0.5"),
+        (
+            ["clients.defaults.optimizer={name: sgd, momentum: 0.5}"],
+            {"optimizer": hfl.SGD(lr=1)},
+            "momentum=0.5",
+        ),
+    ],
+)
+def test_default_with_effect_is_used(overrides: Any, settings: Any, value: str) -> None:
+    prepared = own_settings(**settings).prepare(hfl.Local(), overrides=overrides)
+
+    assert value in repr(prepared.federation.client_infos.profiles[0].settings)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "key"),
+    [
+        (hfl.ClientSettings(epochs=3), "epochs"),
+        (hfl.ClientSettings(steps=3), "steps"),
+        (hfl.ClientSettings(preprocess=hfl.Preprocess(resize=4)), "preprocess.resize"),
+    ],
+)
+def test_default_of_a_federation_without_effect_is_refused(defaults: Any, key: str) -> None:
+    preprocess = hfl.Preprocess(resize=8)
+    clients = [hfl.Client(n, "mlp", (X, Y), epochs=2, preprocess=preprocess) for n in ("a", "b")]
+
+    with pytest.raises(UserError, match=f"defaults: {key} has no effect, because every client"):
+        hfl.Federation(clients, defaults=defaults)
 
 
 @pytest.mark.parametrize(

@@ -313,8 +313,8 @@ class SavedModel:
         return raw
 
     def _tokens(self, x: Any, vocabulary: int) -> Tensor:
-        raw = torch.as_tensor(x)
         where = "predict: x"
+        raw = as_numbers(x, where)
         if raw.is_floating_point() or tuple(raw.shape[1:]) != self.arch.input_shape:
             found = f"{raw.dtype} of shape {tuple(raw.shape)}".removeprefix("torch.")
             raise UserError(f"{where}: expected integers {self._expected_shapes()}, got {found}")

@@ -14,6 +14,7 @@ from hetero_fl.core.images import (
     as_numbers,
     as_pixels,
     channels_first,
+    dtype_name,
     in_range,
 )
 from hetero_fl.core.task import Task
@@ -34,7 +35,7 @@ from hetero_fl.data.dataset import (
     with_patients,
 )
 from hetero_fl.data.labels import Kind, read_labels
-from hetero_fl.utils.arrays import plain_array
+from hetero_fl.utils.arrays import missing_entries, plain_array
 from hetero_fl.utils.errors import UserError
 
 
@@ -197,7 +198,7 @@ def _parse_inputs(
         names: Names of x, y and rows in the source. Columns of named sources are not checked.
     """
     if vocabulary is not None:
-        return [_tensor(x, where).long() for where, x in raw.items()], ()
+        return [_tokens(x, where, names) for where, x in raw.items()], ()
     tensors = {where: as_numbers(x, where) for where, x in raw.items()}
     _check_series(tensors, columns)
     inputs, notes = _images(tensors)
@@ -221,22 +222,23 @@ def _extra_columns(group: Any, time: Any, unit: Any, name: str) -> dict[str, Any
 def _parse_times(values: Any, name: str) -> Tensor:
     """Convert dates to seconds since 1970 and return integers unchanged, int64 `[N]`."""
     times = np.asarray(plain_array(values))
+    if (row := first_true(missing_entries(times))) is not None:
+        raise UserError(f"{name}: time: row {row}: missing value; fill or remove missing values")
     if np.issubdtype(times.dtype, np.datetime64):
-        if (row := first_true(np.isnat(times))) is not None:
-            raise UserError(
-                f"{name}: time: row {row}: missing value; fill or remove missing values"
-            )
         times = times.astype("datetime64[s]").astype(np.int64)
     if not np.issubdtype(times.dtype, np.integer):
         raise UserError(f"{name}: time: expected integers or datetime64, got {times.dtype}")
     return torch.from_numpy(times.astype(np.int64))
 
 
-def _tensor(values: Any, where: str) -> Tensor:
-    try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: expected an array of numbers ({error})") from error
+def _tokens(values: Any, where: str, names: ExampleNames) -> Tensor:
+    """Return tokens as int64. Missing tokens and fractions are errors."""
+    tokens = as_numbers(values, where)
+    if tokens.is_floating_point():
+        row = first_true(tokens.isnan().flatten(1).any(1))
+        found = f"got {dtype_name(tokens)}" if row is None else f"{names.row(row)} has no value"
+        raise UserError(f"{where}: expected integers; {found}; tokens that pad a text are 0")
+    return tokens.long()
 
 
 def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 MISSING_TYPES = ("NoneType", "NAType", "NaTType", "MaskedConstant")
 """Names of the types of missing entries. pandas is not imported only to compare with `pd.NA`."""
@@ -15,8 +19,8 @@ def plain_array(values: Any) -> Any:
     """Return values without masks and without the null values of pandas and pyarrow.
 
     Missing entries become NaN in numbers and None in other arrays. Integers and booleans with
-    missing entries become float64. Values without missing entries, tensors and data frames are
-    returned unchanged.
+    missing entries become float64. Lists of tensors are stacked without their gradients. Values
+    without missing entries, tensors and data frames are returned unchanged.
 
     Args:
         values: Any array-like object, for example a masked array, a Series of pandas, an array of
@@ -28,8 +32,8 @@ def plain_array(values: Any) -> Any:
         >>> plain_array(np.ma.masked_array([1, 2, 3], mask=[0, 1, 0]))
         array([ 1., nan,  3.])
     """
-    if isinstance(values, list | tuple) and any(np.ma.isMaskedArray(row) for row in values):
-        values = np.ma.stack([np.ma.asanyarray(row) for row in values])
+    if isinstance(values, list | tuple):
+        values = _stacked(values)
     if type(values).__module__.partition(".")[0] == "pyarrow":
         values = values.to_pandas()
     if np.ma.isMaskedArray(values):
@@ -37,7 +41,7 @@ def plain_array(values: Any) -> Any:
     if isinstance(values, list | tuple):
         try:
             found = np.asarray(values)
-        except ValueError:
+        except (ValueError, RuntimeError):
             return values
     elif isinstance(values, np.ndarray):
         found = values
@@ -47,11 +51,29 @@ def plain_array(values: Any) -> Any:
         return values
     if found.dtype != object:
         return found if hasattr(values, "to_numpy") else values
+    missing = missing_entries(found)
+    return _fill(found, missing) if missing.any() else values
+
+
+def missing_entries(values: np.ndarray) -> np.ndarray:
+    """Return whether each entry of an array without a mask is missing, a bool array."""
+    if values.dtype.kind == "M":
+        return np.isnat(values)
     missing = [
         type(value).__name__ in MISSING_TYPES or (isinstance(value, float) and math.isnan(value))
-        for value in found.flat
+        for value in values.flat
     ]
-    return _fill(found, np.reshape(missing, found.shape)) if any(missing) else values
+    return np.array(missing, dtype=bool).reshape(values.shape)
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    """Return a list of tensors or of masked arrays as one of these, and other lists unchanged."""
+    if rows and all(isinstance(row, Tensor) for row in rows):
+        with suppress(RuntimeError):
+            return torch.stack([row.detach() for row in rows])
+    if any(np.ma.isMaskedArray(row) for row in rows):
+        return np.ma.stack([np.ma.asanyarray(row) for row in rows])
+    return rows
 
 
 def _fill(values: np.ndarray, missing: np.ndarray) -> np.ndarray:

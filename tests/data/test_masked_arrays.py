@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import hetero_fl as hfl
-from hetero_fl.data import from_arrays
+from hetero_fl.data import Vocabulary, from_arrays
+from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
+from tests.helpers.python_federations import NO_REPORT
 
 X = np.random.default_rng(0).normal(size=(40, 3))
 Y = np.arange(40) % 2
@@ -21,6 +23,8 @@ MASKED = np.ma.masked_array(np.where(MASK, -999.0, X), mask=MASK)
 NAN = np.where(MASK, np.nan, X)
 INTEGERS = np.rint(100 * X).astype(int)
 FIRST = np.arange(40) == 0
+WORDS = Vocabulary(tuple("abcd"))
+TOKENS = np.arange(120).reshape(40, 3) % 6
 
 
 class Items(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -96,7 +100,16 @@ def test_null_values_of_frames_equal_nan() -> None:
             {"time": np.where(FIRST, np.datetime64("NaT"), np.datetime64("2024-01-01"))},
             "time: row 0: missing value",
         ),
-        ({"time": np.ma.masked_array(Y, mask=FIRST)}, "time: expected integers or datetime64"),
+        ({"time": np.ma.masked_array(Y, mask=FIRST)}, "time: row 0: missing value"),
+        (
+            {"time": np.ma.masked_array(Y.astype("datetime64[D]"), mask=FIRST)},
+            "time: row 0: missing value",
+        ),
+        (
+            {"x": np.ma.masked_array(TOKENS, mask=MASK), "vocabulary": WORDS},
+            "x: expected integers; row 3 has no value",
+        ),
+        ({"x": TOKENS / 2, "vocabulary": WORDS}, "x: expected integers; got float64"),
     ],
 )
 def test_missing_labels_groups_and_patients_are_one_line(
@@ -113,3 +126,39 @@ def test_prediction_treats_masked_entries_as_nan() -> None:
     run = hfl.Federation([client], test=(X, Y)).train("local", rounds=1)
 
     assert np.array_equal(run.predict("a", MASKED), run.predict("a", NAN))
+
+
+def test_prediction_refuses_masked_tokens() -> None:
+    client = hfl.Client("a", "text_cnn", from_arrays(TOKENS, Y, vocabulary=WORDS))
+    run = hfl.Federation([client]).train("local", rounds=1, overrides=NO_REPORT)
+
+    with pytest.raises(UserError, match="expected integers"):
+        run.predict("a", np.ma.masked_array(TOKENS, mask=MASK))
+
+
+@pytest.mark.parametrize("part", ["x", "y", "group", "patient"])
+def test_lists_of_tensors_with_gradients_are_read_as_arrays(part: str) -> None:
+    given = {"x": X, "y": X[:, 0], "group": Y.astype(float), "patient": np.arange(40.0) // 2}
+    tensors = [torch.tensor(value, requires_grad=True) for value in given[part]]
+
+    found = from_arrays(**{**given, part: tensors}).train
+    expected = from_arrays(**given).train
+
+    assert torch.equal(found.x, expected.x) and torch.equal(found.labels, expected.labels)
+    assert found.group_names == expected.group_names == ("0", "1")
+    assert found.patient_names == expected.patient_names
+
+
+def test_items_with_gradients_are_read_as_arrays() -> None:
+    class Tensors(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return len(Y)
+
+        def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+            x = torch.tensor(X[row], requires_grad=True)
+            return x, x[0]
+
+    found = to_dataset(Tensors(), "data").train
+
+    assert torch.equal(found.x, torch.from_numpy(X).float())
+    assert torch.equal(found.labels[:, 0], torch.from_numpy(X[:, 0]).float())

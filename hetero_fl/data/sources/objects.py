@@ -249,7 +249,7 @@ def _from_torch(data: Any, where: str) -> tuple[Any, Any]:
             f"{where}: examples have shapes {first} and {second}; resize them to one shape in the "
             "data set's transform"
         )
-    return np.stack(x), plain_array(np.ma.stack([np.asanyarray(y) for _, y in items]))
+    return np.stack(x), plain_array(np.ma.stack([_as_array(y) for _, y in items]))
 
 
 def _two_columns(tensors: Any, where: str) -> tuple[Any, Any]:

@@ -20,7 +20,14 @@ from hetero_fl.core.task import Task
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.helpers.small_federations import (
+    MIXED,
+    QUICK,
+    config,
+    deployed,
+    rounds_of,
+    same_bits,
+)
 from tests.references.local_training import clients, largest_difference, module, train
 
 # Weights
@@ -224,8 +231,8 @@ def test_every_method_applies_logit_adjustment(settings: dict[str, str]) -> None
         settings["name"],
         settings["name"] in BY_DISTANCE and "inference" not in settings,
     )
-    source = config(method, MIXED, clients=4, algorithm={**settings, "logit_adjustment": True})
-    rounds = rounds_of(source, num_rounds=1)
+    algorithm = {**settings, **QUICK.get(method, {}), "logit_adjustment": True}
+    rounds = rounds_of(config(method, MIXED, clients=4, algorithm=algorithm), num_rounds=1)
     fits: list[tuple[Any, Fit]] = []
     perform = rounds.backend.run
     rounds.backend.run = lambda work: (

@@ -12,6 +12,7 @@ import hetero_fl as hfl
 from hetero_fl.config import dump
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
+from tests.helpers.python_federations import QUIET
 from tests.helpers.small_federations import config
 
 
@@ -41,7 +42,8 @@ def test_sparse_stage_reads_floats_as_shares_and_integers_as_numbers(stage: str)
 
     def upload_bytes(text: str) -> int:
         loaded = yaml.safe_load(f"[{{{stage}: {text}}}]")
-        run = federation.train(hfl.FedAvg(), rounds=1, channel=hfl.Channel(compress=loaded))
+        channel = hfl.Channel(compress=loaded)
+        run = federation.train(hfl.FedAvg(), rounds=1, channel=channel, overrides=QUIET)
         return int(run.metrics[0]["up_bytes"])
 
     # The model has 8 * 2 weights and 2 biases in float32.

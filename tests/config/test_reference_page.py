@@ -33,12 +33,12 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def configuration(script: ModuleType) -> str:
-    return str(script.configuration_page())
+def pages(script: ModuleType) -> dict[str, str]:
+    return dict(script.all_pages())
 
 
-def test_pages_are_up_to_date(script: ModuleType) -> None:
-    for name, text in script.all_pages().items():
+def test_pages_are_up_to_date(script: ModuleType, pages: dict[str, str]) -> None:
+    for name, text in pages.items():
         page = script.REFERENCE / name
         assert page.read_text(encoding="utf-8") == text, f"{name} is outdated; run `make docs`"
 
@@ -51,6 +51,7 @@ def test_no_page_of_a_removed_family_remains(script: ModuleType) -> None:
 
 def test_check_reports_outdated_pages(
     script: ModuleType,
+    pages: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -59,21 +60,23 @@ def test_check_reports_outdated_pages(
         monkeypatch.setattr(sys, "argv", ["describe_reference.py", *arguments])
         return int(script.main())
 
-    pages, names = tmp_path / "reference", tmp_path / "names.json"
+    folder, names = tmp_path / "reference", tmp_path / "names.json"
     names.write_text(script.completion_names(), encoding="utf-8")
-    monkeypatch.setattr(script, "REFERENCE", pages)
+    monkeypatch.setattr(script, "REFERENCE", folder)
     monkeypatch.setattr(script, "NAMES", names)
+    monkeypatch.setattr(script, "all_pages", lambda: pages)
 
-    assert run("--check") == 1 and not pages.exists()
+    assert run("--check") == 1 and not folder.exists()
     assert run() == 0 and run("--check") == 0
     capsys.readouterr()
-    (pages / "methods" / "references.md").write_text("stale", encoding="utf-8")
+    (folder / "methods" / "references.md").write_text("stale", encoding="utf-8")
     assert run("--check") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "docs/reference/methods/references.md: outdated; run `make docs`"
 
 
-def test_configuration_contains_every_section_and_key(configuration: str) -> None:
+def test_configuration_contains_every_section_and_key(pages: dict[str, str]) -> None:
+    configuration = pages["configuration.md"]
     for name in Config.model_fields:
         assert f"| `{name}` |" in configuration
     section = configuration.partition("## `clients.defaults.optimizer`")[2].partition("\n## ")[0]
@@ -83,8 +86,9 @@ def test_configuration_contains_every_section_and_key(configuration: str) -> Non
     assert "| `name` | `sgd`, `adam`, `adamw`, `python:…` | `adam` |" in configuration
 
 
-def test_every_setting_of_configuration_and_methods_has_a_description(script: ModuleType) -> None:
-    pages = script.all_pages()
+def test_every_setting_of_configuration_and_methods_has_a_description(
+    pages: dict[str, str],
+) -> None:
     text = "\n".join(page for name, page in pages.items() if "methods/" in name)
     text += pages["configuration.md"] + pages["deployment_files.md"]
     rows = [line for line in text.splitlines() if line[:3] == "| `"]

@@ -19,6 +19,7 @@ from hetero_fl.data import Dataset, from_arrays, load_source
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.helpers.python_federations import QUIET
 
 ROWS = 60
 X = np.random.default_rng(0).random((ROWS, 3), dtype=np.float32)
@@ -347,7 +348,7 @@ def test_booleans_of_arrays_and_frames_are_the_same_classes() -> None:
 
     assert names_of(hfl.Federation([*of_array, *of_frame])) == ("False", "True")
     for federation in (hfl.Federation(of_array, test=(X, y)), hfl.Federation(of_frame)):
-        run = federation.train("local", rounds=1)
+        run = federation.train("local", rounds=1, overrides=QUIET)
         scores = [hfl.evaluate(run, (X, y)), hfl.evaluate(run, frame, label="y")]
         assert scores[0] == scores[1]
     with pytest.raises(UserError, match="expected text as in"):

@@ -20,6 +20,7 @@ from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.helpers.python_federations import QUIET
 
 
 def make_frame(rows: int = 100) -> pd.DataFrame:
@@ -101,7 +102,9 @@ def test_marker_among_numbers_is_a_missing_value(marker: str, tmp_path: Path) ->
     blank.to_csv(tmp_path / "marked.csv", index=False, na_rep=marker)
 
     marked, expected = (
-        federate(tmp_path / f"{name}.csv").train(hfl.FedAvg(), rounds=1, out=tmp_path / name)
+        federate(tmp_path / f"{name}.csv").train(
+            hfl.FedAvg(), rounds=1, out=tmp_path / name, overrides=QUIET
+        )
         for name in ("marked", "blank")
     )
 
@@ -152,7 +155,7 @@ def test_frame_and_file_are_applied_like_the_training_data(tmp_path: Path) -> No
     marked.loc[3, 1] = "?"
     preprocess = hfl.Preprocess(missing="indicate")
     client = hfl.Client("a", "linear", marked, label=0, preprocess=preprocess)
-    run = hfl.Federation([client]).train(hfl.Local(), rounds=1)
+    run = hfl.Federation([client]).train(hfl.Local(), rounds=1, overrides=QUIET)
     values = frame[[2, 1]].to_numpy(copy=True)
     values[3, 1] = np.nan
     with (tmp_path / "ROWS.NPZ").open("wb") as file:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
+from tests.helpers.python_federations import QUIET
 
 Y = np.arange(60) % 2
 
@@ -75,7 +76,8 @@ def test_missing_value_names_the_file_and_its_row(gap: int, tmp_path: Path) -> N
 def test_evaluation_names_the_row_as_the_file_does(tmp_path: Path) -> None:
     data = save(tmp_path / "whole.csv") | {"partition": {"min_size": 5}}
     clients = {"count": 2, "defaults": {"model": "mlp", "preprocess": {"columns": ["age", "dose"]}}}
-    run = hfl.run({"data": data, "clients": clients, "rounds": 1}, out=tmp_path / "run")
+    config = {"data": data, "clients": clients, "rounds": 1}
+    run = hfl.run(config, out=tmp_path / "run", overrides=QUIET)
     other = save(tmp_path / "other.csv", 6)
 
     with pytest.raises(UserError, match=r"other\.csv: row 6 has no value that the model of"):

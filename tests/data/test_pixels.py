@@ -19,6 +19,7 @@ from hetero_fl.experiment.exporting.graph import inputs_of
 from hetero_fl.experiment.exporting.score import to_input
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
+from tests.helpers.python_federations import QUIET
 
 RNG = np.random.default_rng(0)
 Y = np.arange(40) % 2
@@ -122,7 +123,7 @@ def test_sets_that_no_client_trains_on_are_compared_with_the_range() -> None:
     prepared = federation(BYTES.astype(np.uint8), **given).prepare(hfl.FedMD())
     (warning,) = [n for n in prepared.notes if isinstance(n, Caution) and "divided by 255" in n]
     assert "do not exceed 1 at the proxy set, the global test set" in warning
-    run = federation(BYTES.astype(np.uint8)).train(hfl.FedAvg(), rounds=1)
+    run = federation(BYTES.astype(np.uint8)).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
     with pytest.raises(UserError, match="from 0 to 255 as in training, got 0 and 1 only"):
         hfl.evaluate(run, (masks, Y))
     with pytest.raises(UserError, match="the proxy set: expected pixels from 0 to 4095"):
@@ -212,7 +213,7 @@ def test_range_is_saved_with_the_model(tmp_path: Path) -> None:
     data = save_npz(tmp_path, TWELVE, "") | {"partition": {"min_size": 5}}
     clients = {"count": 2, "defaults": {"model": "linear"}}
     config = {"data": data, "clients": clients, "rounds": 1, "algorithm": {"name": "fedavg"}}
-    run = hfl.run(config, out=tmp_path / "run")
+    run = hfl.run(config, out=tmp_path / "run", overrides=QUIET)
     saved = hfl.Run.load(tmp_path / "run")
     name = saved.model_names[0]
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hetero_fl import run
 from hetero_fl.engine.serial import class_sums
@@ -65,38 +67,58 @@ def on(device: str, executor: str, source: dict[str, Any]) -> FederatedTrainer:
     return rounds_of(source, num_rounds=0)
 
 
-def check_equal(
-    one: FederatedTrainer, other: FederatedTrainer, tolerances: tuple[float, ...] = (1e-6, 1e-4)
-) -> None:
-    """Run a round per tolerance and compare losses, scores and the server."""
-    for tolerance in tolerances:
-        for trainer in (one, other):
-            assert not trainer.run_round()["failed"]
-        scores = [
-            {
-                (client, name): values["loss"]
-                for client, evaluation in trainer.evaluate(details=True).clients.items()
-                for name, values in evaluation.scores.items()
+@dataclass(frozen=True)
+class Round:
+    """What a round gave: losses of the clients, and models of the server on the CPU."""
+
+    losses: dict[tuple[str, str], float]
+    server: dict[str, dict[str, Tensor]]
+
+
+def rounds(trainer: FederatedTrainer, number: int = 2) -> list[Round]:
+    """Run rounds and return the results of each."""
+    results = []
+    for _ in range(number):
+        assert not trainer.run_round()["failed"]
+        losses = {
+            (client, name): values["loss"]
+            for client, evaluation in trainer.evaluate(details=True).clients.items()
+            for name, values in evaluation.scores.items()
+        }
+        models = {
+            slot: {
+                name: tensor.cpu().clone()
+                for name, tensor in tensors.items()
+                if tensor.is_floating_point()
             }
-            for trainer in (one, other)
-        ]
-        assert scores[0] == pytest.approx(scores[1], rel=tolerance)
-        for slot, tensors in one.server.models.items():
-            for name, tensor in tensors.items():
-                if tensor.is_floating_point():
-                    torch.testing.assert_close(
-                        other.server.models[slot][name].cpu(),
-                        tensor.cpu(),
-                        rtol=tolerance,
-                        atol=tolerance,
-                    )
+            for slot, tensors in trainer.server.models.items()
+        }
+        results.append(Round(losses, models))
+    return results
+
+
+def check_equal(
+    expected: list[Round], found: list[Round], tolerances: tuple[float, ...] = (1e-6, 1e-4)
+) -> None:
+    """Compare the rounds of two runs, each with a tolerance of its own."""
+    for one, other, tolerance in zip(expected, found, tolerances, strict=True):
+        assert other.losses == pytest.approx(one.losses, rel=tolerance)
+        torch.testing.assert_close(other.server, one.server, rtol=tolerance, atol=tolerance)
+
+
+@cache
+def rounds_on_cpu(method: str) -> list[Round]:
+    return rounds(on("cpu", "serial", methods_config(method)))
+
+
+def methods_config(method: str) -> dict[str, Any]:
+    return config(method, MIXED, clients=6, server={"model": "linear"})
 
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])
 @pytest.mark.parametrize("method", cases(METHODS))
 def test_every_method_matches_the_cpu(method: str, executor: str) -> None:
-    source = config(method, MIXED, clients=6, server={"model": "linear"})
-    check_equal(on("cpu", "serial", source), on("cuda", executor, source))
+    check_equal(rounds_on_cpu(method), rounds(on("cuda", executor, methods_config(method))))
 
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])
@@ -107,7 +129,9 @@ def test_every_feature_matches_the_cpu(feature: str, executor: str) -> None:
     device = "cuda" if feature == "dropout" and IS_REAL else "cpu"
     # Rounding to eight bits turns differences of 1e-16 into a step of up to 1e-5.
     tolerances = (1e-5, 1e-4) if feature == "changes downwards" else (1e-6, 1e-4)
-    check_equal(on(device, executor, source), on("cuda", executor, source), tolerances)
+    check_equal(
+        rounds(on(device, executor, source)), rounds(on("cuda", executor, source)), tolerances
+    )
 
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -179,20 +203,19 @@ def test_deterministic_algorithms_are_used_on_request(
 
 
 def test_two_workers_in_this_process_share_a_device() -> None:
-    source = config("hybrid", MIXED, clients=6, server={"model": "linear"})
-    setup = replace(setup_of(source), devices=("cuda:0", "cuda:0"), dtype=torch.float64)
-    check_equal(
-        on("cpu", "serial", source), rounds_on(setup, LocalWorkerPool(setup, 2), 2, cohort=6)
-    )
+    setup = setup_of(methods_config("hybrid"))
+    setup = replace(setup, devices=("cuda:0", "cuda:0"), dtype=torch.float64)
+    together = rounds_on(setup, LocalWorkerPool(setup, 2), 2, cohort=6)
+    check_equal(rounds_on_cpu("hybrid"), rounds(together))
 
 
 @pytest.mark.skipif(not IS_REAL, reason="a pretended GPU is in one process")
 def test_two_workers_share_a_device() -> None:
-    source = config("hybrid", MIXED, clients=6, server={"model": "linear"})
-    single = on("cuda", "serial", source)
+    source = methods_config("hybrid")
+    single = rounds(on("cuda", "serial", source))
     together = on("cuda", "processes", source)
     try:
-        check_equal(single, together)
+        check_equal(single, rounds(together))
     finally:
         together.executor.close()
 
@@ -228,7 +251,7 @@ def test_fit_is_repeated_after_running_out_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = config(clients=4)
-    expected = on("cpu", "serial", source)
+    expected = rounds(on("cpu", "serial", source))
     trainer = on("cuda", "batched", source)
     clone = torch.Tensor.clone
     calls = 0
@@ -245,7 +268,7 @@ def test_fit_is_repeated_after_running_out_of_memory(
         return clone(tensor, **options)
 
     monkeypatch.setattr(torch.Tensor, "clone", fail_once)
-    check_equal(expected, trainer)
+    check_equal(expected, rounds(trainer))
     assert calls > 30
 
 

@@ -14,7 +14,7 @@ from hetero_fl.config.data import DrivingConfig
 from hetero_fl.data.sources.driving import read_driving_folder
 from hetero_fl.experiment import prepare
 from tests.helpers.driving_folders import write_driving_folder
-from tests.helpers.payload_search import floats_in, tapped, triples
+from tests.helpers.payload_search import floats_in, number_in_common, tapped, triples
 
 FRAME = 3 * 12 * 20
 DRIVING = {"height": 12, "width": 20, "gap": 1, "test_vehicles": ["zoe"]}
@@ -118,8 +118,8 @@ def search(config: dict[str, Any]) -> tuple[int, int, list[str], int]:
             tensors += private_tensors(rounds, prepared)
     sent = triples(array for payload in payloads for array in floats_in(payload))
     named = [name for name in PRIVATE if any(name.encode() in payload for payload in payloads)]
-    of_rows = len(np.intersect1d(triples(private_rows(prepared)), sent))
-    of_tensors = len(np.intersect1d(triples(tensors), sent))
+    of_rows = number_in_common(triples(private_rows(prepared)), sent)
+    of_tensors = number_in_common(triples(tensors), sent)
     return of_rows, of_tensors, named, sum(map(len, payloads))
 
 

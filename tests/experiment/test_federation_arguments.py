@@ -14,7 +14,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import NO_REPORT, Net, images, same_models, table
+from tests.helpers.python_federations import QUIET, Net, images, same_models, table
 
 
 def two_clients(**settings: Any) -> list[hfl.Client]:
@@ -66,9 +66,7 @@ def test_defaults_train_as_settings_of_each_client() -> None:
     clients = [hfl.Client(c.name, "mlp", c.data, optimizer=optimizer) for c in two_clients()]
     each = hfl.Federation(clients, test=images(30, 9))
 
-    first, second = (
-        own.train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT) for own in (common, each)
-    )
+    first, second = (own.train(hfl.FedAvg(), rounds=1, overrides=QUIET) for own in (common, each))
 
     assert same_models(first, second)
 
@@ -98,7 +96,7 @@ def test_validation_set_is_the_global_validation_set() -> None:
     own = hfl.Federation(two_clients(), test=images(30, 9), validation=(x, y))
 
     prepared = own.prepare(hfl.Local())
-    run = own.train(hfl.Local(), rounds=1, overrides=NO_REPORT)
+    run = own.train(hfl.Local(), rounds=1, overrides=QUIET)
 
     columns = prepared.data.columns("server", "common_validation", prepared.data.preprocess("a"))
     assert torch.equal(columns["y"], torch.from_numpy(y))
@@ -108,7 +106,7 @@ def test_validation_set_is_the_global_validation_set() -> None:
 
 def test_no_validation_set_without_validation_rows() -> None:
     run = hfl.Federation(two_clients(), test=images(30, 9)).train(
-        hfl.Local(), rounds=1, overrides=NO_REPORT
+        hfl.Local(), rounds=1, overrides=QUIET
     )
 
     assert run.metrics[0]["validation"]["global"] is None
@@ -121,7 +119,7 @@ def test_per_round_samples_clients() -> None:
     clients = [hfl.Client(f"site_{i}", "mlp", images(40, i)) for i in range(5)]
     own = hfl.Federation(clients, test=images(30, 9), per_round=2, seed=1)
 
-    run = own.train(hfl.FedAvg(), rounds=4, overrides=NO_REPORT)
+    run = own.train(hfl.FedAvg(), rounds=4, overrides=QUIET)
 
     cohorts = [tuple(record["cohort"]) for record in run.metrics]
     assert {len(cohort) for cohort in cohorts} == {2}
@@ -133,8 +131,8 @@ def test_per_round_equals_the_configuration_key() -> None:
     argument = hfl.Federation(clients, test=images(30, 9), per_round=2)
     override = hfl.Federation(clients, test=images(30, 9))
 
-    first = argument.train(hfl.FedAvg(), rounds=2, overrides=NO_REPORT)
-    second = override.train(hfl.FedAvg(), rounds=2, overrides=[*NO_REPORT, "clients.per_round=2"])
+    first = argument.train(hfl.FedAvg(), rounds=2, overrides=QUIET)
+    second = override.train(hfl.FedAvg(), rounds=2, overrides=[*QUIET, "clients.per_round=2"])
 
     assert argument.config["clients"]["per_round"] == 2
     assert [r["cohort"] for r in first.metrics] == [r["cohort"] for r in second.metrics]
@@ -148,7 +146,7 @@ def test_cohort_section_samples_more_clients_than_are_averaged() -> None:
     run = own.train(
         hfl.FedAvg(),
         rounds=1,
-        overrides=NO_REPORT,
+        overrides=QUIET,
         cohort=hfl.Cohort(over_selection=2.0),
         devices=hfl.Devices(),
     )
@@ -161,7 +159,7 @@ def test_cohort_section_samples_more_clients_than_are_averaged() -> None:
 
 def start_of(own: hfl.Federation) -> dict[str, torch.Tensor]:
     """Return the head's weights of each client before the first round."""
-    with hfl.Trainer(own, hfl.Local(), rounds=1, overrides=NO_REPORT) as trainer:
+    with hfl.Trainer(own, hfl.Local(), rounds=1, overrides=QUIET) as trainer:
         return {client.name: trainer.model(client.name).out.weight for client in own.clients}
 
 
@@ -284,6 +282,6 @@ def test_heterofl_refuses_given_weights() -> None:
     method = hfl.HeteroFL(model="cnn", widths=[1, 0.5])
 
     with pytest.raises(UserError, match="heterofl changes the models of clients") as caught:
-        own.train(method, rounds=1, overrides=NO_REPORT)
+        own.train(method, rounds=1, overrides=QUIET)
 
     assert "\n" not in str(caught.value)

@@ -11,10 +11,10 @@ import torch
 import hetero_fl as hfl
 from hetero_fl.data import Dataset, Vocabulary
 from hetero_fl.utils.errors import UserError
+from tests.helpers.python_federations import QUIET
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
-QUIET = ["runtime.executor=serial", "runtime.threads=1"]
 
 
 def images(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import hetero_fl as hfl
 from hetero_fl.cli import main
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.utils.errors import UserError
+from tests.helpers.python_federations import QUIET
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
 NAMES = np.array(["sick", "healthy"])
@@ -32,7 +33,8 @@ def named_run(tmp_path_factory: pytest.TempPathFactory) -> hfl.Run:
     clients = [hfl.Client("a", "linear", (x, NAMES[y])), hfl.Client("b", "linear", (x, NAMES[y]))]
     defaults = ClientSettings(optimizer=hfl.SGD(lr=0.5), epochs=5)
     own = hfl.Federation(clients, defaults=defaults)
-    return own.train(hfl.FedAvg(), rounds=3, out=tmp_path_factory.mktemp("named") / "run")
+    path = tmp_path_factory.mktemp("named") / "run"
+    return own.train(hfl.FedAvg(), rounds=3, out=path, overrides=QUIET)
 
 
 def accuracy(run: hfl.Run, data: Any, **options: Any) -> float:
@@ -94,7 +96,7 @@ def test_evaluate_matches_numbers_by_value(tmp_path: Path) -> None:
     x, y = rows(120)
     clients = [hfl.Client("a", "linear", (x, 3 * y + 1)), hfl.Client("b", "linear", (x, 3 * y + 1))]
     own = hfl.Federation(clients, defaults=ClientSettings(optimizer=hfl.SGD(lr=0.5), epochs=5))
-    run = own.train(hfl.FedAvg(), rounds=3, out=tmp_path / "run")
+    run = own.train(hfl.FedAvg(), rounds=3, out=tmp_path / "run", overrides=QUIET)
 
     assert run.models["a"].task.names == ("1", "4")
     assert accuracy(run, (x, 3 * y + 1)) == accuracy(run, (x, (3 * y + 1) * 1.0)) > 0.9

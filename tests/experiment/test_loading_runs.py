@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import NO_REPORT, Digits, images
+from tests.helpers.python_federations import QUIET, Digits, images
 
 ROWS = np.zeros((3, 8, 8), np.uint8)
 
@@ -44,7 +44,7 @@ def federation(model: Any, **settings: Any) -> hfl.Federation:
 def trained_before_a_restart(path: Path, model: Any, **settings: Any) -> Tensor:
     """Train a run whose objects the program does not keep, and return predictions."""
     trained = federation(model, **settings)
-    run = trained.train(hfl.FedMD(), rounds=1, out=path, overrides=NO_REPORT)
+    run = trained.train(hfl.FedMD(), rounds=1, out=path, overrides=QUIET)
     expected = run.predict("inst", ROWS)
     del trained, run
     gc.collect()
@@ -56,7 +56,7 @@ def test_functions_keep_the_temporary_directory_of_a_run(name: str, tmp_path: Pa
     kept = federation(Net(), head="cls")
 
     def train() -> hfl.Run:
-        return kept.train(hfl.FedMD(), rounds=1, overrides=NO_REPORT)
+        return kept.train(hfl.FedMD(), rounds=1, overrides=QUIET)
 
     # Nothing else refers to the run, so its directory is deleted if the function drops the run.
     calls: dict[str, Any] = {

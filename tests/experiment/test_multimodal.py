@@ -26,7 +26,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import add_evaluation
 from hetero_fl.utils.errors import UserError
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.payload_search import floats_in, tapped, triples
+from tests.helpers.payload_search import floats_in, number_in_common, tapped, triples
 from tests.helpers.small_federations import deployed, same_bits
 
 CONFIG = Path(__file__).parents[2] / "configs" / "medical_multimodal.yaml"
@@ -111,7 +111,7 @@ def leaked(prepared: PreparedRun) -> tuple[int, bool, int]:
     secret = triples([*values, *models])
     sent = triples(array for payload in payloads for array in floats_in(payload))
     return (
-        len(np.intersect1d(secret, sent)),
+        number_in_common(secret, sent),
         any(b"genes" in payload for payload in payloads),
         sum(map(len, payloads)),
     )

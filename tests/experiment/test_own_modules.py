@@ -30,7 +30,7 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.utils.errors import UserError
 from model_zoo.module_state import ModuleSnapshot, load_state
-from tests.helpers.python_federations import NO_REPORT
+from tests.helpers.python_federations import QUIET
 
 ROUNDS = 2
 EPOCHS = 2
@@ -232,10 +232,8 @@ def train(
             epochs=epochs, batch_size=100, optimizer=hfl.SGD(lr=LEARNING_RATE)
         ),
     )
-    if executor == "ray":
-        pytest.importorskip("ray", reason="ray is not installed: pip install 'hetero_fl[ray]'")
     workers = ["runtime.workers=2"] if executor in ("processes", "ray") else []
-    overrides = [*NO_REPORT, f"runtime.executor={executor}", *workers]
+    overrides = [*QUIET, f"runtime.executor={executor}", *workers]
     return federation.train(method, rounds=ROUNDS, overrides=overrides, **sections)
 
 
@@ -280,7 +278,6 @@ CASES = [
     *((name, executor, EPOCHS) for name in COMBINATIONS for executor in ("serial", "batched")),
     *((name, "serial", 1) for name in COMBINATIONS),
     *((name, "processes", EPOCHS) for name in ("tied", "recurrent")),
-    pytest.param("tied_head", "ray", EPOCHS, marks=pytest.mark.slow),
     *(
         pytest.param(f"drawn_{seed}", executor, 1 + seed % 3, marks=pytest.mark.slow)
         for seed in range(8)
@@ -289,10 +286,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
-@pytest.mark.parametrize(("name", "executor", "steps"), CASES)
-def test_own_module_gives_the_result_of_plain_torch(
-    name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
+def check_result_of_plain_torch(
+    name: str, executor: str, steps: int, method: hfl.Algorithm
 ) -> None:
     habits = COMBINATIONS.get(name) or draw_habits(int(name.removeprefix("drawn_")))
     # Modules with parametrizations cannot be pickled.
@@ -305,6 +300,14 @@ def test_own_module_gives_the_result_of_plain_torch(
     run = train(module, method, executor, epochs=steps)
 
     check_equals_reference(run, reference)
+
+
+@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
+@pytest.mark.parametrize(("name", "executor", "steps"), CASES)
+def test_own_module_gives_the_result_of_plain_torch(
+    name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
+) -> None:
+    check_result_of_plain_torch(name, executor, steps, method)
 
 
 @pytest.mark.parametrize("habit", HABITS)

@@ -12,7 +12,7 @@ import torch
 import hetero_fl as hfl
 from tests.helpers.python_federations import (
     DIGITS,
-    NO_REPORT,
+    QUIET,
     Digits,
     Net,
     images,
@@ -66,8 +66,8 @@ def test_divided_arrays_equal_the_same_npz_file(method: str, tmp_path: Path) -> 
     groups = [{"name": name, "model": "mlp"} for name in names]
     file = file_of({"name": method}, groups, data=data, seed=5)
 
-    first = objects.train(method, rounds=2, overrides=NO_REPORT)
-    second = hfl.run(file, out=tmp_path / "run", overrides=NO_REPORT)
+    first = objects.train(method, rounds=2, overrides=QUIET)
+    second = hfl.run(file, out=tmp_path / "run", overrides=QUIET)
 
     assert_identical(first, second)
 
@@ -89,8 +89,8 @@ def test_arrays_of_each_client_equal_npz_files_of_each_client(method: str, tmp_p
         seed=5,
     )
 
-    first = objects.train(method, rounds=2, overrides=NO_REPORT)
-    second = hfl.run(file, out=tmp_path / "run", overrides=NO_REPORT)
+    first = objects.train(method, rounds=2, overrides=QUIET)
+    second = hfl.run(file, out=tmp_path / "run", overrides=QUIET)
 
     assert_identical(first, second)
 
@@ -109,14 +109,14 @@ def test_given_modules_equal_a_file_with_init_from(
     file = {"data": {**data, "proxy": {"size": 30}}, "seed": 2}
     # All clients end with the average, so the server starts with the same weights in both forms.
     start = hfl.run(
-        file_of({"name": "fedavg"}, groups, **file), out=tmp_path / "start", overrides=NO_REPORT
+        file_of({"name": "fedavg"}, groups, **file), out=tmp_path / "start", overrides=QUIET
     )
     modules = {name: start.model(name) for name in names}
     assert all(type(module) is Digits for module in modules.values())
     objects = hfl.Federation(
         [hfl.Client(name, modules[name]) for name in names], data=data, proxy=30, seed=2
     )
-    overrides = [*NO_REPORT, f"runtime.executor={executor}"]
+    overrides = [*QUIET, f"runtime.executor={executor}"]
 
     first = objects.train(method, rounds=2, overrides=overrides)
     second = hfl.run(
@@ -163,7 +163,7 @@ MODES = {
 def test_stopped_and_resumed_training_equals_training_without_a_stop(
     method: Any, mode: str, source: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"rounds": 4, "overrides": [*NO_REPORT, *MODES[mode]]}
+    settings: dict[str, Any] = {"rounds": 4, "overrides": [*QUIET, *MODES[mode]]}
     whole = SOURCES[source]().train(method, out=tmp_path / "whole", **settings)
 
     with hfl.Trainer(SOURCES[source](), method, out=tmp_path / "run", **settings) as first:

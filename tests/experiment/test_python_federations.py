@@ -329,6 +329,7 @@ def test_comparison_of_methods(tmp_path: Path) -> None:
         rounds=1,
         seeds=range(2),
         out=tmp_path / "out",
+        overrides=QUIET,
     )
 
     assert len(comparison.frame) == 6

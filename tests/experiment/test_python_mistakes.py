@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
 from tests.helpers.mistakes import check_raises_one_line
-from tests.helpers.python_federations import NO_REPORT, Net, images
+from tests.helpers.python_federations import QUIET, Net, images
 
 X, Y = images(40, 1)
 TABLE = np.zeros((40, 5), dtype=np.float32)
@@ -99,7 +99,7 @@ def loss_with_a_lock() -> Callable[[Tensor, Tensor], Tensor]:
 
 def train_in_processes(**client: Any) -> Any:
     clients = [hfl.Client(name, "mlp", (X, Y), **client) for name in "ab"]
-    overrides = [*NO_REPORT, "runtime.executor=processes"]
+    overrides = [*QUIET, "runtime.executor=processes"]
     return hfl.Federation(clients, test=(X, Y)).train("local", rounds=1, overrides=overrides)
 
 

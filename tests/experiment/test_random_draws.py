@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hetero_fl as hfl
 from hetero_fl.data.partition.context import PartitionContext
 from model_zoo.generators import generator_hash
-from tests.helpers.python_federations import NO_REPORT, images, same_models, without_seconds
+from tests.helpers.python_federations import QUIET, images, same_models, without_seconds
 
 HERE = f"python:{__name__}"
 DRAWS = [lambda: float(torch.rand(())), np.random.rand, random.random]
@@ -97,7 +97,7 @@ def federation(model: type[nn.Module], **settings: Any) -> hfl.Federation:
 def train(own: hfl.Federation, executor: str = "serial") -> hfl.Run:
     workers = [f"runtime.executor={executor}", "runtime.workers=2"]
     metric = f"evaluation.metrics.noise={HERE}:noisy_metric"
-    return own.train(hfl.FedAvg(), rounds=2, overrides=[*NO_REPORT, *workers, metric], quiet=True)
+    return own.train(hfl.FedAvg(), rounds=2, overrides=[*QUIET, *workers, metric], quiet=True)
 
 
 CODE: dict[str, dict[str, Any]] = {
@@ -134,21 +134,21 @@ def test_draws_of_user_code_are_keyed(code: str) -> None:
             assert torch.allclose(tensor, stacked.models[client].tensors[name], atol=1e-6), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("executor", ["processes", "ray"])
-def test_draws_are_equal_in_worker_processes(executor: str) -> None:
-    if executor == "ray":
-        pytest.importorskip("ray")
-
+def check_draws_equal_those_in_one_process(executor: str) -> None:
     runs = [train(federation(Noisy), name) for name in ("serial", executor)]
 
     assert same_models(*runs)
     assert without_seconds(runs[0]) == without_seconds(runs[1])
 
 
+@pytest.mark.slow
+def test_draws_are_equal_in_worker_processes() -> None:
+    check_draws_equal_those_in_one_process("processes")
+
+
 def test_draws_do_not_depend_on_the_code_between_rounds(tmp_path: Path) -> None:
     own = federation(Noisy)
-    settings: dict[str, Any] = {"rounds": 2, "overrides": NO_REPORT, "quiet": True}
+    settings: dict[str, Any] = {"rounds": 2, "overrides": QUIET, "quiet": True}
     whole = own.train(hfl.FedAvg(), **settings)
 
     with hfl.Trainer(own, hfl.FedAvg(), **settings, out=tmp_path / "run") as trainer:

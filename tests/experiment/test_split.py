@@ -13,7 +13,7 @@ import hetero_fl as hfl
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
 from tests.helpers.mistakes import check_raises_one_line
-from tests.helpers.python_federations import NO_REPORT, Net, images, table
+from tests.helpers.python_federations import QUIET, Net, images, table
 
 
 def numbered(rows: int = 120) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +127,7 @@ def test_split_clients_train() -> None:
 
     own = hfl.Federation(clients, test=images(30, 9), proxy=images(20, 8)[0])
 
-    run = own.train(hfl.FedMD(), rounds=1, overrides=NO_REPORT)
+    run = own.train(hfl.FedMD(), rounds=1, overrides=QUIET)
     assert set(run.models) == {"client_1", "client_2", "client_3"}
 
 

@@ -211,7 +211,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 def peak_memory(source: dict[str, Any], out: Path) -> float:
     """Return the peak of the memory of a run in a process of its own, in MB."""
-    source["clients"]["groups"][0] |= {"model": "cnn_bn_small", "count": 4}
+    source["clients"]["groups"][0] |= {"model": "linear", "count": 4}
     source["rounds"] = 1
     source["data"] |= {"train_limit": None, "test_limit": None}
     command = [sys.executable, "-c", MEASURED_RUN, json.dumps(source), str(out)]

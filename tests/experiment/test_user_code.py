@@ -170,7 +170,8 @@ def test_learning_rate_of_an_optimizer_function_follows_the_schedule() -> None:
 def test_metrics_of_the_user_are_evaluated() -> None:
     evaluation = hfl.Evaluation(metrics={"error_rate": error_rate})
 
-    run = train(federation(), hfl.FedAvg(), evaluation=evaluation)
+    overrides = [*QUIET, "output.report=true"]
+    run = train(federation(), hfl.FedAvg(), evaluation=evaluation, overrides=overrides)
 
     last = run.summary["global"]["last"]
     assert last["error_rate"] == pytest.approx(1 - last["accuracy"], abs=1e-6)

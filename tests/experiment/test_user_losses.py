@@ -17,9 +17,9 @@ from torch.nn import functional
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import NO_REPORT, images
+from tests.helpers.python_federations import QUIET, images
 
-BATCHED = ["runtime.executor=batched", *NO_REPORT[1:]]
+BATCHED = ["runtime.executor=batched", *QUIET[1:]]
 WEIGHT = torch.tensor([1.0, 5.0, 0.3])
 RATE = 0.3
 CLASSES = 3
@@ -40,7 +40,7 @@ def train_recorded(own: hfl.Federation, method: Any) -> tuple[hfl.Run, list[Tens
     """Train one round with the serial executor, and return the batches of all clients."""
     RecordingFlatten.seen = seen = []
     try:
-        return own.train(method, rounds=1, overrides=NO_REPORT), seen
+        return own.train(method, rounds=1, overrides=QUIET), seen
     finally:
         RecordingFlatten.seen = None
 
@@ -199,7 +199,7 @@ def test_objective_with_a_scalar_is_equal_on_all_executors() -> None:
     own = hfl.Federation(clients, test=images(12, 9))
 
     serial, batched = (
-        own.train(hfl.FedAvg(), rounds=1, overrides=overrides) for overrides in (NO_REPORT, BATCHED)
+        own.train(hfl.FedAvg(), rounds=1, overrides=overrides) for overrides in (QUIET, BATCHED)
     )
 
     head, other = (run.models["site_1"].tensors["head.weight"] for run in (serial, batched))
@@ -239,7 +239,7 @@ def test_private_loss_is_that_of_single_rows() -> None:
 
     runs = [
         federation(objective=loss, init="seeded").train(
-            hfl.FedAvg(), rounds=1, privacy=privacy, overrides=NO_REPORT
+            hfl.FedAvg(), rounds=1, privacy=privacy, overrides=QUIET
         )
         for loss in losses
     ]
@@ -435,7 +435,7 @@ def test_loss_that_cannot_keep_its_meaning_is_refused(case: str) -> None:
     method = settings.pop("method", hfl.FedAvg())
 
     with pytest.raises(UserError, match=words) as caught:
-        federation(**client).train(method, rounds=1, overrides=NO_REPORT, **settings)
+        federation(**client).train(method, rounds=1, overrides=QUIET, **settings)
 
     assert "\n" not in str(caught.value)
 
@@ -482,7 +482,7 @@ def test_outputs_that_are_no_logits_are_noted(
 ) -> None:
     own = federation(log_softmax_model(last), objective=objective)
 
-    own.train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT)
+    own.train(hfl.FedAvg(), rounds=1, overrides=QUIET)
 
     cautions = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(cautions) == bool(words)

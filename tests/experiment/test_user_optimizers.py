@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hetero_fl as hfl
 from hetero_fl.engine.training import restore_optimizer, snapshot_optimizer
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import NO_REPORT, images
+from tests.helpers.python_federations import QUIET, images
 
 
 class PlainSGD(torch.optim.Optimizer):
@@ -63,7 +63,7 @@ def federation(**client: Any) -> hfl.Federation:
 
 def test_optimizer_without_closure_equals_sgd() -> None:
     runs = [
-        federation(optimizer=each).train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT)
+        federation(optimizer=each).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
         for each in (PlainSGD, hfl.SGD(lr=0.2))
     ]
 
@@ -72,13 +72,9 @@ def test_optimizer_without_closure_equals_sgd() -> None:
 
 
 def test_optimizer_of_some_parameters_is_accepted() -> None:
-    run = federation(optimizer=make_sgd_of_matrices).train(
-        hfl.FedAvg(), rounds=1, overrides=NO_REPORT
-    )
+    run = federation(optimizer=make_sgd_of_matrices).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
 
-    start = federation(optimizer=hfl.SGD(lr=1e-12)).train(
-        hfl.FedAvg(), rounds=1, overrides=NO_REPORT
-    )
+    start = federation(optimizer=hfl.SGD(lr=1e-12)).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
     first, second = (each.models["site_1"].tensors for each in (run, start))
     assert torch.allclose(first["head.bias"], second["head.bias"])
     assert not torch.allclose(first["head.weight"], second["head.weight"])

@@ -16,11 +16,11 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset, random_split
 import hetero_fl as hfl
 from hetero_fl.data import from_arrays
 from hetero_fl.experiment import PreparedRun
-from tests.helpers.python_federations import NO_REPORT, Net, images, table, tensors
+from tests.helpers.python_federations import QUIET, Net, images, table, tensors
 
 
 def trained(own: hfl.Federation) -> hfl.Run:
-    return own.train(hfl.Local(), rounds=1, overrides=NO_REPORT)
+    return own.train(hfl.Local(), rounds=1, overrides=QUIET)
 
 
 def rows_of(prepared: PreparedRun, part: str = "train") -> Any:

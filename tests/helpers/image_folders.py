@@ -31,7 +31,8 @@ def make_image_folder(path: Path, rows: int, side: int = 8, suffix: str = "png")
     for row in range(rows):
         label = row % len(CLASSES)
         image = Image.fromarray(colored_image(rng, label, side))
-        image.save(path / CLASSES[label] / f"{row:06d}.{suffix}")
+        # PNG compresses little and fast, JPEG ignores it.
+        image.save(path / CLASSES[label] / f"{row:06d}.{suffix}", compress_level=1)
     return path
 
 

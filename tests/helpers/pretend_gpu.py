@@ -11,7 +11,7 @@ that caused them. Values are those of the CPU: kernels, memory and speed are not
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,9 +29,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
-PACKAGE = Path(__file__).parents[2] / "hetero_fl"
+PACKAGE = f"{Path(__file__).parents[2] / 'hetero_fl'}/"
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 GETTERS = {
@@ -145,11 +144,13 @@ class PretendGPU:
 
     def note(self, kind: str, nbytes: int = 0) -> None:
         """Record a transfer."""
-        frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(PACKAGE)]
+        frame = sys._getframe(1)
+        while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+            frame = frame.f_back  # type: ignore[assignment]
         where = "outside the package"
-        if frames:
-            path = Path(frames[-1].filename).relative_to(PACKAGE)
-            where = f"{path}:{frames[-1].lineno} {frames[-1].name}"
+        if frame is not None:
+            path = frame.f_code.co_filename.removeprefix(PACKAGE)
+            where = f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
         self.transfers.append(Transfer(kind, where, nbytes))
 
     @contextmanager
@@ -232,7 +233,7 @@ class _Calls(TorchFunctionMode):
     def _call(self, function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call a function and place its new tensors with its operands."""
         gpu = self.gpu
-        operands = [t for t in tree_flatten((args, named))[0] if _is_tensor(t)]
+        operands = _tensors(args, named)
         if gpu.is_moving or not any(map(self._is_on_device, operands)):
             return function(*args, **named)
         factory, gpu.factory = gpu.factory, CUDA
@@ -280,6 +281,21 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the values of nested tuples, lists and dictionaries, as pytree does more slowly."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, Mapping):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [leaf for leaf in _leaves(values) if _is_tensor(leaf)]
+
+
 class _Kernels(TorchDispatchMode):
     """A mode that places results with their operands, which must be on one side."""
 
@@ -296,7 +312,7 @@ class _Kernels(TorchDispatchMode):
     ) -> Any:
         gpu = self.gpu
         place = gpu.placement.device_of
-        operands = [t for t in tree_flatten((args, dict(kwargs or {})))[0] if _is_tensor(t)]
+        operands = _tensors(args, kwargs or {})
         devices = [place(t) for t in operands]
         on_device = any(d.type == "cuda" for d in devices)
         name = str(function)
@@ -312,7 +328,7 @@ class _Kernels(TorchDispatchMode):
             if name.startswith(INDEXING):
                 self._check_indexing(name, args)
         if (on_device and not gpu.is_moving) or gpu.factory.type == "cuda":
-            self._check_generators(name, tree_flatten((args, dict(kwargs or {})))[0])
+            self._check_generators(name, _leaves((args, kwargs or {})))
         result = function(*args, **dict(kwargs or {}))
         target = gpu.factory
         if operands and not gpu.is_moving:
@@ -323,13 +339,9 @@ class _Kernels(TorchDispatchMode):
 
     def _put_new_tensors(self, result: Any, operands: list[Tensor]) -> None:
         known = {t.untyped_storage()._cdata for t in operands}
-
-        def put(tensor: Tensor) -> Tensor:
+        for tensor in _tensors(result):
             if tensor.untyped_storage()._cdata not in known:
                 self.gpu.placement.put(tensor)
-            return tensor
-
-        tree_map_only(Tensor, put, result)
 
     def _check_operands(self, name: str, operands: list[Tensor]) -> None:
         for tensor in operands:
@@ -344,7 +356,7 @@ class _Kernels(TorchDispatchMode):
             if tensor.ndim and name.startswith(INDEXING):
                 self.gpu.note("to device", tensor.nbytes)
 
-    def _check_generators(self, name: str, values: list[Any]) -> None:
+    def _check_generators(self, name: str, values: Iterator[Any]) -> None:
         for value in values:
             if isinstance(value, torch._C.Generator) and value._cdata not in self.gpu.generators:
                 raise RuntimeError(
@@ -355,7 +367,7 @@ class _Kernels(TorchDispatchMode):
         """Raise RuntimeError for indices and values that a GPU would refuse."""
         place = self.gpu.placement.device_of
         base = place(args[0])
-        indices = [t for t in tree_flatten(args[1])[0] if _is_tensor(t)]
+        indices = _tensors(args[1])
         if base.type == "cpu" and any(place(t) != base for t in indices):
             raise RuntimeError(
                 f"{name}: indices should be either on cpu or on the same device as the indexed "

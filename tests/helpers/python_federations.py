@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 
-QUIET = ["runtime.executor=serial", "runtime.threads=1"]
-NO_REPORT = [*QUIET, "output.plots=false", "output.report=false"]
-"""Without plots and reports, which take longer than the rounds."""
+QUIET = [
+    "runtime.executor=serial",
+    "runtime.threads=1",
+    # They take longer than the rounds of a test.
+    "output.plots=false",
+    "output.report=false",
+]
 
 
 def images(rows: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:

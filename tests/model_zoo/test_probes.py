@@ -18,7 +18,7 @@ from model_zoo.generators import generator_hash
 from model_zoo.given_models import GivenModel
 from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
-from tests.helpers.python_federations import NO_REPORT
+from tests.helpers.python_federations import QUIET
 
 ROW = Shape(6, ())
 
@@ -206,7 +206,7 @@ def rows(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def train(module: nn.Module | type[nn.Module]) -> hfl.Run:
     clients = [hfl.Client(name, module, rows(i)) for i, name in enumerate("ab")]
-    return hfl.Federation(clients).train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT, quiet=True)
+    return hfl.Federation(clients).train(hfl.FedAvg(), rounds=1, overrides=QUIET, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_batches_of_models_that_mix_rows_are_not_padded(model: type[nn.Module]) 
 
     runs = [
         hfl.Federation(clients).train(
-            hfl.Local(), rounds=2, overrides=[*NO_REPORT, executor], quiet=True
+            hfl.Local(), rounds=2, overrides=[*QUIET, executor], quiet=True
         )
         for executor in ("runtime.executor=serial", "runtime.executor=batched")
     ]
@@ -331,7 +331,7 @@ def test_auxiliary_outputs_of_torchvision_are_refused_with_advice(name: str, siz
     federation = hfl.Federation([hfl.Client(name, module, (x, y)) for name in "ab"])
 
     with pytest.raises(UserError, match=r"training mode.*; create it with aux_logits=False$"):
-        federation.train(hfl.FedAvg(), rounds=1, overrides=NO_REPORT, quiet=True)
+        federation.train(hfl.FedAvg(), rounds=1, overrides=QUIET, quiet=True)
 
 
 def test_probes_do_not_change_the_weights_or_the_generators() -> None:

@@ -18,6 +18,9 @@ import pytest
 import torch
 import yaml
 
+import hetero_fl as hfl
+from tests.experiment.test_own_modules import check_result_of_plain_torch
+from tests.experiment.test_random_draws import check_draws_equal_those_in_one_process
 from tests.federation.test_crashes import figures, models
 from tests.helpers import asynchronous_runs
 from tests.helpers.small_federations import TOP, config
@@ -154,38 +157,6 @@ def test_worker_results_are_received_in_order(monkeypatch: pytest.MonkeyPatch) -
     assert [pool.receive() for _ in range(3)] == [(1, "b1"), (0, "a1"), (0, "a2")]
 
 
-def test_killed_worker_and_lost_node_change_nothing(
-    cluster: Cluster, setup: WorkerSetup, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = RayActorPool(setup, 2)
-    homes, pids = ([ask(pool, worker, f) for worker in (0, 1)] for f in (node_id, os.getpid))
-    second = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
-    assert set(homes) == {cluster.head_node.node_id, second.node_id}
-
-    with monkeypatch.context() as patch:
-        killed = act_on_send(
-            pool, patch, lambda worker: homes[worker] != second.node_id, pids, lambda: None
-        )
-        assert outcome(rounds_on(setup, pool, 2)) == expected
-    assert ask(pool, killed[0], os.getpid) not in pids
-
-    def kill_node() -> None:
-        cluster.remove_node(second, allow_graceful=False)
-        # Before it notices, the cluster would place new workers on the lost node.
-        assert eventually(
-            lambda: (
-                not any(node["Alive"] and node["NodeID"] == second.node_id for node in ray.nodes())
-            )
-        )
-
-    lost = act_on_send(
-        pool, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, kill_node
-    )
-    assert outcome(rounds_on(setup, pool, 2)) == expected
-    assert lost and cluster.list_all_nodes() == [cluster.head_node]
-    pool.close()
-
-
 WAITS = """
 import sys, time
 from pathlib import Path
@@ -229,6 +200,51 @@ def test_run_with_killed_driver_resumes_on_the_cluster(cluster: Cluster, tmp_pat
     assert "resumed after round" in (tmp_path / "out" / "log.txt").read_text()
     assert models(tmp_path / "out") == models(tmp_path / "plain")
     assert figures(tmp_path / "out") == figures(tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
+def test_own_module_gives_the_result_of_plain_torch(
+    cluster: Cluster, method: hfl.Algorithm, float64: None
+) -> None:
+    check_result_of_plain_torch("tied_head", "ray", 2, method)
+
+
+@pytest.mark.slow
+def test_random_draws_equal_those_in_one_process(cluster: Cluster) -> None:
+    check_draws_equal_those_in_one_process("ray")
+
+
+def test_killed_worker_and_lost_node_change_nothing(
+    cluster: Cluster, setup: WorkerSetup, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = RayActorPool(setup, 2)
+    homes, pids = ([ask(pool, worker, f) for worker in (0, 1)] for f in (node_id, os.getpid))
+    second = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
+    assert set(homes) == {cluster.head_node.node_id, second.node_id}
+
+    with monkeypatch.context() as patch:
+        killed = act_on_send(
+            pool, patch, lambda worker: homes[worker] != second.node_id, pids, lambda: None
+        )
+        assert outcome(rounds_on(setup, pool, 2)) == expected
+    assert ask(pool, killed[0], os.getpid) not in pids
+
+    def kill_node() -> None:
+        cluster.remove_node(second, allow_graceful=False)
+        # Before it notices, the cluster would place new workers on the lost node.
+        assert eventually(
+            lambda: (
+                not any(node["Alive"] and node["NodeID"] == second.node_id for node in ray.nodes())
+            )
+        )
+
+    lost = act_on_send(
+        pool, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, kill_node
+    )
+    assert outcome(rounds_on(setup, pool, 2)) == expected
+    assert lost and cluster.list_all_nodes() == [cluster.head_node]
+    pool.close()
 
 
 def test_too_many_workers_for_the_cluster_are_refused(cluster: Cluster, tmp_path: Path) -> None:

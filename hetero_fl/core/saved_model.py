@@ -171,6 +171,7 @@ class SavedModel:
                 fields.get("unit", ""),
                 fields.get("rare"),
                 fields.get("is_ranking", False),
+                fields.get("is_numbered", False),
             )
             preprocess = {k: freeze_lists(v) for k, v in metadata["preprocess"].items()}
             prior = metadata["log_prior"]

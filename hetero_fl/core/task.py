@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hetero_fl.utils.text import pluralize
@@ -30,6 +30,7 @@ class Task:
             more informative than accuracy.
         is_ranking: Whether the classes are items to recommend, so that the rank of the true class
             matters, for example the next movie of a user.
+        is_numbered: Whether labels are class numbers from 0, although the classes have names.
 
     Example:
         >>> from hetero_fl.core.task import Task
@@ -44,6 +45,7 @@ class Task:
     unit: str = ""
     rare: int | None = None
     is_ranking: bool = False
+    is_numbered: bool = field(default=False, compare=False)
 
     def describe(self) -> str:
         """Return a short description, such as `2 classes: no, yes`."""

@@ -507,7 +507,7 @@ def renumber_targets(
         return y
     is_numeric = all(map(is_integer, names))
     if is_numeric and not any(map(is_integer, expected)):
-        if not numbered:
+        if not (numbered or known.is_numbered):
             raise UserError(
                 f"{where}: expected class names as in {owner} "
                 f"({format_list(expected, quote=True)}), got the numbers {format_list(names)}; "

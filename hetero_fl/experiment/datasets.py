@@ -16,7 +16,7 @@ from hetero_fl.data import Dataset
 from hetero_fl.data.client_sources import OWN_DATA
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
-from hetero_fl.data.labels import ALL_LABELS, common_classes, read_labels, with_task
+from hetero_fl.data.labels import ALL_LABELS, common_classes, is_integer, read_labels, with_task
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
@@ -365,7 +365,8 @@ def _share_task(
     """
     tasks = {place: dataset.task for place, dataset in datasets.items()}
     if isinstance(task, Task):
-        known = task
+        numeric = (all(map(is_integer, each.output_names)) for each in tasks.values())
+        known = replace(task, is_numbered=task.kind == "multiclass" and any(numeric))
         owner = "task"
     elif {each.kind for each in tasks.values()} != {"multiclass"}:
         return

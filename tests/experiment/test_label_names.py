@@ -14,8 +14,9 @@ from PIL import Image
 import hetero_fl as hfl
 from hetero_fl.cli import main
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
+from tests.helpers.python_federations import NO_REPORT, QUIET
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
 NAMES = np.array(["sick", "healthy"])
@@ -63,6 +64,29 @@ def test_evaluate_matches_names_or_refuses_them(named_run: hfl.Run, tmp_path: Pa
         with pytest.raises(UserError, match=r"expected class names as in|unknown") as caught:
             accuracy(named_run, data, label="y" if is_table else None)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("trained_on", ["numbers", "names"])
+def test_labels_of_a_task_with_names_are_spelled_as_in_training(
+    trained_on: str, tmp_path: Path
+) -> None:
+    x, y = rows(80)
+    names = NAMES[y]
+    task = Task("multiclass", 2, tuple(NAMES))
+    given = {"numbers": y, "names": names}
+    clients = [hfl.Client("a", "linear", (x, given[trained_on]))]
+    defaults = ClientSettings(optimizer=hfl.SGD(lr=0.5), epochs=5)
+    own = hfl.Federation(clients, task=task, defaults=defaults)
+    run = own.train(hfl.Local(), rounds=2, out=tmp_path / "run", overrides=NO_REPORT)
+    predicted = run.predict("a", x, personal=False).argmax(1).numpy()
+    loaded = hfl.Run.load(run.path)
+
+    assert accuracy(loaded, (x, names)) == float((predicted == y).mean()) > 0.9
+    if trained_on == "numbers":
+        assert accuracy(loaded, (x, y)) == accuracy(loaded, (x, names))
+    else:
+        with pytest.raises(UserError, match="expected class names as in"):
+            accuracy(loaded, (x, y))
 
 
 def test_commands_refuse_numbers_for_names(

@@ -19,6 +19,8 @@ from hetero_fl.utils.errors import UserError, one_line
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 ORIENTATION_TAG = 0x0112
 """EXIF tag of the orientation of an image."""
+TIFF_SIZE_TAGS = (0x0100, 0x0101)
+"""Tags of the width and height of a TIFF file."""
 ROTATED = (5, 6, 7, 8)
 """EXIF orientations of images that are rotated by 90 degrees."""
 DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, struct.error)
@@ -183,7 +185,8 @@ def open_image(file: Path) -> Iterator[Any]:
     if not file.is_file():
         raise UserError(f"path: {file}: file not found")
     try:
-        with Image.open(file) as opened:
+        # Pillow maps files that it opens by name, and then garbles rotated TIFF files.
+        with file.open("rb") as content, Image.open(content) as opened:
             yield opened
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = describe_image_error(error)
@@ -217,19 +220,36 @@ class _Header(NamedTuple):
 def _read_header(file: Path) -> _Header:
     with open_image(file) as opened:
         width, height = opened.size
-        size = (height, width) if _is_rotated(opened) else (width, height)
+        if opened.format == "TIFF":
+            # Some versions of Pillow have swapped the size of a rotated image.
+            width, height = (opened.tag_v2[tag] for tag in TIFF_SIZE_TAGS)
+        size = (height, width) if _is_rotated(opened, file) else (width, height)
         return _Header(size, is_grayscale(opened), opened.mode.startswith("I"))
 
 
-def _is_rotated(image: Any) -> bool:
+def _is_rotated(image: Any, file: Path) -> bool:
     """Return whether the EXIF orientation of an image swaps its width and height."""
-    # Without this entry, Pillow would read the pixels of a PNG file to find the data behind them.
-    if "exif" not in image.info:
-        return False
+    from PIL import Image
+
     try:
+        if image.format == "PNG" and "exif" not in image.info and not _has_exif(file):
+            # The method of PNG images would read the pixels to find the data behind them.
+            return Image.Image.getexif(image).get(ORIENTATION_TAG) in ROTATED
         return image.getexif().get(ORIENTATION_TAG) in ROTATED
     except DAMAGED_EXIF:
         return False
+
+
+def _has_exif(file: Path) -> bool:
+    """Return whether a PNG file has EXIF data, which may follow the pixels."""
+    with file.open("rb") as content:
+        content.seek(8)
+        while len(header := content.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"eXIf":
+                return True
+            content.seek(length + 4, 1)
+    return False
 
 
 def _upright(image: Any) -> Any:

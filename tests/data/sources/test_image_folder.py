@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import torch
 from PIL import Image
 
 from hetero_fl import prepare
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import SourceConfig, StreamConfig
+from hetero_fl.core.stored_rows import split_rows
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.data.sources.images import read_image_folder
@@ -103,15 +107,48 @@ def test_invalid_folders_are_named(tmp_path: Path) -> None:
         read_image_files([tmp_path / "float.tif"])
 
 
-def test_images_are_turned_upright(tmp_path: Path) -> None:
-    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+def save_turned(file: Path, pixels: np.ndarray, place: str) -> None:
+    """Save an image whose orientation, a quarter turn, stands in EXIF or XMP data."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(tmp_path / "turned.png", exif=exif)
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/'
+        '22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+        'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    options = {"exif": {"exif": exif}, "xmp": {"xmp": xmp.encode()}, "late": {}}[place]
+    Image.fromarray(pixels).save(file, **options)
+    if place == "late":
+        content = file.read_bytes()
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        # The last 12 bytes are the end of the file.
+        file.write_bytes(content[:-12] + chunk + content[-12:])
 
-    pixels = read_image_files([tmp_path / "turned.png"])
 
-    assert pixels[0, 0].tolist() == np.rot90(np.arange(6).reshape(2, 3), -1).tolist()
+@pytest.mark.parametrize(
+    ("suffix", "place", "dtype"),
+    [
+        ("png", "exif", np.uint8),
+        ("png", "exif", np.uint16),
+        ("png", "late", np.uint8),
+        ("tif", "exif", np.uint8),
+        ("tif", "exif", np.uint16),
+        ("jpg", "exif", np.uint8),
+        ("jpg", "xmp", np.uint8),
+    ],
+)
+def test_images_are_turned_upright(suffix: str, place: str, dtype: Any, tmp_path: Path) -> None:
+    pixels = np.arange(128, dtype=dtype).reshape(8, 16)
+    file = tmp_path / f"turned.{suffix}"
+    save_turned(file, pixels, place)
+
+    in_memory = read_image_files([file])
+    streamed = read_image_files([file], stream=StreamConfig())
+
+    expected = np.rot90(pixels, -1)
+    assert np.abs(in_memory[0, 0].numpy() - expected.astype(int)).max() <= 4 * (suffix == "jpg")
+    assert torch.equal(next(split_rows(streamed, 1)), in_memory)
 
 
 def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:

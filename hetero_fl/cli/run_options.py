@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 METHODS_HINT = "Run `hetero-fl methods` to list the valid values of algorithm.name."
 PATH = click.Path(path_type=Path)
-QUIET_HELP = "Print only results and errors."
+QUIET_HELP = "Print only results, warnings and errors."
 PERSONAL_HELP = (
     "Predict as on the client's own examples: use its label frequencies and its own BatchNorm "
     "statistics if the run used them for the local test."

@@ -37,6 +37,7 @@ from hetero_fl.utils.processes import (
     ignore_interrupts_in_children,
     worker_context,
 )
+from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings, record_warnings
 from hetero_fl.utils.registry import split_label
 from hetero_fl.utils.text import pluralize
 
@@ -193,6 +194,7 @@ class JobPool:
         # Each pool has one process, because a killed process breaks all processes of its pool.
         self._idle: list[ProcessPoolExecutor] = []
         self._busy: dict[Future[Any], ProcessPoolExecutor] = {}
+        self._warned: set[RecordedWarning] = set()
 
     def __enter__(self) -> JobPool:
         return self
@@ -207,6 +209,8 @@ class JobPool:
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Call a function in an idle worker process, or in a new one if all are busy.
 
+        The result of the future is a pair of the result and the warnings of the function.
+
         Raises:
             UserError: If the calling script has no `__main__` guard.
         """
@@ -215,7 +219,7 @@ class JobPool:
             self._idle.append(new)
         try:
             with ignore_interrupts_in_children():
-                future = self._idle[-1].submit(function, *arguments)
+                future = self._idle[-1].submit(_with_warnings, function, *arguments)
         except BrokenPipeError:
             # A worker that imports a script without a `__main__` guard exits before reading a task.
             raise UserError(ADVICE) from None
@@ -234,7 +238,7 @@ class JobPool:
         """
         pool = self._busy.pop(future)
         try:
-            future.result()
+            issue_warnings(future.result()[1], self._warned)
         except BrokenProcessPool:
             # Exit codes are only known after the shutdown.
             pool.shutdown()
@@ -275,6 +279,15 @@ def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
     exit_with_parent()
     unpack_objects(objects)
     use_one_core()
+
+
+def _with_warnings(
+    function: Callable[..., Any], *arguments: Any
+) -> tuple[Any, list[RecordedWarning]]:
+    """Return the result of a function and the warnings that it has issued."""
+    with record_warnings() as recorded:
+        result = function(*arguments)
+    return result, recorded
 
 
 class _Schedule:

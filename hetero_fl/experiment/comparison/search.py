@@ -221,7 +221,9 @@ class Search:
                 for future in ended:
                     variant, index = running.pop(future)
                     error = pool.release(future)
-                    number = future.result() if error is None else self._fail(variant, index, error)
+                    number = (
+                        future.result()[0] if error is None else self._fail(variant, index, error)
+                    )
                     progress.log(self._describe(variant, number))
 
     def _fail(self, variant: Variant, index: int, error: str) -> int:

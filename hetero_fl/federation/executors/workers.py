@@ -45,6 +45,7 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings, record_warnings
 from model_zoo.generators import own_generators
 
 # Maximum number of bytes of private state that a worker keeps for later rounds.
@@ -157,6 +158,7 @@ class JobResult:
             these states again.
         error: The exception with which the job failed, or None. An exception ends the run.
         trace: Traceback of the exception as text.
+        warnings: Warnings that the job has issued.
     """
 
     job: int
@@ -168,6 +170,7 @@ class JobResult:
     dropped_states: list[str] = field(default_factory=list)
     error: Exception | None = None
     trace: str = ""
+    warnings: list[RecordedWarning] = field(default_factory=list)
 
     def with_checksums(self) -> JobResult:
         """Return a copy in which replies have checksums, for a transfer to another machine."""
@@ -230,7 +233,7 @@ class Worker:
         """Run a job, and return the result. Exceptions are stored in the result and not raised."""
         result = JobResult(job.number)
         try:
-            with own_generators():
+            with own_generators(), record_warnings() as result.warnings:
                 for chunk in job.chunks:
                     start = time.perf_counter()
                     self._run_chunk(job, chunk, result)
@@ -398,6 +401,7 @@ class WorkerExecutor(Executor):
         # Unfinished jobs of each worker, in order. They may belong to an abandoned round.
         self._running: defaultdict[int, deque[WorkerJob]] = defaultdict(deque)
         self._num_jobs = 0
+        self._warned: set[RecordedWarning] = set()
         self._listener: Callable[[str], None] | None = None
 
     @override
@@ -462,6 +466,7 @@ class WorkerExecutor(Executor):
                 send_jobs()
                 continue
             finished = self._running[worker].popleft()
+            issue_warnings(result.warnings, self._warned)
             if finished.number <= last_old_job or result.error is not None:
                 # The worker's states differ from the committed ones.
                 self._forget_states(worker, [*finished.clients, *result.dropped_states])

@@ -6,9 +6,11 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from hetero_fl.federation.executors.workers import (
     WorkerSetup,
 )
 from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.recorded_warnings import record_warnings
 from tests.helpers.small_federations import broadcasts, config
 from tests.helpers.workers import (
     METHODS,
@@ -51,6 +54,10 @@ from tests.helpers.workers import (
 WorkerFixture = tuple[WorkerSetup, ProcessPool, dict[str, Any]]
 TRAIN = str(ROOT / "scripts" / "train.py")
 WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
+
+
+class MissingRowsWarning(UserWarning):
+    """A category that other processes do not know."""
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -90,6 +97,33 @@ def test_workers_in_any_number_and_order_match_one_process(
         )
         monkeypatch.setattr(TaskCosts, "cost_of", shuffled)
         assert outcome(rounds_on(setup, pool, most)) == expected
+
+
+def test_warnings_of_workers_are_issued_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = setup_of(config("fedavg", "mlp", clients=3, rounds=2))
+    pool = LocalWorkerPool(setup, 2)
+    train = Worker._run_chunk
+
+    def warn(self: Worker, job: WorkerJob, chunk: list[str], result: JobResult) -> None:
+        warnings.warn("few rows", MissingRowsWarning, stacklevel=1)
+        train(self, job, chunk, result)
+
+    monkeypatch.setattr(Worker, "_run_chunk", warn)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outcome(rounds_on(setup, pool, 2))
+
+    issued = [w for w in caught if str(w.message) == "few rows"]
+    assert [(w.category, w.filename) for w in issued] == [(UserWarning, __file__)]
+
+
+def test_warnings_cross_process_boundaries() -> None:
+    with record_warnings() as recorded:
+        warnings.warn("few rows", MissingRowsWarning, stacklevel=1)
+
+    sent = pickle.loads(pickle.dumps(JobResult(1, warnings=recorded)))
+
+    assert sent.warnings == recorded
 
 
 def test_clients_of_a_chunk_have_separate_requests() -> None:

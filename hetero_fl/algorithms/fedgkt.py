@@ -25,7 +25,7 @@ from hetero_fl.algorithms.base import (
     register_algorithm,
 )
 from hetero_fl.algorithms.local_training import local_fit, objective_context
-from hetero_fl.algorithms.prototypes import CommonFeatureWidth
+from hetero_fl.algorithms.prototypes import CommonFeatureWidth, require_sent_state
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import SupervisedDistillation
@@ -117,10 +117,13 @@ class FedGKT(CommonFeatureWidth):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
         assert isinstance(method, FedGKT)
+        large = method.large_model_spec(clients.profiles[0].arch.outputs)
         try:
-            method.large_model_spec(clients.profiles[0].arch.outputs).check()
+            large.check()
         except ModelError as error:
             raise UserError(f"algorithm.large_model: {error}") from None
+        if self.inference == "server":
+            require_sent_state("algorithm.large_model", large)
         return method, [
             *notes,
             "fedgkt uploads the features, logits and label of every training row to the server",

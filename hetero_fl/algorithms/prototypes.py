@@ -116,15 +116,19 @@ def require_linear_head(client_id: str, arch: ModelSpec) -> None:
         )
 
 
-def require_sent_state(client_id: str, arch: ModelSpec) -> None:
-    """Raise UserError if training changes integers of a model, which clients do not send."""
+def require_sent_state(key: str, arch: ModelSpec) -> None:
+    """Raise UserError if training changes integers of a model, which are not sent.
+
+    Args:
+        key: Key of the model in the configuration.
+        arch: A model that is evaluated by another participant than the one that trains it.
+    """
     written = (arch.local_names & arch.written_names) - arch.batch_norm_names
     initial = arch.initial_tensors(0)
     if lost := sorted(n for n in written if not initial[n].is_floating_point()):
         raise UserError(
-            f"clients: {client_id}: model: this method evaluates models of other clients, but "
-            f"clients do not send integers, such as '{lost[0]}', which training changes; keep it "
-            "as a floating-point number"
+            f"{key}: this method sends models for evaluation, but no integers, such as "
+            f"'{lost[0]}', which training changes; keep it as a floating-point number"
         )
 
 

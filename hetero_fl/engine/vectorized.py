@@ -293,6 +293,8 @@ def _check_stacking(participant: Participant, step: Fit | OutputStep, memory: De
         step = replace(step, steps=1, optimizer=optimizer, keep=None)
     serial = SerialBackend(memory)
     templates = serial.templates
+    run: Callable[..., list[Any]] = fit_stacked if is_fit else run_stacked_outputs
+    # Draws of the trial must not change those of the run.
     with keyed_generators(0, memory.device):
         models = {
             slot: {
@@ -301,12 +303,13 @@ def _check_stacking(participant: Participant, step: Fit | OutputStep, memory: De
             }
             for slot in model_slots(step)
         }
-    trials = [replace(participant, models=dict(models), state={}, stream_uses={}) for _ in range(3)]
-    run: Callable[..., list[Any]] = fit_stacked if is_fit else run_stacked_outputs
-    results = [
-        run([(trial, step) for trial in trials[:2]], templates)[0],
-        serial.run([(trials[2], step)])[0],
-    ]
+        trials = [
+            replace(participant, models=dict(models), state={}, stream_uses={}) for _ in range(3)
+        ]
+        results = [
+            run([(trial, step) for trial in trials[:2]], templates)[0],
+            serial.run([(trials[2], step)])[0],
+        ]
     if is_fit:
         results = [[t for m in p.models.values() for t in m.values()] for p in trials[1:]]
     check_trial(*([r] if isinstance(r, Tensor) else r for r in results))

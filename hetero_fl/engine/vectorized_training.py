@@ -516,7 +516,7 @@ class _StackedFits:
     def _clip(self, norm: float) -> None:
         """Clip the gradient norm of each participant, as `torch.nn.utils.clip_grad_norm_` does."""
         grads = [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
-        each = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
+        each = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in grads])
         factor = (norm / (torch.linalg.vector_norm(each, dim=0) + 1e-6)).clamp(max=1.0)
         for g in grads:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
@@ -539,9 +539,8 @@ class _StackedFits:
 
     def finish(self) -> list[FitReport | DivergedError]:
         """Update the participants and return the results in the order of the work."""
-        norms = [
-            torch.linalg.vector_norm(self.tensors[s][n].flatten(1), dim=1) for s, n in self.trained
-        ]
+        trained = [self.tensors[s][n] for s, n in self.trained]
+        norms = [torch.linalg.vector_norm(t.reshape(len(t), -1), dim=1) for t in trained]
         finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
         totals = self.totals.tolist()
         for slot in self.fit.train:

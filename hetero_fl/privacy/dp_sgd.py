@@ -35,12 +35,14 @@ from hetero_fl.engine.vectorized_training import (
     TRIAL_RATE,
     StackedOps,
     check_trial,
+    refused_draws,
     trial_value,
 )
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.mechanisms import NoiseSource
 from hetero_fl.utils.errors import UserError
 from model_zoo import Outputs
+from model_zoo.generators import keyed_generators
 from model_zoo.registry import is_user_defined
 
 # Maximum size in bytes of the per-example gradients that are computed at a time.
@@ -213,7 +215,7 @@ class PrivateGradients:
 
         The gradients of a row are clipped by their norm over all tensors.
         """
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0)
+        squares = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in each.values()]).sum(0)
         factor = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         is_finite = squares.isfinite()
         if not bool(is_finite.all()):
@@ -233,7 +235,8 @@ def _check_stacking(
     """Check that user-defined code has the same gradient for a row in a stack and alone.
 
     Raises:
-        RuntimeError: If the gradients of the first row differ.
+        RuntimeError: If the gradients of the first row differ, or the code draws from the
+            generators of NumPy or Python, which all rows would share.
     """
     is_own = any(is_user_defined(template.arch.name) for template in state.modules.values())
     if not is_own and not state.fit.objective.is_user_defined:
@@ -242,10 +245,12 @@ def _check_stacking(
     parameters = list(state.trainable.values())
     before = [p.detach().clone() for p in parameters]
     try:
-        for p in parameters:
-            p.data.copy_(trial_value(p.data))
-        each = _gradients_vectorized(state, rows[1], extra, keys[:2])
-        alone = _gradient_of_row(state, rows[0], extra, keys[0])
+        # Draws of the trial must not change those of the fit.
+        with keyed_generators(0, parameters[0].device), refused_draws():
+            for p in parameters:
+                p.data.copy_(trial_value(p.data))
+            each = _gradients_vectorized(state, rows[1], extra, keys[:2])
+            alone = _gradient_of_row(state, rows[0], extra, keys[0])
         moved = [
             [p.data - TRIAL_RATE * gradients[n][0] for n, p in state.trainable.items()]
             for gradients in (each, alone)

@@ -397,7 +397,7 @@ class GaussianNoiseAttack(UpdateAttack):
             for c, u in zip(context.malicious, true_uploads, strict=True)
         ]
         size = (
-            true_uploads.flatten(1)
+            true_uploads.reshape(len(true_uploads), -1)
             .square()
             .mean(1)
             .sqrt()

@@ -74,7 +74,7 @@ class UploadBlock:
         """
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
         for name in self.parameters or self.names:
-            flat = self.stack(name).double().flatten(1)
+            flat = self.stack(name).double().reshape(len(self), -1)
             total += torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
         return total
 
@@ -82,7 +82,8 @@ class UploadBlock:
         """Return the norm of each client's update of the tensors `names`, float64 `[n]`."""
         squares = torch.zeros(len(self), dtype=torch.float64)
         for name in names:
-            squares += (self.stack(name) - self.start(name)).double().flatten(1).square().sum(1)
+            moved = self.stack(name) - self.start(name)
+            squares += moved.double().reshape(len(self), -1).square().sum(1)
         return squares.sqrt()
 
 
@@ -375,8 +376,9 @@ class FLTrust(Rule):
         square = torch.zeros((), dtype=torch.float64)
         for name in block.parameters:
             start = block.start(name)
-            own = (block.root[name] - start).double().flatten(1)
-            dots += ((block.stack(name) - start).double().flatten(1) * own).sum(1)
+            own = (block.root[name] - start).double().reshape(len(block), -1)
+            sent = (block.stack(name) - start).double().reshape(len(block), -1)
+            dots += (sent * own).sum(1)
             square += own[0].square().sum()
         size = square.sqrt()
         cosine = dots / (block.norms(block.parameters) * size).clamp(min=MIN_DIVISOR)

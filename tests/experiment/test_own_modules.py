@@ -41,7 +41,7 @@ HABITS = [
     *("assigned", "in_place", "counter", "attribute", "attribute_in_place"),
     *("not_persistent", "cache", "batch_norm", "spectral_norm"),
     *("recurrent", "for_evaluation", "written_rarely", "written_parameter"),
-    *("handed_on", "swapped", "remembers_mode", "sets_mode"),
+    *("handed_on", "swapped", "remembers_mode", "sets_mode", "number"),
 ]
 
 
@@ -85,6 +85,7 @@ class Habits(nn.Module):
             self.memory = nn.LSTM(1, WIDTH, batch_first=True)
         self.last: Tensor | None = None
         self.scale = 1.0
+        self.factor = nn.Parameter(torch.ones(()), requires_grad="number" in habits)
         self.switch = nn.Identity()
 
     def train(self, mode: bool = True) -> Habits:
@@ -139,13 +140,20 @@ class Habits(nn.Module):
             self.switch.eval()
         if "cache" in self.habits:
             self.last = x
-        return self.out(self.scale * x.tanh())  # type: ignore[no-any-return]
+        return self.out(self.scale * self.factor * x.tanh())  # type: ignore[no-any-return]
 
 
 def rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     y = np.arange(count) % WIDTH
     return rng.normal(size=(count, WIDTH)) + np.eye(WIDTH)[y], y
+
+
+class LargeModel(Habits):
+    """A module that a configuration can name."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(frozenset(["counter"]))
 
 
 DATA = {f"site_{i}": rows(20 + 4 * i, i) for i in range(3)}
@@ -263,6 +271,7 @@ COMBINATIONS = {
     "in_place": ["attribute_in_place", "spectral_norm", "for_evaluation"],
     "recurrent": ["recurrent", "written_rarely", "written_parameter"],
     "handed_on": ["handed_on", "remembers_mode"],
+    "number": ["number", "in_place"],
     "swapped": ["swapped", "assigned", "sets_mode"],
 }
 
@@ -626,9 +635,16 @@ def test_layer_that_backbone_and_head_share_is_averaged(method: hfl.Algorithm) -
     assert all(torch.equal(weight, weights[0]) for weight in weights)
 
 
-@pytest.mark.parametrize("method", [hfl.Ensemble(), hfl.Dense()])
-def test_members_with_integers_that_training_changes_are_refused(method: hfl.Algorithm) -> None:
-    with pytest.raises(UserError, match=r"do not send integers, such as 'backbone\.steps'"):
+SENDING = [
+    *(hfl.Ensemble(), hfl.Dense(), hfl.Centralized()),
+    hfl.Centralized(each_architecture=True),
+    hfl.FedGKT(large_model={"name": f"python:{__name__}:LargeModel"}, feature_dim=WIDTH),
+]
+
+
+@pytest.mark.parametrize("method", SENDING)
+def test_models_with_integers_that_training_changes_are_not_sent(method: hfl.Algorithm) -> None:
+    with pytest.raises(UserError, match=r"no integers, such as 'backbone\.steps'"):
         train(Habits(frozenset(["counter"])), method, "serial")
 
 

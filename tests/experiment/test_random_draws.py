@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.data.partition.context import PartitionContext
+from hetero_fl.privacy import dp_sgd
 from model_zoo.generators import generator_hash
 from tests.helpers.python_federations import QUIET, images, same_models, without_seconds
 
@@ -44,6 +45,14 @@ class NumpyNoise(Noisy):
 
     def forward(self, x: Tensor) -> Tensor:
         noise = np.random.rand() + random.random()
+        return self.out(self.hidden(x.flatten(1) + noise).relu() * self.scale)
+
+
+class FaintNoise(Noisy):
+    """A model whose draws change results less than the tolerance of a trial."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = 1e-3 * np.random.rand()
         return self.out(self.hidden(x.flatten(1) + noise).relu() * self.scale)
 
 
@@ -167,3 +176,21 @@ def test_numpy_draws_of_stacked_models_are_noticed() -> None:
 
     log = (run.path / "log.txt").read_text()
     assert "draws from the generators of NumPy or Python" in log
+
+
+@pytest.mark.parametrize("model", [Noisy, FaintNoise])
+def test_trial_of_private_gradients_does_not_change_draws(
+    model: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def private_run() -> hfl.Run:
+        privacy = hfl.Privacy(noise_multiplier=1.0, delta=1e-3)
+        return federation(model).train(
+            hfl.FedAvg(), rounds=1, privacy=privacy, overrides=QUIET, quiet=True
+        )
+
+    tried = private_run()
+    # With room for the gradients of one row, there is neither a stack nor a trial.
+    monkeypatch.setattr(dp_sgd, "MEMORY", 1)
+    alone = private_run()
+
+    assert same_models(tried, alone)

@@ -12,7 +12,7 @@ from tests.references import robust_rules
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLIENTS, MALICIOUS = 11, 2
-SHAPES = {"a": (3, 4), "b": (5,)}
+SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4), "b": (4,), "c": ()}
 
 
 def split(vector: np.ndarray) -> dict[str, torch.Tensor]:

@@ -59,6 +59,24 @@ def _check_path(value: str) -> str:
     return value
 
 
+DEVICE_NAMES = frozenset(
+    ("con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10)))
+)
+"""Names that Windows reserves for devices, with any extension, in lower case."""
+
+
+def check_folder_name(name: str) -> str:
+    """Raise ValueError if a name cannot be that of a file or folder on every system."""
+    if name.partition(".")[0].lower() in DEVICE_NAMES:
+        raise ValueError(
+            f"must differ from the names that Windows reserves for devices, got '{name}'; choose "
+            "another name"
+        )
+    if name.endswith("."):
+        raise ValueError(f"must not end with a period, got '{name}'; remove it")
+    return name
+
+
 FilePath = Annotated[str, AfterValidator(_check_path)]
 """Path of a file or folder."""
 

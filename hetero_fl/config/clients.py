@@ -22,6 +22,7 @@ from hetero_fl.config.base import (
     OptimizerLayer,
     Reference,
     UniqueNames,
+    check_folder_name,
     choice_type,
     format_value,
 )
@@ -292,15 +293,18 @@ class ClientSettings(ConfigSection):
         return value
 
 
-RESERVED_NAMES = {
+RESERVED_IDS = {
     "server": "the reserved id of the server",
     "mean": "the name of the mean over the clients",
-    **dict.fromkeys(
-        ("con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))),
-        "the names that Windows reserves for devices",
-    ),
 }
-"""What each name that is not allowed for a client stands for, in lower case."""
+"""What each id that is not allowed for a client stands for, in lower case."""
+
+
+def check_client_id(client_id: str) -> None:
+    """Raise ValueError if an id is reserved, in any case, as some file systems ignore case."""
+    if (use := RESERVED_IDS.get(client_id.lower())) is not None:
+        raise ValueError(f"must differ from {use}, got '{client_id}'; choose another name")
+    check_folder_name(client_id)
 
 
 class ClientGroup(ClientSettings):
@@ -329,14 +333,6 @@ class ClientGroup(ClientSettings):
                 f"expected a string, got {format_value(value)}; write a name that YAML reads as "
                 "another type with quotes"
             )
-        return value
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, value: str) -> str:
-        """Reject reserved names in any case, because some file systems ignore case."""
-        if (use := RESERVED_NAMES.get(value.lower())) is not None:
-            raise ValueError(f"must differ from {use}, got '{value}'; choose another name")
         return value
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
+from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings, check_client_id
 from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
@@ -290,6 +290,12 @@ def expand_population(config: ClientsConfig) -> Population:
         GroupMembers(IdSeries(group.name, count), _apply_layer(defaults, explicit_settings(group)))
         for group, count in zip(groups, _counts(config, groups), strict=True)
     ]
+    for index, member in enumerate(members):
+        try:
+            # The ids of several clients end with a number.
+            check_client_id(next(iter(member.series)))
+        except ValueError as error:
+            raise UserError(f"clients.groups.{index}.name: {error}") from None
     overrides = [OverrideLayer(o.match, explicit_settings(o)) for o in config.overrides]
     try:
         without_overrides = Population(members, resolve=_resolve_settings)

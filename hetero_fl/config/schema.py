@@ -24,6 +24,7 @@ from hetero_fl.config.base import (
     OptimizerConfig,
     Reference,
     StalenessConfig,
+    check_folder_name,
     check_version,
     choice_type,
     format_value,
@@ -277,7 +278,7 @@ class Config(ConfigSection):
         VERSION,
         description="version of the configuration format; files without this key have version 1",
     )
-    name: str = Field(
+    name: Annotated[str, AfterValidator(check_folder_name)] = Field(
         "run",
         min_length=1,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",

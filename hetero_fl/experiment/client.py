@@ -21,6 +21,7 @@ from hetero_fl.config.clients import (
     PreprocessConfig,
     Recalibration,
     ScannerConfig,
+    check_client_id,
 )
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.config.errors import describe_error
@@ -199,6 +200,10 @@ class Client:
         # Check the name, the settings and, if the model is given by name, the model.
         named = {"model": model} if isinstance(model, str | Mapping) else {}
         validated({"name": name, **named, **settings}, f"Client({name!r})")
+        try:
+            check_client_id(name)
+        except ValueError as error:
+            raise UserError(f"{where}name: {error}") from None
 
     def __repr__(self) -> str:
         arguments = (f"{key}={value}" for key, value in self.describe().items())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import hetero_fl as hfl
+from hetero_fl.config import expand_population
 from hetero_fl.utils.errors import UserError
 
 DATA = np.zeros((40, 4), dtype=np.float32), np.arange(40) % 2
@@ -23,9 +24,25 @@ def test_name_that_cannot_be_a_file_or_a_row_is_refused(name: str) -> None:
     with pytest.raises(
         UserError, match=r"clients\.groups\.0\.name: (must|expected) "
     ) as from_config:
-        hfl.load_config(groups)
+        hfl.Federation.from_config(groups).prepare(hfl.Local())
 
     assert max(len(str(error.value)) for error in (from_object, from_config)) < 450
+
+
+@pytest.mark.parametrize("name", ["con", "aux", "mean", "server", "com1"])
+def test_name_of_several_clients_may_be_one_that_is_reserved(name: str) -> None:
+    config = {"data": {"name": "digits"}, "clients": {"groups": [{"name": name, "count": 2}]}}
+
+    clients = expand_population(hfl.load_config(config).clients)
+
+    assert list(clients) == [f"{name}_1", f"{name}_2"]
+    assert hfl.Client(f"{name}_2").name == f"{name}_2"
+
+
+@pytest.mark.parametrize("name", ["con", "AUX", "nul.txt", "com1.2024", "trial."])
+def test_name_of_a_run_that_cannot_be_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"name: must (differ|not end)"):
+        hfl.load_config({"name": name})
 
 
 def test_names_that_differ_only_in_case_are_refused() -> None:

@@ -14,6 +14,9 @@ import torch
 import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.experiment.benchmark.protocol import Benchmark
+from hetero_fl.experiment.comparison import search
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import Interrupted, UserError
 from tests.helpers.small_federations import config
 
@@ -143,6 +146,30 @@ def test_no_best_models_are_written(changes: dict[str, Any], tmp_path: Path) -> 
     assert folders == []
     with pytest.raises(UserError, match=r"models/best_personal: no models; .*best_models=true"):
         run.best("personal").predict("site_1", np.zeros((2, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, []), ({"output__best_models": True}, ["best_global", "best_personal"])],
+    ids=["default", "asked for"],
+)
+def test_comparison_saves_best_models_only_if_asked(
+    changes: dict[str, Any], expected: list[str], tmp_path: Path, in_process: list[str]
+) -> None:
+    compared = hetero_fl.compare(small(rounds=1, **changes), ["local"], out=tmp_path, quiet=True)
+
+    assert len(in_process) == 1
+    folders = (compared.runs[0].path / "models").iterdir()
+    assert sorted(path.name for path in folders if path.is_dir()) == expected
+
+
+def test_benchmark_and_search_save_no_best_models() -> None:
+    plan = Benchmark.load(Path(__file__).parents[2] / "configs" / "benchmark")
+
+    benchmark = load_config({}, plan.federation_overrides(next(iter(plan.federations))))
+
+    assert not benchmark.output.best_models
+    assert not load_config({}, search.NO_REPORT).output.best_models
 
 
 def test_best_models_on_the_command_line(

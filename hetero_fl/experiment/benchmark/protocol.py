@@ -245,6 +245,7 @@ class Benchmark:
             f"evaluation.every={LAST_ROUND_ONLY}",
             "output.plots=false",
             "output.report=false",
+            "output.best_models=false",
             "runtime.threads=1",
         ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import needs_of
-from hetero_fl.config import describe_difference, resolve_config, resume_relevant
+from hetero_fl.config import Config, describe_difference, resolve_config, resume_relevant
 from hetero_fl.config.load import read_config_file
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.comparison.jobs import ComparisonJob, Point, Source, Variant, run_folder
@@ -111,7 +111,7 @@ class ComparisonPlan:
             )
         threads = config.runtime.threads
         self.jobs = jobs or max(1, available_cores() // (threads or 1))
-        self.base = base if threads else [*base, "runtime.threads=1"]
+        self.base = [*base, *_unset_defaults(config)]
         self.out = out
         self.seeds = seeds
         grid_points = [
@@ -288,6 +288,13 @@ def _task(
                 if line.startswith((f"{key}: ", f"{override}: ")):
                     raise ArgumentError(f"{name}: {line.removeprefix(f'{override}: ')}") from None
         raise
+
+
+def _unset_defaults(config: Config) -> list[str]:
+    """Return overrides for settings whose default differs in comparisons."""
+    threads = [] if config.runtime.threads else ["runtime.threads=1"]
+    is_set = "best_models" in config.output.model_fields_set
+    return [*threads, *([] if is_set else ["output.best_models=false"])]
 
 
 def _check_same_configuration(

@@ -41,7 +41,7 @@ from hetero_fl.utils.seeding import stream_key
 if TYPE_CHECKING:
     import optuna
 
-NO_REPORT = ("output.plots=false", "output.report=false")
+NO_REPORT = ("output.plots=false", "output.report=false", "output.best_models=false")
 REDUCTION = 3
 """One of this many trials continues at each rung of the successive halving."""
 

@@ -10,7 +10,7 @@ import copy
 import enum
 import hashlib
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -228,6 +228,12 @@ class ModuleSnapshot:
             else:
                 owner[key] = content.clone() if isinstance(value, Tensor) else self._copy(value)
 
+    def remove(self, names: Collection[str]) -> None:
+        """Remove some of the tensors, submodules and attributes from the module."""
+        for name in names & self._records.keys():
+            owner, key, _, _ = self._records[name]
+            owner.pop(key, None)
+
     def _copy(self, value: Any) -> Any:
         """Copy a container or another object, but no tensor or module of the module in it."""
         if isinstance(value, (Tensor, nn.Module, *PLAIN_TYPES)):
@@ -363,8 +369,8 @@ class ForwardWrites:
 def observe_forward(module: nn.Module, shape: Shape) -> ForwardWrites:
     """Find out what the forward pass of a module writes, by calls with random examples.
 
-    Written attributes are state if they are tensors of constant shape and type, and caches if the
-    next pass does not depend on any of them.
+    Written attributes are caches if no later pass reads them, and state if they are tensors of
+    constant shape and type.
 
     Args:
         module: The module, which is changed.
@@ -399,36 +405,41 @@ def _observe(module: nn.Module, first: Tensor, second: Tensor, larger: Tensor) -
     _outputs(module, larger)
     last = ModuleSnapshot(module)
 
-    def outputs_without(dropped: Collection[str]) -> list[Tensor]:
+    kinds = {name: {each.tensor_kind(name) for each in (start, after, last)} for name in written}
+    tensors = {name for name in written if len(kinds[name]) == 1 and None not in kinds[name]}
+    attributes = tensors - names.keys()
+    others = written - tensors
+
+    def outputs_without(dropped: Set[str]) -> list[Tensor]:
         """Return the outputs of two further passes, without what was written under some names."""
         after.restore(after.changes())
         start.restore(dropped)
+        # Even a read that would not change these outputs is an error then.
+        start.remove(dropped & attributes)
         return [*_outputs(module.eval(), second), *_outputs(module.train(), second)]
 
-    outputs = outputs_without(())
+    outputs = outputs_without(frozenset())
     later = ModuleSnapshot(module)
 
-    def is_read(dropped: Collection[str]) -> bool:
+    def is_read(dropped: Set[str]) -> bool:
         """Return whether a pass depends on what an earlier pass wrote under some names."""
         try:
             same = all(map(_is_equal, outputs, outputs_without(dropped)))
-        # Other names that belong to these were not dropped.
+        # A name is missing, or other names that belong to these were not dropped.
         except Exception:
             return True
         return not same or bool(later.changes())
 
-    kinds = {name: {each.tensor_kind(name) for each in (start, after, last)} for name in written}
-    tensors = {name for name in written if len(kinds[name]) == 1 and None not in kinds[name]}
-    others = written - tensors
+    caches = {name for name in attributes if not is_read({name})}
     lost = sorted(others & names.keys()) or (sorted(others) if others and is_read(others) else [])
     if lost:
         raise ModelError(
             _describe_lost_state(module, next((n for n in lost if is_read({n})), lost[0]))
         )
     return ForwardWrites(
-        frozenset(names.get(name, name) for name in tensors),
-        frozenset(tensors - names.keys()),
-        frozenset(others),
+        frozenset(names.get(name, name) for name in tensors - caches),
+        frozenset(attributes - caches),
+        frozenset(others | caches),
     )
 
 

@@ -309,7 +309,7 @@ class Template:
                     f"{self._describe(name)} changes its requires_grad in training; freeze "
                     "parameters in __init__ or in train()"
                 )
-        if unexpected := self.written_attributes() - self.arch.cached_names:
+        if unexpected := self.written_attributes():
             raise UserError(
                 f"{self._describe(min(unexpected))} changes in training and would be lost; keep it "
                 "as a tensor in a buffer: self.register_buffer(name, tensor)"
@@ -320,8 +320,10 @@ class Template:
         return f"model {self.arch.display_name}: '{name}'"
 
     def written_attributes(self) -> set[str]:
-        """Return the names of the attributes that differ from those of a new module."""
-        return set() if self._attributes is None else self._attributes.changes()
+        """Return the names of the attributes, except caches, that differ from a new module's."""
+        if self._attributes is None:
+            return set()
+        return self._attributes.changes() - self.arch.cached_names
 
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
         """Return a view of the module that uses other tensors, without changing the module.

@@ -41,7 +41,7 @@ HABITS = [
     *("assigned", "in_place", "counter", "attribute", "attribute_in_place"),
     *("not_persistent", "cache", "batch_norm", "spectral_norm"),
     *("recurrent", "for_evaluation", "written_rarely", "written_parameter"),
-    *("handed_on", "swapped", "remembers_mode", "sets_mode", "number"),
+    *("handed_on", "swapped", "remembers_mode", "sets_mode", "number", "cached_mean"),
 ]
 
 
@@ -84,6 +84,7 @@ class Habits(nn.Module):
         if "recurrent" in habits:
             self.memory = nn.LSTM(1, WIDTH, batch_first=True)
         self.last: Tensor | None = None
+        self.last_mean = torch.zeros(WIDTH)
         self.scale = 1.0
         self.factor = nn.Parameter(torch.ones(()), requires_grad="number" in habits)
         self.switch = nn.Identity()
@@ -140,6 +141,8 @@ class Habits(nn.Module):
             self.switch.eval()
         if "cache" in self.habits:
             self.last = x
+        if "cached_mean" in self.habits:
+            self.last_mean = x.mean(0)
         return self.out(self.scale * self.factor * x.tanh())  # type: ignore[no-any-return]
 
 
@@ -271,7 +274,7 @@ COMBINATIONS = {
     "in_place": ["attribute_in_place", "spectral_norm", "for_evaluation"],
     "recurrent": ["recurrent", "written_rarely", "written_parameter"],
     "handed_on": ["handed_on", "remembers_mode"],
-    "number": ["number", "in_place"],
+    "number": ["number", "in_place", "cached_mean"],
     "swapped": ["swapped", "assigned", "sets_mode"],
 }
 
@@ -699,6 +702,31 @@ def test_private_clients_share_trained_parameters_only(unit: str) -> None:
     for client, (x, _) in DATA.items():
         expected = torch.from_numpy(x).amax(0).clamp(min=0).float()
         torch.testing.assert_close(tensors[client]["peak"], expected)
+
+
+@pytest.mark.parametrize("unit", ["record", "client"])
+def test_attribute_that_no_pass_reads_is_not_kept(unit: str) -> None:
+    privacy = hfl.Privacy(unit=unit, noise_multiplier=1.0, delta=1e-4, clip=1.0)
+    module = Habits(frozenset(["cache", "cached_mean"]))
+
+    run = train(module, hfl.FedAvg(), "batched", privacy=privacy)
+
+    assert not {"last", "last_mean"} & own_names(run.models["site_0"].tensors).keys()
+    assert "cannot be vectorized" not in (run.path / "log.txt").read_text()
+
+
+class ReadsRarely(Habits):
+    """A module whose outputs depend on an attribute for large values only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - torch.where(x > 99, self.last_mean, 0.0))
+
+
+def test_attribute_that_a_pass_reads_for_some_values_is_kept() -> None:
+    run = train(ReadsRarely(frozenset(["cached_mean"])), hfl.Local(), "serial")
+
+    means = [own_names(run.models[client].tensors)["last_mean"] for client in DATA]
+    assert not torch.equal(*means[:2])
 
 
 class WritesSingleRows(Habits):

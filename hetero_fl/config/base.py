@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
 from pydantic import (
@@ -51,7 +53,9 @@ ShareOrCount = Annotated[int | float, AfterValidator(_share_or_count)]
 
 def _check_path(value: str) -> str:
     r"""Reject line breaks and tabs, which `\n` and `\t` mean in the double quotes of YAML."""
-    if not value.isprintable():
+    has_controls = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in value)
+    # A no-break space is also `\_`, but some file names have one.
+    if has_controls or ("\N{NO-BREAK SPACE}" in value and not Path(value).expanduser().exists()):
         raise ValueError(
             f"got {value!r} with control characters, as \\ starts an escape in double quotes; "
             r"write / or \\ instead"

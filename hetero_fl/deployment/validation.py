@@ -34,7 +34,7 @@ from hetero_fl.deployment.messages import MALFORMED_ERRORS, RequestRefusedError
 from hetero_fl.federation.client_runtime import EVALUATION_SETS, FORECAST_ROWS, ClientEvaluation
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.utils.code_permission import CodePermission, find_references
-from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.errors import UserError, is_printable, one_line
 from hetero_fl.utils.serialization import DTYPES, CodecError, as_bytes, check_header
 
 # Client settings that a site may define.
@@ -478,7 +478,7 @@ def _read_by_name(
 def _read_name(found: Any) -> str:
     if (
         not isinstance(found, str)
-        or not found.isprintable()
+        or not is_printable(found)
         or not 0 < len(found) <= MAX_NAME_CHARS
     ):
         raise RequestRefusedError(

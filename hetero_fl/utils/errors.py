@@ -6,6 +6,7 @@ import os
 import sys
 import sysconfig
 import traceback
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +15,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 # Maximum length of a line that quotes untrusted text.
 MAX_LINE_CHARACTERS = 400
+# Characters that join letters or emoji and have no width.
+JOINERS = "\u200c\u200d"
 # Minimum length of a name that is compared as an abbreviation.
 MIN_ABBREVIATION = 3
 # Maximum number of files in a folder with which a missing file is compared.
@@ -82,9 +85,17 @@ class Interrupted(KeyboardInterrupt):
         self.path = path
 
 
+def is_printable(text: str) -> bool:
+    """Return whether a text has no control characters, lone surrogates or invisible characters.
+
+    Unlike `str.isprintable`, this accepts spaces of any width and joiners of letters and emoji.
+    """
+    return all(c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs" for c in text)
+
+
 def printable(text: str) -> str:
     """Return the text with control characters, lone surrogates and invisible characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:

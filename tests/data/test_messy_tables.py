@@ -210,6 +210,16 @@ def test_backslash_in_double_quotes_is_refused(
         hfl.load_config(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["at\u202f3\u00a0PM", "me\u0301decins", "\u200esites", "می\u200cشود"]
+)
+def test_path_may_have_any_printed_character(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.csv"
+    make_frame().to_csv(path, index=False)
+
+    assert layout_of(federate(path)).columns == ("age", "dose")
+
+
 def test_listed_categories_are_no_missing_values(tmp_path: Path) -> None:
     frame = pd.DataFrame({"test": ["+", "?"] * 10, "grade": ["1", "NA"] * 10, "sick": [0, 1] * 10})
     frame.to_csv(tmp_path / "table.csv", index=False)

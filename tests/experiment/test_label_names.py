@@ -16,7 +16,7 @@ from hetero_fl.cli import main
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import NO_REPORT, QUIET
+from tests.helpers.python_federations import QUIET
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
 NAMES = np.array(["sick", "healthy"])
@@ -77,7 +77,7 @@ def test_labels_of_a_task_with_names_are_spelled_as_in_training(
     clients = [hfl.Client("a", "linear", (x, given[trained_on]))]
     defaults = ClientSettings(optimizer=hfl.SGD(lr=0.5), epochs=5)
     own = hfl.Federation(clients, task=task, defaults=defaults)
-    run = own.train(hfl.Local(), rounds=2, out=tmp_path / "run", overrides=NO_REPORT)
+    run = own.train(hfl.Local(), rounds=2, out=tmp_path / "run", overrides=QUIET)
     predicted = run.predict("a", x, personal=False).argmax(1).numpy()
     loaded = hfl.Run.load(run.path)
 

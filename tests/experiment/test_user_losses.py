@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import Caution
 from tests.helpers.python_federations import QUIET, images
 
 BATCHED = ["runtime.executor=batched", *QUIET[1:]]
@@ -375,7 +376,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"objective": MULTICLASS["sum"], "class_weights": "balanced"},
         {},
     ),
-    "raw logits": (r"NLLLoss, .* logits of model Seq.*LogSoftmax", {"objective": nn.NLLLoss()}, {}),
+    "raw logits": (
+        r"NLLLoss, .* logits of model Seq.*CrossEntropyLoss",
+        {"objective": nn.NLLLoss()},
+        {},
+    ),
     "partial": (
         "has no minimum on the logits",
         {"objective": partial(functional.nll_loss, weight=WEIGHT, reduction="sum")},
@@ -487,3 +492,29 @@ def test_outputs_that_are_no_logits_are_noted(
     cautions = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(cautions) == bool(words)
     assert all("clients: 'site_1': model " in line and words in line for line in cautions)
+
+
+class EvaluatedLogSoftmax(nn.LogSoftmax):
+    """A log-softmax that is applied in evaluation mode only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else super().forward(x)
+
+
+@pytest.mark.parametrize("last", [nn.Identity(), nn.LogSoftmax(-1), EvaluatedLogSoftmax(-1)])
+@pytest.mark.parametrize("objective", [None, nn.NLLLoss()])
+def test_advice_on_log_softmax_leads_to_a_silent_run(last: nn.Module, objective: Any) -> None:
+    for _ in range(3):
+        try:
+            run = federation(log_softmax_model(last), objective=objective).prepare(hfl.Local())
+            found = next((str(note) for note in run.notes if isinstance(note, Caution)), "")
+        except UserError as error:
+            found = str(error)
+        advice = found.rpartition("; ")[2]
+        if advice == "return logits, without log-softmax":
+            last = nn.Identity()
+        elif advice:
+            assert advice == "use torch.nn.CrossEntropyLoss, which applies log-softmax"
+            objective = nn.CrossEntropyLoss()
+
+    assert not advice

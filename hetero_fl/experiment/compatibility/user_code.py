@@ -231,8 +231,7 @@ def _output_notes(arch: ModelSpec, kinds: Sequence[str], objective: Objective) -
     if needs_log and kinds[0] == LOGITS:
         raise UserError(
             "objective: the loss is linear in the outputs, as torch.nn.NLLLoss, and has no minimum "
-            f"on the logits of {model}; use torch.nn.CrossEntropyLoss, or end the head with "
-            "torch.nn.LogSoftmax(-1)"
+            f"on the logits of {model}; use torch.nn.CrossEntropyLoss, which applies log-softmax"
         )
     if PROBABILITIES in kinds:
         return [
@@ -245,7 +244,7 @@ def _output_notes(arch: ModelSpec, kinds: Sequence[str], objective: Objective) -
         return [
             Caution(
                 f"{model}: the outputs are log-probabilities, to which the loss applies softmax "
-                "again; return logits, without log-softmax, or use torch.nn.NLLLoss as objective"
+                "again; return logits, without log-softmax"
             )
         ]
     return []

@@ -13,7 +13,7 @@ import hetero_fl as hfl
 from hetero_fl.data import Vocabulary, from_arrays
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import NO_REPORT
+from tests.helpers.python_federations import QUIET
 
 X = np.random.default_rng(0).normal(size=(40, 3))
 Y = np.arange(40) % 2
@@ -130,7 +130,7 @@ def test_prediction_treats_masked_entries_as_nan() -> None:
 
 def test_prediction_refuses_masked_tokens() -> None:
     client = hfl.Client("a", "text_cnn", from_arrays(TOKENS, Y, vocabulary=WORDS))
-    run = hfl.Federation([client]).train("local", rounds=1, overrides=NO_REPORT)
+    run = hfl.Federation([client]).train("local", rounds=1, overrides=QUIET)
 
     with pytest.raises(UserError, match="expected integers"):
         run.predict("a", np.ma.masked_array(TOKENS, mask=MASK))

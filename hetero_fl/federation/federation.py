@@ -49,7 +49,7 @@ MAX_EVALUATED = 1000
 NUM_REPRESENTATIVE = 100
 
 
-def _protect(arch: ModelSpec, privacy: PrivacyConfig | None) -> ModelSpec:
+def protect(arch: ModelSpec, privacy: PrivacyConfig | None) -> ModelSpec:
     """Return a model of which clients share what the noise on uploads protects."""
     if privacy is None or privacy.unit == "record":
         return arch
@@ -152,7 +152,7 @@ class FederationSpec:
                 profile.settings.preprocess, f"clients: '{profile.first}': preprocess"
             )
             arch = build_model_spec(profile.settings.model[0], data, view)
-            archs.append(_protect(arch, config.privacy))
+            archs.append(protect(arch, config.privacy))
             if archs[-1] not in checked:
                 check_model(archs[-1], f"clients: {profile.first}: model", view)
                 checked.add(archs[-1])
@@ -238,7 +238,7 @@ class FederationSpec:
         return replace(self, client_infos=client_infos)
 
     def _protect_slots(self, models: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
-        return {slot: _protect(arch, self.privacy) for slot, arch in models.items()}
+        return {slot: protect(arch, self.privacy) for slot, arch in models.items()}
 
     def with_memory(self, memory: DeviceMemory) -> FederationSpec:
         """Return the federation with another memory for the tensors of participants.

@@ -29,6 +29,7 @@ from hetero_fl.data.overlap import row_hashes
 from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import PreparedRun, make_algorithm, prepare
+from hetero_fl.federation.federation import protect
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import ArgumentError, UserError
 
@@ -109,11 +110,13 @@ class TransferSource:
         """
         if shared_part_of(self.method).slot != "model":
             return None
+        # Saved models do not contain the privacy settings of the run.
+        protected = protect(arch, self.config.privacy)
         sent = []
         for client_id, model in self.models.items():
             part = common_part(shared_part(self.method, self.clients[client_id]), BODY)
             if model.arch == arch and part != ():
-                sent.append(shareable_tensors(self.method, arch, model.tensors, part))
+                sent.append(shareable_tensors(self.method, protected, model.tensors, part))
         names = dict.fromkeys(n for tensors in sent for n in tensors)
         means = {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names}
         return means or None

@@ -17,7 +17,9 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
+from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.onboarding.transfer import TransferSource
+from tests.helpers.small_federations import config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHORT = [
@@ -65,6 +67,7 @@ def test_backbone_averages_each_tensor_over_its_senders() -> None:
         {"backbone.a": torch.ones(2)},
     )
 
+    source.config = load_config(config("fedavg"))
     source.method = FedAvg()
     source.clients = {"1": ClientSettings(), "2": ClientSettings()}
     arch = ModelSpec.from_config("linear", 2, (2,))
@@ -75,6 +78,22 @@ def test_backbone_averages_each_tensor_over_its_senders() -> None:
     found = source.backbone(arch)
     assert found is not None and set(found) == {"backbone.a", "backbone.b"}
     assert found["backbone.a"].tolist() == [0.5, 0.5] and found["backbone.b"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("unit", ["client", "local"])
+def test_backbone_of_a_private_run_has_trained_parameters_only(unit: str) -> None:
+    privacy = {"unit": unit, "noise_multiplier": 1.0, "delta": 1e-4}
+    arch = ModelSpec.from_config("cnn_bn_small", 2, (1, 8, 8))
+    source = TransferSource(cast(hetero_fl.Run, None))
+    source.config = load_config(config("fedavg", "cnn_bn_small", privacy=privacy))
+    source.method = FedAvg()
+    source.clients = {"1": ClientSettings()}
+    source.models = {"1": SavedModel(arch.initial_tensors(0), arch, {}, Task("multiclass", 2))}
+
+    found = source.backbone(arch)
+
+    assert found is not None
+    assert found.keys() == {n for n in arch.trained_names if n.startswith("backbone.")}
 
 
 @pytest.mark.slow

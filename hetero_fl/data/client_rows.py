@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import PATIENTS
 from hetero_fl.data.partition import apportion_nonzero, row_strata
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.data.splits import MIN_TRAIN_ROWS, RowSelection, split_counts
+from hetero_fl.data.splits import RowSelection, enough_rows, split_counts
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
@@ -97,30 +98,37 @@ class LazyPartition:
         for profile in self.clients.profiles:
             if profile.settings.data is not None:
                 continue
-            rows = round(self.config.rows * profile.settings.size)
-            client = f"client '{profile.first}'"
+            size = profile.settings.size
+            rows = round(self.config.rows * size)
+            # The number of rows of the client is `rows` times its size.
+            found = f"for client '{profile.first}' of size {size:g}, got {self.config.rows}"
             if rows < self.config.min_size:
+                least = math.ceil(self.config.min_size / size)
                 raise UserError(
-                    f"{where}.rows: must be >= {self.config.min_size} (min_size) times size for "
-                    f"{client}, got {rows}"
+                    f"{where}.rows: must be >= {least}, which gives min_size="
+                    f"{self.config.min_size} rows, {found}"
                 )
             if rows > pool_size:
                 raise UserError(
-                    f"{where}.rows: must be <= {pool_size}, the rows to sample from, times size "
-                    f"for {client}, got {rows}"
+                    f"{where}.rows: must be <= {math.floor(pool_size / size)}, as there are "
+                    f"{pool_size} rows to sample from, {found}"
                 )
-            counts = [rows]
+            # Larger counts leave at least two training rows in spite of rounding.
+            largest = min(pool_size, int(3 / train_share) + 1)
+            counts = range(self.config.min_size, largest + 1) if self.config.spread else [rows]
+            short = [count for count in counts if enough_rows(count, self.split) > count]
+            if not short:
+                continue
+            least = enough_rows(short[-1], self.split)
             if self.config.spread:
-                # Larger counts leave at least two training rows in spite of rounding.
-                largest = min(pool_size, int(3 / train_share) + 1)
-                counts = list(range(self.config.min_size, largest + 1))
-            for count in counts:
-                if split_counts(count, self.split)["train"] < MIN_TRAIN_ROWS:
-                    key = "min_size" if self.config.spread else "rows"
-                    raise UserError(
-                        f"{where}.{key}: {count} rows are too few to split by data.split; choose a "
-                        "larger number"
-                    )
+                raise UserError(
+                    f"{where}.min_size: must be >= {least} to be split by data.split, got "
+                    f"{self.config.min_size}"
+                )
+            raise UserError(
+                f"{where}.rows: must be >= {math.ceil(least / size)} to be split by data.split, "
+                f"{found}"
+            )
 
     def num_rows(self, client: str) -> int:
         """Return the number of rows of a client without sampling the rows.

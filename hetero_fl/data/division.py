@@ -240,7 +240,11 @@ def _notes_on_few_rows(
         f"client '{client}'": len(client_rows.assigned[client]["train"].rows)
         for client in natural_order(client_rows.assigned)
     }
-    few = [f"{title} has {pluralize(rows, 'row')}" for title, rows in sizes.items() if rows < least]
+    few = [
+        f"{title} has {pluralize(rows, 'training row' if title.startswith('client') else 'row')}"
+        for title, rows in sizes.items()
+        if rows < least
+    ]
     if not few:
         return []
     return [Caution(f"{format_list(few, MAX_LISTED)}, {reason}, so that results mean little")]

@@ -20,6 +20,7 @@ from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, identical, numbered, rows_of
 
 SPLITS = ("train", "validation", "test")
+LARGE = {"large": ClientSettings(size=2)}
 
 
 def drawn(
@@ -134,14 +135,24 @@ def test_numbers_of_rows_are_log_normal_and_follow_the_sizes() -> None:
 @pytest.mark.parametrize(
     ("words", "changes"),
     [
-        ("data.partition.rows: must be >= 20 .* for client 'client_01', got 10", {"rows": 10}),
-        ("data.partition.rows: must be <= 360, .* for client 'client_01', got 500", {"rows": 500}),
         (
-            "data.partition.rows: 20 rows are too few to split by data.split",
+            "rows: must be >= 20, which gives min_size=20 rows, for client 'client_01' of size 1, "
+            "got 10",
+            {"rows": 10},
+        ),
+        (
+            "rows: must be <= 360, as there are 360 rows to sample from, for client 'client_01' of "
+            "size 1, got 500",
+            {"rows": 500},
+        ),
+        ("rows: must be >= 10, .* size 2, got 9", {"clients": LARGE, "rows": 9}),
+        ("rows: must be <= 180, .* size 2, got 181", {"clients": LARGE, "rows": 181}),
+        (
+            "data.partition.rows: must be >= 21 to be split by data.split, .*, got 20",
             {"rows": 20, "split": SplitConfig(validation=0.45, test=0.5)},
         ),
         (
-            "data.partition.min_size: 20 rows are too few",
+            "data.partition.min_size: must be >= 40 to be split by data.split, got 20",
             {"spread": 1, "split": SplitConfig(validation=0.45, test=0.5)},
         ),
     ],

@@ -452,3 +452,16 @@ def test_fewer_rows_than_classes_are_a_warning() -> None:
         "the proxy set has 2 rows, fewer than the 3 classes, so that results mean little"
     ]
     assert enough == []
+    tiny = clients(pairs[0], (x[:4], y[:4]))
+    lowered = hfl.Federation(tiny).prepare(hfl.Local(), overrides=["data.partition.min_size=1"])
+    assert any("has 2 training rows, fewer than the 3 classes" in note for note in lowered.notes)
+
+
+def test_message_names_the_rows_that_a_client_needs() -> None:
+    x, y = np.zeros((60, 2), np.float32), np.arange(60) % 2
+    small = clients((x, y), (x[:3], y[:3]))
+
+    with pytest.raises(UserError, match=r"has 3 rows, but .* need at least 4; give it more rows"):
+        hfl.Federation(small, test=(x, y)).prepare(
+            hfl.Local(), overrides=["data.partition.min_size=1"]
+        )

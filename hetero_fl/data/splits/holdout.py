@@ -113,7 +113,6 @@ class RandomHoldout:
         Raises:
             UserError: If a client has too few rows or patients.
         """
-        min_size = config.partition.min_size
         given: dict[str, RowSelection] = {}
         if common_rows and config.partition.kind == "natural":
             local_sets = self.dataset.local_sets
@@ -126,7 +125,6 @@ class RandomHoldout:
                     share.rows,
                     held_out,
                     client,
-                    min_size,
                     seed,
                     patient=share.examples.patient,
                     term=share.examples.patient_term,

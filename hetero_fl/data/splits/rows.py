@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,11 +204,16 @@ def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:
     return {"train": rows - sum(count.values()), **count}
 
 
+def enough_rows(rows: int, config: SplitConfig) -> int:
+    """Return the least number >= `rows` that leaves enough training rows (see `split_counts`)."""
+    numbers = itertools.count(rows)
+    return next(n for n in numbers if split_counts(n, config)["train"] >= MIN_TRAIN_ROWS)
+
+
 def split_client(
     rows: Tensor,
     config: SplitConfig,
     client: str,
-    min_size: int,
     seed: int,
     *,
     patient: Tensor | None = None,
@@ -221,7 +227,6 @@ def split_client(
         rows: Rows of the client, int64 `[M]`.
         config: Shares of the splits.
         client: Client id, on which the random numbers depend.
-        min_size: Value of `data.partition.min_size`, for error messages.
         seed: Seed of the run.
         patient: Patient of each row of the whole data set, int64 `[N]`. If set, whole patients are
             sampled.
@@ -241,9 +246,9 @@ def split_client(
         )
     if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
-            f"client '{client}' has {pluralize(len(rows), 'row')}, too few to split into "
-            "train, validation and test; use fewer clients, increase data.partition.min_size="
-            f"{min_size}, or set data.split.validation or data.split.test to 0"
+            f"client '{client}' has {pluralize(len(rows), 'row')}, but training, validation and "
+            f"test need at least {enough_rows(len(rows), config)}; give it more rows, use fewer "
+            "clients, or set data.split.validation or data.split.test to 0"
         )
     num_splits = 1 + (count["validation"] > 0) + (count["test"] > 0)
     if patient is not None and (num_patients := len(patient[rows].unique())) < num_splits:

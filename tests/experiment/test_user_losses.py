@@ -288,6 +288,33 @@ class Wrapped(nn.Module):
         return self.inner(logits, y)  # type: ignore[no-any-return]
 
 
+class LoggedLoss:
+    """A loss that keeps its last value."""
+
+    last: Any = None
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        self.last = functional.cross_entropy(logits, y)
+        return self.last  # type: ignore[no-any-return]
+
+
+class PreviousLoss(LoggedLoss):
+    """A loss that adds its last value."""
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        before = 0.0 if self.last is None else self.last.detach()
+        return super().__call__(logits, y) + before
+
+
+class FirstMean(Centered):
+    """A loss that keeps the mean of its first batch."""
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        if not self.center.any():
+            self.center = logits.detach().mean(0)
+        return functional.cross_entropy(logits - self.center, y)
+
+
 def counting_loss() -> Callable[[Tensor, Tensor], Tensor]:
     calls: list[int] = []
 
@@ -400,6 +427,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "changing part": ("changes its attribute 'inner.center'", {"objective": Wrapped()}, {}),
     "changing object": ("changes its attribute 'center'", {"objective": CenteredFunction()}, {}),
     "changing variable": ("changes its attribute 'calls'", {"objective": counting_loss()}, {}),
+    "previous value": ("changes its attribute 'last'", {"objective": PreviousLoss()}, {}),
+    "first value": ("changes its attribute 'center'", {"objective": FirstMean()}, {}),
     "changing array": ("changes its attribute 'counts'", {"objective": Balanced()}, {}),
     "changing slot": ("changes its attribute 'Metered'", {"objective": Metered()}, {}),
     "changing class": ("changes its attribute 'counts'", {"objective": ClassCounts().loss}, {}),
@@ -443,6 +472,19 @@ def test_loss_that_cannot_keep_its_meaning_is_refused(case: str) -> None:
         federation(**client).train(method, rounds=1, overrides=QUIET, **settings)
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [QUIET, BATCHED], ids=["serial", "batched"])
+def test_loss_may_keep_its_last_value(overrides: list[str]) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+    losses = (LoggedLoss(), nn.CrossEntropyLoss())
+
+    logged, plain = (
+        federation(model, objective=loss).train(hfl.Local(), rounds=1, overrides=overrides)
+        for loss in losses
+    )
+
+    assert torch.allclose(weights(logged), weights(plain), atol=1e-6)
 
 
 class TrainingSoftmax(nn.Softmax):

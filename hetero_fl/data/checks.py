@@ -19,6 +19,8 @@ from hetero_fl.utils.text import Caution
 
 DISTINCT_SHARE = 0.95
 """Share of distinct values from which a column of integers or text seems to identify rows."""
+DENSE = 10
+"""Number of integers per row in a range from which distinct integers are expected by chance."""
 MIN_IDENTIFIED = 30
 """Number of rows from which a column can seem to identify rows."""
 CHECKED_ROWS = 4096
@@ -258,9 +260,17 @@ def _describe(tensor: Column) -> str:
     return f"{dtype_name(tensor)} of shape {tuple(tensor.shape)}"
 
 
-def is_identifier(distinct: int, rows: int) -> bool:
-    """Return whether integers or text with so many distinct values seem to identify rows."""
-    return rows >= MIN_IDENTIFIED and distinct >= DISTINCT_SHARE * rows
+def is_identifier(distinct: int, rows: int, span: float = 0) -> bool:
+    """Return whether integers or text with so many distinct values seem to identify rows.
+
+    Args:
+        distinct: Number of distinct values.
+        rows: Number of rows.
+        span: Difference between the largest and the smallest integer. In a wide range, numbers
+            such as salaries differ by chance.
+    """
+    is_distinct = rows >= MIN_IDENTIFIED and distinct >= DISTINCT_SHARE * rows
+    return is_distinct and span <= DENSE * rows
 
 
 def note_identifiers(x: Column, columns: Sequence[str], advice: str) -> list[str]:
@@ -277,7 +287,9 @@ def note_identifiers(x: Column, columns: Sequence[str], advice: str) -> list[str
     is_whole = (x[:CHECKED_ROWS] == x[:CHECKED_ROWS].floor()).all(0)
     for index in is_whole.nonzero().squeeze(1).tolist():
         column = x[:, index]
-        if bool((column == column.floor()).all()) and is_identifier(len(column.unique()), len(x)):
+        span = float(column.max() - column.min())
+        is_whole_number = bool((column == column.floor()).all())
+        if is_whole_number and is_identifier(len(column.unique()), len(x), span):
             name = f"'{columns[index]}'" if columns else str(index)
             notes.append(
                 Caution(

@@ -24,6 +24,10 @@ HASHED_BYTES = 2**20
 """Approximate number of bytes that are hashed at a time."""
 EQUAL_SHARE = 0.01
 """Share of the rows of a set from which equal rows of one source are reported."""
+FEW_VALUES = 10
+"""Number of values of each column up to which a table is like a questionnaire."""
+COPIED_SHARE = 0.9
+"""Share of the rows of a set from which equal rows of a questionnaire are reported."""
 CHANCE = 0.01
 """Expected number of equal rows from which rows of a table are taken to be equal by chance."""
 MIN_TOKENS = 5
@@ -294,6 +298,8 @@ class EqualRows:
             meaningful = _is_meaningful(x, values[others - start])
             repeated.append(distinct[several][meaningful])
             start += len(values)
+        # Dependent answers are equal more often than `CHANCE` says.
+        self._is_questionnaire = all(map(_has_few_values, inputs))
         self._repeated = np.concatenate([np.zeros(0, np.uint64), *repeated])
 
     def _of(self, parts: Iterable[RowSelection]) -> np.ndarray:
@@ -315,13 +321,19 @@ class EqualRows:
             parts: Rows to count.
             others: Rows to compare with.
             separate: Whether the rows come from separate sources. If False, the result is 0 unless
-                at least two rows, and the share `EQUAL_SHARE` of one side, are equal.
+                at least two rows, and the share `EQUAL_SHARE` of one side, are equal. The share of
+                a questionnaire is `COPIED_SHARE` in both cases.
         """
         own = self._of(parts)
         other = self._of(others)
         count = int(np.isin(own, other).sum())
         smaller = min(sum(len(part.rows) for part in side) for side in (parts, others))
-        return count if separate or count >= max(2, EQUAL_SHARE * smaller) else 0
+        is_reported = separate and not self._is_questionnaire
+        return count if is_reported or count >= self._least(smaller) else 0
+
+    def _least(self, rows: int) -> float:
+        """Return the number of equal rows from which those of a set of so many are reported."""
+        return max(2, (COPIED_SHARE if self._is_questionnaire else EQUAL_SHARE) * rows)
 
     def shared(self, private: Mapping[str, Splits]) -> dict[tuple[str, str], int]:
         """Return the number of distinct rows that two clients share, keyed by their ids.
@@ -339,7 +351,7 @@ class EqualRows:
         return {
             (clients[a], clients[b]): int(count)
             for (a, b), count in zip(found.tolist(), counts, strict=True)
-            if count >= max(2, EQUAL_SHARE * min(sizes[a], sizes[b]))
+            if count >= self._least(min(sizes[a], sizes[b]))
         }
 
 
@@ -363,6 +375,13 @@ def _is_meaningful(x: Tensor, others: Tensor) -> np.ndarray:
         with np.errstate(divide="ignore"):
             expected += np.log((counts[value[: len(x)]] - 1) / max(1, len(rows) - 1))
     return expected < np.log(CHANCE)
+
+
+def _has_few_values(x: Tensor) -> bool:
+    """Return whether examples are a table of which each column has at most `FEW_VALUES` values."""
+    if x.ndim != 2 or not x.is_floating_point():
+        return False
+    return all(len(np.unique(column)) <= FEW_VALUES for column in x[:SAMPLED_ROWS].numpy().T)
 
 
 def row_hashes(x: Column) -> np.ndarray:

@@ -162,6 +162,10 @@ def test_other_columns_are_no_ids() -> None:
     table = pd.DataFrame(x, columns=COLUMNS).assign(
         age=rng.integers(20, 90, 120),
         paid=rng.integers(0, 30, 120),
+        id=rng.poisson(3, 120),
+        salary=rng.integers(20_000, 90_000, 120),
+        person_height=rng.integers(150, 200, 120),
+        patients_per_day=rng.integers(0, 30, 120),
         comment=[f"seen on day {i}" for i in range(120)],
         ill=y,
     )
@@ -173,6 +177,7 @@ def test_ids_in_arrays_are_warnings() -> None:
     x, y, _ = visits(120, 1)
     x[:, 1] = np.arange(120)
 
+    x[:, 0] = np.random.default_rng(0).permutation(100_000)[:120]
     (note,) = from_arrays(x, y).notes
 
     assert isinstance(note, Caution) and "column 1 of x has another integer" in note
@@ -398,6 +403,20 @@ def test_rows_that_are_equal_by_chance_are_no_warnings() -> None:
     for data, model in ((answers, "mlp"), (blank, "cnn_bn_small")):
         own = [hfl.Client(name, model=model) for name in ("north", "south")]
         assert warnings_of(hfl.Federation(own, data=data)) == []
+
+
+def test_equal_answers_of_dependent_questions_are_no_warnings_unless_a_set_is_copied() -> None:
+    rng = np.random.default_rng(0)
+    trait = rng.normal(size=(600, 1))
+    answers = (1.5 * trait + rng.normal(size=(600, 20)) > 0).astype(np.float32)
+    y = (trait[:, 0] > 0).astype(int)
+    pairs = (answers[:300], y[:300]), (answers[300:], y[300:])
+
+    apart = hfl.Federation(clients(*pairs))
+    copied = hfl.Federation(clients(*pairs), test=pairs[0])
+
+    assert warnings_of(apart) == []
+    assert any("global test set contains rows" in note for note in warnings_of(copied))
 
 
 @pytest.mark.parametrize("in_files", [False, True])

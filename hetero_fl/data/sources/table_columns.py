@@ -54,12 +54,12 @@ MARKERS = frozenset(
 """Markers of missing values in columns of numbers, in lower case."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
-ID_NAME = re.compile(
-    r"(?i:patient|subject(?!ive)|person(?!al)|mrn)"
-    r"|(?i:(?<![a-z])(?:[cps]?id|case)(?![a-z]))"
-    r"|[a-z]I[Dd]$"
+OWNER_NAME = re.compile(
+    r"(?i:patient|subject|person|mrn)(?:[ _.-]*(?i:id|no|nr|num|number|code|key|name|hash))?$"
 )
-"""Pattern of names of columns that identify patients."""
+"""Pattern of names of columns that identify patients, also if there are few patients."""
+ID_NAME = re.compile(r"(?i:(?<![a-z])(?:[cps]?id|case))$|[a-z]I[Dd]$")
+"""Pattern of names of columns that identify patients if they have many values."""
 
 
 def normalize_frame(
@@ -448,10 +448,15 @@ def describe_identifiers(
         if types.is_float_dtype(column) and not (present == np.floor(present)).all():
             continue
         distinct = present.nunique()
-        is_id = is_identifier(distinct, len(present)) and (
+        is_owner = distinct > 2 and OWNER_NAME.search(name) is not None
+        # A column `id` with few numbers may be a count.
+        is_named = is_owner or (
+            distinct > (MANY_CATEGORIES if is_number else 2) and ID_NAME.search(name) is not None
+        )
+        span = float(present.max() - present.min()) if is_number and not is_named else 0
+        is_id = is_identifier(distinct, len(present), span) and (
             is_number or not present.astype(str).str.contains(r"\s").any()
         )
-        is_named = distinct > 2 and ID_NAME.search(name) is not None
         keep = f"set data.patient={name}" if in_config else f"pass patient='{name}'"
         feature = ", and the column is a feature" if name in used else ""
         if (is_id or is_named) and distinct < len(present):

@@ -233,13 +233,15 @@ def read_table(
     )
     summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
     summary += describe_columns(used, encoded, left_out, commas)
-    notes = [f"table {title}: {'; '.join(summary)}", *label_notes]
-    notes += [prefix_note(f"table {title}", remark) for remark in remarks]
+    # The name of a data frame is its place.
+    place = f"table {title}" if isinstance(path, Path) else where
+    notes = [f"{place}: {'; '.join(summary)}", *label_notes]
+    notes += [prefix_note(place, remark) for remark in remarks]
     if patient is None:
         others = [rest[name] for name in rest.columns]
         in_config = isinstance(path, Path)
         found = describe_identifiers(others, used, in_config)
-        notes += [prefix_note(f"table {title}", note) for note in found]
+        notes += [prefix_note(place, note) for note in found]
     return Dataset(
         "table",
         task,

@@ -93,22 +93,34 @@ def named_state(module: nn.Module) -> Iterator[NamedTensor]:
 
 
 @torch.no_grad()
-def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_state(
+    module: nn.Module, tensors: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> None:
     """Copy tensors into a module.
 
     Args:
         module: The module.
-        tensors: New values, keyed by the names of `state_tensors`. Integers, which are not
-            transmitted, may be missing and keep their values.
+        tensors: New values, keyed by the names of `state_tensors`, or by any name in `state_dict`,
+            as in files of older versions. Of several values for one tensor, the last in the order
+            of `state_dict` is used, as in those versions. Integers, which are not transmitted, may
+            be missing and keep their values.
+        optional: Names of other tensors that may be missing. Default: empty.
 
     Raises:
         ValueError: If tensors are missing, or the module has no tensors of these names or shapes.
     """
     own = state_tensors(module)
+    first = {id(tensor): name for name, tensor in own.items()}
+    # A module may rename its tensors in `state_dict`.
+    named = [*own.items(), *module.state_dict(keep_vars=True).items()]
+    names = {name: first[id(tensor)] for name, tensor in named if id(tensor) in first}
+    given = {names[name]: tensors[name] for name in names if name in tensors}
+    if unknown := sorted(tensors.keys() - names.keys()):
+        raise ValueError(f"'{unknown[0]}' is not a tensor of the module")
     needed = {name for name, tensor in own.items() if tensor.is_floating_point()}
-    if wrong := sorted((tensors.keys() - own.keys()) | (needed - tensors.keys())):
-        raise ValueError(f"'{wrong[0]}' belongs to either the module or the tensors only")
-    for name, tensor in tensors.items():
+    if missing := sorted(needed - given.keys() - set(optional)):
+        raise ValueError(f"'{missing[0]}' is missing")
+    for name, tensor in given.items():
         if tensor.shape != own[name].shape:
             expected, found = tuple(own[name].shape), tuple(tensor.shape)
             raise ValueError(f"'{name}' has the shape {found}, expected {expected}")

@@ -219,7 +219,8 @@ class SavedModel:
             given = GivenModel(model)
             if self.head and not given.is_known_as(name):
                 given = GivenModel(model, self.head)
-            replace(self, arch=replace(self.arch, name=given.name)).module()
+            arch = replace(self.arch, name=given.name)
+            load_state(arch.build(), self.tensors, arch.local_names)
         except (ModelError, TypeError, ValueError, RuntimeError) as error:
             reason = one_line(error)
             raise ArgumentError(f"{where}: does not fit the saved model: {reason}") from None
@@ -238,10 +239,20 @@ class SavedModel:
         Args:
             personal: Whether the model will predict the client's own examples. If True,
                 `local_tensors` are used.
+
+        Raises:
+            UserError: If the saved tensors do not fit the model.
         """
         tensors = {**self.tensors, **self.local_tensors} if personal else self.tensors
         module = self.arch.build()
-        load_state(module, tensors)
+        try:
+            # Older versions did not save the tensors that clients do not share.
+            load_state(module, tensors, self.arch.local_names)
+        except ValueError as error:
+            raise UserError(
+                f"model {self.arch.display_name}: does not fit the saved model: {error}; use the "
+                "code that the run was trained with"
+            ) from None
         return module.eval()
 
     @torch.no_grad()

@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import hetero_fl as hfl
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Predict, TensorRows
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.task import Task
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.state_store import PrivateState
@@ -627,6 +630,50 @@ def test_tied_weights_are_saved_as_one_tensor(unit: str | None, tmp_path: Path) 
     module = loaded.module()
     assert module.head.weight is module.backbone.first.weight is module.backbone.second.weight
     assert not {"second.weight", "out.weight"} & own_names(loaded.tensors).keys()
+
+
+class Stored(Habits):
+    """A module that a configuration can name."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(frozenset(["tied", "tied_head", "not_persistent", "attribute_in_place"]))
+
+
+def saved_by_an_older_version() -> SavedModel:
+    """Return a model with tied weights under all names and without the client's other state."""
+    arch = ModelSpec.from_config(f"python:{__name__}:Stored", WIDTH, (WIDTH,))
+    tensors = {n: t.clone() for n, t in arch.build(seed=1).state_dict().items()}
+    kept = {n: t for n, t in tensors.items() if n not in arch.local_names}
+    return SavedModel(kept, arch, {}, Task("multiclass", WIDTH))
+
+
+def test_model_of_an_older_version_predicts_as_plain_torch() -> None:
+    saved = saved_by_an_older_version()
+    module = Stored(WIDTH, WIDTH)
+    module.load_state_dict(own_names(saved.tensors), strict=False)
+    rows = torch.from_numpy(TEST[0]).float()
+
+    found = saved.module()(rows).logits
+
+    assert {"backbone.second.weight", "head.weight"} <= saved.tensors.keys()
+    torch.testing.assert_close(found, module.eval()(rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("backbone.first.bias"), r"'backbone\.first\.bias' is missing"),
+        (lambda tensors: tensors.update(x=torch.zeros(1)), "'x' is not a tensor of the module"),
+    ],
+)
+def test_saved_model_with_other_tensors_is_refused_in_one_line(
+    change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    saved = saved_by_an_older_version()
+    change(saved.tensors)
+
+    with pytest.raises(UserError, match=f"Stored: does not fit the saved model: {message}"):
+        saved.module()
 
 
 @pytest.mark.parametrize("method", [hfl.FedPer(), hfl.FedRep()])

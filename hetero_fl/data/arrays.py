@@ -151,7 +151,7 @@ def from_arrays(
                 f"{name}: {split}: {names.y}: expected {len(inputs_of_split)} rows as in "
                 f"{names.x}, got {len(labels[split])}"
             )
-    extra = _extra_columns(group, time, unit, name)
+    extra = _extra_columns(group, time, unit, len(inputs[0]), name)
     extra["metadata"] = {
         key: np.asarray(plain_array(column)) for key, column in (metadata or {}).items()
     }
@@ -207,11 +207,12 @@ def _parse_inputs(
     return inputs, notes
 
 
-def _extra_columns(group: Any, time: Any, unit: Any, name: str) -> dict[str, Any]:
+def _extra_columns(group: Any, time: Any, unit: Any, rows: int, name: str) -> dict[str, Any]:
     """Return the fields of `Examples` for the columns that are not None."""
     extra: dict[str, Any] = {}
     if group is not None:
-        extra["group"], extra["group_names"] = index_names(owner_list(group, f"{name}: group"))
+        owners = owner_list(group, rows, f"{name}: group")
+        extra["group"], extra["group_names"] = index_names(owners)
     if time is not None:
         extra["time"] = _parse_times(time, name)
     if unit is not None:

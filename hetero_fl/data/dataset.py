@@ -22,7 +22,7 @@ from torch import Tensor
 from hetero_fl.core.images import dtype_name
 from hetero_fl.core.stored_rows import Column, join_rows
 from hetero_fl.core.task import Task
-from hetero_fl.utils.arrays import plain_array
+from hetero_fl.utils.arrays import missing_entries, plain_array
 from hetero_fl.utils.errors import UserError, check_names, printable
 from hetero_fl.utils.ordering import natural_order
 
@@ -616,43 +616,34 @@ def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
     return torch.tensor([indices[name] for name in texts], dtype=torch.int64), names
 
 
-def owner_list(values: Any, where: str) -> list[Any]:
+def owner_list(values: Any, rows: int, where: str) -> list[Any]:
     """Return the groups or patients of rows as a list.
 
     Args:
-        values: Group or patient of each row, numbers or strings.
+        values: Group or patient of each row, `[N]` or `[N, 1]` numbers or strings.
+        rows: Number of rows.
         where: Name of the values, for error messages.
 
     Raises:
-        UserError: If a value is missing.
+        UserError: If there is not one value for each row, or a value is missing.
     """
     plain = plain_array(values)
-    found = list(plain.tolist() if hasattr(plain, "tolist") else plain)
-    for row, value in enumerate(found):
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            raise UserError(f"{where}: row {row}: missing value; fill or remove missing values")
+    found = np.asarray(plain.tolist() if hasattr(plain, "tolist") else plain, dtype=object)
+    if found.shape not in ((rows,), (rows, 1)):
+        raise UserError(f"{where}: expected shape ({rows},), one entry per row, got {found.shape}")
+    missing = missing_entries(found.reshape(-1))
+    if missing.any():
+        row = int(missing.argmax())
+        raise UserError(f"{where}: row {row}: missing value; fill or remove missing values")
     # Names of integers are equal in integer arrays and in float arrays.
-    return [int(value) if isinstance(value, float) and value % 1 == 0 else value for value in found]
+    return [
+        int(value) if isinstance(value, float) and value % 1 == 0 else value for value in found.flat
+    ]
 
 
 def with_patients(examples: Examples, patient: Any, where: str) -> Examples:
-    """Return the examples with the patient of each row.
-
-    Args:
-        examples: The examples.
-        patient: Patient of each row, `[N]` or `[N, 1]` numbers or strings.
-        where: Name of the patients, for error messages.
-
-    Raises:
-        UserError: If there is not one patient for each row, or a patient is missing.
-    """
-    values = owner_list(patient, where)
-    shape = np.shape(np.asarray(values, dtype=object))
-    if shape not in ((len(examples),), (len(examples), 1)):
-        raise UserError(
-            f"{where}: expected shape ({len(examples)},), one entry per row, got {shape}"
-        )
-    index, names = index_names(np.asarray(values, dtype=object).reshape(-1).tolist())
+    """Return the examples with the patient of each row (see `owner_list`)."""
+    index, names = index_names(owner_list(patient, len(examples), where))
     return replace(examples, patient=index, patient_names=names)
 
 

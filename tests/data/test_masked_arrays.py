@@ -97,6 +97,11 @@ def test_null_values_of_frames_equal_nan() -> None:
         ({"patient": np.where(FIRST, np.nan, Y)}, "patient: row 0: missing value"),
         ({"patient": np.ma.masked_array(Y, mask=FIRST)}, "patient: row 0: missing value"),
         (
+            {"patient": np.ma.masked_array(Y[:, None], mask=FIRST[:, None])},
+            "patient: row 0: missing value",
+        ),
+        ({"group": Y[:5]}, "group: expected shape \\(40,\\), one entry per row"),
+        (
             {"time": np.where(FIRST, np.datetime64("NaT"), np.datetime64("2024-01-01"))},
             "time: row 0: missing value",
         ),
@@ -162,3 +167,12 @@ def test_items_with_gradients_are_read_as_arrays() -> None:
 
     assert torch.equal(found.x, torch.from_numpy(X).float())
     assert torch.equal(found.labels[:, 0], torch.from_numpy(X[:, 0]).float())
+
+
+def test_groups_and_patients_may_be_columns() -> None:
+    column = (Y + 0.0)[:, None]
+
+    found = from_arrays(X, Y, group=column, patient=column).train
+
+    assert found.group_names == found.patient_names == ("0", "1")
+    assert found.group is not None and found.group.tolist() == Y.tolist()

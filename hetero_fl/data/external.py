@@ -77,14 +77,8 @@ def match_to_common(
             needed column or block is missing.
     """
     y = match_labels(own, common_set, where)
-    if own.blocks and own.pixel_range != common_set.pixel_range:
-        expected, found = (each.pixel_range or MAX_BYTE for each in (common_set, own))
-        raise UserError(
-            f"{_place(where, own.name)}: expected pixels that were divided by {expected:g} as in "
-            f"other data, got {found:g}; pass pixel_range={max(expected, found):g} to "
-            "join_images_and_table for all data sets"
-        )
     if own.blocks or common_set.blocks:
+        _check_block_range(own, common_set, _place(where, own.name))
         return replace(
             own.train,
             x=match_blocks(
@@ -252,6 +246,17 @@ def match_columns(
     return x[..., indices], unknown
 
 
+def _check_block_range(own: Dataset, common_set: Dataset, where: str) -> None:
+    """Raise UserError if the pixels in blocks were divided by another value."""
+    if own.blocks and own.pixel_range != common_set.pixel_range:
+        expected, found = (each.pixel_range or MAX_BYTE for each in (common_set, own))
+        raise UserError(
+            f"{where}: expected pixels that were divided by {expected:g} as in other data, got "
+            f"{found:g}; pass pixel_range={max(expected, found):g} to join_images_and_table for "
+            "all data sets"
+        )
+
+
 def match_blocks(
     x: Tensor,
     blocks: tuple[Block, ...],
@@ -316,8 +321,8 @@ def match_blocks(
 
 def load_unlabeled(
     config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
-) -> tuple[Examples, tuple[str, ...], tuple[Block, ...]]:
-    """Load the training examples of a source without labels.
+) -> Dataset:
+    """Load a data set whose labels are not used, and which may have none.
 
     Values may be missing (NaN). Local files need no labels. A `.npz` file may contain
     `train_images` only, a table may have no label column, and a folder of images may have no class
@@ -330,7 +335,7 @@ def load_unlabeled(
         vocabulary: Vocabulary that the source must have. If None, the examples are not tokens.
 
     Returns:
-        The examples, which may have labels, the names of their columns, and their blocks.
+        The data set, whose task has no meaning.
 
     Raises:
         UserError: If the source cannot be loaded (see `load_source`) or has another vocabulary.
@@ -346,7 +351,7 @@ def load_unlabeled(
                 f"{where}: {config.name}: the vocabulary differs from that of the main data set; "
                 f"{TOKENS}"
             )
-        return dataset.train, dataset.columns, dataset.blocks
+        return dataset
     if vocabulary is not None:
         raise UserError(f"{where}.path: expected text as in the main data set, got '{config.path}'")
     x, columns = unlabeled
@@ -355,7 +360,8 @@ def load_unlabeled(
     ):
         raise UserError(f"{where}.path: {config.path}: the examples have NaN or infinite values")
     file = f"{where}.path: {config.path}"
-    return Examples(x, row=torch.arange(1, len(x) + 1), files=(file,)), columns, ()
+    examples = Examples(x, row=torch.arange(1, len(x) + 1), files=(file,))
+    return Dataset(config.name, Task("regression", 1), examples, columns=columns)
 
 
 def _load_inputs(config: SourceConfig, root: Path, where: str) -> Dataset:
@@ -510,20 +516,19 @@ def _load_proxy_set(
     y: Tensor | None = None
     if config.proxy.labels:
         own, y = _load_labeled(read, root, where, dataset)
-        given = own.train
-        columns = own.columns
-        blocks = own.blocks
     else:
-        given, columns, blocks = load_unlabeled(read, root, where, dataset.vocabulary)
+        own = load_unlabeled(read, root, where, dataset.vocabulary)
+    given = own.train
     x = given.x
     name = where if is_object else f"{where}: {source.name}"
-    if blocks or dataset.blocks:
+    if own.blocks or dataset.blocks:
+        _check_block_range(own, dataset, name)
         # Clients for which all blocks are missing do not train on the proxy set.
-        x = match_blocks(require_tensor(x, "a multimodal data set"), blocks, dataset, name, ())
+        x = match_blocks(require_tensor(x, "a multimodal data set"), own.blocks, dataset, name, ())
     else:
         needed = required_columns((p.settings for p in profiles), dataset.layout)
         advice = "; set clients.defaults.preprocess.missing=indicate"
-        x, _ = match_columns(x, columns, dataset, name, needed=needed, advice=advice)
+        x, _ = match_columns(x, own.columns, dataset, name, needed=needed, advice=advice)
     if config.proxy.columns is not None:
         x = dataset.layout.keep_columns(
             require_tensor(x, PROXY_COLUMNS), config.proxy.columns, PROXY_COLUMNS

@@ -115,7 +115,7 @@ def public_rows(frame: pd.DataFrame, folder: Path) -> torch.Tensor:
     """Return the values of a table without labels, as a proxy set."""
     frame.to_csv(folder / "public.csv", index=False)
     config = SourceConfig(name="table", path=str(folder / "public.csv"))
-    return load_unlabeled(config, folder, "proxy")[0].x
+    return load_unlabeled(config, folder, "proxy").train.x
 
 
 def joined_rows(frame: pd.DataFrame, folder: Path) -> torch.Tensor:

@@ -51,7 +51,9 @@ def test_images_are_joined_with_rows_of_their_patient() -> None:
     )
 
 
-def federate_joined(*pixels: np.ndarray, pixel_range: float | None = None) -> hfl.Federation:
+def federate_joined(
+    *pixels: np.ndarray, pixel_range: float | None = None, proxy: Any = None
+) -> hfl.Federation:
     """Return a federation of one client for each array of images."""
     patients = np.arange(40)
     table = pd.DataFrame({"patient": patients, "age": patients / 3})
@@ -64,7 +66,8 @@ def federate_joined(*pixels: np.ndarray, pixel_range: float | None = None) -> hf
                 join_images_and_table(images, y, patients, table, pixel_range=pixel_range),
             )
             for i, images in enumerate(pixels)
-        ]
+        ],
+        proxy=proxy,
     )
 
 
@@ -74,6 +77,10 @@ def test_images_of_all_clients_are_divided_by_one_range() -> None:
 
     with pytest.raises(UserError, match=r"divided by 1 as in .* got 255; pass pixel_range=255"):
         federate_joined(masks, images).prepare("fedavg")
+
+    public = federate_joined(masks).clients[0].data
+    with pytest.raises(UserError, match=r"^proxy: .*divided by 255 as in .* got 1; pass pixel_"):
+        federate_joined(images, proxy=public).prepare("fedmd")
 
     federation = federate_joined(masks, images, pixel_range=255)
     assert federation.prepare("fedavg").federation.data.layout.pixel_range is None

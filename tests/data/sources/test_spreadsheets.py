@@ -34,10 +34,10 @@ def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
     assert load(path, "age;dose, mg;ill\n3;4;0\n5;6;1\n").columns == ("age", "dose, mg")
     assert load(path, "dose (mg; day),age,ill\n3,4,0\n5,6,1\n").columns == ("dose (mg; day)", "age")
     path.write_text("crp;note\n0,5;a\n1,5;b\n", encoding="utf-8")
-    examples, columns, _ = load_unlabeled(
+    found = load_unlabeled(
         SourceConfig(name="table", path=str(path)), tmp_path, "data.proxy.source"
     )
-    assert examples.x.tolist() == [[0.5], [1.5]] and columns == ("crp",)
+    assert found.train.x.tolist() == [[0.5], [1.5]] and found.columns == ("crp",)
 
 
 @pytest.mark.parametrize(

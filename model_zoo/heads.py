@@ -129,8 +129,8 @@ def _split_classifier(
         )
     raise ModelError(
         f"head: the model's outputs are not those of its submodule '{paths[candidates[0]]}'; "
-        "return logits without softmax, name another submodule (argument head), or pass "
-        "SplitModel(backbone, head)"
+        "return logits without softmax, name another submodule, as in "
+        "head='NAME', or pass SplitModel(backbone, head)"
     )
 
 

@@ -415,3 +415,18 @@ def test_numbers_and_names_are_refused() -> None:
         with pytest.raises(UserError, match=r"expected (text|class numbers) as in") as caught:
             hfl.Federation(parts)
         assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_names_in_files_of_clients_are_refused(tmp_path: Path) -> None:
+    groups = []
+    for client, values in (("a", ["ill", "well"]), ("b", [0, 1])):
+        path = tmp_path / f"{client}.csv"
+        pd.DataFrame(X, columns=list("xyz")).assign(y=np.resize(values, ROWS)).to_csv(path)
+        data = {"name": "table", "path": str(path)}
+        groups.append({"name": client, "model": "mlp", "data": data})
+    config = {"data": {"name": "table", "label": "y"}, "clients": {"groups": groups}}
+
+    message = r"^clients: 'a': data: a\.csv: expected class numbers as in .*b\.csv, got ill, well"
+    with pytest.raises(UserError, match=message) as caught:
+        hfl.prepare(config)
+    assert "\n" not in str(caught.value)

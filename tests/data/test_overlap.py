@@ -13,6 +13,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.data import federate, load_source
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import Caution
 from tests.helpers.speech_folders import write_speech_folder
 
 HERE = Path(".")
@@ -51,6 +52,24 @@ def test_copies_of_global_rows_in_a_file_of_a_client_are_noted(tmp_path: Path) -
     (validation, test) = shared(divide(main, {"path": copy}))
     assert validation.startswith("the global validation set") and "16 of client 'own'" in validation
     assert test.startswith("the global test set") and "40 of client 'own'" in test
+
+
+def test_copy_of_the_file_of_another_client_is_a_caution(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_table(tmp_path / f"{name}.csv", range(200))
+    groups = [
+        {
+            "name": n,
+            "model": "linear",
+            "data": {"name": "table", "path": str(tmp_path / f"{n}.csv")},
+        }
+        for n in ("a", "b")
+    ]
+    config = {"data": {"name": "table", "label": "y"}, "clients": {"groups": groups}}
+
+    found = [note for note in hfl.prepare(config).notes if isinstance(note, Caution)]
+
+    assert any("rows of two clients are equal: " in n and "of client 'a'" in n for n in found)
 
 
 def test_copies_of_private_and_global_rows_in_a_public_file_are_noted(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -602,7 +603,9 @@ def test_functions_of_one_source_text_start_with_their_own_weights() -> None:
     assert found[2].shape == (16, WIDTH)
 
 
-@pytest.mark.parametrize("method", [hfl.FedAvg(server_lr=0.5), hfl.FedAvgM(), hfl.FedAdam()])
+@pytest.mark.parametrize(
+    "method", [hfl.FedAvg(server_lr=0.5), hfl.FedAvgM(), hfl.FedAdam(), hfl.FedYogi()]
+)
 def test_tied_weights_are_moved_by_the_server_as_one_tensor(
     method: hfl.Algorithm, float64: None
 ) -> None:
@@ -630,6 +633,17 @@ def test_tied_weights_are_saved_as_one_tensor(unit: str | None, tmp_path: Path) 
     module = loaded.module()
     assert module.head.weight is module.backbone.first.weight is module.backbone.second.weight
     assert not {"second.weight", "out.weight"} & own_names(loaded.tensors).keys()
+
+
+def test_tied_weights_are_exported_as_one_tensor(tmp_path: Path) -> None:
+    run = train(Habits(frozenset(["tied", "tied_head"])), hfl.FedAvg(), "serial")
+
+    exported = hfl.export(run, "site_0", "safetensors", out=tmp_path, allow_code=True)["site_0"]
+
+    tensors = load_file(exported.model)
+    expected = run.models["site_0"].tensors
+    assert tensors.keys() == expected.keys() and "backbone.second.weight" not in tensors
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 class Stored(Habits):
@@ -733,10 +747,10 @@ class RecordingFedAvg(hfl.FedAvg):
         yield from super().aggregate(server, uploads)
 
 
+@pytest.mark.parametrize("habits", [["in_place"], ["in_place", "frozen", "batch_norm"]])
 @pytest.mark.parametrize("unit", ["client", "local"])
-def test_private_clients_share_trained_parameters_only(unit: str) -> None:
-    habits = frozenset(["in_place", "frozen", "batch_norm"])
-    module = Habits(habits)
+def test_private_clients_share_trained_parameters_only(unit: str, habits: list[str]) -> None:
+    module = Habits(frozenset(habits))
     privacy = hfl.Privacy(unit=unit, noise_multiplier=1.0, delta=1e-4, clip=1.0)
     RecordingFedAvg.received.clear()
 
@@ -745,7 +759,8 @@ def test_private_clients_share_trained_parameters_only(unit: str) -> None:
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert own_names(dict.fromkeys(RecordingFedAvg.received)).keys() == trained
     tensors = {client: own_names(run.models[client].tensors) for client in DATA}
-    assert all(torch.equal(own["first.bias"], module.first.bias) for own in tensors.values())
+    if "frozen" in habits:
+        assert all(torch.equal(own["first.bias"], module.first.bias) for own in tensors.values())
     for client, (x, _) in DATA.items():
         expected = torch.from_numpy(x).amax(0).clamp(min=0).float()
         torch.testing.assert_close(tensors[client]["peak"], expected)

@@ -388,7 +388,8 @@ class ClientRuntime:
                 attempt=request.attempt,
             )
         reply = training.reply(content)
-        state = PrivateState(kept_state(self.algorithm, client), client.state)
+        kept = self.federation.changed_tensors(client_id, kept_state(self.algorithm, client))
+        state = PrivateState(kept, client.state)
         num_bytes = self.store.cached_bytes + state.num_bytes
         if not self.federation.memory.has_room_for_state(num_bytes):
             state = state.on_cpu()

@@ -259,6 +259,25 @@ class FederationSpec:
             self._initial[arch.spec_id] = tensors
         return self._initial[arch.spec_id]
 
+    def changed_tensors(self, client_id: str, models: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """Leave out constants of a client's models, such as masks, which `client` adds again.
+
+        Constants are tensors that are not trained and have their initial values.
+
+        Args:
+            client_id: The client.
+            models: Tensors of the client's models, keyed by slot and name.
+        """
+        changed = dict(models)
+        for slot, arch in self.client_infos[client_id].models.items():
+            initial = self.initial_tensors(arch)
+            changed[slot] = {
+                name: tensor
+                for name, tensor in models.get(slot, {}).items()
+                if name in arch.trained_names or not torch.equal(tensor, initial[name])
+            }
+        return {slot: tensors for slot, tensors in changed.items() if tensors}
+
     def round_context(self, round_idx: int, attempt: int = 0) -> RoundContext:
         """Return the context of a round for a participant.
 

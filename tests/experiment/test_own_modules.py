@@ -900,3 +900,43 @@ def test_received_model_has_the_integers_of_the_initial_model(chunk: int) -> Non
 
     for outputs in found:
         torch.testing.assert_close(outputs, module(rows).logits)
+
+
+class Masked(Permuted):
+    """A class with constants, and a buffer and an integer that training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(WIDTH), persistent=False)
+        self.register_buffer("peak", torch.zeros(WIDTH), persistent=False)
+        self.register_buffer("steps", torch.tensor(0))
+        self.body.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.peak = torch.maximum(self.peak, x.detach().amax(0))
+            self.steps += 1
+        return super().forward((x - self.peak) * self.mask)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (hfl.FedAvg(), {"peak", "steps"}),
+        (hfl.Local(), {"peak", "steps", "body.weight", "out.weight", "out.bias"}),
+    ],
+)
+def test_constants_are_not_stored_for_each_client(
+    method: hfl.Algorithm, expected: set[str]
+) -> None:
+    clients = [hfl.Client(name, Masked, data) for name, data in DATA.items()]
+    trainer = hfl.Federation(clients, test=TEST).prepare(method).make_trainer()
+
+    trainer.run_round()
+
+    for client in DATA:
+        kept = trainer.store.get(client)
+        assert own_names(kept.models["model"]).keys() == expected
+        models = trainer.federation.client(client, kept, 1).models["model"]
+        assert torch.equal(own_names(models)["peak"], own_names(kept.models["model"])["peak"])
+        assert own_names(models)["mask"].all() and models.keys() > kept.models["model"].keys()

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from hetero_fl.core.objectives import Objective
     from hetero_fl.core.payload import Item, ItemSpec
     from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
+    from hetero_fl.core.task import Task
     from hetero_fl.data import from_arrays, register_partition, register_source
     from hetero_fl.experiment import audit, compare, evaluate, export, join, prepare, run
     from hetero_fl.experiment.client import Client, split
@@ -172,6 +173,7 @@ __all__ = [
     "Scanner",
     "Server",
     "SplitModel",
+    "Task",
     "Trainer",
     "UserError",
     "audit",
@@ -226,6 +228,7 @@ _PUBLIC_NAMES = {
     "hetero_fl.core.objectives": ["Objective"],
     "hetero_fl.core.payload": ["Item", "ItemSpec"],
     "hetero_fl.core.plan": ["ClassSums", "Fit", "Predict", "Rows"],
+    "hetero_fl.core.task": ["Task"],
     "hetero_fl.data": ["from_arrays", "register_partition", "register_source"],
     "hetero_fl.experiment": ["audit", "compare", "evaluate", "export", "join", "prepare", "run"],
     "hetero_fl.experiment.client": ["Client", "split"],

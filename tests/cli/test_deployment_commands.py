@@ -220,7 +220,7 @@ def test_federate_runs_code_only_with_permission(tmp_path: Path) -> None:
 def test_interrupted_federate_equals_simulation_and_cleans_up(tmp_path: Path) -> None:
     """Kill a node, interrupt the run, resume it to the same bits, then kill the command."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config("hybrid", rounds=4, clients=2, **SERIAL)
+    source = config("hybrid", rounds=2, clients=2, **SERIAL)
     written(tmp_path, source)
     log, waits = tmp_path / "log", {"cwd": tmp_path, "log": tmp_path / "log", "module": WAITING}
     with started("federate", "--config", "small.yaml", "--out", "out", **waits) as process:
@@ -253,7 +253,7 @@ def test_interrupted_federate_equals_simulation_and_cleans_up(tmp_path: Path) ->
 def test_federation_of_separate_processes(tmp_path: Path) -> None:
     """Use TLS and keys; restart a node, then stop the server by SIGTERM and resume."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config(rounds=4, clients=2, **SERIAL)
+    source = config(rounds=2, clients=2, **SERIAL)
     written(tmp_path, source)
     net, log, out = tmp_path / "net", tmp_path / "log", tmp_path / "out"
     assert (

@@ -128,7 +128,7 @@ def test_missing_labels_groups_and_patients_are_one_line(
 
 def test_prediction_treats_masked_entries_as_nan() -> None:
     client = hfl.Client("a", "mlp", (NAN, Y), preprocess=hfl.Preprocess(missing="indicate"))
-    run = hfl.Federation([client], test=(X, Y)).train("local", rounds=1)
+    run = hfl.Federation([client], test=(X, Y)).train("local", rounds=1, overrides=QUIET)
 
     assert np.array_equal(run.predict("a", MASKED), run.predict("a", NAN))
 

@@ -122,7 +122,7 @@ def test_executors_and_modes_give_identical_bits(
         pytest.skip("the method has no asynchronous mode")
     if mode == "sync" and executor == "serial":
         pytest.skip("tested by test_objects_and_configuration_give_identical_bits")
-    overrides = [f"runtime.executor={executor}", "runtime.threads=1", f"runtime.mode={mode}"]
+    overrides = [*QUIET, f"runtime.executor={executor}", f"runtime.mode={mode}"]
     first, second = runs_from_both(method, tmp_path, overrides)
 
     assert without_seconds(first) == without_seconds(second)
@@ -133,7 +133,7 @@ def test_executors_and_modes_give_identical_bits(
 def test_modules_and_own_methods_in_worker_processes(method: Any) -> None:
     own = federation()
     first, second = (
-        own.train(method, rounds=2, overrides=[f"runtime.executor={name}", "runtime.threads=1"])
+        own.train(method, rounds=2, overrides=[*QUIET, f"runtime.executor={name}"])
         for name in ("serial", "processes")
     )
 
@@ -180,7 +180,7 @@ def test_frozen_parameters_stay_frozen(executor: str) -> None:
         net.conv.requires_grad_(False)
     own = federation(*nets)
 
-    overrides = [f"runtime.executor={executor}", "runtime.threads=1"]
+    overrides = [*QUIET, f"runtime.executor={executor}"]
     run = own.train(hfl.Local(), rounds=1, overrides=overrides)
 
     for client, net in zip(("site_1", "site_2"), nets, strict=True):

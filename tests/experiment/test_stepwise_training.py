@@ -47,7 +47,7 @@ def test_server_model_between_rounds() -> None:
 
 @pytest.mark.parametrize("executor", ["serial", pytest.param("processes", marks=pytest.mark.slow)])
 def test_models_after_the_last_round_are_those_of_the_run(executor: str) -> None:
-    overrides = [f"runtime.executor={executor}", "runtime.threads=1"]
+    overrides = [*QUIET, f"runtime.executor={executor}"]
     trainer = hfl.Trainer(federation(), hfl.FedAvg(), rounds=1, overrides=overrides)
 
     list(trainer)

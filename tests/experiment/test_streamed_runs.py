@@ -230,10 +230,11 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_20000_images_need_less_than_300_mb(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "rows"), [("jpg", 20_000), ("png", 8_000)])
+def test_many_images_need_less_than_300_mb(suffix: str, rows: int, tmp_path: Path) -> None:
+    # In memory, 8,000 preprocessed images take 393 MB.
     few = make_image_folder(tmp_path / "few", 200, side=64, suffix=suffix)
-    many = make_image_folder(tmp_path / "many", 20_000, side=64, suffix=suffix)
+    many = make_image_folder(tmp_path / "many", rows, side=64, suffix=suffix)
 
     baseline = peak_memory(streamed(few), tmp_path / "0")
 

@@ -90,9 +90,7 @@ def test_object_gives_equal_scores_on_all_executors(kind: str, executor: str) ->
     own = federation(**OBJECTS[kind])
 
     serial = train(own, hfl.FedAvg())
-    other = train(
-        own, hfl.FedAvg(), overrides=[f"runtime.executor={executor}", "runtime.threads=1"]
-    )
+    other = train(own, hfl.FedAvg(), overrides=[*QUIET, f"runtime.executor={executor}"])
 
     expected = serial.models["site_1"].tensors
     for name, tensor in other.models["site_1"].tensors.items():

@@ -27,6 +27,7 @@ from hetero_fl.robustness.attacks import (
     MaliciousClients,
     attack,
 )
+from tests.helpers.python_federations import QUIET
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -285,7 +286,9 @@ def test_backdoor_success_without_rows_of_other_classes_is_null() -> None:
     test = images[labels == 0], labels[labels == 0]
     attacks = hfl.Attacks(name="backdoor", target=0, clients=["site_0"])
 
-    run = hfl.Federation(clients, test=test).train(hfl.FedAvg(), rounds=1, attacks=attacks)
+    run = hfl.Federation(clients, test=test).train(
+        hfl.FedAvg(), rounds=1, attacks=attacks, overrides=QUIET
+    )
 
     assert run.summary["attacks"]["success"] is None
 

@@ -73,6 +73,7 @@ from hetero_fl.utils.errors import (
     one_line,
     suggest_or_list,
 )
+from hetero_fl.utils.recorded_warnings import RecordedWarning, issue_warnings
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 from hetero_fl.utils.text import pluralize
 
@@ -97,6 +98,7 @@ class ParticipatingRun:
         worker: Worker that runs the tasks. Set by `prepare`.
         policy: Limits of the site. Set by `prepare`.
         is_prepared: Whether `prepare` has been called.
+        warned: Warnings of the tasks, each of which is issued once.
     """
 
     run: str
@@ -108,6 +110,7 @@ class ParticipatingRun:
     worker: Worker = field(init=False)
     policy: Policy = field(init=False)
     is_prepared: bool = field(default=False, init=False)
+    warned: set[RecordedWarning] = field(default_factory=set, init=False)
 
     @property
     def shared_key_name(self) -> str:
@@ -277,11 +280,11 @@ def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
     return pack
 
 
-def _run_job(worker: Worker, job: WorkerJob, what: str) -> JobResult:
+def _run_job(joined: ParticipatingRun, job: WorkerJob, what: str) -> JobResult:
     """Run a job and return its result, or raise the exception with which the job failed.
 
     Args:
-        worker: The worker.
+        joined: The run.
         job: The job.
         what: Description of the job for error messages.
 
@@ -290,7 +293,8 @@ def _run_job(worker: Worker, job: WorkerJob, what: str) -> JobResult:
             malformed.
         RunFailedError: If the job failed with another exception.
     """
-    done = worker.run_job(job)
+    done = joined.worker.run_job(job)
+    issue_warnings(done.warnings, joined.warned)
     if isinstance(done.error, (UserError, PayloadError)):
         raise RequestRefusedError(f"{what}: {done.error}")
     if done.error is not None:
@@ -568,7 +572,7 @@ class Node:
         job = self._worker_job(
             "answer", request, private, notes={} if notes is None else {client: notes}
         )
-        done = _run_job(joined.worker, job, request.kind)
+        done = _run_job(joined, job, request.kind)
         if client in done.notes:
             storage.write("notes", done.notes[client])
         else:
@@ -596,7 +600,7 @@ class Node:
         job = self._worker_job(
             "read", request, {self.site.client: joined.storage.load_state(base)}, details
         )
-        done = _run_job(joined.worker, job, "evaluation")
+        done = _run_job(joined, job, "evaluation")
         evaluation = done.evaluations[self.site.client]
         # After the last round, the site stores its model even if it does not disclose the model.
         if evaluation.model:

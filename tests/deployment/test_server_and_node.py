@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hetero_fl.deployment.server import _stop_after_round, run_federation
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
+from hetero_fl.federation.executors.workers import Worker
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 from tests.helpers.deployments import SITES, Federation, small
@@ -178,6 +180,23 @@ def test_exception_at_a_node_is_a_failure_with_a_traceback_in_its_log(tmp_path: 
     assert not any(line.startswith("refused") for line in federation.log_lines)
     outcomes = [entry["outcome"] for entry in verify(tmp_path / "site_1" / "audit.jsonl")]
     assert sum(outcome.startswith("error: train: ") for outcome in outcomes) == 1
+
+
+def test_warnings_of_a_node_are_issued_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Worker._run_chunk
+
+    def warn(*arguments: Any) -> None:
+        warnings.warn("few rows", UserWarning, stacklevel=1)
+        train(*arguments)
+
+    monkeypatch.setattr(Worker, "_run_chunk", warn)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Federation(tmp_path).serve(small(rounds=2))
+
+    assert [str(each.message) for each in caught].count("few rows") == len(SITES)
 
 
 def test_exception_while_a_node_prepares_is_a_failure(

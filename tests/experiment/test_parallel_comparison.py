@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ import yaml
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare, run
 from hetero_fl.experiment.comparison import jobs as comparison_jobs
-from hetero_fl.experiment.comparison.jobs import ComparisonJob, Variant, run_folder
+from hetero_fl.experiment.comparison.jobs import ComparisonJob, JobPool, Variant, run_folder
 from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import UNGUARDED
+from hetero_fl.utils.recorded_warnings import RecordedWarning
 from tests.helpers.small_federations import config
 
 ROOT = Path(__file__).parents[2]
@@ -363,3 +366,15 @@ def test_remaining_time_follows_the_clock(tmp_path: Path, monkeypatch: pytest.Mo
         left = left_at(130.0, job)
     assert left == "(about 10 s left)"
     assert left_at(140.0, work[5]) == ""
+
+
+def test_warning_that_is_an_error_fails_no_run() -> None:
+    pool = JobPool({}, [])
+    future: Future[Any] = Future()
+    future.set_result((None, [RecordedWarning("few rows", UserWarning, __file__, 1)]))
+    pool._busy[future] = ProcessPoolExecutor(1)
+
+    with warnings.catch_warnings(), pool:
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="few rows"):
+            pool.release(future)

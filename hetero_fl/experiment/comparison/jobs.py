@@ -238,7 +238,7 @@ class JobPool:
         """
         pool = self._busy.pop(future)
         try:
-            issue_warnings(future.result()[1], self._warned)
+            _, recorded = future.result()
         except BrokenProcessPool:
             # Exit codes are only known after the shutdown.
             pool.shutdown()
@@ -249,6 +249,8 @@ class JobPool:
             self._idle.append(pool)
             return str(error)
         self._idle.append(pool)
+        # A filter of the user may turn warnings into errors, which are none of the call.
+        issue_warnings(recorded, self._warned)
         return None
 
 

@@ -236,7 +236,7 @@ def _tokens(values: Any, where: str, names: ExampleNames) -> Tensor:
     """Return tokens as int64. Missing tokens and fractions are errors."""
     tokens = as_numbers(values, where)
     if tokens.is_floating_point():
-        row = first_true(tokens.isnan().flatten(1).any(1))
+        row = first_true(tokens.isnan().reshape(len(tokens), -1).any(1))
         found = f"got {dtype_name(tokens)}" if row is None else f"{names.row(row)} has no value"
         raise UserError(f"{where}: expected integers; {found}; tokens that pad a text are 0")
     return tokens.long()

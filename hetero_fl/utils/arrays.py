@@ -59,6 +59,8 @@ def missing_entries(values: np.ndarray) -> np.ndarray:
     """Return whether each entry of an array without a mask is missing, a bool array."""
     if values.dtype.kind == "M":
         return np.isnat(values)
+    if values.dtype.kind in "biu":
+        return np.zeros(values.shape, dtype=bool)
     missing = [
         type(value).__name__ in MISSING_TYPES or (isinstance(value, float) and math.isnan(value))
         for value in values.flat

@@ -115,6 +115,7 @@ def test_null_values_of_frames_equal_nan() -> None:
             "x: expected integers; row 3 has no value",
         ),
         ({"x": TOKENS / 2, "vocabulary": WORDS}, "x: expected integers; got float64"),
+        ({"x": TOKENS[:, 0] / 2, "vocabulary": WORDS}, "x: expected integers; got float64"),
     ],
 )
 def test_missing_labels_groups_and_patients_are_one_line(

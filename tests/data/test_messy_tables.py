@@ -94,6 +94,15 @@ def test_column_without_a_name_that_repeats_is_left_out_with_a_caution() -> None
     assert "'Unnamed: 3' has no name and repeats" in caution
 
 
+def test_nullable_column_without_values_is_read() -> None:
+    frame = make_frame()
+
+    dataset = to_dataset(frame.assign(empty=pd.array([None] * 100, dtype="Int64")), "data", "sick")
+
+    assert dataset.columns == ("age", "dose", "empty")
+    assert bool(dataset.train.x[:, 2].isnan().all())
+
+
 @pytest.mark.parametrize("marker", ["?", "NA", "-", ".", "n/a", "--", "missing", " ? "])
 def test_marker_among_numbers_is_a_missing_value(marker: str, tmp_path: Path) -> None:
     frame = make_frame()

@@ -453,7 +453,8 @@ def describe_identifiers(
         is_named = is_owner or (
             distinct > (MANY_CATEGORIES if is_number else 2) and ID_NAME.search(name) is not None
         )
-        span = float(present.max() - present.min()) if is_number and not is_named else 0
+        has_span = is_number and not is_named and distinct > 0
+        span = float(present.max() - present.min()) if has_span else 0
         is_id = is_identifier(distinct, len(present), span) and (
             is_number or not present.astype(str).str.contains(r"\s").any()
         )

@@ -10,7 +10,8 @@ import copy
 import enum
 import hashlib
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -269,7 +270,7 @@ class ModuleSnapshot:
         return describe_content(value, self._known)
 
 
-def describe_content(value: Any, known: dict[int, str] | None = None) -> str:
+def describe_content(value: Any, known: MutableMapping[int, str] | None = None) -> str:
     """Describe a value such that another content has another description.
 
     Without access to its content, only another object is noticed.
@@ -280,7 +281,7 @@ def describe_content(value: Any, known: dict[int, str] | None = None) -> str:
     """
     opaque: list[int] = []
     try:
-        text = describe_value(value, opaque, {} if known is None else known)
+        text = describe_value(value, opaque, ChainMap({}, known or {}), [])
     # Any object may refuse.
     except Exception:
         return str(id(value))
@@ -288,7 +289,10 @@ def describe_content(value: Any, known: dict[int, str] | None = None) -> str:
 
 
 def describe_value(  # noqa: PLR0911
-    value: Any, opaque: list[int], known: dict[int, str]
+    value: Any,
+    opaque: list[int],
+    known: MutableMapping[int, str],
+    described: list[Any] | None = None,
 ) -> str:
     """Describe an attribute of a module, including the content of tensors and other objects.
 
@@ -296,6 +300,8 @@ def describe_value(  # noqa: PLR0911
         value: The attribute.
         opaque: List to which the ids of objects are appended that cannot be described.
         known: Descriptions of objects whose content does not count, keyed by id.
+        described: List to which objects are appended so that their content is described once. If
+            None, the content is described wherever an object occurs.
     """
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
     is_importable = "<" not in name and not name.startswith("__main__")
@@ -320,9 +326,13 @@ def describe_value(  # noqa: PLR0911
     # An object that contains itself is not described again.
     known[id(value)] = type(value).__qualname__
     try:
-        parts = [describe_value(each, opaque, known) for each in content]
+        parts = [describe_value(each, opaque, known, described) for each in content]
     finally:
-        del known[id(value)]
+        if described is None:
+            del known[id(value)]
+        else:
+            # Another object must not get this id.
+            described.append(value)
     return f"{type(value).__qualname__}({', '.join(parts)})"
 
 

@@ -514,6 +514,19 @@ def test_snapshot_of_a_computed_attribute_stays_as_it_was() -> None:
     assert torch.equal(module.scale, expected)
 
 
+def test_snapshot_describes_each_object_once() -> None:
+    module = nn.Linear(WIDTH, WIDTH)
+    inner: list[Any] = []
+    module.tree = inner
+    for _ in range(100):
+        module.tree = [module.tree, module.tree]
+    snapshot = ModuleSnapshot(module)
+
+    inner.append(1)
+
+    assert snapshot.changes() == {"tree"}
+
+
 class SeveralTypes(nn.Module):
     """A classifier with a buffer and a layer of another type than its head."""
 

@@ -379,6 +379,15 @@ def attribute_loss(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(logits, y) / len(attribute_loss.calls)  # type: ignore[attr-defined]
 
 
+def next_weight() -> float:
+    ZERO[0] += 1
+    return float(ZERO[0])
+
+
+def indirect_loss(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, y) / next_weight()
+
+
 GENERATOR = np.random.default_rng(0)
 
 
@@ -439,6 +448,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"objective": partial(counted_loss, calls=np.zeros(1))},
         {},
     ),
+    "changing helper": ("has another value when it is called", {"objective": indirect_loss}, {}),
     "generator": ("changes its attribute 'GENERATOR'", {"objective": noisy_loss}, {}),
     "no gradient": (
         r"objective: the loss has no gradient; .* detach\(\)",
@@ -485,6 +495,20 @@ def test_loss_may_keep_its_last_value(overrides: list[str]) -> None:
     )
 
     assert torch.allclose(weights(logged), weights(plain), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripted_loss_is_accepted() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+    losses = (torch.jit.script(nn.CrossEntropyLoss()), nn.CrossEntropyLoss())
+
+    scripted, plain = (
+        federation(model, objective=loss).train(hfl.Local(), rounds=1, overrides=QUIET)
+        for loss in losses
+    )
+
+    assert torch.allclose(weights(scripted), weights(plain), atol=1e-6)
 
 
 class TrainingSoftmax(nn.Softmax):

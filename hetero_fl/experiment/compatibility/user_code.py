@@ -141,12 +141,18 @@ def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
     written = [name for name in first if before.get(name) != first[name]]
     kept = [name for name in written if first[name] == second.get(name)]
     kept += [name for name in third if second.get(name) != third[name]]
-    if written and not torch.equal(values[1], values[2]):
+    is_repeatable = torch.allclose(values[1], values[2], rtol=0, atol=0, equal_nan=True)
+    if not is_repeatable:
         kept += written
     for name in kept:
         raise ValueError(
             f"the loss changes its attribute '{name}', which clients would share; compute the "
             "loss from logits and targets only"
+        )
+    if not is_repeatable:
+        raise ValueError(
+            "the loss has another value when it is called again; compute the loss from logits and "
+            "targets only"
         )
 
 
@@ -173,7 +179,9 @@ def _variables_of(function: Any) -> dict[str, Any]:
     parts = function.named_modules() if isinstance(function, nn.Module) else [("", function)]
     found: dict[str, Any] = {}
     for path, part in parts:
-        call = getattr(type(part), "forward", type(part).__call__)
+        # A scripted module creates this attribute on the first access.
+        call = getattr(part, "forward", type(part).__call__)
+        call = getattr(call, "__func__", call)
         values = _variables_of(call) if inspect.isfunction(call) else {}
         for owner in reversed(type(part).__mro__):
             values |= {name: v for name, v in vars(owner).items() if not name.startswith("__")}

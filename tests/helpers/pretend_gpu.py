@@ -286,7 +286,7 @@ def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _leaves(item)
-    elif isinstance(value, Mapping):
+    elif type(value) is dict:
         yield from _leaves(list(value.values()))
     else:
         yield value

@@ -66,7 +66,7 @@ import os, signal, time
 from hetero_fl.experiment.comparison.jobs import JobPool
 if __name__ == "__main__":
     with JobPool({}, []) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
+        print(pool.submit(os.getpid).result()[0], flush=True)
         pool.submit(time.sleep, 600)
         os.kill(os.getpid(), signal.SIGKILL)
 """

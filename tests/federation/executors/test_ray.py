@@ -52,6 +52,8 @@ from hetero_fl.utils.errors import UserError
 pytestmark = pytest.mark.filterwarnings("default")
 # Bytes of a node's object store.
 MEMORY = 100 << 20
+# Ray lowers the priority of its workers, which would wait for the tests of other files.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 
 @pytest.fixture(scope="module")

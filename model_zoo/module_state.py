@@ -381,11 +381,13 @@ class ForwardWrites:
         attributes: Those of `tensors` that are attributes.
         caches: Names of the attributes that no later pass depends on, such as the features of the
             last batch.
+        overwritten: Those of `caches` that are tensors which each pass writes before it reads them.
     """
 
     tensors: frozenset[str] = frozenset()
     attributes: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
+    overwritten: frozenset[str] = frozenset()
 
 
 def observe_forward(module: nn.Module, shape: Shape) -> ForwardWrites:
@@ -453,6 +455,9 @@ def _observe(module: nn.Module, first: Tensor, second: Tensor, larger: Tensor) -
         return not same or bool(later.changes())
 
     caches = {name for name in attributes if not is_read({name})}
+    # A pass may read one of them if another is missing.
+    if caches and is_read(caches):
+        caches = set()
     lost = sorted(others & names.keys()) or (sorted(others) if others and is_read(others) else [])
     if lost:
         raise ModelError(
@@ -462,6 +467,7 @@ def _observe(module: nn.Module, first: Tensor, second: Tensor, larger: Tensor) -
         frozenset(names.get(name, name) for name in tensors - caches),
         frozenset(attributes - caches),
         frozenset(others | caches),
+        frozenset(caches),
     )
 
 

@@ -209,6 +209,11 @@ class ModelSpec:
         return _observe(self).caches
 
     @property
+    def overwritten_names(self) -> frozenset[str]:
+        """Those of `cached_names` that are tensors which each pass writes before it reads them."""
+        return _observe(self).overwritten
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of all tensors, keyed by tensor name."""
         return _measure(self).shapes

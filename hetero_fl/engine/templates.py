@@ -237,6 +237,8 @@ class Template:
         """
         if self._attributes is not None:
             self._attributes.restore(self._attributes.changes())
+            # These are not stored, so a pass that reads one first is an error.
+            self._attributes.remove(self.arch.overwritten_names)
             # A user's `train` may write attributes, and the forward pass may set modes of layers.
             self._mode = None
         for name, (owner, key) in self._places.items():

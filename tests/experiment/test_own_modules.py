@@ -32,8 +32,9 @@ from hetero_fl.core.task import Task
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.utils.errors import UserError
-from model_zoo.module_state import ModuleSnapshot, load_state
+from hetero_fl.utils.errors import RunFailedError, UserError
+from model_zoo.module_state import ModuleSnapshot, load_state, observe_forward
+from model_zoo.shapes import make_shape
 from tests.helpers.python_federations import QUIET
 
 ROUNDS = 2
@@ -802,6 +803,46 @@ def test_attribute_that_a_pass_reads_for_some_values_is_kept() -> None:
 
     means = [own_names(run.models[client].tensors)["last_mean"] for client in DATA]
     assert not torch.equal(*means[:2])
+
+
+class ReadsLate(Habits):
+    """A module that reads what the previous pass wrote, but not in its first passes."""
+
+    def __init__(self, habits: frozenset[str]) -> None:
+        super().__init__(habits)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+        late = self.last_mean.detach() if self.passes > 3 else torch.zeros(())
+        return super().forward(x - late)
+
+
+def test_attribute_that_only_later_passes_read_is_an_error() -> None:
+    with pytest.raises(RunFailedError, match="'ReadsLate' object has no attribute 'last_mean'"):
+        train(ReadsLate(frozenset(["cached_mean"])), hfl.Local(), "serial")
+
+
+class ReadsEither(nn.Module):
+    """A module that reads one of two attributes, the second if the first is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.first = self.second = torch.zeros(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.out(x) + getattr(self, "first", getattr(self, "second", 0.0))
+        self.first = outputs.detach().mean(0)
+        self.second = self.first.clone()
+        return outputs
+
+
+def test_attributes_that_replace_each_other_are_kept() -> None:
+    writes = observe_forward(ReadsEither(), make_shape(WIDTH, ()))
+
+    assert writes.attributes == {"first", "second"}
 
 
 class WritesSingleRows(Habits):

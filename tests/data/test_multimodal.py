@@ -221,6 +221,7 @@ def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
         ),
         (TABLE, {"columns": ["note"]}, "has no numeric or categorical columns"),
         (TABLE, {"label": "ill"}, "label: column 'ill' not found in table"),
+        (TABLE, {"pixel_range": 0}, "joined: pixel_range: must be > 0 and finite, got 0"),
     ],
 )
 def test_invalid_settings_raise_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +77,8 @@ def join_images_and_table(
 
     Raises:
         UserError: If a patient has no image and no label, a patient occurs twice in the table or
-            has no id, a column is missing or not numeric, or no patient of the table has an image.
-            Rows in messages count from 1 below the header.
+            has no id, a column is missing or not numeric, no patient of the table has an image, or
+            `pixel_range` is not positive. Rows in messages count from 1 below the header.
 
     Example:
         >>> import numpy as np
@@ -98,6 +99,8 @@ def join_images_and_table(
     frame, where = _read_table(table, (by, table_group))
     if len(frame) == 0:
         raise UserError(f"{where}: has no rows")
+    if pixel_range is not None and not 0 < pixel_range < math.inf:
+        raise UserError(f"{name}: pixel_range: must be > 0 and finite, got {pixel_range:g}")
     image_set = from_arrays(images, y, patient=patient, group=group, name=name)
     if image_set.train.x.ndim != 4:
         raise UserError(

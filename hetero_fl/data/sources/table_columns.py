@@ -94,8 +94,10 @@ def _without_markers(column: pd.Series, categories: Collection[str]) -> pd.Serie
     """
     column = column.mask(column.map(lambda cell: cell is np.ma.masked).astype(bool))
     text = column.map(lambda cell: cell.strip().lower() if isinstance(cell, str) else None)
-    is_listed = column.astype(object).map(lambda cell: str(cell).strip() in categories)
-    marked = text.map(MARKERS.__contains__).astype(bool) & ~is_listed.astype(bool)
+    marked = text.map(MARKERS.__contains__).astype(bool)
+    if categories:
+        is_listed = column.astype(object).map(lambda cell: str(cell).strip() in categories)
+        marked &= ~is_listed.astype(bool)
     rest = column[~marked & column.notna()].astype(str)
     is_number = pd.to_numeric(rest, errors="coerce").notna() | rest.str.fullmatch(COMMA)
     has_markers = bool(categories) or (len(rest) > 0 and is_number.all())

@@ -51,11 +51,19 @@ ShareOrCount = Annotated[int | float, AfterValidator(_share_or_count)]
 """A share, which is a float and at most 1 (`1.0`: all), or a number, which is an int (`1`: one)."""
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    # The name is too long, or the home directory of a user is not known.
+    except (OSError, RuntimeError):
+        return False
+
+
 def _check_path(value: str) -> str:
     r"""Reject line breaks and tabs, which `\n` and `\t` mean in the double quotes of YAML."""
     has_controls = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in value)
     # A no-break space is also `\_`, but some file names have one.
-    if has_controls or ("\N{NO-BREAK SPACE}" in value and not Path(value).expanduser().exists()):
+    if has_controls or ("\N{NO-BREAK SPACE}" in value and not _exists(value)):
         raise ValueError(
             f"got {value!r} with control characters, as \\ starts an escape in double quotes; "
             r"write / or \\ instead"

@@ -204,7 +204,14 @@ def test_csv_file_may_have_any_usual_separator(separator: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "written", [r'"C:\new\table.csv"', r'"C:\data\table.csv"', r'"..\users\x.csv"', r'"\_a.csv"']
+    "written",
+    [
+        r'"C:\new\table.csv"',
+        r'"C:\data\table.csv"',
+        r'"..\users\x.csv"',
+        r'"\_a.csv"',
+        r'"~none/\_a.csv"',
+    ],
 )
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 @pytest.mark.parametrize("key", ['"path"', '"text": {"public"'])

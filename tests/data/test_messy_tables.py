@@ -269,3 +269,17 @@ def test_declared_categories_keep_their_order_and_those_without_rows() -> None:
     own = datasets["clients: 'b': data"]
     assert own.columns == tuple(expected.columns)
     assert np.array_equal(own.train.x.numpy(), expected.to_numpy())
+
+
+def test_columns_do_not_depend_on_the_order_of_clients() -> None:
+    frames = [
+        pd.DataFrame({"dose": pd.Categorical(values * 10, categories=values), "sick": [0, 1] * 10})
+        for values in (["low", "high"], ["high", "mid"])
+    ]
+
+    def columns(order: list[int]) -> list[tuple[str, ...]]:
+        clients = [hfl.Client(f"site_{i}", "linear", frames[i]) for i in order]
+        found = FederationDatasets(clients, {}, "sick").datasets.values()
+        return [dataset.columns for dataset in found]
+
+    assert columns([0, 1]) == columns([1, 0]) == [("dose=high", "dose=low", "dose=mid")] * 2

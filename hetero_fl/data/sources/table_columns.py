@@ -272,19 +272,24 @@ def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...
 def category_values(columns: Sequence[pd.Series]) -> tuple[str, ...]:
     """Return the values of a categorical column in several tables.
 
-    Values that all tables declare with the categorical dtype of pandas keep their order. They need
-    not occur, unless there are `MANY_CATEGORIES`.
+    Values that all tables declare alike with the categorical dtype of pandas keep their order,
+    which otherwise does not depend on the order of the tables. Declared values need not occur,
+    unless there are `MANY_CATEGORIES`.
     """
-    are_declared = all(isinstance(column.dtype, pd.CategoricalDtype) for column in columns)
     found: dict[str, None] = {}
+    orders: set[tuple[str, ...] | None] = set()
     for column in columns:
         values = column
-        if isinstance(column.dtype, pd.CategoricalDtype):
+        is_declared = isinstance(column.dtype, pd.CategoricalDtype)
+        if is_declared:
             is_short = len(column.cat.categories) < MANY_CATEGORIES
             used = column if is_short else column.cat.remove_unused_categories()
             values = used.cat.categories.to_series()
-        found |= dict.fromkeys(column_as_text(values).dropna().tolist())
-    return tuple(found if are_declared else natural_order(found))
+        texts = column_as_text(values).dropna().tolist()
+        orders.add(tuple(texts) if is_declared else None)
+        found |= dict.fromkeys(texts)
+    has_one_order = len(orders) == 1 and None not in orders
+    return tuple(found if has_one_order else natural_order(found))
 
 
 def metadata_array(column: pd.Series) -> np.ndarray:

@@ -398,9 +398,10 @@ def test_copies_of_rows_in_objects_are_warnings() -> None:
 def test_rows_that_are_equal_by_chance_are_no_warnings() -> None:
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 3, (300, 4)).astype(np.float32), rng.integers(0, 2, 300)
+    counts = rng.integers(0, 15, (300, 2)).astype(np.float32), rng.integers(0, 2, 300)
     blank = np.zeros((300, 8, 8), dtype=np.uint8), rng.integers(0, 2, 300)
 
-    for data, model in ((answers, "mlp"), (blank, "cnn_bn_small")):
+    for data, model in ((answers, "mlp"), (counts, "mlp"), (blank, "cnn_bn_small")):
         own = [hfl.Client(name, model=model) for name in ("north", "south")]
         assert warnings_of(hfl.Federation(own, data=data)) == []
 

@@ -10,6 +10,7 @@ import copy
 import enum
 import hashlib
 import random
+import weakref
 from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
@@ -342,6 +343,9 @@ def _parts_of(value: Any) -> Sequence[Any] | None:
         return [each for pair in value.items() for each in pair]
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
+    # Recurrent layers keep weak references to their weights.
+    if isinstance(value, weakref.ref):
+        value = [value()]
     if isinstance(value, list | tuple):
         return value
     try:

@@ -229,7 +229,7 @@ class Reference:
 
 
 def train(
-    module: nn.Module,
+    module: nn.Module | Mapping[str, nn.Module],
     method: hfl.Algorithm,
     executor: str,
     clients: Sequence[str] = tuple(DATA),
@@ -238,9 +238,10 @@ def train(
 ) -> hfl.Run:
     splits = {"validation": rows(8, 7), "test": rows(8, 8)}
     init = "seeded" if "privacy" in sections else "given"
+    modules = module if isinstance(module, Mapping) else dict.fromkeys(clients, module)
     federation = hfl.Federation(
         [
-            hfl.Client(client, module, DATA[client], head="out", init=init, **splits)
+            hfl.Client(client, modules[client], DATA[client], head="out", init=init, **splits)
             for client in clients
         ],
         test=TEST,
@@ -325,6 +326,18 @@ def test_own_module_gives_the_result_of_plain_torch(
     name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
 ) -> None:
     check_result_of_plain_torch(name, executor, steps, method)
+
+
+@pytest.mark.parametrize("habit", ["recurrent"])
+def test_copies_of_a_module_are_averaged_as_in_plain_torch(habit: str, float64: None) -> None:
+    module = Habits(frozenset([habit]))
+    copies = {client: copy.deepcopy(module) for client in DATA}
+    reference = Reference(module, list(DATA))
+    reference.run(local_names(module.habits))
+
+    run = train(copies, hfl.FedAvg(), "serial")
+
+    check_equals_reference(run, reference)
 
 
 @pytest.mark.parametrize("habit", HABITS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,11 @@ def test_modules_that_differ_have_different_names(first: nn.Module, second: nn.M
         lambda: Net(double, options={"widths": [1, 2], "kind": torch.float32}),
         lambda: Net(functools.partial(F.leaky_relu, negative_slope=0.1)),
         lambda: copy.deepcopy(Net(options={3, 1, 2})),
+        lambda: Net(options=nn.LSTM(1, 4)),
+        lambda: copy.deepcopy(Net(options=nn.GRU(1, 4, num_layers=2, bidirectional=True))),
+        lambda: Net(options=weakref.ref(double)),
     ],
-    ids=["plain", "function", "partial", "copy"],
+    ids=["plain", "function", "partial", "copy", "lstm", "gru", "weak_reference"],
 )
 def test_equal_modules_have_one_name(make: Callable[[], nn.Module]) -> None:
     one, kept = name(make())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -17,8 +17,15 @@ import torch
 from torch import nn
 
 from model_zoo.errors import ModelError
+from model_zoo.generators import keyed_generators
 from model_zoo.heads import split_module
-from model_zoo.module_state import MODULE_ATTRIBUTES, check_tensors, describe_value
+from model_zoo.module_state import (
+    MODULE_ATTRIBUTES,
+    carry_state,
+    check_tensors,
+    describe_value,
+    observe_forward,
+)
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel
 
@@ -48,6 +55,7 @@ class GivenModel:
             `input_size`, `feature_dim` and `vocabulary`, as far as the signature contains them.
         head: Path of the head in the module. If None, the head is searched for (see
             `split_module`).
+        caches: Names of attributes of the module that do not count. Default: empty.
 
     Attributes:
         head: Path of the head, or None if the head is searched for.
@@ -66,7 +74,12 @@ class GivenModel:
         8
     """
 
-    def __init__(self, model: nn.Module | ModelFactory, head: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module | ModelFactory,
+        head: str | None = None,
+        caches: Collection[str] = (),
+    ) -> None:
         if not isinstance(model, nn.Module) and not callable(model):
             raise TypeError(
                 "model: expected a torch.nn.Module, or a class or function that creates one, got "
@@ -74,9 +87,11 @@ class GivenModel:
             )
         self._model = model
         self.head = head
+        # The model without caches, keyed by the shape of an example.
+        self._without_caches: dict[Shape, GivenModel] = {}
         if isinstance(model, nn.Module):
             check_tensors(model)
-            described, self._identity = _describe_module(model)
+            described, self._identity = _describe_module(model, caches)
         else:
             described, self._identity = _source_of(model), (id(model),)
         digest = hashlib.sha256(f"{described}\n{head}".encode()).hexdigest()[:8]
@@ -113,6 +128,29 @@ class GivenModel:
     def is_known_as(self, name: str) -> bool:
         """Return whether an equal model of another program may have a name, `object:NAME`."""
         return self.name.partition("~")[0] == name.partition("~")[0]
+
+    def without_caches(self, shape: Shape) -> GivenModel:
+        """Return the model under the name that it has without the attributes that no pass reads.
+
+        Modules then have the same name whether or not they have been called. A class or function,
+        and a module that does not accept the examples, keep their names.
+
+        Args:
+            shape: Shape of an example.
+        """
+        if shape not in self._without_caches and self.is_instance:
+            try:
+                with keyed_generators(0):
+                    module = self.build(shape).source_module()
+                carry_state(module, ())
+                caches = observe_forward(module, shape).caches
+            # Errors of modules are reported where models are created.
+            except Exception:
+                caches = frozenset()
+            self._without_caches[shape] = (
+                GivenModel(self._model, self.head, caches) if caches else self
+            )
+        return self._without_caches.get(shape, self)
 
     def _unique_name(self, name: str) -> str:
         """Return a name of which all models have the same functions and other opaque objects."""
@@ -242,8 +280,8 @@ def find_given(name: str) -> GivenModel:
     return given
 
 
-def _describe_module(module: nn.Module) -> tuple[str, tuple[int, ...]]:
-    """Describe everything but the weights of a module.
+def _describe_module(module: nn.Module, caches: Collection[str]) -> tuple[str, tuple[int, ...]]:
+    """Describe everything but the weights and the caches of a module.
 
     Returns:
         A text, and the ids of the objects that the text does not describe, such as lambdas.
@@ -256,7 +294,11 @@ def _describe_module(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     known |= {id(parameter): name for name, parameter in module.named_parameters()}
     attributes = {}
     for path, part in module.named_modules():
-        own = {name: value for name, value in vars(part).items() if name not in MODULE_ATTRIBUTES}
+        own = {
+            name: value
+            for name, value in vars(part).items()
+            if name not in MODULE_ATTRIBUTES and f"{path}.{name}".removeprefix(".") not in caches
+        }
         buffers = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
         attributes[path] = describe_value({**own, **buffers}, opaque, known)
     name = f"{type(module).__module__}.{type(module).__qualname__}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from hetero_fl.utils.objects import OBJECT_PREFIX
 from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 from model_zoo.generators import keyed_generators
-from model_zoo.given_models import GivenModel, forgets_models
+from model_zoo.given_models import GivenModel, find_given, forgets_models, is_given
 from model_zoo.heads import check_training
 from model_zoo.module_state import (
     ForwardWrites,
@@ -146,6 +146,12 @@ class ModelSpec:
         model = given.build(self.shape)
         carry_state(model, _observe(self).attributes)
         return {n: t.detach() for n, t in state_tensors(model).items()}
+
+    def without_caches(self) -> ModelSpec:
+        """Return the specification that all modules get which differ only in what no pass reads."""
+        if not is_given(self.name):
+            return self
+        return replace(self, name=find_given(self.name).without_caches(self.shape).name)
 
     def initial_tensors(self, seed: int) -> Tensors:
         """Return the initial tensors for a seed, keyed by name.

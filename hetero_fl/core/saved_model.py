@@ -216,9 +216,9 @@ class SavedModel:
         if not self.is_object:
             raise ArgumentError(f"{where}: the saved model is {name}, which needs no module")
         try:
-            given = GivenModel(model)
+            given = GivenModel(model).without_caches(self.arch.shape)
             if self.head and not given.is_known_as(name):
-                given = GivenModel(model, self.head)
+                given = GivenModel(model, self.head).without_caches(self.arch.shape)
             arch = replace(self.arch, name=given.name)
             load_state(arch.build(), self.tensors, arch.local_names)
         except (ModelError, TypeError, ValueError, RuntimeError) as error:

@@ -450,7 +450,7 @@ def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) 
         data: The federated data, which determine the input shape, number of outputs and vocabulary.
         view: Preprocessing of the participant that uses the model.
     """
-    return ModelSpec.from_config(
+    arch = ModelSpec.from_config(
         model.name,
         data.task.outputs,
         view.shape(tuple(data.input_shape)),
@@ -459,6 +459,7 @@ def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) 
         pretrained=model.pretrained,
         vocabulary=data.vocabulary.size if data.vocabulary else None,
     )
+    return arch.without_caches()
 
 
 def _fill_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:

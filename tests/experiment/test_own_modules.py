@@ -328,16 +328,30 @@ def test_own_module_gives_the_result_of_plain_torch(
     check_result_of_plain_torch(name, executor, steps, method)
 
 
-@pytest.mark.parametrize("habit", ["recurrent"])
+@pytest.mark.parametrize("habit", ["recurrent", "cache", "cached_mean"])
 def test_copies_of_a_module_are_averaged_as_in_plain_torch(habit: str, float64: None) -> None:
     module = Habits(frozenset([habit]))
     copies = {client: copy.deepcopy(module) for client in DATA}
+    with torch.no_grad():
+        copies["site_1"].eval()(torch.ones(2, WIDTH))
     reference = Reference(module, list(DATA))
     reference.run(local_names(module.habits))
 
     run = train(copies, hfl.FedAvg(), "serial")
 
     check_equals_reference(run, reference)
+    again = {client: copy.deepcopy(module) for client in DATA}
+    assert hfl.Run.load(run.path, models=again).models["site_1"].arch == run.models["site_0"].arch
+
+
+def test_modules_with_other_values_of_a_read_attribute_are_not_averaged() -> None:
+    copies = {client: Habits(frozenset(["cache"])) for client in DATA}
+    copies["site_1"].scale = 2.0
+
+    run = train(copies, hfl.FedAvg(), "serial")
+
+    archs = {client: model.arch for client, model in run.models.items()}
+    assert archs["site_0"] == archs["site_2"] != archs["site_1"]
 
 
 @pytest.mark.parametrize("habit", HABITS)

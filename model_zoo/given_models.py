@@ -87,8 +87,9 @@ class GivenModel:
             )
         self._model = model
         self.head = head
-        # The model without caches, keyed by the shape of an example.
-        self._without_caches: dict[Shape, GivenModel] = {}
+        self._caches = caches
+        # The model without caches, if it has any, keyed by the shape of an example.
+        self._without_caches: dict[Shape, GivenModel | None] = {}
         if isinstance(model, nn.Module):
             check_tensors(model)
             described, self._identity = _describe_module(model, caches)
@@ -148,9 +149,27 @@ class GivenModel:
             except Exception:
                 caches = frozenset()
             self._without_caches[shape] = (
-                GivenModel(self._model, self.head, caches) if caches else self
+                GivenModel(self._model, self.head, caches) if caches else None
             )
-        return self._without_caches.get(shape, self)
+        return self._without_caches.get(shape) or self
+
+    def differences(self, other: GivenModel) -> list[str]:
+        """Return the attributes that differ from those of a module of equal class and tensors.
+
+        The list is empty if classes, or names or shapes of tensors, differ.
+
+        Args:
+            other: The other model.
+        """
+        first, second = self._model, other._model
+        if not isinstance(first, nn.Module) or not isinstance(second, nn.Module):
+            return []
+        if type(first) is not type(second) or _tensor_shapes(first) != _tensor_shapes(second):
+            return []
+        own = {**_describe_attributes(first, self._caches), "head": self.head}
+        others = {**_describe_attributes(second, other._caches), "head": other.head}
+        names = dict.fromkeys([*own, *others])
+        return [name for name in names if own.get(name) != others.get(name)]
 
     def _unique_name(self, name: str) -> str:
         """Return a name of which all models have the same functions and other opaque objects."""
@@ -286,12 +305,37 @@ def _describe_module(module: nn.Module, caches: Collection[str]) -> tuple[str, t
     Returns:
         A text, and the ids of the objects that the text does not describe, such as lambdas.
     """
-    state = module.state_dict()
-    tensors = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     opaque: list[int] = []
-    known = {id(part): type(part).__qualname__ for part in module.modules()}
-    known |= {id(parameter): name for name, parameter in module.named_parameters()}
+    known = _known_parts(module)
+    attributes = {
+        path: describe_value(own, opaque, known)
+        for path, own in _own_attributes(module, caches).items()
+    }
+    tensors = _tensor_shapes(module)
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}", tuple(opaque)
+
+
+def _describe_attributes(module: nn.Module, caches: Collection[str]) -> dict[str, Any]:
+    """Describe each attribute of a module and its submodules, keyed by name."""
+    described: dict[str, Any] = {
+        f"{name}.requires_grad": p.requires_grad for name, p in module.named_parameters()
+    }
+    known = _known_parts(module)
+    described |= {path: type(part) for path, part in module.named_modules() if path}
+    for path, own in _own_attributes(module, caches).items():
+        for name, value in own.items():
+            opaque: list[int] = []
+            described[f"{path}.{name}".removeprefix(".")] = (
+                describe_value(value, opaque, known),
+                opaque,
+            )
+    return described
+
+
+def _own_attributes(module: nn.Module, caches: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return attributes and buffers that are not persistent, keyed by submodule and name."""
     attributes = {}
     for path, part in module.named_modules():
         own = {
@@ -300,9 +344,19 @@ def _describe_module(module: nn.Module, caches: Collection[str]) -> tuple[str, t
             if name not in MODULE_ATTRIBUTES and f"{path}.{name}".removeprefix(".") not in caches
         }
         buffers = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
-        attributes[path] = describe_value({**own, **buffers}, opaque, known)
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    return f"{name}\n{module}\n{tensors}\n{frozen}\n{attributes}", tuple(opaque)
+        attributes[path] = {**own, **buffers}
+    return attributes
+
+
+def _known_parts(module: nn.Module) -> dict[int, str]:
+    """Describe submodules and parameters, whose content does not count, keyed by id."""
+    known = {id(part): type(part).__qualname__ for part in module.modules()}
+    return known | {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def _tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    state = module.state_dict()
+    return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)}
 
 
 def _source_of(function: Any) -> str:

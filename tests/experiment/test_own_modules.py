@@ -352,6 +352,9 @@ def test_modules_with_other_values_of_a_read_attribute_are_not_averaged() -> Non
 
     archs = {client: model.arch for client, model in run.models.items()}
     assert archs["site_0"] == archs["site_2"] != archs["site_1"]
+    log = (run.path / "log.txt").read_text()
+    assert "of 'site_0' and 'site_1': they have the same class and tensors, but differ in" in log
+    assert "differ in 'scale'; " in log
 
 
 @pytest.mark.parametrize("habit", HABITS)

@@ -77,6 +77,13 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         "{run.name} averages clients with the same architecture: {groups} {verb} only one client",
     ),
     CompatibilityRule(
+        ("clients", "model"),
+        lambda run: run.similar_modules(),
+        "{run.name} does not average the modules of '{one}' and '{other}': they have the same "
+        "class and tensors, but differ in {names}; create them with equal values to average them",
+        Caution,
+    ),
+    CompatibilityRule(
         ("algorithm.teacher", "data set"),
         lambda run: run.idle_teacher_settings(),
         "{found}, because the data set has a {run.task.kind} task",

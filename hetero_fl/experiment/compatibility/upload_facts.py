@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,8 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.summed_uploads.derived_setup import DerivedSetup
 from hetero_fl.privacy.client_side import uploadable_items
 from hetero_fl.utils.errors import suggest_or_list
+from hetero_fl.utils.text import format_list
+from model_zoo.given_models import find_given, is_given
 
 
 class UploadFacts(ConfigFacts):
@@ -178,6 +181,24 @@ class UploadFacts(ConfigFacts):
         if not groups:
             return None
         return {"groups": ", ".join(groups), "verb": "has" if len(groups) == 1 else "have"}
+
+    def similar_modules(self) -> dict[str, str] | None:
+        """Describe two modules with equal tensors that are not averaged, or return None.
+
+        The modules are objects of one class, with other values of some attributes.
+        """
+        model = self.declared.get("model")
+        if model is None or model.needed_share not in self.shared:
+            return None
+        owners: dict[str, str] = {}
+        for profile in self.profiles:
+            if is_given(profile.arch.name):
+                owners.setdefault(profile.arch.name, profile.first)
+        for one, other in combinations(owners, 2):
+            if names := find_given(one).differences(find_given(other)):
+                found = format_list(names, 3, quote=True)
+                return {"one": owners[one], "other": owners[other], "names": found}
+        return None
 
     def clients_alone_in_sum(self) -> str:
         """Describe the clients with an uploaded tensor that no other client uploads.

@@ -216,7 +216,7 @@ class ModelSpec:
 
     @property
     def overwritten_names(self) -> frozenset[str]:
-        """Those of `cached_names` that are tensors which each pass writes before it reads them."""
+        """Names of cached tensors that each pass writes before it reads them."""
         return _observe(self).overwritten
 
     @property

@@ -251,9 +251,12 @@ def test_interrupted_federate_equals_simulation_and_cleans_up(tmp_path: Path) ->
 @pytest.mark.slow
 @needs_processes
 def test_federation_of_separate_processes(tmp_path: Path) -> None:
-    """Use TLS and keys; restart a node, then stop the server by SIGTERM and resume."""
+    """Use TLS and keys; restart a node, then stop the server by SIGTERM and resume.
+
+    The signal ends the run after the round in which it arrives, which is not the last one.
+    """
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config(rounds=2, clients=2, **SERIAL)
+    source = config(rounds=3, clients=2, **SERIAL)
     written(tmp_path, source)
     net, log, out = tmp_path / "net", tmp_path / "log", tmp_path / "out"
     assert (

@@ -212,7 +212,7 @@ class ClientSettings(ConfigSection):
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: PositiveInt = Field(1, description="local epochs per round")
     steps: PositiveInt | None = Field(
-        None, description="local steps per round; `null`: determined by `epochs`"
+        None, description="local steps per round, instead of `epochs`; `null`: see `epochs`"
     )
     batch_size: PositiveInt = Field(32, description="examples per step of local training")
     class_weights: Literal["balanced"] | list[float] | None = Field(
@@ -278,6 +278,16 @@ class ClientSettings(ConfigSection):
         None, description="the client's own data source; `null`: a part of the common source"
     )
     machine: DeviceConfig = DeviceConfig()
+
+    @model_validator(mode="after")
+    def _check_amount(self) -> ClientSettings:
+        """Check that `epochs` is not set beside `steps`. Resolved settings contain its default."""
+        if self.steps is not None and self.epochs != type(self).model_fields["epochs"].default:
+            raise ValueError(
+                f"epochs cannot be combined with steps, got epochs={self.epochs} and "
+                f"steps={self.steps}; set one of them"
+            )
+        return self
 
     @field_validator("shares")
     @classmethod

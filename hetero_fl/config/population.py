@@ -363,8 +363,13 @@ def explicit_settings(settings: ClientSettings) -> dict[str, Any]:
 def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
     """Merge two layers, of which `override` takes precedence.
 
-    If `override` selects another optimizer, the settings of SGD in `base` are removed.
+    If `override` selects another optimizer, the settings of SGD in `base` are removed. `epochs`
+    replaces `steps`, and `steps` replaces `epochs`.
     """
+    if override.get("steps") is not None:
+        base = {key: value for key, value in base.items() if key != "epochs"}
+    elif "epochs" in override:
+        base = {key: value for key, value in base.items() if key != "steps"}
     optimizer = base.get("optimizer", {})
     name = override.get("optimizer", {}).get("name")
     if name is not None and name != optimizer.get("name", OptimizerConfig().name):

@@ -81,7 +81,8 @@ class Client:
             function or class that creates a `torch.optim.Optimizer` from parameters, such as
             `lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3)`.
         epochs: Number of local epochs per round.
-        steps: Number of local optimizer steps per round, instead of `epochs`.
+        steps: Number of local optimizer steps per round, instead of `epochs`. Only one of the two
+            can be set. It replaces both defaults of the federation.
         batch_size: Number of examples per optimizer step.
         class_weights: Weights of the classes in the cross-entropy, or "balanced".
         logit_adjustment: Whether to train on the adjusted logits z + log π, where z are the logits

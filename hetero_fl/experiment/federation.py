@@ -670,15 +670,13 @@ def _clients_section(
 
 
 def _client_settings(client: Client, defaults: ClientSettings | None) -> dict[str, Any]:
-    """Return the settings of a client, whose optimizer and epochs replace those of `defaults`."""
+    """Return the settings of a client, whose optimizer replaces that of `defaults`."""
     settings = dict(client.settings)
     given = defaults.model_fields_set if isinstance(defaults, ClientSettings) else set()
     if "optimizer" in given and "optimizer" in settings:
         # Layers of the configuration are merged, so the other settings are reset.
         unset = OptimizerConfig().model_dump(mode="json")
         settings["optimizer"] = {**unset, **settings["optimizer"]}
-    if "steps" in given and "epochs" in settings:
-        settings.setdefault("steps", None)
     return settings
 
 

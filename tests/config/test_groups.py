@@ -59,6 +59,42 @@ def test_other_optimizer_does_not_inherit_momentum(layer: str) -> None:
     assert (kept.name, kept.lr, kept.momentum, kept.nesterov) == ("sgd", 0.05, 0.9, True)
 
 
+@pytest.mark.parametrize("layer", ["group", "override"])
+@pytest.mark.parametrize(
+    ("defaults", "own", "used"),
+    [
+        ({"steps": 3}, {"epochs": 1}, (1, None)),
+        ({"steps": 3}, {"epochs": 4}, (4, None)),
+        ({"epochs": 4}, {"steps": 3}, (1, 3)),
+        ({"epochs": 4}, {"steps": None}, (4, None)),
+        ({"steps": 3}, {"batch_size": 8}, (1, 3)),
+    ],
+)
+def test_epochs_and_steps_replace_each_other(
+    defaults: dict[str, Any], own: dict[str, Any], used: tuple[int, int | None], layer: str
+) -> None:
+    groups = [{"name": "a", **(own if layer == "group" else {})}, {"name": "b"}]
+    overrides = [{"match": "a", **own}] if layer == "override" else []
+
+    clients = expand(defaults=defaults, groups=groups, overrides=overrides)
+
+    assert (clients["a"].epochs, clients["a"].steps) == used
+    assert clients["b"] == ClientSettings(**defaults)
+
+
+@pytest.mark.parametrize("layer", ["defaults", "groups", "overrides"])
+def test_epochs_beside_steps_are_refused(layer: str) -> None:
+    both: dict[str, Any] = {"epochs": 5, "steps": 3}
+    clients = {
+        "defaults": both,
+        "groups": [{"name": "a", **both}],
+        "overrides": [{"match": "a", **both}],
+    }
+
+    with pytest.raises(UserError, match="epochs cannot be combined with steps, got epochs=5 and"):
+        expand(**{"groups": [{"name": "a"}], layer: clients[layer]})
+
+
 def test_same_optimizer_inherits_momentum() -> None:
     again = expand(
         defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"name": "sgd", "lr": 0.1}}]

@@ -103,7 +103,7 @@ def test_difference_names_a_removed_key() -> None:
 
 
 def test_difference_lists_three_keys_and_counts_the_rest() -> None:
-    line = differences({"epochs": 2, "steps": 5}, rounds=3, seed=4, evaluation={"every": 2})
+    line = differences({"epochs": 2, "batch_size": 5}, rounds=3, seed=4, evaluation={"every": 2})
     assert line == (
         "seed: was 0, is now 4; rounds: was 10, is now 3; "
         "clients.groups.0.epochs: was not set, is now 2; and 2 more"

@@ -305,6 +305,11 @@ SETTINGS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "optimizer: expected an optimizer such as Adam.*got SGD",
         lambda: hfl.Client("a", "mlp", optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))])),
     ),
+    "epochs and steps": (
+        UserError,
+        r"Client\('a'\): epochs cannot be combined with steps, .* steps=3; set one of them",
+        lambda: hfl.Client("a", "mlp", epochs=5, steps=3),
+    ),
     "number as name": (
         UserError,
         "name: expected a string, got 5",

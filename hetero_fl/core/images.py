@@ -120,6 +120,11 @@ def are_pixels(x: Column) -> bool:
     return x.ndim == 4 and x.dtype in PIXEL_TYPES
 
 
+def are_booleans(values: Any) -> bool:
+    """Return whether an array, which may be nested lists, contains booleans."""
+    return "bool" in str(values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype)
+
+
 def check_pixels(
     x: Column,
     pixel_range: float | None,
@@ -137,7 +142,8 @@ def check_pixels(
         pixel_range: Value of integer pixels that becomes 1. If None, 255.
         where: Prefix of the error message.
         advice: End of the error message.
-        complete: Whether these are all images of a data set, and not a few that may be black.
+        complete: Whether 0 and 1 only are masks: all images of a data set, or booleans, and not a
+            few images that may be black.
 
     Raises:
         UserError: If the pixels have more or fewer bits than the range.
@@ -152,7 +158,7 @@ def check_pixels(
         found = "larger ones"
     elif x.dtype != torch.uint8 and limit <= MAX_BYTE and exceeds(x, MAX_BYTE, low=0):
         found = f"pixels outside 0 to {MAX_BYTE}"
-    elif complete and limit > 1 and not exceeds(x, 1):
+    elif complete and limit > 1 and exceeds(x, 0) and not exceeds(x, 1):
         found = "0 and 1 only"
     if found:
         raise UserError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from hetero_fl.core.images import (
     MAX_BYTE,
     PIXEL_TYPES,
+    are_booleans,
     as_numbers,
     as_pixels,
     channels_first,
@@ -308,7 +309,7 @@ class SavedModel:
         pixel_range = self.preprocess.get("pixel_range")
         is_image = len(self.arch.input_shape) == 3
         if is_image and raw.ndim in (3, 4) and 0 not in raw.shape:
-            raw = _pixels(raw, "bool" in str(getattr(x, "dtype", "")), pixel_range, where)
+            raw = _pixels(raw, pixel_range, where)
             raw = raw[:, None] if raw.ndim == 3 else self._channels_first(raw, where)
         if not self._accepts_shape(tuple(raw.shape[1:])) or raw.ndim < 2:
             raise UserError(
@@ -321,7 +322,7 @@ class SavedModel:
             raise UserError(f"{where}: NaN or infinity in row {row}")
         if is_image:
             raw = in_range({where: raw})[0][where]
-            check_pixels(raw, pixel_range, where)
+            check_pixels(raw, pixel_range, where, complete=are_booleans(x))
         return raw
 
     def _tokens(self, x: Any, vocabulary: int) -> Tensor:
@@ -378,10 +379,8 @@ class SavedModel:
         return f"images (N, {channels}, {height}, {width}), uint8 or floats from 0 to 1"
 
 
-def _pixels(raw: Tensor, are_bool: bool, pixel_range: float | None, where: str) -> Tensor:
-    """Return integer images as pixels of the model's type, and booleans and floats as floats."""
-    if are_bool:
-        return raw.to(torch.get_default_dtype())
+def _pixels(raw: Tensor, pixel_range: float | None, where: str) -> Tensor:
+    """Return integer images as pixels of the model's type, and floats unchanged."""
     pixels = as_pixels({where: raw})[where]
     # Dark images of a wide type may have the many bits that the model expects.
     is_deep = raw.dtype == torch.int64 and (pixel_range or 0) > MAX_BYTE

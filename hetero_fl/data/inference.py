@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.core.images import as_numbers, as_pixels, check_pixels, in_range, to_floats
+from hetero_fl.core.images import (
+    are_booleans,
+    as_numbers,
+    as_pixels,
+    check_pixels,
+    in_range,
+    to_floats,
+)
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
@@ -127,11 +134,12 @@ def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
                 f"{WHERE}: {block.name}: expected {count} rows as in {next(iter(parts))}, got "
                 f"{len(part)}"
             )
-        rows.append(_block_values(part, block, view.pixel_range))
+        are_bool = block.name in blocks and are_booleans(blocks[block.name])
+        rows.append(_block_values(part, block, view.pixel_range, are_bool))
     return torch.cat(rows, dim=1)
 
 
-def _block_values(part: Tensor, block: Block, pixel_range: float | None) -> Tensor:
+def _block_values(part: Tensor, block: Block, pixel_range: float | None, are_bool: bool) -> Tensor:
     """Return the values of a block, shape `[N, size]`. Images become floats from 0 to 1."""
     where = f"{WHERE}: {block.name}"
     shape = tuple(part.shape)
@@ -150,7 +158,7 @@ def _block_values(part: Tensor, block: Block, pixel_range: float | None) -> Tens
     part = part.reshape(len(part), block.size)
     is_missing = part.isnan().all(1)
     values = in_range({where: part[~is_missing]})[0][where]
-    check_pixels(values[:, :, None, None], pixel_range, where)
+    check_pixels(values[:, :, None, None], pixel_range, where, complete=are_bool)
     values = to_floats(values, pixel_range, dtype).to(dtype)
     empty = values.new_full((len(part), block.size), torch.nan)
     return empty.masked_scatter(~is_missing[:, None], values)

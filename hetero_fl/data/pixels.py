@@ -45,6 +45,8 @@ def choose_range(
     rows: ClientRows,
     public: Mapping[str, RowSelection],
     advice: str = "",
+    *,
+    is_chosen: bool = False,
 ) -> PixelRange:
     """Choose the value of integer pixels that becomes 1, for all participants.
 
@@ -58,10 +60,12 @@ def choose_range(
         rows: Rows of the clients on this machine.
         public: Public sets, keyed by name.
         advice: How to change the value, for messages. If empty, by `data.range`.
+        is_chosen: Whether the user has chosen the range of the data set, also for masks.
 
     Raises:
         UserError: If `data.range` is not set, and pixels are negative or sets have more or fewer
-            bits than those of the clients. If `data.range` is set, and no images are integers.
+            bits than those of the clients, or 0 and 1 only beside larger ones. If `data.range` is
+            set, and no images are integers.
     """
     training = {"the training set": dataset.train.x}
     shared = {f"the {PUBLIC_SETS[name]}": part for name, part in public.items()}
@@ -84,7 +88,8 @@ def choose_range(
     notes: list[str] = []
     if config.range is None:
         for name, x in (training | others).items():
-            check_pixels(x, value, name, f"convert them to one range, or {advice}")
+            cure = f"convert them to one range, or {advice}"
+            check_pixels(x, value, name, cure, complete=not is_chosen)
         if value == 1:
             notes.append(f"pixels are 0 and 1 and are not divided by 255; {advice} to divide them")
         elif value > MAX_BYTE:

@@ -98,14 +98,17 @@ def evaluate(
         title = dataset.name
     # A named source without a test split is split as in a federation. The name of the run's source
     # takes precedence over a file, as in `load_as`.
-    configured = (run.directory.config().get("data") or {}).get("name")
-    is_named = isinstance(data, str) and (data == configured or not Path(data).exists())
+    configured = run.directory.config().get("data") or {}
+    is_named = isinstance(data, str) and (data == configured.get("name") or not Path(data).exists())
     dataset_with_test = with_test(dataset) if is_named else dataset
     examples = dataset_with_test.test or dataset_with_test.train
     results = {}
     for name, model in models.items():
         y = targets_of_models(run, examples.labels, dataset, model.task, title)
         _check_model_fits(name, model, dataset, examples, data=title)
+        is_chosen = configured.get("range") is not None
+        pixel_range = model.preprocess.get("pixel_range")
+        check_pixels(examples.x, pixel_range, f"data: {title}", complete=not is_chosen)
         preprocess = Preprocess(**model.preprocess)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
         results[name] = score(
@@ -159,7 +162,6 @@ def _check_model_fits(
             f"data: {data} has examples of shape {input_shape} after preprocessing, "
             f"but the model of {name} expects {model.arch.input_shape}"
         )
-    check_pixels(x, preprocess.pixel_range, f"data: {data}", complete=True)
     vocabulary_size = dataset.vocabulary.size if dataset.vocabulary else None
     if vocabulary_size != model.arch.vocabulary:
         raise ArgumentError(

@@ -16,9 +16,8 @@ from hetero_fl.config.data import DataConfig
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.remote import PublicPack
 from hetero_fl.experiment.exporting.graph import inputs_of
-from hetero_fl.experiment.exporting.score import to_input
+from hetero_fl.experiment.exporting.score import ScoringError, to_input
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import Caution
 from tests.helpers.python_federations import QUIET
 
 RNG = np.random.default_rng(0)
@@ -75,10 +74,6 @@ def test_range_is_that_of_the_training_rows_of_all_clients() -> None:
     prepared = federation(TWELVE, dark, test=TWELVE // 2).prepare(hfl.FedAvg())
 
     assert torch.allclose(inputs(prepared), torch.from_numpy(TWELVE // 2).float() / 4095)
-    mixed = federation(BINARY, BYTES).prepare(hfl.FedAvg())
-    assert torch.allclose(inputs(mixed), torch.from_numpy(BINARY).float() / 255)
-    (warning,) = [n for n in mixed.notes if isinstance(n, Caution) and "divided by 255" in n]
-    assert "do not exceed 1 at 'client_0'" in warning
 
 
 @pytest.mark.parametrize(
@@ -86,6 +81,7 @@ def test_range_is_that_of_the_training_rows_of_all_clients() -> None:
     [
         ((BYTES.astype(np.uint8), TWELVE), BYTES, "expected pixels from 0 to 4095"),
         ((BINARY,), BYTES, "global test set: expected pixels from 0 to 1 as in training"),
+        ((BYTES, BINARY), BYTES, "'client_1': train: .* from 0 to 255 .*, got 0 and 1 only"),
         ((BYTES,), TWELVE, "global test set: expected pixels from 0 to 255"),
         ((TWELVE,), SIXTEEN, "global test set: expected pixels from 0 to 4095 .*, got larger ones"),
         ((TWELVE - 2000,), TWELVE, "pixels must be >= 0, got -"),
@@ -118,19 +114,37 @@ def test_dark_images_of_a_wide_type_have_the_bits_of_the_others() -> None:
 
 
 def test_sets_that_no_client_trains_on_are_compared_with_the_range() -> None:
-    masks = BYTES > 127
-    given = {"test": masks, "proxy": masks}
-    prepared = federation(BYTES.astype(np.uint8), **given).prepare(hfl.FedMD())
-    (warning,) = [n for n in prepared.notes if isinstance(n, Caution) and "divided by 255" in n]
-    assert "do not exceed 1 at the proxy set, the global test set" in warning
-    run = federation(BYTES.astype(np.uint8)).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
-    with pytest.raises(UserError, match="from 0 to 255 as in training, got 0 and 1 only"):
-        hfl.evaluate(run, (masks, Y))
     with pytest.raises(UserError, match="the proxy set: expected pixels from 0 to 4095"):
         federation(TWELVE, proxy=SIXTEEN).prepare(hfl.FedMD())
 
     floats = federation(BYTES[:, None] / 255, test=BYTES.astype(np.uint8)).prepare(hfl.FedAvg())
     assert not [note for note in floats.notes if "pixel" in note]
+
+
+def test_masks_beside_bytes_are_refused_everywhere() -> None:
+    photos = BYTES.astype(np.uint8)
+    masks = BYTES > 127
+    run = federation(photos).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
+    (spec,) = inputs_of(run.load_models("client_0")["client_0"])
+    uses: tuple[Any, ...] = (
+        lambda: federation(photos, test=masks).prepare(hfl.FedAvg()),
+        lambda: federation(photos, proxy=masks).prepare(hfl.FedMD()),
+        lambda: hfl.evaluate(run, (masks, Y)),
+        lambda: run.predict("client_0", masks),
+        lambda: run.predict("client_0", masks.tolist()),
+    )
+
+    for use in uses:
+        with pytest.raises(UserError, match="from 0 to 255 as in training, got 0 and 1 only"):
+            use()
+    with pytest.raises(ScoringError, match="from 0 to 255, or floats from 0 to 1, got booleans"):
+        to_input(masks, spec.record(), "x")
+    black = np.zeros_like(photos)
+    federation(photos, test=black).prepare(hfl.FedAvg())
+    hfl.evaluate(run, (black, Y))
+    # A range that the user has chosen holds for masks, too.
+    chosen = federation(masks).train(hfl.FedAvg(), rounds=1, overrides=[*QUIET, "data.range=255"])
+    hfl.evaluate(chosen, (masks, Y), log=print)
 
 
 def test_configured_range_applies_to_all_pixels() -> None:

@@ -130,7 +130,14 @@ def join_images_and_table(
         column, kind = next(iter(left_out.items()))
         raise UserError(f"{where}: column '{column}': expected numbers, got {kind}")
     image_set = replace(image_set, pixel_range=pixel_range)
-    pixels = choose_range(image_set, DataConfig(), ClientRows({}), {}, "pass pixel_range=MAXIMUM")
+    pixels = choose_range(
+        image_set,
+        DataConfig(),
+        ClientRows({}),
+        {},
+        "pass pixel_range=MAXIMUM",
+        is_chosen=pixel_range is not None,
+    )
     train = _join_rows(image_set.train, values, table_ids, without_image, pixels.value)
     if label is not None and without_image:
         labels = _table_labels(frame[label], without_image, image_set.task, where)

@@ -239,9 +239,12 @@ def _to_image(x: Any, shape: list[int | str], pixel_range: float, where: str) ->
         and _shapes_match((x.shape[3], *x.shape[1:3]), shape)
     ):
         x = np.moveaxis(x, 3, 1)
-    if x.dtype.kind == "b":
-        x = x.astype(np.float32)
-    if x.dtype.kind in "ui":
+    if x.dtype.kind == "b" and pixel_range > 1 and x.any():
+        raise ScoringError(
+            f"{where}: expected integers from 0 to {pixel_range:g}, or floats from 0 to 1, got "
+            "booleans"
+        )
+    if x.dtype.kind in "bui":
         if x.size and (x.min() < 0 or x.max() > pixel_range):
             raise ScoringError(
                 f"{where}: expected integers from 0 to {pixel_range:g}, or floats from 0 to 1, "

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.config.base import OptimizerConfig, Settings
 from hetero_fl.config.clients import (
     AugmentConfig,
     ClientGroup,
@@ -77,9 +77,10 @@ class Client:
             `seeded`, the weights depend on the seed only, so that all clients with the same
             architecture start equal. Default: `given` for modules, `seeded` for classes, functions
             and names.
-        optimizer: Optimizer of local training: a configuration such as `Adam(lr=1e-3)`, or a
-            function or class that creates a `torch.optim.Optimizer` from parameters, such as
-            `lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3)`.
+        optimizer: Optimizer of local training: a configuration such as `Adam(lr=1e-3)`; a name such
+            as "adam", or a dictionary of the keys of the section; or a function or class that
+            creates a `torch.optim.Optimizer` from parameters, such as
+            `functools.partial(torch.optim.RMSprop, lr=1e-3)`.
         epochs: Number of local epochs per round.
         steps: Number of local optimizer steps per round, instead of `epochs`. Only one of the two
             can be set. It replaces both defaults of the federation.
@@ -129,7 +130,7 @@ class Client:
         test: Any = None,
         head: str | None = None,
         init: Init | None = None,
-        optimizer: OptimizerConfig | OptimizerFunction | None = None,
+        optimizer: OptimizerConfig | OptimizerFunction | Mapping[str, Any] | str | None = None,
         epochs: int | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
@@ -173,18 +174,23 @@ class Client:
         settings = {
             key: plain_value(value) for key, value in arguments.items() if value is not None
         }
-        if isinstance(optimizer, str | torch.optim.Optimizer):
-            raise TypeError(
-                f"Client({name!r}): optimizer: expected an optimizer such as Adam(lr=1e-3), or a "
-                f"function of parameters, got {type(optimizer).__name__}"
-            )
         where = f"Client({name!r}): "
+        if isinstance(optimizer, torch.optim.Optimizer):
+            title = type(optimizer).__name__
+            shown = f"torch.optim.{title}" if hasattr(torch.optim, title) else title
+            raise TypeError(
+                f"{where}optimizer: expected a function of parameters or a configuration, got an "
+                f"optimizer of given parameters; pass functools.partial({shown}, lr=...) or "
+                "{'name': 'adam', 'lr': ...}"
+            )
         label = column_name(label)
         patient = column_name(patient)
         if not isinstance(label, str | None):
             raise TypeError(f"{where}label: expected the name of a column, got {label!r}")
         _check_columns(data, where, label, patient)
-        if callable(optimizer):
+        if isinstance(optimizer, str):
+            settings["optimizer"] = {"name": optimizer}
+        elif callable(optimizer):
             settings["optimizer"] = optimizer_section(optimizer, where)
         self.name = name
         self.data = data
@@ -452,7 +458,13 @@ def plain_value(value: Any) -> Any:
 
     Configuration sections become dictionaries of the keys that are set, tuples become lists, and
     functions and classes become references. Other values are returned unchanged.
+
+    Raises:
+        TypeError: If the value is the class of a section.
     """
+    if isinstance(value, type) and issubclass(value, Settings):
+        title = value.__name__.removesuffix("Config")
+        raise TypeError(f"expected {title}(...), got the class {title}; call it")
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, tuple):

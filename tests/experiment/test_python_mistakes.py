@@ -302,8 +302,29 @@ SETTINGS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "optimizer with parameters": (
         TypeError,
-        "optimizer: expected an optimizer such as Adam.*got SGD",
-        lambda: hfl.Client("a", "mlp", optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))])),
+        "got an optimizer of given parameters; pass functools.partial.torch.optim.SGD, lr=...",
+        lambda: hfl.Client(
+            "a",
+            "mlp",
+            optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))]),  # type: ignore[arg-type]
+        ),
+    ),
+    "misspelled optimizer": (
+        UserError,
+        r"Client\('a'\): optimizer.name: unknown value 'adan'; did you mean 'adam'",
+        lambda: hfl.Client("a", "mlp", optimizer="adan"),
+    ),
+    "class of a section": (
+        TypeError,
+        r"expected Adam\(...\), got the class Adam; call it",
+        lambda: hfl.Client("a", "mlp", optimizer=hfl.Adam),
+    ),
+    "class of a section of a run": (
+        TypeError,
+        r"expected Privacy\(...\), got the class Privacy; call it",
+        lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y))]).prepare(
+            privacy=hfl.Privacy,  # type: ignore[arg-type]
+        ),
     ),
     "epochs and steps": (
         UserError,

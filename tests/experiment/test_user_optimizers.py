@@ -71,6 +71,19 @@ def test_optimizer_without_closure_equals_sgd() -> None:
     assert torch.allclose(first, second, atol=1e-6)
 
 
+def test_name_of_an_optimizer_replaces_the_default_one() -> None:
+    defaults = hfl.ClientSettings(optimizer=hfl.SGD(lr=0.2, momentum=0.9))
+    clients = [
+        hfl.Client("a", "linear", images(30, 1), optimizer="adam"),
+        hfl.Client("b", "linear", images(30, 2)),
+    ]
+
+    prepared = hfl.Federation(clients, defaults=defaults).prepare()
+
+    used = prepared.federation.client_infos["a"].settings.optimizer
+    assert (used.name, used.lr, used.momentum) == ("adam", 1e-3, 0.0)
+
+
 def test_optimizer_of_some_parameters_is_accepted() -> None:
     run = federation(optimizer=make_sgd_of_matrices).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
 

@@ -53,7 +53,7 @@ from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.notebook import html_items, html_table
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, iterate_objects, name_object
 from hetero_fl.utils.registry import reference_to
 from hetero_fl.utils.text import pluralize
@@ -302,9 +302,13 @@ class Federation:
             The run, ready to train.
 
         Raises:
+            TypeError: If a section is unknown.
             UserError: If the federation, the method and the settings do not fit together, or the
                 data cannot be loaded.
         """
+        for name in sections.keys() - Sections.__annotations__.keys():
+            hint = suggest_or_list(name, [*Sections.__annotations__, "rounds", "overrides"])
+            raise TypeError(f"prepare() got an unexpected keyword argument '{name}'{hint}")
         config = self._configuration(method, rounds, sections)
         kept = (*self._objects, method, sections)
         if not self._names_arguments:

@@ -314,6 +314,13 @@ SETTINGS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         r"Client\('a'\): optimizer.name: unknown value 'adan'; did you mean 'adam'",
         lambda: hfl.Client("a", "mlp", optimizer="adan"),
     ),
+    "misspelled section": (
+        TypeError,
+        r"prepare\(\) got an unexpected keyword argument 'evalution'; did you mean 'evaluation'",
+        lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y))]).prepare(
+            evalution=hfl.Evaluation(every=2),  # type: ignore[call-arg]
+        ),
+    ),
     "class of a section": (
         TypeError,
         r"expected Adam\(...\), got the class Adam; call it",

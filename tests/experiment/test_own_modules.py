@@ -971,8 +971,8 @@ class Permuted(nn.Module):
 @pytest.mark.parametrize("chunk", [1, 8])
 def test_received_model_has_the_integers_of_the_initial_model(chunk: int) -> None:
     clients = [hfl.Client(name, Permuted, data) for name, data in DATA.items()]
-    federation = hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg()).federation
-    client = federation.client("site_0", PrivateState(), 0)
+    prepared = hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg(), overrides=["seed=3"])
+    client = prepared.federation.client("site_0", PrivateState(), 0)
     arch = client.arch["model"]
     received = floating_tensors(client.models["model"])
     rows = torch.from_numpy(TEST[0]).float()
@@ -984,6 +984,38 @@ def test_received_model_has_the_integers_of_the_initial_model(chunk: int) -> Non
 
     for outputs in found:
         torch.testing.assert_close(outputs, module(rows).logits)
+
+
+class SmallBatches(Permuted):
+    """A class whose forward pass assigns a buffer for batches of fewer than four rows."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) < 4:
+            self.shift = 0.5 * self.shift
+        return super().forward(x - self.shift)
+
+
+def test_assigned_buffers_of_some_batches_are_those_of_one_client_at_a_time() -> None:
+    splits = {"validation": rows(8, 7), "test": rows(8, 8)}
+    clients = [hfl.Client(name, SmallBatches, rows(22, 1), **splits) for name in DATA]
+    defaults = hfl.ClientSettings(batch_size=4, epochs=1)
+
+    runs = [
+        hfl.Federation(clients, test=TEST, defaults=defaults).train(
+            hfl.Local(), rounds=1, overrides=[*QUIET, f"runtime.executor={executor}"]
+        )
+        for executor in ("serial", "batched")
+    ]
+
+    shifts = [own_names(run.models["site_0"].tensors)["shift"] for run in runs]
+    assert torch.equal(shifts[0], torch.full([WIDTH], 0.5))
+    assert torch.equal(shifts[0], shifts[1])
 
 
 class Masked(Permuted):

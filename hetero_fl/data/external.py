@@ -473,6 +473,11 @@ def _hold_out(
         x = require_tensor(train.x, PROXY_COLUMNS)
         complete = rows[dataset.layout.has_values(x[rows], names, PROXY_COLUMNS)]
         detail = f" with {' and '.join(names)}"
+    if not len(rows):
+        raise UserError(
+            f"data.proxy.size: must be 0, because no training rows are divided, got {size}; set "
+            "data.proxy.source"
+        )
     if size >= len(complete):
         raise UserError(
             f"data.proxy.size: must be < {len(complete)}, the number of training rows{detail}, "

@@ -23,7 +23,7 @@ from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.config.describe import to_yaml
-from hetero_fl.config.load import Overrides, Source, override_list, plain
+from hetero_fl.config.load import Overrides, Source, apply_overrides, override_list, plain
 from hetero_fl.config.population import expand_population, key_without_effect
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
@@ -311,9 +311,10 @@ class Federation:
             raise TypeError(f"prepare() got an unexpected keyword argument '{name}'{hint}")
         config = self._configuration(method, rounds, sections)
         kept = (*self._objects, method, sections)
-        if not self._names_arguments:
-            return replace(prepare(config, overrides, allow_code=self._allow_code), kept=kept)
         given = override_list(overrides)
+        self._check_overrides(config, given)
+        if not self._names_arguments:
+            return replace(prepare(config, given, allow_code=self._allow_code), kept=kept)
         with errors_with_arguments(given):
             prepared = prepare(config, given, allow_code=self._allow_code)
         notes = [with_arguments(note, given) for note in prepared.notes]
@@ -480,9 +481,11 @@ class Federation:
             temporary = TemporaryFolder()
             out = temporary.path
         given = override_list(overrides)
+        config = self._configuration(None, rounds, sections)
+        self._check_overrides(config, given)
         with errors_with_arguments(given) if self._names_arguments else nullcontext():
             comparison = compare(
-                self._configuration(None, rounds, sections),
+                config,
                 [_variant(method) for method in methods],
                 seeds,
                 out=out,
@@ -509,6 +512,23 @@ class Federation:
         if Path(path).exists():
             raise UserError(f"{path}: already exists; choose another name")
         Path(path).write_text(to_yaml(self._config), encoding="utf-8")
+
+    def _check_overrides(self, config: dict[str, Any], overrides: list[str]) -> None:
+        """Raise UserError if overrides replace the clients or the data of this program."""
+        if self.is_from_file or not overrides:
+            return
+        changed = apply_overrides(config, overrides)
+        given = {"clients.count": None}
+        if self._names_arguments:
+            given["data.name"] = config["data"]["name"]
+        for path, value in given.items():
+            section, key = path.split(".")
+            found = changed[section]
+            if isinstance(found, dict) and found.get(key) != value:
+                raise UserError(
+                    f"{path}: cannot be overridden, because the program passes the {section}; "
+                    "create another Federation"
+                )
 
     def _configuration(
         self, method: MethodLike, rounds: int | None, sections: Sections

@@ -129,6 +129,21 @@ def test_each_key_of_the_data_has_an_effect_or_is_refused(way: str, tmp_path: Pa
     assert silent == []
 
 
+@pytest.mark.parametrize("way", ["own_data", "own_frames", "divided"])
+@pytest.mark.parametrize(
+    "override",
+    ["clients.count=3", "clients={count: 2}", "data.name=digits", "data={name: synthetic_table}"],
+)
+def test_objects_of_the_program_are_not_overridden(way: str, override: str) -> None:
+    with pytest.raises(UserError, match="cannot be overridden, because the program passes the"):
+        WAYS[way](Path(), [override])
+
+
+def test_proxy_rows_without_divided_rows_are_refused() -> None:
+    with pytest.raises(UserError, match="must be 0, because no training rows are divided, got 10"):
+        own_frames(Path(), ["data.proxy.size=10"])
+
+
 def federation_with(**arguments: Any) -> hfl.Federation:
     client = hfl.Client("a", "mlp", FRAME[:120], label="y")
     return hfl.Federation([client, hfl.Client("b", "mlp", (X[120:], Y[120:]))], **arguments)

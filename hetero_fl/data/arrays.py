@@ -136,6 +136,7 @@ def from_arrays(
         tuple(columns),
         vocabulary,
         names,
+        patient is not None,
     )
     for line in remarks:
         warnings.warn(line, UserWarning, stacklevel=2)
@@ -188,6 +189,7 @@ def _parse_inputs(
     columns: tuple[str, ...],
     vocabulary: Vocabulary | None,
     names: ExampleNames,
+    has_patients: bool,
 ) -> tuple[list[Tensor], tuple[str, ...]]:
     """Return x of each split as tensors, and remarks on images and columns of ids.
 
@@ -196,6 +198,7 @@ def _parse_inputs(
         columns: Names of columns or channels.
         vocabulary: Vocabulary if the inputs are tokens, otherwise None.
         names: Names of x, y and rows in the source. Columns of named sources are not checked.
+        has_patients: Whether the patient of each row is known.
     """
     if vocabulary is not None:
         return [_tokens(x, where, names) for where, x in raw.items()], ()
@@ -203,7 +206,8 @@ def _parse_inputs(
     _check_series(tensors, columns)
     inputs, notes = _images(tensors)
     if names is ARRAY_NAMES:
-        notes += tuple(note_identifiers(inputs[0], columns, "pass its values as patient=..."))
+        advice = "" if has_patients else ", or pass its values as patient=..."
+        notes += tuple(note_identifiers(inputs[0], columns, advice))
     return inputs, notes
 
 

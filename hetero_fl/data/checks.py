@@ -279,7 +279,7 @@ def note_identifiers(x: Column, columns: Sequence[str], advice: str) -> list[str
     Args:
         x: Inputs. Only tables `[N, F]` with several columns are checked.
         columns: Names of the columns, or empty.
-        advice: How to keep the rows of a patient together.
+        advice: End of the warnings: how to keep the rows of a patient together, if it is not known.
     """
     if not isinstance(x, Tensor) or x.ndim != 2 or len(x) < MIN_IDENTIFIED or x.shape[1] < 2:
         return []
@@ -294,7 +294,7 @@ def note_identifiers(x: Column, columns: Sequence[str], advice: str) -> list[str
             notes.append(
                 Caution(
                     f"column {name} of x has another integer in almost every row, as an id has, "
-                    f"and is a feature; remove the column, or {advice}"
+                    f"and is a feature; remove the column{advice}"
                 )
             )
     return notes

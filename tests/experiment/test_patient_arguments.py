@@ -16,6 +16,7 @@ import hetero_fl as hfl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import from_arrays, load_source
 from hetero_fl.data.sources.images import patients_of_files
+from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 
@@ -146,14 +147,49 @@ def test_columns_of_ids_are_warnings(values: Any, words: str) -> None:
     assert len(found) == 1 and words in found[0] and "pass patient='pid'" in found[0]
 
 
-def test_columns_of_ids_are_no_warnings_if_the_patients_are_given() -> None:
-    sites = frame(40), frame(40, seed=1)
+@pytest.mark.parametrize("prefix", ["", "p"])
+def test_the_given_patients_are_named_if_they_are_a_feature(prefix: str) -> None:
+    sites = frame(40, prefix=prefix), frame(40, seed=1, prefix=prefix)
     own = [
         hfl.Client(str(i), "mlp", site, label="ill", patient=site.pid.to_numpy())
         for i, site in enumerate(sites)
     ]
 
-    assert not [note for note in warnings_of(hfl.Federation(own)) if "'pid'" in note]
+    found = [note for note in warnings_of(hfl.Federation(own)) if "'pid'" in note]
+
+    named = "column 'pid' identifies the patients, too, and is a feature; remove the column"
+    assert [note.partition(": data: ")[2] for note in found] == ([] if prefix else [named] * 2)
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("kind", ["frame", "hugging_face"])
+def test_ids_beside_the_given_patients(kind: str, as_array: bool) -> None:
+    x, y, who = visits(60)
+    table = pd.DataFrame(x, columns=COLUMNS).assign(
+        mrn=who,
+        visit_id=np.arange(240) // 2,
+        subject=[f"s{each // 2}" for each in who],
+        image=np.arange(240),
+        ill=y,
+    )
+    patient = "mrn"
+    if as_array:
+        table = table.drop(columns="mrn")
+        patient = who
+    data: Any = table
+    if kind == "hugging_face":
+        data = pytest.importorskip("datasets").Dataset.from_pandas(table)
+
+    found = to_dataset(data, "data", "ill", patient=patient).notes
+
+    cautions = [note.removeprefix("data: ") for note in found if isinstance(note, Caution)]
+    assert cautions == [
+        "column 'visit_id' seems to identify rows of a patient, and is a feature; remove the "
+        "column",
+        "column 'subject' seems to identify patients, too, and repeats; pass patient='subject' to "
+        "keep the rows of a patient together, otherwise they are divided between training and test",
+        "column 'image' seems to identify rows of a patient, and is a feature; remove the column",
+    ]
 
 
 def test_other_columns_are_no_ids() -> None:
@@ -181,6 +217,9 @@ def test_ids_in_arrays_are_warnings() -> None:
     (note,) = from_arrays(x, y).notes
 
     assert isinstance(note, Caution) and "column 1 of x has another integer" in note
+    assert note.endswith("; remove the column, or pass its values as patient=...")
+    (note,) = from_arrays(x, y, patient=y).notes
+    assert note.endswith(", and is a feature; remove the column")
 
 
 def write_images(folder: Path, splits: tuple[str, ...] = ("",)) -> Path:

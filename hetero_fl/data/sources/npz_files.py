@@ -92,6 +92,7 @@ def read_npz(
         raise UserError(
             f"patient: array '{patient}' not found in {path}{suggest_or_list(patient, names)}"
         )
+    advice = "" if patients is not None else ", or move it to an array 'patient'"
     return Dataset(
         name,
         task,
@@ -99,7 +100,7 @@ def read_npz(
         splits.get("validation"),
         splits.get("test"),
         about=f"local file {path.name}",
-        notes=(*notes, *note_identifiers(train.x, (), "move it to an array 'patient'")),
+        notes=(*notes, *note_identifiers(train.x, (), advice)),
     )
 
 

@@ -73,28 +73,11 @@ def to_dataset(
         >>> to_dataset((x, y), "data").train
         Examples(6 rows: x uint8 [1, 28, 28], y int64)
     """
-    column = patient if isinstance(patient, str) else None
-    if column is not None and not has_columns(data):
+    if isinstance(patient, str) and not has_columns(data):
         raise UserError(
             f"{where}: patient: expected the patient of each row of {type(data).__name__}, as only "
-            f"data frames have columns, got '{column}'"
+            f"data frames have columns, got '{patient}'"
         )
-    dataset = _convert(data, where, label, categories, column, **options)
-    if column is not None or patient is None:
-        return dataset
-    train = with_patients(dataset.train, patient, f"{where}: patient")
-    notes = tuple(note for note in dataset.notes if DIVIDED_PATIENTS not in note)
-    return replace(dataset, train=train, notes=notes)
-
-
-def _convert(
-    data: Any,
-    where: str,
-    label: str | None,
-    categories: Categories | None,
-    patient: str | None,
-    **options: Any,
-) -> Dataset:
     if is_frame(data):
         kind = options.get("task")
         return _from_frame(
@@ -108,7 +91,7 @@ def _convert(
             f"{type(data).__name__}"
         )
     if isinstance(data, Dataset):
-        return data
+        return data if patient is None else _with_patients(data, patient, where)
     if isinstance(data, torch.utils.data.Dataset):
         x, y = _from_torch(data, where)
     else:
@@ -116,7 +99,14 @@ def _convert(
     with warnings.catch_warnings():
         # The same remarks are in the notes of the data set.
         warnings.simplefilter("ignore")
-        return replace(from_arrays(x, y, name=where, **options), name="arrays")
+        dataset = from_arrays(x, y, name=where, patient=patient, **options)
+        return replace(dataset, name="arrays")
+
+
+def _with_patients(dataset: Dataset, patient: Any, where: str) -> Dataset:
+    train = with_patients(dataset.train, patient, f"{where}: patient")
+    notes = tuple(note for note in dataset.notes if DIVIDED_PATIENTS not in note)
+    return replace(dataset, train=train, notes=notes)
 
 
 def to_pair(data: Any, where: str) -> Any:
@@ -208,7 +198,7 @@ def _from_frame(
     where: str,
     label: str | None,
     categories: Categories | None,
-    patient: str | None,
+    patient: Any,
     *,
     kind: str | None = None,
 ) -> Dataset:
@@ -301,7 +291,7 @@ def _from_hugging_face(
     where: str,
     label: str | None,
     categories: Categories | None,
-    patient: str | None,
+    patient: Any,
     *,
     labeled: bool = True,
     num_classes: int | None = None,
@@ -315,7 +305,13 @@ def _from_hugging_face(
         )
     given = None if categories is None else dict(categories)
     kind = task.kind if isinstance(task, Task) else task
-    config = SourceConfig(
-        name=HUB_PREFIX, label=label, categories=given, patient=patient, task=kind
+    column = patient if isinstance(patient, str) else None
+    config = SourceConfig(name=HUB_PREFIX, label=label, categories=given, patient=column, task=kind)
+    return read_hub_splits(
+        {"train": data},
+        where,
+        config,
+        labeled=labeled,
+        num_classes=num_classes,
+        patient=None if column else patient,
     )
-    return read_hub_splits({"train": data}, where, config, labeled=labeled, num_classes=num_classes)

@@ -10,6 +10,7 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 from pandas.api import types
+from torch import Tensor
 
 from hetero_fl.data.checks import DIVIDED_PATIENTS, first_true, is_identifier
 from hetero_fl.utils.errors import UserError, check_names
@@ -434,7 +435,10 @@ def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoRetur
 
 
 def describe_identifiers(
-    columns: Iterable[pd.Series], used: Collection[str], in_config: bool
+    columns: Iterable[pd.Series],
+    used: Collection[str],
+    in_config: bool,
+    patient: Sequence[object] | Tensor | None = None,
 ) -> list[Caution]:
     """Return warnings about columns that seem to identify patients or rows.
 
@@ -444,6 +448,7 @@ def describe_identifiers(
         columns: Columns other than labels, groups and patients.
         used: Names of the columns that are features.
         in_config: Whether the patients are set in the configuration instead of by an argument.
+        patient: Patient of each row. If None, the rows have no patients.
     """
     remarks = []
     for column in columns:
@@ -467,18 +472,27 @@ def describe_identifiers(
         )
         keep = f"set data.patient={name}" if in_config else f"pass patient='{name}'"
         feature = ", and the column is a feature" if name in used else ""
-        if (is_id or is_named) and distinct < len(present):
+        relation = None if patient is None else _relation(present, patient)
+        if (is_id or is_named) and distinct < len(present) and relation is None:
+            too = "" if patient is None else ", too,"
             remarks.append(
                 Caution(
-                    f"column '{name}' seems to identify patients and repeats{feature}; {keep} to "
-                    f"keep the rows of a patient together, otherwise {DIVIDED_PATIENTS}"
+                    f"column '{name}' seems to identify patients{too} and repeats{feature}; {keep} "
+                    f"to keep the rows of a patient together, otherwise {DIVIDED_PATIENTS}"
                 )
             )
-        elif is_id and is_number and feature:
-            remarks.append(
-                Caution(
-                    f"column '{name}' has another integer in almost every row, as an id has, and "
-                    f"is a feature; remove the column, or {keep}"
-                )
-            )
+        elif feature and ((is_id and is_number) or ((is_id or is_named) and relation)):
+            found = relation or "has another integer in almost every row, as an id has"
+            cure = f"remove the column, or {keep}" if patient is None else "remove the column"
+            remarks.append(Caution(f"column '{name}' {found}, and is a feature; {cure}"))
     return remarks
+
+
+def _relation(column: pd.Series, patient: Sequence[object] | Tensor) -> str | None:
+    """Describe a column of ids if each value belongs to one patient, and otherwise return None."""
+    owners = column.groupby(np.asarray(patient)[column.index])
+    pairs = owners.nunique().sum()
+    if pairs > column.nunique():
+        return None
+    is_patient = pairs == owners.ngroups
+    return "identifies the patients, too" if is_patient else "seems to identify rows of a patient"

@@ -26,6 +26,7 @@ from hetero_fl.data.dataset import (
     Examples,
     index_names,
     indicator_names,
+    owner_list,
 )
 from hetero_fl.data.labels import read_labels
 from hetero_fl.data.registry import TABLE_SUFFIXES
@@ -167,7 +168,7 @@ def read_table(
     label: str,
     *,
     group: str | None = None,
-    patient: str | None = None,
+    patient: Any = None,
     kind: str | None = None,
     categories: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Dataset:
@@ -186,7 +187,8 @@ def read_table(
             header.
         label: Column of the labels, or several columns separated by commas.
         group: Column of the groups. If None, rows have no groups.
-        patient: Column of the patients. If None, rows have no patients.
+        patient: Column of the patients, or the patient of each row, `[N]`. If None, rows have no
+            patients.
         kind: Kind of the task, "multiclass", "multilabel" or "regression". If None, the kind is
             inferred from the labels.
         categories: Text columns to one-hot encode, with their values. If None, all text columns
@@ -202,12 +204,14 @@ def read_table(
     owners = {
         key: column
         for key, column in (("group", group), ("patient", patient))
-        if column is not None
+        if isinstance(column, str)
     }
     _check_special_columns(frame, labels, owners, path)
     indexed = {
         key: index_names(parse_names(frame[column], where)) for key, column in owners.items()
     }
+    if patient is not None and "patient" not in indexed:
+        indexed["patient"] = index_names(owner_list(patient, len(frame), f"{where}: patient"))
     rest = frame.drop(columns=list(set(owners.values())))
     given = () if categories is None else tuple(categories)
     # Names of classes may be similar to decimal commas, such as "1,2".
@@ -237,11 +241,9 @@ def read_table(
     place = f"table {title}" if isinstance(path, Path) else where
     notes = [f"{place}: {'; '.join(summary)}", *label_notes]
     notes += [prefix_note(place, remark) for remark in remarks]
-    if patient is None:
-        others = [rest[name] for name in rest.columns]
-        in_config = isinstance(path, Path)
-        found = describe_identifiers(others, used, in_config)
-        notes += [prefix_note(place, note) for note in found]
+    others = [rest[name] for name in rest.columns]
+    found = describe_identifiers(others, used, isinstance(path, Path), patients)
+    notes += [prefix_note(place, note) for note in found]
     return Dataset(
         "table",
         task,

@@ -20,6 +20,7 @@ from hetero_fl.data.dataset import (
     Examples,
     index_names,
     note_unspaced,
+    owner_list,
     split_words,
 )
 from hetero_fl.data.registry import HUB_PREFIX
@@ -71,7 +72,7 @@ class _Parts:
     splits: HubSplits
     columns: HubColumns
     targets: Mapping[str, Any]
-    options: Mapping[str, Any]
+    options: dict[str, Any]
     where: str
     config: SourceConfig
     notes: list[str]
@@ -88,6 +89,7 @@ def read_hub_splits(
     *,
     labeled: bool = True,
     num_classes: int | None = None,
+    patient: Any = None,
 ) -> Dataset:
     """Convert data sets of `datasets` to a data set.
 
@@ -102,6 +104,7 @@ def read_hub_splits(
         config: Source configuration.
         labeled: Whether there are labels. If False, the targets have no meaning.
         num_classes: Number of classes of integer labels (see `from_arrays`).
+        patient: Patient of each training row, `[N]`, if no column contains it.
 
     Raises:
         UserError: If a column is missing or has an unsupported type, or a value is invalid.
@@ -114,6 +117,8 @@ def read_hub_splits(
     columns = find_columns(train, where, config, labeled)
     kind = input_kind(train.features, columns.inputs, where, config)
     parts = _with_labels(splits, columns, where, config, labeled)
+    if patient is not None:
+        parts.options["patient"] = owner_list(patient, len(train), f"{where}: patient")
     if not isinstance(parts.options["task"], Task):
         parts = replace(parts, options={**parts.options, "num_classes": num_classes})
     if kind != "table":
@@ -131,7 +136,7 @@ def read_hub_splits(
         dataset = _from_arrays(parts, arrays, channels)
     else:
         dataset = _table(parts)
-    if labeled and columns.patient is None:
+    if labeled:
         _note_identifiers(parts, dataset)
     return replace(dataset, notes=(*parts.notes, *dataset.notes))
 
@@ -246,12 +251,12 @@ def _table(parts: _Parts) -> Dataset:
 
 
 def _note_identifiers(parts: _Parts, dataset: Dataset) -> None:
-    """Note columns that seem to identify patients although no column is named as such."""
+    """Note columns that seem to identify patients and are not named as such."""
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_columns import describe_identifiers
 
     train = parts.splits["train"]
-    special = (*parts.columns.labels, parts.columns.group)
+    special = (*parts.columns.labels, parts.columns.group, parts.columns.patient)
     columns = (
         read_column(train, name)
         for name, feature in train.features.items()
@@ -259,7 +264,8 @@ def _note_identifiers(parts: _Parts, dataset: Dataset) -> None:
     )
     used = ColumnLayout(dataset.columns, (), dataset.categories).names
     in_config = parts.where.startswith("name: ")
-    for remark in describe_identifiers(columns, used, in_config):
+    patient = parts.options.get("patient")
+    for remark in describe_identifiers(columns, used, in_config, patient):
         parts.note(remark)
 
 

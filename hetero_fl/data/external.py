@@ -224,12 +224,15 @@ def match_columns(
         for name in common_set.columns
         if name not in names and encoded.get(name) not in existing
     ]
+    unknown = [
+        name for name in names if name not in common_set.columns and not name.startswith(prefixes)
+    ]
     for name in absent:
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
             raise UserError(
-                f"{where}: column '{column}' not found, which "
-                f"{owner or 'the main data set'} contains{suggest_or_list(column, names)}{advice}"
+                f"{where}: column '{column}' not found, which {owner or 'the main data set'} "
+                f"contains{suggest_or_list(column, unknown)}{advice}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
     x = (
@@ -239,9 +242,6 @@ def match_columns(
     )
     indices = [
         names.index(n) if n in names else len(names) + (n not in absent) for n in common_set.columns
-    ]
-    unknown = [
-        name for name in names if name not in common_set.columns and not name.startswith(prefixes)
     ]
     return x[..., indices], unknown
 

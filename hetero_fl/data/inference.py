@@ -22,7 +22,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.utils.errors import UserError, check_names
+from hetero_fl.utils.errors import UserError, check_names, closest_misspelling
 
 WHERE = "predict: x"
 
@@ -73,8 +73,8 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
 def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     """Return the columns of a data frame in the order of the model, shape `[N, F]`.
 
-    Missing columns are NaN. Unknown columns, such as the label, are ignored unless a column is
-    missing.
+    Missing columns are NaN. Unknown columns, such as the label, are ignored unless their name is
+    similar to that of a missing column.
     """
     # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_columns import (
@@ -89,13 +89,15 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     known = model.columns
     encoded = ColumnLayout(known, categories=model.categories).encoded_columns
     readable = [*known, *categories]
-    absent = [n for n in view.names(known) if n not in names and encoded.get(n) not in names]
-    if absent:
-        # An unknown column is probably a misspelled one.
-        check_names(names, readable, f"{WHERE}: unknown column")
-        if view.missing is None:
-            missing = encoded.get(absent[0], absent[0])
-            raise UserError(f"{WHERE}: column '{missing}' not found, which the model needs")
+    unknown = [name for name in names if name not in readable]
+    for column in view.names(known):
+        missing = encoded.get(column, column)
+        if column in names or missing in names:
+            continue
+        similar = closest_misspelling(missing, unknown)
+        if view.missing is None or similar is not None:
+            cure = "" if similar is None else f"; did you mean '{similar}'?"
+            raise UserError(f"{WHERE}: column '{missing}' not found, which the model needs{cure}")
     rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
     for name in names:
         if name in categories:

@@ -106,16 +106,16 @@ def test_predict_matches_columns_by_name(
     if absent is not None:
         with_nan = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
         assert torch.equal(
-            run.predict("c_1", frame.drop(columns=absent)), run.predict("c_1", with_nan)
+            run.predict("c_1", with_label.drop(columns=absent)), run.predict("c_1", with_nan)
         )
     for wrong, words in (
-        (frame.rename(columns={"b": "bb"}), "predict: x: unknown column 'bb'; did you mean 'b'"),
+        (with_label.rename(columns={"a": "aa"}), "x: column 'a' not found, .*; did you mean 'aa'"),
         (frame[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),
         (frame.assign(b="much"), "predict: x: column 'b': expected numbers, got text"),
         *(
             []
             if "missing" in view
-            else [(frame[["b", "c"]], "predict: x: column 'a' not found, which the model needs")]
+            else [(with_label[["pid", "b", "c"]], "column 'a' not found, which the model needs$")]
         ),
     ):
         with pytest.raises(UserError, match=words) as refused:

@@ -105,9 +105,13 @@ def _split_classifier(
             split.set_source(module, "head")
             return split
     paths = {part: path for path, part in module.named_modules()}
-    if head is not None and head not in paths.values():
-        raise ModelError(f"head: no submodule '{head}'{suggest_names(head, paths.values())}")
-    candidates = _find_heads(calls, logits) if head is None else [module.get_submodule(head)]
+    candidates = _find_heads(calls, logits)
+    if head is not None:
+        if head not in paths.values():
+            found = f"; choose from {', '.join(paths[part] for part in candidates)}"
+            hint = suggest_names(head, paths.values()) or (found if candidates else "")
+            raise ModelError(f"head: no submodule '{head}'{hint}")
+        candidates = [module.get_submodule(head)]
     for candidate in candidates:
         # An operation in place leaves the head's output, but increases its version.
         is_last = not logits._version and any(p is candidate and z is logits for p, z in calls)

@@ -101,7 +101,7 @@ class Ensemble(Local):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         for profile in clients.profiles:
-            require_sent_state(f"clients: {profile.first}: model", profile.arch)
+            require_sent_state(f"clients: '{profile.first}': model", profile.arch)
             if profile.settings.prior_correction:
                 require_linear_head(profile.first, profile.arch)
         return super().configure(clients)
@@ -196,7 +196,7 @@ class Centralized(Algorithm):
     @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         for profile in clients.profiles if self.each_architecture else [clients.main_profile]:
-            require_sent_state(f"clients: {profile.first}: model", profile.arch)
+            require_sent_state(f"clients: '{profile.first}': model", profile.arch)
         return super().configure(clients)
 
     @override

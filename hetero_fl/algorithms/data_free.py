@@ -200,7 +200,7 @@ class Dense(DataFreeDistillation):
                 "algorithm.name: dense cannot generate tokens; choose another method for text"
             )
         for profile in clients.profiles:
-            require_sent_state(f"clients: {profile.first}: model", profile.arch)
+            require_sent_state(f"clients: '{profile.first}': model", profile.arch)
             own = profile.arch.input_shape
             shape = arch.input_shape
             if not is_convertible(shape, own):

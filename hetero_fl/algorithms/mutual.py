@@ -465,7 +465,7 @@ class FedMRL(MenteeTraining):
             return method, notes
         if method.mentee.feature_dim or smallest < 2:
             is_set = method.mentee.feature_dim is not None
-            key = "algorithm.mentee.feature_dim" if is_set else f"clients: {client_id}: model"
+            key = "algorithm.mentee.feature_dim" if is_set else f"clients: '{client_id}': model"
             raise UserError(
                 f"{key}: the mentee's feature width must be smaller than that of {client_id}, got "
                 f"{width} and {smallest}"

@@ -100,8 +100,8 @@ def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
         name.startswith("backbone.") for name in arch.parameter_names
     ):
         raise UserError(
-            f"clients: {client_id}: model: the features of '{arch.name}' are its inputs, and this "
-            "method uploads features; choose a model with a backbone, such as mlp, or set "
+            f"clients: '{client_id}': model: the features of '{arch.name}' are its inputs, and "
+            "this method uploads features; choose a model with a backbone, such as mlp, or set "
             "algorithm.feature_dim to another width"
         )
 
@@ -112,7 +112,8 @@ def require_linear_head(client_id: str, arch: ModelSpec) -> None:
     if head != ["head.bias", "head.weight"]:
         found = ", ".join(head) or "no parameters"
         raise UserError(
-            f"clients: {client_id}: model: this method needs a linear head with a bias, got {found}"
+            f"clients: '{client_id}': model: this method needs a linear head with a bias, got "
+            f"{found}"
         )
 
 

@@ -90,23 +90,23 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
         )
     check_limit("rounds", config.rounds, "rounds", allows.rounds)
     check_limit(
-        f"clients: {client}: epochs",
+        f"clients: '{client}': epochs",
         None if settings.steps else settings.epochs,
         "epochs",
         allows.epochs,
     )
-    check_limit(f"clients: {client}: steps", settings.steps, "steps", allows.steps)
+    check_limit(f"clients: '{client}': steps", settings.steps, "steps", allows.steps)
     own = ClientSettings.model_validate(site.settings())
     for key in SITE_KEYS:
         if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
             raise RequestRefusedError(
-                f"clients: {client}: {key}: must be equal to {key} in this site's file"
+                f"clients: '{client}': {key}: must be equal to {key} in this site's file"
             )
     if site.shares is not None and (
         forbidden := [s for s in settings.shares if not _is_allowed(s, own.shares)]
     ):
         raise RequestRefusedError(
-            f"clients: {client}: shares: {', '.join(forbidden)} not allowed; "
+            f"clients: '{client}': shares: {', '.join(forbidden)} not allowed; "
             f"this site's shares are {', '.join(own.shares) or '[]'}"
         )
     secure = config.channel.secure_sum

@@ -655,7 +655,7 @@ def _check_indicators(client: Client, section: Mapping[str, Any], dataset: Datas
     settings = {**shared, **client.settings.get("preprocess", {})}
     if client.given is None or dataset is None or settings.get("missing") is None:
         return
-    where = f"clients: {client.name}"
+    where = f"clients: '{client.name}'"
     raw = tuple(dataset.train.x.shape[1:])
     config = PreprocessConfig.model_validate(settings)
     view = Preprocess.without_normalization(config, dataset.layout, raw, f"{where}: preprocess")

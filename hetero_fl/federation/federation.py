@@ -154,7 +154,7 @@ class FederationSpec:
             arch = build_model_spec(profile.settings.model[0], data, view)
             archs.append(protect(arch, config.privacy))
             if archs[-1] not in checked:
-                check_model(archs[-1], f"clients: {profile.first}: model", view)
+                check_model(archs[-1], f"clients: '{profile.first}': model", view)
                 checked.add(archs[-1])
         client_infos = ClientDirectory(population, [{"model": arch} for arch in archs], data)
         server = config.server
@@ -234,7 +234,7 @@ class FederationSpec:
         client_infos = ClientDirectory(self.client_infos.clients, models, self.data)
         for profile in client_infos.profiles:
             if profile.arch not in known:
-                check_model(profile.arch, f"clients: {profile.first}: model")
+                check_model(profile.arch, f"clients: '{profile.first}': model")
         return replace(self, client_infos=client_infos)
 
     def _protect_slots(self, models: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:

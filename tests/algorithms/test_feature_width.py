@@ -12,11 +12,11 @@ SENDING = ["fedgkt", "fedproto", "fedtgp", "fedgh"]
 
 @pytest.mark.parametrize("method", SENDING)
 def test_model_without_backbone_sends_no_features(method: str) -> None:
-    with pytest.raises(UserError, match=r"site_1: model: the features of 'linear' are its inputs"):
+    with pytest.raises(UserError, match=r"site_1': model: the features of 'linear' are its inputs"):
         rounds_of(config(method, "linear"), num_rounds=0)
     wide = [{"name": "mlp", "feature_dim": 64}] * 2
     # As many features as a digit has pixels.
-    with pytest.raises(UserError, match="site_3: model: the features of"):
+    with pytest.raises(UserError, match="site_3': model: the features of"):
         rounds_of(config(method, [*wide, "linear"]), num_rounds=0)
 
 

@@ -234,5 +234,5 @@ def test_incompatible_heads_are_refused(method: str) -> None:
     with pytest.raises(UserError) as error:
         prepare(config(method, ["mlp", f"python:{__name__}:TwoLayers"], clients=2))
     assert str(error.value).startswith(
-        "clients: site_2: model: this method needs a linear head with a bias, got head.0.bias"
+        "clients: 'site_2': model: this method needs a linear head with a bias, got head.0.bias"
     ) and "\n" not in str(error.value)

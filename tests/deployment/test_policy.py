@@ -44,12 +44,12 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "epochs": (
         {"allows": {"epochs": 2}},
         {"clients__defaults__epochs": 3},
-        "clients: site_1: epochs: must be <= 2 (this site's allows.epochs), got 3",
+        "clients: 'site_1': epochs: must be <= 2 (this site's allows.epochs), got 3",
     ),
     "steps": (
         {"allows": {"steps": 10}},
         {"clients__defaults__steps": 11},
-        "clients: site_1: steps: must be <= 10 (this site's allows.steps), got 11",
+        "clients: 'site_1': steps: must be <= 10 (this site's allows.steps), got 11",
     ),
     "no secure sum": (
         {"allows": {"secure_sum_only": True}},
@@ -64,17 +64,17 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "more shares": (
         {"shares": ["predictions"]},
         {"clients__defaults__shares": ["predictions", "parameters"]},
-        "clients: site_1: shares: parameters not allowed; this site's shares are predictions",
+        "clients: 'site_1': shares: parameters not allowed; this site's shares are predictions",
     ),
     "the whole of a part": (
         {"shares": ["backbone"]},
         {"clients__defaults__shares": ["head."]},
-        "clients: site_1: shares: head. not allowed; this site's shares are backbone",
+        "clients: 'site_1': shares: head. not allowed; this site's shares are backbone",
     ),
     "another model": (
         {"model": "mlp"},
         {},
-        "clients: site_1: model: must be equal to model in this site's file",
+        "clients: 'site_1': model: must be equal to model in this site's file",
     ),
     "no noise": (
         {"allows": BUDGET},

@@ -37,7 +37,7 @@ def test_batch_norm_refuses_batches_of_one() -> None:
         return source
 
     with pytest.raises(
-        UserError, match="clients: site_1: batch_size: got 1, but cnn_bn_small has BatchNorm"
+        UserError, match="clients: 'site_1': batch_size: got 1, but cnn_bn_small has BatchNorm"
     ):
         prepare(batches_of_one("cnn_bn_small"))
     assert prepare(batches_of_one(GROUP_NORM)).federation.client_infos
@@ -147,9 +147,9 @@ def test_several_single_clients_are_noted() -> None:
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ([1] * 9, "site_1: class_weights: expected 10 numbers"),
-        ([1] * 9 + [-1], "site_1: class_weights: must be >= 0, got -1"),
-        ([0] * 10, "site_1: class_weights: [0.0, "),
+        ([1] * 9, "site_1': class_weights: expected 10 numbers"),
+        ([1] * 9 + [-1], "site_1': class_weights: must be >= 0, got -1"),
+        ([0] * 10, "site_1': class_weights: [0.0, "),
         ([1] * 9 + [float("nan")], "class_weights"),
         ([1] * 9 + [float("inf")], "class_weights"),
     ],

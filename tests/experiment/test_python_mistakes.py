@@ -129,6 +129,11 @@ DATA: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         r"proxy.*expected examples of shape \(1, 8, 8\).*got \(1, 9, 9\)",
         lambda: prepared(proxy=OTHER_SIZE),
     ),
+    "proxy set as a list of rows": (
+        UserError,
+        r"proxy: expected a pair \(x, y\), got a list of 40 values; pass rows as one array",
+        lambda: prepared(proxy=X.tolist()),
+    ),
     "test set without labels": (UserError, "test: expected a pair", lambda: prepared(test=X)),
     "no rows": (UserError, "'a': data: y: has no rows", lambda: prepared((X[:0], Y[:0]))),
     "labels of three axes": (
@@ -266,6 +271,16 @@ MODELS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "no weights.*meta.*create it on a device",
         lambda: prepared(model=Net().to("meta")),
     ),
+    "unknown head": (
+        UserError,
+        r"clients: 'a': model: .*head: no submodule 'classifier'; choose from out$",
+        lambda: prepared(model=Net(), client={"head": "classifier"}),
+    ),
+    "misspelled head": (
+        UserError,
+        "head: no submodule 'cnov'; did you mean 'conv'",
+        lambda: prepared(model=Net(), client={"head": "cnov"}),
+    ),
     "softmax": (
         UserError,
         "return logits without softmax",
@@ -332,6 +347,11 @@ SETTINGS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: hfl.Federation([hfl.Client("a", "mlp", (X, Y))]).prepare(
             privacy=hfl.Privacy,  # type: ignore[arg-type]
         ),
+    ),
+    "loss of values for classes": (
+        UserError,
+        r"'a': objective: .*; the targets are class numbers of shape \[N\]: use torch.nn.Cross",
+        lambda: prepared(client={"objective": nn.MSELoss()}),
     ),
     "epochs and steps": (
         UserError,

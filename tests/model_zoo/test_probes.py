@@ -317,7 +317,7 @@ def test_model_that_cannot_be_trained_is_refused_in_one_line(
     model: type[nn.Module], message: str
 ) -> None:
     with pytest.raises(
-        UserError, match=rf"^clients: a: model: .*{model.__name__}.*{message}"
+        UserError, match=rf"^clients: 'a': model: .*{model.__name__}.*{message}"
     ) as info:
         train(model)
 

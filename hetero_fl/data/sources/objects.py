@@ -21,6 +21,7 @@ from hetero_fl.data.registry import HUB_PREFIX
 from hetero_fl.data.sources.hugging_face import read_hub_splits
 from hetero_fl.utils.arrays import plain_array
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
+from hetero_fl.utils.text import pluralize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -275,7 +276,10 @@ def _pair(data: Any, where: str) -> tuple[Any, Any]:
     if not isinstance(data, tuple | list):
         raise TypeError(f"{where}: expected {KINDS}, got {type(data).__name__}")
     if len(data) != 2:
-        raise UserError(f"{where}: expected a pair (x, y), got {len(data)} values")
+        raise UserError(
+            f"{where}: expected a pair (x, y), got a {type(data).__name__} of "
+            f"{pluralize(len(data), 'value')}; pass rows as one array, as by numpy.array"
+        )
     if is_frame(data[0]):
         raise TypeError(
             f"{where}: x is a DataFrame; add the labels as a column, and pass the frame and "

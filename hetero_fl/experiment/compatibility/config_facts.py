@@ -61,8 +61,8 @@ class ConfigFacts:
         """Yield the key, name and value of each client option that the configuration enables."""
         clients = self.config.clients
         sections: list[tuple[str, ClientSettings]] = [("clients.defaults.", clients.defaults)]
-        sections += [(f"clients: {group.name}: ", group) for group in clients.groups]
-        sections += [(f"clients: {override.match}: ", override) for override in clients.overrides]
+        sections += [(f"clients: '{group.name}': ", group) for group in clients.groups]
+        sections += [(f"clients: '{override.match}': ", override) for override in clients.overrides]
         for place, settings in sections:
             for name in (*CLIENT_OPTIONS, "class_weights", "objective"):
                 if value := getattr(settings, name):

@@ -104,7 +104,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
                 if profile.settings.class_weights is not None
             )
         ),
-        "clients: {found}: class_weights: requires a multiclass task, but the data set has a "
+        "clients: '{found}': class_weights: requires a multiclass task, but the data set has a "
         "{run.task.kind} task",
     ),
     "number_of_class_weights": CompatibilityRule(
@@ -114,7 +114,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             for client, weights in run.class_weights.items()
             if len(weights) != run.task.outputs
         ),
-        "clients: {client}: class_weights: expected {run.task.outputs} numbers, one for each "
+        "clients: '{client}': class_weights: expected {run.task.outputs} numbers, one for each "
         "class, got {count}",
     ),
     "prior_of_other_task": CompatibilityRule(
@@ -129,13 +129,13 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             for profile in run.profiles
             if profile.settings.prior_correction and profile.settings.logit_adjustment
         ),
-        "clients: {found}: prior_correction cannot be combined with logit_adjustment, after which "
-        "predictions contain no prior; set one of them to false",
+        "clients: '{found}': prior_correction cannot be combined with logit_adjustment, after "
+        "which predictions contain no prior; set one of them to false",
     ),
     "correction_without_counts": CompatibilityRule(
         ("prior_correction", "shares"),
         lambda run: run.uncorrectable_client(),
-        "clients: {found}: prior_correction requires statistics in shares, because the server of "
+        "clients: '{found}': prior_correction requires statistics in shares, because the server of "
         "algorithm.name={run.name} predicts with the client's model",
     ),
     "alignment_of_mixed_predictions": CompatibilityRule(
@@ -152,12 +152,12 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             for client, weights in run.class_weights.items()
             if min(weights) < 0
         ),
-        "clients: {client}: class_weights: must be >= 0, got {weight:g}",
+        "clients: '{client}': class_weights: must be >= 0, got {weight:g}",
     ),
     "class_weights_without_effect": CompatibilityRule(
         ("class_weights", "training row"),
         lambda run: run.weightless_client(),
-        "clients: {client}: class_weights: {weights} is 0 for every training row of the "
+        "clients: '{client}': class_weights: {weights} is 0 for every training row of the "
         "client; increase a weight",
     ),
     "batches_of_one": CompatibilityRule(
@@ -444,7 +444,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
                 if profile.settings.preprocess.normalize == "own"
             )
         ),
-        "clients: {found}: preprocess.normalize=own cannot be combined with "
+        "clients: '{found}': preprocess.normalize=own cannot be combined with "
         "privacy.unit={run.unit}, because no noise is added to these statistics; set fixed "
         "numbers",
     ),
@@ -481,8 +481,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "private_fine_tuning": CompatibilityRule(
         ("fine_tune_epochs", "privacy.unit"),
         lambda run: run.unit == "record" and run.private_fine_tuning(),
-        "clients: {found}: fine_tune_epochs cannot be combined with privacy.unit={run.unit}, which "
-        "does not account for training before evaluation; set it to 0",
+        "clients: '{found}': fine_tune_epochs cannot be combined with privacy.unit={run.unit}, "
+        "which does not account for training before evaluation; set it to 0",
     ),
     "private_records_in_evaluation": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
@@ -534,7 +534,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "bounded_uploads_share_rarely": CompatibilityRule(
         ("share_every", "privacy.unit"),
         lambda run: run.unit in BOUNDED and run.rare_sender(),
-        "clients: {client}: share_every={every} cannot be combined with "
+        "clients: '{client}': share_every={every} cannot be combined with "
         "privacy.unit={run.unit}, because an update is relative to the broadcast of the same "
         "round",
     ),

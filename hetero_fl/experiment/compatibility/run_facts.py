@@ -101,10 +101,10 @@ class RunFacts(UploadFacts):
         for profile in self.profiles:
             if profile.settings.batch_size == 1:
                 for arch in profile.models.values():
-                    yield f"clients: {profile.first}: batch_size: got 1", arch
+                    yield f"clients: '{profile.first}': batch_size: got 1", arch
         for client_id in self.federation.data.client_rows.clients_with_one_row():
             for arch in self.federation.client_infos[client_id].models.values():
-                yield f"clients: {client_id}: data: has 1 training row", arch
+                yield f"clients: '{client_id}': data: has 1 training row", arch
         size = getattr(self.algorithm, "proxy_batch_size", None)
         if size is not None and self.num_proxy and min(size, self.num_proxy) == 1:
             key = "algorithm.proxy_batch_size: got 1" if size == 1 else "data.proxy: has 1 row"
@@ -226,7 +226,7 @@ class RunFacts(UploadFacts):
         """
         for profile in self.profiles:
             for slot, arch in profile.models.items():
-                own = f"clients: {profile.first}: model"
+                own = f"clients: '{profile.first}': model"
                 key = own if slot == "model" else f"algorithm.{slot}"
                 if arch in self.batch_norm_models:
                     reason = "BatchNorm mixes the rows of a batch"

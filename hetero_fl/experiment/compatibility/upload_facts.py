@@ -129,7 +129,7 @@ class UploadFacts(ConfigFacts):
     @cached_property
     def _named_parts(self) -> dict[str, str]:
         return {
-            part: f"clients: {profile.first}: shares"
+            part: f"clients: '{profile.first}': shares"
             for profile in self.profiles
             for part in map(str, profile.settings.shares)
             if part.endswith(".")

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -121,7 +122,26 @@ def _check_loss(
                 )
     # A user's function may raise any exception.
     except Exception as error:
-        raise UserError(f"objective: {one_line(error)}") from error
+        advice = _advice_on_targets(loss, logits.detach(), y)
+        raise UserError(f"objective: {one_line(error)}{advice}") from error
+
+
+def _advice_on_targets(loss: LossFunction, logits: Tensor, y: Tensor) -> str:
+    """Return advice for a loss that needs one number per class instead of class numbers, or ""."""
+    if loss.task.kind != "multiclass":
+        return ""
+    # More examples than classes, so that no shapes are equal by chance.
+    logits, y = logits.repeat(2, 1), y.repeat(2)
+    with suppress(Exception), keyed_generators(0):
+        loss.function(logits, y)
+        return ""
+    with suppress(Exception), keyed_generators(0):
+        loss.function(logits, nn.functional.one_hot(y, loss.task.outputs).to(logits.dtype))
+        return (
+            "; the targets are class numbers of shape [N]: use torch.nn.CrossEntropyLoss(), or "
+            "convert them with torch.nn.functional.one_hot in a function"
+        )
+    return ""
 
 
 def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:

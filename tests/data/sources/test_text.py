@@ -306,7 +306,7 @@ def config(**changes: object) -> dict[str, object]:
         ({"clients__defaults__augment": {"flip": True}}, "augment: applies to images only"),
         (
             {"clients__groups": [{"name": "a", "count": 12, "model": "mlp"}]},
-            "clients: a_01: model: mlp: expected table rows",
+            "clients: 'a_01': model: mlp: expected table rows",
         ),
         (
             {"data__proxy": {"source": {"name": "digits"}}},

@@ -338,14 +338,21 @@ class EqualRows:
     def shared(self, private: Mapping[str, Splits]) -> dict[tuple[str, str], int]:
         """Return the number of distinct rows that two clients share, keyed by their ids.
 
-        A row of several clients is counted for the first client and each other client.
+        A row of several clients is counted for the first client and each other client, if the data
+        of one of the two, without a given validation or test set, contains it.
         """
         clients = list(private)
         own = [np.unique(self._of(private[client].values())) for client in clients]
         hashes = np.concatenate([np.zeros(0, np.uint64), *own])
         owner = np.repeat(np.arange(len(own)), [len(each) for each in own])
+        data = [
+            self._of(part for part in splits.values() if part.examples is splits["train"].examples)
+            for splits in private.values()
+        ]
+        in_data = np.concatenate([np.zeros(0, bool), *map(np.isin, own, data)])
         _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-        pairs = np.stack([owner[first][group], owner], 1)[owner[first][group] != owner]
+        is_counted = (owner[first][group] != owner) & (in_data[first][group] | in_data)
+        pairs = np.stack([owner[first][group], owner], 1)[is_counted]
         found, counts = np.unique(pairs, axis=0, return_counts=True)
         sizes = [sum(len(part.rows) for part in private[client].values()) for client in clients]
         return {

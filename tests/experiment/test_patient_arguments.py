@@ -392,6 +392,14 @@ def apart(rows: int, seed: int) -> tuple[Any, Any]:
     return x, y
 
 
+def given(first: Any, second: Any, held_out: Any) -> list[hfl.Client]:
+    """Return two clients that are given the same validation and test set."""
+    return [
+        hfl.Client(name, "mlp", data, validation=held_out, test=held_out)
+        for name, data in (("north", first), ("south", second))
+    ]
+
+
 def test_copies_of_rows_in_objects_are_warnings() -> None:
     first, second, other = apart(100, 0), apart(100, 1), apart(60, 2)
     part = first[0][:30], first[1][:30]
@@ -426,6 +434,14 @@ def test_copies_of_rows_in_objects_are_warnings() -> None:
             ["the global test set contains rows that are elsewhere, too: 60 of client 'north'"],
         ),
         (hfl.Federation(own, test=other), ["equal training rows, so scores may be too high: "]),
+        (hfl.Federation(given(first, second, apart(60, 3)), test=other), []),
+        (
+            hfl.Federation(given(first, second, part), test=other),
+            [
+                "equal training rows, so scores may be too high: 60 of 60 of client 'north'",
+                "rows of two clients are equal: 30 of client 'north' and client 'south'",
+            ],
+        ),
     ]
 
     for federation, expected in cases:

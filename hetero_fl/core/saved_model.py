@@ -319,7 +319,7 @@ class SavedModel:
         raw = raw if is_pixels else raw.to(torch.get_default_dtype())
         if raw.is_floating_point() and not bool(torch.isfinite(raw).all()):
             row = int((~torch.isfinite(raw)).flatten(1).any(1).to(torch.uint8).argmax())
-            raise UserError(f"{where}: NaN or infinity in row {row}")
+            raise UserError(f"{where}: row {row}: NaN or infinite value")
         if is_image:
             raw = in_range({where: raw})[0][where]
             check_pixels(raw, pixel_range, where, complete=are_booleans(x))

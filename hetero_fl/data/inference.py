@@ -81,6 +81,7 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
         encode_indicators,
         normalize_frame,
         parse_numbers,
+        raise_cell_error,
     )
 
     categories = dict(model.categories)
@@ -109,15 +110,22 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
             if numbers is None:
                 raise UserError(f"{WHERE}: column '{name}': expected numbers, got text")
             rows[:, known.index(name)] = torch.tensor(numbers, dtype=rows.dtype)
+    for name in view.names(known):
+        if (row := first_true(_is_unusable(rows[:, known.index(name)], view))) is not None:
+            raise_cell_error(WHERE, row, encoded.get(name, name), "NaN or infinite value")
     return rows
 
 
 def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
     selected = view.select_columns(rows).flatten(1)
-    bad = selected.isinf() if view.missing is not None else ~torch.isfinite(selected)
-    if (row := first_true(bad.any(1))) is not None:
+    if (row := first_true(_is_unusable(selected, view).any(1))) is not None:
         raise UserError(f"{WHERE}: row {row}: NaN or infinite value")
     return view(rows)
+
+
+def _is_unusable(values: Tensor, view: Preprocess) -> Tensor:
+    """Return whether each value is infinite, or missing if the model needs it."""
+    return values.isinf() if view.missing is not None else ~torch.isfinite(values)
 
 
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:

@@ -570,8 +570,11 @@ def check_view(
             title = f"the {PUBLIC_SETS[set_name]}" if set_name in PUBLIC_SETS else set_name
             place = share.examples.locate(int(rows[row]), title)
             other = f", or exclude the column by {section}.columns" if names else ""
+            # Rows that a program passes are those of the client by their name.
+            is_own = place.startswith(where.removesuffix("preprocess"))
+            prefix = "" if is_own else f"{where}.missing: "
             raise UserError(
-                f"{where}.missing: {place} has no value in {column_name}; set "
+                f"{prefix}{place} has no value in {column_name}; set "
                 f"{section}.missing=indicate{other}"
             )
 

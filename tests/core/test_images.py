@@ -134,7 +134,7 @@ def test_predict_accepts_unambiguous_images() -> None:
         ((4,), np.zeros(4), "expected (N, 4), got shape (4,)"),
         ((4,), [["a", "b", "c", "d"]], "expected an array of numbers, got <U1"),
         ((4,), [[1, 2], [3]], "expected an array of numbers"),
-        ((4,), np.array([[0, 1, np.nan, 2]]), "NaN or infinity in row 0"),
+        ((4,), np.array([[0, 1, np.nan, 2]]), "row 0: NaN or infinite value"),
         ((1, 8, 8), np.full((2, 8, 8), -1.0), "got floats from -1 to -1"),
         ((1, 8, 8), np.full((2, 8, 8), 4000), "got pixels outside 0 to 255"),
     ],

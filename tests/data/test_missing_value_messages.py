@@ -118,6 +118,25 @@ def test_missing_value_in_memory_names_the_row_as_it_was_passed() -> None:
         with pytest.raises(UserError) as error:
             federation.prepare(hfl.FedMD(), overrides=["data.partition.min_size=2"])
         assert words in str(error.value)
+        assert str(error.value).count("clients:") == 1
+
+
+def test_rows_of_data_frames_count_from_1_and_those_of_arrays_from_0() -> None:
+    clients = [hfl.Client(name, "mlp", frame() + i / 2, label="ill") for i, name in enumerate("ab")]
+    for client in clients:
+        client.data["ill"] = Y
+    run = hfl.Federation(clients).train(hfl.FedAvg(), rounds=1, overrides=QUIET)
+    gap = frame(6).drop(columns="ill")
+
+    for x, words in (
+        (gap, "predict: x: row 6, column 'dose': NaN or infinite value"),
+        (gap.to_numpy(), "predict: x: row 5: NaN or infinite value"),
+    ):
+        with pytest.raises(UserError) as error:
+            run.predict("a", x)
+        assert str(error.value) == words
+    with pytest.raises(UserError, match="data: row 6 has no value that the model of"):
+        hfl.evaluate(run, frame(6), label="ill")
 
 
 class Net(nn.Module):

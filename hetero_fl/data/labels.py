@@ -63,14 +63,11 @@ def read_labels(
     labels = {place: plain_array(y) for place, y in labels.items()}
     texts = _shared_text(labels, names)
     if isinstance(task, Task):
-        if num_classes is not None:
-            raise UserError(
-                f"{where}: num_classes: cannot be combined with a Task, got {num_classes} and "
-                f"{task.outputs} outputs; remove num_classes"
-            )
+        check_num_classes(task, num_classes, f"{where}: ")
         if texts:
             return task, {p: _known_classes(text, task, p, names) for p, text in texts.items()}, []
-        return task, {p: _targets(_numbers(y, p), task, p, names) for p, y in labels.items()}, []
+        read = {p: _targets(_numbers(y, p), task, p, names) for p, y in labels.items()}
+        return replace(task, is_numbered=task.kind == "multiclass"), read, []
     kind = _check_kind(task, num_classes, where)
     if texts:
         return _text_classes(texts, kind, num_classes, where)
@@ -88,6 +85,15 @@ def read_labels(
         y = _class_numbers_of_one_hot(y, num_classes, where)
     found = Task(kind, width)
     return found, {p: _targets(part, found, p, names) for p, part in y.items()}, notes
+
+
+def check_num_classes(task: Task, num_classes: int | None, where: str = "") -> None:
+    """Raise UserError if a number of classes is given beside a task."""
+    if num_classes is not None:
+        raise UserError(
+            f"{where}num_classes: cannot be combined with a Task, got {num_classes} and "
+            f"{task.outputs} outputs; remove num_classes"
+        )
 
 
 def _equal_columns(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -538,6 +544,12 @@ def _renumber_columns(y: Tensor, given_task: Task, known: Task, where: str, owne
     check_names(given_task.names, known.names, f"{where}:", f" is unknown to {owner}")
     check_names(known.names, given_task.names, f"{where}:", f" is missing, which {owner} has")
     return y[:, [given_task.names.index(name) for name in known.names]]
+
+
+def numbered_task(task: Task, found: Iterable[Task]) -> Task:
+    """Return a given task, marked as numbered if labels of some found tasks are class numbers."""
+    numbered = (each.is_numbered or all(map(is_integer, each.output_names)) for each in found)
+    return replace(task, is_numbered=task.kind == "multiclass" and any(numbered))
 
 
 def with_task(dataset: Dataset, task: Task, where: str, owner: str) -> Dataset:

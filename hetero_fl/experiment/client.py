@@ -29,7 +29,7 @@ from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.objectives import Objective
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset
-from hetero_fl.data.labels import Kind, with_task
+from hetero_fl.data.labels import Kind, numbered_task, with_task
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_source, to_dataset
@@ -314,7 +314,7 @@ def split(
     if kind not in (None, dataset.task.kind):
         raise UserError(f"split: task: expected {dataset.task.kind} as in the data, got {kind}")
     if isinstance(task, Task):
-        dataset = with_task(dataset, task, "data", "task")
+        dataset = with_task(dataset, numbered_task(task, [dataset.task]), "data", "task")
     config = DataConfig.model_validate(
         {} if partition is None else {"partition": plain_value(partition)}
     )

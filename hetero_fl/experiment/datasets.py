@@ -16,7 +16,14 @@ from hetero_fl.data import Dataset
 from hetero_fl.data.client_sources import OWN_DATA
 from hetero_fl.data.dataset import Examples
 from hetero_fl.data.external import match_to_common
-from hetero_fl.data.labels import ALL_LABELS, common_classes, is_integer, read_labels, with_task
+from hetero_fl.data.labels import (
+    ALL_LABELS,
+    check_num_classes,
+    common_classes,
+    numbered_task,
+    read_labels,
+    with_task,
+)
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
@@ -99,6 +106,10 @@ class FederationDatasets:
             )
             for place, data in read.items()
         }
+        for place, data in read.items():
+            if isinstance(data, tuple) and isinstance(found, Task):
+                # The targets are class numbers, but the labels need not be.
+                self.datasets[place] = replace(self.datasets[place], task=found)
         if self._named and ("test" in sets or "validation" in sets):
             root = Path(DataConfig().root).expanduser()
             self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
@@ -289,6 +300,8 @@ def _read_common_labels(
     Raises:
         UserError: If labels do not match each other or the task.
     """
+    if isinstance(task, Task):
+        check_num_classes(task, num_classes)
     kind = task.kind if isinstance(task, Task) else task
     labels: dict[str, Any] = {}
     for place, (data, column) in parts.items():
@@ -365,8 +378,7 @@ def _share_task(
     """
     tasks = {place: dataset.task for place, dataset in datasets.items()}
     if isinstance(task, Task):
-        numeric = (all(map(is_integer, each.output_names)) for each in tasks.values())
-        known = replace(task, is_numbered=task.kind == "multiclass" and any(numeric))
+        known = numbered_task(task, tasks.values())
         owner = "task"
     elif {each.kind for each in tasks.values()} != {"multiclass"}:
         return

@@ -172,6 +172,10 @@ def test_federation_task_and_num_classes_replace_the_guess() -> None:
     assert names_of(hfl.Federation(clients(text, text), task=named)) == named.names
     numbers = np.resize([0, 2], ROWS)
     assert names_of(hfl.Federation(clients(numbers, numbers), num_classes=4)) == tuple("0123")
+    with pytest.raises(
+        UserError, match=r"^num_classes: cannot be combined with a Task, got 4 and 3"
+    ):
+        hfl.Federation(clients(numbers, numbers), task=named, num_classes=4)
     for outside in ([0, 4], [-1, 0]):
         with pytest.raises(UserError, match=r"label -?\d is out of range 0 to 3"):
             hfl.Federation(clients(numbers, np.resize(outside, ROWS)), num_classes=4)

@@ -15,6 +15,7 @@ import hetero_fl as hfl
 from hetero_fl.cli import main
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.task import Task
+from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
 from tests.helpers.python_federations import QUIET
 
@@ -87,6 +88,24 @@ def test_labels_of_a_task_with_names_are_spelled_as_in_training(
     else:
         with pytest.raises(UserError, match="expected class names as in"):
             accuracy(loaded, (x, y))
+
+
+@pytest.mark.parametrize(
+    "clients",
+    [
+        lambda x, y, task: hfl.split((x, y), ["a"], model="linear", task=task),
+        lambda x, y, task: hfl.split(from_arrays(x, y), ["a"], model="linear", task=task),
+        lambda x, y, task: [hfl.Client("a", "linear", from_arrays(x, y, task=task))],
+    ],
+)
+def test_numbers_of_a_task_with_names_are_accepted_however_the_task_is_given(clients: Any) -> None:
+    x, y = rows(80)
+    task = Task("multiclass", 2, tuple(NAMES))
+    run = hfl.Federation(clients(x, y, task)).train(hfl.Local(), rounds=1, overrides=QUIET)
+
+    predicted = run.predict("a", x, personal=False).argmax(1).numpy()
+
+    assert accuracy(run, (x, y)) == accuracy(run, (x, NAMES[y])) == (predicted == y).mean()
 
 
 def test_commands_refuse_numbers_for_names(

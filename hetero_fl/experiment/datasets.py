@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from hetero_fl.data.labels import (
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.sources.objects import is_frame, is_source, to_dataset, to_examples, to_pair
 from hetero_fl.experiment.client import Client
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.objects import OBJECT_PREFIX, name_object
 
 
@@ -84,7 +84,7 @@ class FederationDatasets:
         if label is not None and not any(_column(data, label) for data in users):
             raise UserError(
                 "label: no data frame or Hugging Face Dataset without a label of its own has a "
-                f"column '{label}'"
+                f"column '{label}'{_suggest_column(label, users)}"
             )
         self._patients = _patients(clients, sets, patient)
         pairs = {place: (to_pair(data, place), column) for place, (data, column) in given.items()}
@@ -220,10 +220,19 @@ def _check_client(client: Client, sets: Mapping[str, Any]) -> None:
 
 def _column(data: Any, label: str | None) -> str | None:
     """Return `label` if the data has a column of this name, or all columns that it names."""
-    columns = data.columns if is_frame(data) else getattr(data, "column_names", None) or ()
-    names = set(map(str, columns))
+    names = set(_column_names(data))
     parts = {part.strip() for part in (label or "").split(",")}
     return label if label in names or parts <= names else None
+
+
+def _column_names(data: Any) -> list[str]:
+    columns = data.columns if is_frame(data) else getattr(data, "column_names", None) or ()
+    return list(map(str, columns))
+
+
+def _suggest_column(name: str, sets: Iterable[Any]) -> str:
+    """Return the end of a message: the column that is similar to a name, or all columns."""
+    return suggest_or_list(name, {column for data in sets for column in _column_names(data)})
 
 
 def _patients(clients: Sequence[Client], sets: Mapping[str, Any], patient: Any) -> dict[str, Any]:
@@ -246,8 +255,10 @@ def _patients(clients: Sequence[Client], sets: Mapping[str, Any], patient: Any) 
     if isinstance(patient, str):
         found |= {name: patient for name, data in sets.items() if _column(data, patient)}
         if patient not in found.values():
+            given = [*sets.values(), *(data for c in clients for data in c.parts().values())]
             raise UserError(
                 f"patient: no data frame or Hugging Face Dataset has a column '{patient}'"
+                f"{_suggest_column(patient, given)}"
             )
     elif patient is not None:
         if "data" not in sets or is_source(sets["data"]) or isinstance(sets["data"], str):

@@ -540,3 +540,23 @@ def test_message_names_the_rows_that_a_client_needs() -> None:
         hfl.Federation(small, test=(x, y)).prepare(
             hfl.Local(), overrides=["data.partition.min_size=1"]
         )
+
+
+@pytest.mark.parametrize("at_client", [False, True])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"label": "diagnosis"}, "label: .*'diagnosis'.*; choose from a, b, c, ill, pid$"),
+        ({"label": "il"}, "label: .*'il'.*; did you mean 'ill'"),
+        ({"label": "ill", "patient": "pidd"}, "patient: .*'pidd'.*; did you mean 'pid'"),
+        ({"label": "ill", "patient": "who"}, "patient: .*'who'.*; choose from a, b, c, ill, pid$"),
+    ],
+)
+def test_misspelled_columns_name_the_columns(
+    options: dict[str, Any], words: str, at_client: bool
+) -> None:
+    own = options if at_client else {}
+    common = {} if at_client else options
+
+    with pytest.raises(UserError, match=words):
+        hfl.Federation(clients(frame(40), frame(40, seed=1), **own), **common)

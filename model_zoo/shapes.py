@@ -77,7 +77,12 @@ class Shape:
         if self.kind == "table":
             return f"a table row of {self.channels} columns"
         if self.kind == "series":
-            return f"a series of length {self.size[0]} ({self.channels} channels)"
+            length = self.size[0]
+            channels = self.channels
+            return (
+                f"a series of length {length} ({channels} channels; batches have the shape "
+                f"[B, {channels}, {length}])"
+            )
         return f"an image of {self.size[0]}x{self.size[1]} pixels ({self.channels} channels)"
 
 

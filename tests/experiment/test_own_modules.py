@@ -1056,3 +1056,63 @@ def test_constants_are_not_stored_for_each_client(
         models = trainer.federation.client(client, kept, 1).models["model"]
         assert torch.equal(own_names(models)["peak"], own_names(kept.models["model"])["peak"])
         assert own_names(models)["mask"].all() and models.keys() > kept.models["model"].keys()
+
+
+SEEN: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+
+class Recording(nn.Module):
+    """A classifier that records the shape and type of the last inputs."""
+
+    def __init__(self, num_classes: int, in_channels: int, input_size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out = nn.Linear(in_channels * int(np.prod(input_size)), num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append((tuple(x.shape), x.dtype))
+        return self.out(x.flatten(1).float())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((5, 6, 3), (3, 5, 6)), ((4,), (4,)), ((7, 2), (2, 7))],
+    ids=["image", "table", "series"],
+)
+def test_module_receives_channels_first(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).random((60, *shape)).astype("float32")
+    rows: Any = (x, np.arange(60) % 2)
+    if len(shape) == 2:
+        rows = hfl.from_arrays(*rows, columns=("first", "second"))
+
+    run = hfl.Federation([hfl.Client("site", Recording, rows)]).train(
+        hfl.Local(), rounds=1, overrides=QUIET
+    )
+    run.predict("site", x[:9])
+
+    assert SEEN[-1] == ((9, *expected), torch.float32)
+
+
+class LastColumns(nn.Module):
+    """A classifier that takes series for `[B, steps, columns]`."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(columns, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.mean(1))  # type: ignore[no-any-return]
+
+
+def series_federation(steps: int) -> hfl.Federation:
+    x = np.random.default_rng(0).random((60, steps, 3)).astype("float32")
+    rows = hfl.from_arrays(x, np.arange(60) % 2, columns=("a", "b", "c"))
+    return hfl.Federation([hfl.Client("site", LastColumns(3), rows)])
+
+
+def test_series_are_named_with_their_axes(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match=r"\(3 channels; batches have the shape \[B, 3, 7\]\)"):
+        series_federation(7).train(hfl.Local(), rounds=1, overrides=QUIET)
+
+    with caplog.at_level("WARNING", "hetero_fl"):
+        series_federation(3).train(hfl.Local(), rounds=1, overrides=QUIET)
+    assert "reach the module as [B, columns, steps]" in caplog.text

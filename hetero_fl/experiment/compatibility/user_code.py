@@ -46,7 +46,7 @@ def check_user_code(federation: FederationSpec) -> list[str]:
         federation: The federation.
 
     Returns:
-        Notes on models whose outputs are not logits.
+        Notes on models whose inputs may be misread, or whose outputs are not logits.
 
     Raises:
         UserError: If a function does not exist, raises an exception, or returns an invalid value,
@@ -66,9 +66,10 @@ def check_user_code(federation: FederationSpec) -> list[str]:
                 kinds = unusual.get(arch, [LOGITS, LOGITS])
                 if isinstance(objective, Supervised) and objective.function is not None:
                     _check_loss(objective.function, kinds[0], settings, is_private)
-                if federation.task.kind != "regression":
-                    for note in _output_notes(arch, kinds, objective):
-                        noted.setdefault(note, where)
+                is_regression = federation.task.kind == "regression"
+                outputs = [] if is_regression else _output_notes(arch, kinds, objective)
+                for note in [*_input_notes(arch), *outputs]:
+                    noted.setdefault(note, where)
             _check_optimizer(settings.optimizer)
             inputs = torch.zeros(TRIAL_ROWS, *profile.arch.input_shape)
             if settings.preprocess.transform is not None:
@@ -215,6 +216,22 @@ def _variables_of(function: Any) -> dict[str, Any]:
             if name not in MODULE_ATTRIBUTES
         }
     return found
+
+
+def _input_notes(arch: ModelSpec) -> list[str]:
+    """Return a note if a user's model cannot tell steps and columns of a series by their number."""
+    if not is_user_defined(arch.name) or arch.shape.kind != "series":
+        return []
+    channels, steps = arch.input_shape
+    if channels != steps:
+        return []
+    return [
+        Caution(
+            f"model {arch.display_name}: series of {steps} steps and {channels} columns reach the "
+            "module as [B, columns, steps], as in nn.Conv1d; if it expects [B, steps, columns], "
+            "write x = x.transpose(1, 2) in forward"
+        )
+    ]
 
 
 def output_kinds(arch: ModelSpec) -> list[str]:

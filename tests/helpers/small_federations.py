@@ -25,7 +25,10 @@ QUICK = {
         "generator_steps": 3,
         "student_steps": 4,
         "synthetic_batch": 16,
-    }
+    },
+    "fedgen": {"generator_steps": 5},
+    "fedgh": {"server_epochs": 10},
+    "fedtgp": {"server_epochs": 10},
 }
 MIXED = [
     "cnn_bn_small",

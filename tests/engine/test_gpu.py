@@ -156,6 +156,11 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
+def defined(scores: dict[str, float | None]) -> dict[str, float]:
+    """Return the scores that a test set of this size has."""
+    return {metric: score for metric, score in scores.items() if score is not None}
+
+
 @pytest.mark.parametrize("method", RESUMED)
 def test_resumed_run_matches_the_cpu(method: str, tmp_path: Path) -> None:
     source = config(method, clients=3, rounds=3, **RESUMED[method])
@@ -171,7 +176,8 @@ def test_resumed_run_matches_the_cpu(method: str, tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             run(source, out=tmp_path / "resumed", callbacks=[stop])
         resumed = run(source, out=tmp_path / "resumed", resume=True)
-    assert resumed.summary["personal"] == pytest.approx(uninterrupted.summary["personal"], rel=1e-4)
+    for test, scores in uninterrupted.summary["personal"].items():
+        assert defined(resumed.summary["personal"][test]) == pytest.approx(defined(scores), 1e-4)
 
 
 @has_gpu

@@ -203,7 +203,7 @@ def _parse_inputs(
     if vocabulary is not None:
         return [_tokens(x, where, names) for where, x in raw.items()], ()
     tensors = {where: as_numbers(x, where) for where, x in raw.items()}
-    _check_series(tensors, columns)
+    _check_series(tensors, columns, names)
     inputs, notes = _images(tensors)
     if names is ARRAY_NAMES:
         advice = "" if has_patients else ", or pass its values as patient=..."
@@ -246,17 +246,28 @@ def _tokens(values: Any, where: str, names: ExampleNames) -> Tensor:
     return tokens.long()
 
 
-def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
-    """Reject floats `[N, A, B]` that could be images or series. Series must have `columns`."""
+def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...], names: ExampleNames) -> None:
+    """Reject floats `[N, A, B]` that could be images or series, and images with missing pixels.
+
+    Series must have `columns`.
+    """
     for where, x in raw.items():
+        if x.ndim in (3, 4) and x.is_floating_point() and not columns:
+            missing = x.isnan()
+            row = first_true(missing.flatten(1).any(1))
+            if row is not None and bool((missing | (x == x.floor())).all()):
+                raise UserError(
+                    f"{where}: {names.row(row)}: pixels are missing, as in a masked array of "
+                    "integers; fill them, for example with x.filled(0)"
+                )
         if x.ndim != 3 or not x.is_floating_point() or x.shape[-1] <= 1:
             continue
         shape = tuple(x.shape)
         if not columns:
             raise UserError(
                 f"{where}: floats of shape {shape} may be images or series; for images pass "
-                f"x[:, None], for series of {x.shape[1]} steps pass columns with the names of the "
-                f"{x.shape[-1]} channels"
+                f"x[:, None], for series of {x.shape[1]} steps pass "
+                f"hetero_fl.data.from_arrays(..., columns=...) with {x.shape[-1]} names of channels"
             )
         if len(columns) != x.shape[-1]:
             raise UserError(

@@ -291,7 +291,8 @@ def test_from_arrays_refuses_floats_that_could_be_images_or_series(scale: float)
         UserError,
         match=(
             r"shape \(12, 8, 8\) may be images or series; for "
-            r"images pass x\[:, None\], for series"
+            r"images pass x\[:, None\], for series of 8 steps pass "
+            r"hetero_fl.data.from_arrays\(..., columns=...\) with 8 names of channels"
         ),
     ):
         from_arrays(x, ONE_TO_THREE - 1)

@@ -25,6 +25,8 @@ INTEGERS = np.rint(100 * X).astype(int)
 FIRST = np.arange(40) == 0
 WORDS = Vocabulary(tuple("abcd"))
 TOKENS = np.arange(120).reshape(40, 3) % 6
+IMAGES = np.arange(40 * 64, dtype=np.uint16).reshape(40, 8, 8)
+IMAGES[2, 0, 0] = 3999
 
 
 class Items(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -113,6 +115,14 @@ def test_null_values_of_frames_equal_nan() -> None:
         (
             {"x": np.ma.masked_array(TOKENS, mask=MASK), "vocabulary": WORDS},
             "x: expected integers; row 3 has no value",
+        ),
+        (
+            {"x": np.ma.masked_array(IMAGES, mask=IMAGES == 3999)},
+            "x: row 2: pixels are missing, as in a masked array of integers; fill them",
+        ),
+        (
+            {"x": np.ma.masked_array(IMAGES[:, None], mask=IMAGES[:, None] == 3999)},
+            "x: row 2: pixels are missing, as in a masked array of integers; fill them",
         ),
         ({"x": TOKENS / 2, "vocabulary": WORDS}, "x: expected integers; got float64"),
         ({"x": TOKENS[:, 0] / 2, "vocabulary": WORDS}, "x: expected integers; got float64"),

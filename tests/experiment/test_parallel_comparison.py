@@ -371,10 +371,24 @@ def test_remaining_time_follows_the_clock(tmp_path: Path, monkeypatch: pytest.Mo
 def test_warning_that_is_an_error_fails_no_run() -> None:
     pool = JobPool({}, [])
     future: Future[Any] = Future()
-    future.set_result((None, [RecordedWarning("few rows", UserWarning, __file__, 1)]))
+    future.set_result((None, [RecordedWarning("few rows", UserWarning, __file__, 1)], None))
     pool._busy[future] = ProcessPoolExecutor(1)
 
     with warnings.catch_warnings(), pool:
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="few rows"):
             pool.release(future)
+
+
+def test_warnings_of_a_failed_run_are_issued() -> None:
+    def fail() -> None:
+        warnings.warn("few rows", stacklevel=1)
+        raise UserError("no rows")
+
+    pool = JobPool({}, [])
+    future: Future[Any] = Future()
+    future.set_result(comparison_jobs._with_warnings(fail))
+    pool._busy[future] = ProcessPoolExecutor(1)
+
+    with pool, pytest.warns(UserWarning, match="few rows"):
+        assert pool.release(future) == "no rows"

@@ -209,7 +209,8 @@ class JobPool:
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Call a function in an idle worker process, or in a new one if all are busy.
 
-        The result of the future is a pair of the result and the warnings of the function.
+        The result of the future consists of the result of the function, its warnings, and the
+        message of the exception that it has raised, or None.
 
         Raises:
             UserError: If the calling script has no `__main__` guard.
@@ -238,20 +239,21 @@ class JobPool:
         """
         pool = self._busy.pop(future)
         try:
-            _, recorded = future.result()
+            _, recorded, error = future.result()
         except BrokenProcessPool:
             # Exit codes are only known after the shutdown.
             pool.shutdown()
             if any(worker.exitcode == UNGUARDED for worker in self._workers):
                 raise UserError(ADVICE) from None
             return KILLED
-        except Exception as error:
+        except Exception as failure:
+            # The arguments or the result cannot be pickled.
             self._idle.append(pool)
-            return str(error)
+            return str(failure)
         self._idle.append(pool)
         # A filter of the user may turn warnings into errors, which are none of the call.
         issue_warnings(recorded, self._warned)
-        return None
+        return error
 
 
 def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
@@ -285,11 +287,16 @@ def start_worker(environ: Mapping[str, str], objects: bytes) -> None:
 
 def _with_warnings(
     function: Callable[..., Any], *arguments: Any
-) -> tuple[Any, list[RecordedWarning]]:
-    """Return the result of a function and the warnings that it has issued."""
+) -> tuple[Any, list[RecordedWarning], str | None]:
+    """Return the result of a function, its warnings, and the message of its exception or None."""
+    result = None
+    message = None
     with record_warnings() as recorded:
-        result = function(*arguments)
-    return result, recorded
+        try:
+            result = function(*arguments)
+        except Exception as error:
+            message = str(error)
+    return result, recorded, message
 
 
 class _Schedule:

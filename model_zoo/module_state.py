@@ -511,6 +511,25 @@ def carry_state(module: nn.Module, attributes: Collection[str]) -> None:
         part.register_buffer(key, part.__dict__.pop(key))
 
 
+def release_state(
+    module: nn.Module, non_persistent: Collection[str], attributes: Collection[str]
+) -> None:
+    """Undo `carry_state`, so that the module has the buffers and attributes of its class.
+
+    Args:
+        module: The module.
+        non_persistent: Names of the buffers that the class does not register as persistent.
+        attributes: Names of the attributes.
+    """
+    for name in [*non_persistent, *attributes]:
+        path, _, key = name.rpartition(".")
+        part = module.get_submodule(path)
+        if name in attributes:
+            part.__dict__[key] = part._buffers.pop(key)
+        else:
+            part._non_persistent_buffers_set.add(key)
+
+
 def non_persistent_names(module: nn.Module) -> frozenset[str]:
     """Return the names of the buffers that are not persistent."""
     return frozenset(

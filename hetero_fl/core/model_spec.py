@@ -28,6 +28,7 @@ from model_zoo.module_state import (
     first_names,
     non_persistent_names,
     observe_forward,
+    release_state,
     state_tensors,
 )
 from model_zoo.registry import MODELS, is_user_defined
@@ -136,6 +137,19 @@ class ModelSpec:
         if is_user_defined(self.name):
             carry_state(module, _observe(self).attributes)
         return module
+
+    def source_module(self, model: SplitModel) -> nn.Module:
+        """Return the module from which a model of this architecture was made, as its class has it.
+
+        Buffers that the class does not save in `state_dict`, and attributes, are not saved there.
+
+        Args:
+            model: The model, which must not be used afterwards.
+        """
+        if is_user_defined(self.name):
+            non_persistent = non_persistent_names(_create(self))
+            release_state(model, non_persistent, _observe(self).attributes)
+        return model.source_module()
 
     def build_given(self, given: GivenModel) -> Tensors:
         """Return the tensors of a user's module that has this architecture.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from hetero_fl.core.images import (
     MAX_BYTE,
@@ -255,6 +255,10 @@ class SavedModel:
                 "code that the run was trained with"
             ) from None
         return module.eval()
+
+    def source_module(self) -> nn.Module:
+        """Return the module of the configured class with the saved tensors, in evaluation mode."""
+        return self.arch.source_module(self.module())
 
     @torch.no_grad()
     def logits(self, x: Column, personal: bool = False, batch_size: int = 500) -> Tensor:

@@ -202,7 +202,7 @@ class Trainer:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{client}.safetensors"
             file.write_bytes(self._models[client])
-            return SavedModel.load(file, allow_code=True).module().source_module()
+            return SavedModel.load(file, allow_code=True).source_module()
 
     @property
     def run(self) -> Run:

@@ -374,7 +374,7 @@ class Run:
         Raises:
             UserError: If there is no such client.
         """
-        return self.load_models(client)[client].module().source_module()
+        return self.load_models(client)[client].source_module()
 
     def save(self, path: str | Path) -> Run:
         """Copy the run directory and return the run in the copy.

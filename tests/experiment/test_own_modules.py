@@ -1116,3 +1116,21 @@ def test_series_are_named_with_their_axes(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level("WARNING", "hetero_fl"):
         series_federation(3).train(hfl.Local(), rounds=1, overrides=QUIET)
     assert "reach the module as [B, columns, steps]" in caplog.text
+
+
+def test_trained_module_has_the_state_dict_of_its_class(tmp_path: Path) -> None:
+    own = Habits(frozenset({"not_persistent", "attribute_in_place"}))
+    rows = (np.random.default_rng(0).random((40, WIDTH)).astype("float32"), np.arange(40) % WIDTH)
+    federation = hfl.Federation([hfl.Client("site", own, rows)], test=rows)
+
+    method = hfl.Local()
+    with hfl.Trainer(federation, method, rounds=1, out=tmp_path, overrides=QUIET) as trainer:
+        next(iter(trainer))
+        modules = [trainer.model("site")]
+    modules.append(trainer.run.model("site"))
+
+    for module in modules:
+        assert module.state_dict().keys() == own.state_dict().keys()
+        assert dict(module.named_buffers()).keys() == dict(own.named_buffers()).keys()
+        # The values are those of training.
+        assert module.center.any() and module.peak.any()

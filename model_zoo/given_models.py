@@ -153,10 +153,17 @@ class GivenModel:
             )
         return self._without_caches.get(shape) or self
 
-    def differences(self, other: GivenModel) -> list[str]:
-        """Return the attributes that differ from those of a module of equal class and tensors.
+    @property
+    def signature(self) -> tuple[type[nn.Module], frozenset[tuple[str, tuple[int, ...]]]] | None:
+        """Class of the module, and names and shapes of its tensors. None for other models."""
+        if not isinstance(self._model, nn.Module):
+            return None
+        return type(self._model), frozenset(_tensor_shapes(self._model).items())
 
-        The list is empty if classes, or names or shapes of tensors, differ.
+    def differences(self, other: GivenModel) -> list[str]:
+        """Return the attributes that differ from those of another module.
+
+        The list is empty if the signatures differ.
 
         Args:
             other: The other model.
@@ -164,7 +171,7 @@ class GivenModel:
         first, second = self._model, other._model
         if not isinstance(first, nn.Module) or not isinstance(second, nn.Module):
             return []
-        if type(first) is not type(second) or _tensor_shapes(first) != _tensor_shapes(second):
+        if self.signature != other.signature:
             return []
         own = {**_describe_attributes(first, self._caches), "head": self.head}
         others = {**_describe_attributes(second, other._caches), "head": other.head}

@@ -33,9 +33,10 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.utils.errors import RunFailedError, UserError
+from model_zoo.given_models import GivenModel
 from model_zoo.module_state import ModuleSnapshot, load_state, observe_forward
 from model_zoo.shapes import make_shape
-from tests.helpers.python_federations import QUIET
+from tests.helpers.python_federations import QUIET, images
 
 ROUNDS = 2
 EPOCHS = 2
@@ -355,6 +356,36 @@ def test_modules_with_other_values_of_a_read_attribute_are_not_averaged() -> Non
     log = (run.path / "log.txt").read_text()
     assert "of 'site_0' and 'site_1': they have the same class and tensors, but differ in" in log
     assert "differ in 'scale'; " in log
+
+
+class Scaled(nn.Module):
+    """A linear model with a factor."""
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, width)
+        self.out = nn.Linear(width, 3)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.scale * self.hidden(x.flatten(1)))  # type: ignore[no-any-return]
+
+
+def test_only_modules_of_equal_class_and_tensors_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+    differences = GivenModel.differences
+    monkeypatch.setattr(
+        GivenModel, "differences", lambda *pair: compared.append(pair) or differences(*pair)
+    )
+    modules = [*(Scaled(width, 1.0) for width in range(1, 6)), Scaled(5, 2.0), Scaled(5, 2.0)]
+    clients = [hfl.Client(f"c{i}", module, images(30, i)) for i, module in enumerate(modules)]
+
+    notes = hfl.Federation(clients).prepare("fedavg").notes
+
+    assert any("the modules of 'c4' and 'c5': " in note for note in notes)
+    assert len(compared) == 1
 
 
 @pytest.mark.parametrize("habit", HABITS)

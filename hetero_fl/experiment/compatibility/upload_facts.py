@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -194,10 +193,15 @@ class UploadFacts(ConfigFacts):
         for profile in self.profiles:
             if is_given(profile.arch.name):
                 owners.setdefault(profile.arch.name, profile.first)
-        for one, other in combinations(owners, 2):
-            if names := find_given(one).differences(find_given(other)):
-                found = format_list(names, 3, quote=True)
-                return {"one": owners[one], "other": owners[other], "names": found}
+        groups: dict[object, list[str]] = {}
+        for name in owners:
+            groups.setdefault(find_given(name).signature, []).append(name)
+        # If modules of a group differ, one of them differs from the first.
+        for one, *others in groups.values():
+            for other in others:
+                if names := find_given(one).differences(find_given(other)):
+                    found = format_list(names, 3, quote=True)
+                    return {"one": owners[one], "other": owners[other], "names": found}
         return None
 
     def clients_alone_in_sum(self) -> str:

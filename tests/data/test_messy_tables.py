@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pandas._libs.parsers import STR_NA_VALUES
 
 import hetero_fl as hfl
 from hetero_fl.config.data import SourceConfig
@@ -250,6 +251,27 @@ def test_listed_categories_are_no_missing_values(tmp_path: Path) -> None:
     expected = torch.eye(2).repeat(10, 2)
     assert torch.equal(from_file.train.x, expected)
     assert torch.equal(from_frame.train.x, expected)
+
+
+def test_all_markers_of_pandas_are_missing_values_in_listed_columns(tmp_path: Path) -> None:
+    markers = sorted(STR_NA_VALUES)
+    cells = [*markers, "+", "-"]
+    frame = pd.DataFrame({"test": cells, "age": range(len(cells))})
+    frame["sick"] = frame.age % 2
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    listed = {"test": ("+", "-")}
+    config = SourceConfig(
+        name="table", path=str(tmp_path / "table.csv"), label="sick", categories=listed
+    )
+
+    from_file = load_source(config, tmp_path)
+    from_frame = to_dataset(frame, "data", "sick", categories=listed)
+
+    for dataset in (from_file, from_frame):
+        indicators = dataset.train.x[:, [dataset.columns.index(n) for n in ("test=+", "test=-")]]
+        assert bool((indicators[: len(markers)] == 0).all())
+        assert torch.equal(indicators[len(markers) :], torch.eye(2))
+        assert not [note for note in dataset.notes if "#NA" in note or "-nan" in note]
 
 
 def test_declared_categories_keep_their_order_and_those_without_rows() -> None:

@@ -560,3 +560,13 @@ def test_misspelled_columns_name_the_columns(
 
     with pytest.raises(UserError, match=words):
         hfl.Federation(clients(frame(40), frame(40, seed=1), **own), **common)
+
+
+@pytest.mark.parametrize("name", ["participant", "Participant_ID", "subject no", "patientHash"])
+def test_columns_named_after_persons_are_ids_of_few_persons(name: str) -> None:
+    x, y, who = visits(4, 30)
+    table = pd.DataFrame(x, columns=COLUMNS).assign(ill=y, **{name: [f"p{i}" for i in who]})
+
+    (note,) = [n for n in to_dataset(table, "data", "ill").notes if isinstance(n, Caution)]
+
+    assert f"column '{name}' seems to identify patients and repeats" in note

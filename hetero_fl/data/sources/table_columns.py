@@ -43,6 +43,13 @@ MARKERS = frozenset(
         "n/a",
         "n.a.",
         "#n/a",
+        "#n/a n/a",
+        "#na",
+        "1.#ind",
+        "-1.#ind",
+        "1.#qnan",
+        "-1.#qnan",
+        "-nan",
         "<na>",
         "nan",
         "nil",
@@ -52,11 +59,12 @@ MARKERS = frozenset(
         "unknown",
     )
 )
-"""Markers of missing values in columns of numbers, in lower case."""
+"""Markers of missing values in columns of numbers, in lower case, those of pandas included."""
 CATEGORICAL = "; for categories, list the values in data.categories"
 NUMBER_HINT = "write numbers as 1234.5"
 OWNER_NAME = re.compile(
-    r"(?i:patient|subject|person|mrn)(?:[ _.-]*(?i:id|no|nr|num|number|code|key|name|hash))?$"
+    r"(?i:patient|participant|subject|person|mrn)"
+    r"(?:[ _.-]*(?i:id|no|nr|num|number|code|key|name|hash))?$"
 )
 """Pattern of names of columns that identify patients, also if there are few patients."""
 ID_NAME = re.compile(r"(?i:(?<![a-z])(?:[cps]?id|case))$|[a-z]I[Dd]$")

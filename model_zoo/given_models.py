@@ -23,6 +23,7 @@ from model_zoo.module_state import (
     MODULE_ATTRIBUTES,
     carry_state,
     check_tensors,
+    convert_to_default_type,
     describe_value,
     observe_forward,
 )
@@ -198,7 +199,9 @@ class GivenModel:
         Raises:
             ModelError: If the module has no head, or does not accept the examples.
         """
-        return split_module(self.factory(pretrained=True), shape, self.head)
+        module = self.factory(pretrained=True)
+        convert_to_default_type(module)
+        return split_module(module, shape, self.head)
 
 
 def restore_given(model: nn.Module | ModelFactory, head: str | None, name: str) -> GivenModel:
@@ -225,16 +228,42 @@ class _Copy:
         tensors = [*self._module.parameters(), *self._module.buffers()]
         if any(tensor.is_meta for tensor in tensors):
             raise ModelError("the module has no weights (device meta); create it on a device")
-        # Training moves the model to the configured device and precision.
-        module = copy.deepcopy(self._module).cpu()
-        # A module of several types uses them on purpose.
-        if len({t.dtype for t in tensors if t.is_floating_point()}) == 1 and not any(
-            t.is_complex() for t in tensors
-        ):
-            module.to(torch.get_default_dtype())
+        # Training moves the model to the configured device.
+        module = _copy_module(self._module).cpu()
         if not pretrained:
             redraw_weights(module)
         return module
+
+
+def _copy_module(module: nn.Module) -> nn.Module:
+    """Return a copy of a module.
+
+    Raises:
+        ModelError: If an attribute cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module)
+    # Any attribute may refuse.
+    except Exception as error:
+        for path, own in _own_attributes(module, ()).items():
+            for key, value in own.items():
+                if not _can_copy(value):
+                    name = f"{path}.{key}".removeprefix(".")
+                    raise ModelError(
+                        f"its attribute '{name}' cannot be copied, such as a tensor that is "
+                        "computed from parameters; pass a function that creates the module, or "
+                        "keep tensor.detach()"
+                    ) from error
+        raise
+
+
+def _can_copy(value: Any) -> bool:
+    try:
+        copy.deepcopy(value)
+    # Any object may refuse.
+    except Exception:
+        return False
+    return True
 
 
 def redraw_weights(module: nn.Module) -> list[str]:

@@ -129,6 +129,23 @@ def load_state(
         own[name].copy_(tensor)
 
 
+def convert_to_default_type(module: nn.Module) -> torch.dtype | None:
+    """Convert a module whose floating-point tensors have one type to torch's default type.
+
+    A module of several types uses them on purpose, and keeps them.
+
+    Returns:
+        The type that was converted, or None if the module has not changed.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    default = torch.get_default_dtype()
+    if len(types) != 1 or default in types or any(t.is_complex() for t in tensors):
+        return None
+    module.to(default)
+    return types.pop()
+
+
 def check_tensors(module: nn.Module) -> None:
     """Check that the tensors of a module can be read, and do not share memory.
 
@@ -494,6 +511,35 @@ def _describe_lost_state(module: nn.Module, name: str) -> str:
         f"its forward pass changes '{name}' and depends on it, but only buffers of constant shape "
         f"are kept for each client; {cure}"
     )
+
+
+def advise_on_error(error: BaseException, module: nn.Module | None = None) -> str:
+    """Return advice on an exception of a forward pass, or "".
+
+    Args:
+        error: The exception.
+        module: The module, whose tensors of other types than the inputs are named.
+    """
+    owner = getattr(error, "obj", None)
+    if isinstance(error, AttributeError) and isinstance(owner, nn.Module):
+        # Libraries do not read attributes that only a pass writes.
+        if type(owner).__module__.startswith("torch."):
+            return ""
+        return (
+            f"; if a forward pass writes it, write self.register_buffer('{error.name}', tensor) in "
+            f"{type(owner).__name__}.__init__"
+        )
+    if not isinstance(error, RuntimeError) or "type" not in str(error) or module is None:
+        return ""
+    default = torch.get_default_dtype()
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != default:
+            return (
+                f"; '{name}' is {parameter.dtype}, but examples and the inputs of the head are "
+                f"{default}: convert the module with .to({default}), or the inputs of the layer in "
+                "forward"
+            )
+    return ""
 
 
 def carry_state(module: nn.Module, attributes: Collection[str]) -> None:

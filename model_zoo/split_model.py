@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.generators import keyed_generators
-from model_zoo.module_state import ModuleSnapshot
+from model_zoo.module_state import ModuleSnapshot, advise_on_error
 from model_zoo.shapes import Shape
 
 # A backbone, the width of the features and, optionally, the dropout rate between features and head.
@@ -56,6 +56,8 @@ class SplitModel(nn.Module):
         head: The head.
         head_path: Path of the head in the module that was split, "head" by default. If the module
             is the head, the path is empty.
+        converted_type: Type of the tensors before they were converted to torch's default type, or
+            None if they were not converted.
 
     Example:
         >>> import torch
@@ -75,6 +77,7 @@ class SplitModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.head_path = "head"
+        self.converted_type: torch.dtype | None = None
         # In a tuple, so that the tensors of the module are not registered twice.
         self._source: tuple[nn.Module, ...] = ()
         linear = next((part for part in head.modules() if isinstance(part, nn.Linear)), None)
@@ -254,7 +257,8 @@ def probe(module: nn.Module, x: Tensor, examples: object, training: bool = False
     except (Exception, SystemExit) as error:
         mode = "in training mode: " if training else ""
         prefix = "SystemExit: " if isinstance(error, SystemExit) else ""
-        raise InputError(f"{mode}cannot process {examples}: {prefix}{one_line(error)}") from error
+        reason = f"{prefix}{one_line(error)}{advise_on_error(error, module)}"
+        raise InputError(f"{mode}cannot process {examples}: {reason}") from error
     finally:
         before.restore(before.changes())
         for part, mode_before in modes.items():

@@ -15,7 +15,7 @@ from torch import nn
 from model_zoo.errors import InputError, ModelError, one_line, suggest_names
 from model_zoo.given_models import OBJECT_PREFIX, find_given
 from model_zoo.heads import split_module
-from model_zoo.module_state import check_tensors, state_tensors
+from model_zoo.module_state import check_tensors, convert_to_default_type, state_tensors
 from model_zoo.shapes import Shape
 from model_zoo.split_model import SplitModel, probe
 
@@ -140,6 +140,7 @@ def build(
     if not isinstance(created, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(created).__name__}")
     check_tensors(created)
+    converted = convert_to_default_type(created)
     for name, tensor in state_tensors(created).items():
         if tensor.is_complex() or tensor.dtype is torch.bfloat16:
             raise ModelError(
@@ -147,6 +148,7 @@ def build(
                 "real and imaginary part (torch.view_as_complex)"
             )
     model = split_module(created, shape, head)
+    model.converted_type = converted
     if feature_dim not in (None, model.feature_dim):
         raise ModelError(
             f"feature_dim: expected features of width {feature_dim}, got {model.feature_dim}"

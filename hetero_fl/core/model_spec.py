@@ -253,6 +253,11 @@ class ModelSpec:
         """Path of the head: `head`, or the path in the user's module, such as `fc`."""
         return _measure(self).head_path
 
+    @property
+    def converted_type(self) -> torch.dtype | None:
+        """Type of the tensors before they were converted to torch's default type, or None."""
+        return _measure(self).converted_type
+
     def to_json(self) -> str:
         """Return the specification as JSON, without the label and the family."""
         stored = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
@@ -311,6 +316,7 @@ class _ModelProperties:
     shapes: Mapping[str, tuple[int, ...]]
     batch_norm: frozenset[str]
     local: frozenset[str]
+    converted_type: torch.dtype | None
 
 
 @forgets_models
@@ -336,6 +342,7 @@ def _measure(arch: ModelSpec) -> _ModelProperties:
         {n: tuple(t.shape) for n, t in tensors.items()},
         frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),
         frozenset(local - counters),
+        module.converted_type,
     )
 
 

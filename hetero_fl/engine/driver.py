@@ -24,6 +24,7 @@ from hetero_fl.core.plan import (
 from hetero_fl.engine.templates import Templates
 from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, user_code_place
 from hetero_fl.utils.version import describe_new_name
+from model_zoo.module_state import advise_on_error
 
 T = TypeVar("T")
 
@@ -268,5 +269,6 @@ def translate_user_errors() -> Iterator[None]:
         place = user_code_place(error)
         if place is None:
             raise
-        message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH] + describe_new_name(error)
+        message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH]
+        message += describe_new_name(error) + advise_on_error(error)
         raise RunFailedError(f"{place}: {type(error).__name__}: {message}") from error

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from typing_extensions import override
 
 import hetero_fl as hfl
@@ -881,7 +882,7 @@ class ReadsLate(Habits):
 
 
 def test_attribute_that_only_later_passes_read_is_an_error() -> None:
-    with pytest.raises(RunFailedError, match="'ReadsLate' object has no attribute 'last_mean'"):
+    with pytest.raises(RunFailedError, match=r"no attribute 'last_mean'; .*buffer\('last_mean'"):
         train(ReadsLate(frozenset(["cached_mean"])), hfl.Local(), "serial")
 
 
@@ -1146,7 +1147,7 @@ def test_series_are_named_with_their_axes(caplog: pytest.LogCaptureFixture) -> N
 
     with caplog.at_level("WARNING", "hetero_fl"):
         series_federation(3).train(hfl.Local(), rounds=1, overrides=QUIET)
-    assert "reach the module as [B, columns, steps]" in caplog.text
+    assert "as many steps as columns" in caplog.text
 
 
 def test_trained_module_has_the_state_dict_of_its_class(tmp_path: Path) -> None:
@@ -1164,4 +1165,79 @@ def test_trained_module_has_the_state_dict_of_its_class(tmp_path: Path) -> None:
         assert module.state_dict().keys() == own.state_dict().keys()
         assert dict(module.named_buffers()).keys() == dict(own.named_buffers()).keys()
         # The values are those of training.
+        assert isinstance(module, Habits)
         assert module.center.any() and module.peak.any()
+
+
+class TwoTypes(nn.Module):
+    """A classifier whose body and head have given types."""
+
+    def __init__(self, body: torch.dtype, head: torch.dtype) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH, dtype=body)
+        self.out = nn.Linear(WIDTH, WIDTH, dtype=head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x).tanh())  # type: ignore[no-any-return]
+
+
+def train_one(model: Any) -> hfl.Run:
+    federation = hfl.Federation([hfl.Client("site_0", model, DATA["site_0"])], test=TEST)
+    return federation.train(hfl.Local(), rounds=1, overrides=QUIET)
+
+
+@pytest.mark.parametrize("is_function", [False, True])
+def test_module_of_one_type_is_converted_with_a_warning(
+    is_function: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make() -> nn.Module:
+        return TwoTypes(torch.float64, torch.float64)
+
+    with caplog.at_level("WARNING", "hetero_fl"):
+        run = train_one(make if is_function else make())
+
+    assert run.models["site_0"].tensors["head.weight"].dtype is torch.float32
+    assert "converted from torch.float64 to torch.float32" in caplog.text
+
+
+@pytest.mark.parametrize("is_function", [False, True])
+def test_layer_of_another_type_than_its_inputs_is_named(is_function: bool) -> None:
+    def make() -> nn.Module:
+        return TwoTypes(torch.float32, torch.float64)
+
+    with pytest.raises(UserError, match=r"'out.weight' is torch.float64, but .*torch.float32"):
+        train_one(make if is_function else make())
+
+
+def test_attribute_that_cannot_be_copied_is_named() -> None:
+    module = TwoTypes(torch.float32, torch.float32)
+    prune.l1_unstructured(module.body, "weight", 0.5)
+
+    def make() -> nn.Module:
+        pruned = TwoTypes(torch.float32, torch.float32)
+        prune.l1_unstructured(pruned.body, "weight", 0.5)
+        return pruned
+
+    with pytest.raises(UserError, match=r"'body.weight' cannot be copied.*; pass a function"):
+        train_one(module)
+    assert (
+        "backbone.body.weight_mask" in train(make, hfl.Local(), "serial").models["site_0"].tensors
+    )
+
+
+class ReadsFirst(nn.Module):
+    """A module that reads an attribute which only training writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = x.mean(0)
+        return self.out(x - self.mean)  # type: ignore[no-any-return]
+
+
+def test_attribute_that_is_read_before_it_is_written_is_an_error_with_advice() -> None:
+    with pytest.raises(UserError, match=r"no attribute 'mean'; .*register_buffer\('mean', tensor"):
+        train_one(ReadsFirst())

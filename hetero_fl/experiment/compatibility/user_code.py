@@ -219,19 +219,23 @@ def _variables_of(function: Any) -> dict[str, Any]:
 
 
 def _input_notes(arch: ModelSpec) -> list[str]:
-    """Return a note if a user's model cannot tell steps and columns of a series by their number."""
-    if not is_user_defined(arch.name) or arch.shape.kind != "series":
+    """Return notes on a user's model that was converted, or may misread the axes of a series."""
+    if not is_user_defined(arch.name):
         return []
-    channels, steps = arch.input_shape
-    if channels != steps:
-        return []
-    return [
-        Caution(
-            f"model {arch.display_name}: series of {steps} steps and {channels} columns reach the "
-            "module as [B, columns, steps], as in nn.Conv1d; if it expects [B, steps, columns], "
-            "write x = x.transpose(1, 2) in forward"
+    notes = []
+    if arch.converted_type is not None:
+        default = torch.get_default_dtype()
+        notes.append(
+            f"its tensors are converted from {arch.converted_type} to {default}, the type of the "
+            "inputs; to compute in another type, call torch.set_default_dtype before"
         )
-    ]
+    if arch.shape.kind == "series" and arch.input_shape[0] == arch.input_shape[1]:
+        notes.append(
+            "the series have as many steps as columns and reach the module as [B, columns, steps], "
+            "as in nn.Conv1d; if it expects [B, steps, columns], write x = x.transpose(1, 2) in "
+            "forward"
+        )
+    return [Caution(f"model {arch.display_name}: {note}") for note in notes]
 
 
 def output_kinds(arch: ModelSpec) -> list[str]:

@@ -1220,9 +1220,7 @@ def test_attribute_that_cannot_be_copied_is_named() -> None:
 
     with pytest.raises(UserError, match=r"'body.weight' cannot be copied.*; pass a function"):
         train_one(module)
-    assert (
-        "backbone.body.weight_mask" in train(make, hfl.Local(), "serial").models["site_0"].tensors
-    )
+    assert "backbone.body.weight_mask" in train_one(make).models["site_0"].tensors
 
 
 class ReadsFirst(nn.Module):

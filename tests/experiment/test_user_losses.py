@@ -298,6 +298,18 @@ class LoggedLoss:
         return self.last  # type: ignore[no-any-return]
 
 
+class HistoryLoss:
+    """A loss that records its values."""
+
+    def __init__(self) -> None:
+        self.hist: list[float] = []
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        loss = functional.cross_entropy(logits, y)
+        self.hist.append(float(loss))
+        return loss
+
+
 class PreviousLoss(LoggedLoss):
     """A loss that adds its last value."""
 
@@ -435,21 +447,26 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "changing loss": ("loss changes its attribute 'center'", {"objective": Centered()}, {}),
     "changing part": ("changes its attribute 'inner.center'", {"objective": Wrapped()}, {}),
     "changing object": ("changes its attribute 'center'", {"objective": CenteredFunction()}, {}),
-    "changing variable": ("changes its attribute 'calls'", {"objective": counting_loss()}, {}),
+    "changing variable": ("changes the variable 'calls'", {"objective": counting_loss()}, {}),
+    "history": (
+        r"changes its attribute 'hist', .* record values with evaluation.metrics or output.loggers",
+        {"objective": HistoryLoss()},
+        {},
+    ),
     "previous value": ("changes its attribute 'last'", {"objective": PreviousLoss()}, {}),
     "first value": ("changes its attribute 'center'", {"objective": FirstMean()}, {}),
     "changing array": ("changes its attribute 'counts'", {"objective": Balanced()}, {}),
     "changing slot": ("changes its attribute 'Metered'", {"objective": Metered()}, {}),
     "changing class": ("changes its attribute 'counts'", {"objective": ClassCounts().loss}, {}),
-    "changing default": ("changes its attribute 'calls'", {"objective": counted_loss}, {}),
+    "changing default": ("changes its argument 'calls'", {"objective": counted_loss}, {}),
     "changing function": ("changes its attribute 'calls'", {"objective": attribute_loss}, {}),
     "changing argument": (
-        "changes its attribute 'calls'",
+        "changes its argument 'calls'",
         {"objective": partial(counted_loss, calls=np.zeros(1))},
         {},
     ),
     "changing helper": ("has another value when it is called", {"objective": indirect_loss}, {}),
-    "generator": ("changes its attribute 'GENERATOR'", {"objective": noisy_loss}, {}),
+    "generator": ("changes the variable 'GENERATOR'", {"objective": noisy_loss}, {}),
     "no gradient": (
         r"objective: the loss has no gradient; .* detach\(\)",
         {"objective": lambda z, y: functional.cross_entropy(z.detach(), y)},

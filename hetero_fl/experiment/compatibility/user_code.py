@@ -165,10 +165,10 @@ def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
     is_repeatable = torch.allclose(values[1], values[2], rtol=0, atol=0, equal_nan=True)
     if not is_repeatable:
         kept += written
-    for name in kept:
+    for kind, name in kept:
         raise ValueError(
-            f"the loss changes its attribute '{name}', which clients would share; compute the "
-            "loss from logits and targets only"
+            f"the loss changes {kind} '{name}', which clients would share; compute the loss from "
+            "logits and targets only, and record values with evaluation.metrics or output.loggers"
         )
     if not is_repeatable:
         raise ValueError(
@@ -177,45 +177,61 @@ def _check_state(loss: LossFunction, logits: Tensor, y: Tensor) -> None:
         )
 
 
-def _state_of(function: Any) -> dict[str, str]:
-    """Describe what a function may keep between two calls, keyed by the names of variables."""
+def _state_of(function: Any) -> dict[tuple[str, str], str]:
+    """Describe what a function may keep between two calls, keyed by kind and name."""
     return {name: describe_content(value) for name, value in _variables_of(function).items()}
 
 
-def _variables_of(function: Any) -> dict[str, Any]:
+def _variables_of(function: Any) -> dict[tuple[str, str], Any]:
     """Return attributes of an object, arguments of a partial, or variables that a function reads.
 
     Variables that only inner functions read are not found.
+
+    Returns:
+        The values, keyed by their kinds, such as "its attribute", and names.
     """
     if isinstance(function, functools.partial):
         given = {f"args[{i}]": value for i, value in enumerate(function.args)}
-        return {**_variables_of(function.func), **given, **function.keywords}
+        return {
+            **_variables_of(function.func),
+            **_with_kind("its argument", {**given, **function.keywords}),
+        }
     if inspect.ismethod(function):
         return {**_variables_of(function.__func__), **_variables_of(function.__self__)}
     if inspect.isfunction(function):
         read = inspect.getclosurevars(function)
         parameters = inspect.signature(function).parameters.values()
         defaults = {parameter.name: parameter.default for parameter in parameters}
-        return {**read.globals, **read.nonlocals, **defaults, **vars(function)}
+        return {
+            **_with_kind("the variable", {**read.globals, **read.nonlocals}),
+            **_with_kind("its argument", defaults),
+            **_with_kind("its attribute", vars(function)),
+        }
     parts = function.named_modules() if isinstance(function, nn.Module) else [("", function)]
-    found: dict[str, Any] = {}
+    found: dict[tuple[str, str], Any] = {}
     for path, part in parts:
         # A scripted module creates this attribute on the first access.
         call = getattr(part, "forward", type(part).__call__)
         call = getattr(call, "__func__", call)
-        values = _variables_of(call) if inspect.isfunction(call) else {}
+        found |= _variables_of(call) if inspect.isfunction(call) else {}
+        values: dict[str, Any] = {}
         for owner in reversed(type(part).__mro__):
             values |= {name: v for name, v in vars(owner).items() if not name.startswith("__")}
         # Objects without `__dict__` have slots.
         values |= getattr(part, "__dict__", {type(part).__name__: part})
         for own in (part._parameters, part._buffers) if isinstance(part, nn.Module) else ():
             values |= own
-        found |= {
+        own = {
             f"{path}.{name}".removeprefix("."): value
             for name, value in values.items()
             if name not in MODULE_ATTRIBUTES
         }
+        found |= _with_kind("its attribute", own)
     return found
+
+
+def _with_kind(kind: str, values: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    return {(kind, name): value for name, value in values.items()}
 
 
 def _input_notes(arch: ModelSpec) -> list[str]:

@@ -221,11 +221,17 @@ class SavedModel:
             if self.head and not given.is_known_as(name):
                 given = GivenModel(model, self.head).without_caches(self.arch.shape)
             arch = replace(self.arch, name=given.name)
-            load_state(arch.build(), self.tensors, arch.local_names)
+            built = arch.build()
+            load_state(built, self.tensors, arch.local_names)
+            is_known = given.is_known_as(name)
+            if not is_known and not given.is_instance:
+                # The run may have been trained with an object of the class.
+                module = GivenModel(arch.source_module(built), given.head)
+                is_known = module.without_caches(arch.shape).is_known_as(name)
         except (ModelError, TypeError, ValueError, RuntimeError) as error:
             reason = one_line(error)
             raise ArgumentError(f"{where}: does not fit the saved model: {reason}") from None
-        if not given.is_known_as(name):
+        if not is_known:
             warnings.warn(
                 f"{where}: {given.title} differs from the module of the run in its class, source "
                 "code, attributes or frozen parameters, so its predictions may differ",

@@ -27,7 +27,7 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.integrity import CHANGED, inspect
 from hetero_fl.reporting.notebook import Picture, html_items, html_table
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_vacant
-from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.code_permission import CodePermission, find_references, reference_to
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.serialization import sha256_of
 from hetero_fl.utils.text import pluralize
@@ -100,6 +100,10 @@ class Run:
         if not isinstance(models, Mapping | None):
             found = type(models).__name__
             raise ArgumentError(f"models: expected modules keyed by client id, got {found}")
+        if models:
+            # The classes of these modules have been imported.
+            self.permission = copy.copy(self.permission)
+            self.permission.granted |= set(map(reference_to, models.values()))
         for name, model in (models or {}).items():
             self._restore_object(name, model)
 
@@ -331,6 +335,8 @@ class Run:
             hint = suggest_or_list(client, self.model_names)
             raise ArgumentError(f"models: no model of '{client}'{hint}")
         saved = self._read_models([client])[client]
+        if saved.arch.name == reference_to(model):
+            return
         self.keep(saved.restore_object(model, f"models: '{client}'"))
 
     def model_file(self, name: str) -> Path:

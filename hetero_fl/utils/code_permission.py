@@ -60,6 +60,19 @@ def find_references(tree: object) -> dict[str, str]:
     return found
 
 
+def reference_to(value: object) -> str:
+    """Return the reference to a class or function, or to the class of another object.
+
+    Example:
+        >>> from fractions import Fraction
+        >>> from hetero_fl.utils.code_permission import reference_to
+        >>> reference_to(Fraction), reference_to(Fraction(1, 2))
+        ('python:fractions:Fraction', 'python:fractions:Fraction')
+    """
+    named: object = value if hasattr(value, "__qualname__") else type(value)
+    return f"{CODE_PREFIX}{getattr(named, '__module__', '')}:{getattr(named, '__qualname__', '')}"
+
+
 def hash_modules(references: Iterable[str]) -> dict[str, str]:
     """Return SHA-256 hashes of the files of referenced modules, keyed by module name.
 

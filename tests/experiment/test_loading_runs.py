@@ -174,3 +174,24 @@ def test_transform_is_found_when_the_federation_is_created_again(tmp_path: Path)
 
     again = federation("mlp", preprocess=hfl.Preprocess(transform=double))
     assert torch.equal(run.predict("inst", ROWS), expected) and again
+
+
+@pytest.mark.parametrize("model", [Digits, Digits(3)], ids=["class", "module"])
+def test_importable_class_may_be_passed_instead_of_a_permission(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    expected = trained_before_a_restart(path, Digits)
+
+    run = hfl.Run.load(path, models={"inst": model})
+
+    assert torch.equal(run.predict("inst", ROWS), expected)
+
+
+def test_class_is_passed_for_its_object_without_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    expected = trained_before_a_restart(path, Net(), head="cls")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = hfl.Run.load(path, models={"inst": Net})
+
+    assert torch.equal(run.predict("inst", ROWS), expected)

@@ -110,6 +110,7 @@ class FederationDatasets:
             if isinstance(data, tuple) and isinstance(found, Task):
                 # The targets are class numbers, but the labels need not be.
                 self.datasets[place] = replace(self.datasets[place], task=found)
+        _drop_repeated_notes(self.datasets)
         if self._named and ("test" in sets or "validation" in sets):
             root = Path(DataConfig().root).expanduser()
             self.datasets["data"] = load_source(SourceConfig.model_validate(self._named), root)
@@ -192,6 +193,15 @@ class FederationDatasets:
         """Return a data set as a source of the configuration."""
         title = place.removeprefix("clients: ").replace("'", "")
         return {"name": name_object(title, self.datasets[place])}
+
+
+def _drop_repeated_notes(datasets: dict[str, Dataset]) -> None:
+    """Keep the first of equal notes in place. Notes that do not name their data may be equal."""
+    said: set[str] = set()
+    for place, dataset in datasets.items():
+        kept = tuple(note for note in dataset.notes if note not in said)
+        said.update(kept)
+        datasets[place] = replace(dataset, notes=kept)
 
 
 def _place(client: Client, part: str = "data") -> str:

@@ -305,3 +305,20 @@ def test_columns_do_not_depend_on_the_order_of_clients() -> None:
         return [dataset.columns for dataset in found]
 
     assert columns([0, 1]) == columns([1, 0]) == [("dose=high", "dose=low", "dose=mid")] * 2
+
+
+def test_columns_of_frames_that_are_no_features_are_one_warning() -> None:
+    def frame(rows: int) -> pd.DataFrame:
+        text = [f"remark {i % 30} of a nurse" for i in range(rows)]
+        when = pd.date_range("2024-01-01", periods=rows)
+        return pd.DataFrame({"age": range(rows), "note": text, "when": when, "y": 0}).assign(
+            y=[i % 2 for i in range(rows)], ward=["a", "b"] * (rows // 2)
+        )
+
+    clients = [hfl.Client("a", "mlp", frame(60)), hfl.Client("b", "mlp", frame(80))]
+
+    prepared = hfl.Federation(clients, label="y", test=frame(40)).prepare(hfl.Local())
+
+    found = [note for note in prepared.notes if "left out of the features" in note]
+    assert len(found) == 1 and isinstance(found[0], Caution)
+    assert "features: 'note', 'when'; convert them to numbers" in found[0]

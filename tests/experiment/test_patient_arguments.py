@@ -206,7 +206,8 @@ def test_other_columns_are_no_ids() -> None:
         ill=y,
     )
 
-    assert warnings_of(hfl.Federation(clients(None, None), data=table, label="ill")) == []
+    found = warnings_of(hfl.Federation(clients(None, None), data=table, label="ill"))
+    assert len(found) == 1 and found[0].startswith("columns left out of the features: 'comment';")
 
 
 def test_ids_in_arrays_are_warnings() -> None:

@@ -442,6 +442,33 @@ def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoRetur
     raise UserError(f"{where}: row {row + 1}, column '{column}': {problem}")
 
 
+def _is_number(column: pd.Series) -> bool:
+    return types.is_numeric_dtype(column) and not types.is_bool_dtype(column)
+
+
+def looks_like_ids(column: pd.Series) -> tuple[bool, bool]:
+    """Return whether the values of a column look like ids, and whether its name does."""
+    name = str(column.name)
+    is_number = _is_number(column)
+    present = column.dropna()
+    if not (is_number or is_categorical(column)) or types.is_complex_dtype(column):
+        return False, False
+    if types.is_float_dtype(column) and not (present == np.floor(present)).all():
+        return False, False
+    distinct = present.nunique()
+    is_owner = distinct > 2 and OWNER_NAME.search(name) is not None
+    # A column `id` with few numbers may be a count.
+    is_named = is_owner or (
+        distinct > (MANY_CATEGORIES if is_number else 2) and ID_NAME.search(name) is not None
+    )
+    has_span = is_number and not is_named and distinct > 0
+    span = float(present.max() - present.min()) if has_span else 0
+    is_id = is_identifier(distinct, len(present), span) and (
+        is_number or not present.astype(str).str.contains(r"\s").any()
+    )
+    return bool(is_id), is_named
+
+
 def describe_identifiers(
     columns: Iterable[pd.Series],
     used: Collection[str],
@@ -461,23 +488,12 @@ def describe_identifiers(
     remarks = []
     for column in columns:
         name = str(column.name)
-        is_number = types.is_numeric_dtype(column) and not types.is_bool_dtype(column)
+        is_number = _is_number(column)
         present = column.dropna()
-        if not (is_number or is_categorical(column)) or types.is_complex_dtype(column):
-            continue
-        if types.is_float_dtype(column) and not (present == np.floor(present)).all():
-            continue
         distinct = present.nunique()
-        is_owner = distinct > 2 and OWNER_NAME.search(name) is not None
-        # A column `id` with few numbers may be a count.
-        is_named = is_owner or (
-            distinct > (MANY_CATEGORIES if is_number else 2) and ID_NAME.search(name) is not None
-        )
-        has_span = is_number and not is_named and distinct > 0
-        span = float(present.max() - present.min()) if has_span else 0
-        is_id = is_identifier(distinct, len(present), span) and (
-            is_number or not present.astype(str).str.contains(r"\s").any()
-        )
+        is_id, is_named = looks_like_ids(column)
+        if not (is_id or is_named):
+            continue
         keep = f"set data.patient={name}" if in_config else f"pass patient='{name}'"
         feature = ", and the column is a feature" if name in used else ""
         relation = None if patient is None else _relation(present, patient)

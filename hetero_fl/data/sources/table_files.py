@@ -41,6 +41,7 @@ from hetero_fl.data.sources.table_columns import (
     encode_indicators,
     find_categories,
     is_categorical,
+    looks_like_ids,
     metadata_array,
     normalize_frame,
     parse_column,
@@ -56,6 +57,8 @@ SNIFFED_ROWS = 20
 """Maximum number of rows below the header from which the separator is determined."""
 NO_NAME = re.compile(r"Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")
 """Names under which pandas reads columns without a name, such as those of a saved index."""
+SAVED_INDEX = "saved index"
+"""Reason why a column that counts the rows is left out."""
 RESET_INDEX = re.compile(r"level_\d+")
 """Names that pandas gives to an index that becomes a column, and that a feature may have, too."""
 
@@ -241,6 +244,19 @@ def read_table(
     place = f"table {title}" if isinstance(path, Path) else where
     notes = [f"{place}: {'; '.join(summary)}", *label_notes]
     notes += [prefix_note(place, remark) for remark in remarks]
+    dropped = [
+        name
+        for name, reason in left_out.items()
+        if reason != SAVED_INDEX and not any(looks_like_ids(rest[name]))
+    ]
+    if dropped and not isinstance(path, Path):
+        notes.append(
+            Caution(
+                "columns left out of the features: "
+                f"{format_list(dropped, MAX_LISTED, quote=True)}; convert them to numbers or to "
+                f"fewer than {MANY_CATEGORIES} categories, or drop them"
+            )
+        )
     others = [rest[name] for name in rest.columns]
     found = describe_identifiers(others, used, isinstance(path, Path), patients)
     notes += [prefix_note(place, note) for note in found]
@@ -424,7 +440,7 @@ def features(
         elif (numbers := parse_numbers(frame[name], where, allow_missing)) is None:
             left_out[name] = _reason_left_out(frame[name])
         elif _is_index(name, numbers):
-            left_out[name] = "saved index"
+            left_out[name] = SAVED_INDEX
             if notes is not None and len(np.unique(numbers)) < len(numbers):
                 notes.append(
                     Caution(

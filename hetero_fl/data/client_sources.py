@@ -86,7 +86,7 @@ def pool_client_files(
     schema = _common_schema(own)
     needed = required_columns((clients[client] for client in own), schema.layout)
     parts = {
-        client: match_to_common(each, schema, _config_path(client), needed, "another client's file")
+        client: match_to_common(each, schema, _config_path(client), needed, "another client")
         for client, each in own.items()
     }
     train = _concatenate(parts)

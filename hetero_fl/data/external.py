@@ -232,7 +232,7 @@ def match_columns(
         if needed is None or name in needed or column in needed:
             raise UserError(
                 f"{where}: column '{column}' not found, which {owner or 'the main data set'} "
-                f"contains{suggest_or_list(column, unknown)}{advice}"
+                f"contains{suggest_or_list(column, unknown or names)}{advice}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
     x = (

@@ -351,7 +351,9 @@ def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) 
     found = dataset.columns
     parts: dict[str, Any] = {}
     for split, examples in dataset.splits().items():
-        x, _ = match_columns(examples.x, found, like, f"data: {dataset.name}", needed=needed)
+        x, _ = match_columns(
+            examples.x, found, like, f"data: {dataset.name}", needed=needed, owner="the run's data"
+        )
         parts[split] = replace(examples, x=x)
     return replace(dataset, columns=known, categories=categories, **parts)
 

@@ -173,7 +173,9 @@ class Federation:
         given_sets = {"data": data, "test": test, "validation": validation, "proxy": proxy}
         sets = {name: found for name, found in given_sets.items() if found is not None}
         self._names_arguments = not any(map(_is_configured, (data, *(c.data for c in clients))))
-        with errors_with_arguments() if self._names_arguments else nullcontext():
+        mains = (f"`{name}`" for name in ("data", "test") if name in sets)
+        self._main = next(mains, "the data of the clients")
+        with errors_with_arguments((), self._main) if self._names_arguments else nullcontext():
             datasets = FederationDatasets(
                 self.clients,
                 sets,
@@ -246,6 +248,7 @@ class Federation:
         federation._config = plain(config)
         federation._allow_code = allow_code
         federation._names_arguments = False
+        federation._main = "the main data set"
         federation.is_from_file = True
         return federation
 
@@ -315,9 +318,9 @@ class Federation:
         self._check_overrides(config, given)
         if not self._names_arguments:
             return replace(prepare(config, given, allow_code=self._allow_code), kept=kept)
-        with errors_with_arguments(given):
+        with errors_with_arguments(given, self._main):
             prepared = prepare(config, given, allow_code=self._allow_code)
-        notes = [with_arguments(note, given) for note in prepared.notes]
+        notes = [with_arguments(note, given, self._main) for note in prepared.notes]
         return replace(prepared, kept=kept, notes=notes)
 
     def train(
@@ -483,7 +486,8 @@ class Federation:
         given = override_list(overrides)
         config = self._configuration(None, rounds, sections)
         self._check_overrides(config, given)
-        with errors_with_arguments(given) if self._names_arguments else nullcontext():
+        names_arguments = errors_with_arguments(given, self._main)
+        with names_arguments if self._names_arguments else nullcontext():
             comparison = compare(
                 config,
                 [_variant(method) for method in methods],

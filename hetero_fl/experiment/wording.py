@@ -49,14 +49,15 @@ PHRASES = (
 """Patterns of advice that names keys, and the same advice for arguments."""
 
 
-def with_arguments(line: str, overrides: Sequence[str] = ()) -> str:
+def with_arguments(line: str, overrides: Sequence[str] = (), main: str = "`data`") -> str:
     """Return a message in which arguments of `Federation` replace configuration keys.
 
     Args:
         line: The message, whose class is kept.
         overrides: Overrides of the caller, whose keys are not replaced.
+        main: What the program has passed as the main data set.
     """
-    text = str(line)
+    text = str(line).replace("the main data set", main)
     for pattern, phrase in PHRASES:
         text = re.sub(pattern, phrase, text)
     given = [override.partition("=")[0] for override in overrides]
@@ -69,10 +70,10 @@ def with_arguments(line: str, overrides: Sequence[str] = ()) -> str:
 
 
 @contextmanager
-def errors_with_arguments(overrides: Sequence[str] = ()) -> Iterator[None]:
+def errors_with_arguments(overrides: Sequence[str] = (), main: str = "`data`") -> Iterator[None]:
     """Raise errors with messages that name arguments (see `with_arguments`)."""
     try:
         yield
     except UserError as error:
         kind = ArgumentError if isinstance(error, ArgumentError) else UserError
-        raise kind(with_arguments(str(error), overrides)) from error
+        raise kind(with_arguments(str(error), overrides, main)) from error

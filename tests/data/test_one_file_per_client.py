@@ -206,7 +206,7 @@ def test_classes_and_columns_of_all_files_are_matched_by_name(
             {"frame": {"crpp": 1.0}},
             (
                 r"^clients: 'east': data: east.csv: column 'crpp' not found, "
-                r"which another client's file contains; did you mean 'crp'"
+                r"which another client contains; did you mean 'crp'"
             ),
         ),
     ],

@@ -53,7 +53,7 @@ def test_evaluate_matches_columns_by_name(view: dict[str, Any], tmp_path: Path) 
     assert evaluate(run, str(tmp_path / "turned.csv")) == evaluate(run, str(tmp_path / "t.csv"))
     if "missing" not in view:
         with pytest.raises(
-            UserError, match="data: table: column 'a' not found, which the main data set contains"
+            UserError, match="data: table: column 'a' not found, which the run's data contains"
         ):
             evaluate(run, str(tmp_path / "less.csv"))
 

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset, random_split
 import hetero_fl as hfl
 from hetero_fl.data import from_arrays
 from hetero_fl.experiment import PreparedRun
+from hetero_fl.utils.errors import UserError
 from tests.helpers.python_federations import QUIET, Net, images, table, tensors
 
 
@@ -305,3 +306,28 @@ def test_public_examples_are_not_copied(kind: str) -> None:
     prepared = own.prepare(hfl.FedMD())
 
     assert shares_memory(prepared.data.public_sets["proxy"].examples.x, x)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"test": 2}, "as in `test` after preprocessing"),
+        ({"proxy": 2}, "as in the data of the clients after preprocessing"),
+        ({"test": 3, "proxy": 2}, "as in `test` after preprocessing"),
+    ],
+)
+def test_messages_name_the_argument_that_is_the_main_data_set(
+    given: dict[str, int], named: str
+) -> None:
+    rng = np.random.default_rng(0)
+    parts = {
+        name: (rng.normal(size=(60, columns)), np.arange(60) % 2)
+        for name, columns in {"a": 3, "b": 3, **given}.items()
+    }
+    clients = [hfl.Client(name, "linear", parts.pop(name)) for name in "ab"]
+
+    with pytest.raises(UserError) as refused:
+        hfl.Federation(clients, **parts).prepare(hfl.FedMD() if "proxy" in given else hfl.FedAvg())
+
+    assert named in str(refused.value)
+    assert "main data set" not in str(refused.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -344,8 +345,9 @@ def _describe_module(module: nn.Module, caches: Collection[str]) -> tuple[str, t
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     opaque: list[int] = []
     known = _known_parts(module)
+    described: list[Any] = []
     attributes = {
-        path: describe_value(own, opaque, known)
+        path: describe_value(own, opaque, known, described)
         for path, own in _own_attributes(module, caches).items()
     }
     tensors = _tensor_shapes(module)
@@ -364,7 +366,7 @@ def _describe_attributes(module: nn.Module, caches: Collection[str]) -> dict[str
         for name, value in own.items():
             opaque: list[int] = []
             described[f"{path}.{name}".removeprefix(".")] = (
-                describe_value(value, opaque, known),
+                describe_value(value, opaque, ChainMap({}, known), []),
                 opaque,
             )
     return described

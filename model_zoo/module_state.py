@@ -34,6 +34,9 @@ PLAIN_TYPES = (
     *(torch.dtype, torch.device, torch.Size, enum.Enum),
 )
 
+# Maximum length of the description of an object. Longer descriptions are hashed.
+MAX_DESCRIPTION = 1000
+
 # Random number generators, whose state only their own methods can read.
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -310,16 +313,16 @@ def describe_value(  # noqa: PLR0911
     value: Any,
     opaque: list[int],
     known: MutableMapping[int, str],
-    described: list[Any] | None = None,
+    described: list[Any],
 ) -> str:
     """Describe an attribute of a module, including the content of tensors and other objects.
 
     Args:
         value: The attribute.
         opaque: List to which the ids of objects are appended that cannot be described.
-        known: Descriptions of objects whose content does not count, keyed by id.
-        described: List to which objects are appended so that their content is described once. If
-            None, the content is described wherever an object occurs.
+        known: Descriptions of objects whose content does not count, keyed by id. Those of further
+            objects are added, so that their content is described once.
+        described: List to which these objects are appended, so that they keep their ids.
     """
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
     is_importable = "<" not in name and not name.startswith("__main__")
@@ -343,15 +346,14 @@ def describe_value(  # noqa: PLR0911
         return type(value).__qualname__
     # An object that contains itself is not described again.
     known[id(value)] = type(value).__qualname__
-    try:
-        parts = [describe_value(each, opaque, known, described) for each in content]
-    finally:
-        if described is None:
-            del known[id(value)]
-        else:
-            # Another object must not get this id.
-            described.append(value)
-    return f"{type(value).__qualname__}({', '.join(parts)})"
+    described.append(value)
+    parts = [describe_value(each, opaque, known, described) for each in content]
+    text = f"{type(value).__qualname__}({', '.join(parts)})"
+    if len(text) > MAX_DESCRIPTION:
+        # The text of an object that contains others repeatedly would grow exponentially.
+        text = hashlib.sha256(text.encode()).hexdigest()
+    known[id(value)] = text
+    return text
 
 
 def _parts_of(value: Any) -> Sequence[Any] | None:

@@ -1239,3 +1239,23 @@ class ReadsFirst(nn.Module):
 def test_attribute_that_is_read_before_it_is_written_is_an_error_with_advice() -> None:
     with pytest.raises(UserError, match=r"no attribute 'mean'; .*register_buffer\('mean', tensor"):
         train_one(ReadsFirst())
+
+
+def linked(links: Any, last: Any) -> GivenModel:
+    """Return a module whose attribute contains a list twice, which contains a list twice, etc."""
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    for _ in range(40):
+        links = [links, links]
+    module.links = [links, last]  # type: ignore[assignment]
+    return GivenModel(module)
+
+
+def test_attributes_that_are_linked_repeatedly_are_described_once() -> None:
+    first, second = [1], [2]
+
+    given = linked([first, second], first)
+
+    assert given.name == linked([[1], [2]], [1]).name
+    assert given.name != linked([first, second], second).name
+    assert given.name != linked([first, [3]], first).name
+    assert given.differences(linked([first, second], second)) == ["links"]

@@ -842,6 +842,37 @@ def test_private_clients_share_trained_parameters_only(unit: str, habits: list[s
         torch.testing.assert_close(tensors[client]["peak"], expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "item"),
+    [
+        (hfl.Ensemble(), "member"),
+        (hfl.Dense(synthesis_epochs=1, generator_steps=1, student_steps=1), "model"),
+    ],
+)
+def test_whole_models_of_private_clients_are_sent_with_noise(
+    method: hfl.Algorithm, item: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Habits(frozenset(["in_place"]))
+    privacy = hfl.Privacy(unit="local", noise_multiplier=1.0, delta=1e-4, clip=1.0)
+    sent: list[dict[str, Tensor]] = []
+    aggregate = type(method).aggregate
+
+    def record(self: Any, server: Any, uploads: Any) -> Any:
+        sent.extend(own_names(u.payload[item]) for u in uploads.containing(item))
+        return aggregate(self, server, uploads)
+
+    monkeypatch.setattr(type(method), "aggregate", record)
+    train(module, method, "serial", privacy=privacy)
+
+    floating = {n for n, t in module.state_dict().items() if t.is_floating_point()}
+    # The first uploads are those of a dry run.
+    sent = sent[-len(DATA) :]
+    assert len(sent) == len(DATA) and all(floating <= each.keys() for each in sent)
+    maxima = [torch.from_numpy(x).amax(0).clamp(min=0).float() for x, _ in DATA.values()]
+    for each, true in zip(sent, maxima, strict=True):
+        assert not torch.isclose(each["peak"], true, atol=1e-3).any()
+
+
 @pytest.mark.parametrize("unit", ["record", "client"])
 def test_attribute_that_no_pass_reads_is_not_kept(unit: str) -> None:
     privacy = hfl.Privacy(unit=unit, noise_multiplier=1.0, delta=1e-4, clip=1.0)

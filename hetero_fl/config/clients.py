@@ -191,6 +191,8 @@ class ScannerConfig(ConfigSection):
     )
 
 
+REPLACED = {"epochs": "steps", "steps": "epochs"}
+"""The client setting that each of these replaces, if a later layer sets it."""
 Recalibration = Literal["proxy_predictions", "global_test", "local_test"]
 Share = choice_type("parameters", "backbone", "predictions", "statistics", "features", suffix=".")
 

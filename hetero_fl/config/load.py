@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hetero_fl.config.base import OptimizerConfig, format_value
+from hetero_fl.config.clients import REPLACED
 from hetero_fl.config.errors import prefix_origin
 from hetero_fl.config.population import SGD_SETTINGS
 from hetero_fl.config.schema import CLIENT_OPTIONS, Config
@@ -70,7 +71,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     """Apply overrides to a configuration and return the result.
 
     If the overrides select another algorithm, or another kind of a section in `KINDS`, the settings
-    of the previous kind are removed.
+    of the previous kind are removed. `epochs` replaces `steps`, and `steps` replaces `epochs`.
 
     Args:
         raw: The configuration as plain values, which is not modified.
@@ -112,6 +113,9 @@ def _drop_former_settings(before: Any, after: Any, name: str = "") -> Any:
     # A kind that is not a name is invalid, and its section stays as written for the error message.
     if isinstance(before.get(kind), str) and before[kind] != after.get(kind):
         before = {key: value for key, value in before.items() if key in kept_keys}
+    for key, other in REPLACED.items():
+        if after.get(key) not in (None, before.get(key)):
+            before = {k: value for k, value in before.items() if k != other}
     return {
         key: _drop_former_settings(old, after.get(key), str(key)) for key, old in before.items()
     }

@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings, check_client_id
+from hetero_fl.config.clients import (
+    REPLACED,
+    ClientGroup,
+    ClientsConfig,
+    ClientSettings,
+    check_client_id,
+)
 from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
@@ -366,10 +372,7 @@ def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
     If `override` selects another optimizer, the settings of SGD in `base` are removed. `epochs`
     replaces `steps`, and `steps` replaces `epochs`.
     """
-    if override.get("steps") is not None:
-        base = {key: value for key, value in base.items() if key != "epochs"}
-    elif "epochs" in override:
-        base = {key: value for key, value in base.items() if key != "steps"}
+    base = {key: v for key, v in base.items() if override.get(REPLACED.get(key, "")) is None}
     optimizer = base.get("optimizer", {})
     name = override.get("optimizer", {}).get("name")
     if name is not None and name != optimizer.get("name", OptimizerConfig().name):

@@ -99,6 +99,24 @@ def test_other_optimizer_has_no_momentum_of_the_former_one() -> None:
     assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("adam", 0.3, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("own", "override", "used"),
+    [
+        ({"epochs": 5}, "steps=3", (1, 3)),
+        ({"steps": 3}, "epochs=5", (5, None)),
+        ({"steps": 3}, "steps=null", (1, None)),
+    ],
+)
+def test_epochs_and_steps_of_the_file_are_replaced(
+    own: dict[str, int], override: str, used: tuple[int, int | None]
+) -> None:
+    source = {"clients": {"defaults": own, "groups": [{"name": "a", "count": 2}]}}
+
+    defaults = load_config(source, [f"clients.defaults.{override}"]).clients.defaults
+
+    assert (defaults.epochs, defaults.steps) == used
+
+
 def test_setting_of_another_kind_in_an_override_is_refused() -> None:
     overrides = ["data.partition.kind=iid", "data.partition.partition_by=label"]
 

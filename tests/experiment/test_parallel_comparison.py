@@ -383,7 +383,7 @@ def test_warning_that_is_an_error_fails_no_run() -> None:
 def test_warnings_of_a_failed_run_are_issued() -> None:
     def fail() -> None:
         warnings.warn("few rows", stacklevel=1)
-        raise UserError("no rows")
+        raise RuntimeError("no rows")
 
     pool = JobPool({}, [])
     future: Future[Any] = Future()

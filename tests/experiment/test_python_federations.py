@@ -473,7 +473,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "iterator": (TypeError, "read only once", lambda: one_client(iter([X, Y]))),
     "generator": (TypeError, "read only once", lambda: one_client(i for i in range(3))),
     "number as data": (TypeError, "expected a pair", lambda: one_client(5)),
-    "three arrays": (UserError, "got 3 values", lambda: one_client((X, Y, Y))),
+    "three arrays": (UserError, "got a tuple of 3 values", lambda: one_client((X, Y, Y))),
     "rows of labels": (UserError, "rows", lambda: one_client((X, Y[:30]))),
     "label out of range": (
         UserError,
@@ -562,11 +562,6 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         UserError,
         "expected 'seeded' or 'given'",
         lambda: hfl.Client("a", Net(), init="x"),  # type: ignore[arg-type]
-    ),
-    "name of an optimizer": (
-        TypeError,
-        "optimizer: expected an optimizer such as Adam",
-        lambda: hfl.Client("a", "mlp", optimizer="adam"),  # type: ignore[arg-type]
     ),
     "text and numbers": (
         UserError,

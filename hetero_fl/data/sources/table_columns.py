@@ -488,16 +488,14 @@ def describe_identifiers(
     remarks = []
     for column in columns:
         name = str(column.name)
-        is_number = _is_number(column)
         present = column.dropna()
-        distinct = present.nunique()
         is_id, is_named = looks_like_ids(column)
         if not (is_id or is_named):
             continue
         keep = f"set data.patient={name}" if in_config else f"pass patient='{name}'"
         feature = ", and the column is a feature" if name in used else ""
         relation = None if patient is None else _relation(present, patient)
-        if (is_id or is_named) and distinct < len(present) and relation is None:
+        if present.nunique() < len(present) and relation is None:
             too = "" if patient is None else ", too,"
             remarks.append(
                 Caution(
@@ -505,7 +503,7 @@ def describe_identifiers(
                     f"to keep the rows of a patient together, otherwise {DIVIDED_PATIENTS}"
                 )
             )
-        elif feature and ((is_id and is_number) or ((is_id or is_named) and relation)):
+        elif feature and (relation or (is_id and _is_number(column))):
             found = relation or "has another integer in almost every row, as an id has"
             cure = f"remove the column, or {keep}" if patient is None else "remove the column"
             remarks.append(Caution(f"column '{name}' {found}, and is a feature; {cure}"))
@@ -514,9 +512,9 @@ def describe_identifiers(
 
 def _relation(column: pd.Series, patient: Sequence[object] | Tensor) -> str | None:
     """Describe a column of ids if each value belongs to one patient, and otherwise return None."""
-    owners = column.groupby(np.asarray(patient)[column.index])
-    pairs = owners.nunique().sum()
+    values = column.groupby(np.asarray(patient)[column.index])
+    pairs = values.nunique().sum()
     if pairs > column.nunique():
         return None
-    is_patient = pairs == owners.ngroups
+    is_patient = pairs == values.ngroups
     return "identifies the patients, too" if is_patient else "seems to identify rows of a patient"

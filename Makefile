@@ -42,7 +42,9 @@ medical: $(VENV)/.installed
 	$(PY) scripts/train.py --config configs/medical_hetero.yaml
 
 # One worker runs all tests of a file, so that no fixture is repeated; files with slow tests first.
-PYTEST := $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# One worker more than cores, because tests of real federations wait for their processes.
+WORKERS ?= $(shell $(PY) -c "import os; print((os.cpu_count() or 1) + 1)")
+PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-all
 	$(PYTEST) -m "not slow"

@@ -283,7 +283,10 @@ class ClientSettings(ConfigSection):
 
     @model_validator(mode="after")
     def _check_amount(self) -> ClientSettings:
-        """Check that `epochs` is not set beside `steps`. Resolved settings contain its default."""
+        """Check that not both `epochs` and `steps` are set.
+
+        Resolved settings contain the default of `epochs`, which is accepted.
+        """
         if self.steps is not None and self.epochs != type(self).model_fields["epochs"].default:
             raise ValueError(
                 f"epochs cannot be combined with steps, got epochs={self.epochs} and "

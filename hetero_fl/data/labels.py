@@ -88,7 +88,7 @@ def read_labels(
 
 
 def check_num_classes(task: Task, num_classes: int | None, where: str = "") -> None:
-    """Raise UserError if a number of classes is given beside a task."""
+    """Raise UserError if both a number of classes and a task are given."""
     if num_classes is not None:
         raise UserError(
             f"{where}num_classes: cannot be combined with a Task, got {num_classes} and "

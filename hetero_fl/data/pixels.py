@@ -64,8 +64,8 @@ def choose_range(
 
     Raises:
         UserError: If `data.range` is not set, and pixels are negative or sets have more or fewer
-            bits than those of the clients, or 0 and 1 only beside larger ones. If `data.range` is
-            set, and no images are integers.
+            bits than those of the clients, or 0 and 1 only where others have larger ones. If
+            `data.range` is set, and no images are integers.
     """
     training = {"the training set": dataset.train.x}
     shared = {f"the {PUBLIC_SETS[name]}": part for name, part in public.items()}

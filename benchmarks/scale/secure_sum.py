@@ -2,11 +2,11 @@
 """Measure the time and traffic of one round of the secure aggregation protocol.
 
     python -m benchmarks secure_sum
-    python -m benchmarks secure_sum --clients 100 --numbers 10000 --neighbors 54 --leaving 10
+    python -m benchmarks secure_sum --clients 100 --numbers 10000 --leaving 10
 
 No model is trained. Clients reply one after the other in this process on one core. In a federation,
 clients work in parallel, so a round waits for the server and one client. Targets: less than 10 s
-each for 20 clients with 10^6 numbers, and for 100 clients with 10^4 numbers and the sparse graph.
+each for 20 clients with 10^6 numbers, and for 100 clients with 10^4 numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from hetero_fl.communication.protocol import (
     Message,
     Traffic,
 )
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
@@ -33,8 +32,7 @@ from hetero_fl.reporting.formatting import format_bytes
 
 SPECS = {"model": ItemSpec("params")}
 COLUMNS = (
-    "clients", "numbers", "neighbors", "dropouts", "processor time", "server", "one client",
-    "up", "down",
+    "clients", "numbers", "dropouts", "processor time", "server", "one client", "up", "down",
 )  # fmt: skip
 
 
@@ -116,22 +114,20 @@ class Cohort:
         return reply
 
 
-def measure_round(clients: int, numbers: int, neighbors: int | None, leaving: int) -> None:
+def measure_round(clients: int, numbers: int, leaving: int) -> None:
     """Run one round, check the sum and print a table row with time and traffic.
 
     Args:
         clients: Number of clients.
         numbers: Number of values per upload.
-        neighbors: Number of neighbors of each client. If None, the default is used.
         leaving: Number of clients that drop out.
     """
     cohort = Cohort([f"site_{i}" for i in range(1, clients + 1)], numbers)
     config = SecureAggregationConfig(
-        threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbors=neighbors
+        threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients)
     )
     protocol = SecureAggregation(config, clients, cohort)
     gone = set(cohort.clients[1 : 1 + leaving])
-    k = num_neighbors(clients, protocol.survivors, neighbors)
     started = time.process_time()
     summed, traffic = cohort.hold(protocol, gone)
     seconds = time.process_time() - started
@@ -143,7 +139,6 @@ def measure_round(clients: int, numbers: int, neighbors: int | None, leaving: in
     cells = [
         f"{clients}",
         f"{numbers:,}",
-        f"{k}",
         f"{leaving}",
         f"{seconds:.1f} s",
         f"{seconds - cohort.busy:.1f} s",
@@ -161,7 +156,6 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int)
     parser.add_argument("--numbers", type=int, default=10_000)
-    parser.add_argument("--neighbors", type=int, default=None)
     parser.add_argument(
         "--leaving", type=int, default=0, help="clients that drop out before they send their vector"
     )
@@ -171,16 +165,16 @@ def main() -> None:
     print(f"| {' | '.join(COLUMNS)} |")
     print(f"|{' ---: |' * len(COLUMNS)}")
     if options.quick:
-        measure_round(5, 1_000, None, 1)
+        measure_round(5, 1_000, 1)
         return
     if options.clients:
-        measure_round(options.clients, options.numbers, options.neighbors, options.leaving)
+        measure_round(options.clients, options.numbers, options.leaving)
         return
     for leaving in (0, 4):
-        measure_round(20, 10**6, None, leaving)
+        measure_round(20, 10**6, leaving)
     for leaving in (0, 10):
-        measure_round(100, 10**4, None, leaving)
-    measure_round(100, 10**4, None, 33)
+        measure_round(100, 10**4, leaving)
+    measure_round(100, 10**4, 33)
 
 
 if __name__ == "__main__":

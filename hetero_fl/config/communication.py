@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, ShareOrCount, format_value, rename_keys
+from hetero_fl.config.base import ConfigSection, ShareOrCount, format_value
 from hetero_fl.utils.errors import suggest_or_list
 
 # Stages that drop a part of a model update. The receiver replaces the dropped part with zeros.
@@ -34,10 +35,10 @@ STAGES = (*SPARSE, "top_classes", *FORMATS)
 class SecureAggregationConfig(ConfigSection):
     """Secure aggregation, with which the server learns only sums (Bonawitz et al. 2017)."""
 
-    threshold: ShareOrCount = Field(
-        2 / 3,
+    threshold: ShareOrCount | None = Field(
+        None,
         description="clients that must complete the round, else it is discarded: a share of the "
-        "cohort > 0.5, or a number >= 2",
+        "cohort > 0.5, or a number >= 2; `null`: more than two thirds",
     )
     range: PositiveFloat = Field(
         65536.0,
@@ -49,39 +50,38 @@ class SecureAggregationConfig(ConfigSection):
         description="binary digits after the point; `null`: as many as satisfy "
         "cohort size × range × 2^bits < 2^63",
     )
-    neighbors: PositiveInt | None = Field(
-        None,
-        description="number of clients that share masks with each client (SecAgg+), even; "
-        "`null`: all in a small cohort, else enough for security against a server that colludes "
-        "with a fifth of the clients",
-    )
 
     @model_validator(mode="before")
     @classmethod
-    def _rename_keys(cls, raw: Any) -> Any:
-        former = {"neighbours": "neighbors"}  # style: ok (former name)
-        return rename_keys(raw, former, "channel.secure_sum")
+    def _drop_neighbors(cls, values: Any) -> Any:
+        """Remove the former key `neighbors` if it is empty, as in the files of older runs."""
+        if isinstance(values, Mapping) and "neighbors" in values:
+            if values["neighbors"]:
+                raise ValueError(
+                    "all clients share masks; remove the key 'neighbors' "
+                    "(a round has at most 200 clients)"
+                )
+            return {key: value for key, value in values.items() if key != "neighbors"}
+        return values
 
     @field_validator("threshold")
     @classmethod
-    def _check_threshold(cls, value: int | float) -> int | float:
+    def _check_threshold(cls, value: int | float | None) -> int | float | None:
         """Check that the value is a share of the cohort or a number of clients."""
-        if not (value >= 2 if isinstance(value, int) else value > 0.5):
+        if value is not None and not (value >= 2 if isinstance(value, int) else value > 0.5):
             raise ValueError(
                 f"must be a share > 0.5 and <= 1 or a number of clients >= 2, got {value}"
             )
         return value
 
-    @field_validator("neighbors")
-    @classmethod
-    def _check_even(cls, value: int | None) -> int | None:
-        """Check that the number is even, because half of the neighbors are on each side."""
-        if value is not None and value % 2:
-            raise ValueError(f"must be even, got {value}; choose {value - 1} or {value + 1}")
-        return value
-
     def min_survivors(self, cohort: int) -> int:
-        """Return the minimum number of clients in a cohort that must complete the round."""
+        """Return the minimum number of clients in a cohort that must complete the round.
+
+        By default, the server may collude with less than a third of the cohort (Bonawitz et al.
+        2017, section 6.2).
+        """
+        if self.threshold is None:
+            return max(2, 2 * cohort // 3 + 1)
         if isinstance(self.threshold, int):
             return self.threshold
         return max(2, cohort // 2 + 1, math.ceil(self.threshold * cohort - 1e-9))

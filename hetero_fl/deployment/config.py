@@ -75,8 +75,13 @@ class AllowsConfig(ConfigSection):
     )
     cohort: PositiveInt | None = Field(
         None,
-        description="minimum number of clients in a sum; with secure aggregation, of clients that "
-        "share masks with this one",
+        description="minimum number of clients in a sum, which are unmasked together",
+    )
+    keys: dict[str, str] | None = Field(
+        None,
+        description="for each other client, the file with the public key of its node, relative to "
+        "this file; the sites then sign their keys of secure aggregation, which the server cannot "
+        "replace",
     )
     privacy: BudgetConfig | None = Field(
         None,
@@ -221,6 +226,12 @@ def load_site_config(
     for name in ("encrypt", "shared_key"):
         if (file := getattr(site, name)) is not None:
             site = site.model_copy(update={name: str((path.parent / file).resolve())})
+    if site.allows.keys is not None:
+        keys = {
+            name: str((path.parent / file).resolve()) for name, file in site.allows.keys.items()
+        }
+        allows = site.allows.model_copy(update={"keys": keys})
+        site = site.model_copy(update={"allows": allows})
     if site.server is not None:
         files = {
             name: str((path.parent / file).resolve())

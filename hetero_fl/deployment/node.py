@@ -18,12 +18,14 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from hetero_fl.communication.homomorphic.key import SharedKey
 from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
 from hetero_fl.config import Config, expand_population
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.remote import PublicPack, describe_client_rows, restrict_to_holder
 from hetero_fl.deployment.audit_log import REPEATED, TRAIN, AuditLog, Entry, SiteUsage
+from hetero_fl.deployment.certificates import load_public_key
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
@@ -119,7 +121,11 @@ class ParticipatingRun:
         return key.name.hex() if key is not None else ""
 
     def prepare(
-        self, site: SiteConfig, tree: Any, review_upload: Callable[[str, Payload], None]
+        self,
+        site: SiteConfig,
+        tree: Any,
+        site_keys: SiteKeys,
+        review_upload: Callable[[str, Payload], None],
     ) -> str:
         """Prepare for the tasks of the run and return the fingerprint of the federation.
 
@@ -127,6 +133,7 @@ class ParticipatingRun:
             site: Configuration of the site.
             tree: Decoded message with the data reports of all clients, the server's fingerprint and
                 the number of threads.
+            site_keys: Keys that sign the keys of a round of secure aggregation.
             review_upload: Function that is called with the client and the upload before the upload
                 is encoded.
 
@@ -156,7 +163,7 @@ class ParticipatingRun:
             shared_key = SharedKey.load(Path(site.shared_key))
             keyed = replace(prepared.federation, shared_key=shared_key)
             prepared = replace(prepared, federation=keyed)
-        federation = replace(prepared.federation, noise=self.noise)
+        federation = replace(prepared.federation, noise=self.noise, site_keys=site_keys)
         device = choose_device(site.device or self.config.runtime.device)
         if not 1 <= (threads := int(tree["threads"])) <= MAX_THREADS:
             raise RequestRefusedError(f"threads: must be >= 1 and <= {MAX_THREADS}, got {threads}")
@@ -324,7 +331,8 @@ class Node:
         site: Configuration of the site.
         folder: Folder for private state and the audit log.
         log: Function that is called with a line for each event, such as a refused message.
-        key: Private key of the site, which signs the audit log. If None, the log is not signed.
+        key: Private key of the site, which signs the audit log and the site's keys of secure
+            aggregation. If None, they are not signed.
 
     Attributes:
         audit_log: Audit log of the site.
@@ -333,7 +341,8 @@ class Node:
             completed. Before the first run ends, the value is None.
 
     Raises:
-        UserError: If the audit log was modified, or the encryption key of the folder is invalid.
+        UserError: If the audit log was modified, or the encryption key of the folder or a key of
+            `allows.keys` is invalid.
     """
 
     def __init__(
@@ -346,6 +355,9 @@ class Node:
         self.site = site
         self.folder = folder
         self.log = log
+        keys = site.allows.keys
+        others = None if keys is None else tuple(load_public_key(Path(f)) for f in keys.values())
+        self.site_keys = SiteKeys(key, others)
         self.storage_key = None if site.encrypt is None else load_or_create_key(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
@@ -461,7 +473,7 @@ class Node:
         """Prepare for the tasks of the run, given the data reports of all clients."""
         joined = self._current_run(envelope)
         tree = decode_body(envelope, "told", "fingerprint", "threads")
-        fingerprint = joined.prepare(self.site, tree, self._check_upload)
+        fingerprint = joined.prepare(self.site, tree, self.site_keys, self._check_upload)
         self.log(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
             f"{pluralize(joined.config.rounds, 'round')}"

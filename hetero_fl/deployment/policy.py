@@ -17,13 +17,12 @@ from typing import Any
 from typing_extensions import override
 
 from hetero_fl.algorithms.base import describe_unshared
-from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.protocol import Message, encoded
-from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.config.describe import result_relevant
-from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
 from hetero_fl.deployment.config import AllowsConfig, BudgetConfig, SiteConfig
@@ -115,16 +114,28 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
             "channel.secure_sum: required by this site's allows.secure_sum_only"
         )
     _check_shared_key(config, site)
-    if secure is not None and allows.cohort is not None:
-        cohort = config.clients.per_round or len(expand_population(config.clients))
-        found = secure.min_survivors(cohort)
-        if found < allows.cohort:
-            raise RequestRefusedError(
-                f"channel.secure_sum.threshold: must be >= {allows.cohort} clients "
-                f"(this site's allows.cohort), got {found}"
-            )
+    if secure is not None:
+        _check_secure_sum(config, secure, site)
     if allows.privacy is not None:
         _check_privacy(config, site)
+
+
+def _check_secure_sum(config: Config, secure: SecureAggregationConfig, site: SiteConfig) -> None:
+    """Check the number of clients in a sum, and that the site knows the keys of the others."""
+    allows = site.allows
+    clients = expand_population(config.clients)
+    # Clients unmask no sum of fewer uploads.
+    found = secure.min_survivors(config.clients.per_round or len(clients))
+    if allows.cohort is not None and found < allows.cohort:
+        raise RequestRefusedError(
+            f"channel.secure_sum.threshold: must be >= {allows.cohort} clients "
+            f"(this site's allows.cohort), got {found}"
+        )
+    if allows.keys is None:
+        return
+    for client in clients:
+        if client not in {site.client, *allows.keys}:
+            raise RequestRefusedError(f"clients: '{client}' has no key in this site's allows.keys")
 
 
 def _check_shared_key(config: Config, site: SiteConfig) -> None:
@@ -329,8 +340,6 @@ class Policy:
             raise RequestRefusedError(
                 f"request: unknown kind '{request.kind[:20]}'; choose from {', '.join(kinds)}"
             )
-        if self.summed == "secure_sum" and self.allows.cohort is not None:
-            self._check_sum(request, self.allows.cohort)
         # The answer to a repeated task is identical, so it is not charged again.
         if request.kind != TRAIN or digest in self.usage.trained:
             return []
@@ -376,25 +385,6 @@ class Policy:
             ) from None
         check_limit("epochs of this task", round(counter.epochs * work, 3), "epochs", allows.epochs)
         check_limit("steps of this task", int(counter.steps * work), "steps", allows.steps)
-
-    def _check_sum(self, request: Message, min_clients: int) -> None:
-        """Check the number of clients in a secure sum.
-
-        Raises:
-            RequestRefusedError: If there are too few clients, or the request is malformed.
-        """
-        if request.kind not in ("shares", "unmask"):
-            return
-        try:
-            arrays = decode_arrays(request.body, REQUESTS[request.kind])
-        except PayloadError as error:
-            raise RequestRefusedError(f"request '{request.kind}': {error}") from None
-        found = len(arrays["numbers"] if request.kind == "shares" else arrays["survivors"])
-        if found < min_clients:
-            raise RequestRefusedError(
-                f"clients of the secure sum: must be >= {min_clients} "
-                f"(this site's allows.cohort), got {found}"
-            )
 
     @cached_property
     def _step_counter(self) -> StepCountingBackend:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.communication.homomorphic.key import SharedKey
+from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.population import Population
@@ -93,6 +94,7 @@ class FederationSpec:
         noise: Source of the noise for differential privacy. In a deployment, the noise is drawn
             from the random number generator of the operating system.
         shared_key: Key of homomorphic encryption, which the clients share. None at the server.
+        site_keys: Keys that sign the keys of a round of secure aggregation.
         metrics: References to user-defined metrics, keyed by name.
         memory: Memory of the device on which participants store tensors.
     """
@@ -115,6 +117,7 @@ class FederationSpec:
     privacy: PrivacyConfig | None = None
     noise: NoiseSource = field(default_factory=lambda: KeyedNoiseSource(0))
     shared_key: SharedKey | None = None
+    site_keys: SiteKeys = field(default_factory=SiteKeys)
     metrics: Mapping[str, str] = field(default_factory=dict)
     memory: DeviceMemory = field(default_factory=lambda: DeviceMemory(CPU), repr=False)
     _initial: dict[str, Tensors] = field(default_factory=dict, repr=False)

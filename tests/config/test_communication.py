@@ -10,6 +10,7 @@ import yaml
 
 import hetero_fl as hfl
 from hetero_fl.config import dump
+from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from tests.helpers.python_federations import QUIET
@@ -52,14 +53,21 @@ def test_sparse_stage_reads_floats_as_shares_and_integers_as_numbers(stage: str)
 
 
 def test_threshold_of_secure_aggregation_is_a_share_or_an_integer() -> None:
-    def survivors(threshold: float) -> int:
+    def survivors(threshold: float | None) -> int:
         loaded = load_config(config(clients=10, channel={"secure_sum": {"threshold": threshold}}))
         assert loaded.channel.secure_sum is not None
         return loaded.channel.secure_sum.min_survivors(10)
 
     assert [survivors(threshold) for threshold in (0.8, 1.0, 7, 7.0)] == [8, 10, 7, 7]
+    assert survivors(None) == 7
+    by_default = SecureAggregationConfig()
+    assert [by_default.min_survivors(n) for n in (3, 4, 5, 6, 9, 200)] == [3, 3, 4, 5, 7, 134]
     with pytest.raises(UserError, match=r"a number of clients >= 2, got 1$"):
         survivors(1)
+
+
+def test_empty_former_key_of_older_runs_is_ignored() -> None:
+    assert SecureAggregationConfig.model_validate({"neighbors": None}) == SecureAggregationConfig()
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,6 @@ DEPRECATED = {
         {"algorithm": {"name": "fedbabu", "finetune_epochs": 2}},
         "algorithm.fine_tune_epochs",
     ),
-    "channel.secure_sum.neighbours": (
-        {"algorithm": {"name": "fedavg"}, "channel": {"secure_sum": {"neighbours": 4}}},
-        "channel.secure_sum.neighbors",
-    ),
     "output.tensorboard": ({"output": {"tensorboard": False}}, "output.loggers=[tensorboard]"),
 }
 

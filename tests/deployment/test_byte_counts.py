@@ -67,6 +67,7 @@ def test_log_marks_masked_uploads(tmp_path: Path) -> None:
         ("keys", ["keys"]),
         ("shares", ["shares"]),
         ("train", ["masked sum of model: params, training loss"]),
+        ("consistency", ["consistency"]),
         ("unmask", ["unmask"]),
     ]
 

@@ -13,7 +13,7 @@ from tests.helpers.nodes import LONG, Point, Sites, federation, records, same
 from tests.helpers.small_federations import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
-EXCHANGES = ["keys", "shares", "train", "unmask"]
+EXCHANGES = ["keys", "shares", "train", "consistency", "unmask"]
 
 
 def hybrid(rounds: int) -> dict[str, Any]:
@@ -55,25 +55,26 @@ def test_killed_nodes_do_not_change_results(
 @pytest.mark.slow
 def test_secure_sum_is_unchanged_by_restarts(tmp_path: Path) -> None:
     kills = {
-        (f"site_{i + 1}", i, ask): ("before", "after")[i % 2] for i, ask in enumerate(EXCHANGES)
+        (f"site_{i % 4 + 1}", i, ask): ("before", "after")[i % 2] for i, ask in enumerate(EXCHANGES)
     }
     kills |= {
-        (f"site_{4 - i}", i + 4, ask): ("after", "before")[i % 2] for i, ask in enumerate(EXCHANGES)
+        (f"site_{4 - i % 4}", i + 5, ask): ("after", "before")[i % 2]
+        for i, ask in enumerate(EXCHANGES)
     }
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    deployed = federation(secret(9), sites, tmp_path / "deployed", patience=30.0)
+    deployed = federation(secret(11), sites, tmp_path / "deployed", patience=30.0)
     assert not sites.kills
-    same(deployed, run(secret(9), out=tmp_path / "simulated"))
+    same(deployed, run(secret(11), out=tmp_path / "simulated"))
 
 
 @pytest.mark.slow
 def test_secure_sum_excludes_node_killed_before_answering(tmp_path: Path) -> None:
     """The node cannot know if its answer was sent, so it gives no other."""
-    kills = {(f"site_{i + 1}", i, ask): "during" for i, ask in enumerate(EXCHANGES)}
+    kills = {(f"site_{i % 4 + 1}", i, ask): "during" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
     deployed = federation(secret(6), sites, tmp_path / "deployed", patience=30.0)
     counts = [(record["counts"]["arrived"], list(record["failed"])) for record in records(deployed)]
-    # keys: drawn again, as no one has seen the first; unmask: its vector is in the sum already
+    # keys: drawn again, as no one has seen the first; then its vector is in the sum already
     assert counts == [(4, []), (3, ["site_2"]), (3, ["site_3"]), (4, []), (4, []), (4, [])]
     assert "out of order" in records(deployed)[1]["failed"]["site_2"]
 
@@ -102,8 +103,8 @@ def test_lost_messages_are_resent_without_retraining(
 
 @pytest.mark.slow
 def test_secure_sum_survives_lost_answers(tmp_path: Path) -> None:
-    kills = {(f"site_{i + 1}", i, ask): "lost" for i, ask in enumerate(EXCHANGES)}
+    kills = {(f"site_{i % 4 + 1}", i, ask): "lost" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    deployed = federation(secret(4), sites, tmp_path / "deployed", patience=LONG)
+    deployed = federation(secret(5), sites, tmp_path / "deployed", patience=LONG)
     assert not sites.kills
-    same(deployed, run(secret(4), out=tmp_path / "simulated"))
+    same(deployed, run(secret(5), out=tmp_path / "simulated"))

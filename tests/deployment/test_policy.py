@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.communication.named_arrays import encode_arrays
 from hetero_fl.config import expand_population
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import verify
@@ -60,6 +59,11 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"allows": {"cohort": 3}},
         SECURE,
         "channel.secure_sum.threshold: must be >= 3 clients (this site's allows.cohort), got 2",
+    ),
+    "a site without a known key": (
+        {"allows": {"keys": {"site_2": "site_2.pub"}}},
+        SECURE,
+        "clients: 'site_3' has no key in this site's allows.keys",
     ),
     "more shares": (
         {"shares": ["predictions"]},
@@ -508,22 +512,6 @@ def test_plan_with_unshared_items_is_refused_before_encoding(tmp_path: Path) -> 
 
     run = federation.serve(small(rounds=1), {"site_1": narrowing})
     assert "shares: 'model' contains head." in run.metrics[0]["failed"]["site_1"]
-
-
-def test_secure_sum_of_too_few_clients_is_refused(tmp_path: Path) -> None:
-    """The configuration has enough clients; the server then asks for a sum of two."""
-    session = NodeSession(tmp_path, {"allows": {"cohort": 3}}, channel__secure_sum={"threshold": 3})
-    import numpy as np
-
-    tag = np.zeros(16, np.uint8)
-    two = {"tag": tag, "head": np.array([1, 2], np.int32), "numbers": np.array([1, 2], np.int32)}
-    shares = encode_arrays({**two, "keys": np.zeros((2, 64), np.uint8)})
-    line = "clients of the secure sum: must be >= 3 (this site's allows.cohort), got 2"
-    assert session.refusal_reason("shares", shares, task=other("d")) == line
-    unmask = encode_arrays(
-        {"tag": tag, "survivors": np.array([1, 2], np.int32), "dropped": np.array([3], np.int32)}
-    )
-    assert session.refusal_reason("unmask", unmask, task=other("e")) == line
 
 
 # The file

@@ -25,7 +25,7 @@ from tests.helpers.small_federations import config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
 CONFIG = config("fedavg", "linear", rounds=3, channel={"secure_sum": {"threshold": 2}})
-EXCHANGES = ["keys", "shares", "train", "unmask"]
+EXCHANGES = ["keys", "shares", "train", "consistency", "unmask"]
 
 
 class RecordingTransport(LossyTransport):
@@ -83,7 +83,7 @@ def test_exchanges_of_another_sum_are_refused(
             federation(CONFIG, sites, tmp_path / "deployed", closing=False)
 
     # until all are ready, a round and its reading, keys and shares and two of train
-    run_until(9 + 15 + 8)
+    run_until(9 + 18 + 8)
     first = [(node, envelope) for node, envelope in transport.tasks if envelope.head["round"] == 1]
     assert {str(envelope.head["what"]) for _, envelope in first} == {"keys", "shares", "train"}
     transport.tasks.clear()

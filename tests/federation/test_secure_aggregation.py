@@ -115,7 +115,6 @@ def test_secure_aggregation_matches_plain_sums(method: str, double: None) -> Non
                     "fraction_bits": 40,
                     "range": 256,
                     "threshold": 4,
-                    "neighbors": 2,
                 }
             },
         ),
@@ -171,8 +170,14 @@ def test_methods_without_uploads_run_unchanged(method: str) -> None:
             {"secure_sum": {"fraction_bits": 45}},
             "fraction_bits: must be <= 44, got 45; with .*range=65536",
         ),
-        ({"secure_sum": {"neighbors": 3}}, "neighbors: must be even, got 3; choose 2 or 4"),
-        ({"secure_sum": {"neighbrs": 2}}, "neighbrs.*did you mean 'neighbors'"),
+        (
+            {"secure_sum": {"neighbors": 4}},
+            "channel.secure_sum: all clients share masks; remove the key 'neighbors'",
+        ),
+        (
+            {"clients": 201, "data__partition": {"kind": "drawn"}},
+            "channel.secure_sum: at most 200 clients in a round .* got 201",
+        ),
     ],
 )
 def test_incompatible_settings_are_refused_on_loading(changes: dict[str, Any], words: str) -> None:
@@ -182,8 +187,8 @@ def test_incompatible_settings_are_refused_on_loading(changes: dict[str, Any], w
 
 
 def test_notes_and_warnings() -> None:
-    notes = prepare(secure("fedavg", channel__secure_sum={"neighbors": 2})).notes
-    assert any("neighbors: 2 may reveal uploads if" in note for note in notes)
+    notes = prepare(secure("fedavg", channel__secure_sum={"threshold": 3})).notes
+    assert any("at most 1 client of 4 may collude with the server" in note for note in notes)
     assert any("does not hide some items of site_2, site_3" in note for note in notes)
     assert prepare(secure("fedmd", channel__secure_sum={})).notes == []
 
@@ -326,7 +331,7 @@ def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None
 def test_worker_killed_in_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the replacement knows the client's secrets and repeats no other client."""
     setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
-    expected, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "unmask"]
+    expected, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "consistency", "unmask"]
 
     def first_of_its_kind(job: WorkerJob) -> bool:
         ask = next(iter(job.requests.values())).kind
@@ -335,7 +340,7 @@ def test_worker_killed_in_any_exchange_changes_nothing(monkeypatch: pytest.Monke
     pool = processes.ProcessPool(setup, 2)
     try:
         killed = kill_workers(pool, monkeypatch, first_of_its_kind)
-        assert outcome(rounds_on(setup, pool, 2), 2) == expected and len(killed) == 3
+        assert outcome(rounds_on(setup, pool, 2), 2) == expected and len(killed) == 4
     finally:
         pool.close()
 
@@ -357,6 +362,7 @@ def test_state_is_sent_to_workers_for_training_only(
         "keys",
         "shares",
         "train",
+        "consistency",
         "unmask",
     }
     assert all(not job.private for job in jobs if asks[id(job)] != {"train"})
@@ -369,7 +375,6 @@ def test_state_is_sent_to_workers_for_training_only(
     [
         ("hybrid", {"clients__overrides": [{"match": "site_[12]", "share_every": 3}]}),
         ("fedproto", {"clients__per_round": 3}),
-        ("fedavg", {"channel__secure_sum": {"neighbors": 2}}),
     ],
 )
 def test_cost_is_exact(method: str, changes: dict[str, Any], tmp_path: Path) -> None:

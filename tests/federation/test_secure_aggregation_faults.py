@@ -16,7 +16,7 @@ from tests.federation.test_secure_aggregation import largest_difference, secure
 from tests.helpers.small_federations import MIXED, rounds_of
 
 CLOCK = {"speed": 1e6, "up": 1e6, "down": 1e6}
-WHOLE = ["keys", "shares", "train", "unmask"]
+WHOLE = ["keys", "shares", "train", "consistency", "unmask"]
 
 
 class ScriptedFaults(Faults):

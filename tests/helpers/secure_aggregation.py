@@ -12,13 +12,14 @@ from hetero_fl.communication.protocol import (
     Message,
 )
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
+from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
 from hetero_fl.communication.vector_layout import VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
 from hetero_fl.utils.seeding import keyed_generator
 
 SPECS = {"model": ItemSpec("params"), "logits": ItemSpec("rows")}
-EXCHANGES = ("keys", "shares", "train", "unmask")
+EXCHANGES = ("keys", "shares", "train", "consistency", "unmask")
 # Replaces a message of a client; None drops it.
 Change = Callable[[str, Message], Message | None]
 
@@ -49,6 +50,7 @@ class Party:
         self.protocol = SecureAggregation(
             SecureAggregationConfig.model_validate(config), count, self
         )
+        self.site_keys: dict[str, SiteKeys] = {}
         # Requests, clients and replies.
         self.seen: list[tuple[str, str, Message]] = []
         self.requests: list[tuple[str, Message]] = []
@@ -67,6 +69,7 @@ class Party:
 
     def reply(self, client: str, message: Message) -> Message:
         """Return the client's answer; training finishes at once."""
+        self.protocol.site_keys = self.site_keys.get(client, SiteKeys())
         answer = self.protocol.answer(client, message, 0, self.notes[client])
         if isinstance(answer, Message):
             return answer

@@ -1,22 +1,25 @@
-"""Cryptography of secure aggregation: key agreement, secret sharing, masks and the mask graph.
+"""Cryptography of secure aggregation: key agreement, secret sharing, masks and signatures.
 
-The module uses X25519 and HKDF-SHA256 (RFC 7748, RFC 5869) and Shamir's secret sharing. Keys are
-drawn from the random number generator of the operating system and used for one round only. Keys do
-not depend on the seed of the run, because anyone who knows the seed could otherwise remove the
-masks.
+The module uses X25519, HKDF-SHA256 and Ed25519 (RFC 7748, RFC 5869, RFC 8032) and Shamir's secret
+sharing. Keys are drawn from the random number generator of the operating system and used for one
+round only. Keys do not depend on the seed of the run, because anyone who knows the seed could
+otherwise remove the masks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import random
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+    Ed25519PrivateKey,
+    Ed25519PublicKey,
+)
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
@@ -37,13 +40,8 @@ FIELD_PRIME = 2**256 + 297
 SHARE_LENGTH = 33
 # Number of integers per block of a mask. A block of 256 KiB fits in the CPU cache.
 BLOCK = 2**15
-# Share of clients that may collude with the server without breaking the security of a mask graph.
-COLLUDING = 0.2
-# Security in bits: the probability that an upload is revealed is at most 2^-40.
-SECURITY = 40
-# Correctness in bits: the probability that a permitted number of dropouts ends a round is at most
-# 2^-20.
-CORRECTNESS = 20
+# Length in bytes of an Ed25519 signature.
+SIGNATURE = 64
 
 
 def new_key() -> bytes:
@@ -94,6 +92,33 @@ def derive_shared_key(private: X25519PrivateKey, public: bytes, purpose: bytes) 
     except ValueError:
         raise PayloadError("invalid public key") from None
     return HKDF(SHA256(), KEY_LENGTH, None, b"hetero_fl secure sum: " + purpose).derive(secret)
+
+
+def verification_key(signing: bytes) -> bytes:
+    """Return the Ed25519 public key of a signing key, 32 bytes."""
+    return Ed25519PrivateKey.from_private_bytes(signing).public_key().public_bytes_raw()
+
+
+def sign(signing: bytes, statement: bytes) -> bytes:
+    """Return the Ed25519 signature of a statement, 64 bytes."""
+    return Ed25519PrivateKey.from_private_bytes(signing).sign(statement)
+
+
+# In a simulation, the clients of a round check the same signatures in one process.
+@lru_cache(maxsize=1024)
+def is_signed(verification: bytes, signature: bytes, statement: bytes) -> bool:
+    """Return whether a signature of `sign` is valid.
+
+    Args:
+        verification: The public key of the signer.
+        signature: The signature.
+        statement: The signed bytes.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(verification).verify(signature, statement)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def commit_to_seed(seed: bytes, tag: bytes) -> bytes:
@@ -164,7 +189,7 @@ def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
     return None if total % FIELD_PRIME >= 2**256 else (total % FIELD_PRIME).to_bytes(32, "little")
 
 
-# In a complete mask graph, the secrets of all clients are reconstructed from the same holders.
+# The secrets of all clients are reconstructed from the same holders.
 @lru_cache(maxsize=64)
 def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
     """Return the Lagrange weight of each share in the value of the polynomial at 0."""
@@ -200,92 +225,3 @@ def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
         for cipher, off in ciphers:
             cipher.update_into(memoryview(zeros)[: 8 * len(part)], buffer)
             (np.subtract if off else np.add)(part, stream[: len(part)], out=part)
-
-
-def share_threshold(members: int) -> int:
-    """Return the number of shares that are needed to reconstruct a secret.
-
-    The number is more than half of the members, so that a server that sends inconsistent requests
-    cannot obtain both secrets of a client from two disjoint sets of holders.
-
-    Args:
-        members: Number of clients in a neighborhood.
-    """
-    return members // 2 + 1
-
-
-def num_neighbors(cohort: int, survivors: int, configured: int | None = None) -> int:
-    """Return the number of neighbors of each client in the mask graph.
-
-    Args:
-        cohort: Number of clients.
-        survivors: Number of clients that must remain until the end of the round.
-        configured: The configured number. If None, the smallest secure number is computed.
-
-    Returns:
-        The number of neighbors, at most `cohort - 1`. With `cohort - 1` neighbors, the graph is
-        complete.
-    """
-    if configured is not None:
-        return min(configured, cohort - 1)
-    return next(
-        (k for k in range(2, cohort - 1, 2) if _is_secure(cohort, survivors, k)), cohort - 1
-    )
-
-
-def draw_neighborhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
-    """Draw the neighborhood of each client (Bell et al. 2020, SecAgg+, section 3).
-
-    Clients are placed on a circle in random order, and each client is a neighbor of the
-    `degree / 2` clients on either side. This is a Harary graph with random labels.
-
-    Args:
-        clients: Numbers of the clients.
-        degree: Number of neighbors of each client.
-
-    Returns:
-        The numbers of the clients in each client's neighborhood in ascending order, including the
-        client itself, keyed by client number. If `degree` is at least `len(clients) - 1`, each
-        neighborhood consists of all clients.
-    """
-    if degree >= len(clients) - 1:
-        return {client: sorted(clients) for client in clients}
-    circle = list(clients)
-    # The order must not be predictable. Otherwise, malicious clients could choose positions next to
-    # a client.
-    random.SystemRandom().shuffle(circle)
-    half = degree // 2
-    return {
-        client: sorted(circle[(place + step) % len(circle)] for step in range(-half, half + 1))
-        for place, client in enumerate(circle)
-    }
-
-
-def _is_secure(cohort: int, survivors: int, k: int) -> bool:
-    """Return whether k neighbors are secure for all clients (Bell et al. 2020, theorem 3.10).
-
-    With high probability, fewer than t neighbors of a client collude, the honest survivors stay
-    connected (no k / 2 consecutive clients collude or drop out), and t neighbors remain. The
-    threshold t is more than half of the members of a neighborhood.
-    """
-    colluding = math.ceil(COLLUDING * cohort)
-    dropping = cohort - survivors
-    t = share_threshold(k + 1)
-    revealed = _hypergeometric_tail(cohort - 1, colluding, k, t)
-    disconnected = min(1.0, (colluding + dropping) / cohort) ** (k // 2)
-    lost = _hypergeometric_tail(cohort - 1, dropping, k, k + 1 - t + 1)
-    is_private = cohort * max(revealed, disconnected) <= 2.0**-SECURITY
-    return is_private and cohort * lost <= 2.0**-CORRECTNESS
-
-
-def _hypergeometric_tail(total: int, marked: int, num_drawn: int, least: int) -> float:
-    """Return the probability that at least `least` of the drawn elements are marked."""
-    ways = _log_choose(total, num_drawn)
-    return math.fsum(
-        math.exp(_log_choose(marked, i) + _log_choose(total - marked, num_drawn - i) - ways)
-        for i in range(max(least, num_drawn - (total - marked)), min(marked, num_drawn) + 1)
-    )
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

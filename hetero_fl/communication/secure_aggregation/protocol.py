@@ -14,10 +14,14 @@ from hetero_fl.communication.protocol import (
     RoundProtocol,
     TrainingRequest,
 )
-from hetero_fl.communication.secure_aggregation.client import Notes, Packer, answer
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
+from hetero_fl.communication.secure_aggregation.client import (
+    Notes,
+    Packer,
+    SecureAggregationClient,
+)
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS, message_sizes
 from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
+from hetero_fl.communication.secure_aggregation.site_keys import SiteKeys
 from hetero_fl.communication.vector_layout import (
     FixedPoint,
     SharedSetup,
@@ -30,16 +34,21 @@ from hetero_fl.core.payload import Payload, PayloadError
 
 
 class SecureAggregation(RoundProtocol):
-    """Secure aggregation (Bonawitz et al. 2017) with the mask graph of Bell et al. (2020).
+    """Secure aggregation against a server that lies (Bonawitz et al. 2017, section 6.2).
 
-    The four exchanges are "keys", "shares", "train" and "unmask". In the exchange "train", clients
-    train and send masked vectors. The sum can be unmasked even if some clients drop out or diverge
-    during training.
+    The five exchanges are "keys", "shares", "train", "consistency" and "unmask". In the exchange
+    "train", clients train and send masked vectors. In "consistency", they sign whose vectors are in
+    the sum. The sum can be unmasked even if some clients drop out or diverge during training.
+
+    A server that colludes with at most `2 * threshold - cohort - 1` clients learns only the sum of
+    the uploads of all other survivors. The server may tell each client another story: no two sets
+    of survivors can have `threshold` signatures.
 
     Args:
         config: Settings of secure aggregation.
         cohort: Number of clients in a round.
         shared_setup: The setup that the server and all clients share.
+        site_keys: Keys that sign the keys of a round. If None, clients sign and check no keys.
     """
 
     setup: tuple[str, ...] = ("keys", "shares")
@@ -49,9 +58,13 @@ class SecureAggregation(RoundProtocol):
     hides_server = False
 
     def __init__(
-        self, config: SecureAggregationConfig, cohort: int, shared_setup: SharedSetup
+        self,
+        config: SecureAggregationConfig,
+        cohort: int,
+        shared_setup: SharedSetup,
+        site_keys: SiteKeys | None = None,
     ) -> None:
-        self.config = config
+        self.site_keys = site_keys or SiteKeys()
         self.agreed = shared_setup
         self.survivors = config.min_survivors(cohort)
         self.fixed = FixedPoint.from_config(config, cohort, "channel.secure_sum")
@@ -62,7 +75,6 @@ class SecureAggregation(RoundProtocol):
         server = SecureAggregationRound(
             cohort,
             self.survivors,
-            self.config.neighbors,
             (self._digest(layout), layout.size),
             unit=weight_unit(map(self.agreed.num_rows, cohort)),
             round_idx=round_idx,
@@ -81,7 +93,8 @@ class SecureAggregation(RoundProtocol):
                 client_id, Payload.decode(upload), layout, unit, round_idx
             )
 
-        return answer(client_id, message, notes, packer)
+        client = SecureAggregationClient(client_id, self.survivors, self.site_keys, notes)
+        return client.answer(message, packer)
 
     @override
     def broadcast_in(self, client_id: str, message: Message) -> Content:
@@ -115,8 +128,7 @@ class SecureAggregation(RoundProtocol):
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
         # All clients send a vector of the same length, regardless of the size of their uploads.
-        members = num_neighbors(cohort, self.survivors, self.config.neighbors) + 1
-        return message_sizes(members, self.agreed.layout(round_idx).size, broadcast)
+        return message_sizes(cohort, self.agreed.layout(round_idx).size, broadcast)
 
     def _digest(self, layout: VectorLayout) -> bytes:
         return layout.digest_with(repr(self.fixed))

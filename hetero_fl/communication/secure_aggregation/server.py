@@ -1,4 +1,4 @@
-"""Server side of secure aggregation: the four exchanges and the removal of masks from the sum.
+"""Server side of secure aggregation: the five exchanges and the removal of masks from the sum.
 
 A client's vector is part of the sum if the server received the vector, even if the client drops out
 afterwards.
@@ -32,13 +32,15 @@ from hetero_fl.communication.protocol import (
 )
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import pair_mask
-from hetero_fl.communication.secure_aggregation.crypto import (
-    apply_masks,
-    draw_neighborhoods,
-    num_neighbors,
-    share_threshold,
+from hetero_fl.communication.secure_aggregation.crypto import apply_masks
+from hetero_fl.communication.secure_aggregation.messages import (
+    REPLIES,
+    SEALED,
+    TAG,
+    check_signatures,
+    client_numbers,
+    survivors_statement,
 )
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, SEALED, TAG, client_numbers
 from hetero_fl.communication.vector_layout import Words
 from hetero_fl.core.payload import SPARE_BYTES, PayloadError
 from hetero_fl.utils.errors import RoundAbandonedError
@@ -110,31 +112,27 @@ class SecureAggregationRound:
 
     Args:
         cohort: Ids of the clients.
-        survivors: Number of clients that must remain until the end of the round.
-        neighbors: Number of neighbors of each client. If None, the smallest secure number is used.
+        threshold: Number of clients that must remain until the end of the round, and of shares that
+            are needed to reconstruct a secret.
         layout: Digest of the layout and length of the vector.
         unit: Exponent of the power of two by which clients divide values and weights.
         round_idx: Index of the round.
 
     Attributes:
         dropouts: Reasons why clients dropped out, keyed by client id.
-        mask_partners: Numbers of the neighbors with which each client shares a mask, keyed by
-            client number.
-        threshold: Number of shares that are needed to reconstruct a secret.
+        members: Numbers of the clients that share masks with each other.
     """
 
     def __init__(
         self,
         cohort: Sequence[str],
-        survivors: int,
-        neighbors: int | None,
+        threshold: int,
         layout: tuple[bytes, int],
         *,
         unit: int,
         round_idx: int,
     ) -> None:
-        self.survivors = survivors
-        self.neighbors = neighbors
+        self.threshold = threshold
         self.layout = layout
         self.unit = unit
         self.round_idx = round_idx
@@ -143,13 +141,13 @@ class SecureAggregationRound:
         self.numbers = {client_id: number for number, client_id in self.names.items()}
         self.dropouts: dict[str, str] = {}
         self.public: dict[int, np.ndarray] = {}
+        self.endorsements: dict[int, np.ndarray] = {}
         self.seen_public_keys: set[bytes] = set()
         self.seed_commitments: dict[int, bytes] = {}
-        self.mask_partners: dict[int, list[int]] = {}
-        self.threshold = 0
+        self.members: list[int] = []
 
     def exchanges(self) -> Exchanges:
-        """Yield the four exchanges, and return the unmasked sum.
+        """Yield the five exchanges, and return the unmasked sum.
 
         Raises:
             RoundAbandonedError: If too few clients are left, or a secret cannot be reconstructed.
@@ -157,7 +155,8 @@ class SecureAggregationRound:
         yield from self._exchange_keys()
         shares = yield from self._exchange_shares()
         summed, total = yield from self._collect_vectors(shares)
-        yield from self._remove_masks(summed, total)
+        signatures = yield from self._collect_signatures(summed)
+        yield from self._remove_masks(summed, total, signatures)
         clients = [self.names[number] for number in summed]
         # A client that drops out in the last exchange is in the sum nevertheless.
         dropouts = {c: reason for c, reason in self.dropouts.items() if c not in clients}
@@ -168,8 +167,8 @@ class SecureAggregationRound:
 
         def take(number: int, reply: Arrays) -> None:
             self.public[number] = reply["keys"]
-            pair = reply["keys"].reshape(2, crypto.KEY_LENGTH)
-            self.seen_public_keys |= {public.tobytes() for public in pair}
+            self.endorsements[number] = reply["endorsement"]
+            self.seen_public_keys |= set(_parts(reply["keys"]))
 
         exchange = SecureExchange(
             self, "keys", self.names, lambda _number, _broadcast_to: {}, take, self._check_keys
@@ -182,39 +181,26 @@ class SecureAggregationRound:
     def _exchange_shares(
         self,
     ) -> Generator[SecureExchange, None, dict[int, dict[int, np.ndarray]]]:
-        """Draw neighborhoods, and return the encrypted shares, keyed by receiver and sender."""
-        k = num_neighbors(len(self.public), min(self.survivors, len(self.public)), self.neighbors)
-        self.mask_partners = draw_neighborhoods(list(self.public), k)
-        self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
+        """Return the encrypted shares, keyed by receiver and sender."""
+        numbers = np.array(list(self.public), np.int32)
+        keys = np.stack(list(self.public.values()))
+        endorsements = np.stack([self.endorsements[number] for number in self.public])
         sealed: dict[int, dict[int, np.ndarray]] = {}
 
         def arrays(number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
-            members = self.mask_partners[number]
-            head = np.array([number, self.threshold], np.int32)
-            public = np.stack([self.public[m] for m in members])
-            return {"head": head, "numbers": np.array(members, np.int32), "keys": public}
+            head = np.array([number], np.int32)
+            return {"head": head, "numbers": numbers, "keys": keys, "endorsements": endorsements}
 
         def take(number: int, reply: Arrays) -> None:
             sealed[number] = dict(zip(reply["numbers"].tolist(), reply["sealed"], strict=True))
             self.seed_commitments[number] = reply["commitment"].tobytes()
 
-        exchange = SecureExchange(
-            self, "shares", self.mask_partners, arrays, take, self._check_receivers
-        )
+        exchange = SecureExchange(self, "shares", self.public, arrays, take, self._check_receivers)
         yield exchange
         exchange.close()
-        alive = set(sealed)
-        while isolated := {
-            n for n in alive if len(alive.intersection(self.mask_partners[n])) < self.threshold
-        }:
-            reason = "too few of its neighbors are left"
-            self.dropouts.update({self.names[number]: reason for number in isolated})
-            alive -= isolated
-        self._require_enough(alive, "shares")
-        self.mask_partners = {
-            n: [m for m in self.mask_partners[n] if m in alive and m != n] for n in sorted(alive)
-        }
-        return {n: {m: sealed[m][n] for m in self.mask_partners[n]} for n in self.mask_partners}
+        self._require_enough(sealed, "shares")
+        self.members = sorted(sealed)
+        return {n: {m: sealed[m][n] for m in self.members if m != n} for n in self.members}
 
     def _collect_vectors(
         self, shares: Mapping[int, Mapping[int, np.ndarray]]
@@ -237,44 +223,62 @@ class SecureAggregationRound:
             np.add(total, reply["vector"].view(np.uint64), out=total)
             summed.append(number)
 
-        exchange = SecureExchange(
-            self, "train", self.mask_partners, arrays, take, self._check_vector
-        )
+        exchange = SecureExchange(self, "train", self.members, arrays, take, self._check_vector)
         yield exchange
         exchange.close()
         self._require_enough(summed, "train")
         return sorted(summed), total
 
-    def _remove_masks(self, summed: list[int], total: Words) -> Iterator[SecureExchange]:
+    def _collect_signatures(
+        self, summed: list[int]
+    ) -> Generator[SecureExchange, None, dict[int, np.ndarray]]:
+        """Let the clients in the sum sign the set of these clients, and return the signatures."""
+        statement = survivors_statement(self.tag, self.public, summed)
+        signatures: dict[int, np.ndarray] = {}
+
+        def arrays(_number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
+            return {"survivors": np.array(summed, np.int32)}
+
+        def take(number: int, reply: Arrays) -> None:
+            signatures[number] = reply["signature"]
+
+        def check(number: int, received: Arrays) -> None:
+            check_signatures(statement, [number], received["signature"][None], self.public)
+
+        exchange = SecureExchange(self, "consistency", summed, arrays, take, check)
+        yield exchange
+        exchange.close()
+        self._require_enough(signatures, "consistency")
+        return signatures
+
+    def _remove_masks(
+        self, summed: list[int], total: Words, signatures: Mapping[int, np.ndarray]
+    ) -> Iterator[SecureExchange]:
         """Collect shares of secrets and remove the remaining masks from `total` in place."""
+        signers = np.array(list(signatures), np.int32)
+        signed = np.stack(list(signatures.values()))
         shares: dict[int, dict[int, bytes]] = {}
 
-        def arrays(number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
-            survivors = self._summed_neighbors(summed, number)
-            dropped = [m for m in self.mask_partners[number] if m not in survivors]
-            return {
-                "survivors": np.array(survivors, np.int32),
-                "dropped": np.array(dropped, np.int32),
-            }
+        def arrays(_number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
+            return {"signers": signers, "signatures": signed}
 
         def take(holder: int, reply: Arrays) -> None:
             for number, share in zip(reply["numbers"].tolist(), reply["shares"], strict=False):
-                if number == holder or number in self.mask_partners[holder]:
+                if number in self.members:
                     shares.setdefault(number, {})[holder] = share.tobytes()
 
-        holders = [n for n in summed if len(self._summed_neighbors(summed, n)) >= self.threshold]
-        yield SecureExchange(self, "unmask", holders, arrays, take)
+        yield SecureExchange(self, "unmask", signatures, arrays, take)
         streams: list[tuple[bytes, bool]] = []
-        for number, mates in self.mask_partners.items():
+        for number in self.members:
             if number in summed:
                 seed = self._reconstruct_secret(number, shares, partial(self._is_seed, number))
                 streams.append((seed, True))
-            elif others := [m for m in mates if m in summed]:
+            else:
                 key = self._reconstruct_secret(number, shares, partial(self._is_key, number))
                 # Add the masks that the client would have added.
                 loaded = crypto.load_private_key(key)
                 streams += [
-                    pair_mask(loaded, self.public[m].tobytes(), number, m, self.tag) for m in others
+                    pair_mask(loaded, self.public[m].tobytes(), number, m, self.tag) for m in summed
                 ]
         apply_masks(total, streams)
 
@@ -304,18 +308,16 @@ class SecureAggregationRound:
         return reply
 
     def _check_keys(self, _number: int, received: Arrays) -> None:
-        # All neighbors of the client would refuse these keys.
-        pair = [public.tobytes() for public in received["keys"].reshape(2, crypto.KEY_LENGTH)]
-        for public in pair:
+        # All other clients would refuse these keys.
+        parts = _parts(received["keys"])
+        for public in parts[:2]:
             crypto.check_public_key(public)
-        if pair[0] == pair[1] or not self.seen_public_keys.isdisjoint(pair):
+        if len(set(parts)) < len(parts) or not self.seen_public_keys.isdisjoint(parts):
             raise PayloadError("duplicate public key")
 
     def _check_receivers(self, number: int, received: Arrays) -> None:
-        if client_numbers(received["numbers"]) != [
-            m for m in self.mask_partners[number] if m != number
-        ]:
-            raise PayloadError("shares: receivers are not the neighbors of the client")
+        if client_numbers(received["numbers"]) != [m for m in self.public if m != number]:
+            raise PayloadError("shares: receivers are not the other clients")
         if len(received["sealed"]) != len(received["numbers"]):
             raise PayloadError(
                 f"shares: expected {len(received['numbers'])}, got {len(received['sealed'])}"
@@ -327,17 +329,13 @@ class SecureAggregationRound:
                 f"vector: expected {self.layout[1]} numbers, got {len(received['vector'])}"
             )
 
-    def _summed_neighbors(self, summed: Iterable[int], number: int) -> list[int]:
-        members = {number, *self.mask_partners[number]}
-        return [n for n in summed if n in members]
-
     def _require_enough(self, remaining: Iterable[int], kind: str) -> None:
-        if (count := len(list(remaining))) < self.survivors:
+        if (count := len(list(remaining))) < self.threshold:
             client, reason = next(iter(self.dropouts.items()), ("no client", "dropped out"))
             raise RoundAbandonedError(
                 f"round {self.round_idx + 1}: secure aggregation stopped at {kind!r}: "
                 f"{count} of {len(self.names)} clients are left, but channel.secure_sum.threshold "
-                f"requires {self.survivors} ({client}: {reason})"
+                f"requires {self.threshold} ({client}: {reason})"
             )
 
     def _reconstruct_secret(
@@ -363,4 +361,9 @@ class SecureAggregationRound:
         return crypto.commit_to_seed(secret, self.tag) == self.seed_commitments[number]
 
     def _is_key(self, number: int, secret: bytes) -> bool:
-        return crypto.public_key(secret) == self.public[number][32:].tobytes()
+        return crypto.public_key(secret) == self.public[number][32:64].tobytes()
+
+
+def _parts(keys: np.ndarray) -> list[bytes]:
+    """Return the public keys of a client: for shares, for masks and for signatures."""
+    return [part.tobytes() for part in keys.reshape(-1, crypto.KEY_LENGTH)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hetero_fl.experiment.compatibility.rule import CompatibilityRule
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
 from hetero_fl.federation.channel import idle_stages
-from hetero_fl.utils.text import Caution
+from hetero_fl.utils.text import Caution, pluralize
 
 NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
@@ -24,11 +24,14 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         Caution,
     ),
     CompatibilityRule(
-        ("channel.secure_sum.neighbors", "clients.per_round"),
-        lambda run: run.needed_neighbors(),
-        "channel.secure_sum.neighbors: {run.secure_sum.neighbors} may reveal uploads if a fifth "
-        "of all clients collude with the server; use {found} or more",
-        Caution,
+        ("channel.secure_sum.threshold", "clients.per_round"),
+        lambda run: (
+            run.secure_sum
+            and run.secure_sum.threshold is not None
+            and pluralize(2 * run.secure_sum.min_survivors(run.cohort) - run.cohort - 1, "client")
+        ),
+        "channel.secure_sum.threshold: at most {found} of {run.cohort} may collude with the "
+        "server, which learns single uploads otherwise",
     ),
     CompatibilityRule(
         ("channel.compress", "channel.secure_sum"),

@@ -19,6 +19,7 @@ from model_zoo import ModelError
 ROUNDING = ("quantize", "half")
 """Kinds of compression that keep all tensor elements, so that compressed uploads can be summed."""
 MIN_CLIENTS_IN_SUM = 3
+MAX_CLIENTS_IN_SUM = 200
 """Smallest cohort for secure aggregation.
 
 If two clients are summed, each can compute the upload of the other.
@@ -190,6 +191,12 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         ),
         f"channel.secure_sum: requires {MIN_CLIENTS_IN_SUM} or more clients in a round "
         f"(clients.per_round), got {{found}}",
+    ),
+    "secure_sum_of_many": CompatibilityRule(
+        ("channel.secure_sum", "clients.per_round"),
+        lambda run: run.secure_sum and run.cohort > MAX_CLIENTS_IN_SUM and f"{run.cohort:,}",
+        f"channel.secure_sum: at most {MAX_CLIENTS_IN_SUM} clients in a round "
+        f"(clients.per_round), got {{found}}, because each client shares masks with all others",
     ),
     "high_threshold": CompatibilityRule(
         ("channel.secure_sum.threshold", "clients.per_round"),

@@ -17,7 +17,6 @@ from torch import Tensor
 from hetero_fl.algorithms.base import download_part, permitted_part, shared_part
 from hetero_fl.algorithms.distillation import ProxyDistillation, predicts_without_prior
 from hetero_fl.algorithms.feddf import FedDF
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbors
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.communication import (
     HomomorphicConfig,
@@ -163,16 +162,6 @@ class RunFacts(UploadFacts):
     def staleness_key(self) -> str:
         """Configuration section that contains the settings in `staleness`."""
         return "runtime.staleness" if self.policy.staleness is None else "algorithm"
-
-    def needed_neighbors(self) -> int | None:
-        """Return the number of neighbors that secure aggregation needs.
-
-        The result is None if enough neighbors are configured.
-        """
-        if self.secure_sum is None or self.secure_sum.neighbors is None:
-            return None
-        needed = num_neighbors(self.cohort, self.secure_sum.min_survivors(self.cohort))
-        return needed if self.secure_sum.neighbors < needed else None
 
     def coarse_rounding(
         self, config: SecureAggregationConfig | HomomorphicConfig

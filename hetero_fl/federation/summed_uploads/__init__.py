@@ -22,7 +22,7 @@ def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProt
         return DirectProtocol()
     if channel.secure_sum is not None:
         setup = DerivedSetup(algorithm, federation)
-        return SecureAggregation(channel.secure_sum, federation.cohort, setup)
+        return SecureAggregation(channel.secure_sum, federation.cohort, setup, federation.site_keys)
     if channel.homomorphic is not None:
         return HomomorphicEncryption(
             channel.homomorphic,

@@ -1,4 +1,4 @@
-"""Primitives of secure aggregation: keys, shares, masks, fixed point, layout and graph."""
+"""Primitives of secure aggregation: keys, shares, masks, fixed point and layout."""
 
 from __future__ import annotations
 
@@ -13,16 +13,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.crypto import (
-    BLOCK,
-    COLLUDING,
-    _hypergeometric_tail,
-    _is_secure,
-    apply_masks,
-    draw_neighborhoods,
-    num_neighbors,
-    share_threshold,
-)
+from hetero_fl.communication.secure_aggregation.crypto import BLOCK, apply_masks
 from hetero_fl.communication.vector_layout import FixedPoint, TensorKey, VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
@@ -201,28 +192,3 @@ def test_vectors_of_all_clients_have_equal_length() -> None:
         layout.pack("c", sent[0][1], 8.0)
     with pytest.raises(PayloadError, match="item 'rows': weight must have shape"):
         layout.pack("a", Payload({"rows": Item(torch.zeros(4, 2), torch.ones(4, 1))}), 8.0)
-
-
-def test_graph_is_regular_random_and_complete_if_small() -> None:
-    circle = draw_neighborhoods(range(1, 31), 6)
-    assert all(len(members) == 7 and n in members for n, members in circle.items())
-    assert all(n in circle[m] for n, members in circle.items() for m in members)
-    # 30! possible orders.
-    assert circle != draw_neighborhoods(range(1, 31), 6)
-    assert draw_neighborhoods([2, 5, 7], 2) == {2: [2, 5, 7], 5: [2, 5, 7], 7: [2, 5, 7]}
-    assert [num_neighbors(n, math.ceil(2 * n / 3)) for n in (3, 20, 100)] == [2, 19, 99]
-    assert num_neighbors(100, 90, 40) == 40 and num_neighbors(10, 7, 40) == 9
-    large = [num_neighbors(n, math.ceil(0.9 * n)) for n in (100, 1000, 10_000)]
-    assert large == sorted(large) and large[0] < 60 and large[2] < 200
-
-
-def test_tail_bound_exceeds_exact_tail() -> None:
-    exact = sum(math.comb(20, i) * math.comb(79, 10 - i) for i in range(6, 11)) / math.comb(99, 10)
-    assert _hypergeometric_tail(99, 20, 10, 6) == pytest.approx(exact, rel=1e-9)
-    k = num_neighbors(1000, 900)
-    assert (
-        1000 * _hypergeometric_tail(999, math.ceil(COLLUDING * 1000), k, share_threshold(k + 1))
-        <= 2**-40
-    )
-    assert 1000 * 0.3 ** (k // 2) <= 2**-40
-    assert not _is_secure(1000, 900, k - 2)

@@ -11,7 +11,12 @@ import pytest
 from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS
+from hetero_fl.communication.secure_aggregation.messages import (
+    KEYS,
+    REPLIES,
+    REQUESTS,
+    survivors_statement,
+)
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
 from tests.helpers.secure_aggregation import EXCHANGES, Party
@@ -28,19 +33,19 @@ def changed(
     return Message(message.kind, encode_arrays(arrays))
 
 
-def before_unmasking(count: int = 5) -> tuple[Party, dict[str, Message]]:
-    """Return a cohort with all vectors sent, and the honest last requests."""
-    party, last_requests = Party(count), {}
+def before(kind: str, count: int = 5) -> tuple[Party, dict[str, Message]]:
+    """Return a cohort that has answered all exchanges before `kind`, and the honest requests."""
+    party, requests = Party(count), {}
 
     def stop(client: str, message: Message) -> Message | None:
-        if message.kind != "unmask":
+        if message.kind != kind:
             return message
-        last_requests[client] = message
+        requests[client] = message
         return None
 
     with pytest.raises(RunFailedError):
         party.run_round(down=stop)
-    return party, last_requests
+    return party, requests
 
 
 def refusal(party: Party, client: str, message: Message) -> str:
@@ -55,77 +60,86 @@ def numbers(*them: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("survivors", "dropped", "reason"),
+    ("survivors", "reason"),
     [
-        ((1, 2, 3, 4, 5), (2,), "the request reveals both secrets of client number 2"),
-        ((1, 2, 3, 4), (1, 5), "the request reveals both secrets of client number 1"),
-        ((1, 2, 3, 4, 4), (5,), "expected distinct"),
-        ((1, 2, 3, 4), (), "survivors and dropouts are not the neighborhood of this client"),
-        ((1, 2, 3, 4, 5), (6,), "survivors and dropouts are not the neighborhood of this client"),
+        ((1, 2, 3, 4, 4), "expected distinct"),
+        ((1, 2, 3, 4, 6), "survivors: expected this client and clients that share its masks"),
         # The client itself among those that dropped out.
-        ((2, 3, 4, 5), (1,), "survivors and dropouts are not the neighborhood of this client"),
-        ((1, 2, 3), (4, 5), "3 survivors are left in the neighborhood, 4 are needed"),
+        ((2, 3, 4, 5), "survivors: expected this client and clients that share its masks"),
+        ((1, 2, 3), "3 survivors are left, 4 are needed"),
     ],
 )
-def test_dishonest_requests_are_refused(
-    survivors: tuple[int, ...], dropped: tuple[int, ...], reason: str
+def test_client_signs_only_possible_survivors(survivors: tuple[int, ...], reason: str) -> None:
+    party, requests = before("consistency")
+    told = lambda got: got.update(survivors=numbers(*survivors))  # noqa: E731
+
+    assert reason in refusal(party, "site_1", changed(requests["site_1"], REQUESTS, told))
+    # Nothing was signed, so the honest request is answered.
+    assert party.reply("site_1", requests["site_1"]).kind == "consistency"
+
+
+def test_client_signs_one_set_of_survivors() -> None:
+    party, requests = before("consistency")
+    fewer = lambda got: got.update(survivors=numbers(1, 2, 3, 4))  # noqa: E731
+
+    assert party.reply("site_1", requests["site_1"]).kind == "consistency"
+    second = changed(requests["site_1"], REQUESTS, fewer)
+    assert "request 'consistency' out of order" in refusal(party, "site_1", second)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda got: got["signers"].__setitem__(0, 6), "signers: expected clients that are in"),
+        (lambda got: got["signers"].__setitem__(0, 2), "expected distinct"),
+        (lambda got: got["signatures"].__iadd__(1), "client number 1 did not sign the same"),
+        (
+            lambda got: got.update(signatures=got["signatures"][::-1].copy()),
+            "client number 1 did not sign the same survivors",
+        ),
+        (lambda got: got.update(signatures=got["signatures"][:4]), "signatures: expected 5, got 4"),
+        (
+            lambda got: got.update(signers=got["signers"][:3], signatures=got["signatures"][:3]),
+            "3 clients signed the survivors, 4 are needed",
+        ),
+    ],
+)
+def test_client_unmasks_only_with_enough_signatures(
+    change: Callable[[Arrays], None], reason: str
 ) -> None:
-    party, last_requests = before_unmasking()
+    party, requests = before("unmask")
 
-    def other(got: Arrays) -> None:
-        got["survivors"], got["dropped"] = numbers(*survivors), numbers(*dropped)
+    assert reason in refusal(party, "site_1", changed(requests["site_1"], REQUESTS, change))
+    reply = party.reply("site_1", requests["site_1"])
+    # One share of each client, once.
+    assert len(decode_arrays(reply.body, REPLIES["unmask"])["shares"]) == 5
+    assert "outside a round" in refusal(party, "site_1", requests["site_1"])
 
-    assert reason in refusal(party, "site_1", changed(last_requests["site_1"], REQUESTS, other))
-    # No secret was revealed, so the honest request is answered.
-    assert party.reply("site_1", last_requests["site_1"]).kind == "unmask"
 
+def test_signatures_cover_the_keys_of_the_round() -> None:
+    """A server may give a round the same tag, numbers and survivors as an earlier round."""
+    keys = np.arange(5 * KEYS, dtype=np.uint8).reshape(5, KEYS)
+    public = dict(enumerate(keys, 1))
+    others = {**public, 3: keys[0]}
+    numbers = dict(zip((1, 2, 3, 4, 6), keys, strict=True))
 
-def test_client_never_reveals_both_secrets() -> None:
-    """Claim that client 2 is in the sum and that it left; the second request is refused."""
-
-    def left(got: Arrays) -> None:
-        got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
-
-    for first, second in ((None, left), (left, None)):
-        party, last_requests = before_unmasking()
-        one, two = (
-            changed(last_requests["site_1"], REQUESTS, c or (lambda got: None))
-            for c in (first, second)
+    statements = [
+        survivors_statement(tag, known, survivors)
+        for tag, known, survivors in (
+            (bytes(16), public, [1, 2, 3, 4]),
+            (bytes(16), others, [1, 2, 3, 4]),
+            (bytes(16), numbers, [1, 2, 3, 4]),
+            (bytes(16), public, [1, 2, 3, 5]),
+            (bytes(15) + b"1", public, [1, 2, 3, 4]),
         )
-        reply = party.reply("site_1", one)
-        assert reply.kind == "unmask"
-        # One share of each client.
-        assert len(decode_arrays(reply.body, REPLIES["unmask"])["shares"]) == 5
-        assert "outside a round" in refusal(party, "site_1", two)
+    ]
 
-
-def test_inconsistent_requests_never_reveal_both_secrets() -> None:
-    """Ask holders differently: only one secret can reach the threshold of more than half."""
-    party, last_requests = before_unmasking()
-    found: dict[bool, dict[int, bytes]] = {False: {}, True: {}}
-    for place, client in enumerate(["site_1", "site_3", "site_4", "site_5"]):
-        absent = place % 2 == 0
-
-        def story(got: Arrays, absent: bool = absent) -> None:
-            if absent:
-                got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
-
-        got = decode_arrays(
-            party.reply(client, changed(last_requests[client], REQUESTS, story)).body,
-            REPLIES["unmask"],
-        )
-        found[absent].update(
-            {
-                int(client[-1]): bytes(s)
-                for n, s in zip(got["numbers"], got["shares"], strict=True)
-                if n == 2
-            }
-        )
-    assert [len(shares) for shares in found.values()] == [2, 2] and party.protocol.survivors == 4
+    assert len(set(statements)) == 5
+    assert survivors_statement(bytes(16), public, [4, 3, 2, 1]) == statements[0]
 
 
 def test_replayed_round_is_refused() -> None:
-    party, last_requests = before_unmasking()
+    party, last_requests = before("unmask")
     old, replies = last_requests["site_1"], {(ask, c): m for ask, c, m in party.seen}
     requests = {m.kind: m for c, m in party.requests if c == "site_1"}
     party.run_round({"site_1": "unmask"})
@@ -141,7 +155,7 @@ def test_replayed_round_is_refused() -> None:
 
 def test_second_vector_with_the_same_masks_is_refused() -> None:
     """The difference of two vectors would reveal the difference of the uploads."""
-    party, _ = before_unmasking()
+    party, _ = before("unmask")
     (request,) = [m for c, m in party.requests if (c, m.kind) == ("site_1", "train")]
     assert "request 'train' out of order" in refusal(party, "site_1", request)
 
@@ -156,15 +170,18 @@ def test_second_vector_with_the_same_masks_is_refused() -> None:
             lambda got: got["keys"].__setitem__(1, got["keys"][2]),
             "duplicate public keys",
         ),
-        ("shares", lambda got: got["head"].__setitem__(1, 2), "more than half"),
-        ("shares", lambda got: got["head"].__setitem__(1, 6), "more than half"),
+        (
+            "shares",
+            lambda got: got.update({n: got[n][:3] for n in ("numbers", "keys", "endorsements")}),
+            "expected 4 to 7 (channel.secure_sum.threshold), got 3",
+        ),
         ("shares", lambda got: got["numbers"].__setitem__(1, 1), "expected distinct"),
         ("shares", lambda got: got["numbers"].__setitem__(1, -1), "expected distinct"),
         ("train", lambda got: got["layout"].fill(0), "layout: differs"),
         (
             "train",
             lambda got: got["numbers"].__setitem__(0, 9),
-            "expected exactly one from each neighbor",
+            "expected exactly one from each other client",
         ),
         ("train", lambda got: got["head"].fill(-1), "unit of weights"),
         (
@@ -184,20 +201,12 @@ def test_hostile_requests_are_refused(
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
-def test_threshold_of_exactly_half_is_refused() -> None:
+def test_twice_the_threshold_of_clients_is_refused() -> None:
     """Two halves of the holders could reconstruct both secrets of a client."""
-    party = Party(4)
+    party = Party(4, threshold=2)
 
-    def halve(got: Arrays) -> None:
-        got["head"][1] = 2
-
-    def down(client: str, message: Message) -> Message:
-        first = (client, message.kind) == ("site_1", "shares")
-        return changed(message, REQUESTS, halve) if first else message
-
-    summed = party.run_round(down=down)
-
-    assert "more than half" in summed.dropouts["site_1"]
+    with pytest.raises(RunFailedError, match=r"expected 2 to 3 \(channel.secure_sum.threshold\)"):
+        party.run_round()
 
 
 @pytest.mark.parametrize(
@@ -206,7 +215,7 @@ def test_threshold_of_exactly_half_is_refused() -> None:
         (
             "shares",
             lambda got: got.update(numbers=got["numbers"][:2], sealed=got["sealed"][:2]),
-            "receivers are not the neighbors",
+            "receivers are not the other clients",
         ),
         ("shares", lambda got: got.update(sealed=got["sealed"][:2]), "shares: expected 4, got 2"),
         ("train", lambda got: got.update(vector=got["vector"][:-1]), "numbers, got"),
@@ -316,7 +325,7 @@ def test_unusable_public_key_drops_only_its_sender(forged: bytes, reason: str) -
         return changed(
             message,
             REPLIES,
-            lambda got: got.update(keys=np.frombuffer(bytearray(forged), np.uint8)),
+            lambda got: got["keys"].__setitem__(slice(64), np.frombuffer(forged, np.uint8)),
         )
 
     summed = party.run_round(up=forge)
@@ -333,7 +342,8 @@ def test_public_key_of_another_client_is_refused() -> None:
         if message.kind == "keys" and client == "site_1":
             first.append(decode_arrays(message.body, REPLIES["keys"])["keys"])
         if message.kind == "keys" and client == "site_3":
-            return changed(message, REPLIES, lambda got: got.update(keys=np.roll(first[0], 32)))
+            other = np.roll(first[0][:64], 32)
+            return changed(message, REPLIES, lambda got: got["keys"].__setitem__(slice(64), other))
         return message
 
     summed = party.run_round(up=copy)

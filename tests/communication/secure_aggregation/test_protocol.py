@@ -43,8 +43,8 @@ def test_every_dropout_pattern_of_four_clients(first: str) -> None:
     party, sums = Party(4), 0
     for others in itertools.product((*EXCHANGES, STAYS), repeat=3):
         sums += held_or_given_up(party, dict(zip(party.clients, (first, *others), strict=True)))
-    # Threshold 3: no client leaves, or one in one of four exchanges.
-    assert sums == (1 + 3 * 4 if first == STAYS else 1)
+    # Threshold 3: no client leaves, or one in one of five exchanges.
+    assert sums == (1 + 3 * 5 if first == STAYS else 1)
 
 
 @pytest.mark.slow
@@ -67,39 +67,6 @@ def test_random_dropouts_of_twenty_clients() -> None:
     for leaving in (0, 1, 3, 6, 6, 6, 9):
         who = draw.sample(party.clients, leaving)
         held_or_given_up(party, {c: draw.choice(EXCHANGES) for c in who})
-
-
-def test_sparse_graph_gives_the_same_sum_or_none() -> None:
-    party, draw, sums = (
-        Party(16, neighbors=8, threshold=0.6),
-        random.Random(stream_key("sparse")),
-        0,
-    )
-    for leaving in (0, 0, 1, 2, 2, 3, 3, 4):
-        leaves = {c: draw.choice(EXCHANGES) for c in draw.sample(party.clients, leaving)}
-        try:
-            summed = party.run_round(leaves)
-        except RunFailedError:
-            assert leaves
-            continue
-        sums += 1
-        assert set(summed.clients) <= {
-            c for c in party.clients if leaves.get(c) in (None, "unmask")
-        }
-        assert np.array_equal(summed.total, party.plain(summed.clients))
-    assert sums >= 4
-
-
-def test_isolated_client_is_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Remove both neighbors of client 3 in a circle of eight, so it cannot be unmasked."""
-    monkeypatch.setattr(random.SystemRandom, "shuffle", lambda self, circle: None)
-    party = Party(8, neighbors=2, threshold=0.51)
-    summed = party.run_round({"site_2": "shares", "site_4": "shares"})
-    assert summed.clients == ["site_1", "site_5", "site_6", "site_7", "site_8"]
-    assert summed.dropouts["site_3"] == "too few of its neighbors are left"
-    assert np.array_equal(summed.total, party.plain(summed.clients))
 
 
 def test_masked_upload_is_uniform() -> None:

@@ -33,9 +33,9 @@ def changed(
     return Message(message.kind, encode_arrays(arrays))
 
 
-def before(kind: str, count: int = 5) -> tuple[Party, dict[str, Message]]:
+def before(kind: str, leaves: dict[str, str] | None = None) -> tuple[Party, dict[str, Message]]:
     """Return a cohort that has answered all exchanges before `kind`, and the honest requests."""
-    party, requests = Party(count), {}
+    party, requests = Party(5), {}
 
     def stop(client: str, message: Message) -> Message | None:
         if message.kind != kind:
@@ -44,7 +44,7 @@ def before(kind: str, count: int = 5) -> tuple[Party, dict[str, Message]]:
         return None
 
     with pytest.raises(RunFailedError):
-        party.run_round(down=stop)
+        party.run_round(leaves, down=stop)
     return party, requests
 
 
@@ -76,6 +76,15 @@ def test_client_signs_only_possible_survivors(survivors: tuple[int, ...], reason
     assert reason in refusal(party, "site_1", changed(requests["site_1"], REQUESTS, told))
     # Nothing was signed, so the honest request is answered.
     assert party.reply("site_1", requests["site_1"]).kind == "consistency"
+
+
+def test_client_without_masks_of_this_client_is_no_survivor() -> None:
+    party, requests = before("consistency", leaves={"site_5": "shares"})
+    told = lambda got: got.update(survivors=numbers(1, 2, 3, 5))  # noqa: E731
+
+    reason = refusal(party, "site_1", changed(requests["site_1"], REQUESTS, told))
+
+    assert "expected this client and clients that share its masks" in reason
 
 
 def test_client_signs_one_set_of_survivors() -> None:

@@ -17,6 +17,8 @@ from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.utils.errors import NoUploadError
 
 T = TypeVar("T")
+# Kind of replies that contain an upload which the server may read.
+UPLOAD = "upload"
 
 # Encoded content, or the payload itself if the sender and the receiver are in the same process.
 Content = bytes | Payload
@@ -168,6 +170,9 @@ class Exchange(Interface):
 
         Returns:
             The upload in the reply. None if the reply contains no upload that the server may read.
+
+        Raises:
+            PayloadError: If the reply belongs to another exchange.
         """
 
 
@@ -307,6 +312,9 @@ class TrainExchange(Exchange):
 
     @override
     def accept(self, client_id: str, reply: Message) -> Content:
+        check_accepted(reply, self.kind)
+        if reply.kind != UPLOAD:
+            raise PayloadError(f"expected a reply to {self.kind!r}, got {reply.kind[:20]!r}")
         return reply.content
 
 
@@ -342,7 +350,7 @@ class DirectProtocol(RoundProtocol):
 
 
 def _upload(content: Content) -> Message:
-    return Message("upload", content)
+    return Message(UPLOAD, content)
 
 
 def total_bytes(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -131,6 +131,7 @@ class ItemSpec:
         rows_of: Data set of the rows of an item of kind `rows`: the proxy set or the sender's
             training set.
         prediction_type: `logits` or `probabilities` if the rows are predictions, otherwise "".
+        max_weight: Largest weight of the item. If None, the number of the sender's training rows.
 
     Example:
         >>> from hetero_fl.core.payload import ItemSpec
@@ -147,6 +148,7 @@ class ItemSpec:
     across_architectures: bool = False
     rows_of: Literal["proxy", "train"] = "proxy"
     prediction_type: Literal["", "logits", "probabilities"] = ""
+    max_weight: float | None = None
 
     @property
     def needed_share(self) -> Share:
@@ -533,16 +535,23 @@ def _max_tensor_bytes(tensor: Tensor, ranks: bool) -> int:
     return tensor.nbytes
 
 
-def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
+def check_upload(
+    payload: Payload,
+    specs: Mapping[str, ItemSpec],
+    like: Mapping[str, Item],
+    num_rows: float = math.inf,
+) -> None:
     """Validate an upload against the declarations of the method.
 
     Args:
         payload: The upload.
         specs: Declarations of the items.
         like: Items with the expected names, shapes and dtypes.
+        num_rows: Number of training rows of the sender, which bounds the weights of items. Default:
+            no bound.
 
     Raises:
-        PayloadError: If an item does not match its declaration or the expected item.
+        PayloadError: If an item is missing or does not match its declaration or the expected item.
 
     Example:
         >>> import torch
@@ -584,11 +593,38 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
                 raise PayloadError(
                     f"{place}: expected dtype {expected.dtype}, got {received.dtype}"
                 )
-        # A weight may be a Python number or a tensor of another precision.
-        expected_weight = torch.as_tensor(expected_item.weight)
-        weight = torch.as_tensor(item.weight)
-        if weight.shape != expected_weight.shape:
-            raise _shape_error(f"item {name!r}, weight", weight, expected_weight)
+        _check_weight(f"item {name!r}", item.weight, expected_item.weight, specs[name], num_rows)
+    if missing := like.keys() - set(payload):
+        raise PayloadError(f"item {min(missing)!r}: missing")
+
+
+def _check_weight(
+    place: str,
+    received: float | Tensor,
+    expected: float | Tensor,
+    spec: ItemSpec,
+    num_rows: float,
+) -> None:
+    """Check the shape and the bound of the weight of an item.
+
+    Args:
+        place: The item, for error messages.
+        received: The weight.
+        expected: A weight of the expected shape.
+        spec: Declaration of the item.
+        num_rows: Number of training rows of the sender.
+    """
+    # A weight may be a Python number or a tensor of another precision.
+    weight = torch.as_tensor(received)
+    if weight.shape != torch.as_tensor(expected).shape:
+        raise _shape_error(f"{place}, weight", weight, torch.as_tensor(expected))
+    bound = max(1, num_rows) if spec.max_weight is None else spec.max_weight
+    # Weights of float32 may be rounded up.
+    if weight.numel() and float(weight.max()) > bound * (1 + 1e-6):
+        raise PayloadError(
+            f"{place}: weight must be <= {bound:,g} (ItemSpec.max_weight), got "
+            f"{float(weight.max()):g}"
+        )
 
 
 def _shape_error(place: str, received: Tensor, expected: Tensor) -> PayloadError:

@@ -21,7 +21,7 @@ from typing_extensions import override
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import discount_upload
 from hetero_fl.algorithms.base import AsyncPolicy
-from hetero_fl.communication.protocol import Message, encoded
+from hetero_fl.communication.protocol import Message, TrainExchange, encoded
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import run_plan
@@ -530,9 +530,8 @@ class AsynchronousTrainer(FederatedTrainer):
         received = self.broadcasts.received_by(task.client, task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
-            return self.decode_upload(
-                client_info, upload.content, received, task.version, task.attempt
-            )
+            content = TrainExchange([task.client]).accept(task.client, upload)
+            return self.decode_upload(client_info, content, received, task.version, task.attempt)
         except PayloadError as error:
             raise TaskFailedError(f"upload refused: {error}", "client") from None
 

@@ -324,7 +324,7 @@ class FederatedTrainer(ABC):
                 client_info, round_idx, content, expected, received, attempt=attempt
             )
         payload = payload.to(self.federation.memory.storage_device)
-        check_upload(payload, specs, expected)
+        check_upload(payload, specs, expected, client_info.num_rows)
         return payload
 
     def count_traffic(self, up: int = 0, down: int = 0) -> None:

@@ -197,8 +197,12 @@ class UploadCollector:
             self.up_bytes += reply.size
             if not reply.is_intact:
                 self.refuse(client_id, DAMAGED)
-            elif (content := exchange.accept(client_id, reply)) is not None:
-                self._add_upload(client_id, content)
+                return
+            try:
+                if (content := exchange.accept(client_id, reply)) is not None:
+                    self._add_upload(client_id, content)
+            except PayloadError as error:
+                self.refuse(client_id, f"upload refused: {error}")
 
     def fail(self, client_id: str, reason: str) -> None:
         """Record that a client sent no usable upload, and the reason."""
@@ -212,12 +216,8 @@ class UploadCollector:
 
     def _add_upload(self, client_id: str, content: Content) -> None:
         client_info = self.trainer.federation.client_infos[client_id]
-        try:
-            received = self.trainer.broadcasts.received(client_info, self._sent.pop(client_id))
-            payload = self.trainer.decode_upload(client_info, content, received, self.round_idx)
-        except PayloadError as error:
-            self.refuse(client_id, f"upload refused: {error}")
-            return
+        received = self.trainer.broadcasts.received(client_info, self._sent.pop(client_id))
+        payload = self.trainer.decode_upload(client_info, content, received, self.round_idx)
         self.magnitudes[client_id] = payload.magnitude
         loss = loss_from_report(payload.report)
         if loss is not None:

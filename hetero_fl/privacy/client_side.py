@@ -8,8 +8,9 @@ such as parameters or predictions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -102,6 +103,10 @@ def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[st
     With adaptive clipping, the item `within_clip` is included.
     """
     specs = dict(algorithm.uploads)
+    if federation.privacy is not None:
+        # These weights are counts of rows with noise.
+        noisy = [name for name, spec in specs.items() if spec.kind == "class_sums"]
+        specs |= {name: replace(specs[name], max_weight=math.inf) for name in noisy}
     if federation.privacy is not None and federation.privacy.adaptive_clip is not None:
         specs[WITHIN_CLIP] = ItemSpec("counts", private=True)
     return specs

@@ -155,6 +155,9 @@ UPLOADS: dict[str, tuple[Change, str]] = {
     "a negative weight": (tree(weight=-1.0), "weight"),
     "an endless weight": (tree(weight=math.inf), "weight"),
     "a huge weight": (tree(weight=1.7e308), "expected a weight from 0 to 1e+18"),
+    "a weight above the rows": (tree(weight=1e17), "item 'model': weight must be <= "),
+    "no item": (payload(lambda i: {}), "item 'model': missing"),
+    "another exchange": (head(what="unmask"), "expected a reply to 'train', got 'unmask'"),
     "a weight that is text": (tree(weight="much"), "weight"),
     "a kind unknown": (tree(kind="thing"), "unknown kind"),
     "values that are text": (tree(values="all"), "expected a tensor or tensors by name"),
@@ -196,6 +199,18 @@ def test_hostile_uploads_are_dropped(tmp_path: Path) -> None:
         )
         assert len(record["failed"]["site_3"]) < 500 and "\n" not in record["failed"]["site_3"]
     assert set(run.metrics[-1]["clients"]) == {"site_1", "site_2", "site_3"}
+
+
+def test_reply_of_another_exchange_is_dropped_in_asynchronous_runs(tmp_path: Path) -> None:
+    runtime = {"mode": "async", "threads": 1, "executor": "serial"}
+    changes = [head(what="unmask"), *[head()] * 9]
+
+    run = Federation(tmp_path).serve(
+        small(models="linear", rounds=1, runtime=runtime), {"site_3": by_turn("train", changes)}
+    )
+
+    line = "upload refused: expected a reply to 'train', got 'unmask'"
+    assert run.metrics[0]["failed"] == {"site_3": line}
 
 
 def reading(change: Callable[[dict[str, Any]], Any]) -> Change:

@@ -37,6 +37,8 @@ from hetero_fl.utils.text import format_list
 # Settings that are set explicitly, without defaults.
 Layer = dict[str, Any]
 
+# Maximum number of clients, each of which takes a few bytes of memory.
+MAX_CLIENTS = 10_000_000
 # Maximum number of client ids that an error message lists.
 MAX_SHOWN = 8
 
@@ -443,6 +445,10 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
 
 def _counts(config: ClientsConfig, groups: list[ClientGroup]) -> list[int]:
     """Return the number of clients of each group."""
+    num_clients = config.count or sum(g.count or 1 for g in groups)
+    if num_clients > MAX_CLIENTS:
+        key = "clients.count" if config.count else "clients.groups"
+        raise UserError(f"{key}: must be <= {MAX_CLIENTS:,} clients, got {num_clients:,}")
     if config.count is None:
         if any(g.fraction for g in groups):
             raise UserError("clients.groups: fraction requires clients.count; set it")

@@ -17,6 +17,8 @@ from typing_extensions import Self
 
 from hetero_fl.config.base import ConfigSection, FilePath, choice_type, format_value
 
+DEFAULT_ROOT = "~/.cache/hetero_fl"
+"""Folder for downloads."""
 # Hours per week.
 WEEK = 168
 
@@ -653,7 +655,7 @@ class SplitConfig(ConfigSection):
 class DataConfig(SourceConfig):
     """The data source that the clients share, its partition, and the proxy set."""
 
-    root: FilePath = Field("~/.cache/hetero_fl", description="folder for downloads")
+    root: FilePath = Field(DEFAULT_ROOT, description="folder for downloads")
     train_limit: PositiveInt | None = Field(
         None,
         description="maximum number of training rows, sampled at random, including the proxy set; "

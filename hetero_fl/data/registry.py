@@ -39,6 +39,25 @@ Key = Literal[
     "windows",
 ]
 OPTIONAL_KEYS: tuple[Key, ...] = tuple(key for key in get_args(Key) if key != "path")
+SHIPPED = (
+    "activity",
+    "bank_fraud",
+    "chest_xray",
+    "digits",
+    "driving",
+    "driving_public",
+    "movies",
+    "movies_public",
+    "phrases",
+    "phrases_public",
+    "speech",
+    "speech_public",
+    "synthetic_images",
+    "synthetic_table",
+    "traffic",
+    "xray_genes",
+)
+"""Sources whose rows come with the package or are generated if `path` is not set."""
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 """Suffixes of files that the source `table` reads."""
 MEDMNIST_PREFIX = "medmnist:"
@@ -178,6 +197,12 @@ def has_documented_classes(name: object, task: Task) -> bool:
         task.names,
         task.outputs,
     )
+
+
+def is_shipped(config: SourceConfig) -> bool:
+    """Return whether a source reads no files or downloads except those of the package."""
+    reads_text = config.text is not None and config.text.public is not None
+    return config.name in SHIPPED and config.path is None and not reads_text
 
 
 def reads_folder(name: str) -> bool:

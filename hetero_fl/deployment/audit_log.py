@@ -114,7 +114,12 @@ class AuditLog:
             ):
                 self._read_new_lines()
             short = {name: _shorten_value(value) for name, value in fields.items()}
-            entry: Entry = {"n": self._count + 1, "time": _now(), **short, "before": self._last}
+            entry: Entry = {
+                "n": self._count + 1,
+                "time": _format_time(time.time()),
+                **short,
+                "before": self._last,
+            }
             line = (
                 self._sign(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
             )
@@ -245,6 +250,22 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
         )
         lines.append(printable("  ".join(part for part in parts if part)))
     return lines
+
+
+def refused_configurations(entries: Iterable[Entry], seconds: float = 86400.0) -> int:
+    """Return the number of configurations that the site refused.
+
+    Args:
+        entries: Entries of the log.
+        seconds: Length of the period before now.
+    """
+    start = _format_time(time.time() - seconds)
+    return sum(
+        entry.get("ask") == "terms"
+        and entry["time"] >= start
+        and entry["outcome"] not in ("told", "lacks")
+        for entry in entries
+    )
 
 
 @dataclass(frozen=True)
@@ -493,8 +514,7 @@ def _hash(line: bytes) -> str:
     return hashlib.sha256(line).hexdigest()
 
 
-def _now() -> str:
-    now = time.time()
+def _format_time(now: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
 
 

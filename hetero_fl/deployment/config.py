@@ -15,9 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, choice_type
+from hetero_fl.config.base import ConfigSection, FilePath, choice_type
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, PreprocessConfig
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import DEFAULT_ROOT, SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import read_config_file
 from hetero_fl.data.registry import HUB_PREFIX
@@ -83,6 +83,16 @@ class AllowsConfig(ConfigSection):
         "this file; the sites then sign their keys of secure aggregation, which the server cannot "
         "replace",
     )
+    refusals: PositiveInt | None = Field(
+        50,
+        description="maximum number of refused configurations in 24 hours, because each refusal "
+        "reveals whether the data fit; further configurations are refused unread",
+    )
+    data: list[SourceConfig] = Field(
+        [],
+        description="for sites without `data`: sources, with all keys, that the site reads if the "
+        "server's configuration names them; data sets that ship with the package are always read",
+    )
     privacy: BudgetConfig | None = Field(
         None,
         description="accept only runs in which this site adds the noise (privacy.unit: record or "
@@ -109,6 +119,11 @@ class DisclosureConfig(ConfigSection):
     labels: bool = Field(False, description="counts of labels in the training rows")
     details: bool = Field(False, description="confusion matrix and calibration on the test rows")
     model: bool = Field(False, description="the model after the last round, for the run directory")
+    errors: bool = Field(
+        False,
+        description="reasons of errors and refusals, which may quote rows, names of classes and "
+        "paths; false: a code such as `data` or `policy`",
+    )
 
 
 class ServerConnectionConfig(ConfigSection):
@@ -144,6 +159,7 @@ class SiteConfig(ConfigSection):
         None,
         description="the site's data; null: its part of the server's data, for tests",
     )
+    root: FilePath = Field(DEFAULT_ROOT, description="folder for downloads")
     model: Models | None = Field(
         None, description="the site's model; null: as in the server's configuration"
     )
@@ -184,6 +200,15 @@ class SiteConfig(ConfigSection):
         MESSAGE_BYTES,
         description="maximum bytes of a message from the server; longer ones are refused unread",
     )
+
+    @field_validator("data")
+    @classmethod
+    def _check_own_keys(cls, data: SourceConfig | None) -> SourceConfig | None:
+        """Check that the file says what is predicted, which the server must not choose."""
+        key = None if data is None else {"table": "label", "text": "text"}.get(data.name)
+        if key is not None and getattr(data, key) is None:
+            raise ValueError(f"{key}: missing; a site does not take it from the server")
+        return data
 
     def settings(self) -> dict[str, Any]:
         """Return the client settings that the site file defines."""

@@ -23,6 +23,12 @@ from hetero_fl.utils.version import __version__
 # (private state missing), `failed` (training diverged), `error` (an exception, whose traceback is
 # in the log of the site) and `refused` (by the policy, the data or the format of the message).
 
+# Codes of unsuccessful answers: the site's data (all causes alike), a malformed message, an error
+# or divergence, a lost state, a run that the site is not part of, and the policy of the site. A
+# code may name a key of the server's configuration (`policy: rounds`). The text of a reason stays
+# in the log of the site unless `tells.errors` is set, because it may quote rows.
+CODES = ("data", "malformed", "failed", "lost", "left", "policy")
+
 # Version of the protocol, which must be the same at the server and at all nodes.
 PROTOCOL = 1
 # Format of message bodies: encoded trees of plain values and tensors, never pickle.
@@ -46,10 +52,12 @@ class RequestRefusedError(Exception):
 
     Args:
         message: Reason for the refusal, which is shortened to one printable line.
+        code: The part of the reason that the other side may know, see `CODES`.
     """
 
-    def __init__(self, message: object) -> None:
+    def __init__(self, message: object, code: str = "malformed") -> None:
         super().__init__(one_line(message))
+        self.code = one_line(code, 80)
 
 
 def message(kind: str, body: Any = None, **head: Any) -> Envelope:
@@ -111,7 +119,8 @@ def refusal_reason(answer: Envelope) -> str:
 
     If the answer contains no reason, the kind of the answer is returned.
     """
-    return one_line(answer.head.get("why", answer.head.get("ask")))
+    why = one_line(answer.head.get("why", answer.head.get("ask")))
+    return f"{why} (see the log of the site)" if why.partition(":")[0] in CODES else why
 
 
 def versions() -> dict[str, Any]:

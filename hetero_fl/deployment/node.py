@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import hmac
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,14 @@ from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.remote import PublicPack, describe_client_rows, restrict_to_holder
-from hetero_fl.deployment.audit_log import REPEATED, TRAIN, AuditLog, Entry, SiteUsage
+from hetero_fl.deployment.audit_log import (
+    REPEATED,
+    TRAIN,
+    AuditLog,
+    Entry,
+    SiteUsage,
+    refused_configurations,
+)
 from hetero_fl.deployment.certificates import load_public_key
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.handshake import federation_fingerprint
@@ -48,7 +53,9 @@ from hetero_fl.deployment.node_storage import (
 from hetero_fl.deployment.policy import (
     Policy,
     check_config,
+    check_limit,
     check_raw_config,
+    check_sources,
     run_fingerprint,
     task_digest,
 )
@@ -188,7 +195,7 @@ def begin_run(
     folder: Path,
     storage_key: bytes | None,
     *,
-    entries: Iterable[Entry],
+    entries: Sequence[Entry],
     run: str,
     tree: Any,
 ) -> tuple[ParticipatingRun, RemoteDataInfo] | None:
@@ -213,22 +220,32 @@ def begin_run(
         UserError: If the configuration or the data is invalid.
     """
     client = site.client
+    check_limit(
+        "refused configurations in 24 hours",
+        refused_configurations(entries) + 1,
+        "refusals",
+        site.allows.refusals,
+    )
     raw = check_raw_config(tree["config"], site.allows)
     permission = CodePermission(granted=site.allows.own_code)
-    # `init_from` names a folder of the server.
-    config = load_config(raw, allow_code=permission).model_copy(update={"init_from": None})
-    clients = expand_population(config.clients)
+    try:
+        config = load_config(raw, allow_code=permission)
+        clients = expand_population(config.clients)
+    except UserError as error:
+        raise RequestRefusedError(error) from None
+    # What a site reads comes from its file alone; `init_from` is a folder of the server.
+    sources = config.data.model_copy(update={"root": site.root})
+    config = config.model_copy(update={"init_from": None, "data": sources})
     if client not in clients:
         raise RequestRefusedError(
             f"client: '{client}' is not a client of the server's configuration"
-            f"{suggest_or_list(client, clients)}"
+            f"{suggest_or_list(client, clients)}",
+            "policy: clients",
         )
     check_config(config, site, clients[client])
     if site.data is None:
-        try:
-            data = load_federated_data(config)
-        except UserError as error:
-            raise UserError(f"{error}; to use the site's own data, set data in its file") from error
+        check_sources(config, site.allows)
+        data = load_federated_data(config)
         if data.public_hash() != tree["public"]:
             raise RequestRefusedError(
                 "public sets: the sets of this site differ from the server's; use the same files"
@@ -238,7 +255,9 @@ def begin_run(
         if pack is None:
             return None
         settings = clients[client].model_copy(update={"data": site.data})
-        data = pack.data_of_client(client, config.data, {**clients, client: settings}, config.seed)
+        # The columns and classes come from the public sets, the label from the site's file.
+        sources = sources.model_copy(update={"label": None, "text": None})
+        data = pack.data_of_client(client, sources, {**clients, client: settings}, config.seed)
     own_view = clients[client].preprocess.normalize == "own"
     info = describe_client_rows(data, client, own_view, site.tells.labels)
     storage = NodeStorage(folder / "runs" / check_file_name(run), storage_key)
@@ -248,15 +267,13 @@ def begin_run(
     elif known != fingerprint:
         raise RequestRefusedError(
             f"run {run[:12]}: the configuration, the public sets or this site's rows changed "
-            "since the site joined the run; start a new run"
+            "since the site joined the run; start a new run",
+            "data",
         )
-    secret = storage.secret("noise")
     # With an unkeyed hash, an attacker who knows all rows but one could verify guesses of that row.
-    if site.allows.privacy is not None:
-        keyed = hmac.new(secret, info.content_hash.encode(), hashlib.sha256).hexdigest()
-        info = replace(info, content_hash=keyed)
+    info = replace(info, content_hash=storage.digest(info.content_hash.encode()))
     usage = SiteUsage.from_log(entries, run)
-    noise = SecretNoiseSource(secret)
+    noise = SecretNoiseSource(storage.secret("noise"))
     return ParticipatingRun(run, config, data, storage, usage, noise), info
 
 
@@ -296,14 +313,16 @@ def _run_job(joined: ParticipatingRun, job: WorkerJob, what: str) -> JobResult:
         what: Description of the job for error messages.
 
     Raises:
-        RequestRefusedError: If the site does not share an item of the upload, or the request is
-            malformed.
+        RequestRefusedError: If the request is malformed.
+        UserError: If the site does not share an item of the upload, or its data cannot be used.
         RunFailedError: If the job failed with another exception.
     """
     done = joined.worker.run_job(job)
     issue_warnings(done.warnings, joined.warned)
-    if isinstance(done.error, (UserError, PayloadError)):
+    if isinstance(done.error, PayloadError):
         raise RequestRefusedError(f"{what}: {done.error}")
+    if isinstance(done.error, UserError):
+        raise UserError(f"{what}: {done.error}")
     if done.error is not None:
         raise RunFailedError(f"{what}: {done.error}") from RemoteTracebackError(done.trace)
     return done
@@ -374,16 +393,13 @@ class Node:
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer a message of the server.
 
-        Errors are not raised but returned as unsuccessful answers.
+        Errors are returned as unsuccessful answers, except errors of the audit log: without a line
+        in the log, nothing leaves the site.
+
+        Raises:
+            UserError: If the audit log was changed.
+            RunFailedError: If the audit log cannot be written.
         """
-        handlers = {
-            "hello": self._hello,
-            "terms": self._describe_data,
-            "roster": self._prepare,
-            "keep": self._receive_state,
-            "do": self._run_task,
-            "leave": self._end_run,
-        }
         with self._lock:
             head = envelope.head
             self._line = {
@@ -392,35 +408,48 @@ class Node:
                 "in": len(envelope.body),
             }
             try:
-                if why := find_violation(envelope, self.site.message_bytes):
-                    raise RequestRefusedError(why)
-                ask = head_value(head, "ask", str)
-                if ask not in handlers:
-                    raise RequestRefusedError(
-                        f"ask: unknown request '{ask}'; choose from {', '.join(handlers)}"
-                    )
-                answer = handlers[ask](envelope)
-                self._log_answer(answer)
+                answer = self._handle(envelope)
             except StateLostError as error:
-                self.log(f"lost: {error}")
-                answer = self._empty_answer("lost", str(error))
-            except (RequestRefusedError, UserError) as error:
-                answer = self._refusal(str(error))
+                answer = self._unsuccessful("lost", error.code, error)
+            except RequestRefusedError as error:
+                answer = self._unsuccessful("refused", error.code, error)
+            except UserError as error:
+                answer = self._unsuccessful("refused", "data", error)
             except Exception as error:
                 answer = self._failure(error)
+            self._log_answer(answer)
             return Envelope({**answer.head, LOG: self.audit_log.head}, answer.body)
+
+    def _handle(self, envelope: Envelope) -> Envelope:
+        handlers = {
+            "hello": self._hello,
+            "terms": self._describe_data,
+            "roster": self._prepare,
+            "keep": self._receive_state,
+            "do": self._run_task,
+            "leave": self._end_run,
+        }
+        if why := find_violation(envelope, self.site.message_bytes):
+            raise RequestRefusedError(why)
+        ask = head_value(envelope.head, "ask", str)
+        if ask not in handlers:
+            raise RequestRefusedError(
+                f"ask: unknown request '{ask}'; choose from {', '.join(handlers)}"
+            )
+        return handlers[ask](envelope)
 
     def _log_answer(self, answer: Envelope) -> None:
         """Append an answer to the audit log before it is sent."""
         outcome = self._line.pop("outcome", str(answer.head.get("ask")))
-        entry = self.audit_log.append(**self._line, out=len(answer.body), outcome=outcome)
+        try:
+            entry = self.audit_log.append(**self._line, out=len(answer.body), outcome=outcome)
+        except OSError as error:
+            raise RunFailedError(
+                f"{self.audit_log.path}: cannot be written ({error.strerror}); the answer was not "
+                "sent"
+            ) from None
         if self.joined is not None:
             self.joined.usage.add_entry(entry)
-
-    def _refusal(self, why: str) -> Envelope:
-        why = one_line(why)
-        self.log(f"refused: {why}")
-        return self._empty_answer("refused", why)
 
     def _failure(self, error: Exception) -> Envelope:
         """Log the traceback of an unexpected exception and return an answer that names it."""
@@ -429,18 +458,24 @@ class Node:
         for line in traceback.format_exception(error):
             for part in line.splitlines():
                 self.log(one_line(part))
-        return self._empty_answer("error", why)
+        return self._unsuccessful("error", "failed", why)
 
-    def _empty_answer(self, kind: str, why: str) -> Envelope:
-        """Return an answer that contains no data of this site."""
-        answer = message(kind, why=why)
+    def _unsuccessful(self, kind: str, code: str, reason: object) -> Envelope:
+        """Log the reason for an unsuccessful answer, and return an answer with its code.
+
+        Args:
+            kind: Kind of the answer, such as "refused".
+            code: Code of the reason, see `messages.CODES`.
+            reason: The reason, which is sent only if `tells.errors` is set.
+        """
+        why = one_line(reason)
+        self.log(f"{kind}: {why}")
+        if not self.site.tells.errors:
+            why = code
         for name in ("kinds", "spent"):
             self._line.pop(name, None)
         self._line["outcome"] = f"{kind}: {why}"
-        # The answer is sent even if the disk is full or the log is damaged.
-        with contextlib.suppress(OSError, UserError):
-            self._log_answer(answer)
-        return answer
+        return message(kind, why=why)
 
     def _hello(self, envelope: Envelope) -> Envelope:
         return message(
@@ -591,7 +626,12 @@ class Node:
             storage.drop("notes")
         reply = done.replies[client]
         if isinstance(reply, NoUploadError):
-            return message("failed", why=str(reply), task=task)
+            self.log(f"failed: {one_line(reply)}")
+            return message(
+                "failed", why=str(reply) if self.site.tells.errors else "failed", task=task
+            )
+        if reply.kind == "refused" and not self.site.tells.errors:
+            reply = replace(reply, content=b"malformed")
         # For an upload, `_check_upload` has already recorded the contents.
         self._line.setdefault("kinds", [reply.kind])
         joined.policy.check_size(len(reply.body), upload=True)
@@ -660,7 +700,7 @@ class Node:
     def _current_run(self, envelope: Envelope) -> ParticipatingRun:
         run = head_value(envelope.head, "run", str)
         if self.joined is None or self.joined.run != run:
-            raise RequestRefusedError(f"run {run[:12]}: this site has not joined the run")
+            raise RequestRefusedError(f"run {run[:12]}: this site has not joined the run", "left")
         return self.joined
 
     def _prepared_run(self, envelope: Envelope) -> ParticipatingRun | None:

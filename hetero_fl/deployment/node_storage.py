@@ -1,14 +1,15 @@
 """Files of a node, which may be encrypted: private states, the last answer and secrets.
 
-States are immutable and named by their SHA-256 digest. Each task names the state from which it
-starts, so the server and the node remain consistent after a crash or a repeated round. Unlike
-`hetero_fl.federation.state_store`, this module stores several states of a client, in separate
-files.
+States are immutable and named by a keyed digest, which does not confirm a guess of the state. Each
+task names the state from which it starts, so the server and the node remain consistent after a
+crash or a repeated round. Unlike `hetero_fl.federation.state_store`, this module stores several
+states of a client, in separate files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import secrets
 from collections.abc import Collection
@@ -90,9 +91,11 @@ class NodeStorage:
         if not name:
             return b""
         data = self.read(f"state-{name}")
-        if data is None or hashlib.sha256(data).hexdigest() != name:
+        if data is None or self.digest(data) != name:
             raise StateLostError(
-                f"the private state {name[:12]}, from which this task starts, is missing or damaged"
+                f"the private state {name[:12]}, from which this task starts, is missing or "
+                "damaged",
+                "lost",
             )
         os.utime(self.folder / f"state-{name}")
         return data
@@ -112,7 +115,7 @@ class NodeStorage:
         """
         if not data:
             return ""
-        name = hashlib.sha256(data).hexdigest()
+        name = self.digest(data)
         self.write(f"state-{name}", data)
         files = sorted(self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns)
         for file in files[:-MAX_STATES]:
@@ -136,6 +139,14 @@ class NodeStorage:
     def drop(self, name: str) -> None:
         """Delete a file if it exists."""
         (self.folder / name).unlink(missing_ok=True)
+
+    def digest(self, data: bytes) -> str:
+        """Return the HMAC-SHA-256 of private data under a secret of this folder.
+
+        Digests of private data that leave the site, or name something that leaves, are keyed,
+        because equal data would otherwise have equal digests, which confirms a guess.
+        """
+        return hmac.new(self.secret("digests"), data, hashlib.sha256).hexdigest()
 
     def secret(self, name: str) -> bytes:
         """Return a secret of 256 random bits, which is created on first use.

@@ -21,9 +21,12 @@ from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.communication import SecureAggregationConfig
+from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.describe import result_relevant
+from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, SampledBatches
+from hetero_fl.data.registry import is_shipped
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
 from hetero_fl.deployment.config import AllowsConfig, BudgetConfig, SiteConfig
 from hetero_fl.deployment.messages import RequestRefusedError
@@ -37,9 +40,12 @@ from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.summed_uploads import make_protocol
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
 from hetero_fl.privacy.client_side import WITHIN_CLIP
+from hetero_fl.privacy.dp_sgd import is_private, sampling_plan
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
+# Code of refusals that are due to `allows.privacy`.
+POLICY_PRIVACY = "policy: privacy"
 # Client settings that must be equal to those in the site file, if the site file defines them.
 SITE_KEYS = ("model", "preprocess", "augment")
 # Descriptions of summed uploads in the audit log, keyed by the setting of `channel`.
@@ -62,7 +68,8 @@ def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
         find_references(tree), ""
     ):
         raise RequestRefusedError(
-            f"{key}: {name[:80]} is not in this site's allows.own_code {allows.own_code}"
+            f"{key}: {name[:80]} is not in this site's allows.own_code {allows.own_code}",
+            f"policy: {key}",
         )
     return tree
 
@@ -85,7 +92,8 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
     if allows.methods is not None and name not in allows.methods:
         raise RequestRefusedError(
             f"algorithm.name: {name} is not in this site's allows.methods "
-            f"({', '.join(allows.methods)})"
+            f"({', '.join(allows.methods)})",
+            "policy: algorithm.name",
         )
     check_limit("rounds", config.rounds, "rounds", allows.rounds)
     check_limit(
@@ -99,19 +107,22 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
     for key in SITE_KEYS:
         if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
             raise RequestRefusedError(
-                f"clients: '{client}': {key}: must be equal to {key} in this site's file"
+                f"clients: '{client}': {key}: must be equal to {key} in this site's file",
+                f"policy: clients: {key}",
             )
     if site.shares is not None and (
         forbidden := [s for s in settings.shares if not _is_allowed(s, own.shares)]
     ):
         raise RequestRefusedError(
             f"clients: '{client}': shares: {', '.join(forbidden)} not allowed; "
-            f"this site's shares are {', '.join(own.shares) or '[]'}"
+            f"this site's shares are {', '.join(own.shares) or '[]'}",
+            "policy: clients: shares",
         )
     secure = config.channel.secure_sum
     if not config.channel.summed and allows.secure_sum_only:
         raise RequestRefusedError(
-            "channel.secure_sum: required by this site's allows.secure_sum_only"
+            "channel.secure_sum: required by this site's allows.secure_sum_only",
+            "policy: channel.secure_sum",
         )
     _check_shared_key(config, site)
     if secure is not None:
@@ -129,13 +140,16 @@ def _check_secure_sum(config: Config, secure: SecureAggregationConfig, site: Sit
     if allows.cohort is not None and found < allows.cohort:
         raise RequestRefusedError(
             f"channel.secure_sum.threshold: must be >= {allows.cohort} clients "
-            f"(this site's allows.cohort), got {found}"
+            f"(this site's allows.cohort), got {found}",
+            "policy: channel.secure_sum.threshold",
         )
     if allows.keys is None:
         return
     for client in clients:
         if client not in {site.client, *allows.keys}:
-            raise RequestRefusedError(f"clients: '{client}' has no key in this site's allows.keys")
+            raise RequestRefusedError(
+                f"clients: '{client}' has no key in this site's allows.keys", "policy: clients"
+            )
 
 
 def _check_shared_key(config: Config, site: SiteConfig) -> None:
@@ -145,34 +159,63 @@ def _check_shared_key(config: Config, site: SiteConfig) -> None:
     if site.shared_key is None:
         raise RequestRefusedError(
             "channel.homomorphic: requires shared_key in this site's file, the same key as at the "
-            "other sites (`hetero-fl shared-key FILE`)"
+            "other sites (`hetero-fl shared-key FILE`)",
+            "policy: channel.homomorphic",
         )
     if site.allows.cohort is not None:
         raise RequestRefusedError(
             "channel.homomorphic: cannot be combined with this site's allows.cohort, because a "
-            "site does not see how many uploads are in a sum; use channel.secure_sum"
+            "site does not see how many uploads are in a sum; use channel.secure_sum",
+            "policy: channel.homomorphic",
         )
 
 
 def _check_privacy(config: Config, site: SiteConfig) -> None:
     privacy = config.privacy
     if privacy is None:
-        raise RequestRefusedError("privacy: required by this site's allows.privacy")
+        raise RequestRefusedError("privacy: required by this site's allows.privacy", POLICY_PRIVACY)
     if privacy.unit == "client":
         raise RequestRefusedError(
             "privacy.unit: expected record or local, got client; with this site's allows.privacy "
-            "the site must add the noise"
+            "the site must add the noise",
+            POLICY_PRIVACY,
         )
     if site.tells.labels:
         raise RequestRefusedError(
             "tells.labels=true cannot be combined with allows.privacy, because it reveals exact "
-            "counts; set tells.labels=false in this site's file"
+            "counts; set tells.labels=false in this site's file",
+            POLICY_PRIVACY,
         )
     if site.tells.model and privacy.unit == "local":
         raise RequestRefusedError(
             "tells.model=true cannot be combined with allows.privacy and privacy.unit=local, "
-            "because it reveals a model without noise; set tells.model=false in this site's file"
+            "because it reveals a model without noise; set tells.model=false in this site's file",
+            POLICY_PRIVACY,
         )
+
+
+def check_sources(config: Config, allows: AllowsConfig) -> None:
+    """Check that a site without `data` may read all sources that a configuration names.
+
+    Raises:
+        RequestRefusedError: If a source neither ships with the package nor is in `allows.data`.
+    """
+    sources = {"data": config.data, "data.proxy.source": config.data.proxy.source}
+    for profile in expand_population(config.clients).profiles:
+        sources[f"clients: '{profile.first}': data"] = profile.settings.data
+    allowed = [source_tree(source) for source in allows.data]
+    for key, source in sources.items():
+        if source is not None and not is_shipped(source) and source_tree(source) not in allowed:
+            raise RequestRefusedError(
+                f"{key}: {source.name} is not in this site's allows.data; to use the site's own "
+                "data, set data in its file",
+                f"policy: {key}",
+            )
+
+
+def source_tree(source: SourceConfig) -> dict[str, Any]:
+    """Return the keys of a source as plain values, without further keys of the section `data`."""
+    return source.model_dump(mode="json", include=set(SourceConfig.model_fields))
 
 
 def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
@@ -206,7 +249,8 @@ def check_limit(what: str, found: float | None, key: str, limit: float | None) -
     if limit is not None and found is not None and found > limit:
         raise RequestRefusedError(
             f"{what}: must be <= {_format_number(limit)} (this site's allows.{key}), "
-            f"got {_format_number(found)}"
+            f"got {_format_number(found)}",
+            f"policy: {key}" if key in ("rounds", "epochs", "steps") else "policy",
         )
 
 
@@ -254,10 +298,12 @@ class StepCountingBackend(DryRunBackend):
     Attributes:
         steps: Number of optimizer steps so far.
         epochs: Number of passes over the rows so far.
+        privacy: Privacy settings if the steps on private rows sample these rows, otherwise None.
     """
 
     steps = 0
     epochs = 0.0
+    privacy: PrivacyConfig | None = None
 
     @override
     def run(self, work: Work) -> list[Any]:
@@ -267,6 +313,11 @@ class StepCountingBackend(DryRunBackend):
                     self.steps += step_count(step.data.size, step)
                     continue
                 rows = len(next(iter(step.data.columns(participant).values())))
+                if self.privacy is not None and is_private(step):
+                    rate, count = sampling_plan(rows, step, rate=self.privacy.sample_rate)
+                    self.steps += count
+                    self.epochs += count * rate
+                    continue
                 count = step_count(rows, step)
                 self.steps += count
                 self.epochs += (
@@ -320,13 +371,13 @@ class Policy:
             RequestRefusedError: If the site does not allow the task.
         """
         rounds = self.prepared.config.rounds
-        # An asynchronous run counts model versions, whose number is not known in advance.
-        is_synchronous = self.prepared.config.runtime.mode == "sync"
-        last = rounds if is_synchronous else request.round_idx
+        # The evaluation after the last round has the index of the next round.
+        last = self._max_versions - (kind == "answer")
         if not 0 <= request.round_idx <= last or request.attempt < 0:
             raise RequestRefusedError(
                 f"round {request.round_idx + 1} of {rounds}, attempt {request.attempt + 1}: "
-                "not part of this run"
+                "not part of this run",
+                "policy: rounds",
             )
         if not 0 < request.step_share <= 1:
             raise RequestRefusedError(
@@ -343,13 +394,13 @@ class Policy:
         # The answer to a repeated task is identical, so it is not charged again.
         if request.kind != TRAIN or digest in self.usage.trained:
             return []
-        if (
-            self.allows.rounds is not None
-            and (trained := len(self.usage.trained)) >= self.allows.rounds
-        ):
+        trained = len(self.usage.trained) + 1
+        check_limit("training tasks of this run", trained, "rounds", self.allows.rounds)
+        if trained > self._max_tasks:
             raise RequestRefusedError(
-                f"training tasks of this run: must be <= {self.allows.rounds} "
-                f"(this site's allows.rounds), got {trained + 1}"
+                f"training tasks of this run: must be <= {self._max_tasks} (the rounds of the "
+                f"configuration times tasks per round), got {trained}",
+                "policy: rounds",
             )
         charges: list[PrivacyCharge] = []
         self._check_length(
@@ -387,6 +438,24 @@ class Policy:
         check_limit("steps of this task", int(counter.steps * work), "steps", allows.steps)
 
     @cached_property
+    def _max_versions(self) -> int:
+        """Maximum number of models that the server sends for training."""
+        config = self.prepared.config
+        if config.runtime.mode == "sync":
+            return config.rounds
+        # Each accepted upload may be an aggregation.
+        num_concurrent = config.clients.per_round or len(self.prepared.federation.client_infos)
+        return config.rounds * num_concurrent
+
+    @cached_property
+    def _max_tasks(self) -> int:
+        """Maximum number of training tasks of a client in the run."""
+        cohort = self.prepared.config.cohort
+        # A repeated round is another task if its messages differ.
+        repeats = cohort.too_few == "repeat" or self.protocol.has_one_time_requests
+        return self._max_versions * (cohort.attempts if repeats else 1)
+
+    @cached_property
     def _step_counter(self) -> StepCountingBackend:
         return StepCountingBackend()
 
@@ -406,11 +475,15 @@ class Policy:
         self, request: Message, load_state: Callable[[], bytes]
     ) -> tuple[PrivacyCharge, ...]:
         """Dry-run a training task and return its privacy charges."""
+        privacy = self.prepared.federation.privacy
+        is_sampled = privacy is not None and privacy.unit == "record"
+        self._step_counter.privacy = privacy if is_sampled else None
         received = self._read_broadcast(request, load_state)
         return self._expectations.dry_run_upload(self.client_info, received, request.round_idx)[1]
 
     def _dry_run_evaluation(self, request: Message, load_state: Callable[[], bytes]) -> None:
         """Dry-run the plans that prepare the model for evaluation."""
+        self._step_counter.privacy = None
         client = self._expectations.placeholder_client(self.client_info, request.round_idx)
         received = self._read_broadcast(request, load_state)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
@@ -447,7 +520,8 @@ class Policy:
         if found > budget.epsilon:
             raise RequestRefusedError(
                 f"ε at δ={budget.delta:g} after this task: must be <= {budget.epsilon:g} "
-                f"(this site's allows.privacy.epsilon), got {found:.4g}"
+                f"(this site's allows.privacy.epsilon), got {found:.4g}",
+                POLICY_PRIVACY,
             )
         return due
 

@@ -443,7 +443,8 @@ class NodeSession:
         federation.serve(small(models="linear", rounds=1), {"site_1": keeping})
         self.log_lines: list[str] = []
         self.folder = folder / "site_1"
-        self.node = Node(SiteConfig(client="site_1"), self.folder, self.log_lines.append)
+        site = SiteConfig.model_validate({"client": "site_1", "tells": {"errors": True}})
+        self.node = Node(site, self.folder, self.log_lines.append)
         for envelope in self.messages[:3]:
             self.node.handle(envelope)
 

@@ -195,29 +195,3 @@ def test_site_noise_differs_between_tasks(tmp_path: Path) -> None:
         small(privacy={"unit": "record", "noise_multiplier": 1.0}), {"site_1": looking}
     )
     assert len(tasks) == 4 and len(set(tasks)) == 4  # two rounds, two readings
-
-
-@pytest.mark.slow
-def test_row_hash_is_keyed_under_privacy(tmp_path: Path) -> None:
-    values: dict[str, list[Any]] = {}
-    privacy = {"unit": "record", "noise_multiplier": 1.0}
-    for name in ("one", "other"):
-        federation = Federation(
-            tmp_path / name, {"site_1": {"allows": {"privacy": {"epsilon": 1e6}}}}
-        )
-
-        def looking(handle: Handle, name: str = name) -> Handle:
-            from hetero_fl.deployment.messages import decode_body
-
-            def handles(envelope: Envelope) -> Envelope:
-                answer = handle(envelope)
-                if answer.head["ask"] == "told":
-                    values.setdefault(name, []).append(decode_body(answer)["hash"])
-                return answer
-
-            return handles
-
-        federation.serve(
-            small(rounds=1, privacy=privacy), dict.fromkeys(("site_1", "site_2"), looking)
-        )
-    assert len(set(values["one"]) & set(values["other"])) == 1  # that of the site without a budget

@@ -369,6 +369,7 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
         ({"work": 100.0}, "work: must be > 0 and <= 1 (a share of the steps), got 100"),
         ({"work": float("nan")}, "work: must be > 0 and <= 1 (a share of the steps), got nan"),
         ({"round": 3}, "round 4 of 2"),
+        ({"round": 2}, "round 3 of 2"),
         ({"round": -1}, "round 0 of 2"),
         (
             {"round": 1, "again": 1},

@@ -35,8 +35,9 @@ from tests.helpers.deployments import SITES, Federation, small
 from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import LONG, Clock, EventLines
 from tests.helpers.small_federations import changed, config
+from tests.support.marked_sites import public_table
 
-ALL = DisclosureConfig(labels=True, details=True, model=True)
+ALL = DisclosureConfig(labels=True, details=True, model=True, errors=True)
 SERIAL = {"runtime__executor": "serial"}
 
 
@@ -114,16 +115,11 @@ def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> No
     assert sites.lines.count(line) == 3
 
 
-def test_site_without_data_is_told_to_set_it(
-    sites: Sites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(_config: Any) -> None:
-        raise UserError("data.path: file 'public.npz' not found")
-
-    monkeypatch.setattr("hetero_fl.deployment.node.load_federated_data", load)
-    words = "file 'public.npz' not found; to use the site's own data, set data in its file"
+def test_site_without_data_is_told_to_set_it(sites: Sites, tmp_path: Path) -> None:
+    source = {**config(models="tabular", **SERIAL), "data": public_table(tmp_path / "public.csv")}
+    words = "data: table is not in this site's allows.data; to use the site's own data, set data in"
     with pytest.raises(RunFailedError, match=words):
-        run_federation(config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG)
+        run_federation(source, sites.gathered(), out=tmp_path / "out", wait=LONG)
 
 
 def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock: Clock) -> None:

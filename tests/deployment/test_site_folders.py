@@ -50,7 +50,8 @@ def federate(folder: Path, common: Source, own: Source, model: str) -> Run:
     try:
         for name in SITES:
             file = folder / name / "site.yaml"
-            file.write_text(yaml.safe_dump({"client": name, "data": dict(own)}))
+            tree = {"client": name, "data": dict(own), "tells": {"errors": True}}
+            file.write_text(yaml.safe_dump(tree))
             site, state = load_site_config(file)
             transport.join(Node(site, state, lambda _: None).handle, b"")
         return run_federation(config, transport=transport, out=folder / "run", wait=LONG)

@@ -35,7 +35,7 @@ class Federation:
         self.nodes = {
             client_id: Node(
                 SiteConfig.model_validate(
-                    {"client": client_id, **(sites or {}).get(client_id, {})}
+                    _told({"client": client_id, **(sites or {}).get(client_id, {})})
                 ),
                 folder / client_id,
                 self.log_lines.append,
@@ -74,6 +74,11 @@ class Federation:
             # It may still write to its folder.
             for thread in working:
                 thread.join(LONG)
+
+
+def _told(site: dict[str, Any]) -> dict[str, Any]:
+    """Return a site file that sends the text of reasons, so that tests can read it."""
+    return {**site, "tells": {"errors": True, **site.get("tells", {})}}
 
 
 def twice(handle: Handle) -> Handle:

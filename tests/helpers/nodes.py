@@ -22,7 +22,7 @@ from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run import Run
 from tests.helpers.loopback import LoopbackTransport
 
-ALL = DisclosureConfig(labels=True, details=True, model=True)
+ALL = DisclosureConfig(labels=True, details=True, model=True, errors=True)
 # In seconds; the machine may be busy.
 LONG = 300.0
 # Client, round, kind of message.

@@ -571,7 +571,7 @@ def test_node_runs_only_code_that_its_site_allows(trap: str) -> None:
     with pytest.raises(RequestRefusedError, match=r"is not in this site's allows\.own_code"):
         begin_run(refusing, Path("state"), None, entries=[], run="run", tree=tree)
     hidden = {**tree, "config": config("local", {"name": f"{trap}Net".encode()}, 2, **BARE)}
-    with pytest.raises(UserError, match="names code"):
+    with pytest.raises(RequestRefusedError, match="names code"):
         begin_run(refusing, Path("state"), None, entries=[], run="run", tree=hidden)
     assert not Path("imported").exists()
     allowing = SiteConfig.model_validate(

@@ -267,7 +267,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         run_worker(arguments.site, arguments.socket, arguments.parent, arguments.allow_code)
-    except UserError as error:
+    except (RunFailedError, UserError) as error:
         print(error, flush=True)
         return 2
     return 0

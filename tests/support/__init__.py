@@ -1,0 +1,1 @@
+"""Fixtures and hostile parties that tests of several packages share."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
             # The file is not a dictionary and cannot be iterated.
             tensors = {n: file.get_tensor(n) for n in list(file.keys())}
         form = metadata["form"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a saved model: {error}") from None
     if form != FORM:
         raise UserError(f"{path}: expected {FORM!r}, got {form!r}")
@@ -67,6 +68,12 @@ def split_local_tensors(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """Split the tensors of a model file into the model's tensors and the local tensors."""
     local = {n.removeprefix(LOCAL): t for n, t in tensors.items() if n.startswith(LOCAL)}
     return {n: t for n, t in tensors.items() if not n.startswith(LOCAL)}, local
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Return the key of the first invalid value, and what is wrong with the value."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,9 @@ class SavedModel:
     correction: tuple[float, ...] | None = None
     local_tensors: Tensors = field(default_factory=dict)
     head: str | None = None
+
+    # A file may have values of any type, which `load` checks.
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, defer_build=True)
 
     def __repr__(self) -> str:
         values = sum(tensor.numel() for tensor in self.tensors.values())
@@ -162,42 +172,26 @@ class SavedModel:
             UserError: If the file is not a saved model, or needs code that is not permitted.
         """
         metadata, tensors = read_model_file(path)
-        CodePermission.from_argument(allow_code).check(find_references(metadata), str(path))
+        own, local = split_local_tensors(tensors)
         try:
-            fields = metadata["task"]
-            task = Task(
-                fields["kind"],
-                fields["outputs"],
-                tuple(fields["names"]),
-                fields.get("unit", ""),
-                fields.get("rare"),
-                fields.get("is_ranking", False),
-                fields.get("is_numbered", False),
+            CodePermission.from_argument(allow_code).check(find_references(metadata), str(path))
+            saved = _ADAPTER.validate_python(
+                {
+                    **metadata,
+                    "arch": metadata.get("architecture"),
+                    "tensors": own,
+                    "local_tensors": local,
+                }
             )
-            preprocess = {k: freeze_lists(v) for k, v in metadata["preprocess"].items()}
-            prior = metadata["log_prior"]
-            correction = metadata.get("correction")
-            own, local = split_local_tensors(tensors)
-            arch = ModelSpec.from_json(json.dumps(metadata["architecture"]))
-            # Files of older versions have neither columns nor categories.
-            columns = tuple(metadata.get("columns", ()))
-            categories = tuple(
-                (column, tuple(values)) for column, values in metadata.get("categories", ())
-            )
-            return cls(
-                own,
-                arch,
-                preprocess,
-                task,
-                None if prior is None else tuple(prior),
-                columns,
-                categories,
-                None if correction is None else tuple(correction),
-                local,
-                metadata.get("head"),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not a saved model: {error}") from None
+            # Lists in options are tuples in a specification.
+            arch = ModelSpec.from_json(saved.arch.to_json())
+            preprocess = {k: freeze_lists(v) for k, v in saved.preprocess.items()}
+        except ValidationError as error:
+            raise UserError(f"{path}: not a saved model: {describe_invalid(error)}") from None
+        offsets = [len(each) for each in (saved.log_prior, saved.correction) if each is not None]
+        if not arch.input_shape or {*offsets} - {arch.outputs}:
+            raise UserError(f"{path}: not a saved model: {arch.spec_id} has {offsets} offsets")
+        return replace(saved, arch=arch, preprocess=preprocess)
 
     def restore_object(self, model: Any, where: str) -> GivenModel:
         """Use a module of this program for all saved models with this architecture.
@@ -248,17 +242,20 @@ class SavedModel:
                 `local_tensors` are used.
 
         Raises:
-            UserError: If the saved tensors do not fit the model.
+            UserError: If the model cannot be built, or the saved tensors do not fit the model.
         """
         tensors = {**self.tensors, **self.local_tensors} if personal else self.tensors
-        module = self.arch.build()
         try:
+            module = self.arch.build()
             # Older versions did not save the tensors that clients do not share.
             load_state(module, tensors, self.arch.local_names)
-        except ValueError as error:
+        except ModelError as error:
+            raise UserError(error) from None
+        # The options in a file may cause any error inside PyTorch.
+        except Exception as error:
             raise UserError(
-                f"model {self.arch.display_name}: does not fit the saved model: {error}; use the "
-                "code that the run was trained with"
+                f"model {self.arch.display_name}: does not fit the saved model: {one_line(error)}; "
+                "use the code that the run was trained with"
             ) from None
         return module.eval()
 
@@ -387,6 +384,9 @@ class SavedModel:
             height = "H"
             width = "W"
         return f"images (N, {channels}, {height}, {width}), uint8 or floats from 0 to 1"
+
+
+_ADAPTER = TypeAdapter(SavedModel)
 
 
 def _pixels(raw: Tensor, pixel_range: float | None, where: str) -> Tensor:

@@ -52,7 +52,7 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
         UserError: If a shape or name does not match, a value is infinite, or a value is missing and
             the model does not accept missing values.
     """
-    view = Preprocess(**model.preprocess)
+    view = Preprocess.of_model(model)
     if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
         x = _columns_by_name(x, model, view)
     if isinstance(x, Mapping):

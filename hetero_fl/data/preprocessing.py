@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +26,7 @@ from hetero_fl.config.clients import (
 from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.core.image_transforms import apply_transform
 from hetero_fl.core.images import to_floats
+from hetero_fl.core.saved_model import SavedModel, describe_invalid
 from hetero_fl.core.stored_rows import Column, StoredRows, require_tensor, split_rows
 from hetero_fl.data.dataset import (
     Block,
@@ -90,8 +92,8 @@ class Preprocess:
         (3, 4, 4)
     """
 
-    resize: int | None = None
-    channels: int | None = None
+    resize: PositiveInt | None = None
+    channels: PositiveInt | None = None
     mean: float | tuple[float, ...] | None = None
     std: float | tuple[float, ...] | None = None
     raw: Shape | None = None
@@ -101,9 +103,25 @@ class Preprocess:
     transform: str | None = None
     pixel_range: float | None = None
 
+    __pydantic_config__ = ConfigDict(extra="forbid", defer_build=True)
+
     def __post_init__(self) -> None:
         # Files store blocks as plain tuples.
         object.__setattr__(self, "blocks", tuple(Block(*block) for block in self.blocks))
+
+    @classmethod
+    def of_model(cls, model: SavedModel) -> Preprocess:
+        """Return the view of a saved model, whose file may have any values.
+
+        Raises:
+            UserError: If a key is unknown, or a value has the wrong type.
+        """
+        try:
+            return _ADAPTER.validate_python(model.preprocess)
+        except ValidationError as error:
+            raise UserError(
+                f"model {model.arch.display_name}: preprocess: {describe_invalid(error)}"
+            ) from None
 
     @classmethod
     def without_normalization(
@@ -349,6 +367,9 @@ class Preprocess:
                 f"got {self.channels}"
             )
         return (self.channels or channels, self.resize or height, self.resize or width)
+
+
+_ADAPTER = TypeAdapter(Preprocess)
 
 
 def check_settings(profiles: Iterable[SettingsProfile], dataset: Dataset) -> None:

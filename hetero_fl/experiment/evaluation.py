@@ -30,7 +30,7 @@ from hetero_fl.experiment.client import column_name
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission, find_references
-from hetero_fl.utils.errors import ArgumentError, UserError, suggest_file
+from hetero_fl.utils.errors import ArgumentError, UserError, printable, suggest_file
 from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
@@ -109,7 +109,7 @@ def evaluate(
         is_chosen = configured.get("range") is not None
         pixel_range = model.preprocess.get("pixel_range")
         check_pixels(examples.x, pixel_range, f"data: {title}", complete=not is_chosen)
-        preprocess = Preprocess(**model.preprocess)
+        preprocess = Preprocess.of_model(model)
         logits = model.logits(map_rows(examples.x, preprocess), personal)
         results[name] = score(
             model.task, logits, y, examples.unit, examples.candidates, excluded=examples.excluded
@@ -119,7 +119,7 @@ def evaluate(
         note := TransferSource(run).overlap(examples.x, rows, "the models")
     ):
         if log is None:
-            warnings.warn(note, UserWarning, stacklevel=2)
+            warnings.warn(printable(note), UserWarning, stacklevel=2)
         else:
             log(note)
     return results
@@ -148,7 +148,7 @@ def _check_model_fits(
     name: str, model: SavedModel, dataset: Dataset, examples: Examples, *, data: str
 ) -> None:
     """Raise ArgumentError if a model cannot process the examples of a data set."""
-    preprocess = Preprocess(**model.preprocess)
+    preprocess = Preprocess.of_model(model)
     x = examples.x
     raw_shape = tuple(x.shape[1:])
     if preprocess.raw not in (None, raw_shape):
@@ -344,7 +344,7 @@ def order_columns(dataset: Dataset, run: Run, models: Mapping[str, SavedModel]) 
         return dataset
     needed: set[str] = set()
     for model in models.values():
-        preprocess = Preprocess(**model.preprocess)
+        preprocess = Preprocess.of_model(model)
         if preprocess.missing is None:
             needed.update(preprocess.names(known))
     like = replace(dataset, name=f"of {run.path}", columns=known, categories=categories)

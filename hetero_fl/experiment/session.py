@@ -20,7 +20,7 @@ from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory
 from hetero_fl.reporting.summary import BestRounds, Patience, collect_details, summarize
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import write_atomically
+from hetero_fl.utils.serialization import CodecError, refuse_malformed, write_atomically
 from hetero_fl.utils.text import pluralize
 
 
@@ -90,7 +90,11 @@ class RunSession:
         }
         saved = self._checkpoints.load_newest()
         if saved is not None:
-            saved = self._restore(saved)
+            try:
+                with refuse_malformed():
+                    saved = self._restore(saved)
+            except CodecError as error:
+                raise UserError(f"{directory.path / 'checkpoint'}: damaged ({error})") from error
             threads = pluralize(self._choice.threads, "thread")
             workers = pluralize(self._choice.workers, "worker")
             self._progress.log(

@@ -134,6 +134,8 @@ def _from_run(path: str, federation: FederationSpec, permission: CodePermission)
     for _, client_id in known:
         model = models[client_id]
         if model.arch == federation.client_infos[client_id].arch:
+            # The tensors of a file may not fit the model.
+            model.module()
             clients[client_id] = model.tensors
             members.setdefault(model.arch.spec_id, []).append(model)
     if not clients:

@@ -25,6 +25,7 @@ from hetero_fl.utils.serialization import (
     decode,
     encode,
     num_tensor_bytes,
+    refuse_malformed,
 )
 
 FORM = "hetero_fl checkpoint 3"
@@ -167,7 +168,7 @@ class Checkpoints:
         for path in (*kept, *files[-KEPT_CHECKPOINTS:]):
             used.add(path)
             # The references of a damaged checkpoint are not needed.
-            with suppress(CodecError, OSError):
+            with suppress(CodecError, OSError), refuse_malformed():
                 used.update(path.with_name(name) for name in _decode_head(path)["files"])
         for path in files:
             if path not in used:
@@ -227,13 +228,15 @@ def read_checkpoint(path: Path) -> SavedState:
         OSError: If a file is missing or cannot be read.
     """
     head = _decode_head(path)
-    segments = [Segment.open(path.with_name(name)) for name in head["files"]]
-    locations = _decode_locations(head, segments)
-    staged = _decode_locations(head["waiting"], segments)
-    tree = _read_tree(head["tree"], Segment.open(path))
-    for location in (*locations.values(), *staged.values()):
-        location.segment.verify(location)
-    return SavedState(tree, locations, {**staged, **dict.fromkeys(head["nothing"])})
+    # Anyone can write a file with a valid checksum.
+    with refuse_malformed():
+        segments = [Segment.open(path.with_name(name)) for name in head["files"]]
+        locations = _decode_locations(head, segments)
+        staged = _decode_locations(head["waiting"], segments)
+        tree = _read_tree(head["tree"], Segment.open(path))
+        for location in (*locations.values(), *staged.values()):
+            location.segment.verify(location)
+        return SavedState(tree, locations, {**staged, **dict.fromkeys(head["nothing"])})
 
 
 def _encode_head(pieces: Any, store: StateStore, segment: OpenSegment, file_name: str) -> bytes:
@@ -283,7 +286,7 @@ def _decode_locations(table: Mapping[str, Any], segments: list[Segment]) -> dict
     digests = as_bytes(table["digests"])
     rows = zip(table["clients"], table["places"].tolist(), strict=True)
     return {
-        client: BlobLocation(segments[file], offset, length, digests[32 * i : 32 * (i + 1)])
+        str(client): BlobLocation(segments[file], offset, length, digests[32 * i : 32 * (i + 1)])
         for i, (client, (file, offset, length)) in enumerate(rows)
     }
 

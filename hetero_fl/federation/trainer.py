@@ -542,7 +542,7 @@ class FederatedTrainer(ABC):
         to_storage = self.federation.memory.to_storage
         self.server.models = to_storage(state["server"]["models"])
         self.server.state = to_storage(state["server"]["state"])
-        self.traffic = Traffic(**state["traffic"])
+        self.traffic = Traffic(**{name: int(count) for name, count in state["traffic"].items()})
         self.rule_memory = state["aggregation"]
         if self.privacy is not None:
             self.privacy.load_state_dict(state["bounds"])

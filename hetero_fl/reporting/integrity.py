@@ -22,7 +22,7 @@ from hetero_fl.federation.checkpoint import (
 from hetero_fl.federation.executors.base import NODES
 from hetero_fl.reporting.run_directory import ALWAYS, CHECKSUMS, LOG, METRICS, RunDirectory
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import CodecError, sha256_of
+from hetero_fl.utils.serialization import CodecError, refuse_malformed, sha256_of
 from hetero_fl.utils.text import pluralize
 
 # Fields of the executor choice in `environment.json` that do not affect results.
@@ -333,11 +333,10 @@ def _check_checkpoints(
         inspection.damage["checkpoint"] = f"{MISSING}, although {evidence}"
     for path in reversed(files[-KEPT_CHECKPOINTS:]):
         try:
-            saved = read_checkpoint(path).tree
+            with refuse_malformed():
+                _compare(directory, read_checkpoint(path).tree, path.name, inspection)
         except (CodecError, OSError) as error:
             inspection.damage[f"checkpoint/{path.name}"] = f"damaged ({_reason(error)})"
-            continue
-        _compare(directory, saved, path.name, inspection)
 
 
 def _reason(error: CodecError | OSError) -> str:

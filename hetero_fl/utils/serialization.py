@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ MAX_HEADER_VALUES = 2**18
 MAX_MESSAGE_CHARACTERS = 240
 # Bytes that are read at once when a file is hashed.
 CHUNK = 1 << 20
+# Bytes that are written to check a folder.
+PROBE = 1 << 16
 # dict[str, Tree] | list[Tree] | Tensor | str | int | float | bool | None
 Tree = Any
 
@@ -176,7 +179,7 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
     Raises:
         CodecError: If the bytes are malformed or exceed the limits.
     """
-    with _refuse_malformed():
+    with refuse_malformed():
         head = _read_head(data, bounded)
         if head["form"] != form:
             raise CodecError(f"expected '{form}', got {str(head['form'])[:40]!r}")
@@ -228,27 +231,27 @@ def check_header(data: bytes) -> None:
     Raises:
         CodecError: If the header is malformed or exceeds the limits.
     """
-    with _refuse_malformed():
+    with refuse_malformed():
         _read_head(data, bounded=True)
 
 
 @contextmanager
-def _refuse_malformed() -> Iterator[None]:
+def refuse_malformed() -> Iterator[None]:
     """Convert all errors that malformed bytes cause inside the `with` block to CodecError."""
     try:
         yield
-    except CodecError:
+    except (CodecError, UserError):
         raise
     except (
         SafetensorError,
-        KeyError,
+        LookupError,
         TypeError,
         ValueError,
         OverflowError,
         RecursionError,
         AttributeError,
     ) as error:
-        raise CodecError(f"malformed: {type(error).__name__} {str(error)[:120]}") from None
+        raise CodecError(f"malformed: {type(error).__name__} {str(error)[:120]}") from error
 
 
 def _read_head(data: bytes, bounded: bool) -> Any:
@@ -290,6 +293,24 @@ def _unflatten(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
         case {"f": ("inf" | "-inf" | "nan") as number, **rest} if not rest:
             return float(number)
     raise CodecError("expected a value, a list, a tensor or a dictionary")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder if necessary, and check that a file can be written to it.
+
+    Commands call this function before they work, so that they do not lose their results.
+
+    Raises:
+        UserError: If the folder cannot be created, is not writable, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE))
+    except OSError as error:
+        raise UserError(
+            f"{folder}: not writable ({error.strerror}); choose another folder"
+        ) from None
 
 
 def write_atomically(path: Path, data: bytes, private: bool = False) -> None:

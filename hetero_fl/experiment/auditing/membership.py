@@ -366,7 +366,7 @@ def shadow_seed(seed: int, shadow: int) -> int:
 
 def client_logits(model: SavedModel, examples: Examples) -> Tensor:
     """Compute the personalized logits of a saved model for raw examples, `[N, outputs]`."""
-    return model.logits(map_rows(examples.x, Preprocess(**model.preprocess)), personal=True)
+    return model.logits(map_rows(examples.x, Preprocess.of_model(model)), personal=True)
 
 
 def targets(examples: Examples) -> Tensor:

@@ -27,7 +27,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
-from hetero_fl.utils.serialization import sha256_of, write_atomically
+from hetero_fl.utils.serialization import make_folder, sha256_of, write_atomically
 
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
 # Metadata key under which an ONNX file contains the description of its inputs and outputs.
@@ -226,6 +226,7 @@ def export(
         check_onnx()
     default = run.directory.models_folder(run.selection).relative_to(run.path / "models")
     folder = run.path / "export" / default if out is None else Path(out)
+    make_folder(folder)
     exported = {}
     for name, model in models.items():
         exported[name] = _export_model(
@@ -242,6 +243,8 @@ def _export_model(
 ) -> ExportedFile:
     largest = None
     if file_format == "safetensors":
+        # The tensors are written as they are, so they must be those of the model.
+        model.module()
         content = run.model_file(name).read_bytes()
     else:
         content = _onnx_content(name, model, personal)

@@ -108,7 +108,7 @@ def inputs_of(model: SavedModel) -> tuple[Input, ...]:
     Args:
         model: The saved model.
     """
-    preprocess = Preprocess(**model.preprocess)
+    preprocess = Preprocess.of_model(model)
     input_shape = model.arch.input_shape
     allows_missing = preprocess.missing is not None
     if model.arch.vocabulary is not None:
@@ -161,7 +161,7 @@ def to_predict_inputs(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
         The blocks, keyed by name, if `are_blocks_flattened`. Otherwise, raw rows `[N, ...]` with
         NaN in columns that the model does not use.
     """
-    preprocess = Preprocess(**model.preprocess)
+    preprocess = Preprocess.of_model(model)
     if are_blocks_flattened(preprocess):
         return {block.name: part for block, part in zip(preprocess.blocks, arrays, strict=True)}
     (x,) = arrays
@@ -186,7 +186,7 @@ def draw_inputs(model: SavedModel, size: int, draws: torch.Generator) -> tuple[T
     Returns:
         One tensor for each input of the graph, `[size, *shape]`.
     """
-    preprocess = Preprocess(**model.preprocess)
+    preprocess = Preprocess.of_model(model)
     parts = tuple(_draw_input(spec, preprocess, size, draws) for spec in inputs_of(model))
     if not are_blocks_flattened(preprocess):
         return parts
@@ -282,7 +282,7 @@ class ExportedPreprocessing(nn.Module):
     def __init__(self, model: SavedModel) -> None:
         super().__init__()
         self.inputs = inputs_of(model)
-        self.preprocess = Preprocess(**model.preprocess)
+        self.preprocess = Preprocess.of_model(model)
         is_image = len(model.arch.input_shape) == 3
         for name in ("mean", "std"):
             value = getattr(self.preprocess, name)

@@ -37,7 +37,7 @@ from hetero_fl.reporting.run_directory import check_vacant
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import ArgumentError
 from hetero_fl.utils.seeding import keyed_generator
-from hetero_fl.utils.serialization import write_atomically
+from hetero_fl.utils.serialization import make_folder, write_atomically
 
 # Minimum number of training steps, which applies to small numbers of examples.
 MIN_STEPS = 60
@@ -441,6 +441,9 @@ def join(
     # A folder with results is rejected, because joining cannot be resumed.
     check_vacant(out, alternatives="")
     models = source_run.run.load_models()
+    for model_of_client in models.values():
+        # The tensors of a file may not fit the model.
+        model_of_client.module()
     dataset = (
         load_as(source_run.run, str(data), label, models)
         if is_named
@@ -460,7 +463,7 @@ def join(
     for split, examples in (("training", site.train), ("test", site.test)):
         if note := source_run.overlap(examples.x, f"the joining client's {split} rows", "it"):
             source_run.notes.append(note)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         for option, parts in options.items():

@@ -140,7 +140,7 @@ class TransferSource:
         logits = []
         usable = []
         for model in self.models.values():
-            preprocess = Preprocess(**model.preprocess)
+            preprocess = Preprocess.of_model(model)
             found = preprocess.shape(tuple(x.shape[1:]), "the run's preprocessing")
             if found != model.arch.input_shape:
                 raise ArgumentError(

@@ -1,0 +1,153 @@
+"""Run directories of strangers: any content with valid checksums gives one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from hetero_fl.cli import main
+from hetero_fl.core.saved_model import read_model_file
+from hetero_fl.experiment import run
+from hetero_fl.federation import checkpoint
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory
+from hetero_fl.utils.serialization import decode, encode, sha256_of
+from tests.helpers.small_federations import config
+
+Change = Callable[[dict[str, Any]], Any]
+MODEL = "models/site_1.safetensors"
+# Replaced by nested lists: as deep as the parser accepts, and deeper.
+NESTED = {"DEEP": "[" * 900 + "]" * 900, "DEEPER": "[" * 20_000 + "]" * 20_000}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(config("fedper", "mlp", 2, rounds=1), out=tmp_path_factory.mktemp("runs") / "a").path
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def forge_model(folder: Path, path: str, value: object, tensors: Change = lambda t: t) -> None:
+    """Replace a value in the metadata of a model, and write valid checksums."""
+    metadata, saved = read_model_file(folder / MODEL)
+    *sections, key = path.split(".")
+    section = metadata
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    text = json.dumps(metadata)
+    for name, nested in NESTED.items():
+        text = text.replace(f'"{name}"', nested)
+    save_file(tensors(saved), folder / MODEL, {"hetero_fl": text})
+    sums = [f"{sha256_of(folder / name)}  {name}\n" for name in RunDirectory(folder).checksums()]
+    (folder / CHECKSUMS).write_text("".join(sums))
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], *command: object) -> None:
+    assert main([*map(str, command)]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(("error: ", "failed: ")) and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("architecture.name", "timm:no_such"),
+        ("architecture.name", "hf:no_such"),
+        ("architecture.name", "python:no_such:Name"),
+        ("architecture.outputs", 10**30),
+        ("architecture.outputs", float("inf")),
+        ("architecture.input_shape", []),
+        ("architecture.options", [["hidden", "DEEP"]]),
+        ("architecture.options", "DEEPER"),
+        ("preprocess.mean", "DEEP"),
+        ("preprocess.resize", -5),
+        ("preprocess.no_such", 1),
+        ("preprocess", [1]),
+        ("task.kind", ["x"]),
+        ("log_prior", ["a"]),
+        ("log_prior", [0.0]),
+    ],
+)
+def test_forged_metadata_of_a_model_is_refused_in_one_line(
+    path: str, value: object, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forge_model(copied, path, value)
+
+    assert_refused(capsys, "evaluate", copied, "--data", "digits", "--personal", "--allow-code")
+    assert_refused(capsys, "export", copied, "--format", "safetensors", "--allow-code")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {**tensors, "extra": tensors["head.bias"].clone()},
+        lambda tensors: {**tensors, "head.bias": tensors["head.bias"][:3].clone()},
+        lambda tensors: {n: t for n, t in tensors.items() if n != "head.bias"},
+    ],
+    ids=["extra", "shape", "missing"],
+)
+def test_tensors_that_do_not_fit_the_model_are_refused_in_one_line(
+    change: Change, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forge_model(copied, "head", None, change)
+    source = copied.with_name("c.yaml")
+    source.write_text(json.dumps(config("fedper", "mlp", 2)))
+
+    assert_refused(capsys, "evaluate", copied, "--data", "digits")
+    assert_refused(capsys, "export", copied, "--format", "safetensors")
+    assert_refused(capsys, "join", copied, "--data", "digits", "--out", copied.with_name("joined"))
+    assert_refused(capsys, "train", "-c", source, "--check", f"init_from={copied}")
+
+
+def without(*keys: str) -> dict[str, Change]:
+    return {k: lambda tree, k=k: {n: v for n, v in tree.items() if n != k} for k in keys}
+
+
+TREES: dict[str, Change] = {
+    **without("run", "choice"),
+    "text": lambda tree: {**tree, "run": {**tree["run"], "completed": "x"}},
+    "number": lambda tree: {**tree, "directory": 7},
+}
+HEADS: dict[str, Change] = {
+    **without("tree", "files", "places", "waiting"),
+    "other folder": lambda head: {**head, "files": ["../x", "/dev/zero"]},
+    "place": lambda head: {**head, "places": head["places"] + 2**40},
+    "checksum": lambda head: {**head, "tree": [1, 2, "zz"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change_tree", "change_head"),
+    [*((tree, dict) for tree in TREES.values()), *((dict, head) for head in HEADS.values())],
+    ids=[*TREES, *HEADS],
+)
+def test_forged_checkpoint_is_refused_in_one_line(
+    change_tree: Change,
+    change_head: Change,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_head = checkpoint._encode_head
+    checkpoints = checkpoint.Checkpoints(StateStore(copied / "checkpoint"), print)
+    tree = checkpoints.load_newest()
+
+    def forge(*arguments: Any) -> bytes:
+        head = decode(write_head(*arguments), checkpoint.FORM, bounded=False)
+        return encode(change_head(head), checkpoint.FORM)
+
+    monkeypatch.setattr(checkpoint, "_encode_head", forge)
+    checkpoints.save(1, change_tree(tree or {}))
+
+    assert_refused(capsys, "check", copied)
+    assert_refused(capsys, "train", "--resume", "--out", copied, "rounds=2")

@@ -144,9 +144,12 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _reject_boolean_numbers(cls, value: object, validate: ValidatorFunctionWrapHandler) -> Any:
-        """Reject booleans for numbers, which pydantic would convert to 1 and 0."""
+    def _reject_wrong_numbers(cls, value: object, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Reject integers of thousands of digits, and booleans, which pydantic would convert."""
         validated = validate(value)
+        if isinstance(value, int | list | dict):
+            # Raises ValueError for an integer of more than 4,300 digits, such as a hexadecimal one.
+            str(value)
         number = _number_from_boolean(value, validated)
         if number is not None:
             raise PydanticKnownError("int_type" if isinstance(number, int) else "float_type")

@@ -168,8 +168,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(_describe_syntax_error(path, error)) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {_describe_reference_error(error)}") from None
-    except (OSError, ValueError) as error:
-        # For example, the file is not UTF-8 or contains an integer with thousands of digits.
+    except (OSError, ValueError, OverflowError) as error:
+        # For example, the file is not UTF-8 or contains a number with thousands of digits.
         raise UserError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: cannot be read: nested too deeply") from None
@@ -252,7 +252,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         reason = f"expected a YAML value, got {format_value(value)}"
     except OmegaConfBaseException as error:
         reason = _invalid_path_reason(raw, key) or _describe_reference_error(error)
-    except (TypeError, ValueError, IndexError, AssertionError) as error:
+    except (TypeError, ValueError, OverflowError, IndexError, AssertionError) as error:
         reason = _invalid_path_reason(raw, key) or f"cannot be set: {str(error).splitlines()[0]}"
     except RecursionError:
         reason = "nested too deeply"

@@ -11,6 +11,13 @@ from hetero_fl.utils.text import pluralize
 MANY_CLASSES = 20
 # Maximum number of output names that `Task.describe` lists.
 MAX_LISTED_NAMES = 6
+# Maximum number of characters of a class name that is an integer.
+MAX_DIGITS = 18
+
+
+def is_integer(name: str) -> bool:
+    """Return whether a class name is an integer of 64 bits, which at most 18 digits always are."""
+    return name.isascii() and name.removeprefix("-").isdigit() and len(name) <= MAX_DIGITS
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,7 @@ class Task:
 
         The tuple is empty if class names are not integers or equal the class indices.
         """
-        are_integers = self.kind == "multiclass" and all(
-            name.isascii() and name.removeprefix("-").isdigit() for name in self.names
-        )
+        are_integers = self.kind == "multiclass" and all(map(is_integer, self.names))
         labels = tuple(map(int, self.names)) if are_integers else ()
         return () if labels == tuple(range(len(labels))) else labels
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.images import as_numbers
-from hetero_fl.core.task import Task
+from hetero_fl.core.task import Task, is_integer
 from hetero_fl.data.checks import ARRAY_NAMES, ExampleNames, first_true
 from hetero_fl.data.dataset import MAX_NUMBERED_CLASSES, Dataset, Examples, index_names
 from hetero_fl.utils.arrays import plain_array
@@ -436,11 +436,6 @@ def common_classes(tasks: Mapping[str, Task]) -> Task:
     if any(not each.names for each in tasks.values()) and is_numbered and not task.numbers:
         task = Task("multiclass", len(ordered))
     return task
-
-
-def is_integer(name: str) -> bool:
-    """Return whether a class name is an integer."""
-    return name.isascii() and name.removeprefix("-").isdigit()
 
 
 def note_unshared_classes(

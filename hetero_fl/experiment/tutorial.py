@@ -135,7 +135,7 @@ def _check_tutorial_keys(raw: Mapping[str, Any], where: str) -> None:
 def _parse_value(override: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{override}: expected a YAML value, got {format_value(text)}") from None
 
 

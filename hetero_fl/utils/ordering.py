@@ -21,7 +21,9 @@ def natural_key(name: str) -> tuple[list[Any], str]:
 
     Different names have different keys.
     """
-    return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", name))], name
+    # Numbers are compared as digits without leading zeros, of which Python converts 4,300 at most.
+    parts = re.split(r"0*([0-9]+)", name)
+    return [(len(p), p) if i % 2 else p for i, p in enumerate(parts)], name
 
 
 def natural_order(ids: Iterable[str]) -> list[str]:

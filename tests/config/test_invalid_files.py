@@ -241,6 +241,36 @@ def test_invalid_configurations_exit_with_one_line(
         refused(["--config", str(path)], tmp_path / "out", capsys, names)
 
 
+@pytest.mark.parametrize(
+    "number",
+    [
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "0" + "7" * 6000,
+        "1" + ":59" * 3000,
+        "1" + ":59" * 3000 + ".5",
+    ],
+    ids=["decimal", "hexadecimal", "octal", "sexagesimal", "sexagesimal float"],
+)
+def test_numbers_of_thousands_of_digits_exit_with_one_line(
+    number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = str(ROOT / "configs" / "digits_quickstart.yaml")
+    assert main(["--config", digits, f"rounds={number}"], command="train") == 2
+    capsys.readouterr()
+    for line in (
+        "rounds: {}",
+        "seed: {}",
+        "version: {}",
+        "clients: {{count: {}}}",
+        "data: {{train_limit: {}}}",
+        "algorithm: {{name: fedprox, mu: {}}}",
+        "clients: {{defaults: {{model: {{name: mlp, hidden: [{}]}}}}}}",
+    ):
+        (tmp_path / "c.yaml").write_text(line.format(number))
+        refused(["--config", str(tmp_path / "c.yaml")], tmp_path / "out", capsys, "error")
+
+
 def test_wrong_flags_exit_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "digits_quickstart.yaml")
     for arguments in (

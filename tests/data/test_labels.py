@@ -434,3 +434,11 @@ def test_numbers_and_names_in_files_of_clients_are_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match=message) as caught:
         hfl.prepare(config)
     assert "\n" not in str(caught.value)
+
+
+def test_class_may_have_a_name_of_thousands_of_digits(tmp_path: Path) -> None:
+    names = ("3", "9" * 5000)
+
+    task = read_csv(tmp_path, np.array(names * 30)).task
+
+    assert task.names == names and task.numbers == ()

@@ -322,3 +322,13 @@ def test_columns_of_frames_that_are_no_features_are_one_warning() -> None:
     found = [note for note in prepared.notes if "left out of the features" in note]
     assert len(found) == 1 and isinstance(found[0], Caution)
     assert "features: 'note', 'when'; convert them to numbers" in found[0]
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_integer_of_many_digits_is_no_number(digits: int, tmp_path: Path) -> None:
+    frame = make_frame().astype(object)
+    frame.iloc[5, 0] = "9" * digits
+    frame.to_csv(tmp_path / "a.csv", index=False)
+
+    with pytest.raises(UserError, match="row 6, column 'age': expected a"):
+        layout_of(federate(tmp_path / "a.csv"))

@@ -203,7 +203,9 @@ def _match_id_format(table_ids: list[str], image_ids: list[str]) -> list[str]:
 
 
 def _normalize_id(patient_id: str) -> str:
-    return str(int(patient_id)) if patient_id.isascii() and patient_id.isdigit() else patient_id
+    if patient_id.isascii() and patient_id.isdigit():
+        return patient_id.lstrip("0") or "0"
+    return patient_id
 
 
 def _check_unique(table_ids: list[str], where: str, by: str) -> None:

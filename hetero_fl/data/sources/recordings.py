@@ -24,6 +24,7 @@ from hetero_fl.data.sources.table_columns import (
     parse_numbers,
     raise_cell_error,
     require_no_missing,
+    to_numbers,
 )
 from hetero_fl.data.sources.table_files import features, read_frame
 from hetero_fl.data.sources.traffic import HOUR, HourlySeries
@@ -299,7 +300,7 @@ def _numbers(column: pd.Series, where: str, allow_missing: bool) -> np.ndarray:
 
 def _column_with_missing(column: pd.Series, where: str) -> np.ndarray:
     """Return a column as float64, with NaN for empty cells."""
-    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    values = to_numbers(column).to_numpy(dtype=np.float64)
     invalid = np.isnan(values) & column.notna().to_numpy() | np.isinf(values)
     if (row := first_true(invalid)) is not None:
         _raise_not_a_number(column, row, where)

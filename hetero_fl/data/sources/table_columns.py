@@ -200,7 +200,7 @@ def parse_numbers(
     if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
         if not is_text(column):
             return None
-        read = pd.to_numeric(column, errors="coerce")
+        read = to_numbers(column)
         text = read.isna() & column.notna()
         if text.any() and read.isna().all() and not _has_separators(column):
             return None
@@ -219,6 +219,15 @@ def parse_numbers(
     if (row := first_true(too_large & ~column.isna().to_numpy())) is not None:
         raise_cell_error(where, row, name, f"expected a finite number, got {values[row]}")
     return values
+
+
+def to_numbers(column: pd.Series) -> pd.Series:
+    """Return a column as numbers, with infinity for larger numbers and NaN for other cells."""
+    try:
+        return pd.to_numeric(column, errors="coerce")
+    except OverflowError:
+        # pandas reads an integer of hundreds of digits as a Python integer.
+        return pd.to_numeric(column.astype(str).where(column.notna()), errors="coerce")
 
 
 def _has_separators(column: pd.Series) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hetero_fl.core.task import Task
+from hetero_fl.core.task import Task, is_integer
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.sources.hugging_face.columns import (
     HubColumns,
@@ -164,7 +164,7 @@ def _read_classes(part: Any, name: str, train: Any, where: str) -> np.ndarray:
         values = [train.names.index(each) for each in occurring]
     elif kind == "string":
         values = occurring
-    elif kind == "number" and all(_is_integer(each) for each in occurring):
+    elif kind == "number" and all(map(is_integer, occurring)):
         values = [int(each) for each in occurring]
     else:
         raise _other_feature(part, name, train, where)
@@ -187,10 +187,6 @@ def _encode_names(part: Any, name: str, where: str) -> tuple[np.ndarray, Sequenc
         read_numbers(part, name, where)
     codes, values = column.factorize()
     return codes, [str(value) for value in values]
-
-
-def _is_integer(text: str) -> bool:
-    return text.isascii() and text.removeprefix("-").isdigit()
 
 
 def _other_feature(part: Any, name: str, train: Any, where: str) -> UserError:

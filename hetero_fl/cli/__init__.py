@@ -24,7 +24,9 @@ from hetero_fl.utils.errors import (
     Interrupted,
     RunFailedError,
     UserError,
+    echo,
     is_own_file,
+    printable_lines,
     translate_exits,
 )
 from hetero_fl.utils.extras import describe_missing_package
@@ -191,17 +193,17 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
     except OSError as error:
         if error.errno not in DISK_FULL_ERRORS:
             raise
-        print(
+        echo(
             "failed: no space left on the disk; completed rounds are saved, "
             "free some space and continue with --resume",
-            file=sys.stderr,
+            err=True,
         )
         return 1
     except Interrupted as interruption:
         resume_command = _resume_command(invocation, options, interruption)
-        print(f"interrupted; to resume: {shlex.join(resume_command)}", file=sys.stderr)
+        echo(f"interrupted; to resume: {shlex.join(resume_command)}", err=True)
     except KeyboardInterrupt:
-        print(_describe_early_interrupt(invocation), file=sys.stderr)
+        echo(_describe_early_interrupt(invocation), err=True)
     return 130
 
 
@@ -276,8 +278,8 @@ def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     for cause in reversed(chain):
-        traceback.print_exception(cause, chain=False)
-    print(f"{kind}: {_message(error)}", file=sys.stderr)
+        echo("".join(traceback.format_exception(cause, chain=False)), err=True, end="")
+    echo(f"{kind}: {_message(error)}", err=True)
 
 
 def _message(error: BaseException) -> str:
@@ -311,10 +313,10 @@ def warnings_in_one_line() -> Iterator[None]:
     def show(*arguments: Any, **options: Any) -> None:
         line = f"warning: {arguments[0]}"
         if sys.stderr is None or not is_own_file(arguments[2]):
-            before(*arguments, **options)
+            before(printable_lines(str(arguments[0])), *arguments[1:], **options)
         elif line not in printed:
             printed.add(line)
-            print(line, file=sys.stderr)
+            echo(line, err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

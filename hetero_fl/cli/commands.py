@@ -41,7 +41,7 @@ from hetero_fl.cli.run_options import (
     training_command,
 )
 from hetero_fl.utils.code_permission import find_references
-from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
+from hetero_fl.utils.errors import UserError, echo, suggest_or_list, suggest_similar
 from hetero_fl.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -103,10 +103,9 @@ def evaluate(
     quiet: bool,
 ) -> None:
     """Evaluate the models of a finished run on a data set."""
-    from rich.console import Console
-
     from hetero_fl import experiment
     from hetero_fl.cli.printing import print_scores
+    from hetero_fl.reporting.progress import Terminal
     from hetero_fl.reporting.run import Run
 
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
@@ -126,7 +125,7 @@ def evaluate(
     )
     unit = next(iter(loaded.load_models(client).values())).task.unit
     title = f"{run} on {data}" + (f", errors in {unit}" if unit else "")
-    print_scores(results, title, Console())
+    print_scores(results, title, Terminal())
     if json_file:
         try:
             json_file.write_text(json.dumps(results, indent=2), encoding="utf-8")
@@ -157,7 +156,7 @@ def watch(runs: tuple[Path, ...], port: int, host: str, quiet: bool) -> None:
 
     log = make_printer(quiet)
     with serve_watch(runs, host, port) as address:
-        print(address, flush=True)
+        echo(address)
         log("press Ctrl-C to stop")
         try:
             threading.Event().wait()
@@ -177,18 +176,18 @@ def watch(runs: tuple[Path, ...], port: int, host: str, quiet: bool) -> None:
 @allow_code_option
 def methods(names: tuple[str, ...], allow_code: bool) -> None:
     """List all methods, or describe the given methods."""
-    from rich.console import Console
+    from hetero_fl.reporting.progress import Terminal
 
     references = dict.fromkeys(find_references(names), "NAME")
     code_permission(allow_code).check(references, "")
     if names:
         from hetero_fl.cli.printing import print_method_details
 
-        print_method_details(names, Console())
+        print_method_details(names, Terminal())
     else:
         from hetero_fl.cli.method_list import print_methods
 
-        print_methods(Console())
+        print_methods(Terminal())
 
 
 @command(
@@ -205,12 +204,12 @@ def methods(names: tuple[str, ...], allow_code: bool) -> None:
 )
 def completion(shell: str) -> None:
     """Print a script that enables completion of commands, keys and methods in a shell."""
-    print(completion_script(APP, shell), end="")
+    click.echo(completion_script(APP, shell), nl=False)
 
 
 def _print_version(_context: Context, _option: Parameter, is_given: bool) -> None:
     if is_given:
-        print(f"hetero-fl {__version__}")
+        echo(f"hetero-fl {__version__}")
         raise Exit(0)
 
 

@@ -14,7 +14,7 @@ from importlib import resources
 from importlib.metadata import entry_points
 from typing import Any
 
-from click import Context, Group, Parameter
+from click import Context, Group, Parameter, echo
 from click.shell_completion import BashComplete, CompletionItem, get_completion_class
 
 PROGRAM = "hetero-fl"
@@ -51,7 +51,7 @@ def complete(app: Group) -> int:
     shell, _, _ = os.environ[COMPLETION_VARIABLE].partition("_")
     if shell not in SHELLS:
         return 1
-    print(_completion_class(shell)(app, {}, PROGRAM, COMPLETION_VARIABLE).complete())
+    echo(_completion_class(shell)(app, {}, PROGRAM, COMPLETION_VARIABLE).complete())
     return 0
 
 

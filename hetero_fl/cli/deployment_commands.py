@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from hetero_fl.cli.run_options import (
     quiet_option,
     training_command,
 )
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, echo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,15 +118,15 @@ def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> None:
     from hetero_fl.deployment.certificates import load_public_key
 
     entries = verify(path, None if key is None else load_public_key(key), head)
-    print(*format_entries(entries), sep="\n")
+    echo("\n".join(format_entries(entries)))
     traffic = traffic_totals(entries)
-    print(
+    echo(
         f"log complete: {len(entries):,} messages; "
         f"tasks: {traffic.down:,} bytes received, {traffic.up:,} bytes sent"
     )
-    print(f"head: {verified_head(path)}")
+    echo(f"head: {verified_head(path)}")
     if key is None:
-        print(
+        echo(
             "signatures were not checked, so lines may have been appended; "
             "check them with --key and the site's public key"
         )
@@ -157,8 +156,8 @@ def flower_app(
     from hetero_fl.deployment.flower.app import write_app
 
     for path in write_app(folder, config, overrides, code_permission(allow_code)):
-        print(path)
-    print(f"to train: flwr run {folder}", file=sys.stderr)
+        echo(path)
+    echo(f"to train: flwr run {folder}", err=True)
 
 
 @command(
@@ -186,7 +185,7 @@ def certificates(folder: Path, hosts: tuple[str, ...], clients: str) -> None:
     from hetero_fl.deployment.certificates import provision
 
     for path in provision(folder, hosts, [name.strip() for name in clients.split(",")]):
-        print(path)
+        echo(path)
 
 
 @command("shared-key", epilog=examples("hetero-fl shared-key shared.key"))
@@ -198,7 +197,7 @@ def shared_key(file: Path) -> None:
     if file.exists():
         raise UserError(f"{file}: already exists; choose another file or delete it")
     SharedKey.generate().save(file)
-    print(file)
+    echo(file)
 
 
 @command(epilog=examples("hetero-fl status runs/my-run", "hetero-fl status 127.0.0.1:9464 --json"))
@@ -215,13 +214,14 @@ def status(run: str, as_json: bool) -> None:
     is_address = not Path(run).exists() and ADDRESS.fullmatch(run)
     content = fetch_status(run) if is_address else read_status(Path(run))
     if as_json:
-        print(json.dumps(content, indent=1))
+        echo(json.dumps(content, indent=1))
         return
     from jinja2 import UndefinedError
-    from rich.console import Console
+
+    from hetero_fl.reporting.progress import Terminal
 
     try:
-        print_status(content, Console(highlight=False, soft_wrap=True))
+        print_status(content, Terminal(highlight=False, soft_wrap=True))
     except (KeyError, TypeError, AttributeError, UndefinedError):
         raise UserError(f"{run}: the status has an unknown format; upgrade hetero_fl") from None
 

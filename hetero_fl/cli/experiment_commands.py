@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +24,7 @@ from hetero_fl.cli.run_options import (
     quiet_option,
     run_argument,
 )
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, echo
 from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
@@ -85,7 +84,6 @@ def audit(
     Membership inference determines which rows a client trained on. Gradient inversion reconstructs
     training images from an upload.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from hetero_fl import experiment
@@ -95,6 +93,7 @@ def audit(
         inversion_rows,
         membership_rows,
     )
+    from hetero_fl.reporting.progress import Terminal
 
     folder = out or run / "audit"
     log = make_printer(quiet)
@@ -118,11 +117,11 @@ def audit(
             table = Table(*columns, title=title)
             for row in rows:
                 table.add_row(*row)
-            Console().print(table)
+            Terminal().print(table)
     for note in content["notes"]:
         log(note)
     log(f"report: {folder / 'audit.html'}")
-    print(folder)
+    echo(folder)
 
 
 @command(
@@ -249,7 +248,7 @@ def compare(
         origins=origins,
         allow_code=code_permission(allow_code),
     )
-    print(comparison.to_markdown())
+    echo(comparison.to_markdown())
 
 
 @command(
@@ -337,7 +336,7 @@ def benchmark(
     archive = archive_folder(folder, archive)
     if tables:
         BenchmarkResults(folder, archive).write()
-        print(archive / "results.md")
+        echo(archive / "results.md")
         return
     options: dict[str, Any] = {
         "out": out,
@@ -348,12 +347,12 @@ def benchmark(
     }
     if repeat is None:
         runner.benchmark(folder, names, **options)
-        print(archive / "results.md")
+        echo(archive / "results.md")
         return
     if len(names) != 1:
         raise UserError(f"--repeat: expected the name of one federation, got {len(names)}")
     scores = repetition.repeat_row(names[0], repeat, folder, **options)
-    print(repetition.repetition_table(scores))
+    echo(repetition.repetition_table(scores))
 
 
 def _parse_pairs(option: str, entries: tuple[str, ...], expected: str) -> dict[str, str]:
@@ -432,7 +431,7 @@ def export(
         log=make_printer(quiet),
         allow_code=permission,
     )
-    print(next(iter(exported.values())).model.parent)
+    echo(next(iter(exported.values())).model.parent)
 
 
 @command(epilog=examples("hetero-fl join runs/my-run --data new_clinic.csv --take backbone"))
@@ -531,8 +530,8 @@ def join(
         log=make_printer(quiet),
         allow_code=permission,
     )
-    print((folder / "join.md").read_text(encoding="utf-8"))
-    print(folder)
+    echo((folder / "join.md").read_text(encoding="utf-8"))
+    echo(folder)
 
 
 def parse_numbers(flag: str, text: str) -> list[int]:
@@ -565,9 +564,9 @@ def check(run: Path) -> None:
         raise UserError(f"{run}: in use by another process; check it when that process has ended")
     findings = inspect(run)
     for line in findings.lines:
-        print(f"error: {line}", file=sys.stderr)
+        echo(f"error: {line}", err=True)
     for note in findings.notes:
-        print(f"note: {note}", file=sys.stderr)
+        echo(f"note: {note}", err=True)
     if findings.damage:
         raise Exit(2)
-    print(f"{run}: no damage found; {findings.state}")
+    echo(f"{run}: no damage found; {findings.state}")

@@ -28,7 +28,9 @@ from hetero_fl.federation.federation import NUM_REPRESENTATIVE
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.upload_contents import upload_contents
 from hetero_fl.reporting.formatting import format_bytes
+from hetero_fl.reporting.progress import Terminal
 from hetero_fl.reporting.rendering import render
+from hetero_fl.utils.errors import echo
 from hetero_fl.utils.ordering import ClientIds
 from hetero_fl.utils.serialization import num_tensor_bytes
 from hetero_fl.utils.text import format_list, pluralize
@@ -51,8 +53,8 @@ UNKNOWN = "unknown"
 
 def print_check(prepared: PreparedRun) -> None:
     """Print the configuration of a run, with expected communication cost and memory."""
-    print(dump(prepared.config))
-    print(prepared.headline)
+    echo(dump(prepared.config))
+    echo(prepared.headline)
     federation = prepared.federation
     table = Table(
         "client",
@@ -88,7 +90,7 @@ def print_check(prepared: PreparedRun) -> None:
         )
 
     _list_clients(table, federation.representative_clients, len(federation.client_infos), describe)
-    console = Console()
+    console = Terminal()
     console.print(table)
     console.print(_upload_table(prepared))
     console.print(_memory_table(prepared))
@@ -201,7 +203,7 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
         refused: References to code without permission, mapped to the keys that contain the
             references.
     """
-    print(dump(config))
+    echo(dump(config))
     clients = expand_population(config.clients)
     title = Text(f"cost of {config.algorithm.get('name')}")
     table = Table("client", "model", "training rows", "parameters", "down", "up", title=title)
@@ -211,7 +213,7 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
         len(clients),
         lambda client_id: (Text(clients[client_id].model[0].name), *[UNKNOWN] * 4),
     )
-    console = Console()
+    console = Terminal()
     console.print(table)
     for reference, key in refused.items():
         note = f"note: {key} names code, {reference}; sizes are unknown without --allow-code"

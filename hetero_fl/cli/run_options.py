@@ -12,7 +12,7 @@ import click
 
 from hetero_fl.cli.completion import complete_overrides
 from hetero_fl.utils.code_permission import CODE_PREFIX, CodePermission
-from hetero_fl.utils.errors import UserError, closest, printable
+from hetero_fl.utils.errors import UserError, closest, echo
 
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
@@ -152,7 +152,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
         )
         if (finished.path / "report.html").exists():
             log(f"report: {finished.path / 'report.html'}")
-        print(finished.path)
+        echo(finished.path)
 
     return command(epilog=epilog)(train)
 
@@ -162,7 +162,7 @@ def make_printer(quiet: bool) -> Callable[[str], None]:
 
     def print_line(line: str) -> None:
         if not quiet:
-            print(line, file=sys.stderr)
+            echo(line, err=True)
 
     return print_line
 
@@ -181,13 +181,8 @@ def code_permission(allow_code: bool) -> CodePermission:
 
 def _ask_permission(where: str, key: str, reference: str) -> bool:
     module, _, name = reference.removeprefix(CODE_PREFIX).partition(":")
-    place = printable(": ".join(filter(None, [where, key])))
-    print(
-        f"{place} names code: {name} of module {module}. Run it? [y/N] ",
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
+    place = ": ".join(filter(None, [where, key]))
+    echo(f"{place} names code: {name} of module {module}. Run it? [y/N] ", err=True, end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 

@@ -36,7 +36,7 @@ from hetero_fl.data.dataset import (
 )
 from hetero_fl.data.labels import Kind, read_labels
 from hetero_fl.utils.arrays import missing_entries, plain_array
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import UserError, printable
 
 
 def from_arrays(
@@ -139,7 +139,7 @@ def from_arrays(
         patient is not None,
     )
     for line in remarks:
-        warnings.warn(line, UserWarning, stacklevel=2)
+        warnings.warn(printable(line), UserWarning, stacklevel=2)
     notes += tuple(remarks)
     if time is not None and len(given) > 1:
         raise UserError(

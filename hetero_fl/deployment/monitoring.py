@@ -70,7 +70,7 @@ class EventLog:
                 for name, value in {**self.fields, **fields}.items()
                 if value is not None
             }
-            line = json.dumps({"time": now, "message": line, **known}, ensure_ascii=False)
+            line = json.dumps({"time": now, "message": line, **known})
         else:
             line = f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}"
         if self.quiet:

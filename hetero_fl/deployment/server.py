@@ -41,6 +41,7 @@ from hetero_fl.federation.simulation.schedule import unused_simulation_keys
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Record
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
+from hetero_fl.reporting.progress import Terminal
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
@@ -376,7 +377,7 @@ class _RunLog(EventLog):
     def console(self) -> Console | None:
         """Return a console that writes to the log in JSON format, or None in text format."""
         return (
-            Console(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
+            Terminal(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
             if self.line_format == "json"
             else None
         )

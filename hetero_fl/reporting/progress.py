@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from traceback import format_exception
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -24,7 +24,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
+from typing_extensions import override
 
 from hetero_fl.reporting.formatting import (
     capitalize_first,
@@ -35,10 +37,31 @@ from hetero_fl.reporting.formatting import (
     format_final_evaluation,
 )
 from hetero_fl.reporting.notebook import ProgressBar, in_notebook
-from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError, printable, printable_lines
 from hetero_fl.utils.text import Caution, pluralize
 
 logger = logging.getLogger("hetero_fl")
+
+
+class Terminal(Console):
+    """Console that prints control characters escaped and square brackets as they are.
+
+    The terminal receives only the colors and cursor movements of rich itself. Plain lines are
+    printed with `hetero_fl.utils.errors.echo`.
+
+    Args:
+        **options: Options of `rich.console.Console`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    @override
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable_lines(text), style, control)
 
 
 class Progress:
@@ -67,7 +90,9 @@ class Progress:
         notebook = console is None and in_notebook() and not quiet
         self._notebook = ProgressBar() if notebook else None
         hide = notebook or quiet is not False
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=hide)
+        self._console = console or Terminal(
+            stderr=True, highlight=False, soft_wrap=True, quiet=hide
+        )
         self._log_path = log_path
         self._log: TextIO | None = None
         self._no_output = logging.NullHandler()
@@ -227,6 +252,7 @@ class Progress:
 
     def write(self, line: str, level: int = logging.INFO) -> None:
         """Append one line to the log file without printing it."""
+        line = printable(line)
         logger.log(level, "%s", line)
         if self._log is not None:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
@@ -246,7 +272,7 @@ class Progress:
         self.write(f"failed: {' '.join(str(error).split())}")
         cause = error.__cause__ if isinstance(error, UserError | RunFailedError) else error
         if cause is not None and self._log is not None:
-            self._log.writelines(format_exception(cause))
+            self._log.writelines(map(printable_lines, format_exception(cause)))
 
     def _stop(self) -> None:
         if self._live is not None:

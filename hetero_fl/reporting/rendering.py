@@ -18,7 +18,7 @@ from hetero_fl.reporting.formatting import (
     format_range,
     metric_name,
 )
-from hetero_fl.utils.errors import printable
+from hetero_fl.utils.errors import printable, printable_lines
 from hetero_fl.utils.text import pluralize
 
 if TYPE_CHECKING:
@@ -214,13 +214,13 @@ def _environment() -> Environment:
 def render(template: str, **content: Any) -> str:
     """Render a template of this package.
 
-    Values are escaped if the template is an HTML page.
+    Values are escaped if the template is an HTML page, and control characters in every template.
 
     Args:
         template: File name of the template.
         **content: Values of the template's variables.
     """
-    return _environment().get_template(template).render(**content)
+    return printable_lines(_environment().get_template(template).render(**content))
 
 
 def render_line(template: str, **content: Any) -> str:

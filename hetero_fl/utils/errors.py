@@ -44,11 +44,11 @@ class UserError(ValueError):
     line prints the message and exits with status 2.
 
     Args:
-        message: The message, in which whitespace is collapsed.
+        message: The message, in which whitespace is collapsed and control characters are escaped.
     """
 
     def __init__(self, message: object) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(printable(" ".join(str(message).split())))
 
 
 class ArgumentError(UserError):
@@ -95,7 +95,25 @@ def is_printable(text: str) -> bool:
 
 def printable(text: str) -> str:
     """Return the text with control characters, lone surrogates and invisible characters escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines with each line escaped (see `printable`)."""
+    return "\n".join(map(printable, text.expandtabs().split("\n")))
+
+
+def echo(text: object = "", *, err: bool = False, end: str = "\n") -> None:
+    """Print a text with control characters escaped, so that names cannot control the terminal.
+
+    Args:
+        text: The text, whose line breaks are kept.
+        err: Whether to print to stderr instead of stdout.
+        end: Text that is printed last.
+    """
+    print(printable_lines(str(text)), end=end, file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:

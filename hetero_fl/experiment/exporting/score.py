@@ -333,7 +333,8 @@ def main() -> int:
         ]
         write(np.concatenate(parts) * np.float32(options.unit), about, options.out)
     except ScoringError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        line = " ".join(str(error).split())
+        print("error:", line if line.isprintable() else ascii(line), file=sys.stderr)
         return 2
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import itertools
@@ -11,13 +12,15 @@ import select
 import shlex
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from hetero_fl.utils.errors import (
     ArgumentError,
@@ -55,8 +58,17 @@ OPTION_NAMES = {
 # 128 + SIGPIPE, a signal that Windows does not define.
 PIPE_CLOSED = 141
 
-# Error numbers that indicate a full disk.
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+# Descriptions of failed writes, with a remedy, keyed by error number.
+WRITE_ERRORS = {
+    errno.ENOSPC: "no space left on the disk; free some space",
+    errno.EDQUOT: "no space left in your disk quota; free some space",
+    errno.EFBIG: "a file would exceed the limit of file sizes; raise it (ulimit -f)",
+}
+
+# Status of a command that was interrupted, 128 + SIGINT.
+INTERRUPTED = 130
+# After an interrupt, the command ends, and ignores further interrupts for this time.
+EXIT_SECONDS = 10
 
 # Environment variable that torchrun sets.
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
@@ -81,14 +93,27 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 
 def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
-    """Call `_main`, and treat SIGTERM, which clusters send to stop jobs, like Ctrl-C."""
+    """Call `_main`, and treat SIGTERM, which clusters send to stop jobs, like Ctrl-C.
+
+    A second signal does not interrupt the first one's work, or the end of the process.
+    """
     _replace_unprintable_characters()
-    handler = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with warnings_in_one_line():
-            return _main(argv, command)
-    finally:
-        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+    interrupt = partial(_interrupt, [])
+    handlers = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        # A command that a script starts in the background ignores Ctrl-C.
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    with warnings_in_one_line():
+        status = _main(argv, command)
+    for number, handler in handlers.items():
+        if status == INTERRUPTED:
+            # Python resets all handlers when it ends, except that of an ignored signal.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+        else:
+            signal.signal(number, handler or signal.SIG_DFL)
+    return status
 
 
 def _replace_unprintable_characters() -> None:
@@ -191,20 +216,17 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
         _print_error("failed", error, invocation.is_verbose)
         return 1
     except OSError as error:
-        if error.errno not in DISK_FULL_ERRORS:
+        if error.errno not in WRITE_ERRORS:
             raise
-        echo(
-            "failed: no space left on the disk; completed rounds are saved, "
-            "free some space and continue with --resume",
-            err=True,
-        )
+        then = "continue with --resume" if invocation.command in RESUMABLE else "repeat the command"
+        echo(f"failed: {WRITE_ERRORS[error.errno]} and {then}", err=True)
         return 1
     except Interrupted as interruption:
         resume_command = _resume_command(invocation, options, interruption)
         echo(f"interrupted; to resume: {shlex.join(resume_command)}", err=True)
     except KeyboardInterrupt:
         echo(_describe_early_interrupt(invocation), err=True)
-    return 130
+    return INTERRUPTED
 
 
 def _describe_early_interrupt(invocation: Invocation) -> str:
@@ -323,5 +345,8 @@ def warnings_in_one_line() -> Iterator[None]:
         yield
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def _interrupt(times: list[float], _number: int, _frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, unless the first of the interrupts at these times was just now."""
+    times.append(time.monotonic())
+    if len(times) == 1 or times[-1] - times[0] > EXIT_SECONDS:
+        raise KeyboardInterrupt

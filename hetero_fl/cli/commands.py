@@ -107,9 +107,12 @@ def evaluate(
     from hetero_fl.cli.printing import print_scores
     from hetero_fl.reporting.progress import Terminal
     from hetero_fl.reporting.run import Run
+    from hetero_fl.utils.serialization import make_folder
 
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise UserError(f"--json: expected a file in an existing folder, got {json_file}")
+    if json_file:
+        make_folder(json_file.parent)
     permission = code_permission(allow_code)
     log = make_printer(quiet)
     loaded = Run(run, permission)

@@ -19,7 +19,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from hetero_fl.config.describe import to_yaml
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import sha256_of, write_atomically
+from hetero_fl.utils.serialization import make_folder, sha256_of, write_atomically
 
 VERSION = 1
 LOCK = ".lock"
@@ -57,7 +57,7 @@ def lock_folder(folder: Path) -> Iterator[list[str]]:
     Raises:
         UserError: If another process has locked the folder, or if the folder is not writable.
     """
-    _make_folder(folder)
+    make_folder(folder)
     lock = _folder_lock(folder)
     try:
         is_supported = _try_lock(lock)
@@ -143,15 +143,6 @@ def check_vacant(
         raise UserError(f"{path}: already exists; choose another folder{alternatives}")
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be created ({error.strerror}); choose another folder"
-        ) from None
-
-
 class RunDirectory:
     """The folder of a run.
 
@@ -196,7 +187,7 @@ class RunDirectory:
         """
         run = cls(path)
         check_vacant(run.path)
-        _make_folder(run.path)
+        make_folder(run.path)
         run.write_json("environment.json", {"run_directory_version": VERSION, **environment})
         run.write_config(config)
         return run
@@ -412,7 +403,7 @@ class RunDirectory:
         try:
             content = _parse_yaml(text)
         # A ValueError is raised for an invalid date or a number with too many digits.
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.path / 'config.yaml'}: not valid YAML ({error})") from None
         return deepcopy(content) if isinstance(content, dict) else {}
 

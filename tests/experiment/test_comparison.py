@@ -40,7 +40,7 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--jobs", "0"], "--jobs: must be >= 1, got 0"),
         (["--jobs", "-1"], "--jobs: must be >= 1, got -1"),
         (["--out", "a_file"], "--out: a_file is a file; choose a folder"),
-        (["--out", "a_file/below"], "a_file/below: cannot be created (Not a directory)"),
+        (["--out", "a_file/below"], "a_file/below: not writable (Not a directory)"),
         (["--grid", "rounds"], "--grid: expected key=a,b,c, got 'rounds'"),
         (["--grid", "rounds=1,two"], "error: --grid: rounds: expected an integer, got 'two'"),
         (

@@ -6,9 +6,14 @@ import errno
 import os
 import shlex
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -18,6 +23,14 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.reporting.run_directory import lock_folder
 from tests.helpers.small_federations import config
+
+WORK = (
+    "experiment.auditing.audit._membership",
+    "experiment.evaluation.score",
+    "experiment.exporting.export._export_model",
+    "experiment.onboarding.joining_clients.JoiningClients.run_transfer",
+    "federation.trainer.FederatedTrainer.save",
+)
 
 
 @pytest.fixture
@@ -90,6 +103,68 @@ def test_full_disk_prints_one_line_and_run_resumes(
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) < 3
     assert main(["train", "--resume", "--out", "run"]) == 0
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def start(preparation: str, *arguments: str) -> subprocess.Popen[str]:
+    """Train in another process, which first runs some code."""
+    code = f"{preparation}; from hetero_fl.cli import main; raise SystemExit(main())"
+    options = ["train", "-c", "c.yaml", "--out", "run", "--quiet", *arguments]
+    return subprocess.Popen([sys.executable, "-c", code, *options], stderr=PIPE, text=True)
+
+
+def test_file_above_the_size_limit_prints_one_line(folder: Path) -> None:
+    limit = "from resource import *; setrlimit(RLIMIT_FSIZE, (80_000, 80_000))"
+
+    process = start(limit, "clients.groups.0.model={name: mlp, hidden: [512]}")
+
+    line = "failed: a file would exceed the limit of file sizes; raise it (ulimit -f)"
+    assert process.communicate()[1].startswith(line) and process.returncode == 1
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.2])
+def test_second_ctrl_c_does_not_disturb_the_first(gap: float, folder: Path) -> None:
+    # A process in the background may ignore the signal.
+    handle = "from signal import *; signal(SIGINT, default_int_handler)"
+    process = start(handle, "rounds=5000", "evaluation.every=5000")
+    while process.poll() is None and not Path("run/checkpoint/round-000001.ckpt").exists():
+        time.sleep(0.02)
+
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap)
+
+    line = "interrupted; to resume: hetero-fl train --resume --out run\n"
+    assert process.communicate()[1] == line and process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "-c", "c.yaml", "--out", "full"],
+        ["evaluate", "run", "--data", "digits", "--json", "full/scores.json"],
+        ["export", "run", "--format", "safetensors", "--out", "full"],
+        ["join", "run", "--data", "digits", "--patients", "10", "--out", "full"],
+        ["audit", "run", "--attack", "membership", "--shadows", "0", "--out", "full"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_full_disk_is_noticed_before_the_work(
+    command: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["train", "-c", "c.yaml", "--out", "run", "--quiet", "rounds=1"])
+    Path("full").mkdir()
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("hetero_fl.utils.serialization.TemporaryFile", Mock(side_effect=error))
+    for work in WORK:
+        monkeypatch.setattr(f"hetero_fl.{work}", Mock(side_effect=AssertionError))
+    capsys.readouterr()
+
+    assert main([*command, "--quiet"]) == 2
+    line = "error: full: not writable (No space left on device); choose another folder\n"
+    assert capsys.readouterr().err == line
 
 
 def test_signal_handlers_are_restored(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
         create(tmp_path)
     with pytest.raises(UserError, match="already exists"):
         create(tmp_path / "notes.txt")
-    with pytest.raises(UserError, match="cannot be created"):
+    with pytest.raises(UserError, match="not writable"):
         create(tmp_path / "notes.txt" / "below")
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -253,7 +253,7 @@ def test_file_system_without_locks_is_noted(
 
 def test_unwritable_folder_raises_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be created"), lock_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="not writable"), lock_folder(tmp_path / "file"):
         pass
     # simulates a folder of another user, as root may write anywhere
     (tmp_path / "a" / LOCK).mkdir(parents=True)

@@ -31,6 +31,7 @@ from hetero_fl.federation.checkpoint import checkpoint_files, read_checkpoint
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
+from hetero_fl.utils.serialization import make_folder
 from hetero_fl.utils.text import pluralize
 
 # Defaults: number of attacked clients, of shadow runs, and of inverted training steps.
@@ -105,6 +106,8 @@ def audit(
     run.load_models()
     prepared = prepare(run.config(), dataset=dataset, allow_code=run.permission)
     _check_data(run, prepared)
+    folder = Path(out) if out is not None else run.path / "audit"
+    make_folder(folder)
     summary = run.summary
     notes: list[str] = []
     content: Json = {
@@ -144,8 +147,6 @@ def audit(
     # Imported here because loading matplotlib is slow.
     from hetero_fl.experiment.auditing.report import write_audit
 
-    folder = Path(out) if out is not None else run.path / "audit"
-    folder.mkdir(parents=True, exist_ok=True)
     write_audit(folder, content, pictures)
     return content
 

@@ -249,9 +249,7 @@ class SavedModel:
             module = self.arch.build()
             # Older versions did not save the tensors that clients do not share.
             load_state(module, tensors, self.arch.local_names)
-        except ModelError as error:
-            raise UserError(error) from None
-        # The options in a file may cause any error inside PyTorch.
+        # The metadata of a file may cause any error inside PyTorch.
         except Exception as error:
             raise UserError(
                 f"model {self.arch.display_name}: does not fit the saved model: {one_line(error)}; "

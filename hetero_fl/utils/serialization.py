@@ -3,6 +3,9 @@
 A tree consists of nested dictionaries and lists. The encoding is a safetensors file whose metadata
 contains the tree. Decoding accepts untrusted input: sizes are checked against the available bytes
 before memory is allocated.
+
+`check_entries`, `check_name` and `check_memory` check files and folders of strangers before they
+are read.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -381,3 +385,68 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def check_entries(folder: Path, where: str = "", advice: str = "") -> None:
+    """Check that a folder contains only regular files and folders, and links to places within it.
+
+    Links of a snapshot in a hub cache may lead to all places within the folder of its repository.
+
+    Args:
+        folder: Folder to check, with its subfolders.
+        where: Beginning of error messages.
+        advice: End of the error message on a link that leaves the folder.
+
+    Raises:
+        UserError: If a link leaves the folder, or an entry is a pipe, a socket or a device.
+    """
+    root = folder.resolve()
+    is_repository = re.compile(r"(datasets|models|spaces)--.+").fullmatch
+    home = next((place for place in root.parents if is_repository(place.name)), root)
+    pending = [str(folder)]
+    while pending:
+        # Readers report the folders that they cannot open.
+        with suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                # Unlike `Path.resolve`, this accepts links to themselves.
+                target = os.path.realpath(entry.path) if entry.is_symlink() else ""
+                if target and not Path(target).is_relative_to(home):
+                    raise UserError(f"{where}{entry.path}: leads out to {target}{advice}")
+                if not target and entry.is_dir():
+                    pending.append(entry.path)
+                elif not target and not entry.is_file():
+                    raise UserError(f"{where}{entry.path}: expected a file or a folder")
+
+
+def check_name(name: str, where: str) -> None:
+    """Check that the name of a file, which is relative to a folder, does not leave the folder.
+
+    Args:
+        name: The name, with slashes.
+        where: Place of the name, for the error message.
+
+    Raises:
+        UserError: If the name is empty or absolute, or contains `..`.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{where}: expected a file in the folder, got '{one_line(name, 80)}'")
+
+
+def check_memory(size: int, where: str) -> None:
+    """Check that values of an announced size fit into the free memory, where this is known.
+
+    Args:
+        size: Number of bytes.
+        where: Place of the values, for the error message.
+
+    Raises:
+        UserError: If there is not enough memory.
+    """
+    with suppress(OSError):
+        free = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        if free is not None and size > 1024 * int(free[1]):
+            raise UserError(
+                f"{where}: needs {size / 2**30:,.1f} GiB of memory, of which "
+                f"{int(free[1]) / 2**20:,.1f} GiB are free"
+            )

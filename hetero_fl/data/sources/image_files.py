@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,12 @@ from torch import Tensor
 from hetero_fl.config.data import StreamConfig
 from hetero_fl.core.stored_rows import Column, StoredRows
 from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.serialization import check_memory
 
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")
+"""Formats of Pillow that are read. Others, such as EPS, may start programs."""
+MAX_PIXELS = 89_478_485
+"""Maximum number of pixels of an image, above which Pillow warns of decompression bombs."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 ORIENTATION_TAG = 0x0112
 """EXIF tag of the orientation of an image."""
@@ -47,7 +52,7 @@ def read_image_files(
     """
     places = [f"path: {file}" for file in files]
     if stream is None:
-        return stack_images([_read(file, side) for file in files], places, files[0].name)
+        return stack_images((_read(file, side) for file in files), places, files[0].name)
     headers = [_read_header(file) for file in files]
     sizes = [header.size for header in headers]
     if side is None:
@@ -114,11 +119,12 @@ class ImageFileReader:
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 
-def stack_images(images: Sequence[np.ndarray], places: Sequence[str], first: str) -> Tensor:
+def stack_images(decoded: Iterable[np.ndarray], places: Sequence[str], first: str) -> Tensor:
     """Stack images, as grayscale if all images are grayscale, otherwise as RGB.
 
     Args:
-        images: Pixels of each image, uint8 `[H, W]` or `[H, W, 3]`, or int32 `[H, W]`.
+        decoded: Pixels of each image, uint8 `[H, W]` or `[H, W, 3]`, or int32 `[H, W]`. Each image
+            is checked before the next one is decoded.
         places: Place of each image, for error messages.
         first: Name of the first image, for error messages.
 
@@ -126,10 +132,17 @@ def stack_images(images: Sequence[np.ndarray], places: Sequence[str], first: str
         Images, uint8 or int32 `[N, C, H, W]`.
 
     Raises:
-        UserError: If the images have different sizes or bits.
+        UserError: If the images have different sizes or bits, or do not fit into the memory.
     """
+    images: list[np.ndarray] = []
+    for place, image in zip(places, decoded, strict=True):
+        images.append(image)
+        if image.shape[:2] != images[0].shape[:2]:
+            sizes = [each.shape[1::-1] for each in (images[0], image)]
+            check_sizes(sizes, (places[0], place), first)
+        if len(images) == 1:
+            check_memory(len(places) * image.nbytes, place)
     has_color = any(image.ndim == 3 for image in images)
-    check_sizes([(image.shape[1], image.shape[0]) for image in images], places, first)
     _check_bits([image.dtype != np.uint8 for image in images], places, first)
     if has_color:
         images = [
@@ -140,7 +153,7 @@ def stack_images(images: Sequence[np.ndarray], places: Sequence[str], first: str
     return torch.from_numpy(np.stack(images)[:, None])
 
 
-def check_sizes(sizes: Sequence[tuple[int, int]], places: Sequence[str], first: str) -> None:
+def check_sizes(sizes: Sequence[tuple[int, ...]], places: Sequence[str], first: str) -> None:
     """Check that all images have the same size.
 
     Args:
@@ -172,35 +185,39 @@ def _check_bits(are_deep: Sequence[bool], places: Sequence[str], first: str) -> 
 
 def image_files(path: Path) -> list[Path]:
     """Return the sorted paths of all images in a folder and its subfolders."""
-    return sorted(
+    found = (
         f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
     )
+    # Comparing paths is slow.
+    return sorted(found, key=lambda file: file.parts)
 
 
 @contextmanager
-def open_image(file: Path) -> Iterator[Any]:
-    """Open an image file with Pillow, and convert errors to a UserError."""
-    from PIL import Image
+def open_image(content: Path | AbstractContextManager[IO[bytes]], where: str = "") -> Iterator[Any]:
+    """Open an image of one of `FORMATS` with Pillow, and convert errors to a UserError.
 
-    if not file.is_file():
-        raise UserError(f"path: {file}: file not found")
+    Args:
+        content: File, or context manager that opens it.
+        where: Place of the image, for error messages. If empty, the file.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    where = where or f"path: {content}"
+    if isinstance(content, Path) and not content.is_file():
+        raise UserError(f"{where}: file not found")
     try:
         # Pillow maps files that it opens by name, and then garbles rotated TIFF files.
-        with file.open("rb") as content, Image.open(content) as opened:
+        file = content.open("rb") if isinstance(content, Path) else content
+        with file as read, Image.open(read, formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS:,} pixels")
             yield opened
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = describe_image_error(error)
-        raise UserError(f"path: {file}: not a readable image ({reason})") from error
-
-
-def describe_image_error(error: Exception) -> str:
-    """Return why Pillow could not read an image, as one short line."""
-    from PIL import UnidentifiedImageError
-
-    # The text of Pillow contains the address of an object in memory.
-    if isinstance(error, UnidentifiedImageError):
-        return "unknown format or damaged file"
-    return one_line(error, 200)
+    # Pillow raises exceptions of many types for damaged images.
+    except Exception as error:
+        # The text of Pillow contains the address of an object in memory.
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format or damaged file" if is_unknown else one_line(error, 200)
+        raise UserError(f"{where}: not a readable image ({reason})") from error
 
 
 def _read(file: Path, side: int | None) -> np.ndarray:

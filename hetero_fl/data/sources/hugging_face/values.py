@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hetero_fl.data.checks import first_true
 from hetero_fl.data.sources.hugging_face.columns import feature_kind
-from hetero_fl.data.sources.image_files import describe_image_error, image_pixels, stack_images
+from hetero_fl.data.sources.image_files import image_pixels, open_image, stack_images
 from hetero_fl.utils.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -163,26 +164,35 @@ def read_metadata(train: Any, excluded: Sequence[str], where: str) -> dict[str, 
 
 def read_images(splits: HubSplits, name: str, where: str, side: int | None) -> dict[str, Tensor]:
     """Return the images of each split, uint8 `[N, C, H, W]`."""
-    from datasets import Image
-
-    pixels: list[np.ndarray] = []
-    places: list[str] = []
-    for split, part in splits.items():
-        decoded = part.select_columns([name]).with_format(None).cast_column(name, Image())
-        for row in range(len(decoded)):
-            place = f"{where}: {split}: column '{name}': row {row + 1}"
-            try:
-                image = decoded[row][name]
-                pixels.append(image_pixels(image, side))
-            # Pillow raises exceptions of many types for damaged images.
-            except Exception as error:
-                missing = isinstance(error, AttributeError)
-                reason = "no image" if missing else describe_image_error(error)
-                raise UserError(f"{place}: not a readable image ({reason})") from error
-            places.append(place)
-    images = stack_images(pixels, places, "row 1 of train")
+    places = [
+        f"{where}: {split}: column '{name}': row {row + 1}"
+        for split, part in splits.items()
+        for row in range(len(part))
+    ]
+    images = stack_images(_decode(splits, name, places, side), places, "row 1 of train")
     sizes = [len(part) for part in splits.values()]
     return dict(zip(splits, images.split(sizes), strict=True))
+
+
+def _decode(
+    splits: HubSplits, name: str, places: Sequence[str], side: int | None
+) -> Iterator[np.ndarray]:
+    """Yield the pixels of each image (see `image_pixels`)."""
+    import fsspec
+    from datasets import Image
+
+    encoded = Image(decode=False)
+    columns = (part.select_columns([name]).with_format(None) for part in splits.values())
+    rows = (row[name] for column in columns for row in column.cast_column(name, encoded))
+    for place, image in zip(places, rows, strict=True):
+        if image is None:
+            raise UserError(f"{place}: not a readable image (no image)")
+        # The path may be that of a file in an archive.
+        is_named = image["bytes"] is None
+        file = fsspec.open(image["path"]) if is_named else io.BytesIO(image["bytes"])
+        with open_image(file, place) as opened:
+            pixels = image_pixels(opened, side)
+        yield pixels
 
 
 def read_arrays(

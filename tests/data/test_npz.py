@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.data import SourceConfig, WindowsConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
 from hetero_fl.data.sources.npz_files import check_image_size, read_images, read_npz
@@ -273,3 +275,50 @@ def test_images_are_read_without_labels(npz: Any) -> None:
         read_images(npz(train_images=None))
     with pytest.raises(UserError, match="has no rows"):
         read_images(npz(train_images=np.zeros((0, 8, 8))))
+
+
+def announce(path: Path, **shapes: tuple[int, ...]) -> Path:
+    """Write the headers of arrays of bytes, without their values."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, shape in shapes.items():
+            header = io.BytesIO()
+            described = {"shape": shape, "fortran_order": False, "descr": "|u1"}
+            np.lib.format.write_array_header_1_0(header, described)
+            archive.writestr(f"{name}.npy", header.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "line"),
+    [
+        (
+            "npz",
+            {"train_images": (10**9, 3), "train_labels": (30,)},
+            "train_labels: expected 1000000000 rows as in train_images, got 30",
+        ),
+        (
+            "npz",
+            {"train_images": (30, 8, 8), "train_labels": (10**9,)},
+            "train_labels: expected 30 rows as in train_images, got 1000000000",
+        ),
+        (
+            "npz",
+            {"train_images": (10**9, 10**6), "train_labels": (10**9,)},
+            r"needs 931,323\.5 GiB of memory, of which [\d,.]+ GiB are free",
+        ),
+        (
+            "activity",
+            {"x": (10**6, 30, 30), "y": (30,)},
+            "y: expected 1000000 rows as in x, got 30",
+        ),
+        ("npz", {"train_images": (-(10**18), 2), "train_labels": (30,)}, "rows as in|negative"),
+    ],
+)
+def test_announced_sizes_are_compared_before_arrays_are_read(
+    name: str, shapes: dict[str, tuple[int, ...]], line: str, tmp_path: Path
+) -> None:
+    path = announce(tmp_path / "set.npz", **shapes)
+    windows = WindowsConfig() if name == "activity" else None
+
+    with pytest.raises(UserError, match=line):
+        load_source(SourceConfig(name=name, path=str(path), windows=windows), tmp_path)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
+from typing import IO, Any
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 from torch import Tensor
@@ -24,10 +25,13 @@ from hetero_fl.data.checks import ExampleNames, check_examples, note_identifiers
 from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.labels import read_labels
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.serialization import check_memory
 
 PREFIXES = {"train": "train", "validation": "val", "test": "test"}
 """Prefix of the arrays of each split in the MedMNIST layout."""
 PATIENT = "patient"
+ALIGNED = tuple((f"{prefix}_images", f"{prefix}_labels") for prefix in PREFIXES.values())
+"""Names of arrays with an entry for each row of a split."""
 
 
 def read_npz(
@@ -61,7 +65,7 @@ def read_npz(
     wanted = [f"{split}_{part}" for split in PREFIXES.values() for part in ("images", "labels")] + [
         patient or PATIENT
     ]
-    arrays, names = read_npz_arrays(path, wanted)
+    arrays, names = read_npz_arrays(path, wanted, ALIGNED)
     raw = {
         split: split_arrays(arrays, prefix, where)
         for split, prefix in PREFIXES.items()
@@ -149,31 +153,76 @@ def _missing_images_error(where: str, names: Sequence[str]) -> UserError:
     return UserError(f"{where}: array 'train_images' not found; the file has {found}")
 
 
-def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read selected arrays of a `.npz` file.
+def read_npz_arrays(
+    path: Path, wanted: Collection[str], aligned: Sequence[tuple[str, str]] = ()
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read selected arrays of a `.npz` file, if their headers announce valid sizes.
 
     Args:
         path: File to read.
         wanted: Names of the arrays to read. Arrays that do not exist are skipped.
+        aligned: Pairs of these arrays that must have the same number of rows, if they exist.
 
     Returns:
         The existing arrays, keyed by name, and the names of all arrays in the file.
 
     Raises:
-        UserError: If the file is missing or damaged.
+        UserError: If the file is missing or damaged, numbers of rows differ, or the arrays do not
+            fit into the memory.
     """
     where = f"path: {path}"
     if not path.is_file():
         raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            check_headers(archive.zip, wanted, aligned, where)
             names = list(archive.files)
             return {name: archive[name] for name in names if name in wanted}, names
+    except UserError:
+        raise
     except Exception as error:
         # zipfile, zlib and numpy raise many kinds of errors for a damaged file.
         raise UserError(
             f"{where}: not a readable .npz file{_unreadable_reason(path, error)}"
         ) from error
+
+
+def check_headers(
+    archive: ZipFile, wanted: Collection[str], aligned: Sequence[tuple[str, str]], where: str
+) -> None:
+    """Check the sizes of arrays that are to be read (see `read_npz_arrays`)."""
+    shapes = {}
+    size = 0
+    for entry in archive.namelist():
+        if (name := entry.removesuffix(".npy")) in wanted:
+            with archive.open(entry) as file:
+                shapes[name], dtype = read_header(file)
+            announced = math.prod(shapes[name]) * dtype.itemsize
+            size += max(announced, archive.getinfo(entry).file_size)
+    for first, second in aligned:
+        rows, others = (shapes.get(name, ())[:1] for name in (first, second))
+        if rows and others and rows != others:
+            raise UserError(
+                f"{where}: {second}: expected {rows[0]} rows as in {first}, got {others[0]}"
+            )
+    check_memory(size, where)
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read the header of an array, and return its shape and type.
+
+    Raises:
+        ValueError: If the file is not an array.
+    """
+    version = np.lib.format.read_magic(file)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"version {version[0]}.{version[1]} of arrays is not read")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype
 
 
 def _unreadable_reason(path: Path, error: Exception) -> str:

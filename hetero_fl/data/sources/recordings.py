@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,8 +74,13 @@ def read_windows(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     Raises:
         UserError: If the file is malformed.
     """
-    where = f"path: {path}"
-    arrays, names = read_npz_arrays(path, ("x", "columns"))
+    return _windows(*read_npz_arrays(path, ("x", "columns")), f"path: {path}")
+
+
+def _windows(
+    arrays: Mapping[str, np.ndarray], names: Sequence[str], where: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the windows in arrays, and the names of the channels (see `read_windows`)."""
     check_names(["x"], names, f"{where}: array", " not found")
     x = arrays["x"]
     if x.ndim != 3 or x.dtype.kind not in "iuf" or 0 in x.shape:
@@ -98,15 +104,16 @@ def read_windows(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def _read_labeled_windows(path: Path, label: str, group: str, needs_group: bool) -> Dataset:
     where = f"path: {path}"
-    x, columns = read_windows(path)
-    arrays, names = read_npz_arrays(path, (label, group))
+    wanted = ("x", "columns", label, group)
+    arrays, names = read_npz_arrays(path, wanted, (("x", label), ("x", group)))
+    x, columns = _windows(arrays, names, where)
     required = [label, *([group] if needs_group else [])]
     check_names(required, names, f"{where}: array", " not found")
-    for name, array in arrays.items():
-        if array.shape != (len(x),):
+    for name in (label, group):
+        if name in arrays and arrays[name].shape != (len(x),):
             raise UserError(
                 f"{where}: {name}: expected shape {(len(x),)}, one entry per window of x, "
-                f"got {array.shape}"
+                f"got {arrays[name].shape}"
             )
     y, classes = index_names(arrays[label].tolist())
     persons = index_names(arrays[group].tolist()) if group in arrays else (None, ())

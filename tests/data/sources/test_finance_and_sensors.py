@@ -213,7 +213,7 @@ def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> Non
         ),
         (
             {"x": np.zeros((3, 4, 2)), "y": [0, 1]},
-            "y: expected shape (3,), one entry per window of x, got (2,)",
+            "y: expected 3 rows as in x, got 2",
         ),
         (
             {"x": np.full((3, 4, 2), np.nan), "y": [0, 1, 0]},

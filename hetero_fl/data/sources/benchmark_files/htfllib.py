@@ -31,8 +31,10 @@ from hetero_fl.data.sources.benchmark_files.pickled_arrays import (
     load_pickled_arrays,
 )
 from hetero_fl.data.sources.files import check_folder, visible_files
+from hetero_fl.data.sources.npz_files import check_headers, read_header
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.serialization import check_memory
 from hetero_fl.utils.text import format_list
 
 
@@ -169,6 +171,8 @@ def _read_content(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays x and y of a client file."""
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
+        used = ("data",) if "data" in names else ("x", "y")
+        check_headers(archive, used, [("x", "y")], f"path: {path}")
         if "data" in names:
             content = _unpickle(archive, "data")
             if not isinstance(content, dict):
@@ -182,21 +186,15 @@ def _read_content(path: Path) -> dict[str, np.ndarray]:
         if key not in content:
             found = format_list(map(one_line, content or names), quote=True) or "nothing"
             raise UserError(f"path: {path}: '{key}' not found; the file has {found}")
-    return {key: _as_array(content[key], f"path: {path}: {key}") for key in ("x", "y")}
+    y = _as_array(content["y"], f"path: {path}: y")
+    count = len(y) if y.ndim else None
+    return {"x": _as_array(content["x"], f"path: {path}: x", count), "y": y}
 
 
 def _unpickle(archive: zipfile.ZipFile, name: str) -> object:
     """Return an array of an `.npz` file, or the object if it is a single Python object."""
     with archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ValueError(f"version {version[0]}.{version[1]} of arrays is not read")
-        read_header = readers[version]
-        if read_header(file)[2].hasobject:
+        if read_header(file)[1].hasobject:
             array = load_pickled_arrays(file)
             if isinstance(array, PickledArray) and array.shape == () and array.content is not None:
                 return array.content[0]
@@ -205,8 +203,14 @@ def _unpickle(archive: zipfile.ZipFile, name: str) -> object:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _as_array(value: object, where: str) -> np.ndarray:
-    """Return an array of numbers. Lists may contain numbers or arrays of one shape."""
+def _as_array(value: object, where: str, count: int | None = None) -> np.ndarray:
+    """Return an array of numbers. Lists may contain numbers or arrays of one shape.
+
+    Args:
+        value: An array or a list.
+        where: Place of the value, for error messages.
+        count: Number of rows that a list must have. If None, it is not checked.
+    """
     content: Any = value.content if isinstance(value, PickledArray) else value
     if isinstance(content, list | tuple):
         rows: list[Any] = [row.content if isinstance(row, PickledArray) else row for row in content]
@@ -220,6 +224,10 @@ def _as_array(value: object, where: str) -> np.ndarray:
                 f"{where}: expected rows of one shape, got "
                 f"{' and '.join(map(str, sorted(shapes)[:2]))}"
             )
+        if count not in (None, len(rows)):
+            raise UserError(f"{where}: expected {count} rows as in y, got {len(rows)}")
+        # A pickle may refer to one array many times.
+        check_memory(sum(np.asarray(row).nbytes for row in rows), where)
         content = np.asarray(rows)
     if not isinstance(content, np.ndarray) or content.dtype.kind not in "buif":
         raise UserError(f"{where}: expected an array of numbers, got {type(content).__name__}")

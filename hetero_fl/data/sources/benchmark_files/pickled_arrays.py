@@ -8,6 +8,7 @@ the file, so a pickle cannot set the internal state of an array either.
 from __future__ import annotations
 
 import math
+import pickletools
 import re
 from pickle import Unpickler, UnpicklingError
 from typing import IO, Any
@@ -96,7 +97,14 @@ class PickledArray:
         self.content = np.frombuffer(data, dtype.dtype).reshape(self.shape, order=order)
 
 
-class _Reconstruct:
+class _Function:
+    """Base class of the replacements of functions, whose results a pickle cannot change."""
+
+    def __setstate__(self, state: object) -> None:
+        raise UnpicklingError("unexpected state")
+
+
+class _Reconstruct(_Function):
     """Create an empty array, in place of NumPy's function of this name."""
 
     def __new__(cls, array_class: object, *_: object) -> Any:
@@ -104,11 +112,8 @@ class _Reconstruct:
             raise UnpicklingError("expected the class numpy.ndarray")
         return PickledArray()
 
-    def __setstate__(self, state: object) -> None:
-        raise UnpicklingError("unexpected state")
 
-
-class _FromBuffer:
+class _FromBuffer(_Function):
     """Create an array from bytes, in place of NumPy's function of this name."""
 
     def __new__(cls, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Any:
@@ -120,11 +125,8 @@ class _FromBuffer:
             array.shape = transposed.shape
         return array
 
-    def __setstate__(self, state: object) -> None:
-        raise UnpicklingError("unexpected state")
 
-
-class _Scalar:
+class _Scalar(_Function):
     """Create a number, in place of NumPy's function of this name."""
 
     def __new__(cls, dtype: Any, data: Any) -> Any:
@@ -133,9 +135,6 @@ class _Scalar:
         if not isinstance(array.content, np.ndarray):
             raise UnpicklingError("expected a number, got a Python object")
         return array.content[0].item()
-
-    def __setstate__(self, state: object) -> None:
-        raise UnpicklingError("unexpected state")
 
 
 _CLASSES: dict[tuple[str, str], type] = {
@@ -170,7 +169,7 @@ def load_pickled_arrays(file: IO[bytes]) -> object:
     this module.
 
     Args:
-        file: Pickle, positioned at its start.
+        file: Pickle, positioned at its start, which is read twice.
 
     Returns:
         The object, in which arrays are instances of `PickledArray`.
@@ -187,4 +186,10 @@ def load_pickled_arrays(file: IO[bytes]) -> object:
         >>> load_pickled_arrays(io.BytesIO(pickle.dumps(content)))["y"].content
         array([0, 1, 2])
     """
+    start = file.tell()
+    # The table of objects has as many entries as the largest number of an object.
+    codes = pickletools.genops(file)
+    if any("PUT" in code.name and int(str(arg)) > int(place or 0) for code, arg, place in codes):
+        raise UnpicklingError("it numbers more objects than it contains")
+    file.seek(start)
     return _ArrayUnpickler(file).load()

@@ -53,7 +53,8 @@ def read_wav(path: Path, rate: int, max_samples: int | None = None) -> Tensor:
             if width > 4:
                 raise UserError(f"{where}: expected at most 32 bits per sample, got {8 * width}")
             samples = file.readframes(count)
-    except (wave.Error, EOFError, OSError) as error:
+    # The module raises RuntimeError for a chunk that ends before its content.
+    except (wave.Error, EOFError, OSError, RuntimeError) as error:
         reason = one_line(error, 200) or "the header is incomplete"
         raise UserError(
             f"{where}: not a readable WAV file ({reason}); save it as PCM with 16 bits"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import hetero_fl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
+from hetero_fl.data.sources.benchmark_files.pickled_arrays import load_pickled_arrays
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
@@ -208,6 +211,8 @@ IMAGES = np.zeros((3, 1, 4, 4), np.float32)
         ({"x": [np.zeros(2), np.zeros(3), np.zeros(2)], "y": [0, 1, 0]}, r"\(2,\) and \(3,\)"),
         ({"x": IMAGES + np.nan, "y": [0, 1, 0]}, "x: row 0: NaN or infinite value"),
         ({"x": IMAGES, "y": Evil()}, r"it uses '\w+\.system'"),
+        ({"x": [IMAGES[:1]] * 10**5, "y": [0, 1, 0]}, "x: expected 3 rows as in y, got 100000"),
+        ({"x": [np.zeros((1, 300, 300))] * 10**6, "y": [0, 1] * 500_000}, "x: needs 670.6 GiB of"),
     ],
 )
 def test_malformed_rows_are_named(
@@ -272,3 +277,9 @@ def test_damaged_files_give_one_line(data: st.DataObject, tmp_path: Path) -> Non
         load(path)
     except UserError as error:
         assert "\n" not in str(error) and "0.npz" in str(error) and len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("code", [b"r\x00\x00\x00\x08", b"p134217728\n"])
+def test_pickle_cannot_announce_a_large_memo(code: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="it numbers more objects than it contains"):
+        load_pickled_arrays(io.BytesIO(b"\x80\x02N" + code + b"."))

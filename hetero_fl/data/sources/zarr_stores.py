@@ -140,6 +140,9 @@ def _open_arrays(path: Path, patient: str | None = None) -> dict[str, Any]:
     names = [f"{split}_{part}" for split in PREFIXES.values() for part in ("images", "labels")]
     names += [patient] if patient is not None else []
     try:
+        # Versions of numcodecs without this name run code that a store contains.
+        from numcodecs.pickles import ALLOW_UNSAFE_PICKLE_DECODE  # noqa: F401
+
         group = zarr.open_group(str(path), mode="r")
         return {name: group[name] for name in names if name in group}
     except Exception as error:
@@ -187,6 +190,12 @@ def _stored_images(path: Path, name: str, array: Any, stream: StreamConfig | Non
         raise UserError(f"{where}: expected images as integers, got {array.dtype}")
     if array.ndim not in (3, 4) or 0 in shape[1:] or (array.ndim == 4 and shape[-1] > MAX_CHANNELS):
         raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
+    # zarr returns black images for them.
+    if array.nchunks_initialized < array.nchunks:
+        raise UserError(
+            f"{where}: expected {array.nchunks} chunks, got {array.nchunks_initialized}; write the "
+            "store with write_empty_chunks=True"
+        )
     # Streamed rows are read after the data set is loaded, which adds the section to the key.
     key = "path" if stream is None else "data.path"
     return StoredRows(ZarrReader(path, name, array, key), stream)

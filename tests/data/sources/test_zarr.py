@@ -100,7 +100,7 @@ def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
             r"train_images: expected shape \(N, H, W\) or \(N, H, W, C\), got \(30, 8\)",
         ),
         (
-            {"test_images": np.zeros((9, 8, 8), np.uint8)},
+            {"test_images": np.ones((9, 8, 8), np.uint8)},
             r"test_images: expected images of shape \(3, 8, 8\) as in train_images, got \(1, 8",
         ),
         ({"train_labels": np.full(30, np.nan)}, "train_labels: row 0: NaN or infinite value"),
@@ -223,3 +223,22 @@ def test_damaged_chunk_among_many_gives_one_line(tmp_path: Path) -> None:
     assert found.returncode == 2
     lines = found.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: data.path: {store}: train_images: not")
+
+
+def test_numcodecs_that_runs_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write(tmp_path / "set.zarr")
+    monkeypatch.delattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE")
+
+    with pytest.raises(UserError, match="cannot import name 'ALLOW_UNSAFE_PICKLE_DECODE'"):
+        load(store)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_missing_chunk_is_not_read_as_black_images(tmp_path: Path, stream: bool) -> None:
+    store = write(tmp_path / "set.zarr")
+    shutil.rmtree(store / "train_images" / "c" / "1")
+
+    with pytest.raises(UserError, match="train_images: expected 4 chunks, got 3; write the store"):
+        load(store, stream=stream)

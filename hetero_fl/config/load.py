@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import typing
@@ -19,9 +20,12 @@ from hetero_fl.config.schema import CLIENT_OPTIONS, Config
 from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import UserError, closest, suggest_file
 
-# References to other keys, and the beginning of a reference that calls an OmegaConf resolver.
-REFERENCE = re.compile(r"\$\{[^{}]*\}")
-RESOLVER = re.compile(r"\$\{[^{}]*:")
+# References to other keys by their full paths. OmegaConf would also call functions.
+REFERENCE = re.compile(r"\$\{([^{}:\[\]]*)\}")
+# Maximum number of values of a file after its aliases are replaced.
+MAX_VALUES = 200_000
+# Maximum product of the number of characters of a file and those of its values with references.
+MAX_EXPANSION = 10_000_000
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -156,9 +160,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        loaded = OmegaConf.load(path)
-        _check_references(OmegaConf.to_container(loaded), str(path))
-        raw = OmegaConf.to_container(loaded, resolve=True)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        _check_references(tree, str(path))
+        raw = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         hint = suggest_file(path, SUFFIXES) or _list_files(path.parent)
         raise UserError(f"{path}: file not found{hint}") from None
@@ -178,14 +184,34 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", raw)
 
 
+def parse_yaml(text: str) -> Any:
+    """Parse the YAML of a configuration, in which references are not replaced.
+
+    Raises:
+        YAMLError: If the text is not valid, or aliases or references expand to too many values.
+        OmegaConfBaseException: If a reference is not valid.
+        ValueError: If a number has too many digits.
+        RecursionError: If the text is nested too deeply.
+    """
+    from omegaconf import OmegaConf
+
+    tokens = yaml.scan(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    values = (token.value for token in tokens if isinstance(token, yaml.ScalarToken))
+    if len(text) * sum(len(value) for value in values if "${" in value) > MAX_EXPANSION:
+        raise yaml.YAMLError("references expand to too many values; write the values")
+    loaded = OmegaConf.load(io.StringIO(text), max_yaml_expanded_nodes=MAX_VALUES)
+    return OmegaConf.to_container(loaded)
+
+
 def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     line = f", line {mark.line + 1}" if mark else ""
-    problem = getattr(error, "problem", None) or error
+    # OmegaConf advises on limits of its own.
+    problem = str(getattr(error, "problem", None) or error).partition(". See")[0]
     is_json = path.suffix == ".json"
     remedy = "; is a comma missing?" if is_json else ""
     # A message of PyYAML or libyaml about a backslash in double quotes.
-    if re.search("escape|hexd?ecimal", str(problem)):
+    if re.search("escape|hexd?ecimal", problem):
         remedy = r"; write / or \\ instead of \ in a path"
     return f"{path}{line}: invalid {'JSON' if is_json else 'YAML'}: {problem}{remedy}"
 
@@ -201,19 +227,19 @@ def _describe_reference_error(error: Exception) -> str:
 
 
 def _check_references(tree: Any, where: str) -> None:
-    """Reject `${resolver:…}` in a tree, because a resolver could reveal environment variables.
+    """Reject references that reveal environment variables or expand to huge values.
 
-    References may be nested, so the innermost references are replaced until none remains.
+    A reference names another key of the tree, whose value has no references.
     """
-    for _, text in iterate_strings(tree):
-        rest = text
-        count = 1
-        while count:
-            if RESOLVER.search(rest):
-                raise UserError(
-                    f"{where}: ${{…}} may only refer to another key of the file, got {text[:60]!r}"
-                )
-            rest, count = REFERENCE.subn("key", rest)
+    texts = [(key, text) for key, text in iterate_strings(tree) if "${" in text]
+    for key, text in texts:
+        if "${" in REFERENCE.sub("", text) or "${." in text:
+            raise UserError(
+                f"{where}: ${{…}} may only refer to another key of the file, got {text[:60]!r}"
+            )
+        for name in REFERENCE.findall(text):
+            if any(f"{other}.".startswith(f"{name}.") for other, _ in texts):
+                raise UserError(f"{where}: {key}: '{name}' has references itself; write its value")
 
 
 def _list_files(folder: Path) -> str:

@@ -289,7 +289,7 @@ class Config(ConfigSection):
         description="random seed of partition, proxy set, initial weights, client sampling and "
         "batches",
     )
-    rounds: PositiveInt = Field(10, description="number of rounds")
+    rounds: PositiveInt = Field(10, le=1_000_000, description="number of rounds")
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
     server: ServerConfig = ServerConfig()

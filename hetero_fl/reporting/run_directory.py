@@ -14,12 +14,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from hetero_fl.config.describe import to_yaml
+from hetero_fl.config.load import parse_yaml
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.serialization import make_folder, sha256_of, write_atomically
+from hetero_fl.utils.serialization import (
+    check_entries,
+    check_name,
+    make_folder,
+    sha256_of,
+    write_atomically,
+)
 
 VERSION = 1
 LOCK = ".lock"
@@ -197,13 +203,15 @@ class RunDirectory:
         """Open an existing run directory.
 
         Raises:
-            UserError: If the path is not a run directory, or if its version is not supported.
+            UserError: If the path is not a run directory, if its version is not supported, or if an
+                entry is a pipe, a device or a link that leaves the folder.
         """
         run = cls(path)
         if not run.path.is_dir():
             raise UserError(
                 f"{run.path}: folder not found; expected a run directory, such as runs/NAME"
             )
+        check_entries(run.path)
         if not (run.path / "environment.json").is_file():
             raise UserError(f"{run.path}: not a run directory (it has no environment.json)")
         version = run.environment().get("run_directory_version")
@@ -364,6 +372,7 @@ class RunDirectory:
                 raise UserError(
                     f"{self.path / CHECKSUMS}: line {number}: expected a checksum and a file name"
                 )
+            check_name(match[2], f"{self.path / CHECKSUMS}: line {number}")
             sums[match[2]] = match[1]
         return sums
 
@@ -402,9 +411,11 @@ class RunDirectory:
         text = self.read_text("config.yaml")
         try:
             content = _parse_yaml(text)
-        # A ValueError is raised for an invalid date or a number with too many digits.
-        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-            raise UserError(f"{self.path / 'config.yaml'}: not valid YAML ({error})") from None
+        # Parsers raise errors of many types.
+        except Exception as error:
+            raise UserError(
+                f"{self.path / 'config.yaml'}: not valid YAML ({str(error).partition('. See')[0]})"
+            ) from None
         return deepcopy(content) if isinstance(content, dict) else {}
 
     def metrics(self) -> list[Json]:
@@ -465,4 +476,4 @@ def _parse_yaml(text: str) -> Any:
 
     The result is shared and must not be modified.
     """
-    return yaml.safe_load(text)
+    return parse_yaml(text)

@@ -422,6 +422,11 @@ class SourceConfig(ConfigSection):
         description="`image_folder`, `zarr`, `camelyon17`, `iwildcam`: read images from files in "
         "batches when they are used; `null`: keep all images in memory",
     )
+    follow_links: bool | None = Field(
+        None,
+        description="folders: read files outside the folder to which links in it lead; the server "
+        "of a deployment cannot set it for a site; `null`: such links are errors",
+    )
     splits: choice_type("official", "pooled") | None = Field(  # type: ignore[valid-type]
         None,
         description="`camelyon17`, `iwildcam`: use of the splits of WILDS; `official`: the "

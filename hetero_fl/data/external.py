@@ -32,6 +32,7 @@ from hetero_fl.data.labels import renumber_targets
 from hetero_fl.data.preprocessing import check_same_shape, required_columns
 from hetero_fl.data.registry import (
     HUB_PREFIX,
+    check_links,
     check_roles,
     has_documented_classes,
     load_source,
@@ -341,6 +342,7 @@ def load_unlabeled(
         UserError: If the source cannot be loaded (see `load_source`) or has another vocabulary.
     """
     try:
+        check_links(config, where)
         unlabeled = _load_unlabeled_file(config)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error

@@ -17,6 +17,7 @@ from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 from hetero_fl.utils.extras import describe_missing_package
 from hetero_fl.utils.objects import OBJECT_PREFIX, find_object
 from hetero_fl.utils.registry import call_reference, is_internal
+from hetero_fl.utils.serialization import check_entries
 from model_zoo.generators import own_generators
 from model_zoo.plugins import PluginError, Plugins
 
@@ -37,6 +38,7 @@ Key = Literal[
     "driving",
     "text",
     "windows",
+    "follow_links",
 ]
 OPTIONAL_KEYS: tuple[Key, ...] = tuple(key for key in get_args(Key) if key != "path")
 SHIPPED = (
@@ -314,6 +316,7 @@ def load_source(
             f"{where}.name=table"
         )
     try:
+        check_links(config, where)
         if config.path is not None and local:
             dataset = _read_local_npz(config, name, entry)
         elif config.path is None and "path" in entry.keys and not entry.generates:
@@ -334,6 +337,22 @@ def load_source(
         )
     _check(dataset, f"{where}.name: {name}", missing)
     return dataset
+
+
+def check_links(config: SourceConfig, where: str) -> None:
+    """Check that the entries of a folder stay in the folder, unless `follow_links` is set.
+
+    Args:
+        config: Source configuration. A source that reads no folder is not checked.
+        where: Configuration section, for the advice in error messages.
+
+    Raises:
+        UserError: If a link leaves the folder, or an entry is a pipe or a device.
+    """
+    folder = config.path or config.name.partition(HUB_PREFIX)[2]
+    if folder and not config.follow_links and Path(folder).expanduser().is_dir():
+        key = "name: " if config.path is None else "path: "
+        check_entries(Path(folder).expanduser(), key, f"; set {where}.follow_links=true to read it")
 
 
 def check_unread_keys(config: SourceConfig, where: str) -> None:
@@ -377,6 +396,7 @@ def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, wh
         raise UserError(f"{where}.path: does not apply to source {name}; remove it")
     accepted = {
         *entry.keys,
+        *(("follow_links",) if "path" in entry.keys or "columns" in entry.keys else ()),
         *(("patient",) if local else ()),
         *(("task",) if local and entry.task is None else ()),
     }

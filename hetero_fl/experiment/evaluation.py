@@ -314,7 +314,8 @@ def _file_source(
             (known.get("group") or "site") if is_grouped(path, model.task.output_names) else None
         )
         source = {"name": "image_folder", "path": data, "label": label, "stream": stream}
-        return SourceConfig.model_validate({**source, "size": known.get("size"), "group": group})
+        kept = {"size": known.get("size"), "follow_links": known.get("follow_links")}
+        return SourceConfig.model_validate({**source, **kept, "group": group})
     if path.suffix.lower() == ".npz":
         return SourceConfig(name="npz", path=data, label=label, task=model.task.kind)
     table = SourceConfig(name="table", path=data, label=label)

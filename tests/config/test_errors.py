@@ -73,7 +73,7 @@ def test_unknown_key_suggests_nearest_key(override: str, meant: str) -> None:
         ("common", "drives/test", "set the file or folder for all clients in data.path"),
         ("pth", "drives/test", "did you mean 'path'?"),
         ("gap", 5, "did you mean 'data.driving.gap'?"),
-        ("length", 5, "choose from categories, columns, driving, group"),
+        ("length", 5, "choose from categories, columns, driving, follow_links"),
     ],
 )
 def test_unknown_key_of_data_suggests_no_section_of_another_source(

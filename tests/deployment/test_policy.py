@@ -14,7 +14,7 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import RequestRefusedError, message
-from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node import Node, begin_run
 from hetero_fl.deployment.policy import check_config, check_raw_config, run_fingerprint
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment.configuration import load_config
@@ -22,6 +22,7 @@ from hetero_fl.privacy.accounting import gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
 from tests.helpers.deployments import SITES, Federation, small
+from tests.helpers.image_folders import make_image_folder
 
 SECURE = {"channel__secure_sum": {"threshold": 2}}
 RECORD = {"privacy": {"noise_multiplier": 1.0, "unit": "record"}}
@@ -555,3 +556,14 @@ def test_site_file_of_the_deployment_guide_is_valid(tmp_path: Path) -> None:
         and folder == (tmp_path / "state").resolve()
     )
     assert all(getattr(site.allows, key) is not None for key in type(site.allows).model_fields)
+
+
+def test_server_cannot_permit_links_of_a_site(tmp_path: Path) -> None:
+    path = make_image_folder(tmp_path / "data", 60)
+    (path / "red" / "000002.png").rename(tmp_path / "outside.png")
+    (path / "red" / "000002.png").symlink_to(tmp_path / "outside.png")
+    raw = small(data={"name": "image_folder", "path": str(path), "follow_links": True})
+    site = SiteConfig(client="site_1")
+
+    with pytest.raises(UserError, match="leads out to"):
+        begin_run(site, tmp_path, None, entries=[], run="a", tree={"config": raw, "public": ""})

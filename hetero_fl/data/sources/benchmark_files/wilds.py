@@ -22,6 +22,7 @@ from hetero_fl.data.sources.files import check_folder
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.utils.errors import UserError, check_names, one_line, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.serialization import check_name
 from hetero_fl.utils.text import format_list
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class WildsRows:
     """The rows of a WILDS folder, in the order of its metadata.
 
     Attributes:
-        files: Image of each row.
+        files: Image of each row, relative to the folder.
         labels: Class of each row, int64 `[N]`.
         splits: Name of the split of each row.
         group: Name of the site of each row.
@@ -49,7 +50,7 @@ class WildsRows:
         metadata: All columns of `metadata.csv` as arrays `[N]`, keyed by name.
     """
 
-    files: Sequence[Path]
+    files: Sequence[str]
     labels: Tensor
     splits: Sequence[str]
     group: Sequence[str]
@@ -75,9 +76,7 @@ def camelyon17(config: SourceConfig, _root: Path) -> Dataset:
     owner = config.patient or "patient"
     frame, columns = _read_metadata(path, (*place, "tumor", "center", "split", group, owner))
     files = [
-        path
-        / f"patches/patient_{patient}_node_{node}"
-        / f"patch_patient_{patient}_node_{node}_x_{x}_y_{y}.png"
+        f"patches/patient_{patient}_node_{node}/patch_patient_{patient}_node_{node}_x_{x}_y_{y}.png"
         for patient, node, x, y in zip(*(columns[name] for name in place), strict=True)
     ]
     of_center = {VALIDATION_CENTER: "val", TEST_CENTER: "test"}
@@ -119,7 +118,7 @@ def iwildcam(config: SourceConfig, _root: Path) -> Dataset:
     fallback = {} if config.group else {"location_remapped": "location"}
     frame, columns = _read_metadata(path, ("filename", "y", "split", group, *owner), fallback)
     _check_splits(columns["split"], SPLITS, SPLITS, f"path: {path / 'metadata.csv'}")
-    files = [path / "train" / name for name in columns["filename"]]
+    files = [f"train/{name}" for name in columns["filename"]]
     labels = _labels(columns["y"], path / "metadata.csv", "y")
     patient = None if config.patient is None else columns[config.patient]
     metadata = _metadata_arrays(frame)
@@ -280,7 +279,9 @@ def _make_dataset(
     where = f"path: {path / 'metadata.csv'}"
     _check_range(rows.labels, task, path)
     selected = _rows_of_splits(rows.splits, config.splits == "pooled", where)
-    files = [rows.files[row] for chosen in selected.values() for row in chosen.tolist()]
+    files = [path / rows.files[row] for chosen in selected.values() for row in chosen.tolist()]
+    for row, file in enumerate([] if config.follow_links else rows.files):
+        check_name(file, f"{where}: row {row + 1}")
     images = read_image_files(files, config.size, config.stream)
     group, group_names = index_names(rows.group)
     patient, patient_names = (None, ()) if rows.patient is None else index_names(rows.patient)

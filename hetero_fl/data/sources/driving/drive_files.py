@@ -14,6 +14,7 @@ from hetero_fl.config.data import DrivingConfig
 from hetero_fl.data.sources.files import contains_file, read_lines, split_cells
 from hetero_fl.data.sources.image_files import image_pixels, open_image
 from hetero_fl.utils.errors import UserError, one_line, suggest_similar
+from hetero_fl.utils.serialization import check_name
 from hetero_fl.utils.text import format_list
 
 EXPORT = "interpolated.csv"
@@ -282,10 +283,5 @@ def _degrees(row: Mapping[str, str], column: str, limit: float, where: str) -> f
 
 def _image(row: Mapping[str, str], where: str) -> str:
     """Return the name of the image of a row, which must be in the folder of the drive."""
-    name = PurePosixPath(row["filename"])
-    if not row["filename"] or name.is_absolute() or ".." in name.parts:
-        raise UserError(
-            f"{where}, column 'filename': expected a file in the folder of the drive, got "
-            f"'{one_line(row['filename'], 80)}'"
-        )
-    return str(name)
+    check_name(row["filename"], f"{where}, column 'filename'")
+    return str(PurePosixPath(row["filename"]))

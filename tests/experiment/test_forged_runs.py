@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +111,17 @@ def test_tensors_that_do_not_fit_the_model_are_refused_in_one_line(
     assert_refused(capsys, "train", "-c", source, "--check", f"init_from={copied}")
 
 
-def without(*keys: str) -> dict[str, Change]:
-    return {k: lambda tree, k=k: {n: v for n, v in tree.items() if n != k} for k in keys}
+def drop(key: str, tree: dict[str, Any]) -> Any:
+    return {name: value for name, value in tree.items() if name != key}
 
 
 TREES: dict[str, Change] = {
-    **without("run", "choice"),
+    **{key: partial(drop, key) for key in ("run", "choice")},
     "text": lambda tree: {**tree, "run": {**tree["run"], "completed": "x"}},
     "number": lambda tree: {**tree, "directory": 7},
 }
 HEADS: dict[str, Change] = {
-    **without("tree", "files", "places", "waiting"),
+    **{key: partial(drop, key) for key in ("tree", "files", "places", "waiting")},
     "other folder": lambda head: {**head, "files": ["../x", "/dev/zero"]},
     "place": lambda head: {**head, "places": head["places"] + 2**40},
     "checksum": lambda head: {**head, "tree": [1, 2, "zz"]},

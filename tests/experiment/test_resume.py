@@ -125,7 +125,8 @@ def test_file_above_the_size_limit_prints_one_line(folder: Path) -> None:
 SLOW_END = """
 from signal import *; signal(SIGINT, default_int_handler)
 from time import sleep; from hetero_fl.experiment.session import RunSession
-close = RunSession.close; RunSession.close = lambda self: (sleep(0.5), close(self))
+close = RunSession.close
+RunSession.close = lambda self: (sleep(0.5), close(self), open('closed', 'w'))
 """
 
 
@@ -140,6 +141,7 @@ def test_second_ctrl_c_does_not_disturb_the_first(folder: Path) -> None:
 
     line = "interrupted; to resume: hetero-fl train --resume --out run\n"
     assert process.communicate()[1] == line and process.returncode == 130
+    assert Path("closed").exists()
 
 
 @pytest.mark.parametrize(

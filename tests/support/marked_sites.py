@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +30,13 @@ class Marker:
     def __init__(self, rng: random.Random) -> None:
         self.word = "zq" + "".join(rng.choices("bcdfghjklmnpqrstvwxz", k=12))
         self.digits = "".join(rng.choices("123456789", k=10))
-        self._count = 100
+        self._numbers = itertools.count(100)
 
     def text(self) -> str:
-        self._count += 1
-        return f"{self.word}{self._count}"
+        return f"{self.word}{next(self._numbers)}"
 
     def number(self) -> str:
-        self._count += 1
-        return f"{self.digits}{self._count}"
+        return f"{self.digits}{next(self._numbers)}"
 
 
 def marked_table(folder: Path, marker: Marker, rng: random.Random) -> Data:
@@ -71,9 +70,11 @@ def marked_text(folder: Path, marker: Marker, rng: random.Random) -> Data:
     separator = rng.choice(["\t", " "])
     lines = [f"{marker.text()}{separator}{marker.text()} {marker.text()}" for _ in range(ROWS)]
     path.write_text("\n".join(lines))
-    predict = rng.choice(["next", "class"])
-    tokenizer = rng.choice(["words", "hashing"])
-    text = {"predict": predict, "tokenizer": tokenizer, "vocabulary": 50}
+    text = {
+        "predict": rng.choice(["next", "class"]),
+        "tokenizer": rng.choice(["words", "hashing"]),
+        "vocabulary": 50,
+    }
     return {"name": "text", "path": str(path), "text": text}
 
 

@@ -69,7 +69,7 @@ class LyingServer:
         Args:
             survivors: Clients whose vectors are in the sum, as the server tells each client,
                 including the client itself.
-            signed: Whether each client receives the signatures of those who were told the same.
+            signed: Whether each client receives the signatures of those with the same survivors.
                 Otherwise, the server names all survivors and forges missing signatures.
         """
         self.party.notes = {client: dict(notes) for client, notes in self._trained.items()}

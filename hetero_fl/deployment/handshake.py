@@ -143,7 +143,7 @@ class Handshake:
         known = self.remote_info.get(client)
         if known is not None and known.content_hash != info.content_hash:
             raise RequestRefusedError(
-                "data report: the rows of the site changed since the start of the run; restore "
+                "data report: the site changed its rows or lost its folder; restore "
                 "them, or start a new run"
             )
         # Keep the first report, because nodes accept only one version of the reports per run.

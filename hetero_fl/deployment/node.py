@@ -234,7 +234,7 @@ def begin_run(
     except UserError as error:
         raise RequestRefusedError(error) from None
     # What a site reads comes from its file alone; `init_from` is a folder of the server.
-    sources = config.data.model_copy(update={"root": site.root, "follow_links": None})
+    sources = config.data.model_copy(update={"root": site.root})
     config = config.model_copy(update={"init_from": None, "data": sources})
     if client not in clients:
         raise RequestRefusedError(

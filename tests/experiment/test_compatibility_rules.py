@@ -182,6 +182,9 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
         channel={"secure_sum": {}, "compress": [{"topk": 0.1}]},
     ),
     "secure_sum_of_few": secure(clients=2),
+    "secure_sum_of_many": config(
+        "fedavg", MLP, 201, channel__secure_sum={}, data__partition={"kind": "drawn"}
+    ),
     "high_threshold": secure(threshold=5),
     "low_threshold": secure(threshold=2),
     "large_range": secure(range=1e19),

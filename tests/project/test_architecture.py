@@ -46,6 +46,7 @@ TEST_FOLDERS = {
     "mutants",
     "project",
     "references",
+    "support",
 }
 BENCHMARK_FOLDERS = {"robustness", "scale", "science", "speed"}
 

@@ -19,7 +19,7 @@ from hetero_fl.core.participant import RoundContext, scheduled_optimizer
 from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
+from hetero_fl.utils.errors import Interrupted, RunFailedError
 from tests.federation.test_crashes import figures, models
 from tests.helpers import asynchronous_runs
 from tests.helpers.deployments import SITES, Federation, small
@@ -283,10 +283,10 @@ def test_run_on_nodes_cannot_be_extended(tmp_path: Path) -> None:
     with pytest.raises(RunFailedError, match=line):
         Federation(tmp_path).serve(small(rounds=2), resume=True)
 
-    for site in SITES:
-        remove(tmp_path / site)
     # The hash of the rows is keyed with a secret in the folder.
     for rounds in (1, 2):
+        for site in SITES:
+            remove(tmp_path / site)
         with pytest.raises(RunFailedError, match="the site changed its rows or lost its folder"):
             Federation(tmp_path).serve(small(rounds=rounds), resume=True)
 

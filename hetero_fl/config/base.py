@@ -299,6 +299,27 @@ def warn_deprecated(key: str, replacement: str) -> None:
     warnings.warn(message, FutureWarning, stacklevel=1)
 
 
+def drop_empty_key(raw: Any, key: str, advice: str) -> Any:
+    """Remove a former key that is empty, as in the configurations of older runs.
+
+    Args:
+        raw: Content of the section.
+        key: The former key.
+        advice: Error message if the key has a value.
+
+    Returns:
+        The content without the key. If `raw` is not a mapping, it is returned unchanged.
+
+    Raises:
+        ValueError: If the key has a value.
+    """
+    if not isinstance(raw, Mapping):
+        return raw
+    if raw.get(key):
+        raise ValueError(advice)
+    return {name: value for name, value in raw.items() if name != key}
+
+
 def rename_keys(raw: Any, renamed: Mapping[str, str], section: str) -> Any:
     """Replace former names of keys and issue a warning for each replaced key.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, ShareOrCount, format_value
+from hetero_fl.config.base import ConfigSection, ShareOrCount, drop_empty_key, format_value
 from hetero_fl.utils.errors import suggest_or_list
 
 # Stages that drop a part of a model update. The receiver replaces the dropped part with zeros.
@@ -53,16 +52,11 @@ class SecureAggregationConfig(ConfigSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neighbors(cls, values: Any) -> Any:
-        """Remove the former key `neighbors` if it is empty, as in the files of older runs."""
-        if isinstance(values, Mapping) and "neighbors" in values:
-            if values["neighbors"]:
-                raise ValueError(
-                    "all clients share masks; remove the key 'neighbors' "
-                    "(a round has at most 200 clients)"
-                )
-            return {key: value for key, value in values.items() if key != "neighbors"}
-        return values
+    def _drop_neighbors(cls, raw: Any) -> Any:
+        advice = (
+            "all clients share masks; remove the key 'neighbors' (a round has at most 200 clients)"
+        )
+        return drop_empty_key(raw, "neighbors", advice)
 
     @field_validator("threshold")
     @classmethod

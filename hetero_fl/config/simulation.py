@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -16,7 +15,13 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, FilePath, choice_type, format_value
+from hetero_fl.config.base import (
+    ConfigSection,
+    FilePath,
+    choice_type,
+    drop_empty_key,
+    format_value,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 WIDEST = 10.0
@@ -164,16 +169,12 @@ class FaultsConfig(ConfigSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_server(cls, values: Any) -> Any:
-        """Remove the former key `server` if it is empty, as in the files of older runs."""
-        if isinstance(values, Mapping) and "server" in values:
-            if values["server"]:
-                raise ValueError(
-                    "server faults are no longer simulated; remove the key 'server' "
-                    "(a run whose process is killed can be resumed)"
-                )
-            return {key: value for key, value in values.items() if key != "server"}
-        return values
+    def _drop_server(cls, raw: Any) -> Any:
+        advice = (
+            "server faults are no longer simulated; remove the key 'server' (a run whose process "
+            "is killed can be resumed)"
+        )
+        return drop_empty_key(raw, "server", advice)
 
     @property
     def probabilities(self) -> dict[str, float]:

@@ -105,8 +105,8 @@ def evaluate(
     """Evaluate the models of a finished run on a data set."""
     from hetero_fl import experiment
     from hetero_fl.cli.printing import print_scores
-    from hetero_fl.reporting.progress import Terminal
     from hetero_fl.reporting.run import Run
+    from hetero_fl.reporting.terminal import Terminal
     from hetero_fl.utils.serialization import make_folder
 
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
@@ -179,7 +179,7 @@ def watch(runs: tuple[Path, ...], port: int, host: str, quiet: bool) -> None:
 @allow_code_option
 def methods(names: tuple[str, ...], allow_code: bool) -> None:
     """List all methods, or describe the given methods."""
-    from hetero_fl.reporting.progress import Terminal
+    from hetero_fl.reporting.terminal import Terminal
 
     references = dict.fromkeys(find_references(names), "NAME")
     code_permission(allow_code).check(references, "")

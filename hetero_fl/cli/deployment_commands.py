@@ -218,7 +218,7 @@ def status(run: str, as_json: bool) -> None:
         return
     from jinja2 import UndefinedError
 
-    from hetero_fl.reporting.progress import Terminal
+    from hetero_fl.reporting.terminal import Terminal
 
     try:
         print_status(content, Terminal(highlight=False, soft_wrap=True))

@@ -93,7 +93,7 @@ def audit(
         inversion_rows,
         membership_rows,
     )
-    from hetero_fl.reporting.progress import Terminal
+    from hetero_fl.reporting.terminal import Terminal
 
     folder = out or run / "audit"
     log = make_printer(quiet)

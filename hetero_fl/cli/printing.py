@@ -28,8 +28,8 @@ from hetero_fl.federation.federation import NUM_REPRESENTATIVE
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.upload_contents import upload_contents
 from hetero_fl.reporting.formatting import format_bytes
-from hetero_fl.reporting.progress import Terminal
 from hetero_fl.reporting.rendering import render
+from hetero_fl.reporting.terminal import Terminal
 from hetero_fl.utils.errors import echo
 from hetero_fl.utils.ordering import ClientIds
 from hetero_fl.utils.serialization import num_tensor_bytes

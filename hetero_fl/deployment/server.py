@@ -41,9 +41,9 @@ from hetero_fl.federation.simulation.schedule import unused_simulation_keys
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Record
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
-from hetero_fl.reporting.progress import Terminal
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
+from hetero_fl.reporting.terminal import Terminal
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import UserError, one_line

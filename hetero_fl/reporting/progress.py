@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from traceback import format_exception
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -24,9 +24,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.segment import Segment
 from rich.text import Text
-from typing_extensions import override
 
 from hetero_fl.reporting.formatting import (
     capitalize_first,
@@ -37,31 +35,11 @@ from hetero_fl.reporting.formatting import (
     format_final_evaluation,
 )
 from hetero_fl.reporting.notebook import ProgressBar, in_notebook
+from hetero_fl.reporting.terminal import Terminal
 from hetero_fl.utils.errors import RunFailedError, UserError, printable, printable_lines
 from hetero_fl.utils.text import Caution, pluralize
 
 logger = logging.getLogger("hetero_fl")
-
-
-class Terminal(Console):
-    """Console that prints control characters escaped and square brackets as they are.
-
-    The terminal receives only the colors and cursor movements of rich itself. Plain lines are
-    printed with `hetero_fl.utils.errors.echo`.
-
-    Args:
-        **options: Options of `rich.console.Console`.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, **options)
-
-    @override
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else printable_lines(text), style, control)
 
 
 class Progress:

@@ -13,7 +13,8 @@ import pytest
 
 import hetero_fl
 from hetero_fl.cli import main, warnings_in_one_line
-from hetero_fl.reporting.progress import Progress, Terminal
+from hetero_fl.reporting.progress import Progress
+from hetero_fl.reporting.terminal import Terminal
 
 PACKAGE = Path(hetero_fl.__file__).parent
 # Clears the screen, sets its title, reverses the text, and is no valid markup of rich.

@@ -35,10 +35,8 @@ from hetero_fl.core.payload import (
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.remote import FORM as PACK
 from hetero_fl.deployment.audit_log import verify
-from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.messages import FORM, RequestRefusedError, decode_body, message
-from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.transport import Envelope, Handle, find_violation
+from hetero_fl.deployment.transport import Envelope, find_violation
 from hetero_fl.deployment.validation import read_data_info, read_evaluation, read_settings
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import RoundAbandonedError
@@ -65,6 +63,7 @@ from tests.helpers.hostile_messages import (
     wire,
     with_header,
 )
+from tests.support.node_session import NodeSession
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 FEW = settings(FUZZ, max_examples=4)
@@ -427,34 +426,9 @@ def test_server_survives_any_answers(
 # A node
 
 
-class NodeSession:
-    """A node that has prepared for a run, and the honest messages it received."""
-
-    def __init__(self, folder: Path) -> None:
-        federation, self.messages = Federation(folder), list[Envelope]()
-
-        def keeping(handle: Handle) -> Handle:
-            def handles(envelope: Envelope) -> Envelope:
-                self.messages.append(envelope)
-                return handle(envelope)
-
-            return handles
-
-        federation.serve(small(models="linear", rounds=1), {"site_1": keeping})
-        self.log_lines: list[str] = []
-        self.folder = folder / "site_1"
-        site = SiteConfig.model_validate({"client": "site_1", "tells": {"errors": True}})
-        self.node = Node(site, self.folder, self.log_lines.append)
-        for envelope in self.messages[:3]:
-            self.node.handle(envelope)
-
-    def log(self) -> Path:
-        return self.folder / "audit.jsonl"
-
-
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
-    return NodeSession(tmp_path_factory.mktemp("asked"))
+    return NodeSession(tmp_path_factory.mktemp("asked"), models="linear", rounds=1)
 
 
 @given(
@@ -470,8 +444,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
 def test_node_answers_any_message(
     session: NodeSession, which: int, changes: dict[str, Any], body: bytes | None
 ) -> None:
-    honest = session.messages[min(which, len(session.messages) - 1)]
-    before = len(session.log().read_bytes())
+    messages = list(session.requests.values())
+    honest = messages[min(which, len(messages) - 1)]
+    log = session.node.audit_log.path
+    before = log.stat().st_size
     changes = {name: value for name, value in changes.items() if name != "ask" or which != 5}
 
     answer = session.node.handle(
@@ -479,28 +455,28 @@ def test_node_answers_any_message(
     )
 
     assert find_violation(answer, 2**20) == ""
-    assert len(session.log().read_bytes()) - before < 2000
-    assert all(line.isprintable() and len(line) < 600 for line in session.log_lines)
+    assert log.stat().st_size - before < 2000
+    assert all(line.isprintable() and len(line) < 600 for line in session.federation.log_lines)
 
 
 def test_node_continues_after_any_message(session: NodeSession) -> None:
-    answers = [session.node.handle(envelope).head["ask"] for envelope in session.messages[:3]]
+    answers = [session.repeat(kind).head["ask"] for kind in ("hello", "terms", "roster")]
     assert answers == ["here", "told", "ready"]
-    assert all(len(json.dumps(entry)) < 2000 for entry in verify(session.log()))
+    assert all(len(json.dumps(entry)) < 2000 for entry in verify(session.node.audit_log.path))
 
 
 def test_node_ignores_thread_counts_of_the_server(session: NodeSession) -> None:
-    terms, roster = session.messages[1:3]
-    session.node.handle(terms)
-    tree = {**decode_body(roster), "threads": 10**6}
+    tree = {**decode_body(session.requests["roster"]), "threads": 10**6}
+    session.repeat("terms")
 
-    answer = session.node.handle(Envelope(roster.head, encode(tree, FORM)))
+    reason = session.refusal_reason("roster", encode(tree, FORM))
 
-    assert answer.head["why"] == "threads: must be >= 1 and <= 1024, got 1000000"
+    assert reason == "threads: must be >= 1 and <= 1024, got 1000000"
 
 
 def test_large_request_is_logged_in_a_short_line(session: NodeSession) -> None:
     long = "x" * 20_000_000
+    log = session.node.audit_log.path
     for envelope in (
         Envelope({"ask": "do", "run": "r", "round": long}),
         Envelope({"ask": long}),
@@ -512,10 +488,10 @@ def test_large_request_is_logged_in_a_short_line(session: NodeSession) -> None:
             run="r",
         ),
     ):
-        before = len(session.log().read_bytes())
+        before = log.stat().st_size
         answer = session.node.handle(envelope)
         assert answer.head["ask"] == "refused" and len(str(answer.head["why"])) <= 400
-        assert len(session.log().read_bytes()) - before < 1500
+        assert log.stat().st_size - before < 1500
 
 
 def test_node_refuses_oversized_message_before_parsing(session: NodeSession) -> None:

@@ -29,6 +29,7 @@ from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import LONG
 from tests.helpers.small_federations import changed
 from tests.support.marked_sites import MAKERS, Marker, marked_table, mistakes, public_table
+from tests.support.node_session import NodeSession
 from tests.support.recording import RecordingTransport
 
 
@@ -277,69 +278,45 @@ def test_local_federation_names_sources_in_site_files(tmp_path: Path) -> None:
 # Policy
 
 
-class Session:
-    """A node in the middle of a run, and the last request of each kind."""
-
-    def __init__(self, folder: Path, site: dict[str, Any], **changes: Any) -> None:
-        self.requests: dict[str, Envelope] = {}
-        loopback = LoopbackTransport()
-        self.node = Node(SiteConfig.model_validate({"client": "site_1", **site}), folder / "site_1")
-
-        def handle(envelope: Envelope) -> Envelope:
-            if envelope.head["ask"] == "leave":
-                return message("left")
-            self.requests[str(envelope.head.get("what", envelope.head["ask"]))] = envelope
-            return self.node.handle(envelope)
-
-        loopback.join(handle)
-        for client in SITES[1:]:
-            loopback.join(Node(SiteConfig(client=client), folder / client).handle)
-        self.run = run_federation(small(**changes), loopback, out=folder / "run", wait=LONG)
-
-    def train(self, number: int, **head: Any) -> Envelope:
-        """Repeat the last training request as a new task."""
-        request = self.requests["train"]
-        changes = {"task": f"new{number}", "again": number, **head}
-        return self.node.handle(Envelope({**request.head, **changes}, request.body))
+CODES_ONLY = {"tells": {"errors": False}}
+ASYNCHRONOUS = {"mode": "async", "threads": 1, "executor": "serial"}
 
 
 def test_steps_of_sampled_rows_are_limited(tmp_path: Path) -> None:
     privacy = {"unit": "record", "noise_multiplier": 1.0, "sample_rate": 0.002}
-    site = {"allows": {"steps": 20}, "tells": {"errors": True}}
 
-    run = Session(tmp_path, site, rounds=1, models="linear", privacy=privacy).run
+    run = NodeSession(
+        tmp_path, {"allows": {"steps": 20}}, rounds=1, models="linear", privacy=privacy
+    ).run
 
     line = "steps of this task: must be <= 20 (this site's allows.steps), got 500"
     assert run.metrics[0]["failed"] == {"site_1": line}
 
 
-def test_training_after_the_last_round_is_refused(tmp_path: Path) -> None:
-    session = Session(tmp_path, {}, rounds=2, models="linear")
-
-    assert session.train(0, round=2).head["why"] == "policy: rounds"
-    assert session.train(1).head["why"] == "policy: rounds"
-    assert session.node.handle(session.requests["read"]).head["ask"] == "done"
-
-
-def test_tasks_of_asynchronous_runs_are_limited(tmp_path: Path) -> None:
-    runtime = {"mode": "async", "threads": 1, "executor": "serial"}
-    session = Session(tmp_path, {}, rounds=1, models="linear", runtime=runtime)
+@pytest.mark.parametrize(
+    ("rounds", "runtime", "tasks"), [(2, {}, 2), (1, ASYNCHRONOUS, 3)], ids=["rounds", "async"]
+)
+def test_number_of_training_tasks_is_limited(
+    rounds: int, runtime: dict[str, Any], tasks: int, tmp_path: Path
+) -> None:
+    changes = {"runtime": runtime} if runtime else {}
+    session = NodeSession(tmp_path, CODES_ONLY, rounds=rounds, models="linear", **changes)
     assert session.node.joined is not None
-    done = len(session.node.joined.usage.trained)
+    left = tasks - len(session.node.joined.usage.trained)
 
-    answers = [session.train(n).head for n in range(10, 15)]
+    answers = [session.repeat("train", task=f"new{n}", again=n).head for n in range(10, 15)]
 
-    left = 3 - done
     assert [head["ask"] for head in answers] == ["done"] * left + ["refused"] * (5 - left)
     assert answers[-1]["why"] == "policy: rounds"
+    assert session.repeat("read").head["ask"] == "done"
+    assert session.refusal_reason("train", task="x", round=rounds) == "policy: rounds"
 
 
 def test_malformed_message_of_a_secure_sum_is_answered_with_a_code(tmp_path: Path) -> None:
     secure = {"channel": {"secure_sum": {"threshold": 2}}}
-    session = Session(tmp_path, {}, rounds=1, models="linear", **secure)
-    request = session.requests["shares"]
+    session = NodeSession(tmp_path, CODES_ONLY, rounds=1, models="linear", **secure)
 
-    answer = session.node.handle(Envelope({**request.head, "task": "new"}, b"junk"))
+    answer = session.repeat("shares", b"junk", task="new")
 
     assert (answer.head["what"], answer.body) == ("refused", b"malformed")
 

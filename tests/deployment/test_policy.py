@@ -11,18 +11,19 @@ import torch
 
 from hetero_fl.config import expand_population
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.deployment.audit_log import verify
+from hetero_fl.deployment.audit_log import SiteUsage, verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.messages import RequestRefusedError, message
-from hetero_fl.deployment.node import Node, begin_run
+from hetero_fl.deployment.messages import RequestRefusedError, decode_body, message
+from hetero_fl.deployment.node import begin_run
 from hetero_fl.deployment.policy import check_config, check_raw_config, run_fingerprint
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment.configuration import load_config
-from hetero_fl.privacy.accounting import gaussian_epsilon
+from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
 from tests.helpers.deployments import SITES, Federation, small
 from tests.helpers.image_folders import make_image_folder
+from tests.support.node_session import NodeSession
 
 SECURE = {"channel__secure_sum": {"threshold": 2}}
 RECORD = {"privacy": {"noise_multiplier": 1.0, "unit": "record"}}
@@ -269,9 +270,6 @@ def test_site_accounting_matches_the_server(tmp_path: Path) -> None:
     run = Federation(tmp_path, dict.fromkeys(SITES, site)).serve(small(**changes))
     found = []
     for site_id in SITES:
-        from hetero_fl.deployment.audit_log import SiteUsage
-        from hetero_fl.privacy.accounting import epsilon_of_mechanisms
-
         account = SiteUsage.from_log(verify(tmp_path / site_id / "audit.jsonl"), "")
         found.append(epsilon_of_mechanisms(account.with_charges(()), 1e-5, "rdp"))
     assert max(found) == pytest.approx(run.metrics[-1]["privacy"]["epsilon"])
@@ -280,56 +278,10 @@ def test_site_accounting_matches_the_server(tmp_path: Path) -> None:
 # A server that deviates from the agreed task
 
 
-class NodeSession:
-    """A node in the middle of a run that receives further requests from a hostile server.
-
-    Attributes:
-        requests: The last honest request of each kind.
-    """
-
-    def __init__(self, tmp_path: Path, site: dict[str, Any], **changes: Any) -> None:
-        self.federation = Federation(tmp_path, {"site_1": site})
-        self.requests: dict[str, Envelope] = {}
-
-        def listening(handle: Handle) -> Handle:
-            def handles(envelope: Envelope) -> Envelope:
-                key = str(envelope.head.get("what", envelope.head["ask"]))
-                if key != "leave":
-                    self.requests[key] = envelope
-                    return handle(envelope)
-                return Envelope({"ask": "left"})
-
-            return handles
-
-        self.run = self.federation.serve(small(**changes), {"site_1": listening})
-        self.node: Node = self.federation.nodes["site_1"]
-
-    def repeat(self, what: str, body: bytes | None = None, **head: Any) -> Envelope:
-        """Repeat a request with these changes."""
-        request = self.requests[what]
-        return self.node.handle(
-            Envelope({**request.head, **head}, request.body if body is None else body)
-        )
-
-    def repeat_as(self, name: str, what: str) -> Envelope:
-        """Repeat a request as a new task under another name."""
-        request = self.requests[name]
-        head = {**request.head, "what": what, "task": f"f{what}"}
-        return self.node.handle(Envelope(head, request.body))
-
-    def refusal_reason(self, *args: Any, **head: Any) -> str:
-        answer = self.repeat(*args, **head)
-        assert answer.head["ask"] == "refused" and answer.body == message("refused").body
-        return str(answer.head["why"])
-
-
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
-    return NodeSession(
-        tmp_path_factory.mktemp("asked"),
-        {"allows": {"rounds": 2, "epochs": 1}},
-        output__loggers=["csv"],
-    )
+    site = {"allows": {"rounds": 2, "epochs": 1}}
+    return NodeSession(tmp_path_factory.mktemp("asked"), site, output__loggers=["csv"])
 
 
 def other(digit: str) -> str:
@@ -355,7 +307,7 @@ def test_repeated_task_is_answered_only_if_unchanged(
 def test_training_under_another_name_is_refused(session: NodeSession, what: str) -> None:
     """Under another name it would be neither limited nor charged."""
     line = f"request: unknown kind '{what}'; choose from train"
-    assert session.repeat_as("train", what).head["why"] == line
+    assert session.refusal_reason("train", what=what, task=f"f{what}") == line
 
 
 def test_expired_task_is_refused(session: NodeSession) -> None:
@@ -401,8 +353,6 @@ def test_malformed_broadcast_is_refused(session: NodeSession, body: bytes) -> No
 
 
 def test_loggers_run_at_the_server_only(session: NodeSession) -> None:
-    from hetero_fl.deployment.messages import decode_body
-
     config = decode_body(session.requests["terms"])["config"]
 
     assert config["output"]["loggers"] == []
@@ -412,8 +362,6 @@ def test_loggers_run_at_the_server_only(session: NodeSession) -> None:
 def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> None:
     """Answers that share noise reveal their difference; two scales of it reveal the noise."""
     terms = session.requests["terms"]
-    from hetero_fl.deployment.messages import decode_body
-
     tree = decode_body(terms)
     tree["config"]["clients"]["defaults"]["batch_size"] = 8
     text = session.refusal_reason("terms", body=message("terms", tree).body)
@@ -444,8 +392,6 @@ def test_malformed_configuration_is_refused(session: NodeSession, config: Any) -
 
 
 def test_client_list_with_other_clients_is_refused(session: NodeSession) -> None:
-    from hetero_fl.deployment.messages import decode_body
-
     tree = decode_body(session.requests["roster"])
     tree["told"]["site_2"]["rows"]["train"] += 1
     assert session.refusal_reason("roster", body=message("roster", tree).body).startswith(
@@ -461,8 +407,6 @@ def test_other_public_sets_of_same_name_are_refused() -> None:
 
 def test_other_client_list_of_same_name_is_refused(session: NodeSession) -> None:
     """The noise scale depends on all clients' rows; two scales of the same noise reveal it."""
-    from hetero_fl.deployment.messages import decode_body
-
     tree = decode_body(session.requests["roster"])
     # no part of the fingerprint, which the server could make fit anyway
     tree["told"]["site_2"]["rows"]["test"] += 1

@@ -12,6 +12,7 @@ import gc
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -153,6 +154,18 @@ class Habits(nn.Module):
         return self.out(self.scale * self.factor * x.tanh())  # type: ignore[no-any-return]
 
 
+class Layers(nn.Module):
+    """Two layers, in which subclasses differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x).tanh())  # type: ignore[no-any-return]
+
+
 def rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     y = np.arange(count) % WIDTH
@@ -186,17 +199,18 @@ def local_names(habits: frozenset[str]) -> set[str]:
 class Reference:
     """Clients in plain torch: each has a module of its own, and FedAvg averages `state_dict`."""
 
-    def __init__(self, module: nn.Module, clients: list[str], epochs: int = EPOCHS) -> None:
-        self.modules = {client: copy.deepcopy(module) for client in clients}
+    def __init__(self, module: nn.Module, epochs: int = EPOCHS) -> None:
+        self.modules = {client: copy.deepcopy(module) for client in DATA}
         self.epochs = epochs
 
-    def run(self, local: Collection[str] | None) -> None:
+    def run(self, local: Collection[str] | None) -> Reference:
         """Train all rounds, with averages of all tensors but the local ones, or without (None)."""
         for _ in range(ROUNDS):
             for client, module in self.modules.items():
                 self.train(module, *map(torch.from_numpy, DATA[client]))
             if local is not None:
                 self.average(local)
+        return self
 
     def train(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
         module.train()
@@ -251,7 +265,7 @@ def train(
             epochs=epochs, batch_size=100, optimizer=hfl.SGD(lr=LEARNING_RATE)
         ),
     )
-    workers = ["runtime.workers=2"] if executor in ("processes", "ray") else []
+    workers = ["runtime.workers=2"] if executor == "processes" else []
     overrides = [*QUIET, f"runtime.executor={executor}", *workers]
     return federation.train(method, rounds=ROUNDS, overrides=overrides, **sections)
 
@@ -306,28 +320,21 @@ CASES = [
 ]
 
 
-def check_result_of_plain_torch(
-    name: str, executor: str, steps: int, method: hfl.Algorithm
-) -> None:
-    habits = COMBINATIONS.get(name) or draw_habits(int(name.removeprefix("drawn_")))
-    # Modules with parametrizations cannot be pickled.
-    sends_modules = executor in ("processes", "ray")
-    chosen = frozenset(habits) - ({"spectral_norm"} if sends_modules else set())
-    module = Habits(chosen)
-    reference = Reference(module, list(DATA), steps)
-    reference.run(local_names(chosen) if isinstance(method, hfl.FedAvg) else None)
-
-    run = train(module, method, executor, epochs=steps)
-
-    check_equals_reference(run, reference)
-
-
 @pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
 @pytest.mark.parametrize(("name", "executor", "steps"), CASES)
 def test_own_module_gives_the_result_of_plain_torch(
     name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
 ) -> None:
-    check_result_of_plain_torch(name, executor, steps, method)
+    habits = COMBINATIONS.get(name) or draw_habits(int(name.removeprefix("drawn_")))
+    # Modules with parametrizations cannot be pickled.
+    chosen = frozenset(habits) - ({"spectral_norm"} if executor == "processes" else set())
+    module = Habits(chosen)
+    local = local_names(chosen) if isinstance(method, hfl.FedAvg) else None
+    reference = Reference(module, steps).run(local)
+
+    run = train(module, method, executor, epochs=steps)
+
+    check_equals_reference(run, reference)
 
 
 @pytest.mark.parametrize("habit", ["recurrent", "cache", "cached_mean"])
@@ -336,8 +343,7 @@ def test_copies_of_a_module_are_averaged_as_in_plain_torch(habit: str, float64: 
     copies = {client: copy.deepcopy(module) for client in DATA}
     with torch.no_grad():
         copies["site_1"].eval()(torch.ones(2, WIDTH))
-    reference = Reference(module, list(DATA))
-    reference.run(local_names(module.habits))
+    reference = Reference(module).run(local_names(module.habits))
 
     run = train(copies, hfl.FedAvg(), "serial")
 
@@ -414,13 +420,11 @@ class Total:
         return self.value
 
 
-class Counter(nn.Module):
+class Counter(Layers):
     """A classifier that keeps state where no federation finds it."""
 
-    def __init__(self, change: Callable[[Any], None]) -> None:
+    def __init__(self, change: Callable[[Any], object]) -> None:
         super().__init__()
-        self.body = nn.Linear(WIDTH, WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
         self.change = change
         self.calls = 0
         self.center: Tensor | None = None
@@ -441,79 +445,45 @@ class Counter(nn.Module):
         return self.out(self.body(x - center).tanh() * scale)  # type: ignore[no-any-return]
 
 
-def count(module: Any) -> None:
-    module.calls += 1
+# What a forward pass changes, by the name of the changed attribute.
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "calls": lambda module: setattr(module, "calls", module.calls + 1),
+    "center": lambda module: setattr(
+        module,
+        "center",
+        torch.ones(WIDTH) if module.center is None else 0.9 * module.center,
+    ),
+    "noise": lambda module: module.noise.random(),
+    "seen": lambda module: module.seen.append(0.5),
+    "recent": lambda module: module.recent.append(0.5),
+    "table": lambda module: np.add(module.table, 1, out=module.table),
+    "total": lambda module: setattr(module.total, "value", module.total.value + 1),
+    "bias": lambda module: setattr(module, "bias", 0.5),
+    "queue": lambda module: setattr(
+        module, "queue", torch.cat([module.queue, torch.zeros(1, WIDTH)])
+    ),
+    "body.weight": lambda module: module.body.requires_grad_(False),
+    "body": lambda module: setattr(module, "body", nn.Linear(WIDTH, WIDTH)),
+    "body.bias": lambda module: setattr(module.body, "bias", nn.Parameter(0.5 * module.body.bias)),
+}
 
 
-def follow(module: Any) -> None:
-    module.center = torch.ones(WIDTH) if module.center is None else 0.9 * module.center
-
-
-def draw(module: Any) -> None:
-    module.noise.random()
-
-
-def remember(module: Any) -> None:
-    module.seen.append(0.5)
-
-
-def append(module: Any) -> None:
-    module.recent.append(0.5)
-
-
-def write(module: Any) -> None:
-    module.table += 1
-
-
-def add(module: Any) -> None:
-    module.total.value += 1
-
-
-def assign(module: Any) -> None:
-    module.bias = 0.5
-
-
-def enqueue(module: Any) -> None:
-    module.queue = torch.cat([module.queue, torch.zeros(1, WIDTH)])
-
-
-def freeze(module: Any) -> None:
-    module.body.requires_grad_(False)
-
-
-def replace_layer(module: Any) -> None:
-    module.body = nn.Linear(WIDTH, WIDTH)
-
-
-def replace_parameter(module: Any) -> None:
-    module.body.bias = nn.Parameter(0.5 * module.body.bias)
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (count, "calls"),
-        (follow, "center"),
-        (draw, "noise"),
-        (remember, "seen"),
-        (append, "recent"),
-        (write, "table"),
-        (add, "total"),
-        (assign, "bias"),
-        (enqueue, "queue"),
-        (freeze, "body.weight"),
-        (replace_layer, "body"),
-        (replace_parameter, "body.bias"),
-    ],
-)
+@pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("executor", ["serial", "batched"])
-def test_state_that_cannot_be_carried_is_refused_in_one_line(
-    change: Callable[[Any], None], name: str, executor: str
-) -> None:
+def test_state_that_cannot_be_carried_is_refused_in_one_line(name: str, executor: str) -> None:
     with pytest.raises(UserError, match=rf"'backbone\.{name}'") as caught:
-        train(Counter(change), hfl.FedAvg(), executor)
+        train(Counter(CHANGES[name]), hfl.FedAvg(), executor)
 
     assert "\n" not in str(caught.value)
+
+
+def one_client(model: Any) -> hfl.Federation:
+    return hfl.Federation([hfl.Client("site_0", model, DATA["site_0"])], test=TEST)
+
+
+def passed(make: Callable[[], nn.Module], is_function: bool) -> Any:
+    """Return what a user passes as the model: the function or its module."""
+    return make if is_function else make()
 
 
 def share_transposed(module: Any) -> None:
@@ -530,26 +500,31 @@ def share_attribute(module: Any) -> None:
     module.register_buffer("peak", module.pair[0])
 
 
+def add_spectrum(kind: torch.dtype, module: Any) -> None:
+    module.spectrum = nn.Parameter(torch.ones(3, dtype=kind))
+
+
 @pytest.mark.parametrize(
-    ("share", "message"),
+    ("change", "message"),
     [
         (share_transposed, r"'second\.weight' shares memory with the parameter 'first\.weight'"),
         (share_buffers, "'pair' shares memory with the buffer 'peak'"),
         (share_attribute, "'pair' shares memory with the buffer 'peak'"),
+        (partial(add_spectrum, torch.complex64), r"'spectrum' has the unsupported type torch\."),
+        (partial(add_spectrum, torch.bfloat16), r"'spectrum' has the unsupported type torch\."),
     ],
 )
 @pytest.mark.parametrize("is_function", [False, True])
-def test_tensors_that_share_memory_are_refused(
-    share: Callable[[Any], None], message: str, is_function: bool
+def test_tensors_that_cannot_be_sent_are_refused(
+    change: Callable[[Any], None], message: str, is_function: bool
 ) -> None:
     def make() -> nn.Module:
         module = Habits(frozenset())
-        share(module)
+        change(module)
         return module
 
     with pytest.raises(UserError, match=message):
-        clients = [hfl.Client("site_0", make if is_function else make(), DATA["site_0"])]
-        hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg())
+        one_client(passed(make, is_function)).prepare(hfl.FedAvg())
 
 
 def test_columns_of_one_tensor_and_views_of_weights_are_independent() -> None:
@@ -590,13 +565,12 @@ def test_snapshot_describes_each_object_once() -> None:
     assert snapshot.changes() == {"tree"}
 
 
-class SeveralTypes(nn.Module):
+class SeveralTypes(Layers):
     """A classifier with a buffer and a layer of another type than its head."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Linear(WIDTH, WIDTH).double()
-        self.out = nn.Linear(WIDTH, WIDTH)
+        self.body.double()
         self.register_buffer("count", torch.full((1,), 1e8, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -614,19 +588,6 @@ def test_module_with_several_types_of_numbers_keeps_them(executor: str) -> None:
     assert tensors["count"].item() == 1e8 + ROUNDS * EPOCHS
 
 
-@pytest.mark.parametrize("kind", [torch.complex64, torch.bfloat16])
-@pytest.mark.parametrize("is_function", [False, True])
-def test_types_that_cannot_be_sent_are_refused(kind: torch.dtype, is_function: bool) -> None:
-    def make() -> nn.Module:
-        module = Habits(frozenset())
-        module.spectrum = nn.Parameter(torch.ones(3, dtype=kind))
-        return module
-
-    with pytest.raises(UserError, match=r"'spectrum' has the unsupported type torch\."):
-        clients = [hfl.Client("site_0", make if is_function else make(), DATA["site_0"])]
-        hfl.Federation(clients, test=TEST).prepare(hfl.FedAvg())
-
-
 class ExtraState(Habits):
     """A module whose `state_dict` has an entry that is not a tensor."""
 
@@ -637,8 +598,16 @@ class ExtraState(Habits):
         assert state == {"version": 1}
 
 
-def test_extra_state_of_a_module_is_accepted() -> None:
-    run = train(ExtraState(frozenset()), hfl.FedAvg(), "serial")
+@pytest.mark.parametrize(
+    ("module", "method"),
+    [
+        (ExtraState(frozenset()), hfl.FedAvg()),
+        (Habits(frozenset(["batch_norm", "in_place"])), hfl.Ensemble()),
+    ],
+    ids=["extra_state", "counters_of_batch_norm"],
+)
+def test_state_that_is_not_averaged_is_accepted(module: nn.Module, method: hfl.Algorithm) -> None:
+    run = train(module, method, "serial")
 
     assert run.summary["rounds_completed"] == ROUNDS
 
@@ -652,9 +621,7 @@ def test_lazy_layers_and_compiled_modules_are_refused_in_one_line() -> None:
     compiled = nn.Sequential(traced, nn.Linear(WIDTH, WIDTH))
     for model, message in [(make_lazy, "lazy layers"), (compiled, "compiled to TorchScript")]:
         with pytest.raises(UserError, match=message):
-            hfl.Federation([hfl.Client("site_0", model, DATA["site_0"])], test=TEST).prepare(
-                hfl.FedAvg()
-            )
+            one_client(model).prepare(hfl.FedAvg())
 
 
 def test_functions_of_one_source_text_start_with_their_own_weights() -> None:
@@ -696,10 +663,10 @@ def test_tied_weights_are_moved_by_the_server_as_one_tensor(
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("unit", [None, "record"])
-def test_tied_weights_are_saved_as_one_tensor(unit: str | None, tmp_path: Path) -> None:
-    privacy = None if unit is None else hfl.Privacy(noise_multiplier=1.0, delta=1e-4)
-    sections = {} if privacy is None else {"privacy": privacy}
+@pytest.mark.parametrize(
+    "sections", [{}, {"privacy": hfl.Privacy(noise_multiplier=1.0, delta=1e-4)}]
+)
+def test_tied_weights_are_saved_as_one_tensor(sections: dict[str, Any], tmp_path: Path) -> None:
     module = Habits(frozenset(["tied", "tied_head"]))
 
     run = train(module, hfl.FedAvg(), "batched", **sections)
@@ -786,12 +753,6 @@ SENDING = [
 def test_models_with_integers_that_training_changes_are_not_sent(method: hfl.Algorithm) -> None:
     with pytest.raises(UserError, match=r"no integers, such as 'backbone\.steps'"):
         train(Habits(frozenset(["counter"])), method, "serial")
-
-
-def test_members_with_counters_of_batch_norm_are_evaluated() -> None:
-    run = train(Habits(frozenset(["batch_norm", "in_place"])), hfl.Ensemble(), "serial")
-
-    assert run.summary["rounds_completed"] == ROUNDS
 
 
 WRITTEN = [
@@ -918,16 +879,15 @@ def test_attribute_that_only_later_passes_read_is_an_error() -> None:
         train(ReadsLate(frozenset(["cached_mean"])), hfl.Local(), "serial")
 
 
-class ReadsEither(nn.Module):
+class ReadsEither(Layers):
     """A module that reads one of two attributes, the second if the first is missing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.out = nn.Linear(WIDTH, WIDTH)
         self.first = self.second = torch.zeros(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.out(x) + getattr(self, "first", getattr(self, "second", 0.0))
+        outputs = super().forward(x) + getattr(self, "first", getattr(self, "second", 0.0))
         self.first = outputs.detach().mean(0)
         self.second = self.first.clone()
         return outputs
@@ -977,59 +937,56 @@ class Hooked(nn.Module):
 
 
 @pytest.mark.parametrize("hook", ["tensor", "module"])
-@pytest.mark.parametrize("unit", [None, "record"])
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"privacy": hfl.Privacy(unit="record", noise_multiplier=1e-9, clip=1e3, delta=1e-4)}],
+)
 def test_hooks_change_gradients_as_in_plain_torch(
-    hook: str, unit: str | None, float64: None
+    hook: str, sections: dict[str, Any], float64: None
 ) -> None:
     torch.manual_seed(0)
     module = Hooked(hook)
-    privacy = hfl.Privacy(unit="record", noise_multiplier=1e-9, clip=1e3, delta=1e-4)
 
-    run = train(module, hfl.Local(), "batched", **({"privacy": privacy} if unit else {}))
+    run = train(module, hfl.Local(), "batched", **sections)
 
-    if unit:
+    if sections:
         start = run.models["site_0"].arch.initial_tensors(seed=0)
         load_state(module, own_names(start))
-    reference = Reference(module, list(DATA))
-    reference.run(local=None)
+    reference = Reference(module).run(local=None)
     check_equals_reference(run, reference)
 
 
-class SparseEmbedding(nn.Module):
+class SparseEmbedding(Layers):
     """A module whose embedding has sparse gradients."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(20, WIDTH, sparse=True)
-        self.out = nn.Linear(WIDTH, WIDTH)
+        self.body = nn.Embedding(20, WIDTH, sparse=True)
 
     def forward(self, x: Tensor) -> Tensor:
         codes = (x * 3 + 10).long().clamp(0, 19)
-        return self.out(self.embedding(codes).mean(1))  # type: ignore[no-any-return]
+        return self.out(self.body(codes).mean(1))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])
 def test_sparse_embedding_gives_the_result_of_plain_torch(executor: str, float64: None) -> None:
     module = SparseEmbedding()
-    reference = Reference(module, list(DATA))
-    reference.run(local=None)
+    reference = Reference(module).run(local=None)
 
     run = train(module, hfl.Local(), executor)
 
     check_equals_reference(run, reference)
 
 
-class Permuted(nn.Module):
+class Permuted(Layers):
     """A class that draws an integer buffer, which is not transmitted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Linear(WIDTH, WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
         self.register_buffer("order", torch.randperm(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.body(x[:, self.order]).tanh())  # type: ignore[no-any-return]
+        return super().forward(x[:, self.order])
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
@@ -1201,71 +1158,53 @@ def test_trained_module_has_the_state_dict_of_its_class(tmp_path: Path) -> None:
         assert module.center.any() and module.peak.any()
 
 
-class TwoTypes(nn.Module):
-    """A classifier whose body and head have given types."""
-
-    def __init__(self, body: torch.dtype, head: torch.dtype) -> None:
-        super().__init__()
-        self.body = nn.Linear(WIDTH, WIDTH, dtype=body)
-        self.out = nn.Linear(WIDTH, WIDTH, dtype=head)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.body(x).tanh())  # type: ignore[no-any-return]
-
-
 def train_one(model: Any) -> hfl.Run:
-    federation = hfl.Federation([hfl.Client("site_0", model, DATA["site_0"])], test=TEST)
-    return federation.train(hfl.Local(), rounds=1, overrides=QUIET)
+    return one_client(model).train(hfl.Local(), rounds=1, overrides=QUIET)
 
 
 @pytest.mark.parametrize("is_function", [False, True])
 def test_module_of_one_type_is_converted_with_a_warning(
     is_function: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def make() -> nn.Module:
-        return TwoTypes(torch.float64, torch.float64)
-
     with caplog.at_level("WARNING", "hetero_fl"):
-        run = train_one(make if is_function else make())
+        run = train_one(passed(lambda: Layers().double(), is_function))
 
     assert run.models["site_0"].tensors["head.weight"].dtype is torch.float32
     assert "converted from torch.float64 to torch.float32" in caplog.text
 
 
+def two_types() -> nn.Module:
+    """Return a module whose head has another type than its inputs."""
+    module = Layers()
+    module.out.double()
+    return module
+
+
 @pytest.mark.parametrize("is_function", [False, True])
 def test_layer_of_another_type_than_its_inputs_is_named(is_function: bool) -> None:
-    def make() -> nn.Module:
-        return TwoTypes(torch.float32, torch.float64)
-
     with pytest.raises(UserError, match=r"'out.weight' is torch.float64, but .*torch.float32"):
-        train_one(make if is_function else make())
+        train_one(passed(two_types, is_function))
+
+
+def pruned() -> nn.Module:
+    module = Layers()
+    prune.l1_unstructured(module.body, "weight", 0.5)
+    return module
 
 
 def test_attribute_that_cannot_be_copied_is_named() -> None:
-    module = TwoTypes(torch.float32, torch.float32)
-    prune.l1_unstructured(module.body, "weight", 0.5)
-
-    def make() -> nn.Module:
-        pruned = TwoTypes(torch.float32, torch.float32)
-        prune.l1_unstructured(pruned.body, "weight", 0.5)
-        return pruned
-
     with pytest.raises(UserError, match=r"'body.weight' cannot be copied.*; pass a function"):
-        train_one(module)
-    assert "backbone.body.weight_mask" in train_one(make).models["site_0"].tensors
+        train_one(pruned())
+    assert "backbone.body.weight_mask" in train_one(pruned).models["site_0"].tensors
 
 
-class ReadsFirst(nn.Module):
+class ReadsFirst(Layers):
     """A module that reads an attribute which only training writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.mean = x.mean(0)
-        return self.out(x - self.mean)  # type: ignore[no-any-return]
+        return super().forward(x - self.mean)
 
 
 def test_attribute_that_is_read_before_it_is_written_is_an_error_with_advice() -> None:

@@ -209,12 +209,19 @@ def test_overrides_may_be_a_string_or_a_dictionary() -> None:
     config = load_config({}, given)
     assert (config.rounds, config.data.name, config.privacy) == (2, "digits", None)
     assert config.algorithm["name"] == "fedprox" and config.algorithm["mu"] == 0.5
-    with pytest.raises(UserError, match=r"overrides: expected key.path=value, got 'rounds'"):
-        load_config({}, "rounds")
-    with pytest.raises(UserError, match=r"got 'rounds'; did you mean 'rounds=3'\?"):
-        load_config({}, ["seed=1", "rounds", "3"])
-    with pytest.raises(UserError, match=r"overrides: expected strings key.path=value, got 3"):
-        load_config({}, [3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("rounds", r"overrides: expected key.path=value, got 'rounds'"),
+        (["seed=1", "rounds", "3"], r"got 'rounds'; did you mean 'rounds=3'\?"),
+        ([3], r"overrides: expected strings key.path=value, got 3"),
+    ],
+)
+def test_invalid_overrides_are_refused(overrides: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config({}, overrides)
 
 
 def test_error_names_the_file_or_override_of_the_key(tmp_path: Path) -> None:

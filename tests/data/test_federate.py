@@ -204,21 +204,34 @@ def test_settings_that_do_not_match_the_examples_are_refused(images: Dataset) ->
         federate(images, DataConfig(), {"a": ClientSettings(augment=AugmentConfig(crop=16))}, 0)
 
 
-def test_too_few_rows_raise() -> None:
-    with pytest.raises(UserError, match=r"data\.proxy\.size: must be < 200, .*, got 100000000"):
-        federate(numbered(), DataConfig(proxy=ProxyConfig(size=10**8)), THREE, 0)
-    with pytest.raises(
-        UserError, match=r"data\.partition\.min_size: must be <= 3 for 9 training rows"
-    ):
-        federate(numbered(), DataConfig(train_limit=10), THREE, 0)
-    one = DataConfig(partition=PartitionConfig(kind="quantity", alpha=1e-6, min_size=1))
-    with pytest.raises(
-        UserError, match=r"client '[abc]' has 1 row, but training needs at least 2; give it more"
-    ):
-        federate(numbered(), one, THREE, 0)
-    bare = one.model_copy(update={"split": SplitConfig(validation=0, test=0)})
-    with pytest.raises(UserError, match="has 1 row,"):
-        federate(numbered(), bare, THREE, 0)
+UNEVEN = PartitionConfig(kind="quantity", alpha=1e-6, min_size=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            DataConfig(proxy=ProxyConfig(size=10**8)),
+            r"data\.proxy\.size: must be < 200, .*, got 100000000",
+        ),
+        (
+            DataConfig(train_limit=10),
+            r"data\.partition\.min_size: must be <= 3 for 9 training rows",
+        ),
+        (
+            DataConfig(partition=UNEVEN),
+            r"client '[abc]' has 1 row, but training needs at least 2; give it more",
+        ),
+        (
+            DataConfig(partition=UNEVEN, split=SplitConfig(validation=0, test=0)),
+            "has 1 row,",
+        ),
+    ],
+    ids=["proxy", "limit", "uneven", "no split"],
+)
+def test_too_few_rows_raise(config: DataConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        federate(numbered(), config, THREE, 0)
 
 
 def test_in_order_partition_sorts_client_ids_naturally() -> None:

@@ -263,14 +263,13 @@ def test_patient_column_of_tables(tmp_path: Path) -> None:
     found = table(path, "who", who=["p10", "p2", " p2", "p1"] * 2)
     assert found.train.patient is not None and found.train.patient.tolist() == [2, 1, 1, 0] * 2
     assert found.train.patient_names == ("p1", "p2", "p10") and found.columns == ("a", "b")
-    with pytest.raises(
-        UserError, match=r"data\.patient: column 'wo' not found in .*; did you mean 'who'"
+    for patient, who, message in (
+        ("wo", range(8), r"data\.patient: column 'wo' not found in .*; did you mean 'who'"),
+        ("ill", range(8), r"data\.patient: must differ from label, got 'ill'"),
+        ("who", ["x", None] * 4, "row 2, column 'who': missing value"),
     ):
-        table(path, "wo", who=range(8))
-    with pytest.raises(UserError, match=r"data\.patient: must differ from label, got 'ill'"):
-        table(path, "ill")
-    with pytest.raises(UserError, match="row 2, column 'who': missing value"):
-        table(path, "who", who=["x", None] * 4)
+        with pytest.raises(UserError, match=message):
+            table(path, patient, who=who)
 
 
 @pytest.mark.parametrize("name", ["patient_id", "SubjectNo", "person", "MRN"])

@@ -99,23 +99,35 @@ def test_group_without_early_rows_is_named() -> None:
         federated(dated(groups=groups), partition=NATURAL)
 
 
-def test_random_partitions_of_temporal_sets_are_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"partition\.kind=drawn cannot be combined with the time series arrays"
-    ):
-        federated(dated(), partition=PartitionConfig(kind="drawn", rows=20))
-    with pytest.raises(
-        UserError, match=r"data\.patient: cannot be combined with the time series arrays"
-    ):
-        federated(dated(patient=[i // 2 for i in range(200)]))
-    with pytest.raises(UserError, match="remove them or time"):
-        dated(test=(torch.zeros(2, 1), torch.zeros(2)))
-    with pytest.raises(
-        UserError, match=r"data\.split: client '.' has \d rows, too few to split off"
-    ):
-        federated(
-            dated(20), partition=PartitionConfig(min_size=2), split=SplitConfig(validation=0.01)
-        )
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: federated(dated(), partition=PartitionConfig(kind="drawn", rows=20)),
+            r"partition\.kind=drawn cannot be combined with the time series arrays",
+        ),
+        (
+            lambda: federated(dated(patient=[i // 2 for i in range(200)])),
+            r"data\.patient: cannot be combined with the time series arrays",
+        ),
+        (
+            lambda: dated(test=(torch.zeros(2, 1), torch.zeros(2))),
+            "remove them or time",
+        ),
+        (
+            lambda: federated(
+                dated(20), partition=PartitionConfig(min_size=2), split=SplitConfig(validation=0.01)
+            ),
+            r"data\.split: client '.' has \d rows, too few to split off",
+        ),
+    ],
+    ids=["drawn", "patient", "test", "few rows"],
+)
+def test_random_partitions_of_temporal_sets_are_refused(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_dates_may_be_given_as_strings() -> None:

@@ -6,6 +6,7 @@ import datetime
 import shutil
 import ssl
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,6 @@ def test_certificate_of_another_host_is_refused(files: ServerFiles) -> None:
         check_server_files(files, ["fl.example.com"])
 
 
-def test_mismatched_key_or_authority_is_refused(files: ServerFiles, tmp_path: Path) -> None:
-    other = make_server_files(tmp_path, ["fl.example.org"])
-    with pytest.raises(UserError, match=r"server.key: does not match the certificate .*server.pem"):
-        check_server_files(ServerFiles(files.authority, files.certificate, other.key))
-    with pytest.raises(UserError, match=r"server.pem: not signed by .*authority.pem"):
-        check_server_files(ServerFiles(other.authority, files.certificate, files.key))
-
-
 def test_expired_and_future_certificates_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,15 +67,42 @@ def test_expired_and_future_certificates_are_refused(
         check_server_files(make_server_files(tmp_path / "new", ["a"]))
 
 
-def test_other_files(files: ServerFiles, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"none.pem: the server's certificate cannot be read \(No such file"
-    ):
-        check_server_files(ServerFiles(files.authority, tmp_path / "none.pem", files.key))
-    with pytest.raises(UserError, match=r"server.key: expected a certificate in PEM"):
-        check_server_files(ServerFiles(files.authority, files.key, files.key))
-    with pytest.raises(UserError, match=r"server.pem: expected a private key in PEM"):
-        check_server_files(ServerFiles(files.authority, files.certificate, files.certificate))
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (
+            lambda own, other: (own.authority, own.certificate, other.key),
+            r"server.key: does not match the certificate .*server.pem",
+        ),
+        (
+            lambda own, other: (other.authority, own.certificate, own.key),
+            r"server.pem: not signed by .*authority.pem",
+        ),
+        (
+            lambda own, other: (own.authority, other.key.with_name("none.pem"), own.key),
+            r"none.pem: the server's certificate cannot be read \(No such file",
+        ),
+        (
+            lambda own, other: (own.authority, own.key, own.key),
+            r"server.key: expected a certificate in PEM",
+        ),
+        (
+            lambda own, other: (own.authority, own.certificate, own.certificate),
+            r"server.pem: expected a private key in PEM",
+        ),
+    ],
+    ids=["key", "authority", "missing", "certificate of another kind", "key of another kind"],
+)
+def test_files_that_do_not_fit_are_refused(
+    choose: Callable[[ServerFiles, ServerFiles], tuple[Path, Path, Path]],
+    message: str,
+    files: ServerFiles,
+    tmp_path: Path,
+) -> None:
+    other = make_server_files(tmp_path, ["fl.example.org"])
+
+    with pytest.raises(UserError, match=message):
+        check_server_files(ServerFiles(*choose(files, other)))
 
 
 def test_node_key_round_trip(tmp_path: Path) -> None:

@@ -94,18 +94,18 @@ def test_table_targets_are_matched_by_name(tmp_path: Path) -> None:
     scores = evaluate(run, str(table), label="y1,y2")["a"]
     # errors are 0.5 for y1 and 0 for y2, and large in the column order of the table
     assert scores["mae"] == pytest.approx(0.25)
-    with pytest.raises(
-        UserError, match=r"^label: missing; set the column of the labels, choose from x, y1, y2"
+    for source, label, message in (
+        (table, None, r"^label: missing; set the column of the labels, choose from x, y1, y2"),
+        (table, "y3", r"^label: column 'y3' not found in"),
+        (
+            tmp_path / "tt.csv",
+            None,
+            r"^data: file or folder '.*/tt\.csv' not found; did you mean 't\.csv'\?",
+        ),
+        ("digits", "y", r"^label: does not apply to source digits"),
     ):
-        evaluate(run, str(table))
-    with pytest.raises(UserError, match=r"^label: column 'y3' not found in"):
-        evaluate(run, str(table), label="y3")
-    with pytest.raises(
-        UserError, match=r"^data: file or folder '.*/tt\.csv' not found; did you mean 't\.csv'\?"
-    ):
-        evaluate(run, str(tmp_path / "tt.csv"))
-    with pytest.raises(UserError, match=r"^label: does not apply to source digits"):
-        evaluate(run, "digits", label="y")
+        with pytest.raises(UserError, match=message):
+            evaluate(run, str(source), label=label)
 
 
 def test_evaluate_command_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,21 +105,21 @@ def test_generated_sets_are_marked_and_learnable(tmp_path: Path) -> None:
         )
 
 
-def test_unknown_name_suggests_nearest_source() -> None:
-    with pytest.raises(
-        UserError, match=r"^data\.name: unknown source 'chest_xry'; did you mean 'chest_xray'\?$"
-    ):
-        load_source(SourceConfig(name="chest_xry"), Path())
-    with pytest.raises(UserError, match="did you mean 'pathmnist'"):
-        load_source(SourceConfig(name="medmnist:pathmnst"), Path())
-    with pytest.raises(
-        UserError, match=r"unknown source 'csv'; did you mean 'table'\? It reads \.csv files$"
-    ):
-        load_source(SourceConfig(name="csv"), Path())
-    with pytest.raises(
-        UserError, match=r"choose from .*, … \(.*hetero_fl\.data\.list_sources\(\).*\)$"
-    ):
-        load_source(SourceConfig(name="qqqq"), Path())
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("chest_xry", r"^data\.name: unknown source 'chest_xry'; did you mean 'chest_xray'\?$"),
+        ("medmnist:pathmnst", "did you mean 'pathmnist'"),
+        ("csv", r"unknown source 'csv'; did you mean 'table'\? It reads \.csv files$"),
+        ("qqqq", r"choose from .*, … \(.*hetero_fl\.data\.list_sources\(\).*\)$"),
+    ],
+)
+def test_unknown_name_suggests_nearest_source(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_source(SourceConfig(name=name), Path())
+
+
+def test_sources_are_listed() -> None:
     assert {
         "chest_xray",
         "digits",
@@ -131,18 +131,28 @@ def test_unknown_name_suggests_nearest_source() -> None:
     } <= set(list_sources())
 
 
-def test_unused_source_keys_are_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.label: does not apply to source digits"):
-        load_source(SourceConfig(name="digits", label="y"), Path())
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "digits", "label": "y"}, r"data\.label: does not apply to source digits"),
+        ({"name": "npz"}, "data.path: missing; npz reads"),
+        ({"name": "table"}, "data.path: missing; table reads"),
+        ({"name": "image_folder"}, "data.path: missing; image_folder reads"),
+        ({"path": "no/such/file.npz"}, r"data\.path: file 'no/such/file\.npz' not found"),
+    ],
+)
+def test_unused_and_missing_source_keys_are_refused(keys: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_source(SourceConfig.model_validate(keys), Path())
+
+
+def test_error_names_the_section_of_a_source() -> None:
+    source = SourceConfig(name="npz", path="x.npz", group="g")
+
     with pytest.raises(
         UserError, match=r"data\.proxy\.source\.group: does not apply to source npz"
     ):
-        load_source(SourceConfig(name="npz", path="x.npz", group="g"), Path(), "data.proxy.source")
-    for name in ("npz", "table", "image_folder"):
-        with pytest.raises(UserError, match=f"data.path: missing; {name} reads"):
-            load_source(SourceConfig(name=name), Path())
-    with pytest.raises(UserError, match=r"data\.path: file 'no/such/file\.npz' not found"):
-        load_source(SourceConfig(path="no/such/file.npz"), Path())
+        load_source(source, Path(), "data.proxy.source")
 
 
 def test_source_can_be_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

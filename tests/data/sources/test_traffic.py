@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -235,18 +236,20 @@ def test_gaps_may_be_skipped(tmp_path: Path) -> None:
         assert 0 < len(skipped) < len(full)
 
 
-def test_named_columns_must_exist(tmp_path: Path) -> None:
-    path = written(table(), tmp_path)
-    with pytest.raises(UserError, match=r"data\.series\.weather: column 'rian' not found in"):
-        load(path, weather=("rian",))
-    with pytest.raises(
-        UserError, match=r"data\.series\.sites: site '3' not found in .*; choose from 1, 2"
-    ):
-        load(path, sites=("3",))
-    with pytest.raises(
-        UserError, match=r"data\.group: column 'Juncton' not found in .*; did you mean 'Junction'"
-    ):
-        load(path, group="Juncton")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weather": ("rian",)}, r"data\.series\.weather: column 'rian' not found in"),
+        ({"sites": ("3",)}, r"data\.series\.sites: site '3' not found in .*; choose from 1, 2"),
+        (
+            {"group": "Juncton"},
+            r"data\.group: column 'Juncton' not found in .*; did you mean 'Junction'",
+        ),
+    ],
+)
+def test_named_columns_must_exist(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load(written(table(), tmp_path), **keys)
 
 
 def test_invalid_series_settings_are_refused() -> None:

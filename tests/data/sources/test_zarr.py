@@ -118,13 +118,14 @@ def test_malformed_store_is_named(tmp_path: Path, changes: dict[str, Any], messa
 
 
 def test_missing_and_other_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"folder '.*none\.zarr' not found"):
-        load(tmp_path / "none.zarr")
-    with pytest.raises(UserError, match="not a readable zarr store"):
-        load(tmp_path)
     zarr.create_array(str(tmp_path / "array.zarr"), shape=(3,), dtype="uint8")
-    with pytest.raises(UserError, match="not a readable zarr store"):
-        load(tmp_path / "array.zarr")
+    for path, message in (
+        (tmp_path / "none.zarr", r"folder '.*none\.zarr' not found"),
+        (tmp_path, "not a readable zarr store"),
+        (tmp_path / "array.zarr", "not a readable zarr store"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(path)
     with pytest.raises(UserError, match=r"set data\.name=zarr and data\.path=set\.zarr"):
         load_source(SourceConfig(name="set.zarr"), tmp_path)
 

@@ -205,14 +205,19 @@ def test_results_of_another_benchmark_do_not_overwrite_the_published_archive(
 def test_rows_without_archived_runs_cannot_be_repeated(folder: Path, runs: InProcess) -> None:
     start(folder, "first")
     runs.jobs.clear()
-    with pytest.raises(UserError, match=r"unknown federation 'frst'; did you mean 'first'"):
-        repeat(folder, "frst", "local/all")
-    with pytest.raises(UserError, match=r"first: unknown row 'local/al'.*local/all"):
-        repeat(folder, "first", "local/al")
-    with pytest.raises(UserError, match=r"first: local/all: .*archive has no run with seed 7"):
-        repeat(folder, "first", "local/all", seeds=[7])
-    with pytest.raises(UserError, match=r"second: fedavg/all: .*archive has no run with seed 0"):
-        repeat(folder, "second", "fedavg/all")
+    for federation, row, options, message in (
+        ("frst", "local/all", {}, r"unknown federation 'frst'; did you mean 'first'"),
+        ("first", "local/al", {}, r"first: unknown row 'local/al'.*local/all"),
+        (
+            "first",
+            "local/all",
+            {"seeds": [7]},
+            r"first: local/all: .*archive has no run with seed 7",
+        ),
+        ("second", "fedavg/all", {}, r"second: fedavg/all: .*archive has no run with seed 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            repeat(folder, federation, row, **options)
     assert not runs.jobs
     runs.edit = lambda job: "out of memory" if job.seed else None
     with pytest.raises(RunFailedError, match=r"1 run failed\nlocal.* seed 1: out of memory"):

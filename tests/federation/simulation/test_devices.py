@@ -187,25 +187,28 @@ def test_impossible_settings_are_refused() -> None:
         FaultsConfig(before=0.6, lost=0.6)
     with pytest.raises(ValueError, match="deadline"):
         CohortConfig(partial_work=True)
-    with pytest.raises(UserError, match=r"devices.speed.median: must be > 0, got -1"):
-        prepare(config("fedavg", devices={"speed": {"median": -1}}))
-    with pytest.raises(
-        UserError,
-        match=r"devices.speed: expected a number or a mapping \{median, sigma\}, got 'fast'",
-    ):
-        prepare(config("fedavg", devices={"speed": "fast"}))
-    with pytest.raises(
-        UserError,
-        match=r"devices.up: expected a number or a mapping \{median, sigma\}, got \[1, 2\]",
-    ):
-        prepare(config("fedavg", devices={"up": [1, 2]}))
-    with pytest.raises(
-        UserError, match=r"devices: expected a mapping, got 'd.csv'; did you mean 'devices.file'"
-    ):
-        prepare(config("fedavg", devices="d.csv"))
     assert FaultsConfig.model_validate({"server": [], "lost": 0.5}) == FaultsConfig(lost=0.5)
-    with pytest.raises(UserError, match=r"devices\.sped.*speed"):
-        prepare(config("fedavg", devices={"sped": 3}))
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ({"speed": {"median": -1}}, r"devices.speed.median: must be > 0, got -1"),
+        (
+            {"speed": "fast"},
+            r"devices.speed: expected a number or a mapping \{median, sigma\}, got 'fast'",
+        ),
+        (
+            {"up": [1, 2]},
+            r"devices.up: expected a number or a mapping \{median, sigma\}, got \[1, 2\]",
+        ),
+        ("d.csv", r"devices: expected a mapping, got 'd.csv'; did you mean 'devices.file'"),
+        ({"sped": 3}, r"devices\.sped.*speed"),
+    ],
+)
+def test_invalid_devices_are_refused(devices: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(config("fedavg", devices=devices))
 
 
 def test_fingerprint_covers_file_content(tmp_path: Path) -> None:

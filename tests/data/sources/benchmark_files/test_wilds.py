@@ -244,15 +244,15 @@ def test_file_in_place_of_a_folder(name: str, file: str, tmp_path: Path) -> None
 
 
 def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.path: folder '.*none' not found"):
-        load(tmp_path / "none")
-    with pytest.raises(UserError, match=r"data\.path: file '.*metadata\.csv' not found"):
-        load(tmp_path, "iwildcam")
     path = write_iwildcam(tmp_path / "cameras")
-    with pytest.raises(UserError, match=r"set data\.size to resize all images"):
-        load(path, "iwildcam")
-    with pytest.raises(UserError, match="column 'cam' not found"):
-        load(path, "iwildcam", group="cam")
+    for folder, keys, message in (
+        (tmp_path / "none", {}, r"data\.path: folder '.*none' not found"),
+        (tmp_path, {"name": "iwildcam"}, r"data\.path: file '.*metadata\.csv' not found"),
+        (path, {"name": "iwildcam"}, r"set data\.size to resize all images"),
+        (path, {"name": "iwildcam", "group": "cam"}, "column 'cam' not found"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(folder, **keys)
     with pytest.raises(UserError, match="splits: does not apply to source digits"):
         load_source(SourceConfig(name="digits", splits="pooled"), tmp_path)
     text = (path / "metadata.csv").read_text().replace("train,", "id_val,")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -222,10 +223,7 @@ def test_closed_stderr_ends_run_silently(tmp_path: Path) -> None:
 
 
 def test_broken_pipe_to_another_process_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**options: object) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr(methods, "callback", broken)
+    monkeypatch.setattr(methods, "callback", Mock(side_effect=BrokenPipeError))
     with pytest.raises(BrokenPipeError):
         main(["methods"])
 

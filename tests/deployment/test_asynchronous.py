@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.experiment.session import _evaluate
 from hetero_fl.federation import asynchronous, real_time
@@ -159,10 +159,7 @@ def test_slots_are_given_to_connected_nodes(tmp_path: Path) -> None:
 def test_refusing_nodes_are_asked_a_limited_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Node, envelope: Envelope) -> Envelope:
-        raise RequestRefusedError("not today")
-
-    monkeypatch.setattr(Node, "_run_task", refuse)
+    monkeypatch.setattr(Node, "_run_task", Mock(side_effect=RequestRefusedError("not today")))
     monkeypatch.setattr(real_time, "POLL_INTERVAL", 0.01)
     monkeypatch.setattr(asynchronous, "MAX_CONSECUTIVE_FAULTS", 3)
     with pytest.raises(

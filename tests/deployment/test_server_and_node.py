@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -198,10 +199,10 @@ def test_warnings_of_a_node_are_issued_once(
 def test_exception_while_a_node_prepares_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(_config: Any) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available")
-
-    monkeypatch.setattr("hetero_fl.deployment.node.load_federated_data", load)
+    monkeypatch.setattr(
+        "hetero_fl.deployment.node.load_federated_data",
+        Mock(side_effect=RuntimeError("CUDA error: no kernel image is available")),
+    )
     federation = Federation(tmp_path)
 
     with pytest.raises(RunFailedError, match=r"site_\d: the node failed: RuntimeError: CUDA error"):
@@ -251,13 +252,15 @@ def test_server_finishes_the_round_on_sigterm(signals: int, sites: Sites, tmp_pa
 
 def test_node_with_once_ends_after_a_finished_run(sites: Sites, tmp_path: Path) -> None:
     sites.once = True
-
-    def stop(record: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
+    interrupt = Mock(side_effect=KeyboardInterrupt)
 
     with pytest.raises(Interrupted):
         run_federation(
-            config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[stop]
+            config(**SERIAL),
+            sites.gathered(),
+            out=tmp_path / "out",
+            wait=LONG,
+            callbacks=[interrupt],
         )
     assert not any(stop.is_set() for stop in sites.stops)
     run_federation(config(**SERIAL), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -196,10 +197,7 @@ def test_run_with_a_large_population_resumes(tmp_path: Path) -> None:
     class StopError(Exception):
         pass
 
-    def stop(record: Any) -> None:
-        raise StopError
-
     with pytest.raises(StopError):
-        run(source, out=tmp_path / "cut", callbacks=[stop])
+        run(source, out=tmp_path / "cut", callbacks=[Mock(side_effect=StopError)])
     again = run(source, out=tmp_path / "cut", resume=True)
     assert [r["clients"] for r in again.metrics] == [r["clients"] for r in uninterrupted.metrics]

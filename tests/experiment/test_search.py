@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -414,10 +415,7 @@ def test_search_is_not_continued_with_other_settings(
 ) -> None:
     pytest.importorskip("optuna")
 
-    def stop(*arguments: object) -> None:
-        raise RunFailedError("stopped")
-
-    monkeypatch.setattr(search_module.Search, "_next", stop)
+    monkeypatch.setattr(search_module.Search, "_next", Mock(side_effect=RunFailedError("stopped")))
     arguments = {"config": CONFIG, "seeds": [0], "space": {LR: "0.1..0.2"}}
     for given in (arguments, {**arguments, "seeds": [0, 2]}):
         with pytest.raises(RunFailedError, match="stopped"):

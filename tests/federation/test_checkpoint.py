@@ -7,6 +7,7 @@ import random
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -171,11 +172,8 @@ def test_full_disk_keeps_previous_checkpoint(
     checkpoints = checkpoints_in(tmp_path)
     checkpoints.save(0, {"round": 0})
 
-    def full(handle: int) -> None:
-        raise OSError("no space left")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", Mock(side_effect=OSError("no space left")))
         with pytest.raises(OSError, match="no space"):
             checkpoints.save(1, {"round": 1})
     assert files(tmp_path)[1:] == ["round-000000.ckpt"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -280,10 +281,9 @@ def test_sum_that_nobody_decrypts_fails_the_round(monkeypatch: pytest.MonkeyPatc
     trainer = rounds_of(encrypted("fedproto", "mlp"), num_rounds=1)
     before = trainer.broadcasts.state  # type: ignore[attr-defined]
 
-    def refuse(*arguments: Any) -> Any:
-        raise PayloadError("no memory left")
-
-    monkeypatch.setattr(hidden_server.HiddenServer, "aggregate", refuse)
+    monkeypatch.setattr(
+        hidden_server.HiddenServer, "aggregate", Mock(side_effect=PayloadError("no memory left"))
+    )
 
     with pytest.raises(
         RunFailedError,
@@ -297,10 +297,9 @@ def test_diverging_aggregation_keeps_the_state(monkeypatch: pytest.MonkeyPatch) 
     trainer = rounds_of(encrypted("fedavg", "mlp", rounds=5), num_rounds=1)
     before = trainer.broadcasts.state  # type: ignore[attr-defined]
 
-    def diverge(*arguments: Any) -> Any:
-        raise DivergedError("its loss is nan")
-
-    monkeypatch.setattr(hidden_server.HiddenServer, "aggregate", diverge)
+    monkeypatch.setattr(
+        hidden_server.HiddenServer, "aggregate", Mock(side_effect=DivergedError("its loss is nan"))
+    )
 
     record = trainer.run_round()
 

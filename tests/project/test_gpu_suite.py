@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -31,10 +32,7 @@ def test_part_is_measured_once_and_listed(tmp_path: Path) -> None:
 def test_failing_part_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(setting: Setting) -> Outcome:
-        raise ValueError("on purpose")
-
-    monkeypatch.setitem(PARTS, "pfl_research", (fail, 1))
+    monkeypatch.setitem(PARTS, "pfl_research", (Mock(side_effect=ValueError("on purpose")), 1))
     monkeypatch.setitem(PARTS, "htfllib", (lambda setting: Outcome("fine"), 1))
 
     missing = run_parts(["pfl_research", "htfllib"], DRY, tmp_path, minutes=9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -31,10 +32,7 @@ def test_failed_write_keeps_the_old_content(
 ) -> None:
     write_atomically(tmp_path / "a.bin", b"old")
 
-    def full(handle: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         write_atomically(tmp_path / "a.bin", b"new")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a.bin": b"old"}

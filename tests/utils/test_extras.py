@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,10 +72,10 @@ def test_history_without_pandas_names_the_extra() -> None:
 def test_command_reports_a_missing_package_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*args: object, **options: object) -> None:
-        raise ModuleNotFoundError("No module named 'scipy'", name="scipy.stats")
-
-    monkeypatch.setattr("hetero_fl.cli.method_list.print_methods", fail)
+    monkeypatch.setattr(
+        "hetero_fl.cli.method_list.print_methods",
+        Mock(side_effect=ModuleNotFoundError("No module named 'scipy'", name="scipy.stats")),
+    )
 
     assert main(["methods"]) == 2
     line = "error: scipy is not installed; run pip install 'hetero_fl[compare]'\n"

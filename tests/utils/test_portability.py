@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -37,10 +38,10 @@ def test_cores_are_counted_without_affinity(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_processor_is_described_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise FileNotFoundError(errno.ENOENT, "no such file", "/proc/cpuinfo")
-
-    monkeypatch.setattr("builtins.open", fail)
+    monkeypatch.setattr(
+        "builtins.open",
+        Mock(side_effect=FileNotFoundError(errno.ENOENT, "no such file", "/proc/cpuinfo")),
+    )
 
     assert environment.processor_name()
 
@@ -108,11 +109,10 @@ class Kernel:
 def test_windows_is_asked_for_a_process_without_a_signal(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel, is_running: bool
 ) -> None:
-    def fail(*_: object) -> None:
-        raise AssertionError("os.kill interrupts a process on Windows")
-
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(os, "kill", fail)
+    monkeypatch.setattr(
+        os, "kill", Mock(side_effect=AssertionError("os.kill interrupts a process on Windows"))
+    )
     monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
 
     assert processes.is_process_running(42) is is_running

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -216,10 +217,9 @@ def test_missing_package_names_the_extra(
 def test_interrupt_during_download_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", interrupted)
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_url", Mock(side_effect=KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         get("pathmnist", tmp_path)
 

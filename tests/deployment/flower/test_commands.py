@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -45,10 +46,7 @@ def test_other_versions_of_flower_are_refused(found: str, monkeypatch: pytest.Mo
 
 
 def test_missing_flower_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: str) -> str:
-        raise PackageNotFoundError
-
-    monkeypatch.setattr(commands, "version", missing)
+    monkeypatch.setattr(commands, "version", Mock(side_effect=PackageNotFoundError))
     with pytest.raises(UserError, match="flwr: not installed"):
         commands.check_flower()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -274,13 +275,10 @@ def test_run_stopped_by_flower_is_named(grid: FakeGrid, transport: GridTransport
     class RunNotRunningException(BaseException):
         """Stand in for Flower's exception of this name."""
 
-    def stopped(_: object) -> Any:
-        raise RunNotRunningException
-
     grid.join(echo)
     (node,) = transport.nodes()
     number = transport.push(node, Envelope(), 60.0)
-    grid.push_messages = grid.pull_messages = stopped  # type: ignore[method-assign]
+    grid.push_messages = grid.pull_messages = Mock(side_effect=RunNotRunningException)  # type: ignore[method-assign]
 
     with pytest.raises(RunFailedError, match="Flower has stopped the run"):
         transport.pull([number], 10.0)

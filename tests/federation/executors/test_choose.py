@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,11 +129,8 @@ def test_steps_are_timed_if_the_estimate_is_inconclusive(
     assert found.model_bytes == pytest.approx(load.model_bytes / factor)
     assert found.thread_speedup == pytest.approx(threads_speedup(2))
 
-    def never(*_: Any) -> float:
-        raise AssertionError("timed")
-
     monkeypatch.setattr(module, "available_cores", lambda: 2)
-    monkeypatch.setattr(module, "measure_step", never)
+    monkeypatch.setattr(module, "measure_step", Mock(side_effect=AssertionError("timed")))
     short = prepare(config("local", models=MIXED, rounds=1, runtime={}))
     assert choose_executor(short.config, short.federation).executor == "serial"
     with pytest.raises(AssertionError, match="timed"):
@@ -154,11 +152,8 @@ def test_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choice_for_nodes_does_not_depend_on_timing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def never(*_: Any) -> float:
-        raise AssertionError("timed")
-
     monkeypatch.setattr(module, "available_cores", lambda: 2)
-    monkeypatch.setattr(module, "measure_step", never)
+    monkeypatch.setattr(module, "measure_step", Mock(side_effect=AssertionError("timed")))
     prepared = prepare(config("local", models=MIXED, rounds=1_000_000, runtime={}))
     assert choose_for_nodes(prepared).chunk == 1
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -198,35 +199,25 @@ DEEP = {
 DAMAGED = {**FINISHED, **DEEP}
 
 
-@pytest.mark.parametrize("case", DAMAGED)
-def test_check_names_the_damage_of_a_finished_run(
-    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_check_and_resume_name_the_damage_of_a_finished_run(
+    damage: Damage, message: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage, message = DAMAGED[case]
     damage(finished)
 
     assert main(["check", str(finished)]) == 2
-
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {finished / message}")
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_resume_refuses_a_damaged_finished_run(
-    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damage, message = DAMAGED[case]
-    damage(finished)
-
     assert main(["train", "--resume", "--out", str(finished)]) == 2
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {finished / message}")
 
 
-@pytest.mark.parametrize("case", FINISHED)
-def test_opening_a_damaged_run_names_the_damage(case: str, finished: Path) -> None:
-    damage, message = FINISHED[case]
+@pytest.mark.parametrize(("damage", "message"), FINISHED.values(), ids=FINISHED)
+def test_opening_a_damaged_run_names_the_damage(
+    damage: Damage, message: str, finished: Path
+) -> None:
     damage(finished)
 
     with pytest.raises(UserError) as error:
@@ -397,11 +388,10 @@ UNFINISHED = {
 }
 
 
-@pytest.mark.parametrize("case", UNFINISHED)
+@pytest.mark.parametrize(("damage", "message"), UNFINISHED.values(), ids=UNFINISHED)
 def test_resume_refuses_a_damaged_unfinished_run(
-    case: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+    damage: Damage, message: str, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage, message = UNFINISHED[case]
     damage(stopped)
 
     assert main(["check", str(stopped)]) == 2
@@ -456,18 +446,14 @@ def test_resume_never_restarts_a_run_with_results(
     assert main(["train", "--resume", "--out", str(finished)]) == 2
 
     assert f"{finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
-    after = {path: path.read_bytes() for path in before}
-    assert after == before
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_run_stopped_in_first_round_requires_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(self: SynchronousTrainer) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(SynchronousTrainer, "run_round", stop)
+        patched.setattr(SynchronousTrainer, "run_round", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(Interrupted):
             run(SOURCE, out=tmp_path / "a")
     assert main(["check", str(tmp_path / "a")]) == 0
@@ -485,11 +471,8 @@ def test_run_stopped_in_first_round_requires_checkpoint(
 def test_run_stopped_before_first_checkpoint_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: Checkpoints, *given: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "save", stop)
+        patched.setattr(Checkpoints, "save", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(Interrupted):
             run(SOURCE, out=tmp_path / "a")
     assert main(["check", str(tmp_path / "a")]) == 0
@@ -669,18 +652,13 @@ def test_checksums_match_sha256sum(prepared_runs: Path) -> None:
 
 def test_missing_configuration_is_named(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (stopped / "config.yaml").unlink()
-    assert main(["check", str(stopped)]) == 2
-    assert f"error: {stopped / 'config.yaml'}: missing" in capsys.readouterr().err
-    assert main(["train", "--resume", "--out", str(stopped)]) == 2
-    assert f"{stopped / 'config.yaml'}: missing" in capsys.readouterr().err
-    Path(stopped.parent / "c.yaml").write_text(yaml.safe_dump(SOURCE))
-    assert (
-        main(
-            ["train", "--resume", "--config", str(stopped.parent / "c.yaml"), "--out", str(stopped)]
-        )
-        == 2
-    )
-    assert f"{stopped / 'config.yaml'}: missing" in capsys.readouterr().err
+    source = stopped.with_name("c.yaml")
+    source.write_text(yaml.safe_dump(SOURCE))
+    resume = ["train", "--resume", "--out", str(stopped)]
+
+    for command in (["check", str(stopped)], resume, [*resume, "--config", str(source)]):
+        assert main(command) == 2
+        assert f"error: {stopped / 'config.yaml'}: missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("clients", "rows"), [(20, 20), (21, 11)])

@@ -23,6 +23,7 @@ from tests.helpers.python_federations import QUIET
 
 ROWS = 60
 X = np.random.default_rng(0).random((ROWS, 3), dtype=np.float32)
+FRAME = pd.DataFrame(X, columns=list("abc"))
 
 
 def load(folder: Path, name: str, path: str, **settings: Any) -> Dataset:
@@ -35,21 +36,14 @@ def read_npz(folder: Path, y: np.ndarray, **settings: Any) -> Dataset:
 
 
 def read_csv(folder: Path, y: np.ndarray, **settings: Any) -> Dataset:
-    frame = pd.DataFrame(X, columns=list("abc"))
     labels = pd.DataFrame(y.reshape(len(y), -1)).add_prefix("y")
-    pd.concat([frame, labels], axis=1).to_csv(folder / "d.csv", index=False)
+    pd.concat([FRAME, labels], axis=1).to_csv(folder / "d.csv", index=False)
     return load(folder, "table", "d.csv", label=",".join(labels.columns), **settings)
-
-
-def read_frame(_folder: Path, y: np.ndarray) -> Dataset:
-    frame = pd.DataFrame(X, columns=list("abc")).assign(y=y)
-    return to_dataset(frame, "data", "y")
 
 
 def read_hub(_folder: Path, y: np.ndarray) -> Dataset:
     datasets = pytest.importorskip("datasets")
-    frame = pd.DataFrame(X, columns=list("abc")).assign(y=y)
-    return to_dataset(datasets.Dataset.from_pandas(frame), "data", "y")
+    return to_dataset(datasets.Dataset.from_pandas(FRAME.assign(y=y)), "data", "y")
 
 
 def read_htfllib(folder: Path, y: np.ndarray) -> Dataset:
@@ -70,7 +64,7 @@ def read_images(folder: Path, y: np.ndarray) -> Dataset:
 WAYS: dict[str, Callable[[Path, np.ndarray], Dataset]] = {
     "arrays": lambda _folder, y: to_dataset((X, y), "data"),
     "tensors": lambda _folder, y: to_dataset((torch.tensor(X), torch.tensor(y)), "data"),
-    "frame": read_frame,
+    "frame": lambda _folder, y: to_dataset(FRAME.assign(y=y), "data", "y"),
     "hub": read_hub,
     "npz": read_npz,
     "csv": read_csv,
@@ -281,7 +275,7 @@ def test_classes_without_training_rows_are_a_caution(
 def test_frames_with_decimal_commas_are_read_as_files(tmp_path: Path) -> None:
     numbers = np.resize([0.05, 1.5, 2.25, -3.0], ROWS)
     commas = [f"{number:.2f}".replace(".", ",") for number in numbers]
-    frame = pd.DataFrame(X, columns=list("abc")).assign(dose=commas, y=commas)
+    frame = FRAME.assign(dose=commas, y=commas)
     frame.to_csv(tmp_path / "d.csv", index=False, sep=";")
     proxy = frame.drop(columns="y").assign(a=1.0)
 
@@ -346,7 +340,7 @@ def test_tensors_that_are_not_dense_and_real_are_refused(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*training rows")
 def test_booleans_of_arrays_and_frames_are_the_same_classes() -> None:
     y = np.arange(ROWS) % 2 == 1
-    frame = pd.DataFrame(X, columns=list("abc")).assign(y=y)
+    frame = FRAME.assign(y=y)
     of_array = [hfl.Client("a", "mlp", (X, y)), hfl.Client("t", "mlp", (X, torch.tensor(y)))]
     of_frame = [hfl.Client("b", "mlp", frame, label="y")]
 

@@ -43,64 +43,45 @@ def clients(first: Any, second: Any, **options: Any) -> list[hfl.Client]:
     ]
 
 
-def arrays_of_clients() -> hfl.Federation:
-    parts = {"north": visits(40), "south": visits(40, seed=1)}
-    return hfl.Federation(
-        [
-            hfl.Client(name, model="mlp", data=(x, y), patient=who)
-            for name, (x, y, who) in parts.items()
-        ],
-        proxy=20,
-    )
-
-
-def frames_of_clients() -> hfl.Federation:
-    return hfl.Federation(
-        clients(frame(40, prefix="p"), frame(40, seed=1, prefix="q")),
-        label="ill",
-        patient="pid",
-        proxy=20,
-    )
-
-
-def divided_tensors() -> hfl.Federation:
-    x, y, who = (torch.as_tensor(each) for each in visits(80))
-    data = torch.utils.data.TensorDataset(x, y)
-    return hfl.Federation(clients(None, None), data=data, patient=who, proxy=20)
-
-
-def clients_with_given_test() -> hfl.Federation:
-    return hfl.Federation(
-        clients(frame(40), frame(40, seed=1), label="ill", patient="pid"),
-        test=frame(20, 1, seed=2).drop(columns="pid"),
-        label="ill",
-    )
-
-
-def split_clients() -> hfl.Federation:
-    x, y, who = visits(80)
-    return hfl.Federation(hfl.split((x, y), 2, patient=who, model="mlp"))
-
-
 def warnings_of(federation: hfl.Federation, **options: Any) -> list[str]:
     prepared = federation.prepare(hfl.FedAvg(), rounds=1, **options)
     return [note for note in prepared.notes if isinstance(note, Caution)]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        arrays_of_clients,
-        frames_of_clients,
-        divided_tensors,
-        clients_with_given_test,
-        split_clients,
-    ],
-)
-def test_rows_of_a_patient_are_on_one_side_of_every_cut(make: Callable[[], hfl.Federation]) -> None:
-    federation = make()
+FEDERATIONS: dict[str, Callable[[], hfl.Federation]] = {
+    "arrays of clients": lambda: hfl.Federation(
+        [
+            hfl.Client(name, "mlp", (x, y), patient=who)
+            for name, (x, y, who) in (("north", visits(40)), ("south", visits(40, seed=1)))
+        ],
+        proxy=20,
+    ),
+    "frames of clients": lambda: hfl.Federation(
+        clients(frame(40, prefix="p"), frame(40, seed=1, prefix="q")),
+        label="ill",
+        patient="pid",
+        proxy=20,
+    ),
+    "divided tensors": lambda: hfl.Federation(
+        clients(None, None),
+        data=torch.utils.data.TensorDataset(*map(torch.as_tensor, visits(80)[:2])),
+        patient=torch.as_tensor(visits(80)[2]),
+        proxy=20,
+    ),
+    "given test": lambda: hfl.Federation(
+        clients(frame(40), frame(40, seed=1), label="ill", patient="pid"),
+        test=frame(20, 1, seed=2).drop(columns="pid"),
+        label="ill",
+    ),
+    "split clients": lambda: hfl.Federation(
+        hfl.split(visits(80)[:2], 2, patient=visits(80)[2], model="mlp")
+    ),
+}
 
-    prepared = federation.prepare(hfl.FedAvg(), rounds=1)
+
+@pytest.mark.parametrize("make", FEDERATIONS.values(), ids=FEDERATIONS)
+def test_rows_of_a_patient_are_on_one_side_of_every_cut(make: Callable[[], hfl.Federation]) -> None:
+    prepared = make().prepare(hfl.FedAvg(), rounds=1)
 
     data = prepared.data
     parts = [*data.public_sets.values()]

@@ -205,45 +205,42 @@ def test_resume_command_names_the_script_as_started(
     assert line == "interrupted; to resume: python3 scripts/train.py --resume --out 'a run'"
 
 
-def test_interrupt_before_the_run_promises_no_resume(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("work", "arguments", "message"),
+    [
+        (
+            "experiment.runner.prepare",
+            ["train", "--config", "c.yaml", "--out", "a"],
+            "interrupted before the first checkpoint; there is no run to resume\n",
+        ),
+        ("reporting.run.Run", ["join", "a run", "--data", "digits"], "interrupted\n"),
+        (
+            "experiment.comparison.compare.ComparisonPlan",
+            ["compare", "--config", "c.yaml", "--algorithms", "local", "--out", "a b"],
+            "interrupted; to resume: hetero-fl compare --config c.yaml --algorithms local "
+            "--out 'a b'\n",
+        ),
+        (
+            "experiment.benchmark.runner.benchmark",
+            ["benchmark", "--out", "a b"],
+            "interrupted; to resume: hetero-fl benchmark --out 'a b'\n",
+        ),
+    ],
+    ids=["train", "join", "compare", "benchmark"],
+)
+def test_interrupt_before_the_first_checkpoint_says_how_to_resume(
+    work: str,
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("hetero_fl.experiment.runner.prepare", stop)
-    assert main(["train", "--config", "c.yaml", "--out", "a"]) == 130
-    message = "interrupted before the first checkpoint; there is no run to resume\n"
-    assert capsys.readouterr().err == message
-
-
-def test_interrupt_of_a_command_without_checkpoints(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("hetero_fl.reporting.run.Run", stop)
-    assert main(["join", "a run", "--data", "digits"]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-@pytest.mark.parametrize("command", ["compare", "benchmark"])
-def test_interrupt_before_the_first_run_of_many_repeats_the_command(
-    command: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("hetero_fl.experiment.comparison.compare.ComparisonPlan", stop)
-    monkeypatch.setattr("hetero_fl.experiment.benchmark.runner.benchmark", stop)
-    options = {"compare": ["--config", "c.yaml", "--algorithms", "local"], "benchmark": []}
-    arguments = [command, *options[command], "--out", "a b"]
+    monkeypatch.setattr(f"hetero_fl.{work}", Mock(side_effect=KeyboardInterrupt))
 
     assert main(arguments) == 130
 
-    line = f"interrupted; to resume: {shlex.join(['hetero-fl', *arguments])}\n"
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err == message
 
 
 def test_resume_suggests_the_nearest_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

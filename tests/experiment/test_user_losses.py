@@ -203,8 +203,7 @@ def test_objective_with_a_scalar_is_equal_on_all_executors() -> None:
         own.train(hfl.FedAvg(), rounds=1, overrides=overrides) for overrides in (QUIET, BATCHED)
     )
 
-    head, other = (run.models["site_1"].tensors["head.weight"] for run in (serial, batched))
-    assert torch.allclose(head, other, atol=1e-5)
+    assert torch.allclose(weights(serial), weights(batched), atol=1e-5)
 
 
 def test_terms_of_a_method_are_added_to_the_loss() -> None:
@@ -230,22 +229,20 @@ def test_terms_of_a_method_are_added_to_the_loss() -> None:
         return loss(logits, y) + sum((p - q.detach()).square().sum() for p, q in pairs)
 
     train_with_torch(trained, proximal, seen, 1)
-    head = run.models["site_1"].tensors["head.weight"]
-    assert torch.allclose(head, trained.state_dict()["1.weight"], atol=2e-5)
+    assert torch.allclose(weights(run), trained.state_dict()["1.weight"], atol=2e-5)
 
 
 def test_private_loss_is_that_of_single_rows() -> None:
     privacy = hfl.Privacy(unit="record", noise_multiplier=1.0, clip=0.5)
-    losses = (None, functional.cross_entropy)
 
-    runs = [
+    default, own = (
         federation(objective=loss, init="seeded").train(
             hfl.FedAvg(), rounds=1, privacy=privacy, overrides=QUIET
         )
-        for loss in losses
-    ]
+        for loss in (None, functional.cross_entropy)
+    )
 
-    assert torch.allclose(weights(runs[0]), weights(runs[1]), atol=1e-6)
+    assert torch.allclose(weights(default), weights(own), atol=1e-6)
 
 
 def log_softmax_model(last: nn.Module) -> nn.Module:
@@ -501,31 +498,25 @@ def test_loss_that_cannot_keep_its_meaning_is_refused(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("overrides", [QUIET, BATCHED], ids=["serial", "batched"])
-def test_loss_may_keep_its_last_value(overrides: list[str]) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
-    losses = (LoggedLoss(), nn.CrossEntropyLoss())
-
-    logged, plain = (
-        federation(model, objective=loss).train(hfl.Local(), rounds=1, overrides=overrides)
-        for loss in losses
-    )
-
-    assert torch.allclose(weights(logged), weights(plain), atol=1e-6)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_scripted_loss_is_accepted() -> None:
+@pytest.mark.parametrize("overrides", [QUIET, BATCHED], ids=["serial", "batched"])
+@pytest.mark.parametrize(
+    "make",
+    [LoggedLoss, lambda: torch.jit.script(nn.CrossEntropyLoss())],
+    ids=["last value", "scripted"],
+)
+def test_loss_may_keep_its_last_value_or_be_scripted(
+    make: Callable[[], Any], overrides: list[str]
+) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
-    losses = (torch.jit.script(nn.CrossEntropyLoss()), nn.CrossEntropyLoss())
 
-    scripted, plain = (
-        federation(model, objective=loss).train(hfl.Local(), rounds=1, overrides=QUIET)
-        for loss in losses
+    own, plain = (
+        federation(model, objective=loss).train(hfl.Local(), rounds=1, overrides=overrides)
+        for loss in (make(), nn.CrossEntropyLoss())
     )
 
-    assert torch.allclose(weights(scripted), weights(plain), atol=1e-6)
+    assert torch.allclose(weights(own), weights(plain), atol=1e-6)
 
 
 class TrainingSoftmax(nn.Softmax):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -148,7 +149,10 @@ def written(source: dict[str, Any], name: str = "small.yaml") -> str:
 
 
 def refused_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the error line of a refused command, which must have run and written nothing."""
+    """Return the error line of a refused command, which must have run and written nothing.
+
+    The module of the trap would have written a file.
+    """
     before = {path.name for path in Path().iterdir()}
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -195,7 +199,6 @@ def test_federations_refuse_code_that_a_file_names(
     more = ["--server", "net/server/server.yaml"] if command == "server" else []
     line = refused_line([command, "--config", file, "--out", "run", *more], capsys)
     assert line == f"{file}: clients.groups.0.model: {LINE.format(name=trap + 'Net')}"
-    assert not Path("imported").exists()
 
 
 def test_name_of_another_type_is_refused(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +212,6 @@ def test_name_of_another_type_is_refused(trap: str, capsys: pytest.CaptureFixtur
     assert "algorithm.mentee.name: 'python:" in refused_line(
         ["train", "--config", file, "--out", "run"], capsys
     )
-    assert not Path("imported").exists()
 
 
 def test_command_line_names_require_the_flag(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +225,6 @@ def test_command_line_names_require_the_flag(trap: str, capsys: pytest.CaptureFi
     study = written({"config": file, "algorithms": [name], "out": "all"}, "study.yaml")
     assert LINE.format(name=name) in refused_line(["compare", "--study", study], capsys)
     assert LINE.format(name=name) in refused_line(["methods", name], capsys)
-    assert not Path("imported").exists()
 
 
 def test_error_search_imports_no_code(trap: str) -> None:
@@ -286,8 +287,7 @@ def test_other_callables_are_refused_despite_the_flag(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def called(*_: Any, **__: Any) -> None:
-        raise AssertionError("it was called")
+    called = Mock(side_effect=AssertionError("it was called"))
 
     monkeypatch.setattr("os.system", called)
     monkeypatch.setattr("subprocess.Popen.__init__", called)
@@ -478,14 +478,13 @@ def test_commands_refuse_code_that_a_run_directory_names(
 def test_data_given_by_name_requires_the_flag(
     trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in ("evaluate", "join"):
-        line = refused_line([command, str(finished), "--data", f"{trap}rows"], capsys)
-        assert line == f"--data: {LINE.format(name=trap + 'rows')}"
-    line = refused_line(
-        ["join", str(finished), "--data", "digits", "--model", f"{trap}Net"], capsys
-    )
-    assert line == f"--model: {LINE.format(name=trap + 'Net')}"
-    assert not Path("imported").exists()
+    for command, option, name in (
+        (["evaluate"], "--data", f"{trap}rows"),
+        (["join"], "--data", f"{trap}rows"),
+        (["join", "--data", "digits"], "--model", f"{trap}Net"),
+    ):
+        line = refused_line([*command, str(finished), option, name], capsys)
+        assert line == f"{option}: {LINE.format(name=name)}"
 
 
 def test_resume_refuses_a_crafted_run(
@@ -493,7 +492,6 @@ def test_resume_refuses_a_crafted_run(
 ) -> None:
     crafted(finished, f"{trap}Net", "config")
     assert "names code" in refused_line(["train", "--resume", "--out", "run"], capsys)
-    assert not Path("imported").exists()
 
 
 def test_init_from_refuses_models_that_name_code(

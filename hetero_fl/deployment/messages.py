@@ -114,6 +114,19 @@ def head_value(head: Head, name: str, kind: type) -> Any:
     return value
 
 
+def check_file_name(name: str) -> str:
+    """Return a received name if it is safe to use as a file name.
+
+    Raises:
+        RequestRefusedError: If the name is not safe.
+    """
+    if not (name.isalnum() and len(name) <= 64):
+        raise RequestRefusedError(
+            f"file name: expected at most 64 letters and digits, got {name[:80]!r}"
+        )
+    return name
+
+
 def refusal_reason(answer: Envelope) -> str:
     """Return the reason in an unsuccessful answer as one short printable line.
 

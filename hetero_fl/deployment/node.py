@@ -37,6 +37,7 @@ from hetero_fl.deployment.messages import (
     FORM,
     LOG,
     RequestRefusedError,
+    check_file_name,
     data_info_tree,
     decode_body,
     evaluation_tree,
@@ -326,19 +327,6 @@ def _run_job(joined: ParticipatingRun, job: WorkerJob, what: str) -> JobResult:
     if done.error is not None:
         raise RunFailedError(f"{what}: {done.error}") from RemoteTracebackError(done.trace)
     return done
-
-
-def check_file_name(name: str) -> str:
-    """Return a received name if it is safe to use as a file name.
-
-    Raises:
-        RequestRefusedError: If the name is not safe.
-    """
-    if not (name.isalnum() and len(name) <= 64):
-        raise RequestRefusedError(
-            f"file name: expected at most 64 letters and digits, got {name[:80]!r}"
-        )
-    return name
 
 
 class Node:

@@ -89,10 +89,12 @@ class RunSession:
             "choice": self._choice.record(),
         }
         saved = self._checkpoints.load_newest()
+        extended: list[str] = []
         if saved is not None:
             try:
                 with refuse_malformed():
                     saved = self._restore(saved)
+                    extended = self._extend(saved)
             except CodecError as error:
                 raise UserError(f"{directory.path / 'checkpoint'}: damaged ({error})") from error
             threads = pluralize(self._choice.threads, "thread")
@@ -107,8 +109,7 @@ class RunSession:
                 "restore it, or start a new run in another folder"
             )
         directory.rewind_metrics(self.trainer.completed)
-        _record_output(directory, prepared.config)
-        extended = self._extend(saved)
+        _record_changes(directory, prepared.config)
         prepared.notes += extended
         self._metadata["directory"] = {
             **identity(directory),
@@ -172,21 +173,13 @@ class RunSession:
         earlier = self._checkpoints.load_before(completed)
         return earlier or self._checkpoints.load_newest() or saved
 
-    def _extend(self, saved: Mapping[str, Any] | None) -> list[str]:
-        """Record the number of rounds in `config.yaml`, and log if the run is extended.
-
-        Returns:
-            Notes on all extensions of the run so far.
-        """
+    def _extend(self, saved: Mapping[str, Any]) -> list[str]:
+        """Log if the run is extended, and return notes on all extensions of the run so far."""
         rounds = self._prepared.config.rounds
-        recorded = self._directory.config()
-        if recorded.get("rounds") != rounds:
-            self._directory.write_config({**recorded, "rounds": rounds})
-        if saved is None:
-            return []
         recorded_run = saved.get("directory", {})
         extended = list(recorded_run.get("extended", []))
-        if (planned := recorded_run.get("rounds", recorded.get("rounds", rounds))) < rounds:
+        planned = recorded_run.get("rounds", self._directory.config().get("rounds", rounds))
+        if planned < rounds:
             completed = saved["run"]["completed"]
             line = (
                 f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; "
@@ -343,12 +336,12 @@ class _BestModels:
             write_atomically(folder / f"{name}.safetensors", model)
 
 
-def _record_output(directory: RunDirectory, config: Config) -> None:
-    """Record the output settings of a resumed run, which may have changed, in `config.yaml`."""
+def _record_changes(directory: RunDirectory, config: Config) -> None:
+    """Record in `config.yaml` what may change in a resumed run: the rounds and the output."""
     recorded = directory.config()
-    output = config.output.model_dump(mode="json")
-    if recorded.get("output") != output:
-        directory.write_config({**recorded, "output": output})
+    current = {"rounds": config.rounds, "output": config.output.model_dump(mode="json")}
+    if recorded != {**recorded, **current}:
+        directory.write_config({**recorded, **current})
 
 
 def _read_history(directory: RunDirectory) -> list[Record]:

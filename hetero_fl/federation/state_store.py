@@ -78,7 +78,7 @@ class Segment:
             OSError: If the file cannot be read.
         """
         # `join` does not copy a single chunk.
-        return b"".join(self.stream(location, location.length))
+        return b"".join(self.stream(location, self.size))
 
     def stream(self, location: BlobLocation, chunk_size: int = CHUNK) -> Iterator[bytes]:
         """Yield the chunks of a blob, and verify the checksum after the last chunk.
@@ -88,10 +88,12 @@ class Segment:
             OSError: If the file cannot be read.
         """
         checksum = hashlib.sha256()
+        # The location may be damaged, too.
+        length = min(location.length, self.size)
         with open(self.path, "rb") as file:
             file.seek(location.offset)
-            for start in range(0, location.length, chunk_size):
-                chunk = file.read(min(chunk_size, location.length - start))
+            for start in range(0, length, chunk_size):
+                chunk = file.read(min(chunk_size, length - start))
                 checksum.update(chunk)
                 yield chunk
         if checksum.digest() != location.digest:

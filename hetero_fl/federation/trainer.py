@@ -64,6 +64,10 @@ class EvaluationResult:
     absent_clients: dict[str, str] = field(default_factory=dict)
 
 
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
     """Add the scores of an evaluation to the record of a round, in place."""
     by_name = {
@@ -540,7 +544,11 @@ class FederatedTrainer(ABC):
         self.completed = state["completed"]
         self.num_diverged = state.get("diverged", 0)
         to_storage = self.federation.memory.to_storage
-        self.server.models = to_storage(state["server"]["models"])
+        models = state["server"]["models"]
+        for slot, initial in self.server.models.items():
+            if _shapes(models[slot]) != _shapes(initial):
+                raise ValueError(f"server model {slot!r}: other tensors than in this run")
+        self.server.models = to_storage(models)
         self.server.state = to_storage(state["server"]["state"])
         self.traffic = Traffic(**{name: int(count) for name, count in state["traffic"].items()})
         self.rule_memory = state["aggregation"]

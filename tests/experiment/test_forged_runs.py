@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from hetero_fl.cli import main
@@ -119,11 +120,14 @@ TREES: dict[str, Change] = {
     **{key: partial(drop, key) for key in ("run", "choice")},
     "text": lambda tree: {**tree, "run": {**tree["run"], "completed": "x"}},
     "number": lambda tree: {**tree, "directory": 7},
+    "extended": lambda tree: {**tree, "directory": {**tree["directory"], "extended": 7}},
+    "server": lambda tree: {**tree, "run": {**tree["run"], "server": {"models": {}, "state": {}}}},
 }
 HEADS: dict[str, Change] = {
     **{key: partial(drop, key) for key in ("tree", "files", "places", "waiting")},
     "other folder": lambda head: {**head, "files": ["../x", "/dev/zero"]},
     "place": lambda head: {**head, "places": head["places"] + 2**40},
+    "length": lambda head: {**head, "places": head["places"] + torch.tensor([0, 0, 2**55])},
     "checksum": lambda head: {**head, "tree": [1, 2, "zz"]},
 }
 

@@ -49,6 +49,7 @@ from hetero_fl.data.sources.table_columns import (
     parse_numbers,
 )
 from hetero_fl.utils.errors import UserError, suggest_file
+from hetero_fl.utils.serialization import check_memory
 from hetero_fl.utils.text import Caution, format_list, prefix_note
 
 SEPARATORS = {",": "commas", ";": "semicolons", "|": "vertical bars", "\t": "tabs"}
@@ -86,6 +87,10 @@ def read_frame(
         raise UserError(f"{where}: unknown suffix '{kind}'; choose .csv, .tsv or .parquet")
     try:
         if kind == ".parquet":
+            from pyarrow.parquet import read_metadata
+
+            announced = read_metadata(path)
+            check_memory(8 * announced.num_rows * announced.num_columns, where)
             # Parquet files may have integers as names of columns.
             return pd.read_parquet(path).rename(columns=str)
         separator = "\t" if kind == ".tsv" else _detect_separator(path)

@@ -245,3 +245,16 @@ def test_invalid_files_are_named(tmp_path: Path) -> None:
         assert message.startswith("data.path: ") and str(tmp_path / name) in message
         assert "UserError" not in message
         assert words in message
+
+
+def test_announced_cells_of_parquet_are_compared_with_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column of equal values takes a few bytes for a million rows."""
+    pytest.importorskip("pyarrow")
+    FRAME.to_parquet(tmp_path / "t.parquet")
+    monkeypatch.setattr(Path, "read_text", lambda _: "MemAvailable: 0 kB")
+    monkeypatch.setattr(pd, "read_parquet", lambda _: pytest.fail("read"))
+
+    with pytest.raises(UserError, match=r"t\.parquet: needs 0\.0 GiB of memory"):
+        load(tmp_path / "t.parquet")

@@ -21,11 +21,14 @@ from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import UserError, closest, suggest_file
 
 # References to other keys by their full paths. OmegaConf would also call functions.
-REFERENCE = re.compile(r"\$\{([^{}:\[\]]*)\}")
-# Maximum number of values of a file after its aliases are replaced.
+REFERENCE = re.compile(r"\$\{([^{}:\\\s]+)\}")
+INVALID_REFERENCE = "invalid reference; write ${key.path}"
+# Maximum number of values by which aliases may enlarge a file, and of characters by which
+# references may.
 MAX_VALUES = 200_000
-# Maximum product of the number of characters of a file and those of its values with references.
 MAX_EXPANSION = 10_000_000
+# Maximum number of characters of a value with references, which take long to parse.
+MAX_REFERENCES = 10_000
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -173,7 +176,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(_describe_syntax_error(path, error)) from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key}: {_describe_reference_error(error)}") from None
+        raise UserError(f"{path}: {error.full_key}: {INVALID_REFERENCE}") from None
     except (OSError, ValueError, OverflowError) as error:
         # For example, the file is not UTF-8 or contains a number with thousands of digits.
         raise UserError(f"{path}: cannot be read: {error}") from None
@@ -197,10 +200,11 @@ def parse_yaml(text: str) -> Any:
 
     tokens = yaml.scan(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     values = (token.value for token in tokens if isinstance(token, yaml.ScalarToken))
-    if len(text) * sum(len(value) for value in values if "${" in value) > MAX_EXPANSION:
-        raise yaml.YAMLError("references expand to too many values; write the values")
-    loaded = OmegaConf.load(io.StringIO(text), max_yaml_expanded_nodes=MAX_VALUES)
-    return OmegaConf.to_container(loaded)
+    if any(len(value) > MAX_REFERENCES and "${" in value for value in values):
+        raise yaml.YAMLError(f"expected references in at most {MAX_REFERENCES:,} characters")
+    # Without aliases, a file has fewer values than characters.
+    limit = len(text) + MAX_VALUES
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text), max_yaml_expanded_nodes=limit))
 
 
 def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
@@ -216,30 +220,45 @@ def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
     return f"{path}{line}: invalid {'JSON' if is_json else 'YAML'}: {problem}{remedy}"
 
 
-def _describe_reference_error(error: Exception) -> str:
-    """Describe why OmegaConf could not resolve a reference `${key}`."""
-    text = str(error).splitlines()[0]
-    if unknown := re.fullmatch(r"Interpolation key '(.*)' not found", text):
-        return f"reference to unknown key '{unknown[1]}'"
-    if text.startswith("Recursive interpolation"):
-        return "circular reference"
-    return "invalid reference; write ${key.path}"
-
-
 def _check_references(tree: Any, where: str) -> None:
     """Reject references that reveal environment variables or expand to huge values.
 
-    A reference names another key of the tree, whose value has no references.
+    A reference names another key of the tree.
     """
-    texts = [(key, text) for key, text in iterate_strings(tree) if "${" in text]
-    for key, text in texts:
-        if "${" in REFERENCE.sub("", text) or "${." in text:
-            raise UserError(
-                f"{where}: ${{…}} may only refer to another key of the file, got {text[:60]!r}"
-            )
-        for name in REFERENCE.findall(text):
-            if any(f"{other}.".startswith(f"{name}.") for other, _ in texts):
-                raise UserError(f"{where}: {key}: '{name}' has references itself; write its value")
+    # Number of characters of each value to which a reference leads.
+    sizes: dict[str, int | None] = {}
+
+    def expanded_size(place: str, value: Any) -> int:
+        size = len(str(value))
+        for key, text in iterate_strings(value, place):
+            if "${" in REFERENCE.sub("", text):
+                raise UserError(
+                    f"{where}: ${{…}} may only refer to another key of the file, got {text[:60]!r}"
+                )
+            for name in REFERENCE.findall(text):
+                if name not in sizes:
+                    sizes[name] = None
+                    sizes[name] = expanded_size(name, _find_value(tree, name, f"{where}: {key}"))
+                if (added := sizes[name]) is None:
+                    raise UserError(f"{where}: {key}: circular reference to '{name}'")
+                size += added
+        return size
+
+    if expanded_size("", tree) > len(str(tree)) + MAX_EXPANSION:
+        raise UserError(f"{where}: references expand to too many values; write the values")
+
+
+def _find_value(tree: Any, name: str, where: str) -> Any:
+    """Return the value at a path of keys, such as `clients.groups[0].name`."""
+    for part in re.split(r"[.\[\]]+", name.removesuffix("]")):
+        keys = (
+            range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()
+        )
+        found = [key for key in keys if str(key) == part]
+        if len(found) != 1:
+            raise UserError(f"{where}: reference to unknown key '{name}'")
+        tree = tree[found[0]]
+    return tree
 
 
 def _list_files(folder: Path) -> str:
@@ -271,13 +290,13 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         config = OmegaConf.create(raw)
         parsed = _parse_value(value)
-        _check_references([raw, parsed], override)
+        _check_references({**raw, key: parsed}, override)
         OmegaConf.update(config, key, parsed, merge=True)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except yaml.YAMLError:
         reason = f"expected a YAML value, got {format_value(value)}"
-    except OmegaConfBaseException as error:
-        reason = _invalid_path_reason(raw, key) or _describe_reference_error(error)
+    except OmegaConfBaseException:
+        reason = _invalid_path_reason(raw, key) or INVALID_REFERENCE
     except (TypeError, ValueError, OverflowError, IndexError, AssertionError) as error:
         reason = _invalid_path_reason(raw, key) or f"cannot be set: {str(error).splitlines()[0]}"
     except RecursionError:

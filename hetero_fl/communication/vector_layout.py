@@ -230,7 +230,13 @@ class VectorLayout:
 
 
 class SharedSetup(Interface):
-    """Interface of the setup that the server and all clients share."""
+    """Interface of the setup that the server and all clients share.
+
+    Attributes:
+        client_ids: Ids of all clients of the federation, in natural order.
+    """
+
+    client_ids: Sequence[str]
 
     def layout(self, round_idx: int) -> VectorLayout:
         """Return the layout of the vector that clients send in a round."""

@@ -363,7 +363,7 @@ class Node:
         self.folder = folder
         self.log = log
         keys = site.allows.keys
-        others = None if keys is None else tuple(load_public_key(Path(f)) for f in keys.values())
+        others = None if keys is None else {c: load_public_key(Path(f)) for c, f in keys.items()}
         self.site_keys = SiteKeys(key, others)
         self.storage_key = None if site.encrypt is None else load_or_create_key(Path(site.encrypt))
         for each in (folder, folder / "runs"):

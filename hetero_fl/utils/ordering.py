@@ -87,7 +87,7 @@ class IdSeries:
         return int(number) - 1 if 1 <= int(number) <= self.count else None
 
 
-class ClientIds:
+class ClientIds(Sequence[str]):
     """The ids of several `IdSeries` in natural order, stored as ranges of the series.
 
     Args:
@@ -121,7 +121,7 @@ class ClientIds:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
         if not 0 <= index < self._count:
             raise IndexError(index)
         range_idx = bisect_right(self._starts, index) - 1

@@ -320,7 +320,7 @@ def test_oversized_layout_is_refused_before_allocation() -> None:
 
 def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:
     conversation = SecureAggregationRound(
-        ["site_1", "site_2"], 2, (bytes(32), 10), unit=0, round_idx=0
+        {1: "site_1", 2: "site_2"}, 2, (bytes(32), 10), unit=0, round_idx=0
     )
     exchanges = conversation.exchanges()
     keys = next(exchanges)

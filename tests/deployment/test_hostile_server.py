@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from hetero_fl.communication.named_arrays import decode_arrays
+from hetero_fl.communication.secure_aggregation.client import STATE_FIELDS
 from hetero_fl.config.data import DataConfig
 from hetero_fl.data.remote import PublicPack, describe_client_rows
 from hetero_fl.deployment import audit_log
@@ -312,12 +314,15 @@ def test_number_of_training_tasks_is_limited(
     assert session.refusal_reason("train", task="x", round=rounds) == "policy: rounds"
 
 
-def test_malformed_message_of_a_secure_sum_is_answered_with_a_code(tmp_path: Path) -> None:
+def test_site_of_a_secure_sum_keeps_rounds_but_no_secrets(tmp_path: Path) -> None:
     secure = {"channel": {"secure_sum": {"threshold": 2}}}
-    session = NodeSession(tmp_path, CODES_ONLY, rounds=1, models="linear", **secure)
+    session = NodeSession(tmp_path, CODES_ONLY, rounds=2, models="linear", **secure)
+    assert session.node.joined is not None
+    state = decode_arrays(session.node.joined.storage.read("notes") or b"", STATE_FIELDS)
 
     answer = session.repeat("shares", b"junk", task="new")
 
+    assert state["rounds"].tolist() == [0, 1] and not state["secrets"].any()
     assert (answer.head["what"], answer.body) == ("refused", b"malformed")
 
 

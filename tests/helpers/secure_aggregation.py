@@ -43,6 +43,8 @@ class Party:
 
     def __init__(self, count: int, size: int = 5, **config: float | int) -> None:
         self.clients = [f"site_{i}" for i in range(1, count + 1)]
+        self.client_ids = self.clients
+        self.round_idx = 0
         self.uploads = {c: upload(c, self.aggregation_group(c), size) for c in self.clients}
         self.notes: dict[str, dict[str, bytes]] = {c: {} for c in self.clients}
         form = {n: self.uploads["site_1"].item(n) for n in SPECS}
@@ -70,7 +72,7 @@ class Party:
     def reply(self, client: str, message: Message) -> Message:
         """Return the client's answer; training finishes at once."""
         self.protocol.site_keys = self.site_keys.get(client, SiteKeys())
-        answer = self.protocol.answer(client, message, 0, self.notes[client])
+        answer = self.protocol.answer(client, message, self.round_idx, self.notes[client])
         if isinstance(answer, Message):
             return answer
         return answer.reply(self.uploads[client].encode())
@@ -80,11 +82,16 @@ class Party:
         leaves: Mapping[str, str] | None = None,
         down: Change = lambda client, message: message,
         up: Change = lambda client, message: message,
+        again: bool = False,
     ) -> AggregatedUploads:
-        """Run the round with dropouts by exchange (`leaves`), and changed messages."""
-        absent: set[str] = set()
+        """Run the next round, or the last one `again`.
 
-        exchanges = self.protocol.exchanges(self.clients, 0)
+        The round has dropouts by exchange (`leaves`), and changed messages.
+        """
+        absent: set[str] = set()
+        self.round_idx += not again
+
+        exchanges = self.protocol.exchanges(self.clients, self.round_idx)
         try:
             while True:
                 exchange = next(exchanges)

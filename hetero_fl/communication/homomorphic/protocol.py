@@ -62,13 +62,7 @@ class DecryptedSum(NamedTuple):
 
 
 class ServerReplica(SharedSetup, Interface):
-    """Interface of the setup that all clients share, with which they compute the server's part.
-
-    Attributes:
-        client_ids: Ids of all clients of the federation, in order.
-    """
-
-    client_ids: Sequence[str]
+    """Interface of the setup that all clients share, with which they compute the server's part."""
 
     def broadcast(self, client: str, state: bytes, round_idx: int, purpose: Purpose) -> bytes:
         """Return the encoded broadcast of the server to a client.

@@ -8,7 +8,8 @@ be killed between two replies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import hashlib
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,8 @@ Notes = MutableMapping[str, bytes]
 #   mates      numbers of the clients with which the client shares a mask
 #   sealed     encrypted shares from these clients
 #   survivors  numbers of the clients whose vectors are in the sum
+#   rounds     the last rounds of which the client revealed shares
+#   sums       digests of the survivors of these rounds
 STATE_FIELDS: dict[str, Field] = {
     "next": (np.uint8, (None,)),
     "tag": (np.uint8, (TAG,)),
@@ -67,7 +70,11 @@ STATE_FIELDS: dict[str, Field] = {
     "mates": (np.int32, (None,)),
     "sealed": (np.uint8, (None, SEALED)),
     "survivors": (np.int32, (None,)),
+    "rounds": (np.int32, (None,)),
+    "sums": (np.uint8, (None, 32)),
 }
+# Number of rounds in `rounds`. Shares of earlier rounds are not revealed any more.
+KEPT_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class SecureAggregationClient:
 
     Args:
         client_id: The client.
+        client_ids: Ids of all clients of the federation, in natural order.
+        round_idx: Index of the round.
         threshold: Number of clients that must remain until the end of the round. The server cannot
             choose another number.
         site_keys: Keys that sign the keys of a round.
@@ -84,6 +93,8 @@ class SecureAggregationClient:
     """
 
     client_id: str
+    client_ids: Sequence[str]
+    round_idx: int
     threshold: int
     site_keys: SiteKeys
     notes: Notes
@@ -136,12 +147,12 @@ class SecureAggregationClient:
         secrets = (crypto.new_key(), crypto.new_key(), crypto.new_seed(), crypto.new_seed())
         public = crypto.public_key(secrets[0]) + crypto.public_key(secrets[1])
         public += crypto.verification_key(secrets[2])
-        empty = {
-            name: np.zeros([d or 0 for d in shape], dtype)
-            for name, (dtype, shape) in STATE_FIELDS.items()
+        updated = {
+            "tag": request["tag"],
+            "secrets": stack_byte_strings(*secrets),
+            "keys": stack_byte_strings(public),
         }
-        own = {"secrets": stack_byte_strings(*secrets), "keys": stack_byte_strings(public)}
-        self._store_state("shares", {**empty, "tag": request["tag"], **own})
+        self._store_state("shares", {**self._idle_state(), **updated})
         endorsement = self.site_keys.endorse(request["tag"].tobytes(), public)
         return {
             "tag": request["tag"],
@@ -152,11 +163,14 @@ class SecureAggregationClient:
     def _share(self, state: Arrays, request: Arrays) -> Arrays:
         own_number = int(request["head"][0])
         numbers = client_numbers(request["numbers"])
+        if max(numbers, default=1) > len(self.client_ids):
+            raise PayloadError("client numbers: expected clients of the federation")
+        clients = [self.client_ids[number - 1] for number in numbers]
         public = dict(zip(numbers, request["keys"], strict=False))
-        endorsements = dict(zip(numbers, request["endorsements"], strict=False))
         if (
             not len(numbers) == len(request["keys"]) == len(request["endorsements"])
             or own_number not in numbers
+            or clients[numbers.index(own_number)] != self.client_id
             or public[own_number].tobytes() != state["keys"][0].tobytes()
         ):
             raise PayloadError("the public keys of this client are not those that it sent")
@@ -170,8 +184,11 @@ class SecureAggregationClient:
                 f"{2 * self.threshold - 1} (channel.secure_sum.threshold), got {len(numbers)}"
             )
         tag = state["tag"].tobytes()
-        del endorsements[own_number]
-        self.site_keys.check(tag, public, endorsements)
+        for client, keys, signature in zip(
+            clients, request["keys"], request["endorsements"], strict=True
+        ):
+            if client != self.client_id:
+                self.site_keys.check(tag, client, keys.tobytes(), signature.tobytes())
         secret, masking, _, seed = (bytes(s) for s in state["secrets"])
         pairs = {
             number: a + b
@@ -247,7 +264,10 @@ class SecureAggregationClient:
 
         If a client's vector is in the sum, the secret is the seed of the client's own mask. If the
         client dropped out, the secret is its masking key. Shares of both secrets are never
-        returned. The notes are deleted, so that a second request in the same round is refused.
+        returned. The secrets are deleted, so that a second request in the same round is refused.
+
+        The sum of the same round over other survivors is not unmasked either: training is
+        reproducible, so the difference of the two sums would reveal the uploads of the others.
         """
         own_number = int(state["head"][0])
         survivors = set(state["survivors"].tolist())
@@ -256,6 +276,7 @@ class SecureAggregationClient:
             raise PayloadError("signers: expected clients that are in the sum")
         self._require_enough(len(signers), "clients signed the survivors")
         check_signatures(_statement(state), signers, request["signatures"], _public_keys(state))
+        revealed = self._add_sum(state)
         others = [number for number in state["numbers"].tolist() if number != own_number]
         pairs = dict(zip(others, state["pairs"], strict=True))
         sealed = dict(zip(state["mates"].tolist(), state["sealed"], strict=True))
@@ -277,12 +298,41 @@ class SecureAggregationClient:
             shares.append(
                 pair[crypto.SHARE_LENGTH :] if number in survivors else pair[: crypto.SHARE_LENGTH]
             )
-        self.notes.pop(self.client_id)
+        self._store_state("keys", {**self._idle_state(), **revealed})
         return {
             "tag": state["tag"],
             "numbers": np.array(numbers, np.int32),
             "shares": stack_byte_strings(*shares),
         }
+
+    def _add_sum(self, state: Arrays) -> Arrays:
+        """Return the rounds of which the client revealed shares, including the current one.
+
+        Raises:
+            PayloadError: If the client revealed shares of this round for other survivors.
+        """
+        digest = hashlib.sha256(np.sort(state["survivors"]).tobytes()).digest()
+        sums = dict(zip(state["rounds"].tolist(), state["sums"], strict=True))
+        is_forgotten = len(sums) == KEPT_ROUNDS and self.round_idx < min(sums)
+        if is_forgotten or bytes(sums.get(self.round_idx, digest)) != digest:
+            raise PayloadError("this round has been summed over other clients")
+        sums[self.round_idx] = byte_string_to_row(digest)
+        rounds = sorted(sums)[-KEPT_ROUNDS:]
+        return {
+            "rounds": np.array(rounds, np.int32),
+            "sums": np.stack([sums[round_idx] for round_idx in rounds]),
+        }
+
+    def _idle_state(self) -> Arrays:
+        """Return the state between two rounds, which contains no secrets."""
+        empty = {
+            name: np.zeros([d or 0 for d in shape], dtype)
+            for name, (dtype, shape) in STATE_FIELDS.items()
+        }
+        if self.client_id not in self.notes:
+            return empty
+        state = decode_arrays(self.notes[self.client_id], STATE_FIELDS)
+        return {**empty, "rounds": state["rounds"], "sums": state["sums"]}
 
     def _require_enough(self, count: int, what: str) -> None:
         if count < self.threshold:

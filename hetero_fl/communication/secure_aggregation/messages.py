@@ -1,7 +1,7 @@
 """Requests and replies of the five exchanges of secure aggregation, as named arrays.
 
-Messages are encoded without pickle. Clients are identified by their number in the cohort, starting
-at 1, so that the length of a message does not depend on client ids.
+Messages are encoded without pickle. Clients are identified by their position among all clients of
+the federation, starting at 1, so that the length of a message does not depend on client ids.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -31,6 +32,7 @@ from hetero_fl.communication.vector_layout import (
 )
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.utils.ordering import natural_key
 
 
 class SecureAggregation(RoundProtocol):
@@ -41,8 +43,9 @@ class SecureAggregation(RoundProtocol):
     the sum. The sum can be unmasked even if some clients drop out or diverge during training.
 
     A server that colludes with at most `2 * threshold - cohort - 1` clients learns only the sum of
-    the uploads of all other survivors. The server may tell each client another story: no two sets
-    of survivors can have `threshold` signatures.
+    the uploads of all other survivors. The server may send each client different information: no
+    two sets of survivors can have `threshold` signatures, and no client reveals shares for two sets
+    in the same round.
 
     Args:
         config: Settings of secure aggregation.
@@ -72,8 +75,9 @@ class SecureAggregation(RoundProtocol):
     @override
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         layout = self.agreed.layout(round_idx)
+        ids = self.agreed.client_ids
         server = SecureAggregationRound(
-            cohort,
+            {bisect_left(ids, natural_key(c), key=natural_key) + 1: c for c in cohort},
             self.survivors,
             (self._digest(layout), layout.size),
             unit=weight_unit(map(self.agreed.num_rows, cohort)),
@@ -93,7 +97,9 @@ class SecureAggregation(RoundProtocol):
                 client_id, Payload.decode(upload), layout, unit, round_idx
             )
 
-        client = SecureAggregationClient(client_id, self.survivors, self.site_keys, notes)
+        client = SecureAggregationClient(
+            client_id, self.agreed.client_ids, round_idx, self.survivors, self.site_keys, notes
+        )
         return client.answer(message, packer)
 
     @override

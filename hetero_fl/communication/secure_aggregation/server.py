@@ -108,10 +108,8 @@ class SecureExchange(Exchange):
 class SecureAggregationRound:
     """One round of secure aggregation on the server.
 
-    Clients are identified by their number in the cohort, starting at 1.
-
     Args:
-        cohort: Ids of the clients.
+        names: Ids of the clients in the cohort, keyed by their numbers in the federation.
         threshold: Number of clients that must remain until the end of the round, and of shares that
             are needed to reconstruct a secret.
         layout: Digest of the layout and length of the vector.
@@ -125,7 +123,7 @@ class SecureAggregationRound:
 
     def __init__(
         self,
-        cohort: Sequence[str],
+        names: Mapping[int, str],
         threshold: int,
         layout: tuple[bytes, int],
         *,
@@ -137,7 +135,7 @@ class SecureAggregationRound:
         self.unit = unit
         self.round_idx = round_idx
         self.tag = os.urandom(TAG)
-        self.names = dict(enumerate(cohort, 1))
+        self.names = names
         self.numbers = {client_id: number for number, client_id in self.names.items()}
         self.dropouts: dict[str, str] = {}
         self.public: dict[int, np.ndarray] = {}
@@ -268,6 +266,7 @@ class SecureAggregationRound:
                     shares.setdefault(number, {})[holder] = share.tobytes()
 
         yield SecureExchange(self, "unmask", signatures, arrays, take)
+        self._require_enough({h for holders in shares.values() for h in holders}, "unmask")
         streams: list[tuple[bytes, bool]] = []
         for number in self.members:
             if number in summed:
@@ -331,7 +330,7 @@ class SecureAggregationRound:
 
     def _require_enough(self, remaining: Iterable[int], kind: str) -> None:
         if (count := len(list(remaining))) < self.threshold:
-            client, reason = next(iter(self.dropouts.items()), ("no client", "dropped out"))
+            client, reason = next(reversed(self.dropouts.items()), ("no client", "dropped out"))
             raise RoundAbandonedError(
                 f"round {self.round_idx + 1}: secure aggregation stopped at {kind!r}: "
                 f"{count} of {len(self.names)} clients are left, but channel.secure_sum.threshold "

@@ -48,6 +48,7 @@ class DerivedSetup:
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         self.algorithm = algorithm
         self.federation = federation
+        self.client_ids: Sequence[str] = federation.client_infos.clients.ids
         self.expectations = ExpectedUploads(algorithm, federation)
         self._layouts: BoundedCache[VectorLayout] = BoundedCache(MAX_LAYOUTS)
 

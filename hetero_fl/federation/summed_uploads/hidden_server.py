@@ -84,7 +84,6 @@ class HiddenServer(DerivedSetup, ServerReplica):
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         super().__init__(algorithm, federation)
-        self.client_ids = list(federation.client_infos)
         # The last state and the server with this state.
         self._last: tuple[bytes, int, Participant] | None = None
         self._encode = EncodeCache(Payload.encode)

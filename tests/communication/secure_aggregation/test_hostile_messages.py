@@ -122,7 +122,7 @@ def test_client_unmasks_only_with_enough_signatures(
     reply = party.reply("site_1", requests["site_1"])
     # One share of each client, once.
     assert len(decode_arrays(reply.body, REPLIES["unmask"])["shares"]) == 5
-    assert "outside a round" in refusal(party, "site_1", requests["site_1"])
+    assert "of another round" in refusal(party, "site_1", requests["site_1"])
 
 
 def test_signatures_cover_the_keys_of_the_round() -> None:

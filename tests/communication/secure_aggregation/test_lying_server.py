@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 
 from hetero_fl.communication.secure_aggregation import client
+from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
 from tests.helpers.lying_server import LyingServer
 from tests.helpers.secure_aggregation import Party
@@ -72,6 +74,24 @@ def test_the_attack_works_without_signatures(
     partners, mates = few_partners(server, 1)
 
     assert server.attack(partners, rotating_dropouts(server, 1, mates), signed=False) == [1]
+
+
+def test_round_is_summed_over_one_set_of_clients() -> None:
+    """Training is reproducible, so the difference of two sums is an upload."""
+    party = Party(5)
+    total = party.run_round().total
+
+    # A server that crashed may repeat the round.
+    assert np.array_equal(party.run_round(again=True).total, total)
+    for exchange in ("keys", "shares", "train"):
+        with pytest.raises(RunFailedError, match="this round has been summed over other clients"):
+            party.run_round({"site_5": exchange}, again=True)
+
+    for _ in range(client.KEPT_ROUNDS):
+        assert len(party.run_round({"site_5": "keys"}).clients) == 4
+    party.round_idx = 1
+    with pytest.raises(RunFailedError, match="this round has been summed over other clients"):
+        party.run_round({"site_5": "keys"}, again=True)
 
 
 @pytest.mark.parametrize(

@@ -105,14 +105,17 @@ def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
         # A command that a script starts in the background ignores Ctrl-C.
         if signal.getsignal(number) is not signal.SIG_IGN
     }
-    with warnings_in_one_line():
-        status = _main(argv, command)
-    for number, handler in handlers.items():
-        if status == INTERRUPTED:
-            # Python resets all handlers when it ends, except that of an ignored signal.
-            atexit.register(signal.signal, number, signal.SIG_IGN)
-        else:
-            signal.signal(number, handler or signal.SIG_DFL)
+    status = 1
+    try:
+        with warnings_in_one_line():
+            status = _main(argv, command)
+    finally:
+        for number, handler in handlers.items():
+            if status == INTERRUPTED:
+                # Python resets all handlers when it ends, except that of an ignored signal.
+                atexit.register(signal.signal, number, signal.SIG_IGN)
+            else:
+                signal.signal(number, handler or signal.SIG_DFL)
     return status
 
 

@@ -56,6 +56,7 @@ FIELDS: dict[str, type] = {
     "in": int,
     "out": int,
     "outcome": str,
+    "code": str,
     "before": str,
     "run": str,
     "ask": str,
@@ -252,18 +253,14 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
     return lines
 
 
-def refused_configurations(entries: Iterable[Entry], seconds: float = 86400.0) -> int:
-    """Return the number of configurations that the site refused.
-
-    Args:
-        entries: Entries of the log.
-        seconds: Length of the period before now.
-    """
-    start = _format_time(time.time() - seconds)
+def refused_configurations(entries: Iterable[Entry]) -> int:
+    """Return the number of configurations that the site read and refused in the last 24 hours."""
+    start = _format_time(time.time() - 86400)
+    # Only refusals due to `allows.refusals` have the code "policy" without a key.
     return sum(
         entry.get("ask") == "terms"
         and entry["time"] >= start
-        and entry["outcome"] not in ("told", "lacks")
+        and entry.get("code", "policy") != "policy"
         for entry in entries
     )
 

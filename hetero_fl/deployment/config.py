@@ -75,7 +75,7 @@ class AllowsConfig(ConfigSection):
     )
     cohort: PositiveInt | None = Field(
         None,
-        description="minimum number of clients in a sum, which are unmasked together",
+        description="minimum number of clients whose uploads are unmasked together",
     )
     keys: dict[str, str] | None = Field(
         None,

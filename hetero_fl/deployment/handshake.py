@@ -144,7 +144,7 @@ class Handshake:
         if known is not None and known.content_hash != info.content_hash:
             raise RequestRefusedError(
                 "data report: the site changed its rows or lost its folder; restore "
-                "them, or start a new run"
+                "both, or start a new run"
             )
         # Keep the first report, because nodes accept only one version of the reports per run.
         self.remote_info.setdefault(client, info)

@@ -133,7 +133,8 @@ def refusal_reason(answer: Envelope) -> str:
     If the answer contains no reason, the kind of the answer is returned.
     """
     why = one_line(answer.head.get("why", answer.head.get("ask")))
-    return f"{why} (see the log of the site)" if why.partition(":")[0] in CODES else why
+    is_code = why in CODES or why.startswith("policy: ")
+    return f"{why} (see the log of the site)" if is_code else why
 
 
 def versions() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from hetero_fl.deployment.messages import versions
 from hetero_fl.reporting.http_pages import Page, PageFunction, serve_pages
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.processes import is_process_running
-from hetero_fl.utils.serialization import write_atomically
+from hetero_fl.utils.serialization import check_entries, write_atomically
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -274,6 +274,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file does not exist or cannot be read.
     """
+    check_entries(folder)
     try:
         tree = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
         if tree["phase"] not in ("done", "failed", "interrupted") and not _is_process_alive(tree):

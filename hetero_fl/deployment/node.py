@@ -462,7 +462,7 @@ class Node:
             why = code
         for name in ("kinds", "spent"):
             self._line.pop(name, None)
-        self._line["outcome"] = f"{kind}: {why}"
+        self._line |= {"outcome": f"{kind}: {why}", "code": code}
         return message(kind, why=why)
 
     def _hello(self, envelope: Envelope) -> Envelope:

@@ -200,17 +200,22 @@ def check_sources(config: Config, allows: AllowsConfig) -> None:
     Raises:
         RequestRefusedError: If a source neither ships with the package nor is in `allows.data`.
     """
-    sources = {"data": config.data, "data.proxy.source": config.data.proxy.source}
-    for profile in expand_population(config.clients).profiles:
-        sources[f"clients: '{profile.first}': data"] = profile.settings.data
     allowed = [source_tree(source) for source in allows.data]
-    for key, source in sources.items():
-        if source is not None and not is_shipped(source) and source_tree(source) not in allowed:
+    for key, source in named_sources(config).items():
+        if not is_shipped(source) and source_tree(source) not in allowed:
             raise RequestRefusedError(
                 f"{key}: {source.name} is not in this site's allows.data; to use the site's own "
                 "data, set data in its file",
                 f"policy: {key}",
             )
+
+
+def named_sources(config: Config) -> dict[str, SourceConfig]:
+    """Return all sources that a configuration names, keyed by their keys."""
+    sources = {"data": config.data, "data.proxy.source": config.data.proxy.source}
+    for profile in expand_population(config.clients).profiles:
+        sources[f"clients: '{profile.first}': data"] = profile.settings.data
+    return {key: source for key, source in sources.items() if source is not None}
 
 
 def source_tree(source: SourceConfig) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def _open_directory(
             **_describe_inputs(prepared),
         }
         return RunDirectory.create(path, config=resolve_config(config), environment=environment)
-    directory = _open_for_resume(path, prepared, on_nodes)
+    directory = _open_for_resume(path, prepared)
     _check_code(directory, prepared)
     if not directory.finished:
         return directory
@@ -361,15 +361,13 @@ def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: 
     )
     # The privacy cost of another round is only known once that round is configured.
     limited = prepared.budget is not None and prepared.budget.privacy.target_epsilon is not None
-    is_final = limited or _reason_not_extendable(directory, prepared, planned, on_nodes)
+    is_final = limited or on_nodes or _reason_not_extendable(directory, prepared)
     return f"this run has finished, after {rounds}" + (
         "" if is_final else "; add `rounds=N` to extend it"
     )
 
 
-def _reason_not_extendable(
-    directory: RunDirectory, prepared: PreparedRun, planned: int, on_nodes: bool
-) -> str:
+def _reason_not_extendable(directory: RunDirectory, prepared: PreparedRun) -> str:
     """Return why a run cannot be extended to more rounds.
 
     The result is empty if the run can be extended.
@@ -377,9 +375,6 @@ def _reason_not_extendable(
     config = prepared.config
     if prepared.method.needs.one_upload:
         return f"{prepared.name} is a one-shot method, whose runs cannot be extended"
-    if on_nodes:
-        agreed = pluralize(planned, "round")
-        return f"a run on nodes cannot be extended; its clients agreed to {agreed}"
     if config.evaluation.patience is not None and directory.lines():
         # An extended run does not repeat an evaluation that took place only in the last round.
         history = [
@@ -396,7 +391,7 @@ def _reason_not_extendable(
     return ""
 
 
-def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDirectory:
+def _open_for_resume(path: Path, prepared: PreparedRun) -> RunDirectory:
     """Open the directory of a run that is resumed or extended.
 
     Raises:
@@ -413,7 +408,7 @@ def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDi
     if config.rounds != planned:
         if config.rounds < planned:
             raise UserError(f"{changed}; a resumed run may have more rounds, not fewer")
-        if reason := _reason_not_extendable(directory, prepared, planned, on_nodes):
+        if reason := _reason_not_extendable(directory, prepared):
             raise UserError(f"{changed}; {reason}")
     if differs := describe_difference(
         resume_relevant(old), resume_relevant(resolve_config(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -15,10 +16,14 @@ from safetensors.torch import save_file
 
 from hetero_fl.cli import main
 from hetero_fl.core.saved_model import read_model_file
+from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.experiment import run
 from hetero_fl.federation import checkpoint
 from hetero_fl.federation.state_store import StateStore
+from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory
+from hetero_fl.reporting.watch.live_run import LiveRun
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import decode, encode, sha256_of
 from tests.helpers.small_federations import config
 
@@ -110,6 +115,19 @@ def test_tensors_that_do_not_fit_the_model_are_refused_in_one_line(
     assert_refused(capsys, "export", copied, "--format", "safetensors")
     assert_refused(capsys, "join", copied, "--data", "digits", "--out", copied.with_name("joined"))
     assert_refused(capsys, "train", "-c", source, "--check", f"init_from={copied}")
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", ".lock"])
+def test_pipe_in_a_run_is_reported(name: str, copied: Path) -> None:
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    live = LiveRun(copied)
+    live.refresh()
+
+    assert f"{name}: expected a file or a folder" in live.problem
+    for reader in (read_status, Comparison):
+        with pytest.raises(UserError, match=f"{name}: expected a file or a folder"):
+            reader(copied)
 
 
 def drop(key: str, tree: dict[str, Any]) -> Any:

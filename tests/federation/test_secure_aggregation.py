@@ -188,7 +188,7 @@ def test_incompatible_settings_are_refused_on_loading(changes: dict[str, Any], w
 
 def test_notes_and_warnings() -> None:
     notes = prepare(secure("fedavg", channel__secure_sum={"threshold": 3})).notes
-    assert any("at most 1 client of 4 may collude with the server" in note for note in notes)
+    assert any("if more than 1 of the 4 clients collude with it" in note for note in notes)
     assert any("does not hide some items of site_2, site_3" in note for note in notes)
     assert prepare(secure("fedmd", channel__secure_sum={})).notes == []
 

@@ -1,4 +1,4 @@
-"""A server of secure aggregation that tells each client another story, to learn single uploads."""
+"""A server of secure aggregation that lies to clients, to learn single uploads."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from hetero_fl.data.dataset import Dataset, Examples, with_patients
 from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.npz_files import PREFIXES, npz_targets, split_arrays
 from hetero_fl.utils.errors import UserError, check_names, suggest_file
+from hetero_fl.utils.serialization import check_memory
 
 
 @register_source("zarr", keys=("path", "task", "stream", "patient"))
@@ -152,8 +153,20 @@ def _open_arrays(path: Path, patient: str | None = None) -> dict[str, Any]:
         ) from error
 
 
+def _check_chunks(array: Any, where: str) -> None:
+    """Check that no chunk is missing, for which zarr returns zeros."""
+    if array.nchunks_initialized < array.nchunks:
+        raise UserError(
+            f"{where}: expected {array.nchunks} chunks, got {array.nchunks_initialized}; write the "
+            "store with write_empty_chunks=True"
+        )
+
+
 def _read(array: Any, where: str, rows: np.ndarray | None = None) -> np.ndarray:
     """Read an array, or some of its rows, and convert errors to a UserError."""
+    if rows is None:
+        check_memory(array.nbytes, where)
+        _check_chunks(array, where)
     try:
         return np.asarray(array[...] if rows is None else array[rows])
     except Exception as error:
@@ -190,12 +203,7 @@ def _stored_images(path: Path, name: str, array: Any, stream: StreamConfig | Non
         raise UserError(f"{where}: expected images as integers, got {array.dtype}")
     if array.ndim not in (3, 4) or 0 in shape[1:] or (array.ndim == 4 and shape[-1] > MAX_CHANNELS):
         raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {shape}")
-    # zarr returns black images for them.
-    if array.nchunks_initialized < array.nchunks:
-        raise UserError(
-            f"{where}: expected {array.nchunks} chunks, got {array.nchunks_initialized}; write the "
-            "store with write_empty_chunks=True"
-        )
+    _check_chunks(array, where)
     # Streamed rows are read after the data set is loaded, which adds the section to the key.
     key = "path" if stream is None else "data.path"
     return StoredRows(ZarrReader(path, name, array, key), stream)

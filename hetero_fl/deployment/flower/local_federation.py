@@ -24,7 +24,7 @@ from hetero_fl.deployment.flower.commands import check_flower
 from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 from hetero_fl.deployment.flower.supernode import start_prefork
 from hetero_fl.deployment.flower.worker import run_node
-from hetero_fl.deployment.policy import source_tree
+from hetero_fl.deployment.policy import named_sources, source_tree
 from hetero_fl.deployment.server import check_deployable, run_federation
 from hetero_fl.deployment.transport import Envelope, Transport
 from hetero_fl.experiment.configuration import load_config
@@ -107,11 +107,9 @@ def run_local_federation(
 def _write_sites(config: Config, folder: Path, address: str, scratch: Path) -> list[Path]:
     """Write the site file of each client."""
     own_code = list(find_references(config.model_dump()))
-    clients = expand_population(config.clients)
-    named = [config.data, config.data.proxy.source, *(p.settings.data for p in clients.profiles)]
-    sources = [source_tree(source) for source in named if source is not None]
+    sources = [source_tree(source) for source in named_sources(config).values()]
     sites = []
-    for client in clients:
+    for client in expand_population(config.clients):
         # A resumed run uses the same key, because it signs the audit log in this folder.
         key = folder.resolve() / client / "key"
         if not key.exists():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hetero_fl.experiment.compatibility.rule import CompatibilityRule
 from hetero_fl.experiment.compatibility.run_facts import RunFacts
 from hetero_fl.federation.channel import idle_stages
-from hetero_fl.utils.text import Caution, pluralize
+from hetero_fl.utils.text import Caution
 
 NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
@@ -28,10 +28,10 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
         lambda run: (
             run.secure_sum
             and run.secure_sum.threshold is not None
-            and pluralize(2 * run.secure_sum.min_survivors(run.cohort) - run.cohort - 1, "client")
+            and (2 * run.secure_sum.min_survivors(run.cohort) - run.cohort - 1 or "none")
         ),
-        "channel.secure_sum.threshold: at most {found} of {run.cohort} may collude with the "
-        "server, which learns single uploads otherwise",
+        "channel.secure_sum.threshold: the server learns single uploads if more than {found} of "
+        "the {run.cohort} clients collude with it",
     ),
     CompatibilityRule(
         ("channel.compress", "channel.secure_sum"),

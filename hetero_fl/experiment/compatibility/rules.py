@@ -19,11 +19,12 @@ from model_zoo import ModelError
 ROUNDING = ("quantize", "half")
 """Kinds of compression that keep all tensor elements, so that compressed uploads can be summed."""
 MIN_CLIENTS_IN_SUM = 3
-MAX_CLIENTS_IN_SUM = 200
 """Smallest cohort for secure aggregation.
 
 If two clients are summed, each can compute the upload of the other.
 """
+MAX_CLIENTS_IN_SUM = 200
+"""Largest cohort for secure aggregation, in which each client shares masks with all others."""
 MAX_IN_ONE_PLACE = 10_000
 """Largest number of clients for methods that collect all rows or models in one place."""
 

@@ -11,6 +11,7 @@ from hetero_fl.reporting.notebook import Picture
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.serialization import check_entries
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +49,7 @@ class Comparison:
     def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
         self.path = Path(path)
         self._permission = CodePermission.from_argument(allow_code)
+        check_entries(self.path)
         if not (self.path / "comparison.csv").is_file():
             raise UserError(f"{path}: contains no comparison.csv; choose a folder of a comparison")
         self._kept: list[object] = []

@@ -14,6 +14,7 @@ from typing import Any
 from hetero_fl.reporting.formatting import TEST_NAMES, algorithm_name
 from hetero_fl.reporting.run_directory import LOG, METRICS, RunDirectory, is_locked
 from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.serialization import check_entries
 
 # Seconds between two checks of the lock of a run directory.
 LOCK_SECONDS = 5.0
@@ -144,6 +145,11 @@ class LiveRun:
     def refresh(self) -> None:
         """Read what has been written since the last call."""
         self.problem = ""
+        try:
+            check_entries(self.path)
+        except UserError as error:
+            self.state, self.problem = "failed", one_line(error)
+            return
         try:
             self.config = self._directory.config()
             self._read_metrics()

@@ -148,12 +148,13 @@ def _check_files(files: Iterable[str], path: Path, config: SourceConfig, root: P
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folders = (path, root / "huggingface", Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
+    folders = [path, root / "huggingface", Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    allowed = [folder.resolve() for folder in folders]
     for file in files if not config.follow_links else ():
         member, _, place = file.rpartition("::")
         # A file of a hub cache is a link, so only its folder is resolved.
         folder = Path(place).parent.resolve()
-        is_inside = any(folder.is_relative_to(each.resolve()) for each in folders)
+        is_inside = any(map(folder.is_relative_to, allowed))
         if not is_inside or "://" in place or "::" in member:
             raise UserError(
                 f"name: {config.name}: expected files in the folder, got '{one_line(file, 80)}'"

@@ -41,13 +41,13 @@ class Cohort:
     """Clients with one random model each, which is generated again for each upload.
 
     Attributes:
-        clients: Client ids.
+        client_ids: Client ids, in natural order.
         numbers: Number of parameters of a model.
         notes: State of the clients between messages.
         busy: Processor time of all clients in seconds.
     """
 
-    clients: list[str]
+    client_ids: list[str]
     numbers: int
     notes: dict[str, bytes] = field(default_factory=dict)
     busy: float = 0.0
@@ -89,7 +89,7 @@ class Cohort:
             The aggregated uploads, and the traffic of the round.
         """
         traffic = Traffic()
-        exchanges = protocol.exchanges(self.clients, 0)
+        exchanges = protocol.exchanges(self.client_ids, 0)
         try:
             while True:
                 exchange = next(exchanges)
@@ -127,7 +127,7 @@ def measure_round(clients: int, numbers: int, leaving: int) -> None:
         threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients)
     )
     protocol = SecureAggregation(config, clients, cohort)
-    gone = set(cohort.clients[1 : 1 + leaving])
+    gone = set(cohort.client_ids[1 : 1 + leaving])
     started = time.process_time()
     summed, traffic = cohort.hold(protocol, gone)
     seconds = time.process_time() - started

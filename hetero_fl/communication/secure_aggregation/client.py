@@ -55,6 +55,7 @@ Notes = MutableMapping[str, bytes]
 #   pairs      keys that encrypt the shares of each other client
 #   mates      numbers of the clients with which the client shares a mask
 #   sealed     encrypted shares from these clients
+#   round      index of the round for which the client trained
 #   survivors  numbers of the clients whose vectors are in the sum
 #   rounds     the last rounds of which the client revealed shares
 #   sums       digests of the survivors of these rounds
@@ -69,6 +70,7 @@ STATE_FIELDS: dict[str, Field] = {
     "pairs": (np.uint8, (None, 32)),
     "mates": (np.int32, (None,)),
     "sealed": (np.uint8, (None, SEALED)),
+    "round": (np.int32, (1,)),
     "survivors": (np.int32, (None,)),
     "rounds": (np.int32, (None,)),
     "sums": (np.uint8, (None, 32)),
@@ -84,7 +86,7 @@ class SecureAggregationClient:
     Args:
         client_id: The client.
         client_ids: Ids of all clients of the federation, in natural order.
-        round_idx: Index of the round.
+        round_idx: Index of the round in the request.
         threshold: Number of clients that must remain until the end of the round. The server cannot
             choose another number.
         site_keys: Keys that sign the keys of a round.
@@ -137,8 +139,12 @@ class SecureAggregationClient:
             except PayloadError as error:
                 return refusal(error)
             apply_masks(vector, streams)
-            updated = {**state, "mates": request["numbers"], "sealed": request["sealed"]}
-            self._store_state("consistency", updated)
+            updated = {
+                "round": np.array([self.round_idx], np.int32),
+                "mates": request["numbers"],
+                "sealed": request["sealed"],
+            }
+            self._store_state("consistency", {**state, **updated})
             return self._reply("train", {"tag": state["tag"], "vector": vector.view(np.int64)})
 
         return TrainingRequest(request["broadcast"].tobytes(), mask)
@@ -311,12 +317,13 @@ class SecureAggregationClient:
         Raises:
             PayloadError: If the client revealed shares of this round for other survivors.
         """
+        (current,) = state["round"].tolist()
         digest = hashlib.sha256(np.sort(state["survivors"]).tobytes()).digest()
         sums = dict(zip(state["rounds"].tolist(), state["sums"], strict=True))
-        is_forgotten = len(sums) == KEPT_ROUNDS and self.round_idx < min(sums)
-        if is_forgotten or bytes(sums.get(self.round_idx, digest)) != digest:
+        is_forgotten = len(sums) == KEPT_ROUNDS and current < min(sums)
+        if is_forgotten or bytes(sums.get(current, digest)) != digest:
             raise PayloadError("this round has been summed over other clients")
-        sums[self.round_idx] = byte_string_to_row(digest)
+        sums[current] = byte_string_to_row(digest)
         rounds = sorted(sums)[-KEPT_ROUNDS:]
         return {
             "rounds": np.array(rounds, np.int32),

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import client
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
@@ -87,6 +88,12 @@ def test_round_is_summed_over_one_set_of_clients() -> None:
         with pytest.raises(RunFailedError, match="this round has been summed over other clients"):
             party.run_round({"site_5": exchange}, again=True)
 
+    def unmask_as_another_round(_client: str, message: Message) -> Message:
+        party.round_idx += message.kind == "unmask"
+        return message
+
+    with pytest.raises(RunFailedError, match="this round has been summed over other clients"):
+        party.run_round({"site_5": "keys"}, down=unmask_as_another_round, again=True)
     for _ in range(client.KEPT_ROUNDS):
         assert len(party.run_round({"site_5": "keys"}).clients) == 4
     party.round_idx = 1

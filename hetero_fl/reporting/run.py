@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,15 @@ from hetero_fl.reporting.notebook import Picture, html_items, html_table
 from hetero_fl.reporting.run_directory import BEST_MODELS, RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission, find_references, reference_to
 from hetero_fl.utils.errors import ArgumentError, UserError, suggest_or_list
+from hetero_fl.utils.extras import check_extra
 from hetero_fl.utils.serialization import sha256_of
 from hetero_fl.utils.text import pluralize
 from model_zoo.given_models import is_given
 
 if TYPE_CHECKING:
     import pandas as pd
+
+TESTS = ("global", "personal")
 
 
 class Run:
@@ -362,9 +365,6 @@ class Run:
         `personal`, or `train` for the training loss. The client is "server" for the server's model
         and "mean" for the mean over the clients.
         """
-        # Imported here because loading pandas is slow.
-        from hetero_fl.reporting.history import history_frame
-
         return history_frame(self.metrics)
 
     def model(self, client: str) -> torch.nn.Module:
@@ -454,3 +454,40 @@ class Run:
         if name not in files:
             raise ArgumentError(f"name: no plot '{name}'{suggest_or_list(name, sorted(files))}")
         return Picture(files[name])
+
+
+def history_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a data frame with one row for each round, client and metric.
+
+    Args:
+        records: The records of the rounds, as in `metrics.jsonl`.
+
+    Returns:
+        A data frame with the columns `round`, `client`, `test`, `metric` and `value`. The client is
+        "server" for the server's model and "mean" for the mean over the clients. The training loss
+        of a client has the test "train" and the metric "loss".
+    """
+    check_extra("tables", ["pandas"], "Run.history")
+    # Imported here because loading pandas is slow.
+    import pandas as pd
+
+    return pd.DataFrame(
+        _metric_rows(records), columns=["round", "client", "test", "metric", "value"]
+    )
+
+
+def _metric_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    for record in records:
+        number = record["round"]
+        for client, loss in record.get("train_loss", {}).items():
+            yield number, client, "train", "loss", loss
+        for client, scores in (record.get("clients") or {}).items():
+            for test in TESTS:
+                for metric, value in (scores.get(test) or {}).items():
+                    yield number, client, test, metric, value
+        for test in TESTS:
+            for metric, value in (record.get(test) or {}).items():
+                if is_metric(metric):
+                    yield number, "mean", test, metric, value
+        for metric, value in (record.get("server") or {}).items():
+            yield number, "server", "global", metric, value

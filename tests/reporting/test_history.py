@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetero_fl.reporting.history import history_frame
+from hetero_fl.reporting.run import history_frame
 
 
 def test_history_contains_no_statistics_over_clients() -> None:

@@ -12,7 +12,7 @@ from hetero_fl import compare
 from hetero_fl.cli import main
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import load_source
-from hetero_fl.reporting.history import history_frame
+from hetero_fl.reporting.run import history_frame
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.extras import EXTRAS, check_extra, describe_missing_package
 

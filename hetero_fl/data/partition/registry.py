@@ -24,15 +24,15 @@ from hetero_fl.data.partition.context import (
     Partitioner,
     row_strata,
 )
-from hetero_fl.data.partition.flower import flower_partition
-from hetero_fl.data.partition.groups import WHERE, partition_patients
-from hetero_fl.data.partition.user_code import (
+from hetero_fl.data.partition.custom import (
     UserPartition,
     call_partition,
     check_min_size,
+    flower_partition,
     legacy_partition,
     takes_six_arguments,
 )
+from hetero_fl.data.partition.groups import WHERE, partition_patients
 from hetero_fl.data.splits.rows import MIN_TRAIN_ROWS
 from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list

@@ -13,7 +13,7 @@ import torch
 
 from hetero_fl.config.data import MoviesConfig, SourceConfig
 from hetero_fl.data import Dataset, check_source, load_source
-from hetero_fl.data.sources.movies import rating_files, read_ratings, simulation, source as movies
+from hetero_fl.data.sources.movies import movielens, read_ratings, simulation, source as movies
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from hetero_fl.utils.errors import UserError
 from tests.helpers.file_server import md5
@@ -256,7 +256,7 @@ def test_files_are_read_in_blocks_of_any_size(
     rows += ["é,9,5.0,3", "anna,3,4,12", "a user of twelve,9,2,-100"]
     content = "\n".join(["userId,movieId,rating,timestamp", *rows])
     (folder / "ratings.csv").write_text(content, encoding="utf-8-sig", newline="")
-    monkeypatch.setattr(rating_files, "BLOCK", size)
+    monkeypatch.setattr(movielens, "BLOCK", size)
 
     users = {user.name: user.movies.tolist() for user in read_ratings(folder, None, 0.0).users}
 

@@ -31,7 +31,6 @@ from hetero_fl.data.sources.hugging_face.columns import (
     find_columns,
     input_kind,
 )
-from hetero_fl.data.sources.hugging_face.targets import read_targets
 from hetero_fl.data.sources.hugging_face.values import (
     SCALARS,
     HubSplits,
@@ -43,6 +42,7 @@ from hetero_fl.data.sources.hugging_face.values import (
     read_metadata,
     read_owners,
     read_stacked,
+    read_targets,
 )
 from hetero_fl.data.sources.text import make_examples, make_task, read_vocabulary
 from hetero_fl.utils.errors import UserError, check_names

@@ -1,9 +1,10 @@
-"""Lines of text files, and the cells of lines of CSV."""
+"""Checks of folders and files, lines of text files, and the cells of lines of CSV."""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,29 @@ from hetero_fl.utils.errors import UserError, one_line
 
 MARK = codecs.BOM_UTF8
 """Byte order mark that some programs write at the start of a file. It is not part of the text."""
+
+
+def check_folder(path: Path) -> None:
+    """Check that a folder exists.
+
+    Raises:
+        UserError: If the folder does not exist or is a file.
+    """
+    if path.is_file():
+        raise UserError(f"path: {path}: expected a folder, got a file; give its folder")
+    if not path.is_dir():
+        raise UserError(f"path: folder '{path}' not found")
+
+
+def contains_file(folder: Path, name: str) -> bool:
+    """Return whether a file exists. The name may be one that no file can have."""
+    # `Path.is_file` raises OSError if a name is too long.
+    return os.path.isfile(folder / name)
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the sorted files of a folder whose names do not start with a dot."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def read_lines(

@@ -60,9 +60,17 @@ def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
 
 
 class RemoteClientsTrainer(FederatedTrainer):
-    """Base class of trainers whose clients, on other machines, store the private states."""
+    """Base class of trainers whose clients, on other machines, store the private states.
+
+    The time of the run is measured. The arguments are those of the trainer that is the second base
+    class.
+    """
 
     executor: RemoteExecutor
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.stopwatch = Stopwatch()
 
     @override
     def on_checkpoint(self) -> None:
@@ -72,6 +80,11 @@ class RemoteClientsTrainer(FederatedTrainer):
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
         self.executor.send_states(states)
         self.store.commit()
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.stopwatch = Stopwatch(self.now)
 
 
 class RemoteSynchronousTrainer(RemoteClientsTrainer, ScheduledTrainer):
@@ -84,7 +97,6 @@ class RemoteSynchronousTrainer(RemoteClientsTrainer, ScheduledTrainer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.executor.on_reset = self.broadcasts.reset
-        self.stopwatch = Stopwatch()
 
     @override
     def run_round(self) -> Record:
@@ -141,12 +153,6 @@ class RemoteSynchronousTrainer(RemoteClientsTrainer, ScheduledTrainer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"now": self.now}
 
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.now = state.get("now", 0.0)
-        self.stopwatch = Stopwatch(self.now)
-
 
 class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
     """Asynchronous trainer with clients on other machines.
@@ -162,7 +168,6 @@ class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.executor.on_reset = self._resend_model
-        self.stopwatch = Stopwatch()
         # Reasons why clients did not reply since the last aggregation, keyed by client id. These
         # clients are not sampled.
         self._unresponsive: dict[str, str] = {}
@@ -171,11 +176,6 @@ class RemoteAsynchronousTrainer(RemoteClientsTrainer, AsynchronousTrainer):
     def run_round(self) -> Record:
         self.now = self.stopwatch.elapsed()
         return super().run_round() | reset_record(self.executor)
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.stopwatch = Stopwatch(self.now)
 
     @override
     def _next_task(self) -> ClientTask:

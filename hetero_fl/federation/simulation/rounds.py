@@ -234,6 +234,7 @@ class ScheduledTrainer(SynchronousTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.sampler.load_state_dict(state.get("invitation", {}))
+        self.now = state.get("now", 0.0)
 
 
 class SimulatedTrainer(ScheduledTrainer):
@@ -328,11 +329,6 @@ class SimulatedTrainer(ScheduledTrainer):
     @override
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"now": self.now}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.now = state.get("now", 0.0)
 
 
 def task_number(round_idx: int, attempt: int) -> int:

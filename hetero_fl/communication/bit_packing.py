@@ -86,9 +86,10 @@ def pack_bits(values: Numbers, bits: int) -> bytes:
         bits: Bits per integer, at most 32.
     """
     values = np.ascontiguousarray(values)
-    planes = []
-    for place in range(bits // 8):
-        planes.append((values >> (8 * place) if place else values).astype(np.uint8).tobytes())
+    planes = [
+        (values >> (8 * place) if place else values).astype(np.uint8).tobytes()
+        for place in range(bits // 8)
+    ]
     width = bits % 8
     if width:
         # Eight values of `width` bits fill `width` bytes.

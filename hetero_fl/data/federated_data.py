@@ -520,8 +520,7 @@ def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) ->
         client: Client id.
         splits: Names of the splits to concatenate.
     """
-    parts = []
-    for split in splits:
-        rows = data.client_rows[client][split].copy_rows()
-        parts.append(replace(rows, x=data._raw_rows(client, split).x))
-    return concatenate_examples(parts)
+    rows = data.client_rows[client]
+    return concatenate_examples(
+        [replace(rows[split].copy_rows(), x=data._raw_rows(client, split).x) for split in splits]
+    )

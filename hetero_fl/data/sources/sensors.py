@@ -189,10 +189,10 @@ def record(person: Person, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 def _make_common_set(numbers: range) -> Examples:
     y = np.tile(np.arange(len(NAMES)), WINDOWS // len(NAMES))
-    windows = []
-    for number in numbers:
-        rng = keyed_numpy_generator("data", "activity", "common", number)
-        windows.append(record(make_person(number), y, rng))
+    windows = [
+        record(make_person(number), y, keyed_numpy_generator("data", "activity", "common", number))
+        for number in numbers
+    ]
     x = np.concatenate(windows)
     return Examples(torch.from_numpy(x), torch.from_numpy(np.tile(y, len(numbers))))
 

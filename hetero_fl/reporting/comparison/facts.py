@@ -168,10 +168,11 @@ def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ..
         moment: `last`, or `best` for the round selected by validation.
     """
     shown = _SHOWN[_task_kind(task)]
-    columns = []
-    for test in ("global", "personal"):
-        for metric in shown.metrics:
-            columns.append(_make_column(f"{test}_{moment}_{metric}", test, metric))
+    columns = [
+        _make_column(f"{test}_{moment}_{metric}", test, metric)
+        for test in ("global", "personal")
+        for metric in shown.metrics
+    ]
     name = metric_name(shown.worst)
     columns.append(
         Column(

@@ -233,15 +233,18 @@ def _draw_needs(
 
 
 def _handles(rows: Sequence[Row], shown: ComparedMethods, present: Sequence[str]) -> list[Line2D]:
-    handles = []
-    for test in present:
-        look: dict[str, Any] = {
-            "color": style.TEST_COLORS[test],
-            "marker": style.TEST_MARKERS[test],
-        }
-        handles.append(
-            Line2D([], [], markersize=5, linestyle="none", label=TEST_DESCRIPTIONS[test], **look)
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=style.TEST_COLORS[test],
+            marker=style.TEST_MARKERS[test],
+            markersize=5,
+            linestyle="none",
+            label=TEST_DESCRIPTIONS[test],
         )
+        for test in present
+    ]
     if len({row["seed"] for row in rows}) > 1:
         handles.append(
             Line2D([], [], color=style.GREY, linewidth=1.3, label="± standard deviation over seeds")

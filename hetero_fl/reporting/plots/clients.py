@@ -157,13 +157,10 @@ def _scatter(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
         axes.xaxis.set_major_locator(style.ticks())
         axes.yaxis.set_major_locator(style.ticks())
         axes.set_aspect("equal", adjustable="datalim")
-    handles: list[Artist] = []
-    for model, color in colors.items():
-        handles.append(
-            Line2D(
-                [], [], linestyle="none", marker="o", color=color, label=style.shorten(model, 30)
-            )
-        )
+    handles: list[Artist] = [
+        Line2D([], [], linestyle="none", marker="o", color=color, label=style.shorten(model, 30))
+        for model, color in colors.items()
+    ]
     if hollow := _hollow_handle(tested):
         handles.append(hollow)
     if handles:

@@ -98,10 +98,10 @@ def driving(config: SourceConfig, _root: Path) -> Dataset:
         return read_driving_folder(Path(config.path).expanduser(), settings)
     _check_generated(settings)
     names = tuple(f"{fleet}_{i + 1}" for fleet in VEHICLES for i in range(VEHICLES_PER_FLEET))
-    drives = []
-    for name in names:
-        fleet = name.rpartition("_")[0]
-        drives.append(_generate(name, fleet, settings, drives=DRIVES, frames=FRAMES))
+    drives = [
+        _generate(name, name.rpartition("_")[0], settings, drives=DRIVES, frames=FRAMES)
+        for name in names
+    ]
     parts = _split_drives(names, drives, settings)
     return Dataset(
         "driving",
@@ -335,8 +335,10 @@ def _make_scene(rng: np.random.Generator, *, night: bool) -> Scene:
 def _other_drives(name: str, count: int, frames: int, settings: DrivingConfig) -> Examples:
     """Generate the drives of vehicles that are not clients, of each fleet in turn."""
     fleets = tuple(VEHICLES)
-    parts = []
-    for number in range(count):
-        fleet = fleets[number % len(fleets)]
-        parts.append(_generate(f"{name}_{number}", fleet, settings, drives=1, frames=frames))
+    parts = [
+        _generate(
+            f"{name}_{number}", fleets[number % len(fleets)], settings, drives=1, frames=frames
+        )
+        for number in range(count)
+    ]
     return concatenate_examples(parts)

@@ -45,7 +45,8 @@ def log_mel(waves: Tensor, config: SpeechConfig) -> Tensor:
     """
     window_size = round(config.window * config.rate)
     step = max(1, round(config.step * config.rate))
-    transform_size = _transform_size(window_size)
+    # The smallest power of two that is not below the size of the window.
+    transform_size = 1 << (window_size - 1).bit_length()
     filters = mel_filters(config.rate, transform_size, config.bands)
     if not bool((filters.sum(1) > 0).all()):
         raise UserError(
@@ -65,11 +66,6 @@ def log_mel(waves: Tensor, config: SpeechConfig) -> Tensor:
 def band_names(config: SpeechConfig) -> tuple[str, ...]:
     """Return the names of the mel bands, from low to high frequencies."""
     return tuple(f"mel_{band + 1}" for band in range(config.bands))
-
-
-def _transform_size(window_size: int) -> int:
-    """Return the smallest power of two that is not below the size of the window."""
-    return 1 << (window_size - 1).bit_length()
 
 
 @lru_cache(maxsize=16)

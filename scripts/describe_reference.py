@@ -108,6 +108,9 @@ contains the keys that differ. `configs/medical_hetero.yaml` is a commented exam
   algorithm, kind of partition, model or optimizer drops the settings of the one in the file.
   Settings that all of them have remain: `min_size` of a partition, `feature_dim` of a model, and
   the settings of an optimizer other than `momentum` and `nesterov`.
+- **References** such as `path: ${data.root}/a.csv` insert the value of another key of the file.
+  They are replaced when the file is read, before overrides. Environment variables and functions
+  are refused.
 - **Errors** are reported in one line with the key, the value found and the nearest valid key or
   value, before anything is written. [Messages](messages.md) lists them.
 - `--check` prints the resolved configuration. A run saves it as `config.yaml`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
 
 # Minimum number of classes for which tables show top-3 accuracy instead of metrics per class.
@@ -53,6 +54,14 @@ class Task:
     rare: int | None = None
     is_ranking: bool = False
     is_numbered: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check that files can contain the names, such as those of folders of classes."""
+        for name in self.names:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"class {name!r}: not encoded in UTF-8; rename it") from None
 
     def describe(self) -> str:
         """Return a short description, such as `2 classes: no, yes`."""

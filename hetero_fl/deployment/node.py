@@ -618,8 +618,9 @@ class Node:
             return message(
                 "failed", why=str(reply) if self.site.tells.errors else "failed", task=task
             )
-        if reply.kind == "refused" and not self.site.tells.errors:
-            reply = replace(reply, content=b"malformed")
+        if reply.kind == "refused":
+            self.log(f"refused: {one_line(reply.body.decode())}")
+            reply = reply if self.site.tells.errors else replace(reply, content=b"malformed")
         # For an upload, `_check_upload` has already recorded the contents.
         self._line.setdefault("kinds", [reply.kind])
         joined.policy.check_size(len(reply.body), upload=True)

@@ -293,7 +293,7 @@ class UploadCollector:
         """Record the clients that did not fail before the protocol abandoned the round."""
         for client_id in self.cohort:
             if client_id not in self.failed and client_id not in self.late:
-                self.fail(client_id, "the round was abandoned")
+                self.fail(client_id, f"the round was abandoned: {self.abandoned}")
 
     def _make_rules(self) -> AggregationRules | None:
         """Return the aggregation rules of the round, or None for the plain mean."""

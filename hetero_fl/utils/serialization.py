@@ -412,6 +412,8 @@ def check_entries(folder: Path, where: str = "", advice: str = "") -> None:
                 target = os.path.realpath(entry.path) if entry.is_symlink() else ""
                 if target and not Path(target).is_relative_to(home):
                     raise UserError(f"{where}{entry.path}: leads out to {target}{advice}")
+                if target and Path(entry.path).parent.resolve().is_relative_to(target):
+                    raise UserError(f"{where}{entry.path}: leads to a folder that contains it")
                 if not target and entry.is_dir():
                     pending.append(entry.path)
                 elif not target and not entry.is_file():

@@ -325,6 +325,7 @@ def test_site_of_a_secure_sum_keeps_rounds_but_no_secrets(tmp_path: Path) -> Non
 
     assert state["rounds"].tolist() == [0, 1] and not state["secrets"].any()
     assert (answer.head["what"], answer.body) == ("refused", b"malformed")
+    assert session.federation.log_lines[-1].startswith("refused: ")
 
 
 @pytest.mark.parametrize("ask", ["hello", "nothing"])

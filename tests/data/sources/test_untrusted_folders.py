@@ -65,9 +65,23 @@ def test_links_within_a_folder_or_a_hub_cache_are_read(tmp_path: Path) -> None:
     (path / "red" / "000005.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(UserError, match=r"000005\.png: leads out to .*outside\.png"):
         load("image_folder", path)
+    (path / "red" / "000005.png").unlink()
+    (path / "red" / "all").symlink_to("..")
+    with pytest.raises(UserError, match="red/all: leads to a folder that contains it"):
+        load("image_folder", path)
+    (path / "red" / "all").unlink()
+    (path / "red" / "000005.png").symlink_to(tmp_path / "outside.png")
     public = SourceConfig(name="image_folder", path=str(path / "red"))
     with pytest.raises(UserError, match=r"^proxy\.path: .*; set proxy\.follow_links=true"):
         load_unlabeled(public, tmp_path, "proxy")
+
+
+def test_class_folder_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = make_image_folder(tmp_path / "data", 12)
+    (path / "red").rename(path / os.fsdecode(b"caf\xe9"))
+
+    with pytest.raises(UserError, match=r"class 'caf\\udce9': not encoded in UTF-8; rename it"):
+        load("image_folder", path)
 
 
 @pytest.mark.parametrize("prefix", ["", "zip://a.png::", "file://"])

@@ -265,7 +265,7 @@ def train(
             epochs=epochs, batch_size=100, optimizer=hfl.SGD(lr=LEARNING_RATE)
         ),
     )
-    workers = ["runtime.workers=2"] if executor == "processes" else []
+    workers = ["runtime.workers=2"] if executor in ("processes", "ray") else []
     overrides = [*QUIET, f"runtime.executor={executor}", *workers]
     return federation.train(method, rounds=ROUNDS, overrides=overrides, **sections)
 
@@ -320,14 +320,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
-@pytest.mark.parametrize(("name", "executor", "steps"), CASES)
-def test_own_module_gives_the_result_of_plain_torch(
-    name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
+def check_result_of_plain_torch(
+    name: str, executor: str, steps: int, method: hfl.Algorithm
 ) -> None:
     habits = COMBINATIONS.get(name) or draw_habits(int(name.removeprefix("drawn_")))
     # Modules with parametrizations cannot be pickled.
-    chosen = frozenset(habits) - ({"spectral_norm"} if executor == "processes" else set())
+    chosen = frozenset(habits) - ({"spectral_norm"} if executor in ("processes", "ray") else set())
     module = Habits(chosen)
     local = local_names(chosen) if isinstance(method, hfl.FedAvg) else None
     reference = Reference(module, steps).run(local)
@@ -335,6 +333,14 @@ def test_own_module_gives_the_result_of_plain_torch(
     run = train(module, method, executor, epochs=steps)
 
     check_equals_reference(run, reference)
+
+
+@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
+@pytest.mark.parametrize(("name", "executor", "steps"), CASES)
+def test_own_module_gives_the_result_of_plain_torch(
+    name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
+) -> None:
+    check_result_of_plain_torch(name, executor, steps, method)
 
 
 @pytest.mark.parametrize("habit", ["recurrent", "cache", "cached_mean"])

@@ -251,10 +251,9 @@ def _check_references(tree: Any, where: str) -> None:
 def _find_value(tree: Any, name: str, where: str) -> Any:
     """Return the value at a path of keys, such as `clients.groups[0].name`."""
     for part in re.split(r"[.\[\]]+", name.removesuffix("]")):
-        keys = (
-            range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()
-        )
-        found = [key for key in keys if str(key) == part]
+        if isinstance(tree, list):
+            tree = dict(enumerate(tree))
+        found = [key for key in tree if str(key) == part] if isinstance(tree, dict) else []
         if len(found) != 1:
             raise UserError(f"{where}: reference to unknown key '{name}'")
         tree = tree[found[0]]

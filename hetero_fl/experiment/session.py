@@ -60,8 +60,9 @@ class RunSession:
         store = StateStore(directory.path / "checkpoint", memory)
         self.trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
         self._checkpoints = Checkpoints(store, progress.log)
+        self._saves_best = prepared.config.output.best_models
         # Nodes keep the private states of their clients, which cannot be reset to an earlier round.
-        self._saves_best = prepared.config.output.best_models and executor_factory is None
+        self._can_go_back = executor_factory is None
         # Metadata to save in checkpoints, which is empty until the run is started.
         self._metadata: dict[str, Any] = {}
         config = prepared.config
@@ -224,6 +225,8 @@ class RunSession:
                 patience.update(record)
                 best.update(record)
                 evaluation = result if is_last else None
+                if self._saves_best and not self._can_go_back:
+                    self._save_best(best.rounds)
             directory.append_metrics(record)
             self._metadata["directory"]["metrics"] = directory.metrics_checksum()
             kept_rounds |= {*best.rounds.values()}
@@ -276,7 +279,7 @@ class RunSession:
             setup_seconds=setup_seconds,
             evaluation=evaluation,
         )
-        if self._saves_best and best_rounds:
+        if self._saves_best and self._can_go_back:
             self._save_best(best_rounds)
         directory.finish(summary)
         write_presentation(prepared.config, directory, self._progress.log)
@@ -294,9 +297,14 @@ class RunSession:
         last = trainer.completed
         for round_idx in sorted(set(best_rounds.values())):
             save = _BestModels(directory, best_rounds, round_idx)
-            if round_idx == last:
+            if round_idx == last and directory.model_files():
                 for path in directory.model_files():
                     save(path.stem, path.read_bytes())
+            elif round_idx == last:
+                evaluate_models(trainer, save, counts_traffic=False)
+            elif not self._can_go_back:
+                # The models were saved after that round.
+                continue
             elif (saved := self._checkpoints.load(round_idx)) is None:
                 self._progress.log(
                     f"the best models of round {round_idx} are not saved, because its checkpoint "
@@ -329,6 +337,11 @@ class _BestModels:
             is_server: [which for which in BEST_MODELS if rounds.get(which) == round_idx]
             for is_server, rounds in ((False, best_rounds), (True, server))
         }
+        # A client may be absent from this round, whose models are complete without it.
+        for is_server, folders in self._folders.items():
+            for path in (path for which in folders for path in directory.model_files(which)):
+                if (path.stem == "server") == is_server:
+                    path.unlink()
 
     def __call__(self, name: str, model: bytes) -> None:
         for which in self._folders[name == "server"]:

@@ -272,9 +272,8 @@ class Run:
         files = self.directory.model_files(self.selection)
         if not files and self.selection:
             raise UserError(
-                f"{self.directory.models_folder(self.selection)}: no models; they are saved at the "
-                "end of a run that has validation rows and output.best_models=true, but not on "
-                "nodes"
+                f"{self.directory.models_folder(self.selection)}: no models; they are saved by a "
+                "run that has validation rows and output.best_models=true"
             )
         if not files:
             if not self.directory.finished:

@@ -324,8 +324,10 @@ def figures(run: Run) -> list[dict[str, Any]]:
 
 def models(run: Run) -> dict[str, bytes]:
     """Return the bytes of the models of a finished run."""
+    folder = run.path / "models"
     return {
-        path.name: path.read_bytes() for path in sorted((run.path / "models").glob("*.safetensors"))
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*.safetensors"))
     }
 
 

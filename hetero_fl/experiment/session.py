@@ -296,15 +296,15 @@ class RunSession:
         trainer = self.trainer
         last = trainer.completed
         for round_idx in sorted(set(best_rounds.values())):
+            if round_idx != last and not self._can_go_back:
+                # The models were saved after that round.
+                continue
             save = _BestModels(directory, best_rounds, round_idx)
             if round_idx == last and directory.model_files():
                 for path in directory.model_files():
                     save(path.stem, path.read_bytes())
             elif round_idx == last:
                 evaluate_models(trainer, save, counts_traffic=False)
-            elif not self._can_go_back:
-                # The models were saved after that round.
-                continue
             elif (saved := self._checkpoints.load(round_idx)) is None:
                 self._progress.log(
                     f"the best models of round {round_idx} are not saved, because its checkpoint "

@@ -10,7 +10,7 @@ import pytest
 
 from hetero_fl.federation.simulation.sampling import ClientSampler
 from hetero_fl.reporting.report import write_report
-from tests.helpers.nodes import LONG, Clock, Point, Sites, federation, models, records
+from tests.helpers.nodes import LONG, Clock, Point, Sites, federation, records
 from tests.helpers.small_federations import config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -46,7 +46,7 @@ def test_run_continues_with_five_of_twenty_nodes_down(tmp_path: Path) -> None:
     assert sorted(last["clients"]) == sorted(set(clients) - set(down[1:]))
     read = [scores["personal"]["accuracy"] for scores in last["clients"].values()]
     assert last["personal"]["accuracy"] == pytest.approx(sum(read) / 16)
-    assert len(models(deployed)) == 17  # and the server's
+    assert len(deployed.directory.model_files()) == 17  # and the server's
     assert deployed.summary["wall"]["failed"] == 9 and deployed.summary["rounds_completed"] == 3
     write_report(deployed.path)  # of those who were read
 

@@ -226,11 +226,12 @@ class RunSession:
                 best.update(record)
                 evaluation = result if is_last else None
                 if self._saves_best and not self._can_go_back:
-                    self._save_best(best.rounds)
+                    self._save_best(best.rounds, is_last)
             directory.append_metrics(record)
             self._metadata["directory"]["metrics"] = directory.metrics_checksum()
             kept_rounds |= {*best.rounds.values()}
-            trainer.save(self._checkpoints, self._metadata, kept_rounds if self._saves_best else ())
+            goes_back = self._saves_best and self._can_go_back
+            trainer.save(self._checkpoints, self._metadata, kept_rounds if goes_back else ())
             self._loggers.log(record)
             yield record
             progress.finish_round(record)
@@ -280,17 +281,18 @@ class RunSession:
             evaluation=evaluation,
         )
         if self._saves_best and self._can_go_back:
-            self._save_best(best_rounds)
+            self._save_best(best_rounds, True)
         directory.finish(summary)
         write_presentation(prepared.config, directory, self._progress.log)
         self._progress.finish(summary)
         self._loggers.finish(summary)
 
-    def _save_best(self, best_rounds: Mapping[str, int]) -> None:
+    def _save_best(self, best_rounds: Mapping[str, int], is_last: bool) -> None:
         """Save the models of the best rounds, as in the evaluations of these rounds.
 
         Args:
             best_rounds: Rounds with the best validation scores, see `BestRounds`.
+            is_last: Whether the current models were saved as the last ones.
         """
         directory = self._directory
         trainer = self.trainer
@@ -300,7 +302,7 @@ class RunSession:
                 # The models were saved after that round.
                 continue
             save = _BestModels(directory, best_rounds, round_idx)
-            if round_idx == last and directory.model_files():
+            if round_idx == last and is_last:
                 for path in directory.model_files():
                     save(path.stem, path.read_bytes())
             elif round_idx == last:

@@ -24,7 +24,14 @@ from tests.helpers.nodes import (
 from tests.helpers.small_federations import config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
-CONFIG = config("fedavg", "linear", rounds=3, channel={"secure_sum": {"threshold": 2}})
+CONFIG = config(
+    "fedavg",
+    "linear",
+    rounds=3,
+    channel={"secure_sum": {"threshold": 2}},
+    # Each evaluation takes place once.
+    output__best_models=False,
+)
 EXCHANGES = ["keys", "shares", "train", "consistency", "unmask"]
 
 

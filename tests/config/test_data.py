@@ -100,6 +100,7 @@ def chain(first: str, level: str, count: int) -> str:
         ("name: a\nname: b\n", "found duplicate key name"),
         ("a: &a [*a]\n", "recursive aliases are not supported"),
         (f"rounds: 1{22 * '0'}\n", "rounds: must be <= 1000000"),
+        (chain("", "${OLD}${OLD}", 21), "references expand to too many values; write the values$"),
         (chain("", "${OLD}${OLD}", 33), "references expand to too many values; write the values$"),
         (chain("{}", "{x: '${OLD}', y: '${OLD}'}", 31), "references expand to too many values"),
         (chain("word", "${.OLD}${.OLD}", 33), "a1: reference to unknown key '.a0'"),

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
+import hetero_fl
 from hetero_fl.cli import main
+from hetero_fl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 MEDICAL = yaml.safe_load((ROOT / "configs" / "medical_hetero.yaml").read_text())
@@ -269,6 +271,15 @@ def test_numbers_of_thousands_of_digits_exit_with_one_line(
     ):
         (tmp_path / "c.yaml").write_text(line.format(number))
         refused(["--config", str(tmp_path / "c.yaml")], tmp_path / "out", capsys, "error")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{"seed": 10**5000}, {"clients": {"count": 10**5000}}, {"data": {"train_limit": 10**5000}}],
+)
+def test_numbers_of_thousands_of_digits_are_refused_from_python(tree: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^configuration: .*got a very large integer$"):
+        hetero_fl.run({"data": {"name": "digits"}, **tree})
 
 
 def test_wrong_flags_exit_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,19 @@ if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
 
 
+def comparison_command(run: Run) -> str:
+    """Return the command that compares a run's method with training alone and, if possible, FedAvg.
+
+    FedAvg needs clients of the same architecture.
+    """
+    groups = [client["group"] for client in run.directory.details()["clients"].values()]
+    averaging = ["fedavg"] if len({*groups}) < len(groups) else []
+    method = run.summary["algorithm"]
+    names = dict.fromkeys(["local", *averaging, "hybrid" if method == "local" else method])
+    config, out = shlex.quote(f"{run.path}/config.yaml"), shlex.quote(f"{run.path}-comparison")
+    return f"hetero-fl compare --config {config} --algorithms {','.join(names)} --out {out}"
+
+
 @training_command(
     "hetero-fl train -c configs/digits_quickstart.yaml",
     "hetero-fl train -c configs/digits_quickstart.yaml rounds=5 algorithm.name=fedprox",
@@ -57,7 +71,9 @@ def train(source: Path, **options: Any) -> Run:
     """Train a federation in simulation and write a run directory."""
     from hetero_fl import experiment
 
-    return experiment.run(source, **options)
+    finished = experiment.run(source, **options)
+    make_printer(options["quiet"])(f"compare with training alone: {comparison_command(finished)}")
+    return finished
 
 
 @command(

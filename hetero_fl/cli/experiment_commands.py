@@ -213,6 +213,7 @@ def compare(
     an interrupted comparison, repeat the command.
     """
     from hetero_fl import experiment
+    from hetero_fl.cli.printing import print_comparison
     from hetero_fl.experiment.comparison.study import Study
 
     loaded = Study.load(study) if study else None
@@ -248,7 +249,8 @@ def compare(
         origins=origins,
         allow_code=code_permission(allow_code),
     )
-    echo(comparison.to_markdown())
+    print_comparison(comparison)
+    make_printer(quiet)(f"details, pictures and runs: {comparison.path / 'report.html'}")
 
 
 @command(

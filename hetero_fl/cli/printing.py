@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,7 @@ from hetero_fl.federation.executors.choose import choose_executor, plan_memory
 from hetero_fl.federation.federation import NUM_REPRESENTATIVE
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.upload_contents import upload_contents
+from hetero_fl.reporting.comparison.result import Comparison
 from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.terminal import Terminal
@@ -290,3 +292,13 @@ def print_scores(
     unbounded = console.options.update(width=10_000)
     fits = Measurement.get(console, unbounded, wide).minimum <= console.width
     console.print(wide if fits else long)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print the tables of a comparison, in a terminal as wide as the terminal."""
+    text = comparison.to_markdown().partition("\n## Details\n")[0]
+    terminal = Terminal()
+    if terminal.is_terminal:
+        terminal.print(Markdown(text))
+    else:
+        echo(text)

@@ -348,9 +348,11 @@ def test_resume_of_finished_run_reports_it(
     assert main(["train", "--resume", "--out", str(finished)]) == 0
 
     out, err = capsys.readouterr()
-    assert (
-        err == f"{finished}: this run has finished, after 4 rounds; add `rounds=N` to extend it\n"
-    )
+    assert err.splitlines() == [
+        f"{finished}: this run has finished, after 4 rounds; add `rounds=N` to extend it",
+        f"compare with training alone: hetero-fl compare --config {finished}/config.yaml "
+        f"--algorithms local,fedavg --out {finished}-comparison",
+    ]
     assert out == f"{finished}\n"
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 

@@ -15,7 +15,7 @@ from hetero_fl.reporting.comparison.significance import (
     holm,
     paired_difference,
 )
-from hetero_fl.reporting.comparison.tables import best_method, format_score
+from hetero_fl.reporting.comparison.tables import best_method, format_difference
 from hetero_fl.reporting.formatting import MISSING, algorithm_name, format_significant
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
@@ -71,13 +71,11 @@ class DifferenceTable:
         name = algorithm_name(one.algorithm)
         if found is None or one.p_holm is None:
             return (name, *[MISSING] * 4)
-        interval = f"{self._signed(found.low)} to {self._signed(found.high)}"
-        tests = (format_p(found.p), format_p(one.p_holm))
-        return (name, self._signed(found.mean), interval, *tests)
-
-    def _signed(self, value: float) -> str:
-        sign = "−" if value < 0 else "+"
-        return sign + format_score(abs(value), self.column.metric)
+        mean, low, high = (
+            format_difference(value, self.column.metric)
+            for value in (found.mean, found.low, found.high)
+        )
+        return (name, mean, f"{low} to {high}", format_p(found.p), format_p(one.p_holm))
 
     def markdown(self) -> str:
         """Return the table in GitHub Markdown."""

@@ -38,6 +38,8 @@ from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE, UserError
 
 Row = Mapping[str, Any]
+CLIENTS = "clients"
+"""Key of the entries of the clients in a row, as in `summary.json`."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,15 @@ def _task_kind(task: Task) -> str:
 def metrics_of(task: Task) -> tuple[str, ...]:
     """Return the metrics that a comparison shows for the global and the local test."""
     return _SHOWN[_task_kind(task)].metrics
+
+
+def client_metrics(task: Task) -> dict[str, str]:
+    """Return the metric that a comparison shows for each client, keyed by test.
+
+    Accuracies are defined on all local tests, including those without a class.
+    """
+    shown = _SHOWN[_task_kind(task)]
+    return {"global": shown.metrics[0], "personal": shown.worst}
 
 
 def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:

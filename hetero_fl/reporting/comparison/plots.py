@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.facts import ComparedMethods, Row, compared_methods, metrics_of
+from hetero_fl.reporting.comparison.gains import GainTable
 from hetero_fl.reporting.formatting import (
     TEST_DESCRIPTIONS,
     TEST_NAMES,
@@ -255,6 +256,41 @@ def _handles(rows: Sequence[Row], shown: ComparedMethods, present: Sequence[str]
             Line2D([], [], label=f"{algorithm_name(shown.baseline)}, the baseline", **dotted)
         )
     return handles
+
+
+def draw_gains(tables: Sequence[GainTable]) -> Figure:
+    """Plot the gain of each client over the baseline with each method, one panel for each test.
+
+    Args:
+        tables: The tables of the tests, which list the same clients.
+    """
+    clients = [str(client) for client in tables[0].listed.index]
+    figure = style.figure(1.3 + 0.3 * len(clients))
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for axes, table in zip(panels, tables, strict=True):
+        methods = table.gains.columns
+        for place, label in enumerate(methods):
+            color = COLORS[place % len(COLORS)]
+            axes.plot(
+                table.gains[label].reindex(clients),
+                np.arange(len(clients)) + 0.5 * ((place + 1) / (len(methods) + 1) - 0.5),
+                "o" if place < len(COLORS) else "s",
+                markersize=5,
+                color=color,
+                markerfacecolor="white" if is_reference(label) else color,
+                label=_short_name(label),
+            )
+        axes.axvline(0, color=style.GREY, linewidth=0.9)
+        axes.set_xlabel(f"gain over {algorithm_name(table.baseline)}")
+        axes.grid(axis="y", visible=False)
+        axes.set_title(tested_metric(table.test, table.metric))
+        axes.xaxis.set_major_locator(style.ticks(5))
+        for row in range(1, len(clients), 2):
+            axes.axhspan(row - 0.5, row + 0.5, color=style.BAND, linewidth=0, zorder=0)
+    panels[0].set_yticks(range(len(clients)), clients)
+    panels[0].set_ylim(len(clients) - 0.5, -0.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
 
 
 History = Sequence[Mapping[str, Any]]

@@ -13,7 +13,19 @@ from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison import plots
 from hetero_fl.reporting.comparison.differences import make_difference_table
-from hetero_fl.reporting.comparison.facts import Row, UsedSettings, compared_methods, gather_facts
+from hetero_fl.reporting.comparison.facts import (
+    CLIENTS,
+    Row,
+    UsedSettings,
+    compared_methods,
+    gather_facts,
+)
+from hetero_fl.reporting.comparison.gains import (
+    client_gains,
+    describe_gains,
+    gain_columns,
+    make_gain_tables,
+)
 from hetero_fl.reporting.comparison.result import DIFFERENCES
 from hetero_fl.reporting.comparison.significance import MIN_SEEDS
 from hetero_fl.reporting.comparison.tables import (
@@ -42,7 +54,8 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
 
     The keys are `algorithm`, `seed`, `{personal,global,server}_{last,best}_{metric}` for existing
     scores, `personal_{last,best}_{metric}_worst` for the worst client, `up_bytes`, `down_bytes`,
-    `seconds_total` and, for runs with simulated time, `simulated_hours`.
+    `seconds_total`, `clients` with the entries of the summary and, for runs with simulated time,
+    `simulated_hours`.
 
     Args:
         summary: Content of the run's `summary.json`.
@@ -58,6 +71,7 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     row["up_bytes"] = exchanged["up_bytes"]
     row["down_bytes"] = exchanged["down_bytes"]
     row["seconds_total"] = summary["seconds"]["total"]
+    row[CLIENTS] = summary["clients"]
     if simulated := summary.get("simulated"):
         row["simulated_hours"] = simulated["seconds"] / 3600
     return row
@@ -98,7 +112,9 @@ def write_comparison(
         raise ValueError("rows: expected at least one row, got none")
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
+    found = client_gains(rows, task)
     frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object)
+    frame = frame.merge(gain_columns(found), on=["algorithm", "seed"], how="left")
     out.write_text("comparison.csv", frame.to_csv(index=False, lineterminator="\n"))
     known = gather_facts(out.path, rows, missing)
     last = make_table(rows, task, "last", known.jobs, known.local_test_note)
@@ -113,9 +129,15 @@ def write_comparison(
     out.write_text(
         "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
     )
+    gains = make_gain_tables(found, rows, task)
+    pictures = {}
     with style.plot_style():
-        picture = style.to_png(plots.draw_comparison(rows, task, known.jobs))
-    (out.path / "comparison.png").write_bytes(picture)
+        pictures["comparison"] = style.to_png(plots.draw_comparison(rows, task, known.jobs))
+        if gains:
+            pictures["gains"] = style.to_png(plots.draw_gains(gains))
+    (out.path / "gains.png").unlink(missing_ok=True)
+    for name, picture in pictures.items():
+        (out.path / f"{name}.png").write_bytes(picture)
     shown = compared_methods(rows)
     content: dict[str, Any] = {
         "title": title,
@@ -124,6 +146,8 @@ def write_comparison(
         "tables": (last, selected),
         "differences": differences,
         "differences_note": "" if differences or len(shown.all_labels) < 2 else DIFFERENCES_NOTE,
+        "gains": gains,
+        "answer": describe_gains(gains, rows, task),
         "grid": make_tuning_table(tried, task),
         "settings": settings,
         "methods": describe_methods(shown.all_labels),
@@ -137,8 +161,9 @@ def write_comparison(
         rows=rows,
         columns=last.columns[:3],
         score=format_single,
-        picture=style.embed_picture(picture),
+        pictures={name: style.embed_picture(picture) for name, picture in pictures.items()},
         several=len({row["seed"] for row in rows}) > 1,
+        reports={path.parent.name for path in out.path.glob("runs/*/report.html")},
         below=BELOW,
         missing=MISSING,
         seconds=seconds_note(known.jobs),
@@ -159,4 +184,5 @@ def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
         for metric in metric_names(task)
     ]
     names += ["up_bytes", "down_bytes", "seconds_total"]
-    return list(dict.fromkeys([*names, *(key for row in rows for key in row)]))
+    others = (key for row in rows for key in row if key != CLIENTS)
+    return list(dict.fromkeys([*names, *others]))

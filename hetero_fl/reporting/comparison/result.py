@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DIFFERENCES = "differences.csv"
 """Name of the file with the paired differences from the best method."""
+GAIN = "_gain_"
+"""Part of the names of the columns with the gain of a client over the baseline."""
 SHOWN = ("global_last_", "personal_last_")
 """Prefixes of the columns that a notebook shows."""
 
@@ -62,7 +64,11 @@ class Comparison:
         return f"Comparison({str(self.path)!r})\n\n{self.to_markdown()}"
 
     def _repr_html_(self) -> str:
-        scores = [str(c) for c in self.frame if str(c).startswith(SHOWN) and self.frame[c].any()]
+        scores = [
+            str(c)
+            for c in self.frame
+            if str(c).startswith(SHOWN) and GAIN not in str(c) and self.frame[c].any()
+        ]
         methods = self.frame.assign(algorithm=self.frame["algorithm"].map(algorithm_name))
         means = methods.groupby("algorithm", sort=False)[scores].mean()
         # A column has a name such as `personal_last_auroc`.
@@ -94,6 +100,21 @@ class Comparison:
             return pd.read_csv(path)
         names = ["algorithm", "difference", "low", "high", "p", "p_holm", "seeds"]
         return pd.DataFrame(columns=names)
+
+    @cached_property
+    def gains(self) -> pd.DataFrame:
+        """The gain of each client over training alone, with scores as fractions.
+
+        The columns are `algorithm`, `seed`, `test`, `metric`, `client` and `gain`, which is the
+        difference from the client's score with `local` and the same seed. A positive gain is
+        better, also for errors. The frame is empty if `local` was not compared.
+        """
+        columns = [name for name in self.frame if GAIN in str(name)]
+        gains = self.frame.melt(["algorithm", "seed"], columns, "name", "gain").dropna()
+        names = gains.pop("name").str.extract(
+            f"(?P<test>.*?)_last_(?P<metric>.*?){GAIN}(?P<client>.*)"
+        )
+        return gains.join(names)[["algorithm", "seed", "test", "metric", "client", "gain"]]
 
     @cached_property
     def runs(self) -> list[Run]:

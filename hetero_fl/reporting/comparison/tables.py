@@ -289,6 +289,12 @@ def format_score(value: float, metric: str) -> str:
     return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
 
 
+def format_difference(value: float, metric: str) -> str:
+    """Format a difference of two scores as in the tables, with a sign."""
+    sign = "−" if value < 0 else "+"
+    return sign + format_score(abs(value), metric)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A point of the tuning grid of a method, or a trial of a search.

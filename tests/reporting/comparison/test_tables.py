@@ -281,8 +281,8 @@ def test_comparison_writes_its_files(tmp_path: Path) -> None:
     assert found[0]["server_last_accuracy"] == "" and found[1]["server_best_loss"] == ""
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert (
-        text.startswith("# Two & <three>\n\nA note.\n\n- **Seeds:** 0, 1, 2, 3, 4\n")
-        and "\n\n## Last round" in text
+        text.startswith("# Two & <three>\n\nA note.\n\n## Last round\n")
+        and "\n\n## Details\n\n- **Seeds:** 0, 1, 2, 3, 4\n" in text
         and "## Round selected by validation" in text
     )
     assert (tmp_path / "out" / "comparison.tex").read_text().count("\\end{table}") == 3

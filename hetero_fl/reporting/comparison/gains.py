@@ -1,0 +1,172 @@
+"""Gain or loss of each client against training alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from hetero_fl.core.metrics import SMALLER_IS_BETTER
+from hetero_fl.core.task import Task
+from hetero_fl.reporting.comparison.facts import (
+    CLIENTS,
+    Row,
+    client_metrics,
+    compared_methods,
+    rank_methods,
+)
+from hetero_fl.reporting.comparison.result import GAIN
+from hetero_fl.reporting.comparison.tables import format_difference, format_score
+from hetero_fl.reporting.formatting import MISSING, TEST_NAMES, algorithm_name, metric_name
+from hetero_fl.reporting.rendering import markdown_table, render_line
+
+MAX_LISTED = 20
+"""Maximum number of clients in a table."""
+
+
+@dataclass(frozen=True)
+class GainTable:
+    """The gain of each client over the baseline on one test, mean over seeds.
+
+    A positive gain is better, also for errors.
+
+    Attributes:
+        test: `global` or `personal`.
+        metric: Name of the metric.
+        baseline: Label of the baseline.
+        best: Label of the best method, in the first column of the table of the last round.
+        scores: Score of each client with the baseline.
+        gains: Gain of each client (rows) with each other method (columns).
+    """
+
+    test: str
+    metric: str
+    baseline: str
+    best: str
+    scores: pd.Series
+    gains: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """Title of the table."""
+        test = f"{TEST_NAMES[self.test]}, {metric_name(self.metric)}"
+        return f"Gain of each client over {algorithm_name(self.baseline)}: {test}"
+
+    @property
+    def header(self) -> list[str]:
+        """Titles of the columns."""
+        return ["Client", *map(algorithm_name, (self.baseline, *self.gains.columns))]
+
+    @property
+    def listed(self) -> pd.DataFrame:
+        """The gains of the clients in the table, without the middle of many clients."""
+        if len(self.gains) <= MAX_LISTED:
+            return self.gains
+        ranked = self.gains.sort_values(self.best)
+        return pd.concat([ranked.head(MAX_LISTED // 2), ranked.tail(MAX_LISTED // 2)])
+
+    @property
+    def lines(self) -> list[tuple[str, ...]]:
+        """The cells of each row as text. The last row counts the clients that gain."""
+        gaining = (f"{sum(self.gains[m] > 0)} of {self.gains[m].count()}" for m in self.gains)
+        return [
+            *(
+                (client, format_score(self.scores[client], self.metric), *map(self.format, gains))
+                for client, *gains in self.listed.itertuples()
+            ),
+            ("clients that gain", "", *gaining),
+        ]
+
+    @property
+    def caption(self) -> str:
+        """Text below the table."""
+        return render_line("gain_caption.txt", table=self)
+
+    def format(self, gain: float) -> str:
+        """Format a gain, which is NaN if a score is undefined."""
+        return MISSING if pd.isna(gain) else format_difference(gain, self.metric)
+
+    def markdown(self) -> str:
+        """Return the table in GitHub Markdown."""
+        return markdown_table(self.header, self.lines, ("left", *["right"] * len(self.header[1:])))
+
+
+def client_gains(rows: Sequence[Row], task: Task) -> pd.DataFrame:
+    """Return the gain of each client over the baseline with the same seed, for other methods.
+
+    Args:
+        rows: One row for each run, with the scores of the clients as in `summary.json`.
+        task: Task of the runs.
+
+    Returns:
+        One row for each run, test and client, with the columns `algorithm`, `seed`, `test`,
+        `metric`, `client`, `score`, `alone` (the score with the baseline) and `gain`. Undefined
+        scores are left out.
+    """
+    scores = [
+        (
+            row["algorithm"],
+            row["seed"],
+            test,
+            metric,
+            client["id"],
+            (client[test] or {}).get(metric),
+        )
+        for row in rows
+        for test, metric in client_metrics(task).items()
+        for client in row.get(CLIENTS, ())
+    ]
+    key = ["seed", "test", "metric", "client"]
+    frame = pd.DataFrame(scores, columns=["algorithm", *key, "score"]).dropna()
+    is_alone = frame["algorithm"] == compared_methods(rows).baseline
+    alone = frame[is_alone].set_index(key)["score"].rename("alone")
+    frame = frame[~is_alone].merge(alone, on=key)
+    sign = 1 - 2 * frame["metric"].isin(SMALLER_IS_BETTER)
+    return frame.assign(gain=sign * (frame["score"] - frame["alone"]))
+
+
+def gain_columns(gains: pd.DataFrame) -> pd.DataFrame:
+    """Return the gains with one row for each run, and columns `{test}_last_{metric}_gain_{client}`.
+
+    Args:
+        gains: The result of `client_gains`.
+    """
+    names = gains["test"] + "_last_" + gains["metric"] + GAIN + gains["client"]
+    table = gains.assign(name=names).pivot_table("gain", ["algorithm", "seed"], "name", sort=False)
+    return table.reset_index()
+
+
+def make_gain_tables(gains: pd.DataFrame, rows: Sequence[Row], task: Task) -> list[GainTable]:
+    """Return the tables of the global and the local test, or none without gains.
+
+    Args:
+        gains: The result of `client_gains`.
+        rows: One row for each run.
+        task: Task of the runs.
+    """
+    shown = compared_methods(rows)
+    ranked = [str(row["algorithm"]) for row in rank_methods(rows, task)]
+    best = next((x for x in ranked if x in shown.federated and x != shown.baseline), "")
+    tables = []
+    for test, metric in client_metrics(task).items():
+        own = gains[gains["test"] == test]
+        means = own.pivot_table("gain", "client", "algorithm", sort=False)
+        if best in means:
+            means = means[[label for label in shown.all_labels if label in means]]
+            alone = own.groupby("client")["alone"].mean()
+            tables.append(GainTable(test, metric, str(shown.baseline), best, alone, means))
+    return tables
+
+
+def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row], task: Task) -> str:
+    """Return sentences on what the best method gains for whom, and at which price.
+
+    Args:
+        tables: The tables of `make_gain_tables`. Without tables, the text is empty.
+        rows: One row for each run.
+        task: Task of the runs.
+    """
+    runs = pd.DataFrame([row for row in rows if tables and row["algorithm"] == tables[0].best])
+    unit = task.unit if task.kind == "regression" else "percentage points"
+    return render_line("gain_answer.txt", tables=tables, runs=runs, unit=unit)

@@ -208,7 +208,8 @@ class Benchmark:
         """Load a benchmark from a folder.
 
         Args:
-            folder: Folder with `protocol.yaml` and one file for each federation.
+            folder: Folder with `protocol.yaml` and one file for each federation. Files called
+                `*_base.yaml` are configurations to which federations refer.
 
         Raises:
             UserError: If a file is missing or invalid.
@@ -219,7 +220,7 @@ class Benchmark:
         protocol = read_section(folder / PROTOCOL, Protocol)
         federations = {}
         for path in sorted(folder.glob("*.yaml")):
-            if path.name != PROTOCOL:
+            if path.name != PROTOCOL and not path.stem.endswith("_base"):
                 federation = read_section(path, BenchmarkFederation)
                 config = folder / federation.config
                 federations[path.stem] = federation.model_copy(update={"config": config})

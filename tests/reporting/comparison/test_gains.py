@@ -133,3 +133,14 @@ def test_without_the_baseline_there_are_no_gains(tmp_path: Path) -> None:
     assert comparison.gains.empty and "clients gain" not in comparison.to_markdown()
     assert not (tmp_path / "gains.png").exists(), "no picture of an earlier comparison remains"
     assert "clients" not in comparison.frame
+
+
+def test_the_best_method_is_no_baseline(tmp_path: Path) -> None:
+    """If training alone is best, the sentence describes the next method."""
+    rows = [row for row in rows_with_clients() if row["algorithm"] != "hybrid"]
+    for row in rows:
+        row["global_last_balanced_accuracy"] = 0.9 if row["algorithm"] == "local" else 0.5
+
+    text = write(tmp_path, rows).to_markdown()
+
+    assert "With FedAvg, 1 of 2 clients gain over Local on the global test" in text

@@ -39,9 +39,7 @@ help:
 	@echo "make clean     remove $(VENV) and caches, keep runs/"
 
 medical: $(VENV)/.installed
-	$(PY) scripts/compare.py --config configs/medical_hetero.yaml \
-		--algorithms local,fedavg,fedmd,hybrid \
-		--out runs/medical_hetero-$$(date +%Y%m%d-%H%M%S)
+	$(PY) scripts/train.py --config configs/medical_hetero.yaml
 
 # One worker runs all tests of a file, so that no fixture is repeated; files with slow tests first.
 # One worker more than cores, because tests of real federations wait for their processes.

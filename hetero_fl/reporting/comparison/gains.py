@@ -160,7 +160,7 @@ def make_gain_tables(gains: pd.DataFrame, rows: Sequence[Row], task: Task) -> li
 
 
 def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row], task: Task) -> str:
-    """Return sentences on what the best method gains for whom, and at which price.
+    """Return sentences on the gains with the best method, and their price in bytes and time.
 
     Args:
         tables: The tables of `make_gain_tables`. Without tables, the text is empty.

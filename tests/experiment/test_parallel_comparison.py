@@ -312,7 +312,8 @@ def test_compare_shows_scores_and_remaining_time(
     figures = r"local test: balanced accuracy \d+\.\d%.*; global test: balanced accuracy \d+\.\d%.*"
 
     assert compared(tmp_path) == 0
-    first, last = capsys.readouterr().err.splitlines()[-2:]
+    first, last, report = capsys.readouterr().err.splitlines()[-3:]
+    assert report == f"details, pictures and runs: {tmp_path / 'out' / 'report.html'}"
     assert re.fullmatch(rf"1/2 local seed 0: {figures} \(about [\d.]+ s left\)", first)
     assert re.fullmatch(rf"2/2 fedavg seed 0: {figures}", last) and "left" not in last
     logged = (tmp_path / "out" / "log.txt").read_text()

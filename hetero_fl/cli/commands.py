@@ -52,14 +52,26 @@ if TYPE_CHECKING:
 def comparison_command(run: Run) -> str:
     """Return the command that compares a run's method with training alone and, if possible, FedAvg.
 
-    FedAvg needs clients of the same architecture.
+    FedAvg needs clients of the same architecture. A run of training alone is compared with Hybrid,
+    which needs the same or a proxy set; otherwise, the command is empty.
     """
+    config = run.directory.config()
     groups = [client["group"] for client in run.directory.details()["clients"].values()]
     averaging = ["fedavg"] if len({*groups}) < len(groups) else []
     method = run.summary["algorithm"]
-    names = dict.fromkeys(["local", *averaging, "hybrid" if method == "local" else method])
-    config, out = shlex.quote(f"{run.path}/config.yaml"), shlex.quote(f"{run.path}-comparison")
-    return f"hetero-fl compare --config {config} --algorithms {','.join(names)} --out {out}"
+    if method == "local":
+        method = "hybrid"
+        if not averaging and not run.summary["data"]["n_proxy"]:
+            return ""
+    names = ",".join(dict.fromkeys(["local", *averaging, method]))
+    command = ["hetero-fl", "compare", "--config", f"{run.path}/config.yaml", "--algorithms", names]
+    command += ["--seeds", str(run.summary["seed"])]
+    command += ["--out", f"{run.path}-comparison-{config['rounds']}"]
+    # The settings of the run that comparisons do not have by default.
+    command += ["output.best_models=false"]
+    command += ["runtime.mode=sync"] if config["runtime"]["mode"] == "async" else []
+    command += ["--allow-code"] if find_references(config) else []
+    return shlex.join(command)
 
 
 @training_command(
@@ -72,7 +84,8 @@ def train(source: Path, **options: Any) -> Run:
     from hetero_fl import experiment
 
     finished = experiment.run(source, **options)
-    make_printer(options["quiet"])(f"compare with training alone: {comparison_command(finished)}")
+    if advice := comparison_command(finished):
+        make_printer(options["quiet"])(f"compare with training alone: {advice}")
     return finished
 
 

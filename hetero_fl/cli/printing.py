@@ -299,6 +299,6 @@ def print_comparison(comparison: Comparison) -> None:
     text = comparison.to_markdown().partition("\n## Details\n")[0]
     terminal = Terminal()
     if terminal.is_terminal:
-        terminal.print(Markdown(text))
+        terminal.print(Markdown(text, hyperlinks=False))
     else:
         echo(text)

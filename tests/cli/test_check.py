@@ -351,7 +351,8 @@ def test_resume_of_finished_run_reports_it(
     assert err.splitlines() == [
         f"{finished}: this run has finished, after 4 rounds; add `rounds=N` to extend it",
         f"compare with training alone: hetero-fl compare --config {finished}/config.yaml "
-        f"--algorithms local,fedavg --out {finished}-comparison",
+        f"--algorithms local,fedavg --seeds 0 --out {finished}-comparison-4 "
+        "output.best_models=false",
     ]
     assert out == f"{finished}\n"
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before

@@ -92,8 +92,8 @@ def test_options_override_a_study_that_runs(
     output = capsys.readouterr().out
     assert (
         "FedAvg (clients.per_round = 2)" in output
-        and "- **Seeds:** 3" in output
-        and "Local test rows" not in output
+        and "one seed (3)" in output
+        and "Local test:" not in output
     )
     assert (tmp_path / "runs" / "small" / "curves.png").stat().st_size > 5000
     assert {p.name[-1] for p in (tmp_path / "runs" / "small" / "runs").iterdir()} == {"3"}

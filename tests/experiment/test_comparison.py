@@ -132,7 +132,7 @@ def test_report_shows_candidates_with_validation_scores(
     compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
     out = tmp_path / "out"
     text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
-    section = text.partition("## Tuning candidates")[2].partition("## Settings")[0]
+    section = text.partition("## Tuning candidates")[2].partition("## Details")[0]
     for name in ("local", "fedavg"):
         for value in ("1e-9", "0.05"):
             both = []

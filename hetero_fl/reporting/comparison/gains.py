@@ -19,6 +19,7 @@ from hetero_fl.reporting.comparison.facts import (
 from hetero_fl.reporting.comparison.result import GAIN
 from hetero_fl.reporting.comparison.tables import format_difference, format_score
 from hetero_fl.reporting.formatting import MISSING, TEST_NAMES, algorithm_name, metric_name
+from hetero_fl.reporting.methods import is_baseline, is_reference
 from hetero_fl.reporting.rendering import markdown_table, render_line
 
 MAX_LISTED = 20
@@ -37,7 +38,8 @@ class GainTable:
         baseline: Label of the baseline.
         best: Label of the best method, in the first column of the table of the last round.
         scores: Score of each client with the baseline.
-        gains: Gain of each client (rows) with each other method (columns).
+        gains: Gain of each client (rows) with each other method (columns), NaN if undefined.
+        listed: The clients of the table.
     """
 
     test: str
@@ -46,6 +48,7 @@ class GainTable:
     best: str
     scores: pd.Series
     gains: pd.DataFrame
+    listed: list[str]
 
     @property
     def title(self) -> str:
@@ -59,29 +62,24 @@ class GainTable:
         return ["Client", *map(algorithm_name, (self.baseline, *self.gains.columns))]
 
     @property
-    def listed(self) -> pd.DataFrame:
-        """The gains of the clients in the table, without the middle of many clients."""
-        if len(self.gains) <= MAX_LISTED:
-            return self.gains
-        ranked = self.gains.sort_values(self.best)
-        return pd.concat([ranked.head(MAX_LISTED // 2), ranked.tail(MAX_LISTED // 2)])
-
-    @property
     def lines(self) -> list[tuple[str, ...]]:
         """The cells of each row as text. The last row counts the clients that gain."""
-        gaining = (f"{sum(self.gains[m] > 0)} of {self.gains[m].count()}" for m in self.gains)
         return [
             *(
                 (client, format_score(self.scores[client], self.metric), *map(self.format, gains))
-                for client, *gains in self.listed.itertuples()
+                for client, *gains in self.gains.loc[self.listed].itertuples()
             ),
-            ("clients that gain", "", *gaining),
+            ("clients that gain", "", *map(self.gaining, self.gains.columns)),
         ]
 
     @property
     def caption(self) -> str:
         """Text below the table."""
         return render_line("gain_caption.txt", table=self)
+
+    def gaining(self, label: str) -> str:
+        """Return how many clients gain with a method, such as "5 of 6"."""
+        return f"{sum(self.gains[label] > 0)} of {len(self.gains)}"
 
     def format(self, gain: float) -> str:
         """Format a gain, which is NaN if a score is undefined."""
@@ -145,18 +143,31 @@ def make_gain_tables(gains: pd.DataFrame, rows: Sequence[Row], task: Task) -> li
         rows: One row for each run.
         task: Task of the runs.
     """
-    shown = compared_methods(rows)
+    methods = [x for x in compared_methods(rows).all_labels if x in set(gains["algorithm"])]
     ranked = [str(row["algorithm"]) for row in rank_methods(rows, task)]
-    best = next((x for x in ranked if x in shown.federated and x != shown.baseline), "")
-    tables = []
+    best = next((x for x in ranked if x in methods and not (is_baseline(x) or is_reference(x))), "")
+    tables: list[GainTable] = []
     for test, metric in client_metrics(task).items():
         own = gains[gains["test"] == test]
-        means = own.pivot_table("gain", "client", "algorithm", sort=False)
-        if best in means:
-            means = means[[label for label in shown.all_labels if label in means]]
-            alone = own.groupby("client")["alone"].mean()
-            tables.append(GainTable(test, metric, str(shown.baseline), best, alone, means))
+        if own.empty or not best:
+            continue
+        # Each seed counts once, also if methods have finished with different seeds.
+        alone = (
+            own.drop_duplicates(["seed", "client"]).groupby("client", sort=False)["alone"].mean()
+        )
+        means = own.pivot_table("gain", "client", "algorithm").reindex(alone.index, columns=methods)
+        listed = tables[0].listed if tables else _listed(means[best])
+        baseline = str(compared_methods(rows).baseline)
+        tables.append(GainTable(test, metric, baseline, best, alone, means, listed))
     return tables
+
+
+def _listed(gains: pd.Series) -> list[str]:
+    """Return the clients of a table: all, or those of many that gain least and most."""
+    if len(gains) <= MAX_LISTED:
+        return list(gains.index)
+    ranked = gains.dropna().sort_values().index
+    return [*ranked[: MAX_LISTED // 2], *ranked[-MAX_LISTED // 2 :]]
 
 
 def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row], task: Task) -> str:
@@ -167,6 +178,7 @@ def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row], task: Task)
         rows: One row for each run.
         task: Task of the runs.
     """
-    runs = pd.DataFrame([row for row in rows if tables and row["algorithm"] == tables[0].best])
     unit = task.unit if task.kind == "regression" else "percentage points"
-    return render_line("gain_answer.txt", tables=tables, runs=runs, unit=unit)
+    runs = pd.DataFrame(rows)
+    means = runs.groupby("algorithm")[["up_bytes", "down_bytes", "seconds_total"]].mean()
+    return render_line("gain_answer.txt", tables=tables, means=means.T.to_dict(), unit=unit)

@@ -264,7 +264,7 @@ def draw_gains(tables: Sequence[GainTable]) -> Figure:
     Args:
         tables: The tables of the tests, which list the same clients.
     """
-    clients = [str(client) for client in tables[0].listed.index]
+    clients = tables[0].listed
     figure = style.figure(1.3 + 0.3 * len(clients))
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axes, table in zip(panels, tables, strict=True):

@@ -110,6 +110,27 @@ def test_undefined_scores_are_left_out(tmp_path: Path) -> None:
     assert "1 of 1 clients gain over Local on the global test" in comparison.to_markdown()
 
 
+def test_client_that_diverged_counts_among_the_clients(tmp_path: Path) -> None:
+    rows = rows_with_clients()
+    for row in rows:
+        if row["algorithm"] == "hybrid":
+            row["clients"][1]["global"] = None
+
+    text = write(tmp_path, rows).to_markdown()
+
+    assert "With Hybrid, 1 of 2 clients gain over Local on the global test" in text
+    assert "– is undefined" in text
+
+
+def test_each_seed_of_the_baseline_counts_once(tmp_path: Path) -> None:
+    rows = [r for r in rows_with_clients() if (r["algorithm"], r["seed"]) != ("fedavg", 1)]
+
+    text = write(tmp_path, rows).to_markdown()
+
+    (line, *_) = [line for line in text.splitlines() if line.startswith("| a ")]
+    assert [cell.strip() for cell in line.split("|")][2:5] == ["55.0", "+20.0", "+35.0"]
+
+
 def test_many_clients_are_listed_from_both_ends(tmp_path: Path) -> None:
     rows = make_rows(["local", "fedavg"], [0])
     for row in rows:
@@ -136,10 +157,11 @@ def test_without_the_baseline_there_are_no_gains(tmp_path: Path) -> None:
 
 
 def test_the_best_method_is_no_baseline(tmp_path: Path) -> None:
-    """If training alone is best, the sentence describes the next method."""
-    rows = [row for row in rows_with_clients() if row["algorithm"] != "hybrid"]
+    """Training alone with other settings is no federation."""
+    rows = rows_with_clients()
     for row in rows:
-        row["global_last_balanced_accuracy"] = 0.9 if row["algorithm"] == "local" else 0.5
+        if row["algorithm"] == "hybrid":
+            row["algorithm"] = "local:clients.defaults.epochs=2"
 
     text = write(tmp_path, rows).to_markdown()
 

@@ -65,7 +65,8 @@ class GivenModel:
 
     Raises:
         TypeError: If `model` is neither a module nor callable.
-        ModelError: If the module has tensors that cannot be read (see `check_tensors`).
+        ModelError: If the module has tensors that cannot be read (see `check_tensors`), or that
+            have no values (device meta).
 
     Example:
         >>> from torch import nn
@@ -94,6 +95,9 @@ class GivenModel:
         self._without_caches: dict[Shape, GivenModel | None] = {}
         if isinstance(model, nn.Module):
             check_tensors(model)
+            # A name does not tell devices, so this module could be mistaken for an equal one.
+            if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+                raise ModelError("the module has no weights (device meta); create it on a device")
             described, self._identity = _describe_module(model, caches)
         else:
             described, self._identity = _source_of(model), (id(model),)
@@ -226,9 +230,6 @@ class _Copy:
         self._module = module
 
     def __call__(self, pretrained: bool = False) -> nn.Module:
-        tensors = [*self._module.parameters(), *self._module.buffers()]
-        if any(tensor.is_meta for tensor in tensors):
-            raise ModelError("the module has no weights (device meta); create it on a device")
         # Training moves the model to the configured device.
         module = _copy_module(self._module).cpu()
         if not pretrained:

@@ -169,9 +169,8 @@ def test_other_objects_are_refused() -> None:
 def test_module_without_weights_is_refused() -> None:
     with torch.device("meta"):
         module = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    given = GivenModel(module)
     with pytest.raises(ModelError, match="no weights"):
-        create_model(given.name, num_classes=3, input_size=8)
+        GivenModel(module)
 
 
 def test_module_in_double_precision_is_converted() -> None:

@@ -50,28 +50,27 @@ if TYPE_CHECKING:
 
 
 def comparison_command(run: Run) -> str:
-    """Return the command that compares a run's method with training alone and, if possible, FedAvg.
+    """Return the command that compares a run's method with training alone and with FedAvg.
 
-    FedAvg needs clients of the same architecture. A run of training alone is compared with Hybrid,
-    which needs the same or a proxy set; otherwise, the command is empty.
+    FedAvg needs clients of the same architecture; without them, Hybrid takes its place if there is
+    a proxy set. The command is empty if only training alone is left.
     """
     config = run.directory.config()
     groups = [client["group"] for client in run.directory.details()["clients"].values()]
-    averaging = ["fedavg"] if len({*groups}) < len(groups) else []
-    method = run.summary["algorithm"]
-    if method == "local":
-        method = "hybrid"
-        if not averaging and not run.summary["data"]["n_proxy"]:
-            return ""
-    names = ",".join(dict.fromkeys(["local", *averaging, method]))
-    command = ["hetero-fl", "compare", "--config", f"{run.path}/config.yaml", "--algorithms", names]
-    command += ["--seeds", str(run.summary["seed"])]
-    command += ["--out", f"{run.path}-comparison-{config['rounds']}"]
-    # The settings of the run that comparisons do not have by default.
-    command += ["output.best_models=false"]
-    command += ["runtime.mode=sync"] if config["runtime"]["mode"] == "async" else []
-    command += ["--allow-code"] if find_references(config) else []
-    return shlex.join(command)
+    federated = ["hybrid"] if run.summary["data"]["n_proxy"] else []
+    if len({*groups}) < len(groups):
+        federated = ["fedavg"]
+    names = list(dict.fromkeys(["local", *federated, run.summary["algorithm"]]))
+    command = [
+        *("hetero-fl", "compare", "--config", f"{run.path}/config.yaml"),
+        *("--algorithms", ",".join(names), "--seeds", str(run.summary["seed"])),
+        *("--out", f"{run.path}-comparison-{config['rounds']}"),
+        # The settings of the run that comparisons do not have by default.
+        "output.best_models=false",
+        *(["runtime.mode=sync"] if config["runtime"]["mode"] == "async" else []),
+        *(["--allow-code"] if find_references(config) else []),
+    ]
+    return shlex.join(command) if len(names) > 1 else ""
 
 
 @training_command(

@@ -25,7 +25,8 @@ def test_resume_needs_a_run_directory(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("hybrid", ["a", "a", "b"], 0, "local,fedavg,hybrid"),
         ("fedavg", ["a", "a", "b"], 0, "local,fedavg"),
-        ("fedmd", ["a", "b", "c"], 9, "local,fedmd"),
+        ("fedmd", ["a", "b", "c"], 9, "local,hybrid,fedmd"),
+        ("lg_fedavg", ["a", "b", "c"], 0, "local,lg_fedavg"),
         ("local", ["a", "b", "c"], 9, "local,hybrid"),
         ("local", ["a", "b", "c"], 0, None),
     ],
@@ -46,7 +47,7 @@ def test_comparison_command_names_methods_that_fit(
     settings: dict[str, Any],
     options: str,
 ) -> None:
-    """FedAvg is compared if clients have the same architecture."""
+    """FedAvg is compared if clients have the same architecture, otherwise Hybrid."""
     summary = {"algorithm": method, "seed": 3, "data": {"n_proxy": proxy}}
     finished = Mock(path=Path("runs/my run"), summary=summary)
     clients = {f"site_{n}": {"group": group} for n, group in enumerate(groups)}

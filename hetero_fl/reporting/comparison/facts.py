@@ -38,8 +38,6 @@ from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE, UserError
 
 Row = Mapping[str, Any]
-CLIENTS = "clients"
-"""Key of the entries of the clients in a row, as in `summary.json`."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import pandas as pd
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.facts import (
-    CLIENTS,
     Row,
     client_metrics,
     compared_methods,
@@ -18,7 +17,7 @@ from hetero_fl.reporting.comparison.facts import (
 )
 from hetero_fl.reporting.comparison.result import GAIN
 from hetero_fl.reporting.comparison.tables import format_difference, format_score
-from hetero_fl.reporting.formatting import MISSING, TEST_NAMES, algorithm_name, metric_name
+from hetero_fl.reporting.formatting import MISSING, algorithm_name, client_score, tested_metric
 from hetero_fl.reporting.methods import is_baseline, is_reference
 from hetero_fl.reporting.rendering import markdown_table, render_line
 
@@ -40,6 +39,7 @@ class GainTable:
         scores: Score of each client with the baseline.
         gains: Gain of each client (rows) with each other method (columns), NaN if undefined.
         listed: The clients of the table.
+        unit: Unit of the gains as they are shown.
     """
 
     test: str
@@ -49,12 +49,15 @@ class GainTable:
     scores: pd.Series
     gains: pd.DataFrame
     listed: list[str]
+    unit: str
 
     @property
     def title(self) -> str:
         """Title of the table."""
-        test = f"{TEST_NAMES[self.test]}, {metric_name(self.metric)}"
-        return f"Gain of each client over {algorithm_name(self.baseline)}: {test}"
+        return (
+            f"Gain of each client over {algorithm_name(self.baseline)}: "
+            f"{tested_metric(self.test, self.metric)}"
+        )
 
     @property
     def header(self) -> list[str]:
@@ -99,40 +102,25 @@ def client_gains(rows: Sequence[Row], task: Task) -> pd.DataFrame:
 
     Returns:
         One row for each run, test and client, with the columns `algorithm`, `seed`, `test`,
-        `metric`, `client`, `score`, `alone` (the score with the baseline) and `gain`. Undefined
-        scores are left out.
+        `metric`, `client`, `score`, `alone` (the score with the baseline), `gain` and `column` (the
+        name of the gain in `comparison.csv`). Undefined scores are left out.
     """
+    key = ["seed", "test", "metric", "client"]
     scores = [
-        (
-            row["algorithm"],
-            row["seed"],
-            test,
-            metric,
-            client["id"],
-            (client[test] or {}).get(metric),
-        )
+        (*(row["algorithm"], row["seed"], test, metric, client["id"]), score)
         for row in rows
         for test, metric in client_metrics(task).items()
-        for client in row.get(CLIENTS, ())
+        for client in row.get("clients", ())
+        if (score := client_score(client, test, metric)) is not None
     ]
-    key = ["seed", "test", "metric", "client"]
-    frame = pd.DataFrame(scores, columns=["algorithm", *key, "score"]).dropna()
+    frame = pd.DataFrame(scores, columns=["algorithm", *key, "score"])
     is_alone = frame["algorithm"] == compared_methods(rows).baseline
     alone = frame[is_alone].set_index(key)["score"].rename("alone")
     frame = frame[~is_alone].merge(alone, on=key)
-    sign = 1 - 2 * frame["metric"].isin(SMALLER_IS_BETTER)
-    return frame.assign(gain=sign * (frame["score"] - frame["alone"]))
-
-
-def gain_columns(gains: pd.DataFrame) -> pd.DataFrame:
-    """Return the gains with one row for each run, and columns `{test}_last_{metric}_gain_{client}`.
-
-    Args:
-        gains: The result of `client_gains`.
-    """
-    names = gains["test"] + "_last_" + gains["metric"] + GAIN + gains["client"]
-    table = gains.assign(name=names).pivot_table("gain", ["algorithm", "seed"], "name", sort=False)
-    return table.reset_index()
+    return frame.assign(
+        gain=(frame["score"] - frame["alone"]) * (1 - 2 * frame["metric"].isin(SMALLER_IS_BETTER)),
+        column=frame["test"] + "_last_" + frame["metric"] + GAIN + frame["client"],
+    )
 
 
 def make_gain_tables(gains: pd.DataFrame, rows: Sequence[Row], task: Task) -> list[GainTable]:
@@ -146,39 +134,29 @@ def make_gain_tables(gains: pd.DataFrame, rows: Sequence[Row], task: Task) -> li
     methods = [x for x in compared_methods(rows).all_labels if x in set(gains["algorithm"])]
     ranked = [str(row["algorithm"]) for row in rank_methods(rows, task)]
     best = next((x for x in ranked if x in methods and not (is_baseline(x) or is_reference(x))), "")
+    baseline = str(compared_methods(rows).baseline)
+    unit = task.unit if task.kind == "regression" else "percentage points"
     tables: list[GainTable] = []
-    for test, metric in client_metrics(task).items():
-        own = gains[gains["test"] == test]
-        if own.empty or not best:
-            continue
+    for (test, metric), own in gains.groupby(["test", "metric"], sort=False) if best else ():
         # Each seed counts once, also if methods have finished with different seeds.
         alone = (
             own.drop_duplicates(["seed", "client"]).groupby("client", sort=False)["alone"].mean()
         )
         means = own.pivot_table("gain", "client", "algorithm").reindex(alone.index, columns=methods)
-        listed = tables[0].listed if tables else _listed(means[best])
-        baseline = str(compared_methods(rows).baseline)
-        tables.append(GainTable(test, metric, baseline, best, alone, means, listed))
+        # All clients, or those of many that gain least and most.
+        rank = means[best].rank(method="first", na_option="top")
+        edges = (rank <= MAX_LISTED // 2) | (rank > len(rank) - MAX_LISTED // 2)
+        listed = tables[0].listed if tables else list(rank.index[edges])
+        tables.append(GainTable(str(test), str(metric), baseline, best, alone, means, listed, unit))
     return tables
 
 
-def _listed(gains: pd.Series) -> list[str]:
-    """Return the clients of a table: all, or those of many that gain least and most."""
-    if len(gains) <= MAX_LISTED:
-        return list(gains.index)
-    ranked = gains.dropna().sort_values().index
-    return [*ranked[: MAX_LISTED // 2], *ranked[-MAX_LISTED // 2 :]]
-
-
-def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row], task: Task) -> str:
+def describe_gains(tables: Sequence[GainTable], rows: Sequence[Row]) -> str:
     """Return sentences on the gains with the best method, and their price in bytes and time.
 
     Args:
         tables: The tables of `make_gain_tables`. Without tables, the text is empty.
         rows: One row for each run.
-        task: Task of the runs.
     """
-    unit = task.unit if task.kind == "regression" else "percentage points"
-    runs = pd.DataFrame(rows)
-    means = runs.groupby("algorithm")[["up_bytes", "down_bytes", "seconds_total"]].mean()
-    return render_line("gain_answer.txt", tables=tables, means=means.T.to_dict(), unit=unit)
+    means = pd.DataFrame(rows).groupby("algorithm").mean(numeric_only=True)
+    return render_line("gain_answer.txt", tables=tables, means=means.T.to_dict())

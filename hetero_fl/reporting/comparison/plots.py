@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cycler import cycler
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -268,27 +269,21 @@ def draw_gains(tables: Sequence[GainTable]) -> Figure:
     figure = style.figure(1.3 + 0.3 * len(clients))
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axes, table in zip(panels, tables, strict=True):
-        methods = table.gains.columns
-        for place, label in enumerate(methods):
-            color = COLORS[place % len(COLORS)]
-            axes.plot(
-                table.gains[label].reindex(clients),
-                np.arange(len(clients)) + 0.5 * ((place + 1) / (len(methods) + 1) - 0.5),
-                "o" if place < len(COLORS) else "s",
-                markersize=5,
-                color=color,
-                markerfacecolor="white" if is_reference(label) else color,
-                label=_short_name(label),
-            )
+        gains = table.gains.loc[clients].rename(columns=_short_name)
+        # The methods of a client lie below each other.
+        places = np.arange(len(clients))[:, None] + np.linspace(-0.2, 0.2, gains.shape[1])
+        axes.set_prop_cycle(cycler(marker="os^") * cycler(color=COLORS))
+        axes.plot(gains, places, linestyle="", markersize=5, label=list(gains))
         axes.axvline(0, color=style.GREY, linewidth=0.9)
-        axes.set_xlabel(f"gain over {algorithm_name(table.baseline)}")
-        axes.grid(axis="y", visible=False)
-        axes.set_title(tested_metric(table.test, table.metric))
+        axes.set(
+            title=tested_metric(table.test, table.metric),
+            xlabel=f"gain over {algorithm_name(table.baseline)}, {table.unit}",
+            yticks=range(len(clients)),
+            yticklabels=clients,
+            ylim=(len(clients) - 0.5, -0.5),
+        )
         axes.xaxis.set_major_locator(style.ticks(5))
-        for row in range(1, len(clients), 2):
-            axes.axhspan(row - 0.5, row + 0.5, color=style.BAND, linewidth=0, zorder=0)
-    panels[0].set_yticks(range(len(clients)), clients)
-    panels[0].set_ylim(len(clients) - 0.5, -0.5)
+        axes.xaxis.set_major_formatter(lambda gain, _, table=table: table.format(gain))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 

@@ -13,19 +13,8 @@ from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison import plots
 from hetero_fl.reporting.comparison.differences import make_difference_table
-from hetero_fl.reporting.comparison.facts import (
-    CLIENTS,
-    Row,
-    UsedSettings,
-    compared_methods,
-    gather_facts,
-)
-from hetero_fl.reporting.comparison.gains import (
-    client_gains,
-    describe_gains,
-    gain_columns,
-    make_gain_tables,
-)
+from hetero_fl.reporting.comparison.facts import Row, UsedSettings, compared_methods, gather_facts
+from hetero_fl.reporting.comparison.gains import client_gains, describe_gains, make_gain_tables
 from hetero_fl.reporting.comparison.result import DIFFERENCES
 from hetero_fl.reporting.comparison.significance import MIN_SEEDS
 from hetero_fl.reporting.comparison.tables import (
@@ -71,7 +60,7 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     row["up_bytes"] = exchanged["up_bytes"]
     row["down_bytes"] = exchanged["down_bytes"]
     row["seconds_total"] = summary["seconds"]["total"]
-    row[CLIENTS] = summary["clients"]
+    row["clients"] = summary["clients"]
     if simulated := summary.get("simulated"):
         row["simulated_hours"] = simulated["seconds"] / 3600
     return row
@@ -114,7 +103,8 @@ def write_comparison(
     out.path.mkdir(parents=True, exist_ok=True)
     found = client_gains(rows, task)
     frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object)
-    frame = frame.merge(gain_columns(found), on=["algorithm", "seed"], how="left")
+    gains_of_runs = found.pivot_table("gain", ["algorithm", "seed"], "column", sort=False)
+    frame = frame.merge(gains_of_runs.reset_index(), how="left")
     out.write_text("comparison.csv", frame.to_csv(index=False, lineterminator="\n"))
     known = gather_facts(out.path, rows, missing)
     last = make_table(rows, task, "last", known.jobs, known.local_test_note)
@@ -130,9 +120,8 @@ def write_comparison(
         "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
     )
     gains = make_gain_tables(found, rows, task)
-    pictures = {}
     with style.plot_style():
-        pictures["comparison"] = style.to_png(plots.draw_comparison(rows, task, known.jobs))
+        pictures = {"comparison": style.to_png(plots.draw_comparison(rows, task, known.jobs))}
         if gains:
             pictures["gains"] = style.to_png(plots.draw_gains(gains))
     (out.path / "gains.png").unlink(missing_ok=True)
@@ -147,7 +136,7 @@ def write_comparison(
         "differences": differences,
         "differences_note": "" if differences or len(shown.all_labels) < 2 else DIFFERENCES_NOTE,
         "gains": gains,
-        "answer": describe_gains(gains, rows, task),
+        "answer": describe_gains(gains, rows),
         "grid": make_tuning_table(tried, task),
         "settings": settings,
         "methods": describe_methods(shown.all_labels),
@@ -184,5 +173,4 @@ def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
         for metric in metric_names(task)
     ]
     names += ["up_bytes", "down_bytes", "seconds_total"]
-    others = (key for row in rows for key in row if key != CLIENTS)
-    return list(dict.fromkeys([*names, *others]))
+    return list(dict.fromkeys([*names, *(k for row in rows for k in row if k != "clients")]))

@@ -1,96 +1,173 @@
-"""Apply each mutant of `mutants.yaml` to a copy of the tree and run the tests that must fail.
+"""Put small bugs into a copy of the tree, and run the tests that execute the changed lines.
 
-    python -m tests.mutants [--only PATTERN] [--jobs N] [--slow]
+    python -m tests.mutants [--only PATTERN] [--jobs N]
+    python -m tests.mutants --draw 400 --seed 0 --record
 
-The tests must pass without a mutant; this is checked first. A mutant survives if its tests pass.
-A mutant that no longer applies, because its function or text is missing, counts as a survivor. The
-exit status is 0 if all mutants were killed.
+The bugs are those of `mutants.yaml` and the drawn ones of `record.csv`, which says which class of
+tests killed each: quick tests, slow tests or none. A mutant is lost if it still applies and its
+class of tests does not kill it any more. Mutants of the list that are not in the record must be
+killed. The exit status is 0 if none is lost.
+
+The first call runs all tests with coverage, to learn which tests execute which line. Repeat it with
+`--measure` when the tests have changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
+import csv
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import accumulate, takewhile
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Literal
 
 import yaml
 
-from tests.mutants.source import MutantError, find_functions, mutate
+from tests.mutants.coverage_map import CoverageMap, Test, measure
+from tests.mutants.draw import draw_mutants
+from tests.mutants.source import Function, Mutant, MutantError, find_functions, mutate
+
+Verdict = Literal["quick", "slow", "none"]
+"""The class of tests that kills a mutant."""
 
 ROOT = Path(__file__).resolve().parents[2]
-TIME_LIMIT = 900  # seconds; a mutant that makes its tests hang is killed
 LIST = Path(__file__).with_name("mutants.yaml")
+RECORD = Path(__file__).with_name("record.csv")
+COVERAGE = ROOT / "build" / "mutants"
 COPIED = ("hetero_fl", "model_zoo", "tests", "configs", "scripts", "examples", "benchmarks", "docs")
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "Makefile")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One small bug, and the tests that find it."""
-
-    function: str
-    replace: str
-    by: str
-    tests: str
-    """Test files or node ids, separated by spaces."""
-
-    slow: bool = False
-    """The bug is found by tests marked `slow`."""
+SECONDS = 60.0
+"""Seconds of tests of a class that are run for a mutant, those that execute few files first."""
 
 
 def main() -> int:
-    """Run the mutants, print one line each and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    """Judge the mutants, print one line each and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--only", default="*", metavar="PATTERN", help="functions that match")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
-    parser.add_argument("--slow", action="store_true", help="also those that slow tests find")
+    parser.add_argument("--draw", type=int, metavar="N", help="draw new mutants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    parser.add_argument("--measure", action="store_true", help="measure coverage again")
+    parser.add_argument("--record", action="store_true", help="write the verdicts to record.csv")
     options = parser.parse_args()
 
-    mutants = [m for m in load() if fnmatch(m.function, options.only)]
-    mutants = [m for m in mutants if options.slow or not m.slow]
-    if not mutants:
-        parser.error(f"--only: no mutant of a function that matches {options.only!r}")
-    with tempfile.TemporaryDirectory() as folder:
-        copies = [_copy_tree(Path(folder) / str(number)) for number in range(options.jobs)]
-        tests = sorted({test for mutant in mutants for test in mutant.tests.split()})
-        if _run_tests(tests, copies[0], options.slow, "--numprocesses", str(options.jobs)) != 0:
-            print("the tests of the mutants fail without a mutant; run `make test` first")
-            return 1
-        trees: SimpleQueue[Path] = SimpleQueue()
-        for copy in copies:
-            trees.put(copy)
+    record = read_record()
+    drawn = list(record) if options.draw is None else draw_mutants(ROOT, options.draw, options.seed)
+    mutants = [m for m in dict.fromkeys([*load(), *drawn]) if fnmatch(m.function, options.only)]
+    if options.measure or not COVERAGE.exists():
+        measure(COVERAGE, ROOT, "--numprocesses", str(options.jobs))
+    judge = Judge(CoverageMap(COVERAGE, ROOT))
+    counts: Counter[tuple[str, str]] = Counter()
+    for mutant, verdict in judge.verdicts(mutants, options.jobs):
+        before = record.get(mutant, "quick")
+        if options.record and verdict is not None:
+            record[mutant] = verdict
+            write_record(record)
+        counts[before, verdict or "does not apply"] += 1
+        lost = is_lost(before, verdict)
+        mark = "LOST" if lost else ""
+        print(f"{mark:5}{before} -> {verdict}: {mutant.function}: {mutant.replace}", flush=True)
+    for (before, after), count in sorted(counts.items()):
+        print(f"{count:5} {before} -> {after}")
+    return int(any(is_lost(before, after) for before, after in counts))
 
-        def judge(mutant: Mutant) -> str:
-            tree = trees.get()
-            try:
-                return _judge(mutant, tree)
-            finally:
-                trees.put(tree)
 
-        failures = 0
-        with ThreadPoolExecutor(options.jobs) as pool:
-            for mutant, verdict in zip(mutants, pool.map(judge, mutants), strict=True):
-                failures += not verdict.startswith("killed")
-                change = f"{mutant.replace} -> {mutant.by}"
-                print(f"{verdict:16} {mutant.function}: {change}", flush=True)
-    print(f"{len(mutants)} mutants, {failures} not killed")
-    return 1 if failures else 0
+def is_lost(before: str, after: str | None) -> bool:
+    """Return whether a mutant that was killed is not killed by tests of its class any more."""
+    ranks = ("none", "slow", "quick")
+    return after in ranks and ranks.index(after) < ranks.index(before)
 
 
 def load() -> list[Mutant]:
     """Return the mutants of the list."""
     return [Mutant(**entry) for entry in yaml.safe_load(LIST.read_text(encoding="utf-8"))]
+
+
+def read_record() -> dict[Mutant, Verdict]:
+    """Return the recorded verdicts."""
+    if not RECORD.exists():
+        return {}
+    with RECORD.open(encoding="utf-8", newline="") as file:
+        return {Mutant(*row[:3]): row[3] for row in csv.reader(file)}  # type: ignore[misc]
+
+
+def write_record(record: dict[Mutant, Verdict]) -> None:
+    """Write the verdicts."""
+    with RECORD.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([m.function, m.replace, m.by, v] for m, v in record.items())
+
+
+class Judge:
+    """Finds out which tests kill a mutant.
+
+    Args:
+        coverage: The tests that execute each line.
+    """
+
+    def __init__(self, coverage: CoverageMap) -> None:
+        self._coverage = coverage
+
+    def verdicts(self, mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, Verdict]]:
+        """Yield each mutant with the class of tests that kills it, or None if it does not apply.
+
+        Args:
+            mutants: The mutants.
+            jobs: Number of mutants that are judged at a time.
+        """
+        functions = find_functions(ROOT)
+        with tempfile.TemporaryDirectory() as folder:
+            trees: SimpleQueue[Path] = SimpleQueue()
+            for number in range(jobs):
+                trees.put(_copy_tree(Path(folder) / str(number)))
+
+            def judge(mutant: Mutant) -> Verdict | None:
+                tree = trees.get()
+                try:
+                    return self._judge(mutant, functions, tree)
+                finally:
+                    trees.put(tree)
+
+            with ThreadPoolExecutor(jobs) as pool:
+                yield from zip(mutants, pool.map(judge, mutants), strict=True)
+
+    def _judge(self, mutant: Mutant, functions: list[Function], tree: Path) -> Verdict | None:
+        try:
+            change = mutate(functions, mutant)
+        except MutantError:
+            return None
+        path = change.path.relative_to(ROOT)
+        tests = self._coverage.tests_of(path, change.lines)
+        original = (tree / path).read_text(encoding="utf-8")
+        (tree / path).write_text(change.text, encoding="utf-8")
+        try:
+            for verdict, is_slow in (("quick", False), ("slow", True)):
+                chosen = _within_limit([test for test in tests if test.slow is is_slow])
+                if chosen and not _pass(chosen, tree):
+                    return verdict
+            return "none"
+        finally:
+            (tree / path).write_text(original, encoding="utf-8")
+
+
+def _within_limit(tests: Sequence[Test]) -> list[Test]:
+    """Return the first tests that take less than the limit together, at least one."""
+    totals = accumulate(test.seconds for test in tests)
+    count = len(list(takewhile(lambda total: total < SECONDS, totals)))
+    return list(tests[: max(1, count)])
 
 
 def _copy_tree(target: Path) -> Path:
@@ -100,56 +177,29 @@ def _copy_tree(target: Path) -> Path:
     for name in FILES:
         shutil.copy(ROOT / name, target / name)
     # Processes that write no bytecode would compile the packages for each mutant again.
-    for package in ("hetero_fl", "model_zoo"):
+    for package in ("hetero_fl", "model_zoo", "tests"):
         compileall.compile_dir(target / package, quiet=1)
     return target
 
 
-def _judge(mutant: Mutant, tree: Path) -> str:
-    try:
-        path, text = mutate(find_functions(tree), mutant.function, mutant.replace, mutant.by)
-    except MutantError as error:
-        return f"does not apply ({error})"
-    original = path.read_text(encoding="utf-8")
-    started = time.monotonic()
-    path.write_text(text, encoding="utf-8")
-    try:
-        code = _run_tests(mutant.tests.split(), tree, mutant.slow, "--exitfirst")
-    finally:
-        path.write_text(original, encoding="utf-8")
-    seconds = f"({time.monotonic() - started:.0f} s)"
-    if code == 1:
-        return f"killed {seconds}"
-    return f"survived {seconds}" if code == 0 else f"broken run, exit {code}"
-
-
-def _run_tests(tests: Sequence[str], tree: Path, slow: bool, *options: str) -> int:
-    """Run the tests in the tree; return pytest's exit status, or 1 if they do not end."""
-    marks = [] if slow else ["-m", "not slow"]
-    command = [
-        sys.executable,
-        "-B",
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        *options,
-        *marks,
-        *tests,
-    ]
+def _pass(tests: Sequence[Test], tree: Path) -> bool:
+    """Return whether tests pass in the tree. Tests that do not end in time fail."""
+    options = ["-B", "-m", "pytest", "-p", "no:cacheprovider", "--exitfirst"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    limit = 120 + 4 * sum(test.seconds for test in tests)
     try:
-        return subprocess.run(
-            command,
+        finished = subprocess.run(
+            [sys.executable, *options, *(test.name for test in tests)],
             cwd=tree,
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             check=False,
-            timeout=TIME_LIMIT,
-        ).returncode
+            timeout=limit,
+        )
     except subprocess.TimeoutExpired:
-        return 1
+        return False
+    return finished.returncode == 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tests.frozen_bits.cases import METHODS, merged
-from tests.helpers.commits import ROOT, checked_out, resolve_commit
+from tests.support.commits import ROOT, checked_out, resolve_commit
 
 CHILD = Path(__file__).with_name("timed_rounds.py")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.against_commit import environment, write_images
-from tests.helpers.commits import ROOT
+from tests.support.commits import ROOT
 
 EXECUTORS = ("serial", "batched", "processes")
 TOLERANCE = 1.05

@@ -38,7 +38,7 @@ from benchmarks.speed.against_commit import (
     write_images,
 )
 from benchmarks.speed.bare_loop import BATCH, LR, ROWS
-from tests.helpers.commits import ROOT
+from tests.support.commits import ROOT
 
 TEST_ROWS = 200
 RIVAL = Path(__file__).with_name("pfl_rounds.py")

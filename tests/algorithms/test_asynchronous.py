@@ -13,9 +13,9 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.federation.asynchronous import ClientTask
 from hetero_fl.federation.state_store import PrivateState
-from tests.helpers.asynchronous_runs import session
-from tests.helpers.small_federations import config
 from tests.references import local_training
+from tests.support.asynchronous_runs import session
+from tests.support.federations import config
 
 pytestmark = pytest.mark.usefixtures("float64")
 # No two tasks end at the same time.

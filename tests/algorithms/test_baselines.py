@@ -14,8 +14,8 @@ from hetero_fl.data import from_arrays
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import BATCH, clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 
 @pytest.mark.usefixtures("float64")

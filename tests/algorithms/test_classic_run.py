@@ -18,8 +18,8 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
 from hetero_fl.utils.seeding import keyed_generator
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 SUM = {"name": "fedavg", "weighting": "sum", "server_lr": 0.1}
 

@@ -28,8 +28,8 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
 from model_zoo import create_model, is_batch_norm
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 FEW = {
     "synthesis_epochs": 2,

@@ -24,8 +24,8 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.seeding import keyed_generator
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 DIGITS = Task("multiclass", 10)
 

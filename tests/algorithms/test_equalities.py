@@ -11,7 +11,7 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Predict, Rows
 from hetero_fl.federation.trainer import add_evaluation
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 OFF = {
     "logit_adjustment": False,

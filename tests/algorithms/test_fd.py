@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 LAMBDA, T = 0.6, 2.5
 # Instead of -8, which barely trained models never reach.

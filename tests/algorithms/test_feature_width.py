@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config, rounds_of
+from tests.support.federations import config, rounds_of
 
 SENDING = ["fedgkt", "fedproto", "fedtgp", "fedgh"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, mean, module, train
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 BN, MLP, GN = MIXED
 ALL, BODY, HEAD = "", "backbone.", "head."

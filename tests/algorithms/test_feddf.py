@@ -15,8 +15,8 @@ from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.seeding import keyed_generator
-from tests.helpers.small_federations import MIXED, config, rounds_of
 from tests.references.local_training import clients, largest_difference, mean, module, train
+from tests.support.federations import MIXED, config, rounds_of
 
 BN, MLP, GN = MIXED
 T, SERVER = 2.5, {"optimizer": {"name": "sgd", "lr": 0.03}}

@@ -15,8 +15,8 @@ from hetero_fl.core.participant import Participant, floating_tensors
 from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.utils.seeding import keyed_generator
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import BATCH, clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 SETTINGS = {
     "generator_steps": 4,

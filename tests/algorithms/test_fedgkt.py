@@ -17,8 +17,8 @@ from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 from tests.references.local_training import BATCH, clients, largest_difference, module
+from tests.support.federations import MIXED, config, deployed, rounds_of
 
 T = 2.5
 

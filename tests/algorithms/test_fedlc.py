@@ -10,7 +10,7 @@ import torch
 from hetero_fl.algorithms.fedlc import CalibratedMargins, Denominator, label_margins
 from hetero_fl.core.objectives import Batch
 from tests.algorithms.test_references import nets_of, small_model
-from tests.helpers.small_federations import config, rounds_of, same_bits
+from tests.support.federations import config, rounds_of, same_bits
 
 
 @pytest.mark.usefixtures("float64")

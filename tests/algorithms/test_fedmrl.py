@@ -16,8 +16,8 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch", "feature_dim": 5}
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hetero_fl.algorithms.fedavg import accumulated_steps
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.participant import floating_tensors
-from tests.helpers.small_federations import MIXED, config, rounds_of
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, rounds_of
 
 UNEVEN = {"kind": "dirichlet", "alpha": 0.1, "min_size": 8}
 

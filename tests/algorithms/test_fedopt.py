@@ -13,8 +13,8 @@ from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.engine.driver import run_plan
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, mean, module, train
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedavgm": {"momentum": 0.8, "server_lr": 0.7},

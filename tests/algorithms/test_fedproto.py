@@ -14,8 +14,8 @@ from hetero_fl.core.objectives import Batch, ModelView, ModelViews, PrototypePul
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.configuration import load_config
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, deployed, rounds_of
 
 FEDPROTO = {"name": "fedproto", "weight": 0.7}
 

@@ -17,8 +17,8 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from model_zoo import SplitModel
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 SERVER = {"server_epochs": 3, "server_lr": 0.05, "server_batch_size": 7}
 

@@ -17,8 +17,8 @@ from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, train
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 WIDE = {"name": "cnn", "width": 8, "norm": "batch"}
 RAGGED = {"match": "site_2", "shares": ["parameters"]}

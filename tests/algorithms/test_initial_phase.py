@@ -27,10 +27,10 @@ from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 from tests.algorithms.test_kt_pfl import T, follow
 from tests.engine.test_vectorized_runs import agree
-from tests.helpers import asynchronous_runs
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.helpers.workers import outcome, rounds_on, setup_of, shared_process_pool
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support import asynchronous_runs
+from tests.support.federations import MIXED, config, rounds_of, same_bits
+from tests.support.workers import outcome, rounds_on, setup_of, shared_process_pool
 
 ON = {"initial_phase": True, "initial_private_epochs": 2}
 PHASE = ("initial public", "initial private")

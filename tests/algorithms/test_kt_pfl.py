@@ -15,8 +15,8 @@ from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import MIXED, config, deployed, rounds_of
 
 T = 3.0
 

@@ -16,8 +16,8 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.task import Task
 from hetero_fl.engine.driver import run_plan
-from tests.helpers.small_federations import config, rounds_of
 from tests.references.local_training import clients
+from tests.support.federations import config, rounds_of
 
 LOGITS = torch.zeros(4, 3)
 

@@ -22,7 +22,8 @@ from hetero_fl.engine.driver import run_plan
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import (
+from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import (
     MIXED,
     broadcasts,
     config,
@@ -30,7 +31,6 @@ from tests.helpers.small_federations import (
     rounds_of,
     same_bits,
 )
-from tests.references.local_training import clients, largest_difference, module, train
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch"}
 

@@ -19,8 +19,8 @@ from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import UserError
-from tests.helpers import documented_method
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.support import documented_method
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 
 def test_documented_method_has_at_most_thirty_lines() -> None:
@@ -41,7 +41,7 @@ def test_documented_method_runs_by_name_and_by_reference(tmp_path: Path) -> None
     assert "median_teacher" in register_algorithm
     by_name = run(config("median_teacher", MIXED), out=tmp_path / "a")
     by_reference = run(
-        config("python:tests.helpers.documented_method:MedianTeacher", MIXED), out=tmp_path / "b"
+        config("python:tests.support.documented_method:MedianTeacher", MIXED), out=tmp_path / "b"
     )
     assert by_name.summary["global"] == by_reference.summary["global"]
     assert by_name.summary["communication"]["up_bytes"] > 0
@@ -109,8 +109,8 @@ def test_custom_objective_matches_reference() -> None:
     (group,) = plain.server.models
     assert not same_bits(plain.server.models[group], changed.server.models[group])
     for wrong in (
-        "python:tests.helpers.small_federations:config",
-        "python:tests.helpers.small_federations:Nothing",
+        "python:tests.support.federations:config",
+        "python:tests.support.federations:Nothing",
         "focal",
     ):
         with pytest.raises(UserError, match="objective"):

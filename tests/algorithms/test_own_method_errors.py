@@ -21,7 +21,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.dry_run import check_user_method
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.small_federations import config, rounds_of, same_bits
+from tests.support.federations import config, rounds_of, same_bits
 
 
 def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:

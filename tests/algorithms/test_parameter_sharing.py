@@ -12,7 +12,7 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.serialization import encode
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
 
 STATEFUL = [
     "heterofl",

@@ -19,8 +19,8 @@ from hetero_fl.core.plan import Rows
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from model_zoo import SplitModel
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import clients, largest_difference, mean, module, train
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 BN, MLP, GN = MIXED
 Sent = dict[str, list[tuple[float, dict[str, Tensor]]]]

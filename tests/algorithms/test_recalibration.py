@@ -17,7 +17,7 @@ from hetero_fl.core.plan import Predict, Recalibrate, Rows
 from hetero_fl.utils.errors import UserError
 from model_zoo import is_batch_norm
 from tests.algorithms.test_equalities import history
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 LABEL_SKEW = {"kind": "dirichlet", "alpha": 0.2, "min_size": 30}
 PROXY = ["proxy_predictions"]

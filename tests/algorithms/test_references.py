@@ -35,7 +35,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.templates import Templates
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 DIGITS = Task("multiclass", 10)

@@ -19,7 +19,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset, from_arrays
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.helpers.small_federations import QUICK, deployed
+from tests.support.federations import QUICK, deployed
 
 METHODS = [
     name

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.experiment import prepare
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import (
     batches,
     clients,
@@ -21,6 +20,7 @@ from tests.references.local_training import (
     module,
     train,
 )
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 UNIFORM = {"name": "scaffold", "weighting": "uniform", "server_lr": 0.8}
 

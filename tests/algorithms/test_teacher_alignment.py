@@ -20,7 +20,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from tests.algorithms.test_regression import settings, slopes
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -20,7 +20,8 @@ from hetero_fl.core.task import Task
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import (
+from tests.references.local_training import clients, largest_difference, module, train
+from tests.support.federations import (
     MIXED,
     QUICK,
     config,
@@ -28,7 +29,6 @@ from tests.helpers.small_federations import (
     rounds_of,
     same_bits,
 )
-from tests.references.local_training import clients, largest_difference, module, train
 
 # Weights
 

@@ -20,7 +20,7 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 SOURCE = config("fedavg", "linear", 2, rounds=4)
 Damage = Callable[[Path], None]

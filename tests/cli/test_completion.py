@@ -14,7 +14,7 @@ import pytest
 
 from hetero_fl.cli import main
 from hetero_fl.cli.completion import COMPLETION_VARIABLE, SHELLS, known_names
-from tests.helpers.plugins import install
+from tests.support.plugins import install
 
 ROOT = Path(__file__).parents[2]
 

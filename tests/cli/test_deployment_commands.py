@@ -23,15 +23,15 @@ import yaml
 from hetero_fl.cli import main
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
-from tests.helpers.small_federations import config
-from tests.helpers.waiting_command import SIGN
+from tests.support.federations import config
+from tests.support.waiting_command import SIGN
 
 ROOT = Path(__file__).parents[2]
 SERIAL = {"runtime__executor": "serial"}
 PATIENCE = 300.0  # seconds: this machine may be busy
 PYTHON = ("-X", "faulthandler", "-W", "error", "-W", "ignore::DeprecationWarning")
 # in place of the command: it waits after a round, to be ended
-WAITING = "tests.helpers.waiting_command"
+WAITING = "tests.support.waiting_command"
 
 
 @pytest.fixture

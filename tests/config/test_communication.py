@@ -13,8 +13,8 @@ from hetero_fl.config import dump
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.python_federations import QUIET
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hetero_fl import load_config
 from hetero_fl.cli import main
 from hetero_fl.config import base, describe_difference, resolve_config, resume_relevant
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 ROOT = Path(__file__).parents[2]
 

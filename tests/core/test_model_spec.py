@@ -7,7 +7,7 @@ import torch
 
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.core.model_spec import ModelSpec
-from tests.helpers.small_federations import config, rounds_of
+from tests.support.federations import config, rounds_of
 
 
 def linear() -> ModelSpec:

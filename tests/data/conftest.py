@@ -12,7 +12,7 @@ import pytest
 from hetero_fl.config.data import PARTITION_KINDS, registered_partition_kinds
 from hetero_fl.data import Dataset, make_images
 from hetero_fl.data.partition import registry
-from tests.helpers.file_server import serve
+from tests.support.file_server import serve
 
 
 @pytest.fixture

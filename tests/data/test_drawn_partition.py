@@ -17,7 +17,7 @@ from hetero_fl.data import FederatedData, federate, make_table
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, identical, numbered, rows_of
+from tests.support.federated_data import PLAIN, PLAIN_CLIENT, identical, numbered, rows_of
 
 SPLITS = ("train", "validation", "test")
 LARGE = {"large": ClientSettings(size=2)}

@@ -25,8 +25,8 @@ from hetero_fl.data import (
     partition_rows,
 )
 from hetero_fl.utils.errors import UserError
-from tests.helpers.benchmark_folders import write_client_folder
-from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, identical, view
+from tests.support.benchmark_folders import write_client_folder
+from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, identical, view
 
 
 def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -> None:

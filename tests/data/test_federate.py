@@ -13,7 +13,7 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessCo
 from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SplitConfig
 from hetero_fl.data import Dataset, federate, make_table
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import (
+from tests.support.federated_data import (
     PLAIN,
     PLAIN_CLIENT,
     THREE,

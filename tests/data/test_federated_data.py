@@ -14,7 +14,7 @@ from hetero_fl.data import Dataset, federate, make_table
 from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, everything, heterogeneous, view
+from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, everything, heterogeneous, view
 
 
 def test_scanner_applies_to_private_rows_only(images: Dataset) -> None:

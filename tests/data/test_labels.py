@@ -19,7 +19,7 @@ from hetero_fl.data import Dataset, from_arrays, load_source
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 ROWS = 60
 X = np.random.default_rng(0).random((ROWS, 3), dtype=np.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.malformed_files import READERS, check_case, record_events
+from tests.support.malformed_files import READERS, check_case, record_events
 
 pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
 pytest.importorskip("pyarrow", reason="pip install 'hetero_fl[parquet]'")

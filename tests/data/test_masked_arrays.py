@@ -13,7 +13,7 @@ import hetero_fl as hfl
 from hetero_fl.data import Vocabulary, from_arrays
 from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 X = np.random.default_rng(0).normal(size=(40, 3))
 Y = np.arange(40) % 2

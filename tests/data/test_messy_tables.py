@@ -21,7 +21,7 @@ from hetero_fl.data.sources.objects import to_dataset
 from hetero_fl.experiment.datasets import FederationDatasets
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 
 def make_frame(rows: int = 100) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 Y = np.arange(60) % 2
 

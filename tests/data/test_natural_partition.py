@@ -15,7 +15,7 @@ from hetero_fl.data import federate, load_source
 from hetero_fl.data.partition.groups import match_groups
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
-from tests.helpers.federated_data import PLAIN_CLIENT, numbered, rows_of
+from tests.support.federated_data import PLAIN_CLIENT, numbered, rows_of
 
 NATURAL = DataConfig(partition=PartitionConfig(kind="natural"))
 

@@ -14,7 +14,7 @@ from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.data import federate, load_source
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
-from tests.helpers.speech_folders import write_speech_folder
+from tests.support.speech_folders import write_speech_folder
 
 HERE = Path(".")
 ROWS = {"a": slice(40), "b": slice(40, 80)}

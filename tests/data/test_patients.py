@@ -27,7 +27,7 @@ from hetero_fl.data.partition.groups import (
 )
 from hetero_fl.data.splits import sample_patients
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN_CLIENT, THREE, numbered, rows_of
+from tests.support.federated_data import PLAIN_CLIENT, THREE, numbered, rows_of
 
 THREE_CLASSES = Task("multiclass", 3)
 PATIENTS = st.lists(st.integers(1, 9), min_size=30, max_size=60)  # rows of each

@@ -18,7 +18,7 @@ from hetero_fl.data.remote import PublicPack
 from hetero_fl.experiment.exporting.graph import inputs_of
 from hetero_fl.experiment.exporting.score import ScoringError, to_input
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 RNG = np.random.default_rng(0)
 Y = np.arange(40) % 2

@@ -23,7 +23,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, from_arrays, with_test
 from hetero_fl.data.splits import split_by_date
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, rows_of
+from tests.support.federated_data import PLAIN, PLAIN_CLIENT, THREE, rows_of
 
 NATURAL = PartitionConfig(kind="natural", min_size=2)
 

@@ -15,7 +15,7 @@ from hetero_fl.deployment import conversations
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
 from model_zoo import generators
-from tests.helpers.nodes import LONG, Clock
+from tests.support.nodes import LONG, Clock
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 
 from hetero_fl.federation.simulation.sampling import ClientSampler
 from hetero_fl.reporting.report import write_report
-from tests.helpers.nodes import LONG, Clock, Point, Sites, federation, records
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.nodes import LONG, Clock, Point, Sites, federation, records
 
 CLIENTS = ["site_1", "site_2", "site_3"]
 

@@ -14,8 +14,9 @@ from hetero_fl.experiment import run
 from hetero_fl.experiment.session import _evaluate
 from hetero_fl.federation import asynchronous, real_time
 from hetero_fl.utils.errors import RunFailedError
-from tests.helpers.asynchronous_runs import session
-from tests.helpers.nodes import (
+from tests.support.asynchronous_runs import session
+from tests.support.federations import MIXED, TOP, config
+from tests.support.nodes import (
     LossyTransport,
     OrderedTransport,
     Sites,
@@ -26,7 +27,6 @@ from tests.helpers.nodes import (
     same,
     until,
 )
-from tests.helpers.small_federations import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
 

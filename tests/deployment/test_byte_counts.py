@@ -10,8 +10,8 @@ import pytest
 
 from hetero_fl.deployment.audit_log import traffic_totals, verify
 from hetero_fl.reporting.run import Run
-from tests.helpers.deployments import SITES, Federation, small, twice
-from tests.helpers.small_federations import MIXED, TOP
+from tests.support.deployments import SITES, Federation, small, twice
+from tests.support.federations import MIXED, TOP
 
 SECURE = {"channel__secure_sum": {"threshold": 2}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

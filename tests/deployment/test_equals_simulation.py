@@ -17,10 +17,10 @@ from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
-from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.models import DRIFTING
-from tests.helpers.nodes import LONG, models
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.loopback import LoopbackTransport
+from tests.support.models import DRIFTING
+from tests.support.nodes import LONG, models
 
 ROOT = Path(__file__).parents[2]
 QUICK = [

@@ -48,8 +48,8 @@ from hetero_fl.utils.serialization import (
     decode,
     encode,
 )
-from tests.helpers.deployments import Federation, small
-from tests.helpers.hostile_messages import (
+from tests.support.deployments import Federation, small
+from tests.support.hostile_messages import (
     ANSWERS,
     HEADS,
     TREES,

@@ -19,9 +19,9 @@ from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.homomorphic import encrypted, shared_key
-from tests.helpers.nodes import ALL, LossyTransport, Sites, federation, records
-from tests.helpers.small_federations import same_bits
+from tests.support.federations import same_bits
+from tests.support.homomorphic import encrypted, shared_key
+from tests.support.nodes import ALL, LossyTransport, Sites, federation, records
 
 CLIENTS = ["site_1", "site_2", "site_3"]
 CONFIG = encrypted("fedadam", "mlp", 3, rounds=2)

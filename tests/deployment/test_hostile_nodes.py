@@ -41,9 +41,9 @@ from hetero_fl.experiment.preparation import prepare
 from hetero_fl.reporting.plots import clients
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
-from tests.helpers.deployments import Federation, small
-from tests.helpers.nodes import Clock
-from tests.helpers.small_federations import broadcasts
+from tests.support.deployments import Federation, small
+from tests.support.federations import broadcasts
+from tests.support.nodes import Clock
 
 Change = Callable[[Envelope], Envelope]
 

@@ -26,12 +26,12 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import as_tensor
-from tests.helpers.deployments import SITES, small
-from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.nodes import LONG
-from tests.helpers.small_federations import changed
+from tests.support.deployments import SITES, small
+from tests.support.federations import changed
+from tests.support.loopback import LoopbackTransport
 from tests.support.marked_sites import MAKERS, Marker, marked_table, mistakes, public_table
 from tests.support.node_session import NodeSession
+from tests.support.nodes import LONG
 from tests.support.recording import RecordingTransport
 
 

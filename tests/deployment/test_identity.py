@@ -18,9 +18,9 @@ from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError
-from tests.helpers.deployments import SITES, Federation, small
-from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.nodes import Clock, EventLines, until
+from tests.support.deployments import SITES, Federation, small
+from tests.support.loopback import LoopbackTransport
+from tests.support.nodes import Clock, EventLines, until
 
 PRIVATE = {client: generate_private_key(SECP384R1()) for client in SITES}
 KEYS = {client: public_bytes(key.public_key()) for client, key in PRIVATE.items()}

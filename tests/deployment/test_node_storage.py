@@ -17,8 +17,8 @@ from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.utils.errors import UserError
-from tests.helpers.deployments import Federation, small
-from tests.helpers.small_federations import TOP
+from tests.support.deployments import Federation, small
+from tests.support.federations import TOP
 
 PIECE = 64  # bytes of a tensor that are looked for
 

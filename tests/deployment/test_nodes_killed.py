@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
-from tests.helpers.nodes import LONG, Point, Sites, federation, records, same
-from tests.helpers.small_federations import MIXED, TOP, config
+from tests.support.federations import MIXED, TOP, config
+from tests.support.nodes import LONG, Point, Sites, federation, records, same
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
 EXCHANGES = ["keys", "shares", "train", "consistency", "unmask"]

@@ -21,8 +21,8 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.privacy.accounting import epsilon_of_mechanisms, gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
-from tests.helpers.deployments import SITES, Federation, small
-from tests.helpers.image_folders import make_image_folder
+from tests.support.deployments import SITES, Federation, small
+from tests.support.image_folders import make_image_folder
 from tests.support.node_session import NodeSession
 
 SECURE = {"channel__secure_sum": {"threshold": 2}}

@@ -12,7 +12,8 @@ import pytest
 from hetero_fl.communication.named_arrays import decode_arrays
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.deployment.transport import Envelope
-from tests.helpers.nodes import (
+from tests.support.federations import config
+from tests.support.nodes import (
     LONG,
     Clock,
     LossyTransport,
@@ -21,7 +22,6 @@ from tests.helpers.nodes import (
     federation,
     records,
 )
-from tests.helpers.small_federations import config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
 CONFIG = config(

@@ -32,11 +32,11 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.federation.executors.workers import Worker
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
-from tests.helpers.deployments import SITES, Federation, small
-from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.nodes import LONG, Clock, EventLines
-from tests.helpers.small_federations import changed, config
+from tests.support.deployments import SITES, Federation, small
+from tests.support.federations import changed, config
+from tests.support.loopback import LoopbackTransport
 from tests.support.marked_sites import public_table
+from tests.support.nodes import LONG, Clock, EventLines
 
 ALL = DisclosureConfig(labels=True, details=True, model=True, errors=True)
 SERIAL = {"runtime__executor": "serial"}
@@ -164,7 +164,7 @@ def test_nodes_with_another_build_of_torch_train(tmp_path: Path) -> None:
 
 
 def test_exception_at_a_node_is_a_failure_with_a_traceback_in_its_log(tmp_path: Path) -> None:
-    name = "python:tests.helpers.failing_methods:Fails"
+    name = "python:tests.support.failing_methods:Fails"
     sites = {site: {"allows": {"own_code": [name]}} for site in SITES}
     federation = Federation(tmp_path, sites)
 

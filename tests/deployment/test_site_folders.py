@@ -15,15 +15,15 @@ from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError
-from tests.helpers.benchmark_folders import (
+from tests.support.benchmark_folders import (
     write_camelyon17,
     write_client_folder,
     write_femnist,
     write_iwildcam,
     write_shakespeare,
 )
-from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.nodes import LONG
+from tests.support.loopback import LoopbackTransport
+from tests.support.nodes import LONG
 
 SITES = ("north", "south")
 Source = Mapping[str, Any]

@@ -16,8 +16,8 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.choose import stays_on_device
-from tests.helpers.pretend_gpu import PretendGPU
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
+from tests.support.pretend_gpu import PretendGPU
 
 
 def test_tensor_is_copied_once_until_it_changes() -> None:
@@ -140,7 +140,7 @@ def test_rows_are_copied_to_the_device_in_the_first_round_only(executor: str) ->
         ({"channel": {"secure_sum": {"threshold": 2}}}, False),
         ({"aggregation": {"rule": "median"}}, False),
         ({"privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}}, False),
-        ({"method": "python:tests.helpers.failing_methods:Fails"}, False),
+        ({"method": "python:tests.support.failing_methods:Fails"}, False),
     ],
 )
 def test_tensors_read_by_the_cpu_are_not_stored_on_the_device(

@@ -26,9 +26,9 @@ from hetero_fl.federation.executors.workers import Worker, WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import Interrupted
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.pretend_gpu import PretendGPU
-from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
-from tests.helpers.workers import LocalWorkerPool, rounds_on, setup_of
+from tests.support.federations import MIXED, TOP, config, rounds_of
+from tests.support.pretend_gpu import PretendGPU
+from tests.support.workers import LocalWorkerPool, rounds_on, setup_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float64")]
 has_gpu = pytest.mark.usefixtures("gpu")

@@ -13,8 +13,8 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.device_memory import MemoryPlan, activation_bytes
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.choose import choose_executor
-from tests.helpers.pretend_gpu import PretendGPU
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.pretend_gpu import PretendGPU
 
 MLP = ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [24]})
 

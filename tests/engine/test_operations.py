@@ -23,7 +23,7 @@ from hetero_fl.core.plan import (
 from hetero_fl.engine.operations import step_flops
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.cost import expected_cost
-from tests.helpers.small_federations import config, deployed, rounds_of
+from tests.support.federations import config, deployed, rounds_of
 
 ROWS = 70
 WEIGHTS = 64 * 10

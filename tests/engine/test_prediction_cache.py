@@ -20,7 +20,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import client_chunks
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.pretend_gpu import PretendGPU
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.pretend_gpu import PretendGPU
 
 CPU = torch.device("cpu")
 QUICK = {

@@ -18,7 +18,7 @@ from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.comparison import search
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import Interrupted, UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 NO_REPORT = {"output__plots": False, "output__report": False}
 

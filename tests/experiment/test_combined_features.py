@@ -9,7 +9,7 @@ import torch
 
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config, rounds_of
+from tests.support.federations import config, rounds_of
 
 GROUPED = ["cnn_gn_small", {"name": "mlp", "hidden": [24]}]
 RECORD = {"privacy": {"unit": "record", "noise_multiplier": 1.0, "clip": 1.0}}

@@ -20,7 +20,7 @@ from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.text import split_top_level
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 
 def small(**changes: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from hetero_fl.experiment.used_settings import used_settings
 from hetero_fl.reporting.comparison.facts import Setting
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config
 from tests.reporting.test_report import Page
+from tests.support.federations import config
 
 # the method of the configuration file; 2.0 is the default of `temperature`
 FILE = {"name": "hybrid", "temperature": 2.0, "heads": "keep"}

@@ -10,7 +10,7 @@ from hetero_fl.data import make_table
 from hetero_fl.data.remote import describe_client_rows, restrict_to_holder
 from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 GROUP_NORM = [{"name": "cnn", "width": 4, "norm": "group"}]
 DIFFERENT = [

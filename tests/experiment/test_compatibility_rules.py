@@ -15,8 +15,8 @@ from hetero_fl.data import Dataset, make_table
 from hetero_fl.experiment import prepare
 from hetero_fl.experiment.compatibility import RULES_AFTER_PREPARATION, RULES_ON_LOADING
 from hetero_fl.utils.errors import UserError
-from tests.helpers.image_folders import stored_dataset
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.image_folders import stored_dataset
 
 RULES = {**RULES_ON_LOADING, **RULES_AFTER_PREPARATION}
 THIS_MODULE = f"python:{__name__}"

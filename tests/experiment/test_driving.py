@@ -13,8 +13,8 @@ import hetero_fl
 from hetero_fl.config.data import DrivingConfig
 from hetero_fl.data.sources.driving import read_driving_folder
 from hetero_fl.experiment import prepare
-from tests.helpers.driving_folders import write_driving_folder
-from tests.helpers.payload_search import floats_in, number_in_common, tapped, triples
+from tests.support.driving_folders import write_driving_folder
+from tests.support.payload_search import floats_in, number_in_common, tapped, triples
 
 FRAME = 3 * 12 * 20
 DRIVING = {"height": 12, "width": 20, "gap": 1, "test_vehicles": ["zoe"]}

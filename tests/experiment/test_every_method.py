@@ -10,7 +10,7 @@ import pytest
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.experiment import prepare, run
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import QUICK
+from tests.support.federations import QUICK
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -14,7 +14,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET, Net, images, same_models, table
+from tests.support.python_federations import QUIET, Net, images, same_models, table
 
 
 def two_clients(**settings: Any) -> list[hfl.Client]:

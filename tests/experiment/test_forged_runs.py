@@ -25,7 +25,7 @@ from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory
 from hetero_fl.reporting.watch.live_run import LiveRun
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import decode, encode, sha256_of
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 Change = Callable[[dict[str, Any]], Any]
 MODEL = "models/site_1.safetensors"

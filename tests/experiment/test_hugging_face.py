@@ -11,7 +11,7 @@ import torch
 import hetero_fl as hfl
 from hetero_fl.data import Dataset, Vocabulary
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")

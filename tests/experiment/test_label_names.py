@@ -17,7 +17,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
 NAMES = np.array(["sick", "healthy"])

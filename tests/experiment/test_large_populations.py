@@ -19,7 +19,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
-from tests.helpers.small_federations import config, rounds_of
+from tests.support.federations import config, rounds_of
 
 MILLION = 1_000_000
 # enough clients to notice work for each of them

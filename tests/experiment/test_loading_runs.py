@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET, Digits, images
+from tests.support.python_federations import QUIET, Digits, images
 
 ROWS = np.zeros((3, 8, 8), np.uint8)
 

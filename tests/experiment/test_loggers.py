@@ -12,7 +12,7 @@ import pytest
 from hetero_fl import compare, run
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 
 def stop_after(round_idx: int) -> Any:

@@ -21,9 +21,9 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import Interrupted, RunFailedError
 from tests.federation.test_crashes import figures, models
-from tests.helpers import asynchronous_runs
-from tests.helpers.deployments import Federation, small
-from tests.helpers.small_federations import MIXED, TOP, config
+from tests.support import asynchronous_runs
+from tests.support.deployments import Federation, small
+from tests.support.federations import MIXED, TOP, config
 
 SHORT, LONG = 4, 7
 CASES: dict[str, dict[str, Any]] = {

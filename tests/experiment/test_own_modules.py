@@ -38,7 +38,7 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 from model_zoo.given_models import GivenModel
 from model_zoo.module_state import ModuleSnapshot, load_state, observe_forward
 from model_zoo.shapes import make_shape
-from tests.helpers.python_federations import QUIET, images
+from tests.support.python_federations import QUIET, images
 
 ROUNDS = 2
 EPOCHS = 2

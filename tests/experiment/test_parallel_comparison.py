@@ -25,7 +25,7 @@ from hetero_fl.reporting.run_directory import RunDirectory, lock_folder
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import UNGUARDED
 from hetero_fl.utils.recorded_warnings import RecordedWarning
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 ROOT = Path(__file__).parents[2]
 # timeout in seconds; the machine may be busy
@@ -168,7 +168,7 @@ def test_compare_gives_each_run_one_core(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_killed_process_fails_only_its_run(tmp_path: Path) -> None:
-    killed = "python:tests.helpers.failing_methods:Killed"
+    killed = "python:tests.support.failing_methods:Killed"
 
     with pytest.raises(RunFailedError) as caught:
         compare(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hetero_fl as hfl
-from tests.helpers.python_federations import (
+from tests.support.python_federations import (
     DIGITS,
     QUIET,
     Digits,

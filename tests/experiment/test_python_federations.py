@@ -19,8 +19,8 @@ import hetero_fl as hfl
 from hetero_fl.algorithms import average_models
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
-from tests.helpers.mistakes import check_raises_one_line
-from tests.helpers.python_federations import (
+from tests.support.mistakes import check_raises_one_line
+from tests.support.python_federations import (
     DIGITS,
     QUIET,
     Digits,

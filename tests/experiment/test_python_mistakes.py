@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
-from tests.helpers.mistakes import check_raises_one_line
-from tests.helpers.python_federations import QUIET, Net, images
+from tests.support.mistakes import check_raises_one_line
+from tests.support.python_federations import QUIET, Net, images
 
 X, Y = images(40, 1)
 TABLE = np.zeros((40, 5), dtype=np.float32)

@@ -15,7 +15,7 @@ import hetero_fl as hfl
 from hetero_fl.data.partition.context import PartitionContext
 from hetero_fl.privacy import dp_sgd
 from model_zoo.generators import generator_hash
-from tests.helpers.python_federations import QUIET, images, same_models, without_seconds
+from tests.support.python_federations import QUIET, images, same_models, without_seconds
 
 HERE = f"python:{__name__}"
 DRAWS = [lambda: float(torch.rand(())), np.random.rand, random.random]

@@ -16,8 +16,8 @@ from hetero_fl.data.remote import PublicPack
 from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
-from tests.helpers.movielens_folders import write_movielens_folder
-from tests.helpers.small_federations import deployed
+from tests.support.federations import deployed
+from tests.support.movielens_folders import write_movielens_folder
 
 CONFIG = Path(__file__).parents[2] / "configs" / "recommendation_hetero.yaml"
 REGIONS = ("capital", "coast", "islands", "lakes", "mountains", "plains")

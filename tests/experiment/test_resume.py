@@ -22,7 +22,7 @@ from hetero_fl.cli import main
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.reporting.run_directory import lock_folder
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 WORK = (
     "experiment.auditing.audit._membership",

@@ -12,7 +12,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.robustness.attacks import Attack
 from hetero_fl.robustness.rules import PredictionRule, Rule
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
 
 MLP = {"name": "mlp", "hidden": [8]}
 

@@ -18,7 +18,7 @@ from hetero_fl.data import load_source, with_test
 from hetero_fl.experiment.starting_models import starting_tensors
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
 
 FILES = [
     "config.yaml",

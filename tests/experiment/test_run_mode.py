@@ -12,7 +12,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from tests.federation.test_asynchronous import EACH, SUMS
-from tests.helpers.small_federations import MIXED, config
+from tests.support.federations import MIXED, config
 
 ASYNC = {"threads": 1, "mode": "async"}
 

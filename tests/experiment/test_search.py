@@ -360,7 +360,7 @@ def test_killed_trial_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_search_goes_on_after_a_killed_trial(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    method = "python:tests.helpers.failing_methods:Killed"
+    method = "python:tests.support.failing_methods:Killed"
     space = {"algorithm.is_killed": "true,false"}
 
     comparison = hetero_fl.compare(CONFIG, method, out=tmp_path, space=space, budget=6, jobs=2)

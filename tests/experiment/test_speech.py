@@ -11,7 +11,7 @@ from hetero_fl.config.data import SpeechConfig
 from hetero_fl.data.sources.speech import read_features
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
-from tests.helpers.speech_folders import write_speech_folder
+from tests.support.speech_folders import write_speech_folder
 
 SPEECH = {"words": ["yes", "no"], "bands": 16, "step": 0.05}
 MODELS = {

@@ -12,8 +12,8 @@ import torch
 import hetero_fl as hfl
 from hetero_fl.data import from_arrays
 from hetero_fl.utils.errors import UserError
-from tests.helpers.mistakes import check_raises_one_line
-from tests.helpers.python_federations import QUIET, Net, images, table
+from tests.support.mistakes import check_raises_one_line
+from tests.support.python_federations import QUIET, Net, images, table
 
 
 def numbered(rows: int = 120) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import nn
 import hetero_fl as hfl
 from hetero_fl.reporting.run_directory import is_locked
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 
 def rows(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.utils.errors import UserError
 from tests.federation.test_crashes import figures, models
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.image_folders import make_arrays, make_image_folder
-from tests.helpers.small_federations import MIXED, changed, config
+from tests.support.federations import MIXED, changed, config
+from tests.support.image_folders import make_arrays, make_image_folder
 
 QUICK_METHODS = ("fedavg", "fedmd", "hybrid", "centralized")
 

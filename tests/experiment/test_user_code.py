@@ -18,8 +18,8 @@ from typing_extensions import override
 
 import hetero_fl as hfl
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.mistakes import check_raises_one_line
-from tests.helpers.python_federations import QUIET, images, same_models
+from tests.support.mistakes import check_raises_one_line
+from tests.support.python_federations import QUIET, images, same_models
 
 
 def federation(**client: Any) -> hfl.Federation:

@@ -18,7 +18,7 @@ from torch.nn import functional
 import hetero_fl as hfl
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
-from tests.helpers.python_federations import QUIET, images
+from tests.support.python_federations import QUIET, images
 
 BATCHED = ["runtime.executor=batched", *QUIET[1:]]
 WEIGHT = torch.tensor([1.0, 5.0, 0.3])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hetero_fl as hfl
 from hetero_fl.engine.training import restore_optimizer, snapshot_optimizer
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET, images
+from tests.support.python_federations import QUIET, images
 
 
 class PlainSGD(torch.optim.Optimizer):

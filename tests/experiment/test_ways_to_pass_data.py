@@ -17,7 +17,7 @@ import hetero_fl as hfl
 from hetero_fl.data import from_arrays
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.utils.errors import UserError
-from tests.helpers.python_federations import QUIET, Net, images, table, tensors
+from tests.support.python_federations import QUIET, Net, images, table, tensors
 
 
 def trained(own: hfl.Federation) -> hfl.Run:

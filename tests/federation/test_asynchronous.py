@@ -13,9 +13,9 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.utils.errors import RunFailedError
-from tests.helpers.asynchronous_runs import session, source
-from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
-from tests.helpers.workers import outcome
+from tests.support.asynchronous_runs import session, source
+from tests.support.federations import MIXED, TOP, config, rounds_of
+from tests.support.workers import outcome
 
 SUMS = [
     "local",

@@ -15,7 +15,7 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
 from hetero_fl.federation.client_runtime import MAX_BROADCASTS, BroadcastCache
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of
+from tests.support.federations import MIXED, broadcasts, config, rounds_of
 
 BODIES = [
     Payload(

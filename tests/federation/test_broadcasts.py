@@ -27,9 +27,9 @@ from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import encode
 from tests.federation.test_synchronous import METHODS
-from tests.helpers import asynchronous_runs
-from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of, same_bits
-from tests.helpers.workers import (
+from tests.support import asynchronous_runs
+from tests.support.federations import MIXED, broadcasts, config, rounds_of, same_bits
+from tests.support.workers import (
     SharedProcessPool,
     outcome,
     rounds_on,

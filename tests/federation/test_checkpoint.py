@@ -17,7 +17,7 @@ from hetero_fl.federation.checkpoint import Checkpoints, read_checkpoint
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import CodecError
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 
 def checkpoints_in(

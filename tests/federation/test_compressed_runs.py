@@ -15,8 +15,8 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
-from tests.helpers.workers import (
+from tests.support.federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
+from tests.support.workers import (
     SharedProcessPool,
     outcome,
     rounds_on,

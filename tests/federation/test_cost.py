@@ -18,8 +18,8 @@ from hetero_fl.federation.executors.choose import plan_memory
 from hetero_fl.reporting.formatting import format_bytes
 from model_zoo import create_model
 from tests.federation.test_asynchronous import SUMS
-from tests.helpers.asynchronous_runs import source as paced
-from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
+from tests.support.asynchronous_runs import source as paced
+from tests.support.federations import MIXED, TOP, config, rounds_of
 
 METHODS = [
     "local",
@@ -124,7 +124,7 @@ def test_cost_is_an_upper_bound_for_learned_sizes(
         ({"devices": {"speed": 1e9}, "algorithm__name": "fedkd"}, "about "),
         ({"evaluation__patience": 3}, "at most "),
         ({"algorithm__name": "fedkd"}, "at most "),
-        ({"algorithm__name": "python:tests.helpers.documented_method:MedianTeacher"}, "about "),
+        ({"algorithm__name": "python:tests.support.documented_method:MedianTeacher"}, "about "),
     ],
 )
 def test_check_reports_accuracy_of_the_cost(

@@ -15,8 +15,8 @@ import pytest
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.processes import worker_context
-from tests.helpers import asynchronous_runs, server_crash
-from tests.helpers.small_federations import MIXED, TOP, config
+from tests.support import asynchronous_runs, server_crash
+from tests.support.federations import MIXED, TOP, config
 
 # At random moments in both modes, and at the points of `server_crash`.
 KILLS = 6

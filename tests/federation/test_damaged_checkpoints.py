@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import Interrupted
 from tests.federation.test_crashes import figures, models
-from tests.helpers import asynchronous_runs
-from tests.helpers.small_federations import TOP, config
+from tests.support import asynchronous_runs
+from tests.support.federations import TOP, config
 
 MODES: dict[str, dict[str, Any]] = {
     "sync": {"runtime": {"threads": 1}},

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TaskQueue
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome
-from tests.helpers.asynchronous_runs import session
-from tests.helpers.small_federations import TOP, config
+from tests.support.asynchronous_runs import session
+from tests.support.federations import TOP, config
 
 SOURCE = config(
     "fedper",

@@ -12,7 +12,7 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.utils.errors import UserError
-from tests.helpers.deployments import small
+from tests.support.deployments import small
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,9 @@ from tests.federation.test_secure_aggregation import (
     secure,
     tensors,
 )
-from tests.helpers.homomorphic import encrypted, shared_key, unsealed_server
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.helpers.workers import SharedProcessPool, rounds_on, setup_of, shared_process_pool
+from tests.support.federations import MIXED, config, rounds_of, same_bits
+from tests.support.homomorphic import encrypted, shared_key, unsealed_server
+from tests.support.workers import SharedProcessPool, rounds_on, setup_of, shared_process_pool
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import hetero_fl
-from tests.helpers.small_federations import config, rounds_of
+from tests.support.federations import config, rounds_of
 
 PACKAGE = Path(hetero_fl.__file__).parent
 OPTIONAL = (

@@ -11,7 +11,7 @@ import torch
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
 
 SETTINGS: list[dict[str, Any]] = [
     {"name": "fedtgp"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.ordering import natural_order
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 
 def test_draw_cohort_depends_on_round_and_attempt() -> None:

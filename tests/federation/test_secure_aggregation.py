@@ -24,8 +24,8 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.executors.test_workers import kill_workers
 from tests.federation.test_cost import estimate_and_count
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import MIXED, config, rounds_of
-from tests.helpers.workers import (
+from tests.support.federations import MIXED, config, rounds_of
+from tests.support.workers import (
     SharedProcessPool,
     outcome,
     rounds_on,

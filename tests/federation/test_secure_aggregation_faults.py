@@ -13,7 +13,7 @@ from hetero_fl.federation.simulation.faults import FaultOutcome, Faults
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.simulation.test_simulated_rounds import EVERY, arithmetic
 from tests.federation.test_secure_aggregation import largest_difference, secure
-from tests.helpers.small_federations import MIXED, rounds_of
+from tests.support.federations import MIXED, rounds_of
 
 CLOCK = {"speed": 1e6, "up": 1e6, "down": 1e6}
 WHOLE = ["keys", "shares", "train", "consistency", "unmask"]

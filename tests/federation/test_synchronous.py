@@ -24,7 +24,7 @@ from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import decode, encode
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 METHODS = [
     "local",

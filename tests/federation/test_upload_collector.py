@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hetero_fl.core.payload import Item, Payload, PayloadError
-from tests.helpers.small_federations import config, rounds_of
+from tests.support.federations import config, rounds_of
 
 
 def test_collector_refuses_unexpected_upload() -> None:

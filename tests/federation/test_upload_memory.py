@@ -17,7 +17,7 @@ from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import encode
-from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of
+from tests.support.federations import MIXED, broadcasts, config, rounds_of
 
 alive: list[int] = []
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.frozen_bits.cases import Config, cases
-from tests.helpers.commits import ROOT, checked_out, resolve_commit
+from tests.support.commits import ROOT, checked_out, resolve_commit
 
 RECORD = Path(__file__).with_name("record.py")
 

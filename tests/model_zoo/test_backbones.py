@@ -21,7 +21,7 @@ from model_zoo import (
     model_options,
 )
 from model_zoo.registry import MODELS
-from tests.helpers.models import Size, batch, make
+from tests.support.models import Size, batch, make
 
 IMAGE_MODELS = [name for name in sorted(MODELS) if "image" in MODELS[name].kinds]
 SERIES_MODELS = [name for name in sorted(MODELS) if "series" in MODELS[name].kinds]

@@ -13,7 +13,7 @@ import torch
 from model_zoo import ModelError, create_model, describe, list_models, model_options, registry
 from model_zoo.__main__ import main
 from model_zoo.plugins import PluginError, PluginWarning
-from tests.helpers.plugins import install
+from tests.support.plugins import install
 
 GROUP = "hetero_fl.models"
 CODE = """

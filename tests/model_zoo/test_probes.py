@@ -18,7 +18,7 @@ from model_zoo.generators import generator_hash
 from model_zoo.given_models import GivenModel
 from model_zoo.heads import split_module
 from model_zoo.shapes import Shape
-from tests.helpers.python_federations import QUIET
+from tests.support.python_federations import QUIET
 
 ROW = Shape(6, ())
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from model_zoo import batch_norm_buffers, is_batch_norm
 from model_zoo.backbones.sequence import to_steps
 from model_zoo.backbones.transformer import SelfAttention
-from tests.helpers.models import batch, make
+from tests.support.models import batch, make
 
 COUNTS = [
     ("linear", {}, 7_850),

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from model_zoo import ModelError, create_model
-from tests.helpers.models import batch, make
+from tests.support.models import batch, make
 
 
 def test_wide_and_deep_matches_its_formula() -> None:

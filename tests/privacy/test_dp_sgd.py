@@ -32,7 +32,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.dp_sgd import PoissonBatches, PrivateGradients, sampling_plan
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, SecretNoiseSource
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 CPU = torch.device("cpu")
 NOISE = KeyedNoiseSource(0)

@@ -27,7 +27,7 @@ from hetero_fl.privacy.accounting import epsilon_of_history
 from hetero_fl.privacy.dp_sgd import PrivacyBackend
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import broadcasts, config, rounds_of, same_bits
+from tests.support.federations import broadcasts, config, rounds_of, same_bits
 
 RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}

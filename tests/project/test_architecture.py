@@ -40,8 +40,8 @@ MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 15, 750, 360
 WIDE_FOLDERS = {"algorithms"}
 TEST_FOLDERS = {
     *PACKAGES,
+    "contracts",
     "frozen_bits",
-    "helpers",
     "model_zoo",
     "mutants",
     "project",

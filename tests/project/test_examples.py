@@ -8,7 +8,7 @@ import pytest
 
 from hetero_fl.experiment import run
 from hetero_fl.reporting.loggers import register_logger
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 ROOT = Path(__file__).parents[2]
 

@@ -35,7 +35,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.experiment.benchmark.protocol import Benchmark
 from hetero_fl.experiment.benchmark.results import BenchmarkResults
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
-from tests.helpers.run_directories import Case, write_run
+from tests.support.run_directories import Case, write_run
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -13,7 +13,7 @@ from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.federation.synchronous import SynchronousTrainer
 
-# As in tests.helpers.small_federations.
+# As in tests.support.federations.
 BATCH = 16
 
 

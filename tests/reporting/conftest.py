@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hetero_fl.reporting.run_directory import RunDirectory
-from tests.helpers.run_directories import Case, write_run
+from tests.support.run_directories import Case, write_run
 
 
 @pytest.fixture

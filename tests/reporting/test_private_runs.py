@@ -20,7 +20,7 @@ from hetero_fl.reporting.formatting import selection_metric_of
 from hetero_fl.reporting.plots.clients import plot_labels
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.report import report_facts
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}

@@ -8,7 +8,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.report import report_facts
 from hetero_fl.reporting.summary import collect_protections, describe_attack, describe_protections
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 SPENT = {"epsilon": 3.456, "delta": 1e-5}
 

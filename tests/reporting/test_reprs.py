@@ -12,7 +12,7 @@ import torch
 import hetero_fl
 from hetero_fl.data import Vocabulary, from_arrays
 from hetero_fl.reporting.run import Run
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from hetero_fl.robustness.attacks import (
     MaliciousClients,
     attack,
 )
-from tests.helpers.python_federations import QUIET
-from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
+from tests.support.federations import MIXED, config, deployed, rounds_of
+from tests.support.python_federations import QUIET
 
 pytestmark = pytest.mark.usefixtures("float64")
 TASK = Task("multiclass", 4)

@@ -13,7 +13,7 @@ from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
 from hetero_fl.robustness.robust_means import AggregationRules
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.support.federations import MIXED, config, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 TASK = Task("multiclass", 4)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hetero_fl.deployment.messages import message
 from hetero_fl.deployment.transport import Envelope, Handle
-from tests.helpers.deployments import Federation, small
+from tests.support.deployments import Federation, small
 
 
 class NodeSession:

@@ -30,7 +30,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import changed, config
+from tests.support.federations import changed, config
 
 TRAP = """
 import pathlib

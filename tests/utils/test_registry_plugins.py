@@ -17,7 +17,7 @@ from hetero_fl.reporting.loggers import register_logger
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import Registry
 from model_zoo.plugins import PluginWarning
-from tests.helpers.plugins import install
+from tests.support.plugins import install
 
 CODE = '''
 import torch

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from hetero_fl.utils.seeding import sample_numbers, stream_key
 from model_zoo.generators import generator_hash, keyed_generators, own_generators
-from tests.helpers.small_federations import config, rounds_of
+from tests.support.federations import config, rounds_of
 
 
 def test_seeded_draws_equal_manual_seed() -> None:

@@ -16,7 +16,7 @@ from hetero_fl.communication.homomorphic import ckks
 from hetero_fl.communication.vector_layout import FixedPoint, weight_unit
 from hetero_fl.config.communication import HomomorphicConfig
 from hetero_fl.core.payload import PayloadError
-from tests.helpers.homomorphic import shared_key
+from tests.support.homomorphic import shared_key
 
 LENGTH = ckks.SLOTS + 5
 

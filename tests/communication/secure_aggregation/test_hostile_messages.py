@@ -19,7 +19,7 @@ from hetero_fl.communication.secure_aggregation.messages import (
 )
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
-from tests.helpers.secure_aggregation import EXCHANGES, Party
+from tests.support.secure_aggregation import EXCHANGES, Party
 
 Arrays = dict[str, np.ndarray]
 

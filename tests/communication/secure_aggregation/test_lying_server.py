@@ -12,8 +12,8 @@ from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import client
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
-from tests.helpers.lying_server import LyingServer
-from tests.helpers.secure_aggregation import Party
+from tests.support.lying_server import LyingServer
+from tests.support.secure_aggregation import Party
 
 
 def threshold_of(count: int, chosen: int | None) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.seeding import stream_key
-from tests.helpers.secure_aggregation import EXCHANGES, Party
+from tests.support.secure_aggregation import EXCHANGES, Party
 
 STAYS = "stays"
 

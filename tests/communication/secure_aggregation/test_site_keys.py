@@ -17,7 +17,7 @@ from hetero_fl.communication.named_arrays import decode_arrays, encode_arrays
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.communication.secure_aggregation.site_keys import ENDORSEMENT, SiteKeys
-from tests.helpers.secure_aggregation import Party
+from tests.support.secure_aggregation import Party
 
 Arrays = dict[str, np.ndarray]
 NOT_SIGNED = "the keys of 'site_2' are not signed with its key in allows.keys"

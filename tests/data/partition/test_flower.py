@@ -16,7 +16,7 @@ from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data import federate, partition_rows
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN_CLIENT, numbered, rows_of
+from tests.support.federated_data import PLAIN_CLIENT, numbered, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:::flwr_datasets")
 partitioner = pytest.importorskip(

@@ -18,7 +18,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, from_arrays, partition_rows, register_partition
 from hetero_fl.data.partition import PartitionContext, Partitioner, registry
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN_CLIENT
+from tests.support.federated_data import PLAIN_CLIENT
 
 TEN = Task("multiclass", 10)
 

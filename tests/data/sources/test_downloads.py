@@ -19,7 +19,7 @@ import torchvision
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.utils.errors import UserError
-from tests.helpers.file_server import md5
+from tests.support.file_server import md5
 
 ROWS = {"train": 30, "val": 6, "test": 9}
 """Rows of each split of the fixture `npz`."""

@@ -28,14 +28,14 @@ from hetero_fl.data.sources.driving.roads import (
     steering_angle,
 )
 from hetero_fl.utils.errors import UserError
-from tests.helpers.driving_folders import (
+from tests.support.driving_folders import (
     SIMULATOR_HEADER,
     write_driving_folder,
     write_export,
     write_simulator,
 )
-from tests.helpers.federated_data import PLAIN_CLIENT
-from tests.helpers.mistakes import check_folder_is_refused
+from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.mistakes import check_folder_is_refused
 
 HERE = Path(".")
 BENDS = RoadKind(bend=0.02, straight=0.2, left=0.5, limit=14.0)

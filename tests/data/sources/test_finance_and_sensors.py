@@ -13,7 +13,7 @@ from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, Win
 from hetero_fl.data import Dataset, federate, load_source
 from hetero_fl.data.sources import sensors, tables
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN_CLIENT
+from tests.support.federated_data import PLAIN_CLIENT
 
 HERE = Path(".")
 

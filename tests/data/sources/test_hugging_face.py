@@ -22,7 +22,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, load_source
 from hetero_fl.data.sources.hugging_face import source
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN_CLIENT
+from tests.support.federated_data import PLAIN_CLIENT
 
 datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
 # Some versions of datasets do not close the CSV files that they read.

@@ -16,8 +16,8 @@ from hetero_fl.data import Dataset, check_source, load_source
 from hetero_fl.data.sources.movies import movielens, read_ratings, simulation, source as movies
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from hetero_fl.utils.errors import UserError
-from tests.helpers.file_server import md5
-from tests.helpers.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
+from tests.support.file_server import md5
+from tests.support.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
 
 HERE = Path(".")
 

@@ -20,10 +20,10 @@ from hetero_fl.data.sources.speech import read_features, source as speech, voice
 from hetero_fl.data.sources.speech.features import FLOOR, log_mel, mel_filters
 from hetero_fl.data.sources.speech.wav_files import read_wav
 from hetero_fl.utils.errors import UserError
-from tests.helpers.federated_data import PLAIN_CLIENT
-from tests.helpers.file_server import md5
-from tests.helpers.mistakes import check_folder_is_refused
-from tests.helpers.speech_folders import (
+from tests.support.federated_data import PLAIN_CLIENT
+from tests.support.file_server import md5
+from tests.support.mistakes import check_folder_is_refused
+from tests.support.speech_folders import (
     PITCH,
     RATE,
     tone,

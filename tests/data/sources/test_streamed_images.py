@@ -17,7 +17,7 @@ from hetero_fl.core.stored_rows import StoredRows, read_all
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.utils.errors import UserError
-from tests.helpers.image_folders import make_image_folder
+from tests.support.image_folders import make_image_folder
 
 STREAM = StreamConfig(workers=2, prefetch=2)
 

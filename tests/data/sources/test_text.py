@@ -18,7 +18,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
-from tests.helpers.small_federations import changed
+from tests.support.federations import changed
 
 HERE = Path(".")
 

@@ -16,9 +16,9 @@ from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.external import load_unlabeled
 from hetero_fl.data.sources import image_files
 from hetero_fl.utils.errors import UserError
-from tests.helpers.benchmark_folders import write_iwildcam
-from tests.helpers.image_folders import make_image_folder
-from tests.helpers.malformed_files import EPS, READERS
+from tests.support.benchmark_folders import write_iwildcam
+from tests.support.image_folders import make_image_folder
+from tests.support.malformed_files import EPS, READERS
 
 datasets = pytest.importorskip("datasets", reason="pip install 'hetero_fl[huggingface]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'hetero_fl[parquet]'")

@@ -22,7 +22,7 @@ from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.npz_files import read_npz
 from hetero_fl.data.sources.zarr_stores import _read
 from hetero_fl.utils.errors import UserError
-from tests.helpers.image_folders import make_arrays
+from tests.support.image_folders import make_arrays
 
 zarr = pytest.importorskip("zarr")
 sync = pytest.importorskip("zarr.core.sync").sync

@@ -16,8 +16,8 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.deployment.flower.app import write_app
 from hetero_fl.utils.errors import UserError
-from tests.helpers.flower_federation import FlowerFederation, until, worker_processes
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.flower_federation import FlowerFederation, until, worker_processes
 
 CLIENTS = ("site_1", "site_2", "site_3")
 TELLS = {"labels": True, "details": True, "model": True}

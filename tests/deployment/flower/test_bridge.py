@@ -21,8 +21,8 @@ from hetero_fl.deployment.flower.prefork import COMMAND, write_launcher
 from hetero_fl.deployment.flower.supernode import start_prefork
 from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError
-from tests.helpers.flower_federation import until
-from tests.helpers.loopback import LoopbackTransport
+from tests.support.flower_federation import until
+from tests.support.loopback import LoopbackTransport
 
 
 class Failing(LoopbackTransport):

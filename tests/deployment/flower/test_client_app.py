@@ -21,7 +21,7 @@ from hetero_fl.deployment.flower.client_app import handle_query
 from hetero_fl.deployment.flower.grid import from_message, to_content
 from hetero_fl.deployment.flower.worker_socket import WorkerError, forward, socket_path
 from hetero_fl.deployment.transport import Envelope
-from tests.helpers.flower_federation import until, worker_processes
+from tests.support.flower_federation import until, worker_processes
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 HELLO = Envelope({"ask": "hello"})

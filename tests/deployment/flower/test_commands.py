@@ -18,7 +18,7 @@ from hetero_fl.deployment.flower import commands
 from hetero_fl.deployment.flower.commands import FlowerCommand, environment, free_port, run_flwr
 from hetero_fl.deployment.flower.superlink import SuperLink
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.flower_federation import until
+from tests.support.flower_federation import until
 
 TREE = """
 import subprocess, sys, time

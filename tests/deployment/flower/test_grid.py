@@ -31,8 +31,8 @@ from hetero_fl.deployment.flower.server_app import run_in_app
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.nodes import ALL, until
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.nodes import ALL, until
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 

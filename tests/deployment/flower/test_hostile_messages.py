@@ -23,10 +23,10 @@ from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.transport import Envelope, Handle
-from tests.helpers.deployments import SITES, small
-from tests.helpers.echo_node import EchoNode
-from tests.helpers.flower_federation import FlowerFederation, until
-from tests.helpers.hostile_messages import (
+from tests.support.deployments import SITES, small
+from tests.support.echo_node import EchoNode
+from tests.support.flower_federation import FlowerFederation, until
+from tests.support.hostile_messages import (
     ANSWERS,
     HEADS,
     Answer,
@@ -36,7 +36,7 @@ from tests.helpers.hostile_messages import (
     hostile,
     sealed,
 )
-from tests.helpers.nodes import LONG
+from tests.support.nodes import LONG
 
 pytestmark = pytest.mark.slow
 MAX_ANSWER_BYTES = 2**22  # bytes of an answer

@@ -25,8 +25,8 @@ from hetero_fl.deployment.flower import superlink as superlink_module, supernode
 from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.echo_node import EchoNode
-from tests.helpers.flower_federation import SOON, until
+from tests.support.echo_node import EchoNode
+from tests.support.flower_federation import SOON, until
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from hetero_fl.experiment.auditing.audit import audit, without_protection
 from hetero_fl.experiment.auditing.membership import candidates, train_shadow
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 BARE = ["output.plots=false", "output.report=false", "evaluation.every=2"]
 SPLIT = {"validation": 0.1, "test": 0.4}

@@ -18,7 +18,7 @@ from hetero_fl.experiment.auditing.inversion import (
     reason_not_invertible,
     ssim,
 )
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 
 def quiet(line: str) -> None:

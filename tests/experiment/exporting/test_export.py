@@ -16,7 +16,7 @@ from hetero_fl.cli import main
 from hetero_fl.experiment.exporting import export
 from hetero_fl.utils.errors import UserError
 from tests.experiment.exporting.test_graph import require_onnx
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 BARE = {"rounds": 1, "evaluation__clients": None}
 MODELS = [

@@ -21,7 +21,7 @@ from hetero_fl.experiment.exporting.graph import (
 )
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
-from tests.helpers.saved_models import CASES, COLUMNS, case
+from tests.support.saved_models import CASES, COLUMNS, case
 
 
 def require_onnx() -> None:

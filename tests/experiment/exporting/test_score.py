@@ -22,7 +22,7 @@ from hetero_fl.experiment.exporting.export import interface
 from hetero_fl.experiment.exporting.graph import draw_inputs
 from hetero_fl.utils.seeding import keyed_generator
 from tests.experiment.exporting.test_graph import file_of, predicted, require_onnx
-from tests.helpers.saved_models import case
+from tests.support.saved_models import case
 
 SCRIPT = Path(score.__file__)
 # run a script on a machine that has neither package of this project

@@ -27,7 +27,7 @@ from hetero_fl.experiment.onboarding.joining_clients import (
 from hetero_fl.experiment.onboarding.report import draw_join, is_clearly_better, shown_metrics
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import broadcasts, config, rounds_of, same_bits
+from tests.support.federations import broadcasts, config, rounds_of, same_bits
 
 Folder = Path
 STARTS = {"scratch", "backbone", "teacher", "both"}

@@ -19,7 +19,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.onboarding.transfer import TransferSource
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHORT = [

@@ -24,7 +24,7 @@ from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors import choose as module
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.support.federations import MIXED, config, rounds_of, same_bits
 
 # Much computation per transfer.
 LONG = {"epochs": 50}

@@ -16,9 +16,9 @@ from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.executors.workers import WorkerExecutor
 from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS
-from tests.helpers import asynchronous_runs
-from tests.helpers.small_federations import TOP, config
-from tests.helpers.workers import (
+from tests.support import asynchronous_runs
+from tests.support.federations import TOP, config
+from tests.support.workers import (
     SharedProcessPool,
     outcome,
     rounds_on,

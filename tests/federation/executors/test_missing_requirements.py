@@ -11,7 +11,7 @@ from hetero_fl.experiment import run
 from hetero_fl.federation.executors import choose
 from hetero_fl.utils import extras
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 needs_ray = pytest.mark.skipif(
     find_spec("ray") is None, reason="ray is not installed: pip install 'hetero_fl[ray]'"

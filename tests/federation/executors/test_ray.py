@@ -22,9 +22,9 @@ import hetero_fl as hfl
 from tests.experiment.test_own_modules import check_result_of_plain_torch
 from tests.experiment.test_random_draws import check_draws_equal_those_in_one_process
 from tests.federation.test_crashes import figures, models
-from tests.helpers import asynchronous_runs
-from tests.helpers.small_federations import TOP, config
-from tests.helpers.workers import (
+from tests.support import asynchronous_runs
+from tests.support.federations import TOP, config
+from tests.support.workers import (
     PATIENCE,
     ROOT,
     environment,

@@ -17,7 +17,7 @@ from hetero_fl.federation.executors.processes import (
     SharedMemoryBlock,
     SharedMemoryConnection,
 )
-from tests.helpers.workers import PATIENCE
+from tests.support.workers import PATIENCE
 
 
 def ends(remembered: int = 2) -> tuple[SharedMemoryConnection, SharedMemoryConnection]:

@@ -17,9 +17,9 @@ from hetero_fl.experiment import run
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.federation.executors import torchrun
 from hetero_fl.federation.executors.workers import JobResult
-from tests.helpers.models import DRIFTING
-from tests.helpers.small_federations import MIXED, config
-from tests.helpers.workers import (
+from tests.support.federations import MIXED, config
+from tests.support.models import DRIFTING
+from tests.support.workers import (
     PATIENCE,
     ROOT,
     environment,
@@ -131,7 +131,7 @@ def test_killed_rank_is_restarted_with_same_results(tmp_path: Path) -> None:
     """Kill a rank in the middle of a task: torchrun restarts the job, which resumes."""
     sign, run_config = tmp_path / "sign", source()
     run_config["algorithm"] |= {
-        "name": "python:tests.helpers.failing_methods:WaitsOnce",
+        "name": "python:tests.support.failing_methods:WaitsOnce",
         "sign": str(sign),
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config))

@@ -35,8 +35,8 @@ from hetero_fl.federation.executors.workers import (
 )
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.recorded_warnings import record_warnings
-from tests.helpers.small_federations import broadcasts, config
-from tests.helpers.workers import (
+from tests.support.federations import broadcasts, config
+from tests.support.workers import (
     METHODS,
     PATIENCE,
     ROOT,
@@ -392,7 +392,7 @@ def test_exception_in_worker_is_reported_in_one_line(
 ) -> None:
     # Otherwise a slow process would be killed.
     monkeypatch.setattr(processes, "EXIT_SECONDS", PATIENCE)
-    source = config(f"python:tests.helpers.failing_methods:{method}", "mlp")
+    source = config(f"python:tests.support.failing_methods:{method}", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
     before = multiprocessing.active_children()
     with pytest.raises(RunFailedError) as error:
@@ -416,7 +416,7 @@ def test_exception_in_worker_is_reported_in_one_line(
 @pytest.mark.parametrize("when", ["starting", "waiting"])
 def test_stopped_run_leaves_no_process(end: signal.Signals, when: str, tmp_path: Path) -> None:
     """Stop the run while workers start, or in the middle of a long job."""
-    source = config("python:tests.helpers.failing_methods:Waits", "mlp")
+    source = config("python:tests.support.failing_methods:Waits", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 2}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
     process = start_session(

@@ -16,7 +16,7 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Device, Devices, Timing, read_traces
 from hetero_fl.federation.simulation.faults import Faults
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config
+from tests.support.federations import config
 
 
 def federation(**changes: Any) -> FederationSpec:

@@ -20,7 +20,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import Record
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.test_synchronous import poisoned
-from tests.helpers.small_federations import MIXED, TOP, config, rounds_of, same_bits
+from tests.support.federations import MIXED, TOP, config, rounds_of, same_bits
 
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0.9}, "down": 1e6}
 # Clients share the few rows.

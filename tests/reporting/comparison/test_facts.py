@@ -19,8 +19,8 @@ from hetero_fl.reporting.comparison.report import comparison_row, write_comparis
 from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE
-from tests.helpers.run_directories import Case, write_run
 from tests.reporting.test_report import Page
+from tests.support.run_directories import Case, write_run
 
 SCRIPT = str(Path(hetero_fl.__file__).parents[1] / "scripts" / "compare.py")
 

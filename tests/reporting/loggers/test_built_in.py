@@ -19,7 +19,7 @@ from hetero_fl.reporting.loggers import (
     WandbLogger,
 )
 from hetero_fl.reporting.run_directory import RunDirectory
-from tests.helpers.loggers import MlflowStandIn, read_finished_wandb_run
+from tests.support.loggers import MlflowStandIn, read_finished_wandb_run
 
 
 def log_in_two_parts(

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from hetero_fl.reporting.run_directory import RunDirectory
-from tests.helpers.run_directories import Case, write_run
+from tests.support.run_directories import Case, write_run
 
 
 @pytest.fixture

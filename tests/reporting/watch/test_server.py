@@ -22,7 +22,7 @@ from hetero_fl.reporting.watch.content import WatchedRuns, find_runs
 from hetero_fl.reporting.watch.live_run import LiveRun
 from hetero_fl.reporting.watch.server import serve_watch
 from hetero_fl.utils.errors import UserError
-from tests.helpers.run_directories import Case, write_run
+from tests.support.run_directories import Case, write_run
 
 
 def fetch(address: str, **query: str) -> Any:

@@ -22,7 +22,7 @@ from hetero_fl.data.sources.benchmark_files.pickled_arrays import load_pickled_a
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
-from tests.helpers.benchmark_folders import write_client_file, write_client_folder
+from tests.support.benchmark_folders import write_client_file, write_client_folder
 
 
 def load(path: Path) -> Dataset:

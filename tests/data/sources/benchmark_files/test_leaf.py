@@ -18,7 +18,7 @@ from hetero_fl.data.sources.benchmark_files.leaf import LETTERS
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
-from tests.helpers.benchmark_folders import write_femnist, write_leaf_file, write_shakespeare
+from tests.support.benchmark_folders import write_femnist, write_leaf_file, write_shakespeare
 
 
 def load(path: Path) -> Dataset:

@@ -19,7 +19,7 @@ from hetero_fl.data.dataset import without_metadata
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
-from tests.helpers.benchmark_folders import write_camelyon17, write_iwildcam
+from tests.support.benchmark_folders import write_camelyon17, write_iwildcam
 
 
 def load(path: Path, name: str = "camelyon17", **keys: Any) -> Dataset:

@@ -10,7 +10,7 @@ from hetero_fl.communication.homomorphic.messages import unseal_state
 from hetero_fl.core.participant import Participant
 from hetero_fl.federation.summed_uploads.hidden_server import HiddenServer, SealedBroadcasts
 from hetero_fl.federation.trainer import FederatedTrainer
-from tests.helpers.small_federations import MIXED, config
+from tests.support.federations import MIXED, config
 
 
 @cache

@@ -13,7 +13,7 @@ from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import pair_mask
 from hetero_fl.communication.secure_aggregation.crypto import apply_masks
 from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, TAG
-from tests.helpers.secure_aggregation import Party
+from tests.support.secure_aggregation import Party
 
 Arrays = dict[str, np.ndarray]
 Numbers = Iterable[int]

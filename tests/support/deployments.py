@@ -11,9 +11,9 @@ from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.reporting.run import Run
-from tests.helpers.loopback import LoopbackTransport
-from tests.helpers.nodes import LONG
-from tests.helpers.small_federations import config
+from tests.support.federations import config
+from tests.support.loopback import LoopbackTransport
+from tests.support.nodes import LONG
 
 SITES = ("site_1", "site_2", "site_3")
 Between = Callable[[Handle], Handle]

@@ -1,4 +1,4 @@
-"""Worker pools for tests, complete results of runs, and helpers for processes."""
+"""Worker pools for tests, complete results of runs, and processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.processes import exit_with_parent
 from hetero_fl.utils.serialization import encode
-from tests.helpers.small_federations import MIXED, broadcasts, config
+from tests.support.federations import MIXED, broadcasts, config
 
 METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run import Run
-from tests.helpers.loopback import LoopbackTransport
+from tests.support.loopback import LoopbackTransport
 
 ALL = DisclosureConfig(labels=True, details=True, model=True, errors=True)
 # In seconds; the machine may be busy.

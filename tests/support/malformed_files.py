@@ -24,9 +24,9 @@ from hetero_fl.data import load_source
 from hetero_fl.experiment.configuration import load_config
 from hetero_fl.reporting.integrity import inspect
 from hetero_fl.utils.errors import UserError
-from tests.helpers import benchmark_folders, driving_folders, movielens_folders, speech_folders
-from tests.helpers.image_folders import make_image_folder
-from tests.helpers.run_directories import Case, write_run
+from tests.support import benchmark_folders, driving_folders, movielens_folders, speech_folders
+from tests.support.image_folders import make_image_folder
+from tests.support.run_directories import Case, write_run
 
 SECONDS = 20
 KIBIBYTES = 2**20

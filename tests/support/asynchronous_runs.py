@@ -12,7 +12,7 @@ from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.executors.base import Executor
 from hetero_fl.federation.simulation.devices import TaskTimes, Timing
 from hetero_fl.federation.simulation.faults import FaultOutcome
-from tests.helpers.small_federations import MIXED, changed, config
+from tests.support.federations import MIXED, changed, config
 
 FAULTS = {
     "before": 0.1,

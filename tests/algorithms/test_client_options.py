@@ -18,8 +18,7 @@ from hetero_fl.data import Dataset, make_table
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
-from tests.federation.test_synchronous import METHODS
-from tests.support.federations import MIXED, config, deployed, rounds_of
+from tests.support.federations import METHODS, MIXED, config, deployed, rounds_of
 
 FINE_TUNING = {"fine_tune_epochs": 2}
 CORRECTION = {"prior_correction": True}

@@ -10,7 +10,6 @@ import torch
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Predict, Rows
 from hetero_fl.federation.trainer import add_evaluation
-from tests.federation.test_synchronous import METHODS
 from tests.support.federations import MIXED, config, deployed, rounds_of, same_bits
 
 OFF = {
@@ -130,23 +129,6 @@ def test_single_client_equals_centralized_training() -> None:
         floating_tensors(fedavg.server.models[group]),
         floating_tensors(centralized.server.models[group]),
     )
-
-
-FEDERATED = [m for m in METHODS if m not in ("local", "centralized", "ensemble")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", FEDERATED)
-def test_client_order_does_not_change_results(algorithm: str) -> None:
-    groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
-    separate = rounds_of(config(algorithm, clients__groups=groups))
-    back = rounds_of(config(algorithm, clients__groups=groups[::-1]))
-    assert separate.server.models.keys() == back.server.models.keys()
-    for group in separate.server.models:
-        assert same_bits(separate.server.models[group], back.server.models[group])
-    for client_id in separate.federation.client_infos:
-        kept, other = separate.store.get(client_id).models, back.store.get(client_id).models
-        assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
 
 
 def test_server_rate_one_is_the_plain_mean() -> None:

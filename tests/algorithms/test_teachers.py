@@ -19,9 +19,9 @@ from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.core.task import Task
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.federation.test_synchronous import METHODS
 from tests.references.local_training import clients, largest_difference, module, train
 from tests.support.federations import (
+    METHODS,
     MIXED,
     QUICK,
     config,

@@ -25,8 +25,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.workers import Worker, WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import Interrupted
-from tests.federation.test_synchronous import METHODS
-from tests.support.federations import MIXED, TOP, config, rounds_of
+from tests.support.federations import METHODS, MIXED, TOP, config, rounds_of
 from tests.support.pretend_gpu import PretendGPU
 from tests.support.workers import LocalWorkerPool, rounds_on, setup_of
 
@@ -34,6 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float64")]
 has_gpu = pytest.mark.usefixtures("gpu")
 IS_REAL = torch.cuda.is_available()
 QUICK = {"fedavg", "scaffold", "fedmd", "hybrid", "kt_pfl", "private records", "dropout"}
+EXECUTORS = ("serial", "batched")
 PRIVACY = {"noise_multiplier": 1.0, "delta": 1e-4}
 FEATURES: dict[str, dict[str, Any]] = {
     "secure aggregation": {"channel": {"secure_sum": {"threshold": 3}}},
@@ -131,15 +131,15 @@ def source_of(name: str) -> dict[str, Any]:
     return config(name, MIXED, clients=6, server={"model": "linear"})
 
 
-@pytest.mark.parametrize("executor", ["serial", "batched"])
 @pytest.mark.parametrize("method", cases(METHODS))
-def test_every_method_matches_the_cpu(method: str, executor: str) -> None:
+def test_every_method_matches_the_cpu(method: str) -> None:
+    executor = EXECUTORS[METHODS.index(method) % 2]
     check_equal(rounds_on_cpu(method), rounds_on_gpu(method, executor))
 
 
-@pytest.mark.parametrize("executor", ["serial", "batched"])
 @pytest.mark.parametrize("feature", cases(FEATURES))
-def test_every_feature_matches_the_cpu(feature: str, executor: str) -> None:
+def test_every_feature_matches_the_cpu(feature: str) -> None:
+    executor = EXECUTORS[list(FEATURES).index(feature) % 2]
     # Dropout masks are drawn on the device, and CUDA draws others than the CPU.
     draws_differ = feature == "dropout" and IS_REAL
     expected = (rounds_on_gpu if draws_differ else rounds_on_cpu)(feature, executor)

@@ -19,8 +19,7 @@ from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from tests.federation.test_synchronous import METHODS
-from tests.support.federations import config
+from tests.support.federations import METHODS, config
 from tests.support.pretend_gpu import PretendGPU
 
 CPU = torch.device("cpu")

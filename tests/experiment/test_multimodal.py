@@ -25,8 +25,7 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import add_evaluation
 from hetero_fl.utils.errors import UserError
-from tests.federation.test_synchronous import METHODS
-from tests.support.federations import deployed, same_bits
+from tests.support.federations import METHODS, deployed, same_bits
 from tests.support.payload_search import floats_in, number_in_common, tapped, triples
 
 CONFIG = Path(__file__).parents[2] / "configs" / "medical_multimodal.yaml"

@@ -15,11 +15,11 @@ from hetero_fl.experiment import evaluate, prepare, run
 from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.utils.errors import UserError
 from tests.federation.test_crashes import figures, models
-from tests.federation.test_synchronous import METHODS
 from tests.support.federations import MIXED, changed, config
 from tests.support.image_folders import make_arrays, make_image_folder
 
-QUICK_METHODS = ("fedavg", "fedmd", "hybrid", "centralized")
+QUICK_METHODS = ("fedavg", "hybrid", "centralized")
+SLOW_METHODS = ("fedmd", "feddf", "fedgkt", "fedproto", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def assert_equal_results(first: dict[str, Any], second: dict[str, Any], out: Pat
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(method, marks=() if method in QUICK_METHODS else pytest.mark.slow)
-        for method in METHODS
+        *QUICK_METHODS,
+        *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW_METHODS),
     ],
 )
 def test_streamed_run_equals_run_in_memory(method: str, folder: Path, tmp_path: Path) -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hetero_fl.experiment import prepare
-from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.simulation.faults import FaultOutcome
-from hetero_fl.federation.state_store import StateStore
 from hetero_fl.utils.errors import RunFailedError
 from tests.support.asynchronous_runs import session, source
 from tests.support.federations import MIXED, TOP, config, rounds_of
@@ -74,16 +70,12 @@ def bits(run: Any) -> dict[str, Any]:
 
 # Synchronous limit case
 @pytest.mark.slow
-@pytest.mark.parametrize("channel", [pytest.param({}, id="plain"), pytest.param(TOP, id="topk")])
-@pytest.mark.parametrize("cohort", [None, 2])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"])
-def test_equal_task_times_match_synchronous_run(
-    method: str, cohort: int | None, channel: dict[str, Any]
-) -> None:
-    changes: dict[str, Any] = {
-        "channel": channel,
-        **({"clients__per_round": cohort} if cohort else {}),
-    }
+def test_equal_task_times_match_synchronous_run(method: str) -> None:
+    number = SUMS.index(method)
+    cohort = 2 if number % 2 else None
+    changes: dict[str, Any] = {"channel": TOP if number % 3 == 0 else {}}
+    changes |= {"clients__per_round": cohort} if cohort else {}
     if method == "fedavg":
         changes["algorithm"] = {"name": "fedavg", "weighting": "uniform"}
     run_config = config(method, MIXED, clients=4, rounds=3, server={"model": "linear"}, **changes)
@@ -151,37 +143,6 @@ def test_tasks_that_fail_before_upload_are_not_computed() -> None:
     record = run.run_round()
     assert sorted(record["failed"]) == sorted(PACE) and len(sampled) == 4
     assert record["counts"] == {"invited": 8, "arrived": 4, "failed": 4, "late": 0}
-
-
-# Resume
-@pytest.mark.slow
-@pytest.mark.parametrize("executor", ["serial", "batched"])
-@pytest.mark.parametrize(
-    ("method", "channel"),
-    [("hybrid", {}), ("hybrid", TOP), ("fedbuff", {}), ("fedbuff", TOP), ("fedproto", {})],
-)
-def test_resume_from_every_checkpoint_is_bit_identical(
-    tmp_path: Path, method: str, channel: dict[str, Any], executor: str
-) -> None:
-    changes: dict[str, Any] = {"algorithm__heads": "keep"} if method == "hybrid" else {}
-    changes["channel"] = channel
-    run_config = source(
-        method, runtime={"threads": 1, "mode": "async", "executor": executor}, **changes
-    )
-    plain = prepare(run_config).make_trainer(store=StateStore(tmp_path / "a"))
-    records = [plain.run_round() for _ in range(4)]
-    for stop in (1, 2, 3):
-        folder = tmp_path / f"{stop}"
-        one = prepare(run_config).make_trainer(store=StateStore(folder))
-        resumed_records = [one.run_round() for _ in range(stop)]
-        Checkpoints(one.store, print).save(stop, {"run": one.state_dict()})
-        other = prepare(run_config).make_trainer(store=StateStore(folder))
-        saved = Checkpoints(other.store, print).load_newest()
-        assert saved is not None
-        other.load_state_dict(saved["run"])
-        resumed_records += [other.run_round() for _ in range(4 - stop)]
-        assert bits(other) == bits(plain)
-        assert without_seconds(resumed_records) == without_seconds(records)
 
 
 def test_resume_within_a_version_samples_the_same_clients() -> None:

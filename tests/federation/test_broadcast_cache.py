@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.communication.protocol import Content, encoded
@@ -14,7 +13,6 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
 from hetero_fl.federation.client_runtime import MAX_BROADCASTS, BroadcastCache
-from tests.federation.test_synchronous import METHODS
 from tests.support.federations import MIXED, broadcasts, config, rounds_of
 
 BODIES = [
@@ -80,37 +78,6 @@ def test_cache_size_is_limited(decode: CountedDecoder) -> None:
     assert decode.times == len(BODIES)
     cache.get("a", 0, BODIES[0])
     assert decode.times == len(BODIES) + 1
-
-
-def all_tensors(payload: Payload) -> list[Tensor]:
-    """Return the tensors of a payload, weights included."""
-    found: list[Tensor] = []
-    for item in payload.items_by_name.values():
-        found += item.tensors.values()
-        found += [item.weight] if isinstance(item.weight, Tensor) else []
-    return found
-
-
-@pytest.mark.parametrize("chunk", [1, 6])
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_do_not_change_shared_tensors_in_place(
-    method: str, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shared: list[tuple[Tensor, Tensor]] = []
-    get = BroadcastCache.get
-
-    def watched(*args: Any) -> Payload:
-        received = get(*args)
-        shared.extend((t, t.clone()) for t in all_tensors(received))
-        return received
-
-    monkeypatch.setattr(BroadcastCache, "get", watched)
-    trainer = rounds_of(config(method, MIXED, clients=6, server={"model": "linear"}), num_rounds=0)
-    trainer.executor.chunk = chunk  # type: ignore[attr-defined]
-    for _ in range(2):
-        trainer.run_round()
-        trainer.evaluate()
-    assert all(torch.equal(now, before) for now, before in shared)
 
 
 class OwnMethod(FedAvg):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,8 @@ from hetero_fl.federation.cost import expected_cost
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import encode
-from tests.federation.test_synchronous import METHODS
 from tests.support import asynchronous_runs
 from tests.support.federations import MIXED, broadcasts, config, rounds_of, same_bits
-from tests.support.workers import (
-    SharedProcessPool,
-    outcome,
-    rounds_on,
-    setup_of,
-    shared_process_pool,
-)
 
 DOWN = {"compress_down": [{"topk": 0.2}, {"quantize": 6}]}
 CHAINS = {
@@ -292,43 +283,6 @@ def test_asynchronous_run_tracks_estimates_per_task() -> None:
     for _ in range(4):
         trainer.run_round()
     assert check_estimates(trainer) > 1
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[SharedProcessPool]:
-    with shared_process_pool(setup_of("local"), 2) as pool:
-        yield pool
-
-
-@pytest.mark.parametrize("method", ["hybrid", "fedper"])
-def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None:
-    setup = setup_of(config(method, MIXED, 4, clients__per_round=3, channel=DOWN))
-    expected = outcome(rounds_on(setup, None), 3)
-    assert not any(record["failed"] for record in expected["records"])
-    pool.take(setup)
-    for size in (1, 2):
-        assert outcome(rounds_on(setup, pool, size), 3) == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_cost_matches_traffic(method: str) -> None:
-    # Rounds are estimated for asynchronous runs that do not keep all clients busy.
-    per_round = None if method in ("fedasync", "fedbuff") else 3
-    source = config(method, MIXED, 4, channel=DOWN, rounds=3, server={"model": "linear"})
-    source["clients"]["per_round"] = per_round
-    prepared = prepare(source)
-    trainer = prepared.make_trainer()
-    for _ in range(3):
-        assert not trainer.run_round()["failed"]
-        trainer.evaluate()
-    cost = expected_cost(prepared.method, prepared.federation, 3, per_round)
-    estimated = (cost.up.total(), cost.down.total() + cost.evaluation.total())
-    counted = (trainer.traffic.up, trainer.traffic.down)
-    if cost.is_upper_bound:
-        assert estimated[0] >= counted[0] and estimated[1] >= counted[1]
-    else:
-        assert estimated == counted
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -23,8 +23,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.executors.test_workers import kill_workers
 from tests.federation.test_cost import estimate_and_count
-from tests.federation.test_synchronous import METHODS
-from tests.support.federations import MIXED, config, rounds_of
+from tests.support.federations import METHODS, MIXED, config, rounds_of
 from tests.support.workers import (
     SharedProcessPool,
     outcome,

@@ -19,7 +19,6 @@ import compileall
 import csv
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -35,6 +34,7 @@ import yaml
 
 from tests.mutants.coverage_map import CoverageMap, Test, measure
 from tests.mutants.draw import draw_mutants
+from tests.mutants.processes import tests_pass
 from tests.mutants.source import Function, Mutant, MutantError, find_functions, mutate
 
 Verdict = Literal["quick", "slow", "none"]
@@ -156,7 +156,7 @@ class Judge:
         try:
             for verdict, is_slow in (("quick", False), ("slow", True)):
                 chosen = _within_limit([test for test in tests if test.slow is is_slow])
-                if chosen and not _pass(chosen, tree):
+                if chosen and not tests_pass(chosen, tree):
                     return verdict
             return "none"
         finally:
@@ -180,26 +180,6 @@ def _copy_tree(target: Path) -> Path:
     for package in ("hetero_fl", "model_zoo", "tests"):
         compileall.compile_dir(target / package, quiet=1)
     return target
-
-
-def _pass(tests: Sequence[Test], tree: Path) -> bool:
-    """Return whether tests pass in the tree. Tests that do not end in time fail."""
-    options = ["-B", "-m", "pytest", "-p", "no:cacheprovider", "--exitfirst"]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    limit = 120 + 4 * sum(test.seconds for test in tests)
-    try:
-        finished = subprocess.run(
-            [sys.executable, *options, *(test.name for test in tests)],
-            cwd=tree,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-            timeout=limit,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return finished.returncode == 0
 
 
 if __name__ == "__main__":

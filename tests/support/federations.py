@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.communication.protocol import encoded
 from hetero_fl.core.participant import Participant
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.utils.serialization import encode
 
+METHODS = sorted(
+    name for name in register_algorithm if register_algorithm[name].__module__[:10] == "hetero_fl."
+)
 TOP: dict[str, Any] = {
     "compress": [{"topk": 0.1}, {"quantize": 8}]
     # A channel with compression residuals.
@@ -114,3 +119,12 @@ def deployed(rounds: SynchronousTrainer, client_id: str) -> Participant:
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Return whether two sets of named tensors are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def state_of(trainer: FederatedTrainer) -> dict[str, bytes]:
+    """Return the encoded models and state of the server and the private state of each client."""
+    server = trainer.server
+    return {
+        "server": encode([server.models, server.state], "server"),
+        **{client: trainer.store.encoded(client) for client in trainer.federation.client_infos},
+    }

@@ -1,0 +1,1 @@
+"""Promises of the framework, each tested for every method or feature that it concerns."""

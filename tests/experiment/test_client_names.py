@@ -12,37 +12,37 @@ from hetero_fl.utils.errors import UserError
 DATA = np.zeros((40, 4), dtype=np.float32), np.arange(40) % 2
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mean", "Mean", "server", "x" * 300, ".", "..", "a/b", "a\\b", "CON", "nul", "com1", "a.", ""],
-)
-def test_name_that_cannot_be_a_file_or_a_row_is_refused(name: str) -> None:
-    groups = {"clients": {"groups": [{"name": name, "model": "linear"}]}}
-
-    with pytest.raises(UserError, match=r"name: (must|expected) ") as from_object:
-        hfl.Client(name, "linear", DATA)
-    with pytest.raises(
-        UserError, match=r"clients\.groups\.0\.name: (must|expected) "
-    ) as from_config:
-        hfl.Federation.from_config(groups).prepare(hfl.Local())
-
-    assert max(len(str(error.value)) for error in (from_object, from_config)) < 450
+REFUSED = ("mean", "Mean", "server", "x" * 300, ".", "..", "a/b", "a\\b", "CON", "nul", "a.", "")
 
 
-@pytest.mark.parametrize("name", ["con", "aux", "mean", "server", "com1"])
-def test_name_of_several_clients_may_be_one_that_is_reserved(name: str) -> None:
-    config = {"data": {"name": "digits"}, "clients": {"groups": [{"name": name, "count": 2}]}}
+def test_name_that_cannot_be_a_file_or_a_row_is_refused(subtests: pytest.Subtests) -> None:
+    for name in REFUSED:
+        groups = {"clients": {"groups": [{"name": name, "model": "linear"}]}}
+        with subtests.test(name=name):
+            with pytest.raises(UserError, match=r"name: (must|expected) ") as from_object:
+                hfl.Client(name, "linear", DATA)
+            with pytest.raises(
+                UserError, match=r"clients\.groups\.0\.name: (must|expected) "
+            ) as from_config:
+                hfl.Federation.from_config(groups).prepare(hfl.Local())
 
-    clients = expand_population(hfl.load_config(config).clients)
-
-    assert list(clients) == [f"{name}_1", f"{name}_2"]
-    assert hfl.Client(f"{name}_2").name == f"{name}_2"
+            assert max(len(str(error.value)) for error in (from_object, from_config)) < 450
 
 
-@pytest.mark.parametrize("name", ["con", "AUX", "nul.txt", "com1.2024", "trial."])
-def test_name_of_a_run_that_cannot_be_a_folder_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"name: must (differ|not end)"):
-        hfl.load_config({"name": name})
+def test_name_of_several_clients_may_be_one_that_is_reserved(subtests: pytest.Subtests) -> None:
+    for name in ("con", "aux", "mean", "server", "com1"):
+        groups = {"clients": {"groups": [{"name": name, "count": 2}]}}
+        with subtests.test(name=name):
+            clients = expand_population(hfl.load_config(groups).clients)
+
+            assert list(clients) == [f"{name}_1", f"{name}_2"]
+            assert hfl.Client(f"{name}_2").name == f"{name}_2"
+
+
+def test_name_of_a_run_that_cannot_be_a_folder_is_refused() -> None:
+    for name in ("con", "AUX", "nul.txt", "com1.2024", "trial."):
+        with pytest.raises(UserError, match=r"name: must (differ|not end)"):
+            hfl.load_config({"name": name})
 
 
 def test_names_that_differ_only_in_case_are_refused() -> None:

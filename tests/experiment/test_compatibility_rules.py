@@ -267,23 +267,15 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_rule_refusal_is_one_line_with_both_keys(name: str) -> None:
-    rule = RULES[name]
+def test_rule_refusal_is_one_line_with_both_keys(subtests: pytest.Subtests) -> None:
+    assert len(RULES) == len(RULES_ON_LOADING) + len(RULES_AFTER_PREPARATION)
+    assert set(VIOLATIONS) == set(RULES) >= set(DATASETS)
+    for name, rule in RULES.items():
+        with subtests.test(rule=name):
+            with pytest.raises(UserError) as refusal:
+                prepare(VIOLATIONS[name], dataset=DATASETS.get(name))
 
-    with pytest.raises(UserError) as refusal:
-        prepare(VIOLATIONS[name], dataset=DATASETS.get(name))
-
-    line = str(refusal.value)
-    words = [re.escape(part) for part in re.split(r"\{[^{}]*\}", rule.message)]
-    assert re.fullmatch(".*".join(words), line)
-    assert [key for key in rule.keys if key.rpartition(".")[2] not in line] == []
-
-
-def test_each_rule_has_a_configuration_that_violates_it() -> None:
-    assert set(VIOLATIONS) == set(RULES)
-    assert set(DATASETS) <= set(RULES)
-
-
-def test_rule_names_are_unique() -> None:
-    assert not set(RULES_ON_LOADING) & set(RULES_AFTER_PREPARATION)
+            line = str(refusal.value)
+            words = [re.escape(part) for part in re.split(r"\{[^{}]*\}", rule.message)]
+            assert re.fullmatch(".*".join(words), line)
+            assert [key for key in rule.keys if key.rpartition(".")[2] not in line] == []

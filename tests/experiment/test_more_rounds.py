@@ -147,8 +147,7 @@ POINTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [["rounds=7"], []])
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(("moment", "again"), [("before", ["rounds=7"]), ("after", [])])
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_extension_can_be_resumed(
     point: str,

@@ -38,6 +38,7 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 from model_zoo.given_models import GivenModel
 from model_zoo.module_state import ModuleSnapshot, load_state, observe_forward
 from model_zoo.shapes import make_shape
+from tests.support.federations import same_bits
 from tests.support.python_federations import QUIET, images
 
 ROUNDS = 2
@@ -306,18 +307,12 @@ def draw_habits(seed: int) -> list[str]:
     return rng.sample(HABITS, rng.randint(2, 6))
 
 
-# Name, executor and number of steps of a fit. Executors with processes start slowly, so each of
-# them trains some of the combinations.
-CASES = [
-    *((name, executor, EPOCHS) for name in COMBINATIONS for executor in ("serial", "batched")),
-    *((name, "serial", 1) for name in COMBINATIONS),
-    *((name, "processes", EPOCHS) for name in ("tied", "recurrent")),
-    *(
-        pytest.param(f"drawn_{seed}", executor, 1 + seed % 3, marks=pytest.mark.slow)
-        for seed in range(8)
-        for executor in ("serial", "batched")
-    ),
-]
+# Executor and number of steps of a fit, by name. Executors with processes start slowly, so they
+# train some of the combinations.
+CASES = {name: [("serial", EPOCHS), ("batched", EPOCHS), ("serial", 1)] for name in COMBINATIONS}
+CASES["tied"].append(("processes", EPOCHS))
+CASES["recurrent"].append(("processes", EPOCHS))
+DRAWN = {f"drawn_{n}": [("serial", 1 + n % 3), ("batched", 1 + n % 3)] for n in range(8)}
 
 
 def check_result_of_plain_torch(
@@ -335,12 +330,16 @@ def check_result_of_plain_torch(
     check_equals_reference(run, reference)
 
 
-@pytest.mark.parametrize("method", [hfl.Local(), hfl.FedAvg()], ids=["local", "fedavg"])
-@pytest.mark.parametrize(("name", "executor", "steps"), CASES)
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in DRAWN)]
+)
 def test_own_module_gives_the_result_of_plain_torch(
-    name: str, executor: str, steps: int, method: hfl.Algorithm, float64: None
+    name: str, subtests: pytest.Subtests, float64: None
 ) -> None:
-    check_result_of_plain_torch(name, executor, steps, method)
+    for executor, steps in {**CASES, **DRAWN}[name]:
+        for method in (hfl.Local(), hfl.FedAvg()):
+            with subtests.test(executor=executor, steps=steps, method=type(method).__name__):
+                check_result_of_plain_torch(name, executor, steps, method)
 
 
 @pytest.mark.parametrize("habit", ["recurrent", "cache", "cached_mean"])
@@ -401,17 +400,17 @@ def test_only_modules_of_equal_class_and_tensors_are_compared(
     assert len(compared) == 1
 
 
-@pytest.mark.parametrize("habit", HABITS)
 def test_local_client_does_not_change_because_another_client_exists(
-    habit: str, float64: None
+    subtests: pytest.Subtests, float64: None
 ) -> None:
-    module = Habits(frozenset([habit]))
+    for habit in HABITS:
+        with subtests.test(habit=habit):
+            module = Habits(frozenset([habit]))
 
-    alone = train(module, hfl.Local(), "serial", ["site_0"])
-    together = train(module, hfl.Local(), "serial")
+            alone = train(module, hfl.Local(), "serial", ["site_0"])
+            together = train(module, hfl.Local(), "serial")
 
-    for name, tensor in alone.models["site_0"].tensors.items():
-        assert torch.equal(tensor, together.models["site_0"].tensors[name]), name
+            assert same_bits(alone.models["site_0"].tensors, together.models["site_0"].tensors)
 
 
 class Total:
@@ -474,13 +473,16 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("executor", ["serial", "batched"])
-def test_state_that_cannot_be_carried_is_refused_in_one_line(name: str, executor: str) -> None:
-    with pytest.raises(UserError, match=rf"'backbone\.{name}'") as caught:
-        train(Counter(CHANGES[name]), hfl.FedAvg(), executor)
+def test_state_that_cannot_be_carried_is_refused_in_one_line(
+    executor: str, subtests: pytest.Subtests
+) -> None:
+    for name, change in CHANGES.items():
+        with subtests.test(changed=name):
+            with pytest.raises(UserError, match=rf"'backbone\.{name}'") as caught:
+                train(Counter(change), hfl.FedAvg(), executor)
 
-    assert "\n" not in str(caught.value)
+            assert "\n" not in str(caught.value)
 
 
 def one_client(model: Any) -> hfl.Federation:
@@ -510,39 +512,28 @@ def add_spectrum(kind: torch.dtype, module: Any) -> None:
     module.spectrum = nn.Parameter(torch.ones(3, dtype=kind))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (share_transposed, r"'second\.weight' shares memory with the parameter 'first\.weight'"),
-        (share_buffers, "'pair' shares memory with the buffer 'peak'"),
-        (share_attribute, "'pair' shares memory with the buffer 'peak'"),
-        (partial(add_spectrum, torch.complex64), r"'spectrum' has the unsupported type torch\."),
-        (partial(add_spectrum, torch.bfloat16), r"'spectrum' has the unsupported type torch\."),
-    ],
-)
+SHARED = [
+    (share_transposed, r"'second\.weight' shares memory with the parameter 'first\.weight'"),
+    (share_buffers, "'pair' shares memory with the buffer 'peak'"),
+    (share_attribute, "'pair' shares memory with the buffer 'peak'"),
+    (partial(add_spectrum, torch.complex64), r"'spectrum' has the unsupported type torch\."),
+    (partial(add_spectrum, torch.bfloat16), r"'spectrum' has the unsupported type torch\."),
+]
+
+
 @pytest.mark.parametrize("is_function", [False, True])
 def test_tensors_that_cannot_be_sent_are_refused(
-    change: Callable[[Any], None], message: str, is_function: bool
+    is_function: bool, subtests: pytest.Subtests
 ) -> None:
-    def make() -> nn.Module:
-        module = Habits(frozenset())
-        change(module)
-        return module
+    for change, message in SHARED:
 
-    with pytest.raises(UserError, match=message):
-        one_client(passed(make, is_function)).prepare(hfl.FedAvg())
+        def make(change: Callable[[Any], None] = change) -> nn.Module:
+            module = Habits(frozenset())
+            change(module)
+            return module
 
-
-def test_columns_of_one_tensor_and_views_of_weights_are_independent() -> None:
-    module = Habits(frozenset())
-    columns = torch.zeros(WIDTH, 2)
-    module.register_buffer("center", columns[:, 0])
-    module.register_buffer("peak", columns[:, 1])
-    module.transposed = module.first.weight.data.t()
-
-    run = train(module, hfl.FedAvg(), "serial")
-
-    assert run.summary["rounds_completed"] == ROUNDS
+        with subtests.test(message=message), pytest.raises(UserError, match=message):
+            one_client(passed(make, is_function)).prepare(hfl.FedAvg())
 
 
 def test_snapshot_of_a_computed_attribute_stays_as_it_was() -> None:
@@ -585,13 +576,13 @@ class SeveralTypes(Layers):
         return self.out(self.body(x.double()).tanh().float())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("executor", ["serial", "batched"])
-def test_module_with_several_types_of_numbers_keeps_them(executor: str) -> None:
-    run = train(SeveralTypes(), hfl.Local(), executor)
+def test_module_with_several_types_of_numbers_keeps_them() -> None:
+    for executor in ("serial", "batched"):
+        run = train(SeveralTypes(), hfl.Local(), executor)
 
-    tensors = own_names(run.models["site_0"].tensors)
-    assert tensors["body.weight"].dtype == torch.float64
-    assert tensors["count"].item() == 1e8 + ROUNDS * EPOCHS
+        tensors = own_names(run.models["site_0"].tensors)
+        assert tensors["body.weight"].dtype == torch.float64
+        assert tensors["count"].item() == 1e8 + ROUNDS * EPOCHS
 
 
 class ExtraState(Habits):
@@ -604,18 +595,25 @@ class ExtraState(Habits):
         assert state == {"version": 1}
 
 
-@pytest.mark.parametrize(
-    ("module", "method"),
-    [
+def module_of_columns() -> nn.Module:
+    """Return a module whose buffers are columns of one tensor, with a view of a weight."""
+    module = Habits(frozenset())
+    columns = torch.zeros(WIDTH, 2)
+    module.register_buffer("center", columns[:, 0])
+    module.register_buffer("peak", columns[:, 1])
+    module.transposed = module.first.weight.data.t()
+    return module
+
+
+def test_state_that_is_not_averaged_or_not_shared_is_accepted() -> None:
+    for module, method in (
         (ExtraState(frozenset()), hfl.FedAvg()),
         (Habits(frozenset(["batch_norm", "in_place"])), hfl.Ensemble()),
-    ],
-    ids=["extra_state", "counters_of_batch_norm"],
-)
-def test_state_that_is_not_averaged_is_accepted(module: nn.Module, method: hfl.Algorithm) -> None:
-    run = train(module, method, "serial")
+        (module_of_columns(), hfl.FedAvg()),
+    ):
+        run = train(module, method, "serial")
 
-    assert run.summary["rounds_completed"] == ROUNDS
+        assert run.summary["rounds_completed"] == ROUNDS
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -666,7 +664,7 @@ def test_tied_weights_are_moved_by_the_server_as_one_tensor(
 
     for client in DATA:
         one, other = tied.models[client].tensors, shared.models[client].tensors
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        assert same_bits(one, {name: other[name] for name in one})
 
 
 @pytest.mark.parametrize(
@@ -677,22 +675,13 @@ def test_tied_weights_are_saved_as_one_tensor(sections: dict[str, Any], tmp_path
 
     run = train(module, hfl.FedAvg(), "batched", **sections)
     run.save(tmp_path / "run")
+    exported = hfl.export(run, "site_0", "safetensors", out=tmp_path, allow_code=True)["site_0"]
 
     loaded = hfl.Run.load(tmp_path / "run", allow_code=True).models["site_0"]
     module = loaded.module()
     assert module.head.weight is module.backbone.first.weight is module.backbone.second.weight
     assert not {"second.weight", "out.weight"} & own_names(loaded.tensors).keys()
-
-
-def test_tied_weights_are_exported_as_one_tensor(tmp_path: Path) -> None:
-    run = train(Habits(frozenset(["tied", "tied_head"])), hfl.FedAvg(), "serial")
-
-    exported = hfl.export(run, "site_0", "safetensors", out=tmp_path, allow_code=True)["site_0"]
-
-    tensors = load_file(exported.model)
-    expected = run.models["site_0"].tensors
-    assert tensors.keys() == expected.keys() and "backbone.second.weight" not in tensors
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert same_bits(load_file(exported.model), loaded.tensors)
 
 
 class Stored(Habits):
@@ -722,21 +711,17 @@ def test_model_of_an_older_version_predicts_as_plain_torch() -> None:
     torch.testing.assert_close(found, module.eval()(rows))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda tensors: tensors.pop("backbone.first.bias"), r"'backbone\.first\.bias' is missing"),
-        (lambda tensors: tensors.update(x=torch.zeros(1)), "'x' is not a tensor of the module"),
-    ],
-)
-def test_saved_model_with_other_tensors_is_refused_in_one_line(
-    change: Callable[[dict[str, Tensor]], object], message: str
-) -> None:
-    saved = saved_by_an_older_version()
-    change(saved.tensors)
+def test_saved_model_with_other_tensors_is_refused_in_one_line() -> None:
+    without, extra = saved_by_an_older_version(), saved_by_an_older_version()
+    del without.tensors["backbone.first.bias"]
+    extra.tensors["x"] = torch.zeros(1)
 
-    with pytest.raises(UserError, match=f"Stored: does not fit the saved model: {message}"):
-        saved.module()
+    for saved, message in (
+        (without, r"'backbone\.first\.bias' is missing"),
+        (extra, "'x' is not a tensor of the module"),
+    ):
+        with pytest.raises(UserError, match=f"Stored: does not fit the saved model: {message}"):
+            saved.module()
 
 
 @pytest.mark.parametrize("method", [hfl.FedPer(), hfl.FedRep()])
@@ -755,10 +740,15 @@ SENDING = [
 ]
 
 
-@pytest.mark.parametrize("method", SENDING)
-def test_models_with_integers_that_training_changes_are_not_sent(method: hfl.Algorithm) -> None:
-    with pytest.raises(UserError, match=r"no integers, such as 'backbone\.steps'"):
-        train(Habits(frozenset(["counter"])), method, "serial")
+def test_models_with_integers_that_training_changes_are_not_sent(
+    subtests: pytest.Subtests,
+) -> None:
+    for method in SENDING:
+        with (
+            subtests.test(method=type(method).__name__),
+            pytest.raises(UserError, match=r"no integers, such as 'backbone\.steps'"),
+        ):
+            train(Habits(frozenset(["counter"])), method, "serial")
 
 
 WRITTEN = [
@@ -767,14 +757,17 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize("habit", WRITTEN)
-def test_private_records_refuse_state_that_is_written_from_rows(habit: str) -> None:
+def test_private_records_refuse_state_that_is_written_from_rows(
+    subtests: pytest.Subtests,
+) -> None:
     privacy = hfl.Privacy(noise_multiplier=5.0, delta=1e-4)
 
-    with pytest.raises(UserError, match=r"writes 'backbone\.\w+' from rows") as caught:
-        train(Habits(frozenset([habit])), hfl.FedAvg(), "serial", privacy=privacy)
+    for habit in WRITTEN:
+        with subtests.test(habit=habit):
+            with pytest.raises(UserError, match=r"writes 'backbone\.\w+' from rows") as caught:
+                train(Habits(frozenset([habit])), hfl.FedAvg(), "serial", privacy=privacy)
 
-    assert "privacy.unit=record" in str(caught.value) and "\n" not in str(caught.value)
+            assert "privacy.unit=record" in str(caught.value) and "\n" not in str(caught.value)
 
 
 class RecordingFedAvg(hfl.FedAvg):
@@ -790,8 +783,10 @@ class RecordingFedAvg(hfl.FedAvg):
         yield from super().aggregate(server, uploads)
 
 
-@pytest.mark.parametrize("habits", [["in_place"], ["in_place", "frozen", "batch_norm"]])
-@pytest.mark.parametrize("unit", ["client", "local"])
+@pytest.mark.parametrize(
+    ("unit", "habits"),
+    [("client", ["in_place"]), ("local", ["in_place", "frozen", "batch_norm"])],
+)
 def test_private_clients_share_trained_parameters_only(unit: str, habits: list[str]) -> None:
     module = Habits(frozenset(habits))
     privacy = hfl.Privacy(unit=unit, noise_multiplier=1.0, delta=1e-4, clip=1.0)
@@ -841,15 +836,15 @@ def test_whole_models_of_private_clients_are_sent_with_noise(
         assert not torch.isclose(each["peak"], true, atol=1e-3).any()
 
 
-@pytest.mark.parametrize("unit", ["record", "client"])
-def test_attribute_that_no_pass_reads_is_not_kept(unit: str) -> None:
-    privacy = hfl.Privacy(unit=unit, noise_multiplier=1.0, delta=1e-4, clip=1.0)
+def test_attribute_that_no_pass_reads_is_not_kept() -> None:
     module = Habits(frozenset(["cache", "cached_mean"]))
 
-    run = train(module, hfl.FedAvg(), "batched", privacy=privacy)
+    for unit in ("record", "client"):
+        privacy = hfl.Privacy(unit=unit, noise_multiplier=1.0, delta=1e-4, clip=1.0)
+        run = train(module, hfl.FedAvg(), "batched", privacy=privacy)
 
-    assert not {"last", "last_mean"} & own_names(run.models["site_0"].tensors).keys()
-    assert "cannot be vectorized" not in (run.path / "log.txt").read_text()
+        assert not {"last", "last_mean"} & own_names(run.models["site_0"].tensors).keys()
+        assert "cannot be vectorized" not in (run.path / "log.txt").read_text()
 
 
 class ReadsRarely(Habits):
@@ -944,8 +939,7 @@ class Hooked(nn.Module):
 
 @pytest.mark.parametrize("hook", ["tensor", "module"])
 @pytest.mark.parametrize(
-    "sections",
-    [{}, {"privacy": hfl.Privacy(unit="record", noise_multiplier=1e-9, clip=1e3, delta=1e-4)}],
+    "sections", [{}, {"privacy": hfl.Privacy(noise_multiplier=1e-9, clip=1e3, delta=1e-4)}]
 )
 def test_hooks_change_gradients_as_in_plain_torch(
     hook: str, sections: dict[str, Any], float64: None
@@ -974,14 +968,12 @@ class SparseEmbedding(Layers):
         return self.out(self.body(codes).mean(1))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("executor", ["serial", "batched"])
-def test_sparse_embedding_gives_the_result_of_plain_torch(executor: str, float64: None) -> None:
+def test_sparse_embedding_gives_the_result_of_plain_torch(float64: None) -> None:
     module = SparseEmbedding()
     reference = Reference(module).run(local=None)
 
-    run = train(module, hfl.Local(), executor)
-
-    check_equals_reference(run, reference)
+    for executor in ("serial", "batched"):
+        check_equals_reference(train(module, hfl.Local(), executor), reference)
 
 
 class Permuted(Layers):
@@ -1062,27 +1054,22 @@ class Masked(Permuted):
         return super().forward((x - self.peak) * self.mask)
 
 
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        (hfl.FedAvg(), {"peak", "steps"}),
-        (hfl.Local(), {"peak", "steps", "body.weight", "out.weight", "out.bias"}),
-    ],
-)
-def test_constants_are_not_stored_for_each_client(
-    method: hfl.Algorithm, expected: set[str]
-) -> None:
+def test_constants_are_not_stored_for_each_client() -> None:
     clients = [hfl.Client(name, Masked, data) for name, data in DATA.items()]
-    trainer = hfl.Federation(clients, test=TEST).prepare(method).make_trainer()
+    changed = {"peak", "steps"}
+    trained = {"body.weight", "out.weight", "out.bias"}
 
-    trainer.run_round()
+    for method, expected in ((hfl.FedAvg(), changed), (hfl.Local(), changed | trained)):
+        trainer = hfl.Federation(clients, test=TEST).prepare(method).make_trainer()
+        trainer.run_round()
 
-    for client in DATA:
-        kept = trainer.store.get(client)
-        assert own_names(kept.models["model"]).keys() == expected
-        models = trainer.federation.client(client, kept, 1).models["model"]
-        assert torch.equal(own_names(models)["peak"], own_names(kept.models["model"])["peak"])
-        assert own_names(models)["mask"].all() and models.keys() > kept.models["model"].keys()
+        for client in DATA:
+            kept = trainer.store.get(client)
+            stored = own_names(kept.models["model"])
+            assert stored.keys() == expected
+            models = own_names(trainer.federation.client(client, kept, 1).models["model"])
+            assert torch.equal(models["peak"], stored["peak"])
+            assert models["mask"].all() and models.keys() > stored.keys()
 
 
 SEEN: list[tuple[tuple[int, ...], torch.dtype]] = []
@@ -1100,23 +1087,18 @@ class Recording(nn.Module):
         return self.out(x.flatten(1).float())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((5, 6, 3), (3, 5, 6)), ((4,), (4,)), ((7, 2), (2, 7))],
-    ids=["image", "table", "series"],
-)
-def test_module_receives_channels_first(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    x = np.random.default_rng(0).random((60, *shape)).astype("float32")
-    rows: Any = (x, np.arange(60) % 2)
-    if len(shape) == 2:
-        rows = hfl.from_arrays(*rows, columns=("first", "second"))
+def test_module_receives_channels_first(subtests: pytest.Subtests) -> None:
+    for shape, expected in (((5, 6, 3), (3, 5, 6)), ((4,), (4,)), ((7, 2), (2, 7))):
+        x = np.random.default_rng(0).random((60, *shape)).astype("float32")
+        names = ("first", "second") if len(shape) == 2 else ()
+        rows = hfl.from_arrays(x, np.arange(60) % 2, columns=names)
+        with subtests.test(shape=shape):
+            run = hfl.Federation([hfl.Client("site", Recording, rows)]).train(
+                hfl.Local(), rounds=1, overrides=QUIET
+            )
+            run.predict("site", x[:9])
 
-    run = hfl.Federation([hfl.Client("site", Recording, rows)]).train(
-        hfl.Local(), rounds=1, overrides=QUIET
-    )
-    run.predict("site", x[:9])
-
-    assert SEEN[-1] == ((9, *expected), torch.float32)
+            assert SEEN[-1] == ((9, *expected), torch.float32)
 
 
 class LastColumns(nn.Module):
@@ -1147,14 +1129,11 @@ def test_series_are_named_with_their_axes(caplog: pytest.LogCaptureFixture) -> N
 
 def test_trained_module_has_the_state_dict_of_its_class(tmp_path: Path) -> None:
     own = Habits(frozenset({"not_persistent", "attribute_in_place"}))
-    rows = (np.random.default_rng(0).random((40, WIDTH)).astype("float32"), np.arange(40) % WIDTH)
-    federation = hfl.Federation([hfl.Client("site", own, rows)], test=rows)
 
-    method = hfl.Local()
-    with hfl.Trainer(federation, method, rounds=1, out=tmp_path, overrides=QUIET) as trainer:
-        next(iter(trainer))
-        modules = [trainer.model("site")]
-    modules.append(trainer.run.model("site"))
+    with hfl.Trainer(one_client(own), hfl.Local(), rounds=1, out=tmp_path, overrides=QUIET) as rest:
+        next(iter(rest))
+        modules = [rest.model("site_0")]
+    modules.append(rest.run.model("site_0"))
 
     for module in modules:
         assert module.state_dict().keys() == own.state_dict().keys()
@@ -1186,10 +1165,10 @@ def two_types() -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("is_function", [False, True])
-def test_layer_of_another_type_than_its_inputs_is_named(is_function: bool) -> None:
-    with pytest.raises(UserError, match=r"'out.weight' is torch.float64, but .*torch.float32"):
-        train_one(passed(two_types, is_function))
+def test_layer_of_another_type_than_its_inputs_is_named() -> None:
+    for model in (two_types, two_types()):
+        with pytest.raises(UserError, match=r"'out.weight' is torch.float64, but .*torch.float32"):
+            train_one(model)
 
 
 def pruned() -> nn.Module:

@@ -1,4 +1,4 @@
-"""The same federation from objects and from files gives identical bits, also when resumed."""
+"""The same federation from objects and from files gives identical bits."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import hetero_fl as hfl
 from tests.support.python_federations import (
     DIGITS,
     QUIET,
     Digits,
-    Net,
     images,
     same_models,
     without_seconds,
@@ -48,8 +46,7 @@ def save_npz(path: Path, **splits: tuple[np.ndarray, np.ndarray]) -> dict[str, A
 # Data
 
 
-@pytest.mark.parametrize("method", ["local", "fedavg", "fedmd"])
-def test_divided_arrays_equal_the_same_npz_file(method: str, tmp_path: Path) -> None:
+def test_divided_arrays_equal_the_same_npz_file(tmp_path: Path) -> None:
     train, test = images(120, 1), images(30, 9)
     names = ["a", "b", "c"]
     objects = hfl.Federation(
@@ -64,16 +61,15 @@ def test_divided_arrays_equal_the_same_npz_file(method: str, tmp_path: Path) -> 
     partition = {"kind": "dirichlet", "alpha": 1.0}
     data = {**source, "partition": partition, "proxy": {"size": 20}}
     groups = [{"name": name, "model": "mlp"} for name in names]
-    file = file_of({"name": method}, groups, data=data, seed=5)
+    file = file_of({"name": "fedmd"}, groups, data=data, seed=5)
 
-    first = objects.train(method, rounds=2, overrides=QUIET)
+    first = objects.train("fedmd", rounds=2, overrides=QUIET)
     second = hfl.run(file, out=tmp_path / "run", overrides=QUIET)
 
     assert_identical(first, second)
 
 
-@pytest.mark.parametrize("method", ["local", "fedavg"])
-def test_arrays_of_each_client_equal_npz_files_of_each_client(method: str, tmp_path: Path) -> None:
+def test_arrays_of_each_client_equal_npz_files_of_each_client(tmp_path: Path) -> None:
     train, test = images(60, 3), images(30, 9)
     parts = {"a": images(50, 1), "b": images(70, 2)}
     clients = [hfl.Client(name, "mlp", part) for name, part in parts.items()]
@@ -83,13 +79,13 @@ def test_arrays_of_each_client_equal_npz_files_of_each_client(method: str, tmp_p
         for name, part in parts.items()
     ]
     file = file_of(
-        {"name": method},
+        {"name": "fedavg"},
         [*groups, {"name": "c", "model": "mlp"}],
         data=save_npz(tmp_path / "common.npz", train=train, test=test),
         seed=5,
     )
 
-    first = objects.train(method, rounds=2, overrides=QUIET)
+    first = objects.train("fedavg", rounds=2, overrides=QUIET)
     second = hfl.run(file, out=tmp_path / "run", overrides=QUIET)
 
     assert_identical(first, second)
@@ -98,8 +94,9 @@ def test_arrays_of_each_client_equal_npz_files_of_each_client(method: str, tmp_p
 # Models
 
 
-@pytest.mark.parametrize("executor", ["serial", "batched"])
-@pytest.mark.parametrize("method", ["local", "fedavg", "fedmd"])
+@pytest.mark.parametrize(
+    ("method", "executor"), [("local", "batched"), ("fedavg", "serial"), ("fedmd", "batched")]
+)
 def test_given_modules_equal_a_file_with_init_from(
     method: str, executor: str, tmp_path: Path
 ) -> None:
@@ -127,54 +124,3 @@ def test_given_modules_equal_a_file_with_init_from(
 
     assert_identical(first, second)
     assert not same_models(first, start)
-
-
-# Resuming
-
-
-def objects_with_modules() -> hfl.Federation:
-    torch.manual_seed(4)
-    models = [Net(), Net(), Net(6)]
-    clients = [
-        hfl.Client(f"site_{i}", model, images(40 + 10 * i, i)) for i, model in enumerate(models, 1)
-    ]
-    return hfl.Federation(clients, test=images(30, 9), proxy=images(40, 8)[0])
-
-
-def by_name() -> hfl.Federation:
-    data = {"name": "digits", "train_limit": 150, "test_limit": 30, "proxy": {"size": 30}}
-    clients = {"groups": [{"name": "site", "count": 3, "model": ["cnn_bn_small", "linear"]}]}
-    return hfl.Federation.from_config({"data": data, "clients": clients})
-
-
-SOURCES = {"objects": objects_with_modules, "file": by_name}
-MODES = {
-    "async": ["runtime.mode=async", "runtime.buffer=2"],
-    "batched": ["runtime.executor=batched"],
-    "async and batched": ["runtime.mode=async", "runtime.buffer=2", "runtime.executor=batched"],
-    "processes": ["runtime.executor=processes"],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", [hfl.FedMD(digest_epochs=2), hfl.Hybrid()], ids=["md", "hybrid"])
-def test_stopped_and_resumed_training_equals_training_without_a_stop(
-    method: Any, mode: str, source: str, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = {"rounds": 4, "overrides": [*QUIET, *MODES[mode]]}
-    whole = SOURCES[source]().train(method, out=tmp_path / "whole", **settings)
-
-    with hfl.Trainer(SOURCES[source](), method, out=tmp_path / "run", **settings) as first:
-        for record in first:
-            if record["round"] == 2:
-                break
-    # The federation is created again, as in a new process.
-    with hfl.Trainer(
-        SOURCES[source](), method, out=tmp_path / "run", resume=True, **settings
-    ) as rest:
-        assert rest.completed == 2
-        assert len(list(rest)) == len(whole.metrics) - 2
-
-    assert_identical(rest.run, whole)

@@ -48,40 +48,18 @@ def _search_task(out: Path, space: dict[str, str]) -> SearchTask:
 
 
 def test_space_has_ranges_and_choices() -> None:
-    space = parse_space({"a": "0.001..1:log", "b": "1..5", "c": "x,[1,2]"})
+    space = parse_space(
+        {"a": "0.001..1:log", "b": "1..5", "c": "x,[1,2]", "d": [1, 2], "e": (True, "x")}
+    )
 
     assert space == {
         "a": Range(0.001, 1.0, is_log=True, is_integer=False),
         "b": Range(1.0, 5.0, is_log=False, is_integer=True),
         "c": Choices(("x", "[1,2]")),
+        "d": Choices(("1", "2")),
+        "e": Choices(("true", "x")),
     }
     assert space["b"].ends == ("1", "5")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ("0.1", "space: lr: expected a,b,c or low..high or low..high:log, got '0.1'"),
-        ("a..b", "space: lr: expected low..high, got 'a..b'"),
-        ("1..0.1", "space: lr: low must be less than high, got '1..0.1'"),
-        ("nan..1", "space: lr: low must be less than high, got 'nan..1'"),
-        ("0..1:log", "space: lr: a logarithmic scale starts above 0, got '0'"),
-        ("1..2:ln", "space: lr: unknown scale 'ln'; use low..high:log"),
-    ],
-)
-def test_wrong_values_give_one_line(values: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_space({"lr": values})
-
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("text", ["0", "-3", "1.5", "h", "0h", "nanh", "infh", "many"])
-def test_wrong_budgets_give_one_line(text: str) -> None:
-    with pytest.raises(
-        UserError, match=r"budget: expected a number of runs or hours, such as 20 or 1\.5h"
-    ):
-        Budget.parse(text)
 
 
 def test_budgets_are_runs_or_hours() -> None:
@@ -91,31 +69,32 @@ def test_budgets_are_runs_or_hours() -> None:
     assert Budget(max_hours=1).allows(99, 0.9) and not Budget(max_hours=1).allows(1, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"space": {"algorithm.mu": "0.1..1"}}, "space: algorithm.mu: unknown key"),
-        ({"space": {LR: "-1..1"}}, f"space: {LR}: must be > 0, got -1"),
-        ({"space": {LR: "0.1..1"}, "grid": {LR: ["1"]}}, "space: cannot be combined with grid"),
-        ({"space": {"seed": "1..9"}}, "space: seed: set by the comparison; remove it"),
-        ({"space": {"rounds": "1..9"}}, "space: rounds: set by the comparison; remove it"),
-        ({"space": {"output.plots": "true,false"}}, "space: output.plots: set by the comparison"),
-        ({"grid": {"seed": ["1", "2"]}}, "grid: seed: set by the comparison; remove it"),
-        ({"space": {LR: [0.1]}}, f"space: {LR}: expected 'a,b,c' or 'low..high', got [0.1]"),
-        ({"space": {LR: 5}}, f"space: {LR}: expected 'a,b,c' or 'low..high', got 5"),
-        ({"space": {LR: "0.1..1"}, "budget": "soon"}, "budget: expected a number of runs or hours"),
-    ],
-)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"space": {"algorithm.mu": "0.1..1"}}, "space: algorithm.mu: unknown key"),
+    ({"space": {LR: "-1..1"}}, f"space: {LR}: must be > 0, got -1"),
+    ({"space": {LR: "0.1..1"}, "grid": {LR: ["1"]}}, "space: cannot be combined with grid"),
+    ({"space": {"seed": "1..9"}}, "space: seed: set by the comparison; remove it"),
+    ({"space": {"rounds": "1..9"}}, "space: rounds: set by the comparison; remove it"),
+    ({"space": {"output.plots": "true,false"}}, "space: output.plots: set by the comparison"),
+    ({"grid": {"seed": ["1", "2"]}}, "grid: seed: set by the comparison; remove it"),
+    ({"space": {LR: [0.1]}}, f"space: {LR}: expected 'a,b,c' or 'low..high', got [0.1]"),
+    ({"space": {LR: 5}}, f"space: {LR}: expected 'a,b,c' or 'low..high', got 5"),
+    ({"space": {LR: "0.1..1"}, "budget": "soon"}, "budget: expected a number of runs or hours"),
+]
+
+
 def test_wrong_searches_are_refused_before_the_first_run(
-    tmp_path: Path, arguments: dict[str, object], message: str
+    tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     pytest.importorskip("optuna")
 
-    with pytest.raises(UserError) as caught:
-        hetero_fl.compare(CONFIG, "fedavg", out=tmp_path / "out", **arguments)  # type: ignore[arg-type]  # wrong on purpose
+    for arguments, message in WRONG:
+        with subtests.test(message=message):
+            with pytest.raises(UserError) as caught:
+                hetero_fl.compare(CONFIG, "fedavg", out=tmp_path / "out", **arguments)
 
-    assert str(caught.value).startswith(message)
-    assert not (tmp_path / "out").exists()
+            assert str(caught.value).startswith(message)
+            assert not (tmp_path / "out").exists()
 
 
 def test_missing_optuna_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,13 +180,6 @@ def test_best_trial_is_complete() -> None:
         Recorded(trials[:1]).best(variant)
 
 
-def test_space_accepts_sequences() -> None:
-    assert parse_space({"a": [1, 2], "b": (True, "x")}) == {
-        "a": Choices(("1", "2")),
-        "b": Choices(("true", "x")),
-    }
-
-
 def test_drawn_numbers_stay_in_a_narrow_range() -> None:
     optuna = pytest.importorskip("optuna")
     space = parse_space({"momentum": "0.9..0.9999"})["momentum"]
@@ -224,11 +196,9 @@ def test_drawn_numbers_stay_in_a_narrow_range() -> None:
 class RecordedRuns:
     """A replacement for `run` whose runs have the score 0.5, or raise an error."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+    def __init__(self) -> None:
         self.folders: list[str] = []
-        self.error = error
-        monkeypatch.setattr(search_module, "run", self)
-        monkeypatch.setattr(search_module, "final_validation_score", lambda run, task: 0.5)
+        self.error: BaseException | None = None
 
     def __call__(self, source: object, *, out: Path, **arguments: object) -> None:
         self.folders.append(out.name)
@@ -236,17 +206,26 @@ class RecordedRuns:
             raise self.error
 
 
-def _interrupt_trial(task: SearchTask, index: int = 0) -> None:
-    """Run a trial of FedAvg whose run is interrupted."""
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> RecordedRuns:
+    """Replace the runs of trials."""
+    pytest.importorskip("optuna")
+    recorded = RecordedRuns()
+    monkeypatch.setattr(search_module, "run", recorded)
+    monkeypatch.setattr(search_module, "final_validation_score", lambda run, task: 0.5)
+    return recorded
+
+
+def _interrupt_trial(task: SearchTask, runs: RecordedRuns, index: int = 0) -> None:
+    """Run a trial of FedAvg whose run is interrupted, after earlier ones were requeued."""
+    search_module._requeue_interrupted(search_module._open_study(task, FEDAVG))
+    runs.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         search_module.run_trial(task, FEDAVG, index)
+    runs.error = None
 
 
-def test_repeated_settings_are_not_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("optuna")
-    runs = RecordedRuns(monkeypatch)
+def test_repeated_settings_are_not_run_again(tmp_path: Path, runs: RecordedRuns) -> None:
     task = _search_task(tmp_path, {LR: "0.1,0.2"})
 
     for index in range(5):
@@ -257,53 +236,28 @@ def test_repeated_settings_are_not_run_again(
     assert len(runs.folders) == len({trial.point for trial in trials}) <= 2
 
 
-def test_simultaneous_trials_have_different_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("optuna")
-    runs = RecordedRuns(monkeypatch, KeyboardInterrupt())
+def test_simultaneous_trials_have_different_folders(tmp_path: Path, runs: RecordedRuns) -> None:
     task = _search_task(tmp_path, {LR: "0.1,0.2"})
+    runs.error = KeyboardInterrupt()
 
     for index in range(3):
-        _interrupt_trial(task, index)
+        with pytest.raises(KeyboardInterrupt):
+            search_module.run_trial(task, FEDAVG, index)
 
     assert len(set(runs.folders)) == 3
 
 
-def test_interrupted_trial_continues_in_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("optuna")
-    runs = RecordedRuns(monkeypatch, KeyboardInterrupt())
+def test_interrupted_trial_keeps_its_number_and_folder(tmp_path: Path, runs: RecordedRuns) -> None:
     task = _search_task(tmp_path, {LR: "0.1..0.2"})
-
-    for _ in range(3):
-        search_module._requeue_interrupted(search_module._open_study(task, FEDAVG))
-        _interrupt_trial(task)
-
-    assert len(set(runs.folders)) == 1
-
-
-def test_interrupted_trial_keeps_its_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("optuna")
-    runs = RecordedRuns(monkeypatch)
-    task = _search_task(tmp_path, {LR: "0.1..0.2"})
-    variant = Variant.parse("fedavg")
-    search_module.run_trial(task, variant, 0)
+    search_module.run_trial(task, FEDAVG, 0)
     for _ in range(2):
-        search_module._requeue_interrupted(search_module._open_study(task, variant))
-        runs.error = KeyboardInterrupt()  # type: ignore[assignment]  # interrupts
-        with pytest.raises(KeyboardInterrupt):
-            search_module.run_trial(task, variant, 1)
-    runs.error = None
+        _interrupt_trial(task, runs, 1)
 
-    search_module._requeue_interrupted(search_module._open_study(task, variant))
-    search_module.run_trial(task, variant, 1)
-    search_module.run_trial(task, variant, 2)
+    search_module._requeue_interrupted(search_module._open_study(task, FEDAVG))
+    search_module.run_trial(task, FEDAVG, 1)
+    search_module.run_trial(task, FEDAVG, 2)
 
-    search_module.Search(task, [variant]).write(tmp_path / "search.csv")
+    search_module.Search(task, [FEDAVG]).write(tmp_path / "search.csv")
     with (tmp_path / "search.csv").open(encoding="utf-8") as file:
         assert [row["trial"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     numbers = [re.search(r"trial(\d)", name)[1] for name in runs.folders]  # type: ignore[index]  # matches
@@ -312,12 +266,10 @@ def test_interrupted_trial_keeps_its_number(
 
 
 def test_first_trials_of_all_methods_have_the_same_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runs: RecordedRuns
 ) -> None:
-    pytest.importorskip("optuna")
-    RecordedRuns(monkeypatch)
     task = _search_task(tmp_path, {LR: "0.001..0.2:log"})
-    variants = [Variant.parse("fedavg"), Variant.parse("fedprox")]
+    variants = [FEDAVG, Variant.parse("fedprox")]
 
     for variant in variants:
         for index in range(4):
@@ -329,31 +281,21 @@ def test_first_trials_of_all_methods_have_the_same_values(
     assert len(set(points[0])) == 4
 
 
-def test_invalid_trial_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("optuna")
-    RecordedRuns(monkeypatch, UserError("lr: too large"))
-    task = _search_task(tmp_path, {LR: "0.1..0.2"})
-
-    search_module.run_trial(task, FEDAVG, 0)
-
-    (trial,) = search_module.Search(task, [FEDAVG]).trials(FEDAVG)
-    assert (trial.state, trial.error) == ("failed", "lr: too large")
-
-
-def test_killed_trial_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("optuna")
+def test_invalid_or_killed_trial_fails_alone(tmp_path: Path, runs: RecordedRuns) -> None:
     task = _search_task(tmp_path, {LR: "0.1..0.2"})
     search = search_module.Search(task, [FEDAVG])
     with pytest.raises(RunFailedError, match=r"^search: fedavg: its process was killed"):
         search._fail(FEDAVG, 0, KILLED)
-    RecordedRuns(monkeypatch, KeyboardInterrupt())
-    _interrupt_trial(task)
+    _interrupt_trial(task, runs)
 
-    number = search._fail(FEDAVG, 0, KILLED)
+    killed = search._fail(FEDAVG, 0, KILLED)
+    runs.error = UserError("lr: too large")
+    search_module.run_trial(task, FEDAVG, 1)
 
-    (trial,) = search.trials(FEDAVG)
-    assert (trial.number, trial.state) == (number, "failed")
-    assert trial.error == "its process was killed, possibly for lack of memory"
+    first, second = search.trials(FEDAVG)
+    assert (first.number, first.state) == (killed, "failed")
+    assert first.error == "its process was killed, possibly for lack of memory"
+    assert (second.state, second.error) == ("failed", "lr: too large")
 
 
 @pytest.mark.slow
@@ -375,18 +317,15 @@ def test_search_goes_on_after_a_killed_trial(tmp_path: Path) -> None:
 
 
 def test_resumed_trial_reports_the_recorded_rounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: RecordedRuns
 ) -> None:
-    pytest.importorskip("optuna")
-    runs = RecordedRuns(monkeypatch, KeyboardInterrupt())
     task = _search_task(tmp_path, {LR: "0.1..0.2"})
     monkeypatch.setattr(search_module, "mean_validation_score", lambda task, record: 0.3)
-    _interrupt_trial(task)
+    _interrupt_trial(task, runs)
     folder = tmp_path / runs.folders[0]
     folder.mkdir()
     lines = [json.dumps({"round": number, "validation": {"a": 1}}) for number in (1, 2)]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, ""]))
-    runs.error = None
 
     study = search_module._open_study(task, FEDAVG)
     search_module._requeue_interrupted(study)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,6 @@ import torch
 
 import hetero_fl as hfl
 from hetero_fl.data import from_arrays
-from hetero_fl.utils.errors import UserError
-from tests.support.mistakes import check_raises_one_line
 from tests.support.python_federations import QUIET, Net, images, table
 
 
@@ -27,22 +24,24 @@ def rows_of(clients: list[hfl.Client]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    "partition",
-    [None, hfl.Dirichlet(alpha=0.5), hfl.Quantity(alpha=1.0), hfl.Classes(classes=2)],
-    ids=["default", "dirichlet", "quantity", "classes"],
+    ("partition", "classes"),
+    [
+        (None, 3),
+        (hfl.Dirichlet(alpha=0.5), None),
+        (hfl.Quantity(alpha=1.0), 3),
+        (hfl.Classes(classes=1), 1),
+    ],
 )
-def test_split_gives_each_row_to_one_client(partition: Any) -> None:
+def test_split_gives_each_row_with_its_label_to_one_client(partition: Any, classes: int) -> None:
     clients = hfl.split(numbered(), clients=4, partition=partition)
 
     found = rows_of(clients)
     assert list(found) == ["client_1", "client_2", "client_3", "client_4"]
     assert sorted(row for rows in found.values() for row in rows) == list(range(120))
-
-
-def test_split_keeps_the_label_of_each_row() -> None:
-    for client in hfl.split(numbered(), clients=3, partition=hfl.Dirichlet(alpha=0.3)):
+    for client in clients:
         rows = client.data.train
         assert torch.equal(rows.x[:, 0].long() % 3, rows.y)
+        assert classes in (None, len(rows.y.unique()))
 
 
 def test_split_depends_on_the_seed_only() -> None:
@@ -55,50 +54,32 @@ def test_split_depends_on_the_seed_only() -> None:
     assert divided(1, global_seed=1) != divided(2, global_seed=1)
 
 
-def test_split_applies_the_partition() -> None:
-    clients = hfl.split(numbered(), clients=3, partition=hfl.Classes(classes=1))
-
-    assert [len(client.data.train.y.unique()) for client in clients] == [1, 1, 1]
-
-
-def test_split_names_clients() -> None:
-    clients = hfl.split(numbered(), clients=["north", "south"])
-
-    assert list(rows_of(clients)) == ["north", "south"]
-
-
 def test_split_divides_training_rows_only() -> None:
     x, y = numbered()
     dataset = from_arrays(x[:90], y[:90], test=(x[90:], y[90:]), num_classes=3)
 
-    clients = hfl.split(dataset, clients=2)
+    clients = hfl.split(dataset, clients=["north", "south"])
 
+    assert list(rows_of(clients)) == ["north", "south"]
     assert sorted(row for rows in rows_of(clients).values() for row in rows) == list(range(90))
     assert all(client.data.test is None for client in clients)
 
 
-def test_split_assigns_models_in_turn() -> None:
-    clients = hfl.split(images(90, 1), clients=3, model=["mlp", Net])
-
-    assert [client.model for client in clients] == ["mlp", Net, "mlp"]
-    assert [client.init for client in clients] == ["seeded"] * 3
-
-
-def test_split_passes_settings_to_each_client() -> None:
-    preprocess = hfl.Preprocess(resize=12)
+def test_split_passes_models_in_turn_and_settings_to_each_client() -> None:
     clients = hfl.split(
         images(90, 1),
-        clients=2,
-        model="mlp",
-        preprocess=preprocess,
+        clients=3,
+        model=["mlp", Net],
+        preprocess=hfl.Preprocess(resize=12),
         optimizer=hfl.SGD(lr=0.05),
         epochs=3,
         shares=["predictions"],
     )
 
-    prepared = hfl.Federation(clients, test=images(30, 9)).prepare(hfl.Local())
-
-    for info in prepared.federation.client_infos.values():
+    assert [client.model for client in clients] == ["mlp", Net, "mlp"]
+    assert [client.init for client in clients] == ["seeded"] * 3
+    own = hfl.Federation([clients[0], clients[2]], test=images(30, 9))
+    for info in own.prepare(hfl.Local()).federation.client_infos.values():
         assert info.settings.epochs == 3
         assert info.settings.optimizer.lr == 0.05
         assert list(info.settings.shares) == ["predictions"]
@@ -129,57 +110,3 @@ def test_split_clients_train() -> None:
 
     run = own.train(hfl.FedMD(), rounds=1, overrides=QUIET)
     assert set(run.models) == {"client_1", "client_2", "client_3"}
-
-
-MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
-    "no clients": (UserError, "at least one client", lambda: hfl.split(numbered(), clients=0)),
-    "no names": (UserError, "at least one client", lambda: hfl.split(numbered(), clients=[])),
-    "invalid name": (UserError, "name", lambda: hfl.split(numbered(), clients=["1 a"])),
-    "more clients than rows": (UserError, "rows", lambda: hfl.split(numbered(5), clients=9)),
-    "no labels": (
-        UserError,
-        "data: expected a pair",
-        lambda: hfl.split(numbered()[0], clients=2),
-    ),
-    "iterator": (TypeError, "read only once", lambda: hfl.split(iter(numbered()), clients=2)),
-    "unknown source": (
-        UserError,
-        "did you mean 'digits'",
-        lambda: hfl.split("digitz", clients=2),
-    ),
-    "label of arrays": (
-        UserError,
-        "label: applies to",
-        lambda: hfl.split(numbered(), clients=2, label="y"),
-    ),
-    "unknown label": (
-        UserError,
-        "'il' not found",
-        lambda: hfl.split(table(30, 1), clients=2, label="il"),
-    ),
-    "unknown argument": (
-        TypeError,
-        "unexpected keyword argument 'epoch'",
-        lambda: hfl.split(numbered(), clients=2, epoch=2),
-    ),
-    "wrong setting": (
-        UserError,
-        r"Client\('client_1'\): epochs: must be",
-        lambda: hfl.split(numbered(), clients=2, epochs=-1),
-    ),
-    "unknown model": (
-        UserError,
-        "did you mean 'mlp'",
-        lambda: hfl.split(numbered(), clients=2, model="mpl"),
-    ),
-    "partition without groups": (
-        UserError,
-        "group",
-        lambda: hfl.split(numbered(), clients=2, partition=hfl.Natural()),
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_split_mistake_raises_one_line(mistake: str) -> None:
-    check_raises_one_line(MISTAKES[mistake])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -115,16 +114,3 @@ def test_comparison_lists_runs_in_the_order_of_its_rows(tmp_path: Path) -> None:
     names = [(run.summary["algorithm"], run.summary["seed"]) for run in comparison.runs]
     expected = zip(comparison.frame["algorithm"], comparison.frame["seed"], strict=True)
     assert names == [(name.split(":")[0], seed) for name, seed in expected]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"methods": "fedavg"}, "methods: expected a list"),
-        ({"methods": hfl.FedAvg()}, "methods: expected a list"),
-        ({"methods": ["fedavg"], "seeds": 2}, r"seeds: expected integers such as range\(2\)"),
-    ],
-)
-def test_arguments_of_compare_that_are_no_lists(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        federation().compare(**arguments)

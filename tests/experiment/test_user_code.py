@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from torchvision.transforms import v2
 from typing_extensions import override
 
 import hetero_fl as hfl
-from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.support.mistakes import check_raises_one_line
+from hetero_fl.utils.errors import RunFailedError
 from tests.support.python_federations import QUIET, images, same_models
 
 
@@ -205,93 +203,17 @@ def test_log_lines_go_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
     assert any("round 2/2" in message for message in caplog.messages)
 
 
-def fail(*_arguments: Any) -> Any:
-    raise KeyError("column")
-
-
 def fail_on_many(predictions: Tensor, y: Tensor) -> float:
-    return fail() if len(y) > 10 else 0.0
+    if len(y) > 10:
+        raise KeyError("column")
+    return 0.0
 
 
-MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
-    "loss has too few values": (
-        UserError,
-        r"clients: 'site_1': objective: .*one value per example, shape \(16,\), got shape \(2,\)",
-        lambda: train(federation(objective=lambda z, y: smoothed_loss(z, y)[:2])),
-    ),
-    "loss fails": (UserError, "objective: 'column'", lambda: train(federation(objective=fail))),
-    "loss is a number": (
-        UserError,
-        "objective: expected a function, in a file python:package.module:name, got 5",
-        lambda: federation(objective=5),
-    ),
-    "optimizer fails": (
-        UserError,
-        r"Client\('site_1'\): optimizer: 'column'",
-        lambda: federation(optimizer=fail),
-    ),
-    "optimizer returns nothing": (
-        TypeError,
-        "expected a function that returns a torch.optim.Optimizer, got NoneType",
-        lambda: federation(optimizer=lambda parameters: None),
-    ),
-    "optimizer is a number": (UserError, "optimizer: expected", lambda: federation(optimizer=5)),
-    "transform changes the shape": (
-        UserError,
-        r"preprocess.transform: expected torch.float32 of shape \(4, 1, 8, 8\)",
-        lambda: train(federation(preprocess=hfl.Preprocess(transform=lambda x: x[..., :4]))),
-    ),
-    "transform returns an array": (
-        UserError,
-        "augment.transform: expected a tensor, got ndarray",
-        lambda: train(federation(augment=hfl.Augment(transform=lambda x: x.numpy()))),
-    ),
-    "metric fails": (
-        UserError,
-        "evaluation.metrics.own: 'column'",
-        lambda: train(federation(), evaluation=hfl.Evaluation(metrics={"own": fail})),
-    ),
-    "metric fails later": (
-        RunFailedError,
-        "test_user_code.py:.* in fail: KeyError",
-        lambda: train(federation(), evaluation=hfl.Evaluation(metrics={"own": fail_on_many})),
-    ),
-    "metric has a known name": (
-        UserError,
-        "evaluation.metrics.accuracy: built-in metric",
-        lambda: train(federation(), evaluation=hfl.Evaluation(metrics={"accuracy": error_rate})),
-    ),
-    "metric looks like a statistic": (
-        UserError,
-        "not end in _std",
-        lambda: hfl.Evaluation(metrics={"own_std": error_rate}),
-    ),
-    "wrong value of a section": (
-        UserError,
-        "Evaluation: every: must be > 0",
-        lambda: hfl.Evaluation(every=0),
-    ),
-    "wrong argument of a section": (
-        TypeError,
-        "unexpected keyword argument 'evry'; did you mean 'every'",
-        lambda: hfl.Evaluation(evry=5),
-    ),
-    "wrong value of a method": (
-        UserError,
-        "FedMD: digest_epochs: must be > 0, got -1",
-        lambda: hfl.FedMD(digest_epochs=-1),
-    ),
-    "wrong argument of a method": (
-        TypeError,
-        "unexpected keyword argument 'digest_epoch'; did you mean 'digest_epochs'",
-        lambda: hfl.FedMD(digest_epoch=1),
-    ),
-}
+def test_metric_that_fails_after_training_is_named_with_its_place() -> None:
+    evaluation = hfl.Evaluation(metrics={"own": fail_on_many})
 
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_raises_one_line(mistake: str) -> None:
-    check_raises_one_line(MISTAKES[mistake])
+    with pytest.raises(RunFailedError, match=r"test_user_code\.py:.* in fail_on_many: KeyError"):
+        train(federation(), evaluation=evaluation)
 
 
 def test_docstrings_describe_the_settings() -> None:

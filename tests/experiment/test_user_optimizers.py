@@ -29,13 +29,6 @@ class PlainSGD(torch.optim.Optimizer):
                 p.sub_(group["lr"] * p.grad)
 
 
-class Unrated(PlainSGD):
-    """An optimizer without a learning rate."""
-
-    def __init__(self, parameters: Any) -> None:
-        torch.optim.Optimizer.__init__(self, parameters, {"scale": 1.0})
-
-
 class SharpnessAware(PlainSGD):
     """An optimizer that needs the closure that its `step` declares as optional."""
 
@@ -45,10 +38,6 @@ class SharpnessAware(PlainSGD):
 
 def make_lbfgs(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(parameters)
-
-
-def make_foreign_sgd(_parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.2)
 
 
 def make_sgd_of_matrices(parameters: Any) -> torch.optim.Optimizer:
@@ -93,20 +82,11 @@ def test_optimizer_of_some_parameters_is_accepted() -> None:
     assert not torch.allclose(first["head.weight"], second["head.weight"])
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "words"),
-    [
-        (torch.optim.LBFGS, r"LBFGS.step\(\) fails without a closure, .* choose an optimizer such"),
-        (SharpnessAware, r"SharpnessAware.step\(\) fails without .*: evaluate the loss twice"),
-        (make_foreign_sgd, "SGD must update the parameters that the function receives"),
-        (Unrated, "Unrated needs a positive learning rate 'lr'"),
-    ],
-)
-def test_optimizer_that_local_training_cannot_use_is_refused(
-    optimizer: Callable[[Any], torch.optim.Optimizer], words: str
-) -> None:
-    with pytest.raises(UserError, match=rf"Client\('a'\): optimizer: {words}"):
-        hfl.Client("a", "linear", optimizer=optimizer)
+def test_optimizer_that_local_training_cannot_use_is_refused() -> None:
+    words = r"optimizer: SharpnessAware.step\(\) fails without .*: evaluate the loss twice"
+
+    with pytest.raises(UserError, match=rf"^Client\('a'\): {words}"):
+        hfl.Client("a", "linear", optimizer=SharpnessAware)
 
 
 @pytest.mark.parametrize("section", ["clients: defaults:", "server:"])

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Dataset, TensorDataset, random_split
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 
 import hetero_fl as hfl
 from hetero_fl.data import from_arrays
 from hetero_fl.experiment import PreparedRun
-from hetero_fl.utils.errors import UserError
 from tests.support.python_federations import QUIET, Net, images, table, tensors
 
 
@@ -50,6 +49,14 @@ def halves() -> list[TensorDataset]:
 
 
 IMAGES: dict[str, Callable[[], Any]] = {
+    "uint8 arrays": lambda: images(40, 1),
+    "channels last": lambda: (images(40, 1)[0][..., None], images(40, 1)[1]),
+    "tensors": lambda: tensors(40, 1),
+    "list of labels": lambda: (images(40, 1)[0], images(40, 1)[1].tolist()),
+    "TensorDataset": lambda: TensorDataset(*tensors(40, 1)),
+    "Subset": lambda: Subset(TensorDataset(*tensors(40, 1)), range(40)),
+    "Dataset": lambda: from_arrays(*images(40, 1), num_classes=3),
+    "items as pairs": lambda: Subset([*zip(*tensors(40, 1), strict=True)], range(40)),
     "list of arrays": lambda: list(images(40, 1)),
     "int64 pixels": lambda: (images(40, 1)[0].astype(np.int64), images(40, 1)[1]),
     "labels as a column": lambda: (images(40, 1)[0], images(40, 1)[1][:, None]),
@@ -67,17 +74,27 @@ IMAGES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", IMAGES)
-def test_images_of_each_type_are_the_same_rows(way: str) -> None:
-    clients = [hfl.Client("a", "mlp", IMAGES[way]()), hfl.Client("b", "linear", images(40, 2))]
-    own = hfl.Federation(clients, test=images(30, 9), num_classes=3)
+def test_images_of_each_type_are_the_same_rows(subtests: pytest.Subtests) -> None:
+    x, y = tensors(40, 1)
+    for way, make in IMAGES.items():
+        with subtests.test(way=way):
+            clients = [hfl.Client("a", "mlp", make()), hfl.Client("b", "linear", images(40, 2))]
+            own = hfl.Federation(clients, test=images(30, 9), num_classes=3)
+
+            rows = rows_of(own.prepare(hfl.Local()))
+
+            assert rows.x.dtype == torch.uint8 and torch.equal(rows.x, x)
+            assert torch.equal(rows.y, y)
+            assert set(trained(own).models) == {"a", "b"}
+
+
+def test_fractions_are_images_of_floats() -> None:
+    x, y = images(40, 1)
+    own = hfl.Federation([hfl.Client("a", "mlp", (x[:, None] / 255, y))], test=images(30, 9))
 
     rows = rows_of(own.prepare(hfl.Local()))
 
-    x, y = tensors(40, 1)
-    assert rows.x.dtype == torch.uint8 and torch.equal(rows.x, x)
-    assert torch.equal(rows.y, y)
-    assert set(trained(own).models) == {"a", "b"}
+    assert torch.allclose(rows.x, torch.from_numpy(x)[:, None].float() / 255)
 
 
 def test_subset_of_random_split_keeps_its_rows() -> None:
@@ -127,16 +144,14 @@ KINDS: dict[str, tuple[str, str, Callable[[int, int], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_data(kind: str) -> None:
-    task, model, make = KINDS[kind]
-    clients = [hfl.Client(name, model, make(60, i)) for i, name in enumerate("ab")]
-    own = hfl.Federation(clients, test=make(40, 9))
+def test_kinds_of_data(subtests: pytest.Subtests) -> None:
+    for kind, (task, model, make) in KINDS.items():
+        with subtests.test(kind=kind):
+            clients = [hfl.Client(name, model, make(60, i)) for i, name in enumerate("ab")]
+            own = hfl.Federation(clients, test=make(40, 9))
 
-    run = trained(own)
-
-    assert own.prepare(hfl.Local()).federation.task.kind == task
-    assert run.summary["rounds_completed"] == 1
+            assert own.prepare(hfl.Local()).federation.task.kind == task
+            assert trained(own).summary["rounds_completed"] == 1
 
 
 def test_source_of_each_client_by_name_and_path(tmp_path: Path) -> None:
@@ -213,23 +228,19 @@ def thaw_head(module: nn.Module) -> None:
         module.requires_grad_(True)
 
 
-@pytest.mark.parametrize("way", MODELS)
-def test_models_of_each_type_train(way: str) -> None:
-    given = MODELS[way]()
-    clients = [
-        hfl.Client("a", given.pop("model"), images(40, 1), **given),
-        hfl.Client("b", "linear", images(40, 2)),
-    ]
-    own = hfl.Federation(clients, test=images(30, 9))
+def test_models_of_each_type_train(subtests: pytest.Subtests) -> None:
+    for way, make in MODELS.items():
+        with subtests.test(way=way):
+            client = hfl.Client("a", data=images(40, 1), **make())
+            own = hfl.Federation([client, hfl.Client("b", "linear", images(40, 2))])
 
-    before = own.prepare(hfl.Local()).federation.client_infos["a"].arch
-    run = trained(own)
+            before = own.prepare(hfl.Local()).federation.client_infos["a"].arch
+            after = trained(own).models["a"].tensors
 
-    after = run.models["a"].tensors
-    assert {name: tuple(t.shape) for name, t in after.items()} == {
-        name: tuple(shape) for name, shape in before.shapes.items()
-    }
-    assert after["head.weight"].dtype == torch.float32
+            assert {name: tuple(t.shape) for name, t in after.items()} == {
+                name: tuple(shape) for name, shape in before.shapes.items()
+            }
+            assert after["head.weight"].dtype == torch.float32
 
 
 def test_class_receives_the_arguments_that_it_declares() -> None:
@@ -265,69 +276,23 @@ UNCOPIED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", UNCOPIED)
-@pytest.mark.parametrize("num_clients", [1, 2])
-def test_data_of_a_client_is_not_copied(kind: str, num_clients: int) -> None:
-    data, x, _ = UNCOPIED[kind]()
-    clients = [hfl.Client(name, "mlp", data) for name in "ab"[:num_clients]]
-    own = hfl.Federation(clients, test=data, num_classes=3 if kind != "Dataset" else None)
+def test_data_of_a_program_is_not_copied(subtests: pytest.Subtests) -> None:
+    for kind, make in UNCOPIED.items():
+        data, x, y = make()
+        sets: dict[str, Any] = {"test": data, "num_classes": None if kind == "Dataset" else 3}
+        alone = hfl.Federation([hfl.Client("a", "mlp", data)], **sets, proxy=data)
+        pair = hfl.Federation([hfl.Client(name, "mlp", data) for name in "ab"], **sets)
+        divided = hfl.Federation([hfl.Client(name, "mlp") for name in "ab"], data=data, test=data)
+        few = ["data.partition.min_size=5"]
+        with subtests.test(kind=kind):
+            for own in (alone, pair):
+                prepared = own.prepare(hfl.FedMD() if own is alone else hfl.Local())
 
-    prepared = own.prepare(hfl.Local())
-
-    for part in ("train", "validation", "test"):
-        assert shares_memory(rows_of(prepared, part).x, x)
-    assert shares_memory(prepared.data.public_sets["common_test"].examples.x, x)
-
-
-@pytest.mark.parametrize("kind", UNCOPIED)
-def test_divided_data_is_not_copied(kind: str) -> None:
-    data, x, _ = UNCOPIED[kind]()
-    own = hfl.Federation([hfl.Client(name, "mlp") for name in "ab"], data=data, test=data)
-
-    prepared = own.prepare(hfl.Local(), overrides=["data.partition.min_size=5"])
-
-    assert shares_memory(rows_of(prepared).x, x)
-
-
-@pytest.mark.parametrize("kind", ["uint8 arrays", "tensors", "TensorDataset", "Dataset"])
-def test_labels_of_a_client_are_not_copied(kind: str) -> None:
-    data, _, y = UNCOPIED[kind]()
-
-    prepared = hfl.Federation([hfl.Client("a", "mlp", data)], test=data).prepare(hfl.Local())
-
-    assert shares_memory(rows_of(prepared).y, y)
-
-
-@pytest.mark.parametrize("kind", UNCOPIED)
-def test_public_examples_are_not_copied(kind: str) -> None:
-    data, x, _ = UNCOPIED[kind]()
-    own = hfl.Federation([hfl.Client("a", "mlp", data)], test=data, proxy=data)
-
-    prepared = own.prepare(hfl.FedMD())
-
-    assert shares_memory(prepared.data.public_sets["proxy"].examples.x, x)
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"test": 2}, "as in `test` after preprocessing"),
-        ({"proxy": 2}, "as in the data of the clients after preprocessing"),
-        ({"test": 3, "proxy": 2}, "as in `test` after preprocessing"),
-    ],
-)
-def test_messages_name_the_argument_that_is_the_main_data_set(
-    given: dict[str, int], named: str
-) -> None:
-    rng = np.random.default_rng(0)
-    parts = {
-        name: (rng.normal(size=(60, columns)), np.arange(60) % 2)
-        for name, columns in {"a": 3, "b": 3, **given}.items()
-    }
-    clients = [hfl.Client(name, "linear", parts.pop(name)) for name in "ab"]
-
-    with pytest.raises(UserError) as refused:
-        hfl.Federation(clients, **parts).prepare(hfl.FedMD() if "proxy" in given else hfl.FedAvg())
-
-    assert named in str(refused.value)
-    assert "main data set" not in str(refused.value)
+                for part in ("train", "validation", "test"):
+                    assert shares_memory(rows_of(prepared, part).x, x)
+                public = prepared.data.public_sets
+                for name in {"common_test", "proxy"} & public.keys():
+                    assert shares_memory(public[name].examples.x, x)
+                if not kind.startswith("float32"):
+                    assert shares_memory(rows_of(prepared).y, y)
+            assert shares_memory(rows_of(divided.prepare(hfl.Local(), overrides=few)).x, x)

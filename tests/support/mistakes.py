@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 
-from hetero_fl.experiment import prepare
+from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.support.federations import config
 
@@ -43,6 +44,28 @@ def check_folder_is_refused(folder: Path, words: str, read: Callable[[], Any]) -
     assert message.startswith("data.") and "\n" not in message
 
 
+def check_broken_folders(
+    subtests: pytest.Subtests,
+    cases: Iterable[tuple[str, Callable[[Path], object], Mapping[str, Any], str]],
+    write: Callable[[Path], Path],
+    read: Callable[..., Any],
+) -> None:
+    """Check that each damage of a folder raises one line that names the key and the place.
+
+    Args:
+        subtests: The fixture of pytest.
+        cases: Name, function that damages the folder, settings of the source and words of the
+            message, as in `check_folder_is_refused`.
+        write: Function that writes the folder of a case, given a path that does not exist yet.
+        read: Function that reads a folder with settings.
+    """
+    for name, change, keys, words in cases:
+        with subtests.test(name=name), TemporaryDirectory() as place:
+            folder = write(Path(place) / "folder")
+            change(folder)
+            check_folder_is_refused(folder, words, lambda: read(folder, **keys))  # noqa: B023
+
+
 def check_table(subtests: pytest.Subtests, path: Path) -> None:
     """Check that each mistake of a table raises one line with the words of its entry.
 
@@ -51,32 +74,62 @@ def check_table(subtests: pytest.Subtests, path: Path) -> None:
     in order) and `mistakes`, a list of entries:
 
     - `python`: an expression, or
-    - `config`: changes of a small federation, with dots in keys, and `set`: a list of overrides;
-    - `says`: words that the message contains, a text or a list;
-    - `raises`: name of the exception, by default `UserError`.
+    - `config`: changes of a small federation, with dots in keys, `set`: a list of overrides, and
+      `dataset`: an expression for the data set;
+    - `says`: words that the message contains, a text or a list, by default none;
+    - `lacks`: words that the message does not contain;
+    - `raises`: name of the exception, by default the one that `raises` beside `mistakes` gives,
+      or `UserError`.
+
+    It may also have `requires`, a module without which the table is skipped, `accepted`, a list of
+    entries that raise nothing, and `notes`, a list of entries whose words are those of the notes of
+    the prepared run.
 
     Args:
         subtests: The fixture of pytest.
         path: The file.
     """
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "requires" in table:
+        pytest.importorskip(table["requires"])
+    kind = table.get("raises", "UserError")
     names = {name: resolve_name(place) for name, place in table.get("import", {}).items()}
     for name, expression in table.get("names", {}).items():
         names[name] = eval(expression, names)
-    for entry in table["mistakes"]:
-        said = [entry["says"]] if isinstance(entry["says"], str) else entry["says"]
+    for entry in table.get("mistakes", ()):
         with subtests.test(mistake=str(entry.get("python") or entry)):
             with pytest.raises(Exception) as caught:
                 _make(entry, names)
             message = str(caught.value)
-            assert type(caught.value).__name__ == entry.get("raises", "UserError"), message
+            assert type(caught.value).__name__ == entry.get("raises", kind), message
             assert "\n" not in message
-            assert [words for words in said if words not in message] == [], message
+            _check_words(entry, message)
+    for entry in table.get("accepted", ()):
+        with subtests.test(accepted=str(entry)):
+            _make(entry, names)
+    for entry in table.get("notes", ()):
+        with subtests.test(notes=str(entry)):
+            _check_words(entry, "\n".join(_prepared(entry, names).notes))
+
+
+def _check_words(entry: Mapping[str, Any], text: str) -> None:
+    assert [words for words in _texts(entry, "says") if words not in text] == [], text
+    assert [words for words in _texts(entry, "lacks") if words in text] == [], text
+
+
+def _texts(entry: Mapping[str, Any], key: str) -> list[str]:
+    texts = entry.get(key, [])
+    return [texts] if isinstance(texts, str) else texts
 
 
 def _make(entry: Mapping[str, Any], names: dict[str, Any]) -> None:
     if "python" in entry:
         eval(entry["python"], names)
-        return
+    else:
+        _prepared(entry, names)
+
+
+def _prepared(entry: Mapping[str, Any], names: dict[str, Any]) -> PreparedRun:
     changes = {key.replace(".", "__"): value for key, value in entry.get("config", {}).items()}
-    prepare(config(**changes), entry.get("set", ()))
+    dataset = eval(entry.get("dataset", "None"), names)
+    return prepare(config(**changes), entry.get("set", ()), dataset=dataset)

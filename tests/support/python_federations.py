@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,18 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.conv(x).relu().flatten(1))  # type: ignore[no-any-return]
+
+
+class Computing(nn.Module):
+    """A module whose outputs a function computes from its layer and the inputs."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self.out = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        self.compute = compute
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.compute(self.out, *inputs)
 
 
 class Digits(nn.Module):

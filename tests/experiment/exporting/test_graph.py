@@ -63,24 +63,31 @@ def invalid_values(model: SavedModel) -> list[tuple[int, float]]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_exported_module_predicts_as_the_model(name: str) -> None:
-    model = case(name)
-    personal = model.log_prior is not None
-    inputs = draw_inputs(model, 5, keyed_generator("rows", 5))
+def test_exported_module_predicts_as_the_model(subtests: pytest.Subtests) -> None:
+    for name in CASES:
+        model = case(name)
+        personal = model.log_prior is not None
+        inputs = draw_inputs(model, 5, keyed_generator("rows", 5))
+        with subtests.test(model=name):
+            found = ExportedModel(model, personal).eval()(*inputs)
 
-    found = ExportedModel(model, personal).eval()(*inputs)
-
-    torch.testing.assert_close(found, predicted(model, inputs, personal))
+            torch.testing.assert_close(found, predicted(model, inputs, personal))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("names", [list(CASES)[i::4] for i in range(4)], ids=lambda names: names[0])
 def test_exported_file_predicts_as_the_model_for_any_batch_size(
-    name: str,
+    names: list[str], subtests: pytest.Subtests
 ) -> None:
     require_onnx()
-    model, personal = case(name), case(name).log_prior is not None
+    for name in names:
+        with subtests.test(model=name):
+            check_exported_file(case(name))
+
+
+def check_exported_file(model: SavedModel) -> None:
+    """Check predictions of the file of a model, for valid and for invalid rows."""
+    personal = model.log_prior is not None
     content = file_of(model, personal)
     score = export.load_scorer(content)
     for size in (1, 2, 5, 33):
@@ -88,11 +95,8 @@ def test_exported_file_predicts_as_the_model_for_any_batch_size(
         expected = predicted(model, inputs, personal)
         torch.testing.assert_close(score(inputs), expected, atol=1e-5, rtol=0)
         assert expected.isfinite().all()
-    assert personal is (
-        not torch.allclose(
-            predicted(model, inputs, True), predicted(model, inputs, False), atol=1e-3
-        )
-    )
+    both = [predicted(model, inputs, is_personal) for is_personal in (True, False)]
+    assert personal is not torch.allclose(*both, atol=1e-3)
     for input_idx, value in invalid_values(model):
         inputs = draw_inputs(model, 5, keyed_generator("bad"))
         inputs[input_idx][1].view(-1)[-1] = value
@@ -102,25 +106,27 @@ def test_exported_file_predicts_as_the_model_for_any_batch_size(
     assert b"site-packages" not in content
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_invalid_rows_give_nan_only_for_themselves(name: str) -> None:
-    model = case(name)
-    graph = ExportedModel(model, False).eval()
-    for input_idx, value in invalid_values(model):
-        inputs = draw_inputs(model, 5, keyed_generator("bad"))
-        expected = graph(*inputs)
-        inputs[input_idx][2].view(-1)[-1] = value
-        with pytest.raises(UserError):
-            preprocess_inputs(model, to_predict_inputs(model, inputs))
-        found = graph(*inputs)
-        assert found[2].isnan().all(), (input_idx, value)
-        others = [0, 1, 3, 4]
-        assert torch.equal(found[others], expected[others])
+def test_invalid_rows_give_nan_only_for_themselves(subtests: pytest.Subtests) -> None:
+    others = [0, 1, 3, 4]
+    for name in CASES:
+        model = case(name)
+        graph = ExportedModel(model, False).eval()
+        for input_idx, value in invalid_values(model):
+            inputs = draw_inputs(model, 5, keyed_generator("bad"))
+            expected = graph(*inputs)
+            inputs[input_idx][2].view(-1)[-1] = value
+            with subtests.test(model=name, input=input_idx, value=value):
+                with pytest.raises(UserError):
+                    preprocess_inputs(model, to_predict_inputs(model, inputs))
+                found = graph(*inputs)
+                assert found[2].isnan().all()
+                assert torch.equal(found[others], expected[others])
 
 
 def test_two_channels_are_not_accepted_as_colors() -> None:
     model = case("resnet_of_grey")
     two = torch.rand(3, 2, 12, 12)
+
     assert ExportedModel(model, False)(two).isnan().all()
     with pytest.raises(UserError):
         preprocess_inputs(model, two)

@@ -114,6 +114,14 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return score.main()
 
 
+def run_model(
+    monkeypatch: pytest.MonkeyPatch, name: str, data: Path, out: Path, *more: object
+) -> int:
+    """Run the script with an exported model."""
+    model = write_model(data.parent, name)
+    return run_script(monkeypatch, "--model", model, "--data", data, "--out", out, *more)
+
+
 def assert_predictions(model: SavedModel, x: tuple[torch.Tensor, ...], out: Path) -> None:
     """Assert that the table at `out` contains the model's predictions."""
     np.testing.assert_allclose(
@@ -131,18 +139,7 @@ def test_table_columns_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.M
     with (tmp_path / "X.CSV").open("w", newline="") as file:
         csv.writer(file).writerow(["glucose", "name", "weight", "pulse"])
         csv.writer(file).writerows(zip(glucose, "abcdefghi", weight, pulse, strict=True))
-    assert (
-        run_script(
-            monkeypatch,
-            "--model",
-            write_model(tmp_path, "tabular_with_gaps"),
-            "--data",
-            tmp_path / "X.CSV",
-            "--out",
-            out,
-        )
-        == 0
-    )
+    assert run_model(monkeypatch, "tabular_with_gaps", tmp_path / "X.CSV", out) == 0
     assert_predictions(model, (x,), out)
     # a multilabel task has no column "prediction"
     assert out.read_text().startswith("row,0,1,2,3\n")
@@ -152,13 +149,9 @@ def test_unit_multiplies_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model, out = case("mlp_of_columns"), tmp_path / "out.csv"
     (x,) = draw_inputs(model, 4, keyed_generator("table"))
     np.savez(tmp_path / "x.npz", row=x.numpy())
-    file = write_model(tmp_path, "mlp_of_columns")
-    assert (
-        run_script(
-            monkeypatch, "--model", file, "--data", tmp_path / "x.npz", "--out", out, "--unit", 350
-        )
-        == 0
-    )
+
+    assert run_model(monkeypatch, "mlp_of_columns", tmp_path / "x.npz", out, "--unit", 350) == 0
+
     expected = 350 * predicted(model, (x,), True)
     np.testing.assert_allclose(rows_of(out.read_text())[1], expected.numpy(), rtol=1e-4, atol=1e-3)
 
@@ -179,18 +172,9 @@ def test_arrays_are_matched_by_name(
     x = draw_inputs(model, 6, keyed_generator("arrays"))
     names = [one["name"] for one in interface(model)["inputs"]]
     np.savez(tmp_path / "x.npz", **{n: part.numpy() for n, part in zip(names, x, strict=True)})
-    assert (
-        run_script(
-            monkeypatch,
-            "--model",
-            write_model(tmp_path, name),
-            "--data",
-            tmp_path / "x.npz",
-            "--out",
-            out,
-        )
-        == 0
-    )
+
+    assert run_model(monkeypatch, name, tmp_path / "x.npz", out) == 0
+
     assert_predictions(model, x, out)
 
 
@@ -200,79 +184,51 @@ def test_absent_block_and_channels_last_are_accepted(
     model, out = case("multimodal_with_gaps"), tmp_path / "out.csv"
     image = torch.rand(5, 1, 12, 12)
     np.savez(tmp_path / "x.npz", image=image.movedim(1, -1).numpy())
-    assert (
-        run_script(
-            monkeypatch,
-            "--model",
-            write_model(tmp_path, "multimodal_with_gaps"),
-            "--data",
-            tmp_path / "x.npz",
-            "--out",
-            out,
-        )
-        == 0
-    )
+
+    assert run_model(monkeypatch, "multimodal_with_gaps", tmp_path / "x.npz", out) == 0
+
     assert_predictions(model, (image, torch.full((5, 6), torch.nan)), out)
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "words"),
-    [
-        ("vit", {"image": np.full((3, 12, 12), 2.0)}, "row 1: expected numbers from 0 to 1"),
-        ("vit", {"image": np.full((3, 12, 12), 300)}, "integers from 300 to 300"),
-        (
-            "vit",
-            {"image": np.zeros((3, 12, 13))},
-            "expected shape (N, 1, 12, 12), got (3, 1, 12, 13)",
-        ),
-        ("vit", {"image": np.zeros((0, 12, 12))}, "has no rows"),
-        ("vit", {"image": np.array(["a"])}, "expected an array of numbers"),
-        ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "expected an array image, got a, b"),
-        ("text_gru", {"tokens": np.full((2, 9), 30)}, "row 1: expected numbers from 0 to 29"),
-        ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 1: expected numbers from 0 to 29"),
-        ("lstm", {"x": np.full((2, 20, 3), np.nan)}, "row 1: expected finite numbers"),
-        ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "expected arrays image, genes"),
-        (
-            "mlp_of_columns",
-            "weight,pulse\n1,2\n",
-            "column 'glucose' not found; the file has weight, pulse",
-        ),
-        (
-            "mlp_of_columns",
-            "weight,pulse,glucose\n1,2,x\n",
-            "row 1, column 'glucose': expected a number, got 'x'",
-        ),
-        (
-            "mlp_of_columns",
-            "weight,pulse,glucose\n1,2,3\n1,2\n",
-            "row 2: expected 3 cells as in the header, got 2",
-        ),
-        (
-            "mlp_of_columns",
-            "weight,pulse,glucose\n1,2,3\n1,,2\n",
-            "row 2: expected finite numbers",
-        ),
-        ("lstm", "a,b,c\n1,2,3\n", "expected a .npz file for a model with inputs series"),
-    ],
-)
+IMAGE = np.zeros((3, 12, 12))
+SERIES = np.full((2, 20, 3), np.nan)
+COLUMNS = "weight,pulse,glucose\n1,2,3\n"
+INVALID: list[tuple[str, Any, str]] = [
+    ("vit", {"image": IMAGE + 2.0}, "row 1: expected numbers from 0 to 1"),
+    ("vit", {"image": IMAGE.astype(int) + 300}, "integers from 300 to 300"),
+    ("vit", {"image": np.zeros((3, 12, 13))}, "expected shape (N, 1, 12, 12), got (3, 1, 12, 13)"),
+    ("vit", {"image": np.zeros((0, 12, 12))}, "has no rows"),
+    ("vit", {"image": np.array(["a"])}, "expected an array of numbers"),
+    ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "expected an array image, got a, b"),
+    ("text_gru", {"tokens": np.full((2, 9), 30)}, "row 1: expected numbers from 0 to 29"),
+    ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 1: expected numbers from 0 to 29"),
+    ("lstm", {"x": SERIES}, "row 1: expected finite numbers"),
+    ("lstm", "a,b,c\n1,2,3\n", "expected a .npz file for a model with inputs series"),
+    ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "expected arrays image, genes"),
+    ("mlp_of_columns", "weight,pulse\n1,2\n", "column 'glucose' not found; the file has weight, p"),
+    ("mlp_of_columns", COLUMNS + "1,2,x\n", "row 2, column 'glucose': expected a number, got 'x'"),
+    ("mlp_of_columns", COLUMNS + "1,2\n", "row 2: expected 3 cells as in the header, got 2"),
+    ("mlp_of_columns", COLUMNS + "1,,2\n", "row 2: expected finite numbers"),
+]
+
+
 def test_invalid_data_raises_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    name: str,
-    data: Any,
-    words: str,
+    subtests: pytest.Subtests,
 ) -> None:
-    file = tmp_path / ("x.csv" if isinstance(data, str) else "x.npz")
-    if isinstance(data, str):
-        file.write_text(data)
-    else:
-        np.savez(file, **data)
-    assert (
-        run_script(monkeypatch, "--model", write_description(tmp_path, name), "--data", file) == 2
-    )
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and words in err
+    for name, data, words in INVALID:
+        file = tmp_path / ("x.csv" if isinstance(data, str) else "x.npz")
+        if isinstance(data, str):
+            file.write_text(data)
+        else:
+            np.savez(file, **data)
+        model = write_description(tmp_path, name)
+        with subtests.test(words=words):
+            assert run_script(monkeypatch, "--model", model, "--data", file) == 2
+            err = capsys.readouterr().err
+            assert err.count("\n") == 1 and words in err
 
 
 def test_unusable_model_file_raises_one_line(

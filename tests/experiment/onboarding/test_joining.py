@@ -33,25 +33,20 @@ Folder = Path
 STARTS = {"scratch", "backbone", "teacher", "both"}
 
 
-@pytest.mark.parametrize(
-    ("task", "expected"),
-    [
+def test_joining_shows_the_metrics_of_comparisons() -> None:
+    for task, expected in (
         (Task("multiclass", 2), ["balanced_accuracy", "auroc", "accuracy"]),
         (Task("multiclass", 3), ["accuracy", "balanced_accuracy", "auroc"]),
         (Task("multiclass", 2, rare=1), ["auroc", "average_precision"]),
         (Task("multiclass", 30), ["accuracy", "top3_accuracy", "perplexity"]),
         (Task("multilabel", 3), ["auroc", "average_precision", "balanced_accuracy"]),
         (Task("regression", 1), ["mae", "rmse", "r2"]),
-    ],
-)
-def test_joining_shows_the_metrics_of_comparisons(task: Task, expected: list[str]) -> None:
-    row = dict.fromkeys(metric_names(task), 0.5)
+    ):
+        row = dict.fromkeys(metric_names(task), 0.5)
+        less = [expected[0], *expected[2:]]
 
-    assert shown_metrics({"rows": [row]}, task) == expected
-    assert shown_metrics({"rows": [{**row, expected[1]: None}]}, task) == [
-        expected[0],
-        *expected[2:],
-    ]
+        assert shown_metrics({"rows": [row]}, task) == expected
+        assert shown_metrics({"rows": [{**row, expected[1]: None}]}, task) == less
 
 
 @pytest.fixture(scope="module")
@@ -189,11 +184,7 @@ def test_joining_client_receives_once_then_trains_locally(data_folder: Folder) -
     evaluation_body = broadcasts(joining, ["site_1"], for_evaluation=True)["site_1"]
     evaluation_bodies = broadcasts(joining, ["site_1", "site_2"], for_evaluation=True)
     assert all(body == evaluation_body for body in evaluation_bodies.values())
-    assert (
-        len(broadcasts(joining, ["site_1"])["site_1"])
-        > 1000
-        > len(broadcasts(joining, ["site_1"], for_evaluation=True)["site_1"])
-    )
+    assert len(broadcasts(joining, ["site_1"])["site_1"]) > 1000 > len(evaluation_body)
 
 
 def test_consensus_is_the_mean_prediction(data_folder: Folder) -> None:
@@ -229,18 +220,17 @@ def test_join_without_a_shared_backbone(data_folder: Folder, tmp_path: Folder) -
     assert content["teacher_on"] == "the joining client's 500 training rows, without labels"
 
 
-def test_join_requires_a_seed(data_folder: Folder, tmp_path: Folder) -> None:
-    with pytest.raises(UserError, match="seeds: expected one or more integers, got none"):
-        join(data_folder, tmp_path / "out", seeds=())
-
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
-def test_join_accepts_a_pair_of_arrays(data_folder: Folder, tmp_path: Folder) -> None:
+def test_join_accepts_a_pair_of_arrays_and_notes_training_rows(
+    data_folder: Folder, tmp_path: Folder
+) -> None:
     with np.load(data_folder / "new.npz") as arrays:
         x, y = arrays["train_images"], arrays["train_labels"]
     options: dict[str, Any] = {"transfer": "backbone", "patients": [20], "seeds": [0]}
+    trained = str(data_folder / "run.npz")
+
+    (note,) = join(data_folder, tmp_path / "out", data=trained, **options)["notes"]
+    assert "training rows are also in the run's training rows: scores are too optimistic" in note
 
     pair = hetero_fl.join(data_folder / "run", (x, y), out=tmp_path / "a", **options)
     # The name determines which rows are held out.
@@ -251,21 +241,6 @@ def test_join_accepts_a_pair_of_arrays(data_folder: Folder, tmp_path: Folder) ->
         "scratch",
         "backbone",
     }
-
-
-@pytest.mark.slow
-def test_join_notes_rows_that_the_run_trained_on(data_folder: Folder, tmp_path: Folder) -> None:
-    content = join(
-        data_folder,
-        tmp_path / "out",
-        data=str(data_folder / "run.npz"),
-        patients=(20,),
-        seeds=(0,),
-        transfer="both",
-    )
-    assert {r["begins"] for r in content["rows"]} == {"scratch", "both"}
-    (note,) = content["notes"]
-    assert "training rows are also in the run's training rows: scores are too optimistic" in note
 
 
 def test_num_seen_hashes_rows_in_batches(
@@ -288,7 +263,9 @@ def test_joining_site_rows_are_nested_without_splitting_patients() -> None:
     patient = [i // 3 for i in range(90)]
     examples = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient).train
     site = JoiningSite(examples, examples, (5, 20), "patients", Task("multiclass", 2))
+
     few, many = site.rows(5, 1), site.rows(20, 1)
+
     assert len(few) == 15 and len(many) == 60 and set(few.tolist()) <= set(many.tolist())
     assert not torch.equal(few, site.rows(5, 2))
 
@@ -298,9 +275,12 @@ def test_joining_site_rows_keep_the_label_mix() -> None:
     train = from_arrays(torch.rand(120, 4), label).train
     test = from_arrays(torch.rand(4, 4), [0, 1, 1, 1]).train
     site = JoiningSite(train, test, (8,), "examples", Task("multiclass", 2))
-    for seed in range(20):
-        assert label[site.rows(8, seed)].sum() == 6 and len(site.rows(120, seed)) == 120
-    assert len({tuple(site.rows(8, seed).tolist()) for seed in range(20)}) == 20
+
+    drawn = [site.rows(8, seed) for seed in range(20)]
+
+    assert {int(label[rows].sum()) for rows in drawn} == {6}
+    assert len(site.rows(120, 0)) == 120
+    assert len({tuple(rows.tolist()) for rows in drawn}) == 20
 
 
 def test_is_clearly_better_requires_more_than_both_deviations() -> None:
@@ -313,73 +293,44 @@ def test_is_clearly_better_requires_more_than_both_deviations() -> None:
     assert not is_clearly_better({"accuracy": 0.9, "accuracy_std": None}, scratch, "accuracy")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "cnn_gn_smal"], "cnn_gn_smal"),
-        (
-            ["--patients", "10,many"],
-            "--patients: expected integers >= 0, such as 0,1,2, got '10,many'",
-        ),
-        (["--patients", "1"], "--patients: expected integers >= 2"),
-        (["--patients", "5000"], "must be <= 500, the number of labeled training examples"),
-        (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),
-        (["--epochs", "0"], "--epochs: expected an integer >= 1, got '0'"),
-        (["--data", "chest_xray"], "'normal' is unknown to the models"),
-    ],
-)
+FLAGS = [
+    (["--model", "cnn_gn_smal"], "cnn_gn_smal"),
+    (["--patients", "10,many"], "--patients: expected integers >= 0, such as 0,1,2, got '10,many'"),
+    (["--patients", "1"], "--patients: expected integers >= 2"),
+    (["--patients", "5000"], "must be <= 500, the number of labeled training examples"),
+    (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),
+    (["--epochs", "0"], "--epochs: expected an integer >= 1, got '0'"),
+    (["--data", "chest_xray"], "'normal' is unknown to the models"),
+]
+
+
 def test_join_flags_raise_one_line(
     data_folder: Folder,
     tmp_path: Folder,
     capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    subtests: pytest.Subtests,
 ) -> None:
-    data = [] if "--data" in arguments else ["--data", str(data_folder / "new.npz")]
-    assert (
-        main(["join", str(data_folder / "run"), *data, *arguments, "--out", str(tmp_path / "out")])
-        == 2
-    )
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and message in line and not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    places = [str(data_folder / "run"), "--data", str(data_folder / "new.npz"), "--out", str(out)]
+    for arguments, message in FLAGS:
+        with subtests.test(message=message):
+            assert main(["join", *places, *arguments]) == 2
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert line.startswith("error: ") and message in line and not out.exists()
+    with pytest.raises(UserError, match="seeds: expected one or more integers, got none"):
+        join(data_folder, out, seeds=())
 
 
 def test_join_command_prints_the_table(
     data_folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = ["--patients", "10", "--seeds", "0", "--epochs", "1", "--take", "teacher"]
-    assert (
-        main(
-            [
-                str(data_folder / "run"),
-                "--data",
-                str(data_folder / "new.npz"),
-                "--model",
-                "mlp",
-                *quick,
-            ],
-            command="join",
-        )
-        == 0
-    )
-    assert (
-        "# mlp joins run" in capsys.readouterr().out
-        and (data_folder / "run" / "join-mlp" / "join.json").is_file()
-    )
-    assert (
-        main(
-            [
-                str(data_folder / "run"),
-                "--data",
-                str(data_folder / "new.npz"),
-                "--model",
-                "mlp",
-                *quick,
-            ],
-            command="join",
-        )
-        == 2
-    )
+    places = [str(data_folder / "run"), "--data", str(data_folder / "new.npz"), "--model", "mlp"]
+
+    assert main([*places, *quick], command="join") == 0
+    assert "# mlp joins run" in capsys.readouterr().out
+    assert (data_folder / "run" / "join-mlp" / "join.json").is_file()
+    assert main([*places, *quick], command="join") == 2
     assert capsys.readouterr().err.endswith("join-mlp: already exists; choose another folder\n")
 
 

@@ -24,68 +24,6 @@ def test_valid_examples_are_accepted() -> None:
     check_examples(Examples(torch.zeros(4, 7, 2), torch.randn(4, 1)), Task("regression", 1), "here")
 
 
-def with_nan(*shape: int) -> torch.Tensor:
-    x = torch.zeros(*shape)
-    x[2].view(-1)[0] = float("nan")
-    return x
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "task", "words"),
-    [
-        (IMAGES[:0], LABELS[:0], CLASSES, "here: x: has no rows"),
-        (IMAGES[:, 0], LABELS, CLASSES, "got uint8 of shape (4, 5, 5)"),
-        (IMAGES.short(), LABELS, CLASSES, "x: expected uint8 images or floats, got int16"),
-        (torch.zeros(4), LABELS, CLASSES, "got float32 of shape (4,)"),
-        (torch.zeros(4, 0), LABELS, CLASSES, "got float32 of shape (4, 0)"),
-        (with_nan(4, 3), LABELS, CLASSES, "x: row 2: NaN or infinite value"),
-        (with_nan(4, 1, 5, 5), LABELS, CLASSES, "x: row 2: NaN or infinite value"),
-        (IMAGES, None, CLASSES, "y: missing"),
-        (
-            IMAGES,
-            LABELS.float(),
-            CLASSES,
-            "y: expected int64 class labels of shape (4,), got float32",
-        ),
-        (IMAGES, LABELS[:, None], CLASSES, "got int64 of shape (4, 1)"),
-        (
-            IMAGES,
-            torch.tensor([0, 1, 3, 0]),
-            CLASSES,
-            "y: row 2: label 3 is out of range 0 to 2",
-        ),
-        (IMAGES, torch.tensor([0, -1, 3, 0]), CLASSES, "y: row 1: label -1"),
-        (
-            IMAGES,
-            LABELS,
-            Task("multilabel", 2),
-            "y: expected multilabel targets as floats of shape (4, 2), got int64",
-        ),
-        (
-            IMAGES,
-            torch.full((4, 2), 0.5),
-            Task("multilabel", 2),
-            "y: row 0: multilabel targets must be 0 or 1",
-        ),
-        (IMAGES, with_nan(4, 2), Task("regression", 2), "y: row 2: NaN or infinite value"),
-        (IMAGES, torch.zeros(4, 2), Task("regression", 1), "got float32 of shape (4, 2)"),
-    ],
-)
-def test_malformed_examples_are_refused(
-    x: torch.Tensor, y: torch.Tensor | None, task: Task, words: str
-) -> None:
-    with pytest.raises(UserError) as refused:
-        check_examples(Examples(x, y), task, "here")
-    assert words in str(refused.value)
-
-
-def test_unaligned_columns_are_refused() -> None:
-    with pytest.raises(UserError, match="y: expected 4 rows as in x, got 3"):
-        Examples(IMAGES, LABELS[:3])
-    with pytest.raises(UserError, match="group: expected 4 rows as in x, got 2"):
-        Examples(IMAGES, LABELS, LABELS[:2])
-
-
 def test_take_keeps_columns_together() -> None:
     x = torch.arange(4.0)[:, None]
     taken = Examples(x, LABELS, LABELS + 1, ("a", "b", "c", "d")).select_rows(torch.tensor([3, 1]))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessConfig, ScannerConfig
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SplitConfig
-from hetero_fl.data import Dataset, federate, make_table
-from hetero_fl.utils.errors import UserError
+from hetero_fl.data import Dataset, federate
 from tests.support.federated_data import (
     PLAIN,
     PLAIN_CLIENT,
@@ -183,57 +181,6 @@ def test_natural_groups_match_clients_by_name() -> None:
     assert all(row % 3 == 1 for row in rows_of(other, "site_2", "train"))
 
 
-def test_settings_that_do_not_match_the_examples_are_refused(images: Dataset) -> None:
-    for settings_, words in (
-        (
-            ClientSettings(scanner=ScannerConfig(blur=1)),
-            "clients: 'a': scanner: applies to images only",
-        ),
-        (
-            ClientSettings(augment=AugmentConfig(flip=True)),
-            "clients: 'a': augment: applies to images only",
-        ),
-        (
-            ClientSettings(preprocess=PreprocessConfig(resize=8)),
-            "clients: 'a': preprocess.resize: applies to images only",
-        ),
-    ):
-        with pytest.raises(UserError, match=words):
-            federate(make_table(), DataConfig(), {**THREE, "a": settings_}, 0)
-    with pytest.raises(UserError, match=r"augment\.crop: must be < 16, .* got 16"):
-        federate(images, DataConfig(), {"a": ClientSettings(augment=AugmentConfig(crop=16))}, 0)
-
-
-UNEVEN = PartitionConfig(kind="quantity", alpha=1e-6, min_size=1)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            DataConfig(proxy=ProxyConfig(size=10**8)),
-            r"data\.proxy\.size: must be < 200, .*, got 100000000",
-        ),
-        (
-            DataConfig(train_limit=10),
-            r"data\.partition\.min_size: must be <= 3 for 9 training rows",
-        ),
-        (
-            DataConfig(partition=UNEVEN),
-            r"client '[abc]' has 1 row, but training needs at least 2; give it more",
-        ),
-        (
-            DataConfig(partition=UNEVEN, split=SplitConfig(validation=0, test=0)),
-            "has 1 row,",
-        ),
-    ],
-    ids=["proxy", "limit", "uneven", "no split"],
-)
-def test_too_few_rows_raise(config: DataConfig, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        federate(numbered(), config, THREE, 0)
-
-
 def test_in_order_partition_sorts_client_ids_naturally() -> None:
     names = [f"c{i}" for i in range(12)]
     config = DataConfig(
@@ -250,11 +197,3 @@ def test_in_order_partition_sorts_client_ids_naturally() -> None:
     assert rows_of(data, "", "common_validation") == [] and data.n_train == 204
     patients = numbered(204, patient=[i // 2 for i in range(204)])
     assert federate(patients, config, dict.fromkeys(names, PLAIN_CLIENT), 5).n_train == 204
-
-
-def test_number_of_means_must_match_channels() -> None:
-    wrong = ClientSettings(preprocess=PreprocessConfig(normalize={"mean": [0.1, 0.2], "std": 1.0}))
-    with pytest.raises(
-        UserError, match=r"'a': preprocess\.normalize\.mean: expected one number, got 2"
-    ):
-        federate(numbered(), DataConfig(), {**THREE, "a": wrong}, 0)

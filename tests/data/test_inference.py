@@ -101,10 +101,13 @@ def test_single_block_accepts_image_dict_or_rows(tmp_path: Any) -> None:
         preprocess_inputs(model, rows)
 
 
-@pytest.mark.parametrize("x", [{}, {"image": torch.zeros(2, 1, 4, 4)}])
-def test_dictionaries_are_for_models_with_blocks(x: Any) -> None:
-    arch = ModelSpec.from_config("linear", 2, (1, 4, 4))
-    model = SavedModel(arch.initial_tensors(0), arch, asdict(Preprocess()), Task("multiclass", 2))
+def test_dictionaries_are_for_models_with_blocks(subtests: pytest.Subtests) -> None:
+    for x in ({}, {"image": torch.zeros(2, 1, 4, 4)}):
+        with subtests.test(x=x):
+            arch = ModelSpec.from_config("linear", 2, (1, 4, 4))
+            model = SavedModel(
+                arch.initial_tensors(0), arch, asdict(Preprocess()), Task("multiclass", 2)
+            )
 
-    with pytest.raises(UserError, match="got a dictionary; the model uses no blocks"):
-        preprocess_inputs(model, x)
+            with pytest.raises(UserError, match="got a dictionary; the model uses no blocks"):
+                preprocess_inputs(model, x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +46,30 @@ def layout_of(federation: hfl.Federation) -> Any:
     return federation.prepare(hfl.FedAvg()).federation.data.layout
 
 
-@pytest.mark.parametrize("owner", ["client", "federation"])
-def test_label_may_be_the_number_of_a_column(owner: str) -> None:
-    frame = make_frame().set_axis([0, 1, 2], axis=1)
-    labels = {owner: {"label": 2}}
-    clients = [
-        hfl.Client(f"site_{i}", "linear", frame, **labels.get("client", {})) for i in range(2)
-    ]
+def test_label_may_be_the_number_of_a_column(subtests: pytest.Subtests) -> None:
+    for owner in ("client", "federation"):
+        with subtests.test(owner=owner):
+            frame = make_frame().set_axis([0, 1, 2], axis=1)
+            labels = {owner: {"label": 2}}
+            clients = [
+                hfl.Client(f"site_{i}", "linear", frame, **labels.get("client", {}))
+                for i in range(2)
+            ]
 
-    federation = hfl.Federation(clients, **labels.get("federation", {}))
+            federation = hfl.Federation(clients, **labels.get("federation", {}))
 
-    assert layout_of(federation).columns == ("0", "1")
+            assert layout_of(federation).columns == ("0", "1")
 
 
-@pytest.mark.parametrize("header", ["", "Unnamed: 0", "Unnamed: 0.1"])
-def test_saved_index_is_no_feature(header: str, tmp_path: Path) -> None:
+def test_saved_index_is_no_feature(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    make_frame().sample(frac=1, random_state=0).to_csv(path, index_label=header or None)
-
-    assert layout_of(federate(path)).columns == ("age", "dose")
-
-
-def test_saved_index_may_have_fractions(tmp_path: Path) -> None:
     frame = make_frame()
-    frame.set_index(frame.index / 2).to_csv(tmp_path / "table.csv")
-
-    assert layout_of(federate(tmp_path / "table.csv")).columns == ("age", "dose")
+    shuffled = frame.sample(frac=1, random_state=0)
+    for header in (None, "Unnamed: 0", "Unnamed: 0.1"):
+        shuffled.to_csv(path, index_label=header)
+        assert layout_of(federate(path)).columns == ("age", "dose"), header
+    frame.set_index(frame.index / 2).to_csv(path)
+    assert layout_of(federate(path)).columns == ("age", "dose")
 
 
 def test_feature_with_the_name_of_an_index_level_is_kept() -> None:
@@ -104,21 +101,20 @@ def test_nullable_column_without_values_is_read() -> None:
     assert bool(dataset.train.x[:, 2].isnan().all())
 
 
-@pytest.mark.parametrize("marker", ["?", "NA", "-", ".", "n/a", "--", "missing", " ? "])
-def test_marker_among_numbers_is_a_missing_value(marker: str, tmp_path: Path) -> None:
+def test_marker_among_numbers_is_a_missing_value(tmp_path: Path) -> None:
     frame = make_frame()
     blank = frame.assign(age=frame.age.mask(frame.index % 9 == 0))
-    blank.to_csv(tmp_path / "blank.csv", index=False)
-    blank.to_csv(tmp_path / "marked.csv", index=False, na_rep=marker)
 
-    marked, expected = (
-        federate(tmp_path / f"{name}.csv").train(
-            hfl.FedAvg(), rounds=1, out=tmp_path / name, overrides=QUIET
+    def scores(marker: str, name: str) -> Any:
+        blank.to_csv(tmp_path / "table.csv", index=False, na_rep=marker)
+        run = federate(tmp_path / "table.csv").train(
+            hfl.FedAvg(), rounds=1, overrides=QUIET, out=tmp_path / name
         )
-        for name in ("marked", "blank")
-    )
+        return run.metrics[0]["clients"]
 
-    assert marked.metrics[0]["clients"] == expected.metrics[0]["clients"]
+    expected = scores("", "expected")
+    for number, marker in enumerate(("?", "NA", "-", ".", "n/a", "--", "missing", " ? ")):
+        assert scores(marker, f"run{number}") == expected, marker
 
 
 def public_rows(frame: pd.DataFrame, folder: Path) -> torch.Tensor:
@@ -144,19 +140,20 @@ def hub_rows(frame: pd.DataFrame, _folder: Path) -> torch.Tensor:
     return to_dataset(labeled, "hub", "sick").train.x
 
 
-@pytest.mark.parametrize("read", [public_rows, joined_rows, hub_rows])
 def test_question_mark_is_a_missing_value_in_every_source(
-    read: Callable[[pd.DataFrame, Path], torch.Tensor], tmp_path: Path
+    tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    frame = make_frame(20).drop(columns="sick")
-    marked = frame.astype({"dose": str})
-    marked.loc[3, "dose"] = "?"
+    for read in (public_rows, joined_rows, hub_rows):
+        with subtests.test(read=read):
+            frame = make_frame(20).drop(columns="sick")
+            marked = frame.astype({"dose": str})
+            marked.loc[3, "dose"] = "?"
 
-    values = read(marked, tmp_path)
+            values = read(marked, tmp_path)
 
-    expected = torch.tensor(frame.to_numpy(), dtype=torch.float32)
-    expected[3, 1] = torch.nan
-    assert torch.equal(values.nan_to_num(-9), expected.nan_to_num(-9))
+            expected = torch.tensor(frame.to_numpy(), dtype=torch.float32)
+            expected[3, 1] = torch.nan
+            assert torch.equal(values.nan_to_num(-9), expected.nan_to_num(-9))
 
 
 def test_frame_and_file_are_applied_like_the_training_data(tmp_path: Path) -> None:
@@ -196,45 +193,37 @@ def test_minus_sign_among_text_is_a_category(tmp_path: Path) -> None:
     assert layout_of(federate(path)).categories == (("test", ("+", "-")),)
 
 
-@pytest.mark.parametrize("separator", [",", ";", "|", "\t"])
-def test_csv_file_may_have_any_usual_separator(separator: str, tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    make_frame().to_csv(path, index=False, sep=separator)
+def test_csv_file_may_have_any_usual_separator_and_name(tmp_path: Path) -> None:
+    for separator, name in (
+        (",", "at\u202f3\u00a0PM"),
+        (";", "me\u0301decins"),
+        ("|", "\u200esites"),
+        ("\t", "می\u200cشود"),
+    ):
+        path = tmp_path / f"{name}.csv"
+        make_frame().to_csv(path, index=False, sep=separator)
+        assert layout_of(federate(path)).columns == ("age", "dose"), name
 
-    assert layout_of(federate(path)).columns == ("age", "dose")
 
-
-@pytest.mark.parametrize(
-    "written",
-    [
+def test_backslash_in_double_quotes_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for written in (
         r'"C:\new\table.csv"',
         r'"C:\data\table.csv"',
         r'"..\users\x.csv"',
         r'"\_a.csv"',
         r'"~none/\_a.csv"',
-    ],
-)
-@pytest.mark.parametrize("suffix", ["yaml", "json"])
-@pytest.mark.parametrize("key", ['"path"', '"text": {"public"'])
-def test_backslash_in_double_quotes_is_refused(
-    written: str, suffix: str, key: str, tmp_path: Path
-) -> None:
-    path = tmp_path / f"run.{suffix}"
-    close = "}" * key.count("{")
-    path.write_text(f'{{"data": {{"name": "text", {key}: {written}{close}}}}}', encoding="utf-8")
+    ):
+        for suffix in ("yaml", "json"):
+            for key in ('"path"', '"text": {"public"'):
+                with subtests.test(written=written, suffix=suffix):
+                    path = tmp_path / f"run.{suffix}"
+                    close = "}" * key.count("{")
+                    path.write_text(
+                        f'{{"data": {{"name": "text", {key}: {written}{close}}}}}', encoding="utf-8"
+                    )
 
-    with pytest.raises(UserError, match=r"write / or .* instead"):
-        hfl.load_config(path)
-
-
-@pytest.mark.parametrize(
-    "name", ["at\u202f3\u00a0PM", "me\u0301decins", "\u200esites", "می\u200cشود"]
-)
-def test_path_may_have_any_printed_character(name: str, tmp_path: Path) -> None:
-    path = tmp_path / f"{name}.csv"
-    make_frame().to_csv(path, index=False)
-
-    assert layout_of(federate(path)).columns == ("age", "dose")
+                    with pytest.raises(UserError, match=r"write / or .* instead"):
+                        hfl.load_config(path)
 
 
 def test_listed_categories_are_no_missing_values(tmp_path: Path) -> None:
@@ -324,11 +313,12 @@ def test_columns_of_frames_that_are_no_features_are_one_warning() -> None:
     assert "features: 'note', 'when'; convert them to numbers" in found[0]
 
 
-@pytest.mark.parametrize("digits", [400, 5000])
-def test_integer_of_many_digits_is_no_number(digits: int, tmp_path: Path) -> None:
-    frame = make_frame().assign(age=range(100)).astype(object)
-    frame.iloc[5, 0] = "9" * digits
-    frame.to_csv(tmp_path / "a.csv", index=False)
+def test_integer_of_many_digits_is_no_number(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for digits in (400, 5000):
+        with subtests.test(digits=digits):
+            frame = make_frame().assign(age=range(100)).astype(object)
+            frame.iloc[5, 0] = "9" * digits
+            frame.to_csv(tmp_path / "a.csv", index=False)
 
-    with pytest.raises(UserError, match="row 6, column 'age': expected a"):
-        layout_of(federate(tmp_path / "a.csv"))
+            with pytest.raises(UserError, match="row 6, column 'age': expected a"):
+                layout_of(federate(tmp_path / "a.csv"))

@@ -82,15 +82,12 @@ def test_images_of_all_clients_are_divided_by_one_range() -> None:
     with pytest.raises(UserError, match=r"^proxy: .*divided by 255 as in .* got 1; pass pixel_"):
         federate_joined(images, proxy=public).prepare("fedmd")
 
+    deep = np.random.default_rng(0).integers(0, 4096, (40, 8, 8), dtype=np.uint16)
+    own = federate_joined(deep, deep).prepare("fedavg").federation.data.layout
+    assert own.pixel_range == 4095
     federation = federate_joined(masks, images, pixel_range=255)
     assert federation.prepare("fedavg").federation.data.layout.pixel_range is None
     assert federation.clients[0].data.train.x[:, :64].max() == np.float32(1 / 255)
-
-
-def test_range_of_joined_images_is_saved_with_the_models() -> None:
-    deep = np.random.default_rng(0).integers(0, 4096, (40, 8, 8), dtype=np.uint16)
-
-    assert federate_joined(deep, deep).prepare("fedavg").federation.data.layout.pixel_range == 4095
 
 
 def test_columns_may_be_named_by_integers() -> None:
@@ -131,32 +128,6 @@ def test_patients_without_image_are_kept_or_dropped(tmp_path: Path) -> None:
         and found.train.patient_names[-1] == "q9"
     )
     assert found.train.group is not None and found.train.group.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    for changes, words in (
-        ({"table_group": None}, "table_group: missing; the images have groups"),
-        (
-            {"label": None},
-            "genes.csv: row 4, column 'patient': patient 'q9' has no image",
-        ),
-        ({"label": "note"}, "genes.csv: column 'note': expected class numbers, got text"),
-        (
-            {"label": "egfr"},
-            "genes.csv: row 4, column 'egfr': unknown class 8; choose from 0, 1",
-        ),
-    ):
-        with pytest.raises(UserError) as refused:
-            joined(
-                path, **{"label": "ill", "group": list("aaaabb"), "table_group": "site", **changes}
-            )
-        assert words in str(refused.value)
-
-
-def test_label_column_requires_class_numbers_of_the_images() -> None:
-    table = TABLE.assign(patient=["p3", "p1", "q9"], ill=[0, 1, 1])
-
-    with pytest.raises(
-        UserError, match=r"y: expected class numbers as in column 'ill'.* got 'ill'"
-    ):
-        join_images_and_table(IMAGES, ["ill", "well"] * 3, WHOSE, table, label="ill")
 
 
 def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
@@ -176,62 +147,6 @@ def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
     assert found.train.y is not None and found.train.y.tolist() == [*Y, 1]
 
 
-@pytest.mark.parametrize(
-    ("table", "changes", "words"),
-    [
-        (
-            TABLE.replace("p3", "p33"),
-            {},
-            "table: row 1, column 'patient': patient 'p33' has no image; did you mean 'p3'?",
-        ),
-        (
-            TABLE.replace("p3", "p1"),
-            {},
-            "table: row 2, column 'patient': duplicate patient 'p1', first in row 1",
-        ),
-        (TABLE.replace("p1", None), {}, "table: row 2, column 'patient': missing value"),
-        (TABLE[:0], {}, "table: has no rows"),
-        (
-            TABLE.rename(columns={"tp53": "egfr"}),
-            {},
-            "table: column 'egfr' occurs 2 times",
-        ),
-        (
-            TABLE.assign(patient=["x", "y", "z"]),
-            {},
-            (
-                "row 1, column 'patient': no patient of the table has "
-                "an image, got 'x'; images are of p1, p2"
-            ),
-        ),
-        (
-            TABLE.assign(egfr=["1", "two", "3"]),
-            {},
-            "table: row 2, column 'egfr': expected a number, got 'two'",
-        ),
-        (
-            TABLE,
-            {"by": "patiant"},
-            "by: column 'patiant' not found in table; did you mean 'patient'",
-        ),
-        (
-            TABLE,
-            {"columns": ["tp35"]},
-            "columns: column 'tp35' not found in table; did you mean 'tp53'",
-        ),
-        (TABLE, {"columns": ["note"]}, "has no numeric or categorical columns"),
-        (TABLE, {"label": "ill"}, "label: column 'ill' not found in table"),
-        (TABLE, {"pixel_range": 0}, "joined: pixel_range: must be > 0 and finite, got 0"),
-    ],
-)
-def test_invalid_settings_raise_one_line(
-    table: pd.DataFrame, changes: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(UserError) as refused:
-        joined(table, **changes)
-    assert words in str(refused.value) and "\n" not in str(refused.value)
-
-
 def test_patient_ids_may_have_leading_zeros(tmp_path: Path) -> None:
     path = tmp_path / "genes.csv"
     pd.DataFrame({"patient": ["0003", "0001", "0002"], "tp53": [0.5, 1.5, 2.5]}).to_csv(
@@ -247,11 +162,6 @@ def test_patient_ids_may_have_leading_zeros(tmp_path: Path) -> None:
     # 1 and 0001 are different patients
     with pytest.raises(UserError, match="patient '0003' has no image"):
         join_images_and_table(IMAGES, Y, ["1", *owners[:3], "2", "0001"], path)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^table: file '.*none\.csv' not found"):
-        joined(tmp_path / "none.csv")
 
 
 def test_multimodal_source_trains_a_federation() -> None:

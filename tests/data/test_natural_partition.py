@@ -12,7 +12,6 @@ import torch
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.data import federate, load_source
-from hetero_fl.data.partition.groups import match_groups
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import Caution
 from tests.support.federated_data import PLAIN_CLIENT, numbered, rows_of
@@ -20,47 +19,8 @@ from tests.support.federated_data import PLAIN_CLIENT, numbered, rows_of
 NATURAL = DataConfig(partition=PartitionConfig(kind="natural"))
 
 
-def test_groups_and_clients_that_do_not_match_are_named() -> None:
-    for groups, clients, words in (
-        (
-            "east north south",
-            "est north south",
-            "no group for client 'est'; did you mean 'east' and no client for group 'east'",
-        ),
-        (
-            "east north",
-            "east north west",
-            "2 groups for 3 clients in arrays: no group for client 'west'",
-        ),
-        (
-            "east north wets",
-            "north west",
-            "client 'west'; did you mean 'wets' and no client for group 'east', 'wets'",
-        ),
-        ("east north norht", "east north", "no client for group 'norht'"),
-        (
-            "east north south",
-            "a b",
-            "3 groups for 2 clients in arrays: no group for client 'a', 'b' and no",
-        ),
-        ("east north", "north", "no client for group 'east'"),
-    ):
-        with pytest.raises(UserError) as refused:
-            match_groups(groups.split(), clients.split(), "arrays")
-        message = str(refused.value)
-        assert (
-            message.startswith("data.partition.kind=natural: got")
-            and words in message
-            and "?" not in message
-        )
-
-
-def test_misnamed_group_is_refused() -> None:
+def test_clients_of_other_names_get_groups_in_order() -> None:
     dataset = numbered(groups=[("east", "north", "south")[i % 3] for i in range(200)])
-    with pytest.raises(UserError, match="no group for client 'est'; did you mean 'east'"):
-        federate(dataset, NATURAL, dict.fromkeys(("est", "north", "south"), PLAIN_CLIENT), 0)
-    with pytest.raises(UserError, match="no client for group 'east', 'north'"):
-        federate(dataset, NATURAL, {"south": PLAIN_CLIENT}, 0)
     other = federate(dataset, NATURAL, dict.fromkeys(("c_1", "c_2", "c_3"), PLAIN_CLIENT), 0)
     assert other.notes == [
         (

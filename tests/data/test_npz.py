@@ -54,57 +54,6 @@ def test_color_axis_moves_to_the_front(npz: Any) -> None:
     assert np.allclose(x[4, 2].numpy(), images["train_images"][4, :, :, 2])
 
 
-@pytest.mark.parametrize(
-    ("labels", "kind", "outputs"),
-    [
-        (np.arange(30) % 5, "multiclass", 5),
-        ((np.arange(30) % 2).astype(float), "multiclass", 2),
-        (np.arange(30) % 2 == 0, "multiclass", 2),
-        (1 - np.eye(3, dtype=np.uint8)[np.arange(30) % 3], "multilabel", 3),
-        (np.linspace(-1, 1, 30), "regression", 1),
-        (np.random.default_rng(0).normal(size=(30, 2)), "regression", 2),
-    ],
-)
-def test_task_is_inferred_from_the_labels(
-    npz: Any, labels: np.ndarray, kind: str, outputs: int
-) -> None:
-    none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
-    dataset = load(npz(train_labels=labels, **none))
-    assert (dataset.task.kind, dataset.task.outputs) == (kind, outputs)
-    assert np.allclose(dataset.train.y.numpy().squeeze(), labels)
-
-
-@pytest.mark.parametrize(
-    ("labels", "note"),
-    [
-        (
-            np.arange(30) % 3 + 1,
-            "labels: read as 3 classes: 1 as class 0, 2 as class 1, 3 as class 2; "
-            "set data.task=regression for regression targets",
-        ),
-        (
-            np.array([0, 1, 3] * 10),
-            "labels: read as 3 classes: 0 as class 0, 1 as class 1, 3 as class 2",
-        ),
-        (
-            np.eye(3, dtype=np.uint8)[np.arange(30) % 3],
-            "labels: every row has exactly one 1, read as 3 classes; set data.task=multilabel",
-        ),
-    ],
-)
-def test_ambiguous_labels_are_noted(npz: Any, labels: np.ndarray, note: str) -> None:
-    none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
-    path = npz(train_labels=labels, **none)
-
-    assert [line for line in load(path).notes if note in line]
-    assert (
-        read_npz(
-            path, "npz", Task("multiclass", 4) if labels.ndim == 1 else Task("multilabel", 3)
-        ).notes
-        == ()
-    )
-
-
 def test_npz_with_table_rows_requires_no_named_set(npz: Any) -> None:
     rows = {f"{s}_images": np.zeros((n, 4)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
     assert load(npz(**rows)).train.x.shape == (30, 4)
@@ -116,84 +65,86 @@ NAN = np.zeros((30, 8, 8), dtype=np.float32)
 NAN[3, 1, 1] = np.nan
 HIGH = (np.arange(30) % 2).astype(np.int64)
 HIGH[11] = 7
-FRACTION = HIGH.astype(float)
-FRACTION[11] = 0.5
-HUGE = HIGH.astype(float)
-HUGE[11] = 1e30
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"train_images": NAN}, "train_images: row 3: NaN or infinite value"),
-        (
-            {"train_images": np.zeros((29, 8, 8), np.uint8)},
-            "train_labels: expected 29 rows as in train_images, got 30",
-        ),
-        (
-            {"train_images": np.zeros((30, 8, 8, 8, 3), np.uint8)},
-            "train_images: expected shape (N, H, W) or (N, H, W, C), got (30, 8, 8, 8, 3)",
-        ),
-        ({"train_images": np.zeros((30, 28, 28, 28), np.uint8)}, "train_images: expected shape"),
-        (
-            {"train_images": np.zeros((30, 0, 8), np.uint8)},
-            "train_images: expected images of shape",
-        ),
-        (
-            {"train_images": np.full((30, 8, 8), 2**40)},
-            "train_images: expected pixels of at most 31 bits, got 1099511627776 to",
-        ),
-        (
-            {"train_images": np.zeros((30, 8, 8), complex)},
-            "train_images: expected images as integers or floats, got complex128",
-        ),
-        (
-            {"train_images": np.full((30, 8, 8), "a")},
-            "train_images: expected images as integers or floats, got <U1",
-        ),
-        ({"train_images": np.array(3)}, "train_labels: expected 0 rows as in train_images, got 30"),
-        (
-            {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0)},
-            "train_images: has no rows",
-        ),
-        (
-            {"test_images": np.zeros((9, 7, 7), np.uint8)},
-            "test_images: expected rows of shape (8, 8) as in train_images, got shape (9, 7, 7)",
-        ),
-        (
-            {"train_labels": HIGH},
-            "train_labels: row 11: label 7 is out of range 0 to 1",
-        ),
-        ({"train_labels": -HIGH}, "train_labels: row 1: label -1 is out of range"),
-        ({"train_labels": HUGE}, "train_labels: row 11: expected a class number, got 1e+30"),
-        ({"train_labels": FRACTION}, "train_labels: row 11: expected a class number, got 0.5"),
-        ({"test_labels": np.full(9, np.nan)}, "test_labels: row 0: NaN or infinite value"),
-        ({"train_labels": np.full(30, "x")}, "train_labels: expected numbers, got <U1"),
-        ({"train_labels": np.zeros((30, 2))}, "train_labels: expected one column of labels, got 2"),
-        (
-            {"train_labels": np.zeros((30, 1, 1))},
-            "train_labels: expected shape (N,), (N, 1) or (N, L), got (30, 1, 1)",
-        ),
-        ({"train_labels": np.array([None] * 30)}, "not a readable .npz file"),
-        ({"val_labels": None}, "array 'val_labels' not found, which 'val_images' needs"),
-        (
-            {"train_images": None},
-            "array 'train_images' not found; the file has train_labels, val_images",
-        ),
-    ],
-)
-def test_malformed_arrays_are_named(npz: Any, changes: dict[str, Any], words: str) -> None:
-    path = npz(**changes)
-    with pytest.raises(UserError) as refused:
-        load(path, "chest_xray")
-    assert str(refused.value).startswith(f"data.path: {path}: ") and words in str(refused.value)
+MALFORMED: list[tuple[dict[str, Any], str]] = [
+    ({"train_images": NAN}, "train_images: row 3: NaN or infinite value"),
+    (
+        {"train_images": np.zeros((29, 8, 8), np.uint8)},
+        "train_labels: expected 29 rows as in train_images, got 30",
+    ),
+    (
+        {"train_images": np.zeros((30, 8, 8, 8, 3), np.uint8)},
+        "train_images: expected shape (N, H, W) or (N, H, W, C), got (30, 8, 8, 8, 3)",
+    ),
+    ({"train_images": np.zeros((30, 28, 28, 28), np.uint8)}, "train_images: expected shape"),
+    (
+        {"train_images": np.zeros((30, 0, 8), np.uint8)},
+        "train_images: expected images of shape",
+    ),
+    (
+        {"train_images": np.full((30, 8, 8), 2**40)},
+        "train_images: expected pixels of at most 31 bits, got 1099511627776 to",
+    ),
+    (
+        {"train_images": np.zeros((30, 8, 8), complex)},
+        "train_images: expected images as integers or floats, got complex128",
+    ),
+    (
+        {"train_images": np.full((30, 8, 8), "a")},
+        "train_images: expected images as integers or floats, got <U1",
+    ),
+    ({"train_images": np.array(3)}, "train_labels: expected 0 rows as in train_images, got 30"),
+    (
+        {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0)},
+        "train_images: has no rows",
+    ),
+    (
+        {"test_images": np.zeros((9, 7, 7), np.uint8)},
+        "test_images: expected rows of shape (8, 8) as in train_images, got shape (9, 7, 7)",
+    ),
+    (
+        {"train_labels": HIGH},
+        "train_labels: row 11: label 7 is out of range 0 to 1",
+    ),
+    ({"train_labels": -HIGH}, "train_labels: row 1: label -1 is out of range"),
+    (
+        {"train_labels": np.where(HIGH == 7, 1e30, HIGH)},
+        "train_labels: row 11: expected a class number, got 1e+30",
+    ),
+    (
+        {"train_labels": np.where(HIGH == 7, 0.5, HIGH)},
+        "train_labels: row 11: expected a class number, got 0.5",
+    ),
+    ({"test_labels": np.full(9, np.nan)}, "test_labels: row 0: NaN or infinite value"),
+    ({"train_labels": np.full(30, "x")}, "train_labels: expected numbers, got <U1"),
+    ({"train_labels": np.zeros((30, 2))}, "train_labels: expected one column of labels, got 2"),
+    (
+        {"train_labels": np.zeros((30, 1, 1))},
+        "train_labels: expected shape (N,), (N, 1) or (N, L), got (30, 1, 1)",
+    ),
+    ({"train_labels": np.array([None] * 30)}, "not a readable .npz file"),
+    ({"val_labels": None}, "array 'val_labels' not found, which 'val_images' needs"),
+    (
+        {"train_images": None},
+        "array 'train_images' not found; the file has train_labels, val_images",
+    ),
+    (
+        {"train_labels": np.array([0, 255] * 15, np.uint8)},
+        "train_labels: row 1: label 255 is out of range 0 to 1",
+    ),
+    ({"test_labels": np.zeros((9, 2))}, "test_labels: expected one column of labels, got 2"),
+]
 
 
-def test_labels_out_of_range_are_refused(npz: Any) -> None:
-    labels = (np.arange(30) % 2).astype(np.uint8)
-    labels[5] = 255
-    with pytest.raises(UserError, match="row 5: label 255 is out of range 0 to 1"):
-        load(npz(train_labels=labels), "chest_xray")
+def test_malformed_arrays_are_named(npz: Any, subtests: pytest.Subtests) -> None:
+    for changes, words in MALFORMED:
+        path = npz(**changes)
+        with subtests.test(words=words):
+            with pytest.raises(UserError) as refused:
+                load(path, "chest_xray")
+            assert str(refused.value).startswith(f"data.path: {path}: ")
+            assert words in str(refused.value)
     with pytest.raises(
         UserError, match=r"test_labels: expected 1 columns as in .*train_labels, got"
     ):
@@ -210,42 +161,30 @@ def test_only_another_file_is_suggested_for_a_size(tmp_path: Path) -> None:
         check_image_size(images, 64, tmp_path / "pathmnist.npz", "pathmnist")
 
 
-def test_invalid_npz_files_are_refused(tmp_path: Path, npz: Any) -> None:
-    (tmp_path / "empty.npz").write_bytes(b"")
-    (tmp_path / "text.npz").write_text("hello")
-    np.save(tmp_path / "one.npy", np.zeros(3))
-    (tmp_path / "one.npz").write_bytes((tmp_path / "one.npy").read_bytes())
-    np.savez(tmp_path / "nothing.npz")
-    for name in ("empty.npz", "text.npz", "one.npz", "nothing.npz", "missing.npz", "."):
-        with pytest.raises(UserError, match=r"not found|not a readable \.npz file|has no arrays"):
-            load(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["npz", "chest_xray"])
-def test_pickled_arrays_are_refused_without_advice(name: str, tmp_path: Path, npz: Any) -> None:
+def test_other_files_are_refused_without_wrong_advice(tmp_path: Path, npz: Any) -> None:
     for file in ("mine.csv", "mine.npz"):
         (tmp_path / file).write_text("a,b,label\n1,2,0\n3,4,1\n")
-    pickled = npz(train_labels=np.array([None] * 30))
-    for path, message in (
-        (
-            tmp_path / "mine.csv",
-            "data.path: expected a .npz file, got 'PATH'; to read a table set data.name=table",
-        ),
-        (
-            tmp_path / "mine.npz",
-            "data.path: PATH: not a readable .npz file: expected a complete archive as written by "
-            "numpy.savez",
-        ),
-        (
-            pickled,
-            "data.path: PATH: not a readable .npz file: contains an array of Python objects; save "
-            "arrays of numbers",
-        ),
-        (tmp_path / "mine.cvs", "data.path: file 'PATH' not found; did you mean 'mine.csv'?"),
+    npz(train_labels=np.array([None] * 30))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.savez(tmp_path / "nothing.npz")
+    with (tmp_path / "one.npz").open("wb") as file_of_one_array:
+        np.save(file_of_one_array, np.zeros(3))
+    unreadable = "data.path: PATH: not a readable .npz file: "
+    for name, file, message in (
+        ("npz", "mine.csv", "data.path: expected a .npz file, got 'PATH'; to read a table set da"),
+        ("npz", "mine.npz", unreadable + "expected a complete archive as written by numpy.savez"),
+        ("npz", "set.npz", unreadable + "contains an array of Python objects; save arrays of num"),
+        ("chest_xray", "set.npz", unreadable + "contains an array of Python objects; save arrays"),
+        ("npz", "mine.cvs", "data.path: file 'PATH' not found; did you mean 'mine.csv'?"),
+        ("npz", "empty.npz", "data.path: PATH: "),
+        ("npz", "one.npz", "data.path: PATH: "),
+        ("npz", "nothing.npz", "data.path: PATH: "),
+        ("npz", ".", "data.path: "),
     ):
+        path = tmp_path / file
         with pytest.raises(UserError) as error:
             load_source(SourceConfig(name=name, path=str(path)), tmp_path)
-        assert str(error.value) == message.replace("PATH", str(path))
+        assert str(error.value).startswith(message.replace("PATH", str(path)))
 
 
 def test_damaged_files_are_detected(npz: Any) -> None:
@@ -288,9 +227,10 @@ def announce(path: Path, **shapes: tuple[int, ...]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "shapes", "line"),
-    [
+def test_announced_sizes_are_compared_before_arrays_are_read(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for name, shapes, line in (
         (
             "npz",
             {"train_images": (10**9, 3), "train_labels": (30,)},
@@ -312,13 +252,10 @@ def announce(path: Path, **shapes: tuple[int, ...]) -> Path:
             "y: expected 1000000 rows as in x, got 30",
         ),
         ("npz", {"train_images": (-(10**18), 2), "train_labels": (30,)}, "rows as in|negative"),
-    ],
-)
-def test_announced_sizes_are_compared_before_arrays_are_read(
-    name: str, shapes: dict[str, tuple[int, ...]], line: str, tmp_path: Path
-) -> None:
-    path = announce(tmp_path / "set.npz", **shapes)
-    windows = WindowsConfig() if name == "activity" else None
+    ):
+        with subtests.test(name=name, line=line):
+            path = announce(tmp_path / "set.npz", **shapes)
+            windows = WindowsConfig() if name == "activity" else None
 
-    with pytest.raises(UserError, match=line):
-        load_source(SourceConfig(name=name, path=str(path), windows=windows), tmp_path)
+            with pytest.raises(UserError, match=line):
+                load_source(SourceConfig(name=name, path=str(path), windows=windows), tmp_path)

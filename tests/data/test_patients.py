@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hetero_fl.config.data import (
     SplitConfig,
 )
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, FederatedData, federate, load_source, partition_rows, with_test
+from hetero_fl.data import Dataset, FederatedData, federate, load_source, partition_rows
 from hetero_fl.data.partition.groups import (
     most_common_stratum,
     move_patients_to_short_clients,
@@ -188,46 +189,17 @@ def test_patients_with_one_row_are_partitioned_like_rows() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, full, strict=True))
 
 
-def test_unsatisfiable_patient_splits_are_refused() -> None:
-    patient = torch.arange(200) // 2
+def test_patient_with_rows_in_two_groups_is_refused() -> None:
     # rows 66 and 67 are of two groups, but not of one patient
     groups = ["a"] * 67 + ["b"] * 66 + ["c"] * 67
     natural = DataConfig(partition=PartitionConfig(kind="natural"))
     federate(numbered(groups=groups, patient=(torch.arange(200) + 1) // 2), natural, THREE, 0)
-    with pytest.raises(UserError, match="patient '33' has rows in groups 'a' and 'b'"):
-        federate(numbered(groups=groups, patient=patient), natural, THREE, 0)
-    for row in (66, 132):  # whether the draws leave the two rows to be dealt out, or not
+    limited = natural.model_copy(update={"train_limit": 60})
+    # whether the draws leave the two rows to be dealt out, or not
+    for row, seed in itertools.product((66, 132), range(3)):
         patients = [-1 if i in (row, row + 1) else i for i in range(200)]
-        for seed in range(3):
-            with pytest.raises(UserError, match="patient '-1' has rows in groups"):
-                federate(
-                    numbered(groups=groups, patient=patients),
-                    natural.model_copy(update={"train_limit": 60}),
-                    THREE,
-                    seed,
-                )
-    with pytest.raises(UserError, match="got 2 patients for 3 clients"):
-        partition_rows(
-            torch.zeros(200).long(),
-            None,
-            PartitionConfig(),
-            [1] * 3,
-            THREE_CLASSES,
-            seed=0,
-            patient=patient // 50,
-        )
-    with pytest.raises(UserError, match=r"data\.patient: expected more than 1 patient .* got 1"):
-        with_test(replace(numbered(patient=[5] * 200), test=None))
-    with pytest.raises(
-        UserError, match=r"data\.patient: client 'a' has 2 patients, too few to split"
-    ):
-        given_validation = (torch.full((5, 1), 1e4), [0] * 5)
-        federate(
-            numbered(patient=patient // 50, validation=given_validation),
-            DataConfig(),
-            {"a": PLAIN_CLIENT},
-            0,
-        )
+        with pytest.raises(UserError, match="patient '-1' has rows in groups"):
+            federate(numbered(groups=groups, patient=patients), limited, THREE, seed)
 
 
 def test_function_of_six_arguments_may_not_divide_patients(
@@ -272,19 +244,18 @@ def test_patient_column_of_tables(tmp_path: Path) -> None:
             table(path, patient, who=who)
 
 
-@pytest.mark.parametrize("name", ["patient_id", "SubjectNo", "person", "MRN"])
-def test_possible_patient_column_is_noted(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "t.csv"
-
+def test_possible_patient_column_is_noted(tmp_path: Path) -> None:
     def warned(patient: str | None = None, **columns: Any) -> list[str]:
-        return [note for note in table(path, patient, **columns).notes if "data.patient" in note]
+        notes = table(tmp_path / "t.csv", patient, **columns).notes
+        return [note for note in notes if "data.patient" in note]
 
-    assert "the column is a feature" in warned(**{name: [1, 2, 3, 4] * 2})[0]
-    assert f"column '{name}'" in warned(**{name: ["a", "b", "c", "d"] * 2})[0]
-    assert not warned(**{name: range(8)})  # a row a patient
-    assert not warned(**{name: [0, 1] * 4})  # a mark
-    assert not warned(**{name: [0.5, 1, 2.5, 3] * 2})  # a measurement
-    assert not warned(name, **{name: [1, 2, 3, 4] * 2})
+    for name in ("patient_id", "SubjectNo", "person", "MRN"):
+        assert "the column is a feature" in warned(**{name: [1, 2, 3, 4] * 2})[0]
+        assert f"column '{name}'" in warned(**{name: ["a", "b", "c", "d"] * 2})[0]
+        assert not warned(**{name: range(8)})  # a row a patient
+        assert not warned(**{name: [0, 1] * 4})  # a mark
+        assert not warned(**{name: [0.5, 1, 2.5, 3] * 2})  # a measurement
+        assert not warned(name, **{name: [1, 2, 3, 4] * 2})
     assert not warned(number=[1, 2, 3, 4] * 2)
 
 
@@ -310,5 +281,3 @@ def test_patient_array_of_npz(npz: Any, tmp_path: Path) -> None:
         match=r"patient: expected shape \(30,\), one entry per row, got \(4,\)",
     ):
         load(npz(patient=who[:4]))
-    with pytest.raises(UserError, match=r"data\.patient: does not apply to source digits"):
-        load_source(SourceConfig(name="digits", patient="who"), tmp_path)

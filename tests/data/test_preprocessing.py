@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from hetero_fl.config.clients import AugmentConfig, Normalize, PreprocessConfig, ScannerConfig
 from hetero_fl.data import Preprocess, apply_scanner, augment
-from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
 
 
@@ -31,20 +30,29 @@ def scan(x: torch.Tensor, key: str = "noise", **config: Any) -> torch.Tensor:
 
 
 class TestScanner:
-    def test_plain_scanner_keeps_images(self) -> None:
+    def test_plain_settings_and_no_rows_are_accepted(self) -> None:
         x = images()
+        floats = x.float()
         assert torch.equal(scan(x), x)
+        assert augment(floats, AugmentConfig(), keyed_generator("a")) is floats
+        assert scan(images(0), blur=1, noise=1, resolution=0.5).shape == (0, 1, 12, 10)
 
-    @pytest.mark.parametrize(
-        "config",
-        [{"contrast": 0.5}, {"brightness": 0.1}, {"blur": 1}, {"noise": 0.1}, {"resolution": 0.5}],
-    )
-    def test_each_part_keeps_shape_and_dtype_and_input(self, config: dict[str, Any]) -> None:
-        for x in (images(channels=3), images().float() / 255, images().double() / 255):
-            before = x.clone()
-            seen = scan(x, **config)
-            assert seen.shape == x.shape and seen.dtype == x.dtype and not torch.equal(seen, x)
-            assert torch.equal(x, before)
+    def test_each_part_keeps_shape_and_dtype_and_input(self, subtests: pytest.Subtests) -> None:
+        for config in (
+            {"contrast": 0.5},
+            {"brightness": 0.1},
+            {"blur": 1},
+            {"noise": 0.1},
+            {"resolution": 0.5},
+        ):
+            with subtests.test(config=config):
+                for x in (images(channels=3), images().float() / 255, images().double() / 255):
+                    before = x.clone()
+                    seen = scan(x, **config)
+                    assert (
+                        seen.shape == x.shape and seen.dtype == x.dtype and not torch.equal(seen, x)
+                    )
+                    assert torch.equal(x, before)
 
     def test_contrast_and_brightness_match_formulas(self) -> None:
         x = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(1, 1, 2, 2)
@@ -84,9 +92,6 @@ class TestScanner:
         scan(images(), noise=0.1, blur=1)
         augment(images().float(), AugmentConfig(crop=2, flip=True, rotate=10), keyed_generator("a"))
         assert torch.equal(before, torch.random.get_rng_state())
-
-    def test_preprocess_accepts_zero_rows(self) -> None:
-        assert scan(images(0), blur=1, noise=1, resolution=0.5).shape == (0, 1, 12, 10)
 
 
 class TestPreprocess:
@@ -151,8 +156,6 @@ class TestPreprocess:
             12,
             10,
         )
-        with pytest.raises(UserError, match=r"normalize\.mean: expected one number, got 3"):
-            view.shape((1, 12, 10))
         columns = Preprocess.resolve(
             PreprocessConfig(normalize=Normalize(mean=[1.0, 2.0], std=1.0))
         )
@@ -165,45 +168,27 @@ class TestPreprocess:
         finally:
             torch.set_default_dtype(torch.float32)
 
-    def test_invalid_preprocessing_is_refused(self) -> None:
-        for config, shape, words in (
-            (PreprocessConfig(resize=8), (10,), "preprocess.resize: applies to images only"),
-            (PreprocessConfig(channels=1), (20, 3), "preprocess.channels: applies to images only"),
-            (
-                PreprocessConfig(channels=3),
-                (4, 8, 8),
-                "must be 1 or 4 for images with 4 channels, got 3",
-            ),
-        ):
-            with pytest.raises(UserError, match=words):
-                Preprocess.resolve(config).shape(shape)
-        with pytest.raises(UserError, match="normalize=own needs training rows"):
-            Preprocess.resolve(PreprocessConfig(normalize="own"))
-        with pytest.raises(UserError, match="applies to images only"):
-            Preprocess.resolve(PreprocessConfig(normalize="own", resize=8), torch.zeros(4, 3))
-
 
 class TestAugment:
-    def test_disabled_augmentation_returns_the_same_tensor(self) -> None:
-        x = images().float()
-        assert augment(x, AugmentConfig(), keyed_generator("a")) is x
-
-    @pytest.mark.parametrize(
-        "config",
-        [{"crop": 2}, {"flip": True}, {"rotate": 20.0}, {"crop": 1, "flip": True, "rotate": 5.0}],
-    )
-    def test_augment_is_keyed_and_not_in_place(self, config: dict[str, Any]) -> None:
-        x = images(20, 3).float()
-        before = x.clone()
-        first, again, other = (
-            augment(x, AugmentConfig(**config), keyed_generator(key)) for key in "aab"
-        )
-        assert (
-            torch.equal(first, again)
-            and not torch.equal(first, other)
-            and not torch.equal(first, x)
-        )
-        assert torch.equal(x, before) and first.shape == x.shape
+    def test_augment_is_keyed_and_not_in_place(self, subtests: pytest.Subtests) -> None:
+        for config in (
+            {"crop": 2},
+            {"flip": True},
+            {"rotate": 20.0},
+            {"crop": 1, "flip": True, "rotate": 5.0},
+        ):
+            with subtests.test(config=config):
+                x = images(20, 3).float()
+                before = x.clone()
+                first, again, other = (
+                    augment(x, AugmentConfig(**config), keyed_generator(key)) for key in "aab"
+                )
+                assert (
+                    torch.equal(first, again)
+                    and not torch.equal(first, other)
+                    and not torch.equal(first, x)
+                )
+                assert torch.equal(x, before) and first.shape == x.shape
 
     def test_flip_mirrors_entire_images(self) -> None:
         x = images(200).float()

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from hetero_fl.config.data import SourceConfig, TextConfig
-from hetero_fl.data import check_source
+from hetero_fl.config.data import TextConfig
 from hetero_fl.data.sources.text import read_vocabulary
 from hetero_fl.experiment import prepare
-from hetero_fl.utils.errors import UserError
 
 CLIENTS = {"count": 2, "defaults": {"model": "linear"}}
 
@@ -22,41 +19,19 @@ def proxy_of(name: str, source: str, path: Path) -> np.ndarray:
     return run.federation.data.public_sets["proxy"].examples.x.numpy()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", ["public.npz", "PUBLIC.NPZ"])
-def test_unlabeled_windows_of_recordings_are_a_proxy_set(name: str, tmp_path: Path) -> None:
+def test_unlabeled_npz_files_of_any_spelling_are_a_proxy_set(tmp_path: Path) -> None:
     windows = np.random.default_rng(0).normal(size=(30, 64, 6)).astype(np.float32)
-    np.savez(tmp_path / "public.npz", x=windows)
-    (tmp_path / "public.npz").rename(tmp_path / name)
-
-    proxy = proxy_of("activity", "activity", tmp_path / name)
-
-    assert np.array_equal(proxy, windows)
-
-
-def test_suffix_of_a_file_may_be_in_capitals(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
-    np.savez(tmp_path / "public.npz", train_images=images)
-    (tmp_path / "public.npz").rename(tmp_path / "X.NPZ")
+    for name in ("public.npz", "PUBLIC.NPZ"):
+        with (tmp_path / name).open("wb") as file:
+            np.savez(file, x=windows, train_images=images)
+        assert np.array_equal(proxy_of("activity", "activity", tmp_path / name), windows)
+        assert proxy_of("digits", "npz", tmp_path / name).shape == (30, 1, 8, 8)
 
-    proxy = proxy_of("digits", "npz", tmp_path / "X.NPZ")
 
-    assert proxy.shape == (30, 1, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("predict", "words"), [("class", {"good", "bad"}), ("next", {"good", "bad", "spam"})]
-)
-def test_vocabulary_reads_all_words_of_a_text_with_tabs(
-    predict: str, words: set[str], tmp_path: Path
-) -> None:
+def test_vocabulary_reads_all_words_of_a_text_with_tabs(tmp_path: Path) -> None:
     public = tmp_path / "public.txt"
     public.write_text("spam\tgood\tbad\n" * 2)
-
-    vocabulary = read_vocabulary(TextConfig(public=str(public), predict=predict))
-
-    assert set(vocabulary.words) == words
-
-
-def test_prefix_of_medmnist_is_not_the_name_of_other_sources() -> None:
-    with pytest.raises(UserError, match="unknown source 'medmnist:digits'"):
-        check_source(SourceConfig(name="medmnist:digits"))
+    for predict, words in (("class", {"good", "bad"}), ("next", {"good", "bad", "spam"})):
+        vocabulary = read_vocabulary(TextConfig(public=str(public), predict=predict))
+        assert set(vocabulary.words) == words

@@ -72,53 +72,35 @@ def test_feature_dim_and_options_reach_the_library() -> None:
     assert create_model("timm:resnet10t", 4, drop_rate=0.3).backbone.drop_rate == 0.3
 
 
-def test_dry_run_keeps_batch_norm_and_mode() -> None:
-    model = create_model("torchvision:resnet18", 4)
-    assert all(module.training for module in model.modules())
+def test_model_for_five_channels_is_fresh_and_uses_all_of_them() -> None:
+    model = create_model("torchvision:resnet18", 4, in_channels=5)
+    weight = model.backbone.conv1.weight
+    assert weight.shape == (64, 5, 7, 7)
+    # He et al., by fan-out
+    assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
     for module in model.modules():
+        assert module.training
         if is_batch_norm(module):
             assert module.running_mean.abs().max() == 0
             assert module.num_batches_tracked == 0
 
-
-def test_all_channels_are_used() -> None:
-    model = create_model("torchvision:resnet18", 4, in_channels=5).eval()
     x = torch.randn(2, 5, 28, 28, requires_grad=True)
-    model(x).logits.sum().backward()
+    model.eval()(x).logits.sum().backward()
+
     assert x.grad is not None
     assert (x.grad.abs().amax(dim=(0, 2, 3)) > 0).all()
 
 
-def test_replaced_convolution_keeps_the_standard_deviation() -> None:
-    weight = create_model("torchvision:resnet18", 4, in_channels=5).backbone.conv1.weight
-    assert weight.shape == (64, 5, 7, 7)
-    # He et al., by fan-out
-    assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
-
-
-def test_too_small_image_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_unusable_output_of_a_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: nn.Module, x: Tensor) -> Tensor:
         raise RuntimeError(f"kernel larger than {tuple(x.shape[2:])}\nand a second line")
 
-    monkeypatch.setattr("torchvision.models.ResNet.forward", refuse)
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"^model torchvision:resnet18: cannot process an image "
-            r"of 28x28 .* \(28, 28\) and a second line$"
-        ),
-    ):
-        create_model("torchvision:resnet18", 10)
-
-
-def test_model_without_feature_vector_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchvision.models.ResNet.forward", lambda self, x: x)
-    with pytest.raises(
-        ModelError, match=r"shape \(2, D\) for a batch of 2 examples, got \(2, 1, 28, 28\)$"
-    ):
-        create_model("torchvision:resnet18", 10)
+    too_small = r"cannot process an image of 28x28 .* \(28, 28\) and a second line$"
+    no_vector = r"shape \(2, D\) for a batch of 2 examples, got \(2, 1, 28, 28\)$"
+    for forward, message in ((refuse, too_small), (lambda self, x: x, no_vector)):
+        monkeypatch.setattr("torchvision.models.ResNet.forward", forward)
+        with pytest.raises(ModelError, match=f"^model torchvision:resnet18: .*{message}"):
+            create_model("torchvision:resnet18", 10)
 
 
 @pytest.fixture
@@ -133,24 +115,23 @@ def published(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return reference
 
 
-@pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
-def test_torchvision_weights_for_three_channels(name: str, published: nn.Module) -> None:
-    model = create_model(name, 10, 3, 32, pretrained=True).eval()
+def test_torchvision_weights_are_loaded_and_converted(published: nn.Module) -> None:
+    models = {
+        channels: create_model("resnet18", 10, channels, 32, pretrained=True).eval()
+        for channels in (1, 3, 5)
+    }
+    same = create_model("torchvision:resnet18", 10, 3, 32, pretrained=True).eval()
+    first = published.conv1.weight[:, [0, 1, 2, 0, 1]] * 0.6
     published.fc = nn.Identity()
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.features(x), published.eval()(x))
+    gray = x[:, :1]
 
-
-def test_torchvision_weights_for_other_channels(published: nn.Module) -> None:
-    x = torch.randn(2, 1, 32, 32)
-    grey = create_model("resnet18", 10, 1, 32, pretrained=True)
-    five = create_model("resnet18", 10, 5, 32, pretrained=True)
-    assert torch.equal(five.backbone.conv1.weight, published.conv1.weight[:, [0, 1, 2, 0, 1]] * 0.6)
-    published.fc = (
-        nn.Identity()
-    )  # summed weights on gray images equal gray repeated in three colors
-    expected = published.eval()(x.expand(2, 3, 32, 32))
-    torch.testing.assert_close(grey.eval().features(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(models[3].features(x), published.eval()(x))
+    assert torch.equal(same.features(x), published(x))
+    assert torch.equal(models[5].backbone.conv1.weight, first)
+    # summed weights on gray images equal gray repeated in three colors
+    expected = published(gray.expand(2, 3, 32, 32))
+    torch.testing.assert_close(models[1].features(gray), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_torchvision_weights_of_a_vision_transformer_are_interpolated(
@@ -274,33 +255,32 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "python:zoo_own_models:"
 
 
-def test_custom_class_is_built(own: str) -> None:
-    model = create_model(own + "Whole", 3, 2, (5, 6), feature_dim=9, slope=0.2)
-    assert type(model).__name__ == "Whole"
-    assert model(torch.randn(4, 2, 5, 6)).features.shape == (4, 9)
-    assert model.backbone[2].negative_slope == 0.2
+def test_custom_classes_are_built(own: str) -> None:
+    whole = create_model(own + "Whole", 3, 2, (5, 6), feature_dim=9, slope=0.2)
+    parts = create_model(own + "Parts", 3)
+    anything = create_model(own + "Anything", 3, input_size=4, depth=7)
+
+    assert type(whole).__name__ == "Whole" and type(parts) is SplitModel
+    assert whole(torch.randn(4, 2, 5, 6)).features.shape == (4, 9)
+    assert whole.backbone[2].negative_slope == 0.2
     assert model_options(own + "Whole") == {"slope": 0.1}
-
-
-def test_custom_module_with_backbone_and_head_is_wrapped(own: str) -> None:
-    model = create_model(own + "Parts", 3)
-    assert type(model) is SplitModel
-    assert model.feature_dim == 4
-    assert model(torch.randn(2, 1, 28, 28)).logits.shape == (2, 3)
-
-
-def test_custom_class_with_any_arguments(own: str) -> None:
-    model = create_model(own + "Anything", 3, input_size=4, depth=7)
-    assert model.given == {
+    assert parts.feature_dim == 4
+    assert parts(torch.randn(2, 1, 28, 28)).logits.shape == (2, 3)
+    assert anything.given == {
         "num_classes": 3,
         "in_channels": 1,
         "input_size": (4, 4),
         "feature_dim": None,
         "depth": 7,
     }
+    assert describe(own + "Parts").summary == "user-defined zoo_own_models:Parts"
 
 
 WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
+    ("python:zoo_no_such_module:Net", {}, "cannot import zoo_no_such_module: ModuleNotFoundError"),
+    ("python:zoo_broken_module:Net", {}, "cannot import zoo_broken_module: OSError: disk on fire"),
+    ("python:zoo_own_models", {}, "expected python:package.module:Class"),
+    ("python:", {}, "expected python:package.module:Class"),
     ("Whol", {}, r"has no class Whol; did you mean 'Whole'"),
     ("Whole", {"slop": 0.1}, r"unknown option 'slop'; did you mean 'slope'\?"),
     ("Parts", {"feature_dim": 9}, r"feature_dim: expected features of width 9, got 4"),
@@ -325,35 +305,17 @@ WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("what", "arguments", "message"), WRONG_OWN)
-def test_invalid_custom_models_raise_one_line(
-    own: str, what: str, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        create_model(own + what, 3, **arguments)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"model {own}{what}: ")
+def test_invalid_custom_models_raise_one_line(own: str, subtests: pytest.Subtests) -> None:
+    for what, arguments, message in WRONG_OWN:
+        with subtests.test(what=what, message=message):
+            name = what if what.startswith("python:") else own + what
+            with pytest.raises(ModelError, match=message) as caught:
+                create_model(name, 3, **arguments)
+            assert "\n" not in str(caught.value)
+            assert str(caught.value).startswith(f"model {name}: ")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "python:zoo_no_such_module:Net",
-            "cannot import zoo_no_such_module: ModuleNotFoundError: No module named",
-        ),
-        ("python:zoo_broken_module:Net", "cannot import zoo_broken_module: OSError: disk on fire"),
-        ("python:zoo_own_models", "expected python:package.module:Class"),
-        ("python:", "expected python:package.module:Class"),
-    ],
-)
-def test_missing_custom_models_raise_one_line(own: str, name: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        create_model(name, 3)
-
-
-def test_description_of_external_models(own: str) -> None:
-    assert describe(own + "Parts").summary == "user-defined zoo_own_models:Parts"
+def test_description_of_external_models() -> None:
     assert describe("timm:resnet10t").summary == "resnet10t from timm"
     assert (
         describe("torchvision:densenet121").summary

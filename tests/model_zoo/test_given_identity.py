@@ -44,9 +44,8 @@ def make_double() -> Callable[[Tensor], Tensor]:
     return lambda x: 2 * x
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
+def test_modules_that_differ_have_different_names(subtests: pytest.Subtests) -> None:
+    for first, second in (
         (Net(F.relu), Net(F.gelu)),
         (Net(double), Net(lambda x: 2 * x)),
         (Net(make_double()), Net(make_double())),
@@ -56,20 +55,17 @@ def make_double() -> Callable[[Tensor], Tensor]:
         (Net(options={"a": 1}), Net(options={"a": 2})),
         (Net(options=torch.zeros(2)), Net(options=torch.ones(2))),
         (Net(options=None), Net(options={1})),
-    ],
-    ids=["function", "lambda", "closures", "partial", "buffer", "list", "dict", "tensor", "set"],
-)
-def test_modules_that_differ_have_different_names(first: nn.Module, second: nn.Module) -> None:
-    one, kept = name(first)
-    other, also_kept = name(second)
+    ):
+        with subtests.test(first=first):
+            one, kept = name(first)
+            other, also_kept = name(second)
 
-    assert one != other
-    assert kept.is_instance and also_kept.is_instance
+            assert one != other
+            assert kept.is_instance and also_kept.is_instance
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
+def test_equal_modules_have_one_name(subtests: pytest.Subtests) -> None:
+    for make in (
         Net,
         lambda: Net(double, options={"widths": [1, 2], "kind": torch.float32}),
         lambda: Net(functools.partial(F.leaky_relu, negative_slope=0.1)),
@@ -77,15 +73,13 @@ def test_modules_that_differ_have_different_names(first: nn.Module, second: nn.M
         lambda: Net(options=nn.LSTM(1, 4)),
         lambda: copy.deepcopy(Net(options=nn.GRU(1, 4, num_layers=2, bidirectional=True))),
         lambda: Net(options=weakref.ref(double)),
-    ],
-    ids=["plain", "function", "partial", "copy", "lstm", "gru", "weak_reference"],
-)
-def test_equal_modules_have_one_name(make: Callable[[], nn.Module]) -> None:
-    one, kept = name(make())
-    other, also_kept = name(make())
+    ):
+        with subtests.test(make=make):
+            one, kept = name(make())
+            other, also_kept = name(make())
 
-    assert one == other
-    assert kept is not also_kept
+            assert one == other
+            assert kept is not also_kept
 
 
 def test_a_shared_lambda_is_one_architecture() -> None:

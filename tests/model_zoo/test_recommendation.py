@@ -98,12 +98,13 @@ def test_tables_of_items_have_equal_shapes_in_all_models() -> None:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_only_the_vector_of_the_user_is_trained(name: str) -> None:
-    model = make(name)
+def test_only_the_vector_of_the_user_is_trained(subtests: pytest.Subtests) -> None:
+    for name in MODELS:
+        with subtests.test(name=name):
+            model = make(name)
 
-    model(ROWS).logits.square().sum().backward()
+            model(ROWS).logits.square().sum().backward()
 
-    users, _ = vectors(model)
-    assert users.grad is not None
-    assert torch.nonzero(users.grad.abs().sum(1)).flatten().tolist() == [1]
+            users, _ = vectors(model)
+            assert users.grad is not None
+            assert torch.nonzero(users.grad.abs().sum(1)).flatten().tolist() == [1]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch.nn import functional as F
 
-from model_zoo import ModelError, create_model
 from tests.support.models import batch, make
 
 
@@ -29,8 +27,6 @@ def test_wide_and_deep_matches_its_formula() -> None:
         model(x).logits, wide + deep @ model.head.weight[:, 10:].T + model.head.bias
     )
     assert make("wide_deep", 2, 4, (), crosses="none").feature_dim == 4 + 32
-    with pytest.raises(ModelError, match="crosses: expected one of pairs, none, got 'all'"):
-        create_model("wide_deep", 2, 4, (), crosses="all")
 
 
 def test_tokenizer_gives_one_token_per_column() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 
-from model_zoo import SplitModel, create_model
+from model_zoo import Outputs, SplitModel, create_model
 
 Size = tuple[int, ...]
 
@@ -20,6 +23,53 @@ def make(
 
 def batch(channels: int, *size: int, n: int = 4, seed: int = 1) -> Tensor:
     return torch.randn(n, channels, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def check_vmap(models: list[SplitModel], x: Tensor) -> None:
+    """Check stacked models against one model after another, in training and float64.
+
+    Predictions, features, gradients and statistics are compared.
+
+    Args:
+        models: Models of one architecture.
+        x: Batches of all models, of shape `[models, rows, ...]`.
+    """
+    for model in models:
+        model.double()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the runtime draws its masks by key
+    single = copy.deepcopy(models)
+    parameters, buffers = stack_module_state(models)
+
+    def run(p: dict[str, Tensor], b: dict[str, Tensor], rows: Tensor) -> Outputs:
+        out: Outputs = functional_call(models[0], (p, b), (rows,))
+        return out
+
+    together = vmap(run)(parameters, buffers, x)
+    together.logits.square().sum().backward()
+    for k, model in enumerate(single):
+        one = model(x[k])
+        one.logits.square().sum().backward()
+        torch.testing.assert_close(together.logits[k], one.logits)
+        torch.testing.assert_close(together.features[k], one.features)
+        for n, p in model.named_parameters():
+            torch.testing.assert_close(parameters[n].grad[k], p.grad)
+        for n, b in model.named_buffers():
+            torch.testing.assert_close(buffers[n][k], b)
+
+
+class Convolution(nn.Module):
+    """A convolutional network for images of 8x8, in the style of the PyTorch tutorials."""
+
+    def __init__(self, num_classes: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3)
+        self.fc1 = nn.Linear(36 * width, 10)
+        self.out = nn.Linear(10, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.fc1(self.conv(x).relu().flatten(1)).relu())  # type: ignore[no-any-return]
 
 
 DRIFTING = f"python:{__name__}:Drifting"
@@ -46,3 +96,17 @@ class Drifting(nn.Module):
             self.steps += 1
         x = (x - self.center) / (1 + self.peak) * (1 + self.steps / 100)
         return self.head(self.second(self.first(x).tanh()).tanh())  # type: ignore[no-any-return]
+
+
+class TwoLayers(SplitModel):
+    """A model whose head has two linear layers."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        input_size: tuple[int, ...],
+        feature_dim: int | None,
+    ) -> None:
+        head = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+        super().__init__(nn.Flatten(), head, 64)

@@ -79,24 +79,27 @@ def test_table_of_arguments_is_complete() -> None:
     assert classes - {name for name in classes if name.startswith("Vertical")} == set(ARGUMENTS)
 
 
-@pytest.mark.parametrize("name", sorted(ARGUMENTS))
 def test_every_partitioner(
-    name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    subtests: pytest.Subtests,
 ) -> None:
-    (tmp_path / "numpy_sizes.py").write_text("def sizes(partition_id):\n    return partition_id\n")
-    monkeypatch.chdir(tmp_path)
+    for name in sorted(ARGUMENTS):
+        with subtests.test(name=name):
+            (tmp_path / "numpy_sizes.py").write_text(
+                "def sizes(partition_id):\n    return partition_id\n"
+            )
+            monkeypatch.chdir(tmp_path)
 
-    parts = divide(f"flwr:{name}", **ARGUMENTS[name])
+            parts = divide(f"flwr:{name}", **ARGUMENTS[name])
 
-    rows = torch.cat(parts)
-    assert len(parts) == 4 and len(rows.unique()) == len(rows)
-    assert all(len(part) for part in parts)
-    again = divide(f"flwr:{name}", **ARGUMENTS[name])
-    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
-    assert capfd.readouterr() == ("", "")
+            rows = torch.cat(parts)
+            assert len(parts) == 4 and len(rows.unique()) == len(rows)
+            assert all(len(part) for part in parts)
+            again = divide(f"flwr:{name}", **ARGUMENTS[name])
+            assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+            assert capfd.readouterr() == ("", "")
 
 
 def test_partition_depends_on_the_seed() -> None:
@@ -195,9 +198,8 @@ def test_run_from_a_configuration(tmp_path: Path) -> None:
     assert (changed.data.partition.arguments or {})["alpha"] == 0.2
 
 
-@pytest.mark.parametrize(
-    ("kind", "arguments", "message"),
-    [
+def test_mistakes_are_one_line(subtests: pytest.Subtests) -> None:
+    for kind, arguments, message in (
         ("DirichletPartitoner", {}, "did you mean 'DirichletPartitioner'?"),
         ("", {}, "choose from ContinuousPartitioner, DirichletPartitioner"),
         ("VerticalEvenPartitioner", {}, "divides columns instead of rows"),
@@ -232,13 +234,12 @@ def test_run_from_a_configuration(tmp_path: Path) -> None:
             ARGUMENTS["DistributionPartitioner"] | {"distribution_array": [[1], ["x"]]},
             "distribution_array: expected a list of rows of numbers",
         ),
-    ],
-)
-def test_mistakes_are_one_line(kind: str, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        divide(f"flwr:{kind}", **arguments)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert str(caught.value).startswith("data.partition.")
+    ):
+        with subtests.test(kind=kind, message=message):
+            with pytest.raises(UserError) as caught:
+                divide(f"flwr:{kind}", **arguments)
+            assert message in str(caught.value) and "\n" not in str(caught.value)
+            assert str(caught.value).startswith("data.partition.")
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,28 +118,30 @@ def test_dirichlet_follows_its_definition() -> None:
     assert len(sized[4]) / len(y) == pytest.approx(0.5, abs=0.06)
 
 
-@pytest.mark.parametrize(
-    ("rows", "classes", "clients", "min_size"),
-    [(20_000, 10, 1000, 20), (20_000, 10, 1000, 1), (3_000, 1000, 1000, 2), (1000, 2, 1000, 1)],
-    ids=["no row to spare", "tiny minimum", "many classes", "one row each"],
-)
-@pytest.mark.parametrize("cap", [None, 1.0], ids=["no cap", "cap"])
-def test_dirichlet_among_a_thousand_clients_takes_seconds(
-    rows: int, classes: int, clients: int, min_size: int, cap: float | None
-) -> None:
-    y = torch.arange(rows) % classes
-    config = PartitionConfig(kind="dirichlet", alpha=0.01, min_size=min_size, cap=cap)
-    notes: list[str] = []
-    start = time.process_time()  # unlike the time of a clock, independent of other processes
+def test_dirichlet_among_a_thousand_clients_takes_seconds(subtests: pytest.Subtests) -> None:
+    for rows, classes, clients, min_size in (
+        (20_000, 10, 1000, 20),
+        (20_000, 10, 1000, 1),
+        (3_000, 1000, 1000, 2),
+        (1000, 2, 1000, 1),
+    ):
+        for cap in (None, 1.0):
+            with subtests.test(rows=rows, classes=classes):
+                y = torch.arange(rows) % classes
+                config = PartitionConfig(kind="dirichlet", alpha=0.01, min_size=min_size, cap=cap)
+                notes: list[str] = []
+                start = (
+                    time.process_time()
+                )  # unlike the time of a clock, independent of other processes
 
-    parts = partition_rows(
-        y, None, config, [1] * clients, Task("multiclass", classes), seed=0, notes=notes
-    )
+                parts = partition_rows(
+                    y, None, config, [1] * clients, Task("multiclass", classes), seed=0, notes=notes
+                )
 
-    assert time.process_time() - start < 30
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(rows))
-    assert min(map(len, parts)) >= min_size
-    assert notes[0].startswith("data.partition.min_size: moved ")
+                assert time.process_time() - start < 30
+                assert torch.equal(torch.cat(parts).sort().values, torch.arange(rows))
+                assert min(map(len, parts)) >= min_size
+                assert notes[0].startswith("data.partition.min_size: moved ")
 
 
 def test_note_counts_moved_rows_and_clients() -> None:
@@ -150,29 +152,27 @@ def test_note_counts_moved_rows_and_clients() -> None:
     parts = partition_rows(y, None, config, [1] * 4, TEN, seed=0, notes=notes)
     assert sorted(map(len, parts)) == [5, 5, 5, 85]
     assert notes == ["data.partition.min_size: moved 15 rows to 3 clients that had fewer than 5"]
-
-
-def test_note_is_absent_if_nothing_moves() -> None:
-    notes: list[str] = []
+    notes.clear()
     config = PartitionConfig(kind="dirichlet", alpha=1.0, min_size=1)
     partition_rows(labels(500), None, config, [1] * 4, TEN, seed=0, notes=notes)
     assert notes == []
 
 
-@pytest.mark.parametrize("kind", ["dirichlet", "quantity"])
-def test_huge_alpha_gives_equal_shares(kind: str) -> None:
-    config = PartitionConfig(kind=kind, alpha=1e308)
-    parts = partition_rows(torch.arange(400) % 4, None, config, [1] * 10, TEN, seed=0)
-    assert {len(part) for part in parts} == {40}
-
-
-@pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e-3])
-def test_extreme_skew_terminates_with_min_size(alpha: float) -> None:
+@pytest.mark.filterwarnings("error")
+def test_extreme_settings_do_not_overflow() -> None:
     y = labels(300, classes=2)
-    config = PartitionConfig(kind="dirichlet", alpha=alpha, min_size=20)
-    parts = partition_rows(y, None, config, [1] * 12, Task("multiclass", 2), seed=3)
-    assert min(map(len, parts)) >= 20
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
+    for alpha in (1e-300, 1e-6, 1e-3):
+        config = PartitionConfig(kind="dirichlet", alpha=alpha, min_size=20)
+        parts = partition_rows(y, None, config, [1] * 12, Task("multiclass", 2), seed=3)
+        assert min(map(len, parts)) >= 20
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
+    for kind in ("dirichlet", "quantity"):
+        config = PartitionConfig(kind=kind, alpha=1e308)
+        parts = partition_rows(torch.arange(400) % 4, None, config, [1] * 10, TEN, seed=0)
+        assert {len(part) for part in parts} == {40}
+    config = PartitionConfig(kind="dirichlet", alpha=0.5, cap=1e308, min_size=1)
+    parts = partition_rows(labels(400), None, config, [1, 1, 2], TEN, seed=0)
+    assert sum(len(part) for part in parts) == 400
 
 
 def test_classes_are_assigned_evenly_and_shared_by_size() -> None:
@@ -190,33 +190,6 @@ def test_classes_are_assigned_evenly_and_shared_by_size() -> None:
     # six classes find a holder
     few = partition_rows(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, seed=0)
     assert (counts(few, y) > 0).sum().item() == 6 and all(len(p) == 400 for p in few)
-    with pytest.raises(UserError, match=r"classes: must be <= 3, .* got 4"):
-        partition_rows(
-            y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, seed=0
-        )
-    with pytest.raises(
-        UserError,
-        match=(
-            r"data\.partition\.min_size: with 1 classes per "
-            r"client some clients get fewer than 60 rows"
-        ),
-    ):
-        partition_rows(
-            y[:140],
-            None,
-            PartitionConfig(kind="classes", classes=1, min_size=60),
-            [1, 1],
-            TEN,
-            seed=0,
-        )
-
-
-@pytest.mark.filterwarnings("error")
-def test_very_large_cap_does_not_overflow() -> None:
-    y = labels(400)
-    config = PartitionConfig(kind="dirichlet", alpha=0.5, cap=1e308, min_size=1)
-    parts = partition_rows(y, None, config, [1, 1, 2], TEN, seed=0)
-    assert sum(len(part) for part in parts) == 400
 
 
 def test_dirichlet_below_a_cap() -> None:
@@ -281,13 +254,6 @@ def test_classes_may_differ_in_number_and_be_few_shot() -> None:
         y, None, PartitionConfig(kind="classes", classes=2, shots=90), [1, 3], TEN, seed=0
     )
     assert [len(p) for p in sized] == [90, 270]
-    with pytest.raises(
-        UserError,
-        match=r"data\.partition\.shots: class \d has only 1000 rows for \d clients, got 600",
-    ):
-        partition_rows(
-            y, None, PartitionConfig(kind="classes", classes=2, shots=600), [1] * 10, TEN, seed=0
-        )
 
 
 def test_quantity_skews_sizes_only() -> None:
@@ -304,18 +270,6 @@ def test_natural_partition_keeps_groups() -> None:
     y, group = labels(100), torch.arange(100) % 3 * 5  # groups 0, 5, 10
     parts = partition_rows(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, seed=0)
     assert all((group[p] == g).all() for p, g in zip(parts, (0, 5, 10), strict=True))
-    with pytest.raises(UserError, match="got 3 groups for 4 clients"):
-        partition_rows(y, group, PartitionConfig(kind="natural"), [1] * 4, TEN, seed=0)
-    with pytest.raises(UserError, match="natural needs groups"):
-        partition_rows(y, None, PartitionConfig(kind="natural"), [1] * 3, TEN, seed=0)
-    with pytest.raises(UserError, match="must be <= 10, the number of rows of the smallest"):
-        partition_rows(
-            y, torch.arange(100) // 45, PartitionConfig(kind="natural"), [1] * 3, TEN, seed=0
-        )
-    # More than the mean number of rows, too, is compared with the smallest group.
-    with pytest.raises(UserError, match=r"must be <= 10, the number .* got 50$"):
-        large = PartitionConfig(kind="natural", min_size=50)
-        partition_rows(y, torch.arange(100) // 45, large, [1] * 3, TEN, seed=0)
 
 
 def test_strata_of_multilabel_and_regression() -> None:
@@ -343,17 +297,6 @@ def test_partition_depends_on_the_seed() -> None:
             for seed in (0, 1)
         )
         assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_too_few_rows_raise() -> None:
-    with pytest.raises(
-        UserError,
-        match=(
-            r"data\.partition\.min_size: must be <= 19 for 99 "
-            r"training rows and 5 clients, got 20"
-        ),
-    ):
-        partition_rows(labels(99), None, PartitionConfig(), [1] * 5, TEN, seed=0)
 
 
 def test_in_order_partition_gives_equal_slices() -> None:

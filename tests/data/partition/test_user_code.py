@@ -249,9 +249,11 @@ def test_unused_rows_are_noted(registering: None) -> None:
     assert notes == ["data.partition.kind: few: no client gets 40 of 100 training rows"]
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
+def test_mistakes_are_one_line(registering: None, subtests: pytest.Subtests) -> None:
+    register_partition("by_date")(by_date)
+    register_partition("by_hospital")(ByHospital)
+
+    for section, message in (
         ({"kind": "by_dat"}, "kind: unknown value 'by_dat'; did you mean 'by_date'?"),
         ({"kind": "iid", "column": "date"}, "column: unknown key"),
         ({"kind": "iid", "arguments": {"column": 1}}, "arguments: does not apply to kind=iid"),
@@ -266,17 +268,13 @@ def test_unused_rows_are_noted(registering: None) -> None:
         ),
         ({"kind": "by_hospital"}, "data.partition.order: missing; by_hospital needs this argument"),
         ({"kind": "by_hospital", "order": 3}, "by_hospital raised TypeError: "),
-    ],
-)
-def test_mistakes_are_one_line(registering: None, section: dict[str, Any], message: str) -> None:
-    register_partition("by_date")(by_date)
-    register_partition("by_hospital")(ByHospital)
+    ):
+        with subtests.test(message=message):
+            with pytest.raises(UserError) as caught:
+                config = DataConfig(partition=section)
+                federate(visits(), config, {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, seed=0)
 
-    with pytest.raises(UserError) as caught:
-        config = DataConfig(partition=section)
-        federate(visits(), config, {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, seed=0)
-
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+            assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

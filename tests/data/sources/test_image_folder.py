@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hetero_fl.data import Dataset, load_source
 from hetero_fl.data.sources.image_files import read_image_files
 from hetero_fl.data.sources.images import read_image_folder
 from hetero_fl.utils.errors import UserError
+from tests.support.mistakes import check_broken_folders
 
 
 def save(path: Path, value: int = 0, size: tuple[int, int] = (6, 5), mode: str = "L") -> Path:
@@ -77,38 +79,44 @@ def test_images_are_scaled_on_reading(tmp_path: Path) -> None:
     assert read_image_folder(tmp_path, side=8).train.x.shape == (2, 1, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("folders", "message"),
-    [
-        ([], "expected images as CLASS/"),
-        (["train/a", "other/a"], "unknown split folder 'other'"),
-        (["test/a"], "folder 'train' not found, only test"),
-        (["train/a", "val/a", "valid/a"], "'val' and 'valid' are both the validation set"),
-    ],
-)
-def test_invalid_folders_are_named(folders: list[str], message: str, tmp_path: Path) -> None:
-    for folder in folders:
-        save(tmp_path / folder / "0.png")
-
-    with pytest.raises(UserError, match=message):
-        load(tmp_path)
+def save_all(*folders: str) -> Callable[[Path], object]:
+    return lambda path: [save(path / folder / "0.png") for folder in folders]
 
 
-def test_missing_and_invalid_images_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.path: folder '.*none' not found"):
-        load(tmp_path / "none")
-    save(tmp_path / "one" / "a" / "0.png")
-    save(tmp_path / "one" / "b" / "1.png", size=(7, 5))
-    with pytest.raises(UserError, match=r"1\.png: expected 6x5 pixels as in 0\.png, got 7x5"):
-        load(tmp_path / "one")
-    (tmp_path / "one" / "b" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(
-        UserError, match=r"1\.png: not a readable image \(unknown format or damaged file\)$"
-    ):
-        load(tmp_path / "one")
-    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(UserError, match="mode F"):
-        read_image_files([tmp_path / "float.tif"])
+BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
+    ("none", lambda d: d.rmdir(), {}, "data.path: folder 'DIR' not found"),
+    ("empty", save_all(), {}, "expected images as CLASS/"),
+    ("split", save_all("train/a", "other/a"), {}, "unknown split folder 'other'"),
+    ("test only", save_all("test/a"), {}, "folder 'train' not found, only test"),
+    (
+        "two names",
+        save_all("train/a", "val/a", "valid/a"),
+        {},
+        "'val' and 'valid' are both the validation set",
+    ),
+    (
+        "sizes",
+        lambda d: [save(d / "a" / "0.png"), save(d / "b" / "1.png", size=(7, 5))],
+        {},
+        "1.png: expected 6x5 pixels as in 0.png, got 7x5",
+    ),
+    (
+        "damage",
+        lambda d: save(d / "a" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n broken"),
+        {},
+        "0.png: not a readable image (unknown format or damaged file)",
+    ),
+    ("floats", lambda d: save(d / "a" / "0.tif", mode="F"), {}, "mode F"),
+]
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
+    check_broken_folders(subtests, BROKEN, make, load)
 
 
 def save_turned(file: Path, pixels: np.ndarray, place: str) -> None:
@@ -130,9 +138,8 @@ def save_turned(file: Path, pixels: np.ndarray, place: str) -> None:
         file.write_bytes(content[:-12] + chunk + content[-12:])
 
 
-@pytest.mark.parametrize(
-    ("suffix", "place", "dtype"),
-    [
+def test_images_are_turned_upright(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for suffix, place, dtype in (
         ("png", "exif", np.uint8),
         ("png", "exif", np.uint16),
         ("png", "late", np.uint8),
@@ -140,19 +147,20 @@ def save_turned(file: Path, pixels: np.ndarray, place: str) -> None:
         ("tif", "exif", np.uint16),
         ("jpg", "exif", np.uint8),
         ("jpg", "xmp", np.uint8),
-    ],
-)
-def test_images_are_turned_upright(suffix: str, place: str, dtype: Any, tmp_path: Path) -> None:
-    pixels = np.arange(128, dtype=dtype).reshape(8, 16)
-    file = tmp_path / f"turned.{suffix}"
-    save_turned(file, pixels, place)
+    ):
+        with subtests.test(suffix=suffix, place=place):
+            pixels = np.arange(128, dtype=dtype).reshape(8, 16)
+            file = tmp_path / f"turned.{suffix}"
+            save_turned(file, pixels, place)
 
-    in_memory = read_image_files([file])
-    streamed = read_image_files([file], stream=StreamConfig())
+            in_memory = read_image_files([file])
+            streamed = read_image_files([file], stream=StreamConfig())
 
-    expected = np.rot90(pixels, -1)
-    assert np.abs(in_memory[0, 0].numpy() - expected.astype(int)).max() <= 4 * (suffix == "jpg")
-    assert torch.equal(next(split_rows(streamed, 1)), in_memory)
+            expected = np.rot90(pixels, -1)
+            assert np.abs(in_memory[0, 0].numpy() - expected.astype(int)).max() <= 4 * (
+                suffix == "jpg"
+            )
+            assert torch.equal(next(split_rows(streamed, 1)), in_memory)
 
 
 def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:
@@ -172,18 +180,20 @@ def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:
     assert load(tmp_path).notes == ()
 
 
-@pytest.mark.parametrize("group", [None, "site"])
-def test_empty_class_folder_is_named(group: str | None, tmp_path: Path) -> None:
-    folder = tmp_path if group is None else tmp_path / "north"
-    for i in range(3):
-        save(folder / "a" / f"{i}.png", i)
-    (folder / "b").mkdir()
-    (folder / "b" / "readme.txt").write_text("no images")
+def test_empty_class_folder_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, group in enumerate((None, "site")):
+        with subtests.test(group=group):
+            root = tmp_path / str(number)
+            folder = root if group is None else root / "north"
+            for i in range(3):
+                save(folder / "a" / f"{i}.png", i)
+            (folder / "b").mkdir()
+            (folder / "b" / "readme.txt").write_text("no images")
 
-    dataset = load(tmp_path, group)
+            dataset = load(root, group)
 
-    assert dataset.task.names == ("a",)
-    assert "found no images of 'b', which are not classes" in dataset.notes
-    data = {"name": "image_folder", "path": str(tmp_path), "group": group}
-    with pytest.raises(UserError, match=r"got 'a' in all 3 rows; found no images of 'b'$"):
-        prepare({"data": data, "clients": {"count": 2}})
+            assert dataset.task.names == ("a",)
+            assert "found no images of 'b', which are not classes" in dataset.notes
+            data = {"name": "image_folder", "path": str(root), "group": group}
+            with pytest.raises(UserError, match=r"got 'a' in all 3 rows; found no images of 'b'$"):
+                prepare({"data": data, "clients": {"count": 2}})

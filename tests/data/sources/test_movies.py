@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hetero_fl.data.sources.movies import movielens, read_ratings, simulation, s
 from hetero_fl.data.sources.movies.histories import Ratings, User, assign_roles, make_dataset
 from hetero_fl.utils.errors import UserError
 from tests.support.file_server import md5
+from tests.support.mistakes import check_broken_folders
 from tests.support.movielens_folders import MOVIES, draw_ratings, write_movielens_folder
 
 HERE = Path(".")
@@ -34,25 +36,28 @@ def load(
     return load_source(SourceConfig(name=name, path=found, group=group, movies=settings), root)
 
 
-@pytest.mark.parametrize("layout", ["100k", "1m", "latest"])
-def test_all_layouts_give_the_same_histories(layout: str, tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path, layout)
+def test_all_layouts_give_the_same_histories(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, layout in enumerate(("100k", "1m", "latest")):
+        with subtests.test(layout=layout):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            folder = write_movielens_folder(folder, layout)
 
-    ratings = read_ratings(folder, None, 0.0)
+            ratings = read_ratings(folder, None, 0.0)
 
-    assert len(ratings.titles) == MOVIES and ratings.titles[1] == "Léon (1994)"
-    assert ratings.titles[3] == "Movie 3, The (1953) [4]"
-    expected = {
-        user: sorted((t, m - 1) for u, m, _, t in draw_ratings(24) if u == user)
-        for user in range(1, 25)
-    }
-    for user in ratings.users:
-        assert user.movies.tolist() == [movie for _, movie in expected[int(user.name)]]
-    groups = {user.group for user in ratings.users}
-    if layout == "latest":
-        assert groups == {str(user) for user in range(1, 25)}
-    else:
-        assert groups == {"zip_1", "zip_9", "other"}
+            assert len(ratings.titles) == MOVIES and ratings.titles[1] == "Léon (1994)"
+            assert ratings.titles[3] == "Movie 3, The (1953) [4]"
+            expected = {
+                user: sorted((t, m - 1) for u, m, _, t in draw_ratings(24) if u == user)
+                for user in range(1, 25)
+            }
+            for user in ratings.users:
+                assert user.movies.tolist() == [movie for _, movie in expected[int(user.name)]]
+            groups = {user.group for user in ratings.users}
+            if layout == "latest":
+                assert groups == {str(user) for user in range(1, 25)}
+            else:
+                assert groups == {"zip_1", "zip_9", "other"}
 
 
 def test_equal_times_keep_the_order_of_the_file_and_low_ratings_are_ignored(tmp_path: Path) -> None:
@@ -192,6 +197,9 @@ def test_popularity_is_that_of_public_users() -> None:
         shares = part.baselines["popularity"].double().exp()
         assert shares.shape == (len(part), 200)
         np.testing.assert_allclose(shares[-1], counts / counts.sum(), rtol=1e-6)
+    assert dataset.simulated and dataset.train.group_names == simulation.REGIONS
+    assert dataset.task.is_ranking and dataset.task.outputs == 200
+    assert load(name="movies_public").simulated
     without = load(public_users=0).test
     assert without is not None and not without.baselines
 
@@ -213,22 +221,24 @@ def test_users_are_numbered_in_the_folder_or_in_each_group(tmp_path: Path) -> No
         assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 10
 
 
-def test_candidates_are_distinct_if_few_movies_are_unseen(tmp_path: Path) -> None:
-    dataset = load(write_movielens_folder(tmp_path))
+def test_groups_users_and_candidates_of_a_folder(tmp_path: Path) -> None:
+    folder = write_movielens_folder(tmp_path)
 
-    assert dataset.test is not None and dataset.test.candidates is not None
-    # Each user has seen 12 of 30 movies.
-    assert dataset.test.candidates.shape[1] == MOVIES - 12
-    assert all(len(row.unique()) == len(row) for row in dataset.test.candidates)
+    dataset = load(folder)
 
-
-def test_users_are_not_divided_by_partitions(tmp_path: Path) -> None:
-    train = load(write_movielens_folder(tmp_path), group="region").train
-
+    train = dataset.train
+    assert train.group_names == ("other", "zip_1", "zip_9")
+    # The group with the most movies is kept.
+    assert load(folder, groups=1).train.group_names == ("zip_9",)
+    assert len(load(folder, group="user").train.group_names) == 17
     assert train.patient is not None and train.group is not None
     assert len(train.patient_names) == len(train.patient.unique()) > 10
     for user in train.patient.unique():
         assert len(train.group[train.patient == user].unique()) == 1
+    # Each user has seen 12 of 30 movies, so that few are left as candidates.
+    assert dataset.test is not None and dataset.test.candidates is not None
+    assert dataset.test.candidates.shape[1] == MOVIES - 12
+    assert all(len(row.unique()) == len(row) for row in dataset.test.candidates)
 
 
 def test_files_in_utf_8_without_header_are_read_as_such(tmp_path: Path) -> None:
@@ -239,44 +249,52 @@ def test_files_in_utf_8_without_header_are_read_as_such(tmp_path: Path) -> None:
     assert "Léon (1994)" in read_ratings(tmp_path, None, 0.0).titles
 
 
-def test_groups_with_the_most_movies_are_kept(tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path)
-    whole = load(folder)
-    assert whole.train.group_names == ("other", "zip_1", "zip_9")
-    assert load(folder, groups=1).train.group_names == ("zip_9",)
-    assert len(load(folder, group="user").train.group_names) == 17
-
-
-@pytest.mark.parametrize("size", [1, 7, 1 << 20])
 def test_files_are_read_in_blocks_of_any_size(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    folder = write_movielens_folder(tmp_path, "latest")
-    rows = ['"anna",2, 4.5 ,-5\r', "", " anna , 7,3,12", "a user of twelve,2,1,0", "é,1,0,3"]
-    rows += ["é,9,5.0,3", "anna,3,4,12", "a user of twelve,9,2,-100"]
-    content = "\n".join(["userId,movieId,rating,timestamp", *rows])
-    (folder / "ratings.csv").write_text(content, encoding="utf-8-sig", newline="")
-    monkeypatch.setattr(movielens, "BLOCK", size)
+    for number, size in enumerate((1, 7, 1 << 20)):
+        with subtests.test(size=size):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            folder = write_movielens_folder(folder, "latest")
+            rows = [
+                '"anna",2, 4.5 ,-5\r',
+                "",
+                " anna , 7,3,12",
+                "a user of twelve,2,1,0",
+                "é,1,0,3",
+            ]
+            rows += ["é,9,5.0,3", "anna,3,4,12", "a user of twelve,9,2,-100"]
+            content = "\n".join(["userId,movieId,rating,timestamp", *rows])
+            (folder / "ratings.csv").write_text(content, encoding="utf-8-sig", newline="")
+            monkeypatch.setattr(movielens, "BLOCK", size)
 
-    users = {user.name: user.movies.tolist() for user in read_ratings(folder, None, 0.0).users}
+            users = {
+                user.name: user.movies.tolist() for user in read_ratings(folder, None, 0.0).users
+            }
 
-    # Equal times keep the order of the file.
-    assert users == {"anna": [1, 6, 2], "a user of twelve": [8, 1], "é": [0, 8]}
+            # Equal times keep the order of the file.
+            assert users == {"anna": [1, 6, 2], "a user of twelve": [8, 1], "é": [0, 8]}
 
 
-@pytest.mark.parametrize("layout", ["100k", "1m", "latest"])
-def test_byte_order_marks_are_ignored(layout: str, tmp_path: Path) -> None:
-    folder = write_movielens_folder(tmp_path, layout)
-    expected = read_ratings(folder, None, 0.0)
-    for file in folder.iterdir():
-        file.write_text(file.read_text("utf-8" if layout == "latest" else "latin-1"), "utf-8-sig")
+def test_byte_order_marks_are_ignored(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, layout in enumerate(("100k", "1m", "latest")):
+        with subtests.test(layout=layout):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            folder = write_movielens_folder(folder, layout)
+            expected = read_ratings(folder, None, 0.0)
+            for file in folder.iterdir():
+                file.write_text(
+                    file.read_text("utf-8" if layout == "latest" else "latin-1"), "utf-8-sig"
+                )
 
-    found = read_ratings(folder, None, 0.0)
+            found = read_ratings(folder, None, 0.0)
 
-    assert found.titles == expected.titles
-    for user, other in zip(found.users, expected.users, strict=True):
-        assert (user.name, user.group) == (other.name, other.group)
-        assert np.array_equal(user.movies, other.movies)
+            assert found.titles == expected.titles
+            for user, other in zip(found.users, expected.users, strict=True):
+                assert (user.name, user.group) == (other.name, other.group)
+                assert np.array_equal(user.movies, other.movies)
 
 
 def test_users_csv_has_the_regions(tmp_path: Path) -> None:
@@ -586,41 +604,11 @@ BROKEN: list[tuple[str, str, Callable[[Path], object], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("layout", "change", "keys", "words"),
-    [case[1:] for case in BROKEN],
-    ids=[case[0] for case in BROKEN],
-)
-def test_malformed_folder_raises_one_line(
-    layout: str,
-    change: Callable[[Path], object],
-    keys: dict[str, Any],
-    words: str,
-    tmp_path: Path,
-) -> None:
-    folder = write_movielens_folder(tmp_path / "ml", layout)
-    change(folder)
-
-    with pytest.raises(UserError) as refused:
-        load(folder, **keys)
-
-    message = str(refused.value)
-    assert words.replace("DIR", str(folder)) in message, message
-    assert message.startswith("data.") and "\n" not in message
-
-
-def test_user_who_has_rated_everything_is_refused(tmp_path: Path) -> None:
-    users = tuple(make_user(i, range(12)) for i in range(5))
-    ratings = Ratings(tuple(f"m{i}" for i in range(12)), users, "path: x")
-    with pytest.raises(UserError, match=r"path: x: user '\d' has rated all 12 movies, which"):
-        make_dataset("movies", ratings, MoviesConfig(), "")
-
-
-def test_group_with_more_users_than_tokens_is_refused() -> None:
-    users = tuple(make_user(i, [i % 4, (i + 1) % 4]) for i in range(30))
-    ratings = Ratings(tuple("abcde"), users, "path: x")
-    with pytest.raises(UserError, match=r"group 'here' has 21 users to train on, but a model "):
-        make_dataset("movies", ratings, MoviesConfig(), "")
+def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
+    for layout in ("100k", "1m", "latest"):
+        cases = [(name, *case) for name, own, *case in BROKEN if own == layout]
+        write = partial(write_movielens_folder, layout=layout)
+        check_broken_folders(subtests, cases, write, load)
 
 
 def test_folder_as_a_name_is_explained(tmp_path: Path) -> None:
@@ -628,11 +616,6 @@ def test_folder_as_a_name_is_explained(tmp_path: Path) -> None:
         folder = write_movielens_folder(tmp_path / layout, layout)
         with pytest.raises(UserError, match=r"expected a source, got the folder .*=movies and"):
             check_source(SourceConfig(name=str(folder)))
-
-
-def test_shares_that_leave_no_user_are_refused() -> None:
-    with pytest.raises(UserError, match=r"must be <= 0.9, which leaves users to train on, got 1.1"):
-        MoviesConfig(test_users=0.5, public_users=0.5, validation_users=0.1)
 
 
 def publish(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -695,13 +678,6 @@ def test_generated_users_match_the_description() -> None:
     assert distance[~np.eye(6, dtype=bool)].mean() > 0.2
     counts = np.sort(np.bincount(np.concatenate([user.movies for user in ratings.users])))[::-1]
     assert counts[:20].sum() > 0.15 * counts.sum()
-
-
-def test_generated_data_set_is_marked_as_simulated() -> None:
-    dataset = load()
-    assert dataset.simulated and dataset.train.group_names == simulation.REGIONS
-    assert dataset.task.is_ranking and dataset.task.outputs == 200
-    assert load(name="movies_public").simulated
 
 
 def test_seed_selects_other_users_and_roles(tmp_path: Path) -> None:

@@ -176,8 +176,3 @@ def test_folder_that_disappears_is_named(folder: Path) -> None:
 
     with pytest.raises(UserError, match="file not found"):
         images.read(torch.tensor([0]))
-
-
-def test_other_sources_do_not_stream(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.stream: does not apply to source digits; remove"):
-        load_source(SourceConfig(name="digits", stream=STREAM), tmp_path)

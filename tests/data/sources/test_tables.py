@@ -80,42 +80,20 @@ def test_sites_and_patients_keep_their_spelling(tmp_path: Path) -> None:
     assert [train.patient_names[p] for p in train.patient] == ["007", "7", "007", "07"]
 
 
-@pytest.mark.parametrize("name", ["t.tsv", "t.parquet"])
-def test_other_formats_give_equal_data(csv: Path, name: str) -> None:
-    path = csv.with_name(name)
-    if name == "t.parquet":
-        pytest.importorskip("pyarrow")
-        FRAME.assign(day=pd.Timestamp("2020-01-01")).to_parquet(path)
-    else:
-        FRAME.to_csv(path, index=False, sep="\t")
-    found, expected = load(path), load(csv)
-    assert found.train.x.tolist() == expected.train.x.tolist() and found.columns == expected.columns
-
-
-@pytest.mark.parametrize(
-    ("values", "kind", "names"),
-    [
-        ([3, 10, 3, 2], "multiclass", ("2", "3", "10")),
-        ([1.0, 0.0, 1.0, 0.0], "multiclass", ("0", "1")),
-        ([True, False, True, True], "multiclass", ("False", "True")),
-        ([1.5, 0.0, 1.0, 0.0], "regression", ("target",)),
-    ],
-)
-def test_task_of_single_label_is_inferred(
-    tmp_path: Path, values: list[object], kind: str, names: tuple[str, ...]
-) -> None:
-    FRAME.assign(target=values).to_csv(tmp_path / "t.csv", index=False)
-    task = load(tmp_path / "t.csv", "target").task
-    assert (task.kind, task.names) == (kind, names)
-
-
-def test_many_integers_are_a_regression_target(tmp_path: Path) -> None:
-    pd.DataFrame({"x": np.arange(50) / 7, "count": np.arange(50)}).to_csv(
-        tmp_path / "t.csv", index=False
-    )
-    dataset = load(tmp_path / "t.csv", "count")
-    assert dataset.task.kind == "regression"
-    assert dataset.train.y is not None and dataset.train.y.shape == (50, 1)
+def test_other_formats_give_equal_data(csv: Path, subtests: pytest.Subtests) -> None:
+    for name in ("t.tsv", "t.parquet"):
+        with subtests.test(name=name):
+            path = csv.with_name(name)
+            if name == "t.parquet":
+                pytest.importorskip("pyarrow")
+                FRAME.assign(day=pd.Timestamp("2020-01-01")).to_parquet(path)
+            else:
+                FRAME.to_csv(path, index=False, sep="\t")
+            found, expected = load(path), load(csv)
+            assert (
+                found.train.x.tolist() == expected.train.x.tolist()
+                and found.columns == expected.columns
+            )
 
 
 def test_several_labels_are_multilabel(csv: Path, tmp_path: Path) -> None:
@@ -136,9 +114,8 @@ def test_several_labels_are_multilabel(csv: Path, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("column", "values", "label", "words"),
-    [
+def test_invalid_cells_are_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for column, values, label, words in (
         (
             "dose",
             [0.5, "much", 2.5, 3.5],
@@ -167,17 +144,14 @@ def test_several_labels_are_multilabel(csv: Path, tmp_path: Path) -> None:
             "age,dose",
             "column 'dose': expected numbers as multiple labels, got text",
         ),
-    ],
-)
-def test_invalid_cells_are_named(
-    tmp_path: Path, column: str, values: list[object], label: str, words: str
-) -> None:
-    FRAME.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(UserError) as refused:
-        load(tmp_path / "t.csv", label, "site")
-    assert str(refused.value).startswith(f"data.path: {tmp_path / 't.csv'}: ") and words in str(
-        refused.value
-    )
+    ):
+        with subtests.test(column=column, label=label):
+            FRAME.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
+            with pytest.raises(UserError) as refused:
+                load(tmp_path / "t.csv", label, "site")
+            assert str(refused.value).startswith(
+                f"data.path: {tmp_path / 't.csv'}: "
+            ) and words in str(refused.value)
 
 
 def test_large_class_names_stay_distinct() -> None:

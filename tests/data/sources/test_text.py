@@ -10,15 +10,11 @@ import pytest
 import torch
 
 from hetero_fl.config.data import SourceConfig, TextConfig
-from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, Examples, Vocabulary, check_examples, from_arrays, load_source
+from hetero_fl.data import Dataset, Vocabulary, from_arrays, load_source
 from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
 from hetero_fl.data.sources import text as phrases
-from hetero_fl.experiment import prepare
-from hetero_fl.experiment.configuration import load_config
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
-from tests.support.federations import changed
 
 HERE = Path(".")
 
@@ -56,9 +52,8 @@ def test_vocabulary_encodes_words() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
+def test_characters_are_words_in_scripts_without_spaces(subtests: pytest.Subtests) -> None:
+    for text, words in (
         ("我喜歡Python 3.10!", ["我", "喜", "歡", "python", "3", ".", "10", "!"]),
         ("ラーメンを食べる", list("ラーメンを食べる")),
         ("ﾃｽﾄ𠮷野家", list("ﾃｽﾄ𠮷野家")),
@@ -67,15 +62,13 @@ def test_vocabulary_encodes_words() -> None:
         ("ខ្មែរ", ["ខ្", "មែ", "រ"]),
         ("မြန်မာ", ["မြ", "န်", "မာ"]),
         ("한국어 텍스트, наïve-ß", ["한국어", "텍스트", "наïve-ß"]),
-    ],
-)
-def test_characters_are_words_in_scripts_without_spaces(text: str, words: list[str]) -> None:
-    assert split_words(text) == words
+    ):
+        with subtests.test(text=text):
+            assert split_words(text) == words
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_combining_marks_belong_to_their_word(subtests: pytest.Subtests) -> None:
+    for words in (
         "हिन्दी भाषा में",
         "বাংলা ভাষা",
         "தமிழ் மொழி",
@@ -86,29 +79,16 @@ def test_characters_are_words_in_scripts_without_spaces(text: str, words: list[s
         "עִבְרִית שָׂפָה",
         "می\u200cخواهم",
         "tiếng việt café",
-    ],
-)
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_combining_marks_belong_to_their_word(words: str, form: str) -> None:
-    expected = [unicodedata.normalize("NFC", word) for word in words.split()]
+    ):
+        for form in ("NFC", "NFD"):
+            with subtests.test(words=words, form=form):
+                expected = [unicodedata.normalize("NFC", word) for word in words.split()]
 
-    assert split_words(unicodedata.normalize(form, words)) == expected
+                assert split_words(unicodedata.normalize(form, words)) == expected
 
 
 def test_dotted_capital_begins_a_word() -> None:
     assert len(split_words("İstanbul güzel")) == 2
-
-
-def test_lines_without_words_are_noted(tmp_path: Path) -> None:
-    lines = ["good\tvery nice", "bad\tvery bad", "good\t😀😀", "bad\t😡"]
-    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
-    settings = TextConfig(predict="class", tokenizer="hashing")
-    config = SourceConfig(name="text", path=str(tmp_path / "text.txt"), text=settings)
-
-    dataset = load_source(config, tmp_path)
-
-    assert len(dataset.train) == 2
-    assert "2 lines with fewer than 1 word left out" in dataset.notes
 
 
 def test_classification_of_text_without_spaces_equals_that_with_spaces(tmp_path: Path) -> None:
@@ -230,10 +210,14 @@ def test_file_per_phone_is_loaded(folder: Path) -> None:
 
 def test_labeled_texts_are_loaded(tmp_path: Path) -> None:
     path = tmp_path / "mail.txt"
-    path.write_text("spam\tbuy now !\nham\tsee you\n" * 3, encoding="utf-8")
+    lines = ["spam\tbuy now !", "ham\tsee you"] * 3
+    path.write_text("\n".join([*lines, "ham\t😀😀", "spam\t😡"]), encoding="utf-8")
+
     found = load("text", path, predict="class", tokenizer="hashing", length=4)
+
     assert found.task.names == ("ham", "spam") and found.train.x.shape == (6, 4)
-    assert found.train.y is not None and found.train.y.tolist() == [1, 0] * 3
+    assert found.train.labels.tolist() == [1, 0] * 3
+    assert "2 lines with fewer than 1 word left out" in found.notes
 
 
 def test_invalid_text_files_raise_one_line(folder: Path) -> None:
@@ -267,69 +251,9 @@ def test_invalid_text_files_raise_one_line(folder: Path) -> None:
         with pytest.raises(UserError, match=words) as refused:
             load("text", folder / path, group, **text)
         assert "\n" not in str(refused.value), path
-    with pytest.raises(UserError, match=r"data\.text: does not apply to source digits"):
-        load("digits")
 
 
-def test_tokens_are_checked() -> None:
-    known, task = Vocabulary(("a", "b")), Task("multiclass", 2)
-    y = torch.tensor([0, 1])
-    for x, words in (
-        (torch.tensor([[0, 4], [1, 1]]), "row 0: token is out of range 0 to 3"),
-        (torch.tensor([[0, 1], [-1, 1]]), "row 1: token is out of range"),
-        (torch.zeros(2, 3), "got float32 of shape"),
-    ):
-        with pytest.raises(UserError, match=words):
-            check_examples(Examples(x, y), task, "here", vocabulary=known)
-    with pytest.raises(UserError, match="for tokens pass a vocabulary"):
-        check_examples(Examples(torch.zeros(2, 3, dtype=torch.int64), y), task, "here")
+def test_tokens_may_be_arrays() -> None:
+    known = Vocabulary(("a", "b"))
     own_vocabulary = from_arrays([[0, 1], [2, 3]], [0, 1], vocabulary=known)
     assert own_vocabulary.vocabulary == known and own_vocabulary.train.x.dtype == torch.int64
-
-
-def config(**changes: object) -> dict[str, object]:
-    result = load_config("configs/text_hetero.yaml").model_dump(mode="json", exclude_unset=True)
-    return changed(result, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (
-            {"clients__defaults__preprocess": {"normalize": "own"}},
-            "preprocess.normalize: does not apply to tokens",
-        ),
-        (
-            {"clients__defaults__preprocess": {"resize": 8}},
-            "preprocess.resize: applies to images only",
-        ),
-        ({"clients__defaults__augment": {"flip": True}}, "augment: applies to images only"),
-        (
-            {"clients__groups": [{"name": "a", "count": 12, "model": "mlp"}]},
-            "clients: 'a_01': model: mlp: expected table rows",
-        ),
-        (
-            {"data__proxy": {"source": {"name": "digits"}}},
-            "data.proxy.source: digits: the vocabulary differs",
-        ),
-        (
-            {
-                "data__proxy": {
-                    "source": {"name": "phrases_public", "text": {"length": 8, "vocabulary": 50}}
-                }
-            },
-            "phrases_public: the vocabulary differs from that of the main data set; set the same",
-        ),
-        ({"algorithm": {"name": "dense"}}, "algorithm.name: dense cannot generate tokens"),
-        (
-            {"server": {"model": "text_cnn", "preprocess": {"normalize": {"mean": 0, "std": 1}}}},
-            "server.preprocess.normalize",
-        ),
-    ],
-)
-def test_settings_incompatible_with_tokens_raise_one_line(
-    changes: dict[str, object], words: str
-) -> None:
-    with pytest.raises(UserError, match=words) as refused:
-        prepare(config(**changes))
-    assert "\n" not in str(refused.value)

@@ -31,25 +31,29 @@ def load(name: str, path: Path, **keys: Any) -> Dataset:
     return load_source(source, path.parent / "downloads", missing=True)
 
 
-@pytest.mark.parametrize("reader", FOLDERS, ids=lambda reader: reader.source)
-def test_link_that_leaves_a_folder_needs_permission(reader: Any, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    path.mkdir()
-    reader.write(path)
-    before = read_all(load(reader.source, path, **reader.keys).train.x).nan_to_num()
-    entry = next(each for each in sorted(path.rglob("*.*")) if each.is_file())
-    entry.rename(tmp_path / "outside")
-    entry.symlink_to(tmp_path / "outside")
+def test_link_that_leaves_a_folder_needs_permission(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for number, reader in enumerate(FOLDERS):
+        with subtests.test(source=reader.source):
+            path = tmp_path / str(number) / "data"
+            outside = tmp_path / str(number) / "outside"
+            path.mkdir(parents=True)
+            reader.write(path)
+            before = read_all(load(reader.source, path, **reader.keys).train.x).nan_to_num()
+            entry = next(each for each in sorted(path.rglob("*.*")) if each.is_file())
+            entry.rename(outside)
+            entry.symlink_to(outside)
 
-    with pytest.raises(UserError, match=r": leads out to .*outside; set data\.follow_links=true"):
-        load(reader.source, path, **reader.keys)
-    after = read_all(load(reader.source, path, **reader.keys, follow_links=True).train.x)
-    entry.unlink()
-    os.mkfifo(entry)
+            with pytest.raises(UserError, match=r": leads out to .*outside; set data\.follow_lin"):
+                load(reader.source, path, **reader.keys)
+            after = read_all(load(reader.source, path, **reader.keys, follow_links=True).train.x)
+            entry.unlink()
+            os.mkfifo(entry)
 
-    assert after.nan_to_num().equal(before)
-    with pytest.raises(UserError, match=f"{entry}: expected a file or a folder"):
-        load(reader.source, path, **reader.keys)
+            assert after.nan_to_num().equal(before)
+            with pytest.raises(UserError, match=f"{entry}: expected a file or a folder"):
+                load(reader.source, path, **reader.keys)
 
 
 def test_links_within_a_folder_or_a_hub_cache_are_read(tmp_path: Path) -> None:
@@ -105,20 +109,25 @@ def test_table_names_no_image_outside_its_folder(
         assert int(read_all(load("hf", tmp_path / "data", follow_links=True).train.x).max()) == 77
 
 
-@pytest.mark.parametrize("kind", ["card", "state"])
-def test_data_set_names_no_table_outside_its_folder(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    datasets.Dataset.from_dict({"a": [1, 2], "label": [0, 1]}).save_to_disk(str(path))
-    (path / "data-00000-of-00001.arrow").rename(tmp_path / "secret.arrow")
-    state = (path / "state.json").read_text()
-    (path / "state.json").write_text(state.replace("data-00000-of-00001", "../secret"))
-    if kind == "card":
-        (path / "state.json").unlink()
-        card = "---\nconfigs:\n- config_name: default\n  data_files: ../secret.arrow\n---\n"
-        (path / "README.md").write_text(card)
+def test_data_set_names_no_table_outside_its_folder(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for number, kind in enumerate(("card", "state")):
+        with subtests.test(kind=kind):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            path = folder / "data"
+            datasets.Dataset.from_dict({"a": [1, 2], "label": [0, 1]}).save_to_disk(str(path))
+            (path / "data-00000-of-00001.arrow").rename(folder / "secret.arrow")
+            state = (path / "state.json").read_text()
+            (path / "state.json").write_text(state.replace("data-00000-of-00001", "../secret"))
+            if kind == "card":
+                (path / "state.json").unlink()
+                card = "---\nconfigs:\n- config_name: default\n  data_files: ../secret.arrow\n---\n"
+                (path / "README.md").write_text(card)
 
-    with pytest.raises(UserError, match="expected files in the folder, got"):
-        load("hf", path)
+            with pytest.raises(UserError, match="expected files in the folder, got"):
+                load("hf", path)
 
 
 def test_metadata_names_no_image_outside_the_folder(tmp_path: Path) -> None:

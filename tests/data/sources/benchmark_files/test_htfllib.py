@@ -6,7 +6,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from hetero_fl.experiment.configuration import load_config
 from hetero_fl.experiment.preparation import load_federated_data
 from hetero_fl.utils.errors import UserError
 from tests.support.benchmark_folders import write_client_file, write_client_folder
+from tests.support.mistakes import check_broken_folders
 
 
 def load(path: Path) -> Dataset:
@@ -74,24 +77,55 @@ def write_array_version(path: Path, version: int) -> None:
             archive.writestr(f"{name}.npy", b"\x93NUMPY" + bytes([version, 0]) + b"{}" * 40)
 
 
-def test_unreadable_files_are_described(tmp_path: Path) -> None:
-    write_client_folder(tmp_path)
-    file = tmp_path / "train" / "0.npz"
+def set_classes(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def replace_by_folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
-    with pytest.raises(UserError, match=r"0\.npz: expected a file, got a folder$"):
-        load(tmp_path)
-    file.rmdir()
-    write_array_version(file, 3)
-    with pytest.raises(UserError, match=r"client file \(version 3\.0 of arrays is not read\)$"):
-        load(tmp_path)
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"client file \(File is not a zip file\)$"):
-        load(tmp_path)
-    write_client_folder(tmp_path)
-    (tmp_path / "config.json").write_text('{"num_classes": "10"}')
-    with pytest.raises(UserError, match=r"num_classes: expected an integer .*, got '10'$"):
-        load(tmp_path)
+
+
+BROKEN: list[tuple[str, Callable[[Path], object], dict[str, Any], str]] = [
+    (
+        "folder",
+        lambda d: replace_by_folder(d / "train" / "0.npz"),
+        {},
+        "0.npz: expected a file, got a folder",
+    ),
+    (
+        "version",
+        lambda d: write_array_version(d / "train" / "0.npz", 3),
+        {},
+        "client file (version 3.0 of arrays is not read)",
+    ),
+    (
+        "empty",
+        lambda d: (d / "train" / "0.npz").write_bytes(b""),
+        {},
+        "client file (File is not a zip file)",
+    ),
+    ("text", set_classes('{"num_classes": "10"}'), {}, "num_classes: expected an integer from 2 "),
+    ("word", set_classes('{"num_classes": "ten"}'), {}, "to 10,000, got 'ten'"),
+    ("not JSON", set_classes("{"), {}, "config.json: not a readable JSON file"),
+    ("no folder", shutil.rmtree, {}, "data.path: folder 'DIR' not found"),
+    (
+        "no training",
+        lambda d: shutil.rmtree(d / "train"),
+        {},
+        "folder 'train' not found; expected train/K.npz",
+    ),
+    (
+        "no test rows",
+        lambda d: (d / "test" / "1.npz").unlink(),
+        {},
+        "file 'test/1.npz' not found, but the client has a file",
+    ),
+]
+
+
+def test_malformed_folder_raises_one_line(subtests: pytest.Subtests) -> None:
+    check_broken_folders(subtests, BROKEN, write_client_folder, load)
 
 
 def test_missing_path_is_named(tmp_path: Path) -> None:
@@ -100,6 +134,9 @@ def test_missing_path_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"^data\.path: missing; htfllib reads a folder$"):
         load_federated_data(load_config(config))
+    path = write_client_folder(tmp_path)
+    with pytest.raises(UserError, match=r"set data\.name=htfllib and data\.path="):
+        load_source(SourceConfig(name=str(path)), path)
 
 
 def test_clients_have_the_same_rows_as_in_the_library(tmp_path: Path) -> None:
@@ -141,23 +178,25 @@ def test_other_partition_is_reported(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("x", "expected"),
-    [
-        (np.zeros((2, 3, 4, 4), np.float64), (torch.float32, (2, 3, 4, 4))),
-        (np.zeros((2, 3, 4, 4), np.uint8), (torch.uint8, (2, 3, 4, 4))),
-        (np.zeros((2, 5), np.float32), (torch.float32, (2, 5))),
-        ([np.zeros((1, 4, 4), np.float32)] * 2, (torch.float32, (2, 1, 4, 4))),
-    ],
-)
-def test_layouts_of_x(x: Any, expected: Any, tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_client_file(tmp_path / split / "0.npz", x=x, y=[0, np.int64(1)])
+def test_layouts_of_x(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, (x, expected) in enumerate(
+        (
+            (np.zeros((2, 3, 4, 4), np.float64), (torch.float32, (2, 3, 4, 4))),
+            (np.zeros((2, 3, 4, 4), np.uint8), (torch.uint8, (2, 3, 4, 4))),
+            (np.zeros((2, 5), np.float32), (torch.float32, (2, 5))),
+            ([np.zeros((1, 4, 4), np.float32)] * 2, (torch.float32, (2, 1, 4, 4))),
+        )
+    ):
+        with subtests.test(x=x):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            for split in ("train", "test"):
+                write_client_file(folder / split / "0.npz", x=x, y=[0, np.int64(1)])
 
-    train = load(tmp_path).train
+            train = load(folder).train
 
-    assert (train.x.dtype, tuple(train.x.shape)) == expected
-    assert train.labels.tolist() == [0, 1]
+            assert (train.x.dtype, tuple(train.x.shape)) == expected
+            assert train.labels.tolist() == [0, 1]
 
 
 def test_arrays_without_pickle_are_read(tmp_path: Path) -> None:
@@ -194,64 +233,54 @@ class Evil:
 IMAGES = np.zeros((3, 1, 4, 4), np.float32)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({"x": IMAGES}, "'y' not found; the file has 'x'"),
-        ({"x": IMAGES, "y": [0, 1]}, "y: expected 3 rows as in x, got 2"),
-        ({"x": IMAGES, "y": [0, 1, 0.5]}, "y: row 2: expected a class number, got 0.5"),
-        ({"x": IMAGES, "y": [0, 1, 2]}, "y: row 2: label 2 is out of range 0 to 1"),
-        ({"x": IMAGES, "y": [0, 1, -1]}, "y: row 2: label -1 is out of range"),
-        ({"x": IMAGES, "y": [[0, 1]] * 3}, "y: expected an array of numbers, got lists"),
-        ({"x": IMAGES, "y": None}, "y: expected an array of numbers, got NoneType"),
-        ({"x": np.zeros((3, 1, 5, 4), np.float32), "y": [0, 1, 0]}, "rows like those of train/0"),
-        ({"x": IMAGES[:, 0], "y": [0, 1, 0]}, r"expected shape \(N, C, H, W\) or \(N, D\)"),
-        ({"x": np.zeros((3, 80), np.int64), "y": [0, 1, 0]}, "files of texts are not read"),
-        ({"x": np.array([([1, 2], 2)] * 3, dtype=object), "y": [0, 1, 0]}, "lists; files of texts"),
-        ({"x": [np.zeros(2), np.zeros(3), np.zeros(2)], "y": [0, 1, 0]}, r"\(2,\) and \(3,\)"),
-        ({"x": IMAGES + np.nan, "y": [0, 1, 0]}, "x: row 0: NaN or infinite value"),
-        ({"x": IMAGES, "y": Evil()}, r"it uses '\w+\.system'"),
-        ({"x": [IMAGES[:1]] * 10**5, "y": [0, 1, 0]}, "x: expected 3 rows as in y, got 100000"),
-        ({"x": [np.zeros((1, 300, 300))] * 10**6, "y": [0, 1] * 500_000}, "x: needs 670.6 GiB of"),
-    ],
-)
 def test_malformed_rows_are_named(
-    rows: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    path = write_client_folder(tmp_path)
-    for split, count in (("train", 4), ("test", 3)):
-        images = np.zeros((count, 1, 4, 4), np.float32)
-        write_client_file(path / split / "0.npz", x=images, y=np.arange(count) % 2)
-        (path / split / "2.npz").unlink()
-    write_client_file(path / "train" / "1.npz", **rows)
-    monkeypatch.chdir(tmp_path)
+    for number, (rows, message) in enumerate(
+        (
+            ({"x": IMAGES}, "'y' not found; the file has 'x'"),
+            ({"x": IMAGES, "y": [0, 1]}, "y: expected 3 rows as in x, got 2"),
+            ({"x": IMAGES, "y": [0, 1, 0.5]}, "y: row 2: expected a class number, got 0.5"),
+            ({"x": IMAGES, "y": [0, 1, 2]}, "y: row 2: label 2 is out of range 0 to 1"),
+            ({"x": IMAGES, "y": [0, 1, -1]}, "y: row 2: label -1 is out of range"),
+            ({"x": IMAGES, "y": [[0, 1]] * 3}, "y: expected an array of numbers, got lists"),
+            ({"x": IMAGES, "y": None}, "y: expected an array of numbers, got NoneType"),
+            (
+                {"x": np.zeros((3, 1, 5, 4), np.float32), "y": [0, 1, 0]},
+                "rows like those of train/0",
+            ),
+            ({"x": IMAGES[:, 0], "y": [0, 1, 0]}, r"expected shape \(N, C, H, W\) or \(N, D\)"),
+            ({"x": np.zeros((3, 80), np.int64), "y": [0, 1, 0]}, "files of texts are not read"),
+            (
+                {"x": np.array([([1, 2], 2)] * 3, dtype=object), "y": [0, 1, 0]},
+                "lists; files of texts",
+            ),
+            ({"x": [np.zeros(2), np.zeros(3), np.zeros(2)], "y": [0, 1, 0]}, r"\(2,\) and \(3,\)"),
+            ({"x": IMAGES + np.nan, "y": [0, 1, 0]}, "x: row 0: NaN or infinite value"),
+            ({"x": IMAGES, "y": Evil()}, r"it uses '\w+\.system'"),
+            ({"x": [IMAGES[:1]] * 10**5, "y": [0, 1, 0]}, "x: expected 3 rows as in y, got 100000"),
+            (
+                {"x": [np.zeros((1, 300, 300))] * 10**6, "y": [0, 1] * 500_000},
+                "x: needs 670.6 GiB of",
+            ),
+        )
+    ):
+        with subtests.test(message=message):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            path = write_client_folder(folder)
+            for split, count in (("train", 4), ("test", 3)):
+                images = np.zeros((count, 1, 4, 4), np.float32)
+                write_client_file(path / split / "0.npz", x=images, y=np.arange(count) % 2)
+                (path / split / "2.npz").unlink()
+            write_client_file(path / "train" / "1.npz", **rows)
+            monkeypatch.chdir(folder)
 
-    with pytest.raises(UserError, match=message) as caught:
-        load(path)
+            with pytest.raises(UserError, match=message) as caught:
+                load(path)
 
-    assert "train/1.npz" in str(caught.value)
-    assert not (tmp_path / "hacked").exists()
-
-
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.path: folder '.*none' not found"):
-        load(tmp_path / "none")
-    with pytest.raises(UserError, match=r"folder 'train' not found; expected train/K\.npz"):
-        load(tmp_path)
-    path = write_client_folder(tmp_path)
-    (path / "test" / "1.npz").unlink()
-    with pytest.raises(UserError, match=r"file 'test/1\.npz' not found, but the client has a file"):
-        load(path)
-    (path / "config.json").write_text('{"num_classes": "ten"}')
-    write_client_folder(tmp_path / "again")
-    (tmp_path / "again" / "config.json").write_text('{"num_classes": "ten"}')
-    with pytest.raises(UserError, match="num_classes: expected an integer from 2 to 10,000"):
-        load(tmp_path / "again")
-    (tmp_path / "again" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not a readable JSON file"):
-        load(tmp_path / "again")
-    with pytest.raises(UserError, match=r"set data\.name=htfllib and data\.path="):
-        load_source(SourceConfig(name=str(path)), path)
+            assert "train/1.npz" in str(caught.value)
+            assert not (folder / "hacked").exists()
 
 
 @settings(
@@ -279,7 +308,10 @@ def test_damaged_files_give_one_line(data: st.DataObject, tmp_path: Path) -> Non
         assert "\n" not in str(error) and "0.npz" in str(error) and len(str(error)) < 1000
 
 
-@pytest.mark.parametrize("code", [b"r\x00\x00\x00\x08", b"p134217728\n"])
-def test_pickle_cannot_announce_a_large_memo(code: bytes) -> None:
-    with pytest.raises(pickle.UnpicklingError, match="it numbers more objects than it contains"):
-        load_pickled_arrays(io.BytesIO(b"\x80\x02N" + code + b"."))
+def test_pickle_cannot_announce_a_large_memo(subtests: pytest.Subtests) -> None:
+    for code in (b"r\x00\x00\x00\x08", b"p134217728\n"):
+        with (
+            subtests.test(code=code),
+            pytest.raises(pickle.UnpicklingError, match="it numbers more objects than it contains"),
+        ):
+            load_pickled_arrays(io.BytesIO(b"\x80\x02N" + code + b"."))

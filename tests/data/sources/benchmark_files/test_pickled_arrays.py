@@ -64,9 +64,10 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_other_objects_are_rejected(
+    tmp_path: Any, monkeypatch: Any, subtests: pytest.Subtests
+) -> None:
+    for content, message in (
         (Call(os.system, "touch hacked"), r"it uses '\w+\.system'"),
         (Call(eval, "1"), r"it uses 'builtins\.eval'"),
         (np.array([Call(os.getcwd)], dtype=object), r"it uses '\w+\.getcwd'"),
@@ -74,22 +75,19 @@ class Call:
         (np.datetime64("2020-01-01"), r"got the dtype 'M8'"),
         (np.array(["text"]), r"got the dtype 'U4'"),
         ({"x": {1, 2}}, None),
-    ],
-)
-@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
-def test_other_objects_are_rejected(
-    content: Any, message: str | None, protocol: int, tmp_path: Any, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    data = pickle.dumps(content, protocol)
+    ):
+        for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
+            with subtests.test(protocol=protocol):
+                monkeypatch.chdir(tmp_path)
+                data = pickle.dumps(content, protocol)
 
-    if message is None:
-        # Sets have an opcode of their own from protocol 4 on and are harmless.
-        assert protocol < 4 or read(data) == content
-        return
-    with pytest.raises(pickle.UnpicklingError, match=message):
-        read(data)
-    assert not list(tmp_path.iterdir())
+                if message is None:
+                    # Sets have an opcode of their own from protocol 4 on and are harmless.
+                    assert protocol < 4 or read(data) == content
+                    return
+                with pytest.raises(pickle.UnpicklingError, match=message):
+                    read(data)
+                assert not list(tmp_path.iterdir())
 
 
 def test_state_of_a_data_type_cannot_turn_bytes_into_objects() -> None:
@@ -103,12 +101,13 @@ def test_state_of_a_data_type_cannot_turn_bytes_into_objects() -> None:
         read(data)
 
 
-@pytest.mark.parametrize("name", [b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n"])
-def test_classes_of_the_reader_cannot_be_changed(name: bytes) -> None:
-    data = b"\x80\x03" + name + b"}X\x04\x00\x00\x00evilI1\nsb."
+def test_classes_of_the_reader_cannot_be_changed(subtests: pytest.Subtests) -> None:
+    for name in (b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n"):
+        with subtests.test(name=name):
+            data = b"\x80\x03" + name + b"}X\x04\x00\x00\x00evilI1\nsb."
 
-    with pytest.raises(TypeError):
-        read(data)
+            with pytest.raises(TypeError):
+                read(data)
 
 
 @settings(max_examples=300, derandomize=True)

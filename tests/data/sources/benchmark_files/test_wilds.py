@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,57 +164,71 @@ def test_label_without_a_category_is_out_of_range(tmp_path: Path) -> None:
         load(path, "iwildcam", size=12)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("1,2,", "3,2,", r"categories\.csv: column 'y': class 1 not found$"),
-        ("1,2,", "0,2,", r"categories\.csv: row 2: class 0 occurs twice; remove one row$"),
-        ("empty", "tayassu pecari", r"row 2: name 'tayassu pecari' occurs twice; remove one row$"),
-        ("1,2,", "one,2,", r"row 2, column 'y': expected a class number >= 0, got 'one'"),
-        ("empty", "", r"categories\.csv: .*column 'name'"),
-        ("name", "label", r"categories\.csv: column 'name' not found"),
-    ],
-)
-def test_malformed_categories_are_named(old: str, new: str, message: str, tmp_path: Path) -> None:
-    path = write_iwildcam(tmp_path, rows=3)
-    (path / "categories.csv").write_text(CATEGORIES.replace(old, new, 1))
-
-    with pytest.raises(UserError, match=message) as caught:
-        load(path, "iwildcam", size=12)
-
-    assert str(caught.value).startswith("data.path: ") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "replacement", "message"),
-    [
-        (",tumor,", ",label,", r"metadata\.csv: column 'tumor' not found"),
-        (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,2", r"row 1: label 2 is out of range 0 to 1"),
-        (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,x", r"row 1, column 'tumor': expected a class number"),
-        (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,", r"row 1, column 'tumor'"),
-        (r"\n0,000,0,0", "\n0,000,0,9", r"x_9_y_0\.png: file not found"),
-        (r"(\n0,000.*),0\n", r"\1,7\n", r"row 1, column 'split': unknown split '7'"),
+def test_malformed_categories_are_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, (old, new, message) in enumerate(
         (
-            r"(\n\d+,019.*),1\n$",
-            r"\1,7\n",
-            r"row 40, column 'split': unknown split '7'; choose from 0, 1",
-        ),
-        (r"(\n\d+,008.*),1\n", r"\1,7\n", r"row 18, column 'split': unknown split '7'"),
-        (r"\n0,000,0,0,0,0", "\n0,000,0,0,0," + "9" * 5000, r"row 1: label 10000 is out of range"),
-        (r"(?s)\n.*", "\n", r"metadata\.csv: has no rows"),
-        (r"(?s).*", "", r"metadata\.csv: the file is empty"),
-    ],
-)
-def test_malformed_metadata_is_named(
-    pattern: str, replacement: str, message: str, tmp_path: Path
-) -> None:
-    path = write_camelyon17(tmp_path, patches=1)
-    change_metadata(path, pattern, replacement)
+            ("1,2,", "3,2,", r"categories\.csv: column 'y': class 1 not found$"),
+            ("1,2,", "0,2,", r"categories\.csv: row 2: class 0 occurs twice; remove one row$"),
+            (
+                "empty",
+                "tayassu pecari",
+                r"row 2: name 'tayassu pecari' occurs twice; remove one row$",
+            ),
+            ("1,2,", "one,2,", r"row 2, column 'y': expected a class number >= 0, got 'one'"),
+            ("empty", "", r"categories\.csv: .*column 'name'"),
+            ("name", "label", r"categories\.csv: column 'name' not found"),
+        )
+    ):
+        with subtests.test(old=old, new=new):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            path = write_iwildcam(folder, rows=3)
+            (path / "categories.csv").write_text(CATEGORIES.replace(old, new, 1))
 
-    with pytest.raises(UserError, match=message) as caught:
-        load(path)
+            with pytest.raises(UserError, match=message) as caught:
+                load(path, "iwildcam", size=12)
 
-    assert str(caught.value).startswith("data.path: ")
+            assert str(caught.value).startswith("data.path: ") and "\n" not in str(caught.value)
+
+
+def test_malformed_metadata_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, (pattern, replacement, message) in enumerate(
+        (
+            (",tumor,", ",label,", r"metadata\.csv: column 'tumor' not found"),
+            (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,2", r"row 1: label 2 is out of range 0 to 1"),
+            (
+                r"\n0,000,0,0,0,0",
+                "\n0,000,0,0,0,x",
+                r"row 1, column 'tumor': expected a class number",
+            ),
+            (r"\n0,000,0,0,0,0", "\n0,000,0,0,0,", r"row 1, column 'tumor'"),
+            (r"\n0,000,0,0", "\n0,000,0,9", r"x_9_y_0\.png: file not found"),
+            (r"(\n0,000.*),0\n", r"\1,7\n", r"row 1, column 'split': unknown split '7'"),
+            (
+                r"(\n\d+,019.*),1\n$",
+                r"\1,7\n",
+                r"row 40, column 'split': unknown split '7'; choose from 0, 1",
+            ),
+            (r"(\n\d+,008.*),1\n", r"\1,7\n", r"row 18, column 'split': unknown split '7'"),
+            (
+                r"\n0,000,0,0,0,0",
+                "\n0,000,0,0,0," + "9" * 5000,
+                r"row 1: label 10000 is out of range",
+            ),
+            (r"(?s)\n.*", "\n", r"metadata\.csv: has no rows"),
+            (r"(?s).*", "", r"metadata\.csv: the file is empty"),
+        )
+    ):
+        with subtests.test(pattern=pattern, replacement=replacement):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            path = write_camelyon17(folder, patches=1)
+            change_metadata(path, pattern, replacement)
+
+            with pytest.raises(UserError, match=message) as caught:
+                load(path)
+
+            assert str(caught.value).startswith("data.path: ")
 
 
 def test_official_splits_require_the_hospitals_of_wilds(tmp_path: Path) -> None:
@@ -234,13 +247,16 @@ def test_official_splits_require_the_hospitals_of_wilds(tmp_path: Path) -> None:
     assert len(groups_of(load(path, splits="pooled"))) == 5
 
 
-@pytest.mark.parametrize("name", ["htfllib", "leaf", "camelyon17", "iwildcam"])
-@pytest.mark.parametrize("file", ["0.npz", "metadata.csv"])
-def test_file_in_place_of_a_folder(name: str, file: str, tmp_path: Path) -> None:
-    (tmp_path / file).write_bytes(b"0")
+def test_file_in_place_of_a_folder(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name in ("htfllib", "leaf", "camelyon17", "iwildcam"):
+        for file in ("0.npz", "metadata.csv"):
+            with subtests.test(name=name, file=file):
+                (tmp_path / file).write_bytes(b"0")
 
-    with pytest.raises(UserError, match=f"data.path: .*{file}: expected a folder, got a file"):
-        load(tmp_path / file, name)
+                with pytest.raises(
+                    UserError, match=f"data.path: .*{file}: expected a folder, got a file"
+                ):
+                    load(tmp_path / file, name)
 
 
 def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
@@ -253,8 +269,6 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             load(folder, **keys)
-    with pytest.raises(UserError, match="splits: does not apply to source digits"):
-        load_source(SourceConfig(name="digits", splits="pooled"), tmp_path)
     text = (path / "metadata.csv").read_text().replace("train,", "id_val,")
     (path / "metadata.csv").write_text(text)
     with pytest.raises(UserError, match="no row belongs to the split 'train'"):
@@ -288,22 +302,25 @@ def test_any_metadata_gives_one_line(rows: list[list[str]], name: str, tmp_path:
     assert "\n" not in str(caught.value) and str(caught.value).startswith("data.")
 
 
-@pytest.mark.parametrize(
-    ("write", "name"), [(write_camelyon17, "camelyon17"), (write_iwildcam, "iwildcam")]
-)
-def test_every_column_of_the_metadata_is_kept(
-    tmp_path: Path, write: Callable[[Path], Path], name: str
-) -> None:
-    path = write(tmp_path)
-    dataset = load(path, name, splits="pooled", size=12)
-    lines = (path / "metadata.csv").read_text().splitlines()
-    header, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
+def test_every_column_of_the_metadata_is_kept(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, (write, name) in enumerate(
+        ((write_camelyon17, "camelyon17"), (write_iwildcam, "iwildcam"))
+    ):
+        with subtests.test(name=name):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            path = write(folder)
+            dataset = load(path, name, splits="pooled", size=12)
+            lines = (path / "metadata.csv").read_text().splitlines()
+            header, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
 
-    assert len(dataset.train.metadata) == len(header)
-    for column, values in zip(header, zip(*rows, strict=True), strict=True):
-        if column:
-            found = [str(value).zfill(len(values[0])) for value in dataset.train.metadata[column]]
-            assert found == [value.zfill(len(values[0])) for value in values], column
+            assert len(dataset.train.metadata) == len(header)
+            for column, values in zip(header, zip(*rows, strict=True), strict=True):
+                if column:
+                    found = [
+                        str(value).zfill(len(values[0])) for value in dataset.train.metadata[column]
+                    ]
+                    assert found == [value.zfill(len(values[0])) for value in values], column
 
 
 def test_own_partition_sees_the_metadata(tmp_path: Path, registering: None) -> None:
